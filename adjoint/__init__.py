@@ -1,0 +1,40 @@
+"""Derivatives of differential equations and implicit solves in PyTorch."""
+
+from . import methods
+from ._version import __version__
+from .errors import (
+    AdjointError,
+    CapturedTensorLost,
+    InvalidInput,
+    MaxStepsReached,
+    NonFiniteState,
+    SolveError,
+    StepSizeTooSmall,
+    UnsupportedCombination,
+)
+from .integrate import IController, PIController, PIDController
+from .ivp import solve_ivp
+from .sensitivity import Backprop, DiscreteAdjoint
+from .solution import EventRecord, Solution, Stats
+
+__all__ = [
+    "AdjointError",
+    "Backprop",
+    "CapturedTensorLost",
+    "DiscreteAdjoint",
+    "EventRecord",
+    "IController",
+    "InvalidInput",
+    "MaxStepsReached",
+    "NonFiniteState",
+    "PIController",
+    "PIDController",
+    "Solution",
+    "SolveError",
+    "Stats",
+    "StepSizeTooSmall",
+    "UnsupportedCombination",
+    "__version__",
+    "methods",
+    "solve_ivp",
+]

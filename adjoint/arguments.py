@@ -1,0 +1,193 @@
+"""Checks and conversions of the arguments that the front doors share. Bad input ends here, with an error that quotes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isfinite, isnan
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from .errors import InvalidInput
+from .integrate import rms_norm
+from .methods import METHODS, Method
+from .system import StateSpec
+
+__all__ = ["Times", "check_method", "check_times", "flat_norm", "flat_tolerance", "positive"]
+
+
+def positive(value: Any, name: str, *, zero: bool = False) -> float:
+    """A positive (or with ``zero`` non-negative) number as a float."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInput(f"{name} must be a number, got {value!r}") from error
+    if isnan(number) or number < 0 or (number == 0 and not zero):
+        raise InvalidInput(f"{name} must be {'at least' if zero else 'greater than'} zero, got {value!r}")
+    return number
+
+
+def check_method(method: str | Method) -> Method:
+    """A method by its name, or a method object as it is."""
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise InvalidInput(f"there is no method {method!r}; choose one of {', '.join(sorted(METHODS))}")
+        return METHODS[method]
+    if not hasattr(method, "adjoint_step"):
+        raise InvalidInput(f"method must be a name or a method object, got a {type(method).__name__}")
+    return method
+
+
+def flat_tolerance(value: Any, name: str, spec: StateSpec, default: float) -> float | Tensor:
+    """A tolerance as a float, or as ``(B, n)`` for one that is shaped like the state."""
+    if value is None:
+        return default
+    leaves, tree = tree_flatten(value)
+    if len(leaves) == 1 and tree.is_leaf() and (not isinstance(value, Tensor) or value.dim() == 0):
+        return positive(value, name, zero=True)
+    if tree.is_leaf():
+        leaves = leaves * len(spec.shapes)
+    elif tree != spec.tree:
+        raise InvalidInput(f"{name} has the structure {tree}, expected a number, a tensor, or the structure of y0, {spec.tree}")
+    try:
+        full = [
+            torch.broadcast_to(torch.as_tensor(leaf, dtype=spec.real_dtype, device=spec.device), shape)
+            for leaf, shape in zip(leaves, spec.shapes, strict=True)
+        ]
+    except RuntimeError as error:
+        raise InvalidInput(f"{name} does not broadcast to the shape of y0: {error}") from error
+    flat = torch.cat([x.reshape(spec.rows, -1) for x in full], dim=1).detach()
+    if not bool((flat >= 0).all()):
+        raise InvalidInput(f"{name} has negative or NaN entries")
+    return flat
+
+
+def flat_norm(norm: Any, spec: StateSpec) -> Callable[[Tensor], Tensor]:
+    """The error norm on ``(B, n)``: "rms", "max", or a function of a state pytree of scaled errors (0-d, or ``(B,)`` when batched)."""
+    if norm is None or norm == "rms":
+        return rms_norm
+    if norm == "max":
+        return lambda x: x.abs().amax(-1) if x.shape[-1] else x.abs().sum(-1)
+    if not callable(norm):
+        raise InvalidInput(f'norm must be "rms", "max" or a function of the scaled error, got {norm!r}')
+
+    def custom(x: Tensor) -> Tensor:
+        value = norm(spec.unflatten(x.to(spec.dtype)))
+        want = () if spec.batch is None else (spec.batch,)
+        if not isinstance(value, Tensor) or value.shape != want:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InvalidInput(f"norm must return a tensor of shape {want}, got {got}")
+        return value.reshape(spec.rows).abs()
+
+    return custom
+
+
+@dataclass(frozen=True)
+class Times:
+    """The times of a solve as float64 tensors, differentiable in what the user gave.
+
+    ``anchors`` (A, B): start, times to land on, end. ``samples`` (T, B) or None. ``shown``: ``sol.t`` for given or default times.
+    """
+
+    anchors: Tensor
+    samples: Tensor | None
+    shown: Tensor | None
+    steps: bool
+
+
+def _concrete(x: Tensor) -> bool:
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _time(value: Any, name: str, spec: StateSpec, ndim: tuple[int, ...]) -> Tensor:
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            try:
+                # a sequence of 0-d tensors, which may require grad
+                value = torch.stack([torch.as_tensor(v) for v in value])
+            except Exception as error:
+                raise InvalidInput(f"{name} must be numbers or tensors, got {value!r}") from error
+    if value.is_complex() or value.dtype == torch.bool:
+        raise InvalidInput(f"{name} must be real, got dtype {value.dtype}")
+    value = value.to(device=spec.device, dtype=torch.float64)
+    if value.dim() not in ndim:
+        raise InvalidInput(f"{name} has {value.dim()} dimensions, expected {' or '.join(map(str, ndim))}")
+    if _concrete(value) and not bool(torch.isfinite(value).all()):
+        raise InvalidInput(f"{name} has non-finite entries")
+    if value.dim() > 0 and ndim[-1] > 0 and value.dim() == ndim[-1] and spec.batch is not None and value.shape[-1] != spec.batch and ndim[-1] != 1:
+        raise InvalidInput(f"{name} has {value.shape[-1]} columns for {spec.batch} trajectories")
+    return value
+
+
+def check_times(t_span: Any, t_eval: Any, step_ts: Any, spec: StateSpec) -> Times:
+    """Parse the time arguments of an initial value problem."""
+    batched = spec.batch is not None
+    try:
+        start, end = t_span
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"t_span must be a pair (start, end), got {t_span!r}") from error
+    each = (0, 1) if batched else (0,)
+    ends = []
+    for name, value in (("start", start), ("end", end)):
+        value = _time(value, f"t_span's {name}", spec, each)
+        if value.dim() == 1 and value.shape[0] != spec.rows:
+            raise InvalidInput(f"t_span's {name} has {value.shape[0]} entries for {spec.rows} trajectories")
+        ends.append(value)
+    own = any(x.dim() == 1 for x in ends)
+    first, last = (x.expand(spec.rows) for x in ends)
+    concrete = _concrete(first) and _concrete(last)
+    if concrete and bool((first == last).any()):
+        raise InvalidInput(f"t_span is empty: it starts and ends at {float(first[first == last][0]):.6g}")
+    rows = [first.unsqueeze(0), last.unsqueeze(0)]
+    if step_ts is not None:
+        inner = _time(step_ts, "step_ts", spec, (1, 2) if batched else (1,))
+        inner = inner.unsqueeze(-1).expand(-1, spec.rows) if inner.dim() == 1 else inner
+        backwards = first > last
+        inner = torch.where(backwards, inner.sort(0, descending=True).values, inner.sort(0).values)
+        inner = torch.minimum(torch.maximum(inner, torch.minimum(first, last)), torch.maximum(first, last))
+        if not batched and _concrete(inner) and concrete:
+            inside = ((inner != first) & (inner != last))[:, 0]
+            inner = inner[inside]
+            inner = inner[torch.cat([inner.new_ones(min(1, inner.shape[0])), (inner[1:] != inner[:-1])[:, 0]]).bool()]
+        rows.insert(1, inner)
+    anchors = torch.cat(rows)
+    steps = isinstance(t_eval, str)
+    if steps:
+        if t_eval != "steps":
+            raise InvalidInput(f't_eval must be None, "steps" or times, got {t_eval!r}')
+        return Times(anchors, None, None, True)
+    if t_eval is None:
+        shown = torch.stack([first, last]) if own else torch.stack(ends)
+        return Times(anchors, None, _as_given(shown, t_span, spec), False)
+    times = _time(t_eval, "t_eval", spec, (1, 2) if batched else (1,))
+    if times.dim() == 2 and times.shape[1] != spec.rows:
+        raise InvalidInput(f"t_eval has {times.shape[1]} columns for {spec.rows} trajectories")
+    if times.shape[0] == 0:
+        raise InvalidInput('t_eval is empty; leave it out for the two ends, or give "steps"')
+    full = times.unsqueeze(-1).expand(-1, spec.rows) if times.dim() == 1 else times
+    if concrete and _concrete(full):
+        low, high = torch.minimum(first, last), torch.maximum(first, last)
+        outside = (full < low) | (full > high)
+        if bool(outside.any()):
+            raise InvalidInput(f"t_eval has times outside of t_span, for example {float(full[outside][0]):.10g}")
+        change = full.diff(dim=0)
+        if not bool(((change >= 0).all(0) | (change <= 0).all(0)).all()):
+            raise InvalidInput("t_eval is not monotonic: sort it (repeated times are allowed)")
+    return Times(anchors, full, _as_given(times, (t_eval,), spec), False)
+
+
+def _as_given(shown: Tensor, given: Sequence[Any], spec: StateSpec) -> Tensor:
+    """In the dtype of the user's tensors, else in that of the state's times."""
+    dtypes = [x.dtype for x in tree_map(lambda x: x, list(given)) if isinstance(x, Tensor) and x.is_floating_point()]
+    return shown.to(dtypes[0] if dtypes else spec.real_dtype)
+
+
+def finite_or_inf(value: Any, name: str) -> float:
+    """A positive number, infinity included."""
+    number = positive(value, name)
+    return number if isfinite(number) else float("inf")

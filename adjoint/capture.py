@@ -1,0 +1,142 @@
+"""Differentiable tensors that a plain function captured: finding them, and running the function with others in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = ["Substitute", "below_jvp", "find_captured", "functorch_active", "is_differentiable", "needs_derivatives", "unknown_leaves"]
+
+
+def functorch_active() -> bool:
+    """Whether a ``torch.func`` transform (or its vmap) is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_differentiable(x: Any) -> bool:
+    """Whether some derivative may be asked of ``x``: reverse mode, forward mode or a ``torch.func`` transform."""
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
+        return False
+    return x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x) or _has_tangent(x)
+
+
+def needs_derivatives(tensors: Iterable[Tensor]) -> bool:
+    """Whether a solve that depends on these tensors must keep what derivatives need."""
+    if functorch_active():
+        return any(is_differentiable(x) for x in tensors)
+    grad = torch.is_grad_enabled()
+    return any((grad and x.requires_grad) or _has_tangent(x) for x in tensors)
+
+
+def _has_tangent(x: Tensor) -> bool:
+    # unpack_dual raises outside of a dual level
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+@contextmanager
+def below_jvp() -> Iterator[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+    """For the body of a node's ``jvp``: run it one transform further out, and give the functions that carry
+    tensors down (inside) and back up (after the context has ended).
+
+    PyTorch runs this body with forward mode off, at the level of the ``torch.func.jvp`` that asked. An outer forward-mode transform would then
+    see no tangents, and nested forward mode would silently lose terms.
+    """
+    functorch = torch._C._functorch
+    top = functorch.peek_interpreter_stack()
+    if top is None or top.key() != functorch.TransformType.Jvp:
+        yield _same, _same
+        return
+    interpreter = retrieve_current_functorch_interpreter()
+    level = interpreter.level()
+    with interpreter.lower(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        yield lambda x: functorch._unwrap_for_grad(x, level), lambda x: functorch._wrap_for_grad(x, level)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+class _Watch(TorchFunctionMode):
+    """Records the differentiable tensors that enter operators without having come out of one."""
+
+    def __init__(self, known: Iterable[Any]) -> None:
+        super().__init__()
+        self.known = {id(x): x for x in known if isinstance(x, Tensor)}
+        self.captured: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        produced = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if produced:
+            for x in tree_leaves((args, kwargs)):
+                if id(x) not in self.known and is_differentiable(x):
+                    self.captured[id(x)] = self.known[id(x)] = x
+            # kept alive here, so that no identity is given twice
+            self.known.update((id(x), x) for x in produced)
+        return out
+
+
+def find_captured(calls: Sequence[Callable[[], Any]], known: Iterable[Any], owners: Iterable[Any] = ()) -> list[Tensor]:
+    """Differentiable tensors that the calls use and that are not among ``known``, leaf or not, in order of first use.
+
+    ``owners`` are the functions themselves: where one is (bound to) an ``nn.Module``, its parameters count even if this call does
+    not reach them, because another time may.
+    """
+    known = list(known)
+    watch = _Watch(known)
+    with torch.enable_grad(), watch:
+        for call in calls:
+            call()
+    found = dict(watch.captured)
+    inputs = {id(x) for x in known if isinstance(x, Tensor)}
+    for owner in owners:
+        module = owner if isinstance(owner, torch.nn.Module) else getattr(owner, "__self__", None)
+        if isinstance(module, torch.nn.Module):
+            found.update((id(p), p) for p in module.parameters() if id(p) not in inputs and is_differentiable(p))
+    return list(found.values())
+
+
+class Substitute(TorchFunctionMode):
+    """Runs operators with other tensors in the place of captured ones (needed where a transform wraps the node's inputs)."""
+
+    def __init__(self, captured: Sequence[Tensor], replacements: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.table = {id(x): r for x, r in zip(captured, replacements, strict=True)}
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        swap = self._swap
+        return func(*tree_map(swap, args), **tree_map(swap, kwargs or {}))
+
+    def _swap(self, x: Any) -> Any:
+        return self.table.get(id(x), x) if isinstance(x, Tensor) else x
+
+
+def unknown_leaves(output: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
+    """Leaf tensors in the autograd graph of ``output`` that are reached without passing through a known tensor."""
+    stop = {id(x.grad_fn) for x in known if x.grad_fn is not None}
+    leaves = {id(x) for x in known}
+    seen: set[int] = set()
+    todo = [output.grad_fn]
+    keep, unknown = [], []
+    while todo:
+        node = todo.pop()
+        if node is None or id(node) in seen or id(node) in stop:
+            continue
+        seen.add(id(node))
+        keep.append(node)  # nodes are made on access: without this their identities could be given twice
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            if id(variable) not in leaves:
+                unknown.append(variable)
+            continue
+        todo.extend(n for n, _ in node.next_functions)
+    return unknown

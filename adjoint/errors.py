@@ -1,0 +1,60 @@
+"""Named errors. Every room may import this module; it imports nothing of ours."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdjointError",
+    "CapturedTensorLost",
+    "InvalidInput",
+    "MaxStepsReached",
+    "NonFiniteState",
+    "SolveError",
+    "StepSizeTooSmall",
+    "UnsupportedCombination",
+]
+
+
+class AdjointError(Exception):
+    """Base class of every error that this library raises on purpose."""
+
+
+class InvalidInput(AdjointError, ValueError, AssertionError):
+    """An argument, or what a user's function returned, cannot be used. The message quotes it and says what is expected."""
+
+
+class UnsupportedCombination(AdjointError, NotImplementedError):
+    """Two options that do not work together. The message names the alternative."""
+
+
+class CapturedTensorLost(AdjointError, RuntimeError):
+    """``fun`` uses a differentiable tensor that could not be found when the solve started, so its gradient would be missing."""
+
+
+class SolveError(AdjointError, RuntimeError, AssertionError):
+    """A solve stopped before its end.
+
+    Attributes
+    ----------
+    t : float
+        Time at which the (first failing) trajectory stopped.
+    trajectory : int or None
+        Index of the first failing trajectory of a batched solve.
+    component : int or None
+        Flat index of the worst component of the state of that trajectory.
+    """
+
+    def __init__(self, message: str, *, t: float = float("nan"), trajectory: int | None = None, component: int | None = None) -> None:
+        super().__init__(message)
+        self.t, self.trajectory, self.component = t, trajectory, component
+
+
+class MaxStepsReached(SolveError):
+    """``max_steps`` attempted steps did not reach the end of ``t_span``."""
+
+
+class StepSizeTooSmall(SolveError):
+    """The error test kept failing until the step could not be told from zero, or fell below ``min_step``."""
+
+
+class NonFiniteState(SolveError):
+    """``fun`` or the state became infinite or NaN, also with the smallest step."""

@@ -1,0 +1,81 @@
+"""From a failed record to an error that says what happened, where, why probably, and what to try."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import MaxStepsReached, NonFiniteState, SolveError, StepSizeTooSmall
+from .integrate import Plan, Record, Status
+from .system import System
+
+__all__ = ["raise_failure"]
+
+
+def raise_failure(record: Record, plan: Plan, system: System, inputs: Sequence[Tensor]) -> None:
+    """Raise the named error of the first failed trajectory; return if there is none."""
+    if not bool((record.status < 0).any()):
+        return
+    failed = (record.status < 0).nonzero()[:, 0]
+    b = int(failed[0])
+    status, t = Status(int(record.status[b])), float(record.t_final[b])
+    # vmapped copies lie next to each other: the layout is that of the original state
+    spec = system.spec
+    y = record.last[b]
+    rows = record.status.shape[0]
+    rate = None
+    if rows == spec.rows:
+        with torch.no_grad():
+            rate = system.bind(inputs)(record.t_final.to(spec.real_dtype), record.last)[b]
+    component = _worst(y, rate, plan, b, rows)
+    many = f" in trajectory {b} ({failed.numel()} of {rows} failed)" if rows > 1 else ""
+    where = f"at t = {t:.8g}{many}, worst component {spec.component(component)} = {_number(y[component])}"
+    steps = f"after {int(record.n_accepted[b])} accepted and {int(record.n_rejected[b])} rejected steps"
+    error, text = _explain(status, plan, y, rate)
+    raise error(f"{text} {where}, {steps}. {_ADVICE[status]}", t=t, trajectory=b if rows > 1 else None, component=component)
+
+
+def _worst(y: Tensor, rate: Tensor | None, plan: Plan, b: int, rows: int) -> int:
+    """Flat index of the component that is non-finite, or changes fastest in units of its tolerance."""
+    if y.numel() == 0:
+        return 0
+    size = y.abs()
+    measure = size
+    if rate is not None:
+        rtol, atol = (x if isinstance(x, float) else x.expand(rows, -1)[b] for x in (plan.rtol, plan.atol))
+        measure = rate.abs() / (atol + rtol * size)
+    return int(torch.nan_to_num(torch.where(torch.isfinite(size), measure, float("inf")), nan=float("inf"), posinf=1e300).argmax())
+
+
+def _explain(status: Status, plan: Plan, y: Tensor, rate: Tensor | None) -> tuple[type[SolveError], str]:
+    if status == Status.MAX_STEPS:
+        return MaxStepsReached, f"{plan.method.name} made max_steps = {plan.max_steps} attempts and stopped"
+    if status == Status.NON_FINITE:
+        what = "the state" if not bool(torch.isfinite(y).all()) else "fun"
+        if rate is not None and what == "fun" and bool(torch.isfinite(rate).all()):
+            what = "fun, close to this point,"
+        return NonFiniteState, f"{what} became non-finite: {plan.method.name} stopped"
+    return StepSizeTooSmall, f"underflow in dt: the error test of {plan.method.name} kept failing and it stopped"
+
+
+_ADVICE = {
+    Status.MAX_STEPS: (
+        "Likely causes: the problem is stiff (the step is held down by stability, not accuracy), or the span is long for these "
+        "tolerances. Try a larger rtol/atol, a larger max_steps, or a method for stiff problems."
+    ),
+    Status.NON_FINITE: (
+        "Likely causes: the solution blows up in finite time, or fun leaves its domain (log or sqrt of a negative number, division by "
+        "zero, overflow). Try a shorter span, a tighter tolerance or max_step, or rewrite fun in safe variables."
+    ),
+    Status.STEP_TOO_SMALL: (
+        "Likely causes: a discontinuity of fun (name its times in step_ts), a solution that blows up, tolerances below the rounding "
+        "error of the state's dtype, times too large for float64 to resolve the step, or min_step set too large."
+    ),
+}
+
+
+def _number(x: Tensor) -> str:
+    value = x.item()
+    return f"{value:.6g}"

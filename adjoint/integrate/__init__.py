@@ -1,0 +1,41 @@
+"""How steps follow each other: controllers, the loops, what they record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from .batched import integrate_batched
+from .controller import IController, PIController, PIDController
+from .plan import Event, Monitor, Plan, Record, Status, rms_norm, shifted_times
+from .single import integrate_single
+
+__all__ = [
+    "Event",
+    "IController",
+    "Monitor",
+    "PIController",
+    "PIDController",
+    "Plan",
+    "Record",
+    "Status",
+    "integrate",
+    "rms_norm",
+    "shifted_times",
+]
+
+
+def integrate(
+    f: Callable[[Tensor, Tensor], Tensor],
+    plan: Plan,
+    anchors: Tensor,
+    t_eval: Tensor | None,
+    y0: Tensor,
+    batched: bool,
+    inputs: Sequence[Tensor] = (),
+) -> Record:
+    """Run the loop that fits: float decisions for one trajectory, masks for many and for compiled steps."""
+    if batched or plan.compile:
+        return integrate_batched(f, plan, anchors, t_eval, y0)
+    return integrate_single(f, plan, anchors, t_eval, y0, inputs)

@@ -1,0 +1,323 @@
+"""The loop for many trajectories in lock step: every decision is a mask, and a step is a pure function of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .initial_step import initial_step
+from .plan import Plan, Record, Status, shifted_times
+
+__all__ = ["Attempt", "Carry", "advance", "integrate_batched", "start_carry"]
+
+_EPS = float(torch.finfo(torch.float64).eps)
+
+
+class Carry(NamedTuple):
+    """The loop's state; all ``(B,)`` but ``y`` and ``k1``, which are ``(B, n)``."""
+
+    t: Tensor
+    y: Tensor
+    k1: Tensor
+    step: Tensor
+    error1: Tensor
+    error2: Tensor
+    segment: Tensor
+    rejected_last: Tensor
+    bad_last: Tensor
+    jump: Tensor
+    attempts: Tensor
+    status: Tensor
+    running: Tensor
+
+
+class Attempt(NamedTuple):
+    """What one step did: ``(B,)`` tensors, and its stages."""
+
+    t: Tensor
+    h: Tensor
+    segment: Tensor
+    lands: Tensor
+    accepted: Tensor
+    rejected: Tensor
+    stages: list[Tensor]
+
+
+def advance(
+    f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor, sign: Tensor, carry: Carry, dense: bool
+) -> tuple[Carry, Attempt]:
+    """Attempt one step of every running trajectory. Pure: no host synchronisation, no branch on data.
+
+    ``stops`` (A, B): the anchors in the direction of integration; ``sign`` (B,): that direction. ``dense``: also compute the stages that only the dense output needs.
+    """
+    method, controller = plan.method, plan.controller
+    order = method.error_order + 1
+    t, y, k1, running = carry.t, carry.y, carry.k1, carry.running
+    real = y.dtype.to_real()
+    last = stops.shape[0] - 2
+    target = stops.gather(0, carry.segment.clamp(max=last).unsqueeze(0) + 1).squeeze(0)
+    remaining = (target - t).abs()
+    wanted = carry.step.clamp(max=plan.max_step)
+    if method.adaptive:
+        lands = (wanted * 1.01 >= remaining) & (remaining <= plan.max_step)
+    else:
+        lands = wanted >= remaining * (1 - 1e-10)
+    tiny = ~lands & ((wanted < plan.min_step) | (wanted <= 16 * _EPS * t.abs()))
+    out_of_steps = carry.attempts >= plan.max_steps
+    failed = torch.where(tiny, torch.where(carry.bad_last, int(Status.NON_FINITE), int(Status.STEP_TOO_SMALL)), 0)
+    failed = torch.where(out_of_steps, int(Status.MAX_STEPS), failed)
+    failed = torch.where(running, failed, 0)
+    alive = running & (failed == 0)
+    # the steps of finished trajectories have size zero: inert, and finite wherever the state is
+    h = torch.where(alive, torch.where(lands, target - t, sign * wanted), 0.0)
+    end = torch.where(lands & alive, target, t + h)
+    hr = h.to(real).unsqueeze(-1)
+    times = [(t + h * c).to(real) for c in method.nodes]
+    jump_end = lands & (carry.segment < last)
+    if stops.shape[0] > 2:
+        times = shifted_times(times, method.nodes, carry.jump, jump_end, sign)
+    y1, ks = method.step(f, times, hr, y, k1)
+    k_end: Tensor | None = ks[-1] if method.end_index == method.n_stages - 1 else None
+    if k_end is None:
+        time = times[method.n_stages] if method.end_index is not None else (t + h).to(real)
+        k_end = f(time, y1)
+    if method.adaptive:
+        estimate = method.error(hr, [*ks, k_end] if method.error_uses_end else ks)
+        error = plan.norm(plan.scaled(estimate, torch.maximum(y.abs(), y1.abs()))).double()
+        bad = ~torch.isfinite(error)
+        accepted = alive & (error <= 1.0)
+        rejected = alive & ~(error <= 1.0)
+        floored = controller.floor(torch.where(bad, 1e300, error))
+        up = controller.accepted(order, floored, (carry.error1, carry.error2))
+        up = torch.where(carry.rejected_last, up.clamp(max=1.0), up)
+        proposal = h.abs() * up
+        proposal = torch.where(lands & ~carry.rejected_last, torch.maximum(proposal, wanted), proposal)
+        down = h.abs() * torch.where(bad, controller.min_factor, controller.rejected(order, floored))
+        step = torch.where(accepted, proposal, torch.where(rejected, down, carry.step))
+        error1 = torch.where(accepted, floored, carry.error1)
+        error2 = torch.where(accepted, carry.error1, carry.error2)
+        hopeless = rejected & bad & (step <= 16 * _EPS * t.abs())
+        failed = torch.where(hopeless, int(Status.NON_FINITE), failed)
+    else:
+        accepted, rejected, bad = alive, torch.zeros_like(alive), torch.zeros_like(alive)
+        step, error1, error2 = carry.step, carry.error1, carry.error2
+    stages = method.dense_stages(f, times, hr, y, ks, k_end) if dense else []
+    column = accepted.unsqueeze(-1)
+    landed = accepted & lands
+    segment = carry.segment + landed
+    done = landed & (segment > last)
+    y_next = torch.where(column, y1, y)
+    if stops.shape[0] > 2:
+        # after a discontinuity the first stage is taken anew, from the far side of it
+        jumped = accepted & jump_end
+        t_next = torch.where(accepted, end, t)
+        time = shifted_times([t_next.to(real)], [0.0], jumped, False, sign)[0]
+        k_end = torch.where(jumped.unsqueeze(-1), f(time, y_next), k_end)
+    else:
+        jumped = carry.jump
+    new = Carry(
+        t=torch.where(accepted, end, t),
+        y=y_next,
+        k1=torch.where(column, k_end, k1),
+        step=step,
+        error1=error1,
+        error2=error2,
+        segment=segment,
+        rejected_last=torch.where(alive, rejected, carry.rejected_last),
+        bad_last=torch.where(alive, bad, carry.bad_last),
+        jump=torch.where(alive, jumped & accepted, carry.jump),
+        attempts=carry.attempts + alive,
+        status=carry.status + failed,
+        running=alive & ~done & (failed == 0),
+    )
+    return new, Attempt(t, h, carry.segment, lands, accepted, rejected, stages)
+
+
+def start_carry(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor, sign: Tensor, y0: Tensor) -> tuple[Carry, int]:
+    """The loop's first state, and how often ``fun`` was evaluated for it."""
+    t0 = stops[0]
+    k1 = f(t0.to(y0.dtype.to_real()), y0)
+    n_fun = 1
+    if plan.first_step is not None:
+        step = torch.full_like(t0, plan.first_step)
+    elif plan.method.adaptive:
+        step = initial_step(f, plan, t0, y0, k1, sign)
+        n_fun += 1
+    else:
+        step = torch.full_like(t0, float("inf"))
+    one = torch.ones_like(t0)
+    zero = torch.zeros_like(t0, dtype=torch.int64)
+    no = torch.zeros_like(t0, dtype=torch.bool)
+    return Carry(t0, y0, k1, step, one, one, _skip_empty(stops, zero), no, no, no, zero, zero, ~no), n_fun
+
+
+def _skip_empty(stops: Tensor, segment: Tensor) -> Tensor:
+    """Anchors before the start of a trajectory were clamped to it: begin behind them."""
+    empty = (stops[1:-1] == stops[0]).long().cumprod(0).sum(0) if stops.shape[0] > 2 else 0
+    return segment + empty
+
+
+def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor) -> Record:
+    """Solve B trajectories, each with its own steps.
+
+    Parameters
+    ----------
+    f : flat right-hand side
+    anchors : (A, B) float64; equal anchors are segments of no length, which are skipped
+    t_eval : (T, B) float64 or None; in any order
+    y0 : (B, n)
+    """
+    if plan.compile:
+        from .compiled import compiled_advance
+
+        attempt_step = compiled_advance(f, plan)
+    else:
+        attempt_step = lambda carry, stops, sign, dense: advance(f, plan, stops, sign, carry, dense)  # noqa: E731
+    method, monitor = plan.method, plan.monitor
+    sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0).to(torch.float64)
+    carry, n_fun = start_carry(f, plan, anchors, sign, y0)
+    sampler = _BatchSampler(plan, t_eval, anchors, sign, y0)
+    dense = plan.keep_stages or sampler.wanted
+    per_attempt = method.n_stages if method.end_index is None or method.end_index == method.n_stages else method.n_stages - 1
+    if dense:
+        per_attempt += method.extra_evaluations
+    if anchors.shape[0] > 2:
+        per_attempt += 1
+
+    attempts: list[Attempt] = []
+    states: list[Tensor] = []
+    stages: list[Tensor] = []
+    span = (anchors[-1] - anchors[0]).abs()
+    watched = type(monitor).advanced is not _no_progress
+    n_accepted = torch.zeros_like(carry.attempts)
+    n_rejected = torch.zeros_like(carry.attempts)
+    start_attempts = carry.attempts
+    while bool(carry.running.any()):
+        new, attempt = attempt_step(carry, anchors, sign, dense)
+        if sampler.wanted:
+            sampler.take(attempt, carry.y, n_accepted)
+        n_accepted = n_accepted + attempt.accepted
+        n_rejected = n_rejected + attempt.rejected
+        if plan.keep_states:
+            attempts.append(attempt._replace(stages=[]))
+            states.append(carry.y)
+        if plan.keep_stages:
+            stages.append(torch.stack(attempt.stages))
+        carry = new
+        if watched:
+            monitor.advanced(float(((carry.t - anchors[0]).abs() / span).min()))
+    ok = carry.status >= 0
+    if not method.adaptive:
+        finite = torch.isfinite(carry.y).all(-1)
+        carry = carry._replace(status=torch.where(ok & ~finite, int(Status.NON_FINITE), carry.status))
+        ok = carry.status >= 0
+    final = torch.where(ok.unsqueeze(-1), carry.y, float("nan"))
+    sampler.finish(carry, n_accepted, final)
+    packed = _pack(attempts, states, stages, carry, n_accepted, y0, len(method.nodes))
+    used = carry.attempts - start_attempts
+    empty = used.new_empty(0)
+    return Record(
+        final=final,
+        last=carry.y,
+        samples=sampler.out,
+        sample_step=sampler.step,
+        n_steps=used,
+        n_accepted=n_accepted,
+        n_rejected=n_rejected,
+        n_fun=n_fun + per_attempt * used,
+        status=carry.status,
+        t_final=carry.t,
+        event_id=empty,
+        event_step=empty,
+        event_t=empty.double(),
+        **packed,
+    )
+
+
+from .plan import Monitor  # noqa: E402
+
+_no_progress = Monitor.advanced
+
+
+def _pack(
+    attempts: list[Attempt], states: list[Tensor], stages: list[Tensor], carry: Carry, n_accepted: Tensor, y0: Tensor, n_all: int
+) -> dict[str, Tensor]:
+    """Move the accepted steps of every trajectory to the front, padded with steps of size zero at its end."""
+    rows, n = y0.shape
+    if not attempts:
+        kind = {"dtype": torch.float64, "device": y0.device}
+        return {
+            "states": y0.new_empty((0, rows, n)),
+            "stages": y0.new_empty((0, n_all, rows, n)),
+            "t": torch.empty((0, rows), **kind),
+            "h": torch.empty((0, rows), **kind),
+            "segment": carry.segment.new_empty((0, rows)),
+            "lands": carry.running.new_empty((0, rows)),
+        }
+    accepted = torch.stack([a.accepted for a in attempts])
+    most = int(n_accepted.max()) if rows else 0
+    # a stable sort of "not accepted" lists the accepted attempts of each column first, in their order
+    index = (~accepted).to(torch.uint8).sort(dim=0, stable=True).indices[:most]
+    pad = torch.arange(most, device=y0.device).unsqueeze(-1) >= n_accepted
+
+    def pick(values: list[Tensor], padding: Tensor | float | int | bool) -> Tensor:
+        return torch.where(pad, padding, torch.stack(values).gather(0, index))
+
+    picked = torch.stack(states).gather(0, index.unsqueeze(-1).expand(-1, -1, n))
+    # steps of size zero at the last state: finite unless the trajectory itself was not
+    picked = torch.where(pad.unsqueeze(-1), carry.y, picked)
+    if stages:
+        where = index[:, None, :, None].expand(-1, n_all, -1, n)
+        all_stages = torch.where(pad[:, None, :, None], 0.0, torch.stack(stages).gather(0, where))
+    else:
+        all_stages = y0.new_empty((0, n_all, rows, n))
+    return {
+        "states": torch.cat([picked, carry.y.unsqueeze(0)]),
+        "stages": all_stages,
+        "t": pick([a.t for a in attempts], carry.t),
+        "h": pick([a.h for a in attempts], 0.0),
+        "segment": pick([a.segment for a in attempts], 0),
+        "lands": pick([a.lands for a in attempts], False),
+    }
+
+
+class _BatchSampler:
+    """Fills samples as the steps go by; those at the two ends need no dense output."""
+
+    def __init__(self, plan: Plan, t_eval: Tensor | None, anchors: Tensor, sign: Tensor, y0: Tensor) -> None:
+        self.plan, self.sign = plan, sign
+        rows, n = y0.shape
+        self.times = t_eval if t_eval is not None else anchors.new_empty((0, rows))
+        self.out = y0.new_full((self.times.shape[0], rows, n), float("nan"))
+        self.step = torch.full_like(self.times, -1, dtype=torch.int64)
+        self.at_end = self.times == anchors[-1]
+        at_start = self.times == anchors[0]
+        self.step[at_start] = 0
+        self.out = torch.where(at_start.unsqueeze(-1), y0, self.out)
+        self.open = ~(self.at_end | at_start)
+        self.wanted = bool(self.open.any())
+
+    def take(self, attempt: Attempt, y: Tensor, n_accepted: Tensor) -> None:
+        """Samples inside of the steps just accepted."""
+        offset = (self.times - attempt.t) * self.sign
+        inside = self.open & attempt.accepted & (offset > 0) & (offset <= attempt.h.abs())
+        where, row = inside.nonzero(as_tuple=True)
+        if where.numel() == 0:
+            return
+        h = attempt.h[row]
+        theta = (self.times[where, row] - attempt.t[row]) / h
+        weights = self.plan.method.dense_weights(theta).to(y.dtype)
+        ks = torch.stack([k[row] for k in attempt.stages], dim=1)
+        value = y[row] + h.to(y.dtype.to_real()).unsqueeze(-1) * torch.einsum("ms,msn->mn", weights, ks)
+        self.out[where, row] = value
+        self.step[where, row] = n_accepted[row]
+        self.open[where, row] = False
+
+    def finish(self, carry: Carry, n_accepted: Tensor, final: Tensor) -> None:
+        """Samples at the end of the span."""
+        reached = self.at_end & (carry.status >= 0)
+        self.out = torch.where(reached.unsqueeze(-1), final, self.out)
+        self.step = torch.where(reached, (n_accepted - 1).expand_as(self.step), self.step)

@@ -1,0 +1,77 @@
+"""Step size controllers: from the error norms of the last steps to the factor by which the step changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["IController", "PIController", "PIDController"]
+
+Number = TypeVar("Number", float, Tensor)
+
+_TINY = 1e-10
+
+
+def _clip(x: Number, low: float | Number, high: float) -> Number:
+    if isinstance(x, Tensor):
+        return torch.clamp(torch.maximum(x, low) if isinstance(low, Tensor) else x.clamp(min=low), max=high)
+    return min(max(x, low), high)
+
+
+@dataclass(frozen=True)
+class PIDController:
+    """Proportional-integral-derivative step size control (Soderlind 2003, Digital filters in adaptive time-stepping).
+
+    With error norms ``e_n`` (1 is on tolerance) and ``q`` the order of the error estimate plus one, the step changes by
+    ``safety * e_n**(-b1/q) * e_{n-1}**(-b2/q) * e_{n-2}**(-b3/q)``, where ``b1 = pcoeff + icoeff + dcoeff``,
+    ``b2 = -(pcoeff + 2 dcoeff)`` and ``b3 = dcoeff``, clipped to ``[min_factor, max_factor]``. An accepted step is never
+    followed by a shorter one unless ``shrink_accepted``; a rejected one is always followed by a shorter one.
+    """
+
+    pcoeff: float = 0.0
+    icoeff: float = 1.0
+    dcoeff: float = 0.0
+    safety: float = 0.9
+    min_factor: float = 0.2
+    max_factor: float = 10.0
+    shrink_accepted: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.safety <= 1 or not 0 < self.min_factor < 1 < self.max_factor:
+            raise ValueError("a controller needs 0 < safety <= 1 and 0 < min_factor < 1 < max_factor")
+
+    @property
+    def memory(self) -> int:
+        """How many earlier error norms enter."""
+        return 2 if self.dcoeff else 1 if self.pcoeff else 0
+
+    def accepted(self, order: int, error: Number, previous: tuple[Number, Number]) -> Number:
+        """Factor after an accepted step. ``error`` and ``previous`` (last, last but one) are at least a tiny positive number."""
+        b1 = (self.pcoeff + self.icoeff + self.dcoeff) / order
+        factor = self.safety * error**-b1
+        if self.memory > 0:
+            factor = factor * previous[0] ** ((self.pcoeff + 2 * self.dcoeff) / order)
+        if self.memory > 1:
+            factor = factor * previous[1] ** (-self.dcoeff / order)
+        return _clip(factor, self.min_factor if self.shrink_accepted else 1.0, self.max_factor)
+
+    def rejected(self, order: int, error: Number) -> Number:
+        """Factor after a rejected step; only the present error counts (a non-finite one gives ``min_factor``)."""
+        return _clip(self.safety * error ** (-1.0 / order), self.min_factor, self.safety)
+
+    def floor(self, error: Number) -> Number:
+        """The error norm, kept away from zero, where powers of it would overflow."""
+        return error.clamp(min=_TINY) if isinstance(error, Tensor) else max(error, _TINY)
+
+
+def IController(**options: float) -> PIDController:
+    """Integral control, the textbook controller: ``safety * e**(-1/q)``."""
+    return PIDController(0.0, 1.0, 0.0, **options)
+
+
+def PIController(**options: float) -> PIDController:
+    """Proportional-integral control with Gustafsson's coefficients (0.4, 0.3), as in Hairer, Norsett & Wanner, section IV.2."""
+    return PIDController(0.4, 0.3, 0.0, shrink_accepted=True, **options)

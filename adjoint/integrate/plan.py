@@ -1,0 +1,159 @@
+"""What a loop is told (`Plan`) and what it gives back (`Record`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from ..methods import Method
+from .controller import PIDController
+
+__all__ = ["Counts", "Event", "Monitor", "Plan", "Record", "Status", "rms_norm"]
+
+
+class Status(IntEnum):
+    """How a trajectory ended; SciPy's convention: 0 reached the end, 1 a terminal event, negative a failure."""
+
+    SUCCESS = 0
+    TERMINAL_EVENT = 1
+    MAX_STEPS = -1
+    STEP_TOO_SMALL = -2
+    NON_FINITE = -3
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Root mean square of every row: ``(B, n) -> (B,)``."""
+    return torch.linalg.vector_norm(x, dim=-1) * (max(x.shape[-1], 1) ** -0.5)
+
+
+class Monitor:
+    """Is told about every attempted step; the base class ignores it all. Times are floats, states flat ``(B, n)`` tensors."""
+
+    def step(self, t: float, y: Tensor, h: float) -> None:
+        """Before a step is attempted."""
+
+    def accepted(self, t: float, y: Tensor, h: float) -> None:
+        """After acceptance; ``t``, ``y`` are those at the start of the step."""
+
+    def rejected(self, t: float, y: Tensor, h: float) -> None:
+        """After rejection."""
+
+    def advanced(self, fraction: float) -> None:
+        """After each loop: the part of the span that the slowest trajectory has covered."""
+
+    def close(self) -> None:
+        """After the solve."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A flat event function ``bind(inputs)(t, y)`` with SciPy's ``direction`` (0 both, > 0 rising, < 0 falling) and ``terminal`` (0: never; m: at the m-th)."""
+
+    bind: Callable[[Sequence[Tensor]], Callable[[Tensor, Tensor], Tensor]]
+    direction: float = 0.0
+    terminal: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a solve but its tensors-to-differentiate.
+
+    ``rtol`` and ``atol`` are numbers or tensors that broadcast to ``(B, n)``; ``norm`` maps scaled errors ``(B, n)`` to ``(B,)``.
+    ``keep_states``: whether the states of all steps are wanted; ``keep_stages``: also all stages, for the dense output.
+    """
+
+    method: Method
+    controller: PIDController
+    rtol: float | Tensor
+    atol: float | Tensor
+    norm: Callable[[Tensor], Tensor] = rms_norm
+    first_step: float | None = None
+    max_step: float = float("inf")
+    min_step: float = 0.0
+    max_steps: int = 100_000
+    keep_states: bool = True
+    keep_stages: bool = False
+    events: tuple[Event, ...] = ()
+    monitor: Monitor = field(default_factory=Monitor)
+    compile: bool = False
+
+    def scaled(self, error: Tensor, size: Tensor) -> Tensor:
+        """Error in units of the tolerance; ``size`` is ``max(|y0|, |y1|)``."""
+        if isinstance(self.rtol, float) and isinstance(self.atol, float):
+            return error / torch.add(torch.full((), self.atol, dtype=size.dtype, device=size.device), size, alpha=self.rtol)
+        return error / (self.atol + self.rtol * size)
+
+
+@dataclass
+class Counts:
+    """Work counters of one loop (shared by all trajectories, which advance in lock step)."""
+
+    n_fun: int = 0
+    n_rejected: int = 0
+
+
+@dataclass(frozen=True)
+class Record:
+    """The computed solution: what derivatives, samples and statistics are made from.
+
+    Shapes: K accepted steps (the most of any trajectory), B trajectories, T samples, S stages with those of the dense output, M kept
+    steps, E events. Trajectories with fewer steps are padded with steps of size zero at their end.
+
+    Attributes
+    ----------
+    final : (B, n); NaN for a failed trajectory
+    last : (B, n); the last state reached, also by a failed one
+    states : (K + 1, B, n), or (0, B, n) where they were not wanted
+    samples : (T, B, n)
+    stages : (M, S, B, n); M = K with ``keep_stages``, else the steps in which events were found
+    t, h : (K, B), float64; start and size of every step
+    segment : (K, B), int64; the anchor interval that the step lies in
+    lands : (K, B), bool; whether the step ends on the next anchor
+    sample_step : (T, B), int64; the step that a sample lies in, -1 where the solve did not get so far
+    n_steps, n_accepted, n_rejected, n_fun : (B,), int64
+    status : (B,), int64
+    t_final : (B,), float64; where the trajectory ended
+    event_id, event_step : (E,), int64; event_t : (E,), float64
+    """
+
+    final: Tensor
+    last: Tensor
+    states: Tensor
+    samples: Tensor
+    stages: Tensor
+    t: Tensor
+    h: Tensor
+    segment: Tensor
+    lands: Tensor
+    sample_step: Tensor
+    n_steps: Tensor
+    n_accepted: Tensor
+    n_rejected: Tensor
+    n_fun: Tensor
+    status: Tensor
+    t_final: Tensor
+    event_id: Tensor
+    event_step: Tensor
+    event_t: Tensor
+
+
+def shifted_times(
+    times: Sequence[Tensor], nodes: Sequence[float], start: Tensor | bool, end: Tensor | bool, sign: Tensor | float
+) -> list[Tensor]:
+    """Stage times kept strictly inside a step at its flagged ends, so that a discontinuous ``fun`` is seen from within.
+
+    ``start`` and ``end`` are flags, or ``(B,)`` masks; ``sign`` is the direction of time.
+    """
+    out = []
+    for time, node in zip(times, nodes, strict=True):
+        flag = start if node == 0.0 else end if node == 1.0 else False
+        if flag is not False:
+            toward = torch.as_tensor(sign, dtype=time.dtype, device=time.device) * (float("inf") if node == 0.0 else -float("inf"))
+            inner = torch.nextafter(time.detach(), toward.expand_as(time)) - time.detach()
+            time = time + (inner if flag is True else inner * flag)
+        out.append(time)
+    return out

@@ -1,0 +1,296 @@
+"""The loop for one trajectory: times and decisions are Python floats, states are tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from scipy.optimize import brentq
+from torch import Tensor
+
+from .initial_step import initial_step
+from .plan import Plan, Record, Status, shifted_times
+
+__all__ = ["integrate_single"]
+
+_EPS = float(np.finfo(np.float64).eps)
+
+
+class _Sampler:
+    """Fills samples at given times, in any order and with repetitions, as the steps go by."""
+
+    def __init__(self, plan: Plan, t_eval: list[float], y0: Tensor, sign: float) -> None:
+        self.plan, self.sign = plan, sign
+        order = sorted(range(len(t_eval)), key=lambda i: sign * t_eval[i])
+        self.order, self.times = order, [t_eval[i] for i in order]
+        self.out = y0.new_full((len(t_eval), *y0.shape), float("nan"))
+        self.step = [-1] * len(t_eval)
+        self.next = 0
+
+    def due(self, t: float) -> int:
+        """How many samples lie at or before ``t``."""
+        i = self.next
+        while i < len(self.times) and self.sign * (self.times[i] - t) <= 0:
+            i += 1
+        return i
+
+    def fill(self, upto: int, index: int, t: float, h: float, end: float, y: Tensor, y1: Tensor, stages: Callable[[], list[Tensor]]) -> None:
+        inner, ends = [], []
+        for i in range(self.next, upto):
+            self.step[self.order[i]] = index
+            (ends if self.times[i] == end else inner).append(i)
+        self.next = upto
+        for i in ends:
+            self.out[self.order[i]] = y1
+        if inner:
+            theta = torch.tensor([(self.times[i] - t) / h for i in inner], dtype=torch.float64)
+            weights = self.plan.method.dense_weights(theta).to(dtype=y.dtype, device=y.device)
+            ks = torch.stack([k.reshape(-1) for k in stages()])
+            values = torch.addmm(y.reshape(1, -1), weights, ks, alpha=h).reshape(len(inner), *y.shape)
+            if self.order[inner[0]] + len(inner) - 1 == self.order[inner[-1]] and sorted(self.order[i] for i in inner) == [self.order[i] for i in inner]:
+                self.out[self.order[inner[0]] : self.order[inner[0]] + len(inner)] = values
+            else:
+                self.out[torch.tensor([self.order[i] for i in inner], device=y.device)] = values
+
+
+def _times(plan: Plan, t: float, h: float, like: Tensor, jump: tuple[bool, bool], sign: float) -> Sequence[Tensor]:
+    times = torch.tensor([t + c * h for c in plan.method.nodes], dtype=like.dtype.to_real(), device=like.device).unbind()
+    return shifted_times(times, plan.method.nodes, jump[0], jump[1], sign) if any(jump) else times
+
+
+def integrate_single(
+    f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor] = ()
+) -> Record:
+    """Solve one trajectory.
+
+    Parameters
+    ----------
+    f : flat right-hand side
+    anchors : (A, 1) float64; start, times where a step must end, end; in the direction of integration
+    t_eval : (T, 1) float64 or None; sample times within the span, in any order
+    y0 : (1, n)
+    """
+    method, controller, monitor = plan.method, plan.controller, plan.monitor
+    stops = anchors[:, 0].tolist()
+    t, t_end = stops[0], stops[-1]
+    sign = 1.0 if t_end >= t else -1.0
+    order = method.error_order + 1
+    dtype, device = y0.dtype, y0.device
+    sampler = _Sampler(plan, [] if t_eval is None else t_eval[:, 0].tolist(), y0, sign)
+    for i in range(sampler.due(t)):
+        sampler.out[sampler.order[i]] = y0
+
+    n_fun = n_rejected = 0
+    states, starts, sizes, segments, landings = [y0], [], [], [], []
+    kept_stages: list[Tensor] = []
+    events = _EventWatch(plan, inputs, t, y0)
+    segment = 0
+    jump_start = False
+    y, size = y0, y0.abs()
+    start_times = _times(plan, t, 0.0, y, (False, False), sign)
+    k1 = f(start_times[0], y)
+    n_fun += 1
+    if plan.first_step is not None:
+        step = plan.first_step
+    elif method.adaptive:
+        one = torch.full((1,), t, dtype=torch.float64, device=device)
+        step = float(initial_step(f, plan, one, y, k1, torch.full_like(one, sign)))
+        n_fun += 1
+    else:
+        # a grid of anchors is the whole discretisation
+        step = math.inf
+    previous = (1.0, 1.0)
+    status = Status.SUCCESS
+    attempts = 0
+    just_rejected = bad = False
+
+    while segment < len(stops) - 1:
+        target = stops[segment + 1]
+        if sign * (target - t) <= 0:
+            segment += 1
+            continue
+        if attempts >= plan.max_steps:
+            status = Status.MAX_STEPS
+            break
+        wanted = min(step, plan.max_step)
+        remaining = abs(target - t)
+        lands = wanted >= remaining * (1 - 1e-10) if not method.adaptive else wanted * 1.01 >= remaining and remaining <= plan.max_step
+        h = (target - t) if lands else sign * wanted
+        end = target if lands else t + h
+        if not lands and (wanted < plan.min_step or wanted <= 16 * _EPS * abs(t)):
+            status = Status.NON_FINITE if bad else Status.STEP_TOO_SMALL
+            break
+        attempts += 1
+        monitor.step(t, y, h)
+        jump = (jump_start, lands and segment < len(stops) - 2)
+        times = _times(plan, t, h, y, jump, sign)
+        y1, ks = method.step(f, times, h, y, k1)
+        n_fun += method.evaluations
+        k_end = None
+        size1 = y1.abs()
+        error = 0.0
+        if method.adaptive:
+            if method.error_uses_end:
+                k_end = f(times[method.n_stages], y1)
+            estimate = method.error(h, ks if k_end is None else [*ks, k_end])
+            error = float(plan.norm(plan.scaled(estimate, torch.maximum(size, size1))))
+            bad = not math.isfinite(error)
+            if bad or error > 1.0:
+                monitor.rejected(t, y, h)
+                n_rejected += 1
+                just_rejected = True
+                step = abs(h) * (controller.min_factor if bad else controller.rejected(order, controller.floor(error)))
+                if bad and step <= 16 * _EPS * abs(t):
+                    status = Status.NON_FINITE
+                    break
+                continue
+            floored = controller.floor(error)
+            factor = controller.accepted(order, floored, previous)
+            proposal = abs(h) * (min(factor, 1.0) if just_rejected else factor)
+            # a step cut short by an anchor says little about the next one
+            step = max(proposal, wanted) if lands and not just_rejected else proposal
+            previous = (floored, previous[0])
+            just_rejected = False
+        monitor.accepted(t, y, h)
+        index = len(starts)
+        upto = sampler.due(end)
+        last = lands and segment == len(stops) - 2
+        dense: list[Tensor] | None = None
+
+        def stages() -> list[Tensor]:
+            nonlocal dense, k_end, n_fun
+            if dense is None:
+                if k_end is None and method.end_index == method.n_stages:
+                    k_end = f(times[method.n_stages], y1)
+                    n_fun += 1
+                dense = method.dense_stages(f, times, h, y, ks, k_end)
+                n_fun += method.extra_evaluations
+            return dense
+
+        stop_at = events.after_step(index, t, h, end, y, y1, stages)
+        starts.append(t)
+        sizes.append(h)
+        segments.append(segment)
+        landings.append(lands)
+        if plan.keep_stages or events.found_in(index):
+            kept_stages.append(torch.stack(stages()))
+        if stop_at is not None:
+            upto = sampler.due(stop_at)
+        if upto > sampler.next:
+            sampler.fill(upto, index, t, h, end, y, y1, stages)
+        if plan.keep_states:
+            states.append(y1)
+        y, size = y1, size1
+        if stop_at is not None:
+            t, status = stop_at, Status.TERMINAL_EVENT
+            break
+        t = end
+        monitor.advanced(abs(t - stops[0]) / max(abs(t_end - stops[0]), 1e-300))
+        if lands:
+            segment += 1
+        if last:
+            break
+        jump_start = jump[1]
+        fsal = method.end_index == method.n_stages - 1
+        if jump_start or (k_end is None and not fsal):
+            time = _times(plan, t, 0.0, y, (jump_start, False), sign)[0]
+            k1 = f(time, y)
+            n_fun += 1
+        else:
+            k1 = k_end if k_end is not None else ks[-1]
+
+    if status >= 0 and not method.adaptive and not bool(torch.isfinite(y).all()):
+        status = Status.NON_FINITE
+        if plan.keep_states:
+            t = next((s for s, state in zip(starts, states[1:], strict=True) if not bool(torch.isfinite(state).all())), t)
+    reached = y
+    if status < 0:
+        y = torch.full_like(y, float("nan"))
+
+    def column(values: Sequence[float | int | bool], kind: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=kind, device=device).reshape(-1, 1)
+
+    def one_row(value: int | float, kind: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor([value], dtype=kind, device=device)
+
+    return Record(
+        final=y,
+        last=reached,
+        states=torch.stack(states) if plan.keep_states else y0.new_empty((0, *y0.shape)),
+        samples=sampler.out,
+        stages=torch.stack(kept_stages) if kept_stages else y0.new_empty((0, len(method.nodes), *y0.shape)),
+        t=column(starts, torch.float64),
+        h=column(sizes, torch.float64),
+        segment=column(segments, torch.int64),
+        lands=column(landings, torch.bool),
+        sample_step=column(sampler.step, torch.int64),
+        n_steps=one_row(attempts),
+        n_accepted=one_row(len(starts)),
+        n_rejected=one_row(n_rejected),
+        n_fun=one_row(n_fun),
+        status=one_row(int(status)),
+        t_final=one_row(t, torch.float64),
+        event_id=torch.tensor([e[0] for e in events.found], dtype=torch.int64, device=device),
+        event_step=torch.tensor([e[1] for e in events.found], dtype=torch.int64, device=device),
+        event_t=torch.tensor([e[2] for e in events.found], dtype=torch.float64, device=device),
+    )
+
+
+class _EventWatch:
+    """Looks for sign changes of the event functions over each step, and locates them on the dense output."""
+
+    def __init__(self, plan: Plan, inputs: Sequence[Tensor], t0: float, y0: Tensor) -> None:
+        self.plan = plan
+        self.functions = [event.bind(inputs) for event in plan.events]
+        self.found: list[tuple[int, int, float]] = []
+        self.counts = [0] * len(plan.events)
+        self.values = [self._value(i, t0, y0) for i in range(len(plan.events))]
+
+    def _value(self, i: int, t: float, y: Tensor) -> float:
+        return float(self.functions[i](torch.tensor(t, dtype=y.dtype.to_real(), device=y.device), y))
+
+    def found_in(self, step: int) -> bool:
+        return bool(self.found) and self.found[-1][1] == step
+
+    def after_step(
+        self, index: int, t: float, h: float, end: float, y: Tensor, y1: Tensor, stages: Callable[[], list[Tensor]]
+    ) -> float | None:
+        """Register the events of a step, earliest first; the time of the terminal one, if any."""
+        if not self.plan.events:
+            return None
+        new = [self._value(i, end, y1) for i in range(len(self.values))]
+        crossed = []
+        for i, (a, b) in enumerate(zip(self.values, new, strict=True)):
+            # direction is that of increasing time, as SciPy has it
+            direction = self.plan.events[i].direction
+            up, down = a < 0 <= b, a > 0 >= b
+            if (up and direction >= 0) or (down and direction <= 0):
+                crossed.append(i)
+        self.values = new
+        if not crossed:
+            return None
+        ks = torch.stack([k.reshape(-1) for k in stages()])
+
+        def state(theta: float) -> Tensor:
+            weights = self.plan.method.dense_weights(torch.tensor([theta], dtype=torch.float64))
+            return torch.addmm(y.reshape(1, -1), weights.to(dtype=y.dtype, device=y.device), ks, alpha=h).reshape(y.shape)
+
+        located = []
+        for i in crossed:
+            def value(theta: float, i: int = i) -> float:
+                return self._value(i, t + theta * h, y if theta == 0.0 else y1 if theta == 1.0 else state(theta))
+
+            if value(1.0) == 0.0:
+                theta = 1.0
+            else:
+                theta = float(brentq(value, 0.0, 1.0, xtol=4 * _EPS, rtol=4 * _EPS))  # type: ignore[arg-type]
+            located.append((theta, i))
+        for theta, i in sorted(located):
+            self.counts[i] += 1
+            when = end if theta == 1.0 else t + theta * h
+            self.found.append((i, index, when))
+            if self.plan.events[i].terminal and self.counts[i] >= self.plan.events[i].terminal:
+                return when
+        return None

@@ -1,0 +1,353 @@
+"""``solve_ivp``: initial value problems of ordinary differential equations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from .arguments import Times, check_method, check_times, flat_norm, flat_tolerance, positive
+from .capture import find_captured, is_differentiable, needs_derivatives
+from .errors import InvalidInput, UnsupportedCombination
+from .event_times import event_records
+from .failures import raise_failure
+from .integrate import Event, IController, Monitor, PIDController, Plan, Record
+from .methods import Method
+from .progress import progress_monitor
+from .sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
+from .sensitivity.problem import interpolate, step_times
+from .solution import BackwardStats, Solution, Stats
+from .system import StateSpec, System
+
+__all__ = ["solve_ivp"]
+
+
+@torch.compiler.disable
+def solve_ivp(
+    fun: Callable[..., Any],
+    t_span: Any,
+    y0: Any,
+    args: Any = (),
+    *,
+    t_eval: Any = None,
+    method: str | Method = "tsit5",
+    rtol: Any = None,
+    atol: Any = None,
+    gradient: Gradient | None = None,
+    batched: bool = False,
+    events: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] | None = None,
+    dense_output: bool = False,
+    quadrature: Callable[..., Any] | None = None,
+    controller: PIDController | None = None,
+    norm: str | Callable[[Any], Tensor] | None = None,
+    first_step: float | None = None,
+    max_step: float = float("inf"),
+    min_step: float = 0.0,
+    max_steps: int = 100_000,
+    step_ts: Any = None,
+    compile: bool = False,
+    throw: bool = True,
+    progress: bool = False,
+    linear_solver: Any = None,
+) -> Solution:
+    """Solve ``y' = fun(t, y, *args)``, ``y(t_span[0]) = y0``, with derivatives in everything that the solution depends on.
+
+    Parameters
+    ----------
+    fun : callable
+        ``fun(t, y, *args) -> dy/dt``, with the structure, shapes and dtypes of ``y0``. ``t`` is 0-d (``(B,)`` with ``batched=True``) in
+        the real dtype of the state. ``args``, parameters of an ``nn.Module`` and tensors that a plain function captured are all
+        differentiated.
+    t_span : pair of numbers or 0-d tensors
+        Start and end; the end may be the smaller one. They may require grad; with ``batched=True`` they may be ``(B,)``.
+    y0 : Tensor or pytree of tensors
+        Initial state: any shape, float or complex. Leaves of several dtypes are integrated in their common dtype.
+    args : tuple or pytree
+        Further arguments of ``fun``, ``events`` and ``quadrature``. A single tensor is taken as ``(tensor,)``.
+    t_eval : None, "steps", or times
+        None: the two ends. "steps": the solver's own steps (NaN-padded when batched). Else ``(T,)``, or ``(T, B)`` when batched,
+        increasing or decreasing, within ``t_span``; may require grad.
+    method : str or method object
+        See ``adjoint.methods.METHODS``. Methods without an error estimate take constant steps of ``first_step``.
+    rtol, atol : number, tensor, or pytree like the state
+        A step is accepted when the norm of ``error / (atol + rtol max(|y0|, |y1|))`` is at most one. Default 1e-6 and 1e-9 for double
+        precision, 1e-4 and 1e-6 for single.
+    gradient : strategy object
+        Default `DiscreteAdjoint()`; see also `Backprop`.
+    batched : bool
+        The leading dimension of ``y0`` counts independent trajectories, each with its own steps, end and status.
+    events : callable or sequence of callables
+        ``event(t, y, *args) -> 0-d tensor``, with SciPy's attributes ``terminal`` (bool or count) and ``direction``. Located on the dense
+        output; times and states are differentiable.
+    dense_output : bool
+        Give the solution ``sol(t)``. Keeps all stages of all steps.
+    quadrature : callable
+        ``g(t, y, *args)``: a tensor (or pytree) to be integrated along the solution, under the same error control.
+    controller : PIDController
+        Default `IController()`.
+    norm : "rms", "max" or callable
+        Norm of the scaled error; a callable takes a state pytree and gives 0-d (``(B,)`` when batched).
+    first_step, max_step, min_step, max_steps
+        Sizes are positive in either direction of time. Default first step: Hairer's. ``max_steps`` counts attempts.
+    step_ts : times
+        Times at which a step must end, where ``fun`` may jump: the stages on either side see ``t`` from within their own step.
+    compile : bool
+        Compile the step and its adjoint with ``torch.compile``.
+    throw : bool
+        Raise a named error on failure. False: look at ``status``; failed trajectories are NaN from the failure on.
+    progress : bool
+        Show a progress bar (needs tqdm).
+    linear_solver
+        For implicit methods only.
+
+    Returns
+    -------
+    Solution
+
+    Raises
+    ------
+    InvalidInput, UnsupportedCombination, MaxStepsReached, StepSizeTooSmall, NonFiniteState, CapturedTensorLost
+    """
+    chosen = check_method(method)
+    _check_options(chosen, linear_solver, first_step, events, batched, compile, max_steps)
+    args = args if isinstance(args, (tuple, list)) else (args,)
+    if not callable(fun):
+        raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}")
+    user_spec = StateSpec.of(y0, batched)
+    _check_finite(y0, user_spec)
+    right_hand_side, state, integrand = fun, y0, None
+    times = check_times(t_span, t_eval, step_ts, user_spec)
+    if quadrature is not None:
+        right_hand_side, state, integrand = _with_quadrature(fun, quadrature, user_spec, times, y0, tuple(args))
+    spec = StateSpec.of(state, batched)
+    event_list = _event_list(events)
+
+    real = spec.real_dtype
+    leaves, tree = tree_flatten(tuple(args))
+    y_flat = spec.flatten(state)
+    probe_t = times.anchors[0].detach().to(real)
+    probe_t = probe_t if batched else probe_t.reshape(())
+    system = System(right_hand_side, spec, tree, tuple(leaves))
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    captured: list[Tensor] = []
+    if torch.is_grad_enabled() or _transforming():
+        calls = [lambda: right_hand_side(probe_t, state, *args)]
+        calls += [lambda e=e: e(probe_t, y0, *args) for e in event_list]
+        captured = find_captured(calls, [probe_t, *tree_leaves(state), *leaves], [fun, *event_list])
+        system = System(right_hand_side, spec, tree, tuple(leaves), tuple(captured))
+    inputs = system.inputs
+    derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])
+
+    single = real == torch.float32 or real.itemsize < 4
+    plan = Plan(
+        method=chosen,
+        controller=controller if controller is not None else IController(),
+        rtol=flat_tolerance(rtol, "rtol", spec if quadrature is None else spec, 1e-4 if single else 1e-6),
+        atol=flat_tolerance(atol, "atol", spec, 1e-6 if single else 1e-9),
+        norm=flat_norm(norm, spec),
+        first_step=None if first_step is None else positive(first_step, "first_step"),
+        max_step=positive(max_step, "max_step"),
+        min_step=positive(min_step, "min_step", zero=True),
+        max_steps=int(max_steps),
+        keep_states=derivatives or times.steps or dense_output or bool(event_list),
+        keep_stages=dense_output,
+        events=tuple(_flat_event(e, system, user_spec, integrand is not None) for e in event_list),
+        monitor=progress_monitor(progress),
+        compile=compile,
+    )
+    backward = BackwardStats()
+
+    def report(record: Record) -> None:
+        plan.monitor.close()
+        if throw:
+            raise_failure(record, plan, system, inputs)
+
+    def backward_report(n_fun: int, n_steps: int) -> None:
+        backward.n_fun += n_fun
+        backward.n_steps += n_steps
+
+    problem = Problem(system, plan, batched, report, backward_report)
+    strategy = gradient if gradient is not None else DiscreteAdjoint()
+    if not hasattr(strategy, "solve"):
+        raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")
+    out = strategy.solve(problem, times.anchors, times.samples, y_flat, inputs)
+    return _solution(_Parts(out, problem, times, user_spec, spec, integrand, y_flat, event_list, tuple(args), backward, derivatives))
+
+
+def _transforming() -> bool:
+    from torch.autograd import forward_ad
+
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _check_options(method: Method, linear_solver: Any, first_step: Any, events: Any, batched: bool, compile: bool, max_steps: Any) -> None:
+    if linear_solver is not None:
+        raise UnsupportedCombination(f"linear_solver= is for implicit methods; {method.name!r} solves no linear systems")
+    if not method.adaptive and first_step is None:
+        raise InvalidInput(f"{method.name!r} takes constant steps: give their size as first_step=, or choose an adaptive method such as 'tsit5'")
+    if events is not None and batched:
+        raise UnsupportedCombination("events= with batched=True is not supported yet: solve the trajectories one by one")
+    if events is not None and compile:
+        raise UnsupportedCombination("events= with compile=True is not supported yet: leave compile out")
+    if not isinstance(max_steps, int) or max_steps < 1:
+        raise InvalidInput(f"max_steps must be a positive integer, got {max_steps!r}")
+
+
+def _check_finite(y0: Any, spec: StateSpec) -> None:
+    for leaf, path in zip(tree_leaves(y0), spec.paths, strict=True):
+        if not torch._C._functorch.is_functorch_wrapped_tensor(leaf) and spec.batch is None and not bool(torch.isfinite(leaf).all()):
+            raise InvalidInput(f"y0{path} has non-finite entries")
+
+
+def _event_list(events: Any) -> list[Callable[..., Tensor]]:
+    listed = [] if events is None else list(events) if isinstance(events, (tuple, list)) else [events]
+    for event in listed:
+        if not callable(event):
+            raise InvalidInput(f"events must be callables, got a {type(event).__name__}")
+    return listed
+
+
+def _flat_event(event: Callable[..., Tensor], system: System, user_spec: StateSpec, has_quadrature: bool) -> Event:
+    """The event as a function of flat states, for any inputs."""
+    spec = system.spec
+
+    def bind(inputs: Sequence[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        args, mode = system.arguments(inputs), system.substitution(inputs)
+
+        def value(t: Tensor, y: Tensor) -> Tensor:
+            state = spec.unflatten(y)
+            state = state[0] if has_quadrature else state
+            if mode is None:
+                out = event(t, state, *args)
+            else:
+                with mode:
+                    out = event(t, state, *args)
+            if not isinstance(out, Tensor) or out.numel() != 1:
+                got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+                raise InvalidInput(f"an event function must return a tensor with one element, got {got}")
+            return out.reshape(())
+
+        return value
+
+    terminal = getattr(event, "terminal", False)
+    return Event(bind, float(getattr(event, "direction", 0.0)), int(terminal))
+
+
+def _with_quadrature(
+    fun: Callable[..., Any], g: Callable[..., Any], spec: StateSpec, times: Times, y0: Any, args: tuple[Any, ...]
+) -> tuple[Callable[..., Any], Any, StateSpec]:
+    """The state extended by the running integral, which starts at zero."""
+    t0 = times.anchors[0].detach().to(spec.real_dtype)
+    first = g(t0 if spec.batch is not None else t0.reshape(()), y0, *args)
+    integrand = StateSpec.of(first, spec.batch is not None, "what quadrature returned")
+    if integrand.batch != spec.batch:
+        raise InvalidInput(f"quadrature must return one value per trajectory, ({spec.batch}, ...), got {[tuple(s) for s in integrand.shapes]}")
+
+    def both(t: Tensor, state: tuple[Any, Any], *rest: Any) -> tuple[Any, Any]:
+        rate, value = fun(t, state[0], *rest), g(t, state[0], *rest)
+        spec.check(rate, "what fun returned")
+        integrand.check(value, "what quadrature returned")
+        return rate, value
+
+    return both, (y0, tree_map(lambda x: torch.zeros_like(x.detach()), first)), integrand
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Everything that the solution is put together from."""
+
+    out: Outputs
+    problem: Problem
+    times: Times
+    user_spec: StateSpec
+    spec: StateSpec
+    integrand: StateSpec | None
+    y0: Tensor
+    events: list[Callable[..., Tensor]]
+    args: tuple[Any, ...]
+    backward: BackwardStats
+    derivatives: bool
+
+    def state(self, flat: Tensor) -> Any:
+        """``(*lead, B, n)`` as the user's state."""
+        tree = self.spec.unflatten(flat)
+        return tree if self.integrand is None else tree[0]
+
+
+def _solution(parts: _Parts) -> Solution:
+    out, times, batched = parts.out, parts.times, parts.problem.batched
+    records, stop_t, stop_y = event_records(parts, out) if parts.events else ((), None, None)
+    final = out.final if stop_y is None else stop_y
+    shown = times.shown
+    if times.steps:
+        shown, flat = _steps(parts, stop_t, stop_y)
+    elif times.samples is None:
+        flat = torch.stack([parts.y0, final])
+        if stop_t is not None:
+            assert shown is not None
+            shown = torch.stack([shown[0], stop_t.to(shown.dtype)])
+    else:
+        flat = out.samples
+    assert shown is not None
+    quadrature = None if parts.integrand is None else parts.spec.unflatten(final)[1]
+    status: int | Tensor = out.status
+    counts = [out.n_steps, out.n_accepted, out.n_rejected, out.n_fun]
+    if not batched and not torch._C._functorch.is_functorch_wrapped_tensor(out.status):
+        status = int(out.status)
+        counts = [int(c) for c in counts]  # type: ignore[misc]
+    elif not batched:
+        status = out.status.squeeze(0)
+        counts = [c.squeeze(0) for c in counts]
+    return Solution(
+        t=shown,
+        y=parts.state(flat),
+        status=status,
+        stats=Stats(*counts, backward=parts.backward),
+        events=records,
+        quadrature=quadrature,
+        interpolant=_interpolant(parts) if parts.problem.plan.keep_stages else None,
+    )
+
+
+def _steps(parts: _Parts, stop_t: Tensor | None, stop_y: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Times and states of the solver's own steps."""
+    out, anchors = parts.out, parts.times.anchors
+    grid = step_times(out.t, out.h, out.segment, out.lands, anchors)
+    end = anchors[-1] if stop_t is None else stop_t.reshape(1)
+    t = torch.cat([grid.t, out.t_final.unsqueeze(0) + (end - end.detach())])
+    states = out.states
+    if stop_y is not None:
+        states = torch.cat([states[:-1], stop_y.unsqueeze(0)])
+    real = parts.spec.real_dtype
+    if not parts.problem.batched:
+        return t[:, 0].to(real), states
+    place = torch.arange(t.shape[0], device=t.device).unsqueeze(-1)
+    beyond = place > out.n_accepted
+    t = torch.where(place == out.n_accepted, out.t_final + (end - end.detach()), t)
+    return torch.where(beyond, float("nan"), t).to(real), torch.where(beyond.unsqueeze(-1), float("nan"), states)
+
+
+def _interpolant(parts: _Parts) -> Callable[[Tensor], Any]:
+    out, plan, batched = parts.out, parts.problem.plan, parts.problem.batched
+    grid = step_times(out.t, out.h, out.segment, out.lands, parts.times.anchors)
+    rows, sign = parts.spec.rows, grid.sign
+
+    def at(t: Tensor) -> Any:
+        if t.dim() > (2 if batched else 1) or (t.dim() == 2 and t.shape[1] != rows):
+            raise InvalidInput(f"sol(t) takes t of shape () or (T,){' or (T, B)' if batched else ''}, got {tuple(t.shape)}")
+        times = t.to(device=out.t.device, dtype=torch.float64)
+        full = times.reshape(-1, 1).expand(-1, rows) if times.dim() < 2 else times
+        low, high = torch.minimum(out.t[0], out.t_final), torch.maximum(out.t[0], out.t_final)
+        if not torch._C._functorch.is_functorch_wrapped_tensor(full) and bool(((full < low) | (full > high)).any()):
+            raise InvalidInput("sol(t): t lies outside of what was integrated")
+        ahead = (sign * (full.detach().unsqueeze(1) - out.t)) > 0  # (T, K, B)
+        inside = torch.arange(out.t.shape[0], device=t.device).unsqueeze(-1) < out.n_accepted
+        index = ((ahead & inside).sum(1) - 1).clamp(min=0)
+        flat = interpolate(plan, out.states, out.stages, grid.t, grid.h, full, index)
+        return parts.state(flat[0] if times.dim() == 0 else flat)
+
+    return at

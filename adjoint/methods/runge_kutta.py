@@ -1,0 +1,219 @@
+"""Explicit Runge-Kutta methods: one step, its error, its dense output and its adjoint, as functions of flat tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .tableau import Tableau
+
+__all__ = ["ExplicitRungeKutta", "StepCotangents", "combine"]
+
+Flat = Callable[[Tensor, Tensor], Tensor]
+#: ``linearize(t, y) -> (f(t, y), pullback)`` with ``pullback(v) -> (f_y* v, f_t* v or None)``
+Linearize = Callable[[Tensor, Tensor], tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor | None]]]]
+
+
+def combine(y: Tensor, h: float | Tensor, weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:
+    """``y + h sum_j weights_j ks_j``; ``h`` is a number, or a tensor that broadcasts against ``y``."""
+    if isinstance(h, float):
+        for w, k in zip(weights, ks, strict=False):
+            if w:
+                y = torch.add(y, k, alpha=h * w)
+        return y
+    total = weighted_sum(weights, ks)
+    return y if total is None else y + h * total
+
+
+def weighted_sum(weights: Sequence[float], ks: Sequence[Tensor | None]) -> Tensor | None:
+    """``sum_j weights_j ks_j`` over the terms that are there, or None when there is none."""
+    total: Tensor | None = None
+    for w, k in zip(weights, ks, strict=False):
+        if w and k is not None:
+            total = k * w if total is None else torch.add(total, k, alpha=w)
+    return total
+
+
+@dataclass(frozen=True)
+class StepCotangents:
+    """What the adjoint of a step gives back: cotangents of ``y``, and of ``t`` and ``h`` per trajectory where asked for."""
+
+    y: Tensor
+    t: Tensor | None
+    h: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class ExplicitRungeKutta:
+    """An explicit Runge-Kutta method, defined by its tableau.
+
+    Every function takes the stage times as a sequence ``times`` (one tensor a stage, ``()`` or ``(B,)``) and the step ``h`` as a
+    Python float or a tensor that broadcasts against the ``(B, n)`` state, so that eager, compiled, vmapped and differentiated
+    code share one formula. Nothing here waits for the device.
+    """
+
+    tableau: Tableau
+
+    @property
+    def name(self) -> str:
+        return self.tableau.name
+
+    @property
+    def order(self) -> int:
+        return self.tableau.order
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether there is an error estimate to choose steps by."""
+        return self.tableau.error is not None
+
+    @property
+    def error_order(self) -> int:
+        """Order that the controller works with: the error of a step shrinks like ``h**(error_order + 1)``."""
+        return min(self.tableau.order, self.tableau.error_order if self.tableau.error_order is not None else self.tableau.order)
+
+    @cached_property
+    def nodes(self) -> tuple[float, ...]:
+        """Nodes of all stages, extra ones included."""
+        return (*self.tableau.c, *self.tableau.extra_c)
+
+    @property
+    def end_index(self) -> int | None:
+        """Which of the stages (extra ones included) is ``f(t + h, y1)``, the first stage of the next step; None if no one is."""
+        tab = self.tableau
+        return tab.n_stages - 1 if tab.fsal else tab.n_stages if tab.extra_is_next_first else None
+
+    @property
+    def error_uses_end(self) -> bool:
+        """Whether the error estimate weighs ``f(t + h, y1)`` though the step itself does not compute it."""
+        error = self.tableau.error
+        return error is not None and len(error) > self.tableau.n_stages
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of ``fun`` in an attempted step whose first stage is known."""
+        return self.tableau.n_stages - 1 + self.error_uses_end
+
+    @property
+    def extra_evaluations(self) -> int:
+        """Further evaluations for the dense output, when ``f(t + h, y1)`` is known."""
+        return len(self.tableau.extra_c) - self.tableau.extra_is_next_first
+
+    @property
+    def n_stages(self) -> int:
+        """Stages of the step itself, those of the dense output not counted."""
+        return self.tableau.n_stages
+
+    def step(self, f: Flat, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """One step from ``y``, whose first stage is ``k1``: the new state and all ``s`` stages."""
+        tab = self.tableau
+        ks, stage = [k1], y
+        for i in range(1, tab.n_stages):
+            stage = combine(y, h, tab.a[i], ks)
+            ks.append(f(times[i], stage))
+        return (stage if tab.fsal else combine(y, h, tab.b, ks)), ks
+
+    def error(self, h: float | Tensor, ks: Sequence[Tensor]) -> Tensor:
+        """The embedded error estimate ``h sum_i (b_i - b_hat_i) k_i``."""
+        assert self.tableau.error is not None
+        total = weighted_sum(self.tableau.error, ks)
+        assert total is not None
+        return total * h
+
+    def dense_stages(
+        self, f: Flat, times: Sequence[Tensor], h: float | Tensor, y: Tensor, ks: Sequence[Tensor], end: Tensor | None = None
+    ) -> list[Tensor]:
+        """All stages that the dense output weighs; ``end`` is ``f(t + h, y1)`` where it is known already."""
+        if len(ks) == len(self.nodes):
+            return list(ks)
+        tab, ks = self.tableau, list(ks)
+        for j, row in enumerate(tab.extra_a):
+            if j == 0 and end is not None and tab.extra_is_next_first:
+                ks.append(end)
+            else:
+                ks.append(f(times[tab.n_stages + j], combine(y, h, row, ks)))
+        return ks
+
+    def dense_weights(self, theta: Tensor) -> Tensor:
+        """``b_i(theta)``: shape ``(*theta.shape, S)`` with ``S`` the number of stages, extra ones included."""
+        matrix = theta.new_tensor(self.tableau.dense)
+        powers = theta.unsqueeze(-1) ** torch.arange(1, matrix.shape[1] + 1, device=theta.device, dtype=theta.dtype)
+        return powers @ matrix.T
+
+    def dense_slopes(self, theta: Tensor) -> Tensor:
+        """``db_i/dtheta``, shaped as `dense_weights`."""
+        matrix = theta.new_tensor(self.tableau.dense)
+        exponent = torch.arange(matrix.shape[1], device=theta.device, dtype=theta.dtype)
+        return (theta.unsqueeze(-1) ** exponent * (exponent + 1)) @ matrix.T
+
+    def adjoint_step(
+        self,
+        linearize: Linearize,
+        times: Sequence[Tensor],
+        h: float | Tensor,
+        y: Tensor,
+        end_bar: Tensor,
+        stages_bar: Callable[[list[Tensor]], Sequence[Tensor]] | None,
+        time_bars: bool,
+    ) -> StepCotangents:
+        """The discrete adjoint of a step (Hager 2000; Sandu 2006; THEORY section 1).
+
+        With ``v_i = h (b_i l1 + sum_j a_ji u_j)`` and ``u_i = f_y(Y_i)* v_i`` it is ``l0 = l1 + sum_i u_i``.
+
+        Parameters
+        ----------
+        linearize : callable
+            ``f`` at a point with its pullback, which also adds ``f_p* v`` to the caller's parameter cotangents.
+        end_bar : Tensor
+            ``l1``, the cotangent of the new state.
+        stages_bar : callable or None
+            Given the stages (extra ones included), their cotangents by way of the dense output. None: the dense output is not used.
+        time_bars : bool
+            Whether cotangents of ``t`` and ``h`` are wanted; they are row sums of shape ``(B,)``.
+        """
+        tab = self.tableau
+        rows: list[tuple[float, ...]] = [*tab.a, *tab.extra_a]
+        weights = list(tab.b)
+        if stages_bar is None:
+            # f(t + h, y1) of a FSAL method only serves the error and the dense output
+            rows = rows[: tab.n_stages - 1] if tab.fsal else rows[: tab.n_stages]
+        weights = [*weights, *([0.0] * len(rows))][: len(rows)]
+        ks: list[Tensor] = []
+        pullbacks = []
+        for i, row in enumerate(rows):
+            k, pullback = linearize(times[i], combine(y, h, row, ks))
+            ks.append(k)
+            pullbacks.append(pullback)
+        k_bar = stages_bar(ks) if stages_bar is not None else [None] * len(rows)
+
+        us: list[Tensor | None] = [None] * len(rows)
+        y_bar, t_bar, h_bar = end_bar, None, None
+        for i in reversed(range(len(rows))):
+            column = [rows[j][i] for j in range(i + 1, len(rows))]
+            w = weighted_sum([weights[i], *column], [end_bar, *us[i + 1 :]])
+            v = k_bar[i] if w is None else w * h if k_bar[i] is None else k_bar[i] + w * h
+            if v is None:
+                continue
+            u, time_bar = pullbacks[i](v)
+            us[i] = u
+            y_bar = y_bar + u
+            if time_bars:
+                if w is not None:
+                    h_bar = _add(h_bar, row_dot(ks[i], w))
+                if time_bar is not None:
+                    t_bar = _add(t_bar, time_bar)
+                    h_bar = _add(h_bar, time_bar * self.nodes[i])
+        return StepCotangents(y_bar, t_bar, h_bar)
+
+
+def row_dot(x: Tensor, y: Tensor) -> Tensor:
+    """Real inner product of every row: ``(B, n), (B, n) -> (B,)``."""
+    return (x.conj() * y).real.sum(-1) if x.is_complex() else (x * y).sum(-1)
+
+
+def _add(total: Tensor | None, x: Tensor) -> Tensor:
+    return x if total is None else total + x

@@ -1,0 +1,141 @@
+"""The autograd node of a solve: its forward pass is the loop, its derivatives are those of the recorded steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capture import below_jvp, functorch_active
+from ..errors import UnsupportedCombination
+from ..integrate import integrate
+from ..system import VmappedSystem
+from .discrete import eager_sweep
+from .problem import Outputs, Problem
+from .sweep import functional_sweep, tangents
+
+__all__ = ["SolveNode"]
+
+_DIFFERENTIABLE = 4
+
+
+class SolveNode(torch.autograd.Function):
+    """``apply(problem, anchors, t_eval, y0, *inputs)`` gives the tensors of `Outputs`, of which the first four are differentiable."""
+
+    @staticmethod
+    def forward(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(y0.device.type, enabled=False):
+            record = integrate(problem.system.bind(inputs), problem.plan, anchors, t_eval, y0, problem.batched, inputs)
+        problem.report(record)
+        return tuple(getattr(record, name) for name in Outputs._fields)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        problem, anchors, t_eval, y0, *rest = inputs
+        ctx.problem = problem
+        ctx.has_samples = t_eval is not None
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[_DIFFERENTIABLE:])
+        if not problem.plan.keep_states:
+            return
+        out = Outputs(*output)
+        saved = [anchors, *([t_eval] if t_eval is not None else []), *rest]
+        grid = [out.states, out.t, out.h, out.segment, out.lands, out.sample_step, out.status, out.event_step]
+        ctx.save_for_backward(*grid, *saved)
+        ctx.save_for_forward(*grid, *saved)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        grid, anchors, t_eval, inputs = _unpack(ctx)
+        bars = cotangents[:_DIFFERENTIABLE]
+        wants = ctx.needs_input_grad[1:]
+        differentiable = torch.is_grad_enabled() or functorch_active()
+        sweep = functional_sweep if differentiable else eager_sweep
+        with torch.autocast(grid["states"].device.type, enabled=False):
+            return (None, *sweep(ctx.problem, grid, anchors, t_eval, inputs, bars, wants))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, anchors_dot: Tensor | None, t_eval_dot: Tensor | None, y0_dot: Tensor | None, *inputs_dot: Any) -> Any:
+        grid, anchors, t_eval, inputs = _unpack(ctx)
+        dots = (anchors_dot, t_eval_dot, y0_dot, *inputs_dot)
+        with torch.autocast(grid["states"].device.type, enabled=False), below_jvp() as (lower, raise_):
+            out = tangents(
+                ctx.problem,
+                {name: lower(x) for name, x in grid.items()},
+                lower(anchors),
+                None if t_eval is None else lower(t_eval),
+                [lower(x) for x in inputs],
+                [None if d is None else lower(d) for d in dots],
+            )
+        # back at the level on which this body was called
+        return (*(raise_(x) for x in out), *([None] * (len(Outputs._fields) - _DIFFERENTIABLE)))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, *inputs: Tensor):
+        if problem.plan.events:
+            raise UnsupportedCombination("events= inside torch.vmap is not supported: solve one by one")
+        size, rows = info.batch_size, problem.system.rows
+        _, anchors_dim, t_eval_dim, y0_dim, *input_dims = in_dims
+
+        def columns(x: Tensor, dim: int | None) -> Tensor:
+            """(A, B) per copy to (A, size * B)."""
+            x = x.unsqueeze(1).expand(-1, size, -1) if dim is None else x.movedim(dim, 1)
+            return x.reshape(x.shape[0], size * rows)
+
+        y0 = y0.expand(size, -1, -1) if y0_dim is None else y0.movedim(y0_dim, 0)
+        inputs = tuple(x if d is None else x.movedim(d, 0) for x, d in zip(inputs, input_dims, strict=True))
+        system = VmappedSystem(problem.system, size, tuple(None if d is None else 0 for d in input_dims))
+        plan = problem.plan
+
+        def spread(tolerance: float | Tensor) -> float | Tensor:
+            if isinstance(tolerance, float):
+                return tolerance
+            return tolerance.expand(rows, -1).repeat(size, 1)
+
+        norm = plan.norm
+        plan = replace(
+            plan,
+            rtol=spread(plan.rtol),
+            atol=spread(plan.atol),
+            norm=lambda x: torch.vmap(norm)(x.reshape(size, rows, -1)).reshape(-1),
+        )
+        mapped = replace(problem, system=system, plan=plan, batched=True)
+        out = SolveNode.apply(
+            mapped,
+            columns(anchors, anchors_dim),
+            None if t_eval is None else columns(t_eval, t_eval_dim),
+            y0.reshape(size * rows, -1),
+            *inputs,
+        )
+        split, dims = [], []
+        for name, x in zip(Outputs._fields, out, strict=True):
+            if name.startswith("event"):
+                split.append(x)
+                dims.append(None)
+                continue
+            where = _ROW_DIM[name]
+            split.append(x.unflatten(where, (size, rows)))
+            dims.append(where)
+        return tuple(split), tuple(dims)
+
+
+_ROW_DIM = {
+    **{name: 0 for name in ("final", "n_steps", "n_accepted", "n_rejected", "n_fun", "status", "t_final")},
+    **{name: 1 for name in ("samples", "states", "t", "h", "segment", "lands", "sample_step")},
+    "stages": 2,
+}
+
+
+def _unpack(ctx: Any) -> tuple[dict[str, Tensor], Tensor, Tensor | None, Sequence[Tensor]]:
+    if not ctx.problem.plan.keep_states:
+        raise RuntimeError("this solve was made without keeping what its derivatives need")
+    names = ("states", "t", "h", "segment", "lands", "sample_step", "status", "event_step")
+    saved = list(ctx.saved_tensors)
+    grid = dict(zip(names, saved[: len(names)], strict=True))
+    rest = saved[len(names) :]
+    anchors = rest.pop(0)
+    t_eval = rest.pop(0) if ctx.has_samples else None
+    return grid, anchors, t_eval, rest

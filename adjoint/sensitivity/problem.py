@@ -1,0 +1,114 @@
+"""What a strategy is given (`Problem`) and what it gives back (`Outputs`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..integrate import Plan, Record, shifted_times
+from ..system import System, VmappedSystem
+
+__all__ = ["Gradient", "Outputs", "Problem", "StepTimes", "interpolate", "step_times"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A solve without its differentiable tensors.
+
+    ``batched``: whether rows are trajectories with their own steps. ``report`` sees the record of every forward solve
+    (it raises the named errors), and the numbers of function evaluations of every backward sweep through ``backward_report``.
+    """
+
+    system: System | VmappedSystem
+    plan: Plan
+    batched: bool
+    report: Callable[[Record], None]
+    backward_report: Callable[[int, int], None]
+
+
+class Outputs(NamedTuple):
+    """The record's tensors; the first four are differentiable. Shapes as in `Record`."""
+
+    final: Tensor
+    samples: Tensor
+    states: Tensor
+    stages: Tensor
+    t: Tensor
+    h: Tensor
+    segment: Tensor
+    lands: Tensor
+    sample_step: Tensor
+    n_steps: Tensor
+    n_accepted: Tensor
+    n_rejected: Tensor
+    n_fun: Tensor
+    status: Tensor
+    t_final: Tensor
+    event_id: Tensor
+    event_step: Tensor
+    event_t: Tensor
+
+
+class Gradient(Protocol):
+    """A gradient strategy: how a solve is made differentiable."""
+
+    def solve(self, problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Outputs:
+        """Solve with outputs that are differentiable in ``anchors`` (A, B), ``t_eval`` (T, B), ``y0`` (B, n) and ``inputs``."""
+        ...
+
+
+class StepTimes(NamedTuple):
+    """The discretisation as functions of the anchors: ``(K, B)`` starts and sizes, and the jump flags of each step or None."""
+
+    t: Tensor
+    h: Tensor
+    jump_start: Tensor | None
+    jump_end: Tensor | None
+    sign: Tensor
+
+
+def step_times(t: Tensor, h: Tensor, segment: Tensor, lands: Tensor, anchors: Tensor) -> StepTimes:
+    """Starts and sizes of the steps, with their derivatives in the anchors.
+
+    Step sizes are held fixed: a step starts at its anchor plus a constant, and only a step that lands on the next anchor changes its
+    size with it.
+    """
+    if anchors.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(anchors):
+        moved = anchors - anchors.detach()
+        at = moved.gather(0, segment)
+        then = moved.gather(0, (segment + 1).clamp(max=anchors.shape[0] - 1))
+        t = t + at
+        h = h + torch.where(lands, then - at, 0.0)
+    sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0).detach()
+    if anchors.shape[0] == 2:
+        return StepTimes(t, h, None, None, sign)
+    first = torch.cat([torch.zeros_like(segment[:1]), segment[:-1]])
+    jump_start = segment > first
+    return StepTimes(t, h, jump_start, lands & (segment < anchors.shape[0] - 2), sign)
+
+
+def stage_times(plan: Plan, grid: StepTimes, k: int, real: torch.dtype) -> list[Tensor]:
+    """Times of all stages of step ``k``, ``(B,)`` each."""
+    nodes = plan.method.nodes
+    times = [(grid.t[k] + grid.h[k] * c).to(real) for c in nodes]
+    if grid.jump_start is None or grid.jump_end is None:
+        return times
+    return shifted_times(times, nodes, grid.jump_start[k], grid.jump_end[k], grid.sign)
+
+
+def interpolate(plan: Plan, states: Tensor, stages: Tensor, t: Tensor, h: Tensor, t_eval: Tensor, sample_step: Tensor) -> Tensor:
+    """Dense output at ``t_eval`` (T, B), as plain differentiable tensor code; NaN where ``sample_step`` is negative."""
+    index = sample_step.clamp(min=0)
+    n_samples, rows = sample_step.shape
+    n, n_stages = states.shape[-1], stages.shape[1]
+    h_k = h.gather(0, index)
+    theta = (t_eval - t.gather(0, index)) / torch.where(h_k == 0, 1.0, h_k)
+    y = states.gather(0, index.unsqueeze(-1).expand(-1, -1, n))
+    ks = stages.gather(0, index[:, None, :, None].expand(n_samples, n_stages, rows, n))
+    weights = (plan.method.dense_weights(theta) * h_k.unsqueeze(-1)).to(states.dtype)
+    value = y + torch.einsum("tbs,tsbn->tbn", weights, ks)
+    return torch.where((sample_step >= 0).unsqueeze(-1), value, float("nan"))

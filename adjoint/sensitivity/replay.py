@@ -1,0 +1,54 @@
+"""The recorded steps again, as plain differentiable tensor code: for unrolled gradients, tangents and derivatives of derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..integrate import Plan
+from ..system import Flat
+from .problem import Outputs, StepTimes, interpolate, stage_times, step_times
+
+__all__ = ["replay", "replay_step"]
+
+
+def replay_step(f: Flat, plan: Plan, times: Sequence[Tensor], h: Tensor, y: Tensor, dense: bool) -> tuple[Tensor, Tensor]:
+    """One step as a pure function: the new state ``(B, n)`` and, with ``dense``, all stages ``(S, B, n)``.
+
+    ``h`` is ``(B,)`` float64.
+    """
+    column = h.to(y.dtype.to_real()).unsqueeze(-1)
+    y1, ks = plan.method.step(f, times, column, y, f(times[0], y))
+    if not dense:
+        return y1, y.new_empty(0)
+    return y1, torch.stack(plan.method.dense_stages(f, times, column, y, ks))
+
+
+def replay(f: Flat, plan: Plan, grid: Outputs, anchors: Tensor, t_eval: Tensor | None, y0: Tensor) -> Outputs:
+    """The computed solution as a differentiable function of ``anchors``, ``t_eval``, ``y0`` and whatever ``f`` depends on."""
+    times = step_times(grid.t, grid.h, grid.segment, grid.lands, anchors)
+    n_steps = grid.t.shape[0]
+    keep = set(kept_steps(plan, grid, n_steps))
+    sampled = t_eval is not None and t_eval.shape[0] > 0
+    states, stages = [y0], []
+    for k in range(n_steps):
+        y1, ks = replay_step(f, plan, stage_times(plan, times, k, y0.dtype.to_real()), times.h[k], states[-1], sampled or k in keep)
+        states.append(y1)
+        stages.append(ks)
+    final = torch.where((grid.status >= 0).unsqueeze(-1), states[-1], float("nan"))
+    all_states = torch.stack(states)
+    samples = grid.samples
+    if sampled and n_steps:
+        assert t_eval is not None
+        samples = interpolate(plan, all_states, torch.stack(stages), times.t, times.h, t_eval, grid.sample_step)
+    kept = torch.stack([stages[k] for k in sorted(keep)]) if keep else grid.stages
+    return grid._replace(final=final, samples=samples, states=all_states if plan.keep_states else grid.states, stages=kept)
+
+
+def kept_steps(plan: Plan, grid: Outputs, n_steps: int) -> list[int]:
+    """Steps whose stages are among the outputs, in order."""
+    if plan.keep_stages:
+        return list(range(n_steps))
+    return sorted(set(grid.event_step.tolist())) if plan.events else []

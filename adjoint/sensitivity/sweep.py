@@ -1,0 +1,186 @@
+"""The discrete adjoint sweep and the tangent sweep as differentiable code: for ``create_graph``, ``torch.func`` and forward mode.
+
+Every step is differentiated by `torch.func.vjp` of the step itself, so that whatever transform is active sees plain operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .problem import Problem, StepTimes, interpolate, stage_times, step_times
+from .replay import replay_step
+
+__all__ = ["functional_sweep", "tangent", "tangents"]
+
+
+def _step(problem: Problem, grid: dict[str, Tensor], times: StepTimes, k: int, dense: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Step ``k`` as a function of ``(t, h, y, *inputs)``; its output is ``(y1, stages)``."""
+    real = grid["states"].dtype.to_real()
+
+    def step(t: Tensor, h: Tensor, y: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        row = times._replace(
+            t=t.unsqueeze(0),
+            h=h.unsqueeze(0),
+            jump_start=None if times.jump_start is None else times.jump_start[k : k + 1],
+            jump_end=None if times.jump_end is None else times.jump_end[k : k + 1],
+        )
+        f = problem.system.bind(inputs)
+        return replay_step(f, problem.plan, stage_times(problem.plan, row, 0, real), h, y, dense)
+
+    return step
+
+
+def _smooth(step: Callable[..., Any], inputs: Sequence[Tensor], smooth: Sequence[int]) -> Callable[..., Any]:
+    """The step as a function of some of its inputs only (integer ones have no derivative)."""
+
+    def partial(t: Tensor, h: Tensor, y: Tensor, *some: Tensor) -> Any:
+        merged = list(inputs)
+        for i, x in zip(smooth, some, strict=True):
+            merged[i] = x
+        return step(t, h, y, *merged)
+
+    return partial
+
+
+def _anchored(anchors: Tensor, grid: dict[str, Tensor]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Shifts of step starts and sizes with the anchors: a linear function of anchor shifts."""
+    following = (grid["segment"] + 1).clamp(max=anchors.shape[0] - 1)
+
+    def shifts(moved: Tensor) -> tuple[Tensor, Tensor]:
+        at = moved.gather(0, grid["segment"])
+        return at, torch.where(grid["lands"], moved.gather(0, following) - at, 0.0)
+
+    return shifts
+
+
+def _zero(bar: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if bar is None else bar
+
+
+def functional_sweep(
+    problem: Problem,
+    grid: dict[str, Tensor],
+    anchors: Tensor,
+    t_eval: Tensor | None,
+    inputs: Sequence[Tensor],
+    bars: Sequence[Tensor | None],
+    wants: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """As `discrete.eager_sweep`, but differentiable to any order."""
+    final_bar, samples_bar, states_bar, kept_bar = bars
+    plan, states = problem.plan, grid["states"]
+    n_steps = grid["t"].shape[0]
+    times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors)
+    sampled = samples_bar is not None and t_eval is not None and t_eval.shape[0] > 0 and n_steps > 0
+    kept = _kept_steps(problem, grid, n_steps) if kept_bar is not None else {}
+
+    bar = torch.zeros_like(states[0])
+    if final_bar is not None:
+        bar = bar + torch.where((grid["status"] >= 0).unsqueeze(-1), final_bar, 0.0)
+    state_bars: Tensor | None = states_bar
+    stage_bars: Tensor | None = None
+    t_extra = h_extra = t_eval_bar = None
+    if sampled:
+        assert t_eval is not None and samples_bar is not None
+        stages = torch.stack([_step(problem, grid, times, k, True)(times.t[k], times.h[k], states[k], *inputs)[1] for k in range(n_steps)])
+        _, pull = torch.func.vjp(
+            lambda s, ks, t, h, te: interpolate(plan, s, ks, t, h, te, grid["sample_step"]), states, stages, times.t, times.h, t_eval
+        )
+        from_samples, stage_bars, t_extra, h_extra, t_eval_bar = pull(samples_bar)
+        state_bars = from_samples if state_bars is None else state_bars + from_samples
+
+    input_bars: list[Tensor | None] = [None] * len(inputs)
+    smooth = [i for i, want in enumerate(wants[3:]) if want]
+    t_bars, h_bars = [], []
+    for k in reversed(range(n_steps)):
+        if state_bars is not None:
+            bar = bar + state_bars[k + 1]
+        k_bar = None if stage_bars is None else stage_bars[k]
+        if k in kept and kept_bar is not None:
+            k_bar = kept_bar[kept[k]] if k_bar is None else k_bar + kept_bar[kept[k]]
+        dense = k_bar is not None
+        step = _smooth(_step(problem, grid, times, k, dense), inputs, smooth)
+        (_, ks), pull = torch.func.vjp(step, times.t[k], times.h[k], states[k], *(inputs[i] for i in smooth))
+        t_bar, h_bar, bar, *rest = pull((bar, k_bar if k_bar is not None else torch.zeros_like(ks)))
+        t_bars.append(t_bar)
+        h_bars.append(h_bar)
+        for i, g in zip(smooth, rest, strict=True):
+            total = input_bars[i]
+            input_bars[i] = g if total is None else total + g
+    if state_bars is not None:
+        bar = bar + state_bars[0]
+    if n_steps == 0 and samples_bar is not None:
+        bar = bar + samples_bar.sum(0)
+    anchors_bar = None
+    if wants[0] and n_steps:
+        t_total, h_total = torch.stack(t_bars[::-1]), torch.stack(h_bars[::-1])
+        if t_extra is not None and h_extra is not None:
+            t_total, h_total = t_total + t_extra, h_total + h_extra
+        _, pull_shift = torch.func.vjp(_anchored(anchors, grid), torch.zeros_like(anchors))
+        (anchors_bar,) = pull_shift((t_total, h_total))
+    problem.backward_report(n_steps * plan.method.n_stages * (2 if sampled else 1), n_steps)
+    return (anchors_bar, t_eval_bar if wants[1] else None, bar if wants[2] else None, *input_bars)
+
+
+def _kept_steps(problem: Problem, grid: dict[str, Tensor], n_steps: int) -> dict[int, int]:
+    steps = range(n_steps) if problem.plan.keep_stages else sorted(set(grid["event_step"].tolist()))
+    return {k: i for i, k in enumerate(steps)}
+
+
+def tangent(function: Callable[..., Any], primals: Sequence[Tensor], dots: Sequence[Tensor]) -> Any:
+    """Tangent of a function by two reverse sweeps: it nests with a user's dual level, where `torch.func.jvp` does not."""
+    out, pull = torch.func.vjp(function, *primals)
+    zeros = tuple(torch.zeros_like(x) for x in out) if isinstance(out, tuple) else torch.zeros_like(out)
+    _, push = torch.func.vjp(pull, zeros)
+    return push(tuple(dots))[0]
+
+
+def tangents(
+    problem: Problem,
+    grid: dict[str, Tensor],
+    anchors: Tensor,
+    t_eval: Tensor | None,
+    inputs: Sequence[Tensor],
+    dots: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tangents of ``(final, samples, states, stages)`` along tangents of ``(anchors, t_eval, y0, *inputs)``."""
+    anchors_dot, t_eval_dot, y0_dot, *inputs_dot = dots
+    plan, states = problem.plan, grid["states"]
+    n_steps = grid["t"].shape[0]
+    times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors)
+    t_dot, h_dot = _anchored(anchors, grid)(_zero(anchors_dot, anchors))
+    smooth = [i for i, x in enumerate(inputs) if x.is_floating_point() or x.is_complex()]
+    input_dots = [_zero(inputs_dot[i], inputs[i]) for i in smooth]
+    sampled = t_eval is not None and t_eval.shape[0] > 0 and n_steps > 0
+    kept = _kept_steps(problem, grid, n_steps) if plan.keep_stages or plan.events else {}
+
+    dot = _zero(y0_dot, states[0])
+    state_dots, stage_dots, stages = [dot], [], []
+    for k in range(n_steps):
+        dense = sampled or k in kept
+        full = _step(problem, grid, times, k, dense)
+        primals = (times.t[k], times.h[k], states[k], *(inputs[i] for i in smooth))
+        dot, ks_dot = tangent(_smooth(full, inputs, smooth), primals, (t_dot[k], h_dot[k], dot, *input_dots))
+        state_dots.append(dot)
+        if dense:
+            stages.append(full(times.t[k], times.h[k], states[k], *inputs)[1])
+        stage_dots.append(ks_dot)
+    final_dot = torch.where((grid["status"] >= 0).unsqueeze(-1), dot, 0.0)
+    all_dots = torch.stack(state_dots)
+    n_all = len(plan.method.nodes)
+    if sampled:
+        assert t_eval is not None
+        samples_dot = tangent(
+            lambda s, ks, t, h, te: interpolate(plan, s, ks, t, h, te, grid["sample_step"]),
+            (states, torch.stack(stages), times.t, times.h, t_eval),
+            (all_dots, torch.stack(stage_dots), t_dot, h_dot, _zero(t_eval_dot, t_eval)),
+        )
+    else:
+        n_samples = 0 if t_eval is None else t_eval.shape[0]
+        samples_dot = dot.new_zeros(n_samples, *dot.shape) + dot
+    kept_dot = torch.stack([stage_dots[k] for k in kept]) if kept else dot.new_zeros(0, n_all, *dot.shape)
+    return final_dot, samples_dot, all_dots, kept_dot

@@ -1,0 +1,239 @@
+"""A user's function made flat: state pytrees become ``(B, n)`` tensors, arguments and captured tensors become a list of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+
+from .capture import Substitute
+from .errors import InvalidInput
+
+__all__ = ["Flat", "StateSpec", "System", "VmappedSystem"]
+
+#: a flat function of time () or (B,) and state (B, n)
+Flat = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """How a state pytree maps to a ``(B, n)`` tensor (``B = 1`` for an unbatched problem).
+
+    Leaves of different dtypes are carried in their common dtype and handed to ``fun`` in their own.
+    """
+
+    tree: TreeSpec
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    paths: tuple[str, ...]
+    batch: int | None
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, state: Any, batched: bool, what: str = "y0") -> StateSpec:
+        """Read the layout of a state; raises `InvalidInput` for what cannot be a state."""
+        keyed, tree = tree_flatten_with_path(state)
+        leaves, paths = [leaf for _, leaf in keyed], tuple(keystr(path) for path, _ in keyed)
+        if not leaves:
+            raise InvalidInput(f"{what} holds no tensor")
+        for leaf, path in zip(leaves, paths, strict=True):
+            if not isinstance(leaf, Tensor):
+                raise InvalidInput(f"{what}{path} is a {type(leaf).__name__}; a state is a tensor or a pytree of tensors")
+            if not (leaf.is_floating_point() or leaf.is_complex()):
+                raise InvalidInput(f"{what}{path} has dtype {leaf.dtype}; a state needs a floating or complex dtype (try .float() or .double())")
+            if batched and leaf.dim() == 0:
+                raise InvalidInput(f"{what}{path} is 0-d, but batched=True needs a leading batch dimension on every leaf")
+        devices = {leaf.device for leaf in leaves}
+        if len(devices) > 1:
+            raise InvalidInput(f"the leaves of {what} lie on several devices: {sorted(map(str, devices))}")
+        batches = {leaf.shape[0] for leaf in leaves} if batched else {None}
+        if len(batches) > 1:
+            raise InvalidInput(f"with batched=True the leaves of {what} must share their leading dimension, found {sorted(batches)}")
+        return cls(
+            tree=tree,
+            shapes=tuple(leaf.shape for leaf in leaves),
+            dtypes=tuple(leaf.dtype for leaf in leaves),
+            paths=paths,
+            batch=batches.pop(),
+            dtype=reduce(torch.promote_types, (leaf.dtype for leaf in leaves)),
+            device=leaves[0].device,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Number of trajectories, 1 for an unbatched problem."""
+        return 1 if self.batch is None else self.batch
+
+    @property
+    def real_dtype(self) -> torch.dtype:
+        """Dtype of times as ``fun`` sees them, and of error norms."""
+        return self.dtype.to_real()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Length of every leaf in a row of the flat state."""
+        skip = 0 if self.batch is None else 1
+        return tuple(prod(shape[skip:]) for shape in self.shapes)
+
+    def flatten(self, state: Any) -> Tensor:
+        """State pytree to ``(B, n)``; the structure is taken to be right."""
+        leaves = tree_flatten(state)[0]
+        if len(leaves) == 1:
+            return leaves[0].reshape(self.rows, self.sizes[0])
+        return torch.cat([leaf.to(self.dtype).reshape(self.rows, size) for leaf, size in zip(leaves, self.sizes, strict=True)], dim=1)
+
+    def unflatten(self, flat: Tensor) -> Any:
+        """``(*lead, B, n)`` to a pytree of ``(*lead, *leaf.shape)``."""
+        lead = flat.shape[:-2]
+        if len(self.shapes) == 1:
+            return tree_unflatten([flat.reshape(lead + self.shapes[0])], self.tree)
+        pieces = flat.split(self.sizes, dim=-1)
+        leaves = [
+            _cast(piece, dtype).reshape(lead + shape) for piece, dtype, shape in zip(pieces, self.dtypes, self.shapes, strict=True)
+        ]
+        return tree_unflatten(leaves, self.tree)
+
+    def component(self, index: int) -> str:
+        """Name of one entry of a row of the flat state, for messages."""
+        skip = 0 if self.batch is None else 1
+        for path, shape, size in zip(self.paths, self.shapes, self.sizes, strict=True):
+            if index < size:
+                inner = shape[skip:]
+                if not inner:
+                    return f"y{path}"
+                place = [int(i) for i in torch.unravel_index(torch.tensor(index), inner)]
+                return f"y{path}[{', '.join(map(str, place))}]"
+            index -= size
+        return "y"
+
+    def check(self, value: Any, what: str) -> None:
+        """Raise `InvalidInput` unless ``value`` has the structure, shapes, dtypes and device of the state."""
+        leaves, tree = tree_flatten(value)
+        if tree != self.tree:
+            raise InvalidInput(f"{what} has the structure {tree}, but the state has {self.tree}")
+        for leaf, shape, dtype, path in zip(leaves, self.shapes, self.dtypes, self.paths, strict=True):
+            if not isinstance(leaf, Tensor):
+                raise InvalidInput(f"{what}{path} is a {type(leaf).__name__}, expected a tensor of shape {tuple(shape)}")
+            if leaf.shape != shape:
+                raise InvalidInput(f"{what}{path} has shape {tuple(leaf.shape)}, but the state has {tuple(shape)}")
+            if leaf.device != self.device:
+                raise InvalidInput(f"{what}{path} is on {leaf.device}, but the state is on {self.device}")
+            if leaf.dtype != dtype:
+                raise InvalidInput(
+                    f"{what}{path} has dtype {leaf.dtype}, but the state has {dtype}; convert one of them (a float64 parameter in a "
+                    "float32 model is the usual cause)"
+                )
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.is_complex() and not dtype.is_complex:
+        x = x.real
+    return x.to(dtype)
+
+
+@dataclass(frozen=True)
+class System:
+    """A user's right-hand side with its layout, and the places where the node's tensor inputs go.
+
+    ``inputs`` of `bind` are the tensor leaves of ``args`` in order, then the captured tensors.
+    """
+
+    fun: Callable[..., Any]
+    spec: StateSpec
+    args_tree: TreeSpec
+    args_leaves: tuple[Any, ...] = ()
+    captured: tuple[Tensor, ...] = field(default=())
+
+    @property
+    def rows(self) -> int:
+        return self.spec.rows
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The tensors on which the right-hand side depends, beside time and state."""
+        return (*(x for x in self.args_leaves if isinstance(x, Tensor)), *self.captured)
+
+    def arguments(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The user's ``args`` with other tensors in their places."""
+        stream = iter(inputs)
+        leaves = [next(stream) if isinstance(x, Tensor) else x for x in self.args_leaves]
+        return tree_unflatten(leaves, self.args_tree)
+
+    def substitution(self, inputs: Sequence[Tensor]) -> Substitute | None:
+        """A context that puts the given tensors in the place of captured ones, or None where they are the same already."""
+        given = inputs[len(inputs) - len(self.captured) :] if self.captured else ()
+        if all(x is c for x, c in zip(given, self.captured, strict=True)):
+            return None
+        return Substitute(self.captured, given)
+
+    def bind(self, inputs: Sequence[Tensor], fun: Callable[..., Any] | None = None) -> Flat:
+        """The flat function ``f(t, y)`` for given inputs."""
+        fun, spec = fun or self.fun, self.spec
+        args = self.arguments(inputs)
+        mode = self.substitution(inputs)
+        if mode is not None:
+            inner = fun
+
+            def fun(*a: Any) -> Any:
+                with mode:
+                    return inner(*a)
+
+        single = len(spec.shapes) == 1 and spec.tree.is_leaf()
+        if single:
+            shape, dtype = spec.shapes[0], spec.dtype
+
+            def f(t: Tensor, y: Tensor) -> Tensor:
+                out = fun(t, y.reshape(shape), *args)
+                if not isinstance(out, Tensor) or out.shape != shape or out.dtype != dtype:
+                    spec.check(out, "what fun returned")
+                return out.reshape(y.shape)
+
+        else:
+
+            def f(t: Tensor, y: Tensor) -> Tensor:
+                out = fun(t, spec.unflatten(y), *args)
+                spec.check(out, "what fun returned")
+                return spec.flatten(out)
+
+        if spec.batch is None:
+            return lambda t, y: f(t if t.dim() == 0 else t.reshape(()), y)
+        return f
+
+
+@dataclass(frozen=True)
+class VmappedSystem:
+    """A system under ``torch.vmap``: ``size`` copies of the base, whose rows become ``size * base.rows`` trajectories."""
+
+    base: System | VmappedSystem
+    size: int
+    in_dims: tuple[int | None, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.size * self.base.rows
+
+    @property
+    def spec(self) -> StateSpec:
+        return self.base.spec
+
+    def bind(self, inputs: Sequence[Tensor]) -> Flat:
+        """The flat function ``f(t, y)`` on ``(size * rows,)`` times and ``(size * rows, n)`` states."""
+        rows, size, inputs = self.base.rows, self.size, tuple(inputs)
+
+        def call(t: Tensor, y: Tensor, *xs: Tensor) -> Tensor:
+            return self.base.bind(xs)(t, y)
+
+        mapped = torch.vmap(call, in_dims=(0, 0, *self.in_dims), randomness="different")
+
+        def f(t: Tensor, y: Tensor) -> Tensor:
+            out = mapped(t.reshape(size, rows), y.reshape(size, rows, -1), *inputs)
+            return out.reshape(y.shape)
+
+        return f
