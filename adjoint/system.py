@@ -190,10 +190,11 @@ class System:
             shape, dtype = spec.shapes[0], spec.dtype
 
             def f(t: Tensor, y: Tensor) -> Tensor:
-                out = fun(t, y.reshape(shape), *args)
-                if not isinstance(out, Tensor) or out.shape != shape or out.dtype != dtype:
+                natural = y.shape == shape
+                out = fun(t, y if natural else y.reshape(shape), *args)
+                if not isinstance(out, Tensor) or out.shape != shape or out.dtype != dtype or out.device != y.device:
                     spec.check(out, "what fun returned")
-                return out.reshape(y.shape)
+                return out if natural else out.reshape(y.shape)
 
         else:
 
@@ -205,6 +206,12 @@ class System:
         if spec.batch is None:
             return lambda t, y: f(t if t.dim() == 0 else t.reshape(()), y)
         return f
+
+    @property
+    def natural_shape(self) -> torch.Size | None:
+        """Shape in which an unbatched one-tensor state may be carried, so that ``fun`` needs no reshaping; None for all others."""
+        plain = self.spec.batch is None and len(self.spec.shapes) == 1 and self.spec.tree.is_leaf()
+        return self.spec.shapes[0] if plain else None
 
 
 @dataclass(frozen=True)
@@ -222,6 +229,11 @@ class VmappedSystem:
     @property
     def spec(self) -> StateSpec:
         return self.base.spec
+
+    @property
+    def natural_shape(self) -> None:
+        """Copies are always carried flat."""
+        return None
 
     def bind(self, inputs: Sequence[Tensor]) -> Flat:
         """The flat function ``f(t, y)`` on ``(size * rows,)`` times and ``(size * rows, n)`` states."""

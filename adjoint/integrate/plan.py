@@ -12,7 +12,7 @@ from torch import Tensor
 from ..methods import Method
 from .controller import PIDController
 
-__all__ = ["Counts", "Event", "Monitor", "Plan", "Record", "Status", "rms_norm"]
+__all__ = ["Event", "Monitor", "Plan", "Record", "Status", "rms_norm"]
 
 
 class Status(IntEnum):
@@ -83,17 +83,7 @@ class Plan:
 
     def scaled(self, error: Tensor, size: Tensor) -> Tensor:
         """Error in units of the tolerance; ``size`` is ``max(|y0|, |y1|)``."""
-        if isinstance(self.rtol, float) and isinstance(self.atol, float):
-            return error / torch.add(torch.full((), self.atol, dtype=size.dtype, device=size.device), size, alpha=self.rtol)
-        return error / (self.atol + self.rtol * size)
-
-
-@dataclass
-class Counts:
-    """Work counters of one loop (shared by all trajectories, which advance in lock step)."""
-
-    n_fun: int = 0
-    n_rejected: int = 0
+        return error / (size * self.rtol + self.atol)
 
 
 @dataclass(frozen=True)

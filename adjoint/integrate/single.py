@@ -45,14 +45,15 @@ class _Sampler:
         for i in ends:
             self.out[self.order[i]] = y1
         if inner:
-            theta = torch.tensor([(self.times[i] - t) / h for i in inner], dtype=torch.float64)
-            weights = self.plan.method.dense_weights(theta).to(dtype=y.dtype, device=y.device)
-            ks = torch.stack([k.reshape(-1) for k in stages()])
+            theta = torch.tensor([(self.times[i] - t) / h for i in inner], dtype=torch.float64, device=y.device)
+            weights = self.plan.method.dense_weights(theta).to(y.dtype)
+            ks = torch.stack(stages()).reshape(len(self.plan.method.nodes), -1)
             values = torch.addmm(y.reshape(1, -1), weights, ks, alpha=h).reshape(len(inner), *y.shape)
-            if self.order[inner[0]] + len(inner) - 1 == self.order[inner[-1]] and sorted(self.order[i] for i in inner) == [self.order[i] for i in inner]:
-                self.out[self.order[inner[0]] : self.order[inner[0]] + len(inner)] = values
+            places = [self.order[i] for i in inner]
+            if places == list(range(places[0], places[0] + len(places))):
+                self.out[places[0] : places[0] + len(places)] = values
             else:
-                self.out[torch.tensor([self.order[i] for i in inner], device=y.device)] = values
+                self.out[torch.tensor(places, device=y.device)] = values
 
 
 def _times(plan: Plan, t: float, h: float, like: Tensor, jump: tuple[bool, bool], sign: float) -> Sequence[Tensor]:
@@ -61,7 +62,13 @@ def _times(plan: Plan, t: float, h: float, like: Tensor, jump: tuple[bool, bool]
 
 
 def integrate_single(
-    f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor] = ()
+    f: Callable[[Tensor, Tensor], Tensor],
+    plan: Plan,
+    anchors: Tensor,
+    t_eval: Tensor | None,
+    y0: Tensor,
+    inputs: Sequence[Tensor] = (),
+    shape: Sequence[int] | None = None,
 ) -> Record:
     """Solve one trajectory.
 
@@ -71,7 +78,10 @@ def integrate_single(
     anchors : (A, 1) float64; start, times where a step must end, end; in the direction of integration
     t_eval : (T, 1) float64 or None; sample times within the span, in any order
     y0 : (1, n)
+    shape : the shape in which ``f`` takes and gives states, ``(1, n)`` by default
     """
+    flat = y0.shape
+    y0 = y0 if shape is None else y0.reshape(shape)
     method, controller, monitor = plan.method, plan.controller, plan.monitor
     stops = anchors[:, 0].tolist()
     t, t_end = stops[0], stops[-1]
@@ -96,7 +106,9 @@ def integrate_single(
         step = plan.first_step
     elif method.adaptive:
         one = torch.full((1,), t, dtype=torch.float64, device=device)
-        step = float(initial_step(f, plan, one, y, k1, torch.full_like(one, sign)))
+        step = float(
+            initial_step(lambda t, x: f(t, x.reshape(y0.shape)).reshape(flat), plan, one, y.reshape(flat), k1.reshape(flat), torch.full_like(one, sign))
+        )
         n_fun += 1
     else:
         # a grid of anchors is the whole discretisation
@@ -135,7 +147,7 @@ def integrate_single(
             if method.error_uses_end:
                 k_end = f(times[method.n_stages], y1)
             estimate = method.error(h, ks if k_end is None else [*ks, k_end])
-            error = float(plan.norm(plan.scaled(estimate, torch.maximum(size, size1))))
+            error = float(plan.norm(plan.scaled(estimate, torch.maximum(size, size1)).reshape(flat)))
             bad = not math.isfinite(error)
             if bad or error > 1.0:
                 monitor.rejected(t, y, h)
@@ -215,12 +227,13 @@ def integrate_single(
     def one_row(value: int | float, kind: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor([value], dtype=kind, device=device)
 
+    n_all = len(method.nodes)
     return Record(
-        final=y,
-        last=reached,
-        states=torch.stack(states) if plan.keep_states else y0.new_empty((0, *y0.shape)),
-        samples=sampler.out,
-        stages=torch.stack(kept_stages) if kept_stages else y0.new_empty((0, len(method.nodes), *y0.shape)),
+        final=y.reshape(flat),
+        last=reached.reshape(flat),
+        states=torch.stack(states).reshape(-1, *flat) if plan.keep_states else y0.new_empty((0, *flat)),
+        samples=sampler.out.reshape(-1, *flat) if sampler.order else y0.new_empty((0, *flat)),
+        stages=torch.stack(kept_stages).reshape(-1, n_all, *flat) if kept_stages else y0.new_empty((0, n_all, *flat)),
         t=column(starts, torch.float64),
         h=column(sizes, torch.float64),
         segment=column(segments, torch.int64),
@@ -249,7 +262,7 @@ class _EventWatch:
         self.values = [self._value(i, t0, y0) for i in range(len(plan.events))]
 
     def _value(self, i: int, t: float, y: Tensor) -> float:
-        return float(self.functions[i](torch.tensor(t, dtype=y.dtype.to_real(), device=y.device), y))
+        return float(self.functions[i](torch.tensor(t, dtype=y.dtype.to_real(), device=y.device), y.reshape(1, -1)))
 
     def found_in(self, step: int) -> bool:
         return bool(self.found) and self.found[-1][1] == step
@@ -271,11 +284,11 @@ class _EventWatch:
         self.values = new
         if not crossed:
             return None
-        ks = torch.stack([k.reshape(-1) for k in stages()])
+        ks = torch.stack(stages()).reshape(len(self.plan.method.nodes), -1)
 
         def state(theta: float) -> Tensor:
-            weights = self.plan.method.dense_weights(torch.tensor([theta], dtype=torch.float64))
-            return torch.addmm(y.reshape(1, -1), weights.to(dtype=y.dtype, device=y.device), ks, alpha=h).reshape(y.shape)
+            weights = self.plan.method.dense_weights(torch.tensor([theta], dtype=torch.float64, device=y.device))
+            return torch.addmm(y.reshape(1, -1), weights.to(y.dtype), ks, alpha=h).reshape(y.shape)
 
         located = []
         for i in crossed:

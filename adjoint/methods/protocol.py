@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -50,6 +50,6 @@ class Method(Protocol):
         h: float | Tensor,
         y: Tensor,
         end_bar: Tensor,
-        stages_bar: Callable[[list[Tensor]], Sequence[Tensor]] | None,
+        k_bar: Sequence[Tensor | None],
         time_bars: bool,
     ) -> StepCotangents: ...

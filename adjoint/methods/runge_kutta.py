@@ -29,22 +29,23 @@ def combine(y: Tensor, h: float | Tensor, weights: Sequence[float], ks: Sequence
     return y if total is None else y + h * total
 
 
-def weighted_sum(weights: Sequence[float], ks: Sequence[Tensor | None]) -> Tensor | None:
-    """``sum_j weights_j ks_j`` over the terms that are there, or None when there is none."""
+def weighted_sum(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor | None:
+    """``sum_j weights_j ks_j``, or None when all weights are zero."""
     total: Tensor | None = None
     for w, k in zip(weights, ks, strict=False):
-        if w and k is not None:
+        if w:
             total = k * w if total is None else torch.add(total, k, alpha=w)
     return total
 
 
 @dataclass(frozen=True)
 class StepCotangents:
-    """What the adjoint of a step gives back: cotangents of ``y``, and of ``t`` and ``h`` per trajectory where asked for."""
+    """What the adjoint of a step gives back: cotangents of ``y``, of ``t`` and ``h`` per trajectory where asked for, and the stages."""
 
     y: Tensor
     t: Tensor | None
     h: Tensor | None
+    stages: Sequence[Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +76,10 @@ class ExplicitRungeKutta:
     def error_order(self) -> int:
         """Order that the controller works with: the error of a step shrinks like ``h**(error_order + 1)``."""
         return min(self.tableau.order, self.tableau.error_order if self.tableau.error_order is not None else self.tableau.order)
+
+    @cached_property
+    def _tensors(self) -> dict[tuple[torch.dtype, torch.device], Tensor]:
+        return {}
 
     @cached_property
     def nodes(self) -> tuple[float, ...]:
@@ -140,13 +145,19 @@ class ExplicitRungeKutta:
 
     def dense_weights(self, theta: Tensor) -> Tensor:
         """``b_i(theta)``: shape ``(*theta.shape, S)`` with ``S`` the number of stages, extra ones included."""
-        matrix = theta.new_tensor(self.tableau.dense)
+        matrix = self._dense(theta.dtype, theta.device)
         powers = theta.unsqueeze(-1) ** torch.arange(1, matrix.shape[1] + 1, device=theta.device, dtype=theta.dtype)
         return powers @ matrix.T
 
+    def _dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        key = (dtype, device)
+        if key not in self._tensors:
+            self._tensors[key] = torch.tensor(self.tableau.dense, dtype=dtype, device=device)
+        return self._tensors[key]
+
     def dense_slopes(self, theta: Tensor) -> Tensor:
         """``db_i/dtheta``, shaped as `dense_weights`."""
-        matrix = theta.new_tensor(self.tableau.dense)
+        matrix = self._dense(theta.dtype, theta.device)
         exponent = torch.arange(matrix.shape[1], device=theta.device, dtype=theta.dtype)
         return (theta.unsqueeze(-1) ** exponent * (exponent + 1)) @ matrix.T
 
@@ -157,7 +168,7 @@ class ExplicitRungeKutta:
         h: float | Tensor,
         y: Tensor,
         end_bar: Tensor,
-        stages_bar: Callable[[list[Tensor]], Sequence[Tensor]] | None,
+        k_bar: Sequence[Tensor | None],
         time_bars: bool,
     ) -> StepCotangents:
         """The discrete adjoint of a step (Hager 2000; Sandu 2006; THEORY section 1).
@@ -170,44 +181,45 @@ class ExplicitRungeKutta:
             ``f`` at a point with its pullback, which also adds ``f_p* v`` to the caller's parameter cotangents.
         end_bar : Tensor
             ``l1``, the cotangent of the new state.
-        stages_bar : callable or None
-            Given the stages (extra ones included), their cotangents by way of the dense output. None: the dense output is not used.
+        k_bar : sequence
+            Cotangents of the stages by way of the dense output, extra stages included; None for those without. Stages behind the last
+            one that matters are not computed.
         time_bars : bool
             Whether cotangents of ``t`` and ``h`` are wanted; they are row sums of shape ``(B,)``.
         """
         tab = self.tableau
-        rows: list[tuple[float, ...]] = [*tab.a, *tab.extra_a]
-        weights = list(tab.b)
-        if stages_bar is None:
-            # f(t + h, y1) of a FSAL method only serves the error and the dense output
-            rows = rows[: tab.n_stages - 1] if tab.fsal else rows[: tab.n_stages]
-        weights = [*weights, *([0.0] * len(rows))][: len(rows)]
+        used = max([tab.n_stages - tab.fsal, *(i + 1 for i, bar in enumerate(k_bar) if bar is not None)])
+        rows = (*tab.a, *tab.extra_a)[:used]
+        weights = (*tab.b, *([0.0] * len(tab.extra_a)))
         ks: list[Tensor] = []
         pullbacks = []
         for i, row in enumerate(rows):
             k, pullback = linearize(times[i], combine(y, h, row, ks))
             ks.append(k)
             pullbacks.append(pullback)
-        k_bar = stages_bar(ks) if stages_bar is not None else [None] * len(rows)
 
-        us: list[Tensor | None] = [None] * len(rows)
+        # us[j] is u_{used - 1 - j}: the sums run over the stages already done
+        us: list[Tensor] = []
         y_bar, t_bar, h_bar = end_bar, None, None
-        for i in reversed(range(len(rows))):
-            column = [rows[j][i] for j in range(i + 1, len(rows))]
-            w = weighted_sum([weights[i], *column], [end_bar, *us[i + 1 :]])
-            v = k_bar[i] if w is None else w * h if k_bar[i] is None else k_bar[i] + w * h
+        for i in reversed(range(used)):
+            w = weighted_sum([weights[i], *(rows[j][i] for j in range(used - 1, i, -1))], [end_bar, *us])
+            bar = k_bar[i] if i < len(k_bar) else None
+            v = bar if w is None else w * h if bar is None else bar + w * h
             if v is None:
+                us.append(torch.zeros_like(y))
                 continue
             u, time_bar = pullbacks[i](v)
-            us[i] = u
+            us.append(u)
             y_bar = y_bar + u
             if time_bars:
                 if w is not None:
-                    h_bar = _add(h_bar, row_dot(ks[i], w))
+                    # a float h belongs to one trajectory, whatever its shape
+                    one = (1, -1) if isinstance(h, float) else ks[i].shape
+                    h_bar = _add(h_bar, row_dot(ks[i].reshape(one), w.reshape(one)))
                 if time_bar is not None:
                     t_bar = _add(t_bar, time_bar)
                     h_bar = _add(h_bar, time_bar * self.nodes[i])
-        return StepCotangents(y_bar, t_bar, h_bar)
+        return StepCotangents(y_bar, t_bar, h_bar, ks)
 
 
 def row_dot(x: Tensor, y: Tensor) -> Tensor:

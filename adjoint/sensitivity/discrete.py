@@ -1,18 +1,25 @@
-"""The discrete adjoint sweep for first derivatives: plain ``autograd.grad`` of ``fun`` at each stage, one state kept per step."""
+"""The discrete adjoint sweep for first derivatives: plain reverse mode through ``fun`` at each stage, one state kept per step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.variable import Variable
 
 from ..capture import unknown_leaves
 from ..errors import CapturedTensorLost
 from ..system import Flat, System
 from .problem import Problem, stage_times, step_times
 
-__all__ = ["eager_sweep"]
+__all__ = ["eager_sweep", "kept_steps"]
+
+
+def _vjp(output: Tensor, targets: tuple[Tensor, ...], cotangent: Tensor) -> Sequence[Tensor | None]:
+    # torch.autograd.grad without its argument checks, which cost as much as a small layer
+    return Variable._execution_engine.run_backward((output,), (cotangent,), False, False, targets, allow_unreachable=True, accumulate_grad=False)
 
 
 class _Linearizer:
@@ -22,9 +29,8 @@ class _Linearizer:
         self.f, self.time = f, time
         self.wanted = [i for i, want in enumerate(wants) if want]
         self.inputs = inputs
-        self.targets = [inputs[i] for i in self.wanted]
+        self.targets = tuple(inputs[i] for i in self.wanted)
         self.bars: list[Tensor | None] = [None] * len(inputs)
-        self.owned = [False] * len(inputs)
         self.n_fun = 0
         self.check_next = False
 
@@ -37,28 +43,29 @@ class _Linearizer:
             k = self.f(t, y)
         if self.check_next:
             self._check(t, y, k)
-        targets = [y, *([t] if self.time else []), *self.targets]
 
         def pullback(v: Tensor) -> tuple[Tensor, Tensor | None]:
             if not k.requires_grad:
                 return torch.zeros_like(y), torch.zeros_like(t) if self.time else None
-            u, *rest = torch.autograd.grad(k, targets, v, allow_unused=True)
-            time_bar = None
             if self.time:
-                time_bar = rest.pop(0)
+                u, time_bar, *rest = _vjp(k, (y, t, *self.targets), v)
                 time_bar = torch.zeros_like(t) if time_bar is None else time_bar
+            else:
+                u, *rest = _vjp(k, (y, *self.targets), v)
+                time_bar = None
+            totals, terms = [], []
             for i, g in zip(self.wanted, rest, strict=True):
+                total = self.bars[i]
                 if g is None:
                     continue
-                total = self.bars[i]
                 if total is None:
-                    self.bars[i] = g
-                elif self.owned[i]:
-                    total.add_(g)
+                    # copied: the cotangent may be somebody else's memory, and this sum is made in place
+                    self.bars[i] = g.clone()
                 else:
-                    # the first cotangent may be somebody else's memory
-                    self.bars[i] = total + g
-                    self.owned[i] = True
+                    totals.append(total)
+                    terms.append(g)
+            if totals:
+                torch._foreach_add_(totals, terms)
             return torch.zeros_like(y) if u is None else u, time_bar
 
         return k.detach(), pullback
@@ -77,74 +84,80 @@ class _Linearizer:
 
 
 class _Samples:
-    """Cotangents of the samples, grouped by the step that they lie in."""
+    """Cotangents of the samples, sorted by the step that they lie in."""
 
     def __init__(self, problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None, bar: Tensor | None, time_bars: bool) -> None:
-        self.plan, self.grid, self.time_bars = problem.plan, grid, time_bars
+        self.method = problem.plan.method
         self.t_eval_bar = torch.zeros_like(t_eval) if t_eval is not None and time_bars else None
-        n_steps = grid["t"].shape[0]
-        self.inner: list[Tensor | None] = [None] * n_steps
-        self.ends: list[Tensor | None] = [None] * n_steps
-        if bar is None or t_eval is None:
+        n_steps, rows = grid["t"].shape
+        self.rows, self.time_bars = rows, time_bars
+        self.inner = self.ends = [(0, 0)] * n_steps
+        if bar is None or t_eval is None or n_steps == 0:
             return
-        self.bar = bar
         step = grid["sample_step"]
         index = step.clamp(min=0)
         h = grid["h"].gather(0, index)
-        self.h = h
-        self.theta = (t_eval - grid["t"].gather(0, index)) / torch.where(h == 0, 1.0, h)
-        self.weights = problem.plan.method.dense_weights(self.theta).to(bar.dtype)
-        flat = torch.where((self.theta == 1.0) & (not time_bars), step + n_steps, step).reshape(-1)
-        order = flat.argsort()
-        order = order[(flat[order] >= 0)]
-        counts = torch.bincount(flat[order], minlength=2 * n_steps).tolist()
-        groups = order.split(counts)
-        self.inner = [g if c else None for g, c in zip(groups[:n_steps], counts[:n_steps], strict=True)]
-        self.ends = [g if c else None for g, c in zip(groups[n_steps:], counts[n_steps:], strict=True)]
+        theta = (t_eval - grid["t"].gather(0, index)) / torch.where(h == 0, 1.0, h)
+        # a sample at the end of a step is the state there, whose own cotangent does the rest
+        group = torch.where((theta == 1.0) & (not time_bars) & (step >= 0), step + n_steps, step).reshape(-1)
+        order = group.argsort(stable=True)
+        counts = torch.bincount(group + 1, minlength=2 * n_steps + 1).tolist()
+        self.order = order
+        self.row = order % rows
+        self.h, self.theta = h.reshape(-1)[order], theta.reshape(-1)[order]
+        self.bar = bar.reshape(-1, bar.shape[-1])[order]
+        self.weights = self.method.dense_weights(self.theta)
+        self.scaled = (self.weights * self.h.unsqueeze(-1)).to(bar.dtype)
+        edges = [0]
+        for count in counts:
+            edges.append(edges[-1] + count)
+        pairs = list(zip(edges[1:], edges[2:], strict=False))
+        self.inner, self.ends = pairs[:n_steps], pairs[n_steps:]
 
-    def at_end(self, k: int, shape: torch.Size) -> Tensor | None:
-        """Cotangent of the state at the end of step ``k``."""
-        group = self.ends[k]
-        return None if group is None else self._rows(group, shape, self.bar.reshape(-1, shape[-1])[group])
-
-    def _rows(self, group: Tensor, shape: torch.Size, values: Tensor) -> Tensor:
-        if shape[0] == 1:
+    def _rows_sum(self, start: int, stop: int) -> Tensor:
+        values = self.bar[start:stop]
+        if self.rows == 1:
             return values.sum(0, keepdim=True)
-        return values.new_zeros(shape).index_add_(0, group % shape[0], values)
+        return values.new_zeros(self.rows, values.shape[-1]).index_add_(0, self.row[start:stop], values)
 
-    def at_start(self, k: int, shape: torch.Size) -> Tensor | None:
+    def at_end(self, k: int) -> Tensor | None:
+        """Cotangent of the state at the end of step ``k``."""
+        start, stop = self.ends[k]
+        return self._rows_sum(start, stop) if stop > start else None
+
+    def at_start(self, k: int) -> Tensor | None:
         """Cotangent of the state at the start of step ``k``, by way of the dense output."""
-        group = self.inner[k]
-        return None if group is None else self._rows(group, shape, self.bar.reshape(-1, shape[-1])[group])
+        start, stop = self.inner[k]
+        return self._rows_sum(start, stop) if stop > start else None
 
-    def stages_bar(self, k: int, ks: Sequence[Tensor], times: list[Tensor]) -> Tensor | None:
-        """Cotangents ``(S, B, n)`` of the stages of step ``k``; adds those of its start and size to ``times``."""
-        group = self.inner[k]
-        if group is None:
+    def stages_bar(self, k: int) -> Tensor | None:
+        """Cotangents ``(S, B, n)`` of the stages of step ``k``."""
+        start, stop = self.inner[k]
+        if stop == start:
             return None
-        rows, n = ks[0].shape
-        row = group % rows
-        bar = self.bar.reshape(-1, n)[group]
-        h = self.h.reshape(-1)[group]
-        weights = self.weights.reshape(-1, len(ks))[group]
-        scaled = weights * h.unsqueeze(-1).to(weights.dtype)
-        if rows == 1:
-            out = (scaled.T @ bar).unsqueeze(1)
-        else:
-            out = bar.new_zeros(len(ks), rows, n).index_add_(1, row, scaled.T.unsqueeze(-1) * bar)
-        if self.time_bars:
-            theta = self.theta.reshape(-1)[group]
-            products = torch.stack([_real_dot(k_i[row], bar) for k_i in ks], dim=-1).double()
-            slope = (self.plan.method.dense_slopes(theta) * products).sum(-1)
-            size = (weights.real.double() * products).sum(-1) - theta * slope
-            assert self.t_eval_bar is not None
-            self.t_eval_bar.view(-1)[group] = slope
-            times[0].index_add_(0, row, -slope)
-            times[1].index_add_(0, row, size)
-        return out
+        bar, scaled = self.bar[start:stop], self.scaled[start:stop]
+        if self.rows == 1:
+            return (scaled.T @ bar).unsqueeze(1)
+        out = bar.new_zeros(scaled.shape[1], self.rows, bar.shape[-1])
+        return out.index_add_(1, self.row[start:stop], scaled.T.unsqueeze(-1) * bar)
+
+    def add_time_bars(self, k: int, ks: Sequence[Tensor], t_bar: Tensor, h_bar: Tensor) -> None:
+        """Cotangents of the sample times in step ``k``; adds those of its start and size to ``t_bar``, ``h_bar`` (B,)."""
+        start, stop = self.inner[k]
+        if stop == start:
+            return
+        row, bar, theta, h = (x[start:stop] for x in (self.row, self.bar, self.theta, self.h))
+        products = torch.stack([_row_dot(k_i[row], bar) for k_i in ks], dim=-1).double()
+        # d/dtheta of h sum b_i(theta) k_i . bar, over h
+        slope = (self.method.dense_slopes(theta) * products).sum(-1)
+        size = (self.weights[start:stop] * products).sum(-1) - theta * slope
+        assert self.t_eval_bar is not None
+        self.t_eval_bar.view(-1)[self.order[start:stop]] = slope
+        t_bar.index_add_(0, row, -slope)
+        h_bar.index_add_(0, row, size)
 
 
-def _real_dot(x: Tensor, y: Tensor) -> Tensor:
+def _row_dot(x: Tensor, y: Tensor) -> Tensor:
     return (x.conj() * y).real.sum(-1) if x.is_complex() else (x * y).sum(-1)
 
 
@@ -160,66 +173,80 @@ def eager_sweep(
     """Cotangents of ``(anchors, t_eval, y0, *inputs)`` from those of ``(final, samples, states, stages)``."""
     final_bar, samples_bar, states_bar, stages_bar = bars
     system, plan = problem.system, problem.plan
+    method = plan.method
     states = grid["states"].detach()
     n_steps, rows = grid["t"].shape
+    n_all = len(method.nodes)
     time_bars = bool(wants[0] or wants[1])
     # under plain autograd a captured tensor is its own input: no substitution
     inputs = system.inputs if isinstance(system, System) else inputs
     linearize = _Linearizer(system.bind(inputs), inputs, wants[3:], time_bars)
     samples = _Samples(problem, grid, t_eval, samples_bar, time_bars)
     times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors.detach())
-    kept = _kept(problem, grid, n_steps, stages_bar)
-    sizes = grid["h"][:, 0].tolist() if rows == 1 else None
-    real = states.dtype.to_real()
-    alive = grid["status"] >= 0
+    stage_t = stage_times(plan, times, states.dtype.to_real())
+    kept = dict(zip(kept_steps(plan, grid, n_steps), stages_bar, strict=True)) if stages_bar is not None and len(stages_bar) else {}
+    shape = system.natural_shape
+    flat = states.shape[1:]
+    if shape is not None:
+        states = states.reshape(-1, *shape)
+    if rows == 1:
+        sizes: Any = grid["h"][:, 0].tolist()
+    else:
+        sizes = grid["h"].to(states.dtype.to_real()).unsqueeze(-1).unbind()
 
     bar = torch.zeros_like(states[0])
     if final_bar is not None:
-        bar = bar + torch.where(alive.unsqueeze(-1), final_bar, 0.0)
-    t_bars = torch.zeros_like(grid["t"])
-    h_bars = torch.zeros_like(grid["t"])
+        bar = bar + torch.where((grid["status"] >= 0).unsqueeze(-1), final_bar, 0.0).reshape(bar.shape)
+    t_bars, h_bars = torch.zeros_like(grid["t"]), torch.zeros_like(grid["t"])
+    # f(t + h, y1) of a step is the first stage of the next, which can take its cotangent over, unless fun jumps in between
+    hand_over = method.end_index == n_all - 1 and not time_bars and times.jump_end is None
+
+    def stage_cotangents(k: int) -> list[Tensor | None]:
+        out = samples.stages_bar(k)
+        if k in kept:
+            out = kept[k] if out is None else out + kept[k]
+        return [] if out is None else list((out if shape is None else out.reshape(-1, *shape)).unbind())
+
     checked = isinstance(system, System)
+    k_bar = stage_cotangents(n_steps - 1) if n_steps else []
     for k in reversed(range(n_steps)):
         if states_bar is not None:
-            bar = bar + states_bar[k + 1]
-        end = samples.at_end(k, bar.shape)
+            bar = bar + states_bar[k + 1].reshape(bar.shape)
+        end = samples.at_end(k)
         if end is not None:
-            bar = bar + end
-        inner, kept_bar = samples.inner[k] is not None, kept.get(k)
-        extra_times = [t_bars[k], h_bars[k]]
-
-        def dense_bars(ks: list[Tensor], k: int = k, kept_bar: Tensor | None = kept_bar, extra: list[Tensor] = extra_times) -> Sequence[Tensor]:
-            out = samples.stages_bar(k, ks, extra)
-            if kept_bar is not None:
-                out = kept_bar if out is None else out + kept_bar
-            assert out is not None
-            return out.unbind()
-
-        stage_t = stage_times(plan, times, k, real)
-        h = sizes[k] if sizes is not None else times.h[k].to(real).unsqueeze(-1)
+            bar = bar + end.reshape(bar.shape)
+        below = stage_cotangents(k - 1) if k else []
+        if hand_over and below:
+            handed = below.pop()
+            if k_bar:
+                k_bar[0] = handed if k_bar[0] is None else k_bar[0] + handed
+            else:
+                k_bar = [handed]
         linearize.check_next = checked
-        result = plan.method.adjoint_step(linearize, stage_t, h, states[k], bar, dense_bars if inner or kept_bar is not None else None, time_bars)
-        start = samples.at_start(k, bar.shape)
-        bar = result.y if start is None else result.y + start
-        if result.t is not None:
-            t_bars[k] += result.t
-        if result.h is not None:
-            h_bars[k] += result.h
+        result = method.adjoint_step(linearize, stage_t[k], sizes[k], states[k], bar, k_bar, time_bars)
+        start = samples.at_start(k)
+        bar = result.y if start is None else result.y + start.reshape(bar.shape)
+        if time_bars:
+            samples.add_time_bars(k, [x.reshape(flat) for x in result.stages], t_bars[k], h_bars[k])
+            if result.t is not None:
+                t_bars[k] += result.t
+            if result.h is not None:
+                h_bars[k] += result.h
+        k_bar = below
     if states_bar is not None:
-        bar = bar + states_bar[0]
+        bar = bar + states_bar[0].reshape(bar.shape)
     if n_steps == 0 and samples_bar is not None:
-        bar = bar + samples_bar.sum(0)
+        bar = bar + samples_bar.sum(0).reshape(bar.shape)
     problem.backward_report(linearize.n_fun, n_steps)
     anchors_bar = _anchors_bar(anchors, grid, t_bars, h_bars) if wants[0] else None
-    return (anchors_bar, samples.t_eval_bar if wants[1] else None, bar if wants[2] else None, *linearize.bars)
+    return (anchors_bar, samples.t_eval_bar if wants[1] else None, bar.reshape(flat) if wants[2] else None, *linearize.bars)
 
 
-def _kept(problem: Problem, grid: dict[str, Tensor], n_steps: int, stages_bar: Tensor | None) -> dict[int, Tensor]:
-    """Cotangents of the stages that were outputs, by step."""
-    if stages_bar is None or stages_bar.shape[0] == 0:
-        return {}
-    steps = range(n_steps) if problem.plan.keep_stages else sorted(set(grid["event_step"].tolist()))
-    return dict(zip(steps, stages_bar, strict=True))
+def kept_steps(plan: Any, grid: dict[str, Tensor], n_steps: int) -> list[int]:
+    """Steps whose stages are among the outputs, in order."""
+    if plan.keep_stages:
+        return list(range(n_steps))
+    return sorted(set(grid["event_step"].tolist())) if plan.events else []
 
 
 def _anchors_bar(anchors: Tensor, grid: dict[str, Tensor], t_bars: Tensor, h_bars: Tensor) -> Tensor:

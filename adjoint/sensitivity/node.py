@@ -28,7 +28,8 @@ class SolveNode(torch.autograd.Function):
     @staticmethod
     def forward(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(y0.device.type, enabled=False):
-            record = integrate(problem.system.bind(inputs), problem.plan, anchors, t_eval, y0, problem.batched, inputs)
+            system = problem.system
+            record = integrate(system.bind(inputs), problem.plan, anchors, t_eval, y0, problem.batched, inputs, system.natural_shape)
         problem.report(record)
         return tuple(getattr(record, name) for name in Outputs._fields)
 

@@ -91,13 +91,15 @@ def step_times(t: Tensor, h: Tensor, segment: Tensor, lands: Tensor, anchors: Te
     return StepTimes(t, h, jump_start, lands & (segment < anchors.shape[0] - 2), sign)
 
 
-def stage_times(plan: Plan, grid: StepTimes, k: int, real: torch.dtype) -> list[Tensor]:
-    """Times of all stages of step ``k``, ``(B,)`` each."""
+def stage_times(plan: Plan, grid: StepTimes, real: torch.dtype) -> list[list[Tensor]]:
+    """Times of all stages of all steps, ``(B,)`` each."""
     nodes = plan.method.nodes
-    times = [(grid.t[k] + grid.h[k] * c).to(real) for c in nodes]
+    t, h = grid.t.unsqueeze(1), grid.h.unsqueeze(1)
+    times = (t + h * h.new_tensor(nodes).unsqueeze(-1)).to(real)
+    rows = [list(row.unbind()) for row in times.unbind()]
     if grid.jump_start is None or grid.jump_end is None:
-        return times
-    return shifted_times(times, nodes, grid.jump_start[k], grid.jump_end[k], grid.sign)
+        return rows
+    return [shifted_times(row, nodes, grid.jump_start[k], grid.jump_end[k], grid.sign) for k, row in enumerate(rows)]
 
 
 def interpolate(plan: Plan, states: Tensor, stages: Tensor, t: Tensor, h: Tensor, t_eval: Tensor, sample_step: Tensor) -> Tensor:

@@ -33,8 +33,9 @@ def replay(f: Flat, plan: Plan, grid: Outputs, anchors: Tensor, t_eval: Tensor |
     keep = set(kept_steps(plan, grid, n_steps))
     sampled = t_eval is not None and t_eval.shape[0] > 0
     states, stages = [y0], []
+    all_times = stage_times(plan, times, y0.dtype.to_real())
     for k in range(n_steps):
-        y1, ks = replay_step(f, plan, stage_times(plan, times, k, y0.dtype.to_real()), times.h[k], states[-1], sampled or k in keep)
+        y1, ks = replay_step(f, plan, all_times[k], times.h[k], states[-1], sampled or k in keep)
         states.append(y1)
         stages.append(ks)
     final = torch.where((grid.status >= 0).unsqueeze(-1), states[-1], float("nan"))

@@ -29,7 +29,7 @@ def _step(problem: Problem, grid: dict[str, Tensor], times: StepTimes, k: int, d
             jump_end=None if times.jump_end is None else times.jump_end[k : k + 1],
         )
         f = problem.system.bind(inputs)
-        return replay_step(f, problem.plan, stage_times(problem.plan, row, 0, real), h, y, dense)
+        return replay_step(f, problem.plan, stage_times(problem.plan, row, real)[0], h, y, dense)
 
     return step
 
