@@ -145,6 +145,7 @@ def solve_ivp(
     single = real == torch.float32 or real.itemsize < 4
     plan = Plan(
         method=chosen,
+        real=real,
         controller=controller if controller is not None else IController(),
         rtol=flat_tolerance(rtol, "rtol", spec if quadrature is None else spec, 1e-4 if single else 1e-6),
         atol=flat_tolerance(atol, "atol", spec, 1e-6 if single else 1e-9),

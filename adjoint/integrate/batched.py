@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .controller import log_error
 from .initial_step import initial_step
 from .plan import Plan, Record, Status, shifted_times
 
@@ -56,11 +57,13 @@ def advance(
     method, controller = plan.method, plan.controller
     order = method.error_order + 1
     t, y, k1, running = carry.t, carry.y, carry.k1, carry.running
-    real = y.dtype.to_real()
+    real = plan.real
     last = stops.shape[0] - 2
     target = stops.gather(0, carry.segment.clamp(max=last).unsqueeze(0) + 1).squeeze(0)
     remaining = (target - t).abs()
     wanted = carry.step.clamp(max=plan.max_step)
+    if plan.accept_smallest:
+        wanted = wanted.clamp(min=plan.min_step)
     if method.adaptive:
         lands = (wanted * 1.01 >= remaining) & (remaining <= plan.max_step)
     else:
@@ -76,8 +79,9 @@ def advance(
     end = torch.where(lands & alive, target, t + h)
     hr = h.to(real).unsqueeze(-1)
     times = [(t + h * c).to(real) for c in method.nodes]
-    jump_end = lands & (carry.segment < last)
-    if stops.shape[0] > 2:
+    jumps = plan.shift == "all" or (plan.shift == "inner" and stops.shape[0] > 2)
+    jump_end = lands if plan.shift == "all" else lands & (carry.segment < last)
+    if jumps:
         times = shifted_times(times, method.nodes, carry.jump, jump_end, sign)
     y1, ks = method.step(f, times, hr, y, k1)
     k_end: Tensor | None = ks[-1] if method.end_index == method.n_stages - 1 else None
@@ -86,18 +90,21 @@ def advance(
         k_end = f(time, y1)
     if method.adaptive:
         estimate = method.error(hr, [*ks, k_end] if method.error_uses_end else ks)
-        error = plan.norm(plan.scaled(estimate, torch.maximum(y.abs(), y1.abs()))).double()
+        error = plan.norm(plan.scaled(estimate, torch.maximum(y.abs(), y1.abs())))
         bad = ~torch.isfinite(error)
-        accepted = alive & (error <= 1.0)
-        rejected = alive & ~(error <= 1.0)
-        floored = controller.floor(torch.where(bad, 1e300, error))
-        up = controller.accepted(order, floored, (carry.error1, carry.error2))
+        passed = error <= 1.0
+        if plan.accept_smallest:
+            passed = passed | (~bad & (h.abs() <= plan.min_step))
+        accepted = alive & passed
+        rejected = alive & ~passed
+        level = log_error(torch.where(bad, float("inf"), error))
+        up = controller.accepted(order, level, (carry.error1, carry.error2))
         up = torch.where(carry.rejected_last, up.clamp(max=1.0), up)
         proposal = h.abs() * up
         proposal = torch.where(lands & ~carry.rejected_last, torch.maximum(proposal, wanted), proposal)
-        down = h.abs() * torch.where(bad, controller.min_factor, controller.rejected(order, floored))
+        down = h.abs() * torch.where(bad, controller.min_factor, controller.rejected(order, level))
         step = torch.where(accepted, proposal, torch.where(rejected, down, carry.step))
-        error1 = torch.where(accepted, floored, carry.error1)
+        error1 = torch.where(accepted, level, carry.error1)
         error2 = torch.where(accepted, carry.error1, carry.error2)
         hopeless = rejected & bad & (step <= 16 * _EPS * t.abs())
         failed = torch.where(hopeless, int(Status.NON_FINITE), failed)
@@ -110,7 +117,7 @@ def advance(
     segment = carry.segment + landed
     done = landed & (segment > last)
     y_next = torch.where(column, y1, y)
-    if stops.shape[0] > 2:
+    if jumps:
         # after a discontinuity the first stage is taken anew, from the far side of it
         jumped = accepted & jump_end
         t_next = torch.where(accepted, end, t)
@@ -139,7 +146,7 @@ def advance(
 def start_carry(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor, sign: Tensor, y0: Tensor) -> tuple[Carry, int]:
     """The loop's first state, and how often ``fun`` was evaluated for it."""
     t0 = stops[0]
-    k1 = f(t0.to(y0.dtype.to_real()), y0)
+    k1 = f(shifted_times([t0.to(plan.real)], [0.0], plan.shift == "all", False, sign)[0], y0)
     n_fun = 1
     if plan.first_step is not None:
         step = torch.full_like(t0, plan.first_step)
@@ -148,10 +155,12 @@ def start_carry(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor
         n_fun += 1
     else:
         step = torch.full_like(t0, float("inf"))
-    one = torch.ones_like(t0)
+    level = torch.zeros_like(t0, dtype=torch.float32)
     zero = torch.zeros_like(t0, dtype=torch.int64)
     no = torch.zeros_like(t0, dtype=torch.bool)
-    return Carry(t0, y0, k1, step, one, one, _skip_empty(stops, zero), no, no, no, zero, zero, ~no), n_fun
+    # every field its own tensor: compiled steps are specialised on which of their inputs are the same
+    carry = Carry(t0.clone(), y0, k1, step, level, level.clone(), _skip_empty(stops, zero), no, no.clone(), no.clone(), zero.clone(), zero.clone(), ~no)
+    return carry, n_fun
 
 
 def _skip_empty(stops: Tensor, segment: Tensor) -> Tensor:
@@ -259,8 +268,10 @@ def _pack(
         }
     accepted = torch.stack([a.accepted for a in attempts])
     most = int(n_accepted.max()) if rows else 0
-    # a stable sort of "not accepted" lists the accepted attempts of each column first, in their order
-    index = (~accepted).to(torch.uint8).sort(dim=0, stable=True).indices[:most]
+    # index[j, b]: which attempt was the j-th accepted one of trajectory b; rejected ones write to a row that is dropped
+    place = torch.where(accepted, accepted.cumsum(0) - 1, most)
+    attempt = torch.arange(len(attempts), device=y0.device).unsqueeze(-1).expand_as(place)
+    index = torch.zeros((most + 1, rows), dtype=torch.int64, device=y0.device).scatter_(0, place, attempt)[:most]
     pad = torch.arange(most, device=y0.device).unsqueeze(-1) >= n_accepted
 
     def pick(values: list[Tensor], padding: Tensor | float | int | bool) -> Tensor:
@@ -311,7 +322,7 @@ class _BatchSampler:
         theta = (self.times[where, row] - attempt.t[row]) / h
         weights = self.plan.method.dense_weights(theta).to(y.dtype)
         ks = torch.stack([k[row] for k in attempt.stages], dim=1)
-        value = y[row] + h.to(y.dtype.to_real()).unsqueeze(-1) * torch.einsum("ms,msn->mn", weights, ks)
+        value = y[row] + h.to(self.plan.real).unsqueeze(-1) * torch.einsum("ms,msn->mn", weights, ks)
         self.out[where, row] = value
         self.step[where, row] = n_accepted[row]
         self.open[where, row] = False

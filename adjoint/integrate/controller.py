@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log2
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["IController", "PIController", "PIDController"]
+__all__ = ["IController", "PIController", "PIDController", "log_error"]
 
 Number = TypeVar("Number", float, Tensor)
 
-_TINY = 1e-10
+_TINY, _HUGE = 1e-10, 1e30
 
 
-def _clip(x: Number, low: float | Number, high: float) -> Number:
-    if isinstance(x, Tensor):
-        return torch.clamp(torch.maximum(x, low) if isinstance(low, Tensor) else x.clamp(min=low), max=high)
-    return min(max(x, low), high)
+def _clip(x: Number, low: float, high: float) -> Number:
+    return x.clamp(low, high) if isinstance(x, Tensor) else min(max(x, low), high)
 
 
 @dataclass(frozen=True)
@@ -43,28 +42,29 @@ class PIDController:
         if not 0 < self.safety <= 1 or not 0 < self.min_factor < 1 < self.max_factor:
             raise ValueError("a controller needs 0 < safety <= 1 and 0 < min_factor < 1 < max_factor")
 
-    @property
-    def memory(self) -> int:
-        """How many earlier error norms enter."""
-        return 2 if self.dcoeff else 1 if self.pcoeff else 0
+    def accepted(self, order: int, log_error: Number, previous: tuple[Number, Number]) -> Number:
+        """Factor after an accepted step; errors (present, last, last but one) come as `log_error`."""
+        exponent = log_error * ((self.pcoeff + self.icoeff + self.dcoeff) / order)
+        if self.pcoeff or self.dcoeff:
+            exponent = exponent - previous[0] * ((self.pcoeff + 2 * self.dcoeff) / order)
+        if self.dcoeff:
+            exponent = exponent + previous[1] * (self.dcoeff / order)
+        return _clip(self.safety * _exp2(-exponent), self.min_factor if self.shrink_accepted else 1.0, self.max_factor)
 
-    def accepted(self, order: int, error: Number, previous: tuple[Number, Number]) -> Number:
-        """Factor after an accepted step. ``error`` and ``previous`` (last, last but one) are at least a tiny positive number."""
-        b1 = (self.pcoeff + self.icoeff + self.dcoeff) / order
-        factor = self.safety * error**-b1
-        if self.memory > 0:
-            factor = factor * previous[0] ** ((self.pcoeff + 2 * self.dcoeff) / order)
-        if self.memory > 1:
-            factor = factor * previous[1] ** (-self.dcoeff / order)
-        return _clip(factor, self.min_factor if self.shrink_accepted else 1.0, self.max_factor)
+    def rejected(self, order: int, log_error: Number) -> Number:
+        """Factor after a rejected step; only the present error counts."""
+        return _clip(self.safety * _exp2(log_error * (-1.0 / order)), self.min_factor, self.safety)
 
-    def rejected(self, order: int, error: Number) -> Number:
-        """Factor after a rejected step; only the present error counts (a non-finite one gives ``min_factor``)."""
-        return _clip(self.safety * error ** (-1.0 / order), self.min_factor, self.safety)
 
-    def floor(self, error: Number) -> Number:
-        """The error norm, kept away from zero, where powers of it would overflow."""
-        return error.clamp(min=_TINY) if isinstance(error, Tensor) else max(error, _TINY)
+def log_error(error: Number) -> Number:
+    """Binary logarithm of an error norm kept away from zero and infinity; in single precision for tensors, where powers are slow."""
+    if isinstance(error, Tensor):
+        return error.float().clamp(_TINY, _HUGE).log2()
+    return log2(min(max(error, _TINY), _HUGE))
+
+
+def _exp2(x: Number) -> Number:
+    return torch.exp2(x) if isinstance(x, Tensor) else 2.0**x
 
 
 def IController(**options: float) -> PIDController:

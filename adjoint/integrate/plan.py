@@ -42,6 +42,9 @@ class Monitor:
     def rejected(self, t: float, y: Tensor, h: float) -> None:
         """After rejection."""
 
+    def adjoint(self, t: float, y: Tensor, h: float, bar: Tensor) -> None:
+        """Before a step is taken back; ``bar`` is the cotangent of the state at its end."""
+
     def advanced(self, fraction: float) -> None:
         """After each loop: the part of the span that the slowest trajectory has covered."""
 
@@ -63,11 +66,14 @@ class Plan:
     """Everything about a solve but its tensors-to-differentiate.
 
     ``rtol`` and ``atol`` are numbers or tensors that broadcast to ``(B, n)``; ``norm`` maps scaled errors ``(B, n)`` to ``(B,)``.
-    ``keep_states``: whether the states of all steps are wanted; ``keep_stages``: also all stages, for the dense output.
+    ``real`` is the real dtype of the state. ``keep_states``: whether the states of all steps are wanted; ``keep_stages``: also all stages, for the dense output.
+    ``shift``: which anchors ``fun`` sees only from within a step: the "inner" ones, "all" of them, or "none".
+    ``accept_smallest``: no step is smaller than ``min_step``, and one of that size is accepted whatever its error.
     """
 
     method: Method
     controller: PIDController
+    real: torch.dtype
     rtol: float | Tensor
     atol: float | Tensor
     norm: Callable[[Tensor], Tensor] = rms_norm
@@ -80,6 +86,8 @@ class Plan:
     events: tuple[Event, ...] = ()
     monitor: Monitor = field(default_factory=Monitor)
     compile: bool = False
+    shift: str = "inner"
+    accept_smallest: bool = False
 
     def scaled(self, error: Tensor, size: Tensor) -> Tensor:
         """Error in units of the tolerance; ``size`` is ``max(|y0|, |y1|)``."""

@@ -10,6 +10,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
+from .controller import log_error
 from .initial_step import initial_step
 from .plan import Plan, Record, Status, shifted_times
 
@@ -99,7 +100,7 @@ def integrate_single(
     segment = 0
     jump_start = False
     y, size = y0, y0.abs()
-    start_times = _times(plan, t, 0.0, y, (False, False), sign)
+    start_times = _times(plan, t, 0.0, y, (plan.shift == "all", False), sign)
     k1 = f(start_times[0], y)
     n_fun += 1
     if plan.first_step is not None:
@@ -113,7 +114,7 @@ def integrate_single(
     else:
         # a grid of anchors is the whole discretisation
         step = math.inf
-    previous = (1.0, 1.0)
+    previous = (0.0, 0.0)
     status = Status.SUCCESS
     attempts = 0
     just_rejected = bad = False
@@ -127,6 +128,8 @@ def integrate_single(
             status = Status.MAX_STEPS
             break
         wanted = min(step, plan.max_step)
+        if plan.accept_smallest:
+            wanted = max(wanted, plan.min_step)
         remaining = abs(target - t)
         lands = wanted >= remaining * (1 - 1e-10) if not method.adaptive else wanted * 1.01 >= remaining and remaining <= plan.max_step
         h = (target - t) if lands else sign * wanted
@@ -136,7 +139,8 @@ def integrate_single(
             break
         attempts += 1
         monitor.step(t, y, h)
-        jump = (jump_start, lands and segment < len(stops) - 2)
+        inner = plan.shift == "inner" and lands and segment < len(stops) - 2
+        jump = (True, True) if plan.shift == "all" else (jump_start, inner)
         times = _times(plan, t, h, y, jump, sign)
         y1, ks = method.step(f, times, h, y, k1)
         n_fun += method.evaluations
@@ -149,21 +153,22 @@ def integrate_single(
             estimate = method.error(h, ks if k_end is None else [*ks, k_end])
             error = float(plan.norm(plan.scaled(estimate, torch.maximum(size, size1)).reshape(flat)))
             bad = not math.isfinite(error)
-            if bad or error > 1.0:
+            smallest = plan.accept_smallest and abs(h) <= plan.min_step
+            if bad or (error > 1.0 and not smallest):
                 monitor.rejected(t, y, h)
                 n_rejected += 1
                 just_rejected = True
-                step = abs(h) * (controller.min_factor if bad else controller.rejected(order, controller.floor(error)))
-                if bad and step <= 16 * _EPS * abs(t):
+                step = abs(h) * (controller.min_factor if bad else controller.rejected(order, log_error(error)))
+                if bad and (smallest or step <= 16 * _EPS * abs(t)):
                     status = Status.NON_FINITE
                     break
                 continue
-            floored = controller.floor(error)
-            factor = controller.accepted(order, floored, previous)
+            level = log_error(error)
+            factor = controller.accepted(order, level, previous)
             proposal = abs(h) * (min(factor, 1.0) if just_rejected else factor)
             # a step cut short by an anchor says little about the next one
             step = max(proposal, wanted) if lands and not just_rejected else proposal
-            previous = (floored, previous[0])
+            previous = (level, previous[0])
             just_rejected = False
         monitor.accepted(t, y, h)
         index = len(starts)

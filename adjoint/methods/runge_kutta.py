@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -58,6 +57,12 @@ class ExplicitRungeKutta:
     """
 
     tableau: Tableau
+    #: nodes of all stages, extra ones included
+    nodes: tuple[float, ...] = field(init=False)
+    _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nodes", (*self.tableau.c, *self.tableau.extra_c))
 
     @property
     def name(self) -> str:
@@ -76,15 +81,6 @@ class ExplicitRungeKutta:
     def error_order(self) -> int:
         """Order that the controller works with: the error of a step shrinks like ``h**(error_order + 1)``."""
         return min(self.tableau.order, self.tableau.error_order if self.tableau.error_order is not None else self.tableau.order)
-
-    @cached_property
-    def _tensors(self) -> dict[tuple[torch.dtype, torch.device], Tensor]:
-        return {}
-
-    @cached_property
-    def nodes(self) -> tuple[float, ...]:
-        """Nodes of all stages, extra ones included."""
-        return (*self.tableau.c, *self.tableau.extra_c)
 
     @property
     def end_index(self) -> int | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 __all__ = ["Tableau"]
 
@@ -43,6 +42,8 @@ class Tableau:
         The dense output has error ``O(h^(dense_order + 1))`` over one step, uniformly in theta.
     source : str
         Where the coefficients come from.
+    n_stages, fsal, extra_is_next_first
+        Derived: the stages of the step itself, whether the last one is ``f(t + h, y1)``, whether the first extra one is.
     """
 
     name: str
@@ -57,8 +58,17 @@ class Tableau:
     error_order: int | None = None
     extra_a: tuple[tuple[float, ...], ...] = ()
     extra_c: tuple[float, ...] = ()
+    n_stages: int = field(init=False)
+    fsal: bool = field(init=False)
+    extra_is_next_first: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        # plain attributes, not cached properties: their lock stops torch.compile
+        object.__setattr__(self, "n_stages", len(self.b))
+        ends = len(self.b) > 1 and self.c[-1] == 1.0 and self.b[-1] == 0.0 and self.a[-1] == self.b[:-1]
+        object.__setattr__(self, "fsal", ends)
+        next_first = bool(self.extra_a) and self.extra_c[0] == 1.0 and self.extra_a[0] == self.b
+        object.__setattr__(self, "extra_is_next_first", next_first)
         s, total = len(self.b), len(self.b) + len(self.extra_c)
         rows = (*self.a, *self.extra_a)
         nodes = (*self.c, *self.extra_c)
@@ -83,18 +93,3 @@ class Tableau:
         want = [*self.b, *([0.0] * (total - s))]
         if max(abs(x - y) for x, y in zip(ends, want, strict=True)) > 1e-10 * max(1.0, *(abs(x) for row in self.dense for x in row)):
             raise ValueError(f"{self.name}: the dense output does not end at y1")
-
-    @cached_property
-    def n_stages(self) -> int:
-        """Stages of the step itself, extra stages not counted."""
-        return len(self.b)
-
-    @cached_property
-    def fsal(self) -> bool:
-        """Whether the last stage is ``f(t + h, y1)`` (first same as last)."""
-        return self.n_stages > 1 and self.c[-1] == 1.0 and self.b[-1] == 0.0 and self.a[-1] == self.b[:-1]
-
-    @cached_property
-    def extra_is_next_first(self) -> bool:
-        """Whether the first extra stage is ``f(t + h, y1)``."""
-        return bool(self.extra_a) and self.extra_c[0] == 1.0 and self.extra_a[0] == self.b

@@ -11,18 +11,19 @@ from torch.autograd.variable import Variable
 
 from ..capture import unknown_leaves
 from ..errors import CapturedTensorLost
+from ..integrate import Monitor
 from ..system import Flat, System
 from .problem import Problem, stage_times, step_times
 
-__all__ = ["eager_sweep", "kept_steps"]
+__all__ = ["Linearizer", "eager_sweep", "kept_steps", "vjp"]
 
 
-def _vjp(output: Tensor, targets: tuple[Tensor, ...], cotangent: Tensor) -> Sequence[Tensor | None]:
-    # torch.autograd.grad without its argument checks, which cost as much as a small layer
-    return Variable._execution_engine.run_backward((output,), (cotangent,), False, False, targets, allow_unreachable=True, accumulate_grad=False)
+def vjp(outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> Sequence[Tensor | None]:
+    """``torch.autograd.grad`` without its argument checks, which cost as much as a small layer; None for unused targets."""
+    return Variable._execution_engine.run_backward(outputs, cotangents, False, False, targets, allow_unreachable=True, accumulate_grad=False)
 
 
-class _Linearizer:
+class Linearizer:
     """``f`` with its pullback; adds ``f_p* v`` to the cotangents of the inputs (THEORY section 1)."""
 
     def __init__(self, f: Flat, inputs: Sequence[Tensor], wants: Sequence[bool], time: bool) -> None:
@@ -41,37 +42,42 @@ class _Linearizer:
             if self.time:
                 t = t.detach().requires_grad_(True)
             k = self.f(t, y)
-        if self.check_next:
-            self._check(t, y, k)
+        self.check(t, y, k)
 
         def pullback(v: Tensor) -> tuple[Tensor, Tensor | None]:
             if not k.requires_grad:
                 return torch.zeros_like(y), torch.zeros_like(t) if self.time else None
             if self.time:
-                u, time_bar, *rest = _vjp(k, (y, t, *self.targets), v)
+                u, time_bar, *rest = vjp((k,), (y, t, *self.targets), (v,))
                 time_bar = torch.zeros_like(t) if time_bar is None else time_bar
             else:
-                u, *rest = _vjp(k, (y, *self.targets), v)
+                u, *rest = vjp((k,), (y, *self.targets), (v,))
                 time_bar = None
-            totals, terms = [], []
-            for i, g in zip(self.wanted, rest, strict=True):
-                total = self.bars[i]
-                if g is None:
-                    continue
-                if total is None:
-                    # copied: the cotangent may be somebody else's memory, and this sum is made in place
-                    self.bars[i] = g.clone()
-                else:
-                    totals.append(total)
-                    terms.append(g)
-            if totals:
-                torch._foreach_add_(totals, terms)
+            self.accumulate(rest)
             return torch.zeros_like(y) if u is None else u, time_bar
 
         return k.detach(), pullback
 
-    def _check(self, t: Tensor, y: Tensor, k: Tensor) -> None:
-        """Raise if ``fun`` at this point depends on a leaf that the solve does not know of."""
+    def accumulate(self, bars: Sequence[Tensor | None]) -> None:
+        """Add cotangents of the targets."""
+        totals, terms = [], []
+        for i, g in zip(self.wanted, bars, strict=True):
+            total = self.bars[i]
+            if g is None:
+                continue
+            if total is None:
+                # copied: the cotangent may be somebody else's memory, and this sum is made in place
+                self.bars[i] = g.clone()
+            else:
+                totals.append(total)
+                terms.append(g)
+        if totals:
+            torch._foreach_add_(totals, terms)
+
+    def check(self, t: Tensor, y: Tensor, k: Tensor) -> None:
+        """Raise if ``fun`` here depends on a leaf that the solve does not know of (once each time that ``check_next`` is set)."""
+        if not self.check_next:
+            return
         self.check_next = False
         known = [*self.inputs, t, y]
         lost = unknown_leaves(k, known) if k.requires_grad else []
@@ -180,12 +186,15 @@ def eager_sweep(
     time_bars = bool(wants[0] or wants[1])
     # under plain autograd a captured tensor is its own input: no substitution
     inputs = system.inputs if isinstance(system, System) else inputs
-    linearize = _Linearizer(system.bind(inputs), inputs, wants[3:], time_bars)
+    f = system.bind(inputs)
+    linearize = Linearizer(f, inputs, wants[3:], time_bars)
     samples = _Samples(problem, grid, t_eval, samples_bar, time_bars)
-    times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors.detach())
+    times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors.detach(), plan.shift)
     stage_t = stage_times(plan, times, states.dtype.to_real())
     kept = dict(zip(kept_steps(plan, grid, n_steps), stages_bar, strict=True)) if stages_bar is not None and len(stages_bar) else {}
-    shape = system.natural_shape
+    # the compiled step is one for states as the lock-step loop has them, and for fun without jumps
+    use_compiled = plan.compile and times.jump_end is None
+    shape = None if use_compiled else system.natural_shape
     flat = states.shape[1:]
     if shape is not None:
         states = states.reshape(-1, *shape)
@@ -208,6 +217,11 @@ def eager_sweep(
         return [] if out is None else list((out if shape is None else out.reshape(-1, *shape)).unbind())
 
     checked = isinstance(system, System)
+    if use_compiled:
+        from .compiled import compiled_adjoint_step
+
+        compiled_step = compiled_adjoint_step(problem, f, linearize)
+    watched = rows == 1 and type(plan.monitor).adjoint is not Monitor.adjoint
     k_bar = stage_cotangents(n_steps - 1) if n_steps else []
     for k in reversed(range(n_steps)):
         if states_bar is not None:
@@ -223,7 +237,12 @@ def eager_sweep(
             else:
                 k_bar = [handed]
         linearize.check_next = checked
-        result = method.adjoint_step(linearize, stage_t[k], sizes[k], states[k], bar, k_bar, time_bars)
+        if watched:
+            plan.monitor.adjoint(float(grid["t"][k, 0]), states[k], float(grid["h"][k, 0]), bar)
+        if use_compiled:
+            result = compiled_step(grid["t"][k], grid["h"][k], states[k], bar, k_bar, time_bars)
+        else:
+            result = method.adjoint_step(linearize, stage_t[k], sizes[k], states[k], bar, k_bar, time_bars)
         start = samples.at_start(k)
         bar = result.y if start is None else result.y + start.reshape(bar.shape)
         if time_bars:

@@ -71,11 +71,11 @@ class StepTimes(NamedTuple):
     sign: Tensor
 
 
-def step_times(t: Tensor, h: Tensor, segment: Tensor, lands: Tensor, anchors: Tensor) -> StepTimes:
+def step_times(t: Tensor, h: Tensor, segment: Tensor, lands: Tensor, anchors: Tensor, shift: str = "inner") -> StepTimes:
     """Starts and sizes of the steps, with their derivatives in the anchors.
 
     Step sizes are held fixed: a step starts at its anchor plus a constant, and only a step that lands on the next anchor changes its
-    size with it.
+    size with it. ``shift`` is that of the `Plan`.
     """
     if anchors.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(anchors):
         moved = anchors - anchors.detach()
@@ -84,7 +84,10 @@ def step_times(t: Tensor, h: Tensor, segment: Tensor, lands: Tensor, anchors: Te
         t = t + at
         h = h + torch.where(lands, then - at, 0.0)
     sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0).detach()
-    if anchors.shape[0] == 2:
+    if shift == "all":
+        every = torch.ones_like(lands)
+        return StepTimes(t, h, every, every, sign)
+    if anchors.shape[0] == 2 or shift == "none":
         return StepTimes(t, h, None, None, sign)
     first = torch.cat([torch.zeros_like(segment[:1]), segment[:-1]])
     jump_start = segment > first

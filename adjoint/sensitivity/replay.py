@@ -19,7 +19,7 @@ def replay_step(f: Flat, plan: Plan, times: Sequence[Tensor], h: Tensor, y: Tens
 
     ``h`` is ``(B,)`` float64.
     """
-    column = h.to(y.dtype.to_real()).unsqueeze(-1)
+    column = h.to(plan.real).unsqueeze(-1)
     y1, ks = plan.method.step(f, times, column, y, f(times[0], y))
     if not dense:
         return y1, y.new_empty(0)
@@ -28,12 +28,12 @@ def replay_step(f: Flat, plan: Plan, times: Sequence[Tensor], h: Tensor, y: Tens
 
 def replay(f: Flat, plan: Plan, grid: Outputs, anchors: Tensor, t_eval: Tensor | None, y0: Tensor) -> Outputs:
     """The computed solution as a differentiable function of ``anchors``, ``t_eval``, ``y0`` and whatever ``f`` depends on."""
-    times = step_times(grid.t, grid.h, grid.segment, grid.lands, anchors)
+    times = step_times(grid.t, grid.h, grid.segment, grid.lands, anchors, plan.shift)
     n_steps = grid.t.shape[0]
     keep = set(kept_steps(plan, grid, n_steps))
     sampled = t_eval is not None and t_eval.shape[0] > 0
     states, stages = [y0], []
-    all_times = stage_times(plan, times, y0.dtype.to_real())
+    all_times = stage_times(plan, times, plan.real)
     for k in range(n_steps):
         y1, ks = replay_step(f, plan, all_times[k], times.h[k], states[-1], sampled or k in keep)
         states.append(y1)

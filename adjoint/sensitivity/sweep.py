@@ -74,7 +74,7 @@ def functional_sweep(
     final_bar, samples_bar, states_bar, kept_bar = bars
     plan, states = problem.plan, grid["states"]
     n_steps = grid["t"].shape[0]
-    times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors)
+    times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors, plan.shift)
     sampled = samples_bar is not None and t_eval is not None and t_eval.shape[0] > 0 and n_steps > 0
     kept = _kept_steps(problem, grid, n_steps) if kept_bar is not None else {}
 
@@ -151,7 +151,7 @@ def tangents(
     anchors_dot, t_eval_dot, y0_dot, *inputs_dot = dots
     plan, states = problem.plan, grid["states"]
     n_steps = grid["t"].shape[0]
-    times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors)
+    times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors, plan.shift)
     t_dot, h_dot = _anchored(anchors, grid)(_zero(anchors_dot, anchors))
     smooth = [i for i, x in enumerate(inputs) if x.is_floating_point() or x.is_complex()]
     input_dots = [_zero(inputs_dot[i], inputs[i]) for i in smooth]

@@ -1,0 +1,57 @@
+"""The adjoint of a step under ``torch.compile``: the step compiled with its backward, called once per step of the sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..integrate.compiled import compiled
+from ..methods.runge_kutta import StepCotangents
+from ..system import Flat
+from .discrete import Linearizer, vjp
+from .problem import Problem
+from .replay import replay_step
+
+__all__ = ["compiled_adjoint_step"]
+
+
+def _timed_step(
+    f: Flat, problem_plan: object, nodes: Sequence[float], t: Tensor, h: Tensor, y: Tensor, dense: bool
+) -> tuple[Tensor, Tensor]:
+    """A step as a function of its start and size, ``(B,)`` float64."""
+    real = problem_plan.real  # type: ignore[attr-defined]
+    times = [(t + h * c).to(real) for c in nodes]
+    return replay_step(f, problem_plan, times, h, y, dense)  # type: ignore[arg-type]
+
+
+def compiled_adjoint_step(problem: Problem, f: Flat, linearize: Linearizer) -> Callable[..., StepCotangents]:
+    """A stand-in for the method's ``adjoint_step``, with start and size of the step in the place of stage times."""
+    step = compiled(_timed_step)
+    plan = problem.plan
+    n_all = len(plan.method.nodes)
+
+    def adjoint(t: Tensor, h: Tensor, y: Tensor, end_bar: Tensor, k_bar: Sequence[Tensor | None], time_bars: bool) -> StepCotangents:
+        dense = any(bar is not None for bar in k_bar) or time_bars
+        linearize.n_fun += plan.method.n_stages
+        with torch.enable_grad():
+            y = y.detach().requires_grad_(True)
+            if time_bars:
+                t, h = t.detach().requires_grad_(True), h.detach().requires_grad_(True)
+            y1, ks = step(f, plan, plan.method.nodes, t, h, y, dense)
+        linearize.check(t, y, y1)
+        outputs, cotangents = [y1], [end_bar]
+        if dense and any(bar is not None for bar in k_bar):
+            outputs.append(ks)
+            zero = torch.zeros_like(end_bar)
+            cotangents.append(torch.stack([zero if bar is None else bar for bar in [*k_bar, *([None] * (n_all - len(k_bar)))]]))
+        targets = (y, t, h, *linearize.targets) if time_bars else (y, *linearize.targets)
+        y_bar, *rest = vjp(tuple(outputs), targets, tuple(cotangents))
+        t_bar = h_bar = None
+        if time_bars:
+            t_bar, h_bar, *rest = rest
+        linearize.accumulate(rest)
+        return StepCotangents(y_bar if y_bar is not None else torch.zeros_like(y), t_bar, h_bar, list(ks.detach().unbind()) if dense else [])
+
+    return adjoint
