@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -26,7 +28,22 @@ from .system import StateSpec, System
 __all__ = ["solve_ivp"]
 
 
+def _in_full_precision(function: Callable[..., Solution]) -> Callable[..., Solution]:
+    """Switch autocast off inside: step size control needs the precision of the state. ``fun`` may switch it on for itself."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Solution:
+        with ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return call
+
+
 @torch.compiler.disable
+@_in_full_precision
 def solve_ivp(
     fun: Callable[..., Any],
     t_span: Any,
@@ -135,9 +152,13 @@ def solve_ivp(
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     captured: list[Tensor] = []
     if torch.is_grad_enabled() or _transforming():
-        calls = [lambda: right_hand_side(probe_t, state, *args)]
-        calls += [lambda e=e: e(probe_t, y0, *args) for e in event_list]
-        captured = find_captured(calls, [probe_t, *tree_leaves(state), *leaves], [fun, *event_list])
+        # aliases, so that a tensor that is both an argument and captured is seen in both roles
+        alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
+        probe_y, probe_args = tree_map(alias, state), tree_map(alias, tuple(args))
+        probe_y0 = probe_y if quadrature is None else probe_y[0]
+        calls = [lambda: right_hand_side(probe_t, probe_y, *probe_args)]
+        calls += [lambda e=e: e(probe_t, probe_y0, *probe_args) for e in event_list]
+        captured = find_captured(calls, [probe_t, *tree_leaves(probe_y), *tree_leaves(probe_args)], [fun, *event_list])
         system = System(right_hand_side, spec, tree, tuple(leaves), tuple(captured))
     inputs = system.inputs
     derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from .measure import Measured
     from .peers import Runner
+    from .references import Reference
     from .workloads import Case
 
 
@@ -21,7 +24,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workload", action="append", default=[], metavar="NAME", help="a case or a group of cases (repeatable)")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME", help="ours, torchdiffeq, torchode, diffrax")
     parser.add_argument("--repeats", type=int, help="samples of each timing (default 15; 3 with --quick)")
-    parser.add_argument("--budget", type=float, default=60.0, metavar="SECONDS", help="at most, for each timing")
+    parser.add_argument("--budget", type=float, default=30.0, metavar="SECONDS", help="at most, for each timing")
     parser.add_argument("--threads", type=int, default=2, help="for every peer (default 2)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
@@ -42,16 +45,19 @@ def _set_up_process(threads: int, device: str) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("jax._src.callback").setLevel(logging.CRITICAL)  # failures are reported in one line each
 
 
 def _build(case: Case, peers: dict[str, ModuleType], device: str) -> tuple[list[Runner], list[dict[str, Any]]]:
+    from .measure import reason
+
     runners: list[Runner] = []
     failed: list[dict[str, Any]] = []
     for name, module in peers.items():
         try:
             runners += module.runners(case, device)
         except Exception as error:
-            failed.append({"solver": name, "peer": name, "failure": f"{type(error).__name__}: {error}"})
+            failed.append({"solver": name, "peer": name, "failures": {"all": reason(error)}})
     return runners, failed
 
 
@@ -61,18 +67,42 @@ def _memory(runner: Runner, what: str) -> dict[str, Any] | None:
 
 
 def _memory_only(runner: Runner) -> dict[str, Any]:
-    result: dict[str, Any] = {"solver": runner.name, "peer": runner.peer}
+    from .measure import reason
+
+    result: dict[str, Any] = {"solver": runner.name, "peer": runner.peer, "failures": {}}
     try:
         runner.gradient()  # warm
         result["memory"] = {"gradient": _memory(runner, "gradient")}
     except Exception as error:
-        result["failure"] = f"{type(error).__name__}: {error}"
+        result["failures"]["gradient"] = reason(error)
+    return result
+
+
+def _checked(runner: Runner, measured: Measured, exact: Reference) -> dict[str, Any]:
+    """Times, and (afterwards, untimed) counts, errors and memory of what worked."""
+    from .measure import reason
+
+    failures = measured.failures[runner.name]
+    result: dict[str, Any] = {"solver": runner.name, "peer": runner.peer, "failures": failures, "memory": {}}
+    for what, timing in measured.timings[runner.name].items():
+        try:
+            if what == "forward":
+                result["error"] = exact.value_error(runner.values())
+                result["stats"] = runner.stats().summary()
+            else:
+                result["gradient_error"] = exact.gradient_error(runner.gradients())
+            result["memory"][what] = _memory(runner, what)
+            result[what] = timing.summary()
+        except Exception as error:
+            failures[what] = reason(error)
     return result
 
 
 def _describe(case: Case) -> str:
     shape = " x ".join(map(str, case.y0.shape))
-    what = f"{case.size} independent trajectories" if case.ensemble else f"batch {case.size}"
+    what = f"Batch of {case.size}"
+    if case.ensemble:
+        what = "One trajectory" if case.size == 1 else f"{case.size} independent trajectories"
     goal = "loss 0.5 |1 - u|^2 summed over the save points after the start"
     if case.target is not None:
         goal = "mean square loss over all save points"
@@ -96,20 +126,7 @@ def run_case(case: Case, peers: dict[str, ModuleType], args: argparse.Namespace)
     out["description"] += f" Reference: {exact.how}."
     measured = time_runners(runners, args.repeats, args.budget)
     out["other_processes"] = measured.others
-    for runner in runners:
-        result: dict[str, Any] = {"solver": runner.name, "peer": runner.peer}
-        results.append(result)
-        if runner.name in measured.failures:
-            result["failure"] = measured.failures[runner.name]
-            continue
-        result |= {what: timing.summary() for what, timing in measured.timings[runner.name].items()}
-        try:
-            result["error"] = exact.value_error(runner.values())
-            result["gradient_error"] = exact.gradient_error(runner.gradients())
-            result["stats"] = runner.stats().summary()
-            result["memory"] = {what: _memory(runner, what) for what in ("forward", "gradient")}
-        except Exception as error:
-            result["failure"] = f"{type(error).__name__}: {error}"
+    results += [_checked(runner, measured, exact) for runner in runners]
     return out
 
 

@@ -1,9 +1,11 @@
-"""The figure: one panel a case, a pair of bars a solver."""
+"""The figure: one panel a case, one line a solver; on a logarithmic axis points are honest and bars are not."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+from .report import WRONG, digits
 
 __all__ = ["draw"]
 
@@ -19,7 +21,7 @@ def draw(results: dict[str, Any], path: Path) -> bool:
         import matplotlib.pyplot as plt
     except ImportError:
         return False
-    cases = [c for c in results["cases"] if any("failure" not in r for r in c["results"])]
+    cases = [c for c in results["cases"] if any("all" not in r["failures"] for r in c["results"])]
     if not cases:
         return False
     width = min(3, len(cases))
@@ -33,7 +35,7 @@ def draw(results: dict[str, Any], path: Path) -> bool:
     axes[0][0].invert_yaxis()  # the y axis is shared: once is enough
     env = results["environment"]
     where = env["gpu"] or f"{env['cpu']}, {env['threads']} threads"
-    title = f"forward (pale) and forward + gradient (full), ms, median with quartile range; {where}, {env['date'][:10]}"
+    title = f"forward (open) and forward + gradient (full), ms, median with interquartile range; {where}, {env['date'][:10]}"
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
@@ -41,24 +43,34 @@ def draw(results: dict[str, Any], path: Path) -> bool:
     return True
 
 
+def _values(measured: dict[str, Any]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile in ms; or three times the MiB."""
+    if "bytes" in measured:
+        return (measured["bytes"] / 2**20,) * 3
+    return 1e3 * measured["q1"], 1e3 * measured["median"], 1e3 * measured["q3"]
+
+
 def _panel(ax: Any, case: dict[str, Any], names: list[str]) -> None:
+    from matplotlib.ticker import NullFormatter
+
     memory = case["memory_only"]
     for row in case["results"]:
-        if "failure" in row:
+        if "all" in row["failures"]:
             continue
         y, colour = names.index(row["solver"]), COLOURS[row["peer"]]
-        if memory:
-            bars = [(0.0, (row.get("memory") or {}).get("gradient"), 1.0)]
-            bars = [(dy, m["bytes"] / 2**20, 0.0, a) for dy, m, a in bars if m]
-        else:
-            pairs = [(-0.2, row.get("forward"), 0.4), (0.2, row.get("gradient"), 1.0)]
-            bars = [(dy, 1e3 * t["median"], 1e3 * t["iqr"] / 2, a) for dy, t, a in pairs if t]
-        for dy, value, spread, alpha in bars:
-            ax.barh(y + dy, value, height=0.38, color=colour, alpha=alpha, xerr=spread or None, error_kw={"lw": 0.8})
-            ax.annotate(f" {value:.3g}", (value + spread, y + dy), va="center", fontsize=6)
+        points = [("gradient", (row.get("memory") or {}).get("gradient"))] if memory else [(w, row.get(w)) for w in ("forward", "gradient")]
+        drawn = [(what, _values(m)) for what, m in points if m]
+        ax.plot([value for _, (_, value, _) in drawn], [y] * len(drawn), color=colour, lw=1, alpha=0.4)
+        for what, (low, value, high) in drawn:
+            face = "white" if what == "forward" else colour
+            error = row.get("gradient_error" if what == "gradient" else "error")
+            label = digits(value) + ("" if error is None or error < WRONG else " wrong")
+            ax.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", ms=5, mfc=face, color=colour, lw=1)
+            ax.annotate(label, (value, y), (0, -9), textcoords="offset points", ha="center", fontsize=6)
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.set_xscale("log")
-    ax.margins(x=0.12)
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.margins(x=0.12, y=0.1)
     ax.set_title(case["name"] + (": peak MiB, forward + gradient" if memory else ""), fontsize=9)
     ax.grid(axis="x", alpha=0.3)
     ax.tick_params(axis="x", labelsize=7)

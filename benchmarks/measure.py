@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import torch
 if TYPE_CHECKING:
     from .peers import Runner
 
-__all__ = ["Contention", "Measured", "Timing", "time_runners", "torch_peak_bytes"]
+__all__ = ["Contention", "Measured", "Timing", "reason", "time_runners", "torch_peak_bytes"]
 
 SHORTEST_SAMPLE = 0.02  # seconds: shorter calls are repeated within one sample
 WHATS = ("forward", "gradient")
@@ -60,17 +61,26 @@ class Timing:
     samples: list[float] = field(default_factory=list)
 
     def summary(self) -> dict[str, float]:
-        """Median, minimum, interquartile range, count."""
+        """Median, minimum, quartiles, counts."""
         s = sorted(self.samples)
         quartiles = statistics.quantiles(s, n=4, method="inclusive") if len(s) > 1 else [s[0]] * 3
         return {
             "median": statistics.median(s),
             "min": s[0],
+            "q1": quartiles[0],
+            "q3": quartiles[2],
             "iqr": quartiles[2] - quartiles[0],
             "n": len(s),
             "number": self.number,
             "first": self.first,
         }
+
+
+def reason(error: Exception) -> str:
+    """An exception in one line: the innermost error that its text names, else its first line."""
+    named = re.findall(r"^\S*Error: .*$", str(error), flags=re.MULTILINE)
+    lines = str(error).strip().splitlines() or [""]
+    return (named[-1] if named else f"{type(error).__name__}: {lines[0]}")[:300]
 
 
 def _once(call: Callable[[], Any]) -> float:
@@ -97,7 +107,7 @@ class Measured:
     """What `time_runners` found."""
 
     timings: dict[str, dict[str, Timing]]  # by runner, then "forward" or "gradient"
-    failures: dict[str, str]  # by runner: why
+    failures: dict[str, dict[str, str]]  # likewise: why
     others: float | None = None  # see `Contention`
 
 
@@ -111,29 +121,26 @@ def time_runners(runners: Sequence[Runner], repeats: int, budget: float) -> Meas
     timings, failures = measured.timings, measured.failures
     jobs: list[tuple[Runner, str, Timing, int]] = []
     for runner in runners:
-        try:
-            timings[runner.name] = {}
-            for what in WHATS:
-                call = getattr(runner, what)
+        timings[runner.name], failures[runner.name] = {}, {}
+        for what in WHATS:
+            call = getattr(runner, what)
+            try:
                 timing = Timing(first=_once(call))
                 warm = min(_once(call), _once(call)) if timing.first < budget else timing.first
-                timing.number = max(1, min(1000, int(SHORTEST_SAMPLE / max(warm, 1e-9))))
-                timings[runner.name][what] = timing
-                jobs.append((runner, what, timing, max(3, min(repeats, int(budget / (warm * timing.number))))))
-        except Exception as error:
-            failures[runner.name] = f"{type(error).__name__}: {error}"
+            except Exception as error:
+                failures[runner.name][what] = reason(error)
+                continue
+            timing.number = max(1, min(1000, int(SHORTEST_SAMPLE / max(warm, 1e-9))))
+            timings[runner.name][what] = timing
+            jobs.append((runner, what, timing, max(3, min(repeats, int(budget / (warm * timing.number))))))
     gc.collect()
     gc.freeze()  # what lives now need not be looked through between samples
     contention = Contention()
-    for turn in range(repeats if repeats > 3 else 3):
+    for turn in range(max(repeats, 3)):
         for i in range(len(jobs)):
             runner, what, timing, wanted = jobs[(i + turn) % len(jobs)]
-            if turn >= wanted or runner.name in failures:
-                continue
-            try:
+            if turn < wanted:
                 timing.samples.append(_sample(getattr(runner, what), timing.number))
-            except Exception as error:
-                failures[runner.name] = f"{type(error).__name__}: {error}"
     measured.others = contention.share()
     gc.unfreeze()
     return measured

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["EAGER", "COMPILED", "environment", "markdown", "stem", "write"]
+__all__ = ["EAGER", "COMPILED", "WRONG", "digits", "environment", "markdown", "stem", "write"]
 
 EAGER, COMPILED = "ours discrete", "ours discrete compiled"
 PACKAGES = ("adjoint", "torch", "torchdiffeq", "torchode", "diffrax", "equinox", "jax", "jaxlib", "numpy", "scipy")
@@ -73,10 +74,15 @@ def stem(env: dict[str, Any]) -> str:
     return env["date"][:10] + "-" + re.sub(r"[^a-z0-9.]+", "-", " ".join(words)).strip("-")
 
 
+def digits(x: float) -> str:
+    """Three digits, never an exponent for large numbers."""
+    return f"{x:.0f}" if x >= 1000 else f"{x:.3g}"
+
+
 def _ms(timing: dict[str, float] | None) -> list[str]:
     if timing is None:
         return ["-", "-", "-"]
-    return [f"{1e3 * timing[k]:.3g}" for k in ("median", "min", "iqr")]
+    return [digits(1e3 * timing[k]) for k in ("median", "min", "iqr")]
 
 
 def _ratio(row: dict[str, Any], rows: list[dict[str, Any]], what: str) -> str:
@@ -104,9 +110,13 @@ def _bytes(memory: dict[str, Any] | None) -> str:
 
 
 def _error(x: float | None) -> str:
-    return "-" if x is None else f"{x:.1e}"
+    """Marked where it is no answer at all: its time then means nothing."""
+    if x is None:
+        return "-"
+    return f"{x:.1e}" if x < WRONG else f"**{x:.1e} WRONG**"
 
 
+WRONG = 0.05
 COLUMNS = (
     "solver", "forward ms", "min", "IQR", "x ours", "fwd+grad ms", "min", "IQR", "x ours", "steps", "f calls", "error", "gradient error",
     "peak memory fwd", "fwd+grad", "first call s",
@@ -140,7 +150,7 @@ def _table(columns: tuple[str, ...], lines: list[list[str]]) -> list[str]:
 
 def _case(case: dict[str, Any]) -> list[str]:
     rows = case["results"]
-    good = [r for r in rows if "failure" not in r]
+    good = [r for r in rows if "all" not in r["failures"]]
     lines = [f"## {case['name']}", "", case["description"], ""]
     if case["memory_only"]:
         peaks = [[r["solver"], _bytes((r.get("memory") or {}).get("gradient"))] for r in good]
@@ -148,9 +158,9 @@ def _case(case: dict[str, Any]) -> list[str]:
     else:
         lines += _table(COLUMNS, [_row(r, good) for r in good])
     others = case.get("other_processes")
-    if others is not None and others > 0.03:
+    if others is not None and others > 0.1:
         lines += ["", f"**Other processes used {others:.0%} of the machine during this case: do not trust its times.**"]
-    lines += ["", *(f"- {r['solver']} failed: {r['failure']}" for r in rows if "failure" in r)]
+    lines += ["", *(f"- {r['solver']}, {what} failed: {why}" for r in rows for what, why in r["failures"].items())]
     return [*lines, ""]
 
 
@@ -178,10 +188,19 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _plain(x: Any) -> Any:
+    """Without NaN and infinity, which are not JSON."""
+    if isinstance(x, dict):
+        return {k: _plain(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [_plain(v) for v in x]
+    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
+
+
 def write(results: dict[str, Any], folder: Path) -> Path:
     """Write the JSON and the markdown; return their path without suffix."""
     folder.mkdir(parents=True, exist_ok=True)
     base = folder / stem(results["environment"])
-    Path(f"{base}.json").write_text(json.dumps(results, indent=1) + "\n")
+    Path(f"{base}.json").write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n")
     Path(f"{base}.md").write_text(markdown(results))
     return base

@@ -39,6 +39,7 @@ class Attempt(NamedTuple):
     """What one step did: ``(B,)`` tensors, and its stages."""
 
     t: Tensor
+    end: Tensor
     h: Tensor
     segment: Tensor
     lands: Tensor
@@ -140,7 +141,7 @@ def advance(
         status=carry.status + failed,
         running=alive & ~done & (failed == 0),
     )
-    return new, Attempt(t, h, carry.segment, lands, accepted, rejected, stages)
+    return new, Attempt(t, end, h, carry.segment, lands, accepted, rejected, stages)
 
 
 def start_carry(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor, sign: Tensor, y0: Tensor) -> tuple[Carry, int]:
@@ -259,7 +260,7 @@ def _pack(
     if not attempts:
         kind = {"dtype": torch.float64, "device": y0.device}
         return {
-            "states": y0.new_empty((0, rows, n)),
+            "states": y0.unsqueeze(0),
             "stages": y0.new_empty((0, n_all, rows, n)),
             "t": torch.empty((0, rows), **kind),
             "h": torch.empty((0, rows), **kind),
@@ -313,8 +314,9 @@ class _BatchSampler:
 
     def take(self, attempt: Attempt, y: Tensor, n_accepted: Tensor) -> None:
         """Samples inside of the steps just accepted."""
-        offset = (self.times - attempt.t) * self.sign
-        inside = self.open & attempt.accepted & (offset > 0) & (offset <= attempt.h.abs())
+        # by the end as it was computed: t + h rounds, and no sample may fall between two steps
+        behind = (self.times - attempt.t) * self.sign > 0
+        inside = self.open & attempt.accepted & behind & ((self.times - attempt.end) * self.sign <= 0)
         where, row = inside.nonzero(as_tuple=True)
         if where.numel() == 0:
             return

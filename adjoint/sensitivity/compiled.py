@@ -40,7 +40,7 @@ def compiled_adjoint_step(problem: Problem, f: Flat, linearize: Linearizer) -> C
             if time_bars:
                 t, h = t.detach().requires_grad_(True), h.detach().requires_grad_(True)
             y1, ks = step(f, plan, plan.method.nodes, t, h, y, dense)
-        linearize.check(t, y, y1)
+        linearize.check(y1, t, y, h)
         outputs, cotangents = [y1], [end_bar]
         if dense and any(bar is not None for bar in k_bar):
             outputs.append(ks)

@@ -28,7 +28,9 @@ class Linearizer:
 
     def __init__(self, f: Flat, inputs: Sequence[Tensor], wants: Sequence[bool], time: bool) -> None:
         self.f, self.time = f, time
-        self.wanted = [i for i, want in enumerate(wants) if want]
+        # a tensor that is an input twice gets its whole cotangent the first time
+        first = {id(x): i for i, x in reversed(list(enumerate(inputs)))}
+        self.wanted = [i for i, want in enumerate(wants) if want and first[id(inputs[i])] == i]
         self.inputs = inputs
         self.targets = tuple(inputs[i] for i in self.wanted)
         self.bars: list[Tensor | None] = [None] * len(inputs)
@@ -42,7 +44,7 @@ class Linearizer:
             if self.time:
                 t = t.detach().requires_grad_(True)
             k = self.f(t, y)
-        self.check(t, y, k)
+        self.check(k, t, y)
 
         def pullback(v: Tensor) -> tuple[Tensor, Tensor | None]:
             if not k.requires_grad:
@@ -74,13 +76,12 @@ class Linearizer:
         if totals:
             torch._foreach_add_(totals, terms)
 
-    def check(self, t: Tensor, y: Tensor, k: Tensor) -> None:
+    def check(self, k: Tensor, t: Tensor, *known: Tensor) -> None:
         """Raise if ``fun`` here depends on a leaf that the solve does not know of (once each time that ``check_next`` is set)."""
         if not self.check_next:
             return
         self.check_next = False
-        known = [*self.inputs, t, y]
-        lost = unknown_leaves(k, known) if k.requires_grad else []
+        lost = unknown_leaves(k, [*self.inputs, t, *known]) if k.requires_grad else []
         if lost:
             shapes = ", ".join(str(tuple(x.shape)) for x in lost[:3])
             raise CapturedTensorLost(
@@ -184,8 +185,6 @@ def eager_sweep(
     n_steps, rows = grid["t"].shape
     n_all = len(method.nodes)
     time_bars = bool(wants[0] or wants[1])
-    # under plain autograd a captured tensor is its own input: no substitution
-    inputs = system.inputs if isinstance(system, System) else inputs
     f = system.bind(inputs)
     linearize = Linearizer(f, inputs, wants[3:], time_bars)
     samples = _Samples(problem, grid, t_eval, samples_bar, time_bars)

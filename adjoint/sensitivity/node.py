@@ -12,7 +12,7 @@ from torch import Tensor
 from ..capture import below_jvp, functorch_active
 from ..errors import UnsupportedCombination
 from ..integrate import integrate
-from ..system import VmappedSystem
+from ..system import System, VmappedSystem
 from .discrete import eager_sweep
 from .problem import Outputs, Problem
 from .sweep import functional_sweep, tangents
@@ -38,6 +38,9 @@ class SolveNode(torch.autograd.Function):
         problem, anchors, t_eval, y0, *rest = inputs
         ctx.problem = problem
         ctx.has_samples = t_eval is not None
+        # whether fun, called as it is, sees the very tensors that are this node's inputs
+        system = problem.system
+        ctx.own = isinstance(system, System) and all(x is y for x, y in zip(rest, system.inputs, strict=True))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[_DIFFERENTIABLE:])
         if not problem.plan.keep_states:
@@ -54,6 +57,9 @@ class SolveNode(torch.autograd.Function):
         bars = cotangents[:_DIFFERENTIABLE]
         wants = ctx.needs_input_grad[1:]
         differentiable = torch.is_grad_enabled() or functorch_active()
+        if not differentiable and ctx.own:
+            # saved tensors come back as new objects: the functions that captured the old ones need those
+            inputs = ctx.problem.system.inputs
         sweep = functional_sweep if differentiable else eager_sweep
         with torch.autocast(grid["states"].device.type, enabled=False):
             return (None, *sweep(ctx.problem, grid, anchors, t_eval, inputs, bars, wants))

@@ -1,0 +1,147 @@
+"""``odeint_adjoint`` with a solver of its own for the way back: torchdiffeq's continuous adjoint, argument by argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ..capture import find_captured, is_differentiable
+from ..errors import InvalidInput
+from ..sensitivity.backsolve import Backsolve, backsolve
+from .event_gradient import through_event
+from .native import start_event
+from .request import Request, mixed_norm, rms
+
+__all__ = ["adjoint_parameters", "continuous_adjoint"]
+
+_CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
+
+
+def adjoint_parameters(request: Request) -> list[Tensor]:
+    """All that ``func`` depends on: its parameters if it is a module, and tensors that it captured."""
+    if not torch.is_grad_enabled():
+        return []
+    time = request.t[0].detach().to(request.spec.real_dtype)
+    return find_captured([lambda: request.fun(time, request.y0)], [time, *tree_leaves(request.y0)], [request.func])
+
+
+def continuous_adjoint(
+    request: Request,
+    solve: Callable[[Any, Tensor], Any],
+    integrate: Callable[..., Any],
+    params: Sequence[Tensor],
+    adjoint_rtol: Any,
+    adjoint_atol: Any,
+    adjoint_method: str,
+    adjoint_options: dict[str, Any],
+) -> Any:
+    """The solution (with an event: its time and the solution), differentiated by `backsolve`.
+
+    ``solve(y0, t)`` is the forward solve; ``integrate(fun, y0, t, rtol=, atol=, method=, options=)`` solves the augmented system.
+    """
+    spec = request.spec
+    is_tuple = isinstance(request.y0, tuple)
+    shape = (spec.flatten(request.y0).shape[1],) if is_tuple else spec.shapes[0]
+
+    def join(state: Any) -> Tensor:
+        """A state as the one tensor of the adjoint system: flat for a tuple."""
+        return spec.flatten(state).reshape(shape) if is_tuple else state
+
+    def split(y: Tensor) -> Any:
+        return spec.unflatten(y.reshape(1, -1)) if is_tuple else y
+
+    def forward(y0: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor]:
+        out = solve(split(y0), t)
+        when, states = (None, out) if request.event_fn is None else out
+        if is_tuple:
+            states = torch.cat([leaf.reshape(leaf.shape[0], -1).to(spec.dtype) for leaf in tree_leaves(states)], dim=1)
+        return when, states
+
+    options = dict(adjoint_options)
+    options["norm"] = _adjoint_norm(options.get("norm"), request, is_tuple)
+
+    def backward(dynamics: Any, state: tuple[Tensor, ...], t: Tensor) -> Sequence[Tensor]:
+        for name in _CALLBACKS:
+            callback = getattr(request.func, f"{name}_adjoint", None)
+            if callback is not None:
+                setattr(dynamics, name, callback)
+        rtol, atol = (_augmented(x, request, state, shape) for x in (adjoint_rtol, adjoint_atol))
+        out = integrate(dynamics, state, t, rtol=rtol, atol=atol, method=adjoint_method, options=options)
+        return [leaf[1] for leaf in out]
+
+    config = Backsolve(lambda t, y: join(request.fun(t, split(y))), forward, backward, options)
+    when, states = backsolve(config, join(request.y0), request.t, params)
+    if is_tuple:
+        # one slice and one view a leaf
+        sizes = [0, *torch.tensor(spec.sizes).cumsum(0).tolist()]
+        leaves = [states[..., a:b].view(-1, *s).to(d) for a, b, s, d in zip(sizes, sizes[1:], spec.shapes, spec.dtypes, strict=False)]
+        states = torch.utils._pytree.tree_unflatten(leaves, spec.tree)
+    if when is None:
+        return states
+    return _event_moved(request, when, states, params)
+
+
+def _event_moved(request: Request, when: Tensor, states: Any, params: Sequence[Tensor]) -> tuple[Tensor, Any]:
+    """The event's time and state with their derivatives: `backsolve` holds the time fixed."""
+    event, at_start = start_event(request)
+    if at_start or not (torch.is_grad_enabled() and any(is_differentiable(x) for x in (*tree_leaves(request.y0), request.t, *params))):
+        return when, states
+    tree_map = torch.utils._pytree.tree_map
+    last = tree_map(lambda x: x[-1], states)
+    when, moved = through_event(request.fun, event, when, last, request.spec.real_dtype)
+    return when, tree_map(lambda x, end: torch.cat([x[:-1], end.unsqueeze(0)]), states, moved)
+
+
+def _augmented(value: Any, request: Request, state: tuple[Tensor, ...], shape: Sequence[int]) -> Any:
+    """A tolerance per element of the state, for the augmented state: the smallest one for what is not shaped like the state."""
+    leaves = tree_leaves(value)
+    if len(leaves) == 1 and (not isinstance(leaves[0], Tensor) or leaves[0].dim() == 0):
+        return value
+    leaves = value.unbind() if isinstance(value, Tensor) and isinstance(request.y0, tuple) else leaves
+    tensors = [torch.as_tensor(x, dtype=request.spec.real_dtype, device=request.spec.device) for x in leaves]
+    if len(tensors) != len(request.spec.shapes):
+        raise InvalidInput(f"a tupled tolerance must have the same length as the tuple y0: {len(tensors)} for {len(request.spec.shapes)}")
+    full = torch.cat([x.expand(s).reshape(-1) for x, s in zip(tensors, request.spec.shapes, strict=True)]).reshape(tuple(shape))
+    smallest = full.min()
+    return (smallest, full, full, *(smallest for _ in state[3:]))
+
+
+def _adjoint_norm(given: Any, request: Request, is_tuple: bool) -> Callable[[tuple[Tensor, ...]], Tensor]:
+    """The norm of the augmented state ``(t, y, adj_y, *adj_params)``: given, "seminorm" (without the parameters), or the default."""
+    spec = request.spec
+    own = request.options.get("norm")
+
+    def state_norm(y: Tensor) -> Tensor:
+        state = spec.unflatten(y.reshape(1, -1)) if is_tuple else y
+        if own is not None:
+            return torch.as_tensor(own(state), device=y.device)
+        return torch.as_tensor(mixed_norm(tree_leaves(state)) if is_tuple else rms(y))
+
+    def norm(augmented: tuple[Tensor, ...], with_params: bool) -> Tensor:
+        t, y, y_bar, *param_bars = augmented
+        parts = [t.abs(), state_norm(y).to(t.dtype), state_norm(y_bar).to(t.dtype)]
+        if with_params and param_bars:
+            parts.append(torch.as_tensor(mixed_norm(param_bars)).to(t.dtype))
+        return torch.stack(parts).amax()
+
+    if given is None:
+        return lambda augmented: norm(augmented, True)
+    if isinstance(given, str):
+        if given != "seminorm":
+            raise InvalidInput(f'the adjoint norm must be "seminorm" or a function of the augmented state, got {given!r}')
+        return lambda augmented: norm(augmented, False)
+    if not callable(given):
+        raise InvalidInput(f'the adjoint norm must be "seminorm" or a function of the augmented state, got {given!r}')
+    if not is_tuple:
+        return given
+
+    def unpacked(augmented: tuple[Tensor, ...]) -> Tensor:
+        t, y, y_bar, *param_bars = augmented
+        pieces = [piece for x in (y, y_bar) for piece in spec.unflatten(x.reshape(1, -1))]
+        return given((t, *pieces, *param_bars))
+
+    return unpacked

@@ -1,0 +1,44 @@
+"""The derivative of an event's time and state, from a solution whose derivative is known at a fixed time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ..sensitivity.sweep import tangent
+
+__all__ = ["through_event"]
+
+
+def through_event(fun: Callable[..., Any], event_fn: Callable[..., Tensor], t: Tensor, y: Any, real: torch.dtype) -> tuple[Tensor, Any]:
+    """``t`` and ``y`` with the first derivatives of the root of ``event_fn(t, y(t))``.
+
+    The time moves by one Newton step, ``-event_fn / (d event_fn / dt)``, and the state along ``fun`` with it. Values stay what they are. Where the
+    derivatives are complete already the event function does not move, and nothing is added.
+
+    Parameters
+    ----------
+    t : 0-d tensor, the time of the event
+    y : state at ``t``, a tensor or a pytree, differentiable
+    real : dtype in which ``fun`` and ``event_fn`` see the time
+    """
+    value = event_fn(t.to(real), y)
+    with torch.no_grad():
+        fixed = tree_map(lambda x: x.detach(), y)
+        rate = fun(t.detach().to(real), fixed)
+        signs = torch.ones_like(value) if value.numel() == 1 else (value.abs() == value.abs().min()).to(value.dtype)
+    value = (value * signs).sum()
+
+    def along(s: Tensor) -> Tensor:
+        moved = tree_map(lambda x, k: x + s.to(x.dtype) * k, fixed, rate)
+        return (event_fn((t.detach() + s).to(real), moved) * signs).sum()
+
+    zero = torch.zeros((), dtype=torch.float64, device=t.device)
+    with torch.enable_grad():
+        slope = tangent(along, (zero,), (torch.ones_like(zero),)).detach()
+    shift = (value.detach() - value) / slope
+    return t + shift.to(t.dtype), tree_map(lambda x, k: x + shift.to(x.dtype) * k, y, rate)

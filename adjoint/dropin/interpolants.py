@@ -1,0 +1,95 @@
+"""Fixed-step methods with torchdiffeq's choice of interpolation between grid points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidInput
+from ..methods import METHODS, ExplicitRungeKutta, Tableau
+from .request import Request
+
+__all__ = ["fixed_grid", "fixed_method", "hermite"]
+
+
+@lru_cache(maxsize=None)
+def fixed_method(name: str, interp: str) -> ExplicitRungeKutta:
+    """The method ``name`` without error estimate, its dense output replaced: "linear", or "cubic" (Hermite)."""
+    method = METHODS[name]
+    if not isinstance(method, ExplicitRungeKutta):
+        raise InvalidInput(f"{name!r} has no tableau")
+    base = replace(method.tableau, error=None, error_order=None)
+    return ExplicitRungeKutta(_linear(base) if interp == "linear" else _cubic(base))
+
+
+def _linear(base: Tableau) -> Tableau:
+    return replace(base, extra_a=(), extra_c=(), dense=tuple((b,) for b in base.b), dense_order=1)
+
+
+def _cubic(base: Tableau) -> Tableau:
+    """``y + h01 (y1 - y) + h (h10 f(t, y) + h11 f(t + h, y1))`` in powers of theta."""
+    fsal = len(base.b) > 1 and base.c[-1] == 1.0 and base.b[-1] == 0.0 and base.a[-1] == base.b[:-1]
+    extra = 0 if fsal else 1
+    rows = [[0.0, 3 * b, -2 * b] for b in (*base.b, *([0.0] * extra))]
+    for place, powers in ((0, (1.0, -2.0, 1.0)), (-1, (0.0, -1.0, 1.0))):
+        rows[place] = [x + p for x, p in zip(rows[place], powers, strict=True)]
+    return replace(
+        base,
+        extra_a=(base.b,) * extra,
+        extra_c=(1.0,) * extra,
+        dense=tuple(tuple(row) for row in rows),
+        dense_order=min(3, base.order),
+    )
+
+
+def check_interp(request: Request) -> str:
+    """The ``interp`` option."""
+    interp = request.options.get("interp", "linear")
+    if interp not in ("linear", "cubic"):
+        raise InvalidInput(f'Unknown interpolation method {interp!r}: choose "linear" or "cubic"')
+    return interp
+
+
+def step_size_of(request: Request) -> float | None:
+    """The ``step_size`` option as a float."""
+    size = request.options.get("step_size")
+    if size is None:
+        return None
+    size = float(size)
+    if not size > 0:
+        raise InvalidInput(f"step_size must be greater than zero, got {size!r}")
+    return size
+
+
+def fixed_grid(request: Request) -> Tensor:
+    """The grid of a fixed-step solve, ``(A,)`` float64: ``t`` itself, or as ``step_size`` or ``grid_constructor`` say."""
+    t, size = request.t, step_size_of(request)
+    fixed = t.detach()
+    construct: Callable[..., Tensor] | None = request.options.get("grid_constructor")
+    if size is None:
+        grid = t if construct is None else torch.as_tensor(construct(request.func, request.y0, t), device=t.device)
+    elif construct is not None:
+        raise InvalidInput("step_size and grid_constructor are mutually exclusive arguments.")
+    else:
+        times = t.to(torch.float64)
+        ratio = float((fixed[-1] - fixed[0]).abs()) / size
+        # a ratio that is an integer but for rounding must not add a step of no length
+        steps = max(1, -int(-(ratio * (1 - 1e-7)) // 1))
+        inner = times[0] + request.sign * size * torch.arange(steps, dtype=torch.float64, device=t.device)
+        return torch.cat([inner, times[-1:]])
+    if grid.dim() != 1 or not bool((grid[0] == t[0]) & (grid[-1] == t[-1])):
+        raise InvalidInput("grid_constructor must return a one dimensional grid that begins at t[0] and ends at t[-1]")
+    grid = grid.to(torch.float64)
+    if not bool((request.sign * grid.diff() > 0).all()):
+        raise InvalidInput("grid_constructor must return a strictly monotonic grid, in the direction of t")
+    return grid
+
+
+def hermite(theta: Tensor, y0: Tensor, y1: Tensor, hf0: Tensor, hf1: Tensor) -> Tensor:
+    """The cubic through ``y0, y1`` with slopes ``hf0, hf1`` at ``theta`` in [0, 1]."""
+    blend = theta * theta * (3 - 2 * theta)
+    return y0 + blend * (y1 - y0) + theta * (1 - theta) ** 2 * hf0 + theta * theta * (theta - 1) * hf1

@@ -1,0 +1,199 @@
+"""The ``odeint`` family on our own loops and gradient strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from ..arguments import Times, positive
+from ..capture import find_captured, functorch_active, is_differentiable, needs_derivatives
+from ..errors import InvalidInput
+from ..event_times import event_records
+from ..failures import raise_failure
+from ..integrate import Event, PIDController, Plan, Record, shifted_times
+from ..ivp import _flat_event, _interpolant, _Parts, _transforming
+from ..methods import METHODS
+from ..sensitivity import Gradient, Problem
+from ..solution import BackwardStats
+from ..system import System
+from .interpolants import check_interp, fixed_grid, fixed_method, step_size_of
+from .request import Request
+
+__all__ = ["Prepared", "combined_event", "prepare", "solve_dense", "solve_event", "solve_samples"]
+
+#: an end that no solve reaches: until an event, there is none
+_NEVER = 1e300
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A right-hand side with the tensors it depends on."""
+
+    system: System
+    inputs: tuple[Tensor, ...]
+    derivatives: bool
+
+
+def prepare(request: Request, only: Sequence[Tensor] | None, event: Callable[..., Tensor] | None = None) -> Prepared:
+    """Find what ``func`` (and the event function) captured.
+
+    ``only``: the tensors to differentiate; others are held constant. None: all.
+    """
+    spec, y0 = request.spec, request.y0
+    _, tree = tree_flatten(())
+    captured: list[Tensor] = []
+    if torch.is_grad_enabled() or _transforming():
+        time = request.t[0].detach().to(spec.real_dtype)
+        if request.options.get("perturb"):
+            time = shifted_times([time], [0.0], True, False, request.sign)[0]
+        calls: list[Callable[[], Any]] = [lambda: request.fun(time, y0)]
+        owners = [request.func]
+        if event is not None:
+            calls.append(lambda: event(time, y0))
+            owners.append(event)
+        known = [time, *tree_leaves(y0)]
+        captured = find_captured(calls, known, owners)
+        found = {id(x) for x in (*captured, *known)}
+        captured += [p for p in only or () if id(p) not in found and is_differentiable(p)]
+    system = System(request.fun, spec, tree, (), tuple(captured))
+    inputs = system.inputs
+    if only is not None:
+        wanted = {id(p) for p in only}
+        inputs = tuple(x if id(x) in wanted else x.detach() for x in inputs)
+    return Prepared(system, inputs, needs_derivatives([request.t, *tree_leaves(y0), *inputs]))
+
+
+def _plan(request: Request, derivatives: bool, dense: bool, events: tuple[Event, ...]) -> Plan:
+    options = request.options
+    shared: dict[str, Any] = {
+        "real": request.spec.real_dtype,
+        "rtol": request.rtol,
+        "atol": request.atol,
+        "norm": request.norm,
+        "keep_states": derivatives or dense or bool(events),
+        "keep_stages": dense,
+        "events": events,
+        "monitor": request.monitor(),
+    }
+    if request.family == "fixed":
+        return Plan(
+            method=fixed_method(request.method, check_interp(request)),
+            controller=PIDController(),
+            first_step=step_size_of(request) if events else None,
+            max_steps=20_000 if events else 2**62,
+            shift="all" if options.get("perturb") else "none",
+            **shared,
+        )
+    first = options.get("first_step")
+    low, high = float(options.get("dfactor", 0.2)), float(options.get("ifactor", 10.0))
+    return Plan(
+        method=METHODS[request.method],
+        controller=PIDController(safety=float(options.get("safety", 0.9)), min_factor=low, max_factor=high),
+        first_step=None if first is None else positive(first, "first_step"),
+        max_step=positive(options.get("max_step", float("inf")), "max_step"),
+        min_step=positive(options.get("min_step", 0.0), "min_step", zero=True),
+        # torchdiffeq counts the steps of each output interval by themselves
+        max_steps=int(options.get("max_num_steps", 2**31 - 1)) * request.n_intervals,
+        accept_smallest=True,
+        **shared,
+    )
+
+
+def _step_times(request: Request) -> list[Tensor]:
+    """The options ``step_t`` and ``jump_t`` (an old name of it: ``grid_points``), 1-D float64."""
+    out = []
+    for name in ("step_t", "jump_t", "grid_points"):
+        value = request.options.get(name)
+        if value is not None:
+            out.append(torch.as_tensor(value, device=request.spec.device).to(torch.float64).reshape(-1))
+    if out:
+        times = torch.cat(out)
+        if times.unique().shape[0] != times.shape[0]:
+            raise InvalidInput("`step_t` and `jump_t` must not have any repeated elements between them.")
+    return out
+
+
+def _anchors(request: Request, until_event: bool) -> Tensor:
+    """``(A, 1)``: the grid of a fixed-step solve, or the start, the times where steps must end, and the end."""
+    if request.family == "fixed" and not until_event:
+        return fixed_grid(request).unsqueeze(-1)
+    t, sign = request.t.to(torch.float64), request.sign
+    end = torch.full_like(t[:1], sign * _NEVER) if until_event else t[-1:]
+    if request.family == "fixed" and step_size_of(request) is None:
+        raise InvalidInput("Event handling for fixed step solvers currently requires `step_size` to be provided in options.")
+    inner = torch.cat([t.new_empty(0), *(_step_times(request) if request.family == "adaptive" else [])])
+    inner = inner[(sign * (inner - t[0]) > 0) & (sign * (end - inner) > 0)]
+    inner = inner.sort(descending=sign < 0).values
+    return torch.cat([t[:1], inner, end]).unsqueeze(-1)
+
+
+def _solve(request: Request, gradient: Gradient, only: Sequence[Tensor] | None, dense: bool, event: Callable[..., Tensor] | None) -> _Parts:
+    """The shared part: everything that can be asked of the computed solution."""
+    ready = prepare(request, only, event)
+    spec, system = request.spec, ready.system
+    anchors = _anchors(request, event is not None)
+    # the first time needs no sampling: the solution there is y0
+    samples = None if event is not None or dense else request.t[1:].to(torch.float64).unsqueeze(-1)
+    events = () if event is None else (_flat_event(event, system, spec, False),)
+    plan = _plan(request, ready.derivatives, dense, events)
+    backward = BackwardStats()
+
+    def report(record: Record) -> None:
+        raise_failure(record, plan, system, system.inputs)
+
+    def backward_report(n_fun: int, n_steps: int) -> None:
+        backward.n_fun += n_fun
+        backward.n_steps += n_steps
+
+    problem = Problem(system, plan, False, report, backward_report)
+    y_flat = spec.flatten(request.y0)
+    out = gradient.solve(problem, anchors, samples, y_flat, ready.inputs)
+    listed = [] if event is None else [event]
+    return _Parts(out, problem, Times(anchors, samples, None, False), spec, spec, None, y_flat, listed, (), backward, ready.derivatives)
+
+
+def solve_samples(request: Request, gradient: Gradient, only: Sequence[Tensor] | None = None) -> Any:
+    """The states at ``request.t``, ``(T, *shape)`` each."""
+    parts = _solve(request, gradient, only, False, None)
+    return parts.state(torch.cat([parts.y0.unsqueeze(0), parts.out.samples]))
+
+
+def solve_dense(request: Request, gradient: Gradient, only: Sequence[Tensor] | None = None) -> Callable[[Tensor], Any]:
+    """The solution as a function of time."""
+    return _interpolant(_solve(request, gradient, only, True, None))
+
+
+def combined_event(event_fn: Callable[..., Tensor], t0: Tensor, y0: Any) -> tuple[Callable[..., Tensor], bool]:
+    """One event function of possibly several values: positive at the start, zero where the first of them is; and whether it begins at zero."""
+    with torch.no_grad():
+        signs = torch.sign(event_fn(t0, y0))
+
+    def smallest(t: Tensor, y: Any) -> Tensor:
+        return torch.min(event_fn(t, y) * signs)
+
+    smallest.terminal = True  # type: ignore[attr-defined]
+    at_start = not functorch_active() and bool((signs == 0).any())
+    return smallest, at_start
+
+
+def start_event(request: Request) -> tuple[Callable[..., Tensor], bool]:
+    """The event function of a request; see `combined_event`."""
+    assert request.event_fn is not None
+    return combined_event(request.event_fn, request.t[0].detach().to(request.spec.real_dtype), request.y0)
+
+
+def solve_event(request: Request, gradient: Gradient, only: Sequence[Tensor] | None = None) -> tuple[Tensor, Any]:
+    """Time of the first event, 0-d, and the states at the start and there, ``(2, *shape)`` each; differentiable, the time included."""
+    event, at_start = start_event(request)
+    y_flat = request.spec.flatten(request.y0)
+    if at_start:
+        return request.t[0].clone(), request.spec.unflatten(torch.stack([y_flat, y_flat]))
+    parts = _solve(request, gradient, only, False, event)
+    _, when, flat = event_records(parts, parts.out)
+    assert when is not None and flat is not None
+    return when.to(request.t.dtype), parts.state(torch.stack([y_flat, flat]))

@@ -1,0 +1,291 @@
+"""Arguments of the ``odeint`` family, checked and brought into one form."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..arguments import flat_tolerance
+from ..errors import InvalidInput, UnsupportedCombination
+from ..integrate import Monitor
+from ..system import StateSpec
+
+__all__ = ["ADAMS", "ADAPTIVE", "FIXED", "CallbackMonitor", "InvalidType", "Request", "make_request"]
+
+ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
+FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
+#: fixed_adams is an old name of implicit_adams
+ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
+_IMPLICIT = ("implicit_euler", "implicit_midpoint", "trapezoid", "radauIIA3", "gl4", "radauIIA5", "gl6", "sdirk2", "trbdf2")
+_ALL = (*ADAPTIVE, *FIXED, *ADAMS, "scipy_solver")
+
+_STEP_OPTIONS = {"min_step", "max_step", "first_step", "step_t", "jump_t", "grid_points", "eps", "safety", "ifactor", "dfactor"}
+_KNOWN = {
+    "adaptive": _STEP_OPTIONS | {"max_num_steps", "dtype", "norm"},
+    "fixed": {"step_size", "grid_constructor", "interp", "perturb", "norm"},
+    "adams": {"step_size", "grid_constructor", "interp", "perturb", "norm", "max_order", "max_iters"},
+    "scipy": {"min_step", "max_step", "solver", "norm", "grid_points", "eps"},
+}
+_CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
+_VALID_CALLBACKS = {"adaptive": set(_CALLBACKS), "fixed": {"callback_step"}, "adams": {"callback_step"}, "scipy": set()}
+
+
+class InvalidType(InvalidInput, TypeError):
+    """An argument of the wrong type, where torchdiffeq raises a TypeError."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call: the user's own objects, and what they were read as.
+
+    ``fun`` is ``func`` made to return the structure and dtypes of the state. ``norm`` takes scaled errors ``(B, n)`` to ``(B,)``.
+    """
+
+    func: Callable[..., Any]
+    fun: Callable[..., Any]
+    y0: Any
+    t: Tensor
+    method: str
+    options: dict[str, Any]
+    rtol: float | Tensor
+    atol: float | Tensor
+    norm: Callable[[Tensor], Tensor]
+    spec: StateSpec
+    event_fn: Callable[..., Tensor] | None
+
+    @property
+    def family(self) -> str:
+        """Which kind of solver: "adaptive", "fixed", "adams" or "scipy"."""
+        return family_of(self.method)
+
+    @property
+    def sign(self) -> float:
+        """The direction of time."""
+        return -1.0 if self.t.shape[0] > 1 and bool(self.t[0] > self.t[1]) else 1.0
+
+    @property
+    def n_intervals(self) -> int:
+        """How many intervals the times make."""
+        return max(1, self.t.shape[0] - 1)
+
+    def monitor(self) -> Monitor:
+        """The user's callbacks."""
+        found = {name: _callback(self.func, name) for name in _CALLBACKS if name in _VALID_CALLBACKS[self.family]}
+        back = {name: _callback(self.func, f"{name}_adjoint") for name in _CALLBACKS}
+        given = {k: v for k, v in found.items() if v is not None}
+        given |= {f"{k}_adjoint": v for k, v in back.items() if v is not None}
+        if not given:
+            return Monitor()
+        kind = SweepMonitor if any(name.endswith("_adjoint") for name in given) else CallbackMonitor
+        return kind(self.spec, given)
+
+
+def family_of(method: str) -> str:
+    """The family of a method name."""
+    return "adaptive" if method in ADAPTIVE else "fixed" if method in FIXED else "adams" if method in ADAMS else "scipy"
+
+
+def _callback(func: Any, name: str) -> Callable[..., Any] | None:
+    value = getattr(func, name, None)
+    return value if callable(value) else None
+
+
+class CallbackMonitor(Monitor):
+    """Calls ``callback(t0, y0, dt)`` with 0-d tensors and the user's state; ``dt`` is positive in either direction of time."""
+
+    def __init__(self, spec: StateSpec, callbacks: dict[str, Callable[..., Any]]) -> None:
+        self.spec, self.callbacks = spec, callbacks
+
+    def _call(self, name: str, t: float, y: Any, h: float) -> None:
+        callback = self.callbacks.get(name)
+        if callback is not None:
+            time, size = (torch.tensor(x, dtype=torch.float64, device=self.spec.device) for x in (t, abs(h)))
+            callback(time, y, size)
+
+    def _state(self, y: Tensor) -> Any:
+        return self.spec.unflatten(y.detach().reshape(self.spec.rows, -1))
+
+    def step(self, t: float, y: Tensor, h: float) -> None:
+        """See `Monitor.step`."""
+        if "callback_step" in self.callbacks:
+            self._call("callback_step", t, self._state(y), h)
+
+    def accepted(self, t: float, y: Tensor, h: float) -> None:
+        """See `Monitor.accepted`."""
+        if "callback_accept_step" in self.callbacks:
+            self._call("callback_accept_step", t, self._state(y), h)
+
+    def rejected(self, t: float, y: Tensor, h: float) -> None:
+        """See `Monitor.rejected`."""
+        if "callback_reject_step" in self.callbacks:
+            self._call("callback_reject_step", t, self._state(y), h)
+
+
+class SweepMonitor(CallbackMonitor):
+    """Also calls the ``*_adjoint`` callbacks for the steps of a discrete backward sweep, which are all accepted.
+
+    They get ``(y, adj_y)`` where those of a continuous adjoint get its whole augmented state.
+    """
+
+    def adjoint(self, t: float, y: Tensor, h: float, bar: Tensor) -> None:
+        """See `Monitor.adjoint`."""
+        state = (self._state(y), self._state(bar))
+        self._call("callback_step_adjoint", t, state, h)
+        self._call("callback_accept_step_adjoint", t, state, h)
+
+
+def make_request(
+    func: Callable[..., Any],
+    y0: Any,
+    t: Any,
+    rtol: Any,
+    atol: Any,
+    method: str | None,
+    options: dict[str, Any] | None,
+    event_fn: Callable[..., Tensor] | None,
+) -> Request:
+    """Check the arguments of an ``odeint`` call.
+
+    Raises
+    ------
+    InvalidInput (a ValueError and an AssertionError), InvalidType (a TypeError too), UnsupportedCombination
+    """
+    method = _check_method(method)
+    if not callable(func):
+        raise InvalidInput(f"func must be callable, got a {type(func).__name__}")
+    if not isinstance(y0, Tensor):
+        if not isinstance(y0, tuple):
+            raise InvalidInput(f"y0 must be either a torch.Tensor or a tuple, got a {type(y0).__name__}")
+        y0 = tuple(y0)
+    spec = StateSpec.of(y0, False)
+    t = _check_times(t)
+    if t.device != spec.device:
+        warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=4)
+        t = t.to(spec.device)
+    if event_fn is not None and t.shape[0] != 2:
+        raise InvalidInput(f"We require len(t) == 2 when in event handling mode, but got len(t)={t.shape[0]}.")
+    options = dict(options or {})
+    family = family_of(method)
+    unknown = {name: options.pop(name) for name in list(options) if name not in _KNOWN[family]}
+    if unknown:
+        warnings.warn(f"{method}: Unexpected arguments {unknown}", stacklevel=4)
+    wrong = {name for name in _CALLBACKS if _callback(func, name) is not None} - _VALID_CALLBACKS[family]
+    if wrong:
+        warnings.warn(f"Solver '{method}' does not support callbacks {wrong}", stacklevel=4)
+    return Request(
+        func=func,
+        fun=_conforming(func, isinstance(y0, tuple)),
+        y0=y0,
+        t=t,
+        method=method,
+        options=options,
+        rtol=_tolerance(rtol, "rtol", y0, spec),
+        atol=_tolerance(atol, "atol", y0, spec),
+        norm=_norm(options.get("norm"), y0, spec),
+        spec=spec,
+        event_fn=event_fn,
+    )
+
+
+def _check_method(method: str | None) -> str:
+    method = "dopri5" if method is None else method
+    if method in _IMPLICIT:
+        raise UnsupportedCombination(f"method={method!r}: the implicit fixed-step methods come with the stiff solvers; choose one of {', '.join(_ALL)}")
+    if method not in _ALL:
+        raise InvalidInput(f"Invalid method {method!r}. Must be one of {', '.join(_ALL)}.")
+    return method
+
+
+def _check_times(t: Any) -> Tensor:
+    if not isinstance(t, Tensor):
+        raise InvalidInput(f"t must be a torch.Tensor, got a {type(t).__name__}")
+    if not t.is_floating_point():
+        raise InvalidType(f"t must be a floating point tensor but has dtype {t.dtype}")
+    if t.dim() != 1:
+        raise InvalidInput(f"t must be one dimensional, got shape {tuple(t.shape)}")
+    if t.shape[0] == 0:
+        raise InvalidInput("t is empty: it must hold the initial time")
+    later = t[1:] > t[:-1]
+    if not bool(torch.isfinite(t).all()):
+        raise InvalidInput("t has non-finite entries")
+    if not bool(later.all() | (t[1:] < t[:-1]).all()):
+        raise InvalidInput("t must be strictly increasing or decreasing")
+    return t
+
+
+def _conforming(func: Callable[..., Any], is_tuple: bool) -> Callable[..., Any]:
+    """``func`` with what it returns brought to the shapes and dtypes of the state, as torchdiffeq tolerates them."""
+    if is_tuple:
+        return lambda t, y: tuple(_like(k, x) for k, x in zip(_as_sequence(func(t, y), len(y)), y, strict=True))
+    return lambda t, y: _like(func(t, y), y)
+
+
+def _as_sequence(value: Any, length: int) -> Sequence[Any]:
+    if isinstance(value, Tensor) or not isinstance(value, (tuple, list)) or len(value) != length:
+        got = f"{len(value)} values" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
+        raise InvalidInput(f"func must return a tuple of {length} tensors like y0, got {got}")
+    return value
+
+
+def _like(value: Any, y: Any) -> Any:
+    if not isinstance(value, Tensor) or not isinstance(y, Tensor):
+        return value
+    if value.dtype != y.dtype and (y.is_complex() or not value.is_complex()):
+        value = value.to(y.dtype)
+    if value.shape != y.shape:
+        if value.numel() == y.numel():
+            value = value.reshape(y.shape)
+        elif value.dim() <= y.dim() and all(a in (1, b) for a, b in zip(value.shape[::-1], y.shape[::-1], strict=False)):
+            value = value.expand(y.shape)
+    return value
+
+
+def _tolerance(value: Any, name: str, y0: Any, spec: StateSpec) -> float | Tensor:
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise InvalidInput(f"{name} cannot require gradient")
+    if isinstance(y0, tuple):
+        each = value.unbind() if isinstance(value, Tensor) and value.dim() > 0 else value
+        if isinstance(each, (tuple, list)):
+            if len(each) != len(y0):
+                raise InvalidInput(f"If using tupled {name} it must have the same length as the tuple y0: {len(each)} for {len(y0)}")
+            value = tuple(torch.as_tensor(x).expand(leaf.shape) if torch.as_tensor(x).dim() == 0 else x for x, leaf in zip(each, y0, strict=True))
+    elif isinstance(value, (tuple, list)):
+        value = torch.as_tensor(value)
+    return flat_tolerance(value, name, spec, 0.0)
+
+
+def _norm(norm: Any, y0: Any, spec: StateSpec) -> Callable[[Tensor], Tensor]:
+    """The norm on flat scaled errors. By default the root mean square; of a tuple, the largest one of its elements."""
+    if norm is not None and not callable(norm):
+        raise InvalidInput(f"norm must be a function of the state, got {norm!r}")
+
+    def flat(x: Tensor) -> Tensor:
+        state = spec.unflatten(x.to(spec.dtype))
+        value = norm(state) if norm is not None else mixed_norm(tree_leaves(state))
+        return torch.as_tensor(value, device=x.device).abs().reshape(1)
+
+    return flat
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square of all entries, 0-d."""
+    return torch.linalg.vector_norm(x) * (max(x.numel(), 1) ** -0.5)
+
+
+def mixed_norm(tensors: Sequence[Tensor]) -> Tensor | float:
+    """The largest root mean square of several tensors (0 for none)."""
+    values = [rms(x) for x in tensors]
+    if len(values) < 2:
+        return values[0] if values else 0.0
+    return torch.stack([v.to(values[0]) for v in values]).amax()
+
+
+def first_row(state: Any) -> Any:
+    """A state with a leading time dimension of one."""
+    return tree_map(lambda x: x.unsqueeze(0), state)

@@ -1,0 +1,157 @@
+"""The continuous adjoint that solves the state backwards in time again ("backsolve"; Pontryagin 1962, Chen et al. 2018).
+
+It keeps no state but the outputs, and its gradient carries the error of a second solve: of the reversed dynamics, which are unstable wherever
+the forward ones are stable. On stiff or strongly contracting problems it is silently wrong by any amount, so it is never a default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capture import functorch_active
+from ..errors import UnsupportedCombination
+
+__all__ = ["Backsolve", "Refuse", "backsolve"]
+
+_TWICE = (
+    "the continuous (backsolve) adjoint has no second derivatives. Leave out adjoint_rtol, adjoint_atol, adjoint_method and adjoint_options: the "
+    "default gradient is exact and can be differentiated again"
+)
+
+
+@dataclass(frozen=True)
+class Backsolve:
+    """One solve with its continuous adjoint.
+
+    Attributes
+    ----------
+    fun : ``fun(t, y) -> dy/dt`` on the one tensor that is the state
+    forward : ``forward(y0, t) -> (event time or None, states (T, *y0.shape))``, without derivatives
+    backward : ``backward(dynamics, state, t) -> state`` solves the augmented system from ``t[0]`` to ``t[1]``; ``state`` is the tuple
+        ``(time cotangent, y, adj_y, *parameter cotangents)``
+    adjoint_options : the options that ``backward`` will use; visible on the autograd node
+    """
+
+    fun: Callable[[Tensor, Tensor], Tensor]
+    forward: Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor]]
+    backward: Callable[[Callable[..., Any], tuple[Tensor, ...], Tensor], Sequence[Tensor]]
+    adjoint_options: dict[str, Any] = field(default_factory=dict)
+
+
+def backsolve(config: Backsolve, y0: Tensor, t: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, Tensor]:
+    """Event time (or None) and states at ``t``, differentiable in ``y0``, ``t`` and ``params``; an event's time is held fixed.
+
+    ``t`` is ``(T,)`` and monotonic; with an event only ``t[0]`` counts.
+    """
+    out = _Node.apply(config, y0, t, *params)
+    return (None, out) if isinstance(out, Tensor) else out
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(config: Backsolve, y0: Tensor, t: Tensor, *params: Tensor) -> Any:
+        when, states = config.forward(y0, t)
+        return states if when is None else (when, states)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        config, _, t, *params = inputs
+        ctx.config, ctx.adjoint_options = config, config.adjoint_options
+        ctx.event = not isinstance(output, Tensor)
+        when, states = output if ctx.event else (None, output)
+        if ctx.event:
+            ctx.mark_non_differentiable(when)
+        ctx.n_times = t.shape[0]
+        times = torch.cat([t[:1], when.reshape(1).to(t)]) if ctx.event else t
+        ctx.save_for_backward(times, states, *params)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        if functorch_active():
+            raise UnsupportedCombination("torch.func transforms cannot see through the continuous adjoint: " + _TWICE)
+        bar = cotangents[-1]
+        _, wants_y0, wants_t, *_ = ctx.needs_input_grad
+        t, states, *params = ctx.saved_tensors
+        with torch.no_grad():
+            y0_bar, t_bars, param_bars = _sweep(ctx.config, t, states, params, bar, wants_t)
+        if t_bars is not None and ctx.event:
+            t_bars = torch.cat([t_bars[:1], t_bars.new_zeros(ctx.n_times - 1)])
+        found = [y0_bar, *param_bars] if t_bars is None else [y0_bar, t_bars, *param_bars]
+        if torch.is_grad_enabled():
+            found = list(Refuse.apply(_TWICE, len(found), *found, bar, states, t, *params))
+        y0_bar = found.pop(0)
+        t_bars = None if t_bars is None else found.pop(0)
+        return (None, y0_bar if wants_y0 else None, t_bars, *found)
+
+
+def _sweep(
+    config: Backsolve, t: Tensor, states: Tensor, params: Sequence[Tensor], bar: Tensor, wants_t: bool
+) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
+    """Integrate the augmented system from the last time to the first, adding the cotangents of the states on the way."""
+    real = states.dtype.to_real()
+    dynamics = _Dynamics(config.fun, params, wants_t)
+    t_bar = torch.zeros((), dtype=real, device=states.device)
+    y_bar = bar[-1]
+    param_bars: list[Tensor] = [torch.zeros_like(p) for p in params]
+    t_bars = torch.zeros_like(t) if wants_t else None
+    for i in range(t.shape[0] - 1, 0, -1):
+        if t_bars is not None:
+            slope = config.fun(t[i].to(real), states[i])
+            moved = _dot(slope, bar[i])
+            t_bar = t_bar - moved
+            t_bars[i] = moved
+        state = (t_bar, states[i], y_bar, *param_bars)
+        t_bar, _, y_bar, *param_bars = config.backward(dynamics, state, torch.stack([t[i], t[i - 1]]))
+        # the stored state replaces the backsolved one, whose error would grow from interval to interval
+        y_bar = y_bar + bar[i - 1]
+    if t_bars is not None:
+        t_bars[0] = t_bar
+    return y_bar, t_bars, param_bars
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x.conj() * y).real.sum() if x.is_complex() else (x * y).sum()
+
+
+class _Dynamics:
+    """Right-hand side of the augmented system: ``(-f_t* a, f, -f_y* a, -f_p* a)``. Callbacks may be hung on it."""
+
+    def __init__(self, fun: Callable[[Tensor, Tensor], Tensor], params: Sequence[Tensor], time: bool) -> None:
+        self.fun, self.params, self.time = fun, tuple(params), time
+
+    def __call__(self, t: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        _, y, y_bar, *_ = state
+        with torch.enable_grad():
+            t = t.detach().requires_grad_(self.time)
+            y = y.detach().requires_grad_(True)
+            slope = self.fun(t, y)
+            wanted = (y, *((t,) if self.time else ()), *self.params)
+            if slope.requires_grad:
+                found = torch.autograd.grad(slope, wanted, -y_bar, allow_unused=True)
+            else:
+                found = (None,) * len(wanted)
+        filled = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
+        y_rate = filled.pop(0)
+        t_rate = filled.pop(0) if self.time else torch.zeros_like(t)
+        return (t_rate.detach(), slope.detach(), y_rate.detach(), *(g.detach() for g in filled))
+
+
+class Refuse(torch.autograd.Function):
+    """``apply(message, n, *tensors)`` passes the first ``n`` tensors on; whoever differentiates them gets the message as an error."""
+
+    @staticmethod
+    def forward(message: str, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:n])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.message = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise UnsupportedCombination(ctx.message)
