@@ -14,6 +14,7 @@ from .errors import (
 )
 from .integrate import IController, PIController, PIDController
 from .ivp import solve_ivp
+from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
 from .sensitivity import Backprop, DiscreteAdjoint
 from .solution import EventRecord, Solution, Stats
 
@@ -36,5 +37,9 @@ __all__ = [
     "UnsupportedCombination",
     "__version__",
     "methods",
+    "odeint",
+    "odeint_adjoint",
+    "odeint_dense",
+    "odeint_event",
     "solve_ivp",
 ]

@@ -18,6 +18,7 @@ from .errors import InvalidInput, UnsupportedCombination
 from .event_times import event_records
 from .failures import raise_failure
 from .integrate import Event, IController, Monitor, PIDController, Plan, Record
+from .integrate.compiled import compile_key
 from .methods import Method
 from .progress import progress_monitor
 from .sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
@@ -139,6 +140,8 @@ def solve_ivp(
     right_hand_side, state, integrand = fun, y0, None
     times = check_times(t_span, t_eval, step_ts, user_spec)
     if quadrature is not None:
+        if not callable(quadrature):
+            raise InvalidInput(f"quadrature must be callable, got a {type(quadrature).__name__}")
         right_hand_side, state, integrand = _with_quadrature(fun, quadrature, user_spec, times, y0, tuple(args))
     spec = StateSpec.of(state, batched)
     event_list = _event_list(events)
@@ -179,7 +182,7 @@ def solve_ivp(
         keep_stages=dense_output,
         events=tuple(_flat_event(e, system, user_spec, integrand is not None) for e in event_list),
         monitor=progress_monitor(progress),
-        compile=compile,
+        compile=compile_key(fun) if compile else None,
     )
     backward = BackwardStats()
 

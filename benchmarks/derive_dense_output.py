@@ -2,11 +2,11 @@
 
 The order conditions are linear in the weights. With the stages of the step and ``f(t + h, y1)`` they can be solved up to
 order 5 only, so further stages are evaluated at points of the dense output found so far, which then reaches a higher order.
-A stage saved: where one more stage is wanted, order 6 may already be reached at the two nodes ``(1 -+ 1/sqrt(7)) / 2``. So
-dopri8 needs three stages (all of order 6) and verner7 five (one of order 5, at 1/2, and four of order 6). Verner's own five
-stages and weights for his pair, as they are in circulation, miss 12 of the 48 conditions of order 7, by 1e-4 in single powers.
-What the conditions leave free is fixed by continuity, also of the slope, and by the least mean error of order 8. The remaining
-nodes come from trying multiples of 0.05: the error of order 8 and the size of the weights are what they decide.
+When only one stage is missing for order 6, this order is reached without it at the two nodes ``(1 -+ 1/sqrt(7)) / 2``. So
+dopri8 needs three stages, all of order 6, and verner7 five: one of order 5 at 1/2, and four of order 6. (The five stages and
+the weights published for Verner's pair, in the numbers that OrdinaryDiffEq.jl keeps, miss 12 of the 48 conditions of order 7,
+by up to 1e-4 in single powers.) What the conditions leave free is fixed by continuity, also of the slope, and by the least mean
+error of order 8. The other nodes were chosen among multiples of 0.05 for a small error of order 8 and small coefficients.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ import numpy as np
 from mpmath import mp, mpf
 from numpy.typing import NDArray
 
-root = Path(__file__).parents[1]
-sys.path[:0] = [str(root), str(root / "tests")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from rooted_trees import density, elementary_weights, symmetry, trees  # noqa: E402
-
-from adjoint.methods.tableaux_high import DOPRI8_A, DOPRI8_B, VERNER7_A, VERNER7_B, fractions  # noqa: E402
+from adjoint.methods.tableaux_high import DOPRI8_A, DOPRI8_B, VERNER7_A, VERNER7_B, fractions
+from tests.rooted_trees import density, elementary_weights, symmetry, trees
 
 Array = NDArray[Any]
 

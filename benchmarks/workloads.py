@@ -139,7 +139,7 @@ def all_cases() -> list[Case]:
     return cases
 
 
-QUICK = ("mlp-small", "lotka-1-end", "lotka-100-end", "vdp-100-end")
+QUICK = ("mlp-small", "lotka-1-end", "lotka-100-end", "vdp-100-20saves")
 
 
 def select(names: Sequence[str], quick: bool) -> list[Case]:

@@ -146,7 +146,7 @@ def adams_samples(request: Request, gradient: Gradient, only: Any = None) -> Any
     places = torch.searchsorted(request.sign * grid.detach(), request.sign * request.t.detach().to(torch.float64)).tolist()
     for t, place in zip(request.t[1:].to(torch.float64), places[1:], strict=True):
         step = steps[place - 1]
-        if bool(t.detach() == grid[place].detach()):
+        if bool(t.detach() == grid[place].detach()) and not needs_derivatives([t]):
             out.append(step.y1)
             continue
         following = steps[place].slope if place < len(steps) else None
@@ -205,7 +205,7 @@ def adams_event(request: Request, gradient: Gradient, only: Any = None) -> tuple
             return value(step.t + theta * step.h, at(theta))
 
     theta = 1.0 if along(1.0) == 0.0 else float(brentq(along, 0.0, 1.0, xtol=1e-15))  # type: ignore[arg-type]
-    when, flat = (step.t + theta * step.h).detach(), at(theta)
+    when, flat = step.t + theta * step.h, at(theta)
     if solver.derivatives:
         when, state = through_event(request.fun, event, when, spec.unflatten(flat), spec.real_dtype)
         flat = spec.flatten(state)

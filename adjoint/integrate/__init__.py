@@ -36,7 +36,7 @@ def integrate(
     inputs: Sequence[Tensor] = (),
     shape: Sequence[int] | None = None,
 ) -> Record:
-    """Run the loop that fits: float decisions for one trajectory, masks for many and for compiled steps."""
-    if batched or plan.compile:
+    """Run the loop that fits: float decisions for one trajectory, masks for many."""
+    if batched:
         return integrate_batched(f, plan, anchors, t_eval, y0)
     return integrate_single(f, plan, anchors, t_eval, y0, inputs, shape)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .compiled import compiled
 from .controller import log_error
 from .initial_step import initial_step
 from .plan import Plan, Record, Status, shifted_times
@@ -180,12 +181,7 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
     t_eval : (T, B) float64 or None; in any order
     y0 : (B, n)
     """
-    if plan.compile:
-        from .compiled import compiled_advance
-
-        attempt_step = compiled_advance(f, plan)
-    else:
-        attempt_step = lambda carry, stops, sign, dense: advance(f, plan, stops, sign, carry, dense)  # noqa: E731
+    step = advance if plan.compile is None else compiled(advance, plan.compile)
     method, monitor = plan.method, plan.monitor
     sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0).to(torch.float64)
     carry, n_fun = start_carry(f, plan, anchors, sign, y0)
@@ -206,7 +202,7 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
     n_rejected = torch.zeros_like(carry.attempts)
     start_attempts = carry.attempts
     while bool(carry.running.any()):
-        new, attempt = attempt_step(carry, anchors, sign, dense)
+        new, attempt = step(f, plan, anchors, sign, carry, dense)
         if sampler.wanted:
             sampler.take(attempt, carry.y, n_accepted)
         n_accepted = n_accepted + attempt.accepted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -66,7 +66,7 @@ class Plan:
     """Everything about a solve but its tensors-to-differentiate.
 
     ``rtol`` and ``atol`` are numbers or tensors that broadcast to ``(B, n)``; ``norm`` maps scaled errors ``(B, n)`` to ``(B,)``.
-    ``real`` is the real dtype of the state. ``keep_states``: whether the states of all steps are wanted; ``keep_stages``: also all stages, for the dense output.
+    ``real`` is the real dtype of the state. ``compile``: None for eager steps, else what compiled steps are kept under. ``keep_states``: whether the states of all steps are wanted; ``keep_stages``: also all stages, for the dense output.
     ``shift``: which anchors ``fun`` sees only from within a step: the "inner" ones, "all" of them, or "none".
     ``accept_smallest``: no step is smaller than ``min_step``, and one of that size is accepted whatever its error.
     """
@@ -85,7 +85,7 @@ class Plan:
     keep_stages: bool = False
     events: tuple[Event, ...] = ()
     monitor: Monitor = field(default_factory=Monitor)
-    compile: bool = False
+    compile: Hashable | None = None
     shift: str = "inner"
     accept_smallest: bool = False
 

@@ -10,6 +10,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
+from .compiled import compiled
 from .controller import log_error
 from .initial_step import initial_step
 from .plan import Plan, Record, Status, shifted_times
@@ -60,6 +61,36 @@ class _Sampler:
 def _times(plan: Plan, t: float, h: float, like: Tensor, jump: tuple[bool, bool], sign: float) -> Sequence[Tensor]:
     times = torch.tensor([t + c * h for c in plan.method.nodes], dtype=like.dtype.to_real(), device=like.device).unbind()
     return shifted_times(times, plan.method.nodes, jump[0], jump[1], sign) if any(jump) else times
+
+
+def _attempt(
+    f: Callable[[Tensor, Tensor], Tensor],
+    plan: Plan,
+    times: Sequence[Tensor],
+    h: float | Tensor,
+    y: Tensor,
+    k1: Tensor,
+    size: Tensor,
+    flat: Sequence[int],
+) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor, Tensor | None]:
+    """One attempted step: new state, stages, ``f(t + h, y1)`` if the error needs it, size of the new state, error norm ``(1,)``."""
+    method = plan.method
+    y1, ks = method.step(f, times, h, y, k1)
+    size1, k_end, error = y1.abs(), None, None
+    if method.adaptive:
+        if method.error_uses_end:
+            k_end = f(times[method.n_stages], y1)
+        estimate = method.error(h, ks if k_end is None else [*ks, k_end])
+        error = plan.norm(plan.scaled(estimate, torch.maximum(size, size1)).reshape(flat))
+    return y1, ks, k_end, size1, error
+
+
+def _timed_attempt(
+    f: Callable[[Tensor, Tensor], Tensor], plan: Plan, th: Tensor, y: Tensor, k1: Tensor, size: Tensor, flat: Sequence[int]
+) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor, Tensor | None]:
+    """`_attempt` with start and size of the step in a float64 tensor, for the compiler."""
+    times = [(th[0] + th[1] * c).to(plan.real) for c in plan.method.nodes]
+    return _attempt(f, plan, times, th[1].to(plan.real), y, k1, size, flat)
 
 
 def integrate_single(
@@ -119,6 +150,7 @@ def integrate_single(
     attempts = 0
     just_rejected = bad = False
 
+    fast = None if plan.compile is None else compiled(_timed_attempt, plan.compile)
     while segment < len(stops) - 1:
         target = stops[segment + 1]
         if sign * (target - t) <= 0:
@@ -142,16 +174,14 @@ def integrate_single(
         inner = plan.shift == "inner" and lands and segment < len(stops) - 2
         jump = (True, True) if plan.shift == "all" else (jump_start, inner)
         times = _times(plan, t, h, y, jump, sign)
-        y1, ks = method.step(f, times, h, y, k1)
+        if fast is None or any(jump):
+            y1, ks, k_end, size1, norm = _attempt(f, plan, times, h, y, k1, size, flat)
+        else:
+            th = torch.tensor([t, h], dtype=torch.float64, device=device)
+            y1, ks, k_end, size1, norm = fast(f, plan, th, y, k1, size, flat)
         n_fun += method.evaluations
-        k_end = None
-        size1 = y1.abs()
-        error = 0.0
-        if method.adaptive:
-            if method.error_uses_end:
-                k_end = f(times[method.n_stages], y1)
-            estimate = method.error(h, ks if k_end is None else [*ks, k_end])
-            error = float(plan.norm(plan.scaled(estimate, torch.maximum(size, size1)).reshape(flat)))
+        if norm is not None:
+            error = float(norm)
             bad = not math.isfinite(error)
             smallest = plan.accept_smallest and abs(h) <= plan.min_step
             if bad or (error > 1.0 and not smallest):
@@ -236,9 +266,9 @@ def integrate_single(
     return Record(
         final=y.reshape(flat),
         last=reached.reshape(flat),
-        states=torch.stack(states).reshape(-1, *flat) if plan.keep_states else y0.new_empty((0, *flat)),
-        samples=sampler.out.reshape(-1, *flat) if sampler.order else y0.new_empty((0, *flat)),
-        stages=torch.stack(kept_stages).reshape(-1, n_all, *flat) if kept_stages else y0.new_empty((0, n_all, *flat)),
+        states=torch.stack(states).reshape(len(states), *flat) if plan.keep_states else y0.new_empty((0, *flat)),
+        samples=sampler.out.reshape(len(sampler.order), *flat) if sampler.order else y0.new_empty((0, *flat)),
+        stages=torch.stack(kept_stages).reshape(len(kept_stages), n_all, *flat) if kept_stages else y0.new_empty((0, n_all, *flat)),
         t=column(starts, torch.float64),
         h=column(sizes, torch.float64),
         segment=column(segments, torch.int64),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..integrate import Plan
 from ..integrate.compiled import compiled
 from ..methods.runge_kutta import StepCotangents
 from ..system import Flat
@@ -18,17 +19,16 @@ __all__ = ["compiled_adjoint_step"]
 
 
 def _timed_step(
-    f: Flat, problem_plan: object, nodes: Sequence[float], t: Tensor, h: Tensor, y: Tensor, dense: bool
+    f: Flat, plan: Plan, t: Tensor, h: Tensor, y: Tensor, dense: bool
 ) -> tuple[Tensor, Tensor]:
-    """A step as a function of its start and size, ``(B,)`` float64."""
-    real = problem_plan.real  # type: ignore[attr-defined]
-    times = [(t + h * c).to(real) for c in nodes]
-    return replay_step(f, problem_plan, times, h, y, dense)  # type: ignore[arg-type]
+    """A step as a function of its start and size, float64, ``(B,)`` or 0-d for a single trajectory."""
+    times = [(t + h * c).to(plan.real) for c in plan.method.nodes]
+    return replay_step(f, plan, times, h, y, dense)
 
 
 def compiled_adjoint_step(problem: Problem, f: Flat, linearize: Linearizer) -> Callable[..., StepCotangents]:
     """A stand-in for the method's ``adjoint_step``, with start and size of the step in the place of stage times."""
-    step = compiled(_timed_step)
+    step = compiled(_timed_step, problem.plan.compile)
     plan = problem.plan
     n_all = len(plan.method.nodes)
 
@@ -39,7 +39,7 @@ def compiled_adjoint_step(problem: Problem, f: Flat, linearize: Linearizer) -> C
             y = y.detach().requires_grad_(True)
             if time_bars:
                 t, h = t.detach().requires_grad_(True), h.detach().requires_grad_(True)
-            y1, ks = step(f, plan, plan.method.nodes, t, h, y, dense)
+            y1, ks = step(f, plan, t, h, y, dense)
         linearize.check(y1, t, y, h)
         outputs, cotangents = [y1], [end_bar]
         if dense and any(bar is not None for bar in k_bar):

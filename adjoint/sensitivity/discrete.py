@@ -191,9 +191,9 @@ def eager_sweep(
     times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors.detach(), plan.shift)
     stage_t = stage_times(plan, times, states.dtype.to_real())
     kept = dict(zip(kept_steps(plan, grid, n_steps), stages_bar, strict=True)) if stages_bar is not None and len(stages_bar) else {}
-    # the compiled step is one for states as the lock-step loop has them, and for fun without jumps
-    use_compiled = plan.compile and times.jump_end is None
-    shape = None if use_compiled else system.natural_shape
+    # compiled steps know nothing of jumps
+    use_compiled = plan.compile is not None and times.jump_end is None
+    shape = system.natural_shape
     flat = states.shape[1:]
     if shape is not None:
         states = states.reshape(-1, *shape)
@@ -220,6 +220,7 @@ def eager_sweep(
         from .compiled import compiled_adjoint_step
 
         compiled_step = compiled_adjoint_step(problem, f, linearize)
+        starts, lengths = (x.unbind() if shape is None else x[:, 0].unbind() for x in (grid["t"], grid["h"]))
     watched = rows == 1 and type(plan.monitor).adjoint is not Monitor.adjoint
     k_bar = stage_cotangents(n_steps - 1) if n_steps else []
     for k in reversed(range(n_steps)):
@@ -239,7 +240,7 @@ def eager_sweep(
         if watched:
             plan.monitor.adjoint(float(grid["t"][k, 0]), states[k], float(grid["h"][k, 0]), bar)
         if use_compiled:
-            result = compiled_step(grid["t"][k], grid["h"][k], states[k], bar, k_bar, time_bars)
+            result = compiled_step(starts[k], lengths[k], states[k], bar, k_bar, time_bars)
         else:
             result = method.adjoint_step(linearize, stage_t[k], sizes[k], states[k], bar, k_bar, time_bars)
         start = samples.at_start(k)

@@ -17,9 +17,10 @@ __all__ = ["replay", "replay_step"]
 def replay_step(f: Flat, plan: Plan, times: Sequence[Tensor], h: Tensor, y: Tensor, dense: bool) -> tuple[Tensor, Tensor]:
     """One step as a pure function: the new state ``(B, n)`` and, with ``dense``, all stages ``(S, B, n)``.
 
-    ``h`` is ``(B,)`` float64.
+    ``h`` is float64, ``(B,)``, or 0-d for a single trajectory in any shape.
     """
-    column = h.to(plan.real).unsqueeze(-1)
+    column = h.to(plan.real)
+    column = column.unsqueeze(-1) if h.dim() else column
     y1, ks = plan.method.step(f, times, column, y, f(times[0], y))
     if not dense:
         return y1, y.new_empty(0)
