@@ -119,8 +119,8 @@ def _time(value: Any, name: str, spec: StateSpec, ndim: tuple[int, ...]) -> Tens
         raise InvalidInput(f"{name} has {value.dim()} dimensions, expected {' or '.join(map(str, ndim))}")
     if _concrete(value) and not bool(torch.isfinite(value).all()):
         raise InvalidInput(f"{name} has non-finite entries")
-    if value.dim() > 0 and ndim[-1] > 0 and value.dim() == ndim[-1] and spec.batch is not None and value.shape[-1] != spec.batch and ndim[-1] != 1:
-        raise InvalidInput(f"{name} has {value.shape[-1]} columns for {spec.batch} trajectories")
+    if value.dim() == 2 and value.shape[1] != spec.rows:
+        raise InvalidInput(f"{name} has {value.shape[1]} columns for {spec.rows} trajectories")
     return value
 
 
@@ -165,8 +165,6 @@ def check_times(t_span: Any, t_eval: Any, step_ts: Any, spec: StateSpec) -> Time
         shown = torch.stack([first, last]) if own else torch.stack(ends)
         return Times(anchors, None, _as_given(shown, t_span, spec), False)
     times = _time(t_eval, "t_eval", spec, (1, 2) if batched else (1,))
-    if times.dim() == 2 and times.shape[1] != spec.rows:
-        raise InvalidInput(f"t_eval has {times.shape[1]} columns for {spec.rows} trajectories")
     if times.shape[0] == 0:
         raise InvalidInput('t_eval is empty; leave it out for the two ends, or give "steps"')
     full = times.unsqueeze(-1).expand(-1, spec.rows) if times.dim() == 1 else times

@@ -46,8 +46,8 @@ def below_jvp() -> Iterator[tuple[Callable[[Tensor], Tensor], Callable[[Tensor],
     """For the body of a node's ``jvp``: run it one transform further out, and give the functions that carry
     tensors down (inside) and back up (after the context has ended).
 
-    PyTorch runs this body with forward mode off, at the level of the ``torch.func.jvp`` that asked. An outer forward-mode transform would then
-    see no tangents, and nested forward mode would silently lose terms.
+    PyTorch runs this body with forward mode off, at the level of the ``torch.func.jvp`` that asked. An outer forward-mode transform
+    would then see no tangents, and nested forward mode would silently lose terms.
     """
     functorch = torch._C._functorch
     top = functorch.peek_interpreter_stack()

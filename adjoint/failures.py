@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .errors import MaxStepsReached, NonFiniteState, SolveError, StepSizeTooSmall
 from .integrate import Plan, Record, Status
-from .system import System
+from .system import Flat, System
 
 __all__ = ["raise_failure"]
 
@@ -25,11 +25,14 @@ def raise_failure(record: Record, plan: Plan, system: System, inputs: Sequence[T
     spec = system.spec
     y = record.last[b]
     rows = record.status.shape[0]
-    rate = None
+    rate = beyond = None
     if rows == spec.rows:
         with torch.no_grad():
-            rate = system.bind(inputs)(record.t_final.to(spec.real_dtype), record.last)[b]
-    component = _worst(y, rate, plan, b, rows)
+            f = system.bind(inputs)
+            rate = f(record.t_final.to(spec.real_dtype), record.last)[b]
+            if status == Status.NON_FINITE:
+                beyond = _ahead(f, record, plan, b)
+    component = _worst(y, rate if beyond is None else beyond, record.scaled_error[b])
     many = f" in trajectory {b} ({failed.numel()} of {rows} failed)" if rows > 1 else ""
     where = f"at t = {t:.8g}{many}, worst component {spec.component(component)} = {_number(y[component])}"
     steps = f"after {int(record.n_accepted[b])} accepted and {int(record.n_rejected[b])} rejected steps"
@@ -37,16 +40,33 @@ def raise_failure(record: Record, plan: Plan, system: System, inputs: Sequence[T
     raise error(f"{text} {where}, {steps}. {_ADVICE[status]}", t=t, trajectory=b if rows > 1 else None, component=component)
 
 
-def _worst(y: Tensor, rate: Tensor | None, plan: Plan, b: int, rows: int) -> int:
-    """Flat index of the component that is non-finite, or changes fastest in units of its tolerance."""
+def _ahead(f: Flat, record: Record, plan: Plan, b: int) -> Tensor | None:
+    """The rates of row ``b`` at the first point beyond its last one where they are not finite; None if there is none close by."""
+    t, y, h = record.t_final, record.last, record.h[:, b]
+    signs = [float(h[0].sign())] if h.numel() else [1.0, -1.0]
+    smallest = 16 * torch.finfo(y.dtype).eps * max(1.0, float(t[b].abs()))
+    sizes = [smallest * 8.0**k for k in range(8)]
+    if not plan.method.adaptive and plan.first_step is not None:
+        sizes += [plan.first_step / 2, plan.first_step]
+    for size in sizes:
+        for sign in signs:
+            time = (t + sign * size).to(y.dtype.to_real())
+            rate = f(time, y)
+            if bool(torch.isfinite(rate[b]).all()):
+                rate = f(time, y + sign * size * rate)
+            if not bool(torch.isfinite(rate[b]).all()):
+                return rate[b]
+    return None
+
+
+def _worst(y: Tensor, rate: Tensor | None, scaled_error: Tensor) -> int:
+    """Flat index of the component that is non-finite itself, or has a non-finite rate, or else the largest scaled error."""
     if y.numel() == 0:
         return 0
-    size = y.abs()
-    measure = size
-    if rate is not None:
-        rtol, atol = (x if isinstance(x, float) else x.expand(rows, -1)[b] for x in (plan.rtol, plan.atol))
-        measure = rate.abs() / (atol + rtol * size)
-    return int(torch.nan_to_num(torch.where(torch.isfinite(size), measure, float("inf")), nan=float("inf"), posinf=1e300).argmax())
+    for candidate in (y, rate):
+        if candidate is not None and not bool(torch.isfinite(candidate).all()):
+            return int((~torch.isfinite(candidate)).to(torch.uint8).argmax())
+    return int(torch.nan_to_num(scaled_error, nan=float("inf"), posinf=float("inf")).argmax())
 
 
 def _explain(status: Status, plan: Plan, y: Tensor, rate: Tensor | None) -> tuple[type[SolveError], str]:

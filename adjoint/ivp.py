@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .arguments import Times, check_method, check_times, flat_norm, flat_tolerance, positive
-from .capture import find_captured, is_differentiable, needs_derivatives
+from .capture import find_captured, needs_derivatives
 from .errors import InvalidInput, UnsupportedCombination
 from .event_times import event_records
 from .failures import raise_failure
-from .integrate import Event, IController, Monitor, PIDController, Plan, Record
+from .integrate import Event, IController, PIDController, Plan, Record
 from .integrate.compiled import compile_key
 from .methods import Method
 from .progress import progress_monitor
@@ -152,7 +152,6 @@ def solve_ivp(
     probe_t = times.anchors[0].detach().to(real)
     probe_t = probe_t if batched else probe_t.reshape(())
     system = System(right_hand_side, spec, tree, tuple(leaves))
-    tensors = [x for x in leaves if isinstance(x, Tensor)]
     captured: list[Tensor] = []
     if torch.is_grad_enabled() or _transforming():
         # aliases, so that a tensor that is both an argument and captured is seen in both roles
@@ -171,7 +170,7 @@ def solve_ivp(
         method=chosen,
         real=real,
         controller=controller if controller is not None else IController(),
-        rtol=flat_tolerance(rtol, "rtol", spec if quadrature is None else spec, 1e-4 if single else 1e-6),
+        rtol=flat_tolerance(rtol, "rtol", spec, 1e-4 if single else 1e-6),
         atol=flat_tolerance(atol, "atol", spec, 1e-6 if single else 1e-9),
         norm=flat_norm(norm, spec),
         first_step=None if first_step is None else positive(first_step, "first_step"),
@@ -213,7 +212,9 @@ def _check_options(method: Method, linear_solver: Any, first_step: Any, events: 
     if linear_solver is not None:
         raise UnsupportedCombination(f"linear_solver= is for implicit methods; {method.name!r} solves no linear systems")
     if not method.adaptive and first_step is None:
-        raise InvalidInput(f"{method.name!r} takes constant steps: give their size as first_step=, or choose an adaptive method such as 'tsit5'")
+        raise InvalidInput(
+            f"{method.name!r} takes constant steps: give their size as first_step=, or choose an adaptive method such as 'tsit5'"
+        )
     if events is not None and batched:
         raise UnsupportedCombination("events= with batched=True is not supported yet: solve the trajectories one by one")
     if events is not None and compile:
@@ -270,7 +271,8 @@ def _with_quadrature(
     first = g(t0 if spec.batch is not None else t0.reshape(()), y0, *args)
     integrand = StateSpec.of(first, spec.batch is not None, "what quadrature returned")
     if integrand.batch != spec.batch:
-        raise InvalidInput(f"quadrature must return one value per trajectory, ({spec.batch}, ...), got {[tuple(s) for s in integrand.shapes]}")
+        shapes = [tuple(s) for s in integrand.shapes]
+        raise InvalidInput(f"quadrature must return one value per trajectory, ({spec.batch}, ...), got {shapes}")
 
     def both(t: Tensor, state: tuple[Any, Any], *rest: Any) -> tuple[Any, Any]:
         rate, value = fun(t, state[0], *rest), g(t, state[0], *rest)
@@ -366,12 +368,16 @@ def _interpolant(parts: _Parts) -> Callable[[Tensor], Any]:
             raise InvalidInput(f"sol(t) takes t of shape () or (T,){' or (T, B)' if batched else ''}, got {tuple(t.shape)}")
         times = t.to(device=out.t.device, dtype=torch.float64)
         full = times.reshape(-1, 1).expand(-1, rows) if times.dim() < 2 else times
-        low, high = torch.minimum(out.t[0], out.t_final), torch.maximum(out.t[0], out.t_final)
-        if not torch._C._functorch.is_functorch_wrapped_tensor(full) and bool(((full < low) | (full > high)).any()):
+        failed = out.status < 0
+        start, reached = parts.times.anchors[0].detach(), out.t_final
+        last = torch.where(failed, parts.times.anchors[-1].detach(), reached)
+        within = (full >= torch.minimum(start, last)) & (full <= torch.maximum(start, last))
+        if not torch._C._functorch.is_functorch_wrapped_tensor(full) and not bool(within.all()):
             raise InvalidInput("sol(t): t lies outside of what was integrated")
         ahead = (sign * (full.detach().unsqueeze(1) - out.t)) > 0  # (T, K, B)
         inside = torch.arange(out.t.shape[0], device=t.device).unsqueeze(-1) < out.n_accepted
         index = ((ahead & inside).sum(1) - 1).clamp(min=0)
+        index = torch.where(failed & (sign * (full.detach() - reached) > 0), -1, index)
         flat = interpolate(plan, out.states, out.stages, grid.t, grid.h, full, index)
         return parts.state(flat[0] if times.dim() == 0 else flat)
 

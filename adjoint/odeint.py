@@ -1,11 +1,11 @@
-"""``odeint``, ``odeint_adjoint``, ``odeint_dense`` and ``odeint_event``: torchdiffeq's functions, so that changing the import migrates a program.
+"""``odeint``, ``odeint_adjoint``, ``odeint_dense`` and ``odeint_event``: torchdiffeq's functions, to which a change of the import migrates.
 
 What is different on purpose:
 
-- Gradients reach everything that ``func`` depends on (arguments captured by a closure included), and they are exact for the computed solution.
-- `odeint_adjoint` without any ``adjoint_rtol``, ``adjoint_atol``, ``adjoint_method`` or ``adjoint_options`` takes the discrete adjoint: one stored
-  state per step, exact gradients. Giving one of these asks for torchdiffeq's continuous adjoint, which solves the state backwards again, can be wrong
-  without a sign of it (stiff and contracting problems), and has no second derivatives.
+- Gradients reach everything that ``func`` depends on (tensors captured by a closure included), and are exact for the computed solution.
+- `odeint_adjoint` without any ``adjoint_rtol``, ``adjoint_atol``, ``adjoint_method`` or ``adjoint_options`` takes the discrete adjoint:
+  one stored state per step, exact gradients. Giving one of these asks for torchdiffeq's continuous adjoint, which solves the state
+  backwards again, can be wrong without a sign of it (stiff and contracting problems), and has no second derivatives.
 - Event times are differentiable also in `odeint` itself, and in parameters of the event function.
 - The adaptive solvers land on the last time, and a solve that cannot go on raises a named error that says where and why.
 """
@@ -59,15 +59,17 @@ def odeint(
         ``(T,)``, strictly increasing or decreasing; may require grad.
     rtol, atol : number, tensor, or for a tuple state one for each element
     method : str
-        Adaptive: "dopri5" (default), "dopri8", "bosh3", "fehlberg2", "adaptive_heun". On a fixed grid: "euler", "midpoint", "heun2", "heun3", "rk4",
-        "explicit_adams", "implicit_adams" (also called "fixed_adams"). And "scipy_solver", without gradient.
+        Adaptive: "dopri5" (default), "dopri8", "bosh3", "fehlberg2", "adaptive_heun". On a fixed grid: "euler", "midpoint", "heun2",
+        "heun3", "rk4", "explicit_adams", "implicit_adams" (also called "fixed_adams"). And "scipy_solver", without gradient.
     options : dict
-        Adaptive: ``first_step, min_step, max_step, step_t, jump_t, norm, safety, ifactor, dfactor, max_num_steps``; ``dtype`` is ignored, since times
-        are always float64. Fixed grid: ``step_size`` or ``grid_constructor(func, y0, t)`` (default: ``t`` itself), ``interp`` ("linear" or "cubic"),
-        ``perturb``. Adams: also ``max_order`` (up to 12; default 4 for "explicit_adams" and 8 for "implicit_adams", above which rounding errors and
-        instability grow fast), ``max_iters``. SciPy: ``solver, min_step, max_step``. Others warn.
+        Adaptive: ``first_step, min_step, max_step, step_t, jump_t, norm, safety, ifactor, dfactor, max_num_steps``; ``dtype`` is
+        ignored, since times are always float64. Fixed grid: ``step_size`` or ``grid_constructor(func, y0, t)`` (default: ``t`` itself),
+        ``interp`` ("linear" or "cubic"), ``perturb``. Adams: also ``max_order`` (up to 12; default 4 for "explicit_adams" and 8 for
+        "implicit_adams", above which rounding errors and instability grow fast), ``max_iters``. SciPy: ``solver, min_step, max_step``.
+        Others warn.
     event_fn : callable
-        ``event_fn(t, y) -> Tensor``: the solve ends where its first entry changes sign; ``t`` has two entries, of which the second only gives the direction.
+        ``event_fn(t, y) -> Tensor``: the solve ends where its first entry changes sign; ``t`` has two entries, of which the second only
+        gives the direction.
 
     Returns
     -------
@@ -76,8 +78,8 @@ def odeint(
 
     Raises
     ------
-    InvalidInput (a ValueError and an AssertionError), UnsupportedCombination, and the errors of a failed solve, which are AssertionErrors: StepSizeTooSmall
-    ("underflow in dt"), NonFiniteState, MaxStepsReached
+    InvalidInput (a ValueError and an AssertionError), UnsupportedCombination, and the errors of a failed solve, which are
+    AssertionErrors: StepSizeTooSmall ("underflow in dt"), NonFiniteState, MaxStepsReached
     """
     return _solve(make_request(func, y0, t, rtol, atol, method, options, event_fn), None)
 
@@ -106,11 +108,13 @@ def odeint_adjoint(
     func, y0, t, rtol, atol, method, options, event_fn
         As in `odeint`. ``func`` may also have the attributes ``callback_step_adjoint`` and so on, for the steps of the way back.
     adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options
-        Any of these asks for the continuous adjoint, solved with this method, tolerances and options (each by default that of the forward solve);
-        ``adjoint_options["norm"]`` may be "seminorm", or a function of the tuple ``(t, y, adj_y, *adj_params)``. Without them the gradient is the
-        exact one of the discrete adjoint. ``method="scipy_solver"`` has no other than the continuous one.
+        Any of these asks for the continuous adjoint, solved with this method, tolerances and options (each by default that of the
+        forward solve); ``adjoint_options["norm"]`` may be "seminorm", or a function of the tuple ``(t, y, adj_y, *adj_params)``.
+        Without them the gradient is the exact one of the discrete adjoint. ``method="scipy_solver"`` has no other than the continuous
+        one.
     adjoint_params : iterable of tensors
-        What to differentiate beside ``y0`` and ``t``; each gets a gradient, zero if need be. Default: all parameters of ``func``, and all it captured.
+        What to differentiate beside ``y0`` and ``t``; each gets a gradient, zero if need be. Default: all parameters of ``func``, and
+        all it captured.
 
     Returns
     -------
@@ -137,8 +141,8 @@ def odeint_adjoint(
         adjoint_options = {k: v for k, v in request.options.items() if k != "norm"}
     if len(listed) != len(wanted) and callable(adjoint_options.get("norm")):
         warnings.warn(
-            "An adjoint parameter was passed without requiring gradient. For efficiency this will be excluded from the adjoint pass, and will "
-            "not appear as a tensor in the adjoint norm.",
+            "An adjoint parameter was passed without requiring gradient. For efficiency this will be excluded from the adjoint pass, and "
+            "will not appear as a tensor in the adjoint norm.",
             stacklevel=3,
         )
     return continuous_adjoint(
@@ -167,14 +171,14 @@ def odeint_dense(
 ) -> Callable[[Tensor], Any]:
     """The solution between ``t0`` and ``t1`` as a function of time, differentiable in everything, time included.
 
-    The function takes ``t`` of shape ``()`` or ``(T,)`` within the span, and gives ``(*t.shape, *y0.shape)``. Methods and options: as in `odeint`, the
-    Adams methods and "scipy_solver" excluded.
+    The function takes ``t`` of shape ``()`` or ``(T,)`` within the span, and gives ``(*t.shape, *y0.shape)``. Methods and options: as
+    in `odeint`, the Adams methods and "scipy_solver" excluded.
     """
     leaf = tree_leaves(y0)[0]
     ends = [torch.as_tensor(x, dtype=None if isinstance(x, Tensor) else torch.float64, device=leaf.device) for x in (t0, t1)]
     request = make_request(func, y0, torch.stack([x.reshape(()) for x in ends]), rtol, atol, method, options, None)
     if request.family not in ("adaptive", "fixed"):
-        raise UnsupportedCombination(f"odeint_dense has no dense output of method={request.method!r}: choose an adaptive method such as 'dopri5'")
+        raise UnsupportedCombination(f"odeint_dense cannot use method={request.method!r}: choose an adaptive method such as 'dopri5'")
     return solve_dense(request, DiscreteAdjoint())
 
 
@@ -197,7 +201,8 @@ def odeint_event(
     reverse_time : bool
         Solve towards smaller times.
     odeint_interface : callable
-        `odeint`, `odeint_adjoint`, or any function of the same signature; one that holds the event time fixed in its derivative is completed.
+        `odeint`, `odeint_adjoint`, or any function of the same signature; one that holds the event time fixed in its derivative is
+        completed.
     kwargs : arguments of ``odeint_interface``
 
     Returns
@@ -238,11 +243,12 @@ def _parameters(func: Any) -> list[Tensor]:
 
 
 def _with_zeros(result: Any, params: Sequence[Tensor]) -> Any:
-    """The result, on which every parameter that did not take part has the derivative zero instead of none (DDP and torchdiffeq's users count on it)."""
+    """The result, with the derivative zero, not none, in parameters that took no part: DDP and users of torchdiffeq count on it."""
     wanted = [p for p in params if is_differentiable(p)]
     if not wanted or not torch.is_grad_enabled():
         return result
-    total = torch.stack([(p.real if p.is_complex() else p).sum().double() for p in wanted]).sum()
+    device = tree_leaves(result)[0].device
+    total = torch.stack([(p.real if p.is_complex() else p).sum().to(device, torch.float64) for p in wanted]).sum()
 
     def tie(x: Tensor) -> Tensor:
         never = torch.zeros((), dtype=torch.bool, device=x.device)

@@ -47,7 +47,7 @@ class StateSpec:
             if not isinstance(leaf, Tensor):
                 raise InvalidInput(f"{what}{path} is a {type(leaf).__name__}; a state is a tensor or a pytree of tensors")
             if not (leaf.is_floating_point() or leaf.is_complex()):
-                raise InvalidInput(f"{what}{path} has dtype {leaf.dtype}; a state needs a floating or complex dtype (try .float() or .double())")
+                raise InvalidInput(f"{what}{path} has dtype {leaf.dtype}; a state is floating or complex (try .float() or .double())")
             if batched and leaf.dim() == 0:
                 raise InvalidInput(f"{what}{path} is 0-d, but batched=True needs a leading batch dimension on every leaf")
         devices = {leaf.device for leaf in leaves}

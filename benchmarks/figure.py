@@ -27,7 +27,9 @@ def draw(results: dict[str, Any], path: Path) -> bool:
     width = min(3, len(cases))
     height = -(-len(cases) // width)
     names = list(dict.fromkeys(r["solver"] for c in cases for r in c["results"]))
-    figure, axes = plt.subplots(height, width, figsize=(5.2 * width, (0.42 * len(names) + 1.1) * height), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        height, width, figsize=(max(7.0, 5.2 * width), (0.42 * len(names) + 1.1) * height), sharey=True, squeeze=False
+    )
     for ax, case in zip(axes.flat, cases, strict=False):
         _panel(ax, case, names)
     for ax in list(axes.flat)[len(cases) :]:
@@ -35,7 +37,7 @@ def draw(results: dict[str, Any], path: Path) -> bool:
     axes[0][0].invert_yaxis()  # the y axis is shared: once is enough
     env = results["environment"]
     where = env["gpu"] or f"{env['cpu']}, {env['threads']} threads"
-    title = f"forward (open) and forward + gradient (full), ms, median with interquartile range; {where}, {env['date'][:10]}"
+    title = f"forward (open), forward + gradient (full): ms, median, quartiles\n{where}, {env['date'][:10]}"
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

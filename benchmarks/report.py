@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["EAGER", "COMPILED", "WRONG", "digits", "environment", "markdown", "stem", "write"]
+__all__ = ["COMPILED", "EAGER", "WRONG", "digits", "environment", "markdown", "stem", "write"]
 
 EAGER, COMPILED = "ours discrete", "ours discrete compiled"
 PACKAGES = ("adjoint", "torch", "torchdiffeq", "torchode", "diffrax", "equinox", "jax", "jaxlib", "numpy", "scipy")

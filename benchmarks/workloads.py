@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -99,7 +100,7 @@ def _mlp(name: str, rhs: Rhs, sizes: Sequence[int], end: float, memory_only: boo
     """
     rng = np.random.default_rng(1)
     params: list[np.ndarray] = []
-    for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+    for fan_in, fan_out in itertools.pairwise(sizes):
         bound = 3.0 * fan_in**-0.5
         params += [rng.uniform(-bound, bound, (fan_out, fan_in)), rng.uniform(-bound, bound, fan_out)]
     before_last = params[0] if len(sizes) == 3 else params[2] @ params[0]

@@ -22,8 +22,6 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 def main(extras: list[str]) -> None:
     """Bring .venv to the state that the extras need."""
-    if sys.version_info < (3, 10):
-        sys.exit("adjoint needs Python 3.10 or newer; name one with PYTHON=...")
     fingerprint = hashlib.sha256()
     for name in ("pyproject.toml", "constraints.txt"):
         fingerprint.update((ROOT / name).read_bytes())

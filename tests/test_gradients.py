@@ -164,7 +164,10 @@ def test_complex_state(gradient):
     y0 = torch.tensor([1.0 + 0.5j, -0.3j], requires_grad=True)
 
     def end(y0, w, c):
-        return solve_ivp(lambda t, y, w, c: 1j * w * y + c * y.conj(), (0.0, 1.0), y0, (w, c), rtol=1e-9, atol=1e-9, gradient=gradient).y[-1]
+        def rate(t, y, w, c):
+            return 1j * w * y + c * y.conj()
+
+        return solve_ivp(rate, (0.0, 1.0), y0, (w, c), rtol=1e-9, atol=1e-9, gradient=gradient).y[-1]
 
     assert torch.autograd.gradcheck(end, (y0, w, c), atol=1e-6)
     assert torch.autograd.gradgradcheck(end, (y0, w, c), atol=1e-5)

@@ -17,8 +17,8 @@ __all__ = ["through_event"]
 def through_event(fun: Callable[..., Any], event_fn: Callable[..., Tensor], t: Tensor, y: Any, real: torch.dtype) -> tuple[Tensor, Any]:
     """``t`` and ``y`` with the first derivatives of the root of ``event_fn(t, y(t))``.
 
-    The time moves by one Newton step, ``-event_fn / (d event_fn / dt)``, and the state along ``fun`` with it. Values stay what they are. Where the
-    derivatives are complete already the event function does not move, and nothing is added.
+    The time moves by one Newton step, ``-event_fn / (d event_fn / dt)``, and the state along ``fun`` with it. Values stay what they
+    are. Where the derivatives are complete already the event function does not move, and nothing is added.
 
     Parameters
     ----------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .request import Request
 __all__ = ["fixed_grid", "fixed_method", "hermite"]
 
 
-@lru_cache(maxsize=None)
+@cache
 def fixed_method(name: str, interp: str) -> ExplicitRungeKutta:
     """The method ``name`` without error estimate, its dense output replaced: "linear", or "cubic" (Hermite)."""
     method = METHODS[name]

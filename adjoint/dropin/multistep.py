@@ -1,8 +1,9 @@
 """Adams-Bashforth and Adams-Bashforth-Moulton on a fixed grid.
 
-The formulas carry slopes from step to step, which the one-step protocol of ``methods`` has no place for. So the solve is a plain composition of
-differentiable steps: every derivative and every transform works, the adjoint is exact, and with `DiscreteAdjoint` each evaluation of ``fun`` is
-checkpointed, so that only its state is kept. Slopes of past steps are shared, so a step costs one evaluation (and one per corrector iteration).
+The formulas carry slopes from step to step, which the one-step protocol of ``methods`` has no place for. So the solve is a plain
+composition of differentiable steps: every derivative and every transform works, the adjoint is exact, and with `DiscreteAdjoint` each
+evaluation of ``fun`` is checkpointed, so that only its state is kept. Slopes of past steps are shared, so a step costs one evaluation
+(and one per corrector iteration).
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ class _Adams:
         needed = self.start_slopes - 1 if self.implicit and self.order > 1 else self.start_slopes
         y1 = self._started(t, h, y, slope) if past < needed else self._adams(t1, h, y, past)
         if self.watch_back and y1.requires_grad:
-            y1.register_hook(lambda bar, a=(float(t.detach()), y.detach(), float(h.detach())): self.monitor.adjoint(*a, bar))
+            where, state, size = float(t.detach()), y.detach(), float(h.detach())
+            y1.register_hook(lambda bar: self.monitor.adjoint(where, state, size, bar))
         return _Step(t, h, y, y1, slope)
 
     def _started(self, t: Tensor, h: Tensor, y: Tensor, slope: Tensor) -> Tensor:
@@ -167,7 +169,8 @@ def _check_finite(steps: list[_Step]) -> None:
     if functorch_active() or not steps or bool(torch.isfinite(steps[-1].y1).all()):
         return
     first = next(s for s in steps if not bool(torch.isfinite(s.y1).all()))
-    raise NonFiniteState(f"the state became non-finite in the step from t = {float(first.t):.8g}: try smaller steps, or a lower max_order", t=float(first.t))
+    t = float(first.t)
+    raise NonFiniteState(f"the state became non-finite in the step from t = {t:.8g}: try smaller steps, or a lower max_order", t=t)
 
 
 def adams_event(request: Request, gradient: Gradient, only: Any = None) -> tuple[Tensor, Any]:

@@ -169,7 +169,7 @@ def solve_dense(request: Request, gradient: Gradient, only: Sequence[Tensor] | N
 
 
 def combined_event(event_fn: Callable[..., Tensor], t0: Tensor, y0: Any) -> tuple[Callable[..., Tensor], bool]:
-    """One event function of possibly several values: positive at the start, zero where the first of them is; and whether it begins at zero."""
+    """One function for an event of several values: positive at the start, zero where the first of them is; and whether it begins at zero."""
     with torch.no_grad():
         signs = torch.sign(event_fn(t0, y0))
 

@@ -196,7 +196,9 @@ def make_request(
 def _check_method(method: str | None) -> str:
     method = "dopri5" if method is None else method
     if method in _IMPLICIT:
-        raise UnsupportedCombination(f"method={method!r}: the implicit fixed-step methods come with the stiff solvers; choose one of {', '.join(_ALL)}")
+        raise UnsupportedCombination(
+            f"method={method!r}: the implicit fixed-step methods come with the stiff solvers; choose one of {', '.join(_ALL)}"
+        )
     if method not in _ALL:
         raise InvalidInput(f"Invalid method {method!r}. Must be one of {', '.join(_ALL)}.")
     return method
@@ -254,7 +256,7 @@ def _tolerance(value: Any, name: str, y0: Any, spec: StateSpec) -> float | Tenso
         if isinstance(each, (tuple, list)):
             if len(each) != len(y0):
                 raise InvalidInput(f"If using tupled {name} it must have the same length as the tuple y0: {len(each)} for {len(y0)}")
-            value = tuple(torch.as_tensor(x).expand(leaf.shape) if torch.as_tensor(x).dim() == 0 else x for x, leaf in zip(each, y0, strict=True))
+            value = tuple(torch.as_tensor(x, device=spec.device) for x in each)
     elif isinstance(value, (tuple, list)):
         value = torch.as_tensor(value)
     return flat_tolerance(value, name, spec, 0.0)

@@ -18,7 +18,9 @@ from .request import Request
 
 __all__ = ["scipy_samples"]
 
-_NO_GRADIENT = "method='scipy_solver' has no gradient in odeint: use odeint_adjoint, whose continuous adjoint can run on it, or one of the other methods"
+_NO_GRADIENT = (
+    "method='scipy_solver' has no gradient in odeint: use odeint_adjoint, whose continuous adjoint can run on it, or another method"
+)
 
 
 def scipy_samples(request: Request) -> Any:

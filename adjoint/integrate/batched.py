@@ -19,11 +19,12 @@ _EPS = float(torch.finfo(torch.float64).eps)
 
 
 class Carry(NamedTuple):
-    """The loop's state; all ``(B,)`` but ``y`` and ``k1``, which are ``(B, n)``."""
+    """The loop's state; all ``(B,)`` but ``y``, ``k1`` and ``scaled``, which are ``(B, n)``."""
 
     t: Tensor
     y: Tensor
     k1: Tensor
+    scaled: Tensor
     step: Tensor
     error1: Tensor
     error2: Tensor
@@ -54,7 +55,8 @@ def advance(
 ) -> tuple[Carry, Attempt]:
     """Attempt one step of every running trajectory. Pure: no host synchronisation, no branch on data.
 
-    ``stops`` (A, B): the anchors in the direction of integration; ``sign`` (B,): that direction. ``dense``: also compute the stages that only the dense output needs.
+    ``stops`` (A, B): the anchors in the direction of integration; ``sign`` (B,): that direction. ``dense``: also compute the stages
+    that only the dense output needs.
     """
     method, controller = plan.method, plan.controller
     order = method.error_order + 1
@@ -92,7 +94,10 @@ def advance(
         k_end = f(time, y1)
     if method.adaptive:
         estimate = method.error(hr, [*ks, k_end] if method.error_uses_end else ks)
-        error = plan.norm(plan.scaled(estimate, torch.maximum(y.abs(), y1.abs())))
+        scaled = plan.scaled(estimate, torch.maximum(y.abs(), y1.abs())).abs()
+        error = plan.norm(scaled)
+        # kept for the message of a failure, which is found when the next attempt would be made
+        scaled = torch.where(alive.unsqueeze(-1), scaled, carry.scaled)
         bad = ~torch.isfinite(error)
         passed = error <= 1.0
         if plan.accept_smallest:
@@ -111,8 +116,11 @@ def advance(
         hopeless = rejected & bad & (step <= 16 * _EPS * t.abs())
         failed = torch.where(hopeless, int(Status.NON_FINITE), failed)
     else:
-        accepted, rejected, bad = alive, torch.zeros_like(alive), torch.zeros_like(alive)
-        step, error1, error2 = carry.step, carry.error1, carry.error2
+        # without an error estimate the state itself says when it stops being finite
+        bad = ~torch.isfinite(y1).all(-1)
+        accepted, rejected = alive & ~bad, alive & bad
+        failed = torch.where(rejected, int(Status.NON_FINITE), failed)
+        step, error1, error2, scaled = carry.step, carry.error1, carry.error2, carry.scaled
     stages = method.dense_stages(f, times, hr, y, ks, k_end) if dense else []
     column = accepted.unsqueeze(-1)
     landed = accepted & lands
@@ -131,6 +139,7 @@ def advance(
         t=torch.where(accepted, end, t),
         y=y_next,
         k1=torch.where(column, k_end, k1),
+        scaled=scaled,
         step=step,
         error1=error1,
         error2=error2,
@@ -153,7 +162,7 @@ def start_carry(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor
     if plan.first_step is not None:
         step = torch.full_like(t0, plan.first_step)
     elif plan.method.adaptive:
-        step = initial_step(f, plan, t0, y0, k1, sign)
+        step = initial_step(f, plan, t0, y0, k1, sign).clamp(min=plan.min_step)
         n_fun += 1
     else:
         step = torch.full_like(t0, float("inf"))
@@ -161,7 +170,22 @@ def start_carry(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor
     zero = torch.zeros_like(t0, dtype=torch.int64)
     no = torch.zeros_like(t0, dtype=torch.bool)
     # every field its own tensor: compiled steps are specialised on which of their inputs are the same
-    carry = Carry(t0.clone(), y0, k1, step, level, level.clone(), _skip_empty(stops, zero), no, no.clone(), no.clone(), zero.clone(), zero.clone(), ~no)
+    carry = Carry(
+        t=t0.clone(),
+        y=y0,
+        k1=k1,
+        scaled=torch.zeros_like(y0, dtype=plan.real),
+        step=step,
+        error1=level,
+        error2=level.clone(),
+        segment=_skip_empty(stops, zero),
+        rejected_last=no,
+        bad_last=no.clone(),
+        jump=no.clone(),
+        attempts=zero.clone(),
+        status=zero.clone(),
+        running=~no,
+    )
     return carry, n_fun
 
 
@@ -216,10 +240,6 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
         if watched:
             monitor.advanced(float(((carry.t - anchors[0]).abs() / span).min()))
     ok = carry.status >= 0
-    if not method.adaptive:
-        finite = torch.isfinite(carry.y).all(-1)
-        carry = carry._replace(status=torch.where(ok & ~finite, int(Status.NON_FINITE), carry.status))
-        ok = carry.status >= 0
     final = torch.where(ok.unsqueeze(-1), carry.y, float("nan"))
     sampler.finish(carry, n_accepted, final)
     packed = _pack(attempts, states, stages, carry, n_accepted, y0, len(method.nodes))
@@ -228,6 +248,7 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
     return Record(
         final=final,
         last=carry.y,
+        scaled_error=carry.scaled,
         samples=sampler.out,
         sample_step=sampler.step,
         n_steps=used,

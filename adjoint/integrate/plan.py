@@ -54,7 +54,10 @@ class Monitor:
 
 @dataclass(frozen=True)
 class Event:
-    """A flat event function ``bind(inputs)(t, y)`` with SciPy's ``direction`` (0 both, > 0 rising, < 0 falling) and ``terminal`` (0: never; m: at the m-th)."""
+    """A flat event function ``bind(inputs)(t, y)``, with SciPy's ``direction`` (0 both, > 0 rising, < 0 falling) and ``terminal``.
+
+    ``terminal`` 0 never stops the solve, m does so at the m-th time.
+    """
 
     bind: Callable[[Sequence[Tensor]], Callable[[Tensor, Tensor], Tensor]]
     direction: float = 0.0
@@ -66,7 +69,8 @@ class Plan:
     """Everything about a solve but its tensors-to-differentiate.
 
     ``rtol`` and ``atol`` are numbers or tensors that broadcast to ``(B, n)``; ``norm`` maps scaled errors ``(B, n)`` to ``(B,)``.
-    ``real`` is the real dtype of the state. ``compile``: None for eager steps, else what compiled steps are kept under. ``keep_states``: whether the states of all steps are wanted; ``keep_stages``: also all stages, for the dense output.
+    ``real`` is the real dtype of the state. ``compile``: None for eager steps, else what compiled steps are kept under.
+    ``keep_states``: whether the states of all steps are wanted; ``keep_stages``: also all stages, for the dense output.
     ``shift``: which anchors ``fun`` sees only from within a step: the "inner" ones, "all" of them, or "none".
     ``accept_smallest``: no step is smaller than ``min_step``, and one of that size is accepted whatever its error.
     """
@@ -105,6 +109,7 @@ class Record:
     ----------
     final : (B, n); NaN for a failed trajectory
     last : (B, n); the last state reached, also by a failed one
+    scaled_error : (B, n); the last error estimate, in units of the tolerance
     states : (K + 1, B, n), or (0, B, n) where they were not wanted
     samples : (T, B, n)
     stages : (M, S, B, n); M = K with ``keep_stages``, else the steps in which events were found
@@ -120,6 +125,7 @@ class Record:
 
     final: Tensor
     last: Tensor
+    scaled_error: Tensor
     states: Tensor
     samples: Tensor
     stages: Tensor

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
+from ..methods import Method
 from .compiled import compiled
 from .controller import log_error
 from .initial_step import initial_step
@@ -38,7 +40,9 @@ class _Sampler:
             i += 1
         return i
 
-    def fill(self, upto: int, index: int, t: float, h: float, end: float, y: Tensor, y1: Tensor, stages: Callable[[], list[Tensor]]) -> None:
+    def fill(
+        self, upto: int, index: int, t: float, h: float, end: float, y: Tensor, y1: Tensor, stages: Callable[[], list[Tensor]]
+    ) -> None:
         inner, ends = [], []
         for i in range(self.next, upto):
             self.step[self.order[i]] = index
@@ -63,6 +67,10 @@ def _times(plan: Plan, t: float, h: float, like: Tensor, jump: tuple[bool, bool]
     return shifted_times(times, plan.method.nodes, jump[0], jump[1], sign) if any(jump) else times
 
 
+#: new state, stages, ``f(t + h, y1)`` if the error needs it, size of the new state, scaled error ``(1, n)`` and its norm ``(1,)``
+_Attempted = tuple[Tensor, list[Tensor], Tensor | None, Tensor, Tensor | None, Tensor | None]
+
+
 def _attempt(
     f: Callable[[Tensor, Tensor], Tensor],
     plan: Plan,
@@ -72,22 +80,23 @@ def _attempt(
     k1: Tensor,
     size: Tensor,
     flat: Sequence[int],
-) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor, Tensor | None]:
-    """One attempted step: new state, stages, ``f(t + h, y1)`` if the error needs it, size of the new state, error norm ``(1,)``."""
+) -> _Attempted:
+    """One attempted step."""
     method = plan.method
     y1, ks = method.step(f, times, h, y, k1)
-    size1, k_end, error = y1.abs(), None, None
+    size1, k_end, scaled, error = y1.abs(), None, None, None
     if method.adaptive:
         if method.error_uses_end:
             k_end = f(times[method.n_stages], y1)
         estimate = method.error(h, ks if k_end is None else [*ks, k_end])
-        error = plan.norm(plan.scaled(estimate, torch.maximum(size, size1)).reshape(flat))
-    return y1, ks, k_end, size1, error
+        scaled = plan.scaled(estimate, torch.maximum(size, size1)).reshape(flat)
+        error = plan.norm(scaled)
+    return y1, ks, k_end, size1, scaled, error
 
 
 def _timed_attempt(
     f: Callable[[Tensor, Tensor], Tensor], plan: Plan, th: Tensor, y: Tensor, k1: Tensor, size: Tensor, flat: Sequence[int]
-) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor, Tensor | None]:
+) -> _Attempted:
     """`_attempt` with start and size of the step in a float64 tensor, for the compiler."""
     times = [(th[0] + th[1] * c).to(plan.real) for c in plan.method.nodes]
     return _attempt(f, plan, times, th[1].to(plan.real), y, k1, size, flat)
@@ -119,7 +128,7 @@ def integrate_single(
     t, t_end = stops[0], stops[-1]
     sign = 1.0 if t_end >= t else -1.0
     order = method.error_order + 1
-    dtype, device = y0.dtype, y0.device
+    device = y0.device
     sampler = _Sampler(plan, [] if t_eval is None else t_eval[:, 0].tolist(), y0, sign)
     for i in range(sampler.due(t)):
         sampler.out[sampler.order[i]] = y0
@@ -141,6 +150,7 @@ def integrate_single(
         step = float(
             initial_step(lambda t, x: f(t, x.reshape(y0.shape)).reshape(flat), plan, one, y.reshape(flat), k1.reshape(flat), torch.full_like(one, sign))
         )
+        step = max(step, plan.min_step)
         n_fun += 1
     else:
         # a grid of anchors is the whole discretisation
@@ -149,6 +159,7 @@ def integrate_single(
     status = Status.SUCCESS
     attempts = 0
     just_rejected = bad = False
+    scaled: Tensor | None = None
 
     fast = None if plan.compile is None else compiled(_timed_attempt, plan.compile)
     while segment < len(stops) - 1:
@@ -175,10 +186,10 @@ def integrate_single(
         jump = (True, True) if plan.shift == "all" else (jump_start, inner)
         times = _times(plan, t, h, y, jump, sign)
         if fast is None or any(jump):
-            y1, ks, k_end, size1, norm = _attempt(f, plan, times, h, y, k1, size, flat)
+            y1, ks, k_end, size1, scaled, norm = _attempt(f, plan, times, h, y, k1, size, flat)
         else:
             th = torch.tensor([t, h], dtype=torch.float64, device=device)
-            y1, ks, k_end, size1, norm = fast(f, plan, th, y, k1, size, flat)
+            y1, ks, k_end, size1, scaled, norm = fast(f, plan, th, y, k1, size, flat)
         n_fun += method.evaluations
         if norm is not None:
             error = float(norm)
@@ -204,18 +215,7 @@ def integrate_single(
         index = len(starts)
         upto = sampler.due(end)
         last = lands and segment == len(stops) - 2
-        dense: list[Tensor] | None = None
-
-        def stages() -> list[Tensor]:
-            nonlocal dense, k_end, n_fun
-            if dense is None:
-                if k_end is None and method.end_index == method.n_stages:
-                    k_end = f(times[method.n_stages], y1)
-                    n_fun += 1
-                dense = method.dense_stages(f, times, h, y, ks, k_end)
-                n_fun += method.extra_evaluations
-            return dense
-
+        stages = _Stages(f, plan.method, times, h, y, y1, ks, k_end)
         stop_at = events.after_step(index, t, h, end, y, y1, stages)
         starts.append(t)
         sizes.append(h)
@@ -227,6 +227,8 @@ def integrate_single(
             upto = sampler.due(stop_at)
         if upto > sampler.next:
             sampler.fill(upto, index, t, h, end, y, y1, stages)
+        n_fun += stages.n_fun
+        k_end = stages.end
         if plan.keep_states:
             states.append(y1)
         y, size = y1, size1
@@ -249,9 +251,21 @@ def integrate_single(
             k1 = k_end if k_end is not None else ks[-1]
 
     if status >= 0 and not method.adaptive and not bool(torch.isfinite(y).all()):
+        if not plan.keep_states:
+            # once more, to see where
+            record = integrate_single(f, replace(plan, keep_states=True), anchors, t_eval, y0.reshape(flat), inputs, shape)
+            return replace(record, states=y0.new_empty((0, *flat)))
         status = Status.NON_FINITE
-        if plan.keep_states:
-            t = next((s for s, state in zip(starts, states[1:], strict=True) if not bool(torch.isfinite(state).all())), t)
+        good = next((k for k, state in enumerate(states[1:]) if not bool(torch.isfinite(state).all())), len(starts))
+        kept = range(len(starts)) if plan.keep_stages else sorted({e[1] for e in events.found})
+        kept_stages = [x for k, x in zip(kept, kept_stages, strict=True) if k < good]
+        events.found = [e for e in events.found if e[1] < good]
+        for i, step_index in enumerate(sampler.step):
+            if step_index >= good:
+                sampler.step[i] = -1
+                sampler.out[i] = float("nan")
+        t, y, attempts, n_rejected = starts[good], states[good], good + 1, 1
+        del states[good + 1 :], starts[good:], sizes[good:], segments[good:], landings[good:]
     reached = y
     if status < 0:
         y = torch.full_like(y, float("nan"))
@@ -266,6 +280,7 @@ def integrate_single(
     return Record(
         final=y.reshape(flat),
         last=reached.reshape(flat),
+        scaled_error=torch.zeros(flat, dtype=plan.real, device=device) if scaled is None else scaled.abs(),
         states=torch.stack(states).reshape(len(states), *flat) if plan.keep_states else y0.new_empty((0, *flat)),
         samples=sampler.out.reshape(len(sampler.order), *flat) if sampler.order else y0.new_empty((0, *flat)),
         stages=torch.stack(kept_stages).reshape(len(kept_stages), n_all, *flat) if kept_stages else y0.new_empty((0, n_all, *flat)),
@@ -284,6 +299,32 @@ def integrate_single(
         event_step=torch.tensor([e[1] for e in events.found], dtype=torch.int64, device=device),
         event_t=torch.tensor([e[2] for e in events.found], dtype=torch.float64, device=device),
     )
+
+
+@dataclass
+class _Stages:
+    """The stages of an accepted step with those of its dense output, computed when they are first asked for."""
+
+    f: Callable[[Tensor, Tensor], Tensor]
+    method: Method
+    times: Sequence[Tensor]
+    h: float
+    y: Tensor
+    y1: Tensor
+    ks: list[Tensor]
+    end: Tensor | None
+    dense: list[Tensor] | None = None
+    n_fun: int = 0
+
+    def __call__(self) -> list[Tensor]:
+        method = self.method
+        if self.dense is None:
+            if self.end is None and method.end_index == method.n_stages:
+                self.end = self.f(self.times[method.n_stages], self.y1)
+                self.n_fun += 1
+            self.dense = method.dense_stages(self.f, self.times, self.h, self.y, self.ks, self.end)
+            self.n_fun += method.extra_evaluations
+        return self.dense
 
 
 class _EventWatch:
@@ -330,10 +371,7 @@ class _EventWatch:
             def value(theta: float, i: int = i) -> float:
                 return self._value(i, t + theta * h, y if theta == 0.0 else y1 if theta == 1.0 else state(theta))
 
-            if value(1.0) == 0.0:
-                theta = 1.0
-            else:
-                theta = float(brentq(value, 0.0, 1.0, xtol=4 * _EPS, rtol=4 * _EPS))  # type: ignore[arg-type]
+            theta = 1.0 if value(1.0) == 0.0 else float(brentq(value, 0.0, 1.0, xtol=4 * _EPS, rtol=4 * _EPS))  # type: ignore[arg-type]
             located.append((theta, i))
         for theta, i in sorted(located):
             self.counts[i] += 1

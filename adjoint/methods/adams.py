@@ -1,16 +1,16 @@
 """Adams methods: linear multistep formulas on any grid, as weights of the stored slopes.
 
-A step of size ``h`` from ``t`` adds ``h sum_j w_j f_j`` to the state, where ``w`` integrates over [0, 1] the polynomial that interpolates the
-slopes ``f_j`` at the places ``c_j`` (in steps from ``t``: 0 the present, negative the past, 1 the end). With the present and k - 1 past slopes
-this is the Adams-Bashforth formula of order k; with the end as well, the Adams-Moulton formula of order k + 1 (Hairer, Norsett & Wanner,
-Solving Ordinary Differential Equations I, section III.1; variable steps in section III.5).
+A step of size ``h`` from ``t`` adds ``h sum_j w_j f_j`` to the state, where ``w`` integrates over [0, 1] the polynomial that
+interpolates the slopes ``f_j`` at the places ``c_j`` (in steps from ``t``: 0 the present, negative the past, 1 the end). With the
+present and k - 1 past slopes this is the Adams-Bashforth formula of order k; with the end as well, the Adams-Moulton formula of order k
++ 1 (Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, section III.1; variable steps in section III.5).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ __all__ = ["MAX_ORDER", "adams_weights", "differentiable_weights", "exact_weight
 MAX_ORDER = 12
 
 
-@lru_cache(maxsize=None)
+@cache
 def exact_weights(places: tuple[int, ...]) -> tuple[float, ...]:
     """The weights for integer places, solved in rational arithmetic and rounded once.
 
@@ -65,7 +65,7 @@ def differentiable_weights(places: Tensor) -> Tensor:
     return rule @ (above.prod(-1) / below.prod(-1))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _gauss(size: int) -> tuple[np.ndarray, np.ndarray]:
     """A quadrature rule on [0, 1] that is exact for the polynomials through ``size`` points."""
     nodes, weights = np.polynomial.legendre.leggauss(size // 2 + 1)
@@ -75,8 +75,8 @@ def _gauss(size: int) -> tuple[np.ndarray, np.ndarray]:
 def starter(order: int) -> tuple[str, int]:
     """The one-step method that begins an Adams method of this order, and with how many slopes it is done.
 
-    Its few steps have local errors of ``h**(q + 1)`` with ``q`` its own order, so ``q >= order - 1`` keeps the order of the whole. Above order 9
-    the starter of order 8 ends at nine slopes and the order of the formula grows step by step from there.
+    Its few steps have local errors of ``h**(q + 1)`` with ``q`` its own order, so ``q >= order - 1`` keeps the order of the whole.
+    Above order 9 the starter of order 8 ends at nine slopes and the order of the formula grows step by step from there.
     """
     if order <= 5:
         return "rk4", order

@@ -1,7 +1,8 @@
 """The continuous adjoint that solves the state backwards in time again ("backsolve"; Pontryagin 1962, Chen et al. 2018).
 
-It keeps no state but the outputs, and its gradient carries the error of a second solve: of the reversed dynamics, which are unstable wherever
-the forward ones are stable. On stiff or strongly contracting problems it is silently wrong by any amount, so it is never a default.
+It keeps no state but the outputs, and its gradient carries the error of a second solve: of the reversed dynamics, which are unstable
+wherever the forward ones are stable. On stiff or strongly contracting problems it is silently wrong by any amount, so it is never a
+default.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from ..errors import UnsupportedCombination
 __all__ = ["Backsolve", "Refuse", "backsolve"]
 
 _TWICE = (
-    "the continuous (backsolve) adjoint has no second derivatives. Leave out adjoint_rtol, adjoint_atol, adjoint_method and adjoint_options: the "
-    "default gradient is exact and can be differentiated again"
+    "the continuous (backsolve) adjoint has no second derivatives. Leave out adjoint_rtol, adjoint_atol, adjoint_method and "
+    "adjoint_options: the default gradient is exact and can be differentiated again"
 )
 
 

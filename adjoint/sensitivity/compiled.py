@@ -18,9 +18,7 @@ from .replay import replay_step
 __all__ = ["compiled_adjoint_step"]
 
 
-def _timed_step(
-    f: Flat, plan: Plan, t: Tensor, h: Tensor, y: Tensor, dense: bool
-) -> tuple[Tensor, Tensor]:
+def _timed_step(f: Flat, plan: Plan, t: Tensor, h: Tensor, y: Tensor, dense: bool) -> tuple[Tensor, Tensor]:
     """A step as a function of its start and size, float64, ``(B,)`` or 0-d for a single trajectory."""
     times = [(t + h * c).to(plan.real) for c in plan.method.nodes]
     return replay_step(f, plan, times, h, y, dense)
@@ -52,6 +50,7 @@ def compiled_adjoint_step(problem: Problem, f: Flat, linearize: Linearizer) -> C
         if time_bars:
             t_bar, h_bar, *rest = rest
         linearize.accumulate(rest)
-        return StepCotangents(y_bar if y_bar is not None else torch.zeros_like(y), t_bar, h_bar, list(ks.detach().unbind()) if dense else [])
+        stages = list(ks.detach().unbind()) if dense else []
+        return StepCotangents(torch.zeros_like(y) if y_bar is None else y_bar, t_bar, h_bar, stages)
 
     return adjoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ __all__ = ["Linearizer", "eager_sweep", "kept_steps", "vjp"]
 
 def vjp(outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> Sequence[Tensor | None]:
     """``torch.autograd.grad`` without its argument checks, which cost as much as a small layer; None for unused targets."""
-    return Variable._execution_engine.run_backward(outputs, cotangents, False, False, targets, allow_unreachable=True, accumulate_grad=False)
+    engine = Variable._execution_engine
+    return engine.run_backward(outputs, cotangents, False, False, targets, allow_unreachable=True, accumulate_grad=False)
 
 
 class Linearizer:
@@ -85,8 +87,9 @@ class Linearizer:
         if lost:
             shapes = ", ".join(str(tuple(x.shape)) for x in lost[:3])
             raise CapturedTensorLost(
-                f"near t = {float(t.reshape(-1)[0]):.6g} fun uses {len(lost)} captured tensor(s) (shapes {shapes}) that it does not use at the "
-                "start of the span, so their gradient would be missing. Pass them through args=, or make fun an nn.Module that owns them."
+                f"near t = {float(t.reshape(-1)[0]):.6g} fun uses {len(lost)} captured tensor(s) (shapes {shapes}) that it does not use "
+                "at the start of the span, so their gradient would be missing. Pass them through args=, or make fun an nn.Module that "
+                "owns them."
             )
 
 
@@ -112,13 +115,13 @@ class _Samples:
         self.order = order
         self.row = order % rows
         self.h, self.theta = h.reshape(-1)[order], theta.reshape(-1)[order]
-        self.bar = bar.reshape(-1, bar.shape[-1])[order]
+        self.bar = bar.flatten(0, 1)[order]
         self.weights = self.method.dense_weights(self.theta)
         self.scaled = (self.weights * self.h.unsqueeze(-1)).to(bar.dtype)
         edges = [0]
         for count in counts:
             edges.append(edges[-1] + count)
-        pairs = list(zip(edges[1:], edges[2:], strict=False))
+        pairs = list(pairwise(edges[1:]))
         self.inner, self.ends = pairs[:n_steps], pairs[n_steps:]
 
     def _rows_sum(self, start: int, stop: int) -> Tensor:
@@ -153,7 +156,7 @@ class _Samples:
         start, stop = self.inner[k]
         if stop == start:
             return
-        row, bar, theta, h = (x[start:stop] for x in (self.row, self.bar, self.theta, self.h))
+        row, bar, theta = (x[start:stop] for x in (self.row, self.bar, self.theta))
         products = torch.stack([_row_dot(k_i[row], bar) for k_i in ks], dim=-1).double()
         # d/dtheta of h sum b_i(theta) k_i . bar, over h
         slope = (self.method.dense_slopes(theta) * products).sum(-1)
@@ -196,7 +199,7 @@ def eager_sweep(
     shape = system.natural_shape
     flat = states.shape[1:]
     if shape is not None:
-        states = states.reshape(-1, *shape)
+        states = states.reshape(states.shape[0], *shape)
     if rows == 1:
         sizes: Any = grid["h"][:, 0].tolist()
     else:
@@ -213,7 +216,7 @@ def eager_sweep(
         out = samples.stages_bar(k)
         if k in kept:
             out = kept[k] if out is None else out + kept[k]
-        return [] if out is None else list((out if shape is None else out.reshape(-1, *shape)).unbind())
+        return [] if out is None else list((out if shape is None else out.reshape(out.shape[0], *shape)).unbind())
 
     checked = isinstance(system, System)
     if use_compiled:

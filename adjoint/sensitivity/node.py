@@ -35,7 +35,7 @@ class SolveNode(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        problem, anchors, t_eval, y0, *rest = inputs
+        problem, anchors, t_eval, _, *rest = inputs
         ctx.problem = problem
         ctx.has_samples = t_eval is not None
         # whether fun, called as it is, sees the very tensors that are this node's inputs
@@ -81,7 +81,9 @@ class SolveNode(torch.autograd.Function):
         return (*(raise_(x) for x in out), *([None] * (len(Outputs._fields) - _DIFFERENTIABLE)))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, *inputs: Tensor):
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, *inputs: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
         if problem.plan.events:
             raise UnsupportedCombination("events= inside torch.vmap is not supported: solve one by one")
         size, rows = info.batch_size, problem.system.rows
@@ -141,7 +143,7 @@ def _unpack(ctx: Any) -> tuple[dict[str, Tensor], Tensor, Tensor | None, Sequenc
         raise RuntimeError("this solve was made without keeping what its derivatives need")
     names = ("states", "t", "h", "segment", "lands", "sample_step", "status", "event_step")
     saved = list(ctx.saved_tensors)
-    grid = dict(zip(names, saved[: len(names)], strict=True))
+    grid: dict[str, Tensor] = {name: x for name, x in zip(names, saved[: len(names)], strict=True)}  # noqa: C416
     rest = saved[len(names) :]
     anchors = rest.pop(0)
     t_eval = rest.pop(0) if ctx.has_samples else None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..integrate import Plan
 from ..system import Flat
-from .problem import Outputs, StepTimes, interpolate, stage_times, step_times
+from .problem import Outputs, interpolate, stage_times, step_times
 
 __all__ = ["replay", "replay_step"]
 
