@@ -40,6 +40,7 @@ def _set_up_process(threads: int, device: str) -> None:
     if threads == 1:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     os.environ["JAX_ENABLE_X64"] = "1"  # float32 cases keep their dtype: their data say so
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # first calls compile, whatever earlier runs left on disk
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -113,9 +114,12 @@ def _describe(case: Case) -> str:
 
 def run_case(case: Case, peers: dict[str, ModuleType], args: argparse.Namespace) -> dict[str, Any]:
     """All runners of one case: times, counts, errors, memory."""
+    import torch
+
     from .measure import time_runners
     from .references import reference
 
+    torch.compiler.reset()  # or earlier cases would make shapes dynamic, and then exhaust the recompilation limit
     runners, results = _build(case, peers, args.device)
     out: dict[str, Any] = {"name": case.name, "workload": case.workload, "memory_only": case.memory_only}
     out |= {"description": _describe(case), "results": results}

@@ -7,7 +7,17 @@ import math
 import pytest
 import torch
 
-from adjoint import AdjointError, Backprop, DiscreteAdjoint, InvalidInput, MaxStepsReached, NonFiniteState, SolveError, StepSizeTooSmall, solve_ivp
+from adjoint import (
+    AdjointError,
+    Backprop,
+    DiscreteAdjoint,
+    InvalidInput,
+    MaxStepsReached,
+    NonFiniteState,
+    SolveError,
+    StepSizeTooSmall,
+    solve_ivp,
+)
 from adjoint.methods import METHODS
 
 ADAPTIVE = [m for m in ("tsit5", "dopri5", "bosh3") if m in METHODS]
@@ -188,7 +198,7 @@ def test_message_is_one_readable_line():
 def test_fixed_steps_fail_too(method):
     with pytest.raises(NonFiniteState) as caught:
         solve_ivp(nan_after, (0.0, 1.0), torch.ones(3), method=method, first_step=0.1)
-    assert 0.29 < caught.value.t < 0.41 and caught.value.component == 2
+    assert 0.29 < caught.value.t < 0.51 and caught.value.component == 2
     sol = solve_ivp(nan_after, (0.0, 1.0), torch.ones(3), method=method, first_step=0.1, t_eval=[0.2, 1.0], throw=False)
     assert sol.status == -3 and bool(torch.isfinite(sol.y[0]).all()) and bool(sol.y[1].isnan().all())
 

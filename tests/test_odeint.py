@@ -158,13 +158,16 @@ def test_gradients_in_state_times_and_parameters(method, entry):
     assert torch.autograd.gradcheck(solve, (y0, t, speed), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method, options", [("dopri5", {}), ("rk4", {"step_size": 0.2}), ("implicit_adams", {"step_size": 0.2, "max_order": 4})])
+@pytest.mark.parametrize(
+    "method, options", [("dopri5", {}), ("rk4", {"step_size": 0.2}), ("implicit_adams", {"step_size": 0.2, "max_order": 4})]
+)
 def test_second_derivatives(method, options):
     rate = torch.tensor(0.7, requires_grad=True)
     y0 = torch.tensor([1.5], requires_grad=True)
+    t = torch.tensor([0.0, 0.8])
 
     def end(y0, rate):
-        return odeint_adjoint(lambda t, y: -rate * y, y0, torch.tensor([0.0, 0.8]), method=method, options=options, adjoint_params=(rate,))[-1]
+        return odeint_adjoint(lambda t, y: -rate * y, y0, t, method=method, options=options, adjoint_params=(rate,))[-1]
 
     assert torch.autograd.gradgradcheck(end, (y0, rate), atol=1e-5)
 
@@ -179,6 +182,23 @@ def test_transforms():
         torch.testing.assert_close(mapped, one_by_one, rtol=1e-7, atol=1e-8)
         jacobian = torch.func.jacrev(lambda y, m=method, o=options: odeint(f, y, t, method=m, options=o)[-1])(y0[0])
         torch.testing.assert_close(jacobian, rotated(torch.eye(2), 1.3, t[1]).T, rtol=0, atol=1e-4)
+
+
+def test_forward_mode_and_nested_transforms_leave_nothing_behind():
+    t = torch.tensor([0.0, 0.5, 1.0])
+    rates = torch.tensor([0.5, 0.7])
+    for entry in (odeint, odeint_adjoint):
+        for method, options in (("bosh3", {}), ("heun3", {"step_size": 0.07}), ("implicit_adams", {"step_size": 0.1})):
+
+            def end(rate, entry=entry, method=method, options=options):
+                extra = {"adjoint_params": (rate,)} if entry is odeint_adjoint else {}
+                return entry(lambda t, y: -rate * y, torch.ones(1), t, method=method, options=options, **extra)[-1, 0]
+
+            value, slope = torch.func.jvp(end, (rates[0],), (torch.ones(()),))
+            torch.testing.assert_close(slope, -value, rtol=1e-3, atol=0)
+            curvature = torch.vmap(torch.func.hessian(end))(rates)
+            torch.testing.assert_close(curvature, torch.exp(-rates), rtol=1e-2, atol=0)
+            assert float(end(rates[0])) == pytest.approx(float(value))
 
 
 def test_van_der_pol_is_right_where_the_continuous_adjoint_is_not():
@@ -221,6 +241,18 @@ def test_adjoint_params_restrict_and_fill():
     odeint_adjoint(whole, torch.ones(2), torch.tensor([0.0, 1.0])).sum().backward()
     assert all(p.grad is not None for p in whole.parameters())
     assert not whole["other"].weight.grad.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"adjoint_method": "dopri5"}, {"method": "explicit_adams", "options": {"step_size": 0.1}}])
+def test_adjoint_params_reach_through_what_was_computed_from_them(options):
+    """A tensor made from a parameter before the solve belongs to the parameter."""
+    base, other = torch.tensor([0.2, 0.3], requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    rate, scale = (2 * base).exp()[0], other * 1.0
+    y = odeint_adjoint(lambda t, y: -rate * scale * y, torch.ones(1), torch.tensor([0.0, 1.0]), adjoint_params=(base,), **options)
+    y[-1].sum().backward()
+    value = math.exp(0.4)
+    torch.testing.assert_close(base.grad, torch.tensor([-2 * value * math.exp(-value), 0.0]), rtol=1e-3, atol=1e-12)
+    assert other.grad is None
 
 
 def test_tuple_states():
@@ -460,4 +492,5 @@ def test_no_warnings_on_plain_use():
         warnings.simplefilter("error")
         y0 = torch.ones(2, requires_grad=True)
         for method in (*ADAPTIVE, *FIXED, *ADAMS):
-            odeint_adjoint(growth, y0, torch.linspace(0.0, 1.0, 12), method=method, rtol=1e-5, atol=1e-6, adjoint_params=()).sum().backward()
+            y = odeint_adjoint(growth, y0, torch.linspace(0.0, 1.0, 12), method=method, rtol=1e-5, atol=1e-6, adjoint_params=())
+            y.sum().backward()

@@ -34,7 +34,12 @@ def gradients(y, inputs):
     return torch.autograd.grad(sum((leaf**2).sum() for leaf in leaves), inputs)
 
 
-ASKED = [{"adjoint_method": "dopri5"}, {"adjoint_rtol": 1e-9, "adjoint_atol": 1e-9}, {"adjoint_options": {}}, {"adjoint_options": {"norm": "seminorm"}}]
+ASKED = [
+    {"adjoint_method": "dopri5"},
+    {"adjoint_rtol": 1e-9, "adjoint_atol": 1e-9},
+    {"adjoint_options": {}},
+    {"adjoint_options": {"norm": "seminorm"}},
+]
 
 
 @pytest.mark.parametrize("asked", ASKED)
@@ -197,6 +202,7 @@ def test_agrees_with_torchdiffeq_where_it_is_installed():
     y0 = (torch.randn(3, 2, requires_grad=True), torch.tensor(0.7, requires_grad=True))
     t = torch.tensor([0.0, 0.3, 0.9], requires_grad=True)
     for options in ASKED:
-        results = [gradients(lib.odeint_adjoint(f, y0, t, rtol=1e-8, atol=1e-8, **options), (*y0, t, *f.parameters())) for lib in (adjoint, peer)]
+        solved = [library.odeint_adjoint(f, y0, t, rtol=1e-8, atol=1e-8, **options) for library in (adjoint, peer)]
+        results = [gradients(y, (*y0, t, *f.parameters())) for y in solved]
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

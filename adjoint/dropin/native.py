@@ -63,9 +63,28 @@ def prepare(request: Request, only: Sequence[Tensor] | None, event: Callable[...
     system = System(request.fun, spec, tree, (), tuple(captured))
     inputs = system.inputs
     if only is not None:
-        wanted = {id(p) for p in only}
-        inputs = tuple(x if id(x) in wanted else x.detach() for x in inputs)
+        inputs = tuple(x if _leads_to(x, only) else x.detach() for x in inputs)
     return Prepared(system, inputs, needs_derivatives([request.t, *tree_leaves(y0), *inputs]))
+
+
+def _leads_to(x: Tensor, wanted: Sequence[Tensor]) -> bool:
+    """Whether ``x`` is one of the wanted tensors or was computed from one."""
+    if any(x is p for p in wanted):
+        return True
+    if functorch_active():
+        # what a transform wraps does not tell where it comes from: too many derivatives are better than one too few
+        return torch._C._functorch.is_functorch_wrapped_tensor(x)
+    leaves, nodes = {id(p) for p in wanted if p.grad_fn is None}, {id(p.grad_fn) for p in wanted if p.grad_fn is not None}
+    seen, todo = set(), [x.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if id(node) in nodes or id(getattr(node, "variable", None)) in leaves:
+            return True
+        seen.add(node)
+        todo.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def _plan(request: Request, derivatives: bool, dense: bool, events: tuple[Event, ...]) -> Plan:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from ..arguments import flat_tolerance
 from ..errors import InvalidInput, UnsupportedCombination
-from ..integrate import Monitor
+from ..integrate import Monitor, rms_norm
 from ..system import StateSpec
 
 __all__ = ["ADAMS", "ADAPTIVE", "FIXED", "CallbackMonitor", "InvalidType", "Request", "make_request"]
@@ -267,6 +267,9 @@ def _norm(norm: Any, y0: Any, spec: StateSpec) -> Callable[[Tensor], Tensor]:
     if norm is not None and not callable(norm):
         raise InvalidInput(f"norm must be a function of the state, got {norm!r}")
 
+    if norm is None and len(spec.shapes) == 1:
+        return rms_norm
+
     def flat(x: Tensor) -> Tensor:
         state = spec.unflatten(x.to(spec.dtype))
         value = norm(state) if norm is not None else mixed_norm(tree_leaves(state))
@@ -286,8 +289,3 @@ def mixed_norm(tensors: Sequence[Tensor]) -> Tensor | float:
     if len(values) < 2:
         return values[0] if values else 0.0
     return torch.stack([v.to(values[0]) for v in values]).amax()
-
-
-def first_row(state: Any) -> Any:
-    """A state with a leading time dimension of one."""
-    return tree_map(lambda x: x.unsqueeze(0), state)

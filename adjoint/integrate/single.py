@@ -8,58 +8,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from ..methods import Method
 from .compiled import compiled
 from .controller import log_error
+from .events import EventWatch
 from .initial_step import initial_step
 from .plan import Plan, Record, Status, shifted_times
+from .sampling import Sampler
 
 __all__ = ["integrate_single"]
 
 _EPS = float(np.finfo(np.float64).eps)
-
-
-class _Sampler:
-    """Fills samples at given times, in any order and with repetitions, as the steps go by."""
-
-    def __init__(self, plan: Plan, t_eval: list[float], y0: Tensor, sign: float) -> None:
-        self.plan, self.sign = plan, sign
-        order = sorted(range(len(t_eval)), key=lambda i: sign * t_eval[i])
-        self.order, self.times = order, [t_eval[i] for i in order]
-        self.out = y0.new_full((len(t_eval), *y0.shape), float("nan"))
-        self.step = [-1] * len(t_eval)
-        self.next = 0
-
-    def due(self, t: float) -> int:
-        """How many samples lie at or before ``t``."""
-        i = self.next
-        while i < len(self.times) and self.sign * (self.times[i] - t) <= 0:
-            i += 1
-        return i
-
-    def fill(
-        self, upto: int, index: int, t: float, h: float, end: float, y: Tensor, y1: Tensor, stages: Callable[[], list[Tensor]]
-    ) -> None:
-        inner, ends = [], []
-        for i in range(self.next, upto):
-            self.step[self.order[i]] = index
-            (ends if self.times[i] == end else inner).append(i)
-        self.next = upto
-        for i in ends:
-            self.out[self.order[i]] = y1
-        if inner:
-            theta = torch.tensor([(self.times[i] - t) / h for i in inner], dtype=torch.float64, device=y.device)
-            weights = self.plan.method.dense_weights(theta).to(y.dtype)
-            ks = torch.stack(stages()).reshape(len(self.plan.method.nodes), -1)
-            values = torch.addmm(y.reshape(1, -1), weights, ks, alpha=h).reshape(len(inner), *y.shape)
-            places = [self.order[i] for i in inner]
-            if places == list(range(places[0], places[0] + len(places))):
-                self.out[places[0] : places[0] + len(places)] = values
-            else:
-                self.out[torch.tensor(places, device=y.device)] = values
 
 
 def _times(plan: Plan, t: float, h: float, like: Tensor, jump: tuple[bool, bool], sign: float) -> Sequence[Tensor]:
@@ -84,11 +45,14 @@ def _attempt(
     """One attempted step."""
     method = plan.method
     y1, ks = method.step(f, times, h, y, k1)
-    size1, k_end, scaled, error = y1.abs(), None, None, None
+    recorded = torch.is_grad_enabled()
+    size1, k_end, scaled, error = (y1.detach() if recorded else y1).abs(), None, None, None
     if method.adaptive:
         if method.error_uses_end:
             k_end = f(times[method.n_stages], y1)
-        estimate = method.error(h, ks if k_end is None else [*ks, k_end])
+        # a recorded solve holds step sizes fixed: their choice is not part of its graph
+        parts = ks if k_end is None else [*ks, k_end]
+        estimate = method.error(h, [k.detach() for k in parts] if recorded else parts)
         scaled = plan.scaled(estimate, torch.maximum(size, size1)).reshape(flat)
         error = plan.norm(scaled)
     return y1, ks, k_end, size1, scaled, error
@@ -113,6 +77,8 @@ def integrate_single(
 ) -> Record:
     """Solve one trajectory.
 
+    With gradients enabled the steps are recorded by autograd (their sizes as constants).
+
     Parameters
     ----------
     f : flat right-hand side
@@ -129,17 +95,15 @@ def integrate_single(
     sign = 1.0 if t_end >= t else -1.0
     order = method.error_order + 1
     device = y0.device
-    sampler = _Sampler(plan, [] if t_eval is None else t_eval[:, 0].tolist(), y0, sign)
-    for i in range(sampler.due(t)):
-        sampler.out[sampler.order[i]] = y0
+    sampler = Sampler(plan, [] if t_eval is None else t_eval[:, 0].tolist(), y0, sign)
 
     n_fun = n_rejected = 0
     states, starts, sizes, segments, landings = [y0], [], [], [], []
     kept_stages: list[Tensor] = []
-    events = _EventWatch(plan, inputs, t, y0)
+    events = EventWatch(plan, inputs, t, y0)
     segment = 0
     jump_start = False
-    y, size = y0, y0.abs()
+    y, size = y0, y0.detach().abs()
     start_times = _times(plan, t, 0.0, y, (plan.shift == "all", False), sign)
     k1 = f(start_times[0], y)
     n_fun += 1
@@ -147,9 +111,9 @@ def integrate_single(
         step = plan.first_step
     elif method.adaptive:
         one = torch.full((1,), t, dtype=torch.float64, device=device)
-        step = float(
-            initial_step(lambda t, x: f(t, x.reshape(y0.shape)).reshape(flat), plan, one, y.reshape(flat), k1.reshape(flat), torch.full_like(one, sign))
-        )
+        with torch.no_grad():
+            g = lambda t, x: f(t, x.reshape(y0.shape)).reshape(flat)  # noqa: E731
+            step = float(initial_step(g, plan, one, y.reshape(flat), k1.reshape(flat), torch.full_like(one, sign)))
         step = max(step, plan.min_step)
         n_fun += 1
     else:
@@ -260,10 +224,7 @@ def integrate_single(
         kept = range(len(starts)) if plan.keep_stages else sorted({e[1] for e in events.found})
         kept_stages = [x for k, x in zip(kept, kept_stages, strict=True) if k < good]
         events.found = [e for e in events.found if e[1] < good]
-        for i, step_index in enumerate(sampler.step):
-            if step_index >= good:
-                sampler.step[i] = -1
-                sampler.out[i] = float("nan")
+        sampler.lose(good)
         t, y, attempts, n_rejected = starts[good], states[good], good + 1, 1
         del states[good + 1 :], starts[good:], sizes[good:], segments[good:], landings[good:]
     reached = y
@@ -282,7 +243,7 @@ def integrate_single(
         last=reached.reshape(flat),
         scaled_error=torch.zeros(flat, dtype=plan.real, device=device) if scaled is None else scaled.abs(),
         states=torch.stack(states).reshape(len(states), *flat) if plan.keep_states else y0.new_empty((0, *flat)),
-        samples=sampler.out.reshape(len(sampler.order), *flat) if sampler.order else y0.new_empty((0, *flat)),
+        samples=sampler.result().reshape(len(sampler.order), *flat),
         stages=torch.stack(kept_stages).reshape(len(kept_stages), n_all, *flat) if kept_stages else y0.new_empty((0, n_all, *flat)),
         t=column(starts, torch.float64),
         h=column(sizes, torch.float64),
@@ -325,58 +286,3 @@ class _Stages:
             self.dense = method.dense_stages(self.f, self.times, self.h, self.y, self.ks, self.end)
             self.n_fun += method.extra_evaluations
         return self.dense
-
-
-class _EventWatch:
-    """Looks for sign changes of the event functions over each step, and locates them on the dense output."""
-
-    def __init__(self, plan: Plan, inputs: Sequence[Tensor], t0: float, y0: Tensor) -> None:
-        self.plan = plan
-        self.functions = [event.bind(inputs) for event in plan.events]
-        self.found: list[tuple[int, int, float]] = []
-        self.counts = [0] * len(plan.events)
-        self.values = [self._value(i, t0, y0) for i in range(len(plan.events))]
-
-    def _value(self, i: int, t: float, y: Tensor) -> float:
-        return float(self.functions[i](torch.tensor(t, dtype=y.dtype.to_real(), device=y.device), y.reshape(1, -1)))
-
-    def found_in(self, step: int) -> bool:
-        return bool(self.found) and self.found[-1][1] == step
-
-    def after_step(
-        self, index: int, t: float, h: float, end: float, y: Tensor, y1: Tensor, stages: Callable[[], list[Tensor]]
-    ) -> float | None:
-        """Register the events of a step, earliest first; the time of the terminal one, if any."""
-        if not self.plan.events:
-            return None
-        new = [self._value(i, end, y1) for i in range(len(self.values))]
-        crossed = []
-        for i, (a, b) in enumerate(zip(self.values, new, strict=True)):
-            # direction is that of increasing time, as SciPy has it
-            direction = self.plan.events[i].direction
-            up, down = a < 0 <= b, a > 0 >= b
-            if (up and direction >= 0) or (down and direction <= 0):
-                crossed.append(i)
-        self.values = new
-        if not crossed:
-            return None
-        ks = torch.stack(stages()).reshape(len(self.plan.method.nodes), -1)
-
-        def state(theta: float) -> Tensor:
-            weights = self.plan.method.dense_weights(torch.tensor([theta], dtype=torch.float64, device=y.device))
-            return torch.addmm(y.reshape(1, -1), weights.to(y.dtype), ks, alpha=h).reshape(y.shape)
-
-        located = []
-        for i in crossed:
-            def value(theta: float, i: int = i) -> float:
-                return self._value(i, t + theta * h, y if theta == 0.0 else y1 if theta == 1.0 else state(theta))
-
-            theta = 1.0 if value(1.0) == 0.0 else float(brentq(value, 0.0, 1.0, xtol=4 * _EPS, rtol=4 * _EPS))  # type: ignore[arg-type]
-            located.append((theta, i))
-        for theta, i in sorted(located):
-            self.counts[i] += 1
-            when = end if theta == 1.0 else t + theta * h
-            self.found.append((i, index, when))
-            if self.plan.events[i].terminal and self.counts[i] >= self.plan.events[i].terminal:
-                return when
-        return None

@@ -28,6 +28,14 @@ def combine(y: Tensor, h: float | Tensor, weights: Sequence[float], ks: Sequence
     return y if total is None else y + h * total
 
 
+def update(y: Tensor, h: float | Tensor, weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:
+    """As `combine`, but the state is rounded once and not once a stage: in single precision the difference adds up over many steps."""
+    total = weighted_sum(weights, ks)
+    if total is None:
+        return y
+    return torch.add(y, total, alpha=h) if isinstance(h, float) else y + h * total
+
+
 def weighted_sum(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor | None:
     """``sum_j weights_j ks_j``, or None when all weights are zero."""
     total: Tensor | None = None
@@ -114,9 +122,9 @@ class ExplicitRungeKutta:
         tab = self.tableau
         ks, stage = [k1], y
         for i in range(1, tab.n_stages):
-            stage = combine(y, h, tab.a[i], ks)
+            stage = (update if tab.fsal and i == tab.n_stages - 1 else combine)(y, h, tab.a[i], ks)
             ks.append(f(times[i], stage))
-        return (stage if tab.fsal else combine(y, h, tab.b, ks)), ks
+        return (stage if tab.fsal else update(y, h, tab.b, ks)), ks
 
     def error(self, h: float | Tensor, ks: Sequence[Tensor]) -> Tensor:
         """The embedded error estimate ``h sum_i (b_i - b_hat_i) k_i``."""
@@ -148,7 +156,11 @@ class ExplicitRungeKutta:
     def _dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         key = (dtype, device)
         if key not in self._tensors:
-            self._tensors[key] = torch.tensor(self.tableau.dense, dtype=dtype, device=device)
+            matrix = torch.tensor(self.tableau.dense, dtype=dtype, device=device)
+            if torch._C._functorch.is_functorch_wrapped_tensor(matrix) or matrix.is_inference():
+                # made inside of a transform, or in inference mode, it must not outlive it
+                return matrix
+            self._tensors[key] = matrix
         return self._tensors[key]
 
     def dense_slopes(self, theta: Tensor) -> Tensor:

@@ -133,7 +133,8 @@ class _Dynamics:
             slope = self.fun(t, y)
             wanted = (y, *((t,) if self.time else ()), *self.params)
             if slope.requires_grad:
-                found = torch.autograd.grad(slope, wanted, -y_bar, allow_unused=True)
+                # what fun captured may have a graph of its own, which the next evaluation needs again
+                found = torch.autograd.grad(slope, wanted, -y_bar, allow_unused=True, retain_graph=True)
             else:
                 found = (None,) * len(wanted)
         filled = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]

@@ -143,7 +143,7 @@ def _unpack(ctx: Any) -> tuple[dict[str, Tensor], Tensor, Tensor | None, Sequenc
         raise RuntimeError("this solve was made without keeping what its derivatives need")
     names = ("states", "t", "h", "segment", "lands", "sample_step", "status", "event_step")
     saved = list(ctx.saved_tensors)
-    grid: dict[str, Tensor] = {name: x for name, x in zip(names, saved[: len(names)], strict=True)}  # noqa: C416
+    grid: dict[str, Tensor] = {name: x for name, x in zip(names, saved[: len(names)], strict=True)}
     rest = saved[len(names) :]
     anchors = rest.pop(0)
     t_eval = rest.pop(0) if ctx.has_samples else None
