@@ -13,7 +13,17 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Substitute", "below_jvp", "find_captured", "functorch_active", "is_differentiable", "needs_derivatives", "unknown_leaves"]
+__all__ = [
+    "Substitute",
+    "below_jvp",
+    "cut_apart",
+    "find_captured",
+    "functorch_active",
+    "is_differentiable",
+    "leads_to",
+    "needs_derivatives",
+    "unknown_leaves",
+]
 
 
 def functorch_active() -> bool:
@@ -140,3 +150,34 @@ def unknown_leaves(output: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
             continue
         todo.extend(n for n, _ in node.next_functions)
     return unknown
+
+
+def leads_to(x: Tensor, wanted: Sequence[Tensor]) -> bool:
+    """Whether ``x`` is one of the wanted tensors, or was computed from one outside of any transform."""
+    if any(x is p for p in wanted):
+        return True
+    leaves = {id(p) for p in wanted if p.grad_fn is None}
+    nodes = {id(p.grad_fn) for p in wanted if p.grad_fn is not None}
+    seen: set[Any] = set()
+    todo = [x.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(node) in nodes or id(getattr(node, "variable", None)) in leaves:
+            return True
+        todo.extend(n for n, _ in node.next_functions)
+    return False
+
+
+def cut_apart(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The inputs, those cut off from their history that were computed from another one.
+
+    Without the cut the cotangent of the one would go on to the other inside of a sweep, and a second time after it.
+    """
+    made = [x for x in inputs if x.grad_fn is not None]
+    if not made or len(inputs) == 1:
+        return list(inputs)
+    others = {id(x): [p for p in inputs if p is not x and p.requires_grad] for x in made}
+    return [x.detach().requires_grad_(True) if id(x) in others and leads_to(x, others[id(x)]) else x for x in inputs]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import wraps
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -219,7 +220,7 @@ def _check_options(method: Method, linear_solver: Any, first_step: Any, events: 
         raise UnsupportedCombination("events= with batched=True is not supported yet: solve the trajectories one by one")
     if events is not None and compile:
         raise UnsupportedCombination("events= with compile=True is not supported yet: leave compile out")
-    if not isinstance(max_steps, int) or max_steps < 1:
+    if not isinstance(max_steps, Integral) or max_steps < 1:
         raise InvalidInput(f"max_steps must be a positive integer, got {max_steps!r}")
 
 

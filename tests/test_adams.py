@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_defaults_converge_as_steps_shrink(method, truth):
         options = {"step_size": 2.0 / n} | ({"max_iters": 20} if method == "implicit_adams" else {})
         y = odeint(wave, torch.tensor([1.0, 0.5]), torch.tensor([0.0, 2.0]), method=method, options=options)
         errors.append(float((y[-1] - truth).abs().max()))
-    assert all(b < a or b < 1e-11 for a, b in zip(errors, errors[1:], strict=False))
+    assert all(b < a or b < 1e-11 for a, b in pairwise(errors))
 
 
 def test_starters_keep_the_order():

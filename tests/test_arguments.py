@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 import adjoint
 from adjoint import InvalidInput, UnsupportedCombination, solve_ivp
+
+pytestmark = pytest.mark.filterwarnings("error")
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 FEW = settings(max_examples=20, deadline=None, derandomize=True)
@@ -259,7 +262,7 @@ def test_any_sample_times(t0, span, fractions, ends, repeat, forward, reverse):
     assert torch.equal(sol.t.double(), t) and torch.allclose(sol.y, truth, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("form", [list, tuple, torch.tensor, lambda x: [torch.tensor(v) for v in x], lambda x: __import__("numpy").array(x)])
+@pytest.mark.parametrize("form", [list, tuple, torch.tensor, lambda x: [torch.tensor(v) for v in x], np.array])
 def test_times_in_any_form(form):
     sol = solve_ivp(decay, tuple(form([0.0, 1.0])), torch.ones(2), t_eval=form([0.25, 0.5]), **TIGHT)
     assert torch.allclose(sol.y[:, 0], torch.exp(-torch.tensor([0.25, 0.5])), rtol=1e-7)
@@ -326,7 +329,7 @@ def test_tolerances_per_trajectory():
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_norms(batched):
-    """"max" and a custom maximum are one and the same; both are stricter than "rms"; a norm of a part ignores the rest."""
+    """ "max" and a custom maximum are one and the same; both are stricter than "rms"; a norm of a part ignores the rest."""
     quick = torch.tensor([9.0, 1.0, 1.0, 1.0])
     y0 = {"a": torch.ones(3, 4), "b": torch.ones(3, 1)}
     y0 = y0 if batched else tree_map(lambda x: x[0], y0)

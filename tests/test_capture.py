@@ -152,3 +152,23 @@ def test_second_thread(gradient):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         got = list(pool.map(work, values))
     assert got == pytest.approx([-float(torch.exp(torch.tensor(-v))) for v in values], rel=1e-7)
+
+
+@pytest.mark.parametrize("make", [lambda raw: raw + 0.0, lambda raw: raw.exp()], ids=["no buffers", "buffers"])
+@pytest.mark.parametrize("way", ["module cache", "args", "closure"])
+def test_a_tensor_computed_from_another_input_counts_once(gradient, make, way):
+    """A cached weight next to the parameter it was made from: each path of the derivative is taken once."""
+    module = _Decay()
+    raw = module.w
+    made = make(raw)
+    if way == "module cache":
+        module.forward = lambda t, y: -made * raw * y
+        end = _end(module, gradient=gradient)
+    elif way == "args":
+        end = _end(lambda t, y, a, b: -b * a * y, (raw, made), gradient=gradient)
+    else:
+        end = _end(lambda t, y: -made * raw * y, gradient=gradient)
+    (g,) = torch.autograd.grad(end, raw)
+    fresh = raw.detach().clone().requires_grad_(True)
+    (expected,) = torch.autograd.grad(torch.exp(-make(fresh) * fresh), fresh)
+    torch.testing.assert_close(g, expected, rtol=1e-7, atol=0)

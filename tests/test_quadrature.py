@@ -14,6 +14,8 @@ from adjoint.methods import METHODS
 
 from .problems import ALL, driven, options
 
+pytestmark = pytest.mark.filterwarnings("error")
+
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 BOTH = pytest.mark.parametrize("gradient", [DiscreteAdjoint(), Backprop()], ids=["discrete", "backprop"])
 
@@ -74,7 +76,10 @@ def test_pytree_integrand_and_state():
 
 def test_complex_integrand_of_a_real_state():
     sol = solve_ivp(lambda t, y: -y, (0.0, 1.0), torch.ones(2), quadrature=lambda t, y: y[0] * torch.exp(2j * t), **TIGHT)
-    assert sol.y.dtype == torch.float64 and abs(complex(sol.quadrature) - (1 - complex(math.cos(2), math.sin(2)) * math.exp(-1)) / (1 - 2j)) < 1e-8
+    assert (
+        sol.y.dtype == torch.float64
+        and abs(complex(sol.quadrature) - (1 - complex(math.cos(2), math.sin(2)) * math.exp(-1)) / (1 - 2j)) < 1e-8
+    )
 
 
 def test_float32():
@@ -107,7 +112,9 @@ def test_batched(vector):
 def test_a_failed_trajectory_has_no_integral():
     p = torch.tensor([2.0, -1.0], requires_grad=True)
     g = lambda t, y, p: y[:, 0]  # noqa: E731
-    sol = solve_ivp(lambda t, y, p: p.unsqueeze(-1) * y**2, (0.0, 1.0), torch.ones(2, 1), (p,), batched=True, quadrature=g, throw=False, **TIGHT)
+    sol = solve_ivp(
+        lambda t, y, p: p.unsqueeze(-1) * y**2, (0.0, 1.0), torch.ones(2, 1), (p,), batched=True, quadrature=g, throw=False, **TIGHT
+    )
     assert bool(sol.quadrature[0].isnan()) and abs(float(sol.quadrature[1].detach()) - math.log(2)) < 1e-8
     (got,) = torch.autograd.grad(sol.quadrature[1], p)
     # integral 1 / (1 - p t) = -log(1 - p) / p
@@ -198,7 +205,9 @@ def test_up_to_a_terminal_event(gradient):
     y0, p, c = (torch.tensor(x, requires_grad=True) for x in (2.0, 0.7, 0.5))
     reach = lambda t, y, p: y - c  # noqa: E731
     reach.terminal = True
-    sol = solve_ivp(lambda t, y, p: -p * y, (0.0, 9.0), y0, (p,), events=reach, quadrature=lambda t, y, p: y, gradient=gradient, max_step=0.05, **TIGHT)
+    sol = solve_ivp(
+        lambda t, y, p: -p * y, (0.0, 9.0), y0, (p,), events=reach, quadrature=lambda t, y, p: y, gradient=gradient, max_step=0.05, **TIGHT
+    )
     assert sol.quadrature.item() == pytest.approx(1.5 / 0.7, rel=1e-9) and sol.t[-1].item() == pytest.approx(math.log(4) / 0.7, rel=1e-9)
     grads = torch.autograd.grad(sol.quadrature, (y0, p, c), create_graph=True)
     assert torch.allclose(torch.stack(grads), torch.tensor([1 / 0.7, -1.5 / 0.49, -1 / 0.7]), rtol=1e-7)

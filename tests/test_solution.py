@@ -13,6 +13,8 @@ from adjoint.methods import METHODS
 
 from .problems import ALL, driven, lotka_volterra, options
 
+pytestmark = pytest.mark.filterwarnings("error")
+
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 
 
@@ -27,7 +29,14 @@ def test_repr():
     """Status in words, shapes, and what else there is."""
     single = solve_ivp(lambda t, y: -y, (0.0, 1.0), torch.ones(2), t_eval=[0.1, 0.5, 1.0])
     text = repr(single)
-    for part in ("status: 0", single.message, "t: (3,)", "y: (3, 2) float64", f"{single.stats.n_accepted} accepted", f"{single.stats.n_fun} eval"):
+    for part in (
+        "status: 0",
+        single.message,
+        "t: (3,)",
+        "y: (3, 2) float64",
+        f"{single.stats.n_accepted} accepted",
+        f"{single.stats.n_fun} eval",
+    ):
         assert part in text
     assert "events" not in text and "quadrature" not in text and "dense" not in text
     rich = solve_ivp(
@@ -50,7 +59,9 @@ def test_aliases_of_scipy():
 # --- counts ---
 
 
-@pytest.mark.parametrize("extra", [{}, {"t_eval": [0.31, 0.77, 1.9]}, {"dense_output": True}, {"step_ts": [0.5, 1.1]}, {"t_eval": "steps"}], ids=str)
+@pytest.mark.parametrize(
+    "extra", [{}, {"t_eval": [0.31, 0.77, 1.9]}, {"dense_output": True}, {"step_ts": [0.5, 1.1]}, {"t_eval": "steps"}], ids=str
+)
 @pytest.mark.parametrize("method", ALL)
 def test_counted_calls(method, extra):
     """``n_fun`` is how often ``fun`` was called."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..capture import find_captured, is_differentiable
+from ..capture import find_captured, is_differentiable, leads_to, unknown_leaves
 from ..errors import InvalidInput
 from ..sensitivity.backsolve import Backsolve, backsolve
 from .event_gradient import through_event
@@ -26,7 +26,14 @@ def adjoint_parameters(request: Request) -> list[Tensor]:
     if not torch.is_grad_enabled():
         return []
     time = request.t[0].detach().to(request.spec.real_dtype)
-    return find_captured([lambda: request.fun(time, request.y0)], [time, *tree_leaves(request.y0)], [request.func])
+    found = find_captured([lambda: request.fun(time, request.y0)], [time, *tree_leaves(request.y0)], [request.func])
+    made = [x for x in found if x.grad_fn is not None]
+    if not any(leads_to(x, [p for p in found if p is not x]) for x in made):
+        return found
+    # a tensor computed from another one of the list would be counted twice: its leaves stand for it
+    leaves = {id(x): x for x in found if x.grad_fn is None}
+    leaves.update((id(x), x) for m in made for x in unknown_leaves(m, []))
+    return list(leaves.values())
 
 
 def continuous_adjoint(

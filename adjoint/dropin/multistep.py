@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -140,7 +141,7 @@ def adams_samples(request: Request, gradient: Gradient, only: Any = None) -> Any
     grid = fixed_grid(request)
     y = request.spec.flatten(request.y0)
     steps: list[_Step] = []
-    for t, t1 in zip(grid[:-1], grid[1:], strict=True):
+    for t, t1 in pairwise(grid):
         steps.append(solver.step(t, t1, y))
         y = steps[-1].y1
     _check_finite(steps)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..arguments import Times, positive
-from ..capture import find_captured, functorch_active, is_differentiable, needs_derivatives
+from ..capture import find_captured, functorch_active, is_differentiable, leads_to, needs_derivatives
 from ..errors import InvalidInput
 from ..event_times import event_records
 from ..failures import raise_failure
@@ -63,28 +63,16 @@ def prepare(request: Request, only: Sequence[Tensor] | None, event: Callable[...
     system = System(request.fun, spec, tree, (), tuple(captured))
     inputs = system.inputs
     if only is not None:
-        inputs = tuple(x if _leads_to(x, only) else x.detach() for x in inputs)
+        inputs = tuple(x if _kept(x, only) else x.detach() for x in inputs)
     return Prepared(system, inputs, needs_derivatives([request.t, *tree_leaves(y0), *inputs]))
 
 
-def _leads_to(x: Tensor, wanted: Sequence[Tensor]) -> bool:
-    """Whether ``x`` is one of the wanted tensors or was computed from one."""
-    if any(x is p for p in wanted):
-        return True
-    if functorch_active():
+def _kept(x: Tensor, wanted: Sequence[Tensor]) -> bool:
+    """Whether ``x`` is to be differentiated: it is one of the wanted tensors, or was computed from one."""
+    if functorch_active() and torch._C._functorch.is_functorch_wrapped_tensor(x):
         # what a transform wraps does not tell where it comes from: too many derivatives are better than one too few
-        return torch._C._functorch.is_functorch_wrapped_tensor(x)
-    leaves, nodes = {id(p) for p in wanted if p.grad_fn is None}, {id(p.grad_fn) for p in wanted if p.grad_fn is not None}
-    seen, todo = set(), [x.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        if id(node) in nodes or id(getattr(node, "variable", None)) in leaves:
-            return True
-        seen.add(node)
-        todo.extend(following for following, _ in node.next_functions)
-    return False
+        return True
+    return leads_to(x, wanted)
 
 
 def _plan(request: Request, derivatives: bool, dense: bool, events: tuple[Event, ...]) -> Plan:
@@ -188,7 +176,7 @@ def solve_dense(request: Request, gradient: Gradient, only: Sequence[Tensor] | N
 
 
 def combined_event(event_fn: Callable[..., Tensor], t0: Tensor, y0: Any) -> tuple[Callable[..., Tensor], bool]:
-    """One function for an event of several values: positive at the start, zero where the first of them is; and whether it begins at zero."""
+    """One function for several events: positive at the start, zero where the first of them is; and whether it begins at zero."""
     with torch.no_grad():
         signs = torch.sign(event_fn(t0, y0))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .compiled import compiled
-from .controller import log_error
+from .controller import tamed
 from .initial_step import initial_step
 from .plan import Plan, Record, Status, shifted_times
 
@@ -104,7 +104,7 @@ def advance(
             passed = passed | (~bad & (h.abs() <= plan.min_step))
         accepted = alive & passed
         rejected = alive & ~passed
-        level = log_error(torch.where(bad, float("inf"), error))
+        level = tamed(torch.where(bad, float("inf"), error))
         up = controller.accepted(order, level, (carry.error1, carry.error2))
         up = torch.where(carry.rejected_last, up.clamp(max=1.0), up)
         proposal = h.abs() * up
@@ -166,7 +166,7 @@ def start_carry(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor
         n_fun += 1
     else:
         step = torch.full_like(t0, float("inf"))
-    level = torch.zeros_like(t0, dtype=torch.float32)
+    level = torch.ones_like(t0, dtype=torch.float32)
     zero = torch.zeros_like(t0, dtype=torch.int64)
     no = torch.zeros_like(t0, dtype=torch.bool)
     # every field its own tensor: compiled steps are specialised on which of their inputs are the same

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log2
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
-__all__ = ["IController", "PIController", "PIDController", "log_error"]
+__all__ = ["IController", "PIController", "PIDController", "tamed"]
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -42,29 +40,23 @@ class PIDController:
         if not 0 < self.safety <= 1 or not 0 < self.min_factor < 1 < self.max_factor:
             raise ValueError("a controller needs 0 < safety <= 1 and 0 < min_factor < 1 < max_factor")
 
-    def accepted(self, order: int, log_error: Number, previous: tuple[Number, Number]) -> Number:
-        """Factor after an accepted step; errors (present, last, last but one) come as `log_error`."""
-        exponent = log_error * ((self.pcoeff + self.icoeff + self.dcoeff) / order)
+    def accepted(self, order: int, error: Number, previous: tuple[Number, Number]) -> Number:
+        """Factor after an accepted step; errors (present, last, last but one) come as `tamed`."""
+        factor = self.safety * error ** (-(self.pcoeff + self.icoeff + self.dcoeff) / order)
         if self.pcoeff or self.dcoeff:
-            exponent = exponent - previous[0] * ((self.pcoeff + 2 * self.dcoeff) / order)
+            factor = factor * previous[0] ** ((self.pcoeff + 2 * self.dcoeff) / order)
         if self.dcoeff:
-            exponent = exponent + previous[1] * (self.dcoeff / order)
-        return _clip(self.safety * _exp2(-exponent), self.min_factor if self.shrink_accepted else 1.0, self.max_factor)
+            factor = factor * previous[1] ** (-self.dcoeff / order)
+        return _clip(factor, self.min_factor if self.shrink_accepted else 1.0, self.max_factor)
 
-    def rejected(self, order: int, log_error: Number) -> Number:
+    def rejected(self, order: int, error: Number) -> Number:
         """Factor after a rejected step; only the present error counts."""
-        return _clip(self.safety * _exp2(log_error * (-1.0 / order)), self.min_factor, self.safety)
+        return _clip(self.safety * error ** (-1.0 / order), self.min_factor, self.safety)
 
 
-def log_error(error: Number) -> Number:
-    """Binary logarithm of an error norm kept away from zero and infinity; in single precision for tensors, where powers are slow."""
-    if isinstance(error, Tensor):
-        return error.float().clamp(_TINY, _HUGE).log2()
-    return log2(min(max(error, _TINY), _HUGE))
-
-
-def _exp2(x: Number) -> Number:
-    return torch.exp2(x) if isinstance(x, Tensor) else 2.0**x
+def tamed(error: Number) -> Number:
+    """An error norm kept away from zero and infinity; in single precision for tensors, where powers of doubles are slow."""
+    return error.float().clamp(_TINY, _HUGE) if isinstance(error, Tensor) else min(max(error, _TINY), _HUGE)
 
 
 def IController(**options: float) -> PIDController:

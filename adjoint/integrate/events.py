@@ -27,7 +27,7 @@ class EventWatch:
         self.values = [self._value(i, t0, y0) for i in range(len(plan.events))]
 
     def _value(self, i: int, t: float, y: Tensor) -> float:
-        return float(self.functions[i](torch.tensor(t, dtype=y.dtype.to_real(), device=y.device), y.reshape(1, -1)))
+        return float(self.functions[i](torch.tensor(t, dtype=y.dtype.to_real(), device=y.device), y.reshape(1, -1)).detach())
 
     def found_in(self, step: int) -> bool:
         return bool(self.found) and self.found[-1][1] == step
@@ -41,7 +41,7 @@ class EventWatch:
         new = [self._value(i, end, y1) for i in range(len(self.values))]
         crossed = []
         for i, (a, b) in enumerate(zip(self.values, new, strict=True)):
-            # direction is that of increasing time, as SciPy has it
+            # direction is that along the integration, as SciPy has it
             direction = self.plan.events[i].direction
             up, down = a < 0 <= b, a > 0 >= b
             if (up and direction >= 0) or (down and direction <= 0):

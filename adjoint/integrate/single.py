@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..methods import Method
 from .compiled import compiled
-from .controller import log_error
+from .controller import tamed
 from .events import EventWatch
 from .initial_step import initial_step
 from .plan import Plan, Record, Status, shifted_times
@@ -119,7 +119,7 @@ def integrate_single(
     else:
         # a grid of anchors is the whole discretisation
         step = math.inf
-    previous = (0.0, 0.0)
+    previous = (1.0, 1.0)
     status = Status.SUCCESS
     attempts = 0
     just_rejected = bad = False
@@ -163,12 +163,12 @@ def integrate_single(
                 monitor.rejected(t, y, h)
                 n_rejected += 1
                 just_rejected = True
-                step = abs(h) * (controller.min_factor if bad else controller.rejected(order, log_error(error)))
+                step = abs(h) * (controller.min_factor if bad else controller.rejected(order, tamed(error)))
                 if bad and (smallest or step <= 16 * _EPS * abs(t)):
                     status = Status.NON_FINITE
                     break
                 continue
-            level = log_error(error)
+            level = tamed(error)
             factor = controller.accepted(order, level, previous)
             proposal = abs(h) * (min(factor, 1.0) if just_rejected else factor)
             # a step cut short by an anchor says little about the next one

@@ -64,11 +64,12 @@ class _Node(torch.autograd.Function):
         config, _, t, *params = inputs
         ctx.config, ctx.adjoint_options = config, config.adjoint_options
         ctx.event = not isinstance(output, Tensor)
-        when, states = output if ctx.event else (None, output)
-        if ctx.event:
-            ctx.mark_non_differentiable(when)
         ctx.n_times = t.shape[0]
-        times = torch.cat([t[:1], when.reshape(1).to(t)]) if ctx.event else t
+        times, states = t, output
+        if ctx.event:
+            when, states = output
+            ctx.mark_non_differentiable(when)
+            times = torch.cat([t[:1], when.reshape(1).to(t)])
         ctx.save_for_backward(times, states, *params)
 
     @staticmethod

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.variable import Variable
 
-from ..capture import unknown_leaves
+from ..capture import cut_apart, unknown_leaves
 from ..errors import CapturedTensorLost
 from ..integrate import Monitor
 from ..system import Flat, System
@@ -188,6 +188,7 @@ def eager_sweep(
     n_steps, rows = grid["t"].shape
     n_all = len(method.nodes)
     time_bars = bool(wants[0] or wants[1])
+    inputs = cut_apart(inputs)
     f = system.bind(inputs)
     linearize = Linearizer(f, inputs, wants[3:], time_bars)
     samples = _Samples(problem, grid, t_eval, samples_bar, time_bars)
