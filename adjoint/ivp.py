@@ -162,7 +162,7 @@ def solve_ivp(
         calls = [lambda: right_hand_side(probe_t, probe_y, *probe_args)]
         calls += [lambda e=e: e(probe_t, probe_y0, *probe_args) for e in event_list]
         captured = find_captured(calls, [probe_t, *tree_leaves(probe_y), *tree_leaves(probe_args)], [fun, *event_list])
-        system = System(right_hand_side, spec, tree, tuple(leaves), tuple(captured))
+        system = System(right_hand_side, spec, tree, tuple(leaves), tuple(captured), _parameter_names(right_hand_side, captured))
     inputs = system.inputs
     derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])
 
@@ -201,6 +201,14 @@ def solve_ivp(
         raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")
     out = strategy.solve(problem, times.anchors, times.samples, y_flat, inputs)
     return _solution(_Parts(out, problem, times, user_spec, spec, integrand, y_flat, event_list, tuple(args), backward, derivatives))
+
+
+def _parameter_names(fun: Callable[..., Any], captured: Sequence[Tensor]) -> tuple[str, ...] | None:
+    """The names of the captured tensors, if fun is a module and they are all its parameters."""
+    if not isinstance(fun, torch.nn.Module):
+        return None
+    names = {id(p): name for name, p in fun.named_parameters()}
+    return tuple(names[id(x)] for x in captured) if all(id(x) in names for x in captured) else None
 
 
 def _transforming() -> bool:

@@ -233,9 +233,11 @@ def _solve(request: Request, only: Sequence[Tensor] | None) -> Any:
         return tree_map(lambda x: x.unsqueeze(0), request.y0)
     if request.family == "scipy":
         return scipy_samples(request)
-    if request.event_fn is not None:
-        return (adams_event if request.family == "adams" else solve_event)(request, gradient, only)
-    return (adams_samples if request.family == "adams" else solve_samples)(request, gradient, only)
+    if request.family == "adams":
+        # as in all other solves, lower precision of the surroundings is not imposed on this one
+        with torch.autocast(request.spec.device.type, enabled=False):
+            return (adams_samples if request.event_fn is None else adams_event)(request, gradient, only)
+    return (solve_samples if request.event_fn is None else solve_event)(request, gradient, only)
 
 
 def _parameters(func: Any) -> list[Tensor]:

@@ -53,7 +53,7 @@ class StateSpec:
         devices = {leaf.device for leaf in leaves}
         if len(devices) > 1:
             raise InvalidInput(f"the leaves of {what} lie on several devices: {sorted(map(str, devices))}")
-        batches = {leaf.shape[0] for leaf in leaves} if batched else {None}
+        batches = {leaf.shape[0] for leaf in leaves} if batched else set()
         if len(batches) > 1:
             raise InvalidInput(f"with batched=True the leaves of {what} must share their leading dimension, found {sorted(batches)}")
         return cls(
@@ -61,7 +61,7 @@ class StateSpec:
             shapes=tuple(leaf.shape for leaf in leaves),
             dtypes=tuple(leaf.dtype for leaf in leaves),
             paths=paths,
-            batch=batches.pop(),
+            batch=batches.pop() if batched else None,
             dtype=reduce(torch.promote_types, (leaf.dtype for leaf in leaves)),
             device=leaves[0].device,
         )
@@ -150,6 +150,8 @@ class System:
     args_tree: TreeSpec
     args_leaves: tuple[Any, ...] = ()
     captured: tuple[Tensor, ...] = field(default=())
+    #: names of the captured tensors, where ``fun`` is a module and they are its parameters
+    parameter_names: tuple[str, ...] | None = None
 
     @property
     def rows(self) -> int:
@@ -168,22 +170,38 @@ class System:
 
     def substitution(self, inputs: Sequence[Tensor]) -> Substitute | None:
         """A context that puts the given tensors in the place of captured ones, or None where they are the same already."""
-        given = inputs[len(inputs) - len(self.captured) :] if self.captured else ()
+        given = self._given(inputs)
         if all(x is c for x, c in zip(given, self.captured, strict=True)):
             return None
         return Substitute(self.captured, given)
 
-    def bind(self, inputs: Sequence[Tensor], fun: Callable[..., Any] | None = None) -> Flat:
+    def bind(self, inputs: Sequence[Tensor]) -> Flat:
         """The flat function ``f(t, y)`` for given inputs."""
-        fun, spec = fun or self.fun, self.spec
-        args = self.arguments(inputs)
+        if self.parameter_names and any(x is not c for x, c in zip(self._given(inputs), self.captured, strict=True)):
+            return self.bind_module(inputs)
         mode = self.substitution(inputs)
-        if mode is not None:
-            inner = fun
+        inner = self.fun
 
-            def fun(*a: Any) -> Any:
-                with mode:
-                    return inner(*a)
+        def substituted(*a: Any) -> Any:
+            assert mode is not None
+            with mode:
+                return inner(*a)
+
+        return self._flat(inner if mode is None else substituted, inputs)
+
+    def bind_module(self, inputs: Sequence[Tensor]) -> Flat:
+        """As `bind` for a module with other parameters, or for a function that captured nothing: no search, so that a compiler can follow."""
+        if not self.captured:
+            return self._flat(self.fun, inputs)
+        assert isinstance(self.fun, torch.nn.Module) and self.parameter_names is not None
+        module, parameters = self.fun, dict(zip(self.parameter_names, self._given(inputs), strict=True))
+        return self._flat(lambda *a: torch.func.functional_call(module, parameters, a), inputs)
+
+    def _given(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        return inputs[len(inputs) - len(self.captured) :] if self.captured else ()
+
+    def _flat(self, call: Callable[..., Any], inputs: Sequence[Tensor]) -> Flat:
+        spec, args = self.spec, self.arguments(inputs)
 
         single = len(spec.shapes) == 1 and spec.tree.is_leaf()
         if single:
@@ -191,7 +209,7 @@ class System:
 
             def f(t: Tensor, y: Tensor) -> Tensor:
                 natural = y.shape == shape
-                out = fun(t, y if natural else y.reshape(shape), *args)
+                out = call(t, y if natural else y.reshape(shape), *args)
                 if not isinstance(out, Tensor) or out.shape != shape or out.dtype != dtype or out.device != y.device:
                     spec.check(out, "what fun returned")
                 return out if natural else out.reshape(y.shape)
@@ -199,7 +217,7 @@ class System:
         else:
 
             def f(t: Tensor, y: Tensor) -> Tensor:
-                out = fun(t, spec.unflatten(y), *args)
+                out = call(t, spec.unflatten(y), *args)
                 spec.check(out, "what fun returned")
                 return spec.flatten(out)
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 import adjoint
 from adjoint import InvalidInput, UnsupportedCombination, solve_ivp
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 FEW = settings(max_examples=20, deadline=None, derandomize=True)

@@ -20,7 +20,7 @@ from adjoint import (
 )
 from adjoint.methods import METHODS
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
 ADAPTIVE = [m for m in ("tsit5", "dopri5", "bosh3") if m in METHODS]
 

@@ -14,7 +14,7 @@ from adjoint.methods import METHODS
 
 from .problems import ALL, driven, options
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 BOTH = pytest.mark.parametrize("gradient", [DiscreteAdjoint(), Backprop()], ids=["discrete", "backprop"])

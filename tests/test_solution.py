@@ -13,7 +13,7 @@ from adjoint.methods import METHODS
 
 from .problems import ALL, driven, lotka_volterra, options
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -123,7 +123,7 @@ def test_own_steps(method, end):
     fine = {"rtol": 1e-8, "atol": 1e-10} if METHODS[method].adaptive and METHODS[method].order > 3 else {}
     sol = solve_ivp(rotate, (0.0, end), torch.tensor([1.0, 0.0]), (1.0,), t_eval="steps", **options(method, 40, 2.0, **fine))
     assert sol.t.shape == (sol.stats.n_accepted + 1,) and bool((sol.t.diff() * end > 0).all())
-    assert float(sol.t[0]) == 0.0 and float(sol.t[-1]) == end
+    assert float(sol.t[0]) == 0.0 and sol.t[-1].item() == end
     tol = 0.1 if METHODS[method].order == 1 else 1e-2 if METHODS[method].order < 4 else 1e-4
     assert torch.allclose(sol.y, torch.stack([sol.t.cos(), sol.t.sin()], -1), atol=tol)
     assert torch.equal(sol.y[-1], solve_ivp(rotate, (0.0, end), torch.tensor([1.0, 0.0]), (1.0,), **options(method, 40, 2.0, **fine)).y[-1])
@@ -158,6 +158,20 @@ def test_gradients_of_own_steps(batched, gradient):
     weights = torch.linspace(-1, 2, t.numel())
     (got,) = torch.autograd.grad((weights * y[:, 0]).sum(), w)
     assert torch.allclose(got, (weights * -t * torch.sin(w * t)).sum().detach(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_own_steps_move_with_the_ends(batched):
+    """First and last time are the ends, also for derivatives; the last state moves by ``fun``, the first not at all."""
+    t0, t1 = torch.tensor(0.2, requires_grad=True), torch.tensor(1.5, requires_grad=True)
+    y0 = torch.tensor([[1.0, 0.0]] if batched else [1.0, 0.0])
+    sol = solve_ivp(rotate, (t0, t1), y0, (1.3,), batched=batched, t_eval="steps", **TIGHT)
+    t, y = sol.t.reshape(-1), sol.y.reshape(-1, 2)
+    for value, want in [(t[0], (1.0, 0.0)), (t[-1], (0.0, 1.0)), (y[0].sum(), (0.0, 0.0))]:
+        got = torch.autograd.grad(value, (t0, t1), retain_graph=True, materialize_grads=True)
+        assert torch.stack(got).tolist() == list(want)
+    (rate,) = torch.autograd.grad(y[-1, 0], t1)
+    assert rate.item() == pytest.approx(-1.3 * math.sin(1.3 * 1.3), rel=1e-7)
 
 
 # --- dense output ---

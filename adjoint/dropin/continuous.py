@@ -141,14 +141,15 @@ def _adjoint_norm(given: Any, request: Request, is_tuple: bool) -> Callable[[tup
         if given != "seminorm":
             raise InvalidInput(f'the adjoint norm must be "seminorm" or a function of the augmented state, got {given!r}')
         return lambda augmented: norm(augmented, False)
+    custom: Callable[[tuple[Tensor, ...]], Tensor] = given
     if not callable(given):
         raise InvalidInput(f'the adjoint norm must be "seminorm" or a function of the augmented state, got {given!r}')
     if not is_tuple:
-        return given
+        return custom
 
     def unpacked(augmented: tuple[Tensor, ...]) -> Tensor:
         t, y, y_bar, *param_bars = augmented
         pieces = [piece for x in (y, y_bar) for piece in spec.unflatten(x.reshape(1, -1))]
-        return given((t, *pieces, *param_bars))
+        return custom((t, *pieces, *param_bars))
 
     return unpacked

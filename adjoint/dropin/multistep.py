@@ -2,7 +2,7 @@
 
 The formulas carry slopes from step to step, which the one-step protocol of ``methods`` has no place for. So the solve is a plain
 composition of differentiable steps: every derivative and every transform works, the adjoint is exact, and with `DiscreteAdjoint` each
-evaluation of ``fun`` is checkpointed, so that only its state is kept. Slopes of past steps are shared, so a step costs one evaluation
+evaluation of ``fun`` keeps only its arguments. Slopes of past steps are shared, so a step costs one evaluation
 (and one per corrector iteration).
 """
 
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from scipy.optimize import brentq
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..capture import functorch_active, needs_derivatives
 from ..errors import InvalidInput, NonFiniteState
@@ -25,9 +24,10 @@ from ..integrate import Monitor, shifted_times
 from ..methods import METHODS
 from ..methods.adams import MAX_ORDER, adams_weights, differentiable_weights, starter
 from ..sensitivity import DiscreteAdjoint, Gradient
+from ..sensitivity.evaluation import Evaluation
 from .event_gradient import through_event
 from .interpolants import check_interp, fixed_grid, hermite, step_size_of
-from .native import prepare, start_event
+from .native import prepare, start_event, transforming
 from .request import Request
 
 __all__ = ["adams_event", "adams_samples"]
@@ -61,10 +61,9 @@ class _Adams:
         self.real = request.spec.real_dtype
         ready = prepare(request, only, event)
         self.derivatives = ready.derivatives
-        bound = ready.system.bind(ready.inputs)
-        self.f = bound
-        if ready.derivatives and isinstance(gradient, DiscreteAdjoint) and not functorch_active():
-            self.f = lambda t, y: checkpoint(bound, t, y, use_reentrant=False, preserve_rng_state=False)
+        self.f = ready.system.bind(ready.inputs)
+        if ready.derivatives and isinstance(gradient, DiscreteAdjoint) and not transforming():
+            self.f = lambda t, y: Evaluation.apply(ready.system, t, y, *ready.inputs)
         self.monitor = request.monitor()
         self.watch_back = type(self.monitor).adjoint is not Monitor.adjoint
         name, self.start_slopes = starter(self.order)
@@ -131,7 +130,10 @@ class _Adams:
 
 
 def _weighed(weights: Any, slopes: list[Tensor]) -> Tensor:
-    return sum((w * k for w, k in zip(weights[1:], slopes[1:], strict=True)), weights[0] * slopes[0])
+    total = weights[0] * slopes[0]
+    for w, k in zip(weights[1:], slopes[1:], strict=True):
+        total = total + w * k
+    return total
 
 
 def adams_samples(request: Request, gradient: Gradient, only: Any = None) -> Any:
@@ -162,8 +164,8 @@ def _between(solver: _Adams, interp: str, step: _Step, t: Tensor, following: Ten
     if interp == "linear":
         return step.y + theta * (step.y1 - step.y)
     h = step.h.to(solver.real)
-    following = solver.f(solver._time(step.t + step.h, 1.0), step.y1) if following is None else following
-    return hermite(theta, step.y, step.y1, h * step.slope, h * following)
+    end_slope = solver.f(solver._time(step.t + step.h, 1.0), step.y1) if following is None else following
+    return hermite(theta, step.y, step.y1, h * step.slope, h * end_slope)
 
 
 def _check_finite(steps: list[_Step]) -> None:

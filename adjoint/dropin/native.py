@@ -16,7 +16,8 @@ from ..errors import InvalidInput
 from ..event_times import event_records
 from ..failures import raise_failure
 from ..integrate import Event, PIDController, Plan, Record, shifted_times
-from ..ivp import _flat_event, _interpolant, _Parts, _transforming
+from ..ivp import _flat_event, _interpolant, _Parts
+from ..ivp import _transforming as transforming
 from ..methods import METHODS
 from ..sensitivity import Gradient, Problem
 from ..solution import BackwardStats
@@ -24,7 +25,7 @@ from ..system import System
 from .interpolants import check_interp, fixed_grid, fixed_method, step_size_of
 from .request import Request
 
-__all__ = ["Prepared", "combined_event", "prepare", "solve_dense", "solve_event", "solve_samples"]
+__all__ = ["Prepared", "combined_event", "prepare", "solve_dense", "solve_event", "solve_samples", "start_event", "transforming"]
 
 #: an end that no solve reaches: until an event, there is none
 _NEVER = 1e300
@@ -47,7 +48,7 @@ def prepare(request: Request, only: Sequence[Tensor] | None, event: Callable[...
     spec, y0 = request.spec, request.y0
     _, tree = tree_flatten(())
     captured: list[Tensor] = []
-    if torch.is_grad_enabled() or _transforming():
+    if torch.is_grad_enabled() or transforming():
         time = request.t[0].detach().to(spec.real_dtype)
         if request.options.get("perturb"):
             time = shifted_times([time], [0.0], True, False, request.sign)[0]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 from torch import Tensor
 
 __all__ = ["IController", "PIController", "PIDController", "tamed"]
 
-Number = TypeVar("Number", float, Tensor)
+#: a float for one trajectory, a ``(B,)`` tensor for many
+Number = Any
 
 _TINY, _HUGE = 1e-10, 1e30
 
@@ -59,11 +60,11 @@ def tamed(error: Number) -> Number:
     return error.float().clamp(_TINY, _HUGE) if isinstance(error, Tensor) else min(max(error, _TINY), _HUGE)
 
 
-def IController(**options: float) -> PIDController:
+def IController(**options: Any) -> PIDController:
     """Integral control, the textbook controller: ``safety * e**(-1/q)``."""
     return PIDController(0.0, 1.0, 0.0, **options)
 
 
-def PIController(**options: float) -> PIDController:
+def PIController(**options: Any) -> PIDController:
     """Proportional-integral control with Gustafsson's coefficients (0.4, 0.3), as in Hairer, Norsett & Wanner, section IV.2."""
     return PIDController(0.4, 0.3, 0.0, shrink_accepted=True, **options)

@@ -193,10 +193,10 @@ def eager_sweep(
     linearize = Linearizer(f, inputs, wants[3:], time_bars)
     samples = _Samples(problem, grid, t_eval, samples_bar, time_bars)
     times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors.detach(), plan.shift)
-    stage_t = stage_times(plan, times, states.dtype.to_real())
     kept = dict(zip(kept_steps(plan, grid, n_steps), stages_bar, strict=True)) if stages_bar is not None and len(stages_bar) else {}
     # compiled steps know nothing of jumps
     use_compiled = plan.compile is not None and times.jump_end is None
+    stage_t = [] if use_compiled else stage_times(plan, times, plan.real)
     shape = system.natural_shape
     flat = states.shape[1:]
     if shape is not None:
@@ -237,10 +237,12 @@ def eager_sweep(
         if hand_over and below:
             handed = below.pop()
             if k_bar:
-                k_bar[0] = handed if k_bar[0] is None else k_bar[0] + handed
+                first = k_bar[0]
+                k_bar[0] = first if handed is None else handed if first is None else first + handed
             else:
                 k_bar = [handed]
-        linearize.check_next = checked
+        # one graph for the step and its pullback hides what fun reaches: there an evaluation of its own looks, at both ends
+        linearize.check_next = checked and (not use_compiled or k in (0, n_steps - 1))
         if watched:
             plan.monitor.adjoint(float(grid["t"][k, 0]), states[k], float(grid["h"][k, 0]), bar)
         if use_compiled:

@@ -17,6 +17,12 @@ from .replay import replay_step
 __all__ = ["functional_sweep", "tangent", "tangents"]
 
 
+def vjp(function: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[..., Any]]:
+    """`torch.func.vjp` without auxiliary output: the value and the pullback."""
+    value, pullback, *_ = torch.func.vjp(function, *primals)
+    return value, pullback
+
+
 def _step(problem: Problem, grid: dict[str, Tensor], times: StepTimes, k: int, dense: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     """Step ``k`` as a function of ``(t, h, y, *inputs)``; its output is ``(y1, stages)``."""
     real = grid["states"].dtype.to_real()
@@ -87,7 +93,7 @@ def functional_sweep(
     if sampled:
         assert t_eval is not None and samples_bar is not None
         stages = torch.stack([_step(problem, grid, times, k, True)(times.t[k], times.h[k], states[k], *inputs)[1] for k in range(n_steps)])
-        _, pull = torch.func.vjp(
+        _, pull = vjp(
             lambda s, ks, t, h, te: interpolate(plan, s, ks, t, h, te, grid["sample_step"]), states, stages, times.t, times.h, t_eval
         )
         from_samples, stage_bars, t_extra, h_extra, t_eval_bar = pull(samples_bar)
@@ -104,7 +110,7 @@ def functional_sweep(
             k_bar = kept_bar[kept[k]] if k_bar is None else k_bar + kept_bar[kept[k]]
         dense = k_bar is not None
         step = _smooth(_step(problem, grid, times, k, dense), inputs, smooth)
-        (_, ks), pull = torch.func.vjp(step, times.t[k], times.h[k], states[k], *(inputs[i] for i in smooth))
+        (_, ks), pull = vjp(step, times.t[k], times.h[k], states[k], *(inputs[i] for i in smooth))
         t_bar, h_bar, bar, *rest = pull((bar, k_bar if k_bar is not None else torch.zeros_like(ks)))
         t_bars.append(t_bar)
         h_bars.append(h_bar)
@@ -120,7 +126,7 @@ def functional_sweep(
         t_total, h_total = torch.stack(t_bars[::-1]), torch.stack(h_bars[::-1])
         if t_extra is not None and h_extra is not None:
             t_total, h_total = t_total + t_extra, h_total + h_extra
-        _, pull_shift = torch.func.vjp(_anchored(anchors, grid), torch.zeros_like(anchors))
+        _, pull_shift = vjp(_anchored(anchors, grid), torch.zeros_like(anchors))
         (anchors_bar,) = pull_shift((t_total, h_total))
     problem.backward_report(n_steps * plan.method.n_stages * (2 if sampled else 1), n_steps)
     return (anchors_bar, t_eval_bar if wants[1] else None, bar if wants[2] else None, *input_bars)
@@ -133,9 +139,9 @@ def _kept_steps(problem: Problem, grid: dict[str, Tensor], n_steps: int) -> dict
 
 def tangent(function: Callable[..., Any], primals: Sequence[Tensor], dots: Sequence[Tensor]) -> Any:
     """Tangent of a function by two reverse sweeps: it nests with a user's dual level, where `torch.func.jvp` does not."""
-    out, pull = torch.func.vjp(function, *primals)
+    out, pull = vjp(function, *primals)
     zeros = tuple(torch.zeros_like(x) for x in out) if isinstance(out, tuple) else torch.zeros_like(out)
-    _, push = torch.func.vjp(pull, zeros)
+    _, push = vjp(pull, zeros)
     return push(tuple(dots))[0]
 
 

@@ -1,0 +1,64 @@
+"""One evaluation of ``fun`` as an autograd node that keeps its arguments only and evaluates again on the way back.
+
+For solves that are plain compositions of differentiable steps: their graph then holds one state for each evaluation, whatever ``fun`` allocates.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capture import cut_apart
+from ..system import System
+from .discrete import Linearizer
+
+__all__ = ["Evaluation"]
+
+
+class Evaluation(torch.autograd.Function):
+    """``apply(system, t, y, *inputs)`` is ``fun`` at a time, 0-d, and a flat state, ``(1, n)``.
+
+    Differentiable to any order; made for plain autograd, not for ``torch.func`` transforms and forward mode.
+    """
+
+    @staticmethod
+    def forward(system: System, t: Tensor, y: Tensor, *inputs: Tensor) -> Tensor:
+        return system.bind(inputs)(t, y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.system = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
+        t, y, *inputs = ctx.saved_tensors
+        _, time, _, *wants = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return _differentiable(ctx.system, t, y, inputs, wants, bar)
+        inputs = cut_apart(inputs)
+        linearize = Linearizer(ctx.system.bind(inputs), inputs, wants, time)
+        linearize.check_next = True
+        _, pullback = linearize(t, y)
+        y_bar, t_bar = pullback(bar)
+        return (None, t_bar, y_bar, *linearize.bars)
+
+
+def _differentiable(system: System, t: Tensor, y: Tensor, inputs: list[Tensor], wants: list[bool], bar: Tensor) -> tuple[Tensor | None, ...]:
+    """The cotangents as functions that can be differentiated again."""
+    smooth = [i for i, want in enumerate(wants) if want]
+
+    def call(t: Tensor, y: Tensor, *some: Tensor) -> Tensor:
+        merged = list(inputs)
+        for i, x in zip(smooth, some, strict=True):
+            merged[i] = x
+        return system.bind(merged)(t, y)
+
+    _, pull = torch.func.vjp(call, t, y, *(inputs[i] for i in smooth))
+    t_bar, y_bar, *rest = pull(bar)
+    out: list[Tensor | None] = [None] * len(inputs)
+    for i, g in zip(smooth, rest, strict=True):
+        out[i] = g
+    return (None, t_bar, y_bar, *out)
