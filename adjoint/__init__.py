@@ -1,6 +1,6 @@
 """Derivatives of differential equations and implicit solves in PyTorch."""
 
-from . import methods
+from . import methods, nn
 from ._version import __version__
 from .errors import (
     AdjointError,
@@ -37,6 +37,7 @@ __all__ = [
     "UnsupportedCombination",
     "__version__",
     "methods",
+    "nn",
     "odeint",
     "odeint_adjoint",
     "odeint_dense",

@@ -132,7 +132,9 @@ class Substitute(TorchFunctionMode):
 
 def unknown_leaves(output: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
     """Leaf tensors in the autograd graph of ``output`` that are reached without passing through a known tensor."""
-    stop = {id(x.grad_fn) for x in known if x.grad_fn is not None}
+    # by their nodes, not by their identities: hooks on saved tensors hand out others that share the node
+    nodes = [torch.autograd.graph.get_gradient_edge(x).node for x in known if x.requires_grad]
+    stop = {id(node) for node in nodes}
     leaves = {id(x) for x in known}
     seen: set[int] = set()
     todo = [output.grad_fn]

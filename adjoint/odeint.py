@@ -12,6 +12,7 @@ What is different on purpose:
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -214,7 +215,10 @@ def odeint_event(
     start = (t0 if isinstance(t0, Tensor) else torch.as_tensor(t0, dtype=real, device=leaf.device)).reshape(-1)
     t = torch.cat([start, start.detach() + (-1.0 if reverse_time else 1.0)])
     when, states = odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
-    if odeint_interface is odeint or odeint_interface is odeint_adjoint:
+    interface = odeint_interface
+    while isinstance(interface, functools.partial):
+        interface = interface.func
+    if interface is odeint or interface is odeint_adjoint:
         return when, states
     first = start[0].detach().to(real)
     event, at_start = combined_event(event_fn, first, y0)

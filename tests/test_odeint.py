@@ -358,6 +358,19 @@ def test_jumps_are_seen_from_their_own_side(direction):
     assert torch.equal(old, y)
 
 
+def test_times_of_jumps_are_differentiable():
+    """With rates -1/2 before and 2 after the jump, the end falls by 5/2 for each unit that the jump comes later."""
+    jump = torch.tensor([0.4], requires_grad=True)
+    y = odeint(
+        lambda t, y: torch.where(t < 0.4, -0.5, 2.0) * torch.ones_like(y),
+        torch.zeros(1),
+        torch.tensor([0.0, 1.0]),
+        options={"jump_t": jump},
+    )
+    (g,) = torch.autograd.grad(y[-1].sum(), jump)
+    torch.testing.assert_close(g, torch.tensor([-2.5]))
+
+
 def test_norm_option():
     seen = []
 
@@ -495,3 +508,22 @@ def test_no_warnings_on_plain_use():
         for method in (*ADAPTIVE, *FIXED, *ADAMS):
             y = odeint_adjoint(growth, y0, torch.linspace(0.0, 1.0, 12), method=method, rtol=1e-5, atol=1e-6, adjoint_params=())
             y.sum().backward()
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "implicit_adams"])
+@pytest.mark.parametrize("adjoint_params", [True, False])
+def test_inside_checkpoints_and_saved_tensor_hooks(method, adjoint_params):
+    rate, other = torch.tensor(0.7, requires_grad=True), torch.tensor(1.0, requires_grad=True)
+
+    def end():
+        extra = {"adjoint_params": (rate,)} if adjoint_params else {}
+        t = torch.linspace(0.0, 1.0, 9)
+        return odeint_adjoint(lambda t, y: -rate * other * y, torch.ones(1), t, method=method, **extra)[-1].sum()
+
+    (plain,) = torch.autograd.grad(end(), rate)
+    (again,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(end, use_reentrant=False), rate)
+    assert torch.equal(plain, again)
+    for hooks in (torch.autograd.graph.save_on_cpu(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)):
+        with hooks:
+            y = end()
+        assert torch.equal(torch.autograd.grad(y, rate)[0], plain)

@@ -81,10 +81,13 @@ def test_an_interface_that_holds_the_event_time_fixed_is_completed():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "explicit_adams"])
 @pytest.mark.parametrize("interface", [odeint, odeint_adjoint])
-def test_second_derivatives_of_an_event_time(interface):
+def test_second_derivatives_of_an_event_time(interface, method):
     def time(height, gravity):
         extra = {"adjoint_params": (gravity,)} if interface is odeint_adjoint else {}
+        if method != "dopri5":
+            extra |= {"method": method, "options": GRID}
         f = fall(gravity)
         y0 = (height, torch.zeros(()))
         return odeint_event(f, y0, torch.tensor(0.0), event_fn=lambda t, s: s[0], odeint_interface=interface, **extra)[0]
@@ -96,6 +99,19 @@ def test_second_derivatives_of_an_event_time(interface):
     (want,) = torch.autograd.grad(exact, height, create_graph=True)
     for a, b in zip(second, torch.autograd.grad(want, (height, gravity)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_second_derivatives_are_refused_where_they_would_be_wrong():
+    floor = torch.tensor(1.0, requires_grad=True)
+    gravity = torch.tensor(9.8)
+    for way in (functools.partial(odeint_adjoint, adjoint_method="dopri5"), lambda *args, **options: odeint(*args, **options)):
+        y0 = (torch.tensor(3.0), torch.tensor(0.0))
+        when, _ = odeint_event(fall(gravity), y0, torch.tensor(0.0), event_fn=lambda t, s: s[0] - floor, odeint_interface=way)
+        (first,) = torch.autograd.grad(when, floor, create_graph=True)
+        torch.testing.assert_close(first.detach(), -1 / torch.sqrt(2 * gravity * 2.0), rtol=1e-6, atol=0)
+        if way.__class__ is functools.partial:
+            with pytest.raises(adjoint.UnsupportedCombination, match="first derivatives"):
+                torch.autograd.grad(first, floor)
 
 
 def test_reverse_time():

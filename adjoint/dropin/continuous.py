@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..capture import find_captured, is_differentiable, leads_to, unknown_leaves
+from ..capture import find_captured, leads_to, unknown_leaves
 from ..errors import InvalidInput
 from ..sensitivity.backsolve import Backsolve, backsolve
 from .event_gradient import through_event
@@ -89,13 +89,13 @@ def continuous_adjoint(
         states = torch.utils._pytree.tree_unflatten(leaves, spec.tree)
     if when is None:
         return states
-    return _event_moved(request, when, states, params)
+    return _event_moved(request, when, states)
 
 
-def _event_moved(request: Request, when: Tensor, states: Any, params: Sequence[Tensor]) -> tuple[Tensor, Any]:
+def _event_moved(request: Request, when: Tensor, states: Any) -> tuple[Tensor, Any]:
     """The event's time and state with their derivatives: `backsolve` holds the time fixed."""
     event, at_start = start_event(request)
-    if at_start or not (torch.is_grad_enabled() and any(is_differentiable(x) for x in (*tree_leaves(request.y0), request.t, *params))):
+    if at_start or not torch.is_grad_enabled():
         return when, states
     tree_map = torch.utils._pytree.tree_map
     last = tree_map(lambda x: x[-1], states)

@@ -9,9 +9,36 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..sensitivity.backsolve import Refuse
 from ..sensitivity.sweep import tangent
 
 __all__ = ["through_event"]
+
+_TWICE = (
+    "the time of this event has first derivatives only: call odeint_event with odeint_interface=odeint, or odeint_adjoint without any "
+    "adjoint_* solver argument, whose derivatives are complete"
+)
+
+
+class _Once(torch.autograd.Function):
+    """Passes a tensor on; its derivative may not be differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return bar
+        # tied to the shift itself, since the cotangent alone may well be a constant
+        return Refuse.apply(_TWICE, 1, bar, *ctx.saved_tensors)[0]
 
 
 def through_event(fun: Callable[..., Any], event_fn: Callable[..., Tensor], t: Tensor, y: Any, real: torch.dtype) -> tuple[Tensor, Any]:
@@ -40,5 +67,5 @@ def through_event(fun: Callable[..., Any], event_fn: Callable[..., Tensor], t: T
     zero = torch.zeros((), dtype=torch.float64, device=t.device)
     with torch.enable_grad():
         slope = tangent(along, (zero,), (torch.ones_like(zero),)).detach()
-    shift = (value.detach() - value) / slope
+    shift = _Once.apply((value.detach() - value) / slope)
     return t + shift.to(t.dtype), tree_map(lambda x, k: x + shift.to(x.dtype) * k, y, rate)

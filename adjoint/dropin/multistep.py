@@ -25,7 +25,7 @@ from ..methods import METHODS
 from ..methods.adams import MAX_ORDER, adams_weights, differentiable_weights, starter
 from ..sensitivity import DiscreteAdjoint, Gradient
 from ..sensitivity.evaluation import Evaluation
-from .event_gradient import through_event
+from ..sensitivity.sweep import tangent
 from .interpolants import check_interp, fixed_grid, hermite, step_size_of
 from .native import prepare, start_event, transforming
 from .request import Request
@@ -213,6 +213,12 @@ def adams_event(request: Request, gradient: Gradient, only: Any = None) -> tuple
     theta = 1.0 if along(1.0) == 0.0 else float(brentq(along, 0.0, 1.0, xtol=1e-15))  # type: ignore[arg-type]
     when, flat = step.t + theta * step.h, at(theta)
     if solver.derivatives:
-        when, state = through_event(request.fun, event, when, spec.unflatten(flat), spec.real_dtype)
-        flat = spec.flatten(state)
+        # two Newton steps with differentiable slopes, begun at the root, have all its derivatives up to the third
+        def residual(t: Tensor) -> Tensor:
+            state = spec.unflatten(_between(solver, interp, step, t, following))
+            return event(t.to(spec.real_dtype), state).reshape(()).to(torch.float64)
+
+        for _ in range(2):
+            when = when - residual(when) / tangent(residual, (when,), (torch.ones_like(when),))
+        flat = _between(solver, interp, step, when, following)
     return when.to(request.t.dtype), spec.unflatten(torch.stack([start, flat]))

@@ -148,7 +148,8 @@ def _solve(request: Request, gradient: Gradient, only: Sequence[Tensor] | None, 
     # the first time needs no sampling: the solution there is y0
     samples = None if event is not None or dense else request.t[1:].to(torch.float64).unsqueeze(-1)
     events = () if event is None else (_flat_event(event, system, spec, False),)
-    plan = _plan(request, ready.derivatives, dense, events)
+    derivatives = ready.derivatives or needs_derivatives([anchors])
+    plan = _plan(request, derivatives, dense, events)
     backward = BackwardStats()
 
     def report(record: Record) -> None:
@@ -162,7 +163,7 @@ def _solve(request: Request, gradient: Gradient, only: Sequence[Tensor] | None, 
     y_flat = spec.flatten(request.y0)
     out = gradient.solve(problem, anchors, samples, y_flat, ready.inputs)
     listed = [] if event is None else [event]
-    return _Parts(out, problem, Times(anchors, samples, None, False), spec, spec, None, y_flat, listed, (), backward, ready.derivatives)
+    return _Parts(out, problem, Times(anchors, samples, None, False), spec, spec, None, y_flat, listed, (), backward, derivatives)
 
 
 def solve_samples(request: Request, gradient: Gradient, only: Sequence[Tensor] | None = None) -> Any:

@@ -147,6 +147,8 @@ class _Dynamics:
 class Refuse(torch.autograd.Function):
     """``apply(message, n, *tensors)`` passes the first ``n`` tensors on; whoever differentiates them gets the message as an error."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(message: str, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(x.view_as(x) for x in tensors[:n])

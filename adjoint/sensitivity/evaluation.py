@@ -1,6 +1,7 @@
 """One evaluation of ``fun`` as an autograd node that keeps its arguments only and evaluates again on the way back.
 
-For solves that are plain compositions of differentiable steps: their graph then holds one state for each evaluation, whatever ``fun`` allocates.
+For solves that are plain compositions of differentiable steps: their graph then holds one state for each evaluation, whatever ``fun``
+allocates.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Evaluation(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.system = inputs[0]
+        # the captured tensors themselves need no substitution, which hooks on saved tensors would ask for
+        ctx.own = all(x is y for x, y in zip(inputs[3:], inputs[0].inputs, strict=True))
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
@@ -38,7 +41,7 @@ class Evaluation(torch.autograd.Function):
         _, time, _, *wants = ctx.needs_input_grad
         if torch.is_grad_enabled():
             return _differentiable(ctx.system, t, y, inputs, wants, bar)
-        inputs = cut_apart(inputs)
+        inputs = cut_apart(ctx.system.inputs if ctx.own else inputs)
         linearize = Linearizer(ctx.system.bind(inputs), inputs, wants, time)
         linearize.check_next = True
         _, pullback = linearize(t, y)
@@ -46,7 +49,9 @@ class Evaluation(torch.autograd.Function):
         return (None, t_bar, y_bar, *linearize.bars)
 
 
-def _differentiable(system: System, t: Tensor, y: Tensor, inputs: list[Tensor], wants: list[bool], bar: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable(
+    system: System, t: Tensor, y: Tensor, inputs: list[Tensor], wants: list[bool], bar: Tensor
+) -> tuple[Tensor | None, ...]:
     """The cotangents as functions that can be differentiated again."""
     smooth = [i for i, want in enumerate(wants) if want]
 
@@ -56,7 +61,7 @@ def _differentiable(system: System, t: Tensor, y: Tensor, inputs: list[Tensor], 
             merged[i] = x
         return system.bind(merged)(t, y)
 
-    _, pull = torch.func.vjp(call, t, y, *(inputs[i] for i in smooth))
+    pull = torch.func.vjp(call, t, y, *(inputs[i] for i in smooth))[1]
     t_bar, y_bar, *rest = pull(bar)
     out: list[Tensor | None] = [None] * len(inputs)
     for i, g in zip(smooth, rest, strict=True):

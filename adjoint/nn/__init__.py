@@ -1,0 +1,5 @@
+"""Layers."""
+
+from .neural_ode import NeuralODE
+
+__all__ = ["NeuralODE"]

@@ -1,0 +1,59 @@
+"""The neural ODE layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adjoint import Backprop, InvalidInput, solve_ivp
+from adjoint.nn import NeuralODE
+
+
+def _net():
+    return torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+
+
+def test_end_state_and_gradients_are_those_of_the_solve():
+    net, y0 = _net(), torch.randn(5, 2)
+    layer = NeuralODE(net, method="dopri5", rtol=1e-8, atol=1e-8)
+    out = layer(y0)
+    want = solve_ivp(lambda t, y: net(y), (0.0, 1.0), y0, method="dopri5", rtol=1e-8, atol=1e-8).y[-1]
+    assert torch.equal(out, want)
+    got = torch.autograd.grad(out.square().sum(), list(layer.parameters()))
+    for a, b in zip(got, torch.autograd.grad(want.square().sum(), list(net.parameters())), strict=True):
+        assert torch.allclose(a, b, rtol=1e-12)
+
+
+def test_times_and_overrides():
+    layer = NeuralODE(lambda y: -y, t_span=(0.0, 2.0), t_eval=[1.0, 2.0], rtol=1e-9)
+    assert torch.allclose(layer(torch.ones(3))[:, 0], torch.exp(-torch.tensor([1.0, 2.0])), rtol=1e-7)
+    assert layer(torch.ones(3), t_eval=[0.5]).shape == (1, 3)
+    assert torch.allclose(layer(torch.ones(1), t_span=(0.0, 1.0), t_eval=[1.0])[0], torch.exp(-torch.ones(1)), rtol=1e-7)
+
+
+def test_time_dependent_module():
+    layer = NeuralODE(lambda t, y: torch.cos(t) + 0 * y, time_dependent=True, rtol=1e-9)
+    assert torch.allclose(layer(torch.zeros(1)), torch.sin(torch.ones(1)), rtol=1e-7)
+
+
+def test_it_is_a_module():
+    layer = NeuralODE(_net(), gradient=Backprop())
+    assert layer.solution is None
+    layer(torch.ones(2)).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+    assert layer.solution is not None and layer.solution.stats.n_fun > 0
+    assert "gradient=Backprop()" in repr(layer)
+    copy = NeuralODE(_net())
+    copy.load_state_dict(layer.state_dict())
+    assert torch.allclose(copy(torch.ones(2)), layer(torch.ones(2)))
+    y0 = torch.randn(4, 2)
+    assert torch.allclose(torch.vmap(layer)(y0), torch.stack([layer(y) for y in y0]), rtol=1e-7)
+
+
+def test_bad_arguments():
+    with pytest.raises(InvalidInput, match="callable"):
+        NeuralODE(3)
+    with pytest.raises(InvalidInput, match="quadrature"):
+        NeuralODE(_net(), quadrature=lambda t, y: y)
+    with pytest.raises(InvalidInput, match="shape"):
+        NeuralODE(torch.nn.Linear(2, 3))(torch.ones(2))
