@@ -115,7 +115,7 @@ def draw(model: PredatorPrey, start: torch.Tensor, data: torch.Tensor, losses: l
         left.plot(YEARS[:TRAINING], data[:TRAINING, i].exp(), "o", color=color, label=f"{name}, training")
         left.plot(YEARS[TRAINING:], data[TRAINING:, i].exp(), "o", mfc="white", color=color, label=f"{name}, held out")
     left.axvspan(float(YEARS[TRAINING]) - 0.5, float(YEARS[-1]) + 0.5, color="0.93", zorder=0)
-    left.set(xlabel="year", ylabel="pelts (thousands)", title="fit and prediction", xlim=(1899.5, 1920.5), ylim=(0, None))
+    left.set(xlabel="year", ylabel="pelts (thousands)", title="fit and prediction", xlim=(1899.5, 1920.5), ylim=(0, 97))
     left.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(4))
     left.legend(ncols=2, fontsize=8)
     axes = [torch.linspace(1.5, 4.8, 17, dtype=torch.float64), torch.linspace(1.0, 4.6, 17, dtype=torch.float64)]

@@ -1,0 +1,21 @@
+"""Every example runs, shortened, to its own assertion, and leaves its figure."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_example(name, tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    torch.set_default_dtype(torch.float32)
+    runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](quick=True, out=tmp_path)
+    figures = list(tmp_path.glob("*.png"))
+    assert len(figures) == 1 and figures[0].stat().st_size > 10_000

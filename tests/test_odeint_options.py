@@ -1,0 +1,152 @@
+"""Options, callbacks, dense output and the SciPy solver of the ``odeint`` family."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+import adjoint
+from adjoint import odeint, odeint_adjoint, odeint_dense
+
+from .test_odeint import Rotation, growth, rotated
+
+
+def test_step_options_are_obeyed():
+    starts, sizes = [], []
+
+    class Watched(Rotation):
+        def callback_accept_step(self, t0, y0, dt):
+            starts.append(float(t0))
+            sizes.append(float(dt))
+
+    def run(**options):
+        starts.clear()
+        sizes.clear()
+        return odeint(Watched(), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]), rtol=1e-6, atol=1e-8, options=options)
+
+    run(first_step=1e-3)
+    assert sizes[0] == pytest.approx(1e-3)
+    run(max_step=0.05)
+    assert max(sizes) <= 0.05 * (1 + 1e-9)
+    run(min_step=0.5)
+    assert min(sizes[:-1]) >= 0.5 * (1 - 1e-9)
+    run(ifactor=1.5, first_step=1e-3)
+    assert all(b <= 1.5 * a * (1 + 1e-9) for a, b in pairwise(sizes))
+    run(step_t=torch.tensor([0.7, 1.1, 5.0]))
+    assert 0.7 in starts and 1.1 in starts
+    with pytest.raises(AssertionError):
+        run(max_num_steps=2)
+    with pytest.raises(ValueError, match="repeated"):
+        run(step_t=torch.tensor([0.5]), jump_t=torch.tensor([0.5]))
+    with pytest.warns(UserWarning, match="Unexpected arguments"):
+        run(stepsize=0.1)
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_jumps_are_seen_from_their_own_side(direction):
+    def f(t, y):
+        return torch.where(t < 0.5, -0.5, 2.0) * torch.ones_like(y)
+
+    t = torch.tensor([0.0, 1.0]) if direction == 1 else torch.tensor([1.0, 0.0])
+    count = [0]
+
+    def counted(t, y):
+        count[0] += 1
+        return f(t, y)
+
+    y = odeint(counted, torch.zeros(1), t, options={"jump_t": torch.tensor([0.5])})
+    torch.testing.assert_close(y[-1], torch.tensor([direction * 0.75]), rtol=1e-12, atol=1e-12)
+    with_jump, count[0] = count[0], 0
+    odeint(counted, torch.zeros(1), t)
+    assert with_jump < count[0]
+    old = odeint(f, torch.zeros(1), t, options={"grid_points": torch.tensor([0.5]), "eps": 1e-6})
+    assert torch.equal(old, y)
+
+
+def test_times_of_jumps_are_differentiable():
+    """With rates -1/2 before and 2 after the jump, the end falls by 5/2 for each unit that the jump comes later."""
+    jump = torch.tensor([0.4], requires_grad=True)
+    y = odeint(
+        lambda t, y: torch.where(t < 0.4, -0.5, 2.0) * torch.ones_like(y),
+        torch.zeros(1),
+        torch.tensor([0.0, 1.0]),
+        options={"jump_t": jump},
+    )
+    (g,) = torch.autograd.grad(y[-1].sum(), jump)
+    torch.testing.assert_close(g, torch.tensor([-2.5]))
+
+
+def test_norm_option():
+    seen = []
+
+    def norm(state):
+        seen.append(state)
+        return state[0].abs().max() if isinstance(state, tuple) else state.abs().max()
+
+    odeint(growth, torch.ones(3), torch.tensor([0.0, 1.0]), options={"norm": norm})
+    assert all(x.shape == (3,) for x in seen)
+    seen.clear()
+    odeint(lambda t, s: (s[0], -s[1]), (torch.ones(()), torch.ones(2, 2)), torch.tensor([0.0, 1.0]), options={"norm": norm})
+    assert all(isinstance(x, tuple) and x[0].shape == () and x[1].shape == (2, 2) for x in seen)
+
+
+def test_callbacks():
+    events = []
+
+    class Watched(Rotation):
+        def callback_step(self, t0, y0, dt):
+            events.append(("step", float(t0), float(dt)))
+
+        def callback_accept_step(self, t0, y0, dt):
+            events.append(("accept", float(t0), float(dt)))
+
+        def callback_reject_step(self, t0, y0, dt):
+            events.append(("reject", float(t0), float(dt)))
+
+        def callback_step_adjoint(self, t0, state, dt):
+            events.append(("back", float(t0), float(dt)))
+
+    y0 = torch.tensor([1.0, 0.0])
+    y = odeint_adjoint(Watched(), y0, torch.tensor([1.0, 0.0]), options={"first_step": 0.9}, rtol=1e-10, atol=1e-10)
+    names = [name for name, *_ in events]
+    assert names.count("step") == names.count("accept") + names.count("reject") and "reject" in names
+    assert events[0][1] == 1.0 and all(dt > 0 for *_, dt in events)
+    accepted = names.count("accept")
+    events.clear()
+    y.sum().backward()
+    assert [name for name, *_ in events] == ["back"] * accepted
+    with pytest.warns(UserWarning, match="does not support callbacks"):
+        odeint(Watched(), y0, torch.tensor([0.0, 1.0]), method="rk4")
+
+
+def test_dense_output():
+    rate = torch.tensor(0.8, requires_grad=True)
+    y0 = torch.tensor([1.0, 2.0], requires_grad=True)
+    for method, options in ((None, None), ("dopri8", None), ("rk4", {"step_size": 0.05, "interp": "cubic"})):
+        solution = odeint_dense(lambda t, y: -rate * y, y0, torch.tensor(0.0), torch.tensor(2.0), method=method, options=options)
+        t = torch.tensor([0.0, 0.33, 1.7, 2.0], requires_grad=True)
+        y = solution(t)
+        torch.testing.assert_close(y, torch.exp(-rate * t)[:, None] * y0, rtol=1e-5, atol=1e-6)
+        by_time, by_rate = torch.autograd.grad(y[:, 0].sum(), (t, rate))
+        torch.testing.assert_close(by_time, -rate.detach() * torch.exp(-rate * t).detach(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(by_rate, -(t * torch.exp(-rate * t)).sum().detach(), rtol=1e-4, atol=1e-5)
+    assert solution(torch.tensor(0.5)).shape == (2,)
+    with pytest.raises(adjoint.UnsupportedCombination):
+        odeint_dense(growth, y0, 0.0, 1.0, method="explicit_adams")
+
+
+def test_scipy_solver():
+    y0, t = torch.tensor([1.0, -0.4]), torch.linspace(0.0, 2.0, 5)
+    for times in (t, t.flip(0)):
+        for name in ("RK45", "LSODA", "BDF"):
+            y = odeint(Rotation(), y0, times, method="scipy_solver", options={"solver": name})
+            torch.testing.assert_close(y.detach(), rotated(y0, 1.3, times - times[0]), rtol=1e-4, atol=1e-5)
+    # a gradient that is not there raises, and the continuous adjoint has one
+    f = Rotation()
+    with pytest.raises(adjoint.UnsupportedCombination, match="odeint_adjoint"):
+        odeint(f, y0, t, method="scipy_solver").sum().backward()
+    odeint_adjoint(f, y0, t, method="scipy_solver").sum().backward()
+    expected = torch.autograd.grad(rotated(y0, f.speed, t[:, None].squeeze(-1)).sum(), f.speed)[0]
+    torch.testing.assert_close(f.speed.grad, expected, rtol=1e-4, atol=1e-4)
