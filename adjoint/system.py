@@ -190,7 +190,7 @@ class System:
         return self._flat(inner if mode is None else substituted, inputs)
 
     def bind_module(self, inputs: Sequence[Tensor]) -> Flat:
-        """As `bind` for a module with other parameters, or for a function that captured nothing: no search, so that a compiler can follow."""
+        """As `bind`, for a module with other parameters or a function that captured nothing; a compiler can follow it."""
         if not self.captured:
             return self._flat(self.fun, inputs)
         assert isinstance(self.fun, torch.nn.Module) and self.parameter_names is not None

@@ -59,7 +59,8 @@ def main(quick: bool = False, out: Path = Path(__file__).parent / "figures") -> 
     seen, unseen = data[:TRAINING], data[TRAINING:]
     model = PredatorPrey()
     start = torch.nn.Parameter(data[0].clone())
-    optimizer = torch.optim.Adam([{"params": [*model.net.parameters()], "weight_decay": 3e-3}, {"params": [model.log_rates, start]}], lr=0.01)
+    groups = [{"params": [*model.net.parameters()], "weight_decay": 3e-3}, {"params": [model.log_rates, start]}]
+    optimizer = torch.optim.Adam(groups, lr=0.01)
     steps = 40 if quick else 300
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
@@ -123,7 +124,8 @@ def draw(model: PredatorPrey, start: torch.Tensor, data: torch.Tensor, losses: l
     with torch.no_grad():
         rate = model(torch.tensor(0.0), torch.stack([hare, lynx], -1))
     speed = rate.norm(dim=-1)
-    right.quiver(hare.exp(), lynx.exp(), rate[..., 0] / speed, rate[..., 1] / speed, speed, cmap="viridis", angles="uv", scale=32, width=0.004)
+    arrows = rate / speed.unsqueeze(-1)
+    right.quiver(hare.exp(), lynx.exp(), arrows[..., 0], arrows[..., 1], speed, cmap="viridis", angles="uv", scale=32, width=0.004)
     right.plot(orbit[:, 0], orbit[:, 1], color="black", lw=1.2, label="model, 1900 to 1920")
     right.plot(data[:, 0].exp(), data[:, 1].exp(), "o", ms=4, color="tab:red", label="counts")
     right.set(xscale="log", yscale="log", xlabel="hare pelts (thousands)", ylabel="lynx pelts (thousands)", title="vector field")

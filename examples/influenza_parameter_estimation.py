@@ -1,8 +1,8 @@
 # %% [markdown]
 # An influenza outbreak: parameters with their uncertainty
 #
-# In January 1978 influenza went through an English boarding school with 763 boys. The number of boys confined to bed was counted for fourteen
-# days. A susceptible-infected-recovered model is fitted by least squares on square roots (which makes counts equally
+# In January 1978 influenza went through an English boarding school with 763 boys. The number of boys confined to bed was counted for
+# fourteen days. A susceptible-infected-recovered model is fitted by least squares on square roots (which makes counts equally
 # uncertain); the exact Hessian of the objective, through the solve, gives the covariance of the parameters and a band for the prediction.
 #
 # Data: Anonymous (1978), Influenza in a boarding school, British Medical Journal 1, 587: published counts, plain facts.
@@ -71,7 +71,8 @@ def main(quick: bool = False, out: Path = Path(__file__).parent / "figures") -> 
     print(f"contact rate   beta  = {float(beta):.3f} per day   (standard error {float(beta * errors[0]):.3f})")
     print(f"recovery rate  gamma = {float(gamma):.3f} per day   (standard error {float(gamma * errors[1]):.3f})")
     print(f"infected on day 0    = {float(first):.2f} boys     (standard error {float(first * errors[2]):.2f})")
-    print(f"reproduction number  = {float(r0):.2f}            (95 % interval {float(r0 - 1.96 * r0_error):.2f} to {float(r0 + 1.96 * r0_error):.2f})")
+    low, high = float(r0 - 1.96 * r0_error), float(r0 + 1.96 * r0_error)
+    print(f"reproduction number  = {float(r0):.2f}            (95 % interval {low:.2f} to {high:.2f})")
     path = draw(best, covariance, dispersion, Path(out))
     print(f"\nfigure: {path}")
     assert bool((torch.linalg.eigvalsh(hessian) > 0).all())

@@ -242,7 +242,7 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
     ok = carry.status >= 0
     final = torch.where(ok.unsqueeze(-1), carry.y, float("nan"))
     sampler.finish(carry, n_accepted, final)
-    packed = _pack(attempts, states, stages, carry, n_accepted, y0, len(method.nodes))
+    packed = _pack(attempts, states, stages, carry, n_accepted, y0, len(method.nodes), anchors.shape[0])
     used = carry.attempts - start_attempts
     empty = used.new_empty(0)
     return Record(
@@ -270,7 +270,14 @@ _no_progress = Monitor.advanced
 
 
 def _pack(
-    attempts: list[Attempt], states: list[Tensor], stages: list[Tensor], carry: Carry, n_accepted: Tensor, y0: Tensor, n_all: int
+    attempts: list[Attempt],
+    states: list[Tensor],
+    stages: list[Tensor],
+    carry: Carry,
+    n_accepted: Tensor,
+    y0: Tensor,
+    n_all: int,
+    n_anchors: int,
 ) -> dict[str, Tensor]:
     """Move the accepted steps of every trajectory to the front, padded with steps of size zero at its end."""
     rows, n = y0.shape
@@ -286,30 +293,39 @@ def _pack(
         }
     accepted = torch.stack([a.accepted for a in attempts])
     most = int(n_accepted.max()) if rows else 0
-    # index[j, b]: which attempt was the j-th accepted one of trajectory b; rejected ones write to a row that is dropped
-    place = torch.where(accepted, accepted.cumsum(0) - 1, most)
+    # index[j, b]: which attempt was the j-th accepted one of trajectory b. Rejected ones write to a last row that is dropped; places
+    # that no attempt writes to name the entry behind all attempts: a step of size zero at the final state
+    place = torch.where(accepted, accepted.cumsum(0) - 1, most + 1)
     attempt = torch.arange(len(attempts), device=y0.device).unsqueeze(-1).expand_as(place)
-    index = torch.zeros((most + 1, rows), dtype=torch.int64, device=y0.device).scatter_(0, place, attempt)[:most]
-    pad = torch.arange(most, device=y0.device).unsqueeze(-1) >= n_accepted
+    index = place.new_full((most + 2, rows), len(attempts)).scatter_(0, place, attempt)[: most + 1]
+    flat = (index * rows + torch.arange(rows, device=y0.device)).reshape(-1)
 
-    def pick(values: list[Tensor], padding: Tensor | float | int | bool) -> Tensor:
-        return torch.where(pad, padding, torch.stack(values).gather(0, index))
+    def pick(values: list[Tensor], behind: Tensor, count: int) -> Tensor:
+        """``count`` rows of what each trajectory had at its accepted attempts."""
+        table = torch.stack([*values, behind]).reshape(-1, *behind.shape[1:])
+        return table.index_select(0, flat[: count * rows]).reshape(count, *behind.shape)
 
-    picked = torch.stack(states).gather(0, index.unsqueeze(-1).expand(-1, -1, n))
-    # steps of size zero at the last state: finite unless the trajectory itself was not
-    picked = torch.where(pad.unsqueeze(-1), carry.y, picked)
+    zero = torch.zeros_like(carry.t)
     if stages:
-        where = index[:, None, :, None].expand(-1, n_all, -1, n)
-        all_stages = torch.where(pad[:, None, :, None], 0.0, torch.stack(stages).gather(0, where))
+        # (I, S, B, n) with the trajectories in front of the stages, as `pick` wants them
+        turned = [x.movedim(0, 1) for x in stages]
+        all_stages = pick(turned, torch.zeros_like(turned[0]), most).movedim(2, 1)
     else:
         all_stages = y0.new_empty((0, n_all, rows, n))
+    if n_anchors == 2:
+        # one segment, and only the last step lands
+        segment = index.new_zeros((most, rows))
+        lands = (torch.arange(most, device=y0.device).unsqueeze(-1) == n_accepted - 1) & ~carry.running & (carry.status >= 0)
+    else:
+        segment = pick([a.segment for a in attempts], torch.zeros_like(carry.segment), most)
+        lands = pick([a.lands for a in attempts], torch.zeros_like(carry.running), most)
     return {
-        "states": torch.cat([picked, carry.y.unsqueeze(0)]),
+        "states": pick(states, carry.y, most + 1),
         "stages": all_stages,
-        "t": pick([a.t for a in attempts], carry.t),
-        "h": pick([a.h for a in attempts], 0.0),
-        "segment": pick([a.segment for a in attempts], 0),
-        "lands": pick([a.lands for a in attempts], False),
+        "t": pick([a.t for a in attempts], carry.t, most),
+        "h": pick([a.h for a in attempts], zero, most),
+        "segment": segment,
+        "lands": lands,
     }
 
 

@@ -56,7 +56,8 @@ class NeuralODE(torch.nn.Module):
         self.solution: Solution | None = None
 
     def _rate(self, t: torch.Tensor, y: Any) -> Any:
-        return self.module(t, y) if self.time_dependent else self.module(y)
+        state = (t, y) if self.time_dependent else (y,)
+        return self.module(*state)
 
     def forward(self, y0: Any, t_eval: Any = None, t_span: Any = None) -> Any:
         """The state at the end, ``y0``'s shape; or at ``t_eval``, ``(T, *y0.shape)``. Arguments given here override those of the layer."""

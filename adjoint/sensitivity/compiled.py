@@ -22,6 +22,10 @@ from .replay import replay_step
 __all__ = ["compiled_adjoint_step"]
 
 
+#: cotangents of the targets, and the stages
+_Pulled = tuple[Sequence[Tensor | None], Tensor]
+
+
 def _timed_step(f: Flat, plan: Plan, t: Tensor, h: Tensor, y: Tensor, dense: bool) -> tuple[Tensor, Tensor]:
     """A step as a function of its start and size, float64, ``(B,)`` or 0-d for a single trajectory."""
     times = [(t + h * c).to(plan.real) for c in plan.method.nodes]
@@ -68,13 +72,13 @@ def compiled_adjoint_step(problem: Problem, f: Flat, linearize: Linearizer) -> C
     named = isinstance(system, System) and (not system.captured or system.parameter_names is not None)
     step, pull = compiled(_timed_step, plan.compile), compiled(_step_pullback, plan.compile)
 
-    def by_name(t: Tensor, h: Tensor, y: Tensor, end_bar: Tensor, k_bar: Tensor | None, timed: bool) -> tuple[Sequence[Tensor | None], Tensor]:
+    def by_name(t: Tensor, h: Tensor, y: Tensor, end_bar: Tensor, k_bar: Tensor | None, timed: bool) -> _Pulled:
         if linearize.check_next:
             linearize(t.to(plan.real), y)
         inputs = tuple(x.detach() for x in linearize.inputs)
         return pull(system, plan, tuple(linearize.wanted), timed, t, h, y, inputs, end_bar, k_bar)
 
-    def by_autograd(t: Tensor, h: Tensor, y: Tensor, end_bar: Tensor, k_bar: Tensor | None, timed: bool) -> tuple[Sequence[Tensor | None], Tensor]:
+    def by_autograd(t: Tensor, h: Tensor, y: Tensor, end_bar: Tensor, k_bar: Tensor | None, timed: bool) -> _Pulled:
         with torch.enable_grad():
             y = y.detach().requires_grad_(True)
             if timed:

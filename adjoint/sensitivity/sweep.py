@@ -17,7 +17,7 @@ from .replay import replay_step
 __all__ = ["functional_sweep", "tangent", "tangents"]
 
 
-def vjp(function: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[..., Any]]:
+def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
     """`torch.func.vjp` without auxiliary output: the value and the pullback."""
     value, pullback, *_ = torch.func.vjp(function, *primals)
     return value, pullback
