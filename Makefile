@@ -24,7 +24,7 @@ test-cuda:       ## those that need a CUDA device
 lint:            ## style and types
 	$(PYTHON) scripts/bootstrap.py dev
 	$(RUN) -m ruff check .
-	$(RUN) -m pyright
+	$(RUN) -m pyright --pythonpath $(RUN)
 
 bench:           ## every workload against every installed peer
 	$(PYTHON) scripts/bootstrap.py bench

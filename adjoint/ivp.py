@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import wraps
 from numbers import Integral
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -30,22 +30,28 @@ from .system import StateSpec, System
 __all__ = ["solve_ivp"]
 
 
-def _in_full_precision(function: Callable[..., Solution]) -> Callable[..., Solution]:
-    """Switch autocast off inside: step size control needs the precision of the state. ``fun`` may switch it on for itself."""
+P = ParamSpec("P")
+
+
+def _front_door(function: Callable[P, Solution]) -> Callable[P, Solution]:
+    """Keep a compiled caller's tracing out of the loop, and autocast too: step size control needs the precision of the state.
+
+    ``fun`` may switch autocast on for itself.
+    """
 
     @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Solution:
+    def call(*args: P.args, **kwargs: P.kwargs) -> Solution:
         with ExitStack() as stack:
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
             return function(*args, **kwargs)
 
-    return call
+    disabled: Any = torch.compiler.disable(call)
+    return disabled
 
 
-@torch.compiler.disable
-@_in_full_precision
+@_front_door
 def solve_ivp(
     fun: Callable[..., Any],
     t_span: Any,

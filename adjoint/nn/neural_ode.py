@@ -51,13 +51,12 @@ class NeuralODE(torch.nn.Module):
         fixed = {"fun", "y0", "args", "quadrature", "events", "dense_output"} & set(options)
         if fixed:
             raise InvalidInput(f"NeuralODE takes no {', '.join(sorted(fixed))}: call adjoint.solve_ivp instead")
-        self.module = module
+        self.module: Any = module
         self.t_span, self.t_eval, self.time_dependent, self.options = t_span, t_eval, time_dependent, options
         self.solution: Solution | None = None
 
     def _rate(self, t: torch.Tensor, y: Any) -> Any:
-        state = (t, y) if self.time_dependent else (y,)
-        return self.module(*state)
+        return self.module(t, y) if self.time_dependent else self.module(y)
 
     def forward(self, y0: Any, t_eval: Any = None, t_span: Any = None) -> Any:
         """The state at the end, ``y0``'s shape; or at ``t_eval``, ``(T, *y0.shape)``. Arguments given here override those of the layer."""
