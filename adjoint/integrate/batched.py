@@ -302,7 +302,7 @@ def _pack(
 
     def pick(values: list[Tensor], behind: Tensor, count: int) -> Tensor:
         """``count`` rows of what each trajectory had at its accepted attempts."""
-        table = torch.stack([*values, behind]).reshape(-1, *behind.shape[1:])
+        table = torch.stack([*values, behind]).flatten(0, 1)
         return table.index_select(0, flat[: count * rows]).reshape(count, *behind.shape)
 
     zero = torch.zeros_like(carry.t)
