@@ -172,3 +172,29 @@ def test_a_tensor_computed_from_another_input_counts_once(gradient, make, way):
     fresh = raw.detach().clone().requires_grad_(True)
     (expected,) = torch.autograd.grad(torch.exp(-make(fresh) * fresh), fresh)
     torch.testing.assert_close(g, expected, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_fun_that_differentiates(gradient, batched):
+    """A Hamiltonian network takes a gradient inside of fun; the energy is conserved, and parameters get their derivatives."""
+    net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+
+    def fun(t, y):
+        with torch.enable_grad():
+            y = y.requires_grad_(True)
+            slope = torch.autograd.grad(net(y).sum(), y, create_graph=True)[0]
+        return torch.stack([slope[..., 1], -slope[..., 0]], -1)
+
+    y0 = torch.randn(3, 2)
+    sol = solve_ivp(fun, (0.0, 1.0), y0, gradient=gradient, batched=batched, rtol=1e-10, atol=1e-10)
+    assert torch.allclose(net(sol.y[0]), net(sol.y[1]), atol=1e-9)
+    weight = net[0].weight
+    (got,) = torch.autograd.grad(sol.y[-1].square().sum(), weight)
+    step, ends = 1e-6, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight[0, 0] += sign * step
+            ends.append(solve_ivp(fun, (0.0, 1.0), y0, batched=batched, rtol=1e-10, atol=1e-10).y[-1].square().sum())
+            weight[0, 0] -= sign * step
+    assert float(got[0, 0]) == pytest.approx(float((ends[0] - ends[1]) / (2 * step)), rel=1e-5)
+    assert not y0.requires_grad

@@ -270,3 +270,14 @@ def test_dense_output_across_a_jump():
     sol = solve_ivp(lambda t, y: torch.where(t < 0.5, 1.0, -3.0) + 0 * y, (0.0, 1.0), torch.zeros(1), step_ts=[0.5], dense_output=True)
     t = torch.tensor([0.25, 0.5, 0.75, 1.0])
     assert torch.allclose(sol(t)[:, 0], torch.where(t < 0.5, t, 0.5 - 3 * (t - 0.5)), atol=1e-12)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_progress_bar(batched, capsys):
+    """The bar reaches 100 % and goes to stderr; without it nothing is written."""
+    pytest.importorskip("tqdm")
+    for progress in (False, True):
+        solve_ivp(lambda t, y: -y, (0.0, 5.0), torch.ones(3, 1), batched=batched, progress=progress)
+        shown = capsys.readouterr().err
+        assert ("100.0/100" in shown) == progress
+        assert bool(shown) == progress

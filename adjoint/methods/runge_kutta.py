@@ -179,7 +179,7 @@ class ExplicitRungeKutta:
         k_bar: Sequence[Tensor | None],
         time_bars: bool,
     ) -> StepCotangents:
-        """The discrete adjoint of a step (Hager 2000; Sandu 2006; THEORY section 1).
+        """The discrete adjoint of a step (Hager 2000; Sandu 2006; docs/theory.md, section 1).
 
         With ``v_i = h (b_i l1 + sum_j a_ji u_j)`` and ``u_i = f_y(Y_i)* v_i`` it is ``l0 = l1 + sum_i u_i``.
 

@@ -26,7 +26,7 @@ def vjp(outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...], cotangents: tu
 
 
 class Linearizer:
-    """``f`` with its pullback; adds ``f_p* v`` to the cotangents of the inputs (THEORY section 1)."""
+    """``f`` with its pullback; adds ``f_p* v`` to the cotangents of the inputs (docs/theory.md, section 1)."""
 
     def __init__(self, f: Flat, inputs: Sequence[Tensor], wants: Sequence[bool], time: bool) -> None:
         self.f, self.time = f, time

@@ -20,7 +20,7 @@ __all__ = ["Backprop", "DiscreteAdjoint"]
 
 @dataclass(frozen=True)
 class DiscreteAdjoint:
-    """The exact derivative of the computed solution, by the adjoint of each step (THEORY section 1; Hager 2000, Sandu 2006).
+    """The exact derivative of the computed solution, by the adjoint of each step (docs/theory.md, section 1; Hager 2000, Sandu 2006).
 
     Memory: one state per step, whatever ``fun`` allocates. Step sizes are held fixed. Every order of derivative and every
     ``torch.func`` transform is available; derivatives of derivatives record the backward sweep.
