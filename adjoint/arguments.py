@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite, isnan
+from math import isnan
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from .errors import InvalidInput
 from .integrate import rms_norm
@@ -181,11 +181,5 @@ def check_times(t_span: Any, t_eval: Any, step_ts: Any, spec: StateSpec) -> Time
 
 def _as_given(shown: Tensor, given: Sequence[Any], spec: StateSpec) -> Tensor:
     """In the dtype of the user's tensors, else in that of the state's times."""
-    dtypes = [x.dtype for x in tree_map(lambda x: x, list(given)) if isinstance(x, Tensor) and x.is_floating_point()]
+    dtypes = [x.dtype for x in given if isinstance(x, Tensor) and x.is_floating_point()]
     return shown.to(dtypes[0] if dtypes else spec.real_dtype)
-
-
-def finite_or_inf(value: Any, name: str) -> float:
-    """A positive number, infinity included."""
-    number = positive(value, name)
-    return number if isfinite(number) else float("inf")

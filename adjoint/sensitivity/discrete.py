@@ -14,9 +14,9 @@ from ..capture import cut_apart, unknown_leaves
 from ..errors import CapturedTensorLost
 from ..integrate import Monitor
 from ..system import Flat, System
-from .problem import Problem, stage_times, step_times
+from .problem import Problem, kept_steps, stage_times, step_times
 
-__all__ = ["Linearizer", "eager_sweep", "kept_steps", "vjp"]
+__all__ = ["Linearizer", "eager_sweep", "vjp"]
 
 
 def vjp(outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> Sequence[Tensor | None]:
@@ -193,7 +193,9 @@ def eager_sweep(
     linearize = Linearizer(f, inputs, wants[3:], time_bars)
     samples = _Samples(problem, grid, t_eval, samples_bar, time_bars)
     times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors.detach(), plan.shift)
-    kept = dict(zip(kept_steps(plan, grid, n_steps), stages_bar, strict=True)) if stages_bar is not None and len(stages_bar) else {}
+    kept: dict[int, Tensor] = {}
+    if stages_bar is not None and len(stages_bar):
+        kept = dict(zip(kept_steps(plan, grid["event_step"], n_steps), stages_bar, strict=True))
     # compiled steps know nothing of jumps
     use_compiled = plan.compile is not None and times.jump_end is None
     stage_t = [] if use_compiled else stage_times(plan, times, plan.real)
@@ -265,13 +267,6 @@ def eager_sweep(
     problem.backward_report(linearize.n_fun, n_steps)
     anchors_bar = _anchors_bar(anchors, grid, t_bars, h_bars) if wants[0] else None
     return (anchors_bar, samples.t_eval_bar if wants[1] else None, bar.reshape(flat) if wants[2] else None, *linearize.bars)
-
-
-def kept_steps(plan: Any, grid: dict[str, Tensor], n_steps: int) -> list[int]:
-    """Steps whose stages are among the outputs, in order."""
-    if plan.keep_stages:
-        return list(range(n_steps))
-    return sorted(set(grid["event_step"].tolist())) if plan.events else []
 
 
 def _anchors_bar(anchors: Tensor, grid: dict[str, Tensor], t_bars: Tensor, h_bars: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..integrate import Plan, Record, shifted_times
 from ..system import System, VmappedSystem
 
-__all__ = ["Gradient", "Outputs", "Problem", "StepTimes", "interpolate", "step_times"]
+__all__ = ["Gradient", "Outputs", "Problem", "StepTimes", "interpolate", "kept_steps", "stage_times", "step_times"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,13 @@ def stage_times(plan: Plan, grid: StepTimes, real: torch.dtype) -> list[list[Ten
     if grid.jump_start is None or grid.jump_end is None:
         return rows
     return [shifted_times(row, nodes, grid.jump_start[k], grid.jump_end[k], grid.sign) for k, row in enumerate(rows)]
+
+
+def kept_steps(plan: Plan, event_step: Tensor, n_steps: int) -> list[int]:
+    """Steps whose stages are among the outputs, in order."""
+    if plan.keep_stages:
+        return list(range(n_steps))
+    return sorted(set(event_step.tolist())) if plan.events else []
 
 
 def interpolate(plan: Plan, states: Tensor, stages: Tensor, t: Tensor, h: Tensor, t_eval: Tensor, sample_step: Tensor) -> Tensor:

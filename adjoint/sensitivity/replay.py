@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..integrate import Plan
 from ..system import Flat
-from .problem import Outputs, interpolate, stage_times, step_times
+from .problem import Outputs, interpolate, kept_steps, stage_times, step_times
 
 __all__ = ["replay", "replay_step"]
 
@@ -31,7 +31,7 @@ def replay(f: Flat, plan: Plan, grid: Outputs, anchors: Tensor, t_eval: Tensor |
     """The computed solution as a differentiable function of ``anchors``, ``t_eval``, ``y0`` and whatever ``f`` depends on."""
     times = step_times(grid.t, grid.h, grid.segment, grid.lands, anchors, plan.shift)
     n_steps = grid.t.shape[0]
-    keep = set(kept_steps(plan, grid, n_steps))
+    keep = set(kept_steps(plan, grid.event_step, n_steps))
     sampled = t_eval is not None and t_eval.shape[0] > 0
     states, stages = [y0], []
     all_times = stage_times(plan, times, plan.real)
@@ -47,10 +47,3 @@ def replay(f: Flat, plan: Plan, grid: Outputs, anchors: Tensor, t_eval: Tensor |
         samples = interpolate(plan, all_states, torch.stack(stages), times.t, times.h, t_eval, grid.sample_step)
     kept = torch.stack([stages[k] for k in sorted(keep)]) if keep else grid.stages
     return grid._replace(final=final, samples=samples, states=all_states if plan.keep_states else grid.states, stages=kept)
-
-
-def kept_steps(plan: Plan, grid: Outputs, n_steps: int) -> list[int]:
-    """Steps whose stages are among the outputs, in order."""
-    if plan.keep_stages:
-        return list(range(n_steps))
-    return sorted(set(grid.event_step.tolist())) if plan.events else []

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import Problem, StepTimes, interpolate, stage_times, step_times
+from .problem import Problem, StepTimes, interpolate, kept_steps, stage_times, step_times
 from .replay import replay_step
 
 __all__ = ["functional_sweep", "tangent", "tangents"]
@@ -82,7 +82,7 @@ def functional_sweep(
     n_steps = grid["t"].shape[0]
     times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors, plan.shift)
     sampled = samples_bar is not None and t_eval is not None and t_eval.shape[0] > 0 and n_steps > 0
-    kept = _kept_steps(problem, grid, n_steps) if kept_bar is not None else {}
+    kept = {k: i for i, k in enumerate(kept_steps(plan, grid["event_step"], n_steps))} if kept_bar is not None else {}
 
     bar = torch.zeros_like(states[0])
     if final_bar is not None:
@@ -132,11 +132,6 @@ def functional_sweep(
     return (anchors_bar, t_eval_bar if wants[1] else None, bar if wants[2] else None, *input_bars)
 
 
-def _kept_steps(problem: Problem, grid: dict[str, Tensor], n_steps: int) -> dict[int, int]:
-    steps = range(n_steps) if problem.plan.keep_stages else sorted(set(grid["event_step"].tolist()))
-    return {k: i for i, k in enumerate(steps)}
-
-
 def tangent(function: Callable[..., Any], primals: Sequence[Tensor], dots: Sequence[Tensor]) -> Any:
     """Tangent of a function by two reverse sweeps: it nests with a user's dual level, where `torch.func.jvp` does not."""
     out, pull = vjp(function, *primals)
@@ -162,7 +157,7 @@ def tangents(
     smooth = [i for i, x in enumerate(inputs) if x.is_floating_point() or x.is_complex()]
     input_dots = [_zero(inputs_dot[i], inputs[i]) for i in smooth]
     sampled = t_eval is not None and t_eval.shape[0] > 0 and n_steps > 0
-    kept = _kept_steps(problem, grid, n_steps) if plan.keep_stages or plan.events else {}
+    kept = kept_steps(plan, grid["event_step"], n_steps)
 
     dot = _zero(y0_dot, states[0])
     state_dots, stage_dots, stages = [dot], [], []
