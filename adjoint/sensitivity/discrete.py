@@ -12,6 +12,7 @@ from torch.autograd.variable import Variable
 
 from ..capture import cut_apart, unknown_leaves
 from ..errors import CapturedTensorLost
+from ..methods.runge_kutta import row_dot
 from ..integrate import Monitor
 from ..system import Flat, System
 from .problem import Problem, kept_steps, stage_times, step_times
@@ -157,7 +158,7 @@ class _Samples:
         if stop == start:
             return
         row, bar, theta = (x[start:stop] for x in (self.row, self.bar, self.theta))
-        products = torch.stack([_row_dot(k_i[row], bar) for k_i in ks], dim=-1).double()
+        products = torch.stack([row_dot(k_i[row], bar) for k_i in ks], dim=-1).double()
         # d/dtheta of h sum b_i(theta) k_i . bar, over h
         slope = (self.method.dense_slopes(theta) * products).sum(-1)
         size = (self.weights[start:stop] * products).sum(-1) - theta * slope
@@ -165,10 +166,6 @@ class _Samples:
         self.t_eval_bar.view(-1)[self.order[start:stop]] = slope
         t_bar.index_add_(0, row, -slope)
         h_bar.index_add_(0, row, size)
-
-
-def _row_dot(x: Tensor, y: Tensor) -> Tensor:
-    return (x.conj() * y).real.sum(-1) if x.is_complex() else (x * y).sum(-1)
 
 
 def eager_sweep(
