@@ -12,8 +12,8 @@ from torch.autograd.variable import Variable
 
 from ..capture import cut_apart, unknown_leaves
 from ..errors import CapturedTensorLost
-from ..methods.runge_kutta import row_dot
 from ..integrate import Monitor
+from ..methods.runge_kutta import row_dot
 from ..system import Flat, System
 from .problem import Problem, kept_steps, stage_times, step_times
 
