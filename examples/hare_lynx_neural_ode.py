@@ -5,6 +5,9 @@
 # whose right-hand side has a small network beside the classical terms. It is trained on the first sixteen years and has to
 # predict the last five. The network is held small by a penalty, for sixteen years are few.
 #
+# Read the held-out errors with care: they are ten numbers, and the split and the penalty were chosen after a look at them. The same model
+# without its network, trained alongside, shows what the network adds: a closer fit, and here a worse prediction.
+#
 # Data: pelts in thousands, 1900 to 1920, as tabulated in Howard (2009), Modeling basics, from Odum (1953), Fundamentals of ecology.
 # They are plain facts, not under copyright.
 
@@ -29,8 +32,10 @@ class PredatorPrey(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # growth of hares, predation, death of lynxes, growth by prey: positive, of the size that a ten-year cycle suggests
-        self.log_rates = torch.nn.Parameter(torch.log(torch.tensor([0.55, 0.028, 0.80, 0.024], dtype=torch.float64)))
+        # growth of hares, predation, death of lynxes, growth by prey: a ten-year cycle around the means of the training years
+        turn = 2 * torch.pi / 10
+        hare, lynx = (sum(counts[:TRAINING]) / TRAINING for counts in (HARE, LYNX))
+        self.log_rates = torch.nn.Parameter(torch.tensor([turn, turn / lynx, turn, turn / hare], dtype=torch.float64).log())
         self.net = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2)).double()
         torch.nn.init.zeros_(self.net[-1].weight)
         torch.nn.init.zeros_(self.net[-1].bias)
@@ -52,16 +57,14 @@ def rmse(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 # %%
-def main(quick: bool = False, out: Path = Path(__file__).parent / "figures") -> dict[str, float]:
-    """Train, compare with baselines, draw. Returns the errors of the held-out years (root mean square of logarithms)."""
+def train(seen: torch.Tensor, steps: int, network: bool) -> tuple[PredatorPrey, torch.Tensor, list[float]]:
+    """Fit the model, with or without its network, and the initial state to the logarithms ``seen``; also gives the losses."""
     torch.manual_seed(1)
-    data = torch.tensor([HARE, LYNX], dtype=torch.float64).T.log()
-    seen, unseen = data[:TRAINING], data[TRAINING:]
     model = PredatorPrey()
-    start = torch.nn.Parameter(data[0].clone())
+    model.net.requires_grad_(network)
+    start = torch.nn.Parameter(seen[0].clone())
     groups = [{"params": [*model.net.parameters()], "weight_decay": 3e-3}, {"params": [model.log_rates, start]}]
     optimizer = torch.optim.Adam(groups, lr=0.01)
-    steps = 40 if quick else 300
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
     for step in range(steps):
@@ -71,31 +74,44 @@ def main(quick: bool = False, out: Path = Path(__file__).parent / "figures") -> 
         fit = simulate(model, start, YEARS[:horizon])
         loss = (fit - seen[:horizon]).square().mean() + 1.0 * model.net(fit.detach() - 3.0).square().mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([*model.parameters(), start], 1.0)
+        torch.nn.utils.clip_grad_norm_([p for p in (*model.parameters(), start) if p.requires_grad], 1.0)
         optimizer.step()
         schedule.step()
         losses.append(float(loss.detach()))
-        if step % (steps // 8) == 0 or step == steps - 1:
+        if step % (steps // 4) == 0 or step == steps - 1:
             print(f"step {step:4d}   years {horizon:2d}   loss {losses[-1]:.4f}", flush=True)
+    return model, start.detach(), losses
 
+
+def main(quick: bool = False, out: Path = Path(__file__).parent / "figures") -> dict[str, float]:
+    """Train, compare with baselines, draw. Returns the errors of the held-out years (root mean square of logarithms)."""
+    data = torch.tensor([HARE, LYNX], dtype=torch.float64).T.log()
+    seen, unseen = data[:TRAINING], data[TRAINING:]
+    steps = 40 if quick else 300
+    print("with the network")
+    model, start, losses = train(seen, steps, network=True)
+    print("without the network")
+    plain, plain_start, _ = train(seen, steps, network=False)
     with torch.no_grad():
-        prediction = simulate(model, start, YEARS)
+        prediction, plain_prediction = simulate(model, start, YEARS), simulate(plain, plain_start, YEARS)
     errors = {
         "neural ODE": rmse(prediction[TRAINING:], unseen),
+        "the same without a network": rmse(plain_prediction[TRAINING:], unseen),
         "last value": rmse(seen[-1].expand_as(unseen), unseen),
         "mean of the training years": rmse(seen.mean(0).expand_as(unseen), unseen),
         "ten years before": rmse(data[TRAINING - 10 : len(data) - 10], unseen),
     }
-    print(f"\nfit of {int(YEARS[0])} to {int(YEARS[TRAINING - 1])}: {rmse(prediction[:TRAINING], seen):.3f}")
+    fits = [rmse(x[:TRAINING], seen) for x in (prediction, plain_prediction)]
+    print(f"\nfit of {int(YEARS[0])} to {int(YEARS[TRAINING - 1])}: {fits[0]:.3f}, without the network {fits[1]:.3f}")
     print("held out, root mean square error of the logarithm:")
     for name, error in errors.items():
         print(f"  {name:28s} {error:.3f}")
-    path = draw(model, start.detach(), data, losses, Path(out))
+    path = draw(model, start, data, losses, Path(out))
     print(f"\nfigure: {path}")
     if quick:
         assert losses[-1] < losses[0] or rmse(prediction[:TRAINING], seen) < 0.7
     else:
-        assert errors["neural ODE"] < min(errors["last value"], errors["mean of the training years"])
+        assert errors["neural ODE"] < min(errors["last value"], errors["mean of the training years"], errors["ten years before"])
     return errors
 
 

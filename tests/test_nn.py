@@ -38,10 +38,10 @@ def test_time_dependent_module():
 
 def test_it_is_a_module():
     layer = NeuralODE(_net(), gradient=Backprop())
-    assert layer.solution is None
+    assert layer.solution is None and layer.stats is None
     layer(torch.ones(2)).sum().backward()
     assert all(p.grad is not None for p in layer.parameters())
-    assert layer.solution is not None and layer.solution.stats.n_fun > 0
+    assert layer.solution is not None and layer.stats.n_fun > 0
     assert "gradient=Backprop()" in repr(layer)
     copy = NeuralODE(_net())
     copy.load_state_dict(layer.state_dict())

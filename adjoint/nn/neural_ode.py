@@ -68,6 +68,11 @@ class NeuralODE(torch.nn.Module):
             return solution.y
         return torch.utils._pytree.tree_map(lambda y: y[-1], solution.y)
 
+    @property
+    def stats(self) -> Any:
+        """Counts of the last forward pass, None before it."""
+        return None if self.solution is None else self.solution.stats
+
     def extra_repr(self) -> str:
         """Span, times and solver options."""
         parts = [f"t_span={self.t_span}"]
