@@ -1,0 +1,118 @@
+"""Matrices, factorisations, and the one protocol by which every linear solver is used: factorise once, solve and solve transposed often.
+
+Everything here has rows: ``B`` independent systems of ``n`` unknowns. A single system is ``B = 1``. Nothing here is differentiable;
+`solve.linear_solve` makes it so by the implicit rule.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Factorization", "LinearOperator", "LinearSolver", "Log", "Matrix", "SparseMatrix"]
+
+
+@dataclass(frozen=True, eq=False)
+class SparseMatrix:
+    """``B`` sparse matrices with one pattern.
+
+    ``indices`` is ``(2, nnz)`` int64 (row, column), each place at most once, sorted by row and then by column;
+    ``values`` is ``(B, nnz)``, or ``(nnz,)`` for one matrix that all rows share. ``shape`` is ``(n_rows, n_columns)``.
+    """
+
+    indices: Tensor
+    values: Tensor
+    shape: tuple[int, int]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def matvec(self, x: Tensor, transposed: bool = False, conjugated: bool = False) -> Tensor:
+        """``A x`` for ``x`` of shape ``(B, n)`` or ``(B, n, k)``; differentiable in values and ``x``."""
+        rows, columns = self.indices.flip(0) if transposed else self.indices
+        values = self.values.conj() if conjugated else self.values
+        if x.dim() == 3:
+            values = values.unsqueeze(-1)
+        product = values * x.index_select(1, columns)
+        out = product.new_zeros(x.shape[0], self.shape[1 if transposed else 0], *x.shape[2:])
+        return out.index_add(1, rows, product)
+
+    def dense(self) -> Tensor:
+        """``(B, n, m)``, or ``(1, n, m)`` where the values are shared."""
+        values = self.values if self.values.dim() == 2 else self.values.unsqueeze(0)
+        out = values.new_zeros(values.shape[0], self.shape[0] * self.shape[1])
+        return out.index_add(1, self.indices[0] * self.shape[1] + self.indices[1], values).unflatten(1, self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearOperator:
+    """``B`` matrices known by their products. ``matvec`` and ``rmatvec`` (the transposed, not conjugated, product) map
+    ``(B, n)`` to ``(B, n)``; ``rmatvec`` may be missing where nothing transposed is asked for."""
+
+    n: int
+    rows: int
+    dtype: torch.dtype
+    device: torch.device
+    matvec: Callable[[Tensor], Tensor]
+    rmatvec: Callable[[Tensor], Tensor] | None = None
+
+
+#: a dense ``(B, n, n)`` tensor, or one of the two above
+Matrix = Tensor | SparseMatrix | LinearOperator
+
+
+@dataclass
+class Log:
+    """What factorisations and solves have cost so far. ``n_solves`` counts right-hand sides (of one system each)."""
+
+    n_factorizations: int = 0
+    n_refactorizations: int = 0
+    n_solves: int = 0
+    n_iterations: int = 0
+    factor_seconds: float = 0.0
+    solve_seconds: float = 0.0
+    #: entries of the factors, where the backend tells
+    fill: int = 0
+
+
+class Factorization(ABC):
+    """Factors of ``B`` matrices of size ``n`` (or what an iterative solver keeps in their place)."""
+
+    rows: int
+    n: int
+    dtype: torch.dtype
+    device: torch.device
+    log: Log
+
+    @abstractmethod
+    def solve(self, b: Tensor, *, transposed: bool = False, conjugated: bool = False) -> Tensor:
+        """``A^-1 b`` (or with the transpose, the conjugate, or both) for ``b`` of shape ``(B, n)`` or, with several right-hand sides,
+        ``(B, n, k)``; the result has the same shape. Rows whose matrix is singular give NaN: ask `singular`."""
+
+    def singular(self) -> Tensor:
+        """``(B,)`` bool: which of the matrices could not be factorised. Their solutions are NaN."""
+        return torch.zeros(self.rows, dtype=torch.bool, device=self.device)
+
+
+class LinearSolver(Protocol):
+    """A strategy object with the settings of one backend."""
+
+    def factor(self, matrix: Matrix, log: Log | None = None) -> Factorization:
+        """Factorise, counting in ``log`` (a new one by default)."""
+        ...
+
+    def refactor(self, factorization: Factorization, matrix: Matrix) -> Factorization:
+        """Factors of a matrix with the same pattern: what can be kept of the old ones (ordering, symbolic analysis) is.
+        The old factors stay valid. Counts in the same log."""
+        ...
+

@@ -1,0 +1,86 @@
+"""What a root finder is given and what it gives back. Everything has rows: ``B`` independent systems of ``n`` unknowns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..linalg import DenseLU, Factorization, LinearSolver, Log, Matrix
+
+__all__ = ["RootMethod", "RootProblem", "RootRecord", "RootStatus", "scaled_norm"]
+
+
+class RootStatus(IntEnum):
+    """How the iteration of one row ended."""
+
+    RUNNING = 1
+    SUCCESS = 0
+    MAX_STEPS = -1
+    STALLED = -2  # no acceptable step: a local minimum of the residual, or a fold nearby
+    NON_FINITE = -3
+    SINGULAR = -4
+    DIVERGED = -5
+
+
+@dataclass(frozen=True)
+class RootProblem:
+    """``residual(x) = 0`` with ``residual`` from ``(B, n)`` to ``(B, n)`` (``(B, m)`` for least squares), rows independent.
+
+    A row has converged when ``norm(residual / f_scale) <= tol`` and, for methods of Newton type, the last step was at most
+    ``norm(step / (x_atol + x_rtol |x|)) <= 1`` (both recorded). ``jacobian`` gives a matrix at ``x``; ``jvp(x, v)`` and ``vjp(x, w)``
+    its products. ``lower`` and ``upper`` bound ``x`` (broadcast to ``(B, n)``), None for none.
+    """
+
+    residual: Callable[[Tensor], Tensor]
+    jacobian: Callable[[Tensor], Matrix] | None = None
+    jvp: Callable[[Tensor, Tensor], Tensor] | None = None
+    vjp: Callable[[Tensor, Tensor], Tensor] | None = None
+    tol: float = 1e-10
+    x_rtol: float = 1e-10
+    x_atol: float = 1e-12
+    max_steps: int = 100
+    f_scale: Tensor | float = 1.0
+    x_scale: Tensor | float = 1.0
+    lower: Tensor | None = None
+    upper: Tensor | None = None
+    norm: Callable[[Tensor], Tensor] = field(default=lambda v: torch.linalg.vector_norm(v, dim=-1) / max(v.shape[-1], 1) ** 0.5)
+    linear_solver: LinearSolver = field(default_factory=DenseLU)
+    log: Log = field(default_factory=Log)
+    #: called after every iteration with the number of the iteration, ``x`` and the residual norms
+    callback: Callable[[int, Tensor, Tensor], None] | None = None
+
+
+@dataclass(frozen=True)
+class RootRecord:
+    """``x`` and ``residual`` are ``(B, n)``; ``status``, ``residual_norm`` and the counts ``(B,)``.
+
+    ``factors`` are those of the Jacobian *at* ``x`` (not of an earlier iterate), or None.
+    """
+
+    x: Tensor
+    residual: Tensor
+    residual_norm: Tensor
+    status: Tensor
+    n_steps: Tensor
+    n_fun: Tensor
+    n_jac: Tensor
+    factors: Factorization | None = None
+    note: str = ""
+
+
+class RootMethod(Protocol):
+    """A root finder with its settings."""
+
+    def solve(self, problem: RootProblem, x0: Tensor) -> RootRecord:
+        """Iterate from ``x0`` (B, n) until every row has converged or failed; rows that are done do not move any more."""
+        ...
+
+
+def scaled_norm(problem: RootProblem, residual: Tensor) -> Tensor:
+    """``(B,)``: the norm that is compared with ``tol``."""
+    return problem.norm(residual / problem.f_scale)
