@@ -1,0 +1,163 @@
+"""Where the Jacobian of a function can have entries that are not zero."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from ..errors import InvalidInput
+from .tracing import PatternTooDense, Untraceable, check_size, trace_dependencies
+
+__all__ = ["PatternTooDense", "SparsityPattern", "detect_pattern"]
+
+
+@dataclass(frozen=True, eq=False)
+class SparsityPattern:
+    """Places of a matrix that may differ from zero: ``indices`` (2, nnz) int64 (row, column), each once, sorted by row and then by column."""
+
+    indices: Tensor
+    shape: tuple[int, int]
+
+    @property
+    def nnz(self) -> int:
+        return self.indices.shape[1]
+
+    @property
+    def density(self) -> float:
+        return self.nnz / max(self.shape[0] * self.shape[1], 1)
+
+    @classmethod
+    def from_scipy(cls, matrix: Any) -> SparsityPattern:
+        """All stored entries of a SciPy sparse matrix, stored zeros too."""
+        csr = sp.csr_array(matrix, copy=True)
+        csr.sum_duplicates()  # sorts the columns as well
+        coo = csr.tocoo()
+        indices = np.stack([coo.row, coo.col]).astype(np.int64)
+        return cls(torch.from_numpy(indices), (int(csr.shape[0]), int(csr.shape[1])))
+
+    @classmethod
+    def from_dense(cls, mask: Any) -> SparsityPattern:
+        """The places of a dense ``(m, n)`` matrix that are not zero."""
+        mask = torch.as_tensor(mask)
+        if mask.dim() != 2:
+            raise InvalidInput(f"a sparsity pattern is a matrix, but this one has shape {tuple(mask.shape)}")
+        return cls((mask != 0).nonzero().T.contiguous(), (mask.shape[0], mask.shape[1]))
+
+    @classmethod
+    def from_any(cls, value: Any, shape: tuple[int, int] | None = None) -> SparsityPattern:
+        """From what users give as ``jac_sparsity``: a `SparsityPattern`, a dense array or tensor, a torch sparse tensor (COO, CSR, CSC) or a
+        SciPy sparse matrix. Stored entries of sparse formats count even when they are zero. Raises `InvalidInput` if ``shape`` is not met."""
+        if isinstance(value, cls):
+            pattern = value
+        elif isinstance(value, Tensor) and value.layout != torch.strided:
+            coo = value.detach().to_sparse_coo()
+            if coo.dim() != 2 or coo.dense_dim() != 0:
+                raise InvalidInput(f"jac_sparsity must be a matrix, but has shape {tuple(coo.shape)} ({coo.dense_dim()} of the dimensions dense)")
+            row, column = coo._indices().cpu().numpy()
+            pattern = cls.from_scipy(sp.coo_array((np.ones(len(row), bool), (row, column)), shape=tuple(coo.shape)))
+        elif sp.issparse(value):
+            pattern = cls.from_scipy(value)
+        elif isinstance(value, (Tensor, np.ndarray, list, tuple)):
+            pattern = cls.from_dense(value)
+        else:
+            raise InvalidInput(f"jac_sparsity must be a tensor, an array or a SciPy sparse matrix, not {type(value).__name__}")
+        if shape is not None and pattern.shape != tuple(shape):
+            raise InvalidInput(f"jac_sparsity has shape {pattern.shape}, but the Jacobian has shape {tuple(shape)}")
+        return pattern
+
+    def transpose(self) -> SparsityPattern:
+        rows, columns = self.indices
+        order = torch.argsort(columns * self.shape[0] + rows)
+        return SparsityPattern(self.indices.flip(0)[:, order], (self.shape[1], self.shape[0]))
+
+    def to_scipy(self) -> sp.csr_array:
+        """Boolean CSR."""
+        rows, columns = self.indices.cpu().numpy()
+        return sp.csr_array((np.ones(self.nnz, bool), (rows, columns)), shape=self.shape)
+
+    def to(self, device: torch.device | str) -> SparsityPattern:
+        return SparsityPattern(self.indices.to(device), self.shape)
+
+    def contains(self, other: SparsityPattern) -> bool:
+        """Whether every place of ``other`` is one of this pattern."""
+        if self.shape != other.shape:
+            return False
+        key = self.indices[0] * self.shape[1] + self.indices[1]
+        return bool(torch.isin(other.indices[0] * self.shape[1] + other.indices[1], key).all())
+
+
+def detect_pattern(
+    f: Callable[[Tensor], Tensor], x: Tensor, *, n_rows: int | None = None, method: str = "auto", probes: int = 3
+) -> SparsityPattern:
+    """The pattern of ``df/dx``, never too small for the operators that ran.
+
+    ``f`` maps ``(n,)`` to ``(m,)``, or ``(B, n)`` to ``(B, m)`` with independent rows: then the first row alone is looked at. ``n_rows`` is the
+    ``m`` that is expected (checked).
+
+    Methods:
+
+    - ``"trace"``: ``f`` runs once while index sets follow its operators. Accidental zeros at ``x`` do not matter: only zeros of constants in
+      matrix products and convolutions do, unless these require grad. A function whose branches, masks or indices depend on ``x`` raises
+      `InvalidInput`.
+    - ``"numeric"``: where the Jacobian is not zero at any of ``probes`` random points near ``x``. ``n`` products with the Jacobian a point,
+      and an entry that is zero at all these points is missed.
+    - ``"auto"``: the first, and where it cannot be used the second, with a warning.
+
+    Detect outside of ``torch.func`` transforms of the parameters: inside, a parameter that happens to be zero looks like a constant.
+    Raises `PatternTooDense` when the pattern has more entries than are worth keeping.
+    """
+    if method not in ("auto", "trace", "numeric"):
+        raise InvalidInput(f"method={method!r}: use 'auto', 'trace' or 'numeric'")
+    if x.dim() not in (1, 2) or x.dim() == 2 and x.shape[0] == 0:
+        raise InvalidInput(f"x has shape {tuple(x.shape)}: (n,) or (B, n) with B > 0 is expected")
+    x = x.detach()[:1]if x.dim() == 2 else x.detach()
+    if method == "numeric":
+        return _checked(_probe(f, x, probes), n_rows)
+    try:
+        rows, _ = trace_dependencies(f, x)
+    except Untraceable as error:
+        if method == "trace":
+            raise InvalidInput(f"the sparsity of f cannot be traced: {error}; use method='numeric' or give the pattern") from error
+        warnings.warn(
+            f"the sparsity of f cannot be traced ({error}), so it is found from Jacobians at {probes} random points: "
+            "give jac_sparsity if entries can be zero there",
+            stacklevel=2,
+        )
+        return _checked(_probe(f, x, probes), n_rows)
+    return _checked(SparsityPattern.from_scipy(rows), n_rows)
+
+
+def _checked(pattern: SparsityPattern, n_rows: int | None) -> SparsityPattern:
+    if n_rows is not None and pattern.shape[0] != n_rows:
+        raise InvalidInput(f"f returns {pattern.shape[0]} elements, but n_rows={n_rows}")
+    return pattern
+
+
+def _probe(f: Callable[[Tensor], Tensor], x: Tensor, probes: int, seed: int = 0) -> SparsityPattern:
+    """Nonzeros of the Jacobians at ``x`` and at random points near it. Not finite counts as nonzero."""
+    generator = torch.Generator().manual_seed(seed)
+    n, total = x.numel(), None
+    chunk = max(1, min(n, 2**22 // max(n, 1)))
+    for k in range(probes + 1):
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+        point = x if k == 0 else x + noise * (1e-3 * 10.0 ** (k - 1)) * (1 + x.abs())
+        blocks = []
+        for start in range(0, n, chunk):
+            stop = min(start + chunk, n)
+            basis = torch.zeros(stop - start, n, dtype=x.dtype, device=x.device)
+            basis[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
+            columns = [torch.func.jvp(f, (point,), (v.reshape(x.shape),))[1].reshape(-1) for v in basis]
+            found = (torch.stack(columns) != 0).cpu().numpy()
+            blocks.append(sp.csr_array(found))
+        columns_first = sp.csr_array(sp.vstack(blocks, format="csr"))
+        check_size(columns_first.nnz)
+        total = columns_first if total is None else total + columns_first
+    assert total is not None
+    return SparsityPattern.from_scipy(sp.csr_array(total.T))

@@ -1,0 +1,300 @@
+"""Rules of dependency tracing, by operator name: how the rows of the results follow from those of the arguments."""
+
+from __future__ import annotations
+
+from itertools import product
+from math import prod
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .tracing import Call, Rule, check_size, gather_union, take, unite
+
+__all__ = ["RULES", "cleared", "dense", "pointwise"]
+
+Rows = sp.csr_array
+
+
+def _numbers(shape: Any) -> Tensor:
+    return torch.arange(prod(shape)).reshape(shape)
+
+
+def _expand(rows: Rows | None, shape: Any, target: Any) -> Rows | None:
+    """Rows of a tensor of ``shape`` broadcast to ``target``."""
+    if rows is None or tuple(shape) == tuple(target):
+        return rows
+    return take(rows, _numbers(shape).expand(target).reshape(-1).numpy())
+
+
+def _is_smooth(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.layout == torch.strided and (t.is_floating_point() or t.is_complex())
+
+
+def pointwise(call: Call) -> Rows | None:
+    """Each element depends on the elements at its place in all (broadcast) arguments."""
+    shape = call.outputs()[0].shape
+    out = None
+    for t in call.tensors():
+        out = unite(out, _expand(call.rows(t), t.shape, shape))
+    return out
+
+
+def dense(call: Call) -> list[Rows | None]:
+    """Every element of every result depends on all that any argument depends on."""
+    total = None
+    for t in call.tensors():
+        rows = call.rows(t)
+        if rows is not None:
+            total = unite(total, gather_union(np.zeros(rows.shape[0], int), np.arange(rows.shape[0]), 1, rows))
+    if total is None:
+        return [None] * len(call.outputs())
+    return [take(total, np.zeros(t.numel(), int)) for t in call.outputs()]
+
+
+def cleared(call: Call) -> None:
+    """Neither derivatives nor values depend on the arguments."""
+    return None
+
+
+def _copied(call: Call) -> Rows | None:
+    """``copy_`` and ``fill_``: the old content does not count."""
+    named = call.bound()
+    source = named.get("src", named.get("value"))
+    return _expand(call.rows(source), source.shape, named["self"].shape) if isinstance(source, Tensor) else None
+
+
+def _moved(call: Call) -> Rows | None | list[Rows | None]:
+    """Operators that only move elements about: let them move element numbers (0 stands for a constant)."""
+    if any(call.mode.depends(t) for t in call.tensors() if not _is_smooth(t)):
+        return dense(call)  # where elements go depends on x
+    parts: list[Rows] = [sp.csr_array((1, call.mode.n), dtype=bool)]
+    count = 1
+
+    def number(leaf: Any) -> Any:
+        nonlocal count
+        if not _is_smooth(leaf):
+            return leaf
+        rows = call.rows(leaf)
+        if rows is None:
+            return torch.zeros(leaf.shape, dtype=torch.float64, device=leaf.device)
+        parts.append(rows)
+        count += leaf.numel()
+        return torch.arange(count - leaf.numel(), count, dtype=torch.float64, device=leaf.device).reshape(leaf.shape)
+
+    # a fill value is a constant: number 0
+    names = [a.name for a in call.func._schema.arguments]
+    args = tuple(0.0 if names[i] == "value" and not isinstance(a, Tensor) else tree_map(number, a) for i, a in enumerate(call.args))
+    kwargs = {k: 0.0 if k == "value" and not isinstance(a, Tensor) else tree_map(number, a) for k, a in call.kwargs.items()}
+    moved = [t for t in tree_leaves(call.func(*args, **kwargs)) if isinstance(t, Tensor)]
+    table = sp.csr_array(sp.vstack(parts, format="csr"))
+    return [take(table, t.reshape(-1).to("cpu", torch.int64).numpy()) for t in moved]
+
+
+def _masked_fill(call: Call) -> Rows | None | list[Rows | None]:
+    return pointwise(call) if call.mode.depends(call.args[1]) else _moved(call)
+
+
+def _dims(dim: Any, ndim: int) -> list[int]:
+    if dim is None or dim == []:
+        return list(range(ndim))
+    return [d % max(ndim, 1) for d in ([dim] if isinstance(dim, int) else dim)] if ndim else []
+
+
+def _over(rows: Rows | None, shape: Any, dims: list[int]) -> tuple[Rows | None, list[int]]:
+    """Union over ``dims``, which are kept with length 1."""
+    kept = [1 if d in dims else s for d, s in enumerate(shape)]
+    if rows is None:
+        return None, kept
+    targets = _numbers(kept).expand(tuple(shape)).reshape(-1).numpy()
+    return gather_union(targets, np.arange(rows.shape[0]), prod(kept), rows), kept
+
+
+def _reduced(call: Call) -> Rows | None:
+    named = call.bound()
+    t = named["self"] if "self" in named else call.args[0]
+    return _over(call.rows(t), t.shape, _dims(named.get("dim"), t.dim()))[0]
+
+
+def _reduced_twice(call: Call) -> list[Rows | None]:
+    """Two results over the same dims (``var_mean``, ``max.dim``, ...)."""
+    return [_reduced(call)] * len(call.outputs())
+
+
+def _along(call: Call) -> list[Rows | None]:
+    """Each result depends on a whole line along ``dim`` (softmax, sort, topk, ...)."""
+    named, out = call.bound(), call.outputs()[0]
+    total = None
+    for t in call.tensors():
+        if _is_smooth(t):
+            rows, kept = _over(call.rows(t), t.shape, _dims(named["dim"], t.dim()))
+            total = unite(total, _expand(rows, kept, out.shape))
+    return [total] * len(call.outputs())
+
+
+def _scanned(call: Call) -> list[Rows | None]:
+    """Each result depends on what comes before it along ``dim``."""
+    named = call.bound()
+    t, rows = named["self"], call.rows(named["self"])
+    if rows is None or t.dim() == 0:
+        return [rows] * len(call.outputs())
+    length = t.shape[named["dim"]]
+    check_size(t.numel() * (length + 1) // 2)
+    lines = _numbers(t.shape).movedim(named["dim"], 0).reshape(length, -1).numpy()
+    i, j = np.tril_indices(length)
+    return [gather_union(lines[i].reshape(-1), lines[j].reshape(-1), t.numel(), rows)] * len(call.outputs())
+
+
+def _scatter_added(call: Call) -> Rows | None | list[Rows | None]:
+    """``index_add``, ``scatter_add``, ``scatter_reduce``, accumulating ``index_put``: sums at computed places."""
+    named = call.bound()
+    name = call.func._schema.name
+    if "index_put" in name and not named.get("accumulate"):
+        return _moved(call)
+    if any(call.mode.depends(t) for t in call.tensors() if not _is_smooth(t)):
+        return dense(call)
+    t = named["self"]
+    places = torch.arange(t.numel(), device=t.device).reshape(t.shape)
+    if "index_put" in name:
+        source, places = named["values"], torch.ops.aten.index.Tensor(places, named["indices"])
+        rows = _expand(call.rows(source), source.shape, places.shape)
+    else:
+        source = named["source"] if "source" in named else named["src"]
+        if "index_add" in name or "index_reduce" in name:
+            places, rows = places.index_select(named["dim"], named["index"]), call.rows(source)
+        else:
+            places, rows = places.gather(named["dim"], named["index"]), call.rows(source)
+            part = _numbers(source.shape)[tuple(slice(0, s) for s in named["index"].shape)]
+            rows = None if rows is None else take(rows, part.reshape(-1).numpy())
+    if rows is None:
+        return call.rows(t)
+    added = gather_union(places.reshape(-1).cpu().numpy(), np.arange(rows.shape[0]), t.numel(), rows)
+    return unite(call.rows(t), added)
+
+
+# --- products of matrices: (b, i, k) with (b, k, j)
+
+
+def _nonzero(t: Tensor) -> np.ndarray:
+    """Places of a constant that are not zero, ``(dim, nnz)``."""
+    if t.layout != torch.strided:
+        return t.to_sparse_coo().coalesce().indices().cpu().numpy()
+    return (t != 0).nonzero().T.cpu().numpy()
+
+
+def _zeros_count(call: Call, t: Tensor) -> bool:
+    return call.rows(t) is None and not call.mode.depends(t) and not call.mode.is_free(t)
+
+
+def _product(call: Call, a: Tensor, b: Tensor) -> Rows | None:
+    shape_a = (1, *a.shape)[-3:] if a.dim() > 1 else (1, 1, *a.shape)
+    shape_b = (1, *b.shape)[-3:] if b.dim() > 1 else (1, *b.shape, 1)
+    batch, i, k, j = shape_a[0], shape_a[1], shape_a[2], shape_b[2]
+    return unite(_one_side(call, a, b, batch, i, k, j, False), _one_side(call, b, a, batch, j, k, i, True))
+
+
+def _one_side(call: Call, const: Tensor, var: Tensor, batch: int, i: int, k: int, j: int, right: bool) -> Rows | None:
+    """What the product gets from ``var`` (b, k, j), multiplied from the left by ``const`` (b, i, k); all transposed if ``right``."""
+    rows = call.rows(var)
+    if rows is None:
+        return None
+    sources = torch.arange(batch * k * j).reshape(batch, k, j) if not right else torch.arange(batch * k * j).reshape(batch, j, k).mT
+    targets = torch.arange(batch * i * j).reshape(batch, i, j) if not right else torch.arange(batch * i * j).reshape(batch, j, i).mT
+    if _zeros_count(call, const):
+        places = _nonzero(const)
+        if const.dim() < 3:
+            zero = np.zeros((1, places.shape[1]), places.dtype)
+            places = np.vstack([zero, places] if const.dim() == 2 else ([zero, places, zero] if right else [zero, zero, places]))
+        b_, i_, k_ = (places[0], places[2], places[1]) if right else places
+        if len(b_) < batch * i * k:
+            check_size(len(b_) * j)
+            return gather_union(targets.numpy()[b_, i_].reshape(-1), sources.numpy()[b_, k_].reshape(-1), batch * i * j, rows)
+    if rows.shape[0] and k:
+        kept = torch.arange(batch * j).reshape(batch, 1, j)
+        columns = torch.empty(batch * k * j, dtype=torch.int64)
+        columns[sources.reshape(-1)] = kept.expand(batch, k, j).reshape(-1)
+        united = gather_union(columns.numpy(), np.arange(rows.shape[0]), batch * j, rows)
+        chosen = torch.empty(batch * i * j, dtype=torch.int64)
+        chosen[targets.reshape(-1)] = kept.expand(batch, i, j).reshape(-1)
+        return take(united, chosen.numpy())
+    return None
+
+
+def _multiplied(call: Call) -> Rows | None:
+    a, b = [t for t in call.args if isinstance(t, Tensor)][:2]
+    return _product(call, a, b)
+
+
+def _multiplied_added(call: Call) -> Rows | None:
+    """``addmm`` and its kind: the first argument is added to the product of the two others."""
+    c, a, b = [t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)][:3]
+    return unite(_expand(call.rows(c), c.shape, call.outputs()[0].shape), _product(call, a, b))
+
+
+def _convolved(call: Call) -> Rows | None | list[Rows | None]:
+    named, out = call.bound(), call.outputs()[0]
+    x, weight, bias = named["input"], named["weight"], named["bias"]
+    rows = call.rows(x)
+    if call.rows(weight) is not None or rows is None or (bias is not None and call.rows(bias) is not None):
+        return dense(call)
+    groups, transposed = named["groups"], named["transposed"]
+    unbatched = x.dim() == weight.dim() - 1
+    lead, c_in = (1, x.shape[0]) if unbatched else x.shape[:2]
+    numbers = torch.arange(1, x.numel() + 1, dtype=torch.float64).reshape(lead * c_in, 1, *x.shape[-(weight.dim() - 2) :])
+    # (groups, out channels of a group, in channels of a group, *kernel)
+    per_group = weight.unflatten(0, (groups, -1))
+    per_group = per_group.transpose(1, 2) if transposed else per_group
+    used = (per_group != 0) if _zeros_count(call, weight) else torch.ones_like(per_group, dtype=torch.bool)
+    used = used.cpu()
+    c_out = used.shape[0] * used.shape[1]
+    places = torch.arange(out.numel()).reshape(lead, c_out, -1)
+    targets, sources = [], []
+    settings = [named[key] for key in ("stride", "padding", "dilation", "transposed", "output_padding")]
+    for k in product(*(range(s) for s in weight.shape[2:])):
+        probe = torch.zeros(1, 1, *weight.shape[2:], dtype=torch.float64)
+        probe[(0, 0, *k)] = 1.0  # a kernel of a single one moves element numbers
+        moved = torch.ops.aten.convolution(numbers, probe, None, *settings, 1).round().to(torch.int64).reshape(lead, c_in, -1)
+        g, o, i = used[(slice(None), slice(None), slice(None), *k)].nonzero().T
+        src = moved[:, g * used.shape[2] + i].reshape(-1)
+        dst = places[:, g * used.shape[1] + o].reshape(-1)
+        inside = src > 0
+        targets.append(dst[inside])
+        sources.append(src[inside] - 1)
+    return gather_union(torch.cat(targets).numpy(), torch.cat(sources).numpy(), out.numel(), rows)
+
+
+def _names(rule: Rule, names: str) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+RULES: dict[str, Rule] = {
+    **_names(
+        _moved,
+        "view cat stack index_select gather index _unsafe_index take repeat roll flip constant_pad_nd reflection_pad1d reflection_pad2d"
+        " reflection_pad3d replication_pad1d replication_pad2d replication_pad3d tril triu im2col slice_scatter select_scatter"
+        " diagonal_scatter as_strided_scatter index_copy scatter index_fill masked_select masked_scatter diag_embed pixel_shuffle"
+        " pixel_unshuffle channel_shuffle slice_backward select_backward diagonal_backward rot90 permute expand unsqueeze squeeze"
+        " transpose t unbind split split_with_sizes slice select diagonal unfold as_strided _unsafe_view _reshape_alias block_diag",
+    ),
+    **_names(_masked_fill, "masked_fill"),
+    **_names(pointwise, "clone _to_copy contiguous lift_fresh alias detach _conj_physical polar complex where"),
+    **_names(
+        cleared,
+        "zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full new_empty"
+        " new_empty_strided zero zero_ normal_ uniform_ bernoulli_ exponential_",
+    ),
+    **_names(_copied, "copy_ copy fill_ fill"),
+    **_names(
+        _reduced, "sum mean prod amax amin logsumexp norm linalg_vector_norm var std nansum median nanmedian max min aminmax trace argmax argmin any all"
+    ),
+    **_names(_reduced_twice, "var_mean std_mean mode kthvalue"),
+    **_names(_along, "_softmax _log_softmax _softmax_backward_data _log_softmax_backward_data sort topk"),
+    **_names(_scanned, "cumsum cumprod logcumsumexp cummax cummin"),
+    **_names(_scatter_added, "index_add scatter_add scatter_reduce index_put _unsafe_index_put _index_put_impl_ index_reduce"),
+    **_names(_multiplied, "mm bmm mv dot vdot _sparse_mm"),
+    **_names(_multiplied_added, "addmm addmv baddbmm _sparse_addmm"),
+    **_names(_convolved, "convolution"),
+}
