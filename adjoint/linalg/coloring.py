@@ -215,7 +215,9 @@ def _strides(gaps: np.ndarray, n: int) -> list[tuple[int, int]]:
     return [(s, n) for s in single] + [(s, t) for s in single for t in single if s < t]
 
 
-def _steps(pairs: list[tuple[np.ndarray, np.ndarray]], gaps: np.ndarray, s: int, t: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _steps(
+    pairs: list[tuple[np.ndarray, np.ndarray]], gaps: np.ndarray, s: int, t: int, n: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The distinct (distance, steps in ``j // s``, steps in ``j // t``) of all pairs."""
     number = np.zeros(n, np.int64)
     number[gaps] = np.arange(len(gaps))

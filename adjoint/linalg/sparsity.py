@@ -59,7 +59,9 @@ class SparsityPattern:
         elif isinstance(value, Tensor) and value.layout != torch.strided:
             coo = value.detach().to_sparse_coo()
             if coo.dim() != 2 or coo.dense_dim() != 0:
-                raise InvalidInput(f"jac_sparsity must be a matrix, but has shape {tuple(coo.shape)} ({coo.dense_dim()} of the dimensions dense)")
+                raise InvalidInput(
+                    f"jac_sparsity must be a matrix, but has shape {tuple(coo.shape)} ({coo.dense_dim()} of the dimensions dense)"
+                )
             row, column = coo._indices().cpu().numpy()
             pattern = cls.from_scipy(sp.coo_array((np.ones(len(row), bool), (row, column)), shape=tuple(coo.shape)))
         elif sp.issparse(value):
@@ -115,9 +117,9 @@ def detect_pattern(
     """
     if method not in ("auto", "trace", "numeric"):
         raise InvalidInput(f"method={method!r}: use 'auto', 'trace' or 'numeric'")
-    if x.dim() not in (1, 2) or x.dim() == 2 and x.shape[0] == 0:
+    if x.dim() not in (1, 2) or (x.dim() == 2 and x.shape[0] == 0):
         raise InvalidInput(f"x has shape {tuple(x.shape)}: (n,) or (B, n) with B > 0 is expected")
-    x = x.detach()[:1]if x.dim() == 2 else x.detach()
+    x = x.detach()[:1] if x.dim() == 2 else x.detach()
     if method == "numeric":
         return _checked(_probe(f, x, probes), n_rows)
     try:

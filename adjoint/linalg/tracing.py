@@ -149,7 +149,7 @@ class DependencyMode(TorchDispatchMode):
             return
         key, size = t.untyped_storage()._cdata, t.element_size()
         old = self.cells.get(key)
-        if _fills_storage(t) or old is None and rows is None:
+        if _fills_storage(t) or (old is None and rows is None):
             self.cells[key] = _Cell(StorageWeakRef(t.untyped_storage()), size, rows, value, free)
             return
         if old is None:

@@ -67,7 +67,7 @@ def _copied(call: Call) -> Rows | None:
     return _expand(call.rows(source), source.shape, named["self"].shape) if isinstance(source, Tensor) else None
 
 
-def _moved(call: Call) -> Rows | None | list[Rows | None]:
+def _moved(call: Call) -> Rows | list[Rows | None] | None:
     """Operators that only move elements about: let them move element numbers (0 stands for a constant)."""
     if any(call.mode.depends(t) for t in call.tensors() if not _is_smooth(t)):
         return dense(call)  # where elements go depends on x
@@ -94,7 +94,7 @@ def _moved(call: Call) -> Rows | None | list[Rows | None]:
     return [take(table, t.reshape(-1).to("cpu", torch.int64).numpy()) for t in moved]
 
 
-def _masked_fill(call: Call) -> Rows | None | list[Rows | None]:
+def _masked_fill(call: Call) -> Rows | list[Rows | None] | None:
     return pointwise(call) if call.mode.depends(call.args[1]) else _moved(call)
 
 
@@ -148,7 +148,7 @@ def _scanned(call: Call) -> list[Rows | None]:
     return [gather_union(lines[i].reshape(-1), lines[j].reshape(-1), t.numel(), rows)] * len(call.outputs())
 
 
-def _scatter_added(call: Call) -> Rows | None | list[Rows | None]:
+def _scatter_added(call: Call) -> Rows | list[Rows | None] | None:
     """``index_add``, ``scatter_add``, ``scatter_reduce``, accumulating ``index_put``: sums at computed places."""
     named = call.bound()
     name = call.func._schema.name
@@ -234,7 +234,7 @@ def _multiplied_added(call: Call) -> Rows | None:
     return unite(_expand(call.rows(c), c.shape, call.outputs()[0].shape), _product(call, a, b))
 
 
-def _convolved(call: Call) -> Rows | None | list[Rows | None]:
+def _convolved(call: Call) -> Rows | list[Rows | None] | None:
     named, out = call.bound(), call.outputs()[0]
     x, weight, bias = named["input"], named["weight"], named["bias"]
     rows = call.rows(x)
@@ -288,7 +288,8 @@ RULES: dict[str, Rule] = {
     ),
     **_names(_copied, "copy_ copy fill_ fill"),
     **_names(
-        _reduced, "sum mean prod amax amin logsumexp norm linalg_vector_norm var std nansum median nanmedian max min aminmax trace argmax argmin any all"
+        _reduced,
+        "sum mean prod amax amin logsumexp norm linalg_vector_norm var std nansum median nanmedian max min aminmax trace argmax argmin any all",
     ),
     **_names(_reduced_twice, "var_mean std_mean mode kthvalue"),
     **_names(_along, "_softmax _log_softmax _softmax_backward_data _log_softmax_backward_data sort topk"),

@@ -1,0 +1,260 @@
+"""Products with the Jacobian of a user's function, the dense Jacobian, and the Jacobian as an operator.
+
+Everything has rows: ``f`` maps ``(B, n)`` to ``(B, m)`` with independent rows, so one direction serves all rows at once.
+``jacobians_sparse`` has the sparse strategies and the choice between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidInput, UnsupportedCombination
+from .linalg.protocol import LinearOperator, Matrix
+
+__all__ = ["DenseJacobian", "JacobianStrategy", "forward_products", "jacobian_operator", "jvp", "reverse_products", "vjp"]
+
+Function = Callable[[Tensor], Tensor]
+
+
+class JacobianStrategy(Protocol):
+    """How the Jacobian of ``f`` is had; may be called as often as you like."""
+
+    def __call__(self, f: Function, x: Tensor) -> Matrix:
+        """The ``B`` matrices ``df/dx`` at ``x`` (B, n)."""
+        ...
+
+
+def transforms_active() -> bool:
+    """Whether a ``torch.func`` transform or a level of forward-mode AD is around us: then plain autograd is not enough."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def must_differentiate(differentiable: bool | None) -> bool:
+    """None means: as the surroundings want it."""
+    return torch.is_grad_enabled() or transforms_active() if differentiable is None else differentiable
+
+
+def jvp(f: Function, x: Tensor, v: Tensor) -> Tensor:
+    """``J v`` for ``v`` (B, n): (B, m), differentiable. Operators without forward-mode AD are served by the transpose of a vjp."""
+    try:
+        return torch.func.jvp(f, (x,), (v,))[1]
+    except NotImplementedError:
+        return _linearized(f, x)(v)
+
+
+def vjp(f: Function, x: Tensor, w: Tensor) -> Tensor:
+    """``J^T w`` (not conjugated) for ``w`` (B, m): (B, n), differentiable."""
+    out, pull = torch.func.vjp(f, x)
+    _same_field(out, x)
+    return pull(w.conj())[0].conj() if out.is_complex() else pull(w)[0]
+
+
+def _linearized(f: Function, x: Tensor) -> Function:
+    """``v -> J v`` as the transpose of the vjp, which is linear."""
+    out, pull = torch.func.vjp(f, x)
+    _same_field(out, x)
+    _, transpose = torch.func.vjp(lambda w: pull(w)[0], torch.zeros_like(out))
+    return lambda v: transpose(v)[0]
+
+
+def _same_field(out: Tensor, x: Tensor) -> None:
+    if out.is_complex() != x.is_complex():
+        raise InvalidInput(
+            f"f maps {x.dtype} to {out.dtype}: reverse mode needs both real or both complex (and f holomorphic); "
+            "use forward mode for real x, or write f on real tensors"
+        )
+
+
+def forward_products(f: Function, x: Tensor, seeds: Tensor, chunk_size: int | None = None) -> Tensor:
+    """``J s`` for the ``k`` directions ``seeds`` (k, n), the same for all rows: (k, B, m). Differentiable."""
+    seeds = seeds.to(x.dtype)
+    try:
+        return _mapped(lambda s: torch.func.jvp(f, (x,), (s.expand_as(x),))[1], seeds, chunk_size)
+    except NotImplementedError:
+        push = _linearized(f, x)
+        return _mapped(lambda s: push(s.expand_as(x)), seeds, chunk_size)
+
+
+def reverse_products(f: Function, x: Tensor, seeds: Tensor, chunk_size: int | None = None, differentiable: bool | None = None) -> Tensor:
+    """``J^T s`` for the ``k`` directions ``seeds`` (k, m), the same for all rows: (k, B, n).
+
+    Not differentiable, it takes plain autograd with a batched backward, which costs a half of ``torch.func`` for small systems.
+    """
+    pull, out = _pullback(f, x, must_differentiate(differentiable))
+    _same_field(out, x)
+    return pull(seeds.to(out.dtype), chunk_size)
+
+
+def _pullback(f: Function, x: Tensor, differentiable: bool) -> tuple[Callable[[Tensor, int | None], Tensor], Tensor]:
+    """``(seeds, chunk_size) -> J^T seeds`` and ``f(x)``."""
+    if differentiable or transforms_active():
+        out, back = torch.func.vjp(f, x)
+        if out.is_complex():
+            return lambda seeds, chunk: _mapped(lambda s: back(s.expand_as(out).conj())[0].conj(), seeds, chunk), out
+        return lambda seeds, chunk: _mapped(lambda s: back(s.expand_as(out))[0], seeds, chunk), out
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        out = f(leaf)
+
+    def pull(seeds: Tensor, chunk: int | None) -> Tensor:
+        if not out.requires_grad:
+            return x.new_zeros(seeds.shape[0], *x.shape)
+        parts = [_plain_pull(out, leaf, part.unsqueeze(1).expand(-1, *out.shape)) for part in seeds.split(chunk or max(seeds.shape[0], 1))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    return pull, out
+
+
+def _plain_pull(out: Tensor, leaf: Tensor, weights: Tensor) -> Tensor:
+    weights = weights.conj() if out.is_complex() else weights
+
+    def grad(w: Tensor, batched: bool) -> Tensor:
+        found = torch.autograd.grad(out, leaf, w, retain_graph=True, allow_unused=True, is_grads_batched=batched)[0]
+        return (
+            leaf.new_zeros(weights.shape[0], *leaf.shape)
+            if found is None and batched
+            else torch.zeros_like(leaf)
+            if found is None
+            else found
+        )
+
+    try:
+        product = grad(weights, True)
+    except RuntimeError as error:
+        if not _is_vmap_failure(error):
+            raise
+        product = torch.stack([grad(w, False) for w in weights])
+    return product.conj() if out.is_complex() else product
+
+
+def _is_vmap_failure(error: Exception) -> bool:
+    text = str(error).lower()
+    return "vmap" in text or "batching rule" in text
+
+
+def _mapped(one: Function, seeds: Tensor, chunk_size: int | None) -> Tensor:
+    """``vmap``, or a loop for functions that it cannot map (in-place writes into fresh tensors, operators without a rule)."""
+    try:
+        return torch.vmap(one, chunk_size=chunk_size)(seeds)
+    except RuntimeError as error:
+        if isinstance(error, NotImplementedError) or not _is_vmap_failure(error):
+            raise
+        return torch.stack([one(s) for s in seeds])
+
+
+@dataclass(frozen=True)
+class DenseJacobian:
+    """All entries, one product for each column or row of the matrix: ``(f, x) -> (B, m, n)``.
+
+    ``mode``: ``"forward"`` (columns), ``"reverse"`` (rows), ``"auto"`` (reverse unless ``m > 2 n``; quicker for small systems and not in need of
+    forward-mode rules), or ``"rows"``: ``f`` is run once on ``m`` copies of every row, which is the quickest for small systems but allowed only
+    if ``f`` takes any number of rows (and holds no tensor that belongs to certain rows).
+    ``chunk_size``: how many products at once (None: all). ``differentiable``: whether derivatives through the entries are wanted; None: if
+    grad mode is on or a transform is active. Complex functions must be holomorphic.
+    """
+
+    mode: str = "auto"
+    chunk_size: int | None = None
+    differentiable: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("auto", "forward", "reverse", "rows"):
+            raise InvalidInput(f"mode={self.mode!r}: use 'auto', 'forward', 'reverse' or 'rows'")
+
+        if self.mode == "rows" and self.chunk_size is not None:
+            raise UnsupportedCombination(f"mode='rows' takes one call of f, so chunk_size={self.chunk_size} cannot be; use mode='reverse'")
+
+    def __call__(self, f: Function, x: Tensor) -> Tensor:
+        differentiable = must_differentiate(self.differentiable)
+        if self.mode == "forward":
+            return self._forward(f, x, differentiable)
+        if self.mode == "rows":
+            return _dense_by_rows(f, x, differentiable)
+        pull, out = _pullback(f, x, differentiable)
+        _check_rows(out, x)
+        m = out.shape[-1]
+        if self.mode == "auto" and (m > 2 * x.shape[-1] or (out.is_complex() and not x.is_complex())):
+            return self._forward(f, x, differentiable)
+        _same_field(out, x)
+        return pull(torch.eye(m, dtype=out.dtype, device=x.device), self.chunk_size).movedim(0, 1)
+
+    def _forward(self, f: Function, x: Tensor, differentiable: bool) -> Tensor:
+        eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+            products = forward_products(f, x, eye, self.chunk_size)
+        _check_rows(products[0], x)
+        return products.movedim(0, -1)
+
+
+def _check_rows(out: Tensor, x: Tensor) -> None:
+    if out.dim() != 2 or out.shape[0] != x.shape[0]:
+        raise InvalidInput(f"f must map (B, n) to (B, m), but it maps {tuple(x.shape)} to {tuple(out.shape)}")
+
+
+def _dense_by_rows(f: Function, x: Tensor, differentiable: bool) -> Tensor:
+    b, n = x.shape
+    copies = x.repeat_interleave(n, 0)
+    if differentiable or transforms_active():
+        out, back = torch.func.vjp(f, copies)
+    else:
+        with torch.enable_grad():
+            copies = copies.detach().requires_grad_()
+            out = f(copies)
+
+        def back(w: Tensor) -> tuple[Tensor]:
+            return (torch.autograd.grad(out, copies, w)[0] if out.requires_grad else torch.zeros_like(copies),)
+
+    if out.shape != copies.shape:
+        raise InvalidInput(f"mode='rows' is for square Jacobians, but f maps {tuple(copies.shape)} to {tuple(out.shape)}; use mode='auto'")
+    _same_field(out, x)
+    found = back(torch.eye(n, dtype=out.dtype, device=x.device).repeat(b, 1))[0].reshape(b, n, n)
+    return found.conj() if out.is_complex() else found
+
+
+def jacobian_operator(f: Function, x: Tensor) -> LinearOperator:
+    """The square Jacobian of ``f`` at ``x`` (B, n) as an operator: ``matvec`` is ``J v`` and ``rmatvec`` is ``J^T w``, both (B, n) to (B, n).
+
+    ``f`` runs once: products are taken from the recorded graph (``J v`` as the transpose of the vjp). Where the graph cannot be
+    differentiated twice, each ``matvec`` runs ``f`` anew in forward mode. Under ``torch.func`` transforms the products are those of
+    ``torch.func`` and differentiable; otherwise they are not.
+    """
+    if transforms_active():
+        out, pull = torch.func.vjp(f, x)
+        _check_square(out, x)
+        return _operator(x, _linearized(f, x), lambda w: pull(w.conj())[0].conj() if out.is_complex() else pull(w)[0])
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        out = f(leaf)
+        _check_square(out, x)
+        probe = torch.zeros_like(out, requires_grad=True)
+        turned = torch.autograd.grad(out, leaf, probe, create_graph=True, allow_unused=True)[0] if out.requires_grad else None
+    if turned is None:
+        return _operator(x, torch.zeros_like, torch.zeros_like)
+
+    def rmatvec(w: Tensor) -> Tensor:
+        w = w.detach()
+        found = torch.autograd.grad(out, leaf, w.conj() if out.is_complex() else w, retain_graph=True)[0]
+        return found.conj() if out.is_complex() else found
+
+    def matvec(v: Tensor) -> Tensor:
+        if not turned.requires_grad:  # a backward that is not differentiable
+            with torch.no_grad():
+                return torch.func.jvp(f, (x.detach(),), (v.detach(),))[1]
+        return torch.autograd.grad(turned, probe, v.detach(), retain_graph=True)[0]
+
+    return _operator(x, matvec, rmatvec)
+
+
+def _check_square(out: Tensor, x: Tensor) -> None:
+    if out.shape != x.shape:
+        raise InvalidInput(f"an operator needs a square Jacobian, but f maps {tuple(x.shape)} to {tuple(out.shape)}")
+    _same_field(out, x)
+
+
+def _operator(x: Tensor, matvec: Function, rmatvec: Function) -> LinearOperator:
+    return LinearOperator(x.shape[1], x.shape[0], x.dtype, x.device, matvec, rmatvec)
