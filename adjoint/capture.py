@@ -18,6 +18,7 @@ __all__ = [
     "below_jvp",
     "cut_apart",
     "find_captured",
+    "find_constants",
     "functorch_active",
     "is_differentiable",
     "leads_to",
@@ -75,10 +76,11 @@ def _same(x: Tensor) -> Tensor:
 
 
 class _Watch(TorchFunctionMode):
-    """Records the differentiable tensors that enter operators without having come out of one."""
+    """Records the (differentiable) tensors that enter operators without having come out of one."""
 
-    def __init__(self, known: Iterable[Any]) -> None:
+    def __init__(self, known: Iterable[Any], wanted: Callable[[Any], bool] = is_differentiable) -> None:
         super().__init__()
+        self.wanted = wanted
         self.known = {id(x): x for x in known if isinstance(x, Tensor)}
         self.captured: dict[int, Tensor] = {}
 
@@ -88,7 +90,7 @@ class _Watch(TorchFunctionMode):
         produced = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if produced:
             for x in tree_leaves((args, kwargs)):
-                if id(x) not in self.known and is_differentiable(x):
+                if id(x) not in self.known and self.wanted(x):
                     self.captured[id(x)] = self.known[id(x)] = x
             # kept alive here, so that no identity is given twice
             self.known.update((id(x), x) for x in produced)
@@ -113,6 +115,15 @@ def find_captured(calls: Sequence[Callable[[], Any]], known: Iterable[Any], owne
         if isinstance(module, torch.nn.Module):
             found.update((id(p), p) for p in module.parameters() if id(p) not in inputs and is_differentiable(p))
     return list(found.values())
+
+
+def find_constants(calls: Sequence[Callable[[], Any]], known: Iterable[Any]) -> list[Tensor]:
+    """All tensors, differentiable or not, that the calls use and that are not among ``known``."""
+    watch = _Watch(known, lambda x: isinstance(x, Tensor))
+    with torch.no_grad(), watch:
+        for call in calls:
+            call()
+    return list(watch.captured.values())
 
 
 class Substitute(TorchFunctionMode):

@@ -7,7 +7,11 @@ __all__ = [
     "CapturedTensorLost",
     "InvalidInput",
     "MaxStepsReached",
+    "NewtonDidNotConverge",
     "NonFiniteState",
+    "NonFiniteResidual",
+    "RootError",
+    "SingularJacobian",
     "SolveError",
     "StepSizeTooSmall",
     "UnsupportedCombination",
@@ -58,3 +62,31 @@ class StepSizeTooSmall(SolveError):
 
 class NonFiniteState(SolveError):
     """``fun`` or the state became infinite or NaN, also with the smallest step."""
+
+
+class RootError(AdjointError, RuntimeError):
+    """A root was not found.
+
+    Attributes
+    ----------
+    row : int or None
+        Index of the first failing sample of a batched solve.
+    component : int or None
+        Flat index of the component with the largest residual in it.
+    """
+
+    def __init__(self, message: str, *, row: int | None = None, component: int | None = None) -> None:
+        super().__init__(message)
+        self.row, self.component = row, component
+
+
+class NewtonDidNotConverge(RootError):
+    """The iteration ran out of steps, stalled, or diverged."""
+
+
+class SingularJacobian(RootError, ArithmeticError):
+    """The Jacobian is singular: at a fold of the solution, or because the equations do not determine every unknown."""
+
+
+class NonFiniteResidual(RootError):
+    """``fun`` gave NaN or infinity, and no smaller step avoided it."""

@@ -100,34 +100,34 @@ class StateSpec:
         ]
         return tree_unflatten(leaves, self.tree)
 
-    def component(self, index: int) -> str:
+    def component(self, index: int, name: str = "y") -> str:
         """Name of one entry of a row of the flat state, for messages."""
         skip = 0 if self.batch is None else 1
         for path, shape, size in zip(self.paths, self.shapes, self.sizes, strict=True):
             if index < size:
                 inner = shape[skip:]
                 if not inner:
-                    return f"y{path}"
+                    return f"{name}{path}"
                 place = [int(i) for i in torch.unravel_index(torch.tensor(index), inner)]
-                return f"y{path}[{', '.join(map(str, place))}]"
+                return f"{name}{path}[{', '.join(map(str, place))}]"
             index -= size
-        return "y"
+        return name
 
-    def check(self, value: Any, what: str) -> None:
+    def check(self, value: Any, what: str, like: str = "the state") -> None:
         """Raise `InvalidInput` unless ``value`` has the structure, shapes, dtypes and device of the state."""
         leaves, tree = tree_flatten(value)
         if tree != self.tree:
-            raise InvalidInput(f"{what} has the structure {tree}, but the state has {self.tree}")
+            raise InvalidInput(f"{what} has the structure {tree}, but {like} has {self.tree}")
         for leaf, shape, dtype, path in zip(leaves, self.shapes, self.dtypes, self.paths, strict=True):
             if not isinstance(leaf, Tensor):
                 raise InvalidInput(f"{what}{path} is a {type(leaf).__name__}, expected a tensor of shape {tuple(shape)}")
             if leaf.shape != shape:
-                raise InvalidInput(f"{what}{path} has shape {tuple(leaf.shape)}, but the state has {tuple(shape)}")
+                raise InvalidInput(f"{what}{path} has shape {tuple(leaf.shape)}, but {like} has {tuple(shape)}")
             if leaf.device != self.device:
-                raise InvalidInput(f"{what}{path} is on {leaf.device}, but the state is on {self.device}")
+                raise InvalidInput(f"{what}{path} is on {leaf.device}, but {like} is on {self.device}")
             if leaf.dtype != dtype:
                 raise InvalidInput(
-                    f"{what}{path} has dtype {leaf.dtype}, but the state has {dtype}; convert one of them (a float64 parameter in a "
+                    f"{what}{path} has dtype {leaf.dtype}, but {like} has {dtype}; convert one of them (a float64 parameter in a "
                     "float32 model is the usual cause)"
                 )
 
@@ -152,6 +152,8 @@ class System:
     captured: tuple[Tensor, ...] = field(default=())
     #: names of the captured tensors, where ``fun`` is a module and they are its parameters
     parameter_names: tuple[str, ...] | None = None
+    #: layout of what ``fun`` returns, where it is not that of the state
+    returns: StateSpec | None = None
 
     @property
     def rows(self) -> int:
@@ -202,6 +204,8 @@ class System:
 
     def _flat(self, call: Callable[..., Any], inputs: Sequence[Tensor]) -> Flat:
         spec, args = self.spec, self.arguments(inputs)
+        if self.returns is not None:
+            return self._reshaping(call, args, self.returns)
 
         single = len(spec.shapes) == 1 and spec.tree.is_leaf()
         if single:
@@ -223,6 +227,17 @@ class System:
 
         if spec.batch is None:
             return lambda t, y: f(t if t.dim() == 0 else t.reshape(()), y)
+        return f
+
+    def _reshaping(self, call: Callable[..., Any], args: tuple[Any, ...], returns: StateSpec) -> Flat:
+        """The flat function where rows of the result have another length than rows of the state."""
+        spec = self.spec
+
+        def f(t: Tensor, y: Tensor) -> Tensor:
+            out = call(t if spec.batch is not None or t.dim() == 0 else t.reshape(()), spec.unflatten(y), *args)
+            returns.check(out, "what fun returned", "its first result")
+            return returns.flatten(out)
+
         return f
 
     @property
@@ -264,6 +279,6 @@ class VmappedSystem:
 
         def f(t: Tensor, y: Tensor) -> Tensor:
             out = mapped(t.reshape(size, rows), y.reshape(size, rows, -1), *inputs)
-            return out.reshape(y.shape)
+            return out.flatten(0, 1)
 
         return f

@@ -1,0 +1,249 @@
+"""Checks of the arguments of root solves, and the choice of method, Jacobian and linear solver."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from .errors import InvalidInput, UnsupportedCombination
+from .jacobians import DenseJacobian, jacobian_operator
+from .jacobians_sparse import SparseJacobian, choose_jacobian
+from .linalg import Factorization, LinearSolver, Log, Matrix, SparseMatrix, default_solver
+from .linalg.sparsity import SparsityPattern
+from .nonlinear import METHODS, RootMethod
+from .root_systems import ConservedSystem
+from .sensitivity.implicit import JacobianRule
+from .system import StateSpec, System
+
+__all__ = ["RootChoice", "check_bounds", "choose"]
+
+#: unknowns up to which a dense Jacobian is taken without a look at its pattern
+_SMALL = 64
+
+
+@dataclass
+class RootChoice:
+    """How a root is found and differentiated. ``notes`` collect what was decided on the way."""
+
+    method: RootMethod
+    jacobian: JacobianRule
+    linear_solver: LinearSolver
+    notes: list[str] = field(default_factory=list)
+
+
+class AutomaticSolver:
+    """The default solver for whatever kind and size of matrix comes."""
+
+    def factor(self, matrix: Matrix, log: Log | None = None) -> Factorization:
+        """See `LinearSolver.factor`."""
+        return default_solver(matrix).factor(matrix, log)
+
+    def refactor(self, factorization: Factorization, matrix: Matrix) -> Factorization:
+        """See `LinearSolver.refactor`."""
+        return default_solver(matrix).refactor(factorization, matrix)
+
+
+_patterns: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+class AutomaticJacobian:
+    """By automatic differentiation: dense for few unknowns, compressed by colouring where the pattern is sparse.
+
+    The pattern is detected when it is first needed, and kept for later solves with the same function and shapes.
+    """
+
+    def __init__(self, fun: Callable[..., Any], key: Any, notes: list[str]) -> None:
+        self.fun, self.key, self.notes = getattr(fun, "__func__", fun), key, notes
+        self.strategy: Any = None
+
+    def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
+        if self.strategy is None:
+            self.strategy = self._choose(r, x)
+        return self.strategy(r, x)
+
+    def _choose(self, r: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+        if x.shape[1] <= _SMALL:
+            return DenseJacobian()
+        try:
+            kept = _patterns.setdefault(self.fun, {})
+        except TypeError:  # no weak references to this kind of callable
+            kept = {}
+        if self.key not in kept:
+            kept[self.key] = choose_jacobian(r, x)
+        strategy, why = kept[self.key]
+        self.notes.append(why)
+        return strategy
+
+    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
+        """The same: rows are independent."""
+        return self
+
+
+@dataclass(frozen=True)
+class FixedJacobian:
+    """One strategy for everything: `DenseJacobian`, `SparseJacobian`, or the operator."""
+
+    strategy: Callable[[Callable[[Tensor], Tensor], Tensor], Matrix]
+
+    def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
+        return self.strategy(r, x)
+
+    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
+        """The same: rows are independent."""
+        return self
+
+
+@dataclass(frozen=True)
+class UserJacobian:
+    """The user's ``jac(x, *args)``, dense or sparse."""
+
+    values: Callable[[Tensor, Sequence[Tensor]], tuple[Tensor, Tensor | None]]
+    shape: tuple[int, int]
+
+    def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
+        values, indices = self.values(x, inputs)
+        return values if indices is None else SparseMatrix(indices, values, self.shape)
+
+    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
+        """Copies, each with its own inputs."""
+        dims = [d is not None for d in in_dims]
+
+        def values(x: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+            rows = x.shape[0] // size
+            each = [
+                self.values(x[k * rows : (k + 1) * rows], [i[k] if d else i for i, d in zip(inputs, dims, strict=True)])
+                for k in range(size)
+            ]
+            return torch.cat([v for v, _ in each]), each[0][1]
+
+        return UserJacobian(values, self.shape)
+
+
+def choose(
+    system: System | ConservedSystem | Any,
+    spec: StateSpec,
+    method: Any,
+    jac: Any,
+    jac_sparsity: Any,
+    linear_solver: LinearSolver | None,
+    least_squares: bool,
+    conserved: bool,
+    fun: Callable[..., Any],
+) -> RootChoice:
+    """Put method, Jacobian and linear solver together."""
+    name = "levenberg_marquardt" if least_squares and method == "auto" else method
+    if isinstance(name, str):
+        if name not in METHODS:
+            raise InvalidInput(f"there is no root method {name!r}; choose one of {', '.join(sorted(METHODS))}")
+        name = METHODS[name]
+    if not hasattr(name, "solve"):
+        raise InvalidInput(f"method must be a name or a root method object, got a {type(name).__name__}")
+    finder: RootMethod = name
+    if least_squares and not getattr(finder, "least_squares", False):
+        raise UnsupportedCombination(f"least_squares=True needs method='levenberg_marquardt', got {method!r}")
+    if linear_solver is not None and not (hasattr(linear_solver, "factor") and hasattr(linear_solver, "refactor")):
+        raise InvalidInput(f"linear_solver must be an object such as adjoint.linalg.SparseLU(), got {linear_solver!r}")
+    notes: list[str] = []
+    n = sum(spec.sizes)
+    if jac is not None and (least_squares or conserved):
+        other = "least_squares=True" if least_squares else "conserved="
+        raise UnsupportedCombination(f"jac= with {other} is not supported: leave jac out")
+    rule: JacobianRule
+    if jac is not None:
+        rule = _user_jacobian(jac, system, spec)
+    elif jac_sparsity is not None:
+        pattern = SparsityPattern.from_any(jac_sparsity)
+        if pattern.shape != (n, n):
+            raise InvalidInput(f"jac_sparsity must have shape ({n}, {n}), got {pattern.shape}")
+        if conserved or least_squares:
+            raise UnsupportedCombination("jac_sparsity= with conserved= or least_squares=True is not supported: leave it out")
+        rule = FixedJacobian(SparseJacobian(pattern))
+    elif getattr(linear_solver, "matrix_free", False):
+        rule = FixedJacobian(jacobian_operator)
+    elif linear_solver is not None and getattr(linear_solver, "dense", False):
+        rule = FixedJacobian(DenseJacobian())
+    else:
+        shapes = tuple(tuple(x.shape) if isinstance(x, Tensor) else repr(x) for x in getattr(system, "args_leaves", ()))
+        rule = AutomaticJacobian(fun, (n, spec.dtype, str(spec.device), shapes, conserved, least_squares), notes)
+    return RootChoice(finder, rule, linear_solver if linear_solver is not None else AutomaticSolver(), notes)
+
+
+def _user_jacobian(jac: Any, system: System, spec: StateSpec) -> UserJacobian:
+    if not callable(jac):
+        raise InvalidInput(f"jac must be callable, got a {type(jac).__name__}; a pattern goes to jac_sparsity")
+    if not spec.tree.is_leaf():
+        raise UnsupportedCombination("jac= needs a state that is one tensor: leave jac out for pytrees")
+    n = sum(spec.sizes)
+    lead = () if spec.batch is None else (spec.batch,)
+
+    def values(x: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        mode = system.substitution(inputs)
+        args = system.arguments(inputs)
+        state = spec.unflatten(x)
+        if mode is None:
+            out = jac(state, *args)
+        else:
+            with mode:
+                out = jac(state, *args)
+        if not isinstance(out, Tensor):
+            raise InvalidInput(f"jac must return a tensor, got a {type(out).__name__}")
+        if out.dtype != x.dtype or out.device != x.device:
+            raise InvalidInput(f"jac returned {out.dtype} on {out.device}, but the state has {x.dtype} on {x.device}")
+        if out.layout == torch.strided:
+            if out.shape[: len(lead)] != lead or out.numel() != x.shape[0] * n * n:
+                raise InvalidInput(f"jac must return shape {(*lead, n, n)}, got {tuple(out.shape)}")
+            return out.reshape(x.shape[0], n, n), None
+        if lead or tuple(out.shape) != (n, n):
+            raise InvalidInput(f"a sparse jac must be one ({n}, {n}) matrix (not batched), got {tuple(out.shape)}")
+        coo = (out if out.layout == torch.sparse_coo else out.to_sparse_coo()).coalesce()
+        return coo.values().unsqueeze(0), coo.indices()
+
+    return UserJacobian(values, (n, n))
+
+
+def check_bounds(bounds: Any, spec: StateSpec, x0: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Lower and upper bounds as ``(B, n)``, or None."""
+    if bounds is None:
+        return None, None
+    try:
+        low, high = bounds
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"bounds must be a pair (lower, upper), got {bounds!r}") from error
+    flat: list[Tensor | None] = []
+    for name, value in (("lower", low), ("upper", high)):
+        if value is None:
+            flat.append(None)
+            continue
+        leaves, tree = tree_flatten(value)
+        if tree.is_leaf():
+            leaves = leaves * len(spec.shapes)
+        elif tree != spec.tree:
+            raise InvalidInput(f"the {name} bound must be a number, a tensor, or like the state")
+        try:
+            full = [
+                torch.broadcast_to(torch.as_tensor(v, dtype=spec.real_dtype, device=spec.device), s)
+                for v, s in zip(leaves, spec.shapes, strict=True)
+            ]
+        except RuntimeError as error:
+            raise InvalidInput(f"the {name} bound does not broadcast to the state: {error}") from error
+        flat.append(torch.cat([v.reshape(spec.rows, -1) for v in full], 1))
+    lower, upper = flat
+    if spec.dtype.is_complex:
+        raise UnsupportedCombination("bounds= of a complex state are not defined")
+    if lower is not None and upper is not None and not bool((lower < upper).all()):
+        raise InvalidInput("bounds: every lower bound must be less than the upper one")
+    if not torch._C._functorch.is_functorch_wrapped_tensor(x0):
+        outside = torch.zeros((), dtype=torch.bool, device=x0.device)
+        if lower is not None:
+            outside = outside | (x0 < lower).any()
+        if upper is not None:
+            outside = outside | (x0 > upper).any()
+        if bool(outside):
+            raise InvalidInput("x0 lies outside of the bounds")
+    return lower, upper

@@ -1,0 +1,129 @@
+"""Systems that stand in for the user's: with totals that are kept, and the stationarity conditions of least squares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidInput, UnsupportedCombination
+from .system import Flat, StateSpec, System
+
+__all__ = ["ConservedSystem", "StationarySystem", "check_conserved"]
+
+
+@dataclass(frozen=True)
+class ConservedSystem:
+    """``base`` with some equations replaced by ``weights x = totals``.
+
+    Where ``weights fun = 0`` identically, the equations at ``pivots`` follow from the others and may be left out. ``totals`` (B, k) is one
+    more differentiable input, the last.
+    """
+
+    base: System
+    weights: Tensor
+    pivots: Tensor
+    totals: Tensor
+
+    @property
+    def spec(self) -> StateSpec:
+        return self.base.spec
+
+    @property
+    def rows(self) -> int:
+        return self.base.rows
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Those of the base, then the totals."""
+        return (*self.base.inputs, self.totals)
+
+    def bind(self, inputs: Sequence[Tensor]) -> Flat:
+        """The flat function for given inputs."""
+        *rest, totals = inputs
+        f = self.base.bind(rest)
+        weights = self.weights
+
+        def g(t: Tensor, x: Tensor) -> Tensor:
+            return f(t, x).index_copy(1, self.pivots, x @ weights.T - totals)
+
+        return g
+
+
+@dataclass(frozen=True)
+class StationarySystem:
+    """``J* r = 0``, the condition of a minimum of ``|r|^2``, for a base that gives ``r``."""
+
+    base: Any
+
+    @property
+    def spec(self) -> StateSpec:
+        return self.base.spec
+
+    @property
+    def rows(self) -> int:
+        return self.base.rows
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Those of the base."""
+        return self.base.inputs
+
+    def bind(self, inputs: Sequence[Tensor]) -> Flat:
+        """The flat function for given inputs."""
+        f = self.base.bind(inputs)
+
+        def g(t: Tensor, x: Tensor) -> Tensor:
+            residual, pull, *_ = torch.func.vjp(lambda at: f(t, at), x)
+            return pull(residual)[0]
+
+        return g
+
+
+def check_conserved(conserved: Any, system: System, x0: Tensor, least_squares: bool) -> ConservedSystem:
+    """Parse ``conserved=W`` or ``(W, totals)`` and choose the equations that the totals replace."""
+    import numpy as np
+    import scipy.linalg
+
+    if least_squares:
+        raise UnsupportedCombination("conserved= with least_squares=True is not supported: add the totals to the residuals of fun")
+    given = None
+    weights = conserved
+    if isinstance(conserved, (tuple, list)):
+        if len(conserved) != 2:
+            raise InvalidInput(f"conserved must be W or (W, totals), got {len(conserved)} items")
+        weights, given = conserved
+    n, rows = x0.shape[1], system.rows
+    weights = torch.atleast_2d(torch.as_tensor(weights, dtype=x0.dtype, device=x0.device)).detach()
+    if weights.shape[-1] != n or weights.dim() != 2:
+        raise InvalidInput(f"conserved must have shape (k, {n}), rows of weights on the flat state, got {tuple(weights.shape)}")
+    k = weights.shape[0]
+    # pivoted QR: the k columns that make the weights best conditioned name the equations to leave out
+    _, r, order = scipy.linalg.qr(weights.cpu().numpy(), mode="economic", pivoting=True)
+    diagonal = np.abs(np.diag(r))
+    if k > n or diagonal.min() <= 1e-10 * diagonal.max():
+        raise InvalidInput("the rows of conserved are linearly dependent: leave the superfluous ones out")
+    pivots = torch.as_tensor(order[:k].copy(), dtype=torch.int64, device=x0.device)
+    totals = x0 @ weights.T if given is None else torch.as_tensor(given, dtype=x0.dtype, device=x0.device)
+    try:
+        totals = totals.broadcast_to(rows, k)
+    except RuntimeError as error:
+        raise InvalidInput(f"the totals of conserved must have shape ({k},) or (B, {k}), got {tuple(totals.shape)}") from error
+    return ConservedSystem(system, weights, pivots, totals)
+
+
+def check_really_conserved(system: ConservedSystem, x: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Raise `InvalidInput` where ``weights fun`` is not zero at ``x``: replacing an equation would then change the problem."""
+    *rest, _ = inputs
+    residual = system.base.bind(rest)(x.new_zeros(x.shape[0], dtype=x.dtype.to_real()), x)
+    change = (residual @ system.weights.T).abs()
+    size = residual.abs() @ system.weights.T.abs()
+    worst = change > 1e-6 * size + 1e-300
+    if bool(worst.any()):
+        row = int(worst.any(0).nonzero()[0, 0])
+        raise InvalidInput(
+            f"row {row} of conserved is not conserved by fun: W fun = {float(change[:, row].max()):.3g} at the guess, where zero is expected"
+        )

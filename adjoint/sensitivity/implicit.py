@@ -1,0 +1,317 @@
+"""Derivatives of roots by the implicit function theorem, to any order, from one factorisation (docs/theory.md, section 3).
+
+Two nodes call each other: the root ``x`` of ``r(x, inputs) = 0``, and the solution of linear systems with ``A = r_x(x, inputs)`` or its
+adjoint. The derivative of each is another linear system with the same matrix, so every order uses the factors that `FactorStore` keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..capture import below_jvp, functorch_active
+from ..linalg import Factorization, LinearSolver, Log, Matrix
+from ..nonlinear import RootRecord
+from ..system import Flat, VmappedSystem
+from .sweep import tangent, vjp
+
+__all__ = ["Conditions", "FactorStore", "JacobianRule", "RootNode", "RootOutputs", "RootTask", "linear", "timeless"]
+
+
+class Conditions(Protocol):
+    """What is zero at the solution: a `System` (whose time is not used) or one derived from it."""
+
+    @property
+    def rows(self) -> int:
+        """Number of independent systems."""
+        ...
+
+    def bind(self, inputs: Sequence[Tensor]) -> Flat:
+        """The flat function for given inputs."""
+        ...
+
+
+class JacobianRule(Protocol):
+    """How the matrix of the conditions is had."""
+
+    def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
+        """The Jacobian of ``r`` at ``x`` (B, n)."""
+        ...
+
+    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
+        """The rule for ``size`` copies, with inputs mapped along ``in_dims``."""
+        ...
+
+
+class FactorStore:
+    """The factors of the Jacobian at one point: made once, for whoever asks first."""
+
+    def __init__(self) -> None:
+        self.key: tuple[Any, ...] | None = None
+        self.factors: Factorization | None = None
+
+    @staticmethod
+    def key_of(x: Tensor) -> tuple[Any, ...]:
+        """What tells this tensor's present values from any other's while it lives."""
+        return (x.data_ptr(), tuple(x.shape), x._version)
+
+    def put(self, x: Tensor, factors: Factorization | None) -> None:
+        """Keep factors of the Jacobian at ``x``."""
+        # the tensor is kept alive with its key: its memory cannot be given to another
+        self.x, self.key, self.factors = x, self.key_of(x), factors
+
+    def get(self, x: Tensor, make: Callable[[], Factorization]) -> Factorization:
+        """The factors at ``x``."""
+        if self.factors is None or self.key != self.key_of(x):
+            self.put(x, make())
+        assert self.factors is not None
+        return self.factors
+
+
+class RootOutputs(NamedTuple):
+    """What the node gives; the first two are differentiable."""
+
+    raw: Tensor
+    x: Tensor
+    residual_norm: Tensor
+    status: Tensor
+    n_steps: Tensor
+    n_fun: Tensor
+    n_jac: Tensor
+
+
+@dataclass(frozen=True)
+class RootTask:
+    """A root problem without its differentiable tensors.
+
+    ``system`` is what ``find(r, x0, inputs, jacobian)`` iterates on; ``conditions`` (the same, except for least squares) are zero at the
+    solution and define its derivatives; ``jacobian`` gives the matrix that ``linear_solver`` factorises.
+    """
+
+    system: Conditions
+    conditions: Conditions
+    find: Callable[[Callable[[Tensor], Tensor], Tensor, Sequence[Tensor], JacobianRule], RootRecord]
+    jacobian: JacobianRule
+    linear_solver: LinearSolver
+    log: Log
+    report: Callable[[RootRecord], None]
+    store: FactorStore = field(default_factory=FactorStore)
+    mapped: dict[Any, RootTask] = field(default_factory=dict)
+
+    def residual(self, inputs: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+        """``r(x)`` on ``(B, n)`` for given inputs."""
+        return timeless(self.conditions, inputs)
+
+    def factors(self, x: Tensor, inputs: Sequence[Tensor]) -> Factorization:
+        """The factors at ``x``, from the store or made now."""
+        return self.store.get(x, lambda: self.linear_solver.factor(self.jacobian(self.residual(inputs), x, inputs), self.log))
+
+    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> RootTask:
+        """The task for ``size`` copies; the same object every time, so that its factors are shared too."""
+        key = (size, in_dims)
+        if key not in self.mapped:
+            system = VmappedSystem(self.system, size, in_dims)  # type: ignore[arg-type]
+            conditions = system if self.conditions is self.system else VmappedSystem(self.conditions, size, in_dims)  # type: ignore[arg-type]
+            jacobian = self.jacobian.vmapped(size, in_dims)
+            self.mapped[key] = replace(self, system=system, conditions=conditions, jacobian=jacobian, store=FactorStore(), mapped={})
+        return self.mapped[key]
+
+
+def timeless(system: Conditions, inputs: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """A system's function of the state only."""
+    f = system.bind(inputs)
+
+    def r(x: Tensor) -> Tensor:
+        return f(torch.zeros(x.shape[:1], dtype=x.dtype.to_real(), device=x.device), x)
+
+    return r
+
+
+def linear(task: RootTask, b: Tensor, x: Tensor, inputs: Sequence[Tensor], adjoint: bool) -> Tensor:
+    """``A(x, inputs)^-1 b``, or with the adjoint of ``A``, for ``b`` of shape ``(B, n)``; differentiable in ``b``, ``x`` and inputs."""
+    return _LinearNode.apply(task, adjoint, b.unsqueeze(0), x, *inputs)[0]
+
+
+def _smooth(inputs: Sequence[Tensor]) -> list[int]:
+    return [i for i, x in enumerate(inputs) if x.is_floating_point() or x.is_complex()]
+
+
+def _merge(inputs: Sequence[Tensor], where: Sequence[int], some: Sequence[Tensor]) -> list[Tensor]:
+    merged = list(inputs)
+    for i, x in zip(where, some, strict=True):
+        merged[i] = x
+    return merged
+
+
+class RootNode(torch.autograd.Function):
+    """``apply(task, x0, *inputs)`` gives the tensors of `RootOutputs`.
+
+    ``raw`` is the last iterate of every row; ``x`` is NaN where a row failed, and so is the gradient of whatever uses that row.
+    """
+
+    @staticmethod
+    def forward(task: RootTask, x0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad(), torch.autocast(x0.device.type, enabled=False):
+            record = task.find(timeless(task.system, inputs), x0, inputs, task.jacobian)
+        task.report(record)
+        raw = torch.where(torch.isfinite(record.x), record.x, 0.0)
+        task.store.put(raw, record.factors)
+        x = torch.where((record.status >= 0).unsqueeze(-1), raw, float("nan"))
+        return raw, x, record.residual_norm, record.status, record.n_steps, record.n_fun, record.n_jac
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        task, _, *rest = inputs
+        ctx.task = task
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(output[0], output[3], *rest)
+        ctx.save_for_forward(output[0], output[3], *rest)
+
+    @staticmethod
+    def backward(ctx: Any, raw_bar: Tensor | None, x_bar: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        raw, status, *inputs = ctx.saved_tensors
+        wanted = [i for i, want in enumerate(ctx.needs_input_grad[2:]) if want]
+        nothing: list[Tensor | None] = [None] * len(inputs)
+        if not wanted or (raw_bar is None and x_bar is None):
+            return (None, None, *nothing)
+        bar = torch.zeros_like(raw) if raw_bar is None else raw_bar
+        if x_bar is not None:
+            bar = bar + torch.where((status >= 0).unsqueeze(-1) | (x_bar == 0), x_bar, float("nan"))
+        with torch.autocast(raw.device.type, enabled=False):
+            adjoint = linear(ctx.task, bar, raw, inputs, adjoint=True)
+            pulled = _pull(lambda *some: ctx.task.residual(_merge(inputs, wanted, some))(raw), [inputs[i] for i in wanted], -adjoint)
+        return (None, None, *_merge(nothing, wanted, pulled))  # type: ignore[arg-type]
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, x0_dot: Tensor | None, *inputs_dot: Any) -> tuple[Any, ...]:
+        raw, status, *inputs = ctx.saved_tensors
+        with torch.autocast(raw.device.type, enabled=False), below_jvp() as (lower, raise_):
+            raw, ok, inputs = lower(raw), lower(status) >= 0, [lower(x) for x in inputs]
+            where = [i for i in _smooth(inputs) if inputs_dot[i] is not None]
+            if where:
+                primals, dots = [inputs[i] for i in where], [lower(inputs_dot[i]) for i in where]
+                moved = tangent(lambda *some: ctx.task.residual(_merge(inputs, where, some))(raw), primals, dots)
+                dot = linear(ctx.task, -moved, raw, inputs, adjoint=False)
+            else:
+                dot = torch.zeros_like(raw)
+            shown = torch.where(ok.unsqueeze(-1), dot, float("nan"))
+        return (raise_(dot), raise_(shown), *([None] * (len(RootOutputs._fields) - 2)))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], task: RootTask, x0: Tensor, *inputs: Tensor) -> tuple[Any, Any]:
+        size, rows = info.batch_size, task.conditions.rows
+        _, x0_dim, *dims = in_dims
+        x0 = x0.expand(size, -1, -1) if x0_dim is None else x0.movedim(x0_dim, 0)
+        inputs = tuple(x if d is None else x.movedim(d, 0) for x, d in zip(inputs, dims, strict=True))
+        mapped = task.vmapped(size, tuple(None if d is None else 0 for d in dims))
+        out = RootNode.apply(mapped, x0.reshape(size * rows, -1), *inputs)
+        return tuple(x.unflatten(0, (size, rows)) for x in out), (0,) * len(out)
+
+
+class _LinearNode(torch.autograd.Function):
+    """``apply(task, adjoint, b, x, *inputs)`` gives ``u`` with ``A(x, inputs) u = b``; ``b`` and ``u`` are ``(K, B, n)``."""
+
+    @staticmethod
+    def forward(task: RootTask, adjoint: bool, b: Tensor, x: Tensor, *inputs: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            factors = task.factors(x, inputs)
+            out = factors.solve(b.permute(1, 2, 0), transposed=adjoint, conjugated=adjoint).permute(2, 0, 1)
+        # a row that nobody asked for takes no part, whatever its matrix
+        return torch.where((b == 0).all(-1, keepdim=True), 0.0, out)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        task, adjoint, _, x, *rest = inputs
+        ctx.task, ctx.adjoint = task, adjoint
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output, x, *rest)
+        ctx.save_for_forward(output, x, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor | None) -> tuple[Tensor | None, ...]:
+        u, x, *inputs = ctx.saved_tensors
+        nothing: list[Tensor | None] = [None] * len(inputs)
+        if bar is None:
+            return (None, None, None, None, *nothing)
+        task, adjoint = ctx.task, ctx.adjoint
+        other = _LinearNode.apply(task, not adjoint, bar, x, *inputs)
+        wants = ctx.needs_input_grad
+        wanted = [i for i, want in enumerate(wants[4:]) if want]
+        x_bar = None
+        if wants[3] or wanted:
+            left, right = (u, other) if adjoint else (other, u)
+
+            def products(x: Tensor, *some: Tensor) -> Tensor:
+                return _products(task.residual(_merge(inputs, wanted, some)), x, right)
+
+            x_bar, *pulled = _pull(products, [x, *(inputs[i] for i in wanted)], -left)
+            nothing = _merge(nothing, wanted, pulled)  # type: ignore[arg-type,assignment]
+        return (None, None, other, x_bar, *nothing)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, __: None, b_dot: Tensor | None, x_dot: Tensor | None, *inputs_dot: Any) -> Tensor:
+        u, x, *inputs = ctx.saved_tensors
+        task, adjoint = ctx.task, ctx.adjoint
+        with below_jvp() as (lower, raise_):
+            u, x, inputs = lower(u), lower(x), [lower(i) for i in inputs]
+            side = torch.zeros_like(u) if b_dot is None else lower(b_dot)
+            where = [i for i in _smooth(inputs) if inputs_dot[i] is not None]
+            if x_dot is not None or where:
+                move = torch.zeros_like(x) if x_dot is None else lower(x_dot)
+
+                def products(x: Tensor, *some: Tensor) -> Tensor:
+                    r = task.residual(_merge(inputs, where, some))
+                    return _adjoint_products(r, x, u) if adjoint else _products(r, x, u)
+
+                side = side - tangent(products, [x, *(inputs[i] for i in where)], [move, *(lower(inputs_dot[i]) for i in where)])
+            out = _LinearNode.apply(task, adjoint, side, x, *inputs)
+        return raise_(out)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], task: RootTask, adjoint: bool, b: Tensor, x: Tensor, *inputs: Tensor) -> tuple[Any, Any]:
+        size = info.batch_size
+        _, _, b_dim, x_dim, *dims = in_dims
+        b = b.expand(size, *b.shape) if b_dim is None else b.movedim(b_dim, 0)
+        copies, rows, n = b.shape[1:]
+        if x_dim is None and all(d is None for d in dims):
+            # one matrix, more right-hand sides
+            out = _LinearNode.apply(task, adjoint, b.reshape(size * copies, rows, n), x, *inputs)
+            return out.unflatten(0, (size, copies)), 0
+        x = x.expand(size, -1, -1) if x_dim is None else x.movedim(x_dim, 0)
+        inputs = tuple(i if d is None else i.movedim(d, 0) for i, d in zip(inputs, dims, strict=True))
+        mapped = task.vmapped(size, tuple(None if d is None else 0 for d in dims))
+        b = b.movedim(0, 1).reshape(copies, size * rows, n)
+        out = _LinearNode.apply(mapped, adjoint, b, x.reshape(size * rows, n), *inputs)
+        return out.unflatten(1, (size, rows)), 1
+
+
+def _pull(function: Callable[..., Tensor], primals: Sequence[Tensor], bar: Tensor) -> Sequence[Tensor]:
+    """The pullback of ``bar``: recorded where somebody may differentiate it, by plain autograd where nobody can."""
+    if torch.is_grad_enabled() or functorch_active():
+        return vjp(function, *primals)[1](bar)
+    with torch.enable_grad():
+        own = [p.detach().requires_grad_(True) for p in primals]
+        out = function(*own)
+    if not out.requires_grad:
+        return [torch.zeros_like(p) for p in own]
+    return torch.autograd.grad(out, own, bar, materialize_grads=True)
+
+
+def _products(r: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
+    """``A v`` for ``v`` of shape ``(K, B, n)``."""
+    if v.shape[0] == 1:
+        return tangent(r, [x], [v[0]]).unsqueeze(0)
+    return torch.vmap(lambda one: tangent(r, [x], [one]))(v)
+
+
+def _adjoint_products(r: Callable[[Tensor], Tensor], x: Tensor, w: Tensor) -> Tensor:
+    """``A^H w`` for ``w`` of shape ``(K, B, n)``."""
+    pull = vjp(r, x)[1]
+    if w.shape[0] == 1:
+        return pull(w[0])[0].unsqueeze(0)
+    return torch.vmap(lambda one: pull(one)[0])(w)

@@ -1,0 +1,251 @@
+"""``solve_root``: solutions of ``fun(x, *args) = 0``, differentiable to any order by the implicit function theorem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from .arguments import flat_tolerance
+from .capture import find_captured
+from .errors import InvalidInput
+from .linalg import LinearSolver, Log
+from .nonlinear import RootProblem, RootRecord
+from .progress import root_monitor
+from .root_arguments import RootChoice, check_bounds, choose
+from .root_failures import raise_root_failure
+from .root_solution import RootSolution, RootStats
+from .root_systems import ConservedSystem, StationarySystem, check_conserved, check_really_conserved
+from .sensitivity.implicit import JacobianRule, RootNode, RootOutputs, RootTask
+from .system import StateSpec, System
+
+__all__ = ["solve_root"]
+
+
+@torch.compiler.disable
+def solve_root(
+    fun: Callable[..., Any],
+    x0: Any,
+    args: Any = (),
+    *,
+    method: Any = "auto",
+    rtol: Any = None,
+    atol: Any = None,
+    ftol: float | None = None,
+    x_scale: Any = None,
+    f_scale: Any = None,
+    batched: bool = False,
+    jac: Callable[..., Any] | None = None,
+    jac_sparsity: Any = None,
+    linear_solver: LinearSolver | None = None,
+    bounds: tuple[Any, Any] | None = None,
+    conserved: Any = None,
+    least_squares: bool = False,
+    max_steps: int = 200,
+    throw: bool = True,
+    progress: bool = False,
+) -> RootSolution:
+    """Solve ``fun(x, *args) = 0`` for ``x``, with derivatives of every order in everything that ``fun`` depends on.
+
+    Derivatives come from the implicit function theorem at the solution (docs/theory.md, section 3), all from one factorisation of the
+    Jacobian that stays with the solution; the iteration that found it is never differentiated. The derivative in the guess ``x0`` is
+    zero (unless it fixes the totals of ``conserved``).
+
+    Parameters
+    ----------
+    fun : callable
+        ``fun(x, *args) -> residual``, with the structure, shapes and dtypes of ``x0`` (any, with ``least_squares=True``). For methods that
+        follow a flow (pseudo-transient continuation, time integration) it is the tendency ``dx/dt``.
+    x0 : Tensor or pytree of tensors
+        Guess, of any shape.
+    args : tuple or pytree
+        Further arguments of ``fun``. A single tensor is taken as ``(tensor,)``.
+    method : str or method object
+        "auto" (picks by size and structure, and says what in ``sol.note``), or a name of ``adjoint.nonlinear.METHODS``.
+    rtol, atol : number, tensor, or pytree like the state
+        The last step of a Newton iteration is at most ``atol + rtol |x|``. Default 1e-10 and 1e-12 for double precision, 1e-5 and 1e-6 for
+        single. Scaling the residual changes nothing.
+    ftol : float
+        Further, the root mean square of ``residual / f_scale`` is at most this. Default: no such demand for methods of Newton type,
+        1e-10 (single: 1e-5) for the others, which have no other measure.
+    x_scale, f_scale : number or tensor like the state
+        Typical sizes of unknowns (for trust regions) and residuals.
+    batched : bool
+        The leading dimension of ``x0`` counts independent systems: each converges, or fails, alone.
+    jac : callable
+        ``jac(x, *args)``: the Jacobian for a tensor state: dense ``(n, n)`` (``(B, n, n)`` batched) or a sparse tensor of that shape.
+    jac_sparsity : sparse tensor, SciPy matrix, dense mask or SparsityPattern
+        Where the Jacobian may be non-zero. Found from ``fun`` itself if it is not given and the system is large.
+    linear_solver : LinearSolver
+        ``adjoint.linalg.DenseLU()``, ``SparseLU()``, ``GMRES()``, ... By default by kind and size of the Jacobian.
+    bounds : pair
+        Lower and upper bounds like the state, None for none.
+    conserved : tensor or pair
+        ``W`` of shape ``(k, n)`` (rows of weights on the flat state) with ``W fun = 0`` identically: the totals ``W x`` are kept at those of
+        ``x0``, or at given totals with ``(W, totals)``. Without it such systems are singular.
+    least_squares : bool
+        Find a minimum of ``|fun|^2`` instead (Levenberg-Marquardt); derivatives are those of the minimiser.
+    max_steps : int
+        Iterations at most.
+    throw : bool
+        Raise a named error on failure. False: look at ``status``; failed systems are NaN.
+    progress : bool
+        Show a bar with the residual (needs tqdm).
+
+    Returns
+    -------
+    RootSolution
+
+    Raises
+    ------
+    InvalidInput, UnsupportedCombination, NewtonDidNotConverge, SingularJacobian, NonFiniteResidual
+    """
+    return _solve(**locals())
+
+
+@dataclass(frozen=True)
+class RootSetup:
+    """A root problem made ready: its task, its inputs, and its layout."""
+
+    task: RootTask
+    spec: StateSpec
+    x0: Tensor
+    inputs: tuple[Tensor, ...]
+    choice: RootChoice
+    batched: bool
+
+
+def _solve(**options: Any) -> RootSolution:
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        setup = prepare(**options)
+        out = RootOutputs(*RootNode.apply(setup.task, setup.x0, *setup.inputs))
+    return solution_of(setup, out)
+
+
+def prepare(
+    fun: Callable[..., Any],
+    x0: Any,
+    args: Any,
+    *,
+    method: Any,
+    rtol: Any,
+    atol: Any,
+    ftol: float | None,
+    x_scale: Any,
+    f_scale: Any,
+    batched: bool,
+    jac: Any,
+    jac_sparsity: Any,
+    linear_solver: LinearSolver | None,
+    bounds: Any,
+    conserved: Any,
+    least_squares: bool,
+    max_steps: int,
+    throw: bool,
+    progress: bool,
+    log: Log | None = None,
+) -> RootSetup:
+    """Check the arguments of `solve_root` and choose how to solve. ``log`` counts the linear algebra, a new one by default."""
+    if not callable(fun):
+        raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}")
+    if not isinstance(max_steps, int) or max_steps < 1:
+        raise InvalidInput(f"max_steps must be a positive integer, got {max_steps!r}")
+    args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
+    spec = StateSpec.of(x0, batched, "x0")
+    for leaf, path in zip(tree_leaves(x0), spec.paths, strict=True):
+        if not torch._C._functorch.is_functorch_wrapped_tensor(leaf) and not bool(torch.isfinite(leaf).all()):
+            raise InvalidInput(f"x0{path} has non-finite entries")
+    leaves, tree = tree_flatten(args)
+
+    def timed(_: Tensor, x: Any, *rest: Any) -> Any:
+        return fun(x, *rest)
+
+    # aliases, so that a tensor that is both an argument and captured is seen in both roles
+    alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
+    probe_x, probe_args = tree_map(alias, x0), tree_map(alias, args)
+    probed: list[Any] = []
+    captured = find_captured([lambda: probed.append(fun(probe_x, *probe_args))], [*tree_leaves(probe_x), *tree_leaves(probe_args)], [fun])
+    returns = StateSpec.of(probed[0], batched, "what fun returned") if least_squares else None
+    if returns is None:
+        spec.check(probed[0], "what fun returned", "x0")
+    system: Any = System(timed, spec, tree, tuple(leaves), tuple(captured), returns=returns)
+    conditions, flat0 = system, spec.flatten(x0)
+    if conserved is not None:
+        system = conditions = check_conserved(conserved, system, flat0, least_squares)
+    if least_squares:
+        conditions = StationarySystem(system)
+    inputs = conditions.inputs
+    real = spec.real_dtype
+    single = real.itemsize < 8
+    log = Log() if log is None else log
+    lower, upper = check_bounds(bounds, spec, flat0)
+    choice = choose(system, spec, method, jac, jac_sparsity, linear_solver, least_squares, conserved is not None, fun)
+    settings = dict(
+        x_rtol=flat_tolerance(rtol, "rtol", spec, 1e-5 if single else 1e-10),
+        x_atol=flat_tolerance(atol, "atol", spec, 1e-6 if single else 1e-12),
+        f_scale=1.0 if f_scale is None else flat_tolerance(f_scale, "f_scale", returns or spec, 1.0),
+        x_scale=1.0 if x_scale is None else flat_tolerance(x_scale, "x_scale", spec, 1.0),
+        lower=lower,
+        upper=upper,
+    )
+    # methods that measure their steps by the Jacobian need no tolerance of the residual, which would depend on its scale
+    newton = getattr(choice.method, "newton_type", False)
+    tol = ftol if ftol is not None else (float("inf") if newton else (1e-5 if single else 1e-10))
+    callback = root_monitor(progress)
+
+    def find(r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor], jacobian: JacobianRule) -> RootRecord:
+        def spread(value: Any) -> Any:
+            # settings of every row, for every copy under vmap
+            if isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] != x.shape[0]:
+                return value.repeat(x.shape[0] // value.shape[0], 1)
+            return value
+
+        if isinstance(system, ConservedSystem) and x.shape[0] == system.rows:
+            check_really_conserved(system, x, inputs)
+        problem = RootProblem(
+            residual=r,
+            jacobian=lambda at: jacobian(r, at, inputs),
+            jvp=lambda at, v: torch.func.jvp(r, (at,), (v,))[1],
+            vjp=lambda at, w: torch.func.vjp(r, at)[1](w)[0],
+            tol=float(tol),
+            max_steps=max_steps,
+            linear_solver=choice.linear_solver,
+            log=log,
+            callback=callback,
+            **{name: spread(value) for name, value in settings.items()},
+        )
+        return choice.method.solve(problem, x)
+
+    def report(record: RootRecord) -> None:
+        choice.notes.append(record.note)
+        if throw:
+            raise_root_failure(record, spec)
+
+    task = RootTask(system, conditions, find, choice.jacobian, choice.linear_solver, log, report)
+    return RootSetup(task, spec, flat0, tuple(inputs), choice, batched)
+
+
+def solution_of(setup: RootSetup, out: RootOutputs) -> RootSolution:
+    """What the user sees."""
+    counts: list[Any] = [out.n_steps, out.n_fun, out.n_jac]
+    status: Any = out.status
+    norms: Any = out.residual_norm
+    if not setup.batched:
+        status, norms, counts = status.squeeze(0), norms.squeeze(0), [c.squeeze(0) for c in counts]
+        if not torch._C._functorch.is_functorch_wrapped_tensor(status):
+            status, norms, counts = int(status), float(norms), [int(c) for c in counts]
+    return RootSolution(
+        x=setup.spec.unflatten(out.x),
+        residual_norm=norms,
+        status=status,
+        stats=RootStats(*counts, log=setup.task.log),
+        note="; ".join(note for note in setup.choice.notes if note),
+    )
