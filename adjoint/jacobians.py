@@ -151,9 +151,9 @@ def _mapped(one: Function, seeds: Tensor, chunk_size: int | None) -> Tensor:
 class DenseJacobian:
     """All entries, one product for each column or row of the matrix: ``(f, x) -> (B, m, n)``.
 
-    ``mode``: ``"forward"`` (columns), ``"reverse"`` (rows), ``"auto"`` (reverse unless ``m > 2 n``; quicker for small systems and not in need of
-    forward-mode rules), or ``"rows"``: ``f`` is run once on ``m`` copies of every row, which is the quickest for small systems but allowed only
-    if ``f`` takes any number of rows (and holds no tensor that belongs to certain rows).
+    ``mode``: ``"forward"`` (columns), ``"reverse"`` (rows), ``"auto"`` (reverse unless ``m > 2 n``; quicker for small systems and not in
+    need of forward-mode rules), or ``"rows"``: ``f`` is run once on ``m`` copies of every row, which is the quickest for small systems but
+    allowed only if ``f`` takes any number of rows (and holds no tensor that belongs to certain rows).
     ``chunk_size``: how many products at once (None: all). ``differentiable``: whether derivatives through the entries are wanted; None: if
     grad mode is on or a transform is active. Complex functions must be holomorphic.
     """
@@ -217,7 +217,8 @@ def _dense_by_rows(f: Function, x: Tensor, differentiable: bool) -> Tensor:
 
 
 def jacobian_operator(f: Function, x: Tensor) -> LinearOperator:
-    """The square Jacobian of ``f`` at ``x`` (B, n) as an operator: ``matvec`` is ``J v`` and ``rmatvec`` is ``J^T w``, both (B, n) to (B, n).
+    """The square Jacobian of ``f`` at ``x`` (B, n) as an operator: ``matvec`` is ``J v`` and ``rmatvec`` is ``J^T w``, both (B, n) to (B,
+    n).
 
     ``f`` runs once: products are taken from the recorded graph (``J v`` as the transpose of the vjp). Where the graph cannot be
     differentiated twice, each ``matvec`` runs ``f`` anew in forward mode. Under ``torch.func`` transforms the products are those of

@@ -104,7 +104,8 @@ class GivenJacobian:
     - a dense tensor ``(B, m, n)``, or ``(m, n)`` for ``B = 1``;
     - a torch sparse matrix ``(m, n)`` (COO, CSR, CSC) for ``B = 1``;
     - a `SparseMatrix`;
-    - with ``pattern``: the values ``(B, nnz)`` (``(nnz,)`` for ``B = 1``) of its entries in order, or a dense tensor that is zero elsewhere.
+    - with ``pattern``: the values ``(B, nnz)`` (``(nnz,)`` for ``B = 1``) of its entries in order, or a dense tensor that is zero
+      elsewhere.
 
     ``jac`` may also be a tensor: one constant matrix, dense or sparse, that all rows share. Bind further arguments beforehand.
     ``n_rows`` is ``m`` (default: square). Wrong shapes and types raise `InvalidInput`.
@@ -184,8 +185,9 @@ def _from_torch_sparse(matrix: Tensor) -> SparseMatrix:
 def choose_jacobian(f: Function, x: Tensor, jac: Any = None, jac_sparsity: Any = None) -> tuple[JacobianStrategy, str]:
     """A strategy for ``f`` near ``x`` (B, n), and in one line why.
 
-    The user's ``jac`` and ``jac_sparsity`` come first. Otherwise: dense up to 100 unknowns, or where tracing finds that sparsity does not pay.
-    Patterns are checked by a random product; if a traced one fails, it is found numerically. Raises `InvalidInput` if a given pattern fails.
+    The user's ``jac`` and ``jac_sparsity`` come first. Otherwise: dense up to 100 unknowns, or where tracing finds that sparsity does not
+    pay. Patterns are checked by a random product; if a traced one fails, it is found numerically. Raises `InvalidInput` if a given pattern
+    fails.
     """
     n = x.shape[1]
     with torch.no_grad():

@@ -39,8 +39,9 @@ class Coloring:
 def color_columns(pattern: SparsityPattern, order: str = "best") -> Coloring:
     """Greedy distance-2 colouring of the columns.
 
-    ``order``: ``"natural"``, ``"largest_first"``, ``"smallest_last"``, ``"cyclic"`` (``colour = linear form of grid indices mod k``, which is
-    the best for stencils; `InvalidInput` where none is found), or ``"best"``: the fewest colours of these, cheap ones only for large matrices.
+    ``order``: ``"natural"``, ``"largest_first"``, ``"smallest_last"``, ``"cyclic"`` (``colour = linear form of grid indices mod k``, which
+    is the best for stencils; `InvalidInput` where none is found), or ``"best"``: the fewest colours of these, cheap ones only for large
+    matrices.
     """
     matrix = pattern.to_scipy()
     bound = int(np.diff(matrix.indptr).max(initial=0))

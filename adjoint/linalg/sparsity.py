@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ __all__ = ["PatternTooDense", "SparsityPattern", "detect_pattern"]
 
 @dataclass(frozen=True, eq=False)
 class SparsityPattern:
-    """Places of a matrix that may differ from zero: ``indices`` (2, nnz) int64 (row, column), each once, sorted by row and then by column."""
+    """Places of a matrix that may differ from zero: ``indices`` (2, nnz) int64 (row, column), each once, sorted by row and then by
+    column."""
 
     indices: Tensor
     shape: tuple[int, int]
@@ -52,8 +53,9 @@ class SparsityPattern:
 
     @classmethod
     def from_any(cls, value: Any, shape: tuple[int, int] | None = None) -> SparsityPattern:
-        """From what users give as ``jac_sparsity``: a `SparsityPattern`, a dense array or tensor, a torch sparse tensor (COO, CSR, CSC) or a
-        SciPy sparse matrix. Stored entries of sparse formats count even when they are zero. Raises `InvalidInput` if ``shape`` is not met."""
+        """From what users give as ``jac_sparsity``: a `SparsityPattern`, a dense array or tensor, a torch sparse tensor (COO, CSR, CSC) or
+        a SciPy sparse matrix. Stored entries of sparse formats count even when they are zero. Raises `InvalidInput` if ``shape`` is not
+        met."""
         if isinstance(value, cls):
             pattern = value
         elif isinstance(value, Tensor) and value.layout != torch.strided:
@@ -96,23 +98,29 @@ class SparsityPattern:
 
 
 def detect_pattern(
-    f: Callable[[Tensor], Tensor], x: Tensor, *, n_rows: int | None = None, method: str = "auto", probes: int = 3
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    n_rows: int | None = None,
+    method: str = "auto",
+    probes: int = 3,
+    parameters: Sequence[Tensor] = (),
 ) -> SparsityPattern:
     """The pattern of ``df/dx``, never too small for the operators that ran.
 
-    ``f`` maps ``(n,)`` to ``(m,)``, or ``(B, n)`` to ``(B, m)`` with independent rows: then the first row alone is looked at. ``n_rows`` is the
-    ``m`` that is expected (checked).
+    ``f`` maps ``(n,)`` to ``(m,)``, or ``(B, n)`` to ``(B, m)`` with independent rows: then the first row alone is looked at. ``n_rows``
+    is the ``m`` that is expected (checked).
 
     Methods:
 
-    - ``"trace"``: ``f`` runs once while index sets follow its operators. Accidental zeros at ``x`` do not matter: only zeros of constants in
-      matrix products and convolutions do, unless these require grad. A function whose branches, masks or indices depend on ``x`` raises
-      `InvalidInput`.
+    - ``"trace"``: ``f`` runs once while index sets follow its operators. Accidental zeros at ``x`` do not matter: only zeros of constants
+      in matrix products and convolutions do, unless these come from ``parameters`` or require grad. A function whose branches, masks or
+      indices depend on ``x`` raises `InvalidInput`.
     - ``"numeric"``: where the Jacobian is not zero at any of ``probes`` random points near ``x``. ``n`` products with the Jacobian a point,
       and an entry that is zero at all these points is missed.
     - ``"auto"``: the first, and where it cannot be used the second, with a warning.
 
-    Detect outside of ``torch.func`` transforms of the parameters: inside, a parameter that happens to be zero looks like a constant.
+    Values that ``f`` gets from elsewhere than ``x`` may change after detection if they are in ``parameters``.
     Raises `PatternTooDense` when the pattern has more entries than are worth keeping.
     """
     if method not in ("auto", "trace", "numeric"):
@@ -123,7 +131,7 @@ def detect_pattern(
     if method == "numeric":
         return _checked(_probe(f, x, probes), n_rows)
     try:
-        rows, _ = trace_dependencies(f, x)
+        rows, _ = trace_dependencies(f, x, parameters)
     except Untraceable as error:
         if method == "trace":
             raise InvalidInput(f"the sparsity of f cannot be traced: {error}; use method='numeric' or give the pattern") from error
@@ -155,11 +163,19 @@ def _probe(f: Callable[[Tensor], Tensor], x: Tensor, probes: int, seed: int = 0)
             stop = min(start + chunk, n)
             basis = torch.zeros(stop - start, n, dtype=x.dtype, device=x.device)
             basis[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
-            columns = [torch.func.jvp(f, (point,), (v.reshape(x.shape),))[1].reshape(-1) for v in basis]
-            found = (torch.stack(columns) != 0).cpu().numpy()
-            blocks.append(sp.csr_array(found))
+            blocks.append(sp.csr_array((_columns(f, point, basis.reshape(-1, *x.shape)) != 0).cpu().numpy()))
         columns_first = sp.csr_array(sp.vstack(blocks, format="csr"))
         check_size(columns_first.nnz)
         total = columns_first if total is None else total + columns_first
     assert total is not None
     return SparsityPattern.from_scipy(sp.csr_array(total.T))
+
+
+def _columns(f: Callable[[Tensor], Tensor], point: Tensor, basis: Tensor) -> Tensor:
+    def column(v: Tensor) -> Tensor:
+        return torch.func.jvp(f, (point,), (v,))[1].reshape(-1)
+
+    try:
+        return torch.vmap(column)(basis)
+    except RuntimeError:  # functions that cannot be mapped; if f is at fault, it will say so again
+        return torch.stack([column(v) for v in basis])

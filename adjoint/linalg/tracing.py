@@ -1,14 +1,15 @@
 """Which inputs can each output element depend on? Answered by running a function once while every operator is watched.
 
 Beside each storage that depends on ``x`` stands a boolean CSR matrix with one row for each element of the storage and one column for each
-element of ``x`` (index-set propagation; Griewank and Walther, Evaluating Derivatives, 2008, section 7.1). Keeping it with the storage, not with
-the tensor, makes views free and in-place operators exact. Operators without a rule count as dense, never as sparse.
+element of ``x`` (index-set propagation; Griewank and Walther, Evaluating Derivatives, 2008, section 7.1). Keeping it with the storage, not
+with the tensor, makes views free and in-place operators exact. Operators without a rule count as dense, never as sparse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,8 @@ class PatternTooDense(UnsupportedCombination):
 def check_size(entries: int) -> None:
     if entries > MAX_ENTRIES:
         raise PatternTooDense(
-            f"the sparsity pattern (or one on the way to it) has {entries} entries, more than {MAX_ENTRIES}: use a dense Jacobian or Jacobian products"
+            f"the sparsity pattern (or one on the way to it) has {entries} entries, more than {MAX_ENTRIES}: "
+            "use a dense Jacobian or products with it"
         )
 
 
@@ -99,11 +101,19 @@ class Call:
     def rows(self, t: Any) -> sp.csr_array | None:
         return self.mode.read(t) if isinstance(t, Tensor) else None
 
-    def outputs(self) -> list[Tensor]:
-        return [leaf for leaf in tree_leaves(self.out) if isinstance(leaf, Tensor)]
+    @cached_property
+    def targets(self) -> list[Tensor]:
+        """All tensors that the call returns or writes into, each once."""
+        named = self.bound()
+        written = [named[a.name] for a in self.func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        found: list[Tensor] = []
+        for t in tree_leaves((self.out, written)):
+            if isinstance(t, Tensor) and not any(_same_place(t, other) for other in found):
+                found.append(t)
+        return found
 
 
-Rule = Callable[[Call], "sp.csr_array | None | list[sp.csr_array | None]"]
+Rule = Callable[[Call], "sp.csr_array | list[sp.csr_array | None] | None"]
 
 _BY_VALUE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
@@ -177,32 +187,40 @@ class DependencyMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):
+            raise Untraceable(f"{func} is not an operator that can be watched")
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         cells = [self.cell(t) for t in tensors]
         depends = any(c is not None and (c.rows is not None or c.value) for c in cells)
         free = any(t.requires_grad for t in tensors) or any(c is not None and c.free for c in cells)
-        if not depends and not free:
+        if (not depends and not free) or any(t.device.type == "meta" for t in tensors):
             return func(*args, **kwargs)
         name = func._schema.name.split("::")[1]
         if depends and _BY_VALUE & set(func.tags) and self._value_matters(name, args, tensors):
             raise Untraceable(f"{name} uses the values of a tensor that depends on x (a branch, .item(), a mask or an index made from x)")
+        if _is_composite(func):  # reaches us in inference mode only
+            with self:
+                return func.decompose(*args, **kwargs)
         has_rows = any(c is not None and c.rows is not None for c in cells)
         rule = self._rule(name, func) if has_rows else None
         if has_rows and rule is None:
-            done, out = self._decompose(func, args, kwargs)
-            if done:
-                return out
+            table = _decompositions()
+            if func in table and not func._schema.is_mutable:
+                with self:
+                    return table[func](*args, **kwargs)
             self.unknown.add(str(func))
             rule = self.dense
         out = func(*args, **kwargs)
         call = Call(self, func, args, kwargs, out)
+        if any(t.device.type == "meta" for t in call.targets):  # shapes without values
+            return out
         self._record(call, rule, depends, free, tensors)
         self._purge()
         return out
 
     def _value_matters(self, name: str, args: tuple[Any, ...], tensors: list[Tensor]) -> bool:
         if name in ("index", "masked_select", "_unsafe_index"):  # moving x about is no use of its values
-            return any(self.depends(t) for t in tree_leaves(args[1:]) if isinstance(t, Tensor))
+            return any(self.depends(t) and t.dtype == torch.bool for t in tree_leaves(args[1:]) if isinstance(t, Tensor))
         return any(self.depends(t) for t in tensors)
 
     def depends(self, t: Tensor) -> bool:
@@ -217,41 +235,33 @@ class DependencyMode(TorchDispatchMode):
             return self.pointwise
         return self.rules["view"] if func.is_view else None
 
-    def _decompose(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
-        """Run an operator without a rule as the simpler ones of which PyTorch says that it consists."""
-        from torch._decomp import decomposition_table
-
-        with self:
-            out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return True, out
-            if func in decomposition_table and not func._schema.is_mutable:
-                out = decomposition_table[func](*args, **kwargs)
-                return out is not NotImplemented, out
-        return False, None
-
     def _record(self, call: Call, rule: Rule | None, depends: bool, free: bool, tensors: list[Tensor]) -> None:
-        schema = call.func._schema
-        targets = call.outputs()
-        if schema.is_mutable:
-            named = call.bound()
-            written = [named[a.name] for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-            targets = [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
-        else:
+        targets = call.targets
+        if not call.func._schema.is_mutable:
             known = {t.untyped_storage()._cdata for t in tensors if t.layout == torch.strided}
-            fresh = [t for t in targets if t.layout != torch.strided or t.untyped_storage()._cdata not in known]
-            if not fresh:  # views: the cell of the storage serves them
-                for t in targets:
-                    self._mark_free(t, free)
+            if all(t.layout == torch.strided and t.untyped_storage()._cdata in known for t in targets):
+                for t in targets if free else ():  # views: the cell of the storage serves them
+                    self.mark_free(t)
                 return
-        result = rule(call) if rule is not None else None
-        results = result if isinstance(result, list) else [result] * len(targets)
+        depends, free = depends and rule is not self.cleared, free and rule is not self.cleared
+        results = self._results(call, rule)
         for t, rows in zip(targets, results, strict=True):
             smooth = t.is_floating_point() or t.is_complex()
-            self.write(t, rows if smooth else None, depends and rule is not self.cleared, free and rule is not self.cleared)
+            self.write(t, rows if smooth else None, depends, free)
 
-    def _mark_free(self, t: Tensor, free: bool) -> None:
-        if free and t.layout == torch.strided:
+    def _results(self, call: Call, rule: Rule | None) -> list[sp.csr_array | None]:
+        found = rule(call) if rule is not None else None
+        results = found if isinstance(found, list) else [found] * len(call.targets)
+        shapes = [t.numel() for t in call.targets]
+        if len(results) == len(shapes) and all(r is None or r.shape[0] == s for r, s in zip(results, shapes, strict=True)):
+            return results
+        self.unknown.add(str(call.func))  # an overload for which the rule is not meant
+        dense = self.dense(call)
+        assert isinstance(dense, list)
+        return dense
+
+    def mark_free(self, t: Tensor) -> None:
+        if t.layout == torch.strided:
             key = t.untyped_storage()._cdata
             cell = self.cells.setdefault(key, _Cell(StorageWeakRef(t.untyped_storage()), t.element_size()))
             cell.free = True
@@ -261,6 +271,24 @@ class DependencyMode(TorchDispatchMode):
         self._count += 1
         if self._count % 16 == 0:
             self.cells = {key: cell for key, cell in self.cells.items() if not cell.ref.expired()}
+
+
+def _is_composite(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+def _decompositions() -> dict[Any, Any]:
+    """Operators that PyTorch can write as simpler ones. Loading them takes a while, so only where they are needed."""
+    from torch._decomp import decomposition_table
+
+    return decomposition_table
+
+
+def _same_place(a: Tensor, b: Tensor) -> bool:
+    if a is b or a.layout != torch.strided or b.layout != torch.strided:
+        return a is b
+    same = a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return same and a.shape == b.shape and a.stride() == b.stride() and a.storage_offset() == b.storage_offset() and a.dtype == b.dtype
 
 
 def _fills_storage(t: Tensor) -> bool:
@@ -273,20 +301,29 @@ def _positions(t: Tensor) -> np.ndarray:
     return torch.arange(count).as_strided(t.shape, t.stride(), t.storage_offset()).reshape(-1).numpy()
 
 
-def trace_dependencies(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[sp.csr_array, set[str]]:
+def trace_dependencies(f: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor] = ()) -> tuple[sp.csr_array, set[str]]:
     """``(f(x).numel(), x.numel())`` boolean CSR, and the operators that counted as dense for want of a rule.
 
-    Raises `Untraceable` and `PatternTooDense`.
+    Zeros of ``parameters`` are taken for accidents. Raises `Untraceable` and `PatternTooDense`.
     """
     from .tracing_rules import RULES, cleared, dense, pointwise
 
-    x = x.detach().clone(memory_format=torch.contiguous_format)
+    lanes, values = _unwrap(x)
+    values = values[0] if lanes > 1 else values
+    x = _unwrap(values.detach().clone(memory_format=torch.contiguous_format))[1]
     n = x.numel()
     mode = DependencyMode(n, RULES, pointwise, dense, cleared)
     mode.write(x, sp.csr_array(sp.identity(n, dtype=bool, format="csr")))
-    with mode:
-        out = f(x)
-        batched, plain = _unwrap(out)
+    for p in parameters:
+        mode.mark_free(_unwrap(p)[1])
+    try:
+        with mode:
+            out = f(x)
+            batched, plain = _unwrap(out)
+    except (Untraceable, PatternTooDense):
+        raise
+    except NotImplementedError as error:  # if f is at fault, it will say so again without the watch
+        raise Untraceable(str(error)) from error
     if not isinstance(plain, Tensor):
         raise Untraceable(f"f returned {type(out).__name__}, not a tensor")
     rows = mode.read(plain)

@@ -36,7 +36,7 @@ def _is_smooth(t: Any) -> bool:
 
 def pointwise(call: Call) -> Rows | None:
     """Each element depends on the elements at its place in all (broadcast) arguments."""
-    shape = call.outputs()[0].shape
+    shape = call.targets[0].shape
     out = None
     for t in call.tensors():
         out = unite(out, _expand(call.rows(t), t.shape, shape))
@@ -51,8 +51,8 @@ def dense(call: Call) -> list[Rows | None]:
         if rows is not None:
             total = unite(total, gather_union(np.zeros(rows.shape[0], int), np.arange(rows.shape[0]), 1, rows))
     if total is None:
-        return [None] * len(call.outputs())
-    return [take(total, np.zeros(t.numel(), int)) for t in call.outputs()]
+        return [None] * len(call.targets)
+    return [take(total, np.zeros(t.numel(), int)) for t in call.targets]
 
 
 def cleared(call: Call) -> None:
@@ -67,6 +67,11 @@ def _copied(call: Call) -> Rows | None:
     return _expand(call.rows(source), source.shape, named["self"].shape) if isinstance(source, Tensor) else None
 
 
+def _scattered(call: Call) -> Rows | list[Rows | None] | None:
+    """``scatter``: moves, unless it has a ``reduce``."""
+    return _scatter_added(call) if call.bound().get("reduce") is not None else _moved(call)
+
+
 def _moved(call: Call) -> Rows | list[Rows | None] | None:
     """Operators that only move elements about: let them move element numbers (0 stands for a constant)."""
     if any(call.mode.depends(t) for t in call.tensors() if not _is_smooth(t)):
@@ -76,7 +81,7 @@ def _moved(call: Call) -> Rows | list[Rows | None] | None:
 
     def number(leaf: Any) -> Any:
         nonlocal count
-        if not _is_smooth(leaf):
+        if not isinstance(leaf, Tensor):
             return leaf
         rows = call.rows(leaf)
         if rows is None:
@@ -85,10 +90,15 @@ def _moved(call: Call) -> Rows | list[Rows | None] | None:
         count += leaf.numel()
         return torch.arange(count - leaf.numel(), count, dtype=torch.float64, device=leaf.device).reshape(leaf.shape)
 
-    # a fill value is a constant: number 0
+    def prepared(name: str, arg: Any) -> Any:
+        if name in ("index", "indices", "mask"):
+            return arg
+        # a fill value is a constant: number 0
+        return 0.0 if name == "value" and not isinstance(arg, Tensor) else tree_map(number, arg)
+
     names = [a.name for a in call.func._schema.arguments]
-    args = tuple(0.0 if names[i] == "value" and not isinstance(a, Tensor) else tree_map(number, a) for i, a in enumerate(call.args))
-    kwargs = {k: 0.0 if k == "value" and not isinstance(a, Tensor) else tree_map(number, a) for k, a in call.kwargs.items()}
+    args = tuple(prepared(name, a) for name, a in zip(names, call.args, strict=False))
+    kwargs = {name: prepared(name, a) for name, a in call.kwargs.items()}
     moved = [t for t in tree_leaves(call.func(*args, **kwargs)) if isinstance(t, Tensor)]
     table = sp.csr_array(sp.vstack(parts, format="csr"))
     return [take(table, t.reshape(-1).to("cpu", torch.int64).numpy()) for t in moved]
@@ -121,18 +131,18 @@ def _reduced(call: Call) -> Rows | None:
 
 def _reduced_twice(call: Call) -> list[Rows | None]:
     """Two results over the same dims (``var_mean``, ``max.dim``, ...)."""
-    return [_reduced(call)] * len(call.outputs())
+    return [_reduced(call)] * len(call.targets)
 
 
 def _along(call: Call) -> list[Rows | None]:
     """Each result depends on a whole line along ``dim`` (softmax, sort, topk, ...)."""
-    named, out = call.bound(), call.outputs()[0]
+    named, out = call.bound(), call.targets[0]
     total = None
     for t in call.tensors():
         if _is_smooth(t):
             rows, kept = _over(call.rows(t), t.shape, _dims(named["dim"], t.dim()))
             total = unite(total, _expand(rows, kept, out.shape))
-    return [total] * len(call.outputs())
+    return [total] * len(call.targets)
 
 
 def _scanned(call: Call) -> list[Rows | None]:
@@ -140,12 +150,12 @@ def _scanned(call: Call) -> list[Rows | None]:
     named = call.bound()
     t, rows = named["self"], call.rows(named["self"])
     if rows is None or t.dim() == 0:
-        return [rows] * len(call.outputs())
+        return [rows] * len(call.targets)
     length = t.shape[named["dim"]]
     check_size(t.numel() * (length + 1) // 2)
     lines = _numbers(t.shape).movedim(named["dim"], 0).reshape(length, -1).numpy()
     i, j = np.tril_indices(length)
-    return [gather_union(lines[i].reshape(-1), lines[j].reshape(-1), t.numel(), rows)] * len(call.outputs())
+    return [gather_union(lines[i].reshape(-1), lines[j].reshape(-1), t.numel(), rows)] * len(call.targets)
 
 
 def _scatter_added(call: Call) -> Rows | list[Rows | None] | None:
@@ -162,7 +172,9 @@ def _scatter_added(call: Call) -> Rows | list[Rows | None] | None:
         source, places = named["values"], torch.ops.aten.index.Tensor(places, named["indices"])
         rows = _expand(call.rows(source), source.shape, places.shape)
     else:
-        source = named["source"] if "source" in named else named["src"]
+        source = named.get("source", named.get("src"))
+        if not isinstance(source, Tensor):  # a number
+            return call.rows(t)
         if "index_add" in name or "index_reduce" in name:
             places, rows = places.index_select(named["dim"], named["index"]), call.rows(source)
         else:
@@ -231,11 +243,11 @@ def _multiplied(call: Call) -> Rows | None:
 def _multiplied_added(call: Call) -> Rows | None:
     """``addmm`` and its kind: the first argument is added to the product of the two others."""
     c, a, b = [t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)][:3]
-    return unite(_expand(call.rows(c), c.shape, call.outputs()[0].shape), _product(call, a, b))
+    return unite(_expand(call.rows(c), c.shape, call.targets[0].shape), _product(call, a, b))
 
 
 def _convolved(call: Call) -> Rows | list[Rows | None] | None:
-    named, out = call.bound(), call.outputs()[0]
+    named, out = call.bound(), call.targets[0]
     x, weight, bias = named["input"], named["weight"], named["bias"]
     rows = call.rows(x)
     if call.rows(weight) is not None or rows is None or (bias is not None and call.rows(bias) is not None):
@@ -275,12 +287,13 @@ RULES: dict[str, Rule] = {
         _moved,
         "view cat stack index_select gather index _unsafe_index take repeat roll flip constant_pad_nd reflection_pad1d reflection_pad2d"
         " reflection_pad3d replication_pad1d replication_pad2d replication_pad3d tril triu im2col slice_scatter select_scatter"
-        " diagonal_scatter as_strided_scatter index_copy scatter index_fill masked_select masked_scatter diag_embed pixel_shuffle"
+        " diagonal_scatter as_strided_scatter index_copy index_fill masked_select masked_scatter diag_embed pixel_shuffle"
         " pixel_unshuffle channel_shuffle slice_backward select_backward diagonal_backward rot90 permute expand unsqueeze squeeze"
         " transpose t unbind split split_with_sizes slice select diagonal unfold as_strided _unsafe_view _reshape_alias block_diag",
     ),
     **_names(_masked_fill, "masked_fill"),
-    **_names(pointwise, "clone _to_copy contiguous lift_fresh alias detach _conj_physical polar complex where"),
+    **_names(_scattered, "scatter"),
+    **_names(pointwise, "clone to _to_copy contiguous lift_fresh alias detach _conj_physical polar complex where"),
     **_names(
         cleared,
         "zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full new_empty"
@@ -289,7 +302,7 @@ RULES: dict[str, Rule] = {
     **_names(_copied, "copy_ copy fill_ fill"),
     **_names(
         _reduced,
-        "sum mean prod amax amin logsumexp norm linalg_vector_norm var std nansum median nanmedian max min aminmax trace argmax argmin any all",
+        "sum mean prod amax amin logsumexp norm linalg_vector_norm var std nansum median nanmedian max min aminmax trace",
     ),
     **_names(_reduced_twice, "var_mean std_mean mode kthvalue"),
     **_names(_along, "_softmax _log_softmax _softmax_backward_data _log_softmax_backward_data sort topk"),
