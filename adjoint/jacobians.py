@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,25 +40,37 @@ def must_differentiate(differentiable: bool | None) -> bool:
 
 
 def jvp(f: Function, x: Tensor, v: Tensor) -> Tensor:
-    """``J v`` for ``v`` (B, n): (B, m), differentiable. Operators without forward-mode AD are served by the transpose of a vjp."""
+    """``J v`` for ``v`` (B, n): (B, m), differentiable. Where forward mode cannot be used, the transpose of a vjp serves."""
     try:
         return torch.func.jvp(f, (x,), (v,))[1]
-    except NotImplementedError:
+    except RuntimeError as error:
+        if not _lacks_forward(error):
+            raise
         return _linearized(f, x)(v)
 
 
 def vjp(f: Function, x: Tensor, w: Tensor) -> Tensor:
     """``J^T w`` (not conjugated) for ``w`` (B, m): (B, n), differentiable."""
-    out, pull = torch.func.vjp(f, x)
+    out, pull = _vjp(f, x)
     _same_field(out, x)
     return pull(w.conj())[0].conj() if out.is_complex() else pull(w)[0]
 
 
+def _vjp(f: Function, x: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]:
+    found: Any = torch.func.vjp(f, x)
+    return found[0], found[1]
+
+
+def _lacks_forward(error: RuntimeError) -> bool:
+    """An operator without forward mode, or a ``forward_ad`` level around us, which PyTorch does not nest."""
+    return isinstance(error, NotImplementedError) or "Nested forward mode" in str(error)
+
+
 def _linearized(f: Function, x: Tensor) -> Function:
     """``v -> J v`` as the transpose of the vjp, which is linear."""
-    out, pull = torch.func.vjp(f, x)
+    out, pull = _vjp(f, x)
     _same_field(out, x)
-    _, transpose = torch.func.vjp(lambda w: pull(w)[0], torch.zeros_like(out))
+    _, transpose = _vjp(lambda w: pull(w)[0], torch.zeros_like(out))
     return lambda v: transpose(v)[0]
 
 
@@ -75,7 +87,9 @@ def forward_products(f: Function, x: Tensor, seeds: Tensor, chunk_size: int | No
     seeds = seeds.to(x.dtype)
     try:
         return _mapped(lambda s: torch.func.jvp(f, (x,), (s.expand_as(x),))[1], seeds, chunk_size)
-    except NotImplementedError:
+    except RuntimeError as error:
+        if not _lacks_forward(error):
+            raise
         push = _linearized(f, x)
         return _mapped(lambda s: push(s.expand_as(x)), seeds, chunk_size)
 
@@ -93,7 +107,7 @@ def reverse_products(f: Function, x: Tensor, seeds: Tensor, chunk_size: int | No
 def _pullback(f: Function, x: Tensor, differentiable: bool) -> tuple[Callable[[Tensor, int | None], Tensor], Tensor]:
     """``(seeds, chunk_size) -> J^T seeds`` and ``f(x)``."""
     if differentiable or transforms_active():
-        out, back = torch.func.vjp(f, x)
+        out, back = _vjp(f, x)
         if out.is_complex():
             return lambda seeds, chunk: _mapped(lambda s: back(s.expand_as(out).conj())[0].conj(), seeds, chunk), out
         return lambda seeds, chunk: _mapped(lambda s: back(s.expand_as(out))[0], seeds, chunk), out
@@ -200,20 +214,21 @@ def _dense_by_rows(f: Function, x: Tensor, differentiable: bool) -> Tensor:
     b, n = x.shape
     copies = x.repeat_interleave(n, 0)
     if differentiable or transforms_active():
-        out, back = torch.func.vjp(f, copies)
+        out, back = _vjp(f, copies)
     else:
         with torch.enable_grad():
             copies = copies.detach().requires_grad_()
-            out = f(copies)
-
-        def back(w: Tensor) -> tuple[Tensor]:
-            return (torch.autograd.grad(out, copies, w)[0] if out.requires_grad else torch.zeros_like(copies),)
-
+            out, back = f(copies), None
     if out.shape != copies.shape:
         raise InvalidInput(f"mode='rows' is for square Jacobians, but f maps {tuple(copies.shape)} to {tuple(out.shape)}; use mode='auto'")
     _same_field(out, x)
-    found = back(torch.eye(n, dtype=out.dtype, device=x.device).repeat(b, 1))[0].reshape(b, n, n)
-    return found.conj() if out.is_complex() else found
+    seeds = torch.eye(n, dtype=out.dtype, device=x.device).repeat(b, 1)
+    if back is not None:
+        found = back(seeds)[0]
+    else:
+        found = torch.autograd.grad(out, copies, seeds, allow_unused=True)[0] if out.requires_grad else None
+        found = torch.zeros_like(x).repeat_interleave(n, 0) if found is None else found
+    return (found.conj() if out.is_complex() else found).reshape(b, n, n)
 
 
 def jacobian_operator(f: Function, x: Tensor) -> LinearOperator:
@@ -225,7 +240,7 @@ def jacobian_operator(f: Function, x: Tensor) -> LinearOperator:
     ``torch.func`` and differentiable; otherwise they are not.
     """
     if transforms_active():
-        out, pull = torch.func.vjp(f, x)
+        out, pull = _vjp(f, x)
         _check_square(out, x)
         return _operator(x, _linearized(f, x), lambda w: pull(w.conj())[0].conj() if out.is_complex() else pull(w)[0])
     with torch.enable_grad():
@@ -243,10 +258,13 @@ def jacobian_operator(f: Function, x: Tensor) -> LinearOperator:
         return found.conj() if out.is_complex() else found
 
     def matvec(v: Tensor) -> Tensor:
-        if not turned.requires_grad:  # a backward that is not differentiable
-            with torch.no_grad():
+        try:
+            return torch.autograd.grad(turned, probe, v.detach(), retain_graph=True)[0]
+        except RuntimeError as error:
+            if turned.requires_grad and "once_differentiable" not in str(error):
+                raise
+            with torch.no_grad():  # a backward that cannot be differentiated
                 return torch.func.jvp(f, (x.detach(),), (v.detach(),))[1]
-        return torch.autograd.grad(turned, probe, v.detach(), retain_graph=True)[0]
 
     return _operator(x, matvec, rmatvec)
 

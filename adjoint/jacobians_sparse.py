@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -182,7 +182,9 @@ def _from_torch_sparse(matrix: Tensor) -> SparseMatrix:
     return SparseMatrix(coo.indices(), coo.values().unsqueeze(0), (matrix.shape[0], matrix.shape[1]))
 
 
-def choose_jacobian(f: Function, x: Tensor, jac: Any = None, jac_sparsity: Any = None) -> tuple[JacobianStrategy, str]:
+def choose_jacobian(
+    f: Function, x: Tensor, jac: Any = None, jac_sparsity: Any = None, parameters: Sequence[Tensor] = ()
+) -> tuple[JacobianStrategy, str]:
     """A strategy for ``f`` near ``x`` (B, n), and in one line why.
 
     The user's ``jac`` and ``jac_sparsity`` come first. Otherwise: dense up to 100 unknowns, or where tracing finds that sparsity does not
@@ -191,7 +193,7 @@ def choose_jacobian(f: Function, x: Tensor, jac: Any = None, jac_sparsity: Any =
     """
     n = x.shape[1]
     with torch.no_grad():
-        m = n if jac is not None else f(x[:1]).shape[1]
+        m = n if jac is not None else f(x).shape[1]
     if jac_sparsity is not None:
         pattern = SparsityPattern.from_any(jac_sparsity, (m, n))
         if jac is not None:
@@ -205,7 +207,7 @@ def choose_jacobian(f: Function, x: Tensor, jac: Any = None, jac_sparsity: Any =
     if n <= _SMALL:
         return DenseJacobian(), f"dense: only {n} unknowns"
     try:
-        pattern = detect_pattern(f, x)
+        pattern = detect_pattern(f, x, parameters=parameters)
     except PatternTooDense as error:
         return DenseJacobian(), f"dense: {error}"
     if pattern.density > 0.2:

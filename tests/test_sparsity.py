@@ -236,6 +236,21 @@ def test_zeros_of_a_parameter_are_accidents():
     assert detect_pattern(lambda x: torch.zeros(3, 3) @ x, torch.ones(3), method="trace").nnz == 0
 
 
+def test_zeros_of_named_parameters_are_accidents():
+    p, fixed = torch.zeros(3, 3), torch.zeros(3, 3)
+    f = lambda x: (p.T * 2) @ x + fixed @ x  # noqa: E731
+    assert detect_pattern(f, torch.ones(3), method="trace").nnz == 0
+    assert detect_pattern(f, torch.ones(3), method="trace", parameters=[p]).nnz == 9
+
+
+@pytest.mark.parametrize("method", ["trace", "numeric"])
+def test_functions_that_hold_tensors_of_all_rows(method):
+    p = torch.rand(4, 5)
+    for f in (lambda x: p * x + x.roll(1, -1), lambda x: torch.stack([p[b] * x[b] + x[b].roll(1) for b in range(4)])):
+        found = mask_of(detect_pattern(f, torch.rand(4, 5), method=method))
+        assert torch.equal(found, torch.eye(5, dtype=torch.bool) | torch.eye(5, dtype=torch.bool).roll(1, 0))
+
+
 def stencils(n):
     def padded(x):
         u = F.pad(x.reshape(*x.shape[:-1], n, n), (1, 1, 1, 1))
@@ -351,7 +366,9 @@ def branch(x):
     return x**2 if x.sum() > 0 else x.flip(0)
 
 
-@pytest.mark.parametrize("f", [branch, lambda x: x * x.max().item(), lambda x: x[x > 0].sum() * x, lambda x: x[: int(x.abs().argmax()) + 1].sum() * x])
+@pytest.mark.parametrize(
+    "f", [branch, lambda x: x * x.max().item(), lambda x: x[x > 0].sum() * x, lambda x: x[: int(x.abs().argmax()) + 1].sum() * x]
+)
 def test_control_flow_on_values_falls_back_with_a_warning(f):
     x = constant(N)
     with pytest.raises(InvalidInput, match="cannot be traced"):

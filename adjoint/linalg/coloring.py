@@ -6,9 +6,9 @@ Curtis, Powell and Reid (1974); Gebremedhin, Manne and Pothen, What color is you
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from torch import Tensor
 
@@ -85,7 +85,7 @@ def _coloring(colors: np.ndarray) -> Coloring:
     return Coloring(torch.from_numpy(colors.astype(np.int64)), int(colors.max(initial=-1)) + 1)
 
 
-def _best(matrix: sp.csr_array, bound: int) -> Coloring:
+def _best(matrix: Any, bound: int) -> Coloring:
     n = matrix.shape[1]
     if bound == n:  # a full row: every column is alone
         return _coloring(np.arange(n))
@@ -101,7 +101,7 @@ def _best(matrix: sp.csr_array, bound: int) -> Coloring:
     return _coloring(best)
 
 
-def _greedy(matrix: sp.csr_array, order: np.ndarray) -> np.ndarray:
+def _greedy(matrix: Any, order: np.ndarray) -> np.ndarray:
     """First free colour in the given order. The colours that a row has seen are the bits of one integer."""
     columns = matrix.tocsc()
     starts, rows = columns.indptr.tolist(), columns.indices.tolist()
@@ -119,17 +119,17 @@ def _greedy(matrix: sp.csr_array, order: np.ndarray) -> np.ndarray:
     return np.asarray(colors, np.int64)
 
 
-def _natural(matrix: sp.csr_array) -> np.ndarray:
+def _natural(matrix: Any) -> np.ndarray:
     return np.arange(matrix.shape[1])
 
 
-def _largest_first(matrix: sp.csr_array) -> np.ndarray:
+def _largest_first(matrix: Any) -> np.ndarray:
     """By the number of columns that each column meets (counted with repetition)."""
     per_row = np.diff(matrix.indptr)
     return np.argsort(-(matrix.T.astype(np.int64) @ per_row), kind="stable")
 
 
-def _smallest_last(matrix: sp.csr_array) -> np.ndarray:
+def _smallest_last(matrix: Any) -> np.ndarray:
     """Matula and Beck: the column that meets the fewest remaining ones comes last. Degrees are counted with repetition, in buckets."""
     columns = matrix.tocsc()
     n = matrix.shape[1]
@@ -160,7 +160,7 @@ def _smallest_last(matrix: sp.csr_array) -> np.ndarray:
 _ORDERS = {"natural": _natural, "largest_first": _largest_first, "smallest_last": _smallest_last}
 
 
-def _cyclic(matrix: sp.csr_array, bound: int, most: int) -> np.ndarray | None:
+def _cyclic(matrix: Any, bound: int, most: int) -> np.ndarray | None:
     """``colour = (j + a (j // s) + b (j // t)) mod k`` with the smallest ``k <= most`` that works, or None.
 
     Stencils on grids have few distances between the columns of a row, and the strides ``s, t`` of the grid are among them.
@@ -190,7 +190,7 @@ def _cyclic(matrix: sp.csr_array, bound: int, most: int) -> np.ndarray | None:
 _STENCIL, _DISTANCES = 32, 256
 
 
-def _pairs(matrix: sp.csr_array, bound: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _pairs(matrix: Any, bound: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """All pairs ``left < right`` of columns with a row in common, by how many entries lie between them."""
     index, row = matrix.indices, np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
     pairs = []

@@ -37,7 +37,7 @@ class SparsityPattern:
     @classmethod
     def from_scipy(cls, matrix: Any) -> SparsityPattern:
         """All stored entries of a SciPy sparse matrix, stored zeros too."""
-        csr = sp.csr_array(matrix, copy=True)
+        csr: Any = sp.csr_array(matrix, copy=True)
         csr.sum_duplicates()  # sorts the columns as well
         coo = csr.tocoo()
         indices = np.stack([coo.row, coo.col]).astype(np.int64)
@@ -81,8 +81,8 @@ class SparsityPattern:
         order = torch.argsort(columns * self.shape[0] + rows)
         return SparsityPattern(self.indices.flip(0)[:, order], (self.shape[1], self.shape[0]))
 
-    def to_scipy(self) -> sp.csr_array:
-        """Boolean CSR."""
+    def to_scipy(self) -> Any:
+        """Boolean ``scipy.sparse.csr_array``."""
         rows, columns = self.indices.cpu().numpy()
         return sp.csr_array((np.ones(self.nnz, bool), (rows, columns)), shape=self.shape)
 
@@ -108,8 +108,8 @@ def detect_pattern(
 ) -> SparsityPattern:
     """The pattern of ``df/dx``, never too small for the operators that ran.
 
-    ``f`` maps ``(n,)`` to ``(m,)``, or ``(B, n)`` to ``(B, m)`` with independent rows: then the first row alone is looked at. ``n_rows``
-    is the ``m`` that is expected (checked).
+    ``f`` maps ``(n,)`` to ``(m,)``, or ``(B, n)`` to ``(B, m)`` with independent rows: then one row is looked at, or all if ``f``
+    holds tensors of all rows. ``n_rows`` is the ``m`` that is expected (checked).
 
     Methods:
 
@@ -127,21 +127,40 @@ def detect_pattern(
         raise InvalidInput(f"method={method!r}: use 'auto', 'trace' or 'numeric'")
     if x.dim() not in (1, 2) or (x.dim() == 2 and x.shape[0] == 0):
         raise InvalidInput(f"x has shape {tuple(x.shape)}: (n,) or (B, n) with B > 0 is expected")
-    x = x.detach()[:1] if x.dim() == 2 else x.detach()
+    x = x.detach()
     if method == "numeric":
         return _checked(_probe(f, x, probes), n_rows)
     try:
-        rows, _ = trace_dependencies(f, x, parameters)
+        return _checked(_trace(f, x, parameters), n_rows)
     except Untraceable as error:
         if method == "trace":
             raise InvalidInput(f"the sparsity of f cannot be traced: {error}; use method='numeric' or give the pattern") from error
+        if x.shape[-1] > _TOO_MANY_TO_PROBE:
+            why = f"the sparsity of f cannot be traced: {error}; with {x.shape[-1]} unknowns it is not probed: give the pattern"
+            raise InvalidInput(why) from error
         warnings.warn(
             f"the sparsity of f cannot be traced ({error}), so it is found from Jacobians at {probes} random points: "
             "give jac_sparsity if entries can be zero there",
             stacklevel=2,
         )
         return _checked(_probe(f, x, probes), n_rows)
-    return _checked(SparsityPattern.from_scipy(rows), n_rows)
+
+
+#: beyond this many unknowns ``method="auto"`` does not try one product with the Jacobian for each
+_TOO_MANY_TO_PROBE = 20_000
+
+
+def _trace(f: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor]) -> SparsityPattern:
+    if x.dim() == 2 and x.shape[0] > 1 and _takes_one_row(f, x):
+        x = x[:1]
+    if x.dim() == 1 or x.shape[0] == 1:
+        return SparsityPattern.from_scipy(trace_dependencies(f, x, parameters)[0])
+    coo = trace_dependencies(f, x, parameters)[0].tocoo()
+    b, n = x.shape
+    m = coo.shape[0] // b
+    own = coo.row // m == coo.col // n  # others come from operators that count as dense: the rows of f are independent
+    pairs = (coo.row[own] % m, coo.col[own] % n)
+    return SparsityPattern.from_scipy(sp.coo_array((np.ones(int(own.sum()), bool), pairs), shape=(m, n)))
 
 
 def _checked(pattern: SparsityPattern, n_rows: int | None) -> SparsityPattern:
@@ -150,11 +169,20 @@ def _checked(pattern: SparsityPattern, n_rows: int | None) -> SparsityPattern:
     return pattern
 
 
+def _takes_one_row(f: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Whether ``f`` may be run on the first row alone, or holds tensors of all rows."""
+    try:
+        with torch.no_grad():
+            return f(x[:1]).shape[0] == 1
+    except Exception:  # a fault that is not due to the missing rows shows again with all of them
+        return False
+
+
 def _probe(f: Callable[[Tensor], Tensor], x: Tensor, probes: int, seed: int = 0) -> SparsityPattern:
-    """Nonzeros of the Jacobians at ``x`` and at random points near it. Not finite counts as nonzero."""
+    """Nonzeros of the Jacobians at ``x`` and at random points near it, in any row of ``x``. Not finite counts as nonzero."""
     generator = torch.Generator().manual_seed(seed)
-    n, total = x.numel(), None
-    chunk = max(1, min(n, 2**22 // max(n, 1)))
+    n, total = x.shape[-1], None
+    chunk = max(1, min(n, 2**22 // max(x.numel(), 1)))
     for k in range(probes + 1):
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
         point = x if k == 0 else x + noise * (1e-3 * 10.0 ** (k - 1)) * (1 + x.abs())
@@ -163,8 +191,10 @@ def _probe(f: Callable[[Tensor], Tensor], x: Tensor, probes: int, seed: int = 0)
             stop = min(start + chunk, n)
             basis = torch.zeros(stop - start, n, dtype=x.dtype, device=x.device)
             basis[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
-            blocks.append(sp.csr_array((_columns(f, point, basis.reshape(-1, *x.shape)) != 0).cpu().numpy()))
-        columns_first = sp.csr_array(sp.vstack(blocks, format="csr"))
+            found = _columns(f, point, basis) != 0
+            found = found.any(1) if x.dim() == 2 else found
+            blocks.append(sp.csr_array(found.cpu().numpy()))
+        columns_first: Any = sp.csr_array(sp.vstack(blocks, format="csr"))
         check_size(columns_first.nnz)
         total = columns_first if total is None else total + columns_first
     assert total is not None
@@ -173,7 +203,7 @@ def _probe(f: Callable[[Tensor], Tensor], x: Tensor, probes: int, seed: int = 0)
 
 def _columns(f: Callable[[Tensor], Tensor], point: Tensor, basis: Tensor) -> Tensor:
     def column(v: Tensor) -> Tensor:
-        return torch.func.jvp(f, (point,), (v,))[1].reshape(-1)
+        return torch.func.jvp(f, (point,), (v.expand_as(point),))[1]
 
     try:
         return torch.vmap(column)(basis)

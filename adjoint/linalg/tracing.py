@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
@@ -22,7 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedCombination
 
-__all__ = ["Call", "DependencyMode", "PatternTooDense", "Untraceable", "trace_dependencies"]
+__all__ = ["Call", "DependencyMode", "PatternTooDense", "Rows", "Untraceable", "trace_dependencies"]
+
+#: boolean ``scipy.sparse.csr_array``, for which there are no useful types
+Rows: TypeAlias = Any
 
 #: more entries than this are not kept: such a Jacobian is for dense code or for products only
 MAX_ENTRIES = 50_000_000
@@ -44,20 +47,20 @@ def check_size(entries: int) -> None:
         )
 
 
-def take(rows: sp.csr_array, index: np.ndarray) -> sp.csr_array:
+def take(rows: Rows, index: np.ndarray) -> Rows:
     """Rows of a CSR matrix, repeated and reordered as ``index`` says."""
     check_size(int(np.diff(rows.indptr)[index].sum()))
     return rows[index]
 
 
-def unite(a: sp.csr_array | None, b: sp.csr_array | None) -> sp.csr_array | None:
+def unite(a: Rows | None, b: Rows | None) -> Rows | None:
     if a is None or b is None or a is b:
         return a if b is None else b
     check_size(a.nnz + b.nnz)
     return a + b
 
 
-def gather_union(targets: np.ndarray, sources: np.ndarray, n_out: int, rows: sp.csr_array) -> sp.csr_array:
+def gather_union(targets: np.ndarray, sources: np.ndarray, n_out: int, rows: Rows) -> Rows:
     """Row ``t`` of the result is the union of the rows ``s`` of all pairs ``(t, s)``."""
     check_size(int(np.diff(rows.indptr)[sources].sum()))
     pick = sp.csr_array((np.ones(len(targets), bool), (targets, sources)), shape=(n_out, rows.shape[0]))
@@ -73,7 +76,7 @@ class _Cell:
 
     ref: StorageWeakRef
     unit: int
-    rows: sp.csr_array | None = None
+    rows: Rows | None = None
     value: bool = False
     free: bool = False
 
@@ -98,7 +101,7 @@ class Call:
     def tensors(self) -> list[Tensor]:
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
-    def rows(self, t: Any) -> sp.csr_array | None:
+    def rows(self, t: Any) -> Rows | None:
         return self.mode.read(t) if isinstance(t, Tensor) else None
 
     @cached_property
@@ -113,7 +116,7 @@ class Call:
         return found
 
 
-Rule = Callable[[Call], "sp.csr_array | list[sp.csr_array | None] | None"]
+Rule = Callable[[Call], "Rows | list[Rows | None] | None"]
 
 _BY_VALUE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
@@ -135,7 +138,7 @@ class DependencyMode(TorchDispatchMode):
             return None
         return self.cells.get(t.untyped_storage()._cdata)
 
-    def read(self, t: Tensor) -> sp.csr_array | None:
+    def read(self, t: Tensor) -> Rows | None:
         """``(t.numel(), n)``, or None where nothing depends on ``x``."""
         cell = self.cell(t)
         if cell is None or cell.rows is None:
@@ -152,7 +155,7 @@ class DependencyMode(TorchDispatchMode):
             out = unite(out, take(cell.rows, positions * parts + k))
         return out
 
-    def write(self, t: Tensor, rows: sp.csr_array | None, value: bool = True, free: bool = False) -> None:
+    def write(self, t: Tensor, rows: Rows | None, value: bool = True, free: bool = False) -> None:
         if t.layout != torch.strided:
             if rows is not None or value:
                 raise Untraceable("a sparse tensor is made of values that depend on x")
@@ -249,7 +252,7 @@ class DependencyMode(TorchDispatchMode):
             smooth = t.is_floating_point() or t.is_complex()
             self.write(t, rows if smooth else None, depends, free)
 
-    def _results(self, call: Call, rule: Rule | None) -> list[sp.csr_array | None]:
+    def _results(self, call: Call, rule: Rule | None) -> list[Rows | None]:
         found = rule(call) if rule is not None else None
         results = found if isinstance(found, list) else [found] * len(call.targets)
         shapes = [t.numel() for t in call.targets]
@@ -301,7 +304,7 @@ def _positions(t: Tensor) -> np.ndarray:
     return torch.arange(count).as_strided(t.shape, t.stride(), t.storage_offset()).reshape(-1).numpy()
 
 
-def trace_dependencies(f: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor] = ()) -> tuple[sp.csr_array, set[str]]:
+def trace_dependencies(f: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor] = ()) -> tuple[Rows, set[str]]:
     """``(f(x).numel(), x.numel())`` boolean CSR, and the operators that counted as dense for want of a rule.
 
     Zeros of ``parameters`` are taken for accidents. Raises `Untraceable` and `PatternTooDense`.
@@ -313,7 +316,7 @@ def trace_dependencies(f: Callable[[Tensor], Tensor], x: Tensor, parameters: Seq
     x = _unwrap(values.detach().clone(memory_format=torch.contiguous_format))[1]
     n = x.numel()
     mode = DependencyMode(n, RULES, pointwise, dense, cleared)
-    mode.write(x, sp.csr_array(sp.identity(n, dtype=bool, format="csr")))
+    mode.write(x, sp.csr_array((np.ones(n, bool), (np.arange(n), np.arange(n))), shape=(n, n)))
     for p in parameters:
         mode.mark_free(_unwrap(p)[1])
     try:

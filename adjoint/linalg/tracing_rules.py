@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .tracing import Call, Rule, check_size, gather_union, take, unite
+from .tracing import Call, Rows, Rule, check_size, gather_union, take, unite
 
 __all__ = ["RULES", "cleared", "dense", "pointwise"]
-
-Rows = sp.csr_array
 
 
 def _numbers(shape: Any) -> Tensor:
