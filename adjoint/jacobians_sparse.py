@@ -63,7 +63,7 @@ class SparseJacobian:
             if self.coloring.by_rows:
                 products = reverse_products(f, x, seeds, chunk, differentiable)
             else:
-                products = forward_products(f, x, seeds, chunk)
+                products = forward_products(f, x, seeds, chunk, differentiable)
         lines = n if self.coloring.by_rows else m
         if products.shape[1:] != (x.shape[0], lines):
             raise InvalidInput(f"f maps {tuple(x.shape)} to {tuple(products.shape[1:])}, but the pattern has shape {self.pattern.shape}")
@@ -78,7 +78,7 @@ class SparseJacobian:
         v = real + 1j * imaginary if x.is_complex() else real
         with torch.no_grad():
             matrix = self(f, point)
-            mine, true = matrix.matvec(v.to(x.dtype)), jvp(f, point, v.to(x.dtype))
+            mine, true = matrix.matvec(v.to(x.dtype)), jvp(f, point, v.to(x.dtype), True)
             scale = SparseMatrix(matrix.indices, matrix.values.abs(), matrix.shape).matvec(v.abs())
         close = (mine - true).abs() <= torch.finfo(x.dtype).eps ** 0.5 * scale
         return bool((close | ~torch.isfinite(true)).all())

@@ -456,7 +456,7 @@ def test_choice_large_and_sparse():
     n = 16
     x = torch.rand(2, n * n)
     strategy, why = choose_jacobian(rad(n), x)
-    assert isinstance(strategy, SparseJacobian) and "5 jvps" in why
+    assert isinstance(strategy, SparseJacobian) and "5 vjps" in why
     torch.testing.assert_close(strategy(rad(n), x).dense()[0], rad_jacobian(x[0], n), rtol=1e-12, atol=1e-10)
 
 

@@ -64,21 +64,19 @@ def color_rows(pattern: SparsityPattern, order: str = "best") -> Coloring:
 
 
 def color_pattern(pattern: SparsityPattern) -> Coloring:
-    """By columns, unless rows need clearly fewer colours (a reverse product costs more than a forward one)."""
+    """By rows or by columns, whichever needs fewer colours; by rows (reverse products, which are cheaper in PyTorch) if both need as
+    many."""
     matrix = pattern.to_scipy()
-    row_bound = int(np.diff(matrix.indptr).max(initial=0))
-    column_bound = int(np.diff(matrix.tocsc().indptr).max(initial=0))
-    if 1.5 * column_bound < row_bound:
-        by_rows = color_rows(pattern)
-        if 1.5 * by_rows.n_colors < row_bound:
-            return by_rows
-        by_columns = color_columns(pattern)
-        return by_rows if 1.5 * by_rows.n_colors < by_columns.n_colors else by_columns
-    by_columns = color_columns(pattern)
-    if by_columns.n_colors > 2 * max(column_bound, 1):
-        by_rows = color_rows(pattern)
-        return by_rows if 1.5 * by_rows.n_colors < by_columns.n_colors else by_columns
-    return by_columns
+    most_in_row = int(np.diff(matrix.indptr).max(initial=0))
+    most_in_column = int(np.diff(matrix.tocsc().indptr).max(initial=0))
+    first, second, bound = color_rows, color_columns, most_in_row
+    if most_in_row < most_in_column:
+        first, second, bound = color_columns, color_rows, most_in_column
+    one = first(pattern)
+    if one.n_colors <= bound:  # the other way cannot need fewer
+        return one
+    other = second(pattern)
+    return min(one, other, key=lambda c: (c.n_colors, not c.by_rows))
 
 
 def _coloring(colors: np.ndarray) -> Coloring:
