@@ -231,7 +231,7 @@ class DenseJacobian:
         if self.mode == "rows":
             return _dense_by_rows(f, x, differentiable)
         pull, out = _pullback(f, x, differentiable)
-        _check_rows(out, x)
+        check_rows(out, x)
         m = out.shape[-1]
         if self.mode == "auto" and (m > 2 * x.shape[-1] or (out.is_complex() and not x.is_complex())):
             return self._forward(f, x, differentiable)
@@ -242,13 +242,14 @@ class DenseJacobian:
         eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             products = forward_products(f, x, eye, self.chunk_size, differentiable)
-        _check_rows(products[0], x)
+        check_rows(products[0], x)
         return products.movedim(0, -1)
 
 
-def _check_rows(out: Tensor, x: Tensor) -> None:
+def check_rows(out: Tensor, x: Tensor) -> Tensor:
     if out.dim() != 2 or out.shape[0] != x.shape[0]:
         raise InvalidInput(f"f must map (B, n) to (B, m), but it maps {tuple(x.shape)} to {tuple(out.shape)}")
+    return out
 
 
 def _dense_by_rows(f: Function, x: Tensor, differentiable: bool) -> Tensor:

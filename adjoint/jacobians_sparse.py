@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidInput, UnsupportedCombination
-from .jacobians import DenseJacobian, Function, JacobianStrategy, forward_products, jvp, must_differentiate, reverse_products
+from .jacobians import DenseJacobian, Function, JacobianStrategy, check_rows, forward_products, jvp, must_differentiate, reverse_products
 from .linalg.coloring import Coloring, color_pattern
 from .linalg.protocol import Matrix, SparseMatrix
 from .linalg.sparsity import PatternTooDense, SparsityPattern, detect_pattern
@@ -193,7 +193,7 @@ def choose_jacobian(
     """
     n = x.shape[1]
     with torch.no_grad():
-        m = n if jac is not None else f(x).shape[1]
+        m = n if jac is not None else check_rows(f(x), x).shape[1]
     if jac_sparsity is not None:
         pattern = SparsityPattern.from_any(jac_sparsity, (m, n))
         if jac is not None:

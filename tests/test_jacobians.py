@@ -332,14 +332,20 @@ def test_derivative_by_parameters_of_a_large_pattern():
 # --- products and operators
 
 
-def test_products():
+@pytest.mark.parametrize("grad", [True, False])
+def test_products(grad):
+    with torch.set_grad_enabled(grad):
+        _products()
+
+
+def _products():
     x, v = points(), torch.randn(B, N)
     jac = wave_jacobian(x)
     torch.testing.assert_close(jvp(wave, x, v), torch.einsum("bij,bj->bi", jac, v))
     torch.testing.assert_close(vjp(wave, x, v), torch.einsum("bij,bi->bj", jac, v))
     seeds = torch.randn(4, N)
-    torch.testing.assert_close(forward_products(wave, x, seeds), torch.einsum("bij,kj->kbi", jac, seeds))
     for differentiable in (True, False, None):
+        torch.testing.assert_close(forward_products(wave, x, seeds, 3, differentiable), torch.einsum("bij,kj->kbi", jac, seeds))
         torch.testing.assert_close(reverse_products(wave, x, seeds, 3, differentiable), torch.einsum("bij,ki->kbj", jac, seeds))
 
 
@@ -496,3 +502,27 @@ def test_choice_is_silent_under_no_grad():
         warnings.simplefilter("error")
         strategy, _ = choose_jacobian(wave, points(2, 200))
     assert isinstance(strategy, SparseJacobian)
+
+
+@pytest.mark.slow
+def test_a_million_unknowns():
+    n = 1000
+    f, x = rad(n), torch.rand(1, n * n)
+    strategy, why = choose_jacobian(f, x)
+    assert isinstance(strategy, SparseJacobian) and "5 vjps" in why and strategy.pattern.nnz == 5 * n * n - 4 * n
+    matrix, v = strategy(f, x), torch.randn(1, n * n)
+    torch.testing.assert_close(matrix.matvec(v), jvp(f, x, v), rtol=1e-10, atol=1e-4)
+
+
+@pytest.mark.cuda
+def test_on_cuda():
+    n = 12
+    f, x = rad(n), torch.rand(2, n * n, device="cuda")
+    on_device = lambda u: f(u, tuple(torch.tensor(p, device="cuda") for p in RAD))  # noqa: E731
+    strategy, _ = choose_jacobian(on_device, x)
+    found = strategy(on_device, x)
+    assert isinstance(found, SparseMatrix) and found.values.is_cuda
+    torch.testing.assert_close(found.dense()[0].cpu(), rad_jacobian(x[0].cpu(), n), rtol=1e-12, atol=1e-10)
+    operator, v = jacobian_operator(on_device, x), torch.randn_like(x)
+    torch.testing.assert_close(operator.matvec(v), found.matvec(v))
+    torch.testing.assert_close(DenseJacobian("rows")(on_device, x), found.dense())

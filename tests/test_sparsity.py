@@ -81,6 +81,7 @@ def lstm_like(x):
     return (torch.sigmoid(u @ w) * torch.tanh(u)).reshape(-1)
 
 
+GRU = torch.nn.GRUCell(4, 4).double()
 INDEX = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
 SCATTER = torch.tensor([[0, 1, 2, 0], [2, 0, 0, 1]])
 
@@ -162,6 +163,22 @@ EXACT = {
     "pixel_shuffle": lambda x: F.pixel_shuffle(x.reshape(1, 4, 3, 1), 2).reshape(-1),
     "meshgrid": lambda x: torch.meshgrid(x[:2], x[2:4], indexing="ij")[0].reshape(-1),
     "constant": lambda x: torch.ones_like(x) + x.clone().zero_(),
+    "gradient of a convolution": lambda x: torch.func.grad(
+        lambda u: F.conv1d(u.reshape(1, 2, 6), constant(2, 2, 3), stride=2, padding=1).pow(3).sum()
+    )(x),
+    "fft along one dim": lambda x: torch.fft.fft(x.reshape(GRID), dim=1).abs().reshape(-1),
+    "trace": lambda x: torch.trace(x[:9].reshape(3, 3)).reshape(1) ** 2,
+    "attention": lambda x: F.scaled_dot_product_attention(*3 * [x.reshape(1, *GRID)]).reshape(-1),
+    "hvp": lambda x: torch.func.jvp(torch.func.grad(lambda u: (u[1:] * u[:-1]).square().sum()), (x,), (torch.ones(N),))[1],
+    "checkpoint": lambda x: torch.utils.checkpoint.checkpoint(lambda u: u.sin() * u.roll(1), x, use_reentrant=False),
+    "cat with integers": lambda x: torch.cat([x, torch.arange(3)]) ** 2,
+    "scatter_reduce": lambda x: torch.zeros(4).scatter_reduce(0, torch.arange(N) % 4, x, "sum") ** 2,
+    "index_fill by x": lambda x: x.index_fill(0, torch.arange(4), x[5]),
+    "masked_fill by x": lambda x: x.masked_fill(torch.arange(N) < 3, x[5]),
+    "masked_scatter": lambda x: x.masked_scatter(torch.arange(N) < 3, x[5:]),
+    "slice_scatter": lambda x: torch.slice_scatter(x, x[:4] ** 2, 0, 2, 6) + torch.select_scatter(x.reshape(GRID), x[:4], 0, 1).reshape(-1),
+    "group_norm": lambda x: F.group_norm(x.reshape(1, 4, 3), 2).reshape(-1),
+    "gru": lambda x: torch.func.functional_call(GRU, dict(GRU.named_parameters()), (x.reshape(GRID), x.reshape(GRID) ** 2)).reshape(-1),
     "lerp": lambda x: torch.lerp(x, x.roll(1), 0.3) + torch.addcmul(x, x, x),
     "layer_norm": lambda x: F.layer_norm(x.reshape(GRID), (4,)).reshape(-1),
     "cdist-like": lambda x: (x[:3, None] - x[None, :3]).square().sum(1),
@@ -191,6 +208,12 @@ LOOSE = {
     "det": lambda x: torch.linalg.det(x[:9].reshape(3, 3)).reshape(1),
     "searchsorted": lambda x: x[:3] * torch.searchsorted(torch.linspace(-1, 1, 5), x[3:6]),
     "scatter at computed places": lambda x: torch.zeros(N).scatter(0, x.argsort(), x),
+    "several at once": lambda x: torch.cat(torch._foreach_mul(list(x.split(4)), 2.0)),
+    "batch_norm": lambda x: F.batch_norm(x.reshape(GRID), torch.zeros(4), torch.ones(4), training=True).reshape(-1),
+    "cholesky": lambda x: torch.linalg.cholesky(torch.eye(3) * 9 + x[:3].outer(x[:3])).reshape(-1),
+    "grid_sample": lambda x: F.grid_sample(x.reshape(1, 1, *GRID), constant(1, 2, 2, 2), align_corners=True).reshape(-1),
+    "put": lambda x: x.put(torch.tensor([1, 2]), x[5:7], accumulate=True),
+    "fft2": lambda x: torch.fft.ifft2(torch.fft.fft2(x.reshape(GRID)) * constant(*GRID)).real.reshape(-1),
     "repeat_interleave": lambda x: x[:3].repeat_interleave(torch.tensor([1, 3, 2])),
     "trapezoid": lambda x: torch.trapezoid(x.reshape(GRID), dim=1),
     "matrix_exp": lambda x: torch.matrix_exp(x[:4].reshape(2, 2)).reshape(-1),
@@ -206,6 +229,16 @@ def test_traced_pattern_is_exact(name):
     assert found.shape == expected.shape
     assert not (expected & ~found).any(), "too sparse"
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", [*EXACT, *LOOSE])
+def test_inference_mode_gives_no_smaller_patterns(name):
+    f, x = {**EXACT, **LOOSE}[name], constant(N)
+    if name == "autograd inside":
+        pytest.skip("autograd does not run in inference mode")
+    with torch.inference_mode():
+        inner = detect_pattern(f, x, method="trace")
+    assert inner.contains(detect_pattern(f, x, method="trace"))
 
 
 @pytest.mark.parametrize("name", LOOSE)

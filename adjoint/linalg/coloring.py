@@ -88,8 +88,11 @@ def _best(matrix: Any, bound: int) -> Coloring:
     if bound == n:  # a full row: every column is alone
         return _coloring(np.arange(n))
     best = _cyclic(matrix, bound, max(2 * bound, 8))
+    # meetings of columns, which smallest-last goes through one by one
+    meetings = int((np.diff(matrix.indptr).astype(np.int64) ** 2).sum())
     small = matrix.nnz <= _LARGE
-    for name in ("natural", "largest_first", "smallest_last") if small else ("natural",):
+    names = ["natural", *(["largest_first"] if small else []), *(["smallest_last"] if meetings <= 10 * _LARGE else [])]
+    for name in names:
         if best is not None and (best.max(initial=-1) + 1 <= bound or (not small and best.max() + 1 <= bound + 2)):
             break
         colors = _greedy(matrix, _ORDERS[name](matrix))

@@ -127,13 +127,19 @@ def _reduced(call: Call) -> Rows | None:
     return _over(call.rows(t), t.shape, _dims(named.get("dim"), t.dim()))[0]
 
 
+def _traced(call: Call) -> Rows | None:
+    t, rows = call.args[0], call.rows(call.args[0])
+    on = _numbers(t.shape).diagonal().numpy()
+    return None if rows is None else gather_union(np.zeros(len(on), int), on, 1, rows)
+
+
 def _reduced_twice(call: Call) -> list[Rows | None]:
     """Two results over the same dims (``var_mean``, ``max.dim``, ...)."""
     return [_reduced(call)] * len(call.targets)
 
 
 def _along(call: Call) -> list[Rows | None]:
-    """Each result depends on a whole line along ``dim`` (softmax, sort, topk, ...)."""
+    """Each result depends on a whole line along ``dim`` (softmax, sort, topk, Fourier transforms, ...)."""
     named, out = call.bound(), call.targets[0]
     total = None
     for t in call.tensors():
@@ -245,24 +251,36 @@ def _multiplied_added(call: Call) -> Rows | None:
 
 
 def _convolved(call: Call) -> Rows | list[Rows | None] | None:
-    named, out = call.bound(), call.targets[0]
-    x, weight, bias = named["input"], named["weight"], named["bias"]
-    rows = call.rows(x)
-    if call.rows(weight) is not None or rows is None or (bias is not None and call.rows(bias) is not None):
+    named = call.bound()
+    rows = call.rows(named["input"])
+    if rows is None or any(isinstance(named[k], Tensor) and call.rows(named[k]) is not None for k in ("weight", "bias")):
         return dense(call)
-    groups, transposed = named["groups"], named["transposed"]
-    unbatched = x.dim() == weight.dim() - 1
-    lead, c_in = (1, x.shape[0]) if unbatched else x.shape[:2]
-    numbers = torch.arange(1, x.numel() + 1, dtype=torch.float64).reshape(lead * c_in, 1, *x.shape[-(weight.dim() - 2) :])
+    out, x = _window_pairs(call, named["input"].shape, call.targets[0].numel(), named)
+    return gather_union(out, x, call.targets[0].numel(), rows)
+
+
+def _convolved_back(call: Call) -> Rows | list[Rows | None] | None:
+    """The gradient of a convolution in its argument: the same pairs, turned round."""
+    named = call.bound()
+    rows = call.rows(named["grad_output"])
+    if rows is None or list(named["output_mask"]) != [True, False, False] or call.rows(named["weight"]) is not None:
+        return dense(call)
+    out, x = _window_pairs(call, named["input"].shape, named["grad_output"].numel(), named)
+    return gather_union(x, out, named["input"].numel(), rows)
+
+
+def _window_pairs(call: Call, shape: Any, n_out: int, named: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Which elements of the result of a convolution of an argument of this shape use which elements of the argument."""
+    weight, groups = named["weight"], named["groups"]
+    lead, c_in = (1, shape[0]) if len(shape) == weight.dim() - 1 else shape[:2]
+    numbers = torch.arange(1, prod(shape) + 1, dtype=torch.float64).reshape(lead * c_in, 1, *shape[-(weight.dim() - 2) :])
     # (groups, out channels of a group, in channels of a group, *kernel)
     per_group = weight.unflatten(0, (groups, -1))
-    per_group = per_group.transpose(1, 2) if transposed else per_group
-    used = (per_group != 0) if _zeros_count(call, weight) else torch.ones_like(per_group, dtype=torch.bool)
-    used = used.cpu()
-    c_out = used.shape[0] * used.shape[1]
-    places = torch.arange(out.numel()).reshape(lead, c_out, -1)
-    targets, sources = [], []
+    per_group = per_group.transpose(1, 2) if named["transposed"] else per_group
+    used = ((per_group != 0) if _zeros_count(call, weight) else torch.ones_like(per_group, dtype=torch.bool)).cpu()
+    places = torch.arange(n_out).reshape(lead, used.shape[0] * used.shape[1], -1)
     settings = [named[key] for key in ("stride", "padding", "dilation", "transposed", "output_padding")]
+    targets, sources = [], []
     for k in product(*(range(s) for s in weight.shape[2:])):
         probe = torch.zeros(1, 1, *weight.shape[2:], dtype=torch.float64)
         probe[(0, 0, *k)] = 1.0  # a kernel of a single one moves element numbers
@@ -273,7 +291,7 @@ def _convolved(call: Call) -> Rows | list[Rows | None] | None:
         inside = src > 0
         targets.append(dst[inside])
         sources.append(src[inside] - 1)
-    return gather_union(torch.cat(targets).numpy(), torch.cat(sources).numpy(), out.numel(), rows)
+    return torch.cat(targets).numpy(), torch.cat(sources).numpy()
 
 
 def _names(rule: Rule, names: str) -> dict[str, Rule]:
@@ -302,11 +320,13 @@ RULES: dict[str, Rule] = {
         _reduced,
         "sum mean prod amax amin logsumexp norm linalg_vector_norm var std nansum median nanmedian max min aminmax trace",
     ),
+    **_names(_traced, "trace"),
     **_names(_reduced_twice, "var_mean std_mean mode kthvalue"),
-    **_names(_along, "_softmax _log_softmax _softmax_backward_data _log_softmax_backward_data sort topk"),
+    **_names(_along, "_softmax _log_softmax _softmax_backward_data _log_softmax_backward_data sort topk _fft_c2c _fft_r2c _fft_c2r"),
     **_names(_scanned, "cumsum cumprod logcumsumexp cummax cummin"),
     **_names(_scatter_added, "index_add scatter_add scatter_reduce index_put _unsafe_index_put _index_put_impl_ index_reduce"),
     **_names(_multiplied, "mm bmm mv dot vdot _sparse_mm"),
     **_names(_multiplied_added, "addmm addmv baddbmm _sparse_addmm"),
     **_names(_convolved, "convolution"),
+    **_names(_convolved_back, "convolution_backward"),
 }
