@@ -99,6 +99,7 @@ class _Point:
     spec: StateSpec
     expansion: Expansion
     factors: Callable[[], Factorization]
+    forget_factors: Callable[[], None]
     constants: list[tuple[Tensor, int]]
 
     def current(self, p: Tensor, layout: Layout) -> bool:
@@ -204,7 +205,7 @@ class SteadyStateObjective:
             for i, start in enumerate(starts):
                 setup = prepare(self.F, start, (user_p,), log=self.stats.log, **self._options)
                 try:
-                    out = RootOutputs(*RootNode.apply(setup.task, setup.x0, *setup.inputs))
+                    out = RootOutputs(*RootNode.apply(setup.task, setup.x0.detach(), *setup.inputs))
                     break
                 except RootError:
                     self.stats.n_states += 1
@@ -253,7 +254,7 @@ class SteadyStateObjective:
             [lambda: self.F(state, user_p), lambda: self.f(state, user_p)], [*tree_leaves(state), *tree_leaves(user_p)]
         )
         expansion = Expansion(Functions(objective, residual), x, flat, solves)
-        return _Point(flat, layout, x, spec, expansion, factors, [(c, c._version) for c in constants])
+        return _Point(flat, layout, x, spec, expansion, factors, task.store.clear, [(c, c._version) for c in constants])
 
     # -- what users ask for ------------------------------------------------------------------------------------------------------------
 

@@ -126,7 +126,7 @@ def _solve(**options: Any) -> RootSolution:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         setup = prepare(**options)
-        out = RootOutputs(*RootNode.apply(setup.task, setup.x0, *setup.inputs))
+        out = RootOutputs(*RootNode.apply(setup.task, setup.x0.detach(), *setup.inputs))
     return solution_of(setup, out)
 
 

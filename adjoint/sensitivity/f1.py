@@ -17,7 +17,7 @@ from torch import Tensor
 __all__ = ["Expansion", "Functions", "Solves"]
 
 #: columns up to which single calls beat a batched one, which sets up a transform first
-_FEW = 12
+_FEW = 2
 #: entries of state-sized columns that are worked on at once
 _CHUNK = 1 << 24
 
@@ -52,21 +52,28 @@ def _pull_columns(outputs: Sequence[Tensor], inputs: Sequence[Tensor], bars: Seq
     count, size = bars[0].shape[-1], sum(b.shape[0] for b in bars)
     if count == 0:
         return [x.new_zeros(*x.shape, 0) for x in inputs]
-    if count <= _FEW or not any(o.requires_grad for o in outputs):
-        each = [_pull(outputs, inputs, [b[:, j] for b in bars]) for j in range(count)]
-        return [torch.stack(column, -1) for column in zip(*each, strict=True)]
     pairs = [(o, b) for o, b in zip(outputs, bars, strict=True) if o.requires_grad]
+    if count > _FEW and pairs:
+        try:
+            return _batched(pairs, inputs, max(1, _CHUNK // max(size, 1)))
+        except RuntimeError as error:
+            if "vmap" not in str(error).lower() and "batching" not in str(error).lower():
+                raise
+    # one by one: an operator of the user's cannot be batched, or it does not pay
+    each = [_pull(outputs, inputs, [b[:, j] for b in bars]) for j in range(count)]
+    return [torch.stack(column, -1) for column in zip(*each, strict=True)]
+
+
+def _batched(pairs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor], width: int) -> list[Tensor]:
+    outputs, count = [o for o, _ in pairs], pairs[0][1].shape[-1]
     pieces = []
-    width = max(1, _CHUNK // max(size, 1))
     for at in range(0, count, width):
         cotangents = [b[:, at : at + width].T for _, b in pairs]
-        pieces.append(
-            torch.autograd.grad([o for o, _ in pairs], inputs, cotangents, retain_graph=True, is_grads_batched=True, allow_unused=True)
-        )
+        pieces.append(torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, is_grads_batched=True, allow_unused=True))
     columns = []
-    for i, x in enumerate(inputs):
-        parts = [g[i] for g in pieces]
-        columns.append(torch.cat([p.movedim(0, -1) for p in parts], -1) if parts[0] is not None else x.new_zeros(*x.shape, count))
+    for x, parts in zip(inputs, zip(*pieces, strict=True), strict=True):
+        used = parts[0] is not None
+        columns.append(torch.cat([p.movedim(0, -1) for p in parts], -1) if used else x.new_zeros(*x.shape, count))
     return columns
 
 
@@ -233,7 +240,7 @@ class Expansion:
         top, bottom = self.lagrangian_products(tangents, V)
         if "S" in self._kept:
             return self.state_jacobian().T @ top + bottom
-        x, p, residual = self._recorded_residual()
+        _, p, residual = self._recorded_residual()
         return bottom - _pull_columns([residual], [p], [self._solves().transposed(top)])[0]
 
     # -- third order -----------------------------------------------------------------------------------------------------------------

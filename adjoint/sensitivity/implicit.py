@@ -64,6 +64,10 @@ class FactorStore:
         # the tensor is kept alive with its key: its memory cannot be given to another
         self.x, self.key, self.factors = x, self.key_of(x), factors
 
+    def clear(self) -> None:
+        """Forget the factors."""
+        self.key = self.factors = None
+
     def get(self, x: Tensor, make: Callable[[], Factorization]) -> Factorization:
         """The factors at ``x``."""
         if self.factors is None or self.key != self.key_of(x):
