@@ -9,6 +9,7 @@ from torch import Tensor
 from .batched import integrate_batched
 from .controller import IController, PIController, PIDController
 from .plan import Event, Monitor, Plan, Record, Status, rms_norm, shifted_times
+from .recording import Recording
 from .single import integrate_single
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "PIDController",
     "Plan",
     "Record",
+    "Recording",
     "Status",
     "integrate",
     "rms_norm",
@@ -35,8 +37,9 @@ def integrate(
     batched: bool,
     inputs: Sequence[Tensor] = (),
     shape: Sequence[int] | None = None,
+    recording: Recording | None = None,
 ) -> Record:
     """Run the loop that fits: float decisions for one trajectory, masks for many."""
     if batched:
         return integrate_batched(f, plan, anchors, t_eval, y0)
-    return integrate_single(f, plan, anchors, t_eval, y0, inputs, shape)
+    return integrate_single(f, plan, anchors, t_eval, y0, inputs, shape, recording)

@@ -16,6 +16,7 @@ from .controller import tamed
 from .events import EventWatch
 from .initial_step import initial_step
 from .plan import Plan, Record, Status, shifted_times
+from .recording import Recording
 from .sampling import Sampler
 
 __all__ = ["integrate_single"]
@@ -74,6 +75,7 @@ def integrate_single(
     y0: Tensor,
     inputs: Sequence[Tensor] = (),
     shape: Sequence[int] | None = None,
+    recording: Recording | None = None,
 ) -> Record:
     """Solve one trajectory.
 
@@ -86,6 +88,7 @@ def integrate_single(
     t_eval : (T, 1) float64 or None; sample times within the span, in any order
     y0 : (1, n)
     shape : the shape in which ``f`` takes and gives states, ``(1, n)`` by default
+    recording : stops autograd's recording when it has grown too large
     """
     flat = y0.shape
     y0 = y0 if shape is None else y0.reshape(shape)
@@ -105,7 +108,7 @@ def integrate_single(
     jump_start = False
     y, size = y0, y0.detach().abs()
     start_times = _times(plan, t, 0.0, y, (plan.shift == "all", False), sign)
-    k1 = f(start_times[0], y)
+    k1 = f(start_times[0], y) if recording is None else recording.first(f, start_times[0], y)
     n_fun += 1
     if plan.first_step is not None:
         step = plan.first_step
@@ -203,6 +206,11 @@ def integrate_single(
         monitor.advanced(abs(t - stops[0]) / max(abs(t_end - stops[0]), 1e-300))
         if lands:
             segment += 1
+        if recording is not None and recording.accepted(index):
+            # the graph goes, the values stay
+            states = [x.detach() for x in states]
+            sampler.pieces = [x.detach() for x in sampler.pieces]
+            y, ks, k_end = states[-1], [k.detach() for k in ks], None if k_end is None else k_end.detach()
         if last:
             break
         jump_start = jump[1]

@@ -15,7 +15,7 @@ from ..integrate import Plan
 from ..integrate.compiled import compiled
 from ..methods.runge_kutta import StepCotangents
 from ..system import Flat, System
-from .discrete import Linearizer, vjp
+from .linearize import Linearizer, vjp
 from .problem import Problem
 from .replay import replay_step
 

@@ -2,96 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.variable import Variable
 
-from ..capture import cut_apart, unknown_leaves
-from ..errors import CapturedTensorLost
+from ..capture import cut_apart
 from ..integrate import Monitor
 from ..methods.runge_kutta import row_dot
-from ..system import Flat, System
+from ..system import System
+from .linearize import Linearizer
 from .problem import Problem, kept_steps, stage_times, step_times
 
-__all__ = ["Linearizer", "eager_sweep", "vjp"]
-
-
-def vjp(outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> Sequence[Tensor | None]:
-    """``torch.autograd.grad`` without its argument checks, which cost as much as a small layer; None for unused targets."""
-    engine = Variable._execution_engine
-    return engine.run_backward(outputs, cotangents, False, False, targets, allow_unreachable=True, accumulate_grad=False)
-
-
-class Linearizer:
-    """``f`` with its pullback; adds ``f_p* v`` to the cotangents of the inputs (docs/theory.md, section 1)."""
-
-    def __init__(self, f: Flat, inputs: Sequence[Tensor], wants: Sequence[bool], time: bool) -> None:
-        self.f, self.time = f, time
-        # a tensor that is an input twice gets its whole cotangent the first time
-        first = {id(x): i for i, x in reversed(list(enumerate(inputs)))}
-        self.wanted = [i for i, want in enumerate(wants) if want and first[id(inputs[i])] == i]
-        self.inputs = inputs
-        self.targets = tuple(inputs[i] for i in self.wanted)
-        self.bars: list[Tensor | None] = [None] * len(inputs)
-        self.n_fun = 0
-        self.check_next = False
-
-    def __call__(self, t: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor | None]]]:
-        self.n_fun += 1
-        with torch.enable_grad():
-            y = y.detach().requires_grad_(True)
-            if self.time:
-                t = t.detach().requires_grad_(True)
-            k = self.f(t, y)
-        self.check(k, t, y)
-
-        def pullback(v: Tensor) -> tuple[Tensor, Tensor | None]:
-            if not k.requires_grad:
-                return torch.zeros_like(y), torch.zeros_like(t) if self.time else None
-            if self.time:
-                u, time_bar, *rest = vjp((k,), (y, t, *self.targets), (v,))
-                time_bar = torch.zeros_like(t) if time_bar is None else time_bar
-            else:
-                u, *rest = vjp((k,), (y, *self.targets), (v,))
-                time_bar = None
-            self.accumulate(rest)
-            return torch.zeros_like(y) if u is None else u, time_bar
-
-        return k.detach(), pullback
-
-    def accumulate(self, bars: Sequence[Tensor | None]) -> None:
-        """Add cotangents of the targets."""
-        totals, terms = [], []
-        for i, g in zip(self.wanted, bars, strict=True):
-            total = self.bars[i]
-            if g is None:
-                continue
-            if total is None:
-                # copied: the cotangent may be somebody else's memory, and this sum is made in place
-                self.bars[i] = g.clone()
-            else:
-                totals.append(total)
-                terms.append(g)
-        if totals:
-            torch._foreach_add_(totals, terms)
-
-    def check(self, k: Tensor, t: Tensor, *known: Tensor) -> None:
-        """Raise if ``fun`` here depends on a leaf that the solve does not know of (once each time that ``check_next`` is set)."""
-        if not self.check_next:
-            return
-        self.check_next = False
-        lost = unknown_leaves(k, [*self.inputs, t, *known]) if k.requires_grad else []
-        if lost:
-            shapes = ", ".join(str(tuple(x.shape)) for x in lost[:3])
-            raise CapturedTensorLost(
-                f"near t = {float(t.reshape(-1)[0]):.6g} fun uses {len(lost)} captured tensor(s) (shapes {shapes}) that it does not use "
-                "at the start of the span, so their gradient would be missing. Pass them through args=, or make fun an nn.Module that "
-                "owns them."
-            )
+__all__ = ["eager_sweep"]
 
 
 class _Samples:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..capture import cut_apart
 from ..system import System
-from .discrete import Linearizer
+from .linearize import Linearizer
 
 __all__ = ["Evaluation"]
 

@@ -29,7 +29,9 @@ class SolveNode(torch.autograd.Function):
     def forward(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(y0.device.type, enabled=False):
             system = problem.system
-            record = integrate(system.bind(inputs), problem.plan, anchors, t_eval, y0, problem.batched, inputs, system.natural_shape)
+            f, shape, record = system.bind(inputs), system.natural_shape, problem.record
+            if record is None:
+                record = integrate(f, problem.plan, anchors, t_eval, y0, problem.batched, inputs, shape)
         problem.report(record)
         return tuple(getattr(record, name) for name in Outputs._fields)
 

@@ -21,6 +21,7 @@ class Problem:
 
     ``batched``: whether rows are trajectories with their own steps. ``report`` sees the record of every forward solve
     (it raises the named errors), and the numbers of function evaluations of every backward sweep through ``backward_report``.
+    ``record``: the solution, where it is known already.
     """
 
     system: System | VmappedSystem
@@ -28,6 +29,7 @@ class Problem:
     batched: bool
     report: Callable[[Record], None]
     backward_report: Callable[[int, int], None]
+    record: Record | None = None
 
 
 class Outputs(NamedTuple):

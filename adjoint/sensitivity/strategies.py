@@ -3,31 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..capture import functorch_active
-from ..integrate import integrate
+from ..errors import InvalidInput
+from ..integrate import Monitor, Record, Recording, integrate
 from .node import SolveNode
 from .problem import Outputs, Problem
 from .replay import replay
 
 __all__ = ["Backprop", "DiscreteAdjoint"]
 
+#: default of `DiscreteAdjoint.keep_bytes`
+KEEP_BYTES = 4 * 2**20
+
 
 @dataclass(frozen=True)
 class DiscreteAdjoint:
     """The exact derivative of the computed solution, by the adjoint of each step (docs/theory.md, section 1; Hager 2000, Sandu 2006).
 
-    Memory: one state per step, whatever ``fun`` allocates. Step sizes are held fixed. Every order of derivative and every
-    ``torch.func`` transform is available; derivatives of derivatives record the backward sweep.
+    Memory: one state per step, whatever ``fun`` allocates. A solve so small that all of its evaluations fit into ``keep_bytes``
+    (default 4 MiB) is recorded by autograd as it goes, which saves evaluating ``fun`` again (one trajectory, eager, no derivatives in
+    times); one that grows beyond drops that. Zero: never. Step sizes are held fixed. Every order of derivative and every ``torch.func``
+    transform is available; derivatives of derivatives record the backward sweep.
     """
+
+    keep_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep_bytes is not None and (not isinstance(self.keep_bytes, int) or self.keep_bytes < 0):
+            raise InvalidInput(f"keep_bytes must be a number of bytes, zero or more, or None, got {self.keep_bytes!r}")
 
     def solve(self, problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Outputs:
         """See `Gradient.solve`."""
+        plan = problem.plan
+        observed = type(plan.monitor).adjoint is not Monitor.adjoint
+        budget = KEEP_BYTES if self.keep_bytes is None else self.keep_bytes
+        small = budget > 0 and not plan.keep_stages and not plan.events and not observed
+        if small and _recordable(problem, anchors, t_eval, y0, inputs):
+            recording = Recording(budget, plan.method.evaluations, inputs)
+            record = _recorded(problem, anchors, t_eval, y0, inputs, recording)
+            if recording.on:
+                problem.report(record)
+                return Outputs(*(getattr(record, name) for name in Outputs._fields))
+            problem = replace(problem, record=record)
         return Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
 
 
@@ -43,13 +66,27 @@ class Backprop:
     def solve(self, problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Outputs:
         """See `Gradient.solve`."""
         if _recordable(problem, anchors, t_eval, y0, inputs):
-            system = problem.system
-            with torch.enable_grad():
-                record = integrate(system.bind(inputs), problem.plan, anchors, t_eval, y0, False, inputs, system.natural_shape)
+            record = _recorded(problem, anchors, t_eval, y0, inputs)
             problem.report(record)
             return Outputs(*(getattr(record, name) for name in Outputs._fields))
         grid = Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
+        if not problem.plan.keep_states:
+            return grid
         return replay(problem.system.bind(inputs), problem.plan, grid, anchors, t_eval, y0)
+
+
+def _recorded(
+    problem: Problem,
+    anchors: Tensor,
+    t_eval: Tensor | None,
+    y0: Tensor,
+    inputs: Sequence[Tensor],
+    recording: Recording | None = None,
+) -> Record:
+    """The solve of one trajectory under autograd."""
+    system = problem.system
+    with torch.enable_grad():
+        return integrate(system.bind(inputs), problem.plan, anchors, t_eval, y0, False, inputs, system.natural_shape, recording)
 
 
 def _recordable(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> bool:
