@@ -10,17 +10,29 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidInput, UnsupportedCombination
-from .jacobians import DenseJacobian, Function, JacobianStrategy, check_rows, forward_products, jvp, must_differentiate, reverse_products
+from .jacobians import (
+    DenseJacobian,
+    Function,
+    JacobianStrategy,
+    check_rows,
+    forward_products,
+    jvp,
+    must_differentiate,
+    reverse_products,
+    transforms_active,
+)
 from .linalg.coloring import Coloring, color_pattern
 from .linalg.protocol import Matrix, SparseMatrix
 from .linalg.sparsity import PatternTooDense, SparsityPattern, detect_pattern
 
-__all__ = ["GivenJacobian", "SparseJacobian", "choose_jacobian"]
+__all__ = ["GivenJacobian", "SparseJacobian", "agrees", "choose_jacobian"]
 
 #: elements of all tangents of one call of f, unless ``chunk_size`` says otherwise
 _CHUNK_ELEMENTS = 2**25
 #: below this many unknowns dense algebra wins, and from the second on sparsity is not searched by probing
 _SMALL, _TOO_MANY_TO_PROBE = 100, 20_000
+#: entries of a dense matrix that are not attempted (8 GiB in double precision)
+_TOO_LARGE = 2**30
 
 
 class SparseJacobian:
@@ -70,18 +82,9 @@ class SparseJacobian:
         values = products.movedim(0, 1).reshape(x.shape[0], -1).index_select(1, places)
         return SparseMatrix(indices, values, self.pattern.shape)
 
-    def check(self, f: Function, x: Tensor, seed: int = 0) -> bool:
-        """Whether ``J v`` from the compressed entries is the jvp of ``f``, for a random ``v`` and a random point near ``x``."""
-        generator = torch.Generator().manual_seed(seed)
-        noise, real, imaginary = (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for _ in range(3))
-        point = x.detach() + 1e-3 * noise * (1 + x.detach().abs())
-        v = real + 1j * imaginary if x.is_complex() else real
-        with torch.no_grad():
-            matrix = self(f, point)
-            mine, true = matrix.matvec(v.to(x.dtype)), jvp(f, point, v.to(x.dtype), True)
-            scale = SparseMatrix(matrix.indices, matrix.values.abs(), matrix.shape).matvec(v.abs())
-        close = (mine - true).abs() <= torch.finfo(x.dtype).eps ** 0.5 * scale
-        return bool((close | ~torch.isfinite(true)).all())
+    def check(self, f: Function, x: Tensor) -> bool:
+        """Whether the pattern has all entries of the Jacobian, by a product in a random direction at a random point near ``x``."""
+        return agrees(self, f, x)
 
     def _gather_places(self) -> Tensor:
         """Where among the products (colour first) each entry is found."""
@@ -123,9 +126,7 @@ class GivenJacobian:
         constant = isinstance(self.jac, Tensor)
         found = self.jac if isinstance(self.jac, Tensor) else self.jac(x)
         if isinstance(found, SparseMatrix):
-            self._agree(
-                found.shape == shape and found.values.shape[:-1] in ((), (1,), (b,)), "a SparseMatrix of shape", found.shape, b, shape
-            )
+            self._agree(found.shape == shape and found.values.shape[:-1] in ((), (b,)), "a SparseMatrix of shape", found.shape, b, shape)
             return found
         if not isinstance(found, Tensor):
             raise InvalidInput(f"jac returned {type(found).__name__}, but a tensor or a SparseMatrix is expected")
@@ -133,33 +134,20 @@ class GivenJacobian:
             raise InvalidInput(f"jac returned {found.dtype} on {found.device}, but x is {x.dtype} on {x.device}")
         if found.layout != torch.strided:
             self._agree(tuple(found.shape) == shape and (b == 1 or constant), "a sparse tensor of shape", found.shape, b, shape)
-            return _from_torch_sparse(found)
-        if (
-            self.pattern is not None
-            and found.dim() < 3
-            and not (found.dim() == 2 and tuple(found.shape) == shape and shape != (b, self.pattern.nnz))
-        ):
-            return self._from_values(found, b, shape)
+            return _from_torch_sparse(found, b)
+        if self.pattern is not None and tuple(found.shape) in ((b, self.pattern.nnz), (self.pattern.nnz,)) and (found.dim() == 2 or b == 1):
+            self._agree(self.pattern.shape == shape, "values for a pattern of shape", self.pattern.shape, b, shape)
+            return SparseMatrix(self.pattern.indices.to(x.device), found.reshape(b, -1), shape)
         if found.dim() == 2 and (b == 1 or constant):
             found = found.unsqueeze(0).expand(b, -1, -1)
         self._agree(tuple(found.shape) == (b, *shape), "a tensor of shape", found.shape, b, shape)
         return found if self.pattern is None else self._from_dense(found, self.pattern, shape)
 
-    def _from_values(self, values: Tensor, b: int, shape: tuple[int, int]) -> SparseMatrix:
-        assert self.pattern is not None
-        values = values.unsqueeze(0) if values.dim() == 1 and b == 1 else values
-        if self.pattern.shape != shape or values.shape != (b, self.pattern.nnz):
-            raise InvalidInput(
-                f"jac returned values of shape {tuple(values.shape)} for a pattern of shape {self.pattern.shape}, "
-                f"but {(b, self.pattern.nnz)} for a pattern of shape {shape} is expected"
-            )
-        return SparseMatrix(self.pattern.indices.to(values.device), values, shape)
-
     def _from_dense(self, found: Tensor, pattern: SparsityPattern, shape: tuple[int, int]) -> SparseMatrix:
         if pattern.shape != shape:
             raise InvalidInput(f"the pattern has shape {pattern.shape}, but the Jacobian has shape {shape}")
         rows, columns = pattern.indices.to(found.device)
-        if not self._checked:
+        if not self._checked and not transforms_active():
             outside = found.detach().clone()
             outside[:, rows, columns] = 0
             if bool((outside != 0).any()):
@@ -167,19 +155,40 @@ class GivenJacobian:
             self._checked = True
         return SparseMatrix(pattern.indices.to(found.device), found[:, rows, columns], shape)
 
-    @staticmethod
-    def _agree(right: bool, what: str, got: Any, b: int, shape: tuple[int, int]) -> None:
-        if not right:
-            raise InvalidInput(f"jac returned {what} {tuple(got)}, but the Jacobian of {b} rows has shape {(b, *shape)}" + _hint(b, what))
+    def _agree(self, right: bool, what: str, got: Any, b: int, shape: tuple[int, int]) -> None:
+        if right:
+            return
+        message = f"jac returned {what} {tuple(got)}, but the Jacobian of {b} rows has shape {(b, *shape)}"
+        if self.pattern is not None:
+            message += f" and the values of its pattern have shape {(b, self.pattern.nnz)}"
+        elif b > 1 and "sparse" in what:
+            message += "; for several rows return the values of a fixed pattern (jac_sparsity)"
+        raise InvalidInput(message)
 
 
-def _hint(b: int, what: str) -> str:
-    return "; for several rows return values of a fixed pattern (jac_sparsity)" if b > 1 and "sparse" in what else ""
-
-
-def _from_torch_sparse(matrix: Tensor) -> SparseMatrix:
+def _from_torch_sparse(matrix: Tensor, b: int) -> SparseMatrix:
     coo = matrix.to_sparse_coo().coalesce()
-    return SparseMatrix(coo.indices(), coo.values().unsqueeze(0), (matrix.shape[0], matrix.shape[1]))
+    values = coo.values()
+    return SparseMatrix(coo.indices(), values.unsqueeze(0) if b == 1 else values, (matrix.shape[0], matrix.shape[1]))
+
+
+def agrees(strategy: JacobianStrategy, f: Function, x: Tensor, seed: int = 0) -> bool:
+    """Whether ``J v`` from the entries is the jvp of ``f``, for a random ``v`` and a random point near ``x``."""
+    generator = torch.Generator().manual_seed(seed)
+    noise, real, imaginary = (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for _ in range(3))
+    point = x.detach() + 1e-3 * noise * (1 + x.detach().abs())
+    v = real + 1j * imaginary if x.is_complex() else real
+    with torch.no_grad():
+        matrix = strategy(f, point)
+        true = jvp(f, point, v, True)
+        if isinstance(matrix, SparseMatrix):
+            mine, scale = matrix.matvec(v), SparseMatrix(matrix.indices, matrix.values.abs(), matrix.shape).matvec(v.abs())
+        elif isinstance(matrix, Tensor):
+            mine, scale = (matrix @ v.unsqueeze(-1)).squeeze(-1), (matrix.abs() @ v.abs().unsqueeze(-1)).squeeze(-1)
+        else:
+            mine, scale = matrix.matvec(v), true.abs()
+    close = (mine - true).abs() <= torch.finfo(x.dtype).eps ** 0.5 * scale
+    return bool((close | ~torch.isfinite(true)).all())
 
 
 def choose_jacobian(
@@ -188,30 +197,32 @@ def choose_jacobian(
     """A strategy for ``f`` near ``x`` (B, n), and in one line why.
 
     The user's ``jac`` and ``jac_sparsity`` come first. Otherwise: dense up to 100 unknowns, or where tracing finds that sparsity does not
-    pay. Patterns are checked by a random product; if a traced one fails, it is found numerically. Raises `InvalidInput` if a given pattern
-    fails.
+    pay. Patterns and given Jacobians are checked by a random product: a given pattern that fails raises `InvalidInput`, a traced one is
+    replaced by a numerical one, for a given Jacobian there is a warning. ``parameters``: values of ``f`` that may change later (see
+    `detect_pattern`). A matrix that would be dense and too large raises `UnsupportedCombination`.
     """
     n = x.shape[1]
     with torch.no_grad():
-        m = n if jac is not None else check_rows(f(x), x).shape[1]
-    if jac_sparsity is not None:
-        pattern = SparsityPattern.from_any(jac_sparsity, (m, n))
-        if jac is not None:
-            return GivenJacobian(jac, pattern), f"the given Jacobian with {pattern.nnz} entries"
+        m = check_rows(f(x), x).shape[1]
+    pattern = None if jac_sparsity is None else SparsityPattern.from_any(jac_sparsity, (m, n))
+    if jac is not None:
+        given = GivenJacobian(jac, pattern, n_rows=m)
+        if not agrees(given, f, x):
+            warnings.warn("jac is not the Jacobian of f: Newton steps will be poor, and implicit derivatives wrong", stacklevel=2)
+        return given, "the given Jacobian" + (f" with {pattern.nnz} entries" if pattern else "")
+    if pattern is not None:
         sparse = SparseJacobian(pattern)
         if not sparse.check(f, x):
             raise InvalidInput("jac_sparsity lacks entries that the Jacobian has: a product with the Jacobian shows it")
         return sparse, f"the given pattern: {_describe(sparse)}"
-    if jac is not None:
-        return GivenJacobian(jac), "the given Jacobian"
     if n <= _SMALL:
         return DenseJacobian(), f"dense: only {n} unknowns"
     try:
         pattern = detect_pattern(f, x, parameters=parameters)
     except PatternTooDense as error:
-        return DenseJacobian(), f"dense: {error}"
+        return _dense(m, n, str(error))
     if pattern.density > 0.2:
-        return DenseJacobian(), f"dense: {100 * pattern.density:.0f} % of the entries can be nonzero"
+        return _dense(m, n, f"{100 * pattern.density:.0f} % of the entries can be nonzero")
     sparse = SparseJacobian(pattern)
     if not sparse.check(f, x):
         warnings.warn("the traced sparsity pattern fails its check, so it is found numerically", stacklevel=2)
@@ -219,10 +230,19 @@ def choose_jacobian(
             raise UnsupportedCombination(f"n={n} is too large to find the sparsity numerically: give jac_sparsity or jac")
         sparse = SparseJacobian(detect_pattern(f, x, method="numeric"))
         if not sparse.check(f, x):
-            return DenseJacobian(), "dense: no sparsity pattern passes the check"
+            return _dense(m, n, "no sparsity pattern passes the check")
     if sparse.coloring.n_colors > n // 2:
-        return DenseJacobian(), f"dense: {sparse.coloring.n_colors} colours for {n} columns"
+        return _dense(m, n, f"{sparse.coloring.n_colors} colours for {n} columns")
     return sparse, _describe(sparse)
+
+
+def _dense(m: int, n: int, why: str) -> tuple[JacobianStrategy, str]:
+    if m * n > _TOO_LARGE:
+        raise UnsupportedCombination(
+            f"a dense Jacobian of {m} x {n} entries is too large ({why}): "
+            "give jac or jac_sparsity, or use jacobian_operator with a Krylov solver"
+        )
+    return DenseJacobian(), f"dense: {why}"
 
 
 def _describe(sparse: SparseJacobian) -> str:

@@ -10,6 +10,7 @@ import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 
+from adjoint import jacobians_sparse
 from adjoint.errors import InvalidInput, UnsupportedCombination
 from adjoint.jacobians import DenseJacobian, forward_products, jacobian_operator, jvp, reverse_products, vjp
 from adjoint.jacobians_sparse import GivenJacobian, SparseJacobian, choose_jacobian
@@ -427,7 +428,39 @@ def test_given_in_all_forms():
     constant = torch.randn(N, N)
     torch.testing.assert_close(GivenJacobian(constant)(wave, x), constant.expand(B, N, N))
     shared = GivenJacobian(constant.to_sparse())(wave, x)
+    assert isinstance(shared, SparseMatrix) and shared.values.shape == (N * N,)
     torch.testing.assert_close(shared.matvec(x), x @ constant.T)
+
+
+@pytest.mark.parametrize("layout", ["dense", "coo", "values"])
+def test_derivatives_through_given_entries(layout):
+    x, p = points(1), torch.tensor(1.5, requires_grad=True)
+    rows, columns = PATTERN.indices
+
+    def jac(u):
+        values = p * torch.where(rows == columns, u[:, rows].cos() * u[:, (rows + 1) % N], u[:, rows].sin())
+        if layout == "values":
+            return values
+        if layout == "coo":
+            return torch.sparse_coo_tensor(PATTERN.indices, values[0], (N, N))
+        return torch.zeros(1, N * N).index_add(1, rows * N + columns, values).reshape(1, N, N)
+
+    strategy = GivenJacobian(jac, PATTERN if layout == "values" else None)
+    v = torch.randn(1, N)
+    found = strategy(wave, x)
+    product = found.matvec(v) if isinstance(found, SparseMatrix) else torch.einsum("bij,bj->bi", found, v)
+    (gradient,) = torch.autograd.grad(product.sum(), p)
+    torch.testing.assert_close(gradient, torch.einsum("bij,bj->bi", wave_jacobian(x), v).sum())
+
+
+def test_a_wrong_given_jacobian_is_noticed():
+    with pytest.warns(UserWarning, match="not the Jacobian of f"):
+        choose_jacobian(wave, points(), jac=lambda x: 1.01 * wave_jacobian(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose_jacobian(
+            lambda x: torch.cat([x**2, x], 1), points(), jac=lambda x: torch.cat([torch.diag_embed(2 * x), torch.eye(N).expand(B, N, N)], 1)
+        )
 
 
 def test_given_wrong_results_are_named():
@@ -470,6 +503,22 @@ def test_choice_large_and_dense():
     for f in (lambda x: x + x.sum(1, keepdim=True), lambda x: x.cumsum(1)):
         strategy, why = choose_jacobian(f, torch.rand(1, 150))
         assert isinstance(strategy, DenseJacobian) and "%" in why
+
+
+def test_choice_of_something_too_large(monkeypatch):
+    monkeypatch.setattr(jacobians_sparse, "_TOO_LARGE", 1000)
+    with pytest.raises(UnsupportedCombination, match="150 x 150"):
+        choose_jacobian(lambda x: x + x.sum(1, keepdim=True), torch.rand(1, 150))
+
+
+def test_choice_repairs_a_pattern_that_fails_its_check(monkeypatch):
+    x = points(1, 120)
+    right = detect_pattern(wave, x)
+    thin = SparsityPattern(right.indices[:, ::2], right.shape)
+    monkeypatch.setattr(jacobians_sparse, "detect_pattern", lambda f, x, method="auto", **_: right if method == "numeric" else thin)
+    with pytest.warns(UserWarning, match="fails its check"):
+        strategy, _ = choose_jacobian(wave, x)
+    torch.testing.assert_close(strategy(wave, x).dense(), wave_jacobian(x))
 
 
 def test_choice_of_what_is_given():

@@ -120,6 +120,7 @@ def detect_pattern(
       and an entry that is zero at all these points is missed.
     - ``"auto"``: the first, and where it cannot be used the second, with a warning.
 
+    What leaves PyTorch (``.numpy()``, ``.tolist()``) is not seen, as it is not by automatic differentiation.
     Values that ``f`` gets from elsewhere than ``x`` may change after detection if they are in ``parameters``.
     Raises `PatternTooDense` when the pattern has more entries than are worth keeping.
     """

@@ -1,7 +1,7 @@
 """Which inputs can each output element depend on? Answered by running a function once while every operator is watched.
 
 Beside each storage that depends on ``x`` stands a boolean CSR matrix with one row for each element of the storage and one column for each
-element of ``x`` (index-set propagation; Griewank and Walther, Evaluating Derivatives, 2008, section 7.1). Keeping it with the storage, not
+element of ``x`` (index-set propagation; Griewank and Walther, Evaluating Derivatives, 2008, chapter 7). Keeping it with the storage, not
 with the tensor, makes views free and in-place operators exact. Operators without a rule count as dense, never as sparse.
 """
 
