@@ -64,10 +64,10 @@ class AutomaticJacobian:
 
     def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
         if self.strategy is None:
-            self.strategy = self._choose(r, x)
+            self.strategy = self._choose(r, x, inputs)
         return self.strategy(r, x)
 
-    def _choose(self, r: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+    def _choose(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Any:
         if x.shape[1] <= _SMALL:
             return DenseJacobian()
         try:
@@ -75,7 +75,8 @@ class AutomaticJacobian:
         except TypeError:  # no weak references to this kind of callable
             kept = {}
         if self.key not in kept:
-            kept[self.key] = choose_jacobian(r, x)
+            # zeros of the inputs may be others in the next solve: they do not thin the pattern
+            kept[self.key] = choose_jacobian(r, x, parameters=inputs)
         strategy, why = kept[self.key]
         self.notes.append(why)
         return strategy
