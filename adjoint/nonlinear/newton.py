@@ -1,0 +1,204 @@
+"""Newton's method: fresh, chord and Shamanskii factors, exact or inexact inner solves, globalised by backtracking."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidInput, UnsupportedCombination
+from ..linalg import Factorization, LinearOperator, Matrix, SparseMatrix
+from .linesearch import Backtracking, Searched
+from .protocol import RootProblem, RootRecord, RootStatus
+from .rows import Rows, clip, ill_determined, need_jacobian, pick, rounding_floor, stationary, step_measure
+
+__all__ = ["EisenstatWalker", "Newton"]
+
+
+@dataclass(frozen=True)
+class EisenstatWalker:
+    """Forcing terms of inexact Newton: choice 2 with safeguards (Eisenstat & Walker 1996, eq. 2.6 and section 2.2)."""
+
+    first: float = 0.1
+    largest: float = 0.5
+    smallest: float = 1e-6
+    gamma: float = 0.9
+    power: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.smallest <= self.first <= self.largest < 1 and 0 < self.gamma <= 1 and 1 < self.power <= 2):
+            raise InvalidInput(f"need 0 < smallest <= first <= largest < 1, 0 < gamma <= 1 and 1 < power <= 2, got {self!r}")
+
+    def next(self, eta: float, ratio: float) -> float:
+        """The relative tolerance after the residual norm changed by ``ratio``."""
+        new, old = self.gamma * ratio**self.power, self.gamma * eta**self.power
+        new = max(new, old) if old > 0.1 else new
+        return min(max(new, self.smallest), self.largest)
+
+
+@dataclass(frozen=True)
+class Newton:
+    """``A s = -r(x)``, ``x <- x + a s``.
+
+    A row has converged after a full step within the tolerance on ``x`` that ends with ``norm(r / f_scale) <= tol``.
+
+    Parameters
+    ----------
+    linesearch : "backtracking", "natural" or None
+        Armijo's rule on ``|r / f_scale|``; the natural level ``|A^-1 r / x_scale|``, which no scaling of equations changes
+        (Deuflhard 2004, section 3.3; one more solve a trial); or full steps always.
+    reuse : "none", "shamanskii" or "chord"
+        New factors every step; when the residual has not fallen by ``factor`` in a step; or only when an old one's step fails.
+        Matrix-free Jacobians are cheap to renew and take "none" only.
+    forcing : "eisenstat-walker", `EisenstatWalker`, or None
+        How exactly linear solvers that have a field ``rtol`` are run (the worst row decides); None leaves their tolerance alone.
+        Direct solvers have none, and are not concerned.
+    bounds : "project" or "interior"
+        Where a step leaves the bounds, project it on them, or shorten the whole of it to 0.995 of the way to the first one.
+    """
+
+    linesearch: Literal["backtracking", "natural"] | Backtracking | None = "backtracking"
+    reuse: Literal["none", "shamanskii", "chord"] = "none"
+    forcing: Literal["eisenstat-walker"] | EisenstatWalker | None = "eisenstat-walker"
+    bounds: Literal["project", "interior"] = "project"
+    factor: float = 2.0
+
+    newton_type = True
+
+    def __post_init__(self) -> None:
+        if not (self.linesearch in ("backtracking", "natural", None) or isinstance(self.linesearch, Backtracking)):
+            raise InvalidInput(f"linesearch must be 'backtracking', 'natural', a Backtracking or None, got {self.linesearch!r}")
+        if self.reuse not in ("none", "shamanskii", "chord"):
+            raise InvalidInput(f"reuse must be 'none', 'shamanskii' or 'chord', got {self.reuse!r}")
+        if not (self.forcing in ("eisenstat-walker", None) or isinstance(self.forcing, EisenstatWalker)):
+            raise InvalidInput(f"forcing must be 'eisenstat-walker', an EisenstatWalker or None, got {self.forcing!r}")
+        if self.bounds not in ("project", "interior"):
+            raise InvalidInput(f"bounds must be 'project' or 'interior', got {self.bounds!r}")
+        if not self.factor > 1:
+            raise InvalidInput(f"factor must be more than 1, got {self.factor!r}")
+
+    @torch.no_grad()
+    def solve(self, problem: RootProblem, x0: Tensor) -> RootRecord:
+        """See `RootMethod.solve`. Raises `InvalidInput` without a Jacobian."""
+        need_jacobian(problem, "Newton")
+        assert problem.jacobian is not None
+        rows = Rows(problem, x0)
+        matrix: Matrix | None = None
+        factors: Factorization | None = None
+        bad, moved = ~rows.running, torch.zeros_like(rows.running)
+        refresh, eta, forcing = rows.running, None, self._forcing(problem)
+        for k in range(problem.max_steps):
+            if not rows.begin_step():
+                break
+            start = rows.norm
+            refresh = refresh & rows.running
+            if factors is None or self.reuse == "none" or bool(refresh.any()):
+                fresh = problem.jacobian(rows.x)
+                if isinstance(fresh, LinearOperator) and self.reuse != "none":
+                    raise UnsupportedCombination(f"reuse={self.reuse!r} needs a dense or sparse Jacobian; use reuse='none' with operators")
+                matrix = merge(refresh, fresh, matrix)
+                rows.n_jac = rows.n_jac + refresh
+                moved = moved & ~refresh
+                eta = forcing.first if forcing is not None and eta is None else eta
+                solver: Any = problem.linear_solver if eta is None else dataclasses.replace(problem.linear_solver, rtol=eta)  # type: ignore[type-var]
+                factors = solver.factor(matrix, problem.log) if factors is None or eta is not None else solver.refactor(factors, matrix)
+                assert factors is not None
+                bad = torch.where(refresh, ill_determined(matrix, factors), bad)
+                minimum = stationary(matrix, rows.residual)
+                rows.fail(bad & refresh & minimum, RootStatus.STALLED)
+                rows.fail(bad & refresh, RootStatus.SINGULAR)
+            assert matrix is not None and factors is not None
+            step = -factors.solve(torch.where(rows.running.unsqueeze(-1), rows.residual, 0.0))
+            rows.fail(~torch.isfinite(step).all(-1), RootStatus.SINGULAR)
+            step = torch.where(rows.running.unsqueeze(-1), step, 0.0)
+            small = step_measure(problem, step, rows.x) <= 1
+            longest = to_boundary(problem, rows.x, step) if self.bounds == "interior" else torch.ones_like(rows.norm)
+            found = self._advance(rows, factors, step, longest, small, ~refresh)
+            blocked = (clip(problem, rows.x + step) != rows.x + step).any(-1) if self.bounds == "project" else longest < 1
+            rows.move(found.accepted, found.x, found.residual, found.norm)
+            moved = moved | found.accepted
+            exact = eta is None or eta <= 1e-2
+            if exact:
+                rows.succeed(found.accepted & small & (found.length >= 1) & ~blocked & (rows.norm <= problem.tol))
+            rows.succeed(rows.norm == 0)
+            self._stall(rows, matrix, found, refresh)
+            if eta is not None and forcing is not None:
+                ratio = torch.where(rows.running, rows.norm / start, 0.0).amax()
+                eta = forcing.next(eta, float(ratio))
+                if bool((rows.running & small).any()):  # a step that may be the last must be exact enough to be judged by its size
+                    eta = min(eta, 1e-2)
+            refresh = self._outdated(rows, found, start)
+            rows.report(k)
+        record = rows.record(note=self._note())
+        unmoved = factors is not None and eta is None and not bool(moved.any()) and bool((record.n_jac > 0).all())
+        return dataclasses.replace(record, factors=factors if unmoved else None)
+
+    def _note(self) -> str:
+        return "Newton" if self.reuse == "none" else f"Newton with {self.reuse} factors"
+
+    def _forcing(self, problem: RootProblem) -> EisenstatWalker | None:
+        if self.forcing is None or not (dataclasses.is_dataclass(problem.linear_solver) and hasattr(problem.linear_solver, "rtol")):
+            return None
+        return EisenstatWalker() if self.forcing == "eisenstat-walker" else self.forcing
+
+    def _advance(self, rows: Rows, factors: Factorization, step: Tensor, longest: Tensor, small: Tensor, stale: Tensor) -> Searched:
+        problem = rows.problem
+        if self.linesearch is None:
+            x = clip(problem, rows.x + longest.unsqueeze(-1) * step)
+            residual, norm = rows.evaluate(x, rows.running)
+            good = rows.running & torch.isfinite(norm)
+            rows.fail(~torch.isfinite(norm), RootStatus.NON_FINITE)
+            return Searched(good, longest, x, residual, norm)
+        natural = self.linesearch == "natural"
+        search = self.linesearch if isinstance(self.linesearch, Backtracking) else Backtracking(decrease=0.25 if natural else 1e-4)
+        if natural:
+            start = problem.norm(step / problem.x_scale)
+            return search.search(rows, step, longest, lambda r, _: problem.norm(factors.solve(r) / problem.x_scale), start, small, stale)
+        return search.search(rows, step, longest, lambda _, norm: norm, rows.norm, small, stale)
+
+    def _stall(self, rows: Rows, matrix: Matrix, found: Searched, refresh: Tensor) -> None:
+        """Rows whose fresh step led nowhere: at the level of rounding that is success, else a failure."""
+        stuck = rows.running & ~found.accepted & refresh
+        floor = rounding_floor(matrix, rows.x)
+        rows.succeed(stuck & (rows.residual.abs() <= floor).all(-1) & (rows.norm <= rows.problem.tol))
+        rows.fail(stuck, RootStatus.STALLED)
+
+    def _outdated(self, rows: Rows, found: Searched, start: Tensor) -> Tensor:
+        if self.reuse == "none":
+            return rows.running
+        if self.reuse == "chord" and self.linesearch is not None:
+            return ~found.accepted
+        slow = rows.norm * self.factor > start
+        return ~found.accepted | (slow if self.reuse == "shamanskii" else torch.zeros_like(slow))
+
+
+def merge(mask: Tensor, new: Matrix, old: Matrix | None) -> Matrix:
+    """The new matrices in the rows of ``mask``, the old ones elsewhere; the identity where there is none, so that rows that have failed
+    do not hinder the others."""
+    if isinstance(new, LinearOperator):
+        return new
+    if isinstance(new, SparseMatrix):
+        values = new.values.expand(mask.shape[0], -1)
+        if old is None:
+            diagonal = (new.indices[0] == new.indices[1]).to(values.dtype)
+            return SparseMatrix(new.indices, pick(mask, values, diagonal.expand_as(values)), new.shape)
+        assert isinstance(old, SparseMatrix)
+        return SparseMatrix(new.indices, pick(mask, values, old.values), new.shape)
+    if old is None:
+        old = torch.eye(new.shape[-2], new.shape[-1], dtype=new.dtype, device=new.device).expand(mask.shape[0], -1, -1)
+    assert isinstance(old, Tensor)
+    return pick(mask, new.expand(mask.shape[0], -1, -1), old)
+
+
+def to_boundary(problem: RootProblem, x: Tensor, step: Tensor, fraction: float = 0.995) -> Tensor:
+    """``(B,)``: the longest part of the step, at most one, that keeps ``fraction`` of the distance to every bound."""
+    longest = torch.ones_like(x[:, 0])
+    for bound, sign in ((problem.lower, -1.0), (problem.upper, 1.0)):
+        if bound is not None:
+            outward = sign * step
+            room = fraction * (sign * (bound - x)) / outward
+            longest = torch.minimum(longest, torch.where(outward > 0, room, float("inf")).amin(-1))
+    return longest

@@ -1,0 +1,106 @@
+"""One method after another, until every row has a root, and a note of what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..linalg import LinearOperator
+from .newton import Newton
+from .protocol import RootMethod, RootProblem, RootRecord, RootStatus
+from .pseudo_transient import PseudoTransient
+from .rows import need_jacobian, pick
+from .trust_region import Dogleg
+
+__all__ = ["Auto"]
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Newton with a line search, then Powell's dogleg, then pseudo-transient continuation, then ``integrate``: each starts again at ``x0``
+    and is kept for the rows that have no root yet only.
+
+    The dogleg is left out for operators without transposed products, pseudo-transient continuation with ``flow=False``: it takes the
+    residual for the tendency of a stable flow. ``integrate(x) -> x`` (B, n) carries ``x`` towards a steady state; Newton polishes it.
+    Roots need not be unique: `RootRecord.note` says which rows had theirs from which method, and that it may be another one than the
+    root nearest to ``x0``. A row without any root has the status and the iterate that Newton gave.
+    """
+
+    flow: bool = True
+    integrate: Callable[[Tensor], Tensor] | None = None
+
+    newton_type = True
+
+    @torch.no_grad()
+    def solve(self, problem: RootProblem, x0: Tensor) -> RootRecord:
+        """See `RootMethod.solve`. Raises `InvalidInput` without a Jacobian."""
+        need_jacobian(problem, "Auto")
+        best = Newton().solve(problem, x0)
+        notes = [best.note]
+        for name, method in self._fallbacks(problem, x0):
+            failed = best.status != int(RootStatus.SUCCESS)
+            # a residual that is not finite at the guess is a fault of the guess: no method can start there
+            hopeless = failed & (best.status == int(RootStatus.NON_FINITE)) & (best.n_steps == 0)
+            if not bool((failed & ~hopeless).any()):
+                break
+            notes.append(f"{name} for {_rows(failed & ~hopeless)} after {_statuses(best.status[failed & ~hopeless])}")
+            again = method(failed)
+            saved = failed & (again.status == int(RootStatus.SUCCESS))
+            if bool(saved.any()):
+                notes.append(f"{name} found the root of {_rows(saved)}, perhaps another than the one nearest to the guess")
+            best = _combine(best, again, failed, saved)
+        note = "; ".join(notes)
+        return replace(best, note=note)
+
+    def _fallbacks(self, problem: RootProblem, x0: Tensor) -> list[tuple[str, Callable[[Tensor], RootRecord]]]:
+        def start(method: RootMethod) -> Callable[[Tensor], RootRecord]:
+            return lambda rows: method.solve(problem, x0)
+
+        out: list[tuple[str, Callable[[Tensor], RootRecord]]] = []
+        assert problem.jacobian is not None
+        matrix = problem.jacobian(x0)
+        if not (isinstance(matrix, LinearOperator) and matrix.rmatvec is None):
+            out.append(("dogleg", start(Dogleg())))
+        if self.flow:
+            out.append(("pseudo-transient continuation", start(PseudoTransient())))
+        if self.integrate is not None:
+            out.append(("time integration", self._integrated(problem, x0)))
+        return out
+
+    def _integrated(self, problem: RootProblem, x0: Tensor) -> Callable[[Tensor], RootRecord]:
+        assert self.integrate is not None
+        integrate = self.integrate
+
+        def run(rows: Tensor) -> RootRecord:
+            return Newton().solve(problem, pick(rows, integrate(x0), x0))
+
+        return run
+
+
+def _combine(old: RootRecord, new: RootRecord, tried: Tensor, saved: Tensor) -> RootRecord:
+    def counts(a: Tensor, b: Tensor) -> Tensor:
+        return a + torch.where(tried, b, 0)
+
+    return RootRecord(
+        x=pick(saved, new.x, old.x),
+        residual=pick(saved, new.residual, old.residual),
+        residual_norm=pick(saved, new.residual_norm, old.residual_norm),
+        status=pick(saved, new.status, old.status),
+        n_steps=counts(old.n_steps, new.n_steps),
+        n_fun=counts(old.n_fun, new.n_fun),
+        n_jac=counts(old.n_jac, new.n_jac),
+    )
+
+
+def _rows(mask: Tensor) -> str:
+    if mask.numel() == 1:
+        return "the system"
+    rows = mask.nonzero()[:, 0].tolist()
+    return f"rows {', '.join(map(str, rows[:5]))}{f' and {len(rows) - 5} more' if len(rows) > 5 else ''}"
+
+
+def _statuses(status: Tensor) -> str:
+    return " and ".join(sorted({RootStatus(int(s)).name for s in status.tolist()}))
