@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ def dependent_rows(weights: Tensor) -> Tensor:
     k, n = weights.shape
     if not 1 <= k <= n:
         raise InvalidInput(f"weights must have shape (k, n) with 1 <= k <= n, got {tuple(weights.shape)}")
-    _, r, order = scipy.linalg.qr(weights.cpu().numpy(), mode="economic", pivoting=True)
+    factors: Any = scipy.linalg.qr(weights.cpu().numpy(), mode="r", pivoting=True)
+    r, order = factors
     diagonal = np.abs(np.diag(r))
     if not diagonal.min() > 1e-10 * diagonal.max():
         raise InvalidInput("the rows of weights are linearly dependent: leave the superfluous ones out")

@@ -21,8 +21,9 @@ class PseudoTransient:
     """``(M / dt - A) s = f(x)``, ``x <- x + s``, one ``dt`` a row (Kelley & Keyes 1998).
 
     The residual is the tendency of a flow that is stable at the root. ``dt`` follows switched evolution relaxation,
-    ``dt <- dt |f| / |f_new|``, by at most ``growth`` a step; a step that leaves the domain, or raises the residual more than ``rise``
-    times, is repeated with a quarter of ``dt``. Converged as Newton is, once ``|M s / dt| <= 0.1 |f|`` (the step is then Newton's).
+    ``dt <- dt |f| / |f_new|``, by at most ``growth`` a step. A step is repeated with a quarter of ``dt`` where it leaves the domain,
+    raises the residual more than ``rise`` times, or raises it at all where the linear model is no longer right. Converged as Newton is,
+    once ``|M s / dt| <= 0.1 |f|`` (the step is then Newton's).
 
     ``mass``: the diagonal of ``M``, broadcast to (B, n); zeros for algebraic equations. ``first``: the first ``dt``, None for a tenth of
     the time in which the tendency would change ``x`` by its own size.
@@ -77,7 +78,10 @@ class PseudoTransient:
             residual, norm = rows.evaluate(point, rows.running & ~singular)
             newton = problem.norm(shift * step / problem.f_scale) <= 0.1 * rows.norm
             last = newton & (step_measure(problem, step, rows.x) <= 1) & (point == target).all(-1)
-            good = rows.running & ~singular & torch.isfinite(norm) & ((norm <= self.rise * rows.norm) | last)
+            # along a step that the linear model describes, transient growth is the flow's own; else it is an overshoot
+            modelled = problem.norm((residual - shift * step) / problem.f_scale) <= rows.norm
+            fair = (norm <= rows.norm) | (modelled & (norm <= self.rise * rows.norm))
+            good = rows.running & ~singular & torch.isfinite(norm) & (fair | last)
             ratio = torch.where(norm > 0, rows.norm / norm, self.growth)
             rows.move(good, point, residual, norm)
             rows.succeed((good & last & (norm <= problem.tol)) | (rows.norm == 0))

@@ -170,6 +170,7 @@ class LevenbergMarquardt:
             raise InvalidInput(f"LevenbergMarquardt needs at least as many residuals as unknowns, got {m} for {n}")
         scale = torch.zeros_like(rows.x.abs())
         mu, grow = torch.full_like(rows.norm, self.damping), torch.full_like(rows.norm, 2.0)
+        last = torch.full_like(rows.norm, float("inf"))
         jacobian = rows.residual.new_zeros(B, m, n)
         refresh = rows.running
         for k in range(problem.max_steps):
@@ -192,10 +193,15 @@ class LevenbergMarquardt:
             gauss = -torch.linalg.solve_triangular(R, projected.unsqueeze(-1), upper=True).squeeze(-1)
             diagonal = (R.diagonal(dim1=-2, dim2=-1).abs() / torch.where(columns > 0, columns, 1.0)).amin(-1) if n else rows.norm
             regular = torch.isfinite(gauss).all(-1) & (diagonal > 8 * n * torch.finfo(d.dtype).eps)
-            near = regular & (step_measure(problem, gauss, rows.x) <= 1)
             cosine = (_gradient(A, r) / (d * _length(r).unsqueeze(-1))).nan_to_num(0.0).amax(-1) if n else rows.norm
             damped = _augmented(R, projected, mu.sqrt().unsqueeze(-1) * d)
-            step = pick(near, gauss, damped)
+            # so close to the minimum the sum of squares is flat to rounding: judge Gauss-Newton steps by whether they shrink
+            measure = step_measure(problem, gauss, rows.x)
+            near = regular & (measure <= 1)
+            flat = regular & (cosine <= self.gradient_tol)
+            quiet = flat & (measure < last) & (measure <= 1e6)
+            last = torch.where(rows.running, torch.where(flat, measure, float("inf")), last)
+            step = pick(near | quiet, gauss, damped)
             target = rows.x + step
             point = clip(problem, target)
             step = torch.where(rows.running.unsqueeze(-1), point - rows.x, 0.0)
@@ -205,13 +211,12 @@ class LevenbergMarquardt:
             predicted = (before - model) * (before + model)
             ratio = torch.where((predicted > 0) & torch.isfinite(norm), (before - after) * (before + after) / predicted, -1.0)
             inside = (point == target).all(-1)
-            good = rows.running & torch.isfinite(norm) & ((ratio > 1e-4) | (near & inside))
+            good = rows.running & torch.isfinite(norm) & ((ratio > 1e-4) | ((near | quiet) & inside))
             wanted = torch.isfinite(norm.new_tensor(problem.tol))
             rows.move(good, point, trial, norm)
             rows.succeed(good & near & inside)
             rows.succeed((wanted & (rows.norm <= problem.tol)) | (rows.norm == 0))
             negligible = (rows.residual.abs() <= rounding_floor(jacobian, rows.x)).all(-1)
-            flat = cosine <= self.gradient_tol
             rows.succeed(~good & inside & regular & (negligible | (flat & (predicted <= 1e-13 * before**2))))
             factor = torch.maximum(1 - (2 * ratio - 1) ** 3, torch.full_like(ratio, 1 / 3))
             mu = torch.where(good, mu * factor, mu * grow)
