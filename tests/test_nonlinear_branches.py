@@ -81,6 +81,22 @@ def test_natural_continuation_stops_at_the_fold_and_reaches_an_end():
     assert ended.status == "end" and float(ended.lam[-1]) == pytest.approx(3.0, abs=1e-12)
 
 
+def test_a_sparse_branch_is_the_dense_one():
+    n = 15
+    dense = bratu_branch(n)
+    pattern = dense.jacobian(torch.rand(1, n), torch.ones(1))[0].nonzero().T
+    assert pattern.shape[1] == 3 * n - 2
+
+    def jacobian(x, lam):
+        return SparseMatrix(pattern, dense.jacobian(x, lam)[:, pattern[0], pattern[1]], (n, n))
+
+    settings = Continuation(max_points=40, max_step=0.4)
+    want = settings.trace(dense, torch.zeros(n), 2.0, 5.0)
+    got = settings.trace(BranchProblem(dense.residual, jacobian), torch.zeros(n), 2.0, 5.0)
+    assert got.x.shape == want.x.shape and torch.allclose(got.lam, want.lam, atol=1e-8)
+    assert abs(float(got.folds[0].lam - want.folds[0].lam)) < 1e-9
+
+
 def test_circle_and_sparse_and_no_start():
     def residual(x, lam):
         return x**2 + lam.unsqueeze(-1) ** 2 - 1

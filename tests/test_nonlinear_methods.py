@@ -141,11 +141,30 @@ def test_powell_singular_function(method):
 
 def test_no_root_is_a_failure():
     for method in (Dogleg(), LevenbergMarquardt(), PseudoTransient(), Broyden(), Auto()):
-        record = method.solve(problem(lambda x: x**2 + 1), torch.tensor([[0.7]]))
-        if isinstance(method, LevenbergMarquardt):  # its task is the minimum
-            assert int(record.status) == 0 and abs(float(record.x)) < 1e-6
-        else:
+        for tol in (1e-10, float("inf")) if method.__class__ is not Broyden else (1e-10,):
+            record = method.solve(problem(lambda x: x**2 + 1, tol=tol), torch.tensor([[0.7]]))
             assert int(record.status) < 0
+    record = LevenbergMarquardt().solve(problem(lambda x: x**2 + 1, least_squares=True), torch.tensor([[0.7]]))
+    assert int(record.status) == 0 and abs(float(record.x)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["newton", "shamanskii", "chord", "dogleg", "levenberg_marquardt", "auto"])
+def test_one_root_of_many_is_not_an_answer(name):
+    def binding(x):
+        rate = 2 * x[0] * x[1] - x[2]
+        return torch.stack([-rate, -rate, rate])
+
+    record = METHODS[name].solve(problem(binding, tol=float("inf")), torch.tensor([[1.0, 2.0, 0.0]]))
+    assert int(record.status) == RootStatus.SINGULAR
+
+
+def test_a_tolerance_below_rounding_ends_soon():
+    big = problem(lambda x: x.exp() - 1e8, max_steps=200)
+    for name in ("newton", "shamanskii", "chord", "dogleg"):
+        record = METHODS[name].solve(big, torch.tensor([[17.0]]))
+        assert int(record.status) == RootStatus.STALLED and int(record.n_steps) < 60
+        loose = METHODS[name].solve(replace(big, tol=float("inf")), torch.tensor([[17.0]]))
+        assert int(loose.status) == 0 and abs(float(loose.x) - 8 * np.log(10)) < 1e-8
 
 
 def test_least_squares_against_scipy():
@@ -229,6 +248,12 @@ def test_auto_integrates_as_a_last_resort():
     record = Auto(flow=False, integrate=integrate).solve(system, torch.tensor([[0.9]]))
     assert len(calls) == 1 and int(record.status) == 0 and "time integration" in record.note
     assert int(Auto(flow=False).solve(system, torch.tensor([[0.9]])).status) < 0
+
+
+def test_auto_without_a_jacobian():
+    F = chandrasekhar(100)
+    record = Auto().solve(RootProblem(residual=torch.func.vmap(lambda H: F(H, 0.9))), torch.ones(1, 100))
+    assert int(record.status) == 0 and torch.allclose(record.x.norm(), H_VALUES[2], rtol=1e-9) and "Broyden" in record.note
 
 
 def test_operators_without_transposed_products():

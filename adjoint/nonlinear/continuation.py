@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
-from ..linalg import DenseLU, LinearOperator, LinearSolver, Log, Matrix
+from ..linalg import DenseLU, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix
 from .rows import product
 
 __all__ = ["Branch", "BranchProblem", "Continuation", "Fold"]
@@ -63,8 +63,8 @@ class Continuation:
     """Predictor along the tangent, Newton's corrector on the plane across it (Keller 1977; Allgower & Georg 1990, chapter 6).
 
     ``kind="natural"`` keeps ``lam`` fixed in the corrector, and ends with "step_too_small" at a fold; "arclength" passes it. Arc length is
-    ``|dx|^2 / n + dlam^2``, so that grids of any fineness give the same steps. Every bordered system is solved by block elimination with
-    the factors of ``F_x`` shifted by a rank-one term where they are nearly singular (deflation), followed by iterative refinement.
+    ``|dx|^2 / n + dlam^2``, so that grids of any fineness give the same steps. Bordered systems are solved by block elimination with the
+    factors of ``F_x`` and iterative refinement; where these fail, next to a fold, the bordered matrix itself is factorised.
     The step aims at ``iterations`` corrections. Folds are located by the regula falsi (Illinois) on ``d lam / ds``, to ``fold_tol``.
     """
 
@@ -222,9 +222,9 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def _bordered(problem: BranchProblem, z: Tensor, across: Tensor, f: Tensor, g: Tensor) -> Tensor | None:
     """Solve ``[F_x, F_lam; across] (dx, dlam) = (f, g)``; None where even the bordered matrix is singular.
 
-    Block elimination (Keller 1977) fails near folds, where ``F_x`` is nearly singular though the bordered matrix is not. There the border
-    is used twice: with factors of ``F_x`` alone, two rounds of refinement on the whole system repair the lost digits (Govaerts 2000,
-    section 3.6); if they do not, or ``F_x`` is exactly singular, the dense bordered matrix is solved.
+    Block elimination (Keller 1977) loses digits near folds, where ``F_x`` is nearly singular though the bordered matrix is not. Two
+    rounds of refinement on the whole system repair that (Govaerts 2000, section 3.6); if they do not, or ``F_x`` is exactly singular, the
+    bordered matrix is factorised.
     """
     x, lam = z[None, :-1], z[-1:]
     A = problem.jacobian(x, lam)
@@ -251,10 +251,21 @@ def _bordered(problem: BranchProblem, z: Tensor, across: Tensor, f: Tensor, g: T
         return torch.cat([dx, mu.reshape(1)])
     if isinstance(A, LinearOperator):
         return None
-    full = A[0] if isinstance(A, Tensor) else A.dense()[0]
-    matrix = torch.cat([torch.cat([full, b.unsqueeze(-1)], 1), torch.cat([c, d.reshape(1)]).unsqueeze(0)])
-    out, info = torch.linalg.solve_ex(matrix, torch.cat([f, g.reshape(1)]))
-    return out if int(info) == 0 and bool(torch.isfinite(out).all()) else None
+    out = problem.linear_solver.factor(_with_border(A, b, c, d), problem.log).solve(torch.cat([f, g.reshape(1)]).unsqueeze(0))[0]
+    return out if bool(torch.isfinite(out).all()) else None
+
+
+def _with_border(A: Tensor | SparseMatrix, b: Tensor, c: Tensor, d: Tensor) -> Tensor | SparseMatrix:
+    """``[A, b; c, d]``, dense (1, n + 1, n + 1) or sparse."""
+    n = b.numel()
+    if isinstance(A, Tensor):
+        return torch.cat([torch.cat([A[0], b.unsqueeze(-1)], 1), torch.cat([c, d.reshape(1)]).unsqueeze(0)]).unsqueeze(0)
+    i = torch.arange(n, device=b.device)
+    rows = torch.cat([A.indices[0], i, torch.full_like(i, n), i.new_tensor([n])])
+    columns = torch.cat([A.indices[1], torch.full_like(i, n), i, i.new_tensor([n])])
+    order = torch.argsort(rows * (n + 1) + columns)
+    values = torch.cat([A.values.reshape(-1), b, c, d.reshape(1)])
+    return SparseMatrix(torch.stack([rows, columns])[:, order], values[order].unsqueeze(0), (n + 1, n + 1))
 
 
 def _lam_derivative(problem: BranchProblem, x: Tensor, lam: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ class Newton:
         Armijo's rule on ``|r / f_scale|``; the natural level ``|A^-1 r / x_scale|``, which no scaling of equations changes
         (Deuflhard 2004, section 3.3; one more solve a trial); or full steps always.
     reuse : "none", "shamanskii" or "chord"
-        New factors every step; when the residual has not fallen by ``factor`` in a step; or only when an old one's step fails.
+        New factors every step; when the residual has not fallen by ``factor`` in a step; or only when a step with old ones fails, or
+        leaves more than nine tenths of the residual. Steps with old factors are judged by the error that their rate of convergence leaves.
         Matrix-free Jacobians are cheap to renew and take "none" only.
     forcing : "eisenstat-walker", `EisenstatWalker`, or None
         How exactly linear solvers that have a field ``rtol`` are run (the worst row decides); None leaves their tolerance alone.
@@ -114,15 +115,21 @@ class Newton:
             step = -factors.solve(torch.where(rows.running.unsqueeze(-1), rows.residual, 0.0))
             rows.fail(~torch.isfinite(step).all(-1), RootStatus.SINGULAR)
             step = torch.where(rows.running.unsqueeze(-1), step, 0.0)
-            small = step_measure(problem, step, rows.x) <= 1
+            measure = step_measure(problem, step, rows.x)
+            small = measure <= 1
             longest = to_boundary(problem, rows.x, step) if self.bounds == "interior" else torch.ones_like(rows.norm)
             found = self._advance(rows, factors, step, longest, small, ~refresh)
             blocked = (clip(problem, rows.x + step) != rows.x + step).any(-1) if self.bounds == "project" else longest < 1
+            moved = moved | (found.accepted & (found.x != rows.x).any(-1))
             rows.move(found.accepted, found.x, found.residual, found.norm)
-            moved = moved | found.accepted
-            exact = eta is None or eta <= 1e-2
-            if exact:
-                rows.succeed(found.accepted & small & (found.length >= 1) & ~blocked & (rows.norm <= problem.tol))
+            last = found.accepted & small & (found.length >= 1) & ~blocked
+            if eta is None or eta <= 1e-2:
+                # linear convergence at the rate q leaves q / (1 - q) of a step; a fresh step leaves next to nothing
+                rate = torch.where(refresh, 0.0, (rows.norm / start).clamp(max=1.0))
+                sure = last & (rate * measure <= 1 - rate) & (rate < 1)
+                rows.succeed(sure & (rows.norm <= problem.tol))
+                # at rounding level already, and still above tol: more steps would not help
+                rows.fail(sure & refresh & (rows.norm > 0.5 * start), RootStatus.STALLED)
             rows.succeed(rows.norm == 0)
             self._stall(rows, matrix, found, refresh)
             if eta is not None and forcing is not None:
@@ -169,10 +176,8 @@ class Newton:
     def _outdated(self, rows: Rows, found: Searched, start: Tensor) -> Tensor:
         if self.reuse == "none":
             return rows.running
-        if self.reuse == "chord" and self.linesearch is not None:
-            return ~found.accepted
-        slow = rows.norm * self.factor > start
-        return ~found.accepted | (slow if self.reuse == "shamanskii" else torch.zeros_like(slow))
+        slow = rows.norm * (self.factor if self.reuse == "shamanskii" else 1 / 0.9) > start
+        return ~found.accepted | slow
 
 
 def merge(mask: Tensor, new: Matrix, old: Matrix | None) -> Matrix:

@@ -48,6 +48,8 @@ class RootProblem:
     x_scale: Tensor | float = 1.0
     lower: Tensor | None = None
     upper: Tensor | None = None
+    #: whether a minimum of the residual that is no root is an answer too (more residuals than unknowns always mean that)
+    least_squares: bool = False
     norm: Callable[[Tensor], Tensor] = field(default=lambda v: torch.linalg.vector_norm(v, dim=-1) / max(v.shape[-1], 1) ** 0.5)
     linear_solver: LinearSolver = field(default_factory=DenseLU)
     log: Log = field(default_factory=Log)

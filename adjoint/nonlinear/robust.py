@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..linalg import LinearOperator
-from .newton import Newton
+from .fixed_point import Anderson, Broyden
+from .newton import Newton, merge
 from .protocol import RootMethod, RootProblem, RootRecord, RootStatus
 from .pseudo_transient import PseudoTransient
-from .rows import need_jacobian, pick
+from .rows import ill_determined, pick
 from .trust_region import Dogleg
 
 __all__ = ["Auto"]
@@ -20,13 +21,16 @@ __all__ = ["Auto"]
 
 @dataclass(frozen=True)
 class Auto:
-    """Newton with a line search, then Powell's dogleg, then pseudo-transient continuation, then ``integrate``: each starts again at ``x0``
-    and is kept for the rows that have no root yet only.
+    """Newton with a line search, then Powell's dogleg, then pseudo-transient continuation, then ``integrate``.
 
-    The dogleg is left out for operators without transposed products, pseudo-transient continuation with ``flow=False``: it takes the
-    residual for the tendency of a stable flow. ``integrate(x) -> x`` (B, n) carries ``x`` towards a steady state; Newton polishes it.
+    Each starts again at ``x0``, has ``max_steps`` of its own, and is kept only for the rows that have no root yet. The dogleg is left out
+    for operators without transposed products, pseudo-transient continuation with ``flow=False``: it takes the residual for the tendency of
+    a stable flow. ``integrate(x) -> x`` (B, n) carries ``x`` towards a steady state, and Newton polishes it. Without a Jacobian there is
+    Broyden's method, then Anderson's.
+
     Roots need not be unique: `RootRecord.note` says which rows had theirs from which method, and that it may be another one than the
-    root nearest to ``x0``. A row without any root has the status and the iterate that Newton gave.
+    root nearest to ``x0``; roots where the Jacobian is singular are refused. A row without any root has the status and the iterate of the
+    first method.
     """
 
     flow: bool = True
@@ -36,9 +40,9 @@ class Auto:
 
     @torch.no_grad()
     def solve(self, problem: RootProblem, x0: Tensor) -> RootRecord:
-        """See `RootMethod.solve`. Raises `InvalidInput` without a Jacobian."""
-        need_jacobian(problem, "Auto")
-        best = Newton().solve(problem, x0)
+        """See `RootMethod.solve`."""
+        first: RootMethod = Newton() if problem.jacobian is not None else Broyden()
+        best = first.solve(problem, x0)
         notes = [best.note]
         for name, method in self._fallbacks(problem, x0):
             failed = best.status != int(RootStatus.SUCCESS)
@@ -48,7 +52,10 @@ class Auto:
                 break
             notes.append(f"{name} for {_rows(failed & ~hopeless)} after {_statuses(best.status[failed & ~hopeless])}")
             again = method(failed)
-            saved = failed & (again.status == int(RootStatus.SUCCESS))
+            found = failed & (again.status == int(RootStatus.SUCCESS))
+            saved = found & ~_not_isolated(problem, again, found)
+            if bool((found & ~saved).any()):
+                notes.append(f"{name} found a root of {_rows(found & ~saved)} that is one of many: the Jacobian is singular there")
             if bool(saved.any()):
                 notes.append(f"{name} found the root of {_rows(saved)}, perhaps another than the one nearest to the guess")
             best = _combine(best, again, failed, saved)
@@ -60,7 +67,8 @@ class Auto:
             return lambda rows: method.solve(problem, x0)
 
         out: list[tuple[str, Callable[[Tensor], RootRecord]]] = []
-        assert problem.jacobian is not None
+        if problem.jacobian is None:
+            return [("Anderson's method", start(Anderson()))]
         matrix = problem.jacobian(x0)
         if not (isinstance(matrix, LinearOperator) and matrix.rmatvec is None):
             out.append(("dogleg", start(Dogleg())))
@@ -78,6 +86,13 @@ class Auto:
             return Newton().solve(problem, pick(rows, integrate(x0), x0))
 
         return run
+
+
+def _not_isolated(problem: RootProblem, record: RootRecord, found: Tensor) -> Tensor:
+    if problem.jacobian is None or not bool(found.any()):
+        return torch.zeros_like(found)
+    matrix = merge(found, problem.jacobian(record.x), None)
+    return ill_determined(matrix, problem.linear_solver.factor(matrix, problem.log))
 
 
 def _combine(old: RootRecord, new: RootRecord, tried: Tensor, saved: Tensor) -> RootRecord:

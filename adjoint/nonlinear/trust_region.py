@@ -95,6 +95,7 @@ class Dogleg:
             floor = _negligible(rows, matrix)
             rows.move(good, point, trial, norm)
             moved = moved | good
+            rows.fail((rows.norm == 0) & singular, RootStatus.SINGULAR)  # one root of many: the equations do not determine it
             rows.succeed(((good & small) | (~good & floor & ~singular) | (rows.norm == 0)) & (rows.norm <= problem.tol))
             tiny = torch.finfo(size.dtype).eps * _length(rows.x / problem.x_scale).clamp(min=torch.finfo(size.dtype).eps)
             rows.fail(~good & (radius <= tiny), RootStatus.STALLED)
@@ -145,7 +146,8 @@ class LevenbergMarquardt:
     Each step solves ``[A; sqrt(mu) D] s = [-r; 0]`` by QR (never normal equations; Moré 1978), ``D`` the largest column norms so far,
     ``mu`` by the rule of Nielsen (1999). A row has converged when the undamped Gauss-Newton step is within the tolerance on ``x`` (so
     that ``A* r`` vanishes), when ``|r| <= tol`` for a finite ``tol``, or when no reduction above rounding is predicted any more.
-    ``gradient_tol`` bounds the cosine between ``r`` and the columns in that last test. Dense: a sparse Jacobian is made so.
+    ``gradient_tol`` bounds the cosine between ``r`` and the columns in that last test. Of square problems a minimum that is no root is an
+    answer with ``RootProblem.least_squares`` only; without it the row has stalled. Dense: a sparse Jacobian is made so.
     """
 
     damping: float = 1e-3
@@ -215,9 +217,14 @@ class LevenbergMarquardt:
             wanted = torch.isfinite(norm.new_tensor(problem.tol))
             rows.move(good, point, trial, norm)
             rows.succeed(good & near & inside)
+            rows.end((rows.norm == 0) & ~regular, RootStatus.SINGULAR)
             rows.succeed((wanted & (rows.norm <= problem.tol)) | (rows.norm == 0))
             negligible = (rows.residual.abs() <= rounding_floor(jacobian, rows.x)).all(-1)
-            rows.succeed(~good & inside & regular & (negligible | (flat & (predicted <= 1e-13 * before**2))))
+            minimum = flat & (predicted <= 1e-13 * before**2)
+            if m == n and not problem.least_squares:
+                rows.succeed(~good & inside & regular & negligible)
+                rows.fail(~good & minimum, RootStatus.STALLED)
+            rows.succeed(~good & inside & regular & (negligible | minimum))
             factor = torch.maximum(1 - (2 * ratio - 1) ** 3, torch.full_like(ratio, 1 / 3))
             mu = torch.where(good, mu * factor, mu * grow)
             grow = torch.where(good, 2.0, 2 * grow)
