@@ -8,7 +8,7 @@ import scipy.optimize
 import torch
 
 from adjoint.errors import InvalidInput, UnsupportedCombination
-from adjoint.linalg import LinearOperator, SparseMatrix
+from adjoint.linalg import DenseLU, LinearOperator, SparseMatrix
 from adjoint.nonlinear import (
     BranchProblem,
     Continuation,
@@ -21,6 +21,7 @@ from adjoint.nonlinear import (
     replace_rows,
     right_null_vectors,
 )
+from adjoint.nonlinear.rows import ill_determined
 
 from .nonlinear_problems import problem, sparse
 from .steady_problems import bratu
@@ -220,3 +221,24 @@ def test_null_vectors_of_a_large_sparse_matrix():
     assert torch.linalg.matrix_rank(torch.cat([found, (i < half).to(found)[None], (i >= half).to(found)[None]]), tol=1e-6) == 2
     shifted = SparseMatrix(matrix.indices, torch.where(matrix.indices[0] == matrix.indices[1], 2.0, 1.0) * matrix.values, (n, n))
     assert left_null_vectors(shifted).shape == (0, n)
+
+
+@pytest.mark.parametrize("n", [3, 10, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_singular_to_rounding_is_seen_and_bad_scaling_is_not(n, dtype):
+    A = torch.randn(100, n, n)
+    A[:, -1] = -A[:, :-1].sum(1)  # the columns sum to zero up to rounding only
+    A = A.to(dtype)
+    assert float(ill_determined(A, DenseLU().factor(A)).double().mean()) >= 0.98
+    regular = torch.randn(100, n, n).to(dtype) + 3 * torch.eye(n, dtype=dtype)
+    scaled = torch.logspace(-15, 15, n).to(dtype).unsqueeze(-1) * regular * torch.logspace(9, -9, n).to(dtype)
+    for matrix in (regular, scaled):
+        assert not bool(ill_determined(matrix, DenseLU().factor(matrix)).any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fine_grids_are_not_singular(dtype):
+    n = 500
+    ones = torch.ones(1, n - 1, dtype=dtype)
+    laplacian = torch.diag_embed(2 * torch.ones(1, n, dtype=dtype)) - torch.diag_embed(ones, 1) - torch.diag_embed(ones, -1)
+    assert not bool(ill_determined(laplacian, DenseLU().factor(laplacian)))
