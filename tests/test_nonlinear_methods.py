@@ -227,7 +227,11 @@ def test_bounds_hold(method):
 
 
 def test_auto_says_what_it_did():
-    assert Auto().solve(problem(lambda x: x**2 - 2), torch.ones(1, 1)).note == "Newton"
+    easy = problem(lambda x: x**2 - 2)
+    calls = []
+    counted = replace(easy, jacobian=lambda x: calls.append(1) or easy.jacobian(x))
+    record = Auto().solve(counted, torch.ones(1, 1))
+    assert record.note == "Newton" and len(calls) == int(record.n_jac)  # nothing is spent on fallbacks that are not needed
     p = torch.tensor([[1.0], [0.0]])
     # x^3 - 2x + 2 from 0 is a cycle for Newton; with the search it stops at a local minimum of the residual
     both = row_problem(lambda x, p: torch.where(p > 0, x**2 - 2, -(x**3 - 2 * x + 2)), p)

@@ -44,6 +44,8 @@ class Auto:
         first: RootMethod = Newton() if problem.jacobian is not None else Broyden()
         best = first.solve(problem, x0)
         notes = [best.note]
+        if bool((best.status == int(RootStatus.SUCCESS)).all()):
+            return best
         for name, method in self._fallbacks(problem, x0):
             failed = best.status != int(RootStatus.SUCCESS)
             # a residual that is not finite at the guess is a fault of the guess: no method can start there
