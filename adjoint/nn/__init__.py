@@ -1,5 +1,6 @@
 """Layers."""
 
+from .deq import DEQ
 from .neural_ode import NeuralODE
 
-__all__ = ["NeuralODE"]
+__all__ = ["DEQ", "NeuralODE"]
