@@ -202,6 +202,12 @@ def test_pseudo_transient():
     assert int(slow.status) == 0 and abs(float(slow.x) - 1) < 1e-10
 
 
+def test_small_steps_in_time_are_not_convergence():
+    # the residual hardly falls, so that the steps stay small; they must not be taken for Newton's
+    creeping = PseudoTransient(first=1e-13).solve(problem(lambda x: 1 - x, tol=float("inf"), max_steps=20), torch.tensor([[3.0]]))
+    assert int(creeping.status) == RootStatus.MAX_STEPS
+
+
 def test_pseudo_transient_with_a_mass_matrix_and_a_sparse_jacobian():
     # x' = y - x, 0 = x y - 1
     system = problem(lambda x: torch.stack([x[1] - x[0], x[0] * x[1] - 1]))

@@ -289,3 +289,23 @@ def test_empty():
             RootProblem(residual=lambda x: x, jacobian=lambda x: torch.diag_embed(torch.ones_like(x))), torch.ones(*shape)
         )
         assert record.x.shape == shape and record.status.tolist() == [0] * shape[0]
+
+
+@pytest.mark.parametrize("reuse", ["shamanskii", "chord"])
+def test_steps_with_old_factors_are_judged_by_what_they_leave(reuse):
+    # near x0 the chord converges at the rate 1 - 1 / x0, so that a small step may leave a larger error
+    x0 = torch.linspace(2.5, 8.0, 40).unsqueeze(-1)
+    record = Newton(reuse=reuse).solve(problem(lambda x: x**2 - 1, tol=float("inf"), x_rtol=1e-3, x_atol=0.0), x0)
+    assert bool((record.status == 0).all()) and float((record.x - 1).abs().max()) <= 1.05e-3
+
+
+def test_the_last_step_of_inexact_newton_is_exact_enough():
+    used = []
+    solver = _InexactSolver(used=used)
+    A = torch.tensor([[2.0, 1.0], [0.5, 3.0]])
+    operator = LinearOperator(2, 1, A.dtype, A.device, lambda v: v @ A.T)
+    settings = dict(tol=float("inf"), x_rtol=1e-3, x_atol=0.0, linear_solver=solver)
+    system = RootProblem(residual=lambda x: (x - 1) @ A.T, jacobian=lambda x: operator, **settings)
+    record = Newton(forcing=EisenstatWalker(first=0.5, smallest=0.5)).solve(system, torch.full((1, 2), 3.0))
+    assert int(record.status) == 0 and used[0] == 0.5 and used[-1] == 0.01
+    assert float((record.x - 1).abs().max()) < 1e-4
