@@ -1,22 +1,31 @@
 """Derivatives of differential equations and implicit solves in PyTorch."""
 
-from . import methods, nn
+from . import linalg, methods, nn, nonlinear
 from ._version import __version__
 from .errors import (
     AdjointError,
     CapturedTensorLost,
     InvalidInput,
     MaxStepsReached,
+    NewtonDidNotConverge,
+    NonFiniteResidual,
     NonFiniteState,
+    RootError,
+    SingularJacobian,
     SolveError,
     StepSizeTooSmall,
     UnsupportedCombination,
 )
 from .integrate import IController, PIController, PIDController
 from .ivp import solve_ivp
+from .laplace import Laplace
+from .objective import SteadyStateObjective
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
+from .parameters import Parameter, ParameterSpace
+from .root_solution import RootSolution, RootStats
 from .sensitivity import Backprop, DiscreteAdjoint
 from .solution import EventRecord, Solution, Stats
+from .steady import solve_root
 
 __all__ = [
     "AdjointError",
@@ -26,21 +35,34 @@ __all__ = [
     "EventRecord",
     "IController",
     "InvalidInput",
+    "Laplace",
     "MaxStepsReached",
+    "NewtonDidNotConverge",
+    "NonFiniteResidual",
     "NonFiniteState",
     "PIController",
     "PIDController",
+    "Parameter",
+    "ParameterSpace",
+    "RootError",
+    "RootSolution",
+    "RootStats",
+    "SingularJacobian",
     "Solution",
     "SolveError",
     "Stats",
+    "SteadyStateObjective",
     "StepSizeTooSmall",
     "UnsupportedCombination",
     "__version__",
+    "linalg",
     "methods",
     "nn",
+    "nonlinear",
     "odeint",
     "odeint_adjoint",
     "odeint_dense",
     "odeint_event",
     "solve_ivp",
+    "solve_root",
 ]

@@ -1,6 +1,32 @@
 """Linear systems: factorise once, solve and solve transposed many times. Imports nothing of ours but the errors."""
 
+from .choice import default_solver
+from .coloring import Coloring, color_columns, color_pattern, color_rows
 from .dense import DenseLU
+from .krylov import GMRES, BiCGStab
+from .preconditioners import ILU
 from .protocol import Factorization, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix
+from .sparse_lu import SparseLU
+from .sparsity import PatternTooDense, SparsityPattern, detect_pattern
 
-__all__ = ["DenseLU", "Factorization", "LinearOperator", "LinearSolver", "Log", "Matrix", "SparseMatrix"]
+__all__ = [
+    "GMRES",
+    "ILU",
+    "BiCGStab",
+    "Coloring",
+    "DenseLU",
+    "Factorization",
+    "LinearOperator",
+    "LinearSolver",
+    "Log",
+    "Matrix",
+    "PatternTooDense",
+    "SparseLU",
+    "SparseMatrix",
+    "SparsityPattern",
+    "color_columns",
+    "color_pattern",
+    "color_rows",
+    "default_solver",
+    "detect_pattern",
+]

@@ -1,0 +1,256 @@
+"""Krylov methods on batches of systems, for matrices and for operators that are known by their products only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidInput, UnsupportedCombination
+from .preconditioners import Preconditioner, make_preconditioner, needs_entries
+from .protocol import Factorization, LinearOperator, Log, Matrix, SparseMatrix
+
+__all__ = ["GMRES", "BiCGStab", "Krylov"]
+
+Product = Callable[[Tensor], Tensor]
+
+
+class _Iterative(Factorization):
+    """The matrix and its preconditioner, in the place of factors."""
+
+    def __init__(self, matrix: Matrix, solver: Krylov, log: Log, preconditioner: Preconditioner | None) -> None:
+        start = time.perf_counter()
+        self.matrix, self.solver, self.log = matrix, solver, log
+        if isinstance(matrix, LinearOperator):
+            self.rows, self.n, self.dtype, self.device = matrix.rows, matrix.n, matrix.dtype, matrix.device
+        elif isinstance(matrix, SparseMatrix):
+            self.rows = matrix.values.shape[0] if matrix.values.dim() == 2 else 1
+            self.n, self.dtype, self.device = matrix.shape[0], matrix.dtype, matrix.device
+        else:
+            self.rows, self.n, self.dtype, self.device = matrix.shape[0], matrix.shape[-1], matrix.dtype, matrix.device
+        self.preconditioner = make_preconditioner(solver.preconditioner, matrix, log) if preconditioner is None else preconditioner
+        #: which rows of the last solve met the tolerance
+        self.converged = torch.ones(self.rows, dtype=torch.bool, device=self.device)
+        log.n_factorizations += self.rows
+        log.factor_seconds += time.perf_counter() - start
+
+    def products(self, transposed: bool, conjugated: bool) -> tuple[Product, Product]:
+        """The products with the matrix and with the preconditioner's inverse, for the system that is asked for."""
+        matrix = self.matrix
+        if isinstance(matrix, LinearOperator):
+            if transposed and matrix.rmatvec is None:
+                raise UnsupportedCombination("this operator has no transposed product (rmatvec), which adjoints need: give one")
+            plain = matrix.rmatvec if transposed else matrix.matvec
+            assert plain is not None
+        elif isinstance(matrix, SparseMatrix):
+            plain = lambda v: matrix.matvec(v, transposed=transposed)  # noqa: E731
+        else:
+            turned = matrix.mT if transposed else matrix
+            plain = lambda v: (turned @ v.unsqueeze(-1)).squeeze(-1)  # noqa: E731
+        apply = self.preconditioner
+        inner = lambda v: apply(v, transposed)  # noqa: E731
+        if conjugated and self.dtype.is_complex:
+            return (lambda v: plain(v.conj()).conj()), (lambda v: inner(v.conj()).conj())
+        return plain, inner
+
+    def solve(self, b: Tensor, *, transposed: bool = False, conjugated: bool = False) -> Tensor:
+        start = time.perf_counter()
+        product, precondition = self.products(transposed, conjugated)
+        sides = b.unsqueeze(-1) if b.dim() == 2 else b
+        self.log.n_solves += sides.shape[0] * sides.shape[2]
+        columns, good = [], torch.ones(self.rows, dtype=torch.bool, device=self.device)
+        for k in range(sides.shape[2]):
+            x, ok = self.solver.iterate(product, precondition, sides[..., k], self.log)
+            # never a number that only looks like a solution
+            columns.append(torch.where(ok.unsqueeze(-1), x, float("nan")))
+            good = good & ok
+        self.converged = good
+        self.log.solve_seconds += time.perf_counter() - start
+        return torch.stack(columns, -1).reshape(b.shape) if columns else b.clone()
+
+
+@dataclass(frozen=True)
+class Krylov:
+    """Common settings of the Krylov methods.
+
+    Parameters
+    ----------
+    rtol, atol : float
+        A row is solved when ``|A x - b| <= max(rtol |b|, atol)``, the residual computed anew. Rows that are not are NaN.
+    max_iterations : int
+        Products with the matrix for one right-hand side, at most.
+    preconditioner : None, "jacobi", "ilu", a `Factorization`, or callable
+        Applied from the right. "ilu": SciPy's incomplete LU (CPU, matrices with entries; for an operator it needs a matrix of its own: see
+        `ILU`). A factorisation, for example that of a nearby point. A callable ``M(v, transposed)`` maps ``(B, n)`` to ``(B, n)``.
+    """
+
+    rtol: float = 1e-10
+    atol: float = 0.0
+    max_iterations: int = 1000
+    preconditioner: Any = None
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.rtol < 1 and self.atol >= 0 and self.rtol + self.atol > 0):
+            raise InvalidInput(f"need 0 <= rtol < 1 and atol >= 0, not both zero, got {self.rtol!r} and {self.atol!r}")
+        if self.max_iterations < 1:
+            raise InvalidInput(f"max_iterations must be at least 1, got {self.max_iterations!r}")
+
+    @property
+    def matrix_free(self) -> bool:
+        """Whether products with the Jacobian are all that is needed."""
+        return not needs_entries(self.preconditioner)
+
+    def factor(self, matrix: Matrix, log: Log | None = None) -> Factorization:
+        """See `LinearSolver.factor`: builds the preconditioner."""
+        return _Iterative(matrix, self, Log() if log is None else log, None)
+
+    def refactor(self, factorization: Factorization, matrix: Matrix) -> Factorization:
+        """See `LinearSolver.refactor`."""
+        return _Iterative(matrix, self, factorization.log, None)
+
+    def iterate(self, product: Product, precondition: Product, b: Tensor, log: Log) -> tuple[Tensor, Tensor]:
+        """The solution ``(B, n)`` and which rows have converged."""
+        raise NotImplementedError
+
+    def _goal(self, b: Tensor) -> Tensor:
+        return torch.clamp(self.rtol * torch.linalg.vector_norm(b, dim=-1), min=self.atol)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x.conj() * y).sum(-1)
+
+
+@dataclass(frozen=True)
+class GMRES(Krylov):
+    """Restarted GMRES (Saad & Schultz 1986), preconditioned from the right; classical Gram-Schmidt, twice.
+
+    ``restart``: vectors of the basis, each the size of a right-hand side.
+    """
+
+    restart: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.restart < 1:
+            raise InvalidInput(f"restart must be at least 1, got {self.restart!r}")
+
+    def iterate(self, product: Product, precondition: Product, b: Tensor, log: Log) -> tuple[Tensor, Tensor]:
+        """See `Krylov.iterate`."""
+        goal = self._goal(b)
+        x = torch.zeros_like(b)
+        residual, left = b, self.max_iterations
+        norm = torch.linalg.vector_norm(residual, dim=-1)
+        while left > 0 and bool((norm > goal).any()):
+            x_new, used = self._cycle(product, precondition, residual, norm, goal, min(self.restart, left))
+            left -= used
+            log.n_iterations += used
+            x = x + torch.where((norm > goal).unsqueeze(-1), x_new, 0.0)
+            residual = b - product(x)
+            previous, norm = norm, torch.linalg.vector_norm(residual, dim=-1)
+            if not bool(((norm > goal) & (norm < 0.999 * previous)).any()):
+                break
+        # the goal is that of the recursion: its rounding is allowed for
+        return x, norm <= torch.clamp(2 * goal, min=self.atol)
+
+    def _cycle(
+        self, product: Product, precondition: Product, residual: Tensor, norm: Tensor, goal: Tensor, size: int
+    ) -> tuple[Tensor, int]:
+        rows, n = residual.shape
+        safe = torch.where(norm > 0, norm, 1.0)
+        basis = residual.new_zeros(size + 1, rows, n)
+        basis[0] = residual / safe.unsqueeze(-1)
+        hessenberg = residual.new_zeros(rows, size + 1, size)
+        # least squares by Givens rotations, column by column, for all rows at once
+        rotated = residual.new_zeros(rows, size + 1, size)
+        right = residual.new_zeros(rows, size + 1)
+        right[:, 0] = norm.to(residual.dtype)
+        cosines, sines = residual.new_zeros(rows, size), residual.new_zeros(rows, size)
+        used = 0
+        for j in range(size):
+            w = product(precondition(basis[j]))
+            known = basis[: j + 1]
+            total = torch.zeros_like(hessenberg[:, : j + 1, j])
+            for _ in range(2):
+                h = (known.conj() * w).sum(-1).T
+                w = w - torch.einsum("bj,jbn->bn", h, known)
+                total = total + h
+            length = torch.linalg.vector_norm(w, dim=-1)
+            hessenberg[:, : j + 1, j] = total
+            hessenberg[:, j + 1, j] = length.to(w.dtype)
+            broke = length <= 1e-14 * torch.linalg.vector_norm(hessenberg[:, : j + 1, j], dim=-1)
+            basis[j + 1] = torch.where(broke.unsqueeze(-1), 0.0, w / torch.where(length > 0, length, 1.0).unsqueeze(-1))
+            column = hessenberg[:, :, j].clone()
+            for i in range(j):
+                upper = cosines[:, i] * column[:, i] + sines[:, i] * column[:, i + 1]
+                column[:, i + 1] = -sines[:, i].conj() * column[:, i] + cosines[:, i].conj() * column[:, i + 1]
+                column[:, i] = upper
+            size_ = torch.sqrt(column[:, j].abs() ** 2 + column[:, j + 1].abs() ** 2)
+            denominator = torch.where(size_ > 0, size_, 1.0)
+            cosines[:, j], sines[:, j] = column[:, j].conj() / denominator, column[:, j + 1].conj() / denominator
+            column[:, j], column[:, j + 1] = size_.to(column.dtype), 0.0
+            rotated[:, :, j] = column
+            right[:, j + 1] = -sines[:, j].conj() * right[:, j]
+            right[:, j] = cosines[:, j] * right[:, j]
+            used = j + 1
+            if bool(((right[:, j + 1].abs() <= goal) | broke).all()):
+                break
+        triangle = rotated[:, :used, :used]
+        # rows that were done at once have zeros on the diagonal
+        diagonal = triangle.diagonal(dim1=-2, dim2=-1)
+        triangle = triangle + torch.diag_embed((diagonal == 0).to(triangle.dtype))
+        y = torch.linalg.solve_triangular(triangle, right[:, :used].unsqueeze(-1), upper=True).squeeze(-1)
+        y = torch.where(diagonal == 0, 0.0, y)
+        return precondition(torch.einsum("bj,jbn->bn", y, basis[:used])), used
+
+
+@dataclass(frozen=True)
+class BiCGStab(Krylov):
+    """Stabilised biconjugate gradients (van der Vorst 1992), preconditioned from the right: short recurrences, little memory."""
+
+    def iterate(self, product: Product, precondition: Product, b: Tensor, log: Log) -> tuple[Tensor, Tensor]:
+        """See `Krylov.iterate`."""
+        goal = self._goal(b)
+        x, r = torch.zeros_like(b), b
+        shadow = r.clone()
+        rho = alpha = omega = torch.ones_like(_dot(r, r))
+        v = p = torch.zeros_like(b)
+        norm = torch.linalg.vector_norm(r, dim=-1)
+        running = norm > goal
+        tiny = torch.finfo(b.dtype).tiny
+
+        def ratio(top: Tensor, bottom: Tensor) -> Tensor:
+            return torch.where(bottom.abs() > tiny, top / torch.where(bottom.abs() > tiny, bottom, 1.0), 0.0)
+
+        for _ in range(max(1, self.max_iterations // 2)):
+            if not bool(running.any()):
+                break
+            log.n_iterations += 2
+            rho_new = _dot(shadow, r)
+            beta = ratio(rho_new, rho) * ratio(alpha, omega)
+            p = r + beta.unsqueeze(-1) * (p - omega.unsqueeze(-1) * v)
+            p_hat = precondition(p)
+            v = product(p_hat)
+            alpha = ratio(rho_new, _dot(shadow, v))
+            s = r - alpha.unsqueeze(-1) * v
+            s_hat = precondition(s)
+            t = product(s_hat)
+            omega = ratio(_dot(t, s), _dot(t, t))
+            mask = running.unsqueeze(-1)
+            x = torch.where(mask, x + alpha.unsqueeze(-1) * p_hat + omega.unsqueeze(-1) * s_hat, x)
+            r = torch.where(mask, s - omega.unsqueeze(-1) * t, r)
+            rho = rho_new
+            norm = torch.linalg.vector_norm(r, dim=-1)
+            # a row that has broken down begins again from where it is
+            stuck = running & ((rho.abs() <= tiny) | (omega.abs() <= tiny)) & (norm > goal)
+            if bool(stuck.any()):
+                again = stuck.unsqueeze(-1)
+                shadow = torch.where(again, r, shadow)
+                p, v = torch.where(again, 0.0, p), torch.where(again, 0.0, v)
+                rho, alpha, omega = (torch.where(stuck, 1.0, q) for q in (rho, alpha, omega))
+            running = running & (norm > goal) & torch.isfinite(norm)
+        true = torch.linalg.vector_norm(b - product(x), dim=-1)
+        return x, true <= torch.clamp(10 * goal, min=self.atol)

@@ -1,0 +1,91 @@
+"""Preconditioners of Krylov methods: approximate inverses, also of the transposed matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse.linalg as spla
+import torch
+from torch import Tensor
+
+from ..errors import InvalidInput, UnsupportedCombination
+from .protocol import Factorization, LinearOperator, Log, Matrix, SparseMatrix
+from .sparse_lu import Pattern, to_sparse
+
+__all__ = ["ILU", "Preconditioner", "make_preconditioner", "needs_entries"]
+
+#: ``M(v, transposed)``: the approximate inverse, or that of the transposed matrix, on ``(B, n)``
+Preconditioner = Callable[[Tensor, bool], Tensor]
+
+
+@dataclass(frozen=True)
+class ILU:
+    """Settings of SciPy's incomplete LU (`scipy.sparse.linalg.spilu`)."""
+
+    drop_tol: float = 1e-4
+    fill_factor: float = 10.0
+
+
+def _same(v: Tensor, transposed: bool) -> Tensor:
+    return v
+
+
+def make_preconditioner(what: Any, matrix: Matrix, log: Log) -> Preconditioner:
+    """From the setting of a Krylov method to a function."""
+    if what is None:
+        return _same
+    if isinstance(what, Factorization):
+        return lambda v, transposed: what.solve(v, transposed=transposed)
+    if isinstance(what, (str, ILU)):
+        if isinstance(matrix, LinearOperator):
+            raise UnsupportedCombination(
+                f"preconditioner={what!r} needs a matrix with entries, not an operator: give jac_sparsity, or a callable M(v, transposed)"
+            )
+        if what == "jacobi":
+            return _jacobi(matrix)
+        if what == "ilu" or isinstance(what, ILU):
+            return _incomplete(matrix, ILU() if isinstance(what, str) else what)
+    if callable(what):
+        return what
+    raise InvalidInput(f"preconditioner must be None, 'jacobi', 'ilu', an ILU, a Factorization or a callable, got {what!r}")
+
+
+def needs_entries(what: Any) -> bool:
+    """Whether a preconditioner is made from the entries of the matrix."""
+    return isinstance(what, (str, ILU))
+
+
+def _jacobi(matrix: Any) -> Preconditioner:
+    if isinstance(matrix, SparseMatrix):
+        on = matrix.indices[0] == matrix.indices[1]
+        values = matrix.values if matrix.values.dim() == 2 else matrix.values.unsqueeze(0)
+        diagonal = values.new_zeros(values.shape[0], matrix.shape[0]).index_add(1, matrix.indices[0][on], values[:, on])
+    else:
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    if bool((diagonal == 0).any()):
+        raise InvalidInput("preconditioner='jacobi' needs a diagonal without zeros: use 'ilu'")
+    return lambda v, transposed: v / diagonal
+
+
+def _incomplete(matrix: Any, settings: ILU) -> Preconditioner:
+    sparse = to_sparse(matrix)
+    pattern = Pattern(sparse.indices, sparse.shape[0])
+    values = sparse.values if sparse.values.dim() == 2 else sparse.values.unsqueeze(0)
+    try:
+        factors = [
+            spla.spilu(pattern.csc(row), drop_tol=settings.drop_tol, fill_factor=settings.fill_factor)
+            for row in values.detach().resolve_conj().cpu().numpy()
+        ]
+    except RuntimeError as error:
+        raise InvalidInput(f"the incomplete LU factorisation failed: {error}; try a smaller drop_tol or a larger fill_factor") from error
+
+    def apply(v: Tensor, transposed: bool) -> Tensor:
+        sides = v.detach().resolve_conj().cpu().numpy()
+        trans = "T" if transposed else "N"
+        out = np.stack([factors[0 if len(factors) == 1 else k].solve(side, trans) for k, side in enumerate(sides)])
+        return torch.from_numpy(out).to(v.device)
+
+    return apply
