@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from .batch_sampling import BatchSampler
+from .columns import layout, takes_columns
 from .compiled import compiled
 from .controller import tamed
 from .initial_step import initial_step
-from .plan import Plan, Record, Status, shifted_times
+from .plan import Monitor, Plan, Record, Status, shifted_times
 
 __all__ = ["Attempt", "Carry", "advance", "integrate_batched", "start_carry"]
 
@@ -19,7 +22,7 @@ _EPS = float(torch.finfo(torch.float64).eps)
 
 
 class Carry(NamedTuple):
-    """The loop's state; all ``(B,)`` but ``y``, ``k1`` and ``scaled``, which are ``(B, n)``."""
+    """The loop's state; all ``(B,)`` but ``y``, ``k1`` and ``scaled``, which are ``(B, n)``, or ``(n, B)`` when carried as columns."""
 
     t: Tensor
     y: Tensor
@@ -33,6 +36,7 @@ class Carry(NamedTuple):
     bad_last: Tensor
     jump: Tensor
     attempts: Tensor
+    n_accepted: Tensor
     status: Tensor
     running: Tensor
 
@@ -46,46 +50,53 @@ class Attempt(NamedTuple):
     segment: Tensor
     lands: Tensor
     accepted: Tensor
-    rejected: Tensor
     stages: list[Tensor]
 
 
 def advance(
-    f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor, sign: Tensor, carry: Carry, dense: bool
+    f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor, sign: Tensor, carry: Carry, dense: bool, columns: bool = False
 ) -> tuple[Carry, Attempt]:
     """Attempt one step of every running trajectory. Pure: no host synchronisation, no branch on data.
 
     ``stops`` (A, B): the anchors in the direction of integration; ``sign`` (B,): that direction. ``dense``: also compute the stages
-    that only the dense output needs.
+    that only the dense output needs. ``columns``: states and stages are ``(n, B)``.
     """
+    f, spread, turned = layout(f, columns)
     method, controller = plan.method, plan.controller
     order = method.error_order + 1
     t, y, k1, running = carry.t, carry.y, carry.k1, carry.running
     real = plan.real
     last = stops.shape[0] - 2
-    target = stops.gather(0, carry.segment.clamp(max=last).unsqueeze(0) + 1).squeeze(0)
+    target = stops[1] if last == 0 else stops.gather(0, carry.segment.clamp(max=last).unsqueeze(0) + 1).squeeze(0)
     remaining = (target - t).abs()
-    wanted = carry.step.clamp(max=plan.max_step)
+    bounded = math.isfinite(plan.max_step)
+    wanted = carry.step.clamp(max=plan.max_step) if bounded else carry.step
     if plan.accept_smallest:
         wanted = wanted.clamp(min=plan.min_step)
     if method.adaptive:
-        lands = (wanted * 1.01 >= remaining) & (remaining <= plan.max_step)
+        lands = wanted * 1.01 >= remaining
+        if bounded:
+            lands = lands & (remaining <= plan.max_step)
     else:
         lands = wanted >= remaining * (1 - 1e-10)
-    tiny = ~lands & ((wanted < plan.min_step) | (wanted <= 16 * _EPS * t.abs()))
+    smallest = 16 * _EPS * t.abs()
+    tiny = wanted <= smallest
+    if plan.min_step:
+        tiny = tiny | (wanted < plan.min_step)
     out_of_steps = carry.attempts >= plan.max_steps
-    failed = torch.where(tiny, torch.where(carry.bad_last, int(Status.NON_FINITE), int(Status.STEP_TOO_SMALL)), 0)
-    failed = torch.where(out_of_steps, int(Status.MAX_STEPS), failed)
-    failed = torch.where(running, failed, 0)
-    alive = running & (failed == 0)
+    stuck = (tiny & ~lands) | out_of_steps
+    alive = running & ~stuck
+    why = torch.where(carry.bad_last, int(Status.NON_FINITE), int(Status.STEP_TOO_SMALL))
+    failed = torch.where(running & stuck, torch.where(out_of_steps, int(Status.MAX_STEPS), why), 0)
     # the steps of finished trajectories have size zero: inert, and finite wherever the state is
     h = torch.where(alive, torch.where(lands, target - t, sign * wanted), 0.0)
     end = torch.where(lands & alive, target, t + h)
-    hr = h.to(real).unsqueeze(-1)
+    hr = spread(h.to(real))
     times = [(t + h * c).to(real) for c in method.nodes]
-    jumps = plan.shift == "all" or (plan.shift == "inner" and stops.shape[0] > 2)
-    jump_end = lands if plan.shift == "all" else lands & (carry.segment < last)
+    jumps = plan.shift == "all" or (plan.shift == "inner" and last > 0)
+    jump_end = lands
     if jumps:
+        jump_end = lands if plan.shift == "all" else lands & (carry.segment < last)
         times = shifted_times(times, method.nodes, carry.jump, jump_end, sign)
     y1, ks = method.step(f, times, hr, y, k1)
     k_end: Tensor | None = ks[-1] if method.end_index == method.n_stages - 1 else None
@@ -94,10 +105,10 @@ def advance(
         k_end = f(time, y1)
     if method.adaptive:
         estimate = method.error(hr, [*ks, k_end] if method.error_uses_end else ks)
-        scaled = plan.scaled(estimate, torch.maximum(y.abs(), y1.abs())).abs()
+        scaled = plan.scaled(turned(estimate), turned(torch.maximum(y.abs(), y1.abs()))).abs()
         error = plan.norm(scaled)
         # kept for the message of a failure, which is found when the next attempt would be made
-        scaled = torch.where(alive.unsqueeze(-1), scaled, carry.scaled)
+        scaled = torch.where(spread(alive), turned(scaled), carry.scaled)
         bad = ~torch.isfinite(error)
         passed = error <= 1.0
         if plan.accept_smallest:
@@ -111,30 +122,33 @@ def advance(
         proposal = torch.where(lands & ~carry.rejected_last, torch.maximum(proposal, wanted), proposal)
         down = h.abs() * torch.where(bad, controller.min_factor, controller.rejected(order, level))
         step = torch.where(accepted, proposal, torch.where(rejected, down, carry.step))
-        error1 = torch.where(accepted, level, carry.error1)
-        error2 = torch.where(accepted, carry.error1, carry.error2)
-        hopeless = rejected & bad & (step <= 16 * _EPS * t.abs())
-        failed = torch.where(hopeless, int(Status.NON_FINITE), failed)
+        error1, error2 = carry.error1, carry.error2
+        if controller.remembers:
+            error1, error2 = torch.where(accepted, level, error1), torch.where(accepted, error1, error2)
+        hopeless = rejected & bad & (step <= smallest)
     else:
         # without an error estimate the state itself says when it stops being finite
-        bad = ~torch.isfinite(y1).all(-1)
+        bad = ~torch.isfinite(turned(y1)).all(-1)
         accepted, rejected = alive & ~bad, alive & bad
-        failed = torch.where(rejected, int(Status.NON_FINITE), failed)
+        hopeless = rejected
         step, error1, error2, scaled = carry.step, carry.error1, carry.error2, carry.scaled
     stages = method.dense_stages(f, times, hr, y, ks, k_end) if dense else []
-    column = accepted.unsqueeze(-1)
+    column = spread(accepted)
     landed = accepted & lands
-    segment = carry.segment + landed
-    done = landed & (segment > last)
+    segment, done = carry.segment, landed
+    if last:
+        segment = segment + landed
+        done = landed & (segment > last)
     y_next = torch.where(column, y1, y)
     if jumps:
         # after a discontinuity the first stage is taken anew, from the far side of it
         jumped = accepted & jump_end
         t_next = torch.where(accepted, end, t)
         time = shifted_times([t_next.to(real)], [0.0], jumped, False, sign)[0]
-        k_end = torch.where(jumped.unsqueeze(-1), f(time, y_next), k_end)
+        k_end = torch.where(spread(jumped), f(time, y_next), k_end)
+        jump = torch.where(alive, jumped, carry.jump)
     else:
-        jumped = carry.jump
+        jump = carry.jump
     new = Carry(
         t=torch.where(accepted, end, t),
         y=y_next,
@@ -146,16 +160,40 @@ def advance(
         segment=segment,
         rejected_last=torch.where(alive, rejected, carry.rejected_last),
         bad_last=torch.where(alive, bad, carry.bad_last),
-        jump=torch.where(alive, jumped & accepted, carry.jump),
+        jump=jump,
         attempts=carry.attempts + alive,
-        status=carry.status + failed,
-        running=alive & ~done & (failed == 0),
+        n_accepted=carry.n_accepted + accepted,
+        status=carry.status + torch.where(hopeless, int(Status.NON_FINITE), failed),
+        running=alive & ~done & ~hopeless,
     )
-    return new, Attempt(t, end, h, carry.segment, lands, accepted, rejected, stages)
+    return new, Attempt(t, end, h, carry.segment, lands, accepted, stages)
 
 
-def start_carry(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor, sign: Tensor, y0: Tensor) -> tuple[Carry, int]:
-    """The loop's first state, and how often ``fun`` was evaluated for it."""
+def advance_by_numbers(
+    f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor, sign: Tensor, carry: Carry, dense: bool, columns: bool
+) -> tuple[Carry, Attempt]:
+    """As `advance`, with numbers in the place of flags: compiled code loads and stores flags one by one."""
+    new, attempt = advance(f, plan, stops, sign, with_flags(carry), dense, columns)
+    return _converted(new, _FLAGS, torch.float32), _converted(attempt, ("lands", "accepted"), torch.float32)
+
+
+_FLAGS = ("rejected_last", "bad_last", "jump", "running")
+_Tuple = TypeVar("_Tuple", Carry, Attempt)
+
+
+def _converted(x: _Tuple, names: Sequence[str], kind: torch.dtype) -> _Tuple:
+    return x._replace(**{name: getattr(x, name).to(kind) for name in names})
+
+
+def with_flags(carry: Carry) -> Carry:
+    """The state of the loop with flags again."""
+    return carry._replace(**{name: getattr(carry, name) != 0 for name in _FLAGS})
+
+
+def start_carry(
+    f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor, sign: Tensor, y0: Tensor, columns: bool
+) -> tuple[Carry, int]:
+    """The loop's first state from ``y0`` (B, n), and how often ``fun`` was evaluated for it."""
     t0 = stops[0]
     k1 = f(shifted_times([t0.to(plan.real)], [0.0], plan.shift == "all", False, sign)[0], y0)
     n_fun = 1
@@ -170,11 +208,12 @@ def start_carry(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor
     zero = torch.zeros_like(t0, dtype=torch.int64)
     no = torch.zeros_like(t0, dtype=torch.bool)
     # every field its own tensor: compiled steps are specialised on which of their inputs are the same
+    y = y0.t().contiguous() if columns else y0
     carry = Carry(
         t=t0.clone(),
-        y=y0,
-        k1=k1,
-        scaled=torch.zeros_like(y0, dtype=plan.real),
+        y=y,
+        k1=k1.t().contiguous() if columns else k1,
+        scaled=torch.zeros_like(y, dtype=plan.real),
         step=step,
         error1=level,
         error2=level.clone(),
@@ -183,6 +222,7 @@ def start_carry(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor
         bad_last=no.clone(),
         jump=no.clone(),
         attempts=zero.clone(),
+        n_accepted=zero.clone(),
         status=zero.clone(),
         running=~no,
     )
@@ -205,11 +245,14 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
     t_eval : (T, B) float64 or None; in any order
     y0 : (B, n)
     """
-    step = advance if plan.compile is None else compiled(advance, plan.compile)
     method, monitor = plan.method, plan.monitor
+    columns = takes_columns(plan.compile is not None, *y0.shape)
+    step = advance if plan.compile is None else compiled(advance_by_numbers, plan.compile, columns)
     sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0).to(torch.float64)
-    carry, n_fun = start_carry(f, plan, anchors, sign, y0)
-    sampler = _BatchSampler(plan, t_eval, anchors, sign, y0)
+    carry, n_fun = start_carry(f, plan, anchors, sign, y0, columns)
+    if plan.compile is not None:
+        carry = _converted(carry, _FLAGS, torch.float32)
+    sampler = BatchSampler(plan, t_eval, anchors, sign, y0, columns)
     dense = plan.keep_stages or sampler.wanted
     per_attempt = method.n_stages if method.end_index is None or method.end_index == method.n_stages else method.n_stages - 1
     if dense:
@@ -221,40 +264,39 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
     states: list[Tensor] = []
     stages: list[Tensor] = []
     span = (anchors[-1] - anchors[0]).abs()
-    watched = type(monitor).advanced is not _no_progress
-    n_accepted = torch.zeros_like(carry.attempts)
-    n_rejected = torch.zeros_like(carry.attempts)
-    start_attempts = carry.attempts
+    watched = type(monitor).advanced is not Monitor.advanced
     while bool(carry.running.any()):
-        new, attempt = step(f, plan, anchors, sign, carry, dense)
+        new, attempt = step(f, plan, anchors, sign, carry, dense, columns)
+        if plan.compile is not None:
+            attempt = attempt._replace(accepted=attempt.accepted != 0)
         if sampler.wanted:
-            sampler.take(attempt, carry.y, n_accepted)
-        n_accepted = n_accepted + attempt.accepted
-        n_rejected = n_rejected + attempt.rejected
+            sampler.take(attempt, carry.y, carry.n_accepted)
         if plan.keep_states:
             attempts.append(attempt._replace(stages=[]))
             states.append(carry.y)
         if plan.keep_stages:
-            stages.append(torch.stack(attempt.stages))
+            kept = torch.stack(attempt.stages)
+            stages.append(kept.transpose(1, 2) if columns else kept)
         carry = new
         if watched:
             monitor.advanced(float(((carry.t - anchors[0]).abs() / span).min()))
-    ok = carry.status >= 0
-    final = torch.where(ok.unsqueeze(-1), carry.y, float("nan"))
-    sampler.finish(carry, n_accepted, final)
-    packed = _pack(attempts, states, stages, carry, n_accepted, y0, len(method.nodes), anchors.shape[0])
-    used = carry.attempts - start_attempts
-    empty = used.new_empty(0)
+    carry = with_flags(carry)
+    turned = layout(f, columns)[2]
+    last = turned(carry.y)
+    final = torch.where((carry.status >= 0).unsqueeze(-1), last, float("nan"))
+    sampler.finish(carry.status, carry.n_accepted, final)
+    packed = _pack(attempts, states, stages, carry, y0, len(method.nodes), anchors.shape[0], columns)
+    empty = carry.attempts.new_empty(0)
     return Record(
         final=final,
-        last=carry.y,
-        scaled_error=carry.scaled,
+        last=last,
+        scaled_error=turned(carry.scaled),
         samples=sampler.out,
         sample_step=sampler.step,
-        n_steps=used,
-        n_accepted=n_accepted,
-        n_rejected=n_rejected,
-        n_fun=n_fun + per_attempt * used,
+        n_steps=carry.attempts,
+        n_accepted=carry.n_accepted,
+        n_rejected=carry.attempts - carry.n_accepted,
+        n_fun=n_fun + per_attempt * carry.attempts,
         status=carry.status,
         t_final=carry.t,
         event_id=empty,
@@ -264,20 +306,15 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
     )
 
 
-from .plan import Monitor  # noqa: E402
-
-_no_progress = Monitor.advanced
-
-
 def _pack(
     attempts: list[Attempt],
     states: list[Tensor],
     stages: list[Tensor],
     carry: Carry,
-    n_accepted: Tensor,
     y0: Tensor,
     n_all: int,
     n_anchors: int,
+    columns: bool,
 ) -> dict[str, Tensor]:
     """Move the accepted steps of every trajectory to the front, padded with steps of size zero at its end."""
     rows, n = y0.shape
@@ -292,20 +329,24 @@ def _pack(
             "lands": carry.running.new_empty((0, rows)),
         }
     accepted = torch.stack([a.accepted for a in attempts])
-    most = int(n_accepted.max()) if rows else 0
+    most = int(carry.n_accepted.max()) if rows else 0
     # index[j, b]: which attempt was the j-th accepted one of trajectory b. Rejected ones write to a last row that is dropped; places
     # that no attempt writes to name the entry behind all attempts: a step of size zero at the final state
     place = torch.where(accepted, accepted.cumsum(0) - 1, most + 1)
     attempt = torch.arange(len(attempts), device=y0.device).unsqueeze(-1).expand_as(place)
     index = place.new_full((most + 2, rows), len(attempts)).scatter_(0, place, attempt)[: most + 1]
-    flat = (index * rows + torch.arange(rows, device=y0.device)).reshape(-1)
 
     def pick(values: list[Tensor], behind: Tensor, count: int) -> Tensor:
-        """``count`` rows of what each trajectory had at its accepted attempts."""
-        table = torch.stack([*values, behind]).flatten(0, 1)
-        return table.index_select(0, flat[: count * rows]).reshape(count, *behind.shape)
+        """``count`` rows of what each trajectory, their first dimension, had at its accepted attempts."""
+        where = index[:count].reshape(count, rows, *[1] * (behind.dim() - 1))
+        return torch.stack([*values, behind]).gather(0, where.expand(count, *behind.shape))
 
     zero = torch.zeros_like(carry.t)
+    if columns:
+        where = index.unsqueeze(1).expand(-1, n, -1)
+        all_states = torch.stack([*states, carry.y]).gather(0, where).transpose(1, 2)
+    else:
+        all_states = pick(states, carry.y, most + 1)
     if stages:
         # (I, S, B, n) with the trajectories in front of the stages, as `pick` wants them
         turned = [x.movedim(0, 1) for x in stages]
@@ -315,55 +356,15 @@ def _pack(
     if n_anchors == 2:
         # one segment, and only the last step lands
         segment = index.new_zeros((most, rows))
-        lands = (torch.arange(most, device=y0.device).unsqueeze(-1) == n_accepted - 1) & ~carry.running & (carry.status >= 0)
+        lands = (torch.arange(most, device=y0.device).unsqueeze(-1) == carry.n_accepted - 1) & ~carry.running & (carry.status >= 0)
     else:
         segment = pick([a.segment for a in attempts], torch.zeros_like(carry.segment), most)
-        lands = pick([a.lands for a in attempts], torch.zeros_like(carry.running), most)
+        lands = pick([a.lands for a in attempts], torch.zeros_like(attempts[0].lands), most) != 0
     return {
-        "states": pick(states, carry.y, most + 1),
+        "states": all_states,
         "stages": all_stages,
         "t": pick([a.t for a in attempts], carry.t, most),
         "h": pick([a.h for a in attempts], zero, most),
         "segment": segment,
         "lands": lands,
     }
-
-
-class _BatchSampler:
-    """Fills samples as the steps go by; those at the two ends need no dense output."""
-
-    def __init__(self, plan: Plan, t_eval: Tensor | None, anchors: Tensor, sign: Tensor, y0: Tensor) -> None:
-        self.plan, self.sign = plan, sign
-        rows, n = y0.shape
-        self.times = t_eval if t_eval is not None else anchors.new_empty((0, rows))
-        self.out = y0.new_full((self.times.shape[0], rows, n), float("nan"))
-        self.step = torch.full_like(self.times, -1, dtype=torch.int64)
-        self.at_end = self.times == anchors[-1]
-        at_start = self.times == anchors[0]
-        self.step[at_start] = 0
-        self.out = torch.where(at_start.unsqueeze(-1), y0, self.out)
-        self.open = ~(self.at_end | at_start)
-        self.wanted = bool(self.open.any())
-
-    def take(self, attempt: Attempt, y: Tensor, n_accepted: Tensor) -> None:
-        """Samples inside of the steps just accepted."""
-        # by the end as it was computed: t + h rounds, and no sample may fall between two steps
-        behind = (self.times - attempt.t) * self.sign > 0
-        inside = self.open & attempt.accepted & behind & ((self.times - attempt.end) * self.sign <= 0)
-        where, row = inside.nonzero(as_tuple=True)
-        if where.numel() == 0:
-            return
-        h = attempt.h[row]
-        theta = (self.times[where, row] - attempt.t[row]) / h
-        weights = self.plan.method.dense_weights(theta).to(y.dtype)
-        ks = torch.stack([k[row] for k in attempt.stages], dim=1)
-        value = y[row] + h.to(self.plan.real).unsqueeze(-1) * torch.einsum("ms,msn->mn", weights, ks)
-        self.out[where, row] = value
-        self.step[where, row] = n_accepted[row]
-        self.open[where, row] = False
-
-    def finish(self, carry: Carry, n_accepted: Tensor, final: Tensor) -> None:
-        """Samples at the end of the span."""
-        reached = self.at_end & (carry.status >= 0)
-        self.out = torch.where(reached.unsqueeze(-1), final, self.out)
-        self.step = torch.where(reached, (n_accepted - 1).expand_as(self.step), self.step)

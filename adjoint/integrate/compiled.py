@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .columns import column_options
+
 __all__ = ["compile_key", "compiled"]
 
 _warned: set[str] = set()
@@ -22,11 +24,12 @@ def compile_key(fun: Callable[..., Any]) -> Hashable:
 
 
 @lru_cache(maxsize=512)
-def compiled(function: FunctionType, key: Hashable) -> Callable[..., Any]:
+def compiled(function: FunctionType, key: Hashable, columns: bool = False) -> Callable[..., Any]:
     """``function`` compiled whole, for static shapes; where that fails, itself, after one warning that says why.
 
     One compiled copy for each ``key``: the compiler counts recompilations by code object, and many right-hand sides must not
-    use up one limit. Within a key its guards tell shapes, options and captured objects apart.
+    use up one limit. Within a key its guards tell shapes, options and captured objects apart. ``columns``: with the pass that takes
+    narrow matrices apart.
     """
     copy = FunctionType(
         function.__code__.replace(co_name=function.__name__),
@@ -35,7 +38,7 @@ def compiled(function: FunctionType, key: Hashable) -> Callable[..., Any]:
         function.__defaults__,
         function.__closure__,
     )
-    whole = torch.compile(copy, dynamic=False, fullgraph=True)
+    whole = torch.compile(copy, dynamic=False, fullgraph=True, options=column_options() if columns else None)
 
     def call(*args: Any) -> Any:
         try:

@@ -41,6 +41,11 @@ class PIDController:
         if not 0 < self.safety <= 1 or not 0 < self.min_factor < 1 < self.max_factor:
             raise ValueError("a controller needs 0 < safety <= 1 and 0 < min_factor < 1 < max_factor")
 
+    @property
+    def remembers(self) -> bool:
+        """Whether earlier errors count."""
+        return bool(self.pcoeff or self.dcoeff)
+
     def accepted(self, order: int, error: Number, previous: tuple[Number, Number]) -> Number:
         """Factor after an accepted step; errors (present, last, last but one) come as `tamed`."""
         factor = self.safety * error ** (-(self.pcoeff + self.icoeff + self.dcoeff) / order)

@@ -6,7 +6,7 @@ closure captured tensors, the step is compiled with autograd's own backward, whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,17 +19,13 @@ from .linearize import Linearizer, vjp
 from .problem import Problem
 from .replay import replay_step
 
-__all__ = ["compiled_adjoint_step"]
+__all__ = ["CompiledAdjoint"]
 
 
-#: cotangents of the targets, and the stages
-_Pulled = tuple[Sequence[Tensor | None], Tensor]
-
-
-def _timed_step(f: Flat, plan: Plan, t: Tensor, h: Tensor, y: Tensor, dense: bool) -> tuple[Tensor, Tensor]:
+def _timed_step(f: Flat, plan: Plan, t: Tensor, h: Tensor, y: Tensor, dense: bool, columns: bool) -> tuple[Tensor, Tensor]:
     """A step as a function of its start and size, float64, ``(B,)`` or 0-d for a single trajectory."""
     times = [(t + h * c).to(plan.real) for c in plan.method.nodes]
-    return replay_step(f, plan, times, h, y, dense)
+    return replay_step(f, plan, times, h, y, dense, columns)
 
 
 def _step_pullback(
@@ -37,14 +33,19 @@ def _step_pullback(
     plan: Plan,
     wanted: tuple[int, ...],
     timed: bool,
+    columns: bool,
     t: Tensor,
     h: Tensor,
     y: Tensor,
     inputs: tuple[Tensor, ...],
     end_bar: Tensor,
     k_bar: Tensor | None,
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Cotangents of ``(y, *wanted inputs)``, behind those of ``(t, h)`` if ``timed``, and the stages. ``k_bar``: of the first stages."""
+    totals: tuple[Tensor, ...],
+) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]:
+    """Cotangents of ``y``, behind those of ``(t, h)`` if ``timed``; the stages; and ``totals`` with the cotangents of wanted inputs added.
+
+    ``k_bar``: cotangents of the first stages.
+    """
     dense = timed or k_bar is not None
 
     def step(*x: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,7 +53,7 @@ def _step_pullback(
         merged = list(inputs)
         for i, value in zip(wanted, rest[1:], strict=True):
             merged[i] = value
-        y1, ks = _timed_step(system.bind_module(merged), plan, start, size, rest[0], dense)
+        y1, ks = _timed_step(system.bind_module(merged), plan, start, size, rest[0], dense, columns)
         return y1, ks if timed or k_bar is None else ks[: k_bar.shape[0]]
 
     primals = (*((t, h) if timed else ()), y, *(inputs[i] for i in wanted))
@@ -63,45 +64,70 @@ def _step_pullback(
         ks_bar = torch.cat([k_bar, torch.zeros_like(ks[k_bar.shape[0] :])])
     else:
         ks_bar = k_bar
-    return pullback((end_bar, ks_bar)), ks
+    found = pullback((end_bar, ks_bar))
+    n = len(found) - len(wanted)
+    return found[:n], ks, tuple(total + bar for total, bar in zip(totals, found[n:], strict=True))
 
 
-def compiled_adjoint_step(problem: Problem, f: Flat, linearize: Linearizer) -> Callable[..., StepCotangents]:
+class CompiledAdjoint:
     """A stand-in for the method's ``adjoint_step``, with start and size of the step in the place of stage times."""
-    plan, system = problem.plan, problem.system
-    named = isinstance(system, System) and (not system.captured or system.parameter_names is not None)
-    step, pull = compiled(_timed_step, plan.compile), compiled(_step_pullback, plan.compile)
 
-    def by_name(t: Tensor, h: Tensor, y: Tensor, end_bar: Tensor, k_bar: Tensor | None, timed: bool) -> _Pulled:
+    def __init__(self, problem: Problem, f: Flat, linearize: Linearizer, y: Tensor) -> None:
+        plan, system = problem.plan, problem.system
+        self.plan, self.system, self.f, self.linearize = plan, system, f, linearize
+        self.columns = problem.columns(y)
+        named = isinstance(system, System) and (not system.captured or system.parameter_names is not None)
+        self.step = compiled(_timed_step, plan.compile, self.columns)
+        self.pull = compiled(_step_pullback, plan.compile, self.columns)
+        self.inputs = tuple(x.detach() for x in problem.laid_out(linearize.inputs, y)) if named else None
+        self.totals = tuple(torch.zeros_like(self.inputs[i]) for i in linearize.wanted) if self.inputs is not None else ()
+
+    def __call__(self, t: Tensor, h: Tensor, y: Tensor, end_bar: Tensor, k_bar: Sequence[Tensor | None], time_bars: bool) -> StepCotangents:
+        """See `ExplicitRungeKutta.adjoint_step`; ``y`` and cotangents of states are ``(n, B)`` where the steps are."""
+        self.linearize.n_fun += self.plan.method.n_stages
+        stacked = None
+        if any(bar is not None for bar in k_bar):
+            zero = torch.zeros_like(end_bar)
+            stacked = torch.stack([zero if bar is None else bar for bar in k_bar])
+        run = self._by_autograd if self.inputs is None else self._by_name
+        found, ks = run(t, h, y, end_bar, stacked, time_bars)
+        t_bar, h_bar, y_bar = found if time_bars else (None, None, *found)
+        stages = list(ks.unbind()) if time_bars else []
+        return StepCotangents(torch.zeros_like(y) if y_bar is None else y_bar, t_bar, h_bar, stages)
+
+    def _by_name(
+        self, t: Tensor, h: Tensor, y: Tensor, end_bar: Tensor, k_bar: Tensor | None, timed: bool
+    ) -> tuple[Sequence[Tensor | None], Tensor]:
+        linearize = self.linearize
         if linearize.check_next:
-            linearize(t.to(plan.real), y)
-        inputs = tuple(x.detach() for x in linearize.inputs)
-        return pull(system, plan, tuple(linearize.wanted), timed, t, h, y, inputs, end_bar, k_bar)
+            linearize(t.to(self.plan.real), y.t() if self.columns else y)
+        wanted = tuple(linearize.wanted)
+        found, ks, self.totals = self.pull(
+            self.system, self.plan, wanted, timed, self.columns, t, h, y, self.inputs, end_bar, k_bar, self.totals
+        )
+        return found, ks
 
-    def by_autograd(t: Tensor, h: Tensor, y: Tensor, end_bar: Tensor, k_bar: Tensor | None, timed: bool) -> _Pulled:
+    def _by_autograd(
+        self, t: Tensor, h: Tensor, y: Tensor, end_bar: Tensor, k_bar: Tensor | None, timed: bool
+    ) -> tuple[Sequence[Tensor | None], Tensor]:
+        linearize = self.linearize
         with torch.enable_grad():
             y = y.detach().requires_grad_(True)
             if timed:
                 t, h = t.detach().requires_grad_(True), h.detach().requires_grad_(True)
-            y1, ks = step(f, plan, t, h, y, timed or k_bar is not None)
+            y1, ks = self.step(self.f, self.plan, t, h, y, timed or k_bar is not None, self.columns)
             linearize.check(y1, t, y, h)
             outputs, cotangents = [y1], [end_bar]
             if k_bar is not None:
                 outputs.append(ks[: k_bar.shape[0]])
                 cotangents.append(k_bar)
         targets = (*((t, h) if timed else ()), y, *linearize.targets)
-        return vjp(tuple(outputs), targets, tuple(cotangents)), ks.detach()
+        found = vjp(tuple(outputs), targets, tuple(cotangents))
+        n = len(targets) - len(linearize.targets)
+        linearize.accumulate(found[n:])
+        return found[:n], ks.detach()
 
-    def adjoint(t: Tensor, h: Tensor, y: Tensor, end_bar: Tensor, k_bar: Sequence[Tensor | None], time_bars: bool) -> StepCotangents:
-        linearize.n_fun += plan.method.n_stages
-        stacked = None
-        if any(bar is not None for bar in k_bar):
-            zero = torch.zeros_like(end_bar)
-            stacked = torch.stack([zero if bar is None else bar for bar in k_bar])
-        found, ks = (by_name if named else by_autograd)(t, h, y, end_bar, stacked, time_bars)
-        t_bar, h_bar, *bars = found if time_bars else (None, None, *found)
-        linearize.accumulate(bars[1:])
-        stages = list(ks.unbind()) if time_bars else []
-        return StepCotangents(torch.zeros_like(y) if bars[0] is None else bars[0], t_bar, h_bar, stages)
-
-    return adjoint
+    def finish(self) -> None:
+        """Hand the cotangents of the inputs over."""
+        if self.inputs is not None:
+            self.linearize.accumulate(self.totals)

@@ -120,11 +120,20 @@ def eager_sweep(
         kept = dict(zip(kept_steps(plan, grid["event_step"], n_steps), stages_bar, strict=True))
     # compiled steps know nothing of jumps
     use_compiled = plan.compile is not None and times.jump_end is None
-    stage_t = [] if use_compiled else stage_times(plan, times, plan.real)
+    # of few rows all at once, which takes few operators; of many step by step, which takes little memory
+    stage_t = stage_times(plan, times, plan.real) if rows == 1 and not use_compiled else None
     shape = system.natural_shape
     flat = states.shape[1:]
-    if shape is not None:
-        states = states.reshape(states.shape[0], *shape)
+    columns = problem.columns(states)
+
+    def inner(x: Tensor) -> Tensor:
+        """``(..., B, n)`` as the steps carry it."""
+        return x.reshape(*x.shape[:-2], *shape) if shape is not None else x.transpose(-1, -2) if columns else x
+
+    def outer(x: Tensor) -> Tensor:
+        return x.transpose(-1, -2) if columns else x.reshape(flat)
+
+    states = inner(states).contiguous()
     if rows == 1:
         sizes: Any = grid["h"][:, 0].tolist()
     else:
@@ -132,7 +141,7 @@ def eager_sweep(
 
     bar = torch.zeros_like(states[0])
     if final_bar is not None:
-        bar = bar + torch.where((grid["status"] >= 0).unsqueeze(-1), final_bar, 0.0).reshape(bar.shape)
+        bar = bar + inner(torch.where((grid["status"] >= 0).unsqueeze(-1), final_bar, 0.0))
     t_bars, h_bars = torch.zeros_like(grid["t"]), torch.zeros_like(grid["t"])
     # f(t + h, y1) of a step is the first stage of the next, which can take its cotangent over, unless fun jumps in between
     hand_over = method.end_index == n_all - 1 and not time_bars and times.jump_end is None
@@ -141,22 +150,22 @@ def eager_sweep(
         out = samples.stages_bar(k)
         if k in kept:
             out = kept[k] if out is None else out + kept[k]
-        return [] if out is None else list((out if shape is None else out.reshape(out.shape[0], *shape)).unbind())
+        return [] if out is None else list(inner(out).unbind())
 
     checked = isinstance(system, System)
     if use_compiled:
-        from .compiled import compiled_adjoint_step
+        from .compiled import CompiledAdjoint
 
-        compiled_step = compiled_adjoint_step(problem, f, linearize)
+        compiled_step = CompiledAdjoint(problem, f, linearize, grid["states"])
         starts, lengths = (x.unbind() if shape is None else x[:, 0].unbind() for x in (grid["t"], grid["h"]))
     watched = rows == 1 and type(plan.monitor).adjoint is not Monitor.adjoint
     k_bar = stage_cotangents(n_steps - 1) if n_steps else []
     for k in reversed(range(n_steps)):
         if states_bar is not None:
-            bar = bar + states_bar[k + 1].reshape(bar.shape)
+            bar = bar + inner(states_bar[k + 1])
         end = samples.at_end(k)
         if end is not None:
-            bar = bar + end.reshape(bar.shape)
+            bar = bar + inner(end)
         below = stage_cotangents(k - 1) if k else []
         if hand_over and below:
             handed = below.pop()
@@ -172,23 +181,26 @@ def eager_sweep(
         if use_compiled:
             result = compiled_step(starts[k], lengths[k], states[k], bar, k_bar, time_bars)
         else:
-            result = method.adjoint_step(linearize, stage_t[k], sizes[k], states[k], bar, k_bar, time_bars)
+            at = stage_times(plan, times.step(k), plan.real)[0] if stage_t is None else stage_t[k]
+            result = method.adjoint_step(linearize, at, sizes[k], states[k], bar, k_bar, time_bars)
         start = samples.at_start(k)
-        bar = result.y if start is None else result.y + start.reshape(bar.shape)
+        bar = result.y if start is None else result.y + inner(start)
         if time_bars:
-            samples.add_time_bars(k, [x.reshape(flat) for x in result.stages], t_bars[k], h_bars[k])
+            samples.add_time_bars(k, [outer(x) for x in result.stages], t_bars[k], h_bars[k])
             if result.t is not None:
                 t_bars[k] += result.t
             if result.h is not None:
                 h_bars[k] += result.h
         k_bar = below
     if states_bar is not None:
-        bar = bar + states_bar[0].reshape(bar.shape)
+        bar = bar + inner(states_bar[0])
     if n_steps == 0 and samples_bar is not None:
-        bar = bar + samples_bar.sum(0).reshape(bar.shape)
+        bar = bar + inner(samples_bar.sum(0))
+    if use_compiled:
+        compiled_step.finish()
     problem.backward_report(linearize.n_fun, n_steps)
     anchors_bar = _anchors_bar(anchors, grid, t_bars, h_bars) if wants[0] else None
-    return (anchors_bar, samples.t_eval_bar if wants[1] else None, bar.reshape(flat) if wants[2] else None, *linearize.bars)
+    return (anchors_bar, samples.t_eval_bar if wants[1] else None, outer(bar) if wants[2] else None, *linearize.bars)
 
 
 def _anchors_bar(anchors: Tensor, grid: dict[str, Tensor], t_bars: Tensor, h_bars: Tensor) -> Tensor:

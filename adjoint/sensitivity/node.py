@@ -29,7 +29,7 @@ class SolveNode(torch.autograd.Function):
     def forward(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(y0.device.type, enabled=False):
             system = problem.system
-            f, shape, record = system.bind(inputs), system.natural_shape, problem.record
+            f, shape, record = system.bind(problem.laid_out(inputs, y0)), system.natural_shape, problem.record
             if record is None:
                 record = integrate(f, problem.plan, anchors, t_eval, y0, problem.batched, inputs, shape)
         problem.report(record)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..integrate import Plan, Record, shifted_times
+from ..integrate.columns import column_major, takes_columns
 from ..system import System, VmappedSystem
 
 __all__ = ["Gradient", "Outputs", "Problem", "StepTimes", "interpolate", "kept_steps", "stage_times", "step_times"]
@@ -30,6 +31,17 @@ class Problem:
     report: Callable[[Record], None]
     backward_report: Callable[[int, int], None]
     record: Record | None = None
+
+    def columns(self, y0: Tensor) -> bool:
+        """Whether the steps carry states as ``(n, B)``."""
+        return self.batched and takes_columns(self.plan.compile is not None, *y0.shape[-2:])
+
+    def laid_out(self, inputs: Sequence[Tensor], y0: Tensor) -> Sequence[Tensor]:
+        """The inputs as these steps read them best; captured tensors stay as they are."""
+        if not self.columns(y0) or not isinstance(self.system, System):
+            return inputs
+        given = len(inputs) - len(self.system.captured)
+        return [column_major(x, y0.shape[-2]) if i < given else x for i, x in enumerate(inputs)]
 
 
 class Outputs(NamedTuple):
@@ -71,6 +83,11 @@ class StepTimes(NamedTuple):
     jump_start: Tensor | None
     jump_end: Tensor | None
     sign: Tensor
+
+    def step(self, k: int) -> StepTimes:
+        """Those of one step."""
+        one = [None if x is None else x[k : k + 1] for x in (self.jump_start, self.jump_end)]
+        return StepTimes(self.t[k : k + 1], self.h[k : k + 1], one[0], one[1], self.sign)
 
 
 def step_times(t: Tensor, h: Tensor, segment: Tensor, lands: Tensor, anchors: Tensor, shift: str = "inner") -> StepTimes:

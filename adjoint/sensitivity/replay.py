@@ -8,19 +8,23 @@ import torch
 from torch import Tensor
 
 from ..integrate import Plan
+from ..integrate.columns import layout
 from ..system import Flat
 from .problem import Outputs, interpolate, kept_steps, stage_times, step_times
 
 __all__ = ["replay", "replay_step"]
 
 
-def replay_step(f: Flat, plan: Plan, times: Sequence[Tensor], h: Tensor, y: Tensor, dense: bool) -> tuple[Tensor, Tensor]:
+def replay_step(
+    f: Flat, plan: Plan, times: Sequence[Tensor], h: Tensor, y: Tensor, dense: bool, columns: bool = False
+) -> tuple[Tensor, Tensor]:
     """One step as a pure function: the new state ``(B, n)`` and, with ``dense``, all stages ``(S, B, n)``.
 
-    ``h`` is float64, ``(B,)``, or 0-d for a single trajectory in any shape.
+    ``h`` is float64, ``(B,)``, or 0-d for a single trajectory in any shape. ``columns``: states are ``(n, B)``.
     """
+    f, spread, _ = layout(f, columns)
     column = h.to(plan.real)
-    column = column.unsqueeze(-1) if h.dim() else column
+    column = spread(column) if h.dim() else column
     y1, ks = plan.method.step(f, times, column, y, f(times[0], y))
     if not dense:
         return y1, y.new_empty(0)

@@ -1,0 +1,83 @@
+"""Samples of many trajectories at their own times, made as the steps go by."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .plan import Plan
+
+__all__ = ["BatchSampler"]
+
+
+class _Step(Protocol):
+    """What a sample needs of a step: `Attempt`."""
+
+    @property
+    def t(self) -> Tensor: ...
+    @property
+    def end(self) -> Tensor: ...
+    @property
+    def h(self) -> Tensor: ...
+    @property
+    def accepted(self) -> Tensor: ...
+    @property
+    def stages(self) -> list[Tensor]: ...
+
+
+class BatchSampler:
+    """Fills samples as the steps go by; those at the two ends need no dense output.
+
+    Every trajectory goes through its times in their order, so that a step has to look at the next one only.
+    """
+
+    def __init__(self, plan: Plan, t_eval: Tensor | None, anchors: Tensor, sign: Tensor, y0: Tensor, columns: bool) -> None:
+        self.plan, self.columns = plan, columns
+        rows, n = y0.shape
+        times = t_eval if t_eval is not None else anchors.new_empty((0, rows))
+        self.out = y0.new_full((times.shape[0], rows, n), float("nan"))
+        self.step = torch.full_like(times, -1, dtype=torch.int64)
+        self.at_end = times == anchors[-1]
+        at_start = times == anchors[0]
+        self.step[at_start] = 0
+        self.out = torch.where(at_start.unsqueeze(-1), y0, self.out)
+        inside = ~(self.at_end | at_start)
+        self.wanted = bool(inside.any())
+        if not self.wanted:
+            return
+        # in the direction of integration, and infinity behind the last one; the ends are not among them
+        ordered, self.place = torch.where(inside, times * sign, float("inf")).sort(dim=0, stable=True)
+        self.ordered = torch.cat([ordered, ordered.new_full((1, rows), float("inf"))])
+        self.sign = sign
+        self.next = torch.zeros_like(self.step[0])
+        self.due = self.ordered[0].clone()
+
+    def take(self, step: _Step, y: Tensor, n_accepted: Tensor) -> None:
+        """Samples inside of the steps just accepted, which began at ``y``."""
+        # by the end as it was computed: t + h rounds, and no sample may fall between two steps
+        end = step.end * self.sign
+        rows = (step.accepted & (self.due <= end)).nonzero().squeeze(-1)
+        while rows.numel():
+            which, h, start = self.next[rows], step.h[rows], step.t[rows]
+            theta = (self.due[rows] * self.sign[rows] - start) / h
+            weights = (self.plan.method.dense_weights(theta) * h.unsqueeze(-1)).to(y.dtype)
+            value = self._rows(y, rows)
+            for i, k in enumerate(step.stages):
+                value = torch.addcmul(value, weights[:, i : i + 1], self._rows(k, rows))
+            place = self.place[which, rows]
+            self.out[place, rows] = value
+            self.step[place, rows] = n_accepted[rows]
+            following = self.ordered[which + 1, rows]
+            self.next[rows], self.due[rows] = which + 1, following
+            rows = rows[following <= end[rows]]
+
+    def _rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x.index_select(1, rows).t() if self.columns else x.index_select(0, rows)
+
+    def finish(self, status: Tensor, n_accepted: Tensor, final: Tensor) -> None:
+        """Samples at the end of the span."""
+        reached = self.at_end & (status >= 0)
+        self.out = torch.where(reached.unsqueeze(-1), final, self.out)
+        self.step = torch.where(reached, (n_accepted - 1).expand_as(self.step), self.step)
