@@ -57,4 +57,4 @@ def raise_root_failure(record: RootRecord, spec: StateSpec) -> None:
     same = residual.numel() == sum(spec.sizes)
     where = f", largest in equation {component}" + (f" (that of {spec.component(component, 'x')})" if same else "")
     text = f"{what.format(steps=int(record.n_steps[b]))}{many}; residual norm {float(record.residual_norm[b]):.3g}{where}."
-    raise error(f"{text} {record.note + '. ' if record.note else ''}{advice}", row=b if rows > 1 else None, component=component)
+    raise error(f"{text} {record.note.rstrip('.') + '. ' if record.note else ''}{advice}", row=b if rows > 1 else None, component=component)

@@ -125,5 +125,5 @@ def check_really_conserved(system: ConservedSystem, x: Tensor, inputs: Sequence[
     if bool(worst.any()):
         row = int(worst.any(0).nonzero()[0, 0])
         raise InvalidInput(
-            f"row {row} of conserved is not conserved by fun: W fun = {float(change[:, row].max()):.3g} at the guess, where zero is expected"
+            f"row {row} of conserved is not conserved by fun: W fun is {float(change[:, row].max()):.3g} at the guess, not zero"
         )

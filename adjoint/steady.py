@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .arguments import flat_tolerance
 from .capture import find_captured
 from .errors import InvalidInput
 from .linalg import LinearSolver, Log
-from .nonlinear import RootProblem, RootRecord
+from .nonlinear import RootProblem, RootRecord, RootStatus, explain
 from .progress import root_monitor
 from .root_arguments import RootChoice, check_bounds, choose
 from .root_failures import raise_root_failure
@@ -86,8 +86,8 @@ def solve_root(
     bounds : pair
         Lower and upper bounds like the state, None for none.
     conserved : tensor or pair
-        ``W`` of shape ``(k, n)`` (rows of weights on the flat state) with ``W fun = 0`` identically: the totals ``W x`` are kept at those of
-        ``x0``, or at given totals with ``(W, totals)``. Without it such systems are singular.
+        ``W`` of shape ``(k, n)`` (rows of weights on the flat state) with ``W fun = 0`` identically: the totals ``W x`` are kept at
+        those of ``x0``, or at given totals with ``(W, totals)``. Without it such systems are singular.
     least_squares : bool
         Find a minimum of ``|fun|^2`` instead (Levenberg-Marquardt); derivatives are those of the minimiser.
     max_steps : int
@@ -217,12 +217,19 @@ def prepare(
             vjp=lambda at, w: torch.func.vjp(r, at)[1](w)[0],
             tol=float(tol),
             max_steps=max_steps,
+            least_squares=least_squares,
             linear_solver=choice.linear_solver,
             log=log,
             callback=callback,
             **{name: spread(value) for name, value in settings.items()},
         )
-        return choice.method.solve(problem, x)
+        record = choice.method.solve(problem, x)
+        singular = record.status == int(RootStatus.SINGULAR)
+        if throw and bool(singular.any()):
+            row = int(singular.nonzero()[0, 0])
+            why = explain(record, jacobian(r, torch.nan_to_num(record.x), inputs), row)
+            record = replace(record, note="; ".join(part for part in (record.note, why) if part))
+        return record
 
     def report(record: RootRecord) -> None:
         choice.notes.append(record.note)
