@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
 def test_example(name, tmp_path):
     pytest.importorskip("matplotlib")
-    if name == "digits_neural_ode":
+    if name in ("digits_neural_ode", "deq_digits"):
         pytest.importorskip("sklearn")
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
