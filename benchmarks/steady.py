@@ -406,7 +406,8 @@ def report(results: dict[str, Any]) -> str:
         lines += [
             "",
             f"{r['unknowns']} unknowns, matrix-free, GMRES preconditioned by the inverse of the diffusion part: state {r['state']:.0f} s, "
-            f"gradient {r['gradient']:.0f} s, one Hessian product {r['hvp']:.0f} s, {r['iterations']} iterations in all, peak memory of the process {r['peak_gib']:.1f} GiB.",
+            f"gradient {r['gradient']:.0f} s, one Hessian product {r['hvp']:.0f} s, {r['iterations']} iterations in all, "
+            f"peak memory of the process {r['peak_gib']:.1f} GiB.",
         ]
     return "\n".join(lines) + "\n"
 

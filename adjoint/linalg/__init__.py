@@ -3,9 +3,12 @@
 from .choice import default_solver
 from .coloring import Coloring, color_columns, color_pattern, color_rows
 from .dense import DenseLU
+from .eigen import DegenerateEigenvalue, eigenpair
+from .functions import discrete_lyapunov, lstsq, lyapunov, sylvester
 from .krylov import GMRES, BiCGStab
 from .preconditioners import ILU
 from .protocol import Factorization, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix
+from .solve import linear_solve
 from .sparse_lu import SparseLU
 from .sparsity import PatternTooDense, SparsityPattern, detect_pattern
 
@@ -14,6 +17,7 @@ __all__ = [
     "ILU",
     "BiCGStab",
     "Coloring",
+    "DegenerateEigenvalue",
     "DenseLU",
     "Factorization",
     "LinearOperator",
@@ -29,4 +33,10 @@ __all__ = [
     "color_rows",
     "default_solver",
     "detect_pattern",
+    "discrete_lyapunov",
+    "eigenpair",
+    "linear_solve",
+    "lstsq",
+    "lyapunov",
+    "sylvester",
 ]

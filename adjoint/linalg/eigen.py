@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdjointError, InvalidInput
-from .functions import _below_jvp
+from .forward_mode import below_jvp
 
 __all__ = ["DegenerateEigenvalue", "eigenpair"]
 
@@ -64,7 +64,7 @@ class _Pair(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, da: Tensor, _: Any) -> tuple:  # pyright: ignore
-        with _below_jvp() as (lower, raise_):
+        with below_jvp() as (lower, raise_):
             a, value, u, e = (lower(x) for x in ctx.saved_tensors)
             right = -(lower(da) @ u[..., None])
             out = (_inverse(a, value, u, e)[..., :-1] @ right)[..., 0]

@@ -5,18 +5,15 @@ Rules: Giles (2008), "An extended collection of matrix derivative results for fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-from torch.autograd import forward_ad
 
 from ..errors import InvalidInput, UnsupportedCombination
+from .forward_mode import below_jvp
 
 __all__ = ["discrete_lyapunov", "lstsq", "lyapunov", "sylvester"]
 
@@ -98,7 +95,7 @@ class _Sylvester(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        with _below_jvp() as (lower, raise_):
+        with below_jvp() as (lower, raise_):
             a, b, x = (lower(y) for y in ctx.saved_tensors)
             da, db, dc = (None if t is None else lower(t) for t in tangents)
             right = torch.zeros_like(x) if dc is None else dc
@@ -130,17 +127,3 @@ def _solve(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
         raise InvalidInput(f"singular Sylvester equation: eigenvalues of A and -B nearly coincide (gap {gap:.1e}, norms {size:.1e})")
     x = u @ (y / scale) @ v.conj().T
     return x if np.iscomplexobj(c) else x.real
-
-
-@contextmanager
-def _below_jvp() -> Iterator[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
-    """One transform further out: PyTorch runs ``jvp`` with forward mode off, and nested forward mode would lose terms."""
-    functorch = torch._C._functorch
-    top = functorch.peek_interpreter_stack()
-    if top is None or top.key() != functorch.TransformType.Jvp:
-        yield (lambda x: x), (lambda x: x)
-        return
-    interpreter = retrieve_current_functorch_interpreter()
-    level = interpreter.level()
-    with interpreter.lower(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-        yield (lambda x: functorch._unwrap_for_grad(x, level)), (lambda x: functorch._wrap_for_grad(x, level))

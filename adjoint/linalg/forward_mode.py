@@ -1,0 +1,36 @@
+"""Forward mode inside of nodes. Here, and not with the other tools for transforms, because this folder imports nothing of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd import forward_ad
+
+__all__ = ["below_jvp"]
+
+
+@contextmanager
+def below_jvp() -> Iterator[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+    """For the body of a node's ``jvp``: run it one transform further out, and give the functions that carry
+    tensors down (inside) and back up (after the context has ended).
+
+    PyTorch runs this body with forward mode off, at the level of the ``torch.func.jvp`` that asked. An outer forward-mode transform
+    would then see no tangents, and nested forward mode would silently lose terms.
+    """
+    functorch = torch._C._functorch
+    top = functorch.peek_interpreter_stack()
+    if top is None or top.key() != functorch.TransformType.Jvp:
+        yield _same, _same
+        return
+    interpreter = retrieve_current_functorch_interpreter()
+    level = interpreter.level()
+    with interpreter.lower(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        yield lambda x: functorch._unwrap_for_grad(x, level), lambda x: functorch._wrap_for_grad(x, level)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
