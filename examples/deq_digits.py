@@ -107,6 +107,7 @@ def convergence(model: Reader, images: Images, solver: str, steps: int = 12) -> 
         for count in range(1, steps + 1):
             layer = DEQ(model.features.module, solver=solver, tol=1e-12, max_steps=count, throw=False)
             layer(x)
+            assert layer.solution is not None
             norms.append(float(layer.solution.residual_norm.median()))
     return norms
 

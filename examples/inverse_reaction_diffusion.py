@@ -193,7 +193,7 @@ def draw(data: Data, found: Fit, out: Path) -> Path:
     e.errorbar(place + 0.12, shown(found.p), 2 * errors, fmt="o", color="tab:red", capsize=4, label="after: posterior")
     e.set_xticks(place.tolist(), NAMES)
     e.set(title="parameters minus truth (bars: 2 standard deviations)", ylabel="difference")
-    e.legend(loc="lower right", fontsize=8)
+    e.legend(loc="upper center", fontsize=8)
 
     above = [value - found.history[-1] for value in found.history]
     g.semilogy([max(value, 1e-13) for value in above[:-1]], "o-", color="tab:blue")

@@ -284,6 +284,52 @@ def test_it_is_a_module():
     assert torch.allclose(copy.deepcopy(layer)(x), layer(x))
 
 
+def test_parameters_that_are_swapped_in():
+    cell, x = Cell(n=3, m=2), torch.randn(4, 2)
+    layer = DEQ(cell, state_shape=(3,), **TIGHT)
+    W = torch.randn(3, 3, requires_grad=True)
+    small = 0.1 * W
+    got = torch.autograd.grad(torch.func.functional_call(layer, {"module.W": small}, (x,)).square().sum(), W)[0]
+    own = Cell(n=3, m=2)
+    own.load_state_dict({**cell.state_dict(), "W": small.detach()})
+    true = torch.autograd.grad(_iterate(own, x, torch.zeros(4, 3)).square().sum(), own.W)[0]
+    assert torch.allclose(got, 0.1 * true, atol=1e-10)
+    ensemble = {name: torch.stack([p.detach(), 0.5 * p.detach()]) for name, p in layer.named_parameters()}
+    both = torch.vmap(lambda p: torch.func.functional_call(layer, p, (x,)))(ensemble)
+    assert torch.allclose(both[0], layer(x), atol=1e-10)
+
+
+def test_complex_states():
+    W, b = _matrix(3, 0.4) + 1j * _matrix(3, 0.3), torch.randn(3, dtype=torch.complex128)
+    x = torch.randn(2, 3, dtype=torch.complex128, requires_grad=True)
+    true = torch.linalg.solve(torch.eye(3) - W, (x + b).unsqueeze(-1)).squeeze(-1)
+    wanted = torch.autograd.grad(true.abs().square().sum(), x)[0]
+    for linear_solver in LINEAR:
+        z = DEQ(lambda z, x: z @ W.T + x + b, linear_solver=linear_solver, **TIGHT)(x)
+        assert torch.allclose(z, true, atol=1e-10)
+        assert torch.allclose(torch.autograd.grad(z.abs().square().sum(), x)[0], wanted, atol=1e-9), linear_solver
+
+
+def test_an_empty_batch():
+    layer = DEQ(Cell(), state_shape=(4,))
+    z = layer(torch.zeros(0, 3))
+    assert z.shape == (0, 4)
+    z.sum().backward()
+    assert layer.module.W.grad.abs().max() == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("linear_solver", LINEAR)
+def test_on_cuda(linear_solver):
+    cell, x = Cell(), torch.randn(5, 3)
+    true = torch.autograd.grad(_iterate(cell, x, torch.zeros(5, 4)).square().sum(), list(cell.parameters()))
+    layer = DEQ(cell, linear_solver=linear_solver, state_shape=(4,), **TIGHT).cuda()
+    z = layer(x.cuda())
+    assert z.is_cuda
+    for g, t in zip(torch.autograd.grad(z.square().sum(), list(layer.parameters())), true, strict=True):
+        assert torch.allclose(g.cpu(), t, atol=1e-9)
+
+
 def test_single_precision():
     cell = Cell().float()
     layer = DEQ(cell, state_shape=(4,))

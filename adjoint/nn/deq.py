@@ -164,9 +164,9 @@ class DEQ(torch.nn.Module):
             size = torch.finfo(old.dtype).eps ** 0.5 * (1 + old.abs().amax()) if old.numel() else 0.0
             if bool(((new - old).abs() > size).any()):
                 raise UnsupportedCombination(
-                    "module is not a function of each sample alone: either it draws random numbers (dropout: draw the mask once and hand "
-                    "it in with x) or its samples depend on each other (batch normalisation: use group or layer normalisation, eval(), or "
-                    "batched=False)"
+                    "module is not a function of each sample alone: either two calls differ (dropout: draw the mask once and hand it in "
+                    "with x; spectral normalisation: eval()) or its samples depend on each other (batch normalisation: use group or layer "
+                    "normalisation, eval(), or batched=False)"
                 )
         self._checked.add(self.training)
 
