@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adjoint import InvalidInput, UnsupportedCombination
-from adjoint.linalg import GMRES, ILU, BiCGStab, DenseLU, LinearOperator, Log, SparseLU, SparseMatrix, default_solver
+from adjoint.linalg import GMRES, ILU, BiCGStab, DenseLU, LinearOperator, Log, Pardiso, SparseLU, SparseMatrix, default_solver
 
 SOLVERS = {
     "dense": DenseLU(),
@@ -160,3 +160,28 @@ def test_choice_and_bad_settings():
         GMRES(preconditioner=3).factor(torch.eye(3).unsqueeze(0))
     with pytest.raises(UnsupportedCombination, match="transposed"):
         GMRES().factor(LinearOperator(3, 1, torch.float64, torch.device("cpu"), lambda v: v)).solve(torch.ones(1, 3), transposed=True)
+
+
+def test_pardiso():
+    pytest.importorskip("pypardiso")
+    A = torch.stack([advection(8), 2 * advection(8)])
+    b = torch.randn(2, 64, 3)
+    log = Log()
+    old = Pardiso().factor(sparse(A), log)
+    new = Pardiso().refactor(old, sparse(3 * A))
+    assert log.n_refactorizations == 2
+    for factors, M in ((old, A), (new, 3 * A), (old, A)):  # old factors stay valid
+        assert torch.allclose(factors.solve(b), torch.linalg.solve(M, b))
+        assert torch.allclose(factors.solve(b, transposed=True), torch.linalg.solve(M.mT, b))
+        assert torch.allclose(factors.solve(b[..., 0]), torch.linalg.solve(M, b[..., 0]))
+    singular = torch.eye(3).unsqueeze(0).clone()
+    singular[0, 2] = singular[0, 1]
+    assert bool(Pardiso().factor(singular).solve(torch.tensor([[1.0, 2.0, 3.0]])).isnan().all())
+    with pytest.raises(UnsupportedCombination, match="float64"):
+        Pardiso().factor(A.to(torch.complex128))
+
+
+def test_pardiso_is_optional(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pypardiso", None)
+    with pytest.raises(InvalidInput, match="pip install pypardiso"):
+        Pardiso().factor(torch.eye(3).unsqueeze(0))

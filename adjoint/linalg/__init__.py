@@ -6,6 +6,7 @@ from .dense import DenseLU
 from .eigen import DegenerateEigenvalue, eigenpair
 from .functions import discrete_lyapunov, lstsq, lyapunov, sylvester
 from .krylov import GMRES, BiCGStab
+from .pardiso import Pardiso
 from .preconditioners import ILU
 from .protocol import Factorization, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix
 from .solve import linear_solve
@@ -24,6 +25,7 @@ __all__ = [
     "LinearSolver",
     "Log",
     "Matrix",
+    "Pardiso",
     "PatternTooDense",
     "SparseLU",
     "SparseMatrix",
