@@ -87,6 +87,8 @@ class _Rewrite:
             return None
         if target is aten.cat.default:
             return self._cat(node, axis)
+        if target is aten.stack.default and (args[1] if len(args) > 1 else 0) % 2 == axis:  # type: ignore[operator]
+            return list(first)  # type: ignore[arg-type]
         if known and (target in _SAME or (target in _TURN and _value(node).shape != _value(first).shape)):
             return self.columns[first]  # type: ignore[index]
         if target is aten.select_scatter.default and args[2] % 2 == axis:  # type: ignore[operator]

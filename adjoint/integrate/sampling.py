@@ -12,6 +12,10 @@ from .plan import Plan
 __all__ = ["Sampler"]
 
 
+#: up to how many samples are weighed by numbers
+_FEW = 8
+
+
 class Sampler:
     """Collects samples at given times, in any order and with repetitions.
 
@@ -48,12 +52,21 @@ class Sampler:
                 thetas.append((self.times[i] - t) / h)
         self.next = upto
         if thetas:
-            theta = torch.tensor(thetas, dtype=torch.float64, device=y.device)
-            weights = self.plan.method.dense_weights(theta).to(y.dtype)
-            ks = torch.stack(stages()).reshape(weights.shape[1], -1)
-            self.pieces.append(torch.addmm(y.reshape(1, -1), weights, ks, alpha=h).reshape(len(thetas), *y.shape))
+            weights = self._weights(thetas, h, y)
+            known = torch.stack([y, *stages()]).reshape(weights.shape[1], -1)
+            self.pieces.append(torch.mm(weights, known).reshape(len(thetas), *y.shape))
         if n_ends:
             self.pieces.append(y1.expand(n_ends, *y1.shape))
+
+    def _weights(self, thetas: list[float], h: float, like: Tensor) -> Tensor:
+        """``(len(thetas), 1 + S)``: of the state at the start and of every stage."""
+        method = self.plan.method
+        if len(thetas) <= _FEW:
+            # for the few samples of a step tensor operators on so few elements would cost more than all the rest
+            rows = [[1.0, *(h * w for w in method.dense_numbers(theta))] for theta in thetas]
+            return torch.tensor(rows, dtype=like.dtype, device=like.device)
+        weights = method.dense_weights(torch.tensor(thetas, dtype=torch.float64, device=like.device)) * h
+        return torch.cat([torch.ones_like(weights[:, :1]), weights], dim=1).to(like.dtype)
 
     def lose(self, step: int) -> None:
         """Forget the samples in this step and all later ones."""

@@ -153,6 +153,16 @@ class ExplicitRungeKutta:
         powers = theta.unsqueeze(-1) ** torch.arange(1, matrix.shape[1] + 1, device=theta.device, dtype=theta.dtype)
         return powers @ matrix.T
 
+    def dense_numbers(self, theta: float) -> list[float]:
+        """``b_i(theta)`` of every stage, for one theta, by Horner's rule."""
+        out = []
+        for row in self.tableau.dense:
+            total = 0.0
+            for coefficient in reversed(row):
+                total = (total + coefficient) * theta
+            out.append(total)
+        return out
+
     def _dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         key = (dtype, device)
         if key not in self._tensors:

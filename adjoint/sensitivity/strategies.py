@@ -27,9 +27,9 @@ class DiscreteAdjoint:
     """The exact derivative of the computed solution, by the adjoint of each step (docs/theory.md, section 1; Hager 2000, Sandu 2006).
 
     Memory: one state per step, whatever ``fun`` allocates. A solve so small that all of its evaluations fit into ``keep_bytes``
-    (default 4 MiB) is recorded by autograd as it goes, which saves evaluating ``fun`` again (one trajectory, eager, no derivatives in
-    times); one that grows beyond drops that. Zero: never. Step sizes are held fixed. Every order of derivative and every ``torch.func``
-    transform is available; derivatives of derivatives record the backward sweep.
+    (default 4 MiB) is recorded by autograd as it goes, which saves evaluating ``fun`` again (one trajectory, no derivatives in times,
+    no events, no dense output); one that grows beyond drops that. Zero: never. Step sizes are held fixed. Every order of derivative and
+    every ``torch.func`` transform is available; derivatives of derivatives record the backward sweep.
     """
 
     keep_bytes: int | None = None
@@ -94,4 +94,4 @@ def _recordable(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Te
     times = [anchors] if t_eval is None else [anchors, t_eval]
     plain = not functorch_active() and forward_ad._current_level < 0 and torch.is_grad_enabled()
     wanted = any(x.requires_grad for x in (y0, *inputs)) and not any(x.requires_grad for x in times)
-    return plain and wanted and not problem.batched and problem.plan.compile is None
+    return plain and wanted and not problem.batched
