@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ __all__ = [
     "is_differentiable",
     "leads_to",
     "needs_derivatives",
+    "parameter_homes",
     "unknown_leaves",
 ]
 
@@ -103,12 +104,64 @@ def find_constants(calls: Sequence[Callable[[], Any]], known: Iterable[Any]) -> 
     return list(watch.captured.values())
 
 
-class Substitute(TorchFunctionMode):
-    """Runs operators with other tensors in the place of captured ones (needed where a transform wraps the node's inputs)."""
+#: where a captured tensor was found: a module and the name of its parameter
+Home = tuple[torch.nn.Module, str]
 
-    def __init__(self, captured: Sequence[Tensor], replacements: Sequence[Tensor]) -> None:
+
+def parameter_homes(functions: Iterable[Any], captured: Sequence[Tensor]) -> list[Home | None]:
+    """For each captured tensor the module that it is a parameter of, if one that a function can reach has it.
+
+    `torch.func.functional_call` puts other tensors in the place of parameters and takes them out when it returns. A function that is
+    called again later, on the way back, would then see the originals: it has to be told by their places.
+    """
+    wanted = {id(x): i for i, x in enumerate(captured)}
+    homes: list[Home | None] = [None] * len(captured)
+    for module in _modules(functions) if wanted else ():
+        for owner in module.modules():
+            for name, parameter in owner._parameters.items():
+                i = wanted.get(id(parameter))
+                if i is not None and homes[i] is None:
+                    homes[i] = (owner, name)
+    return homes
+
+
+def _modules(functions: Iterable[Any]) -> Iterator[torch.nn.Module]:
+    """Modules that functions are, are bound to, or hold in their closures, defaults and globals; also one function further."""
+    todo, seen = [(f, 0) for f in functions], set()
+    while todo:
+        thing, depth = todo.pop()
+        if id(thing) in seen or depth > 3:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, torch.nn.Module):
+            yield thing
+            continue
+        parts = [getattr(thing, "__self__", None), getattr(thing, "func", None), getattr(thing, "__wrapped__", None)]
+        for cell in getattr(thing, "__closure__", None) or ():
+            try:
+                parts.append(cell.cell_contents)
+            except ValueError:  # not filled yet
+                continue
+        code, around = getattr(thing, "__code__", None), getattr(thing, "__globals__", {})
+        parts += [around[name] for name in (code.co_names if code is not None else ()) if name in around]
+        parts += [*(getattr(thing, "args", None) or ()), *(getattr(thing, "__defaults__", None) or ())]
+        if type(thing).__module__ not in ("builtins", "torch") and not callable(thing):
+            parts += list(getattr(thing, "__dict__", {}).values())
+        todo.extend((p, depth + 1) for p in parts if isinstance(p, torch.nn.Module) or callable(p) or hasattr(p, "__dict__"))
+
+
+class Substitute(TorchFunctionMode):
+    """Runs operators with other tensors in the place of captured ones (needed where a transform wraps the node's inputs).
+
+    ``homes``: see `parameter_homes`; what lies there now is replaced too.
+    """
+
+    def __init__(self, captured: Sequence[Tensor], replacements: Sequence[Tensor], homes: Sequence[Home | None] = ()) -> None:
         super().__init__()
         self.table = {id(x): r for x, r in zip(captured, replacements, strict=True)}
+        for home, r in zip(homes, replacements, strict=False):
+            if home is not None:
+                self.table[id(home[0]._parameters[home[1]])] = r
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         swap = self._swap

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .arguments import Times, check_method, check_times, flat_norm, flat_tolerance, positive
-from .capture import find_captured, needs_derivatives
+from .capture import find_captured, needs_derivatives, parameter_homes
 from .errors import InvalidInput, UnsupportedCombination
 from .event_times import event_records
 from .failures import raise_failure
@@ -168,7 +168,8 @@ def solve_ivp(
         calls = [lambda: right_hand_side(probe_t, probe_y, *probe_args)]
         calls += [lambda e=e: e(probe_t, probe_y0, *probe_args) for e in event_list]
         captured = find_captured(calls, [probe_t, *tree_leaves(probe_y), *tree_leaves(probe_args)], [fun, *event_list])
-        system = System(right_hand_side, spec, tree, tuple(leaves), tuple(captured), _parameter_names(right_hand_side, captured))
+        homes = tuple(parameter_homes([fun, *event_list, *([] if quadrature is None else [quadrature])], captured))
+        system = System(right_hand_side, spec, tree, tuple(leaves), tuple(captured), _parameter_names(right_hand_side, captured), homes)
     inputs = system.inputs
     derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])
 

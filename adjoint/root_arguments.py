@@ -55,11 +55,15 @@ _patterns: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDicti
 class AutomaticJacobian:
     """By automatic differentiation: dense for few unknowns, compressed by colouring where the pattern is sparse.
 
-    The pattern is detected when it is first needed, and kept for later solves with the same function and shapes.
+    The pattern is detected when it is first needed, and kept for later solves with the same function and shapes, which check it by a
+    product with the Jacobian.
     """
 
     def __init__(self, fun: Callable[..., Any], key: Any, notes: list[str]) -> None:
-        self.fun, self.key, self.notes = getattr(fun, "__func__", fun), key, notes
+        # a bound method is a new object each time: its pattern is kept with what it is bound to
+        owner = getattr(fun, "__self__", None)
+        self.owner, self.notes = fun if owner is None else owner, notes
+        self.key = (key, getattr(fun, "__func__", None))
         self.strategy: Any = None
 
     def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
@@ -71,10 +75,11 @@ class AutomaticJacobian:
         if x.shape[1] <= _SMALL:
             return DenseJacobian()
         try:
-            kept = _patterns.setdefault(self.fun, {})
+            kept = _patterns.setdefault(self.owner, {})
         except TypeError:  # no weak references to this kind of callable
             kept = {}
-        if self.key not in kept:
+        known = kept.get(self.key)
+        if known is None or (isinstance(known[0], SparseJacobian) and not known[0].check(r, x)):
             # zeros of the inputs may be others in the next solve: they do not thin the pattern
             kept[self.key] = choose_jacobian(r, x, parameters=inputs)
         strategy, why = kept[self.key]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .arguments import flat_tolerance
-from .capture import find_captured
+from .capture import find_captured, parameter_homes
 from .errors import InvalidInput
 from .linalg import LinearSolver, Log
 from .nonlinear import RootProblem, RootRecord, RootStatus, explain
@@ -176,7 +176,8 @@ def prepare(
     returns = StateSpec.of(probed[0], batched, "what fun returned") if least_squares else None
     if returns is None:
         spec.check(probed[0], "what fun returned", "x0")
-    system: Any = System(timed, spec, tree, tuple(leaves), tuple(captured), returns=returns)
+    homes = tuple(parameter_homes([fun], captured))
+    system: Any = System(timed, spec, tree, tuple(leaves), tuple(captured), homes=homes, returns=returns)
     conditions, flat0 = system, spec.flatten(x0)
     if conserved is not None:
         system = conditions = check_conserved(conserved, system, flat0, least_squares)

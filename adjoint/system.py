@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from .capture import Substitute
+from .capture import Home, Substitute
 from .errors import InvalidInput
 
 __all__ = ["Flat", "StateSpec", "System", "VmappedSystem"]
@@ -152,6 +152,8 @@ class System:
     captured: tuple[Tensor, ...] = field(default=())
     #: names of the captured tensors, where ``fun`` is a module and they are its parameters
     parameter_names: tuple[str, ...] | None = None
+    #: where captured parameters were found; see `parameter_homes`
+    homes: tuple[Home | None, ...] = ()
     #: layout of what ``fun`` returns, where it is not that of the state
     returns: StateSpec | None = None
 
@@ -173,14 +175,20 @@ class System:
     def substitution(self, inputs: Sequence[Tensor]) -> Substitute | None:
         """A context that puts the given tensors in the place of captured ones, or None where they are the same already."""
         given = self._given(inputs)
-        if all(x is c for x, c in zip(given, self.captured, strict=True)):
+        if all(x is c for x, c in zip(given, self.captured, strict=True)) and self._at_home(given):
             return None
-        return Substitute(self.captured, given)
+        return Substitute(self.captured, given, self.homes)
+
+    def _at_home(self, given: Sequence[Tensor]) -> bool:
+        """Whether the modules hold these very parameters now."""
+        return all(h is None or h[0]._parameters[h[1]] is x for h, x in zip(self.homes, given, strict=False))
 
     def bind(self, inputs: Sequence[Tensor]) -> Flat:
         """The flat function ``f(t, y)`` for given inputs."""
-        if self.parameter_names and any(x is not c for x, c in zip(self._given(inputs), self.captured, strict=True)):
-            return self.bind_module(inputs)
+        if self.parameter_names:
+            given = self._given(inputs)
+            if any(x is not c for x, c in zip(given, self.captured, strict=True)) or not self._at_home(given):
+                return self.bind_module(inputs)
         mode = self.substitution(inputs)
         inner = self.fun
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adjoint import Backprop, InvalidInput, solve_ivp
+from adjoint import Backprop, InvalidInput, odeint, solve_ivp
 from adjoint.nn import NeuralODE
 
 
@@ -48,6 +48,39 @@ def test_it_is_a_module():
     assert torch.allclose(copy(torch.ones(2)), layer(torch.ones(2)))
     y0 = torch.randn(4, 2)
     assert torch.allclose(torch.vmap(layer)(y0), torch.stack([layer(y) for y in y0]), rtol=1e-7)
+
+
+class _Closure(torch.nn.Module):
+    def __init__(self, net, odeint=False):
+        super().__init__()
+        self.net, self.odeint = net, odeint
+
+    def forward(self, y0):
+        if self.odeint:
+            return odeint(lambda t, y: self.net(y).tanh(), y0, torch.tensor([0.0, 1.0]), rtol=1e-8, atol=1e-8)[-1]
+        return solve_ivp(lambda t, y: self.net(y).tanh(), (0.0, 1.0), y0, rtol=1e-8, atol=1e-8).y[-1]
+
+
+@pytest.mark.parametrize("make", [lambda net: NeuralODE(net, rtol=1e-8, atol=1e-8), _Closure, lambda net: _Closure(net, True)])
+def test_parameters_swapped_in_from_outside(make):
+    """`functional_call` takes its parameters out before the way back runs."""
+    net = _net() if make is not _Closure else torch.nn.Linear(2, 2)
+    layer, y0 = make(net), torch.randn(3, 2)
+    name, parameter = next((n, p) for n, p in layer.named_parameters())
+    other = (parameter.detach() + 0.3).requires_grad_()
+
+    def loss(w):
+        return torch.func.functional_call(layer, {name: w}, (y0,)).square().sum()
+
+    gradient, curvature = torch.func.grad(loss)(other.detach()), torch.func.hessian(loss)(other.detach())
+    (recorded,) = torch.autograd.grad(loss(other), other)
+    with torch.no_grad():
+        parameter.copy_(other)
+    want = torch.autograd.grad(layer(y0).square().sum(), parameter, create_graph=True)[0]
+    assert gradient.abs().min() > 0
+    assert torch.allclose(gradient, want, rtol=1e-10) and torch.allclose(recorded, want, rtol=1e-10)
+    row = torch.autograd.grad(want.reshape(-1)[0], parameter)[0]
+    assert torch.allclose(curvature.reshape(want.numel(), -1)[0], row.reshape(-1), rtol=1e-7, atol=1e-10)
 
 
 def test_bad_arguments():

@@ -158,6 +158,28 @@ def test_sparse_jacobians_found_given_and_by_pattern():
         assert torch.allclose(other.x, found.x, rtol=1e-10)
 
 
+class _Ring:
+    def __init__(self, shift):
+        self.shift = shift
+
+    def residual(self, x, p):
+        return x + 0.5 * torch.roll(x, self.shift, 0).sin() - p
+
+
+def test_kept_patterns_are_those_of_the_very_function():
+    """Methods of two objects, and one object that changes, have other patterns under the same name."""
+    ring, n = _Ring(1), 150
+    p, w = torch.ones(n), torch.arange(float(n))
+    for step in range(3):
+        if step == 1:
+            ring = _Ring(7)
+        if step == 2:
+            ring.shift = 3
+        x, pull = vjp(lambda p, ring=ring: solve_root(ring.residual, torch.zeros(n), (p,)).x, p)
+        J = jacrev(lambda x, ring=ring: ring.residual(x, p))(x)
+        assert torch.allclose(pull(w)[0], torch.linalg.solve(J.T, w), rtol=1e-10)
+
+
 def test_user_jacobian_serves_derivatives_and_vmap():
     jac = lambda x, p: jacfwd(coupled)(x, p)  # noqa: E731
     f = lambda p: root(p, jac=jac).square().sum()  # noqa: E731

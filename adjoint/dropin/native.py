@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..arguments import Times, positive
-from ..capture import find_captured, functorch_active, is_differentiable, leads_to, needs_derivatives
+from ..capture import find_captured, functorch_active, is_differentiable, leads_to, needs_derivatives, parameter_homes
 from ..errors import InvalidInput
 from ..event_times import event_records
 from ..failures import raise_failure
@@ -61,7 +61,8 @@ def prepare(request: Request, only: Sequence[Tensor] | None, event: Callable[...
         captured = find_captured(calls, known, owners)
         found = {id(x) for x in (*captured, *known)}
         captured += [p for p in only or () if id(p) not in found and is_differentiable(p)]
-    system = System(request.fun, spec, tree, (), tuple(captured))
+    homes = tuple(parameter_homes([request.fun], captured))
+    system = System(request.fun, spec, tree, (), tuple(captured), homes=homes)
     inputs = system.inputs
     if only is not None:
         inputs = tuple(x if _kept(x, only) else x.detach() for x in inputs)

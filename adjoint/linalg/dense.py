@@ -20,6 +20,7 @@ class _DenseFactors(Factorization):
         self.dtype, self.device, self.log = matrix.dtype, matrix.device, log
         # no error check of LAPACK's: it would wait for the device
         self.lu, self.pivots, self.info = torch.linalg.lu_factor_ex(matrix)
+        self._singular = (self.info != 0) | ~torch.isfinite(self.lu.diagonal(dim1=-2, dim2=-1)).all(-1)
         log.n_factorizations += self.rows
         log.fill = self.lu.numel()
         log.factor_seconds += time.perf_counter() - start
@@ -37,12 +38,12 @@ class _DenseFactors(Factorization):
             swap = conjugated and matrix.is_complex()
             out = torch.linalg.lu_solve(self.lu, self.pivots, matrix.conj() if swap else matrix)
             out = out.conj() if swap else out
-        out = torch.where(self.singular()[:, None, None], float("nan"), out)
+        out = torch.where(self._singular[:, None, None], float("nan"), out)
         self.log.solve_seconds += time.perf_counter() - start
         return out.reshape(b.shape)
 
     def singular(self) -> Tensor:
-        return (self.info != 0) | ~torch.isfinite(self.lu.diagonal(dim1=-2, dim2=-1)).all(-1)
+        return self._singular
 
 
 @dataclass(frozen=True)

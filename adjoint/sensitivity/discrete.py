@@ -128,7 +128,7 @@ def eager_sweep(
 
     def inner(x: Tensor) -> Tensor:
         """``(..., B, n)`` as the steps carry it."""
-        return x.reshape(*x.shape[:-2], *shape) if shape is not None else x.transpose(-1, -2) if columns else x
+        return x.reshape((*x.shape[:-2], *shape)) if shape is not None else x.transpose(-1, -2) if columns else x
 
     def outer(x: Tensor) -> Tensor:
         return x.transpose(-1, -2) if columns else x.reshape(flat)
