@@ -150,8 +150,11 @@ class ExplicitRungeKutta:
     def dense_weights(self, theta: Tensor) -> Tensor:
         """``b_i(theta)``: shape ``(*theta.shape, S)`` with ``S`` the number of stages, extra ones included."""
         matrix = self._dense(theta.dtype, theta.device)
-        powers = theta.unsqueeze(-1) ** torch.arange(1, matrix.shape[1] + 1, device=theta.device, dtype=theta.dtype)
-        return powers @ matrix.T
+        # by products: powers of doubles are slow
+        powers = [theta]
+        for _ in range(matrix.shape[1] - 1):
+            powers.append(powers[-1] * theta)
+        return torch.stack(powers, dim=-1) @ matrix.T
 
     def dense_numbers(self, theta: float) -> list[float]:
         """``b_i(theta)`` of every stage, for one theta, by Horner's rule."""
