@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -126,7 +128,7 @@ def parameter_homes(functions: Iterable[Any], captured: Sequence[Tensor]) -> lis
 
 
 def _modules(functions: Iterable[Any]) -> Iterator[torch.nn.Module]:
-    """Modules that functions are, are bound to, or hold in their closures, defaults and globals; also one function further."""
+    """Modules that functions are, are bound to, or hold: in closures, defaults, arguments of partials, attributes, and by a global name."""
     todo, seen = [(f, 0) for f in functions], set()
     while todo:
         thing, depth = todo.pop()
@@ -135,19 +137,37 @@ def _modules(functions: Iterable[Any]) -> Iterator[torch.nn.Module]:
         seen.add(id(thing))
         if isinstance(thing, torch.nn.Module):
             yield thing
-            continue
-        parts = [getattr(thing, "__self__", None), getattr(thing, "func", None), getattr(thing, "__wrapped__", None)]
-        for cell in getattr(thing, "__closure__", None) or ():
-            try:
-                parts.append(cell.cell_contents)
-            except ValueError:  # not filled yet
-                continue
-        code, around = getattr(thing, "__code__", None), getattr(thing, "__globals__", {})
-        parts += [around[name] for name in (code.co_names if code is not None else ()) if name in around]
-        parts += [*(getattr(thing, "args", None) or ()), *(getattr(thing, "__defaults__", None) or ())]
-        if type(thing).__module__ not in ("builtins", "torch") and not callable(thing):
-            parts += list(getattr(thing, "__dict__", {}).values())
-        todo.extend((p, depth + 1) for p in parts if isinstance(p, torch.nn.Module) or callable(p) or hasattr(p, "__dict__"))
+        else:
+            todo.extend((part, depth + 1) for part in _parts(thing))
+
+
+def _parts(thing: Any) -> Iterable[Any]:
+    """What a function, or an object that is called, may use."""
+    if isinstance(thing, MethodType):
+        return [thing.__self__, thing.__func__]
+    if isinstance(thing, partial):
+        return [thing.func, *thing.args, *thing.keywords.values()]
+    if isinstance(thing, FunctionType):
+        held = [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
+        named = [thing.__globals__[name] for name in thing.__code__.co_names if name in thing.__globals__]
+        wrapped = getattr(thing, "__wrapped__", None)
+        return [x for x in (*held, *named, *(thing.__defaults__ or ()), wrapped) if not isinstance(x, (type, ModuleType, Tensor))]
+    if isinstance(thing, (list, tuple)):
+        return thing if len(thing) <= 100 else ()
+    if isinstance(thing, dict):
+        return thing.values() if len(thing) <= 100 else ()
+    if isinstance(thing, (type, ModuleType, Tensor)):
+        return ()
+    own = getattr(thing, "__dict__", None)
+    return own.values() if isinstance(own, dict) else ()
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents
+    except ValueError:
+        return False
+    return True
 
 
 class Substitute(TorchFunctionMode):
