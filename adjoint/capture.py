@@ -164,10 +164,9 @@ def _parts(thing: Any) -> Iterable[Any]:
 
 def _filled(cell: Any) -> bool:
     try:
-        cell.cell_contents
+        return cell.cell_contents is not cell
     except ValueError:
         return False
-    return True
 
 
 class Substitute(TorchFunctionMode):

@@ -198,12 +198,14 @@ class SteadyStateObjective:
         flat = flat.clone()
         user_p = layout.unflatten(flat)
         before = self._point if self.warm_start else None
-        starts = [self.x0]
+        starts: list[tuple[Any, dict[str, Any]]] = [(self.x0, self._options)]
         if before is not None and before.layout == layout and before.p.device == flat.device:
-            starts.insert(0, before.predicted(flat))
+            # a prediction that a few steps of Newton do not mend is not worth the search that "auto" would make from it
+            few = {"method": "newton", "max_steps": min(20, self._options["max_steps"])} if self._options["method"] == "auto" else {}
+            starts.insert(0, (before.predicted(flat), {**self._options, **few}))
         with torch.no_grad():
-            for i, start in enumerate(starts):
-                setup = prepare(self.F, start, (user_p,), log=self.stats.log, **self._options)
+            for i, (start, options) in enumerate(starts):
+                setup = prepare(self.F, start, (user_p,), log=self.stats.log, **options)
                 try:
                     out = RootOutputs(*RootNode.apply(setup.task, setup.x0.detach(), *setup.inputs))
                     break

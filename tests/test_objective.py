@@ -253,6 +253,15 @@ def test_minimize_steps_back_from_where_there_is_no_steady_state():
     assert abs(float(result.p) - 0.01) < 1e-5
 
 
+def test_observations_more_and_fewer_than_parameters():
+    f, F, p = _small()
+    for g in (lambda x, p: x.prod() * p[0], lambda x, p: torch.cat([x.square(), p, x.sum() * p.sin(), x])):
+        obj = SteadyStateObjective(f, F, torch.ones(2))
+        value, J = obj._observation_jacobian(obj._at(p), g)
+        h = lambda q, g=g: g(solve_root(F, torch.ones(2), (q,)).x, q).reshape(-1)  # noqa: E731
+        assert torch.allclose(value, h(p)) and torch.allclose(J, torch.func.jacrev(h)(p), rtol=1e-10, atol=1e-13)
+
+
 def test_laplace_is_exact_for_a_linear_model():
     torch.manual_seed(0)
     A = torch.randn(4, 2)

@@ -189,13 +189,17 @@ class Expansion:
         with torch.enable_grad():
             x, p = self._points()
             value = g(x, p)
-        count = value.numel()
-        eye = torch.eye(count, dtype=value.dtype, device=value.device)
-        g_x, g_p = _pull_columns([value], [x, p], [eye])
-        if self.knows_state_jacobian or count >= self.p.numel():
-            return value.detach(), g_x.T @ self.state_jacobian() + g_p.T
-        _, p, residual = self._recorded_residual()
-        return value.detach(), (g_p - _pull_columns([residual], [p], [self._solves().transposed(g_x)])[0]).T
+        count, m = value.numel(), self.p.numel()
+        if count < m and not self.knows_state_jacobian:
+            g_x, g_p = _pull_columns([value], [x, p], [torch.eye(count, dtype=value.dtype, device=value.device)])
+            _, q, residual = self._recorded_residual()
+            return value.detach(), (g_p - _pull_columns([residual], [q], [self._solves().transposed(g_x)])[0]).T
+        # along the m directions, however many observations there are
+        with torch.enable_grad():
+            w = torch.zeros_like(value, requires_grad=True)
+            products = _pull([value], [x, p], [w], again=True)
+        eye = torch.eye(m, dtype=self.p.dtype, device=self.p.device)
+        return value.detach(), _pull_columns(products, [w], [self.state_jacobian(), eye])[0]
 
     def state_tangent(self, v: Tensor) -> Tensor:
         """``S v``: one solve, none where ``S`` is known."""
