@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "Substitute",
+    "alive",
     "below_jvp",
     "cut_apart",
     "find_captured",
@@ -69,6 +70,15 @@ def below_jvp() -> Iterator[tuple[Callable[[Tensor], Tensor], Callable[[Tensor],
     level = interpreter.level()
     with interpreter.lower(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         yield lambda x: functorch._unwrap_for_grad(x, level), lambda x: functorch._wrap_for_grad(x, level)
+
+
+def alive(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Saved tensors without the wrappers of transforms that have ended.
+
+    The pullback of `torch.func.vjp` runs when its transform is over. What it saved then still carries the number of that transform, which
+    the next one will be given too: nested nodes would take the one for the other.
+    """
+    return [torch._C._functorch.unwrap_if_dead(x) for x in tensors]
 
 
 def _same(x: Tensor) -> Tensor:

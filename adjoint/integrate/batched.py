@@ -216,6 +216,9 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
         per_attempt += method.extra_evaluations
     if anchors.shape[0] > 2:
         per_attempt += 1
+    if method.implicit:
+        # the slope at the start; the iterations count their own
+        per_attempt = 1
 
     attempts: list[Attempt] = []
     states: list[Tensor] = []
@@ -260,6 +263,7 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
         event_id=empty,
         event_step=empty,
         event_t=empty.double(),
+        **{name: torch.zeros_like(used) for name in ("n_jac", "n_factorizations", "n_solves", "n_newton")},
         **packed,
     )
 

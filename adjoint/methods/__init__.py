@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from .dirk import DiagonallyImplicitRungeKutta
+from .dirk_tableau import DirkTableau
 from .protocol import Method
 from .runge_kutta import ExplicitRungeKutta
 from .tableau import Tableau
 from .tableaux import TABLEAUX
+from .tableaux_dirk import DIRK_TABLEAUX
 
-__all__ = ["METHODS", "ExplicitRungeKutta", "Method", "Tableau"]
+__all__ = ["METHODS", "DiagonallyImplicitRungeKutta", "DirkTableau", "ExplicitRungeKutta", "Method", "Tableau"]
 
 #: every method that ``method="name"`` knows
-METHODS: dict[str, Method] = {name: ExplicitRungeKutta(tableau) for name, tableau in TABLEAUX.items()}
+METHODS: dict[str, Method] = {
+    **{name: ExplicitRungeKutta(tableau) for name, tableau in TABLEAUX.items()},
+    **{name: DiagonallyImplicitRungeKutta(tableau) for name, tableau in DIRK_TABLEAUX.items()},
+}

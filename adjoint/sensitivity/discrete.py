@@ -15,6 +15,7 @@ from ..methods.runge_kutta import row_dot
 from ..system import System
 from .linearize import Linearizer
 from .problem import Problem, kept_steps, stage_times, step_times
+from .stages import StageLinearizer
 
 __all__ = ["eager_sweep"]
 
@@ -112,7 +113,10 @@ def eager_sweep(
     time_bars = bool(wants[0] or wants[1])
     inputs = cut_apart(inputs)
     f = system.bind(inputs)
-    linearize = Linearizer(f, inputs, wants[3:], time_bars)
+    implicit = problem.algebra is not None
+    linearize: Any = Linearizer(f, inputs, wants[3:], time_bars)
+    if implicit:
+        linearize = StageLinearizer(problem, grid["stages"].detach(), f, inputs, wants[3:], time_bars)
     samples = _Samples(problem, grid, t_eval, samples_bar, time_bars)
     times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors.detach(), plan.shift)
     kept: dict[int, Tensor] = {}
@@ -121,7 +125,7 @@ def eager_sweep(
     # compiled steps know nothing of jumps
     use_compiled = plan.compile is not None and times.jump_end is None
     stage_t = [] if use_compiled else stage_times(plan, times, plan.real)
-    shape = system.natural_shape
+    shape = None if implicit else system.natural_shape
     flat = states.shape[1:]
     if shape is not None:
         states = states.reshape(states.shape[0], *shape)
@@ -172,6 +176,8 @@ def eager_sweep(
         if use_compiled:
             result = compiled_step(starts[k], lengths[k], states[k], bar, k_bar, time_bars)
         else:
+            if implicit:
+                linearize.begin_step(k, stage_t[k], sizes[k])
             result = method.adjoint_step(linearize, stage_t[k], sizes[k], states[k], bar, k_bar, time_bars)
         start = samples.at_start(k)
         bar = result.y if start is None else result.y + start.reshape(bar.shape)

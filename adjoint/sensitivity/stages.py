@@ -1,0 +1,126 @@
+"""Implicit stages in derivatives: as differentiable roots for recorded code, and their adjoint solves for the eager sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..integrate.stages import shifted
+from ..linalg import Log, Matrix
+from ..nonlinear import RootRecord
+from ..system import Flat, System, VmappedSystem
+from .implicit import JacobianRule, RootNode, RootOutputs, RootTask
+from .linearize import Linearizer
+from .problem import Problem, StageAlgebra
+
+__all__ = ["RecordedStages", "StageLinearizer", "equations"]
+
+
+@dataclass(frozen=True)
+class _StageConditions:
+    """``k - f(t, base + hd k) = 0`` with inputs ``(t, base, hd, *inputs of f)``."""
+
+    system: System | VmappedSystem
+
+    @property
+    def rows(self) -> int:
+        return self.system.rows
+
+    @property
+    def spec(self) -> Any:
+        return self.system.spec
+
+    def bind(self, inputs: Sequence[Tensor]) -> Flat:
+        """The flat function of ``k``."""
+        t, base, hd, *rest = inputs
+        f = self.system.bind(rest)
+        return lambda _, k: k - f(t, base + hd * k)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    strategy: Callable[[Callable[[Tensor], Tensor], Tensor], Matrix]
+
+    def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
+        return self.strategy(r, x)
+
+    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
+        """The same: rows are independent."""
+        return self
+
+
+def _known(r: Any, x: Tensor, inputs: Any, jacobian: Any) -> RootRecord:
+    """The recorded slope is the root: there is nothing to iterate."""
+    count = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    return RootRecord(x, torch.zeros_like(x), x.new_zeros(x.shape[0], dtype=x.dtype.to_real()), count, count, count, count)
+
+
+class RecordedStages:
+    """`StageEquations` for one recorded step, whose stages are differentiable roots to any order.
+
+    ``stages``: the recorded slopes, ``(S, B, n)``.
+    """
+
+    def __init__(self, system: System | VmappedSystem, inputs: Sequence[Tensor], stages: Tensor, algebra: StageAlgebra) -> None:
+        self.system, self.inputs, self.recorded, self.algebra = system, inputs, stages, algebra
+        self.f = system.bind(inputs)
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        """``f(t, y)``."""
+        return self.f(t, y)
+
+    def begin(self, t: Tensor, y: Tensor) -> None:
+        """Nothing to prepare."""
+
+    def implicit(self, index: int, t: Tensor, base: Tensor, hd: float | Tensor, guess: Tensor) -> Tensor:
+        """See `StageEquations.implicit`."""
+        step = hd if isinstance(hd, Tensor) else base.new_full((base.shape[0], 1), hd, dtype=base.dtype.to_real())
+        conditions = _StageConditions(self.system)
+        task = RootTask(
+            conditions, conditions, _known, _Rule(self.algebra.jacobian), self.algebra.linear_solver, Log(), lambda record: None
+        )
+        return RootOutputs(*RootNode.apply(task, self.recorded[index].detach(), t, base, step, *self.inputs)).raw
+
+
+def equations(problem: Problem, inputs: Sequence[Tensor], stages: Tensor | None) -> Any:
+    """The right-hand side for one recorded step, whose implicit stages (``stages``: their slopes) are differentiable roots."""
+    if problem.algebra is None:
+        return problem.system.bind(inputs)
+    assert stages is not None
+    return RecordedStages(problem.system, inputs, stages, problem.algebra)
+
+
+class StageLinearizer(Linearizer):
+    """A `Linearizer` that also solves with the adjoints of ``I - h a_ii f_y(Y_i)`` for the stages of one step."""
+
+    def __init__(self, problem: Problem, stages: Tensor, f: Flat, inputs: Sequence[Tensor], wants: Sequence[bool], time: bool) -> None:
+        super().__init__(f, inputs, wants, time)
+        assert problem.algebra is not None
+        self.algebra, self.diagonal, self.recorded = problem.algebra, problem.plan.method.diagonal, stages
+        self.log = Log()
+        self.k = 0
+        self.h: Tensor = stages.new_empty(0)
+        self.times: Sequence[Tensor] = ()
+        self.points: Sequence[Tensor] = ()
+
+    def begin_step(self, k: int, times: Sequence[Tensor], h: float | Tensor) -> None:
+        """The next sweep is that of step ``k``."""
+        rows = self.recorded.shape[2]
+        self.k, self.times = k, times
+        self.h = h if isinstance(h, Tensor) else torch.full((rows, 1), h, dtype=self.recorded.dtype.to_real(), device=self.recorded.device)
+
+    def stages(self) -> list[Tensor]:
+        """The recorded slopes of the step."""
+        return list(self.recorded[self.k].unbind())
+
+    def solve_adjoint(self, index: int, point: Tensor, w: Tensor) -> Tensor:
+        """``(I - h a_ii f_y)*^-1 w`` at the value ``point`` of stage ``index``."""
+        hd, time = self.h * self.diagonal[index], self.times[index]
+        with torch.no_grad():
+            matrix = shifted(self.algebra.jacobian(lambda y: self.f(time, y), point), hd)
+            factors = self.algebra.linear_solver.factor(matrix, self.log)
+            return factors.solve(w, transposed=True, conjugated=True)
