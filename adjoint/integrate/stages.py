@@ -55,6 +55,11 @@ def shifted(matrix: Matrix, hd: Tensor) -> Matrix:
     return eye - hd.unsqueeze(-1) * matrix
 
 
+def tangent(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """The derivative of a function of ``(B,)`` times."""
+    return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+
+
 class StageSolver:
     """A flat right-hand side with `implicit`: simplified Newton iterations with the Jacobian at the start of the step.
 
@@ -110,6 +115,16 @@ class StageSolver:
             self.work.n_factorizations += 1
         assert self._factors is not None
         return self._factors
+
+    def solve(self, t: Tensor, y: Tensor, hd: float | Tensor, b: Tensor) -> Tensor:
+        """See `StageEquations.solve`."""
+        step = hd if isinstance(hd, Tensor) else torch.full((b.shape[0], 1), hd, dtype=self.plan.real, device=b.device)
+        return self._factors_for(step).solve(b)
+
+    def time_slope(self, t: Tensor, y: Tensor) -> Tensor:
+        """See `StageEquations.time_slope`."""
+        self.work.n_fun += 1
+        return tangent(lambda s: self.f(s, y), t)
 
     def implicit(self, index: int, t: Tensor, base: Tensor, hd: float | Tensor, guess: Tensor) -> Tensor:
         """See `StageEquations.implicit`."""

@@ -27,6 +27,14 @@ class StageEquations(Protocol):
         """A step is attempted from here."""
         ...
 
+    def solve(self, t: Tensor, y: Tensor, hd: float | Tensor, b: Tensor) -> Tensor:
+        """``(I - hd f_y(t, y))^-1 b``, with ``(t, y)`` where the step began."""
+        ...
+
+    def time_slope(self, t: Tensor, y: Tensor) -> Tensor:
+        """``f_t(t, y)``."""
+        ...
+
     def implicit(self, index: int, t: Tensor, base: Tensor, hd: float | Tensor, guess: Tensor) -> Tensor:
         """``k = f(t, base + hd k)`` for stage ``index``; ``guess`` is one of ``k``. NaN in rows where there is no solution to be found."""
         ...

@@ -15,7 +15,7 @@ from ..methods.runge_kutta import row_dot
 from ..system import System
 from .linearize import Linearizer
 from .problem import Problem, kept_steps, stage_times, step_times
-from .stages import StageLinearizer
+from .stages import StageLinearizer, recorded_adjoint
 
 __all__ = ["eager_sweep"]
 
@@ -178,7 +178,10 @@ def eager_sweep(
         else:
             if implicit:
                 linearize.begin_step(k, stage_t[k], sizes[k])
-            result = method.adjoint_step(linearize, stage_t[k], sizes[k], states[k], bar, k_bar, time_bars)
+            if hasattr(method, "adjoint_step"):
+                result = method.adjoint_step(linearize, stage_t[k], sizes[k], states[k], bar, k_bar, time_bars)
+            else:
+                result = recorded_adjoint(problem, linearize, stage_t[k], sizes[k], states[k], bar, k_bar, time_bars)
         start = samples.at_start(k)
         bar = result.y if start is None else result.y + start.reshape(bar.shape)
         if time_bars:

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from ..integrate.stages import shifted
 from ..linalg import Log, Matrix
+from ..methods.runge_kutta import StepCotangents
 from ..nonlinear import RootRecord
 from ..system import Flat, System, VmappedSystem
-from .implicit import JacobianRule, RootNode, RootOutputs, RootTask
-from .linearize import Linearizer
+from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, linear
+from .linearize import Linearizer, vjp
 from .problem import Problem, StageAlgebra
+from .products import tangent
 
-__all__ = ["RecordedStages", "StageLinearizer", "equations"]
+__all__ = ["RecordedStages", "StageLinearizer", "equations", "recorded_adjoint"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,27 @@ class _StageConditions:
         t, base, hd, *rest = inputs
         f = self.system.bind(rest)
         return lambda _, k: k - f(t, base + hd * k)
+
+
+@dataclass(frozen=True)
+class _ShiftedConditions:
+    """``y - hd f(t, y)``, whose Jacobian in ``y`` is the matrix of `RecordedStages.solve`; inputs ``(t, hd, *inputs of f)``."""
+
+    system: System | VmappedSystem
+
+    @property
+    def rows(self) -> int:
+        return self.system.rows
+
+    @property
+    def spec(self) -> Any:
+        return self.system.spec
+
+    def bind(self, inputs: Sequence[Tensor]) -> Flat:
+        """The flat function of ``y``."""
+        t, hd, *rest = inputs
+        f = self.system.bind(rest)
+        return lambda _, y: y - hd * f(t, y)
 
 
 @dataclass(frozen=True)
@@ -68,6 +91,7 @@ class RecordedStages:
     def __init__(self, system: System | VmappedSystem, inputs: Sequence[Tensor], stages: Tensor, algebra: StageAlgebra) -> None:
         self.system, self.inputs, self.recorded, self.algebra = system, inputs, stages, algebra
         self.f = system.bind(inputs)
+        self._shifted: RootTask | None = None
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """``f(t, y)``."""
@@ -75,6 +99,19 @@ class RecordedStages:
 
     def begin(self, t: Tensor, y: Tensor) -> None:
         """Nothing to prepare."""
+
+    def solve(self, t: Tensor, y: Tensor, hd: float | Tensor, b: Tensor) -> Tensor:
+        """See `StageEquations.solve`; differentiable in everything, the Jacobian included."""
+        step = hd if isinstance(hd, Tensor) else b.new_full((b.shape[0], 1), hd, dtype=b.dtype.to_real())
+        if self._shifted is None:
+            conditions = _ShiftedConditions(self.system)
+            rule, solver = _Rule(self.algebra.jacobian), self.algebra.linear_solver
+            self._shifted = RootTask(conditions, conditions, _known, rule, solver, Log(), lambda record: None)
+        return linear(self._shifted, b, y, (t, step, *self.inputs), adjoint=False)
+
+    def time_slope(self, t: Tensor, y: Tensor) -> Tensor:
+        """See `StageEquations.time_slope`."""
+        return tangent(lambda s: self.f(s, y), [t], [torch.ones_like(t)])
 
     def implicit(self, index: int, t: Tensor, base: Tensor, hd: float | Tensor, guess: Tensor) -> Tensor:
         """See `StageEquations.implicit`."""
@@ -94,13 +131,52 @@ def equations(problem: Problem, inputs: Sequence[Tensor], stages: Tensor | None)
     return RecordedStages(problem.system, inputs, stages, problem.algebra)
 
 
+def recorded_adjoint(
+    problem: Problem,
+    linearize: StageLinearizer,
+    times: Sequence[Tensor],
+    h: float | Tensor,
+    y: Tensor,
+    end_bar: Tensor,
+    k_bar: Sequence[Tensor | None],
+    time_bars: bool,
+) -> StepCotangents:
+    """The adjoint of a step by plain autograd through the step itself, for methods that bring none of their own."""
+    method = problem.plan.method
+    rows = y.shape[0]
+    size = h if isinstance(h, Tensor) else torch.full((rows, 1), h, dtype=y.dtype.to_real(), device=y.device)
+    with torch.enable_grad():
+        start, length = y.detach().requires_grad_(True), size.detach().requires_grad_(time_bars)
+        begin = [t.detach() for t in times]
+        moved = torch.zeros(rows, dtype=size.dtype, device=y.device, requires_grad=time_bars)
+        if time_bars:
+            begin = [t + moved + c * (length - length.detach()).squeeze(-1) for t, c in zip(begin, method.nodes, strict=True)]
+        f = RecordedStages(problem.system, linearize.inputs, linearize.recorded[linearize.k], problem.algebra)  # type: ignore[arg-type]
+        y1, ks = method.step(f, begin, length, start, f(begin[0], start))
+    outputs, bars = [y1], [end_bar]
+    for k, bar in zip(ks, k_bar, strict=False):
+        if bar is not None:
+            outputs.append(k)
+            bars.append(bar)
+    times_too = (length, moved) if time_bars else ()
+    found = vjp(tuple(outputs), (start, *times_too, *linearize.targets), tuple(bars))
+    y_bar, *rest = found
+    h_bar = t_bar = None
+    if time_bars:
+        h_bar, t_bar, *rest = rest
+        h_bar = None if h_bar is None else h_bar.sum(-1)
+    linearize.accumulate(rest)
+    linearize.n_fun += len(ks)
+    return StepCotangents(torch.zeros_like(y) if y_bar is None else y_bar, t_bar, h_bar, [k.detach() for k in ks])
+
+
 class StageLinearizer(Linearizer):
     """A `Linearizer` that also solves with the adjoints of ``I - h a_ii f_y(Y_i)`` for the stages of one step."""
 
     def __init__(self, problem: Problem, stages: Tensor, f: Flat, inputs: Sequence[Tensor], wants: Sequence[bool], time: bool) -> None:
         super().__init__(f, inputs, wants, time)
         assert problem.algebra is not None
-        self.algebra, self.diagonal, self.recorded = problem.algebra, problem.plan.method.diagonal, stages
+        self.algebra, self.diagonal, self.recorded = problem.algebra, getattr(problem.plan.method, "diagonal", ()), stages
         self.log = Log()
         self.k = 0
         self.h: Tensor = stages.new_empty(0)
