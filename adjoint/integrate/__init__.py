@@ -51,7 +51,7 @@ def integrate(
             n_fun=record.n_fun + work.n_fun,
             n_jac=work.n_jac,
             n_factorizations=work.n_factorizations,
-            n_solves=work.n_newton,
+            n_solves=work.n_solves,
             n_newton=work.n_newton,
         )
     if batched:

@@ -217,8 +217,8 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
     if anchors.shape[0] > 2:
         per_attempt += 1
     if method.implicit:
-        # the slope at the start; the iterations count their own
-        per_attempt = 1
+        # the slope at the end, and what the step evaluates beside its iterations, which count their own
+        per_attempt = 1 + method.evaluations
 
     attempts: list[Attempt] = []
     states: list[Tensor] = []

@@ -26,13 +26,14 @@ class StageWork:
     n_fun: Tensor
     n_jac: Tensor
     n_factorizations: Tensor
+    n_solves: Tensor
     n_newton: Tensor
     log: Log = field(default_factory=Log)
 
     @classmethod
     def zero(cls, rows: int, device: torch.device) -> StageWork:
         """Nothing done yet."""
-        return cls(*(torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(4)))
+        return cls(*(torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(5)))
 
 
 def shifted(matrix: Matrix, hd: Tensor) -> Matrix:
@@ -91,6 +92,7 @@ class StageSolver:
         self._at: tuple[Tensor, Tensor] | None = None
         self._factors: Factorization | None = None
         self._factored: Tensor | None = None
+        self._fresh = False
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """``f(t, y)``; what is asked for at the start of a step is also where the Jacobian will be taken."""
@@ -102,7 +104,7 @@ class StageSolver:
             return
         self._at, self._factored = (t, y), None
         self._matrix = self.jacobian(lambda x: self.f(t, x), y)
-        self.work.n_jac += 1
+        self._fresh = True
 
     def _factors_for(self, hd: Tensor) -> Factorization:
         if self._factored is None or not torch.equal(self._factored, hd):
@@ -112,18 +114,23 @@ class StageSolver:
             solver, log = self.linear_solver, self.work.log
             self._factors = solver.refactor(self._factors, matrix) if again and self._factors is not None else solver.factor(matrix, log)
             self._factored = hd
-            self.work.n_factorizations += 1
+            # finished trajectories take part with steps of size zero: that is no work of theirs
+            running = (hd != 0).squeeze(-1)
+            self.work.n_factorizations += running
+            if self._fresh:
+                self.work.n_jac += running
+                self._fresh = False
         assert self._factors is not None
         return self._factors
 
     def solve(self, t: Tensor, y: Tensor, hd: float | Tensor, b: Tensor) -> Tensor:
         """See `StageEquations.solve`."""
         step = hd if isinstance(hd, Tensor) else torch.full((b.shape[0], 1), hd, dtype=self.plan.real, device=b.device)
+        self.work.n_solves += (step != 0).squeeze(-1)
         return self._factors_for(step).solve(b)
 
     def time_slope(self, t: Tensor, y: Tensor) -> Tensor:
         """See `StageEquations.time_slope`."""
-        self.work.n_fun += 1
         return tangent(lambda s: self.f(s, y), t)
 
     def implicit(self, index: int, t: Tensor, base: Tensor, hd: float | Tensor, guess: Tensor) -> Tensor:
@@ -147,6 +154,7 @@ class StageSolver:
             change = factors.solve(torch.where(running.unsqueeze(-1), residual, 0.0))
             self.work.n_fun += running
             self.work.n_newton += running
+            self.work.n_solves += running
             length = plan.norm(step * change / size)
             if iteration:
                 rate = torch.where(running, length / before, rate)
