@@ -87,7 +87,7 @@ class RosenbrockTableau:
         object.__setattr__(self, "same_as", tuple(points.index(point) for point in points))
 
     def standard_form(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """``alpha`` and ``Gamma`` of ``k_i = h f(y + sum_j alpha_ij k_j) + h J sum_j Gamma_ij k_j``; there the weights are ``b @ Gamma``."""
+        """``alpha`` and ``Gamma`` of ``k_i = h f(y + sum_j alpha_ij k_j) + h J sum_j Gamma_ij k_j``, whose weights are ``b @ Gamma``."""
         a, coupling = _square(self.a), _square(self.coupling)
         gamma = np.linalg.inv(np.eye(len(a)) / self.gamma - coupling)
         return a @ gamma, gamma

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..integrate.stages import shifted
-from ..linalg import Log, Matrix
-from ..methods.runge_kutta import StepCotangents
+from ..linalg import Factorization, Log, Matrix
+from ..methods.runge_kutta import StepCotangents, row_dot
 from ..nonlinear import RootRecord
 from ..system import Flat, System, VmappedSystem
 from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, linear
@@ -181,12 +181,12 @@ class StageLinearizer(Linearizer):
         self.k = 0
         self.h: Tensor = stages.new_empty(0)
         self.times: Sequence[Tensor] = ()
-        self.points: Sequence[Tensor] = ()
+        self._start: Factorization | None = None
 
     def begin_step(self, k: int, times: Sequence[Tensor], h: float | Tensor) -> None:
         """The next sweep is that of step ``k``."""
         rows = self.recorded.shape[2]
-        self.k, self.times = k, times
+        self.k, self.times, self._start = k, times, None
         self.h = h if isinstance(h, Tensor) else torch.full((rows, 1), h, dtype=self.recorded.dtype.to_real(), device=self.recorded.device)
 
     def stages(self) -> list[Tensor]:
@@ -200,3 +200,44 @@ class StageLinearizer(Linearizer):
             matrix = shifted(self.algebra.jacobian(lambda y: self.f(time, y), point), hd)
             factors = self.algebra.linear_solver.factor(matrix, self.log)
             return factors.solve(w, transposed=True, conjugated=True)
+
+    def solve_start(self, t: Tensor, y: Tensor, hd: Tensor | float, w: Tensor) -> Tensor:
+        """``(I - hd f_y(t, y))*^-1 w`` with ``(t, y)`` and ``hd`` the same in every call of a step: one factorisation."""
+        with torch.no_grad():
+            if self._start is None:
+                size = hd if isinstance(hd, Tensor) else torch.full_like(self.h, hd)
+                matrix = shifted(self.algebra.jacobian(lambda x: self.f(t, x), y), size)
+                self._start = self.algebra.linear_solver.factor(matrix, self.log)
+            return self._start.solve(w, transposed=True, conjugated=True)
+
+    def bend(
+        self, t: Tensor, y: Tensor, k: Sequence[Tensor], d: Sequence[float], v: Sequence[Tensor], scale: float | Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Cotangents by way of the slopes of ``f`` at ``(t, y)`` along the directions ``(d_i, k_i)``.
+
+        With ``phi = sum_i Re <v_i, f_y k_i + d_i f_t>``, ``(B,)``: the gradient of ``scale phi`` in ``y`` and, where derivatives in times
+        are wanted, that in ``t`` and ``phi`` itself; adds that in the inputs to their cotangents.
+        """
+        self.n_fun += 1
+        with torch.enable_grad():
+            time, at = t.detach().requires_grad_(True), y.detach().requires_grad_(True)
+            f = self.f(time, at)
+            if not f.requires_grad:
+                return torch.zeros_like(y), *((torch.zeros_like(t), torch.zeros_like(t)) if self.time else (None, None))
+            weights = torch.stack(list(v))
+            found = torch.autograd.grad(f, (at, time), weights, create_graph=True, is_grads_batched=True, materialize_grads=True)
+            rows = row_dot(torch.stack(list(k)), found[0]) + found[1] * found[1].new_tensor(d).unsqueeze(-1)
+            phi = rows.sum(0)
+            total = (phi * (scale.squeeze(-1) if isinstance(scale, Tensor) else scale)).sum()
+        times = (time,) if self.time else ()
+        if not total.requires_grad:
+            bars: list[Tensor | None] = [None] * (1 + len(times) + len(self.targets))
+        else:
+            bars = list(vjp((total,), (at, *times, *self.targets), (torch.ones_like(total),)))
+        y_bar, *rest = bars
+        t_bar = None
+        if self.time:
+            t_bar, *rest = rest
+            t_bar = torch.zeros_like(t) if t_bar is None else t_bar
+        self.accumulate(rest)
+        return torch.zeros_like(y) if y_bar is None else y_bar, t_bar, phi.detach() if self.time else None
