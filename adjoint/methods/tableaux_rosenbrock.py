@@ -46,7 +46,9 @@ class RosenbrockTableau:
     dense : tuple of tuples
         ``dense[i][m]``: the dense output is ``y + h sum_i b_i(theta) K_i`` with ``b_i(theta) = sum_m dense_im theta^(m+1)``.
     dense_order : int
-    stability, source : str
+    stability : str
+        What is known of it, the order that is left on stiff problems included.
+    source : str
     same_as
         Derived: the first stage whose value of ``f`` stage ``i`` shares. Stages with ``same_as[i] == i`` evaluate it.
     """
@@ -121,7 +123,7 @@ RODAS3P = RosenbrockTableau(
     error_order=2,
     dense=_dense(_B3, (1.78125, 6.75, 0.15625, -6.0, -1.0), (4.21875, -15.1875, -3.09375, 9.0, 0.0)),
     dense_order=3,
-    stability="L-stable",
+    stability="L-stable, stiffly accurate; order 2 on the problem of Prothero & Robinson in the stiff limit",
     source="Steinebach (2024), Rosenbrock methods within OrdinaryDiffEq.jl: Overview, recent developments and applications",
 )
 
@@ -157,7 +159,7 @@ RODAS4 = RosenbrockTableau(
         (-0.6762803392801253, 6.087714651680015, 16.43084320892478, 24.76722511418386, -6.594389125716872, 0.0),
     ),
     dense_order=3,
-    stability="L-stable",
+    stability="L-stable, stiffly accurate; order 1 on the problem of Prothero & Robinson in the stiff limit",
     source="Hairer & Wanner (1996), Solving ordinary differential equations II, section VI.4",
 )
 
@@ -233,7 +235,7 @@ RODAS5P = RosenbrockTableau(
         ),
     ),
     dense_order=4,
-    stability="L-stable",
+    stability="L-stable, stiffly accurate; order 3 on the problem of Prothero & Robinson in the stiff limit",
     source="Steinebach (2023), Construction of Rosenbrock-Wanner method Rodas5P, BIT Numerical Mathematics 63:27",
 )
 
