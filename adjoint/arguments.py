@@ -36,7 +36,7 @@ def check_method(method: str | Method) -> Method:
         if method not in METHODS:
             raise InvalidInput(f"there is no method {method!r}; choose one of {', '.join(sorted(METHODS))}")
         return METHODS[method]
-    if not hasattr(method, "adjoint_step"):
+    if not (hasattr(method, "step") and hasattr(method, "dense_weights")):
         raise InvalidInput(f"method must be a name or a method object, got a {type(method).__name__}")
     return method
 

@@ -17,6 +17,7 @@ from .linalg.forward_mode import below_jvp
 
 __all__ = [
     "Substitute",
+    "alive",
     "below_jvp",
     "cut_apart",
     "find_captured",
@@ -53,6 +54,15 @@ def needs_derivatives(tensors: Iterable[Tensor]) -> bool:
 def _has_tangent(x: Tensor) -> bool:
     # unpack_dual raises outside of a dual level
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+def alive(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Saved tensors without the wrappers of transforms that have ended.
+
+    The pullback of `torch.func.vjp` runs when its transform is over. What it saved then still carries the number of that transform, which
+    the next one will be given too: nested nodes would take the one for the other.
+    """
+    return [torch._C._functorch.unwrap_if_dead(x) for x in tensors]
 
 
 class _Watch(TorchFunctionMode):

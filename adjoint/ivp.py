@@ -25,6 +25,7 @@ from .progress import progress_monitor
 from .sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
 from .sensitivity.problem import interpolate, step_times
 from .solution import BackwardStats, Solution, Stats
+from .stage_arguments import stage_algebra
 from .system import StateSpec, System
 
 __all__ = ["solve_ivp"]
@@ -77,6 +78,8 @@ def solve_ivp(
     compile: bool = False,
     throw: bool = True,
     progress: bool = False,
+    jac: Callable[..., Any] | None = None,
+    jac_sparsity: Any = None,
     linear_solver: Any = None,
 ) -> Solution:
     """Solve ``y' = fun(t, y, *args)``, ``y(t_span[0]) = y0``, with derivatives in everything that the solution depends on.
@@ -126,8 +129,13 @@ def solve_ivp(
         Raise a named error on failure. False: look at ``status``; failed trajectories are NaN from the failure on.
     progress : bool
         Show a progress bar (needs tqdm).
-    linear_solver
-        For implicit methods only.
+    jac : callable
+        For implicit methods: ``jac(t, y, *args)``, the Jacobian in ``y`` of a tensor state, dense or sparse. Default: automatic
+        differentiation, compressed by colouring where the pattern is sparse.
+    jac_sparsity : sparse tensor, SciPy matrix, dense mask or SparsityPattern
+        For implicit methods: where the Jacobian may be non-zero. Found from ``fun`` itself if it is not given and the state is large.
+    linear_solver : LinearSolver
+        For implicit methods: ``adjoint.linalg.DenseLU()``, ``SparseLU()``, ... By default by kind and size of the Jacobian.
 
     Returns
     -------
@@ -138,7 +146,8 @@ def solve_ivp(
     InvalidInput, UnsupportedCombination, MaxStepsReached, StepSizeTooSmall, NonFiniteState, CapturedTensorLost
     """
     chosen = check_method(method)
-    _check_options(chosen, linear_solver, first_step, events, batched, compile, max_steps)
+    implicit_options = {"jac": jac, "jac_sparsity": jac_sparsity, "linear_solver": linear_solver}
+    _check_options(chosen, implicit_options, first_step, events, batched, compile, max_steps)
     args = args if isinstance(args, (tuple, list)) else (args,)
     if not callable(fun):
         raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}")
@@ -186,7 +195,8 @@ def solve_ivp(
         min_step=positive(min_step, "min_step", zero=True),
         max_steps=int(max_steps),
         keep_states=derivatives or times.steps or dense_output or bool(event_list),
-        keep_stages=dense_output,
+        # the slopes of implicit stages are recorded: derivatives are taken at them
+        keep_stages=dense_output or (derivatives and chosen.implicit),
         events=tuple(_flat_event(e, system, user_spec, integrand is not None) for e in event_list),
         monitor=progress_monitor(progress),
         compile=compile_key(fun) if compile else None,
@@ -202,12 +212,13 @@ def solve_ivp(
         backward.n_fun += n_fun
         backward.n_steps += n_steps
 
-    problem = Problem(system, plan, batched, report, backward_report)
+    algebra = stage_algebra(system, inputs, spec, **implicit_options) if chosen.implicit else None
+    problem = Problem(system, plan, batched, report, backward_report, algebra=algebra)
     strategy = gradient if gradient is not None else DiscreteAdjoint()
     if not hasattr(strategy, "solve"):
         raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")
     out = strategy.solve(problem, times.anchors, times.samples, y_flat, inputs)
-    return _solution(_Parts(out, problem, times, user_spec, spec, integrand, y_flat, event_list, tuple(args), backward, derivatives))
+    return _solution(_Parts(out, problem, times, user_spec, spec, integrand, y_flat, event_list, tuple(args), backward, derivatives, dense_output))
 
 
 def _parameter_names(fun: Callable[..., Any], captured: Sequence[Tensor]) -> tuple[str, ...] | None:
@@ -224,9 +235,14 @@ def _transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def _check_options(method: Method, linear_solver: Any, first_step: Any, events: Any, batched: bool, compile: bool, max_steps: Any) -> None:
-    if linear_solver is not None:
-        raise UnsupportedCombination(f"linear_solver= is for implicit methods; {method.name!r} solves no linear systems")
+def _check_options(method: Method, implicit: dict[str, Any], first_step: Any, events: Any, batched: bool, compile: bool, max_steps: Any) -> None:
+    for name, value in implicit.items():
+        if value is not None and not method.implicit:
+            raise UnsupportedCombination(f"{name}= is for implicit methods; {method.name!r} solves no linear systems")
+    if method.implicit and compile:
+        raise UnsupportedCombination(f"compile=True with the implicit method {method.name!r} is not supported yet: leave compile out")
+    if method.implicit and events is not None:
+        raise UnsupportedCombination(f"events= with the implicit method {method.name!r} is not supported yet: use an explicit one")
     if not method.adaptive and first_step is None:
         raise InvalidInput(
             f"{method.name!r} takes constant steps: give their size as first_step=, or choose an adaptive method such as 'tsit5'"
@@ -314,6 +330,7 @@ class _Parts:
     args: tuple[Any, ...]
     backward: BackwardStats
     derivatives: bool
+    dense_output: bool
 
     def state(self, flat: Tensor) -> Any:
         """``(*lead, B, n)`` as the user's state."""
@@ -338,7 +355,7 @@ def _solution(parts: _Parts) -> Solution:
     assert shown is not None
     quadrature = None if parts.integrand is None else parts.spec.unflatten(final)[1]
     status: int | Tensor = out.status
-    counts = [out.n_steps, out.n_accepted, out.n_rejected, out.n_fun]
+    counts = [out.n_steps, out.n_accepted, out.n_rejected, out.n_fun, out.n_jac, out.n_factorizations, out.n_solves, out.n_newton]
     if not batched and not torch._C._functorch.is_functorch_wrapped_tensor(out.status):
         status = int(out.status)
         counts = [int(c) for c in counts]  # type: ignore[misc]
@@ -352,7 +369,7 @@ def _solution(parts: _Parts) -> Solution:
         stats=Stats(*counts, backward=parts.backward),
         events=records,
         quadrature=quadrature,
-        interpolant=_interpolant(parts) if parts.problem.plan.keep_stages else None,
+        interpolant=_interpolant(parts) if parts.dense_output else None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from .controller import IController, PIController, PIDController
 from .plan import Event, Monitor, Plan, Record, Status, rms_norm, shifted_times
 from .recording import Recording
 from .single import integrate_single
+from .stages import StageSolver
 
 __all__ = [
     "Event",
@@ -21,6 +23,7 @@ __all__ = [
     "Plan",
     "Record",
     "Recording",
+    "StageSolver",
     "Status",
     "integrate",
     "rms_norm",
@@ -40,6 +43,17 @@ def integrate(
     recording: Recording | None = None,
 ) -> Record:
     """Run the loop that fits: float decisions for one trajectory, masks for many."""
+    if isinstance(f, StageSolver):
+        record = integrate_batched(f, plan, anchors, t_eval, y0)
+        work = f.work
+        return replace(
+            record,
+            n_fun=record.n_fun + work.n_fun,
+            n_jac=work.n_jac,
+            n_factorizations=work.n_factorizations,
+            n_solves=work.n_solves,
+            n_newton=work.n_newton,
+        )
     if batched:
         return integrate_batched(f, plan, anchors, t_eval, y0)
     return integrate_single(f, plan, anchors, t_eval, y0, inputs, shape, recording)

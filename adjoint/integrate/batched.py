@@ -259,6 +259,9 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
         per_attempt += method.extra_evaluations
     if anchors.shape[0] > 2:
         per_attempt += 1
+    if method.implicit:
+        # the slope at the end, and what the step evaluates beside its iterations, which count their own
+        per_attempt = 1 + method.evaluations
 
     attempts: list[Attempt] = []
     states: list[Tensor] = []
@@ -302,6 +305,7 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
         event_id=empty,
         event_step=empty,
         event_t=empty.double(),
+        **{name: torch.zeros_like(used) for name in ("n_jac", "n_factorizations", "n_solves", "n_newton")},
         **packed,
     )
 

@@ -117,7 +117,7 @@ class Record:
     segment : (K, B), int64; the anchor interval that the step lies in
     lands : (K, B), bool; whether the step ends on the next anchor
     sample_step : (T, B), int64; the step that a sample lies in, -1 where the solve did not get so far
-    n_steps, n_accepted, n_rejected, n_fun : (B,), int64
+    n_steps, n_accepted, n_rejected, n_fun, n_jac, n_factorizations, n_solves, n_newton : (B,), int64
     status : (B,), int64
     t_final : (B,), float64; where the trajectory ended
     event_id, event_step : (E,), int64; event_t : (E,), float64
@@ -143,6 +143,10 @@ class Record:
     event_id: Tensor
     event_step: Tensor
     event_t: Tensor
+    n_jac: Tensor
+    n_factorizations: Tensor
+    n_solves: Tensor
+    n_newton: Tensor
 
 
 def shifted_times(

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from .dirk import DiagonallyImplicitRungeKutta
+from .dirk_tableau import DirkTableau
 from .protocol import Method
+from .rosenbrock import Rosenbrock
 from .runge_kutta import ExplicitRungeKutta
 from .tableau import Tableau
 from .tableaux import TABLEAUX
+from .tableaux_dirk import DIRK_TABLEAUX
+from .tableaux_rosenbrock import ROSENBROCK_TABLEAUX, RosenbrockTableau
 
-__all__ = ["METHODS", "ExplicitRungeKutta", "Method", "Tableau"]
+__all__ = [
+    "METHODS",
+    "DiagonallyImplicitRungeKutta",
+    "DirkTableau",
+    "ExplicitRungeKutta",
+    "Method",
+    "Rosenbrock",
+    "RosenbrockTableau",
+    "Tableau",
+]
 
 #: every method that ``method="name"`` knows
-METHODS: dict[str, Method] = {name: ExplicitRungeKutta(tableau) for name, tableau in TABLEAUX.items()}
+METHODS: dict[str, Method] = {
+    **{name: ExplicitRungeKutta(tableau) for name, tableau in TABLEAUX.items()},
+    **{name: DiagonallyImplicitRungeKutta(tableau) for name, tableau in DIRK_TABLEAUX.items()},
+    **{name: Rosenbrock(tableau) for name, tableau in ROSENBROCK_TABLEAUX.items()},
+}

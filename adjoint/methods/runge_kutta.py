@@ -65,6 +65,8 @@ class ExplicitRungeKutta:
     """
 
     tableau: Tableau
+    #: whether stages are equations to be solved
+    implicit: bool = field(default=False, init=False)
     #: nodes of all stages, extra ones included
     nodes: tuple[float, ...] = field(init=False)
     _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)

@@ -15,6 +15,7 @@ from ..methods.runge_kutta import row_dot
 from ..system import System
 from .linearize import Linearizer
 from .problem import Problem, kept_steps, stage_times, step_times
+from .stages import StageLinearizer, recorded_adjoint
 
 __all__ = ["eager_sweep"]
 
@@ -112,7 +113,10 @@ def eager_sweep(
     time_bars = bool(wants[0] or wants[1])
     inputs = cut_apart(inputs)
     f = system.bind(inputs)
-    linearize = Linearizer(f, inputs, wants[3:], time_bars)
+    implicit = problem.algebra is not None
+    linearize: Any = Linearizer(f, inputs, wants[3:], time_bars)
+    if implicit:
+        linearize = StageLinearizer(problem, grid["stages"].detach(), f, inputs, wants[3:], time_bars)
     samples = _Samples(problem, grid, t_eval, samples_bar, time_bars)
     times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors.detach(), plan.shift)
     kept: dict[int, Tensor] = {}
@@ -122,7 +126,7 @@ def eager_sweep(
     use_compiled = plan.compile is not None and times.jump_end is None
     # of few rows all at once, which takes few operators; of many step by step, which takes little memory
     stage_t = stage_times(plan, times, plan.real) if rows == 1 and not use_compiled else None
-    shape = system.natural_shape
+    shape = None if implicit else system.natural_shape
     flat = states.shape[1:]
     columns = problem.columns(states)
 
@@ -182,7 +186,12 @@ def eager_sweep(
             result = compiled_step(starts[k], lengths[k], states[k], bar, k_bar, time_bars)
         else:
             at = stage_times(plan, times.step(k), plan.real)[0] if stage_t is None else stage_t[k]
-            result = method.adjoint_step(linearize, at, sizes[k], states[k], bar, k_bar, time_bars)
+            if implicit:
+                linearize.begin_step(k, at, sizes[k])
+            if hasattr(method, "adjoint_step"):
+                result = method.adjoint_step(linearize, at, sizes[k], states[k], bar, k_bar, time_bars)
+            else:
+                result = recorded_adjoint(problem, linearize, at, sizes[k], states[k], bar, k_bar, time_bars)
         start = samples.at_start(k)
         bar = result.y if start is None else result.y + inner(start)
         if time_bars:

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..capture import below_jvp, functorch_active
+from ..capture import alive, below_jvp, functorch_active
 from ..linalg import Factorization, LinearSolver, Log, Matrix
 from ..nonlinear import RootRecord
 from ..system import Flat, VmappedSystem
-from .sweep import tangent, vjp
+from .products import tangent, vjp
 
 __all__ = ["Conditions", "FactorStore", "JacobianRule", "RootNode", "RootOutputs", "RootTask", "linear", "timeless"]
 
@@ -178,7 +178,7 @@ class RootNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, raw_bar: Tensor | None, x_bar: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        raw, status, *inputs = ctx.saved_tensors
+        raw, status, *inputs = alive(ctx.saved_tensors)
         wanted = [i for i, want in enumerate(ctx.needs_input_grad[2:]) if want]
         nothing: list[Tensor | None] = [None] * len(inputs)
         if not wanted or (raw_bar is None and x_bar is None):
@@ -193,7 +193,7 @@ class RootNode(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, x0_dot: Tensor | None, *inputs_dot: Any) -> tuple[Any, ...]:
-        raw, status, *inputs = ctx.saved_tensors
+        raw, status, *inputs = alive(ctx.saved_tensors)
         with torch.autocast(raw.device.type, enabled=False), below_jvp() as (lower, raise_):
             raw, ok, inputs = lower(raw), lower(status) >= 0, [lower(x) for x in inputs]
             where = [i for i in _smooth(inputs) if inputs_dot[i] is not None]
@@ -238,7 +238,7 @@ class _LinearNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, bar: Tensor | None) -> tuple[Tensor | None, ...]:
-        u, x, *inputs = ctx.saved_tensors
+        u, x, *inputs = alive(ctx.saved_tensors)
         nothing: list[Tensor | None] = [None] * len(inputs)
         if bar is None:
             return (None, None, None, None, *nothing)
@@ -259,7 +259,7 @@ class _LinearNode(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, b_dot: Tensor | None, x_dot: Tensor | None, *inputs_dot: Any) -> Tensor:
-        u, x, *inputs = ctx.saved_tensors
+        u, x, *inputs = alive(ctx.saved_tensors)
         task, adjoint = ctx.task, ctx.adjoint
         with below_jvp() as (lower, raise_):
             u, x, inputs = lower(u), lower(x), [lower(i) for i in inputs]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture import below_jvp, functorch_active
+from ..capture import alive, below_jvp, functorch_active
 from ..errors import UnsupportedCombination
 from ..integrate import integrate
 from ..system import System, VmappedSystem
@@ -29,8 +29,9 @@ class SolveNode(torch.autograd.Function):
     def forward(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(y0.device.type, enabled=False):
             system = problem.system
-            f, shape, record = system.bind(problem.laid_out(inputs, y0)), system.natural_shape, problem.record
+            shape, record = system.natural_shape, problem.record
             if record is None:
+                f = problem.solver(problem.laid_out(inputs, y0), y0.shape[0])
                 record = integrate(f, problem.plan, anchors, t_eval, y0, problem.batched, inputs, shape)
         problem.report(record)
         return tuple(getattr(record, name) for name in Outputs._fields)
@@ -48,8 +49,10 @@ class SolveNode(torch.autograd.Function):
         if not problem.plan.keep_states:
             return
         out = Outputs(*output)
+        # the slopes of implicit stages are what their derivatives are taken at; explicit ones are computed again
+        stages = out.stages if problem.algebra is not None else out.status
         saved = [anchors, *([t_eval] if t_eval is not None else []), *rest]
-        grid = [out.states, out.t, out.h, out.segment, out.lands, out.sample_step, out.status, out.event_step]
+        grid = [out.states, out.t, out.h, out.segment, out.lands, out.sample_step, out.status, out.event_step, stages]
         ctx.save_for_backward(*grid, *saved)
         ctx.save_for_forward(*grid, *saved)
 
@@ -133,8 +136,9 @@ class SolveNode(torch.autograd.Function):
         return tuple(split), tuple(dims)
 
 
+_WORK = ("n_jac", "n_factorizations", "n_solves", "n_newton")
 _ROW_DIM = {
-    **{name: 0 for name in ("final", "n_steps", "n_accepted", "n_rejected", "n_fun", "status", "t_final")},
+    **{name: 0 for name in ("final", "n_steps", "n_accepted", "n_rejected", "n_fun", "status", "t_final", *_WORK)},
     **{name: 1 for name in ("samples", "states", "t", "h", "segment", "lands", "sample_step")},
     "stages": 2,
 }
@@ -143,8 +147,8 @@ _ROW_DIM = {
 def _unpack(ctx: Any) -> tuple[dict[str, Tensor], Tensor, Tensor | None, Sequence[Tensor]]:
     if not ctx.problem.plan.keep_states:
         raise RuntimeError("this solve was made without keeping what its derivatives need")
-    names = ("states", "t", "h", "segment", "lands", "sample_step", "status", "event_step")
-    saved = list(ctx.saved_tensors)
+    names = ("states", "t", "h", "segment", "lands", "sample_step", "status", "event_step", "stages")
+    saved = alive(ctx.saved_tensors)
     grid: dict[str, Tensor] = {name: x for name, x in zip(names, saved[: len(names)], strict=True)}
     rest = saved[len(names) :]
     anchors = rest.pop(0)

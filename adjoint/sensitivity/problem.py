@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..integrate import Plan, Record, shifted_times
+from ..integrate import Plan, Record, StageSolver, shifted_times
 from ..integrate.columns import column_major, takes_columns
-from ..system import System, VmappedSystem
+from ..jacobians import DenseJacobian
+from ..linalg import DenseLU, LinearSolver, Matrix
+from ..system import Flat, System, VmappedSystem
 
-__all__ = ["Gradient", "Outputs", "Problem", "StepTimes", "interpolate", "kept_steps", "stage_times", "step_times"]
+__all__ = ["Gradient", "Outputs", "Problem", "StageAlgebra", "StepTimes", "interpolate", "kept_steps", "stage_times", "step_times"]
+
+
+@dataclass(frozen=True)
+class StageAlgebra:
+    """How matrices of implicit stages are made, and what factorises them."""
+
+    jacobian: Callable[[Callable[[Tensor], Tensor], Tensor], Matrix] = field(default_factory=DenseJacobian)
+    linear_solver: LinearSolver = field(default_factory=DenseLU)
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,7 @@ class Problem:
 
     ``batched``: whether rows are trajectories with their own steps. ``report`` sees the record of every forward solve
     (it raises the named errors), and the numbers of function evaluations of every backward sweep through ``backward_report``.
-    ``record``: the solution, where it is known already.
+    ``record``: the solution, where it is known already. ``algebra``: for implicit methods, how their matrices are made and factorised.
     """
 
     system: System | VmappedSystem
@@ -31,6 +41,14 @@ class Problem:
     report: Callable[[Record], None]
     backward_report: Callable[[int, int], None]
     record: Record | None = None
+    algebra: StageAlgebra | None = None
+
+    def solver(self, inputs: Sequence[Tensor], rows: int) -> Flat:
+        """The right-hand side for the loop, which solves the equations of implicit stages by iteration."""
+        f = self.system.bind(inputs)
+        if self.algebra is None:
+            return f
+        return StageSolver(f, self.plan, self.algebra.jacobian, self.algebra.linear_solver, rows, self.system.spec.device)
 
     def columns(self, y0: Tensor) -> bool:
         """Whether the steps carry states as ``(n, B)``."""
@@ -65,6 +83,10 @@ class Outputs(NamedTuple):
     event_id: Tensor
     event_step: Tensor
     event_t: Tensor
+    n_jac: Tensor
+    n_factorizations: Tensor
+    n_solves: Tensor
+    n_newton: Tensor
 
 
 class Gradient(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,8 +31,9 @@ def replay_step(
     return y1, torch.stack(plan.method.dense_stages(f, times, column, y, ks))
 
 
-def replay(f: Flat, plan: Plan, grid: Outputs, anchors: Tensor, t_eval: Tensor | None, y0: Tensor) -> Outputs:
-    """The computed solution as a differentiable function of ``anchors``, ``t_eval``, ``y0`` and whatever ``f`` depends on."""
+def replay(equations: Callable[[int], Flat], plan: Plan, grid: Outputs, anchors: Tensor, t_eval: Tensor | None, y0: Tensor) -> Outputs:
+    """The computed solution as a differentiable function of ``anchors``, ``t_eval``, ``y0`` and whatever ``equations(k)``, the
+    right-hand side in step ``k``, depends on."""
     times = step_times(grid.t, grid.h, grid.segment, grid.lands, anchors, plan.shift)
     n_steps = grid.t.shape[0]
     keep = set(kept_steps(plan, grid.event_step, n_steps))
@@ -40,7 +41,7 @@ def replay(f: Flat, plan: Plan, grid: Outputs, anchors: Tensor, t_eval: Tensor |
     states, stages = [y0], []
     all_times = stage_times(plan, times, plan.real)
     for k in range(n_steps):
-        y1, ks = replay_step(f, plan, all_times[k], times.h[k], states[-1], sampled or k in keep)
+        y1, ks = replay_step(equations(k), plan, all_times[k], times.h[k], states[-1], sampled or k in keep)
         states.append(y1)
         stages.append(ks)
     final = torch.where((grid.status >= 0).unsqueeze(-1), states[-1], float("nan"))

@@ -15,6 +15,7 @@ from ..integrate import Monitor, Record, Recording, integrate
 from .node import SolveNode
 from .problem import Outputs, Problem
 from .replay import replay
+from .stages import equations
 
 __all__ = ["Backprop", "DiscreteAdjoint"]
 
@@ -72,7 +73,11 @@ class Backprop:
         grid = Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
         if not problem.plan.keep_states:
             return grid
-        return replay(problem.system.bind(inputs), problem.plan, grid, anchors, t_eval, y0)
+        if problem.algebra is None:
+            f = problem.system.bind(inputs)
+            return replay(lambda k: f, problem.plan, grid, anchors, t_eval, y0)
+        stages = grid.stages.detach()
+        return replay(lambda k: equations(problem, inputs, stages[k]), problem.plan, grid, anchors, t_eval, y0)
 
 
 def _recorded(
@@ -94,4 +99,4 @@ def _recordable(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Te
     times = [anchors] if t_eval is None else [anchors, t_eval]
     plain = not functorch_active() and forward_ad._current_level < 0 and torch.is_grad_enabled()
     wanted = any(x.requires_grad for x in (y0, *inputs)) and not any(x.requires_grad for x in times)
-    return plain and wanted and not problem.batched
+    return plain and wanted and not problem.batched and problem.algebra is None

@@ -12,15 +12,11 @@ import torch
 from torch import Tensor
 
 from .problem import Problem, StepTimes, interpolate, kept_steps, stage_times, step_times
+from .products import tangent, vjp
 from .replay import replay_step
+from .stages import equations
 
-__all__ = ["functional_sweep", "tangent", "tangents"]
-
-
-def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
-    """`torch.func.vjp` without auxiliary output: the value and the pullback."""
-    value, pullback, *_ = torch.func.vjp(function, *primals)
-    return value, pullback
+__all__ = ["functional_sweep", "tangents"]
 
 
 def _step(problem: Problem, grid: dict[str, Tensor], times: StepTimes, k: int, dense: bool) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -34,7 +30,7 @@ def _step(problem: Problem, grid: dict[str, Tensor], times: StepTimes, k: int, d
             jump_start=None if times.jump_start is None else times.jump_start[k : k + 1],
             jump_end=None if times.jump_end is None else times.jump_end[k : k + 1],
         )
-        f = problem.system.bind(inputs)
+        f = equations(problem, inputs, None if problem.algebra is None else grid["stages"][k])
         return replay_step(f, problem.plan, stage_times(problem.plan, row, real)[0], h, y, dense)
 
     return step
@@ -130,14 +126,6 @@ def functional_sweep(
         (anchors_bar,) = pull_shift((t_total, h_total))
     problem.backward_report(n_steps * plan.method.n_stages * (2 if sampled else 1), n_steps)
     return (anchors_bar, t_eval_bar if wants[1] else None, bar if wants[2] else None, *input_bars)
-
-
-def tangent(function: Callable[..., Any], primals: Sequence[Tensor], dots: Sequence[Tensor]) -> Any:
-    """Tangent of a function by two reverse sweeps: it nests with a user's dual level, where `torch.func.jvp` does not."""
-    out, pull = vjp(function, *primals)
-    zeros = tuple(torch.zeros_like(x) for x in out) if isinstance(out, tuple) else torch.zeros_like(out)
-    _, push = vjp(pull, zeros)
-    return push(tuple(dots))[0]
 
 
 def tangents(

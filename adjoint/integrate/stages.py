@@ -1,0 +1,173 @@
+"""Newton's iteration for the stages of implicit methods, for many trajectories in lock step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..linalg import Factorization, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix
+from .plan import Plan
+
+__all__ = ["StageSolver", "StageWork", "shifted"]
+
+Flat = Callable[[Tensor, Tensor], Tensor]
+
+#: iterations before a stage counts as failed; the convergence test ends most of them after two to four
+_MOST = 10
+
+
+@dataclass
+class StageWork:
+    """Counts for each trajectory, ``(B,)``."""
+
+    n_fun: Tensor
+    n_jac: Tensor
+    n_factorizations: Tensor
+    n_solves: Tensor
+    n_newton: Tensor
+    log: Log = field(default_factory=Log)
+
+    @classmethod
+    def zero(cls, rows: int, device: torch.device) -> StageWork:
+        """Nothing done yet."""
+        return cls(*(torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(5)))
+
+
+def shifted(matrix: Matrix, hd: Tensor) -> Matrix:
+    """``I - hd J`` for ``hd`` of shape ``(B, 1)``."""
+    if isinstance(matrix, SparseMatrix):
+        # the diagonal is made part of the pattern by whoever made the matrix
+        on = (matrix.indices[0] == matrix.indices[1]).to(matrix.dtype)
+        return SparseMatrix(matrix.indices, on - hd * matrix.values, matrix.shape)
+    if isinstance(matrix, LinearOperator):
+        inner, outer = matrix.matvec, matrix.rmatvec
+        return LinearOperator(
+            matrix.n,
+            matrix.rows,
+            matrix.dtype,
+            matrix.device,
+            lambda v: v - hd * inner(v),
+            None if outer is None else lambda v: v - hd * outer(v),
+        )
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return eye - hd.unsqueeze(-1) * matrix
+
+
+def tangent(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """The derivative of a function of ``(B,)`` times."""
+    return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+
+
+class StageSolver:
+    """A flat right-hand side with `implicit`: simplified Newton iterations with the Jacobian at the start of the step.
+
+    The iteration ends when its error, estimated from the rate of convergence, is below ``tolerance`` in units of the error tolerance
+    (Hairer & Wanner, Solving ordinary differential equations II, section IV.8). Rows that have converged do not move any more, so a
+    trajectory does not depend on the others of its batch.
+
+    Parameters
+    ----------
+    f : flat right-hand side on ``(B,)`` times and ``(B, n)`` states
+    jacobian : ``(r, x) -> Matrix`` for a function ``r`` of ``(B, n)``
+    tolerance : float
+        Of the iteration, relative to the tolerance of the step.
+    """
+
+    def __init__(
+        self,
+        f: Flat,
+        plan: Plan,
+        jacobian: Callable[[Callable[[Tensor], Tensor], Tensor], Matrix],
+        linear_solver: LinearSolver,
+        rows: int,
+        device: torch.device,
+        tolerance: float = 1e-3,
+    ) -> None:
+        self.f, self.plan, self.jacobian, self.linear_solver, self.tolerance = f, plan, jacobian, linear_solver, tolerance
+        self.work = StageWork.zero(rows, device)
+        self._matrix: Matrix | None = None
+        self._at: tuple[Tensor, Tensor] | None = None
+        self._factors: Factorization | None = None
+        self._factored: Tensor | None = None
+        self._fresh = False
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        """``f(t, y)``; what is asked for at the start of a step is also where the Jacobian will be taken."""
+        return self.f(t, y)
+
+    def begin(self, t: Tensor, y: Tensor) -> None:
+        """A step is attempted from here: the Jacobian is taken anew, unless the attempt before began at the same place."""
+        if self._at is not None and torch.equal(self._at[0], t) and torch.equal(self._at[1], y):
+            return
+        self._at, self._factored = (t, y), None
+        self._matrix = self.jacobian(lambda x: self.f(t, x), y)
+        self._fresh = True
+
+    def _factors_for(self, hd: Tensor) -> Factorization:
+        if self._factored is None or not torch.equal(self._factored, hd):
+            assert self._matrix is not None
+            matrix = shifted(self._matrix, hd)
+            again = self._factors is not None and not isinstance(matrix, LinearOperator)
+            solver, log = self.linear_solver, self.work.log
+            self._factors = solver.refactor(self._factors, matrix) if again and self._factors is not None else solver.factor(matrix, log)
+            self._factored = hd
+            # finished trajectories take part with steps of size zero: that is no work of theirs
+            running = (hd != 0).squeeze(-1)
+            self.work.n_factorizations += running
+            if self._fresh:
+                self.work.n_jac += running
+                self._fresh = False
+        assert self._factors is not None
+        return self._factors
+
+    def solve(self, t: Tensor, y: Tensor, hd: float | Tensor, b: Tensor) -> Tensor:
+        """See `StageEquations.solve`."""
+        step = hd if isinstance(hd, Tensor) else torch.full((b.shape[0], 1), hd, dtype=self.plan.real, device=b.device)
+        self.work.n_solves += (step != 0).squeeze(-1)
+        return self._factors_for(step).solve(b)
+
+    def time_slope(self, t: Tensor, y: Tensor) -> Tensor:
+        """See `StageEquations.time_slope`."""
+        return tangent(lambda s: self.f(s, y), t)
+
+    def implicit(self, index: int, t: Tensor, base: Tensor, hd: float | Tensor, guess: Tensor) -> Tensor:
+        """See `StageEquations.implicit`."""
+        plan = self.plan
+        step = hd if isinstance(hd, Tensor) else torch.full((base.shape[0], 1), hd, dtype=plan.real, device=base.device)
+        factors = self._factors_for(step)
+        size = base.abs() * plan.rtol + plan.atol
+        k = guess
+        running = (step != 0).squeeze(-1)
+        # rows of finished trajectories take part with steps of size zero: their slope is asked for all the same
+        done = ~running
+        still = self.f(t, base) if bool(done.any()) else k
+        self.work.n_fun += done
+        before = torch.full_like(step.squeeze(-1), float("nan"))
+        rate = torch.ones_like(before)
+        failed = torch.zeros_like(running)
+        for iteration in range(_MOST):
+            residual = k - self.f(t, base + step * k)
+            # (I - hd J) dk = -(k - f): in terms of the slopes the iteration is the same, and hd = 0 is no special case
+            change = factors.solve(torch.where(running.unsqueeze(-1), residual, 0.0))
+            self.work.n_fun += running
+            self.work.n_newton += running
+            self.work.n_solves += running
+            length = plan.norm(step * change / size)
+            if iteration:
+                rate = torch.where(running, length / before, rate)
+            bad = running & (~torch.isfinite(length) | ((rate >= 2.0) if iteration else False))
+            failed = failed | bad
+            k = torch.where((running & ~bad).unsqueeze(-1), k - change, k)
+            # the error after this iteration, by the geometric series; in the first one nothing is known of the rate
+            left = rate / (1 - rate).clamp(min=1e-3) * length if iteration else length
+            small = (left <= self.tolerance) & ((rate < 1) if iteration else True)
+            running = running & ~bad & ~small & (length > 0)
+            before = length
+            if not bool(running.any()):
+                break
+        failed = failed | running
+        k = torch.where(done.unsqueeze(-1), still, k)
+        return torch.where(failed.unsqueeze(-1), float("nan"), k)

@@ -1,0 +1,216 @@
+"""Diagonally implicit Runge-Kutta methods: one step and its error, as functions of flat tensors and of a solver of stage equations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .dirk_tableau import DirkTableau
+from .runge_kutta import StepCotangents, _add, combine, row_dot, update, weighted_sum
+
+__all__ = ["DiagonallyImplicitRungeKutta", "ImplicitLinearize", "StageEquations"]
+
+
+class StageEquations(Protocol):
+    """A right-hand side that also solves the equations of implicit stages. Which way is the caller's business: by Newton's iteration
+    while the solution is computed, as a differentiable root when it is differentiated."""
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        """``f(t, y)``."""
+        ...
+
+    def begin(self, t: Tensor, y: Tensor) -> None:
+        """A step is attempted from here."""
+        ...
+
+    def solve(self, t: Tensor, y: Tensor, hd: float | Tensor, b: Tensor) -> Tensor:
+        """``(I - hd f_y(t, y))^-1 b``, with ``(t, y)`` where the step began."""
+        ...
+
+    def time_slope(self, t: Tensor, y: Tensor) -> Tensor:
+        """``f_t(t, y)``."""
+        ...
+
+    def implicit(self, index: int, t: Tensor, base: Tensor, hd: float | Tensor, guess: Tensor) -> Tensor:
+        """``k = f(t, base + hd k)`` for stage ``index``; ``guess`` is one of ``k``. NaN in rows where there is no solution to be found."""
+        ...
+
+
+class ImplicitLinearize(Protocol):
+    """What the adjoint of a step with implicit stages asks for."""
+
+    def __call__(self, t: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor | None]]]:
+        """``f(t, y)`` with its pullback, as for explicit methods."""
+        ...
+
+    def stages(self) -> list[Tensor]:
+        """The recorded slopes of the step."""
+        ...
+
+    def solve_adjoint(self, index: int, point: Tensor, w: Tensor) -> Tensor:
+        """``(I - h a_ii f_y(Y_i))*^-1 w`` for stage ``index``, whose value ``Y_i`` is ``point``."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonallyImplicitRungeKutta:
+    """A diagonally implicit Runge-Kutta method, defined by its tableau; see `ExplicitRungeKutta` for the meaning of every function.
+
+    Stage slopes are those of the stage equations, ``k_i = (Y_i - base_i) / (h a_ii)``: for stiff problems ``f(Y_i)`` would multiply the error
+    of the iteration by the stiffness (Hairer & Wanner, Solving ordinary differential equations II, section IV.8).
+    """
+
+    tableau: DirkTableau
+    implicit: bool = field(default=True, init=False)
+    _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.tableau.name
+
+    @property
+    def order(self) -> int:
+        return self.tableau.order
+
+    @property
+    def adaptive(self) -> bool:
+        return self.tableau.error is not None
+
+    @property
+    def error_order(self) -> int:
+        """Order that the controller works with."""
+        return self.tableau.order if self.tableau.error_order is None else min(self.tableau.order, self.tableau.error_order)
+
+    @property
+    def diagonal(self) -> tuple[float, ...]:
+        """``a_ii``."""
+        return tuple(row[-1] for row in self.tableau.a)
+
+    @property
+    def nodes(self) -> tuple[float, ...]:
+        return self.tableau.c
+
+    @property
+    def n_stages(self) -> int:
+        return len(self.tableau.b)
+
+    @property
+    def end_index(self) -> None:
+        """No stage is handed on: the slope at the end is known to the tolerance of the iteration only."""
+        return
+
+    @property
+    def error_uses_end(self) -> bool:
+        return False
+
+    @property
+    def evaluations(self) -> int:
+        """Explicit evaluations in an attempted step whose first stage is known; those of the iterations are counted where they are made."""
+        return 0
+
+    @property
+    def extra_evaluations(self) -> int:
+        return 0
+
+    def step(self, f: StageEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """One step from ``y``, where ``f(t, y)`` is ``k1``: the new state and all stages."""
+        tab = self.tableau
+        f.begin(times[0], y)
+        ks: list[Tensor] = []
+        base = y
+        for i, row in enumerate(tab.a):
+            *before, diagonal = row
+            base = combine(y, h, before, ks)
+            if diagonal:
+                ks.append(f.implicit(i, times[i], base, h * diagonal, ks[-1] if ks else k1))
+            else:
+                ks.append(k1 if i == 0 else f(times[i], base))
+        if tab.stiffly_accurate:
+            return base + ks[-1] * (h * tab.a[-1][-1]), ks
+        return update(y, h, tab.b, ks), ks
+
+    def error(self, h: float | Tensor, ks: Sequence[Tensor]) -> Tensor:
+        """The embedded error estimate ``h sum_i (b_i - b_hat_i) k_i``."""
+        assert self.tableau.error is not None
+        total = weighted_sum(self.tableau.error, ks)
+        assert total is not None
+        return total * h
+
+    def dense_stages(
+        self, f: StageEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, ks: Sequence[Tensor], end: Tensor | None = None
+    ) -> list[Tensor]:
+        """All stages that the dense output weighs: those of the step."""
+        return list(ks)
+
+    def adjoint_step(
+        self,
+        linearize: ImplicitLinearize,
+        times: Sequence[Tensor],
+        h: float | Tensor,
+        y: Tensor,
+        end_bar: Tensor,
+        k_bar: Sequence[Tensor | None],
+        time_bars: bool,
+    ) -> StepCotangents:
+        """The discrete adjoint of a step (docs/theory.md, section 1; Sandu 2006).
+
+        With ``w_i = h (b_i l1 + sum_{j > i} a_ji u_j)`` each stage takes one solve with the adjoint of its own matrix,
+        ``(I - h a_ii f_y(Y_i))* v_i = w_i``, then ``u_i = f_y(Y_i)* v_i`` and ``l0 = l1 + sum_i u_i``. Stage slopes are the recorded ones:
+        Newton's iteration is neither run again nor differentiated. Arguments as for `ExplicitRungeKutta.adjoint_step`.
+        """
+        tab, ks = self.tableau, linearize.stages()
+        s = len(ks)
+        # us[j] is u_{s - 1 - j}: the sums run over the stages already done
+        us: list[Tensor] = []
+        y_bar, t_bar, h_bar = end_bar, None, None
+        for i in reversed(range(s)):
+            # the cotangent of k_i by way of the new state and of later stages, over h
+            w = weighted_sum([tab.b[i], *(tab.a[j][i] for j in range(s - 1, i, -1))], [end_bar, *us])
+            bar = k_bar[i] if i < len(k_bar) else None
+            v = bar if w is None else w * h if bar is None else bar + w * h
+            if v is None:
+                us.append(torch.zeros_like(y))
+                continue
+            diagonal = tab.a[i][i]
+            point = combine(y, h, tab.a[i], ks)
+            _, pullback = linearize(times[i], point)
+            if diagonal:
+                v = linearize.solve_adjoint(i, point, v)
+            u, time_bar = pullback(v)
+            us.append(u)
+            y_bar = y_bar + u
+            if time_bars:
+                one = (1, -1) if isinstance(h, float) else ks[i].shape
+                if w is not None:
+                    h_bar = _add(h_bar, row_dot(ks[i].reshape(one), w.reshape(one)))
+                if diagonal:
+                    h_bar = _add(h_bar, diagonal * row_dot(ks[i].reshape(one), u.reshape(one)))
+                if time_bar is not None:
+                    t_bar = _add(t_bar, time_bar)
+                    h_bar = _add(h_bar, time_bar * tab.c[i])
+        return StepCotangents(y_bar, t_bar, h_bar, ks)
+
+    def dense_weights(self, theta: Tensor) -> Tensor:
+        """``b_i(theta)``: shape ``(*theta.shape, S)``."""
+        matrix = self._dense(theta.dtype, theta.device)
+        powers = theta.unsqueeze(-1) ** torch.arange(1, matrix.shape[1] + 1, device=theta.device, dtype=theta.dtype)
+        return powers @ matrix.T
+
+    def dense_slopes(self, theta: Tensor) -> Tensor:
+        """``db_i/dtheta``, shaped as `dense_weights`."""
+        matrix = self._dense(theta.dtype, theta.device)
+        exponent = torch.arange(matrix.shape[1], device=theta.device, dtype=theta.dtype)
+        return (theta.unsqueeze(-1) ** exponent * (exponent + 1)) @ matrix.T
+
+    def _dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        key = (dtype, device)
+        if key not in self._tensors:
+            matrix = torch.tensor(self.tableau.dense, dtype=dtype, device=device)
+            if torch._C._functorch.is_functorch_wrapped_tensor(matrix) or matrix.is_inference():
+                return matrix
+            self._tensors[key] = matrix
+        return self._tensors[key]

@@ -1,0 +1,201 @@
+"""Rosenbrock methods: one step, its error and its dense output, as functions of flat tensors and of a solver of linear systems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .dirk import StageEquations
+from .runge_kutta import StepCotangents, _add, combine, row_dot, update, weighted_sum
+from .tableaux_rosenbrock import RosenbrockTableau
+
+__all__ = ["Rosenbrock", "StartLinearize"]
+
+
+class StartLinearize(Protocol):
+    """What the adjoint of a Rosenbrock step asks for."""
+
+    def __call__(self, t: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor | None]]]:
+        """``f(t, y)`` with its pullback, as for explicit methods."""
+        ...
+
+    def stages(self) -> list[Tensor]:
+        """The recorded stages of the step."""
+        ...
+
+    def solve_start(self, t: Tensor, y: Tensor, hd: float | Tensor, w: Tensor) -> Tensor:
+        """``(I - hd f_y(t, y))*^-1 w``, with ``(t, y)`` where the step began."""
+        ...
+
+    def bend(
+        self, t: Tensor, y: Tensor, k: Sequence[Tensor], d: Sequence[float], v: Sequence[Tensor], scale: float | Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of ``phi = sum_i Re <v_i, f_y k_i + d_i f_t>``: the gradients of ``scale phi`` in ``y`` and ``t``, and ``phi``."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Rosenbrock:
+    """A Rosenbrock method, defined by its tableau; see `ExplicitRungeKutta` for the meaning of every function.
+
+    A step takes one Jacobian, one matrix and a fixed number of linear solves: there is no iteration, so nothing that fails to converge
+    and no tolerance but that of the step. The Jacobian is part of the formula (with another one the order is lost), and so it is
+    differentiated with everything else.
+    """
+
+    tableau: RosenbrockTableau
+    implicit: bool = field(default=True, init=False)
+    _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.tableau.name
+
+    @property
+    def order(self) -> int:
+        return self.tableau.order
+
+    @property
+    def adaptive(self) -> bool:
+        return True
+
+    @property
+    def error_order(self) -> int:
+        """Order that the controller works with."""
+        return min(self.tableau.order, self.tableau.error_order)
+
+    @property
+    def nodes(self) -> tuple[float, ...]:
+        return self.tableau.c
+
+    @property
+    def n_stages(self) -> int:
+        return len(self.tableau.b)
+
+    @property
+    def end_index(self) -> None:
+        """Stages are no slopes."""
+        return
+
+    @property
+    def error_uses_end(self) -> bool:
+        return False
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of ``fun`` in an attempted step whose first one is known; ``f_t`` counts as one."""
+        return len(set(self.tableau.same_as))
+
+    @property
+    def extra_evaluations(self) -> int:
+        return 0
+
+    def step(self, f: StageEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """One step from ``y``, where ``f(t, y)`` is ``k1``: the new state and all stages, see `RosenbrockTableau`."""
+        tab = self.tableau
+        start = times[0]
+        f.begin(start, y)
+        slope = f.time_slope(start, y)
+        values: list[Tensor] = []
+        ks: list[Tensor] = []
+        for i, (row, coupling) in enumerate(zip(tab.a, tab.coupling, strict=True)):
+            same = tab.same_as[i]
+            if i == 0:
+                values.append(k1)
+            else:
+                values.append(values[same] if same < i else f(times[i], combine(y, h, row, ks)))
+            side = weighted_sum([1.0, *coupling], [values[i], *ks])
+            assert side is not None
+            if tab.d[i]:
+                side = side + slope * (h * tab.d[i])
+            ks.append(f.solve(start, y, h * tab.gamma, side * tab.gamma))
+        return update(y, h, tab.b, ks), ks
+
+    def error(self, h: float | Tensor, ks: Sequence[Tensor]) -> Tensor:
+        """The embedded error estimate ``h sum_i (b_i - b_hat_i) K_i``."""
+        total = weighted_sum(self.tableau.error, ks)
+        assert total is not None
+        return total * h
+
+    def dense_stages(
+        self, f: StageEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, ks: Sequence[Tensor], end: Tensor | None = None
+    ) -> list[Tensor]:
+        """All stages that the dense output weighs: those of the step."""
+        return list(ks)
+
+    def adjoint_step(
+        self,
+        linearize: StartLinearize,
+        times: Sequence[Tensor],
+        h: float | Tensor,
+        y: Tensor,
+        end_bar: Tensor,
+        k_bar: Sequence[Tensor | None],
+        time_bars: bool,
+    ) -> StepCotangents:
+        """The discrete adjoint of a step; arguments as for `ExplicitRungeKutta.adjoint_step`.
+
+        With ``W = I - h gamma f_y(t, y)`` and ``u_j = f_y(Y_j)* v_j``, the stages take one solve each, from the last to the first:
+        ``v_i = gamma W*^-1 (h b_i l1 + sum_{j > i} (gamma_ji v_j + h a_ji u_j))`` is the cotangent of the right-hand side of stage ``i``.
+        The Jacobian is an input of the step like any other: ``l0 = l1 + sum_i u_i + d/dy sum_i <v_i, h (f_y K_i + d_i f_t)>``, the last
+        term at ``(t, y)``.
+        """
+        tab, ks = self.tableau, linearize.stages()
+        s = len(ks)
+        start = times[0]
+        # for each stage: the cotangent v_i, and that of Y_i for those which evaluate f there
+        vs: list[Tensor] = [end_bar] * s
+        us: list[Tensor | None] = [None] * s
+        y_bar, t_bar, h_bar = end_bar, None, None
+        one = (1, -1) if isinstance(h, float) else ks[0].shape
+        for i in reversed(range(s)):
+            later = [(tab.a[j][i], u) for j in range(i + 1, s) if (u := us[j]) is not None]
+            w = weighted_sum([tab.b[i], *(a for a, _ in later)], [end_bar, *(u for _, u in later)])
+            coupled = weighted_sum([tab.coupling[j][i] for j in range(i + 1, s)], vs[i + 1 :])
+            parts = [x for x in (k_bar[i] if i < len(k_bar) else None, coupled, None if w is None else w * h) if x is not None]
+            total = sum(parts[1:], parts[0]) if parts else torch.zeros_like(y)
+            vs[i] = linearize.solve_start(start, y, h * tab.gamma, total) * tab.gamma
+            if time_bars and w is not None:
+                h_bar = _add(h_bar, row_dot(ks[i].reshape(one), w.reshape(one)))
+            if tab.same_as[i] < i:
+                continue
+            # all stages that use this value of f come behind it
+            v = weighted_sum([1.0] * s, [vs[j] for j in range(i, s) if tab.same_as[j] == i])
+            assert v is not None
+            _, pullback = linearize(times[i], combine(y, h, tab.a[i], ks))
+            u, time_bar = pullback(v)
+            us[i] = u
+            y_bar = y_bar + u
+            if time_bars and time_bar is not None:
+                t_bar = _add(t_bar, time_bar)
+                h_bar = _add(h_bar, time_bar * tab.c[i])
+        bent, time_bar, phi = linearize.bend(start, y, ks, tab.d, vs, h)
+        if time_bars and time_bar is not None and phi is not None:
+            t_bar, h_bar = _add(t_bar, time_bar), _add(h_bar, phi)
+        return StepCotangents(y_bar + bent, t_bar, h_bar, ks)
+
+    def dense_weights(self, theta: Tensor) -> Tensor:
+        """``b_i(theta)``: shape ``(*theta.shape, S)``."""
+        matrix = self._dense(theta.dtype, theta.device)
+        powers = theta.unsqueeze(-1) ** torch.arange(1, matrix.shape[1] + 1, device=theta.device, dtype=theta.dtype)
+        return powers @ matrix.T
+
+    def dense_slopes(self, theta: Tensor) -> Tensor:
+        """``db_i/dtheta``, shaped as `dense_weights`."""
+        matrix = self._dense(theta.dtype, theta.device)
+        exponent = torch.arange(matrix.shape[1], device=theta.device, dtype=theta.dtype)
+        return (theta.unsqueeze(-1) ** exponent * (exponent + 1)) @ matrix.T
+
+    def _dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        key = (dtype, device)
+        if key not in self._tensors:
+            matrix = torch.tensor(self.tableau.dense, dtype=dtype, device=device)
+            if torch._C._functorch.is_functorch_wrapped_tensor(matrix) or matrix.is_inference():
+                # made inside of a transform, or in inference mode, it must not outlive it
+                return matrix
+            self._tensors[key] = matrix
+        return self._tensors[key]

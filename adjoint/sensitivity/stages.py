@@ -1,0 +1,243 @@
+"""Implicit stages in derivatives: as differentiable roots for recorded code, and their adjoint solves for the eager sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..integrate.stages import shifted
+from ..linalg import Factorization, Log, Matrix
+from ..methods.runge_kutta import StepCotangents, row_dot
+from ..nonlinear import RootRecord
+from ..system import Flat, System, VmappedSystem
+from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, linear
+from .linearize import Linearizer, vjp
+from .problem import Problem, StageAlgebra
+from .products import tangent
+
+__all__ = ["RecordedStages", "StageLinearizer", "equations", "recorded_adjoint"]
+
+
+@dataclass(frozen=True)
+class _StageConditions:
+    """``k - f(t, base + hd k) = 0`` with inputs ``(t, base, hd, *inputs of f)``."""
+
+    system: System | VmappedSystem
+
+    @property
+    def rows(self) -> int:
+        return self.system.rows
+
+    @property
+    def spec(self) -> Any:
+        return self.system.spec
+
+    def bind(self, inputs: Sequence[Tensor]) -> Flat:
+        """The flat function of ``k``."""
+        t, base, hd, *rest = inputs
+        f = self.system.bind(rest)
+        return lambda _, k: k - f(t, base + hd * k)
+
+
+@dataclass(frozen=True)
+class _ShiftedConditions:
+    """``y - hd f(t, y)``, whose Jacobian in ``y`` is the matrix of `RecordedStages.solve`; inputs ``(t, hd, *inputs of f)``."""
+
+    system: System | VmappedSystem
+
+    @property
+    def rows(self) -> int:
+        return self.system.rows
+
+    @property
+    def spec(self) -> Any:
+        return self.system.spec
+
+    def bind(self, inputs: Sequence[Tensor]) -> Flat:
+        """The flat function of ``y``."""
+        t, hd, *rest = inputs
+        f = self.system.bind(rest)
+        return lambda _, y: y - hd * f(t, y)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    strategy: Callable[[Callable[[Tensor], Tensor], Tensor], Matrix]
+
+    def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
+        return self.strategy(r, x)
+
+    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
+        """The same: rows are independent."""
+        return self
+
+
+def _known(r: Any, x: Tensor, inputs: Any, jacobian: Any) -> RootRecord:
+    """The recorded slope is the root: there is nothing to iterate."""
+    count = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    return RootRecord(x, torch.zeros_like(x), x.new_zeros(x.shape[0], dtype=x.dtype.to_real()), count, count, count, count)
+
+
+class RecordedStages:
+    """`StageEquations` for one recorded step, whose stages are differentiable roots to any order.
+
+    ``stages``: the recorded slopes, ``(S, B, n)``.
+    """
+
+    def __init__(self, system: System | VmappedSystem, inputs: Sequence[Tensor], stages: Tensor, algebra: StageAlgebra) -> None:
+        self.system, self.inputs, self.recorded, self.algebra = system, inputs, stages, algebra
+        self.f = system.bind(inputs)
+        self._shifted: RootTask | None = None
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        """``f(t, y)``."""
+        return self.f(t, y)
+
+    def begin(self, t: Tensor, y: Tensor) -> None:
+        """Nothing to prepare."""
+
+    def solve(self, t: Tensor, y: Tensor, hd: float | Tensor, b: Tensor) -> Tensor:
+        """See `StageEquations.solve`; differentiable in everything, the Jacobian included."""
+        step = hd if isinstance(hd, Tensor) else b.new_full((b.shape[0], 1), hd, dtype=b.dtype.to_real())
+        if self._shifted is None:
+            conditions = _ShiftedConditions(self.system)
+            rule, solver = _Rule(self.algebra.jacobian), self.algebra.linear_solver
+            self._shifted = RootTask(conditions, conditions, _known, rule, solver, Log(), lambda record: None)
+        return linear(self._shifted, b, y, (t, step, *self.inputs), adjoint=False)
+
+    def time_slope(self, t: Tensor, y: Tensor) -> Tensor:
+        """See `StageEquations.time_slope`."""
+        return tangent(lambda s: self.f(s, y), [t], [torch.ones_like(t)])
+
+    def implicit(self, index: int, t: Tensor, base: Tensor, hd: float | Tensor, guess: Tensor) -> Tensor:
+        """See `StageEquations.implicit`."""
+        step = hd if isinstance(hd, Tensor) else base.new_full((base.shape[0], 1), hd, dtype=base.dtype.to_real())
+        conditions = _StageConditions(self.system)
+        task = RootTask(
+            conditions, conditions, _known, _Rule(self.algebra.jacobian), self.algebra.linear_solver, Log(), lambda record: None
+        )
+        return RootOutputs(*RootNode.apply(task, self.recorded[index].detach(), t, base, step, *self.inputs)).raw
+
+
+def equations(problem: Problem, inputs: Sequence[Tensor], stages: Tensor | None) -> Any:
+    """The right-hand side for one recorded step, whose implicit stages (``stages``: their slopes) are differentiable roots."""
+    if problem.algebra is None:
+        return problem.system.bind(inputs)
+    assert stages is not None
+    return RecordedStages(problem.system, inputs, stages, problem.algebra)
+
+
+def recorded_adjoint(
+    problem: Problem,
+    linearize: StageLinearizer,
+    times: Sequence[Tensor],
+    h: float | Tensor,
+    y: Tensor,
+    end_bar: Tensor,
+    k_bar: Sequence[Tensor | None],
+    time_bars: bool,
+) -> StepCotangents:
+    """The adjoint of a step by plain autograd through the step itself, for methods that bring none of their own."""
+    method = problem.plan.method
+    rows = y.shape[0]
+    size = h if isinstance(h, Tensor) else torch.full((rows, 1), h, dtype=y.dtype.to_real(), device=y.device)
+    with torch.enable_grad():
+        start, length = y.detach().requires_grad_(True), size.detach().requires_grad_(time_bars)
+        begin = [t.detach() for t in times]
+        moved = torch.zeros(rows, dtype=size.dtype, device=y.device, requires_grad=time_bars)
+        if time_bars:
+            begin = [t + moved + c * (length - length.detach()).squeeze(-1) for t, c in zip(begin, method.nodes, strict=True)]
+        f = RecordedStages(problem.system, linearize.inputs, linearize.recorded[linearize.k], problem.algebra)  # type: ignore[arg-type]
+        y1, ks = method.step(f, begin, length, start, f(begin[0], start))
+    outputs, bars = [y1], [end_bar]
+    for k, bar in zip(ks, k_bar, strict=False):
+        if bar is not None:
+            outputs.append(k)
+            bars.append(bar)
+    times_too = (length, moved) if time_bars else ()
+    found = vjp(tuple(outputs), (start, *times_too, *linearize.targets), tuple(bars))
+    y_bar, *rest = found
+    h_bar = t_bar = None
+    if time_bars:
+        h_bar, t_bar, *rest = rest
+        h_bar = None if h_bar is None else h_bar.sum(-1)
+    linearize.accumulate(rest)
+    linearize.n_fun += len(ks)
+    return StepCotangents(torch.zeros_like(y) if y_bar is None else y_bar, t_bar, h_bar, [k.detach() for k in ks])
+
+
+class StageLinearizer(Linearizer):
+    """A `Linearizer` that also solves with the adjoints of ``I - h a_ii f_y(Y_i)`` for the stages of one step."""
+
+    def __init__(self, problem: Problem, stages: Tensor, f: Flat, inputs: Sequence[Tensor], wants: Sequence[bool], time: bool) -> None:
+        super().__init__(f, inputs, wants, time)
+        assert problem.algebra is not None
+        self.algebra, self.diagonal, self.recorded = problem.algebra, getattr(problem.plan.method, "diagonal", ()), stages
+        self.log = Log()
+        self.k = 0
+        self.h: Tensor = stages.new_empty(0)
+        self.times: Sequence[Tensor] = ()
+        self._start: Factorization | None = None
+
+    def begin_step(self, k: int, times: Sequence[Tensor], h: float | Tensor) -> None:
+        """The next sweep is that of step ``k``."""
+        rows = self.recorded.shape[2]
+        self.k, self.times, self._start = k, times, None
+        self.h = h if isinstance(h, Tensor) else torch.full((rows, 1), h, dtype=self.recorded.dtype.to_real(), device=self.recorded.device)
+
+    def stages(self) -> list[Tensor]:
+        """The recorded slopes of the step."""
+        return list(self.recorded[self.k].unbind())
+
+    def solve_adjoint(self, index: int, point: Tensor, w: Tensor) -> Tensor:
+        """``(I - h a_ii f_y)*^-1 w`` at the value ``point`` of stage ``index``."""
+        hd, time = self.h * self.diagonal[index], self.times[index]
+        with torch.no_grad():
+            matrix = shifted(self.algebra.jacobian(lambda y: self.f(time, y), point), hd)
+            factors = self.algebra.linear_solver.factor(matrix, self.log)
+            return factors.solve(w, transposed=True, conjugated=True)
+
+    def solve_start(self, t: Tensor, y: Tensor, hd: Tensor | float, w: Tensor) -> Tensor:
+        """``(I - hd f_y(t, y))*^-1 w`` with ``(t, y)`` and ``hd`` the same in every call of a step: one factorisation."""
+        with torch.no_grad():
+            if self._start is None:
+                size = hd if isinstance(hd, Tensor) else torch.full_like(self.h, hd)
+                matrix = shifted(self.algebra.jacobian(lambda x: self.f(t, x), y), size)
+                self._start = self.algebra.linear_solver.factor(matrix, self.log)
+            return self._start.solve(w, transposed=True, conjugated=True)
+
+    def bend(
+        self, t: Tensor, y: Tensor, k: Sequence[Tensor], d: Sequence[float], v: Sequence[Tensor], scale: float | Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Cotangents by way of the slopes of ``f`` at ``(t, y)`` along the directions ``(d_i, k_i)``.
+
+        With ``phi = sum_i Re <v_i, f_y k_i + d_i f_t>``, ``(B,)``: the gradient of ``scale phi`` in ``y`` and, where derivatives in times
+        are wanted, that in ``t`` and ``phi`` itself; adds that in the inputs to their cotangents.
+        """
+        self.n_fun += 1
+        with torch.enable_grad():
+            time, at = t.detach().requires_grad_(True), y.detach().requires_grad_(True)
+            f = self.f(time, at)
+            if not f.requires_grad:
+                return torch.zeros_like(y), *((torch.zeros_like(t), torch.zeros_like(t)) if self.time else (None, None))
+            weights = torch.stack(list(v))
+            found = torch.autograd.grad(f, (at, time), weights, create_graph=True, is_grads_batched=True, materialize_grads=True)
+            rows = row_dot(torch.stack(list(k)), found[0]) + found[1] * found[1].new_tensor(d).unsqueeze(-1)
+            phi = rows.sum(0)
+            total = (phi * (scale.squeeze(-1) if isinstance(scale, Tensor) else scale)).sum()
+        times = (time,) if self.time else ()
+        if not total.requires_grad:
+            bars: list[Tensor | None] = [None] * (1 + len(times) + len(self.targets))
+        else:
+            bars = list(vjp((total,), (at, *times, *self.targets), (torch.ones_like(total),)))
+        y_bar, *rest = bars
+        t_bar = None
+        if self.time:
+            t_bar, *rest = rest
+            t_bar = torch.zeros_like(t) if t_bar is None else t_bar
+        self.accumulate(rest)
+        return torch.zeros_like(y) if y_bar is None else y_bar, t_bar, phi.detach() if self.time else None

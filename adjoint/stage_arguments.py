@@ -1,0 +1,63 @@
+"""How the matrices of implicit methods are had: from the arguments of the front doors to a `StageAlgebra`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidInput, UnsupportedCombination
+from .jacobians import DenseJacobian
+from .jacobians_sparse import SparseJacobian, choose_jacobian
+from .linalg import DenseLU, LinearSolver, Matrix
+from .linalg.sparsity import SparsityPattern
+from .sensitivity.problem import StageAlgebra
+from .system import StateSpec, System
+
+__all__ = ["stage_algebra"]
+
+#: unknowns up to which a dense Jacobian is taken without a look at its pattern
+_SMALL = 64
+
+Strategy = Callable[[Callable[[Tensor], Tensor], Tensor], Matrix]
+
+
+def with_diagonal(pattern: SparsityPattern) -> SparsityPattern:
+    """The pattern of ``I - h J``."""
+    import scipy.sparse as sp
+
+    return SparsityPattern.from_scipy(pattern.to_scipy() + sp.eye_array(pattern.shape[0], format="csr"))
+
+
+class _Detected:
+    """Dense for few unknowns; else the pattern is found from the function at the first call, and kept."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self.inputs = inputs
+        self.strategy: Strategy | None = None
+
+    def __call__(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Matrix:
+        if self.strategy is None:
+            self.strategy = DenseJacobian()
+            if x.shape[1] > _SMALL:
+                found, _ = choose_jacobian(f, x, parameters=[i for i in self.inputs if i.is_floating_point()])
+                self.strategy = SparseJacobian(with_diagonal(found.pattern)) if isinstance(found, SparseJacobian) else found
+        return self.strategy(f, x)
+
+
+def stage_algebra(
+    system: System, inputs: Sequence[Tensor], spec: StateSpec, *, jac: Any, jac_sparsity: Any, linear_solver: LinearSolver | None
+) -> StageAlgebra:
+    """Check and put together."""
+    n = sum(spec.sizes)
+    if linear_solver is not None and not (hasattr(linear_solver, "factor") and hasattr(linear_solver, "refactor")):
+        raise InvalidInput(f"linear_solver must be an object such as adjoint.linalg.DenseLU(), got {linear_solver!r}")
+    if jac is not None:
+        raise UnsupportedCombination("jac= is not supported yet by implicit methods: leave it out, or give jac_sparsity")
+    strategy: Strategy = _Detected(inputs)
+    if jac_sparsity is not None:
+        pattern = SparsityPattern.from_any(jac_sparsity, (n, n))
+        strategy = SparseJacobian(with_diagonal(pattern))
+    return StageAlgebra(strategy, linear_solver if linear_solver is not None else DenseLU())
