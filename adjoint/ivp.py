@@ -218,7 +218,10 @@ def solve_ivp(
     if not hasattr(strategy, "solve"):
         raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")
     out = strategy.solve(problem, times.anchors, times.samples, y_flat, inputs)
-    return _solution(_Parts(out, problem, times, user_spec, spec, integrand, y_flat, event_list, tuple(args), backward, derivatives, dense_output))
+    parts = _Parts(
+        out, problem, times, user_spec, spec, integrand, y_flat, event_list, tuple(args), backward, derivatives, dense_output
+    )
+    return _solution(parts)
 
 
 def _parameter_names(fun: Callable[..., Any], captured: Sequence[Tensor]) -> tuple[str, ...] | None:
@@ -235,7 +238,9 @@ def _transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def _check_options(method: Method, implicit: dict[str, Any], first_step: Any, events: Any, batched: bool, compile: bool, max_steps: Any) -> None:
+def _check_options(
+    method: Method, implicit: dict[str, Any], first_step: Any, events: Any, batched: bool, compile: bool, max_steps: Any
+) -> None:
     for name, value in implicit.items():
         if value is not None and not method.implicit:
             raise UnsupportedCombination(f"{name}= is for implicit methods; {method.name!r} solves no linear systems")

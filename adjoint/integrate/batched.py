@@ -305,7 +305,7 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
         event_id=empty,
         event_step=empty,
         event_t=empty.double(),
-        **{name: torch.zeros_like(used) for name in ("n_jac", "n_factorizations", "n_solves", "n_newton")},
+        **{name: torch.zeros_like(carry.attempts) for name in ("n_jac", "n_factorizations", "n_solves", "n_newton")},
         **packed,
     )
 

@@ -60,8 +60,8 @@ class ImplicitLinearize(Protocol):
 class DiagonallyImplicitRungeKutta:
     """A diagonally implicit Runge-Kutta method, defined by its tableau; see `ExplicitRungeKutta` for the meaning of every function.
 
-    Stage slopes are those of the stage equations, ``k_i = (Y_i - base_i) / (h a_ii)``: for stiff problems ``f(Y_i)`` would multiply the error
-    of the iteration by the stiffness (Hairer & Wanner, Solving ordinary differential equations II, section IV.8).
+    Stage slopes are those of the stage equations, ``k_i = (Y_i - base_i) / (h a_ii)``: for stiff problems ``f(Y_i)`` would multiply
+    the error of the iteration by the stiffness (Hairer & Wanner, Solving ordinary differential equations II, section IV.8).
     """
 
     tableau: DirkTableau

@@ -52,7 +52,7 @@ def _sdirk2() -> DirkTableau:
         dense=continuous_extension(a, b, 2, 2, smooth=False),
         dense_order=2,
         stability="L-stable",
-        source="Alexander (1977), Diagonally implicit Runge-Kutta methods for stiff ODEs, SIAM J. Numer. Anal. 14; embedded weights 1/2, 1/2",
+        source="Alexander (1977), Diagonally implicit Runge-Kutta methods for stiff ODEs; embedded weights 1/2, 1/2",
     )
 
 
