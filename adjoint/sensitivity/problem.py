@@ -22,7 +22,7 @@ class Problem:
 
     ``batched``: whether rows are trajectories with their own steps. ``report`` sees the record of every forward solve
     (it raises the named errors), and the numbers of function evaluations of every backward sweep through ``backward_report``.
-    ``record``: the solution, where it is known already.
+    ``known``: the solution, where it is there already; taken out by its first user.
     """
 
     system: System | VmappedSystem
@@ -30,7 +30,7 @@ class Problem:
     batched: bool
     report: Callable[[Record], None]
     backward_report: Callable[[int, int], None]
-    record: Record | None = None
+    known: list[Record] | None = None
 
     def columns(self, y0: Tensor) -> bool:
         """Whether the steps carry states as ``(n, B)``."""
