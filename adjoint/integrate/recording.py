@@ -10,6 +10,10 @@ from torch import Tensor
 __all__ = ["Recording"]
 
 
+#: where not even so many steps would fit, recording is not begun
+_FEWEST_STEPS = 12
+
+
 class Recording:
     """Counts what autograd saves for a solve of one trajectory, and switches it off for good when that comes to exceed ``budget`` bytes.
 
@@ -39,7 +43,7 @@ class Recording:
         # of every stage its argument and its value too
         self._step = self.evaluations * (sum(seen.values()) + 2 * y.nbytes)
         self._states = 2 * y.nbytes
-        if self._step > self.budget:
+        if self._step * _FEWEST_STEPS > self.budget:
             self._stop()
             return k.detach()
         return k

@@ -29,9 +29,10 @@ class SolveNode(torch.autograd.Function):
     def forward(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(y0.device.type, enabled=False):
             system = problem.system
-            shape, record = system.natural_shape, problem.record
-            if record is None:
-                f = problem.solver(problem.laid_out(inputs, y0), y0.shape[0])
+            if problem.known:
+                record = problem.known.pop()
+            else:
+                f, shape = problem.solver(problem.laid_out(inputs, y0), y0.shape[0]), system.natural_shape
                 record = integrate(f, problem.plan, anchors, t_eval, y0, problem.batched, inputs, shape)
         problem.report(record)
         return tuple(getattr(record, name) for name in Outputs._fields)

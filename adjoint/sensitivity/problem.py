@@ -32,7 +32,8 @@ class Problem:
 
     ``batched``: whether rows are trajectories with their own steps. ``report`` sees the record of every forward solve
     (it raises the named errors), and the numbers of function evaluations of every backward sweep through ``backward_report``.
-    ``record``: the solution, where it is known already. ``algebra``: for implicit methods, how their matrices are made and factorised.
+    ``known``: the solution, where it is there already; taken out by its first user. ``algebra``: for implicit methods, how their
+    matrices are made and factorised.
     """
 
     system: System | VmappedSystem
@@ -40,7 +41,7 @@ class Problem:
     batched: bool
     report: Callable[[Record], None]
     backward_report: Callable[[int, int], None]
-    record: Record | None = None
+    known: list[Record] | None = None
     algebra: StageAlgebra | None = None
 
     def solver(self, inputs: Sequence[Tensor], rows: int) -> Flat:

@@ -51,7 +51,8 @@ class DiscreteAdjoint:
             if recording.on:
                 problem.report(record)
                 return Outputs(*(getattr(record, name) for name in Outputs._fields))
-            problem = replace(problem, record=record)
+            problem = replace(problem, known=[record])
+            del record
         return Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
 
 
