@@ -152,7 +152,7 @@ def test_measured_order(name):
 
 @pytest.mark.parametrize(("name", "order"), [("rodas3p", 2), ("rodas4", 1), ("rodas5p", 3)])
 def test_stiff_order_is_reduced(name, order):
-    """Prothero & Robinson: y' = -(y - cos t)/eps - sin t with h >> eps. The error is eps times a power of h, less than the classical one."""
+    """Prothero & Robinson: y' = -(y - cos t)/eps - sin t with h >> eps. The error is eps times a low power of h."""
     eps = 1e-6
 
     def fun(t, y):
@@ -243,7 +243,7 @@ def test_rober_over_eleven_decades(name):
     torch.testing.assert_close(sol.y[-1], truth, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", ["rodas4", "rodas5p"])
+@pytest.mark.parametrize("name", [pytest.param("rodas4", marks=pytest.mark.slow), "rodas5p"])
 def test_rober_gradients(name):
     p = torch.tensor(ROBER_P, requires_grad=True)
     sol = solve_ivp(rober, (0.0, 40.0), torch.tensor([1.0, 0, 0]), (p,), method=name, rtol=1e-8, atol=1e-13)
@@ -320,7 +320,7 @@ def test_discrete_adjoint_is_backprop(name):
     found = []
     for gradient in (DiscreteAdjoint(), Backprop()):
         args = arguments()
-        run = loss(name, gradient=gradient, rtol=1e-5, atol=1e-7, first_step=None, max_step=float("inf"))
+        run = loss(name, gradient=gradient, rtol=1e-4, atol=1e-5, first_step=None, max_step=float("inf"))
         found.append(torch.autograd.grad(run(*args).square().sum(), args))
     for x, y in zip(*found, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
@@ -337,7 +337,7 @@ def test_gradgradcheck(name):
     assert gradgradcheck(loss(name, first_step=0.5, max_step=0.5), arguments())
 
 
-@pytest.mark.parametrize("name", ["rodas3p", "rodas5p"])
+@pytest.mark.parametrize("name", ["rodas3p", pytest.param("rodas5p", marks=pytest.mark.slow)])
 def test_hessian_in_every_nesting(name):
     y0 = torch.tensor(Y0)
 
@@ -406,7 +406,7 @@ def test_vmap_of_grad(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_complex_states(name):
     """A holomorphic right-hand side: y' = lam (y - y^2), the logistic equation."""
-    lam = torch.tensor(-3.0 + 20.0j, requires_grad=True)
+    lam = torch.tensor(-2.0 + 6.0j, requires_grad=True)
     y0 = torch.tensor([0.6 + 0.2j, 0.3 - 0.1j], dtype=torch.complex128)
     sol = solve_ivp(lambda t, y, lam: lam * (y - y * y), (0.0, 1.0), y0, (lam,), method=name, rtol=1e-6, atol=1e-8)
 

@@ -57,8 +57,10 @@ def shifted(matrix: Matrix, hd: Tensor) -> Matrix:
 
 
 def tangent(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """The derivative of a function of ``(B,)`` times."""
-    return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+    """The derivative of a function of ``(B,)`` times, by two reverse sweeps: forward mode does not nest with a user's dual level."""
+    out, pull, *_ = torch.func.vjp(function, t)
+    _, push, *_ = torch.func.vjp(pull, torch.zeros_like(out))
+    return push((torch.ones_like(t),))[0]
 
 
 class StageSolver:

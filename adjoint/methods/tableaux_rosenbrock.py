@@ -91,7 +91,7 @@ class RosenbrockTableau:
     def standard_form(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """``alpha`` and ``Gamma`` of ``k_i = h f(y + sum_j alpha_ij k_j) + h J sum_j Gamma_ij k_j``, whose weights are ``b @ Gamma``."""
         a, coupling = _square(self.a), _square(self.coupling)
-        gamma = np.linalg.inv(np.eye(len(a)) / self.gamma - coupling)
+        gamma = np.asarray(np.linalg.inv(np.eye(len(a)) / self.gamma - coupling), dtype=np.float64)
         return a @ gamma, gamma
 
 

@@ -223,7 +223,8 @@ class StageLinearizer(Linearizer):
             time, at = t.detach().requires_grad_(True), y.detach().requires_grad_(True)
             f = self.f(time, at)
             if not f.requires_grad:
-                return torch.zeros_like(y), *((torch.zeros_like(t), torch.zeros_like(t)) if self.time else (None, None))
+                nothing = torch.zeros_like(t) if self.time else None
+                return torch.zeros_like(y), nothing, nothing
             weights = torch.stack(list(v))
             found = torch.autograd.grad(f, (at, time), weights, create_graph=True, is_grads_batched=True, materialize_grads=True)
             rows = row_dot(torch.stack(list(k)), found[0]) + found[1] * found[1].new_tensor(d).unsqueeze(-1)
