@@ -57,7 +57,9 @@ def test_order_of_the_dense_output(name):
     q = method.tableau.dense_order
     sizes, errors = [], []
     with torch.no_grad():
-        for h in (0.4, 0.28, 0.2) if q > 5 else (0.1, 0.07, 0.05):
+        # the asymptotic range of the Rosenbrock methods begins late
+        small = (0.025, 0.018, 0.0125) if name.startswith("rodas") else (0.1, 0.07, 0.05)
+        for h in (0.4, 0.28, 0.2) if q > 5 else small:
             worst = 0.0
             for start in (0.3, 0.9, 1.4):
                 times = start + h * torch.linspace(0.05, 0.95, 19)
