@@ -1,8 +1,8 @@
 """Stiff ensembles: forward and forward + gradient against diffrax and SciPy. ``python -m benchmarks.stiff --help``.
 
-Robertson's kinetics, T = 100, parameters spread by 10 %, gradient of the squared norm of all final states in all parameters. Every solver runs
-at the same tolerances; errors are against SciPy's Radau at rtol 1e-12 (values) and central differences of it (gradients), on the
-first trajectories.
+Robertson's kinetics, T = 100, parameters spread by 10 %, gradient of the squared norm of all final states in all parameters. Every
+solver runs at the same tolerances; errors are against SciPy's Radau at rtol 1e-12 (values) and central differences of it
+(gradients), on the first trajectories.
 """
 
 from __future__ import annotations
@@ -207,9 +207,9 @@ def report(results: dict[str, Any]) -> str:
     lines = [
         f"# Stiff ensembles, {results['date']}",
         "",
-        f"Robertson, T = {END:g}, rtol {results['rtol']:g}, atol {results['atol']:g}; {results['machine']}, {results['threads']} thread(s), "
-        f"torch {results['torch']}. Medians; errors relative, of the states (largest component) and of the gradient in the logarithms of the "
-        "parameters (norm), against SciPy's Radau at 1e-12.",
+        f"Robertson, T = {END:g}, rtol {results['rtol']:g}, atol {results['atol']:g}; {results['machine']}, {results['threads']} "
+        f"thread(s), torch {results['torch']}. Medians; errors relative, of the states (largest component) and of the gradient in the "
+        "logarithms of the parameters (norm), against SciPy's Radau at 1e-12.",
         "",
         "| trajectories | solver | forward (ms) | forward + gradient (ms) | steps | error | gradient error |",
         "|---|---|---|---|---|---|---|",

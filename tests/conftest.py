@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from adjoint.methods import METHODS
+
 
 @pytest.fixture(autouse=True)
 def _defaults():
@@ -23,7 +25,17 @@ def _sweeps(monkeypatch):
     monkeypatch.setattr("adjoint.sensitivity.strategies.KEEP_BYTES", 0)
 
 
+#: the shared matrices of tests run these implicit methods always, the other ones in the slow run: each has tests of its own
+QUICK_IMPLICIT = {"kvaerno3", "rodas4"}
+MATRICES = {"test_batched", "test_gradients", "test_order", "test_quadrature", "test_solution", "test_transforms", "test_memory"}
+
+
 def pytest_collection_modifyitems(items):
+    implicit = {name for name, method in METHODS.items() if method.implicit} - QUICK_IMPLICIT
     for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        used = {value for value in values if isinstance(value, str)}
+        if item.path.stem in MATRICES and used & implicit:
+            item.add_marker(pytest.mark.slow)
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -261,7 +261,7 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
         per_attempt += 1
     if method.implicit:
         # the slope at the end, and what the step evaluates beside its iterations, which count their own
-        per_attempt = 1 + method.evaluations
+        per_attempt = 1 + method.evaluations + (anchors.shape[0] > 2)
 
     attempts: list[Attempt] = []
     states: list[Tensor] = []

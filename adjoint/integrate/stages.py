@@ -17,6 +17,8 @@ Flat = Callable[[Tensor, Tensor], Tensor]
 
 #: iterations before a stage counts as failed; the convergence test ends most of them after two to four
 _MOST = 10
+#: the loosest rtol and atol by which iterations are measured
+LOOSEST = (1e-5, 1e-8)
 
 
 @dataclass
@@ -63,6 +65,13 @@ def tangent(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     return push((torch.ones_like(t),))[0]
 
 
+def _between(value: float | Tensor, low: float, high: float) -> float | Tensor:
+    """Clamped; the lower end wins."""
+    if isinstance(value, Tensor):
+        return value.clamp(max=high).clamp(min=low)
+    return max(min(value, high), low)
+
+
 class StageSolver:
     """A flat right-hand side with `implicit`: simplified Newton iterations with the Jacobian at the start of the step.
 
@@ -89,6 +98,9 @@ class StageSolver:
         tolerance: float = 1e-3,
     ) -> None:
         self.f, self.plan, self.jacobian, self.linear_solver, self.tolerance = f, plan, jacobian, linear_solver, tolerance
+        # however loose the tolerance of the steps, stages are roots: their derivatives are those of roots. No tighter than rounding allows
+        smallest = 4 * torch.finfo(plan.real).eps / tolerance
+        self.rtol, self.atol = _between(plan.rtol, smallest, LOOSEST[0]), _between(plan.atol, 0.0, LOOSEST[1])
         self.work = StageWork.zero(rows, device)
         self._matrix: Matrix | None = None
         self._at: tuple[Tensor, Tensor] | None = None
@@ -140,7 +152,7 @@ class StageSolver:
         plan = self.plan
         step = hd if isinstance(hd, Tensor) else torch.full((base.shape[0], 1), hd, dtype=plan.real, device=base.device)
         factors = self._factors_for(step)
-        size = base.abs() * plan.rtol + plan.atol
+        size = base.abs() * self.rtol + self.atol
         k = guess
         running = (step != 0).squeeze(-1)
         # rows of finished trajectories take part with steps of size zero: their slope is asked for all the same
