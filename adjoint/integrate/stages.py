@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..linalg import Factorization, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix
+from ..methods.tableaux_implicit import CollocationTableau
+from .coupled import solve_coupled
 from .plan import Plan
 
 __all__ = ["StageSolver", "StageWork", "shifted"]
@@ -107,6 +109,8 @@ class StageSolver:
         self._factors: Factorization | None = None
         self._factored: Tensor | None = None
         self._fresh = False
+        #: of coupled stages, by the eigenvalue: kept for what the next factorisation can use of them
+        self.complex_factors: dict[complex, Factorization] = {}
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """``f(t, y)``; what is asked for at the start of a step is also where the Jacobian will be taken."""
@@ -146,6 +150,12 @@ class StageSolver:
     def time_slope(self, t: Tensor, y: Tensor) -> Tensor:
         """See `StageEquations.time_slope`."""
         return tangent(lambda s: self.f(s, y), t)
+
+    def coupled(
+        self, tableau: CollocationTableau, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """See `CoupledEquations.coupled`."""
+        return solve_coupled(self, tableau, times, h, y, k1)
 
     def implicit(self, index: int, t: Tensor, base: Tensor, hd: float | Tensor, guess: Tensor) -> Tensor:
         """See `StageEquations.implicit`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .collocation import FullyImplicitRungeKutta
 from .dirk import DiagonallyImplicitRungeKutta
 from .dirk_tableau import DirkTableau
 from .protocol import Method
@@ -10,13 +11,16 @@ from .runge_kutta import ExplicitRungeKutta
 from .tableau import Tableau
 from .tableaux import TABLEAUX
 from .tableaux_dirk import DIRK_TABLEAUX
+from .tableaux_implicit import IMPLICIT_TABLEAUX, CollocationTableau
 from .tableaux_rosenbrock import ROSENBROCK_TABLEAUX, RosenbrockTableau
 
 __all__ = [
     "METHODS",
+    "CollocationTableau",
     "DiagonallyImplicitRungeKutta",
     "DirkTableau",
     "ExplicitRungeKutta",
+    "FullyImplicitRungeKutta",
     "Method",
     "Rosenbrock",
     "RosenbrockTableau",
@@ -28,4 +32,5 @@ METHODS: dict[str, Method] = {
     **{name: ExplicitRungeKutta(tableau) for name, tableau in TABLEAUX.items()},
     **{name: DiagonallyImplicitRungeKutta(tableau) for name, tableau in DIRK_TABLEAUX.items()},
     **{name: Rosenbrock(tableau) for name, tableau in ROSENBROCK_TABLEAUX.items()},
+    **{name: FullyImplicitRungeKutta(tableau) for name, tableau in IMPLICIT_TABLEAUX.items()},
 }

@@ -12,8 +12,10 @@ from torch import Tensor
 from ..integrate.stages import shifted
 from ..linalg import Factorization, Log, Matrix
 from ..methods.runge_kutta import StepCotangents, row_dot
+from ..methods.tableaux_implicit import CollocationTableau
 from ..nonlinear import RootRecord
 from ..system import Flat, System, VmappedSystem
+from .coupled import coupled_root
 from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, linear
 from .linearize import Linearizer, vjp
 from .problem import Problem, StageAlgebra
@@ -121,6 +123,12 @@ class RecordedStages:
             conditions, conditions, _known, _Rule(self.algebra.jacobian), self.algebra.linear_solver, Log(), lambda record: None
         )
         return RootOutputs(*RootNode.apply(task, self.recorded[index].detach(), t, base, step, *self.inputs)).raw
+
+    def coupled(
+        self, tableau: CollocationTableau, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor
+    ) -> tuple[list[Tensor], None]:
+        """See `CoupledEquations.coupled`."""
+        return coupled_root(self.system, self.inputs, self.recorded, self.algebra, _known, tableau.a, times, h, y), None
 
 
 def equations(problem: Problem, inputs: Sequence[Tensor], stages: Tensor | None) -> Any:

@@ -1,0 +1,156 @@
+"""Newton's iteration for all stages of a fully implicit method at once, and the error estimate of its step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..linalg import Factorization, LinearOperator, Matrix
+from ..methods.runge_kutta import weighted_sum
+from ..methods.tableaux_implicit import CollocationTableau, Mode
+
+if TYPE_CHECKING:
+    from .stages import StageSolver
+
+__all__ = ["solve_coupled"]
+
+#: iterations before a step counts as failed: one that can be repeated with a smaller size is given up early
+_MOST, _MOST_CONSTANT = 10, 50
+
+
+def solve_coupled(
+    solver: StageSolver, tableau: CollocationTableau, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor
+) -> tuple[list[Tensor], Tensor | None]:
+    """Simplified Newton iterations for ``K_i = f(t_i, y + h sum_j a_ij K_j)`` with the Jacobian ``J`` at the start of the step.
+
+    With ``A = T diag(l) T^-1`` the matrix ``I - h A (x) J`` falls apart into ``I - h l_i J``: one of size n for each real eigenvalue and
+    each conjugate pair (Butcher 1976; Hairer & Wanner, Solving ordinary differential equations II, section IV.8). The iteration is that of
+    `StageSolver.implicit`: its error is estimated from the rate of convergence, rows that have converged do not move any more, and
+    failed ones are NaN. Where the tolerance is below what rounding of ``y`` allows, that is the bound.
+
+    Returns the ``s`` slopes and, for methods with an error estimate, that of the step, all ``(B, n)``.
+    """
+    plan, work = solver.plan, solver.work
+    step = h if isinstance(h, Tensor) else torch.full((y.shape[0], 1), h, dtype=plan.real, device=y.device)
+    running = (step != 0).squeeze(-1)
+    # rows of finished trajectories take part with steps of size zero: their slopes are all f(t, y), which is known
+    ks = [k1] * len(times)
+    systems = [(mode, _factors(solver, mode, step)) for mode in tableau.distinct(y.is_complex())]
+    bound = torch.maximum(solver.tolerance * (y.abs() * plan.rtol + plan.atol), 10 * torch.finfo(plan.real).eps * y.abs())
+    before = torch.full_like(step.squeeze(-1), float("nan"))
+    rate = torch.ones_like(before)
+    failed = torch.zeros_like(running)
+    for iteration in range(_MOST if tableau.error is not None else _MOST_CONSTANT):
+        column = running.unsqueeze(-1)
+        residuals = [
+            torch.where(column, k - solver.f(t, y + step * _combined(row, ks)), 0.0) for k, t, row in zip(ks, times, tableau.a, strict=True)
+        ]
+        changes = _solve(systems, residuals)
+        work.n_fun += running * len(ks)
+        work.n_newton += running
+        work.n_solves += running * len(systems)
+        length = torch.stack([plan.norm(step * _combined(row, changes) / bound) for row in tableau.a]).amax(0)
+        if iteration:
+            rate = torch.where(running, length / before, rate)
+        bad = running & (~torch.isfinite(length) | ((rate >= 2.0) if iteration else False))
+        failed = failed | bad
+        moving = (running & ~bad).unsqueeze(-1)
+        ks = [torch.where(moving, k - change, k) for k, change in zip(ks, changes, strict=True)]
+        # the error after this iteration, by the geometric series; in the first one nothing is known of the rate
+        left = rate / (1 - rate).clamp(min=1e-3) * length if iteration else length
+        small = (left <= 1.0) & ((rate < 1) if iteration else True)
+        running = running & ~bad & ~small & (length > 0)
+        before = length
+        if not bool(running.any()):
+            break
+    failed = (failed | running).unsqueeze(-1)
+    ks = [torch.where(failed, float("nan"), k) for k in ks]
+    return ks, None if tableau.error is None else _estimate(solver, tableau, times, step, y, k1, ks)
+
+
+def _estimate(
+    solver: StageSolver, tableau: CollocationTableau, times: Sequence[Tensor], step: Tensor, y: Tensor, k1: Tensor, ks: Sequence[Tensor]
+) -> Tensor:
+    """``(I - h g J)^-1 h (g f(t, y) + sum_i e_i K_i)``, bounded for stiff problems where the raw difference is not.
+
+    In rows where that is too large, ``f`` is taken again at ``y`` plus the estimate: for ``h l -> -inf`` the estimate then goes to zero as
+    the error does (Hairer & Wanner II, equations IV.8.19 and 20). They do so in first and repeated steps only; a step that fails is
+    repeated, so in any other the second estimate costs less than what it may save.
+    """
+    assert tableau.error is not None and tableau.gamma is not None and solver._at is not None
+    start = solver._at[0]
+    from_stages, hg = _combined(tableau.error, ks), step * tableau.gamma
+    estimate = solver.solve(start, y, hg, step * from_stages + hg * k1)
+    y1 = y + step * _combined(tableau.b, ks)
+    size = torch.maximum(y.abs(), y1.abs())
+    large = (solver.plan.norm(solver.plan.scaled(estimate, size).abs()) > 1.0) & (step != 0).squeeze(-1)
+    if not bool(large.any()):
+        return estimate
+    column = large.unsqueeze(-1)
+    again = solver.f(start, torch.where(column, y + estimate, y))
+    solver.work.n_fun += large
+    second = solver.solve(start, y, hg, step * from_stages + hg * again)
+    # not work of the rows that did not ask for it
+    solver.work.n_solves -= ((step != 0).squeeze(-1) & ~large).to(solver.work.n_solves.dtype)
+    return torch.where(column, second, estimate)
+
+
+def _combined(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:
+    total = weighted_sum(weights, ks)
+    assert total is not None
+    return total
+
+
+def _solve(systems: Sequence[tuple[Mode, Factorization]], residuals: Sequence[Tensor]) -> list[Tensor]:
+    """``(I - h A (x) J)^-1 residuals``, through the eigenvectors of ``A``."""
+    is_complex = residuals[0].is_complex()
+    totals: list[Tensor | None] = [None] * len(residuals)
+    for mode, factors in systems:
+        pair = mode.value.imag != 0
+        side = _weighed(mode.out_of, residuals, pair)
+        found = factors.solve(side)
+        for i, weight in enumerate(mode.into):
+            # for real states the other of the pair is the conjugate
+            part = found * weight.real if not pair else found * weight if is_complex else 2 * (found * weight).real
+            total = totals[i]
+            totals[i] = part if total is None else total + part
+    return [total for total in totals if total is not None]
+
+
+def _weighed(weights: Sequence[complex], xs: Sequence[Tensor], pair: bool) -> Tensor:
+    parts = [x * (w if pair else w.real) for w, x in zip(weights, xs, strict=True)]
+    return sum(parts[1:], parts[0])
+
+
+def _factors(solver: StageSolver, mode: Mode, step: Tensor) -> Factorization:
+    """Factors of ``I - h l J``; those of a real ``l`` serve the error estimate too."""
+    if mode.value.imag == 0:
+        return solver._factors_for(step * mode.value.real)
+    assert solver._matrix is not None
+    matrix, work = _shifted(solver._matrix, step * mode.value), solver.work
+    old = None if isinstance(matrix, LinearOperator) else solver.complex_factors.get(mode.value)
+    factors = solver.linear_solver.factor(matrix, work.log) if old is None else solver.linear_solver.refactor(old, matrix)
+    solver.complex_factors[mode.value] = factors
+    running = (step != 0).squeeze(-1)
+    work.n_factorizations += running
+    if solver._fresh:
+        work.n_jac += running
+        solver._fresh = False
+    return factors
+
+
+def _shifted(matrix: Matrix, hd: Tensor) -> Matrix:
+    """``I - hd J`` for complex ``hd`` (B, 1)."""
+    from .stages import shifted
+
+    if not isinstance(matrix, LinearOperator):
+        return shifted(matrix, hd)
+    product, is_complex = matrix.matvec, matrix.dtype.is_complex
+
+    def matvec(v: Tensor) -> Tensor:
+        return v - hd * (product(v) if is_complex else torch.complex(product(v.real), product(v.imag)))
+
+    return LinearOperator(matrix.n, matrix.rows, hd.dtype, matrix.device, matvec)

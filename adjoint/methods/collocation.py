@@ -1,0 +1,132 @@
+"""Fully implicit Runge-Kutta methods: one step, its error and its dense output, as functions of a solver of coupled stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .runge_kutta import update
+from .tableaux_implicit import CollocationTableau
+
+__all__ = ["CoupledEquations", "FullyImplicitRungeKutta"]
+
+
+class CoupledEquations(Protocol):
+    """A right-hand side that also solves the equations of all stages at once. Which way is the caller's business: by Newton's iteration
+    while the solution is computed, as a differentiable root when it is differentiated."""
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        """``f(t, y)``."""
+        ...
+
+    def begin(self, t: Tensor, y: Tensor) -> None:
+        """A step is attempted from here."""
+        ...
+
+    def coupled(
+        self, tableau: CollocationTableau, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """The slopes ``k_i = f(times[i], y + h sum_j a_ij k_j)``, NaN in rows where no solution is found; and the error estimate of the
+        step, or None where nobody needs it (it is not differentiated). ``k1`` is ``f(t, y)``."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class FullyImplicitRungeKutta:
+    """A fully implicit Runge-Kutta method of collocation type; see `ExplicitRungeKutta` for the meaning of every function.
+
+    `nodes` begins with the start of the step, where the Jacobian of the iteration is taken; behind it come the times of the stages.
+    The recorded stages are the slopes of the coupled equations. It has no ``adjoint_step``: the adjoint is that of the whole system of
+    stages, found by autograd through `step` with the stages as one differentiable root.
+    """
+
+    tableau: CollocationTableau
+    implicit: bool = field(default=True, init=False)
+    _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.tableau.name
+
+    @property
+    def order(self) -> int:
+        return self.tableau.order
+
+    @property
+    def adaptive(self) -> bool:
+        return self.tableau.error is not None
+
+    @property
+    def error_order(self) -> int:
+        """Order that the controller works with."""
+        return min(self.tableau.order, self.tableau.error_order)
+
+    @property
+    def nodes(self) -> tuple[float, ...]:
+        return (0.0, *self.tableau.c)
+
+    @property
+    def n_stages(self) -> int:
+        return len(self.tableau.b)
+
+    @property
+    def end_index(self) -> None:
+        """No stage is handed on: the slope at the end is known to the tolerance of the iteration only."""
+        return
+
+    @property
+    def error_uses_end(self) -> bool:
+        return False
+
+    @property
+    def evaluations(self) -> int:
+        """Explicit evaluations in an attempted step whose first slope is known; others are counted where they are made."""
+        return 0
+
+    @property
+    def extra_evaluations(self) -> int:
+        return 0
+
+    def step(self, f: CoupledEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """One step from ``y``, where ``f(t, y)`` is ``k1``: the new state, and the stages with the error estimate behind them if the
+        solver of the equations made one."""
+        f.begin(times[0], y)
+        ks, estimate = f.coupled(self.tableau, times[1:], h, y, k1)
+        return update(y, h, self.tableau.b, ks), ks if estimate is None else [*ks, estimate]
+
+    def error(self, h: float | Tensor, ks: Sequence[Tensor]) -> Tensor:
+        """The filtered error estimate (Hairer & Wanner, Solving ordinary differential equations II, equations IV.8.19 and 20)."""
+        assert self.adaptive and len(ks) == self.n_stages + 1
+        return ks[-1]
+
+    def dense_stages(
+        self, f: CoupledEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, ks: Sequence[Tensor], end: Tensor | None = None
+    ) -> list[Tensor]:
+        """All stages that the dense output weighs: those of the step, without the error estimate."""
+        return list(ks[: self.n_stages])
+
+    def dense_weights(self, theta: Tensor) -> Tensor:
+        """``b_i(theta)``: shape ``(*theta.shape, S)``."""
+        matrix = self._dense(theta.dtype, theta.device)
+        powers = theta.unsqueeze(-1) ** torch.arange(1, matrix.shape[1] + 1, device=theta.device, dtype=theta.dtype)
+        return powers @ matrix.T
+
+    def dense_slopes(self, theta: Tensor) -> Tensor:
+        """``db_i/dtheta``, shaped as `dense_weights`."""
+        matrix = self._dense(theta.dtype, theta.device)
+        exponent = torch.arange(matrix.shape[1], device=theta.device, dtype=theta.dtype)
+        return (theta.unsqueeze(-1) ** exponent * (exponent + 1)) @ matrix.T
+
+    def _dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        key = (dtype, device)
+        if key not in self._tensors:
+            matrix = torch.tensor(self.tableau.dense, dtype=dtype, device=device)
+            if torch._C._functorch.is_functorch_wrapped_tensor(matrix) or matrix.is_inference():
+                # made inside of a transform, or in inference mode, it must not outlive it
+                return matrix
+            self._tensors[key] = matrix
+        return self._tensors[key]
