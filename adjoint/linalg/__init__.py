@@ -2,6 +2,7 @@
 
 from .choice import default_solver
 from .coloring import Coloring, color_columns, color_pattern, color_rows
+from .condition import condition_estimate
 from .dense import DenseLU
 from .eigen import DegenerateEigenvalue, eigenpair
 from .functions import discrete_lyapunov, lstsq, lyapunov, sylvester
@@ -33,6 +34,7 @@ __all__ = [
     "color_columns",
     "color_pattern",
     "color_rows",
+    "condition_estimate",
     "default_solver",
     "detect_pattern",
     "discrete_lyapunov",

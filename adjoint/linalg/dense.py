@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .protocol import Factorization, LinearOperator, Log, Matrix, SparseMatrix
+from ..errors import InvalidInput
+from .protocol import Factorization, LinearOperator, Log, Matrix, SparseMatrix, check_sides
 
 __all__ = ["DenseLU"]
 
@@ -16,6 +17,8 @@ __all__ = ["DenseLU"]
 class _DenseFactors(Factorization):
     def __init__(self, matrix: Tensor, log: Log) -> None:
         start = time.perf_counter()
+        if matrix.dim() != 3 or matrix.shape[1] != matrix.shape[2]:
+            raise InvalidInput(f"only square matrices are factorised, (B, n, n), got {tuple(matrix.shape)}")
         self.rows, self.n = matrix.shape[0], matrix.shape[-1]
         self.dtype, self.device, self.log = matrix.dtype, matrix.device, log
         # no error check of LAPACK's: it would wait for the device
@@ -27,6 +30,7 @@ class _DenseFactors(Factorization):
 
     def solve(self, b: Tensor, *, transposed: bool = False, conjugated: bool = False) -> Tensor:
         start = time.perf_counter()
+        check_sides(self, b)
         matrix = b if b.dim() == 3 else b.unsqueeze(-1)
         self.log.n_solves += matrix.shape[0] * matrix.shape[2]
         if transposed:

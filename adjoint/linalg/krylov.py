@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InvalidInput, UnsupportedCombination
 from .preconditioners import Preconditioner, make_preconditioner, needs_entries
-from .protocol import Factorization, LinearOperator, Log, Matrix, SparseMatrix
+from .protocol import Factorization, LinearOperator, Log, Matrix, SparseMatrix, check_sides
 
 __all__ = ["GMRES", "BiCGStab", "Krylov"]
 
@@ -25,6 +25,8 @@ class _Iterative(Factorization):
     def __init__(self, matrix: Matrix, solver: Krylov, log: Log, preconditioner: Preconditioner | None) -> None:
         start = time.perf_counter()
         self.matrix, self.solver, self.log = matrix, solver, log
+        if not isinstance(matrix, LinearOperator) and matrix.shape[-1] != matrix.shape[-2]:
+            raise InvalidInput(f"only square matrices can be solved with, got {tuple(matrix.shape)}")
         if isinstance(matrix, LinearOperator):
             self.rows, self.n, self.dtype, self.device = matrix.rows, matrix.n, matrix.dtype, matrix.device
         elif isinstance(matrix, SparseMatrix):
@@ -59,18 +61,33 @@ class _Iterative(Factorization):
 
     def solve(self, b: Tensor, *, transposed: bool = False, conjugated: bool = False) -> Tensor:
         start = time.perf_counter()
+        check_sides(self, b)
         product, precondition = self.products(transposed, conjugated)
         sides = b.unsqueeze(-1) if b.dim() == 2 else b
+        scale = _scale(sides)
         self.log.n_solves += sides.shape[0] * sides.shape[2]
         columns, good = [], torch.ones(self.rows, dtype=torch.bool, device=self.device)
         for k in range(sides.shape[2]):
-            x, ok = self.solver.iterate(product, precondition, sides[..., k], self.log)
+            unit = scale[:, k]
+            side = sides[..., k] / unit.unsqueeze(-1)
+            x, norm = self.solver.iterate(product, precondition, side, self.solver.goal(side, unit), self.log)
+            # a factor of two for the rounding of the recursions; an infinite side would have an infinite goal
+            ok = (norm <= 2 * self.solver.goal(side, unit)) & torch.isfinite(norm)
             # never a number that only looks like a solution
-            columns.append(torch.where(ok.unsqueeze(-1), x, float("nan")))
+            columns.append(torch.where(ok.unsqueeze(-1), x * unit.unsqueeze(-1), float("nan")))
             good = good & ok
         self.converged = good
         self.log.solve_seconds += time.perf_counter() - start
         return torch.stack(columns, -1).reshape(b.shape) if columns else b.clone()
+
+
+def _scale(sides: Tensor) -> Tensor:
+    """``(B, k)``: 1, or the size of a side whose norm would overflow or underflow."""
+    if sides.shape[1] == 0:
+        return torch.ones(sides.shape[0], sides.shape[2], dtype=sides.abs().dtype, device=sides.device)
+    size, limits = sides.abs().amax(1), torch.finfo(sides.dtype)
+    extreme = ((size > limits.max**0.25) | (size < limits.tiny**0.25)) & (size > 0) & torch.isfinite(size)
+    return torch.where(extreme, size, 1.0)
 
 
 @dataclass(frozen=True)
@@ -79,8 +96,11 @@ class Krylov:
 
     Parameters
     ----------
-    rtol, atol : float
-        A row is solved when ``|A x - b| <= max(rtol |b|, atol)``, the residual computed anew. Rows that are not are NaN.
+    rtol : float or None
+        None: 1e-10, in single precision 1e-5.
+    atol : float
+        A row is solved when ``|A x - b| <= max(rtol |b|, atol)``, the residual computed anew (up to a factor of 2 where rounding lets it
+        fall no further). Rows that are not are NaN.
     max_iterations : int
         Products with the matrix for one right-hand side, at most.
     preconditioner : None, "jacobi", "ilu", a `Factorization`, or callable
@@ -88,13 +108,14 @@ class Krylov:
         `ILU`). A factorisation, for example that of a nearby point. A callable ``M(v, transposed)`` maps ``(B, n)`` to ``(B, n)``.
     """
 
-    rtol: float = 1e-10
+    rtol: float | None = None
     atol: float = 0.0
     max_iterations: int = 1000
     preconditioner: Any = None
 
     def __post_init__(self) -> None:
-        if not (0 <= self.rtol < 1 and self.atol >= 0 and self.rtol + self.atol > 0):
+        rtol = 1e-10 if self.rtol is None else self.rtol
+        if not (0 <= rtol < 1 and self.atol >= 0 and rtol + self.atol > 0):
             raise InvalidInput(f"need 0 <= rtol < 1 and atol >= 0, not both zero, got {self.rtol!r} and {self.atol!r}")
         if self.max_iterations < 1:
             raise InvalidInput(f"max_iterations must be at least 1, got {self.max_iterations!r}")
@@ -112,12 +133,14 @@ class Krylov:
         """See `LinearSolver.refactor`."""
         return _Iterative(matrix, self, factorization.log, None)
 
-    def iterate(self, product: Product, precondition: Product, b: Tensor, log: Log) -> tuple[Tensor, Tensor]:
-        """The solution ``(B, n)`` and which rows have converged."""
+    def iterate(self, product: Product, precondition: Product, b: Tensor, goal: Tensor, log: Log) -> tuple[Tensor, Tensor]:
+        """The solution ``(B, n)`` and the norms of its residuals ``(B,)``, computed anew, which are to reach ``goal``."""
         raise NotImplementedError
 
-    def _goal(self, b: Tensor) -> Tensor:
-        return torch.clamp(self.rtol * torch.linalg.vector_norm(b, dim=-1), min=self.atol)
+    def goal(self, b: Tensor, unit: Tensor) -> Tensor:
+        """``(B,)``: what the norm of the residual is to reach, for sides that have been divided by ``unit``."""
+        rtol = self.rtol if self.rtol is not None else 1e-5 if torch.finfo(b.dtype).bits == 32 else 1e-10
+        return torch.maximum(rtol * torch.linalg.vector_norm(b, dim=-1), self.atol / unit)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
@@ -138,9 +161,8 @@ class GMRES(Krylov):
         if self.restart < 1:
             raise InvalidInput(f"restart must be at least 1, got {self.restart!r}")
 
-    def iterate(self, product: Product, precondition: Product, b: Tensor, log: Log) -> tuple[Tensor, Tensor]:
+    def iterate(self, product: Product, precondition: Product, b: Tensor, goal: Tensor, log: Log) -> tuple[Tensor, Tensor]:
         """See `Krylov.iterate`."""
-        goal = self._goal(b)
         x = torch.zeros_like(b)
         residual, left = b, self.max_iterations
         norm = torch.linalg.vector_norm(residual, dim=-1)
@@ -153,8 +175,7 @@ class GMRES(Krylov):
             previous, norm = norm, torch.linalg.vector_norm(residual, dim=-1)
             if not bool(((norm > goal) & (norm < 0.999 * previous)).any()):
                 break
-        # the goal is that of the recursion: its rounding is allowed for
-        return x, norm <= torch.clamp(2 * goal, min=self.atol)
+        return x, norm
 
     def _cycle(
         self, product: Product, precondition: Product, residual: Tensor, norm: Tensor, goal: Tensor, size: int
@@ -181,7 +202,7 @@ class GMRES(Krylov):
             length = torch.linalg.vector_norm(w, dim=-1)
             hessenberg[:, : j + 1, j] = total
             hessenberg[:, j + 1, j] = length.to(w.dtype)
-            broke = length <= 1e-14 * torch.linalg.vector_norm(hessenberg[:, : j + 1, j], dim=-1)
+            broke = length <= 50 * torch.finfo(w.dtype).eps * torch.linalg.vector_norm(hessenberg[:, : j + 1, j], dim=-1)
             basis[j + 1] = torch.where(broke.unsqueeze(-1), 0.0, w / torch.where(length > 0, length, 1.0).unsqueeze(-1))
             column = hessenberg[:, :, j].clone()
             for i in range(j):
@@ -211,24 +232,38 @@ class GMRES(Krylov):
 class BiCGStab(Krylov):
     """Stabilised biconjugate gradients (van der Vorst 1992), preconditioned from the right: short recurrences, little memory."""
 
-    def iterate(self, product: Product, precondition: Product, b: Tensor, log: Log) -> tuple[Tensor, Tensor]:
+    def iterate(self, product: Product, precondition: Product, b: Tensor, goal: Tensor, log: Log) -> tuple[Tensor, Tensor]:
         """See `Krylov.iterate`."""
-        goal = self._goal(b)
+        x, residual, left = torch.zeros_like(b), b, max(1, self.max_iterations // 2)
+        norm = torch.linalg.vector_norm(residual, dim=-1)
+        while left > 0 and bool((norm > goal).any()):
+            # the residual of the recursion drifts from the true one: go on from the true one until that is small
+            step, used = self._run(product, precondition, residual, norm > goal, goal, left)
+            left -= used
+            log.n_iterations += 2 * used
+            x_new = x + step
+            residual_new = b - product(x_new)
+            previous, norm_new = norm, torch.linalg.vector_norm(residual_new, dim=-1)
+            taken = ~(norm_new >= norm)  # NaN too: a row that has broken says so
+            x = torch.where(taken.unsqueeze(-1), x_new, x)
+            residual, norm = torch.where(taken.unsqueeze(-1), residual_new, residual), torch.where(taken, norm_new, norm)
+            if not bool(((norm > goal) & (norm < 0.5 * previous)).any()):
+                break
+        return x, norm
+
+    def _run(self, product: Product, precondition: Product, b: Tensor, running: Tensor, goal: Tensor, most: int) -> tuple[Tensor, int]:
+        """The solution by the recursion for the rows that are ``running``, and how many iterations (two products each) it took."""
         x, r = torch.zeros_like(b), b
         shadow = r.clone()
         rho = alpha = omega = torch.ones_like(_dot(r, r))
         v = p = torch.zeros_like(b)
-        norm = torch.linalg.vector_norm(r, dim=-1)
-        running = norm > goal
-        tiny = torch.finfo(b.dtype).tiny
+        used, tiny = 0, torch.finfo(b.dtype).tiny
 
         def ratio(top: Tensor, bottom: Tensor) -> Tensor:
             return torch.where(bottom.abs() > tiny, top / torch.where(bottom.abs() > tiny, bottom, 1.0), 0.0)
 
-        for _ in range(max(1, self.max_iterations // 2)):
-            if not bool(running.any()):
-                break
-            log.n_iterations += 2
+        while used < most and bool(running.any()):
+            used += 1
             rho_new = _dot(shadow, r)
             beta = ratio(rho_new, rho) * ratio(alpha, omega)
             p = r + beta.unsqueeze(-1) * (p - omega.unsqueeze(-1) * v)
@@ -252,5 +287,4 @@ class BiCGStab(Krylov):
                 p, v = torch.where(again, 0.0, p), torch.where(again, 0.0, v)
                 rho, alpha, omega = (torch.where(stuck, 1.0, q) for q in (rho, alpha, omega))
             running = running & (norm > goal) & torch.isfinite(norm)
-        true = torch.linalg.vector_norm(b - product(x), dim=-1)
-        return x, true <= torch.clamp(10 * goal, min=self.atol)
+        return x, used

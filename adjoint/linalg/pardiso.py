@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput, UnsupportedCombination
-from .protocol import Factorization, Log, Matrix, SparseMatrix
+from .protocol import Factorization, Log, Matrix, SparseMatrix, check_sides
 from .sparse_lu import to_sparse
 
 __all__ = ["Pardiso"]
@@ -44,7 +45,8 @@ class _Handle:
 
     def __del__(self) -> None:
         solver = getattr(self, "solver", None)
-        if solver is not None and self.analysed:
+        # at the end of the process the memory goes anyway, and modules that the call needs may be gone
+        if solver is not None and self.analysed and not sys.is_finalizing():
             solver.free_memory(everything=True)
 
 
@@ -61,25 +63,36 @@ class _Row:
         from pypardiso.pardiso_wrapper import PyPardisoError
 
         handle, empty = self.handle, np.zeros((self.matrix.shape[0], 1))
+        handle.owner = None  # whatever happens now, the factors of the one before are gone
         try:
             handle.call(_FACTOR if handle.analysed else _ANALYSE_AND_FACTOR, self.matrix, empty)
             handle.owner, handle.analysed = self, True
             self.perturbed = handle.solver.get_iparm(_PERTURBED) > 0
         except PyPardisoError:
             self.singular = True
+            return
+        if self.perturbed:
+            # a singular matrix has no solution for a random side
+            side = np.random.default_rng(0).standard_normal(empty.shape)
+            self.singular = not self._solves(side, handle.call(_SOLVE, self.matrix, side), False)
+
+    def _solves(self, side: np.ndarray, out: np.ndarray, transposed: bool) -> bool:
+        with np.errstate(all="ignore"):
+            residual = (self.matrix.T if transposed else self.matrix) @ out - side
+            return bool(np.isfinite(out).all() and np.abs(residual).max(initial=0.0) <= 1e-8 * np.abs(side).max(initial=0.0))
 
     def solve(self, side: np.ndarray, transposed: bool) -> np.ndarray:
         if not self.singular and self.handle.owner is not self:
             self._take()
         if self.singular:
             return np.full_like(side, np.nan)
+        if side.size == 0:
+            return side
         out = self.handle.call(_SOLVE, self.matrix, side, transposed)
         if not self.perturbed:
             return out
         # Pardiso perturbs pivots that are too small instead of stopping: what comes out may be the solution of another system
-        residual = (self.matrix.T if transposed else self.matrix) @ out - side
-        good = np.isfinite(out).all() and np.abs(residual).max(initial=0.0) <= 1e-8 * np.abs(side).max(initial=0.0)
-        return out if good else np.full_like(side, np.nan)
+        return out if self._solves(side, out, transposed) else np.full_like(side, np.nan)
 
 
 class _PardisoFactors(Factorization):
@@ -88,6 +101,8 @@ class _PardisoFactors(Factorization):
         values = matrix.values if matrix.values.dim() == 2 else matrix.values.unsqueeze(0)
         if values.dtype != torch.float64:
             raise UnsupportedCombination(f"Pardiso() takes float64 matrices, got {values.dtype}: use SparseLU()")
+        if matrix.shape[0] != matrix.shape[1]:
+            raise InvalidInput(f"only square matrices are factorised, got {matrix.shape}")
         self.rows, self.n, self.dtype, self.device, self.log = values.shape[0], matrix.shape[0], matrix.dtype, matrix.device, log
         self.indices = matrix.indices
         rows, columns = matrix.indices.cpu().numpy()
@@ -105,19 +120,21 @@ class _PardisoFactors(Factorization):
     def solve(self, b: Tensor, *, transposed: bool = False, conjugated: bool = False) -> Tensor:
         start = time.perf_counter()
         self.log.n_solves += b.shape[0] * (b.shape[2] if b.dim() == 3 else 1)
-        sides = b.detach().to("cpu", torch.float64).numpy()
+        check_sides(self, b)
+        sides = b.detach().resolve_neg().cpu().numpy()
         out = np.empty_like(sides)
         for k, side in enumerate(sides):
             out[k] = self.factors[0 if self.rows == 1 else k].solve(side, transposed)
         self.log.solve_seconds += time.perf_counter() - start
-        return torch.from_numpy(out).to(b.device, b.dtype)
+        return torch.from_numpy(out).to(b.device)
 
 
 @dataclass(frozen=True)
 class Pardiso:
     """LU by MKL's Pardiso: quicker than SuperLU for large 3-D problems, threaded, and its symbolic analysis is kept in `refactor`.
 
-    Needs ``pypardiso``; float64 only. Solutions whose residual is large (perturbed pivots of a singular matrix) are NaN.
+    Needs ``pypardiso``; float64 only. Pardiso perturbs pivots below about ``1e-13 |A|``: matrices that it then
+    cannot solve with count as singular, which includes some that are only badly scaled.
     """
 
     def factor(self, matrix: Matrix, log: Log | None = None) -> Factorization:

@@ -29,6 +29,10 @@ class ILU:
     fill_factor: float = 10.0
 
 
+def _cast(v: Tensor, dtype: torch.dtype) -> Tensor:
+    return v.to(dtype) if v.is_complex() == dtype.is_complex else v
+
+
 def _same(v: Tensor, transposed: bool) -> Tensor:
     return v
 
@@ -38,7 +42,8 @@ def make_preconditioner(what: Any, matrix: Matrix, log: Log) -> Preconditioner:
     if what is None:
         return _same
     if isinstance(what, Factorization):
-        return lambda v, transposed: what.solve(v, transposed=transposed)
+        # factors in lower precision will do
+        return lambda v, transposed: what.solve(_cast(v, what.dtype), transposed=transposed).to(v.dtype)
     if isinstance(what, (str, ILU)):
         if isinstance(matrix, LinearOperator):
             raise UnsupportedCombination(
@@ -65,8 +70,10 @@ def _jacobi(matrix: Any) -> Preconditioner:
         diagonal = values.new_zeros(values.shape[0], matrix.shape[0]).index_add(1, matrix.indices[0][on], values[:, on])
     else:
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    if bool((diagonal == 0).any()):
+    bad = (diagonal == 0).any(-1)
+    if bad.numel() and bool(bad.all()):
         raise InvalidInput("preconditioner='jacobi' needs a diagonal without zeros: use 'ilu'")
+    diagonal = torch.where(bad.unsqueeze(-1), float("nan"), diagonal)
     return lambda v, transposed: v / diagonal
 
 
@@ -74,18 +81,26 @@ def _incomplete(matrix: Any, settings: ILU) -> Preconditioner:
     sparse = to_sparse(matrix)
     pattern = Pattern(sparse.indices, sparse.shape[0])
     values = sparse.values if sparse.values.dim() == 2 else sparse.values.unsqueeze(0)
-    try:
-        factors = [
-            spla.spilu(pattern.csc(row), drop_tol=settings.drop_tol, fill_factor=settings.fill_factor)
-            for row in values.detach().resolve_conj().cpu().numpy()
-        ]
-    except RuntimeError as error:
-        raise InvalidInput(f"the incomplete LU factorisation failed: {error}; try a smaller drop_tol or a larger fill_factor") from error
+    factors: list[spla.SuperLU | None] = []
+    failure: RuntimeError | None = None
+    for row in values.detach().resolve_conj().resolve_neg().cpu().numpy():
+        factors.append(None)
+        if np.isfinite(row).all():
+            try:
+                factors[-1] = spla.spilu(pattern.csc(row), drop_tol=settings.drop_tol, fill_factor=settings.fill_factor)
+            except RuntimeError as error:
+                failure = error
+    if failure is not None and all(f is None for f in factors):
+        message = f"the incomplete LU factorisation failed: {failure}; try a smaller drop_tol or a larger fill_factor"
+        raise InvalidInput(message) from failure
 
     def apply(v: Tensor, transposed: bool) -> Tensor:
-        sides = v.detach().resolve_conj().cpu().numpy()
-        trans = "T" if transposed else "N"
-        out = np.stack([factors[0 if len(factors) == 1 else k].solve(side, trans) for k, side in enumerate(sides)])
+        sides = v.detach().resolve_conj().resolve_neg().cpu().numpy()
+        out = np.full_like(sides, np.nan)  # what rows without factors give, so that they fail alone
+        for k, side in enumerate(sides):
+            mine = factors[0 if len(factors) == 1 else k]
+            if mine is not None and np.isfinite(side).all():
+                out[k] = mine.solve(side, "T" if transposed else "N")
         return torch.from_numpy(out).to(v.device)
 
     return apply

@@ -14,7 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Factorization", "LinearOperator", "LinearSolver", "Log", "Matrix", "SparseMatrix"]
+from ..errors import InvalidInput
+
+__all__ = ["Factorization", "LinearOperator", "LinearSolver", "Log", "Matrix", "SparseMatrix", "check_sides"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,11 +99,20 @@ class Factorization(ABC):
     @abstractmethod
     def solve(self, b: Tensor, *, transposed: bool = False, conjugated: bool = False) -> Tensor:
         """``A^-1 b`` (or with the transpose, the conjugate, or both) for ``b`` of shape ``(B, n)`` or, with several right-hand sides,
-        ``(B, n, k)``; the result has the same shape. Rows whose matrix is singular give NaN: ask `singular`."""
+        ``(B, n, k)``; the result has the same shape. Rows whose matrix is singular give NaN: ask `singular`.
+        Factors of one matrix take sides with any number of rows. Raises `InvalidInput` for other shapes and for another dtype."""
 
     def singular(self) -> Tensor:
         """``(B,)`` bool: which of the matrices could not be factorised. Their solutions are NaN."""
         return torch.zeros(self.rows, dtype=torch.bool, device=self.device)
+
+
+def check_sides(factors: Factorization, b: Tensor) -> None:
+    """Raise `InvalidInput` unless ``b`` fits the factors. Backends that convert to NumPy would drop imaginary parts or rows in silence."""
+    if b.dim() not in (2, 3) or b.shape[1] != factors.n or factors.rows not in (1, b.shape[0]):
+        raise InvalidInput(f"b must be ({factors.rows}, {factors.n}) or ({factors.rows}, {factors.n}, k), got {tuple(b.shape)}")
+    if b.dtype != factors.dtype:
+        raise InvalidInput(f"b has dtype {b.dtype}, but the matrix has {factors.dtype}: convert one of them")
 
 
 class LinearSolver(Protocol):
@@ -115,4 +126,3 @@ class LinearSolver(Protocol):
         """Factors of a matrix with the same pattern: what can be kept of the old ones (ordering, symbolic analysis) is.
         The old factors stay valid. Counts in the same log."""
         ...
-

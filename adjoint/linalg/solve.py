@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import InvalidInput, UnsupportedCombination
 from .choice import default_solver
@@ -127,6 +128,12 @@ class _Solve(torch.autograd.Function):
         return out.reshape(size, rows, n, k), 0
 
 
+def _depends(product: Tensor) -> bool:
+    """Whether a product of an operator with a constant carries derivatives, of any kind and level."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(product)
+    return wrapped or product.requires_grad or forward_ad.unpack_dual(product).tangent is not None
+
+
 def linear_solve(
     A: Tensor | SparseMatrix | LinearOperator,
     b: Tensor,
@@ -155,6 +162,7 @@ def linear_solve(
     Raises
     ------
     InvalidInput, UnsupportedCombination
+        The latter for an operator whose products depend on tensors that are being differentiated.
     """
     if not isinstance(b, Tensor) or not (b.is_floating_point() or b.is_complex()):
         raise InvalidInput(f"b must be a floating or complex tensor, got {b!r}" if not isinstance(b, Tensor) else f"b has dtype {b.dtype}")
@@ -186,11 +194,9 @@ def linear_solve(
         sides = b if b.dim() == 3 else b.unsqueeze(-1)
     if factorization is not None and (factorization.rows, factorization.n) != shape:
         raise InvalidInput(f"the factorization is of {factorization.rows} matrices of size {factorization.n}, A of {shape[0]} of size {n}")
-    if isinstance(A, LinearOperator) and torch._C._functorch.is_functorch_wrapped_tensor(
-        A.matvec(torch.zeros(shape, dtype=dtype, device=A.device))
-    ):
+    if isinstance(A, LinearOperator) and _depends(A.matvec(torch.zeros(shape, dtype=dtype, device=A.device))):
         raise UnsupportedCombination(
-            "a LinearOperator that depends on tensors under a transform would lose their derivatives: use solve_root"
+            "the LinearOperator depends on differentiable tensors, whose derivatives would be lost: use solve_root, or detach these tensors"
         )
     kept = _Kept(solver, places, factorization)
     return _Solve.apply(kept, transposed, conjugated, sides, values).reshape(b.shape)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput, UnsupportedCombination
-from .protocol import Factorization, LinearOperator, Log, Matrix, SparseMatrix
+from .protocol import Factorization, LinearOperator, Log, Matrix, SparseMatrix, check_sides
 
 __all__ = ["ORDERINGS", "SparseLU", "to_sparse"]
 
 ORDERINGS = ("auto", "MMD_AT_PLUS_A", "COLAMD", "MMD_ATA", "NATURAL")
 
-#: backward error of a probe solve above which factors without pivoting are thrown away
-_GOOD = 1e-10
+#: backward error of a probe solve, in units of rounding, above which factors without pivoting are thrown away
+_GOOD = 1e3
 
 
 def to_sparse(matrix: Matrix) -> SparseMatrix:
@@ -70,12 +70,12 @@ class _SparseFactors(Factorization):
 
     def solve(self, b: Tensor, *, transposed: bool = False, conjugated: bool = False) -> Tensor:
         start = time.perf_counter()
-        shared = self.rows == 1 and b.shape[0] > 1
+        check_sides(self, b)
         self.log.n_solves += b.shape[0] * (b.shape[2] if b.dim() == 3 else 1)
-        sides = b.detach().resolve_conj().to("cpu", self.dtype).numpy()
+        sides = b.detach().resolve_conj().resolve_neg().cpu().numpy()
         out = np.empty_like(sides)
         for k, side in enumerate(sides):
-            factors = self.factors[0 if shared else k]
+            factors = self.factors[0 if self.rows == 1 else k]
             out[k] = np.nan if factors is None else _solve(factors, side, transposed, conjugated)
         self.log.solve_seconds += time.perf_counter() - start
         return torch.from_numpy(out).to(b.device)
@@ -100,7 +100,7 @@ def _factor(matrix: sp.csc_matrix, solver: SparseLU, symmetric: bool) -> spla.Su
     if mode and matrix.shape[0]:
         # half the fill, but next to no pivoting: kept only where a probe says that it did no harm
         factors = _splu(matrix, ordering, True)
-        if factors is not None and _backward_error(matrix, factors) < _GOOD * (1e8 if matrix.dtype.char in "fF" else 1):
+        if factors is not None and _backward_error(matrix, factors) < _GOOD * np.finfo(matrix.dtype).eps:
             return factors
     return _splu(matrix, "COLAMD" if mode and solver.ordering == "auto" else ordering, False)
 
