@@ -335,7 +335,7 @@ class _Parts:
     args: tuple[Any, ...]
     backward: BackwardStats
     derivatives: bool
-    dense_output: bool
+    dense_output: bool = False
 
     def state(self, flat: Tensor) -> Any:
         """``(*lead, B, n)`` as the user's state."""

@@ -64,7 +64,7 @@ class CollocationTableau:
     def __post_init__(self) -> None:
         c = np.array(self.c)
         s = len(c)
-        if s == 0 or len(set(self.c)) != s or not (c.min() > 0 and c.max() <= 1):
+        if s == 0 or len(set(self.c)) != s or c.min() <= 0 or c.max() > 1:
             raise ValueError(f"{self.name}: nodes must be distinct and in (0, 1], got {self.c}")
         powers = np.arange(1, s + 1)
         # the slope of the collocation polynomial is that through the k_i: its monomials from the inverse of the Vandermonde matrix
