@@ -109,6 +109,15 @@ def test_stability_function(name):
     np.testing.assert_allclose(sol.y[-1].numpy(), top(z) / bottom(z), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_linear_problems_take_one_iteration(name, dtype):
+    """And a second one that finds nothing to do: the matrix of the iteration is the right one, for real and complex states."""
+    matrix = torch.tensor([[-1.0, 30.0, 0.0], [-20.0, -2.0, 1.0], [0.5, 0.0, -400.0]], dtype=dtype)
+    sol = solve_ivp(lambda t, y: matrix @ y, (0.0, 1.0), torch.ones(3, dtype=dtype), method=constant(name), first_step=0.1)
+    assert sol.stats.n_steps == 10 and sol.stats.n_newton <= 20
+
+
 def test_faulty_tableaux_are_refused():
     # the second node of a widespread gl4
     with pytest.raises(ValueError, match="order is not 4"):
@@ -191,10 +200,18 @@ def test_large_steps_on_stiff_solutions(name):
     torch.testing.assert_close(sol.y[-1], torch.tensor([np.cos(10.0)]), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_fast_transients_may_be_stepped_over(name):
+    """Behind a step with h lam = -1e7 nothing is left of the transient, and the second error estimate knows: the first is about -y."""
+    sol = solve_ivp(lambda t, y: -1e8 * y, (0.0, 1.0), torch.ones(1), method=name, first_step=0.1)
+    assert sol.stats.n_rejected == 0 and sol.stats.n_steps < 6
+    assert float(sol.y[-1].abs()) < 1e-6
+
+
 # ---------------------------------------------------------------------------------------------- stiff references
 
 
-@pytest.mark.parametrize("problem", ["hires", pytest.param("orego", marks=pytest.mark.slow), "vdpol"])
+@pytest.mark.parametrize("problem", ["hires", *(pytest.param(name, marks=pytest.mark.slow) for name in ("orego", "vdpol"))])
 def test_stiff_references(problem):
     fun, end, y0, truth = STIFF[problem]
     sol = solve_ivp(fun, (0.0, end), torch.tensor(y0), method="radau5", rtol=1e-8, atol=1e-12)
@@ -367,13 +384,15 @@ def test_vmap_of_grad(name):
             torch.testing.assert_close(x[b], y, rtol=1e-9, atol=1e-11)
 
 
-def test_vmap_of_vmap_of_hessian():
+@pytest.mark.parametrize("gradient", [DiscreteAdjoint(), Backprop()])
+def test_vmap_of_vmap_of_hessian(gradient):
     """Rows multiply at every level, with inputs mapped at some of them only."""
     y0 = torch.tensor([Y0, (2.0, 1.0)])
     p = torch.tensor([P, (0.5, 6.0), (2.0, 1.0)])
 
     def value(y0, p):
-        return solve_ivp(small, (0.0, 1.0), y0, (p,), method="gl4", first_step=0.5, **TIGHT).y[-1].square().sum()
+        sol = solve_ivp(small, (0.0, 1.0), y0, (p,), method="gl4", first_step=0.5, gradient=gradient, **TIGHT)
+        return sol.y[-1].square().sum()
 
     hessian = torch.func.hessian(value, argnums=1)
     mapped = torch.vmap(torch.vmap(hessian, in_dims=(None, 0)), in_dims=(0, None))(y0, p)

@@ -112,7 +112,12 @@ def _split(inputs: Sequence[Tensor], s: int) -> tuple[Sequence[Tensor], Tensor, 
 def _values(a: Rows, h: Tensor, y: Tensor, k: Tensor) -> list[Tensor]:
     """``Y_i = y + h sum_j a_ij k_j`` from ``k`` (B, s n)."""
     ks = k.unflatten(-1, (len(a), -1)).unbind(-2)
-    return [y + h * sum((k_j * w for w, k_j in zip(row[1:], ks[1:], strict=True)), ks[0] * row[0]) for row in a]
+    return [y + h * _mixed(row, ks) for row in a]
+
+
+def _mixed(weights: Sequence[float], xs: Sequence[Tensor]) -> Tensor:
+    parts = [x * w for w, x in zip(weights, xs, strict=True)]
+    return sum(parts[1:], parts[0])
 
 
 def coupled_matrix(a: Rows, h: Tensor, blocks: Sequence[Matrix]) -> Matrix:
@@ -158,7 +163,7 @@ def _coupled_operator(a: Rows, h: Tensor, blocks: Sequence[LinearOperator]) -> L
 
     def matvec(v: Tensor) -> Tensor:
         parts = v.unflatten(-1, (s, -1)).unbind(-2)
-        sums = [sum((p * w for w, p in zip(row[1:], parts[1:], strict=True)), parts[0] * row[0]) for row in a]
+        sums = [_mixed(row, parts) for row in a]
         return v - h * torch.cat([block.matvec(x) for block, x in zip(blocks, sums, strict=True)], -1)
 
     def rmatvec(v: Tensor) -> Tensor:
@@ -167,7 +172,7 @@ def _coupled_operator(a: Rows, h: Tensor, blocks: Sequence[LinearOperator]) -> L
         for block, part in zip(blocks, parts, strict=True):
             assert block.rmatvec is not None
             pulled.append(block.rmatvec(part))
-        sums = [sum((pulled[i] * a[i][j] for i in range(1, s)), pulled[0] * a[0][j]) for j in range(s)]
+        sums = [_mixed(column, pulled) for column in zip(*a, strict=True)]
         return v - h * torch.cat(sums, -1)
 
     back = rmatvec if all(block.rmatvec is not None for block in blocks) else None
