@@ -83,7 +83,7 @@ def _explain(status: Status, plan: Plan, y: Tensor, rate: Tensor | None) -> tupl
 _ADVICE = {
     Status.MAX_STEPS: (
         "Likely causes: the problem is stiff (the step is held down by stability, not accuracy), or the span is long for these "
-        "tolerances. Try a larger rtol/atol, a larger max_steps, or a method for stiff problems."
+        "tolerances. Try method='kvaerno5' or another one for stiff problems, a larger rtol/atol, or a larger max_steps."
     ),
     Status.NON_FINITE: (
         "Likely causes: the solution blows up in finite time, or fun leaves its domain (log or sqrt of a negative number, division by "
