@@ -16,6 +16,8 @@ def test_example(name, tmp_path):
     pytest.importorskip("matplotlib")
     if name in ("digits_neural_ode", "deq_digits"):
         pytest.importorskip("sklearn")
+    if name == "power_flow":
+        pytest.importorskip("pandapower")
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
