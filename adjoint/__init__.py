@@ -2,9 +2,12 @@
 
 from . import linalg, methods, nn, nonlinear
 from ._version import __version__
+from .dae import solve_dae
 from .errors import (
     AdjointError,
     CapturedTensorLost,
+    HigherIndexDAE,
+    InconsistentInitialCondition,
     InvalidInput,
     MaxStepsReached,
     NewtonDidNotConverge,
@@ -33,7 +36,9 @@ __all__ = [
     "CapturedTensorLost",
     "DiscreteAdjoint",
     "EventRecord",
+    "HigherIndexDAE",
     "IController",
+    "InconsistentInitialCondition",
     "InvalidInput",
     "Laplace",
     "MaxStepsReached",
@@ -63,6 +68,7 @@ __all__ = [
     "odeint_adjoint",
     "odeint_dense",
     "odeint_event",
+    "solve_dae",
     "solve_ivp",
     "solve_root",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 __all__ = [
     "AdjointError",
     "CapturedTensorLost",
+    "HigherIndexDAE",
+    "InconsistentInitialCondition",
     "InvalidInput",
     "MaxStepsReached",
     "NewtonDidNotConverge",
@@ -62,6 +64,14 @@ class StepSizeTooSmall(SolveError):
 
 class NonFiniteState(SolveError):
     """``fun`` or the state became infinite or NaN, also with the smallest step."""
+
+
+class InconsistentInitialCondition(AdjointError, ValueError):
+    """Initial values do not satisfy the equations, and could not be made to. The message says which rows fail and by how much."""
+
+
+class HigherIndexDAE(AdjointError, ValueError):
+    """The index of the equations is too high for the method. The message names the variables and equations that are to blame."""
 
 
 class RootError(AdjointError, RuntimeError):

@@ -26,7 +26,7 @@ def raise_failure(record: Record, plan: Plan, system: System, inputs: Sequence[T
     y = record.last[b]
     rows = record.status.shape[0]
     rate = beyond = None
-    if rows == spec.rows:
+    if rows == spec.rows and system.residual is None:
         with torch.no_grad():
             f = system.bind(inputs)
             rate = f(record.t_final.to(spec.real_dtype), record.last)[b]

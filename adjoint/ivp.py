@@ -218,9 +218,7 @@ def solve_ivp(
     if not hasattr(strategy, "solve"):
         raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")
     out = strategy.solve(problem, times.anchors, times.samples, y_flat, inputs)
-    parts = _Parts(
-        out, problem, times, user_spec, spec, integrand, y_flat, event_list, tuple(args), backward, derivatives, dense_output
-    )
+    parts = _Parts(out, problem, times, user_spec, spec, integrand, y_flat, event_list, tuple(args), backward, derivatives, dense_output)
     return _solution(parts)
 
 

@@ -75,6 +75,8 @@ class Solution:
         One for each function in ``events=``.
     quadrature : Tensor, pytree or None
         The integral of ``quadrature=`` over the span.
+    yp : Tensor, pytree or None
+        Of `solve_dae`: the slopes at ``t``, shaped like ``y``.
     """
 
     t: Tensor
@@ -83,6 +85,7 @@ class Solution:
     stats: Stats
     events: tuple[EventRecord, ...] = ()
     quadrature: Any = None
+    yp: Any = None
     interpolant: Callable[[Tensor], Any] | None = None
 
     @property

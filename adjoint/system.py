@@ -95,9 +95,7 @@ class StateSpec:
         if len(self.shapes) == 1:
             return tree_unflatten([flat.reshape(lead + self.shapes[0])], self.tree)
         pieces = flat.split(self.sizes, dim=-1)
-        leaves = [
-            _cast(piece, dtype).reshape(lead + shape) for piece, dtype, shape in zip(pieces, self.dtypes, self.shapes, strict=True)
-        ]
+        leaves = [_cast(piece, dtype).reshape(lead + shape) for piece, dtype, shape in zip(pieces, self.dtypes, self.shapes, strict=True)]
         return tree_unflatten(leaves, self.tree)
 
     def component(self, index: int, name: str = "y") -> str:
@@ -156,6 +154,9 @@ class System:
     homes: tuple[Home | None, ...] = ()
     #: layout of what ``fun`` returns, where it is not that of the state
     returns: StateSpec | None = None
+    #: for implicit equations ``fun(t, y, y', *args) = 0``: the layout of the residual. The flat function then takes ``y`` and ``y'`` side
+    #: by side, ``(B, 2 n)``
+    residual: StateSpec | None = None
 
     @property
     def rows(self) -> int:
@@ -212,6 +213,8 @@ class System:
 
     def _flat(self, call: Callable[..., Any], inputs: Sequence[Tensor]) -> Flat:
         spec, args = self.spec, self.arguments(inputs)
+        if self.residual is not None:
+            return self._implicit(call, args, self.residual)
         if self.returns is not None:
             return self._reshaping(call, args, self.returns)
 
@@ -248,9 +251,23 @@ class System:
 
         return f
 
+    def _implicit(self, call: Callable[..., Any], args: tuple[Any, ...], residual: StateSpec) -> Flat:
+        """The flat residual on ``(B, 2 n)``."""
+        spec, n = self.spec, sum(self.spec.sizes)
+
+        def f(t: Tensor, pair: Tensor) -> Tensor:
+            time = t if spec.batch is not None or t.dim() == 0 else t.reshape(())
+            out = call(time, spec.unflatten(pair[..., :n]), spec.unflatten(pair[..., n:]), *args)
+            residual.check(out, "what fun returned", "its first result")
+            return residual.flatten(out)
+
+        return f
+
     @property
     def natural_shape(self) -> torch.Size | None:
         """Shape in which an unbatched one-tensor state may be carried, so that ``fun`` needs no reshaping; None for all others."""
+        if self.residual is not None:
+            return None
         plain = self.spec.batch is None and len(self.spec.shapes) == 1 and self.spec.tree.is_leaf()
         return self.spec.shapes[0] if plain else None
 
@@ -270,6 +287,11 @@ class VmappedSystem:
     @property
     def spec(self) -> StateSpec:
         return self.base.spec
+
+    @property
+    def residual(self) -> StateSpec | None:
+        """See `System`."""
+        return self.base.residual
 
     @property
     def natural_shape(self) -> None:

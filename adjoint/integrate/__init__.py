@@ -12,6 +12,7 @@ from .controller import IController, PIController, PIDController
 from .plan import Event, Monitor, Plan, Record, Status, rms_norm, shifted_times
 from .recording import Recording
 from .single import integrate_single
+from .residual import ResidualSolver
 from .stages import StageSolver
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Plan",
     "Record",
     "Recording",
+    "ResidualSolver",
     "StageSolver",
     "Status",
     "integrate",
@@ -43,7 +45,7 @@ def integrate(
     recording: Recording | None = None,
 ) -> Record:
     """Run the loop that fits: float decisions for one trajectory, masks for many."""
-    if isinstance(f, StageSolver):
+    if isinstance(f, (StageSolver, ResidualSolver)):
         record = integrate_batched(f, plan, anchors, t_eval, y0)
         work = f.work
         return replace(

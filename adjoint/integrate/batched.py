@@ -15,6 +15,7 @@ from .compiled import compiled
 from .controller import tamed
 from .initial_step import initial_step
 from .plan import Monitor, Plan, Record, Status, shifted_times
+from .residual import ResidualSolver
 
 __all__ = ["Attempt", "Carry", "advance", "integrate_batched", "start_carry"]
 
@@ -99,7 +100,7 @@ def advance(
         jump_end = lands if plan.shift == "all" else lands & (carry.segment < last)
         times = shifted_times(times, method.nodes, carry.jump, jump_end, sign)
     y1, ks = method.step(f, times, hr, y, k1)
-    k_end: Tensor | None = ks[-1] if method.end_index == method.n_stages - 1 else None
+    k_end: Tensor | None = ks[method.end_index] if method.end_index is not None and method.end_index < method.n_stages else None
     if k_end is None:
         time = times[method.n_stages] if method.end_index is not None else (t + h).to(real)
         k_end = f(time, y1)
@@ -195,10 +196,17 @@ def start_carry(
 ) -> tuple[Carry, int]:
     """The loop's first state from ``y0`` (B, n), and how often ``fun`` was evaluated for it."""
     t0 = stops[0]
-    k1 = f(shifted_times([t0.to(plan.real)], [0.0], plan.shift == "all", False, sign)[0], y0)
-    n_fun = 1
+    proposed = None
+    if isinstance(f, ResidualSolver):
+        k1, proposed = f.start(stops, sign, y0)
+        n_fun = 0
+    else:
+        k1 = f(shifted_times([t0.to(plan.real)], [0.0], plan.shift == "all", False, sign)[0], y0)
+        n_fun = 1
     if plan.first_step is not None:
         step = torch.full_like(t0, plan.first_step)
+    elif plan.method.adaptive and proposed is not None:
+        step = proposed.clamp(min=plan.min_step)
     elif plan.method.adaptive:
         step = initial_step(f, plan, t0, y0, k1, sign).clamp(min=plan.min_step)
         n_fun += 1
@@ -261,7 +269,7 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
         per_attempt += 1
     if method.implicit:
         # the slope at the end, and what the step evaluates beside its iterations, which count their own
-        per_attempt = 1 + method.evaluations + (anchors.shape[0] > 2)
+        per_attempt = (method.end_index is None) + method.evaluations + (anchors.shape[0] > 2)
 
     attempts: list[Attempt] = []
     states: list[Tensor] = []

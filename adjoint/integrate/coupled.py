@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -13,21 +13,65 @@ from ..methods.runge_kutta import weighted_sum
 from ..methods.tableaux_implicit import CollocationTableau, Mode
 
 if TYPE_CHECKING:
-    from .stages import StageSolver
+    from .plan import Plan
+    from .stages import StageSolver, StageWork
 
-__all__ = ["solve_coupled"]
+__all__ = ["CoupledSystem", "Solves", "solve_coupled", "stage_factors"]
 
 #: iterations before a step counts as failed: one that can be repeated with a smaller size is given up early
 _MOST, _MOST_CONSTANT = 10, 50
 
 
-def solve_coupled(
-    solver: StageSolver, tableau: CollocationTableau, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor
-) -> tuple[list[Tensor], Tensor | None]:
-    """Simplified Newton iterations for ``K_i = f(t_i, y + h sum_j a_ij K_j)`` with the Jacobian ``J`` at the start of the step.
+class Solves(Protocol):
+    """A factorised matrix."""
 
-    With ``A = T diag(l) T^-1`` the matrix ``I - h A (x) J`` falls apart into ``I - h l_i J``: one of size n for each real eigenvalue and
-    each conjugate pair (Butcher 1976; Hairer & Wanner, Solving ordinary differential equations II, section IV.8). The iteration is that of
+    def solve(self, b: Tensor) -> Tensor:
+        """Of ``(B, n)``."""
+        ...
+
+
+class CoupledSystem(Protocol):
+    """The equations of the stages, ``F(t, Y, K) = 0`` for the slope ``K`` at the value ``Y``: for an ODE ``K - f(t, Y)``.
+
+    With ``E = F_y'`` and ``G = F_y`` at the start of the step.
+    """
+
+    plan: Plan
+    work: StageWork
+    tolerance: float
+
+    def stage_residual(self, t: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        """``F(t, Y, K)``."""
+        ...
+
+    def mass(self, v: Tensor) -> Tensor:
+        """``E v``."""
+        ...
+
+    def mode_factors(self, mode: Mode, step: Tensor) -> Solves:
+        """``E + step l G`` for the eigenvalue ``l`` of the mode."""
+        ...
+
+    def filtered(self, hg: Tensor, b: Tensor) -> Tensor:
+        """``(E + hg G)^-1 b``."""
+        ...
+
+    def mass_slope(self, y: Tensor, k1: Tensor) -> Tensor:
+        """``E y'`` at the state ``y`` at the start of the step, near which the slope is ``k1``."""
+        ...
+
+    def weigh(self, x: Tensor, step: Tensor, error: bool) -> Tensor:
+        """Changes (or, with ``error``, errors) of the state, as the norms shall see them."""
+        ...
+
+
+def solve_coupled(
+    solver: CoupledSystem, tableau: CollocationTableau, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor
+) -> tuple[list[Tensor], Tensor | None]:
+    """Simplified Newton iterations for ``F(t_i, y + h sum_j a_ij K_j, K_i) = 0`` with ``E`` and ``G`` at the start of the step.
+
+    With ``A = T diag(l) T^-1`` the matrix ``I (x) E + h A (x) G`` falls apart into ``E + h l_i G``: one of size n for each real eigenvalue
+    and each conjugate pair (Butcher 1976; Hairer & Wanner, Solving ordinary differential equations II, section IV.8). The iteration is that of
     `StageSolver.implicit`: its error is estimated from the rate of convergence, rows that have converged do not move any more, and
     failed ones are NaN. Where the tolerance is below what rounding of ``y`` allows, that is the bound.
 
@@ -38,7 +82,7 @@ def solve_coupled(
     running = (step != 0).squeeze(-1)
     # rows of finished trajectories take part with steps of size zero: their slopes are all f(t, y), which is known
     ks = [k1] * len(times)
-    systems = [(mode, _factors(solver, mode, step)) for mode in tableau.distinct(y.is_complex())]
+    systems = [(mode, solver.mode_factors(mode, step)) for mode in tableau.distinct(y.is_complex())]
     bound = torch.maximum(solver.tolerance * (y.abs() * plan.rtol + plan.atol), 10 * torch.finfo(plan.real).eps * y.abs())
     before = torch.full_like(step.squeeze(-1), float("nan"))
     rate = torch.ones_like(before)
@@ -46,13 +90,14 @@ def solve_coupled(
     for iteration in range(_MOST if tableau.error is not None else _MOST_CONSTANT):
         column = running.unsqueeze(-1)
         residuals = [
-            torch.where(column, k - solver.f(t, y + step * _combined(row, ks)), 0.0) for k, t, row in zip(ks, times, tableau.a, strict=True)
+            torch.where(column, solver.stage_residual(t, y + step * _combined(row, ks), k), 0.0)
+            for k, t, row in zip(ks, times, tableau.a, strict=True)
         ]
         changes = _solve(systems, residuals)
         work.n_fun += running * len(ks)
         work.n_newton += running
         work.n_solves += running * len(systems)
-        length = torch.stack([plan.norm(step * _combined(row, changes) / bound) for row in tableau.a]).amax(0)
+        length = torch.stack([plan.norm(solver.weigh(step * _combined(row, changes), step, False) / bound) for row in tableau.a]).amax(0)
         if iteration:
             rate = torch.where(running, length / before, rate)
         bad = running & (~torch.isfinite(length) | ((rate >= 2.0) if iteration else False))
@@ -68,34 +113,32 @@ def solve_coupled(
             break
     failed = (failed | running).unsqueeze(-1)
     ks = [torch.where(failed, float("nan"), k) for k in ks]
-    return ks, None if tableau.error is None else _estimate(solver, tableau, times, step, y, k1, ks)
+    return ks, None if tableau.error is None else _estimate(solver, tableau, step, y, k1, ks)
 
 
-def _estimate(
-    solver: StageSolver, tableau: CollocationTableau, times: Sequence[Tensor], step: Tensor, y: Tensor, k1: Tensor, ks: Sequence[Tensor]
-) -> Tensor:
-    """``(I - h g J)^-1 h (g f(t, y) + sum_i e_i K_i)``, bounded for stiff problems where the raw difference is not.
+def _estimate(solver: CoupledSystem, tableau: CollocationTableau, step: Tensor, y: Tensor, k1: Tensor, ks: Sequence[Tensor]) -> Tensor:
+    """``(E + h g G)^-1 E h (g y'(t) + sum_i e_i K_i)``, bounded for stiff problems where the raw difference is not.
 
-    In rows where that is too large, ``f`` is taken again at ``y`` plus the estimate: for ``h l -> -inf`` the estimate then goes to zero as
-    the error does (Hairer & Wanner II, equations IV.8.19 and 20). They do so in first and repeated steps only; a step that fails is
-    repeated, so in any other the second estimate costs less than what it may save.
+    In rows where that is too large, ``E y'(t)`` is taken again at ``y`` plus the estimate: for ``h l -> -inf`` the estimate then goes to
+    zero as the error does (Hairer & Wanner II, equations IV.8.19 and 20). They do so in first and repeated steps only; a step that fails
+    is repeated, so in any other the second estimate costs less than what it may save.
     """
-    assert tableau.error is not None and tableau.gamma is not None and solver._at is not None
-    start = solver._at[0]
-    from_stages, hg = _combined(tableau.error, ks), step * tableau.gamma
-    estimate = solver.solve(start, y, hg, step * from_stages + hg * k1)
+    assert tableau.error is not None and tableau.gamma is not None
+    hg = step * tableau.gamma
+    from_stages = solver.mass(step * _combined(tableau.error, ks))
+    estimate = solver.filtered(hg, from_stages + solver.mass(hg * k1))
     y1 = y + step * _combined(tableau.b, ks)
     size = torch.maximum(y.abs(), y1.abs())
-    large = (solver.plan.norm(solver.plan.scaled(estimate, size).abs()) > 1.0) & (step != 0).squeeze(-1)
-    if not bool(large.any()):
-        return estimate
-    column = large.unsqueeze(-1)
-    again = solver.f(start, torch.where(column, y + estimate, y))
-    solver.work.n_fun += large
-    second = solver.solve(start, y, hg, step * from_stages + hg * again)
-    # not work of the rows that did not ask for it
-    solver.work.n_solves -= ((step != 0).squeeze(-1) & ~large).to(solver.work.n_solves.dtype)
-    return torch.where(column, second, estimate)
+    large = (solver.plan.norm(solver.plan.scaled(solver.weigh(estimate, step, True), size).abs()) > 1.0) & (step != 0).squeeze(-1)
+    if bool(large.any()):
+        column = large.unsqueeze(-1)
+        again = solver.mass_slope(torch.where(column, y + estimate, y), k1)
+        solver.work.n_fun += large
+        second = solver.filtered(hg, from_stages + hg * again)
+        # not work of the rows that did not ask for it
+        solver.work.n_solves -= ((step != 0).squeeze(-1) & ~large).to(solver.work.n_solves.dtype)
+        estimate = torch.where(column, second, estimate)
+    return solver.weigh(estimate, step, True)
 
 
 def _combined(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:
@@ -104,8 +147,8 @@ def _combined(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _solve(systems: Sequence[tuple[Mode, Factorization]], residuals: Sequence[Tensor]) -> list[Tensor]:
-    """``(I - h A (x) J)^-1 residuals``, through the eigenvectors of ``A``."""
+def _solve(systems: Sequence[tuple[Mode, Solves]], residuals: Sequence[Tensor]) -> list[Tensor]:
+    """``(I (x) E + h A (x) G)^-1 residuals``, through the eigenvectors of ``A``."""
     is_complex = residuals[0].is_complex()
     totals: list[Tensor | None] = [None] * len(residuals)
     for mode, factors in systems:
@@ -125,7 +168,7 @@ def _weighed(weights: Sequence[complex], xs: Sequence[Tensor], pair: bool) -> Te
     return sum(parts[1:], parts[0])
 
 
-def _factors(solver: StageSolver, mode: Mode, step: Tensor) -> Factorization:
+def stage_factors(solver: StageSolver, mode: Mode, step: Tensor) -> Factorization:
     """Factors of ``I - h l J``; those of a real ``l`` serve the error estimate too."""
     if mode.value.imag == 0:
         return solver._factors_for(step * mode.value.real)

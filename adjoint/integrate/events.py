@@ -57,6 +57,7 @@ class EventWatch:
 
         located = []
         for i in crossed:
+
             def value(theta: float, i: int = i) -> float:
                 return self._value(i, t + theta * h, y if theta == 0.0 else y1 if theta == 1.0 else state(theta))
 

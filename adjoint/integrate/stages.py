@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..linalg import Factorization, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix
-from ..methods.tableaux_implicit import CollocationTableau
-from .coupled import solve_coupled
+from ..methods.tableaux_implicit import CollocationTableau, Mode
+from .coupled import solve_coupled, stage_factors
 from .plan import Plan
 
 __all__ = ["StageSolver", "StageWork", "shifted"]
@@ -156,6 +156,32 @@ class StageSolver:
     ) -> tuple[list[Tensor], Tensor | None]:
         """See `CoupledEquations.coupled`."""
         return solve_coupled(self, tableau, times, h, y, k1)
+
+    def stage_residual(self, t: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        """See `CoupledSystem`: ``K - f(t, Y)``."""
+        return slope - self.f(t, value)
+
+    def mass(self, v: Tensor) -> Tensor:
+        """See `CoupledSystem`."""
+        return v
+
+    def mode_factors(self, mode: Mode, step: Tensor) -> Factorization:
+        """See `CoupledSystem`: ``I - step l J``."""
+        return stage_factors(self, mode, step)
+
+    def filtered(self, hg: Tensor, b: Tensor) -> Tensor:
+        """See `CoupledSystem`."""
+        assert self._at is not None
+        return self.solve(*self._at, hg, b)
+
+    def mass_slope(self, y: Tensor, k1: Tensor) -> Tensor:
+        """See `CoupledSystem`: ``f`` at the start of the step."""
+        assert self._at is not None
+        return self.f(self._at[0], y)
+
+    def weigh(self, x: Tensor, step: Tensor, error: bool) -> Tensor:
+        """See `CoupledSystem`: all components alike."""
+        return x
 
     def implicit(self, index: int, t: Tensor, base: Tensor, hd: float | Tensor, guess: Tensor) -> Tensor:
         """See `StageEquations.implicit`."""

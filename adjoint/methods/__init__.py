@@ -15,6 +15,7 @@ from .tableaux_implicit import IMPLICIT_TABLEAUX, CollocationTableau
 from .tableaux_rosenbrock import ROSENBROCK_TABLEAUX, RosenbrockTableau
 
 __all__ = [
+    "DAE_METHODS",
     "METHODS",
     "CollocationTableau",
     "DiagonallyImplicitRungeKutta",
@@ -33,4 +34,10 @@ METHODS: dict[str, Method] = {
     **{name: DiagonallyImplicitRungeKutta(tableau) for name, tableau in DIRK_TABLEAUX.items()},
     **{name: Rosenbrock(tableau) for name, tableau in ROSENBROCK_TABLEAUX.items()},
     **{name: FullyImplicitRungeKutta(tableau) for name, tableau in IMPLICIT_TABLEAUX.items()},
+}
+
+#: those for equations ``F(t, y, y') = 0``
+DAE_METHODS: dict[str, Method] = {
+    "radau": FullyImplicitRungeKutta(IMPLICIT_TABLEAUX["radau5"], residual=True),
+    "radau3": FullyImplicitRungeKutta(IMPLICIT_TABLEAUX["radauIIA3"], residual=True),
 }

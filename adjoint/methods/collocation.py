@@ -45,6 +45,8 @@ class FullyImplicitRungeKutta:
     """
 
     tableau: CollocationTableau
+    #: for equations ``F(t, y, y') = 0``: the last slope is the one at the end, which no evaluation would give
+    residual: bool = False
     implicit: bool = field(default=True, init=False)
     _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)
 
@@ -74,9 +76,9 @@ class FullyImplicitRungeKutta:
         return len(self.tableau.b)
 
     @property
-    def end_index(self) -> None:
-        """No stage is handed on: the slope at the end is known to the tolerance of the iteration only."""
-        return
+    def end_index(self) -> int | None:
+        """No stage is handed on where the slope at the end can be evaluated: it is known to the tolerance of the iteration only."""
+        return self.n_stages - 1 if self.residual else None
 
     @property
     def error_uses_end(self) -> bool:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..integrate.pencil import Pencil, split
 from ..linalg import LinearOperator, Log, Matrix, SparseMatrix
 from ..nonlinear import RootRecord
 from ..system import Flat, System, VmappedSystem
 from .implicit import RootNode, RootOutputs, RootTask
 from .problem import StageAlgebra
 
-__all__ = ["coupled_matrix", "coupled_root"]
+__all__ = ["coupled_matrix", "coupled_pencils", "coupled_root"]
 
 Rows = Sequence[Sequence[float]]
 
@@ -31,7 +32,8 @@ def coupled_root(
     h: float | Tensor,
     y: Tensor,
 ) -> list[Tensor]:
-    """The slopes ``k_i = f(times[i], y + h sum_j a_ij k_j)``, differentiable to any order in times, ``h``, ``y`` and inputs.
+    """The slopes ``k_i = f(times[i], y + h sum_j a_ij k_j)``, differentiable to any order in times, ``h``, ``y`` and inputs. Of a system
+    with a residual those that solve ``F(times[i], y + h sum_j a_ij k_j, k_i) = 0``.
 
     ``recorded`` (s, B, n) are their values, which ``find`` takes as they are.
     """
@@ -45,7 +47,8 @@ def coupled_root(
 
 @dataclass(frozen=True)
 class _CoupledConditions:
-    """``k_i - f(t_i, y + h sum_j a_ij k_j) = 0`` for ``k`` of shape ``(B, s n)``, with inputs ``(t_1, .., t_s, h, y, *inputs of f)``."""
+    """``k_i - f(t_i, y + h sum_j a_ij k_j) = 0``, or ``F(t_i, y + h sum_j a_ij k_j, k_i) = 0``, for ``k`` of shape ``(B, s n)``, with inputs
+    ``(t_1, .., t_s, h, y, *inputs of f)``."""
 
     system: System | VmappedSystem
     a: Rows
@@ -63,11 +66,15 @@ class _CoupledConditions:
         times, h, y, rest = _split(inputs, len(self.a))
         f = self.system.bind(rest)
 
+        def implicit(_: Tensor, k: Tensor) -> Tensor:
+            values, slopes = _values(self.a, h, y, k), k.unflatten(-1, (len(self.a), -1)).unbind(-2)
+            return torch.cat([f(t, torch.cat([v, s], -1)) for t, v, s in zip(times, values, slopes, strict=True)], -1)
+
         def residual(_: Tensor, k: Tensor) -> Tensor:
             values = _values(self.a, h, y, k)
             return k - torch.cat([f(t, value) for t, value in zip(times, values, strict=True)], -1)
 
-        return residual
+        return residual if self.system.residual is None else implicit
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,10 @@ class _CoupledRule:
         times, h, y = own[:s], own[s], own[s + 1]
         f = self.system.bind(rest)
         values = _values(self.a, h, y, x)
+        if self.system.residual is not None:
+            pairs = [torch.cat([v, k], -1) for v, k in zip(values, x.unflatten(-1, (s, -1)).unbind(-2), strict=True)]
+            found = [split(self.algebra.jacobian(lambda v, t=t: f(t, v), pair)) for t, pair in zip(times, pairs, strict=True)]
+            return coupled_pencils(self.a, h, found)
         blocks = [self.algebra.jacobian(lambda v, t=t: f(t, v), value) for t, value in zip(times, values, strict=True)]
         return coupled_matrix(self.a, h, blocks)
 
@@ -141,6 +152,31 @@ def coupled_matrix(a: Rows, h: Tensor, blocks: Sequence[Matrix]) -> Matrix:
     if len(operators) == s:
         return _coupled_operator(a, h, operators)
     raise TypeError(f"the Jacobians of the stages are of several kinds: {type(first).__name__} and others")
+
+
+def coupled_pencils(a: Rows, h: Tensor, pencils: Sequence[Pencil]) -> Matrix:
+    """The ``s n x s n`` matrices with blocks ``delta_ij E_i + h a_ij G_i``; ``h`` is (B, 1)."""
+    s, first = len(a), pencils[0].G
+    if isinstance(first, Tensor):
+        n = first.shape[-1]
+        weights = h.reshape(-1, 1, 1, 1, 1) * torch.tensor(a, dtype=h.dtype, device=h.device)[:, None, :, None]
+        # (B, s, n, s, n) with the block's row i and column j in the places 1 and 3
+        coupling = torch.stack([p.G for p in pencils], 1).unsqueeze(3) * weights  # type: ignore[list-item]
+        eye = torch.eye(s, dtype=first.dtype, device=h.device)[:, None, :, None]
+        masses = torch.stack([p.E for p in pencils], 1).unsqueeze(3) * eye  # type: ignore[list-item]
+        return (coupling + masses).reshape(-1, s * n, s * n)
+    assert isinstance(first, SparseMatrix)
+    (n, _), (rows, columns) = first.shape, first.indices
+    indices, values = [], []
+    for i, row in enumerate(a):
+        for j, weight in enumerate(row):
+            indices.append(torch.stack([rows + i * n, columns + j * n]))
+            E, G = pencils[i].E, pencils[i].G
+            assert isinstance(E, SparseMatrix) and isinstance(G, SparseMatrix)
+            values.append(E.values + h * weight * G.values if i == j else h * weight * G.values)
+    places, entries = torch.cat(indices, 1), torch.cat(values, -1)
+    order = (places[0] * (s * n) + places[1]).argsort()
+    return SparseMatrix(places[:, order], entries[..., order], (s * n, s * n))
 
 
 def _coupled_sparse(a: Rows, h: Tensor, blocks: Sequence[SparseMatrix]) -> SparseMatrix:

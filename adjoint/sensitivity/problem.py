@@ -9,13 +9,24 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..integrate import Plan, Record, StageSolver, shifted_times
+from ..integrate import Plan, Record, ResidualSolver, StageSolver, shifted_times
 from ..integrate.columns import column_major, takes_columns
 from ..jacobians import DenseJacobian
 from ..linalg import DenseLU, LinearSolver, Matrix
 from ..system import Flat, System, VmappedSystem
 
-__all__ = ["Gradient", "Outputs", "Problem", "StageAlgebra", "StepTimes", "interpolate", "kept_steps", "stage_times", "step_times"]
+__all__ = [
+    "Gradient",
+    "Outputs",
+    "Problem",
+    "StageAlgebra",
+    "StepTimes",
+    "interpolate",
+    "interpolate_slopes",
+    "kept_steps",
+    "stage_times",
+    "step_times",
+]
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,9 @@ class StageAlgebra:
 
     jacobian: Callable[[Callable[[Tensor], Tensor], Tensor], Matrix] = field(default_factory=DenseJacobian)
     linear_solver: LinearSolver = field(default_factory=DenseLU)
+    #: for implicit equations: the index of every variable, and those that the error test leaves out; see `ResidualSolver`
+    index: Tensor | None = None
+    skipped: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,9 @@ class Problem:
         f = self.system.bind(inputs)
         if self.algebra is None:
             return f
+        if self.system.residual is not None:
+            a = self.algebra
+            return ResidualSolver(f, self.plan, a.jacobian, a.linear_solver, rows, self.system.spec.device, a.index, a.skipped)
         return StageSolver(f, self.plan, self.algebra.jacobian, self.algebra.linear_solver, rows, self.system.spec.device)
 
     def columns(self, y0: Tensor) -> bool:
@@ -165,4 +182,16 @@ def interpolate(plan: Plan, states: Tensor, stages: Tensor, t: Tensor, h: Tensor
     ks = stages.gather(0, index[:, None, :, None].expand(n_samples, n_stages, rows, n))
     weights = (plan.method.dense_weights(theta) * h_k.unsqueeze(-1)).to(states.dtype)
     value = y + torch.einsum("tbs,tsbn->tbn", weights, ks)
+    return torch.where((sample_step >= 0).unsqueeze(-1), value, float("nan"))
+
+
+def interpolate_slopes(plan: Plan, stages: Tensor, t: Tensor, h: Tensor, t_eval: Tensor, sample_step: Tensor) -> Tensor:
+    """The derivative of the dense output at ``t_eval`` (T, B); NaN where ``sample_step`` is negative."""
+    index = sample_step.clamp(min=0)
+    n_samples, rows = sample_step.shape
+    n_stages, n = stages.shape[1], stages.shape[-1]
+    h_k = h.gather(0, index)
+    theta = (t_eval - t.gather(0, index)) / torch.where(h_k == 0, 1.0, h_k)
+    ks = stages.gather(0, index[:, None, :, None].expand(n_samples, n_stages, rows, n))
+    value = torch.einsum("tbs,tsbn->tbn", plan.method.dense_slopes(theta).to(stages.dtype), ks)
     return torch.where((sample_step >= 0).unsqueeze(-1), value, float("nan"))

@@ -96,8 +96,8 @@ class RecordedStages:
         self._shifted: RootTask | None = None
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        """``f(t, y)``."""
-        return self.f(t, y)
+        """``f(t, y)``; of implicit equations no slope is asked for that would not be a stage."""
+        return torch.zeros_like(y) if self.system.residual is not None else self.f(t, y)
 
     def begin(self, t: Tensor, y: Tensor) -> None:
         """Nothing to prepare."""

@@ -1,0 +1,196 @@
+"""Consistent initial values of implicit equations, as a differentiable root (docs/theory.md, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InconsistentInitialCondition
+from .integrate.pencil import Pencil, split
+from .jacobians import DenseJacobian
+from .linalg import DenseLU, Log, Matrix, SparseMatrix
+from .nonlinear import Newton, RootProblem, RootRecord, RootStatus
+from .sensitivity.implicit import JacobianRule, RootNode, RootOutputs, RootTask, timeless
+from .sensitivity.products import tangent
+from .sensitivity.problem import StageAlgebra
+from .structure import Structure
+from .system import Flat, StateSpec, System, VmappedSystem
+
+__all__ = ["Initial", "complete", "dense_pencil", "residual_report"]
+
+
+@dataclass(frozen=True)
+class Initial:
+    """Initial values ``y`` and slopes ``yp``, ``(B, n)``, differentiable."""
+
+    y: Tensor
+    yp: Tensor
+
+
+@dataclass(frozen=True)
+class _Completion:
+    """The equations for ``u = (rates of what is differentiated, values of what is not)`` in the basis of the structure.
+
+    Inputs ``(t0, y0, *inputs of F)``. With ``V1`` and ``V2`` the two parts of the basis: ``F(t0, y0 + V2 (u2 - V2* y0), V1 u1) = 0``. Where
+    there are hidden constraints (index 2), those combinations are replaced by their time derivatives along the solution.
+    """
+
+    system: System | VmappedSystem
+    basis: Tensor
+    rank: int
+    scale: Tensor
+    hidden: Tensor
+    rest: Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.system.rows
+
+    @property
+    def spec(self) -> StateSpec:
+        return self.system.spec
+
+    def values(self, y0: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """``y`` and ``y'`` from the unknowns."""
+        known, free = self.basis[..., : self.rank], self.basis[..., self.rank :]
+        change = u[..., self.rank :] - _times(free.mH, y0)
+        return y0 + _times(free, change), _times(known, u[..., : self.rank])
+
+    def bind(self, inputs: Sequence[Tensor]) -> Flat:
+        """The flat function of ``u``."""
+        t0, y0, *rest = inputs
+        f = self.system.bind(rest)
+
+        def residual(_: Tensor, u: Tensor) -> Tensor:
+            y, yp = self.values(y0, u)
+            value = f(t0, torch.cat([y, yp], -1))
+            if not self.hidden.shape[-1]:
+                return value
+            moving = tangent(lambda t, x: self.scale * f(t, torch.cat([x, yp], -1)), [t0, y], [torch.ones_like(t0), yp])
+            return torch.cat([_times(self.rest.mH, self.scale * value), _times(self.hidden.mH, moving)], -1)
+
+        return residual
+
+
+@dataclass(frozen=True)
+class _CompletionRule:
+    """The Jacobian of `_Completion` from a matrix of ``F``: sparse where that is, and the basis one of single variables."""
+
+    system: System | VmappedSystem
+    algebra: StageAlgebra
+    order: Tensor
+    rank: int
+
+    def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
+        t0, y0, *rest = inputs
+        f = self.system.bind(rest)
+        known, free = self.order[: self.rank], self.order[self.rank :]
+        y = y0.index_copy(1, free, x[:, self.rank :])
+        yp = torch.zeros_like(y).index_copy(1, known, x[:, : self.rank])
+        pencil = split(self.algebra.jacobian(lambda pair: f(t0, pair), torch.cat([y, yp], -1)))
+        E, G = pencil.E, pencil.G
+        if isinstance(E, Tensor) and isinstance(G, Tensor):
+            return torch.cat([E[..., known], G[..., free]], -1)
+        assert isinstance(E, SparseMatrix) and isinstance(G, SparseMatrix)
+        place = torch.empty_like(self.order).index_copy(0, self.order, torch.arange(len(self.order), device=self.order.device))
+        rows, columns = E.indices
+        differential = place[columns] < self.rank
+        indices, values = torch.stack([rows, place[columns]]), torch.where(differential, E.values, G.values)
+        sorted_ = (indices[0] * len(place) + indices[1]).argsort()
+        return SparseMatrix(indices[:, sorted_], values[..., sorted_], E.shape)
+
+    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
+        """Dense: the inputs are those of one copy no more."""
+        return _Dense()
+
+
+@dataclass(frozen=True)
+class _Dense:
+    def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
+        return DenseJacobian()(r, x)
+
+    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
+        """The same: rows are independent."""
+        return self
+
+
+def _times(matrix: Tensor, v: Tensor) -> Tensor:
+    return (matrix @ v.unsqueeze(-1)).squeeze(-1)
+
+
+def complete(
+    system: System, algebra: StageAlgebra, structure: Structure, t0: Tensor, y0: Tensor, yp0: Tensor, inputs: Sequence[Tensor], rtol: float
+) -> Initial:
+    """Values of algebraic variables and slopes of differential ones, from those of differential variables (IDA's ``YA_YDP``; Brown,
+    Hindmarsh & Petzold 1998), by Newton's method with a line search.
+
+    ``t0`` (B,), ``y0`` and the guess ``yp0`` (B, n). Algebraic entries of ``y0`` are guesses: nothing depends on them but the choice
+    between several solutions. Of index 2 the hidden constraints are solved too; that of ``y0`` itself must hold.
+
+    Raises `InconsistentInitialCondition` if there is no solution to be found.
+    """
+    plain = bool((structure.basis.abs() == 1).sum() == structure.basis[..., 0].numel()) and not structure.hidden.shape[-1]
+    conditions = _Completion(system, structure.basis, structure.rank, structure.row_scale, structure.hidden, structure.rest)
+    rule: Any = _Dense()
+    if plain:
+        order = structure.basis[0].abs().argmax(0)
+        rule = _CompletionRule(system, algebra, order, structure.rank)
+
+    def find(r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor], jacobian: JacobianRule) -> RootRecord:
+        problem = RootProblem(
+            residual=r,
+            jacobian=lambda at: jacobian(r, at, inputs),
+            tol=float("inf"),
+            x_rtol=rtol,
+            x_atol=rtol * 1e-3,
+            max_steps=50,
+            linear_solver=algebra.linear_solver if plain else DenseLU(),
+        )
+        return Newton().solve(problem, x)
+
+    def report(record: RootRecord) -> None:
+        bad = record.status < 0
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0, 0])
+            status = RootStatus(int(record.status[row])).name.lower().replace("_", " ")
+            raise InconsistentInitialCondition(
+                f"no consistent initial values were found{_trajectory(row, system)}: Newton's method ended with '{status}', and "
+                f"{residual_report(record.residual[row], structure.row_scale[row % len(structure.row_scale)])}. Give a better guess of the "
+                "algebraic variables in y0 (and of the slopes in yp0), or check the equations"
+            )
+
+    task = RootTask(conditions, conditions, find, rule, algebra.linear_solver if plain else DenseLU(), Log(), report)
+    known, free = structure.basis[..., : structure.rank], structure.basis[..., structure.rank :]
+    with torch.no_grad():
+        guess = torch.cat([_times(known.mH, yp0.detach()), _times(free.mH, y0.detach())], -1)
+    u = RootOutputs(*RootNode.apply(task, guess, t0, y0, *inputs)).x
+    y, yp = conditions.values(y0, u)
+    if plain:
+        # entries that are kept are kept to the last bit
+        fixed = torch.zeros_like(structure.differential).index_fill(0, structure.basis[0].abs().argmax(0)[: structure.rank], True)
+        y = torch.where(fixed, y0, y)
+    return Initial(y, yp)
+
+
+def _trajectory(row: int, system: System) -> str:
+    return f" for trajectory {row}" if system.spec.batch is not None else ""
+
+
+def residual_report(residual: Tensor, scale: Tensor, most: int = 4) -> str:
+    """The rows that fail most, in words: ``residual`` and ``scale`` are ``(n,)``."""
+    weighed = torch.nan_to_num((residual * scale).abs(), nan=float("inf"))
+    order = weighed.argsort(descending=True)[:most]
+    return "row(s) " + ", ".join(f"{int(i)} (residual {float(residual[i].real):.3g})" for i in order if float(weighed[i]) > 0)
+
+
+def dense_pencil(system: System, inputs: Sequence[Tensor], t: Tensor, y: Tensor, yp: Tensor) -> tuple[Tensor, Tensor]:
+    """``E`` and ``G``, dense ``(B, n, n)``, without derivatives."""
+    with torch.no_grad():
+        f = system.bind(inputs)
+        found = split(DenseJacobian(differentiable=False)(lambda pair: f(t, pair), torch.cat([y, yp], -1)))
+    assert isinstance(found, Pencil) and isinstance(found.E, Tensor) and isinstance(found.G, Tensor)
+    return found.E, found.G

@@ -1,0 +1,263 @@
+"""``solve_dae``: initial value problems of implicit differential-algebraic equations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from .arguments import Times, check_times, flat_norm, flat_tolerance, positive
+from .capture import find_captured, needs_derivatives, parameter_homes
+from .consistent import Initial
+from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_values, residual_algebra
+from .errors import InvalidInput, UnsupportedCombination
+from .integrate import IController, PIDController, Plan, Record
+from .ivp import _front_door, _Parts, _solution
+from .methods import Method
+from .progress import progress_monitor
+from .sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
+from .sensitivity.problem import interpolate_slopes, step_times
+from .solution import BackwardStats, Solution
+from .system import StateSpec, System
+
+__all__ = ["solve_dae"]
+
+
+@_front_door
+def solve_dae(
+    fun: Callable[..., Any],
+    t_span: Any,
+    y0: Any,
+    yp0: Any = None,
+    args: Any = (),
+    *,
+    t_eval: Any = None,
+    method: str | Method = "radau",
+    rtol: Any = None,
+    atol: Any = None,
+    gradient: Gradient | None = None,
+    batched: bool = False,
+    events: Any = None,
+    dense_output: bool = False,
+    quadrature: Callable[..., Any] | None = None,
+    controller: PIDController | None = None,
+    norm: str | Callable[[Any], Tensor] | None = None,
+    first_step: float | None = None,
+    max_step: float = float("inf"),
+    min_step: float = 0.0,
+    max_steps: int = 100_000,
+    step_ts: Any = None,
+    compile: bool = False,
+    throw: bool = True,
+    progress: bool = False,
+    consistent: str = "auto",
+    differential: Any = None,
+    suppress_algebraic: bool = False,
+    jac_sparsity: Any = None,
+    linear_solver: Any = None,
+) -> Solution:
+    """Solve ``fun(t, y, y', *args) = 0`` with derivatives in everything that the solution depends on.
+
+    Of index 0 or 1 in any form (also fully implicit, with a singular matrix in front of the derivatives), and of index 2 where the
+    constraints of the index-2 variables hold differential variables only (Hessenberg form). What is higher raises `HigherIndexDAE`.
+
+    Parameters
+    ----------
+    fun : callable
+        ``fun(t, y, yp, *args) -> residual``; ``yp`` is shaped like the state ``y``, and the residual has as many entries, in any
+        structure. ``t`` is 0-d (``(B,)`` with ``batched=True``). ``args``, parameters of modules and captured tensors are differentiated.
+    t_span, t_eval, rtol, atol, gradient, batched, dense_output, controller, norm, first_step, max_step, min_step, max_steps, step_ts, throw,
+    progress
+        As for `solve_ivp`.
+    y0, yp0 : Tensor or pytree of tensors
+        Initial state and slope. See ``consistent`` for what is done with them. ``yp0=None``: unknown. Derivatives in ``y0`` are those in its
+        differential part; the algebraic part is a guess on which the solution does not depend.
+    method : "radau", "radau3" or a method object
+        Radau IIA of order 5 (three stages; the default) or 3 (Hairer & Wanner, Solving ordinary differential equations II, chapter VII).
+        Constraints hold at the ends of steps to the tolerance of the iteration.
+    consistent : "auto", "solve", "check" or "trust"
+        "solve": keep what is differentiated in ``y0`` and solve for algebraic variables and slopes. "auto": the same, but raise if both
+        ``y0`` and ``yp0`` were given and an algebraic variable would move by much. "check": raise unless they satisfy the equations (to a
+        thousand times the tolerance). "trust": take them as they are.
+    differential : mask like the state
+        Which variables are differential; default: found from ``dF/dy'`` at the start. A mask that contradicts it raises.
+    quadrature : callable
+        ``g(t, y, *args)``, integrated along the solution under the same error control.
+    suppress_algebraic : bool
+        Leave algebraic variables out of the error test.
+    jac_sparsity : pair of patterns
+        Where ``dF/dy`` and ``dF/dy'`` may be non-zero. Found from ``fun`` if it is not given and the state is large.
+    linear_solver : LinearSolver
+        ``adjoint.linalg.DenseLU()``, ``SparseLU()``, ...
+
+    Returns
+    -------
+    Solution
+        With ``yp``, the slopes at ``t``.
+
+    Raises
+    ------
+    InvalidInput, UnsupportedCombination, InconsistentInitialCondition, HigherIndexDAE, SingularJacobian, MaxStepsReached,
+    StepSizeTooSmall, NonFiniteState
+    """
+    chosen = check_dae_method(method)
+    if events is not None:
+        raise UnsupportedCombination("events= in solve_dae is not supported yet: sample densely with t_eval and look for the sign change")
+    if compile:
+        raise UnsupportedCombination("compile=True in solve_dae is not supported yet: leave compile out")
+    check_flags(consistent, max_steps)
+    if not callable(fun):
+        raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}")
+    args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
+    user_spec = StateSpec.of(y0, batched)
+    for name, value in (("y0", y0), ("yp0", yp0)):
+        for leaf in tree_leaves(value):
+            wrapped = torch._C._functorch.is_functorch_wrapped_tensor(leaf)
+            if not wrapped and not batched and not bool(torch.isfinite(leaf).all()):
+                raise InvalidInput(f"{name} has non-finite entries")
+    if yp0 is not None:
+        user_spec.check(yp0, "yp0", "y0")
+    times = check_times(t_span, t_eval, step_ts, user_spec)
+    guessed = yp0 is None
+    slope = tree_map(lambda x: torch.zeros_like(x.detach()), y0) if yp0 is None else yp0
+    residual, state, integrand = fun, y0, None
+    if quadrature is not None:
+        if not callable(quadrature):
+            raise InvalidInput(f"quadrature must be callable, got a {type(quadrature).__name__}")
+        residual, state, slope, integrand = _with_quadrature(fun, quadrature, user_spec, times, y0, slope, args)
+    spec = StateSpec.of(state, batched)
+    system = _system(residual, fun, quadrature, spec, times, state, slope, args)
+    inputs = system.inputs
+    y_flat, slope_flat = spec.flatten(state), spec.flatten(slope)
+
+    real = spec.real_dtype
+    single = real.itemsize < 8
+    tolerances = {
+        "rtol": flat_tolerance(rtol, "rtol", spec, 1e-4 if single else 1e-6),
+        "atol": flat_tolerance(atol, "atol", spec, 1e-6 if single else 1e-9),
+    }
+    algebra = residual_algebra(system, inputs, spec, times, y_flat, slope_flat, jac_sparsity, linear_solver)
+    start, algebra = initial_values(
+        system,
+        algebra,
+        times.anchors[0],
+        Initial(y_flat, slope_flat),
+        inputs,
+        consistent="solve" if consistent == "auto" and guessed else consistent,
+        differential=differential,
+        user_spec=user_spec,
+        skip=suppress_algebraic,
+        tolerances=tolerances,
+    )
+    derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])
+    plan = Plan(
+        method=chosen,
+        real=real,
+        controller=controller if controller is not None else IController(),
+        norm=flat_norm(norm, spec),
+        first_step=None if first_step is None else positive(first_step, "first_step"),
+        max_step=positive(max_step, "max_step"),
+        min_step=positive(min_step, "min_step", zero=True),
+        max_steps=int(max_steps),
+        keep_states=True,
+        # slopes are part of the solution, and derivatives are taken at them
+        keep_stages=True,
+        monitor=progress_monitor(progress),
+        **tolerances,
+    )
+    backward = BackwardStats()
+
+    def report(record: Record) -> None:
+        plan.monitor.close()
+        if throw:
+            dae_failure(record, plan, system, inputs)
+
+    def backward_report(n_fun: int, n_steps: int) -> None:
+        backward.n_fun += n_fun
+        backward.n_steps += n_steps
+
+    problem = Problem(system, plan, batched, report, backward_report, algebra=algebra)
+    strategy = gradient if gradient is not None else DiscreteAdjoint()
+    if not hasattr(strategy, "solve"):
+        raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")
+    out = strategy.solve(problem, times.anchors, times.samples, start.y, inputs)
+    parts = _Parts(out, problem, times, user_spec, spec, integrand, start.y, [], args, backward, derivatives, dense_output)
+    return replace(_solution(parts), yp=parts.state(_slopes(parts, out, start.yp)))
+
+
+def _system(
+    residual: Callable[..., Any],
+    fun: Callable[..., Any],
+    quadrature: Callable[..., Any] | None,
+    spec: StateSpec,
+    times: Times,
+    state: Any,
+    slope: Any,
+    args: tuple[Any, ...],
+) -> System:
+    """The flat system, with the tensors that the user's functions captured."""
+    leaves, tree = tree_flatten(args)
+    t = times.anchors[0].detach().to(spec.real_dtype)
+    t = t if spec.batch is not None else t.reshape(())
+    # aliases, so that a tensor that is both an argument and captured is seen in both roles
+    alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
+    probe = [tree_map(alias, x) for x in (state, slope, args)]
+    found: list[Any] = []
+    captured = find_captured(
+        [lambda: found.append(residual(t, probe[0], probe[1], *probe[2]))], [t, *(x for part in probe for x in tree_leaves(part))], [fun]
+    )
+    layout = StateSpec.of(found[0], spec.batch is not None, "what fun returned")
+    if sum(layout.sizes) != sum(spec.sizes) or layout.batch != spec.batch:
+        many = f" for each of {spec.batch} trajectories" if spec.batch is not None else ""
+        raise InvalidInput(
+            f"fun returned {sum(layout.sizes)} residuals in shapes {[tuple(s) for s in layout.shapes]}, but the state has "
+            f"{sum(spec.sizes)} entries{many}: there must be as many equations as unknowns"
+        )
+    if layout.dtype != spec.dtype or layout.device != spec.device:
+        raise InvalidInput(f"fun returned {layout.dtype} on {layout.device}, but the state is {spec.dtype} on {spec.device}")
+    homes = tuple(parameter_homes([fun, *([] if quadrature is None else [quadrature])], captured))
+    return System(residual, spec, tree, tuple(leaves), tuple(captured), homes=homes, residual=layout)
+
+
+def _with_quadrature(
+    fun: Callable[..., Any], g: Callable[..., Any], spec: StateSpec, times: Times, y0: Any, yp0: Any, args: tuple[Any, ...]
+) -> tuple[Callable[..., Any], Any, Any, StateSpec]:
+    """State and slope extended by the running integral, which starts at zero."""
+    t0 = times.anchors[0].detach().to(spec.real_dtype)
+    first = g(t0 if spec.batch is not None else t0.reshape(()), y0, *args)
+    integrand = StateSpec.of(first, spec.batch is not None, "what quadrature returned")
+    if integrand.batch != spec.batch:
+        shapes = [tuple(s) for s in integrand.shapes]
+        raise InvalidInput(f"quadrature must return one value per trajectory, ({spec.batch}, ...), got {shapes}")
+
+    def both(t: Tensor, state: tuple[Any, Any], slope: tuple[Any, Any], *rest: Any) -> tuple[Any, Any]:
+        value = g(t, state[0], *rest)
+        integrand.check(value, "what quadrature returned", "its first result")
+        return fun(t, state[0], slope[0], *rest), tree_map(lambda a, b: a - b, slope[1], value)
+
+    start = tree_map(lambda x: torch.zeros_like(x.detach()), first)
+    return both, (y0, start), (yp0, tree_map(lambda x: x.detach(), first)), integrand
+
+
+def _slopes(parts: _Parts, out: Outputs, yp0: Tensor) -> Tensor:
+    """``y'`` at the times of ``sol.t``: of the collocation polynomials, and at the start the consistent one."""
+    times, plan = parts.times, parts.problem.plan
+    grid = step_times(out.t, out.h, out.segment, out.lands, times.anchors, plan.shift)
+    n_steps = out.t.shape[0]
+    if times.steps or times.samples is None:
+        # ends of steps: the last slope of each
+        ends = torch.cat([yp0.unsqueeze(0), out.stages[:, -1]]) if n_steps else yp0.unsqueeze(0)
+        if times.steps:
+            beyond = torch.arange(n_steps + 1, device=out.t.device).unsqueeze(-1) > out.n_accepted
+            return torch.where(beyond.unsqueeze(-1), float("nan"), ends)
+        place = out.n_accepted.reshape(1, -1, 1).expand(1, -1, ends.shape[-1])
+        last = torch.where((out.status >= 0).unsqueeze(-1), ends.gather(0, place)[0], float("nan"))
+        return torch.stack([yp0, last])
+    if n_steps == 0:
+        return yp0.expand(times.samples.shape[0], *yp0.shape)
+    slopes = interpolate_slopes(plan, out.stages, grid.t, grid.h, times.samples, out.sample_step)
+    return torch.where((times.samples == times.anchors[0]).detach().unsqueeze(-1), yp0, slopes)

@@ -1,0 +1,179 @@
+"""Newton's iteration for the stages of implicit equations ``F(t, y, y') = 0``, for many trajectories in lock step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..linalg import LinearSolver, Matrix
+from ..methods.tableaux_implicit import CollocationTableau, Mode
+from .coupled import solve_coupled
+from .pencil import Pencil, ScaledFactors, scaled_factors, split
+from .plan import Plan
+from .stages import StageWork
+
+__all__ = ["ResidualSolver"]
+
+Flat = Callable[[Tensor, Tensor], Tensor]
+
+#: rounds of the search for the slope at the start, and Newton steps in each
+_ROUNDS, _NEWTON = 6, 8
+
+
+class ResidualSolver:
+    """`CoupledEquations` for ``F(t, y, y') = 0``, with the matrices ``E = F_y'`` and ``G = F_y`` at the start of each step.
+
+    The iteration and its convergence test are those of `solve_coupled`. Equations are scaled by rows, so their units do not count.
+
+    Parameters
+    ----------
+    f : flat residual on ``(B,)`` times and ``(B, 2 n)``: ``y`` and ``y'`` side by side
+    jacobian : ``(r, x) -> Matrix`` for ``r`` from ``(B, 2 n)`` to ``(B, n)``
+    index : (n,) int64 or None
+        Index of every variable (0 differential). Those of index 2 count ``h`` times less in norms, those of index 3 ``h^2`` times
+        (Hairer, Lubich & Roche 1989; Hairer & Wanner, Solving ordinary differential equations II, section VII.4).
+    skipped : (n,) bool or None
+        Variables that the error test leaves out.
+    tolerance : float
+        Of the iteration, relative to the tolerance of the step.
+    """
+
+    def __init__(
+        self,
+        f: Flat,
+        plan: Plan,
+        jacobian: Callable[[Callable[[Tensor], Tensor], Tensor], Matrix],
+        linear_solver: LinearSolver,
+        rows: int,
+        device: torch.device,
+        index: Tensor | None = None,
+        skipped: Tensor | None = None,
+        tolerance: float = 1e-3,
+    ) -> None:
+        self.f, self.plan, self.jacobian, self.linear_solver, self.tolerance = f, plan, jacobian, linear_solver, tolerance
+        self.work = StageWork.zero(rows, device)
+        self.power = None if index is None or not bool((index > 1).any()) else (index - 1).clamp(min=0).to(plan.real)
+        self.skipped = skipped
+        self._at: tuple[Tensor, Tensor, Tensor] | None = None
+        self._begin = torch.empty(0)
+        self._pencil: Pencil | None = None
+        self._fresh = False
+        self._real: dict[float, tuple[Tensor, ScaledFactors]] = {}
+        self._old: dict[complex, ScaledFactors] = {}
+
+    def residual(self, t: Tensor, y: Tensor, slope: Tensor) -> Tensor:
+        """``F(t, y, y')``."""
+        return self.f(t, torch.cat([y, slope], -1))
+
+    # ---- the start of a solve
+
+    def start(self, stops: Tensor, sign: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:
+        """The slope ``(B, n)`` at the start, and the size ``(B,)`` of the first step: half of the time in which the state would change by
+        its tolerance, and not more than a thousandth of the span (Brenan, Campbell & Petzold 1996, section 5.2)."""
+        span = (stops[-1] - stops[0]).abs()
+        slope, speed = self._slope(stops[0], y0, sign, 1e-3 * span)
+        return slope, torch.minimum(1e-3 * span, 0.5 / speed.clamp(min=1e-300).double())
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        """The slope at a state that satisfies the constraints."""
+        width = torch.full_like(t, 1e-3, dtype=torch.float64) * t.abs().clamp(min=1.0)
+        return self._slope(t, y, torch.ones_like(width), width)[0]
+
+    def _slope(self, t: Tensor, y: Tensor, sign: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+        """The slope of an implicit Euler step so small that nothing changes by more than a hundredth of its tolerance. Algebraic variables
+        have one too, which the equations themselves do not give."""
+        plan = self.plan
+        size = y.abs() * plan.rtol + plan.atol
+        slope, speed = torch.zeros_like(y), torch.zeros_like(width, dtype=plan.real)
+        for _ in range(_ROUNDS):
+            step = (sign * width).to(plan.real).unsqueeze(-1)
+            end = t.to(plan.real) + step.squeeze(-1)
+            for _ in range(_NEWTON):
+                pencil = self._take(end, y + step * slope, slope)
+                factors = scaled_factors(self.linear_solver, pencil.at(step), self.work.log)
+                change = factors.solve(self.residual(end, y + step * slope, slope))
+                change = torch.where(torch.isfinite(change).all(-1, keepdim=True), change, 0.0)
+                slope = slope - change
+                for count in (self.work.n_fun, self.work.n_jac, self.work.n_factorizations, self.work.n_solves, self.work.n_newton):
+                    count += 1
+                if bool((plan.norm(step * change / size) <= 1e-4).all()):
+                    break
+            speed = plan.norm(self.weigh(slope, step, False) / size)
+            wanted = torch.minimum(width, 1e-2 / speed.clamp(min=1e-300).double())
+            if bool((wanted >= 0.5 * width).all()):
+                break
+            width = wanted
+        return slope, speed
+
+    # ---- a step
+
+    def begin(self, t: Tensor, y: Tensor) -> None:
+        """A step is attempted from here."""
+        self._begin = t
+
+    def coupled(
+        self, tableau: CollocationTableau, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """See `CoupledEquations.coupled`; ``k1`` is the slope at the start."""
+        step = h if isinstance(h, Tensor) else torch.full((y.shape[0], 1), h, dtype=self.plan.real, device=y.device)
+        now = (self._begin, y, k1)
+        if self._at is None or not all(torch.equal(a, b) for a, b in zip(self._at, now, strict=True)):
+            self._at = now
+            self._pencil, self._fresh = self._take(*now), True
+        self._real.clear()
+        return solve_coupled(self, tableau, times, step, y, k1)
+
+    def _take(self, t: Tensor, y: Tensor, slope: Tensor) -> Pencil:
+        return split(self.jacobian(lambda pair: self.f(t, pair), torch.cat([y, slope], -1)))
+
+    def stage_residual(self, t: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        """See `CoupledSystem`."""
+        return self.residual(t, value, slope)
+
+    def mass(self, v: Tensor) -> Tensor:
+        """See `CoupledSystem`."""
+        assert self._pencil is not None
+        return self._pencil.mass(v)
+
+    def mode_factors(self, mode: Mode, step: Tensor) -> ScaledFactors:
+        """See `CoupledSystem`."""
+        if mode.value.imag == 0:
+            return self._factors(mode.value.real, step * mode.value.real, step)
+        return self._factors(mode.value, step * mode.value, step)
+
+    def filtered(self, hg: Tensor, b: Tensor) -> Tensor:
+        """See `CoupledSystem`."""
+        self.work.n_solves += (hg != 0).squeeze(-1)
+        for c, factors in self._real.values():
+            if torch.equal(c, hg):
+                return factors.solve(b)
+        return self._factors(0.0, hg, hg).solve(b)
+
+    def _factors(self, key: complex, c: Tensor, step: Tensor) -> ScaledFactors:
+        assert self._pencil is not None
+        running = step != 0
+        # trajectories that are done have steps of size zero, at which the matrix is singular
+        factors = scaled_factors(self.linear_solver, self._pencil.at(torch.where(running, c, 1.0)), self.work.log, self._old.get(key))
+        self._old[key] = factors
+        if not c.is_complex():
+            self._real[key.real] = (c, factors)
+        self.work.n_factorizations += running.squeeze(-1)
+        if self._fresh:
+            self.work.n_jac += running.squeeze(-1)
+            self._fresh = False
+        return factors
+
+    def mass_slope(self, y: Tensor, k1: Tensor) -> Tensor:
+        """See `CoupledSystem`."""
+        assert self._at is not None
+        return self.mass(k1) - self.residual(self._at[0], y, k1)
+
+    def weigh(self, x: Tensor, step: Tensor, error: bool) -> Tensor:
+        """See `CoupledSystem`."""
+        if self.power is not None:
+            x = x * step.abs() ** self.power
+        if error and self.skipped is not None:
+            x = torch.where(self.skipped, 0.0, x)
+        return x
