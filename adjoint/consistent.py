@@ -14,9 +14,9 @@ from .integrate.pencil import Pencil, split
 from .jacobians import DenseJacobian
 from .linalg import DenseLU, Log, Matrix, SparseMatrix
 from .nonlinear import Newton, RootProblem, RootRecord, RootStatus
-from .sensitivity.implicit import JacobianRule, RootNode, RootOutputs, RootTask, timeless
-from .sensitivity.products import tangent
+from .sensitivity.implicit import JacobianRule, RootNode, RootOutputs, RootTask
 from .sensitivity.problem import StageAlgebra
+from .sensitivity.products import tangent
 from .structure import Structure
 from .system import Flat, StateSpec, System, VmappedSystem
 
@@ -169,6 +169,8 @@ def complete(
         guess = torch.cat([_times(known.mH, yp0.detach()), _times(free.mH, y0.detach())], -1)
     u = RootOutputs(*RootNode.apply(task, guess, t0, y0, *inputs)).x
     y, yp = conditions.values(y0, u)
+    # slopes of algebraic variables enter nothing: what was given of them is handed on
+    yp = yp + _times(free, _times(free.mH, yp0.detach()))
     if plain:
         # entries that are kept are kept to the last bit
         fixed = torch.zeros_like(structure.differential).index_fill(0, structure.basis[0].abs().argmax(0)[: structure.rank], True)

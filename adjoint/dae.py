@@ -70,12 +70,11 @@ def solve_dae(
     fun : callable
         ``fun(t, y, yp, *args) -> residual``; ``yp`` is shaped like the state ``y``, and the residual has as many entries, in any
         structure. ``t`` is 0-d (``(B,)`` with ``batched=True``). ``args``, parameters of modules and captured tensors are differentiated.
-    t_span, t_eval, rtol, atol, gradient, batched, dense_output, controller, norm, first_step, max_step, min_step, max_steps, step_ts, throw,
-    progress
-        As for `solve_ivp`.
+    t_span, t_eval, rtol, atol, gradient, batched, dense_output, controller, norm, first_step, max_step, min_step, max_steps, step_ts
+        And ``throw``, ``progress``: as for `solve_ivp`.
     y0, yp0 : Tensor or pytree of tensors
-        Initial state and slope. See ``consistent`` for what is done with them. ``yp0=None``: unknown. Derivatives in ``y0`` are those in its
-        differential part; the algebraic part is a guess on which the solution does not depend.
+        Initial state and slope. See ``consistent`` for what is done with them. ``yp0=None``: unknown. Derivatives in ``y0`` are those in
+        its differential part; the algebraic part is a guess on which the solution does not depend.
     method : "radau", "radau3" or a method object
         Radau IIA of order 5 (three stages; the default) or 3 (Hairer & Wanner, Solving ordinary differential equations II, chapter VII).
         Constraints hold at the ends of steps to the tolerance of the iteration.
@@ -115,7 +114,7 @@ def solve_dae(
     args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
     user_spec = StateSpec.of(y0, batched)
     for name, value in (("y0", y0), ("yp0", yp0)):
-        for leaf in tree_leaves(value):
+        for leaf in [] if value is None else tree_leaves(value):
             wrapped = torch._C._functorch.is_functorch_wrapped_tensor(leaf)
             if not wrapped and not batched and not bool(torch.isfinite(leaf).all()):
                 raise InvalidInput(f"{name} has non-finite entries")

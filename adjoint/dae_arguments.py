@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import Any
@@ -224,8 +224,8 @@ def _compare(
         residual = system.bind(values)(t, torch.cat([given.y, given.yp], -1))[row]
     many = f" of trajectory {row}" if system.spec.batch is not None else ""
     raise InconsistentInitialCondition(
-        f"y0 and yp0{many} do not satisfy the equations: {residual_report(residual, structure.row_scale[row])}; consistent values differ in "
-        f"{_names(system.spec, off[row])}. Let them be solved for with consistent='solve', or give other ones"
+        f"y0 and yp0{many} do not satisfy the equations: {residual_report(residual, structure.row_scale[row])}; consistent values "
+        f"differ in {_names(system.spec, off[row])}. Let them be solved for with consistent='solve', or give other ones"
     )
 
 
@@ -245,8 +245,8 @@ def dae_failure(record: Record, plan: Plan, system: System, inputs: Sequence[Ten
             condition, variable, equation = lost
             many = f" in trajectory {row}" if spec.batch is not None else ""
             raise SingularJacobian(
-                f"the equations stop determining {spec.component(variable)} at t = {float(record.t_final[row]):.8g}{many}: equation {equation} "
-                f"loses its hold on it (condition number {condition:.1e}). {_REASON}",
+                f"the equations stop determining {spec.component(variable)} at t = {float(record.t_final[row]):.8g}{many}: equation "
+                f"{equation} loses its hold on it (condition number {condition:.1e}). {_REASON}",
                 row=row if spec.batch is not None else None,
                 component=variable,
             )

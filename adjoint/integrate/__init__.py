@@ -11,8 +11,8 @@ from .batched import integrate_batched
 from .controller import IController, PIController, PIDController
 from .plan import Event, Monitor, Plan, Record, Status, rms_norm, shifted_times
 from .recording import Recording
-from .single import integrate_single
 from .residual import ResidualSolver
+from .single import integrate_single
 from .stages import StageSolver
 
 __all__ = [

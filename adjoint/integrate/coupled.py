@@ -71,8 +71,8 @@ def solve_coupled(
     """Simplified Newton iterations for ``F(t_i, y + h sum_j a_ij K_j, K_i) = 0`` with ``E`` and ``G`` at the start of the step.
 
     With ``A = T diag(l) T^-1`` the matrix ``I (x) E + h A (x) G`` falls apart into ``E + h l_i G``: one of size n for each real eigenvalue
-    and each conjugate pair (Butcher 1976; Hairer & Wanner, Solving ordinary differential equations II, section IV.8). The iteration is that of
-    `StageSolver.implicit`: its error is estimated from the rate of convergence, rows that have converged do not move any more, and
+    and each conjugate pair (Butcher 1976; Hairer & Wanner, Solving ordinary differential equations II, section IV.8). The iteration is that
+    of `StageSolver.implicit`: its error is estimated from the rate of convergence, rows that have converged do not move any more, and
     failed ones are NaN. Where the tolerance is below what rounding of ``y`` allows, that is the bound.
 
     Returns the ``s`` slopes and, for methods with an error estimate, that of the step, all ``(B, n)``.

@@ -47,8 +47,8 @@ def coupled_root(
 
 @dataclass(frozen=True)
 class _CoupledConditions:
-    """``k_i - f(t_i, y + h sum_j a_ij k_j) = 0``, or ``F(t_i, y + h sum_j a_ij k_j, k_i) = 0``, for ``k`` of shape ``(B, s n)``, with inputs
-    ``(t_1, .., t_s, h, y, *inputs of f)``."""
+    """``k_i - f(t_i, y + h sum_j a_ij k_j) = 0``, or ``F(t_i, y + h sum_j a_ij k_j, k_i) = 0``, for ``k`` of shape ``(B, s n)``, with
+    inputs ``(t_1, .., t_s, h, y, *inputs of f)``."""
 
     system: System | VmappedSystem
     a: Rows
