@@ -182,7 +182,7 @@ def _trajectory(row: int, system: System) -> str:
     return f" for trajectory {row}" if system.spec.batch is not None else ""
 
 
-def residual_report(residual: Tensor, scale: Tensor, most: int = 4) -> str:
+def residual_report(residual: Tensor, scale: Tensor, most: int = 8) -> str:
     """The rows that fail most, in words: ``residual`` and ``scale`` are ``(n,)``."""
     weighed = torch.nan_to_num((residual * scale).abs(), nan=float("inf"))
     order = weighed.argsort(descending=True)[:most]

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten
 
 from .arguments import Times
@@ -52,14 +54,14 @@ def check_flags(consistent: Any, max_steps: Any) -> None:
 
 
 def plain(x: Tensor) -> Tensor:
-    """The values of a tensor without the levels of transforms; of a mapped one the first copy's."""
+    """The values of a tensor without the levels of transforms; of a mapped one the first copy's. To be called below all transforms."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):
             x = functorch.get_unwrapped(x).select(functorch.maybe_get_bdim(x), 0)
         else:
             x = functorch.get_unwrapped(x)
-    return x.detach()
+    return forward_ad.unpack_dual(x).primal.detach() if forward_ad._current_level >= 0 else x.detach()
 
 
 def residual_algebra(
@@ -85,11 +87,12 @@ def residual_algebra(
         parts = [SparsityPattern.from_any(part, (n, n)).to_scipy() for part in jac_sparsity]
         strategy = SparseJacobian(SparsityPattern.from_scipy(sp.hstack(parts, format="csr")))
     elif n > _SMALL:
-        values = [plain(x) for x in inputs]
-        f = system.bind(values)
-        t = plain(times.anchors[0]).to(spec.real_dtype)
-        at = torch.cat([plain(y), plain(yp)], -1)
-        strategy, _ = choose_jacobian(lambda pair: f(t, pair), at, parameters=[x for x in values if x.is_floating_point()])
+        with temporarily_clear_interpreter_stack():
+            values = [plain(x) for x in inputs]
+            f = system.bind(values)
+            t = plain(times.anchors[0]).to(spec.real_dtype)
+            at = torch.cat([plain(y), plain(yp)], -1)
+            strategy, _ = choose_jacobian(lambda pair: f(t, pair), at, parameters=[x for x in values if x.is_floating_point()])
     return StageAlgebra(strategy, linear_solver if linear_solver is not None else DenseLU())
 
 
@@ -112,24 +115,27 @@ def initial_values(
     real = spec.real_dtype
     t = t0.to(real)
     mask = _mask(differential, user_spec, n, given.y.device)
-    values = [plain(x) for x in inputs]
-    y, yp = plain(given.y), plain(given.yp)
-    E, G = dense_pencil(system, values, plain(t), y, yp)
-    structure = analyse(E, G, mask)
-    _check_structure(structure, spec, mask)
-    algebra = replace(
-        algebra,
-        index=structure.variable_index if structure.index > 1 else None,
-        skipped=~structure.differential if skip and not bool(structure.differential.all()) else None,
-    )
+    # on plain values and below all transforms: what is found here outlives them
+    with torch.no_grad(), temporarily_clear_interpreter_stack():
+        values, at = [plain(x) for x in inputs], plain(t)
+        y, yp = plain(given.y), plain(given.yp)
+        E, G = dense_pencil(system, values, at, y, yp)
+        structure = analyse(E, G, mask)
+        _check_structure(structure, spec, mask)
+        algebra = replace(
+            algebra,
+            index=structure.variable_index if structure.index > 1 else None,
+            skipped=~structure.differential if skip and not bool(structure.differential.all()) else None,
+        )
+        if structure.hidden.shape[-1] and consistent != "trust":
+            _check_constraints(system, structure, values, at, y, yp, tolerances)
     if consistent == "trust":
         return given, algebra
-    if structure.hidden.shape[-1]:
-        _check_constraints(system, structure, values, plain(t), y, yp, tolerances)
     rtol = 1e-6 if real.itemsize < 8 else 1e-12
     found = complete(system, algebra, structure, t, given.y, given.yp, inputs, rtol)
     if consistent in ("auto", "check"):
-        _compare(consistent, system, structure, values, plain(t), Initial(y, yp), found, tolerances)
+        with torch.no_grad(), temporarily_clear_interpreter_stack():
+            _compare(consistent, system, structure, values, at, Initial(y, yp), found, tolerances)
     return (given if consistent == "check" else found), algebra
 
 

@@ -40,9 +40,7 @@ def test_discrete_adjoint_equals_backprop(method, form, batched):
     ends = torch.tensor([0.0, 1.0], requires_grad=True)
     times = torch.tensor([0.0, 0.21, 0.5, 0.5, 0.93, 1.0], requires_grad=True)
     inputs = [y0, p, ends] + ([times] if form == "samples" else [])
-    gradients = [
-        torch.autograd.grad(_loss(form, s, method, y0, p, batched, tuple(ends.unbind()), times), inputs) for s in STRATEGIES
-    ]
+    gradients = [torch.autograd.grad(_loss(form, s, method, y0, p, batched, tuple(ends.unbind()), times), inputs) for s in STRATEGIES]
     assert _relative(*gradients) < 1e-10
     without_times = torch.autograd.grad(_loss(form, DiscreteAdjoint(), method, y0, p, batched), [y0, p])
     assert _relative(without_times, gradients[1][:2]) < 1e-10

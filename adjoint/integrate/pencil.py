@@ -76,7 +76,7 @@ def scaled_factors(solver: LinearSolver, matrix: Matrix, log: Log, old: ScaledFa
     if isinstance(matrix, SparseMatrix):
         rows = matrix.indices[0]
         size = matrix.values.abs()
-        largest = size.new_zeros(size.shape[0], matrix.shape[0]).index_reduce(1, rows, size, "amax")
+        largest = size.new_zeros(size.shape[0], matrix.shape[0]).scatter_reduce(1, rows.expand_as(size), size, "amax")
         scale = _reciprocal(largest)
         scaled: Matrix = SparseMatrix(matrix.indices, matrix.values * scale.index_select(1, rows), matrix.shape)
     else:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .runge_kutta import update
+from .runge_kutta import StepCotangents, _add, combine, row_dot, update, weighted_sum
 from .tableaux_implicit import CollocationTableau
 
-__all__ = ["CoupledEquations", "FullyImplicitRungeKutta"]
+__all__ = ["CoupledEquations", "CoupledLinearize", "FullyImplicitRungeKutta"]
 
 
 class CoupledEquations(Protocol):
@@ -35,13 +35,27 @@ class CoupledEquations(Protocol):
         ...
 
 
+class CoupledLinearize(Protocol):
+    """What the adjoint of a step with coupled stages asks for."""
+
+    def stages(self) -> list[Tensor]:
+        """The recorded slopes of the step."""
+        ...
+
+    def coupled_adjoint(
+        self, a: Sequence[Sequence[float]], times: Sequence[Tensor], points: Sequence[Tensor], w: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Callable[[Tensor], tuple[Tensor, Tensor | None]]]]:
+        """The solution ``v_i`` of ``E_i* v_i + h sum_j a_ji G_j* v_j = w_i`` at the values ``points`` of the stages; and for every stage
+        the pullback ``v -> (-G_i* v, -F_t* v)``, which adds ``-F_p* v`` to the cotangents of the inputs."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class FullyImplicitRungeKutta:
     """A fully implicit Runge-Kutta method of collocation type; see `ExplicitRungeKutta` for the meaning of every function.
 
     `nodes` begins with the start of the step, where the Jacobian of the iteration is taken; behind it come the times of the stages.
-    The recorded stages are the slopes of the coupled equations. It has no ``adjoint_step``: the adjoint is that of the whole system of
-    stages, found by autograd through `step` with the stages as one differentiable root.
+    The recorded stages are the slopes of the coupled equations.
     """
 
     tableau: CollocationTableau
@@ -110,6 +124,45 @@ class FullyImplicitRungeKutta:
     ) -> list[Tensor]:
         """All stages that the dense output weighs: those of the step, without the error estimate."""
         return list(ks[: self.n_stages])
+
+    def adjoint_step(
+        self,
+        linearize: CoupledLinearize,
+        times: Sequence[Tensor],
+        h: float | Tensor,
+        y: Tensor,
+        end_bar: Tensor,
+        k_bar: Sequence[Tensor | None],
+        time_bars: bool,
+    ) -> StepCotangents:
+        """The discrete adjoint of a step (docs/theory.md, section 1): with ``E_i = F_y'`` and ``G_i = F_y`` at stage ``i``,
+
+            ``E_i* v_i + h sum_j a_ji G_j* v_j = k_bar_i + h b_i l1``,  ``l0 = l1 - sum_i G_i* v_i``.
+
+        For an ODE ``E = I`` and ``G = -f_y``. Stage slopes are the recorded ones: Newton's iteration is neither run again nor
+        differentiated. Arguments as for `ExplicitRungeKutta.adjoint_step`.
+        """
+        tab, ks = self.tableau, linearize.stages()
+        points, w = [], []
+        for i, row in enumerate(tab.a):
+            points.append(combine(y, h, row, ks))
+            own = end_bar * (h * tab.b[i])
+            bar = k_bar[i] if i < len(k_bar) else None
+            w.append(own if bar is None else own + bar)
+        vs, pulls = linearize.coupled_adjoint(tab.a, times[1:], points, w)
+        y_bar, t_bar, h_bar = end_bar, None, None
+        for i, (v, pull) in enumerate(zip(vs, pulls, strict=True)):
+            u, time_bar = pull(v)
+            y_bar = y_bar + u
+            if time_bars:
+                h_bar = _add(h_bar, tab.b[i] * row_dot(ks[i], end_bar))
+                slope = weighted_sum(tab.a[i], ks)
+                assert slope is not None
+                h_bar = _add(h_bar, row_dot(slope, u))
+                if time_bar is not None:
+                    t_bar = _add(t_bar, time_bar)
+                    h_bar = _add(h_bar, time_bar * tab.c[i])
+        return StepCotangents(y_bar, t_bar, h_bar, ks)
 
     def dense_weights(self, theta: Tensor) -> Tensor:
         """``b_i(theta)``: shape ``(*theta.shape, S)``."""

@@ -12,7 +12,7 @@ from ..capture import unknown_leaves
 from ..errors import CapturedTensorLost
 from ..system import Flat
 
-__all__ = ["Linearizer", "vjp"]
+__all__ = ["Linearizer", "Pullback", "vjp"]
 
 Pullback = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..integrate.pencil import scaled_factors, split
 from ..integrate.stages import shifted
 from ..linalg import Factorization, Log, Matrix
 from ..methods.runge_kutta import StepCotangents, row_dot
 from ..methods.tableaux_implicit import CollocationTableau
 from ..nonlinear import RootRecord
 from ..system import Flat, System, VmappedSystem
-from .coupled import coupled_root
+from .coupled import coupled_matrix, coupled_pencils, coupled_root
 from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, linear
-from .linearize import Linearizer, vjp
+from .linearize import Linearizer, Pullback, vjp
 from .problem import Problem, StageAlgebra
 from .products import tangent
 
@@ -159,7 +160,7 @@ def recorded_adjoint(
         moved = torch.zeros(rows, dtype=size.dtype, device=y.device, requires_grad=time_bars)
         if time_bars:
             begin = [t + moved + c * (length - length.detach()).squeeze(-1) for t, c in zip(begin, method.nodes, strict=True)]
-        f = RecordedStages(problem.system, linearize.inputs, linearize.recorded[linearize.k], problem.algebra)  # type: ignore[arg-type]
+        f = equations(problem, linearize.inputs, linearize.recorded[linearize.k])
         y1, ks = method.step(f, begin, length, start, f(begin[0], start))
     outputs, bars = [y1], [end_bar]
     for k, bar in zip(ks, k_bar, strict=False):
@@ -186,6 +187,7 @@ class StageLinearizer(Linearizer):
         assert problem.algebra is not None
         self.algebra, self.diagonal, self.recorded = problem.algebra, getattr(problem.plan.method, "diagonal", ()), stages
         self.log = Log()
+        self.residual = problem.system.residual is not None
         self.k = 0
         self.h: Tensor = stages.new_empty(0)
         self.times: Sequence[Tensor] = ()
@@ -208,6 +210,29 @@ class StageLinearizer(Linearizer):
             matrix = shifted(self.algebra.jacobian(lambda y: self.f(time, y), point), hd)
             factors = self.algebra.linear_solver.factor(matrix, self.log)
             return factors.solve(w, transposed=True, conjugated=True)
+
+    def coupled_adjoint(
+        self, a: Sequence[Sequence[float]], times: Sequence[Tensor], points: Sequence[Tensor], w: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Pullback]]:
+        """See `CoupledLinearize.coupled_adjoint`."""
+        ks, implicit = self.stages(), self.residual
+        xs = [torch.cat([x, k], -1) for x, k in zip(points, ks, strict=True)] if implicit else list(points)
+        pulls = [self(t, x)[1] for t, x in zip(times, xs, strict=True)]
+        with torch.no_grad():
+            found = [self.algebra.jacobian(lambda x, t=t: self.f(t, x), x) for t, x in zip(times, xs, strict=True)]
+            matrix = coupled_pencils(a, self.h, [split(m) for m in found]) if implicit else coupled_matrix(a, self.h, found)
+            side = torch.cat(list(w), -1)
+            if implicit:
+                v = scaled_factors(self.algebra.linear_solver, matrix, self.log).solve_adjoint(side)
+            else:
+                v = self.algebra.linear_solver.factor(matrix, self.log).solve(side, transposed=True, conjugated=True)
+            # finished trajectories have steps of size zero, at which the equations need not have a solution
+            v = torch.where((side == 0).all(-1, keepdim=True), 0.0, v)
+        n = points[0].shape[-1]
+        if implicit:
+            # the slope is one of F = 0: its derivative has the other sign, and only the part of y goes on
+            pulls = [lambda x, pull=pull: (lambda u, time: (u[..., :n], time))(*pull(-x)) for pull in pulls]
+        return list(v.unflatten(-1, (len(times), n)).unbind(-2)), pulls
 
     def solve_start(self, t: Tensor, y: Tensor, hd: Tensor | float, w: Tensor) -> Tensor:
         """``(I - hd f_y(t, y))*^-1 w`` with ``(t, y)`` and ``hd`` the same in every call of a step: one factorisation."""
