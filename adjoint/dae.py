@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .arguments import Times, check_times, flat_norm, flat_tolerance, positive
 from .capture import find_captured, needs_derivatives, parameter_homes
-from .consistent import Initial
 from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_values, residual_algebra
 from .errors import InvalidInput, UnsupportedCombination
 from .integrate import IController, PIDController, Plan, Record
@@ -20,6 +19,7 @@ from .ivp import _front_door, _Parts, _solution
 from .methods import Method
 from .progress import progress_monitor
 from .sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
+from .sensitivity.consistent import Initial
 from .sensitivity.problem import interpolate_slopes, step_times
 from .solution import BackwardStats, Solution
 from .system import StateSpec, System

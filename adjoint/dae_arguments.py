@@ -14,7 +14,6 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten
 
 from .arguments import Times
-from .consistent import Initial, complete, dense_pencil, residual_report
 from .errors import HigherIndexDAE, InconsistentInitialCondition, InvalidInput, SingularJacobian
 from .failures import raise_failure
 from .integrate import Plan, Record
@@ -23,6 +22,7 @@ from .jacobians_sparse import SparseJacobian, choose_jacobian
 from .linalg import DenseLU, LinearSolver
 from .linalg.sparsity import SparsityPattern
 from .methods import DAE_METHODS, Method
+from .sensitivity.consistent import Initial, complete, dense_pencil, residual_report
 from .sensitivity.problem import StageAlgebra
 from .structure import Structure, analyse
 from .system import StateSpec, System

@@ -20,6 +20,7 @@ from .event_times import event_records
 from .failures import raise_failure
 from .integrate import Event, IController, PIDController, Plan, Record
 from .integrate.compiled import compile_key
+from .mass_matrix import implicit_method, with_mass
 from .methods import Method
 from .progress import progress_monitor
 from .sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
@@ -81,6 +82,7 @@ def solve_ivp(
     jac: Callable[..., Any] | None = None,
     jac_sparsity: Any = None,
     linear_solver: Any = None,
+    mass_matrix: Any = None,
 ) -> Solution:
     """Solve ``y' = fun(t, y, *args)``, ``y(t_span[0]) = y0``, with derivatives in everything that the solution depends on.
 
@@ -136,6 +138,10 @@ def solve_ivp(
         For implicit methods: where the Jacobian may be non-zero. Found from ``fun`` itself if it is not given and the state is large.
     linear_solver : LinearSolver
         For implicit methods: ``adjoint.linalg.DenseLU()``, ``SparseLU()``, ... By default by kind and size of the Jacobian.
+    mass_matrix : Tensor or callable
+        Solve ``M y' = fun(t, y, *args)``: ``M`` a tensor ``(n, n)`` (when batched also ``(B, n, n)``) on the flattened state, or
+        ``M(t, y, *args)``; it may be singular (of index 1 or 2, see `solve_dae`) and is differentiated. With method "radau5" or
+        "radauIIA3". Algebraic variables in ``y0`` are guesses: they are solved for.
 
     Returns
     -------
@@ -145,6 +151,38 @@ def solve_ivp(
     ------
     InvalidInput, UnsupportedCombination, MaxStepsReached, StepSizeTooSmall, NonFiniteState, CapturedTensorLost
     """
+    if mass_matrix is not None:
+        from .dae import solve_dae
+
+        refused = {"events": events, "jac": jac, "jac_sparsity": jac_sparsity, "compile": compile or None}
+        implicit = implicit_method(method, refused)
+        args = args if isinstance(args, (tuple, list)) else (args,)
+        residual, extra = with_mass(fun, mass_matrix, y0, batched)
+        integrand = quadrature if quadrature is None or not extra else lambda t, y, *rest: quadrature(t, y, *rest[:-1])
+        return solve_dae(
+            residual,
+            t_span,
+            y0,
+            args=(*args, *extra),
+            t_eval=t_eval,
+            method=implicit,
+            rtol=rtol,
+            atol=atol,
+            gradient=gradient,
+            batched=batched,
+            dense_output=dense_output,
+            quadrature=integrand,
+            controller=controller,
+            norm=norm,
+            first_step=first_step,
+            max_step=max_step,
+            min_step=min_step,
+            max_steps=max_steps,
+            step_ts=step_ts,
+            throw=throw,
+            progress=progress,
+            linear_solver=linear_solver,
+        )
     chosen = check_method(method)
     implicit_options = {"jac": jac, "jac_sparsity": jac_sparsity, "linear_solver": linear_solver}
     _check_options(chosen, implicit_options, first_step, events, batched, compile, max_steps)

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InconsistentInitialCondition
-from .integrate.pencil import Pencil, split
-from .jacobians import DenseJacobian
-from .linalg import DenseLU, Log, Matrix, SparseMatrix
-from .nonlinear import Newton, RootProblem, RootRecord, RootStatus
-from .sensitivity.implicit import JacobianRule, RootNode, RootOutputs, RootTask
-from .sensitivity.problem import StageAlgebra
-from .sensitivity.products import tangent
-from .structure import Structure
-from .system import Flat, StateSpec, System, VmappedSystem
+from ..errors import InconsistentInitialCondition
+from ..integrate.pencil import Pencil, split
+from ..jacobians import DenseJacobian
+from ..linalg import DenseLU, Log, Matrix, SparseMatrix
+from ..nonlinear import Newton, RootProblem, RootRecord, RootStatus
+from ..structure import Structure
+from ..system import Flat, StateSpec, System, VmappedSystem
+from .implicit import JacobianRule, RootNode, RootOutputs, RootTask
+from .problem import StageAlgebra
+from .products import tangent
 
 __all__ = ["Initial", "complete", "dense_pencil", "residual_report"]
 
