@@ -17,6 +17,7 @@ from .arguments import Times
 from .errors import HigherIndexDAE, InconsistentInitialCondition, InvalidInput, SingularJacobian
 from .failures import raise_failure
 from .integrate import Plan, Record
+from .integrate.pencil import split
 from .jacobians import DenseJacobian
 from .jacobians_sparse import SparseJacobian, choose_jacobian
 from .linalg import DenseLU, LinearSolver
@@ -24,13 +25,15 @@ from .linalg.sparsity import SparsityPattern
 from .methods import DAE_METHODS, Method
 from .sensitivity.consistent import Initial, complete, dense_pencil, residual_report
 from .sensitivity.problem import StageAlgebra
-from .structure import Structure, analyse
+from .structure import Structure, analyse, analyse_large
 from .system import StateSpec, System
 
 __all__ = ["check_dae_method", "check_flags", "dae_failure", "initial_values", "residual_algebra"]
 
 #: unknowns up to which the matrices are dense without a look at their pattern
 _SMALL = 64
+#: unknowns above which the structure is looked for by one factorisation before anything else
+_LARGE = 128
 _MODES = ("auto", "solve", "check", "trust")
 
 
@@ -119,12 +122,12 @@ def initial_values(
     with torch.no_grad(), temporarily_clear_interpreter_stack():
         values, at = [plain(x) for x in inputs], plain(t)
         y, yp = plain(given.y), plain(given.yp)
-        E, G = dense_pencil(system, values, at, y, yp)
-        structure = analyse(E, G, mask)
+        structure = _structure(system, algebra, values, at, y, yp, mask)
         _check_structure(structure, spec, mask)
         algebra = replace(
             algebra,
             index=structure.variable_index if structure.index > 1 else None,
+            structure=structure,
             skipped=~structure.differential if skip and not bool(structure.differential.all()) else None,
         )
         if structure.hidden.shape[-1] and consistent != "trust":
@@ -137,6 +140,19 @@ def initial_values(
         with torch.no_grad(), temporarily_clear_interpreter_stack():
             _compare(consistent, system, structure, values, at, Initial(y, yp), found, tolerances)
     return (given if consistent == "check" else found), algebra
+
+
+def _structure(
+    system: System, algebra: StageAlgebra, values: Sequence[Tensor], t: Tensor, y: Tensor, yp: Tensor, mask: Tensor | None
+) -> Structure:
+    if y.shape[-1] > _LARGE:
+        f = system.bind(values)
+        pencil = split(algebra.jacobian(lambda pair: f(t, pair), torch.cat([y, yp], -1)))
+        found = analyse_large(pencil, algebra.linear_solver, mask)
+        if found is not None:
+            return found
+    E, G = dense_pencil(system, values, t, y, yp)
+    return analyse(E, G, mask)
 
 
 def _mask(differential: Any, spec: StateSpec, n: int, device: torch.device) -> Tensor | None:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Structure", "analyse"]
+from .integrate.pencil import Pencil, scaled_factors
+from .linalg import LinearSolver, Log, Matrix, SparseMatrix, condition_estimate
+
+__all__ = ["Structure", "analyse", "analyse_large"]
 
 #: what counts as zero among numbers whose largest is one
 _ZERO = 1e-11
@@ -53,6 +56,31 @@ class Structure:
     row_scale: Tensor
     undetermined: Tensor
     suspects: Tensor
+    #: whether the basis is one of single variables
+    single: bool
+
+    @property
+    def plain(self) -> bool:
+        """Whether variables are differential or algebraic one by one, and constraints determine all of the latter."""
+        return self.single and not self.hidden.shape[-1]
+
+    @property
+    def order(self) -> Tensor:
+        """``(n,)`` int64: differential variables, then algebraic ones; where the basis is one of single variables."""
+        return torch.cat([self.differential.nonzero()[:, 0], (~self.differential).nonzero()[:, 0]])
+
+    def chosen(self, E: Matrix, G: Matrix) -> Matrix:
+        """``[F_yd', F_ya]``, of which index 1 means that it is regular; columns in the `order`."""
+        order, rank = self.order, self.rank
+        if isinstance(E, Tensor) and isinstance(G, Tensor):
+            return torch.cat([E[..., order[:rank]], G[..., order[rank:]]], -1)
+        assert isinstance(E, SparseMatrix) and isinstance(G, SparseMatrix)
+        place = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
+        rows, columns = E.indices
+        values = torch.where(place[columns] < rank, E.values, G.values)
+        indices = torch.stack([rows, place[columns]])
+        sorted_ = (indices[0] * len(order) + indices[1]).argsort()
+        return SparseMatrix(indices[:, sorted_], values[..., sorted_], E.shape)
 
     @property
     def variable_index(self) -> Tensor:
@@ -80,7 +108,9 @@ def analyse(E: Tensor, G: Tensor, differential: Tensor | None = None) -> Structu
     if int(named.sum()) == rank:
         order = torch.cat([named.nonzero()[:, 0], (~named).nonzero()[:, 0]])
         basis = torch.eye(n, dtype=E.dtype, device=E.device)[:, order].expand(E.shape[0], n, n)
+        single = True
     else:
+        single = False
         basis = torch.linalg.svd(own).Vh.mH
     left = torch.linalg.svd(own).U if rank else torch.eye(n, dtype=E.dtype, device=E.device).expand_as(E)
     free, constraints = basis[:, :, rank:], left[:, :, rank:]
@@ -93,7 +123,46 @@ def analyse(E: Tensor, G: Tensor, differential: Tensor | None = None) -> Structu
     open_directions = (free @ vh.mH[:, :, found:])[0].abs()
     undetermined = open_directions.amax(-1) > 0.1 if open_directions.shape[-1] else torch.zeros_like(named)
     suspects = hidden[0].abs().amax(-1) > 0.1 if hidden.shape[-1] else torch.zeros_like(named)
-    return Structure(rank, basis, named, _index(own[0], G[0]), hidden, rest, scale, undetermined, suspects)
+    return Structure(rank, basis, named, _index(own[0], G[0]), hidden, rest, scale, undetermined, suspects, single)
+
+
+def analyse_large(pencil: Pencil, linear_solver: LinearSolver, differential: Tensor | None = None) -> Structure | None:
+    """The structure of many equations of index 0 or 1 in single variables, by one factorisation; None where that is not what they are."""
+    E, G = pencil.E, pencil.G
+    if isinstance(E, SparseMatrix) and isinstance(G, SparseMatrix):
+        n = E.shape[0]
+        rows = E.indices[0]
+        weights = E.values.abs() if E.values.dim() == 2 else E.values.abs().unsqueeze(0)
+        largest = _most(torch.maximum(weights, G.values.abs()), rows, n)
+        size = _most(weights, rows, n)
+    else:
+        assert isinstance(E, Tensor) and isinstance(G, Tensor)
+        n = E.shape[-1]
+        largest, size = torch.cat([G, E], -1).abs().amax(-1), E.abs().amax(-1)
+    size = torch.where(size > _ZERO * largest, size, largest)
+    scale = torch.where(size > 0, 1 / size, 1.0)
+    named = differential
+    if named is None:
+        if isinstance(E, SparseMatrix):
+            own = E.values.abs() * scale.index_select(1, E.indices[0])
+            named = _most(own, E.indices[1], n)[0] > _ZERO
+        else:
+            named = (E.abs() * scale.unsqueeze(-1))[0].amax(0) > _ZERO  # type: ignore[union-attr]
+    rank, kind = int(named.sum()), {"dtype": E.dtype, "device": E.device}
+    order = torch.cat([named.nonzero()[:, 0], (~named).nonzero()[:, 0]])
+    none = torch.zeros(n, dtype=torch.bool, device=E.device)
+    basis = torch.eye(n, **kind)[:, order].expand(scale.shape[0], n, n)
+    empty = torch.empty(scale.shape[0], n, 0, **kind)
+    found = Structure(rank, basis, named, 0 if rank == n else 1, empty, basis, scale, none, none, True)
+    matrix = found.chosen(E, G)
+    factors = scaled_factors(linear_solver, matrix, Log())
+    condition = condition_estimate(factors.scaled, factors.factors)
+    return found if bool((condition < 1e11).all()) else None
+
+
+def _most(values: Tensor, places: Tensor, n: int) -> Tensor:
+    """``(B, n)``: the largest of the ``values`` (B, nnz) at each place."""
+    return values.new_zeros(values.shape[0], n).scatter_reduce(1, places.expand_as(values), values, "amax")
 
 
 def _index(E: Tensor, G: Tensor) -> int:

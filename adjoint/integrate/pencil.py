@@ -61,6 +61,7 @@ class ScaledFactors:
 
     factors: Factorization
     scale: Tensor
+    scaled: Matrix
 
     def solve(self, b: Tensor) -> Tensor:
         """``A^-1 b`` for ``(B, n)``."""
@@ -84,7 +85,7 @@ def scaled_factors(solver: LinearSolver, matrix: Matrix, log: Log, old: ScaledFa
         scale = _reciprocal(matrix.abs().amax(-1))
         scaled = matrix * scale.unsqueeze(-1)
     factors = solver.factor(scaled, log) if old is None else solver.refactor(old.factors, scaled)
-    return ScaledFactors(factors, scale)
+    return ScaledFactors(factors, scale, scaled)
 
 
 def _reciprocal(largest: Tensor) -> Tensor:

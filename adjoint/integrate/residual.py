@@ -100,7 +100,7 @@ class ResidualSolver:
                     count += 1
                 if bool((plan.norm(step * change / size) <= 1e-4).all()):
                     break
-            speed = plan.norm(self.weigh(slope, step, False) / size)
+            speed = plan.norm(self.weigh(slope, step, True) / size)
             wanted = torch.minimum(width, 1e-2 / speed.clamp(min=1e-300).double())
             if bool((wanted >= 0.5 * width).all()):
                 break

@@ -12,15 +12,15 @@ from torch import Tensor
 from ..errors import InconsistentInitialCondition
 from ..integrate.pencil import Pencil, split
 from ..jacobians import DenseJacobian
-from ..linalg import DenseLU, Log, Matrix, SparseMatrix
+from ..linalg import DenseLU, Log, Matrix
 from ..nonlinear import Newton, RootProblem, RootRecord, RootStatus
 from ..structure import Structure
 from ..system import Flat, StateSpec, System, VmappedSystem
 from .implicit import JacobianRule, RootNode, RootOutputs, RootTask
-from .problem import StageAlgebra
+from .problem import Problem, StageAlgebra
 from .products import tangent
 
-__all__ = ["Initial", "complete", "dense_pencil", "residual_report"]
+__all__ = ["Initial", "complete", "completion", "dense_pencil", "residual_report"]
 
 
 @dataclass(frozen=True)
@@ -82,26 +82,16 @@ class _CompletionRule:
 
     system: System | VmappedSystem
     algebra: StageAlgebra
-    order: Tensor
-    rank: int
+    structure: Structure
 
     def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
         t0, y0, *rest = inputs
         f = self.system.bind(rest)
-        known, free = self.order[: self.rank], self.order[self.rank :]
-        y = y0.index_copy(1, free, x[:, self.rank :])
-        yp = torch.zeros_like(y).index_copy(1, known, x[:, : self.rank])
+        order, rank = self.structure.order, self.structure.rank
+        y = y0.index_copy(1, order[rank:], x[:, rank:])
+        yp = torch.zeros_like(y).index_copy(1, order[:rank], x[:, :rank])
         pencil = split(self.algebra.jacobian(lambda pair: f(t0, pair), torch.cat([y, yp], -1)))
-        E, G = pencil.E, pencil.G
-        if isinstance(E, Tensor) and isinstance(G, Tensor):
-            return torch.cat([E[..., known], G[..., free]], -1)
-        assert isinstance(E, SparseMatrix) and isinstance(G, SparseMatrix)
-        place = torch.empty_like(self.order).index_copy(0, self.order, torch.arange(len(self.order), device=self.order.device))
-        rows, columns = E.indices
-        differential = place[columns] < self.rank
-        indices, values = torch.stack([rows, place[columns]]), torch.where(differential, E.values, G.values)
-        sorted_ = (indices[0] * len(place) + indices[1]).argsort()
-        return SparseMatrix(indices[:, sorted_], values[..., sorted_], E.shape)
+        return self.structure.chosen(pencil.E, pencil.G)
 
     def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
         """Dense: the inputs are those of one copy no more."""
@@ -133,12 +123,9 @@ def complete(
 
     Raises `InconsistentInitialCondition` if there is no solution to be found.
     """
-    plain = bool((structure.basis.abs() == 1).sum() == structure.basis[..., 0].numel()) and not structure.hidden.shape[-1]
-    conditions = _Completion(system, structure.basis, structure.rank, structure.row_scale, structure.hidden, structure.rest)
-    rule: Any = _Dense()
-    if plain:
-        order = structure.basis[0].abs().argmax(0)
-        rule = _CompletionRule(system, algebra, order, structure.rank)
+    plain = structure.plain
+    conditions = _conditions(system, structure)
+    rule: Any = _CompletionRule(system, algebra, structure) if plain else _Dense()
 
     def find(r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor], jacobian: JacobianRule) -> RootRecord:
         problem = RootProblem(
@@ -173,9 +160,29 @@ def complete(
     yp = yp + _times(free, _times(free.mH, yp0.detach()))
     if plain:
         # entries that are kept are kept to the last bit
-        fixed = torch.zeros_like(structure.differential).index_fill(0, structure.basis[0].abs().argmax(0)[: structure.rank], True)
-        y = torch.where(fixed, y0, y)
+        y = torch.where(structure.differential, y0, y)
     return Initial(y, yp)
+
+
+def _conditions(system: System | VmappedSystem, structure: Structure) -> _Completion:
+    return _Completion(system, structure.basis, structure.rank, structure.row_scale, structure.hidden, structure.rest)
+
+
+def completion(problem: Problem, structure: Structure, t: Tensor, y: Tensor, yp: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """A state ``y`` (B, n) that satisfies the equations with slopes ``yp``, as a function of its differential part and of the inputs."""
+    assert problem.algebra is not None
+    conditions = _conditions(problem.system, structure)
+    solver = DenseLU()
+
+    def find(r: Any, x: Tensor, inputs: Any, jacobian: Any) -> RootRecord:
+        count = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+        return RootRecord(x, torch.zeros_like(x), x.new_zeros(x.shape[0]), count, count, count, count)
+
+    task = RootTask(conditions, conditions, find, _Dense(), solver, Log(), lambda record: None)
+    known, free = structure.basis[..., : structure.rank], structure.basis[..., structure.rank :]
+    with torch.no_grad():
+        u = torch.cat([_times(known.mH, yp), _times(free.mH, y.detach())], -1)
+    return conditions.values(y, RootOutputs(*RootNode.apply(task, u, t, y, *inputs)).raw)[0]
 
 
 def _trajectory(row: int, system: System) -> str:

@@ -17,7 +17,7 @@ from .discrete import eager_sweep
 from .problem import Outputs, Problem
 from .sweep import functional_sweep, tangents
 
-__all__ = ["SolveNode"]
+__all__ = ["SolveNode", "unpack"]
 
 _DIFFERENTIABLE = 4
 
@@ -59,7 +59,7 @@ class SolveNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        grid, anchors, t_eval, inputs = _unpack(ctx)
+        grid, anchors, t_eval, inputs = unpack(ctx)
         bars = cotangents[:_DIFFERENTIABLE]
         wants = ctx.needs_input_grad[1:]
         differentiable = torch.is_grad_enabled() or functorch_active()
@@ -72,7 +72,7 @@ class SolveNode(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, anchors_dot: Tensor | None, t_eval_dot: Tensor | None, y0_dot: Tensor | None, *inputs_dot: Any) -> Any:
-        grid, anchors, t_eval, inputs = _unpack(ctx)
+        grid, anchors, t_eval, inputs = unpack(ctx)
         dots = (anchors_dot, t_eval_dot, y0_dot, *inputs_dot)
         with torch.autocast(grid["states"].device.type, enabled=False), below_jvp() as (lower, raise_):
             out = tangents(
@@ -145,7 +145,8 @@ _ROW_DIM = {
 }
 
 
-def _unpack(ctx: Any) -> tuple[dict[str, Tensor], Tensor, Tensor | None, Sequence[Tensor]]:
+def unpack(ctx: Any) -> tuple[dict[str, Tensor], Tensor, Tensor | None, Sequence[Tensor]]:
+    """The record's grid, anchors, sample times and inputs, as `SolveNode` saved them."""
     if not ctx.problem.plan.keep_states:
         raise RuntimeError("this solve was made without keeping what its derivatives need")
     names = ("states", "t", "h", "segment", "lands", "sample_step", "status", "event_step", "stages")

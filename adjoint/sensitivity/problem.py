@@ -13,6 +13,7 @@ from ..integrate import Plan, Record, ResidualSolver, StageSolver, shifted_times
 from ..integrate.columns import column_major, takes_columns
 from ..jacobians import DenseJacobian
 from ..linalg import DenseLU, LinearSolver, Matrix
+from ..structure import Structure
 from ..system import Flat, System, VmappedSystem
 
 __all__ = [
@@ -38,6 +39,7 @@ class StageAlgebra:
     #: for implicit equations: the index of every variable, and those that the error test leaves out; see `ResidualSolver`
     index: Tensor | None = None
     skipped: Tensor | None = None
+    structure: Structure | None = None
 
 
 @dataclass(frozen=True)
