@@ -26,19 +26,31 @@ from .objective import SteadyStateObjective
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
 from .parameters import Parameter, ParameterSpace
 from .root_solution import RootSolution, RootStats
-from .sensitivity import Backprop, DiscreteAdjoint
+from .sensitivity import (
+    Backprop,
+    BacksolveAdjoint,
+    DiscreteAdjoint,
+    ForwardSensitivity,
+    GaussAdjoint,
+    InterpolatingAdjoint,
+    QuadratureAdjoint,
+)
 from .solution import EventRecord, Solution, Stats
 from .steady import solve_root
 
 __all__ = [
     "AdjointError",
     "Backprop",
+    "BacksolveAdjoint",
     "CapturedTensorLost",
     "DiscreteAdjoint",
     "EventRecord",
+    "ForwardSensitivity",
+    "GaussAdjoint",
     "HigherIndexDAE",
     "IController",
     "InconsistentInitialCondition",
+    "InterpolatingAdjoint",
     "InvalidInput",
     "Laplace",
     "MaxStepsReached",
@@ -49,6 +61,7 @@ __all__ = [
     "PIDController",
     "Parameter",
     "ParameterSpace",
+    "QuadratureAdjoint",
     "RootError",
     "RootSolution",
     "RootStats",

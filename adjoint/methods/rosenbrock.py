@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ class Rosenbrock:
 
     tableau: RosenbrockTableau
     implicit: bool = field(default=True, init=False)
+    #: the formula holds ``f_t``
+    needs_time_slope: ClassVar[bool] = True
     _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)
 
     @property

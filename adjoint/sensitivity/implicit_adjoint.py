@@ -11,50 +11,23 @@ carry their part of the cotangent over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..capture import cut_apart, functorch_active
-from ..errors import UnsupportedCombination
-from ..integrate import Plan, ResidualSolver, Status, integrate
+from ..integrate import Plan, ResidualSolver, integrate
 from ..integrate.pencil import Pencil, scaled_factors, split
 from ..linalg import LinearSolver, Log, Matrix, SparseMatrix
 from ..structure import Structure, analyse
 from ..system import Flat
 from .consistent import completion
 from .linearize import Linearizer, vjp
-from .node import SolveNode, unpack
 from .problem import Problem
+from .way_back import Trajectory, check_way_back, in_units_of
 
-__all__ = ["ImplicitAdjointNode", "Trajectory", "implicit_adjoint"]
-
-
-class Trajectory:
-    """The dense output of a record as a function of ``(B,)`` times: ``y`` and ``y'``."""
-
-    def __init__(self, plan: Plan, grid: dict[str, Tensor], sign: Tensor) -> None:
-        self.plan, self.sign = plan, sign
-        self.t, self.h, self.states, self.stages = grid["t"], grid["h"], grid["states"].detach(), grid["stages"].detach()
-        # starts of steps, increasing in every row; padding lies at the end of the span
-        self.starts = (self.t * sign).t().contiguous()
-
-    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B, n)`` each."""
-        rows = torch.arange(t.shape[0], device=t.device)
-        when = t.to(torch.float64)
-        place = (torch.searchsorted(self.starts, (self.sign * when).unsqueeze(-1)) - 1).clamp(min=0).squeeze(-1)
-        # a time that is the start of a padding step lies at the end of the one before
-        h = self.h[place, rows]
-        theta = (when - self.t[place, rows]) / torch.where(h == 0, 1.0, h)
-        ks = self.stages[place, :, rows]
-        method, kind = self.plan.method, ks.dtype
-        weights = (method.dense_weights(theta) * h.unsqueeze(-1)).to(kind)
-        y = self.states[place, rows] + torch.einsum("bs,bsn->bn", weights, ks)
-        return y, torch.einsum("bs,bsn->bn", method.dense_slopes(theta).to(kind), ks)
+__all__ = ["ImplicitBack"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,71 +116,13 @@ class _AdjointSolver(ResidualSolver):
         return self.equations.pencil(t)
 
 
-def implicit_adjoint(
-    problem: Problem,
-    plan: Plan,
-    grid: dict[str, Tensor],
-    anchors: Tensor,
-    t_eval: Tensor | None,
-    inputs: Sequence[Tensor],
-    bars: Sequence[Tensor | None],
-    wants: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """Cotangents of ``(anchors, t_eval, y0, *inputs)`` from those of ``(final, samples, states, stages)``.
-
-    ``plan``: method and tolerances of the way back. Raises `UnsupportedCombination` where something else than ``final`` and ``samples`` has
-    a cotangent, and for interior anchors and complex states.
-    """
-    final_bar, samples_bar, states_bar, stages_bar = bars
-    if any(bar is not None and bool((bar != 0).any()) for bar in (states_bar, stages_bar)):
-        raise UnsupportedCombination(
-            "the continuous adjoint of implicit equations takes losses on y at the end or at t_eval; for losses on yp, sol(t) or "
-            "t_eval='steps' use gradient=DiscreteAdjoint()"
-        )
-    if anchors.shape[0] > 2:
-        raise UnsupportedCombination("step_ts= with the continuous adjoint is not supported: use gradient=DiscreteAdjoint()")
-    if grid["states"].is_complex():
-        raise UnsupportedCombination("the continuous adjoint of implicit equations is for real states: use gradient=DiscreteAdjoint()")
-    assert problem.algebra is not None
-    anchors, sign = anchors.detach(), torch.where(anchors[-1] >= anchors[0], 1.0, -1.0).detach()
-    f = problem.system.bind(inputs)
-    ok = (grid["status"] >= 0).unsqueeze(-1)
-    equations = _Adjoint(f, problem.algebra.jacobian, Trajectory(problem.plan, grid, sign))
-    back = _Back(problem, plan, equations, Linearizer(f, inputs, wants[3:], False), anchors[-1])
-    t_eval_bar = None if t_eval is None else torch.zeros_like(t_eval)
-    end_bar = torch.zeros_like(anchors[0])
-    if final_bar is not None:
-        bar = torch.where(ok, final_bar, 0.0)
-        end_bar = (bar * back.jump(bar)).sum(-1).double()
-    if samples_bar is not None and t_eval is not None and t_eval_bar is not None:
-        times = t_eval.detach()
-        order = (times * sign).argsort(0, descending=True)
-        for place in order.unbind():
-            index = place.unsqueeze(0)
-            back.to(times.gather(0, index)[0])
-            bar = samples_bar.gather(0, index.unsqueeze(-1).expand(1, *samples_bar.shape[1:]))[0]
-            bar = torch.where(ok & torch.isfinite(bar), bar, 0.0)
-            if not bool(bar.any()):
-                continue
-            slope = (bar * back.jump(bar)).sum(-1).double()
-            t_eval_bar.scatter_(0, index, slope.unsqueeze(0))
-    back.to(anchors[0])
-    y0_bar, start = back.boundary()
-    anchors_bar = torch.stack([-(y0_bar * start).sum(-1).double(), end_bar])
-    problem.backward_report(back.linearize.n_fun, back.n_steps)
-    return (
-        anchors_bar if wants[0] else None,
-        t_eval_bar if wants[1] else None,
-        y0_bar if wants[2] else None,
-        *back.linearize.bars,
-    )
-
-
-class _Back:
+class ImplicitBack:
     """The way back: where it is, the adjoint there, and the parameters' cotangents so far (in ``linearize``)."""
 
-    def __init__(self, problem: Problem, plan: Plan, equations: _Adjoint, linearize: Linearizer, end: Tensor) -> None:
-        self.problem, self.plan, self.equations, self.linearize = problem, plan, equations, linearize
+    def __init__(self, problem: Problem, plan: Plan, f: Flat, trajectory: Trajectory, linearize: Linearizer, end: Tensor) -> None:
+        assert problem.algebra is not None
+        self.problem, self.plan, self.linearize = problem, plan, linearize
+        self.equations = equations = _Adjoint(f, problem.algebra.jacobian, trajectory)
         self.t = end.clone()
         self.point = equations.at(self.t)
         self.adjoint = torch.zeros_like(self.point.y)
@@ -233,21 +148,14 @@ class _Back:
         algebra = self.problem.algebra
         assert algebra is not None
         rows, n = self.adjoint.shape
-        scale = self.adjoint.abs().amax().clamp(min=1e-300)
-        plan = self.plan
-        # the adjoint has the units of the loss: its tolerance is told in those
-        plan = replace(plan, atol=plan.atol * float(scale) if isinstance(plan.atol, float) else plan.atol)
+        plan = in_units_of(self.plan, self.adjoint)
         structure = algebra.structure
         open_rows = structure.suspects if structure is not None and structure.index > 1 else None
         solver = _AdjointSolver(self.equations, plan, algebra.linear_solver, rows, self.adjoint.device, open_rows)
         start = torch.cat([self.boundary()[0], self.adjoint], -1)
         with torch.no_grad():
             record = integrate(solver, plan, torch.stack([self.t, t]), None, start, True)
-        bad = record.status < 0
-        if bool(bad.any()):
-            row = int(bad.nonzero()[0, 0])
-            self.problem.report(replace(record, status=torch.where(bad, int(Status.STEP_TOO_SMALL), record.status)))
-            raise RuntimeError(f"the adjoint of trajectory {row} could not be solved backwards from t = {float(self.t[row]):.6g}")
+        check_way_back(record, plan, self.problem)
         self.n_steps += int(record.n_accepted.max())
         self._accumulate(record.t, record.h, record.states, record.stages, n)
         self.adjoint = record.final[:, n:]
@@ -323,31 +231,3 @@ class _Back:
             # what of the cotangent lies across the constraints is theirs
             _, pull = linearize(point.t, torch.cat([point.y, point.yp], -1))
             pull(-(raw @ found[:, n:].unsqueeze(-1)).squeeze(-1))
-
-
-class ImplicitAdjointNode(torch.autograd.Function):
-    """``apply(problem, plan, anchors, t_eval, y0, *inputs)``: as `SolveNode`, with `implicit_adjoint` as its way back."""
-
-    @staticmethod
-    def forward(problem: Problem, plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return SolveNode.forward(problem, anchors, t_eval, y0, *inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        problem, ctx.plan, *rest = inputs
-        SolveNode.setup_context(ctx, (problem, *rest), output)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() or functorch_active():
-            raise UnsupportedCombination(
-                "the continuous adjoint of implicit equations has first derivatives by backward() only: for create_graph=True and "
-                "torch.func transforms use gradient=DiscreteAdjoint()"
-            )
-        grid, anchors, t_eval, inputs = unpack(ctx)
-        inputs = cut_apart(ctx.problem.system.inputs if ctx.own else inputs)
-        return (
-            None,
-            None,
-            *implicit_adjoint(ctx.problem, ctx.plan, grid, anchors, t_eval, inputs, cotangents[:4], ctx.needs_input_grad[2:]),
-        )

@@ -51,7 +51,7 @@ class SolveNode(torch.autograd.Function):
             return
         out = Outputs(*output)
         # the slopes of implicit stages are what their derivatives are taken at; explicit ones are computed again
-        stages = out.stages if problem.algebra is not None else out.status
+        stages = out.stages if problem.algebra is not None or problem.sweep is not None else out.status
         saved = [anchors, *([t_eval] if t_eval is not None else []), *rest]
         grid = [out.states, out.t, out.h, out.segment, out.lands, out.sample_step, out.status, out.event_step, stages]
         ctx.save_for_backward(*grid, *saved)
@@ -66,7 +66,7 @@ class SolveNode(torch.autograd.Function):
         if not differentiable and ctx.own:
             # saved tensors come back as new objects: the functions that captured the old ones need those
             inputs = ctx.problem.system.inputs
-        sweep = functional_sweep if differentiable else eager_sweep
+        sweep = functional_sweep if differentiable else ctx.problem.sweep or eager_sweep
         with torch.autocast(grid["states"].device.type, enabled=False):
             return (None, *sweep(ctx.problem, grid, anchors, t_eval, inputs, bars, wants))
 

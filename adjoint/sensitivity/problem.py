@@ -49,7 +49,8 @@ class Problem:
     ``batched``: whether rows are trajectories with their own steps. ``report`` sees the record of every forward solve
     (it raises the named errors), and the numbers of function evaluations of every backward sweep through ``backward_report``.
     ``known``: the solution, where it is there already; taken out by its first user. ``algebra``: for implicit methods, how their
-    matrices are made and factorised.
+    matrices are made and factorised. ``sweep``: how first derivatives are taken, with the arguments of `discrete.eager_sweep`, which is
+    the default; whatever differentiates derivatives or is under a transform goes through the recorded steps.
     """
 
     system: System | VmappedSystem
@@ -59,6 +60,7 @@ class Problem:
     backward_report: Callable[[int, int], None]
     known: list[Record] | None = None
     algebra: StageAlgebra | None = None
+    sweep: Callable[..., tuple[Tensor | None, ...]] | None = None
 
     def solver(self, inputs: Sequence[Tensor], rows: int) -> Flat:
         """The right-hand side for the loop, which solves the equations of implicit stages by iteration."""

@@ -1,0 +1,134 @@
+"""``BacksolveAdjoint``: the strategy that keeps nothing but the outputs and solves the state backwards again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capture import functorch_active
+from ..errors import InvalidInput, UnsupportedCombination
+from ..integrate import Monitor, integrate, rms_norm
+from ..methods import METHODS, Method
+from .backsolve import Backsolve, backsolve
+from .node import SolveNode
+from .problem import Outputs, Problem
+from .way_back import check_way_back
+
+__all__ = ["BacksolveAdjoint"]
+
+
+@dataclass(frozen=True)
+class BacksolveAdjoint:
+    """State, adjoint and the integral of ``l* f_p`` solved backwards together (Chen, Rubanova, Bettencourt & Duvenaud 2018).
+
+    Memory: the outputs. The reversed state is unstable wherever the solution is stable: on stiff or strongly contracting problems the
+    gradient is wrong by any amount, without a sign of it. Use another strategy unless memory forbids. One trajectory; first derivatives by
+    ``backward()``.
+
+    Parameters
+    ----------
+    method : str or method object
+        Of the way back; default that of the solve. Explicit and adaptive.
+    rtol, atol : float
+        Default those of the solve if they are numbers, else 1e-6 and 1e-9.
+    max_steps : int
+        Attempts between two losses.
+    """
+
+    method: str | Method | None = None
+    rtol: float | None = None
+    atol: float | None = None
+    max_steps: int = 100_000
+
+    def solve(self, problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Outputs:
+        """See `Gradient.solve`."""
+        plan = problem.plan
+        lean = replace(plan, keep_states=False, keep_stages=False)
+        plain = replace(problem, plan=lean)
+        if not plan.keep_states:
+            return Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
+        method: Any = self._method(problem)
+        if functorch_active():
+            raise UnsupportedCombination("torch.func transforms cannot see through BacksolveAdjoint: use gradient=DiscreteAdjoint()")
+        with torch.no_grad():
+            out = Outputs(*SolveNode.apply(plain, anchors, t_eval, y0, *inputs))
+        back = replace(
+            lean,
+            method=method,
+            rtol=self.rtol if self.rtol is not None else plan.rtol if isinstance(plan.rtol, float) else 1e-6,
+            atol=self.atol if self.atol is not None else plan.atol if isinstance(plan.atol, float) else 1e-9,
+            norm=rms_norm,
+            first_step=None,
+            max_step=float("inf"),
+            min_step=0.0,
+            max_steps=self.max_steps,
+            monitor=Monitor(),
+        )
+        return self._differentiable(problem, back, out, anchors, t_eval, y0, inputs)
+
+    def _method(self, problem: Problem) -> Method:
+        plan = problem.plan
+        refused = {
+            "batched=True": problem.batched,
+            "events=": bool(plan.events),
+            "compile=True": plan.compile is not None,
+            "dense_output=True": plan.keep_stages and problem.algebra is None,
+            "solve_dae": problem.system.residual is not None,
+        }
+        for name, present in refused.items():
+            if present:
+                raise UnsupportedCombination(
+                    f"{name} with BacksolveAdjoint is not supported: use InterpolatingAdjoint() or DiscreteAdjoint()"
+                )
+        method: Any = self.method
+        if isinstance(method, str):
+            if method not in METHODS:
+                raise InvalidInput(f"there is no method {method!r}; choose one of {', '.join(sorted(METHODS))}")
+            method = METHODS[method]
+        if method is None:
+            method = plan.method
+        if method.implicit or not method.adaptive:
+            raise UnsupportedCombination(
+                f"{method.name!r} on the way back of BacksolveAdjoint is not supported: give an explicit adaptive method; on stiff "
+                "problems the state cannot be solved backwards at all: use InterpolatingAdjoint() or DiscreteAdjoint()"
+            )
+        return method
+
+    def _differentiable(
+        self, problem: Problem, plan: Any, out: Outputs, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]
+    ) -> Outputs:
+        times, order, back = anchors[:, 0][[0, -1]], None, None
+        states = torch.stack([y0.detach(), out.final])
+        if t_eval is not None:
+            sign = 1.0 if bool(anchors[-1] >= anchors[0]) else -1.0
+            order = (t_eval[:, 0].detach() * sign).argsort()
+            back = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
+            times = torch.cat([times[:1], t_eval[:, 0][order], times[1:]])
+            states = torch.cat([states[:1], out.samples[order], states[1:]])
+        f = problem.system.bind(inputs)
+
+        def backward(dynamics: Callable[..., Any], state: tuple[Tensor, ...], t: Tensor) -> Sequence[Tensor]:
+            sizes, shapes = [x.numel() for x in state], [x.shape for x in state]
+            kinds = [x.dtype for x in state]
+
+            def flat(s: Tensor, z: Tensor) -> Tensor:
+                parts = [p.reshape(shape).to(k) for p, shape, k in zip(z.reshape(-1).split(sizes), shapes, kinds, strict=True)]
+                return torch.cat([x.reshape(-1).to(z.dtype) for x in dynamics(s, parts)]).reshape(1, -1)
+
+            start = torch.cat([x.reshape(-1).to(y0.dtype) for x in state]).reshape(1, -1)
+            if bool(t[0] == t[1]):
+                return state
+            record = integrate(flat, plan, t.reshape(2, 1), None, start, False)
+            check_way_back(record, plan, problem)
+            return [p.reshape(shape).to(k) for p, shape, k in zip(record.final.reshape(-1).split(sizes), shapes, kinds, strict=True)]
+
+        config = Backsolve(f, lambda y, t: (None, states), backward, {})
+        smooth = [x for x in inputs if x.requires_grad]
+        _, found = backsolve(config, y0, times, smooth)
+        if t_eval is None:
+            return out._replace(final=found[1])
+        return out._replace(final=found[-1], samples=found[1:-1][back])

@@ -1,0 +1,162 @@
+"""Continuous adjoints: the adjoint equation along the dense output of the solution, solved backwards under its own error control."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..capture import cut_apart
+from ..errors import InvalidInput, UnsupportedCombination
+from ..integrate import Monitor, Plan, rms_norm
+from ..methods import DAE_METHODS, METHODS, Method
+from .discrete import eager_sweep
+from .implicit_adjoint import ImplicitBack
+from .linearize import Linearizer
+from .node import SolveNode
+from .ode_adjoint import OdeBack
+from .problem import Outputs, Problem
+from .way_back import Trajectory, walk
+
+__all__ = ["GaussAdjoint", "InterpolatingAdjoint", "QuadratureAdjoint"]
+
+
+@dataclass(frozen=True)
+class _Continuous:
+    """Settings of the way back.
+
+    method : str or method object; default that of the solve (`kvaerno5` for Rosenbrock methods). For stiff problems an implicit one.
+    rtol, atol : tolerances of the adjoint; default those of the solve if they are numbers, else 1e-6 and 1e-9. ``atol`` counts in units of
+        the adjoint's largest entry where the solve back begins.
+    max_steps : attempts between two losses.
+    """
+
+    method: str | Method | None = None
+    rtol: float | None = None
+    atol: float | None = None
+    max_steps: int = 100_000
+    _integral: ClassVar[str] = "gauss"
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and value > 0):
+                raise InvalidInput(f"{name} must be a positive number or None, got {value!r}")
+        if not isinstance(self.max_steps, int) or self.max_steps < 1:
+            raise InvalidInput(f"max_steps must be a positive integer, got {self.max_steps!r}")
+        if isinstance(self.method, str) and self.method not in METHODS and self.method not in DAE_METHODS:
+            raise InvalidInput(f"there is no method {self.method!r}; choose one of {', '.join(sorted(METHODS))}")
+
+    def solve(self, problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Outputs:
+        """See `Gradient.solve`."""
+        plan = problem.plan
+        if not plan.keep_states:
+            return Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
+        name = type(self).__name__
+        if plan.events:
+            raise UnsupportedCombination(f"events= with {name} is not supported: use gradient=DiscreteAdjoint()")
+        if plan.compile is not None:
+            raise UnsupportedCombination(f"compile=True with {name} is not supported: leave compile out, or use DiscreteAdjoint()")
+        if anchors.shape[0] > 2:
+            raise UnsupportedCombination(f"step_ts= with {name} is not supported: use gradient=DiscreteAdjoint()")
+        if y0.is_complex():
+            raise UnsupportedCombination(f"complex states with {name} are not supported: use gradient=DiscreteAdjoint()")
+        back = self._plan(problem)
+        mine = replace(problem, plan=replace(plan, keep_stages=True), sweep=partial(_sweep, back, self._integral))
+        return Outputs(*SolveNode.apply(mine, anchors, t_eval, y0, *inputs))
+
+    def _plan(self, problem: Problem) -> Plan:
+        plan = problem.plan
+        implicit = problem.system.residual is not None
+        method: Any = self.method
+        if method is None:
+            method = METHODS["kvaerno5"] if getattr(plan.method, "needs_time_slope", False) else plan.method
+        elif isinstance(method, str):
+            table = DAE_METHODS if implicit else METHODS
+            if method not in table:
+                raise InvalidInput(f"{method!r} cannot solve this adjoint; choose one of {', '.join(sorted(table))}")
+            method = table[method]
+        if getattr(method, "needs_time_slope", False):
+            raise UnsupportedCombination(
+                f"{method.name} asks for derivatives in time, which an interpolated solution does not give well: take 'kvaerno5'"
+            )
+        if not method.adaptive:
+            raise InvalidInput(f"{method.name!r} has no error control: give {type(self).__name__} a method that has, such as 'tsit5'")
+        return replace(
+            plan,
+            method=method,
+            rtol=self.rtol if self.rtol is not None else plan.rtol if isinstance(plan.rtol, float) else 1e-6,
+            atol=self.atol if self.atol is not None else plan.atol if isinstance(plan.atol, float) else 1e-9,
+            norm=rms_norm,
+            first_step=None,
+            max_step=float("inf"),
+            min_step=0.0,
+            max_steps=self.max_steps,
+            keep_states=True,
+            keep_stages=True,
+            monitor=Monitor(),
+        )
+
+
+@dataclass(frozen=True)
+class InterpolatingAdjoint(_Continuous):
+    """The continuous adjoint ``l' = -f_y* l`` along the dense output of the solution (Cao, Li, Petzold & Serban 2003).
+
+    For one trajectory and an explicit way back the integral of ``l* f_p`` is part of the state, under error control; else it is that of
+    `GaussAdjoint`. Its gradient converges to the true one with both tolerances, but is not that of the computed solution, as
+    `DiscreteAdjoint`'s is. Implicit equations (`solve_dae`): the augmented adjoint system, with ``l`` at every loss by docs/theory.md,
+    section 2. Derivatives of derivatives, ``torch.func`` transforms, and losses on ``sol(t)``, ``yp`` and ``t_eval="steps"`` go through the
+    recorded steps, as with `DiscreteAdjoint`.
+    """
+
+    _integral: ClassVar[str] = "state"
+
+
+@dataclass(frozen=True)
+class GaussAdjoint(_Continuous):
+    """As `InterpolatingAdjoint`, with the integral of ``l* f_p`` by Gauss's formula on the steps of the way back: few evaluations,
+    however many parameters (Norcliffe & Deisenroth 2023)."""
+
+    _integral: ClassVar[str] = "gauss"
+
+
+@dataclass(frozen=True)
+class QuadratureAdjoint(_Continuous):
+    """As `InterpolatingAdjoint`, with the integral of ``l* f_p`` by adaptive Gauss-Kronrod quadrature after the adjoint is known, to the
+    tolerance of the way back (Kim, Ji, Deng, Ma & Rackauckas 2021)."""
+
+    _integral: ClassVar[str] = "kronrod"
+
+
+def _sweep(
+    plan: Plan,
+    integral: str,
+    problem: Problem,
+    grid: dict[str, Tensor],
+    anchors: Tensor,
+    t_eval: Tensor | None,
+    inputs: Sequence[Tensor],
+    bars: Sequence[Tensor | None],
+    wants: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The way back, with the arguments of `discrete.eager_sweep` behind the first two."""
+    if any(bar is not None and bool((bar != 0).any()) for bar in bars[2:]):
+        # a loss on sol(t), yp or the steps themselves; also what second derivatives ask of first ones
+        return eager_sweep(problem, grid, anchors, t_eval, inputs, bars, wants)
+    anchors = anchors.detach()
+    t_eval = None if t_eval is None else t_eval.detach()
+    sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0)
+    inputs = cut_apart(inputs)
+    f: Callable[..., Tensor] = problem.system.bind(inputs)
+    trajectory = Trajectory(problem.plan, grid, sign)
+    linearize = Linearizer(f, inputs, wants[3:], False)
+    back: Any
+    if problem.system.residual is not None:
+        back = ImplicitBack(problem, plan, f, trajectory, linearize, anchors[-1])
+    else:
+        back = OdeBack(problem, plan, f, trajectory, linearize, anchors[-1], integral)
+    return walk(back, problem, grid, anchors, t_eval, bars, wants)
