@@ -61,7 +61,8 @@ def odeint(
     rtol, atol : number, tensor, or for a tuple state one for each element
     method : str
         Adaptive: "dopri5" (default), "dopri8", "bosh3", "fehlberg2", "adaptive_heun". On a fixed grid: "euler", "midpoint", "heun2",
-        "heun3", "rk4", "explicit_adams", "implicit_adams" (also called "fixed_adams"). And "scipy_solver", without gradient.
+        "heun3", "rk4", "explicit_adams", "implicit_adams" (also called "fixed_adams"), and, implicit, "implicit_euler",
+        "implicit_midpoint", "trapezoid", "radauIIA3", "radauIIA5", "gl4", "gl6", "sdirk2", "trbdf2". And "scipy_solver", without gradient.
     options : dict
         Adaptive: ``first_step, min_step, max_step, step_t, jump_t, norm, safety, ifactor, dfactor, max_num_steps``; ``dtype`` is
         ignored, since times are always float64. Fixed grid: ``step_size`` or ``grid_constructor(func, y0, t)`` (default: ``t`` itself),
@@ -178,7 +179,7 @@ def odeint_dense(
     leaf = tree_leaves(y0)[0]
     ends = [torch.as_tensor(x, dtype=None if isinstance(x, Tensor) else torch.float64, device=leaf.device) for x in (t0, t1)]
     request = make_request(func, y0, torch.stack([x.reshape(()) for x in ends]), rtol, atol, method, options, None)
-    if request.family not in ("adaptive", "fixed"):
+    if request.family not in ("adaptive", "fixed", "implicit"):
         raise UnsupportedCombination(f"odeint_dense cannot use method={request.method!r}: choose an adaptive method such as 'dopri5'")
     return solve_dense(request, DiscreteAdjoint())
 

@@ -9,21 +9,39 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..errors import InvalidInput
-from ..methods import METHODS, ExplicitRungeKutta, Tableau
-from .request import Request
+from ..errors import InvalidInput, UnsupportedCombination
+from ..methods import METHODS, DiagonallyImplicitRungeKutta, ExplicitRungeKutta, FullyImplicitRungeKutta, Method, Tableau
+from .request import IMPLICIT, Request
 
 __all__ = ["fixed_grid", "fixed_method", "hermite"]
 
 
 @cache
-def fixed_method(name: str, interp: str) -> ExplicitRungeKutta:
+def fixed_method(name: str, interp: str) -> Method:
     """The method ``name`` without error estimate, its dense output replaced: "linear", or "cubic" (Hermite)."""
-    method = METHODS[name]
+    method = METHODS[IMPLICIT.get(name, name)]
+    if name in IMPLICIT:
+        if interp != "linear":
+            raise UnsupportedCombination(
+                f"interp={interp!r} with method={name!r} is not supported: leave it out, or use solve_ivp, whose output between steps is "
+                "of the method's own order"
+            )
+        return _linear_implicit(method)
     if not isinstance(method, ExplicitRungeKutta):
         raise InvalidInput(f"{name!r} has no tableau")
     base = replace(method.tableau, error=None, error_order=None)
     return ExplicitRungeKutta(_linear(base) if interp == "linear" else _cubic(base))
+
+
+def _linear_implicit(method: Method) -> Method:
+    if isinstance(method, DiagonallyImplicitRungeKutta):
+        tab = method.tableau
+        return DiagonallyImplicitRungeKutta(replace(tab, error=None, error_order=None, dense=tuple((b,) for b in tab.b), dense_order=1))
+    assert isinstance(method, FullyImplicitRungeKutta)
+    # without gamma there is no error estimate
+    plain = replace(method.tableau, gamma=None)
+    object.__setattr__(plain, "dense", tuple((b,) for b in plain.b))
+    return FullyImplicitRungeKutta(plain)
 
 
 def _linear(base: Tableau) -> Tableau:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..arguments import Times, positive
 from ..capture import find_captured, functorch_active, is_differentiable, leads_to, needs_derivatives, parameter_homes
-from ..errors import InvalidInput
+from ..errors import InvalidInput, UnsupportedCombination
 from ..event_times import event_records
 from ..failures import raise_failure
 from ..integrate import Event, PIDController, Plan, Record, shifted_times
@@ -21,6 +21,7 @@ from ..ivp import _transforming as transforming
 from ..methods import METHODS
 from ..sensitivity import Gradient, Problem
 from ..solution import BackwardStats
+from ..stage_arguments import stage_algebra
 from ..system import System
 from .interpolants import check_interp, fixed_grid, fixed_method, step_size_of
 from .request import Request
@@ -85,11 +86,12 @@ def _plan(request: Request, derivatives: bool, dense: bool, events: tuple[Event,
         "atol": request.atol,
         "norm": request.norm,
         "keep_states": derivatives or dense or bool(events),
-        "keep_stages": dense,
+        # the slopes of implicit stages are recorded: derivatives are taken at them
+        "keep_stages": dense or (derivatives and request.family == "implicit"),
         "events": events,
         "monitor": request.monitor(),
     }
-    if request.family == "fixed":
+    if request.family in ("fixed", "implicit"):
         return Plan(
             method=fixed_method(request.method, check_interp(request)),
             controller=PIDController(),
@@ -129,7 +131,7 @@ def _step_times(request: Request) -> list[Tensor]:
 
 def _anchors(request: Request, until_event: bool) -> Tensor:
     """``(A, 1)``: the grid of a fixed-step solve, or the start, the times where steps must end, and the end."""
-    if request.family == "fixed" and not until_event:
+    if request.family in ("fixed", "implicit") and not until_event:
         return fixed_grid(request).unsqueeze(-1)
     t, sign = request.t.to(torch.float64), request.sign
     end = torch.full_like(t[:1], sign * _NEVER) if until_event else t[-1:]
@@ -160,7 +162,12 @@ def _solve(request: Request, gradient: Gradient, only: Sequence[Tensor] | None, 
         backward.n_fun += n_fun
         backward.n_steps += n_steps
 
-    problem = Problem(system, plan, False, report, backward_report)
+    algebra = None
+    if request.family == "implicit":
+        if event is not None:
+            raise UnsupportedCombination(f"event_fn with method={request.method!r} is not supported: choose an explicit method")
+        algebra = stage_algebra(system, system.inputs, spec, jac=None, jac_sparsity=None, linear_solver=None)
+    problem = Problem(system, plan, False, report, backward_report, algebra=algebra)
     y_flat = spec.flatten(request.y0)
     out = gradient.solve(problem, anchors, samples, y_flat, ready.inputs)
     listed = [] if event is None else [event]

@@ -12,28 +12,33 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..arguments import flat_tolerance
-from ..errors import InvalidInput, UnsupportedCombination
+from ..errors import InvalidInput
 from ..integrate import Monitor, rms_norm
 from ..system import StateSpec
 
-__all__ = ["ADAMS", "ADAPTIVE", "FIXED", "CallbackMonitor", "InvalidType", "Request", "make_request"]
+__all__ = ["ADAMS", "ADAPTIVE", "FIXED", "IMPLICIT", "CallbackMonitor", "InvalidType", "Request", "make_request"]
 
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
 #: fixed_adams is an old name of implicit_adams
 ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
-_IMPLICIT = ("implicit_euler", "implicit_midpoint", "trapezoid", "radauIIA3", "gl4", "radauIIA5", "gl6", "sdirk2", "trbdf2")
-_ALL = (*ADAPTIVE, *FIXED, *ADAMS, "scipy_solver")
+#: implicit methods on a fixed grid, with their names in `METHODS` where those differ
+IMPLICIT = {
+    **{name: name for name in ("implicit_euler", "implicit_midpoint", "trapezoid", "radauIIA3", "gl4", "gl6", "sdirk2", "trbdf2")},
+    "radauIIA5": "radau5",
+}
+_ALL = (*ADAPTIVE, *FIXED, *IMPLICIT, *ADAMS, "scipy_solver")
 
 _STEP_OPTIONS = {"min_step", "max_step", "first_step", "step_t", "jump_t", "grid_points", "eps", "safety", "ifactor", "dfactor"}
 _KNOWN = {
     "adaptive": _STEP_OPTIONS | {"max_num_steps", "dtype", "norm"},
     "fixed": {"step_size", "grid_constructor", "interp", "perturb", "norm"},
+    "implicit": {"step_size", "grid_constructor", "interp", "perturb", "norm"},
     "adams": {"step_size", "grid_constructor", "interp", "perturb", "norm", "max_order", "max_iters"},
     "scipy": {"min_step", "max_step", "solver", "norm", "grid_points", "eps"},
 }
 _CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
-_VALID_CALLBACKS = {"adaptive": set(_CALLBACKS), "fixed": {"callback_step"}, "adams": {"callback_step"}, "scipy": set()}
+_VALID_CALLBACKS = {"adaptive": set(_CALLBACKS), "fixed": {"callback_step"}, "implicit": set(), "adams": {"callback_step"}, "scipy": set()}
 
 
 class InvalidType(InvalidInput, TypeError):
@@ -88,7 +93,8 @@ class Request:
 
 def family_of(method: str) -> str:
     """The family of a method name."""
-    return "adaptive" if method in ADAPTIVE else "fixed" if method in FIXED else "adams" if method in ADAMS else "scipy"
+    families = {"adaptive": ADAPTIVE, "fixed": FIXED, "implicit": IMPLICIT, "adams": ADAMS}
+    return next((name for name, members in families.items() if method in members), "scipy")
 
 
 def _callback(func: Any, name: str) -> Callable[..., Any] | None:
@@ -154,7 +160,7 @@ def make_request(
 
     Raises
     ------
-    InvalidInput (a ValueError and an AssertionError), InvalidType (a TypeError too), UnsupportedCombination
+    InvalidInput (a ValueError and an AssertionError), InvalidType (a TypeError too)
     """
     method = _check_method(method)
     if not callable(func):
@@ -195,10 +201,6 @@ def make_request(
 
 def _check_method(method: str | None) -> str:
     method = "dopri5" if method is None else method
-    if method in _IMPLICIT:
-        raise UnsupportedCombination(
-            f"method={method!r}: the implicit fixed-step methods come with the stiff solvers; choose one of {', '.join(_ALL)}"
-        )
     if method not in _ALL:
         raise InvalidInput(f"Invalid method {method!r}. Must be one of {', '.join(_ALL)}.")
     return method
