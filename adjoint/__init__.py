@@ -16,6 +16,7 @@ from .errors import (
     RootError,
     SingularJacobian,
     SolveError,
+    StagesDidNotConverge,
     StepSizeTooSmall,
     UnsupportedCombination,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "SingularJacobian",
     "Solution",
     "SolveError",
+    "StagesDidNotConverge",
     "Stats",
     "SteadyStateObjective",
     "StepSizeTooSmall",

@@ -15,6 +15,7 @@ __all__ = [
     "RootError",
     "SingularJacobian",
     "SolveError",
+    "StagesDidNotConverge",
     "StepSizeTooSmall",
     "UnsupportedCombination",
 ]
@@ -92,6 +93,10 @@ class RootError(AdjointError, RuntimeError):
 
 class NewtonDidNotConverge(RootError):
     """The iteration ran out of steps, stalled, or diverged."""
+
+
+class StagesDidNotConverge(SolveError, NewtonDidNotConverge):
+    """Newton's iteration for the stages of an implicit method failed, also with the smallest step."""
 
 
 class SingularJacobian(RootError, ArithmeticError):

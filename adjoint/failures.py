@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import MaxStepsReached, NonFiniteState, SolveError, StepSizeTooSmall
+from .errors import MaxStepsReached, NonFiniteState, SolveError, StagesDidNotConverge, StepSizeTooSmall
 from .integrate import Plan, Record, Status
 from .system import Flat, System
 
@@ -77,6 +77,9 @@ def _explain(status: Status, plan: Plan, y: Tensor, rate: Tensor | None) -> tupl
         if rate is not None and what == "fun" and bool(torch.isfinite(rate).all()):
             what = "fun, close to this point,"
         return NonFiniteState, f"{what} became non-finite: {plan.method.name} stopped"
+    if status == Status.NEWTON_FAILED:
+        size = "" if plan.method.adaptive else " with the given step size"
+        return StagesDidNotConverge, f"Newton's iteration for the stages of {plan.method.name} did not converge{size}: it stopped"
     return StepSizeTooSmall, f"underflow in dt: the error test of {plan.method.name} kept failing and it stopped"
 
 
@@ -88,6 +91,11 @@ _ADVICE = {
     Status.NON_FINITE: (
         "Likely causes: the solution blows up in finite time, or fun leaves its domain (log or sqrt of a negative number, division by "
         "zero, overflow). Try a shorter span, a tighter tolerance or max_step, or rewrite fun in safe variables."
+    ),
+    Status.NEWTON_FAILED: (
+        "Likely causes: a discontinuity of fun (name its times in step_ts), a right-hand side that is not differentiable there, a Jacobian "
+        "that is singular or wrong, or, with constant steps, steps that are too large: try smaller ones, or a Rosenbrock method such as "
+        "'rodas5p', which does not iterate."
     ),
     Status.STEP_TOO_SMALL: (
         "Likely causes: a discontinuity of fun (name its times in step_ts), a solution that blows up, tolerances below the rounding "

@@ -20,6 +20,7 @@ _MESSAGES = {
     Status.MAX_STEPS: "max_steps was reached before the end of t_span",
     Status.STEP_TOO_SMALL: "the step size became too small",
     Status.NON_FINITE: "fun or the state became non-finite",
+    Status.NEWTON_FAILED: "Newton's iteration for the stages did not converge",
 }
 
 

@@ -255,3 +255,27 @@ def test_unsupported_combinations():
     with pytest.raises(InvalidInput, match=r"pattern|shape"):
         run(jac_sparsity=torch.eye(3))
     assert METHODS["kvaerno5"].implicit
+
+
+def kink(t, y):
+    """Attracts from both sides: no implicit step over it has a solution."""
+    return -torch.where(y > 0.5, 1.0, -1.0) * 1e3
+
+
+@pytest.mark.parametrize("method", ["kvaerno3", "trbdf2"])
+def test_newton_that_fails_is_told_from_a_faulty_fun(method):
+    y0 = torch.ones(1, dtype=torch.float64)
+    options = dict(method=method, min_step=0.05, first_step=0.1, max_steps=200, rtol=1e6, atol=1e6)
+    with pytest.raises(adjoint.NewtonDidNotConverge, match="Newton's iteration") as caught:
+        solve_ivp(kink, (0.0, 1.0), y0, **options)
+    assert isinstance(caught.value, adjoint.SolveError) and caught.value.t < 1.0
+    sol = solve_ivp(kink, (0.0, 1.0), y0, throw=False, **options)
+    assert sol.status == -4 and "Newton" in sol.message
+    with pytest.raises(adjoint.NonFiniteState):
+        solve_ivp(lambda t, y: torch.log(0.5 - t) * y, (0.0, 1.0), y0, **options)
+
+
+def test_newton_that_fails_with_constant_steps():
+    y0 = torch.ones(1, dtype=torch.float64)
+    with pytest.raises(adjoint.StagesDidNotConverge, match="with the given step size"):
+        solve_ivp(kink, (0.0, 1.0), y0, method="implicit_midpoint", first_step=0.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from .batched import integrate_batched
@@ -48,8 +49,11 @@ def integrate(
     if isinstance(f, (StageSolver, ResidualSolver)):
         record = integrate_batched(f, plan, anchors, t_eval, y0)
         work = f.work
+        # where the iteration failed to the last, its NaN are its own
+        failed = f.stuck & (record.status == int(Status.NON_FINITE))
         return replace(
             record,
+            status=torch.where(failed, int(Status.NEWTON_FAILED), record.status),
             n_fun=record.n_fun + work.n_fun,
             n_jac=work.n_jac,
             n_factorizations=work.n_factorizations,

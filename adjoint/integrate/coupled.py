@@ -60,6 +60,10 @@ class CoupledSystem(Protocol):
         """``E y'`` at the state ``y`` at the start of the step, near which the slope is ``k1``."""
         ...
 
+    def note_failure(self, failed: Tensor, attempted: Tensor) -> None:
+        """The iteration of these rows, of those that were attempted, did not converge."""
+        ...
+
     def weigh(self, x: Tensor, step: Tensor, error: bool) -> Tensor:
         """Changes (or, with ``error``, errors) of the state, as the norms shall see them."""
         ...
@@ -86,7 +90,7 @@ def solve_coupled(
     bound = torch.maximum(solver.tolerance * (y.abs() * plan.rtol + plan.atol), 10 * torch.finfo(plan.real).eps * y.abs())
     before = torch.full_like(step.squeeze(-1), float("nan"))
     rate = torch.ones_like(before)
-    failed = torch.zeros_like(running)
+    failed, diverged, attempted = torch.zeros_like(running), torch.zeros_like(running), running
     for iteration in range(_MOST if tableau.error is not None else _MOST_CONSTANT):
         column = running.unsqueeze(-1)
         residuals = [
@@ -100,8 +104,10 @@ def solve_coupled(
         length = torch.stack([plan.norm(solver.weigh(step * _combined(row, changes), step, False) / bound) for row in tableau.a]).amax(0)
         if iteration:
             rate = torch.where(running, length / before, rate)
-        bad = running & (~torch.isfinite(length) | ((rate >= 2.0) if iteration else False))
+        finite = torch.isfinite(length)
+        bad = running & (~finite | ((rate >= 2.0) if iteration else False))
         failed = failed | bad
+        diverged = diverged | (bad & finite)
         moving = (running & ~bad).unsqueeze(-1)
         ks = [torch.where(moving, k - change, k) for k, change in zip(ks, changes, strict=True)]
         # the error after this iteration, by the geometric series; in the first one nothing is known of the rate
@@ -111,6 +117,7 @@ def solve_coupled(
         before = length
         if not bool(running.any()):
             break
+    solver.note_failure(diverged | running, attempted)
     failed = (failed | running).unsqueeze(-1)
     ks = [torch.where(failed, float("nan"), k) for k in ks]
     return ks, None if tableau.error is None else _estimate(solver, tableau, step, y, k1, ks)

@@ -23,6 +23,7 @@ class Status(IntEnum):
     MAX_STEPS = -1
     STEP_TOO_SMALL = -2
     NON_FINITE = -3
+    NEWTON_FAILED = -4
 
 
 def rms_norm(x: Tensor) -> Tensor:

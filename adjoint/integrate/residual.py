@@ -58,6 +58,8 @@ class ResidualSolver:
         self.skipped = skipped
         self._at: tuple[Tensor, Tensor, Tensor] | None = None
         self._begin = torch.empty(0)
+        #: ``(B,)``: whether the iteration, and not ``f``, failed in the last attempt of each row
+        self.stuck = torch.zeros(rows, dtype=torch.bool, device=device)
         self._pencil: Pencil | None = None
         self._fresh = False
         self._real: dict[float, tuple[Tensor, ScaledFactors]] = {}
@@ -169,6 +171,10 @@ class ResidualSolver:
         """See `CoupledSystem`."""
         assert self._at is not None
         return self.mass(k1) - self.residual(self._at[0], y, k1)
+
+    def note_failure(self, failed: Tensor, attempted: Tensor) -> None:
+        """See `CoupledSystem`."""
+        self.stuck = torch.where(attempted, failed, self.stuck)
 
     def weigh(self, x: Tensor, step: Tensor, error: bool) -> Tensor:
         """See `CoupledSystem`."""

@@ -109,6 +109,9 @@ class StageSolver:
         self._factors: Factorization | None = None
         self._factored: Tensor | None = None
         self._fresh = False
+        #: ``(B,)``: whether the iteration, and not ``f``, failed in the last attempt of each row
+        self.stuck = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._failing = torch.zeros_like(self.stuck)
         #: of coupled stages, by the eigenvalue: kept for what the next factorisation can use of them
         self.complex_factors: dict[complex, Factorization] = {}
 
@@ -118,6 +121,7 @@ class StageSolver:
 
     def begin(self, t: Tensor, y: Tensor) -> None:
         """A step is attempted from here: the Jacobian is taken anew, unless the attempt before began at the same place."""
+        self._failing = torch.zeros_like(self.stuck)
         if self._at is not None and torch.equal(self._at[0], t) and torch.equal(self._at[1], y):
             return
         self._at, self._factored = (t, y), None
@@ -140,6 +144,11 @@ class StageSolver:
                 self._fresh = False
         assert self._factors is not None
         return self._factors
+
+    def note_failure(self, failed: Tensor, attempted: Tensor) -> None:
+        """The iteration of these rows did not converge; see ``stuck``."""
+        self._failing = self._failing | failed
+        self.stuck = torch.where(attempted, self._failing, self.stuck)
 
     def solve(self, t: Tensor, y: Tensor, hd: float | Tensor, b: Tensor) -> Tensor:
         """See `StageEquations.solve`."""
@@ -197,7 +206,7 @@ class StageSolver:
         self.work.n_fun += done
         before = torch.full_like(step.squeeze(-1), float("nan"))
         rate = torch.ones_like(before)
-        failed = torch.zeros_like(running)
+        failed, diverged = torch.zeros_like(running), torch.zeros_like(running)
         for iteration in range(_MOST):
             residual = k - self.f(t, base + step * k)
             # (I - hd J) dk = -(k - f): in terms of the slopes the iteration is the same, and hd = 0 is no special case
@@ -208,8 +217,10 @@ class StageSolver:
             length = plan.norm(step * change / size)
             if iteration:
                 rate = torch.where(running, length / before, rate)
-            bad = running & (~torch.isfinite(length) | ((rate >= 2.0) if iteration else False))
+            finite = torch.isfinite(length)
+            bad = running & (~finite | ((rate >= 2.0) if iteration else False))
             failed = failed | bad
+            diverged = diverged | (bad & finite)
             k = torch.where((running & ~bad).unsqueeze(-1), k - change, k)
             # the error after this iteration, by the geometric series; in the first one nothing is known of the rate
             left = rate / (1 - rate).clamp(min=1e-3) * length if iteration else length
@@ -219,5 +230,6 @@ class StageSolver:
             if not bool(running.any()):
                 break
         failed = failed | running
+        self.note_failure(diverged | running, (step != 0).squeeze(-1))
         k = torch.where(done.unsqueeze(-1), still, k)
         return torch.where(failed.unsqueeze(-1), float("nan"), k)
