@@ -248,8 +248,9 @@ def _slopes(parts: _Parts, out: Outputs, yp0: Tensor) -> Tensor:
     grid = step_times(out.t, out.h, out.segment, out.lands, times.anchors, plan.shift)
     n_steps = out.t.shape[0]
     if times.steps or times.samples is None:
-        # ends of steps: the last slope of each
-        ends = torch.cat([yp0.unsqueeze(0), out.stages[:, -1]]) if n_steps else yp0.unsqueeze(0)
+        # ends of steps
+        weights = plan.method.dense_slopes(torch.ones((), dtype=torch.float64, device=out.t.device)).to(out.stages.dtype)
+        ends = torch.cat([yp0.unsqueeze(0), torch.einsum("s,ksbn->kbn", weights, out.stages)]) if n_steps else yp0.unsqueeze(0)
         if times.steps:
             beyond = torch.arange(n_steps + 1, device=out.t.device).unsqueeze(-1) > out.n_accepted
             return torch.where(beyond.unsqueeze(-1), float("nan"), ends)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .batched import integrate_batched
 from .controller import IController, PIController, PIDController
+from .multistep import MultistepSolver, integrate_multistep
 from .plan import Event, Monitor, Plan, Record, Status, rms_norm, shifted_times
 from .recording import Recording
 from .residual import ResidualSolver
@@ -20,6 +21,7 @@ __all__ = [
     "Event",
     "IController",
     "Monitor",
+    "MultistepSolver",
     "PIController",
     "PIDController",
     "Plan",
@@ -46,8 +48,11 @@ def integrate(
     recording: Recording | None = None,
 ) -> Record:
     """Run the loop that fits: float decisions for one trajectory, masks for many."""
-    if isinstance(f, (StageSolver, ResidualSolver)):
-        record = integrate_batched(f, plan, anchors, t_eval, y0)
+    if isinstance(f, (StageSolver, ResidualSolver, MultistepSolver)):
+        if isinstance(f, MultistepSolver):
+            record = integrate_multistep(f, plan, anchors, t_eval, y0)
+        else:
+            record = integrate_batched(f, plan, anchors, t_eval, y0)
         work = f.work
         # where the iteration failed to the last, its NaN are its own
         failed = f.stuck & (record.status == int(Status.NON_FINITE))

@@ -148,6 +148,8 @@ class Record:
     n_factorizations: Tensor
     n_solves: Tensor
     n_newton: Tensor
+    #: (K, E, B): what a multistep method records beside
+    extra: Tensor = field(default_factory=lambda: torch.empty(0, 0, 0))
 
 
 def shifted_times(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .bdf import BDF, Bdf
 from .collocation import FullyImplicitRungeKutta
 from .dirk import DiagonallyImplicitRungeKutta
 from .dirk_tableau import DirkTableau
@@ -17,6 +18,7 @@ from .tableaux_rosenbrock import ROSENBROCK_TABLEAUX, RosenbrockTableau
 __all__ = [
     "DAE_METHODS",
     "METHODS",
+    "Bdf",
     "CollocationTableau",
     "DiagonallyImplicitRungeKutta",
     "DirkTableau",
@@ -34,10 +36,12 @@ METHODS: dict[str, Method] = {
     **{name: DiagonallyImplicitRungeKutta(tableau) for name, tableau in DIRK_TABLEAUX.items()},
     **{name: Rosenbrock(tableau) for name, tableau in ROSENBROCK_TABLEAUX.items()},
     **{name: FullyImplicitRungeKutta(tableau) for name, tableau in IMPLICIT_TABLEAUX.items()},
+    "bdf": BDF,
 }
 
 #: those for equations ``F(t, y, y') = 0``
 DAE_METHODS: dict[str, Method] = {
     "radau": FullyImplicitRungeKutta(IMPLICIT_TABLEAUX["radau5"], residual=True),
     "radau3": FullyImplicitRungeKutta(IMPLICIT_TABLEAUX["radauIIA3"], residual=True),
+    "bdf": Bdf(residual=True),
 }

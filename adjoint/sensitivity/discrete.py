@@ -14,6 +14,7 @@ from ..integrate import Monitor
 from ..methods.runge_kutta import row_dot
 from ..system import System
 from .linearize import Linearizer
+from .multistep_adjoint import multistep_eager
 from .problem import Problem, kept_steps, stage_times, step_times
 from .stages import StageLinearizer, recorded_adjoint
 
@@ -104,6 +105,10 @@ def eager_sweep(
     wants: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Cotangents of ``(anchors, t_eval, y0, *inputs)`` from those of ``(final, samples, states, stages)``."""
+    if getattr(problem.plan.method, "multistep", False):
+        moving = bool(wants[0] or wants[1])
+        samples = _Samples(problem, grid, t_eval, bars[1], moving)
+        return multistep_eager(problem, grid, anchors, t_eval, inputs, bars, wants, samples)
     final_bar, samples_bar, states_bar, stages_bar = bars
     system, plan = problem.system, problem.plan
     method = plan.method

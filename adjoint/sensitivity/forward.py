@@ -20,7 +20,7 @@ from .sweep import tangents
 
 __all__ = ["ForwardSensitivity"]
 
-_GRID = ("states", "t", "h", "segment", "lands", "sample_step", "status", "event_step", "stages")
+_GRID = ("states", "t", "h", "segment", "lands", "sample_step", "status", "event_step", "stages", "extra")
 
 
 @dataclass(frozen=True)

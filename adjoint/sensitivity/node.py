@@ -53,7 +53,7 @@ class SolveNode(torch.autograd.Function):
         # the slopes of implicit stages are what their derivatives are taken at; explicit ones are computed again
         stages = out.stages if problem.algebra is not None or problem.sweep is not None else out.status
         saved = [anchors, *([t_eval] if t_eval is not None else []), *rest]
-        grid = [out.states, out.t, out.h, out.segment, out.lands, out.sample_step, out.status, out.event_step, stages]
+        grid = [out.states, out.t, out.h, out.segment, out.lands, out.sample_step, out.status, out.event_step, stages, out.extra]
         ctx.save_for_backward(*grid, *saved)
         ctx.save_for_forward(*grid, *saved)
 
@@ -127,7 +127,7 @@ class SolveNode(torch.autograd.Function):
         )
         split, dims = [], []
         for name, x in zip(Outputs._fields, out, strict=True):
-            if name.startswith("event"):
+            if name.startswith("event") or (name == "extra" and not x.numel()):
                 split.append(x)
                 dims.append(None)
                 continue
@@ -142,6 +142,7 @@ _ROW_DIM = {
     **{name: 0 for name in ("final", "n_steps", "n_accepted", "n_rejected", "n_fun", "status", "t_final", *_WORK)},
     **{name: 1 for name in ("samples", "states", "t", "h", "segment", "lands", "sample_step")},
     "stages": 2,
+    "extra": 2,
 }
 
 
@@ -149,7 +150,7 @@ def unpack(ctx: Any) -> tuple[dict[str, Tensor], Tensor, Tensor | None, Sequence
     """The record's grid, anchors, sample times and inputs, as `SolveNode` saved them."""
     if not ctx.problem.plan.keep_states:
         raise RuntimeError("this solve was made without keeping what its derivatives need")
-    names = ("states", "t", "h", "segment", "lands", "sample_step", "status", "event_step", "stages")
+    names = ("states", "t", "h", "segment", "lands", "sample_step", "status", "event_step", "stages", "extra")
     saved = alive(ctx.saved_tensors)
     grid: dict[str, Tensor] = {name: x for name, x in zip(names, saved[: len(names)], strict=True)}
     rest = saved[len(names) :]

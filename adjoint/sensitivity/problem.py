@@ -9,8 +9,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..integrate import Plan, Record, ResidualSolver, StageSolver, shifted_times
+from ..integrate import MultistepSolver, Plan, Record, ResidualSolver, StageSolver, shifted_times
 from ..integrate.columns import column_major, takes_columns
+from ..integrate.stages import StageWork
 from ..jacobians import DenseJacobian
 from ..linalg import DenseLU, LinearSolver, Matrix
 from ..structure import Structure
@@ -67,9 +68,14 @@ class Problem:
         f = self.system.bind(inputs)
         if self.algebra is None:
             return f
-        if self.system.residual is not None:
-            a = self.algebra
-            return ResidualSolver(f, self.plan, a.jacobian, a.linear_solver, rows, self.system.spec.device, a.index, a.skipped)
+        a, device = self.algebra, self.system.spec.device
+        implicit = self.system.residual is not None
+        if getattr(self.plan.method, "multistep", False):
+            work = StageWork.zero(rows, device)
+            starter = ResidualSolver(f, self.plan, a.jacobian, a.linear_solver, rows, device, a.index, a.skipped) if implicit else None
+            return MultistepSolver(f, self.plan, a.jacobian, a.linear_solver, implicit, work, starter, a.skipped)
+        if implicit:
+            return ResidualSolver(f, self.plan, a.jacobian, a.linear_solver, rows, device, a.index, a.skipped)
         return StageSolver(f, self.plan, self.algebra.jacobian, self.algebra.linear_solver, rows, self.system.spec.device)
 
     def columns(self, y0: Tensor) -> bool:
@@ -109,6 +115,7 @@ class Outputs(NamedTuple):
     n_factorizations: Tensor
     n_solves: Tensor
     n_newton: Tensor
+    extra: Tensor
 
 
 class Gradient(Protocol):

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from ..capture import functorch_active
 from ..errors import InvalidInput
 from ..integrate import Monitor, Record, Recording, integrate
+from .multistep import multistep_outputs
 from .node import SolveNode
 from .problem import Outputs, Problem
 from .replay import replay
@@ -77,6 +78,8 @@ class Backprop:
         if problem.algebra is None:
             f = problem.system.bind(inputs)
             return replay(lambda k: f, problem.plan, grid, anchors, t_eval, y0)
+        if getattr(problem.plan.method, "multistep", False):
+            return multistep_outputs(problem, grid, anchors, t_eval, y0, inputs)
         stages = grid.stages.detach()
         return replay(lambda k: equations(problem, inputs, stages[k]), problem.plan, grid, anchors, t_eval, y0)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .multistep import multistep_functional, multistep_tangents
 from .problem import Problem, StepTimes, interpolate, kept_steps, stage_times, step_times
 from .products import tangent, vjp
 from .replay import replay_step
@@ -73,6 +74,8 @@ def functional_sweep(
     wants: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """As `discrete.eager_sweep`, but differentiable to any order."""
+    if getattr(problem.plan.method, "multistep", False):
+        return multistep_functional(problem, grid, anchors, t_eval, inputs, bars, wants)
     final_bar, samples_bar, states_bar, kept_bar = bars
     plan, states = problem.plan, grid["states"]
     n_steps = grid["t"].shape[0]
@@ -137,6 +140,8 @@ def tangents(
     dots: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tangents of ``(final, samples, states, stages)`` along tangents of ``(anchors, t_eval, y0, *inputs)``."""
+    if getattr(problem.plan.method, "multistep", False):
+        return multistep_tangents(problem, grid, anchors, t_eval, inputs, dots)  # type: ignore[return-value]
     anchors_dot, t_eval_dot, y0_dot, *inputs_dot = dots
     plan, states = problem.plan, grid["states"]
     n_steps = grid["t"].shape[0]
