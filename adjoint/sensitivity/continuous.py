@@ -29,7 +29,8 @@ __all__ = ["GaussAdjoint", "InterpolatingAdjoint", "QuadratureAdjoint"]
 class _Continuous:
     """Settings of the way back.
 
-    method : str or method object; default that of the solve (`kvaerno5` for Rosenbrock methods). For stiff problems an implicit one.
+    method : str or method object; default that of the solve (`kvaerno5` for Rosenbrock methods, `radau5` for `bdf`). For stiff problems an
+        implicit one.
     rtol, atol : tolerances of the adjoint; default those of the solve if they are numbers, else 1e-6 and 1e-9. ``atol`` counts in units of
         the adjoint's largest entry where the solve back begins.
     max_steps : attempts between two losses.
@@ -74,7 +75,11 @@ class _Continuous:
         implicit = problem.system.residual is not None
         method: Any = self.method
         if method is None:
-            method = METHODS["kvaerno5"] if getattr(plan.method, "needs_time_slope", False) else plan.method
+            method = plan.method
+            if getattr(method, "needs_time_slope", False):
+                method = METHODS["kvaerno5"]
+            elif getattr(method, "multistep", False):
+                method = DAE_METHODS["radau"] if implicit else METHODS["radau5"]
         elif isinstance(method, str):
             table = DAE_METHODS if implicit else METHODS
             if method not in table:
@@ -83,6 +88,10 @@ class _Continuous:
         if getattr(method, "needs_time_slope", False):
             raise UnsupportedCombination(
                 f"{method.name} asks for derivatives in time, which an interpolated solution does not give well: take 'kvaerno5'"
+            )
+        if getattr(method, "multistep", False):
+            raise UnsupportedCombination(
+                f"{method.name!r} cannot go back from loss to loss: take 'radau5' or 'kvaerno5' ('radau' for solve_dae)"
             )
         if not method.adaptive:
             raise InvalidInput(f"{method.name!r} has no error control: give {type(self).__name__} a method that has, such as 'tsit5'")
