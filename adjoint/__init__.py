@@ -36,6 +36,7 @@ from .sensitivity import (
     QuadratureAdjoint,
 )
 from .solution import EventRecord, Solution, Stats
+from .split import SplitFunction
 from .steady import solve_root
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "SingularJacobian",
     "Solution",
     "SolveError",
+    "SplitFunction",
     "Stats",
     "SteadyStateObjective",
     "StepSizeTooSmall",

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from .additive import AdditiveStageSolver
 from .batched import integrate_batched
 from .controller import IController, PIController, PIDController
 from .plan import Event, Monitor, Plan, Record, Status, rms_norm, shifted_times
@@ -16,6 +17,7 @@ from .single import integrate_single
 from .stages import StageSolver
 
 __all__ = [
+    "AdditiveStageSolver",
     "Event",
     "IController",
     "Monitor",

@@ -29,7 +29,8 @@ __all__ = ["GaussAdjoint", "InterpolatingAdjoint", "QuadratureAdjoint"]
 class _Continuous:
     """Settings of the way back.
 
-    method : str or method object; default that of the solve (`kvaerno5` for Rosenbrock methods). For stiff problems an implicit one.
+    method : str or method object; default that of the solve, or `kvaerno5` for Rosenbrock and IMEX methods. For stiff problems an
+        implicit one.
     rtol, atol : tolerances of the adjoint; default those of the solve if they are numbers, else 1e-6 and 1e-9. ``atol`` counts in units of
         the adjoint's largest entry where the solve back begins.
     max_steps : attempts between two losses.
@@ -74,7 +75,8 @@ class _Continuous:
         implicit = problem.system.residual is not None
         method: Any = self.method
         if method is None:
-            method = METHODS["kvaerno5"] if getattr(plan.method, "needs_time_slope", False) else plan.method
+            unfit = getattr(plan.method, "needs_time_slope", False) or getattr(plan.method, "additive", False)
+            method = METHODS["kvaerno5"] if unfit else plan.method
         elif isinstance(method, str):
             table = DAE_METHODS if implicit else METHODS
             if method not in table:
@@ -84,6 +86,8 @@ class _Continuous:
             raise UnsupportedCombination(
                 f"{method.name} asks for derivatives in time, which an interpolated solution does not give well: take 'kvaerno5'"
             )
+        if getattr(method, "additive", False):
+            raise UnsupportedCombination(f"{method.name} is for right-hand sides in two parts, which the adjoint's is not: take 'kvaerno5'")
         if not method.adaptive:
             raise InvalidInput(f"{method.name!r} has no error control: give {type(self).__name__} a method that has, such as 'tsit5'")
         return replace(

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..integrate import Plan, Record, ResidualSolver, StageSolver, shifted_times
+from ..integrate import AdditiveStageSolver, Plan, Record, ResidualSolver, StageSolver, shifted_times
 from ..integrate.columns import column_major, takes_columns
 from ..jacobians import DenseJacobian
 from ..linalg import DenseLU, LinearSolver, Matrix
@@ -70,7 +70,11 @@ class Problem:
         if self.system.residual is not None:
             a = self.algebra
             return ResidualSolver(f, self.plan, a.jacobian, a.linear_solver, rows, self.system.spec.device, a.index, a.skipped)
-        return StageSolver(f, self.plan, self.algebra.jacobian, self.algebra.linear_solver, rows, self.system.spec.device)
+        given = self.plan, self.algebra.jacobian, self.algebra.linear_solver, rows, self.system.spec.device
+        if getattr(self.plan.method, "additive", False):
+            explicit, implicit = (part.bind(inputs) for part in self.system.parts)
+            return AdditiveStageSolver(explicit, implicit, *given)
+        return StageSolver(f, *given)
 
     def columns(self, y0: Tensor) -> bool:
         """Whether the steps carry states as ``(n, B)``."""
