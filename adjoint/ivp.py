@@ -360,20 +360,19 @@ def _with_quadrature(
         shapes = [tuple(s) for s in integrand.shapes]
         raise InvalidInput(f"quadrature must return one value per trajectory, ({spec.batch}, ...), got {shapes}")
 
-    def extended(part: Callable[..., Any], weight: Callable[..., Any]) -> Callable[..., Any]:
+    def extended(part: Callable[..., Any], integrated: bool) -> Callable[..., Any]:
         def both(t: Tensor, state: tuple[Any, Any], *rest: Any) -> tuple[Any, Any]:
-            rate, value = part(t, state[0], *rest), weight(t, state[0], *rest)
+            rate = part(t, state[0], *rest)
+            value = g(t, state[0], *rest) if integrated else tree_map(torch.zeros_like, state[1])
             spec.check(rate, "what fun returned")
             integrand.check(value, "what quadrature returned")
             return rate, value
 
         return both
 
-    def nothing(t: Tensor, y: Any, *rest: Any) -> Any:
-        return tree_map(lambda x: torch.zeros_like(x.detach()), first)
-
     # an integral feeds nothing back: it is never stiff
-    both = SplitFunction(extended(fun.explicit, g), extended(fun.implicit, nothing)) if isinstance(fun, SplitFunction) else extended(fun, g)
+    split = isinstance(fun, SplitFunction)
+    both = SplitFunction(extended(fun.explicit, True), extended(fun.implicit, False)) if split else extended(fun, True)
     return both, (y0, tree_map(lambda x: torch.zeros_like(x.detach()), first)), integrand
 
 
