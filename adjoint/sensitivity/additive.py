@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..integrate.stages import shifted
+from ..linalg import Factorization, Matrix, SparseMatrix
 from ..system import System, VmappedSystem
 from .linearize import Pullback
 from .problem import Problem, StageAlgebra
@@ -40,6 +42,7 @@ class AdditiveLinearizer(StageLinearizer):
         super().__init__(problem, stages, implicit.bind(inputs), inputs, wants, time)
         self._explicit = explicit.bind(inputs)
         self._check_explicit = False
+        self._last: tuple[Matrix, Factorization] | None = None
 
     def begin_step(self, k: int, times: Sequence[Tensor], h: float | Tensor) -> None:
         """The next sweep is that of step ``k``; the first evaluation of each part in it is looked at."""
@@ -55,3 +58,19 @@ class AdditiveLinearizer(StageLinearizer):
         finally:
             self._check_explicit = self.check_next
             self.f, self.check_next = kept
+
+    def solve_adjoint(self, index: int, point: Tensor, w: Tensor) -> Tensor:
+        """See `StageLinearizer.solve_adjoint`. An implicit part that is linear has one matrix in all stages: it is factorised once."""
+        hd, time = self.h * self.diagonal[index], self.times[index]
+        with torch.no_grad():
+            matrix = shifted(self.algebra.jacobian(lambda y: self.f(time, y), point), hd)
+            if self._last is None or not _same(self._last[0], matrix):
+                self._last = matrix, self.algebra.linear_solver.factor(matrix, self.log)
+            return self._last[1].solve(w, transposed=True, conjugated=True)
+
+
+def _same(a: Matrix, b: Matrix) -> bool:
+    """Whether two matrices are known to be equal."""
+    if isinstance(a, SparseMatrix) and isinstance(b, SparseMatrix):
+        return torch.equal(a.values, b.values) and torch.equal(a.indices, b.indices)
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
