@@ -37,6 +37,7 @@ from .sensitivity import (
     QuadratureAdjoint,
 )
 from .solution import EventRecord, Solution, Stats
+from .split import SplitFunction
 from .steady import solve_root
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "SingularJacobian",
     "Solution",
     "SolveError",
+    "SplitFunction",
     "StagesDidNotConverge",
     "Stats",
     "SteadyStateObjective",

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from .errors import InvalidInput
 from .integrate import rms_norm
-from .methods import METHODS, Method
+from .methods import IMEX_METHODS, METHODS, Method
 from .system import StateSpec
 
 __all__ = ["Times", "check_method", "check_times", "flat_norm", "flat_tolerance", "positive"]
@@ -33,9 +33,10 @@ def positive(value: Any, name: str, *, zero: bool = False) -> float:
 def check_method(method: str | Method) -> Method:
     """A method by its name, or a method object as it is."""
     if isinstance(method, str):
-        if method not in METHODS:
-            raise InvalidInput(f"there is no method {method!r}; choose one of {', '.join(sorted(METHODS))}")
-        return METHODS[method]
+        known = METHODS | IMEX_METHODS
+        if method not in known:
+            raise InvalidInput(f"there is no method {method!r}; choose one of {', '.join(sorted(known))}")
+        return known[method]
     if not (hasattr(method, "step") and hasattr(method, "dense_weights")):
         raise InvalidInput(f"method must be a name or a method object, got a {type(method).__name__}")
     return method

@@ -26,6 +26,7 @@ from .progress import progress_monitor
 from .sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
 from .sensitivity.problem import interpolate, step_times
 from .solution import BackwardStats, Solution, Stats
+from .split import SplitFunction
 from .stage_arguments import stage_algebra
 from .system import StateSpec, System
 
@@ -91,7 +92,8 @@ def solve_ivp(
     fun : callable
         ``fun(t, y, *args) -> dy/dt``, with the structure, shapes and dtypes of ``y0``. ``t`` is 0-d (``(B,)`` with ``batched=True``) in
         the real dtype of the state. ``args``, parameters of an ``nn.Module`` and tensors that a plain function captured are all
-        differentiated.
+        differentiated. An `adjoint.SplitFunction` for the implicit-explicit methods of ``adjoint.methods.IMEX_METHODS``; other methods
+        integrate its sum.
     t_span : pair of numbers or 0-d tensors
         Start and end; the end may be the smaller one. They may require grad; with ``batched=True`` they may be ``(B,)``.
     y0 : Tensor or pytree of tensors
@@ -102,7 +104,7 @@ def solve_ivp(
         None: the two ends. "steps": the solver's own steps (NaN-padded when batched). Else ``(T,)``, or ``(T, B)`` when batched,
         increasing or decreasing, within ``t_span``; may require grad.
     method : str or method object
-        See ``adjoint.methods.METHODS``. Methods without an error estimate take constant steps of ``first_step``.
+        See ``adjoint.methods.METHODS`` and ``IMEX_METHODS``. Methods without an error estimate take constant steps of ``first_step``.
     rtol, atol : number, tensor, or pytree like the state
         A step is accepted when the norm of ``error / (atol + rtol max(|y0|, |y1|))`` is at most one. Default 1e-6 and 1e-9 for double
         precision, 1e-4 and 1e-6 for single.
@@ -188,7 +190,13 @@ def solve_ivp(
     _check_options(chosen, implicit_options, first_step, events, batched, compile, max_steps)
     args = args if isinstance(args, (tuple, list)) else (args,)
     if not callable(fun):
-        raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}")
+        given = "SplitFunction(explicit, implicit) instead of a tuple" if isinstance(fun, (tuple, list)) else "a function"
+        raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}: give {given}")
+    if getattr(chosen, "additive", False) and not isinstance(fun, SplitFunction):
+        raise InvalidInput(
+            f"method={chosen.name!r} treats one part of the right-hand side explicitly and the other one implicitly: give "
+            "fun=adjoint.SplitFunction(explicit, implicit), or choose a method for a fun in one piece, such as 'kvaerno5'"
+        )
     user_spec = StateSpec.of(y0, batched)
     _check_finite(y0, user_spec)
     right_hand_side, state, integrand = fun, y0, None
@@ -214,7 +222,7 @@ def solve_ivp(
         probe_y0 = probe_y if quadrature is None else probe_y[0]
         calls = [lambda: right_hand_side(probe_t, probe_y, *probe_args)]
         calls += [lambda e=e: e(probe_t, probe_y0, *probe_args) for e in event_list]
-        captured = find_captured(calls, [probe_t, *tree_leaves(probe_y), *tree_leaves(probe_args)], [fun, *event_list])
+        captured = find_captured(calls, [probe_t, *tree_leaves(probe_y), *tree_leaves(probe_args)], [*_pieces(fun), *event_list])
         homes = tuple(parameter_homes([fun, *event_list, *([] if quadrature is None else [quadrature])], captured))
         system = System(right_hand_side, spec, tree, tuple(leaves), tuple(captured), _parameter_names(right_hand_side, captured), homes)
     inputs = system.inputs
@@ -258,6 +266,11 @@ def solve_ivp(
     out = strategy.solve(problem, times.anchors, times.samples, y_flat, inputs)
     parts = _Parts(out, problem, times, user_spec, spec, integrand, y_flat, event_list, tuple(args), backward, derivatives, dense_output)
     return _solution(parts)
+
+
+def _pieces(fun: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+    """The functions of the user that a right-hand side is made of."""
+    return (fun.explicit, fun.implicit) if isinstance(fun, SplitFunction) else (fun,)
 
 
 def _parameter_names(fun: Callable[..., Any], captured: Sequence[Tensor]) -> tuple[str, ...] | None:
@@ -347,12 +360,19 @@ def _with_quadrature(
         shapes = [tuple(s) for s in integrand.shapes]
         raise InvalidInput(f"quadrature must return one value per trajectory, ({spec.batch}, ...), got {shapes}")
 
-    def both(t: Tensor, state: tuple[Any, Any], *rest: Any) -> tuple[Any, Any]:
-        rate, value = fun(t, state[0], *rest), g(t, state[0], *rest)
-        spec.check(rate, "what fun returned")
-        integrand.check(value, "what quadrature returned")
-        return rate, value
+    def extended(part: Callable[..., Any], integrated: bool) -> Callable[..., Any]:
+        def both(t: Tensor, state: tuple[Any, Any], *rest: Any) -> tuple[Any, Any]:
+            rate = part(t, state[0], *rest)
+            value = g(t, state[0], *rest) if integrated else tree_map(torch.zeros_like, state[1])
+            spec.check(rate, "what fun returned")
+            integrand.check(value, "what quadrature returned")
+            return rate, value
 
+        return both
+
+    # an integral feeds nothing back: it is never stiff
+    split = isinstance(fun, SplitFunction)
+    both = SplitFunction(extended(fun.explicit, True), extended(fun.implicit, False)) if split else extended(fun, True)
     return both, (y0, tree_map(lambda x: torch.zeros_like(x.detach()), first)), integrand
 
 

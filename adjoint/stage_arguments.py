@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 from .errors import InvalidInput, UnsupportedCombination
 from .jacobians import DenseJacobian
 from .jacobians_sparse import SparseJacobian, choose_jacobian
-from .linalg import DenseLU, LinearSolver, Matrix
+from .linalg import Factorization, LinearSolver, Log, Matrix
+from .linalg.choice import default_solver
 from .linalg.sparsity import SparsityPattern
 from .sensitivity.problem import StageAlgebra
 from .system import StateSpec, System
@@ -28,6 +30,19 @@ def with_diagonal(pattern: SparsityPattern) -> SparsityPattern:
     import scipy.sparse as sp
 
     return SparsityPattern.from_scipy(pattern.to_scipy() + sp.eye_array(pattern.shape[0], format="csr"))
+
+
+@dataclass(frozen=True)
+class _ByKind:
+    """The solver that kind and size of each matrix call for."""
+
+    def factor(self, matrix: Matrix, log: Log | None = None) -> Factorization:
+        """See `LinearSolver.factor`."""
+        return default_solver(matrix).factor(matrix, log)
+
+    def refactor(self, factorization: Factorization, matrix: Matrix) -> Factorization:
+        """See `LinearSolver.refactor`."""
+        return default_solver(matrix).refactor(factorization, matrix)
 
 
 class _Detected:
@@ -59,4 +74,4 @@ def stage_algebra(
     if jac_sparsity is not None:
         pattern = SparsityPattern.from_any(jac_sparsity, (n, n))
         strategy = SparseJacobian(with_diagonal(pattern))
-    return StageAlgebra(strategy, linear_solver if linear_solver is not None else DenseLU())
+    return StageAlgebra(strategy, linear_solver if linear_solver is not None else _ByKind())

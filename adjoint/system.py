@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import prod
 from typing import Any
@@ -14,6 +14,7 @@ from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_wit
 
 from .capture import Home, Substitute
 from .errors import InvalidInput
+from .split import SplitFunction
 
 __all__ = ["Flat", "StateSpec", "System", "VmappedSystem"]
 
@@ -167,6 +168,12 @@ class System:
         """The tensors on which the right-hand side depends, beside time and state."""
         return (*(x for x in self.args_leaves if isinstance(x, Tensor)), *self.captured)
 
+    @property
+    def parts(self) -> tuple[System, System]:
+        """The explicit and the implicit part of a `SplitFunction`, with the same inputs."""
+        assert isinstance(self.fun, SplitFunction)
+        return replace(self, fun=self.fun.explicit), replace(self, fun=self.fun.implicit)
+
     def arguments(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
         """The user's ``args`` with other tensors in their places."""
         stream = iter(inputs)
@@ -292,6 +299,12 @@ class VmappedSystem:
     def residual(self) -> StateSpec | None:
         """See `System`."""
         return self.base.residual
+
+    @property
+    def parts(self) -> tuple[VmappedSystem, VmappedSystem]:
+        """See `System`."""
+        explicit, implicit = self.base.parts
+        return replace(self, base=explicit), replace(self, base=implicit)
 
     @property
     def natural_shape(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .additive import AdditiveStageSolver
 from .batched import integrate_batched
 from .controller import IController, PIController, PIDController
 from .multistep import MultistepSolver, integrate_multistep
@@ -18,6 +19,7 @@ from .single import integrate_single
 from .stages import StageSolver
 
 __all__ = [
+    "AdditiveStageSolver",
     "Event",
     "IController",
     "Monitor",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .additive import AdditiveRungeKutta
+from .additive_tableau import AdditiveTableau
 from .bdf import BDF, Bdf
 from .collocation import FullyImplicitRungeKutta
 from .dirk import DiagonallyImplicitRungeKutta
@@ -11,13 +13,17 @@ from .rosenbrock import Rosenbrock
 from .runge_kutta import ExplicitRungeKutta
 from .tableau import Tableau
 from .tableaux import TABLEAUX
+from .tableaux_additive import ADDITIVE_TABLEAUX
 from .tableaux_dirk import DIRK_TABLEAUX
 from .tableaux_implicit import IMPLICIT_TABLEAUX, CollocationTableau
 from .tableaux_rosenbrock import ROSENBROCK_TABLEAUX, RosenbrockTableau
 
 __all__ = [
     "DAE_METHODS",
+    "IMEX_METHODS",
     "METHODS",
+    "AdditiveRungeKutta",
+    "AdditiveTableau",
     "Bdf",
     "CollocationTableau",
     "DiagonallyImplicitRungeKutta",
@@ -45,3 +51,6 @@ DAE_METHODS: dict[str, Method] = {
     "radau3": FullyImplicitRungeKutta(IMPLICIT_TABLEAUX["radauIIA3"], residual=True),
     "bdf": Bdf(residual=True),
 }
+
+#: those for right-hand sides in two parts, `adjoint.SplitFunction`
+IMEX_METHODS: dict[str, Method] = {name: AdditiveRungeKutta(tableau) for name, tableau in ADDITIVE_TABLEAUX.items()}

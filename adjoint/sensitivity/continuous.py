@@ -29,8 +29,8 @@ __all__ = ["GaussAdjoint", "InterpolatingAdjoint", "QuadratureAdjoint"]
 class _Continuous:
     """Settings of the way back.
 
-    method : str or method object; default that of the solve (`kvaerno5` for Rosenbrock methods, `radau5` for `bdf`). For stiff problems an
-        implicit one.
+    method : str or method object; default that of the solve, or `kvaerno5` for Rosenbrock and IMEX methods, `radau5` for `bdf`. For
+        stiff problems an implicit one.
     rtol, atol : tolerances of the adjoint; default those of the solve if they are numbers, else 1e-6 and 1e-9. ``atol`` counts in units of
         the adjoint's largest entry where the solve back begins.
     max_steps : attempts between two losses.
@@ -76,7 +76,7 @@ class _Continuous:
         method: Any = self.method
         if method is None:
             method = plan.method
-            if getattr(method, "needs_time_slope", False):
+            if getattr(method, "needs_time_slope", False) or getattr(method, "additive", False):
                 method = METHODS["kvaerno5"]
             elif getattr(method, "multistep", False):
                 method = DAE_METHODS["radau"] if implicit else METHODS["radau5"]
@@ -93,6 +93,8 @@ class _Continuous:
             raise UnsupportedCombination(
                 f"{method.name!r} cannot go back from loss to loss: take 'radau5' or 'kvaerno5' ('radau' for solve_dae)"
             )
+        if getattr(method, "additive", False):
+            raise UnsupportedCombination(f"{method.name} is for right-hand sides in two parts, which the adjoint's is not: take 'kvaerno5'")
         if not method.adaptive:
             raise InvalidInput(f"{method.name!r} has no error control: give {type(self).__name__} a method that has, such as 'tsit5'")
         return replace(

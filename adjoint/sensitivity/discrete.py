@@ -13,6 +13,7 @@ from ..capture import cut_apart
 from ..integrate import Monitor
 from ..methods.runge_kutta import row_dot
 from ..system import System
+from .additive import AdditiveLinearizer
 from .linearize import Linearizer
 from .multistep_adjoint import multistep_eager
 from .problem import Problem, kept_steps, stage_times, step_times
@@ -120,7 +121,9 @@ def eager_sweep(
     f = system.bind(inputs)
     implicit = problem.algebra is not None
     linearize: Any = Linearizer(f, inputs, wants[3:], time_bars)
-    if implicit:
+    if getattr(method, "additive", False):
+        linearize = AdditiveLinearizer(problem, grid["stages"].detach(), inputs, wants[3:], time_bars)
+    elif implicit:
         linearize = StageLinearizer(problem, grid["stages"].detach(), f, inputs, wants[3:], time_bars)
     samples = _Samples(problem, grid, t_eval, samples_bar, time_bars)
     times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors.detach(), plan.shift)

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..integrate import MultistepSolver, Plan, Record, ResidualSolver, StageSolver, shifted_times
+from ..integrate import AdditiveStageSolver, MultistepSolver, Plan, Record, ResidualSolver, StageSolver, shifted_times
 from ..integrate.columns import column_major, takes_columns
 from ..integrate.stages import StageWork
 from ..jacobians import DenseJacobian
@@ -76,7 +76,11 @@ class Problem:
             return MultistepSolver(f, self.plan, a.jacobian, a.linear_solver, implicit, work, starter, a.skipped)
         if implicit:
             return ResidualSolver(f, self.plan, a.jacobian, a.linear_solver, rows, device, a.index, a.skipped)
-        return StageSolver(f, self.plan, self.algebra.jacobian, self.algebra.linear_solver, rows, self.system.spec.device)
+        given = self.plan, self.algebra.jacobian, self.algebra.linear_solver, rows, self.system.spec.device
+        if getattr(self.plan.method, "additive", False):
+            explicit, implicit = (part.bind(inputs) for part in self.system.parts)
+            return AdditiveStageSolver(explicit, implicit, *given)
+        return StageSolver(f, *given)
 
     def columns(self, y0: Tensor) -> bool:
         """Whether the steps carry states as ``(n, B)``."""

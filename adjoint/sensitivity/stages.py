@@ -137,6 +137,10 @@ def equations(problem: Problem, inputs: Sequence[Tensor], stages: Tensor | None)
     if problem.algebra is None:
         return problem.system.bind(inputs)
     assert stages is not None
+    if getattr(problem.plan.method, "additive", False):
+        from .additive import RecordedAdditive
+
+        return RecordedAdditive(problem.system, inputs, stages, problem.algebra)
     return RecordedStages(problem.system, inputs, stages, problem.algebra)
 
 

@@ -1,0 +1,241 @@
+"""Additive (implicit-explicit) Runge-Kutta methods: one step, its error, its dense output and its adjoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from .additive_tableau import AdditiveTableau
+from .runge_kutta import StepCotangents, _add, combine, row_dot, update, weighted_sum
+
+__all__ = ["AdditiveLinearize", "AdditiveRungeKutta", "SplitEquations"]
+
+
+class SplitEquations(Protocol):
+    """A right-hand side in two parts, of which the second one's stage equations can be solved; see `StageEquations`."""
+
+    def begin(self, t: Tensor, y: Tensor) -> None:
+        """A step is attempted from here."""
+        ...
+
+    def both(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The explicit and the implicit part at ``(t, y)``."""
+        ...
+
+    def explicit(self, t: Tensor, y: Tensor) -> Tensor:
+        """The explicit part at ``(t, y)``."""
+        ...
+
+    def implicit(self, index: int, t: Tensor, base: Tensor, hd: float | Tensor, guess: Tensor) -> Tensor:
+        """``k = g(t, base + hd k)`` with the implicit part ``g``; ``index`` is that of the recorded slope."""
+        ...
+
+
+class AdditiveLinearize(Protocol):
+    """What the adjoint of an additive step asks for."""
+
+    def __call__(self, t: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor | None]]]:
+        """The implicit part at a point with its pullback."""
+        ...
+
+    def explicit(self, t: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor | None]]]:
+        """The same for the explicit part."""
+        ...
+
+    def stages(self) -> list[Tensor]:
+        """The recorded slopes of the step."""
+        ...
+
+    def solve_adjoint(self, index: int, point: Tensor, w: Tensor) -> Tensor:
+        """``(I - h d_ii g_y(Y_i))*^-1 w`` for stage ``index``, whose value ``Y_i`` is ``point``."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class AdditiveRungeKutta:
+    """An additive Runge-Kutta method, defined by its tableau; see `ExplicitRungeKutta` for the meaning of every function.
+
+    A stage has two slopes: the list of stages holds those of the explicit part, then those of the implicit part, ``2 s`` in all. Slopes
+    of implicit stages are those of the stage equations, as in `DiagonallyImplicitRungeKutta`.
+    """
+
+    tableau: AdditiveTableau
+    implicit: bool = field(default=True, init=False)
+    #: the right-hand side must come in two parts
+    additive: ClassVar[bool] = True
+    _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.tableau.name
+
+    @property
+    def order(self) -> int:
+        return self.tableau.order
+
+    @property
+    def adaptive(self) -> bool:
+        return self.tableau.error is not None
+
+    @property
+    def error_order(self) -> int:
+        """Order that the controller works with."""
+        return self.tableau.order if self.tableau.error_order is None else min(self.tableau.order, self.tableau.error_order)
+
+    @property
+    def diagonal(self) -> tuple[float, ...]:
+        """Factors of ``h`` in the matrices of the stages."""
+        return tuple(row[-1] for row in self.tableau.implicit_a)
+
+    @property
+    def nodes(self) -> tuple[float, ...]:
+        return (*self.tableau.c, *self.tableau.c)
+
+    @property
+    def n_stages(self) -> int:
+        return 2 * len(self.tableau.c)
+
+    @property
+    def end_index(self) -> None:
+        """No stage is handed on."""
+        return
+
+    @property
+    def error_uses_end(self) -> bool:
+        return False
+
+    @property
+    def evaluations(self) -> int:
+        """Explicit evaluations in an attempted step whose first stage is known; those of the iterations are counted where they are made."""
+        return len(self.tableau.c) - 1
+
+    @property
+    def extra_evaluations(self) -> int:
+        return 0
+
+    def step(self, f: SplitEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """One step from ``y``: the new state and all slopes. ``k1``, the sum at the start, is not used: both parts are asked for."""
+        tab = self.tableau
+        s = len(tab.c)
+        f.begin(times[0], y)
+        first, slope = f.both(times[0], y)
+        explicit, implicit = [first], [slope]
+        for i in range(1, s):
+            *before, diagonal = tab.implicit_a[i]
+            # without a part that cancels: the sums over both parts are made one after the other
+            base = combine(combine(y, h, tab.explicit_a[i], explicit), h, before, implicit)
+            slope = f.implicit(s + i, times[i], base, h * diagonal, implicit[-1])
+            implicit.append(slope)
+            explicit.append(f.explicit(times[i], base + slope * (h * diagonal)))
+        ks = [*explicit, *implicit]
+        return update(y, h, (*tab.explicit_b, *tab.implicit_b), ks), ks
+
+    def error(self, h: float | Tensor, ks: Sequence[Tensor]) -> Tensor:
+        """The embedded error estimate."""
+        assert self.tableau.error is not None
+        total = weighted_sum(self.tableau.error, ks)
+        assert total is not None
+        return total * h
+
+    def dense_stages(
+        self, f: SplitEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, ks: Sequence[Tensor], end: Tensor | None = None
+    ) -> list[Tensor]:
+        """All slopes that the dense output weighs: those of the step."""
+        return list(ks)
+
+    def adjoint_step(
+        self,
+        linearize: AdditiveLinearize,
+        times: Sequence[Tensor],
+        h: float | Tensor,
+        y: Tensor,
+        end_bar: Tensor,
+        k_bar: Sequence[Tensor | None],
+        time_bars: bool,
+    ) -> StepCotangents:
+        """The discrete adjoint of a step; arguments as for `ExplicitRungeKutta.adjoint_step`.
+
+        With ``u_j`` the cotangent of the explicitly known part of ``Y_j``, from the last stage to the first:
+        ``p_i = f_y(Y_i)* h (b_i l1 + sum_{j > i} a_ji u_j)``, then one solve with the adjoint of the stage's own matrix,
+        ``(I - h d_ii g_y(Y_i))* v_i = h (w_i l1 + sum_{j > i} d_ji u_j + d_ii p_i)``, then ``u_i = p_i + g_y(Y_i)* v_i``; at the end
+        ``l0 = l1 + sum_i u_i``. The explicit part is never asked for more than products.
+        """
+        tab, ks = self.tableau, linearize.stages()
+        s = len(tab.c)
+        bars = [*k_bar, *([None] * (2 * s - len(k_bar)))]
+        one = (1, -1) if isinstance(h, float) else ks[0].shape
+        us: list[Tensor] = []
+        y_bar, t_bar, h_bar = end_bar, None, None
+        for i in reversed(range(s)):
+            diagonal = tab.implicit_a[i][-1]
+            later = range(s - 1, i, -1)
+            direct = weighted_sum([tab.explicit_b[i], *(tab.explicit_a[j][i] for j in later)], [end_bar, *us])
+            w = weighted_sum([tab.implicit_b[i], *(tab.implicit_a[j][i] for j in later)], [end_bar, *us])
+            v_explicit, v = _joined(direct, h, bars[i]), _joined(w, h, bars[s + i])
+            if v_explicit is None and v is None:
+                us.append(torch.zeros_like(y))
+                continue
+            point = combine(combine(y, h, tab.explicit_a[i], ks[:s]), h, tab.implicit_a[i], ks[s:])
+            parts: list[Tensor] = []
+            time_sums: list[Tensor | None] = []
+            if v_explicit is not None:
+                p, time_bar = linearize.explicit(times[i], point)[1](v_explicit)
+                parts.append(p)
+                time_sums.append(time_bar)
+                if diagonal:
+                    v = p * (h * diagonal) if v is None else v + p * (h * diagonal)
+            if v is not None:
+                _, pullback = linearize(times[i], point)
+                if diagonal:
+                    v = linearize.solve_adjoint(i, point, v)
+                q, time_bar = pullback(v)
+                parts.append(q)
+                time_sums.append(time_bar)
+            u = sum(parts[1:], parts[0])
+            us.append(u)
+            y_bar = y_bar + u
+            if time_bars:
+                weighed = [(ks[i], direct), (ks[s + i], w), (ks[s + i], u * diagonal if diagonal else None)]
+                for k, cotangent in weighed:
+                    if cotangent is not None:
+                        h_bar = _add(h_bar, row_dot(k.reshape(one), cotangent.reshape(one)))
+                for time_bar in time_sums:
+                    if time_bar is not None:
+                        t_bar = _add(t_bar, time_bar)
+                        h_bar = _add(h_bar, time_bar * tab.c[i])
+        return StepCotangents(y_bar, t_bar, h_bar, ks)
+
+    def dense_weights(self, theta: Tensor) -> Tensor:
+        """``b_i(theta)``: shape ``(*theta.shape, 2 s)``."""
+        matrix = self._dense(theta.dtype, theta.device)
+        powers = theta.unsqueeze(-1) ** torch.arange(1, matrix.shape[1] + 1, device=theta.device, dtype=theta.dtype)
+        return powers @ matrix.T
+
+    def dense_numbers(self, theta: float) -> list[float]:
+        """``b_i(theta)`` for one theta."""
+        return [sum(c * theta ** (m + 1) for m, c in enumerate(row)) for row in self.tableau.dense]
+
+    def dense_slopes(self, theta: Tensor) -> Tensor:
+        """``db_i/dtheta``, shaped as `dense_weights`."""
+        matrix = self._dense(theta.dtype, theta.device)
+        exponent = torch.arange(matrix.shape[1], device=theta.device, dtype=theta.dtype)
+        return (theta.unsqueeze(-1) ** exponent * (exponent + 1)) @ matrix.T
+
+    def _dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        key = (dtype, device)
+        if key not in self._tensors:
+            matrix = torch.tensor(self.tableau.dense, dtype=dtype, device=device)
+            if torch._C._functorch.is_functorch_wrapped_tensor(matrix) or matrix.is_inference():
+                # made inside of a transform, or in inference mode, it must not outlive it
+                return matrix
+            self._tensors[key] = matrix
+        return self._tensors[key]
+
+
+def _joined(w: Tensor | None, h: float | Tensor, bar: Tensor | None) -> Tensor | None:
+    """The cotangent ``h w + bar`` of a slope; None where there is neither."""
+    return bar if w is None else w * h if bar is None else bar + w * h
