@@ -134,8 +134,9 @@ def solve_ivp(
     progress : bool
         Show a progress bar (needs tqdm).
     jac : callable
-        For implicit methods: ``jac(t, y, *args)``, the Jacobian in ``y`` of a tensor state, dense or sparse. Default: automatic
-        differentiation, compressed by colouring where the pattern is sparse.
+        For implicit methods: ``jac(t, y, *args)``, the Jacobian in ``y`` of a tensor state, dense ``(n, n)`` (``(B, n, n)`` when batched)
+        or sparse; of the implicit part for implicit-explicit methods. Held against ``fun`` at the first call; derivatives of derivatives
+        do not use it. Default: automatic differentiation, compressed by colouring where the pattern is sparse.
     jac_sparsity : sparse tensor, SciPy matrix, dense mask or SparsityPattern
         For implicit methods: where the Jacobian may be non-zero. Found from ``fun`` itself if it is not given and the state is large.
     linear_solver : LinearSolver
@@ -258,7 +259,11 @@ def solve_ivp(
         backward.n_fun += n_fun
         backward.n_steps += n_steps
 
-    algebra = stage_algebra(system, inputs, spec, **implicit_options) if chosen.implicit else None
+    algebra = (
+        stage_algebra(system, inputs, spec, **implicit_options, exact=getattr(chosen, "needs_time_slope", False))
+        if chosen.implicit
+        else None
+    )
     problem = Problem(system, plan, batched, report, backward_report, algebra=algebra)
     strategy = gradient if gradient is not None else DiscreteAdjoint()
     if not hasattr(strategy, "solve"):

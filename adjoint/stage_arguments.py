@@ -15,6 +15,7 @@ from .linalg import Factorization, LinearSolver, Log, Matrix
 from .linalg.choice import default_solver
 from .linalg.sparsity import SparsityPattern
 from .sensitivity.problem import StageAlgebra
+from .stage_jacobian import GivenStageJacobian
 from .system import StateSpec, System
 
 __all__ = ["stage_algebra"]
@@ -62,16 +63,27 @@ class _Detected:
 
 
 def stage_algebra(
-    system: System, inputs: Sequence[Tensor], spec: StateSpec, *, jac: Any, jac_sparsity: Any, linear_solver: LinearSolver | None
+    system: System,
+    inputs: Sequence[Tensor],
+    spec: StateSpec,
+    *,
+    jac: Any,
+    jac_sparsity: Any,
+    linear_solver: LinearSolver | None,
+    exact: bool = False,
 ) -> StageAlgebra:
-    """Check and put together."""
+    """Check and put together. ``exact``: the result of the method, not only its iterations, depends on the Jacobian."""
     n = sum(spec.sizes)
     if linear_solver is not None and not (hasattr(linear_solver, "factor") and hasattr(linear_solver, "refactor")):
         raise InvalidInput(f"linear_solver must be an object such as adjoint.linalg.DenseLU(), got {linear_solver!r}")
-    if jac is not None:
-        raise UnsupportedCombination("jac= is not supported yet by implicit methods: leave it out, or give jac_sparsity")
     strategy: Strategy = _Detected(inputs)
     if jac_sparsity is not None:
         pattern = SparsityPattern.from_any(jac_sparsity, (n, n))
         strategy = SparseJacobian(with_diagonal(pattern))
+    if jac is not None:
+        if not callable(jac):
+            raise InvalidInput(f"jac must be callable, got a {type(jac).__name__}; a pattern goes to jac_sparsity")
+        if not spec.tree.is_leaf():
+            raise UnsupportedCombination("jac= needs a state that is one tensor, and no quadrature=: leave jac out")
+        strategy = GivenStageJacobian(jac, strategy, exact)
     return StageAlgebra(strategy, linear_solver if linear_solver is not None else _ByKind())

@@ -117,9 +117,7 @@ def scipy_one_by_one(method: str, count: int, rtol: float, atol: float) -> dict[
 
     def forward() -> Any:
         out = [
-            solve_ivp(
-                lambda t, y, q=q: rate(lambda xs, axis: np.stack(xs, axis), y, q), (0, END), Y0, method=method, rtol=rtol, atol=atol
-            )
+            solve_ivp(lambda t, y, q=q: rate(lambda xs, axis: np.stack(xs, axis), y, q), (0, END), Y0, method=method, rtol=rtol, atol=atol)
             for q in p
         ]
         return np.array([s.y[:, -1] for s in out]), float(np.mean([s.t.size - 1 for s in out]))

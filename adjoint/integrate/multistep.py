@@ -16,7 +16,7 @@ from .initial_step import initial_step
 from .pencil import Pencil, ScaledFactors, scaled_factors, split
 from .plan import Monitor, Plan, Record, Status, shifted_times
 from .residual import ResidualSolver
-from .stages import LOOSEST, StageWork, _between, shifted
+from .stages import LOOSEST, StageWork, _between, jacobian_at, shifted
 
 __all__ = ["SIZE", "MultistepSolver", "integrate_multistep", "update_matrix"]
 
@@ -79,7 +79,7 @@ class MultistepSolver:
                 found = Pencil(_mixed(rows, found.E, old.E), _mixed(rows, found.G, old.G))
             self._pencil = found
         else:
-            new = self.jacobian(lambda x: self.f(t, x), y)
+            new = jacobian_at(self.jacobian, self.f, t, y)
             self._pencil = new if self._pencil is None else _mixed(rows, new, self._pencil)  # type: ignore[arg-type]
         self._c = None
         self.work.n_jac += rows
@@ -164,7 +164,8 @@ def _mixed(rows: Tensor, new: Matrix, old: Matrix) -> Matrix:
     """The matrices of ``new`` in these rows, those of ``old`` in the others."""
     if isinstance(new, Tensor) and isinstance(old, Tensor):
         return torch.where(rows.reshape(-1, 1, 1), new, old)
-    if isinstance(new, SparseMatrix) and isinstance(old, SparseMatrix):
+    if isinstance(new, SparseMatrix) and isinstance(old, SparseMatrix) and len(rows) > 1:
+        # one pattern: that of a given Jacobian, which may change, is of one trajectory
         return SparseMatrix(new.indices, torch.where(rows.unsqueeze(-1), new.values, old.values), new.shape)
     return new
 

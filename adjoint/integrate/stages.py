@@ -13,7 +13,7 @@ from ..methods.tableaux_implicit import CollocationTableau, Mode
 from .coupled import solve_coupled, stage_factors
 from .plan import Plan
 
-__all__ = ["StageSolver", "StageWork", "shifted"]
+__all__ = ["StageSolver", "StageWork", "jacobian_at", "shifted"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 
@@ -58,6 +58,12 @@ def shifted(matrix: Matrix, hd: Tensor) -> Matrix:
         )
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     return eye - hd.unsqueeze(-1) * matrix
+
+
+def jacobian_at(jacobian: Callable[..., Matrix], f: Flat, t: Tensor, y: Tensor) -> Matrix:
+    """``f_y(t, y)`` by a strategy; one that knows what to do with the time is told it."""
+    at = getattr(jacobian, "at", None)
+    return jacobian(lambda x: f(t, x), y) if at is None else at(f, t, y)
 
 
 def tangent(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
@@ -125,7 +131,7 @@ class StageSolver:
         if self._at is not None and torch.equal(self._at[0], t) and torch.equal(self._at[1], y):
             return
         self._at, self._factored = (t, y), None
-        self._matrix = self.jacobian(lambda x: self.f(t, x), y)
+        self._matrix = jacobian_at(self.jacobian, self.f, t, y)
         self._fresh = True
 
     def _factors_for(self, hd: Tensor) -> Factorization:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..integrate.stages import shifted
+from ..integrate.stages import jacobian_at, shifted
 from ..linalg import Factorization, Matrix, SparseMatrix
 from ..system import System, VmappedSystem
 from .linearize import Pullback
@@ -63,7 +63,7 @@ class AdditiveLinearizer(StageLinearizer):
         """See `StageLinearizer.solve_adjoint`. An implicit part that is linear has one matrix in all stages: it is factorised once."""
         hd, time = self.h * self.diagonal[index], self.times[index]
         with torch.no_grad():
-            matrix = shifted(self.algebra.jacobian(lambda y: self.f(time, y), point), hd)
+            matrix = shifted(jacobian_at(self.jacobian, self.f, time, point), hd)
             if self._last is None or not _same(self._last[0], matrix):
                 self._last = matrix, self.algebra.linear_solver.factor(matrix, self.log)
             return self._last[1].solve(w, transposed=True, conjugated=True)

@@ -12,7 +12,7 @@ from ..capture import cut_apart
 from ..integrate.multistep import SIZE, update_matrix
 from ..integrate.pencil import scaled_factors, split
 from ..integrate.plan import shifted_times
-from ..integrate.stages import shifted
+from ..integrate.stages import jacobian_at, shifted
 from ..linalg import Log
 from ..methods.bdf import MAX_ORDER, coefficients
 from ..methods.runge_kutta import row_dot
@@ -102,7 +102,7 @@ def multistep_eager(
                 solved = factors.solve_adjoint(w)
             else:
                 at = y
-                matrix = shifted(algebra.jacobian(lambda x, end=end: f(end, x), y), c)
+                matrix = shifted(jacobian_at(problem.jacobian(inputs), f, end, y), c)
                 solved = algebra.linear_solver.factor(matrix, log).solve(w, transposed=True, conjugated=True)
             solved = torch.where((w == 0).all(-1, keepdim=True), 0.0, solved)
         _, pull = linearize(end, at)

@@ -68,19 +68,26 @@ class Problem:
         f = self.system.bind(inputs)
         if self.algebra is None:
             return f
+        jacobian = self.jacobian(inputs, forward=True)
         a, device = self.algebra, self.system.spec.device
         implicit = self.system.residual is not None
         if getattr(self.plan.method, "multistep", False):
             work = StageWork.zero(rows, device)
-            starter = ResidualSolver(f, self.plan, a.jacobian, a.linear_solver, rows, device, a.index, a.skipped) if implicit else None
-            return MultistepSolver(f, self.plan, a.jacobian, a.linear_solver, implicit, work, starter, a.skipped)
+            starter = ResidualSolver(f, self.plan, jacobian, a.linear_solver, rows, device, a.index, a.skipped) if implicit else None
+            return MultistepSolver(f, self.plan, jacobian, a.linear_solver, implicit, work, starter, a.skipped)
         if implicit:
-            return ResidualSolver(f, self.plan, a.jacobian, a.linear_solver, rows, device, a.index, a.skipped)
-        given = self.plan, self.algebra.jacobian, self.algebra.linear_solver, rows, self.system.spec.device
+            return ResidualSolver(f, self.plan, jacobian, a.linear_solver, rows, device, a.index, a.skipped)
+        given = self.plan, jacobian, self.algebra.linear_solver, rows, self.system.spec.device
         if getattr(self.plan.method, "additive", False):
             explicit, implicit = (part.bind(inputs) for part in self.system.parts)
             return AdditiveStageSolver(explicit, implicit, *given)
         return StageSolver(f, *given)
+
+    def jacobian(self, inputs: Sequence[Tensor], forward: bool = False) -> Callable[..., Matrix]:
+        """How Jacobians of stages are made, for these inputs; ``forward``: in the steps, not in derivatives."""
+        assert self.algebra is not None
+        bound = getattr(self.algebra.jacobian, "bound", None)
+        return self.algebra.jacobian if bound is None else bound(self.system, inputs, forward)
 
     def columns(self, y0: Tensor) -> bool:
         """Whether the steps carry states as ``(n, B)``."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..integrate.pencil import scaled_factors, split
-from ..integrate.stages import shifted
+from ..integrate.stages import jacobian_at, shifted
 from ..linalg import Factorization, Log, Matrix
 from ..methods.runge_kutta import StepCotangents, row_dot
 from ..methods.tableaux_implicit import CollocationTableau
@@ -189,6 +189,7 @@ class StageLinearizer(Linearizer):
     def __init__(self, problem: Problem, stages: Tensor, f: Flat, inputs: Sequence[Tensor], wants: Sequence[bool], time: bool) -> None:
         super().__init__(f, inputs, wants, time)
         assert problem.algebra is not None
+        self.jacobian = problem.jacobian(inputs)
         self.algebra, self.diagonal, self.recorded = problem.algebra, getattr(problem.plan.method, "diagonal", ()), stages
         self.log = Log()
         self.residual = problem.system.residual is not None
@@ -211,7 +212,7 @@ class StageLinearizer(Linearizer):
         """``(I - h a_ii f_y)*^-1 w`` at the value ``point`` of stage ``index``."""
         hd, time = self.h * self.diagonal[index], self.times[index]
         with torch.no_grad():
-            matrix = shifted(self.algebra.jacobian(lambda y: self.f(time, y), point), hd)
+            matrix = shifted(jacobian_at(self.jacobian, self.f, time, point), hd)
             factors = self.algebra.linear_solver.factor(matrix, self.log)
             return factors.solve(w, transposed=True, conjugated=True)
 
@@ -223,7 +224,7 @@ class StageLinearizer(Linearizer):
         xs = [torch.cat([x, k], -1) for x, k in zip(points, ks, strict=True)] if implicit else list(points)
         pulls = [self(t, x)[1] for t, x in zip(times, xs, strict=True)]
         with torch.no_grad():
-            found = [self.algebra.jacobian(lambda x, t=t: self.f(t, x), x) for t, x in zip(times, xs, strict=True)]
+            found = [jacobian_at(self.jacobian, self.f, t, x) for t, x in zip(times, xs, strict=True)]
             matrix = coupled_pencils(a, self.h, [split(m) for m in found]) if implicit else coupled_matrix(a, self.h, found)
             side = torch.cat(list(w), -1)
             if implicit:
@@ -243,7 +244,7 @@ class StageLinearizer(Linearizer):
         with torch.no_grad():
             if self._start is None:
                 size = hd if isinstance(hd, Tensor) else torch.full_like(self.h, hd)
-                matrix = shifted(self.algebra.jacobian(lambda x: self.f(t, x), y), size)
+                matrix = shifted(jacobian_at(self.jacobian, self.f, t, y), size)
                 self._start = self.algebra.linear_solver.factor(matrix, self.log)
             return self._start.solve(w, transposed=True, conjugated=True)
 
