@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,9 @@ from .arguments import Times, check_times, flat_norm, flat_tolerance, positive
 from .capture import find_captured, needs_derivatives, parameter_homes
 from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_values, residual_algebra
 from .errors import InvalidInput, UnsupportedCombination
+from .event_times import NO_EVENTS, event_records
 from .integrate import IController, PIDController, Plan, Record
-from .ivp import _front_door, _Parts, _solution
+from .ivp import _event_list, _flat_event, _front_door, _Parts, _solution
 from .methods import Method
 from .progress import progress_monitor
 from .sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
@@ -41,7 +42,7 @@ def solve_dae(
     atol: Any = None,
     gradient: Gradient | None = None,
     batched: bool = False,
-    events: Any = None,
+    events: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] | None = None,
     dense_output: bool = False,
     quadrature: Callable[..., Any] | None = None,
     controller: PIDController | None = None,
@@ -70,8 +71,8 @@ def solve_dae(
     fun : callable
         ``fun(t, y, yp, *args) -> residual``; ``yp`` is shaped like the state ``y``, and the residual has as many entries, in any
         structure. ``t`` is 0-d (``(B,)`` with ``batched=True``). ``args``, parameters of modules and captured tensors are differentiated.
-    t_span, t_eval, rtol, atol, gradient, batched, dense_output, controller, norm, first_step, max_step, min_step, max_steps, step_ts
-        And ``throw``, ``progress``: as for `solve_ivp`.
+    t_span, t_eval, rtol, atol, gradient, batched, events, dense_output, controller, norm, first_step, max_step, min_step, max_steps
+        And ``step_ts``, ``throw``, ``progress``: as for `solve_ivp`.
     y0, yp0 : Tensor or pytree of tensors
         Initial state and slope. See ``consistent`` for what is done with them. ``yp0=None``: unknown. Derivatives in ``y0`` are those in
         its differential part; the algebraic part is a guess on which the solution does not depend.
@@ -104,8 +105,6 @@ def solve_dae(
     StepSizeTooSmall, NonFiniteState
     """
     chosen = check_dae_method(method)
-    if events is not None:
-        raise UnsupportedCombination("events= in solve_dae is not supported yet: sample densely with t_eval and look for the sign change")
     if compile:
         raise UnsupportedCombination("compile=True in solve_dae is not supported yet: leave compile out")
     check_flags(consistent, max_steps)
@@ -129,7 +128,8 @@ def solve_dae(
             raise InvalidInput(f"quadrature must be callable, got a {type(quadrature).__name__}")
         residual, state, slope, integrand = _with_quadrature(fun, quadrature, user_spec, times, y0, slope, args)
     spec = StateSpec.of(state, batched)
-    system = _system(residual, fun, quadrature, spec, times, state, slope, args)
+    event_list = _event_list(events)
+    system = _system(residual, fun, quadrature, event_list, spec, times, state, slope, args)
     inputs = system.inputs
     y_flat, slope_flat = spec.flatten(state), spec.flatten(slope)
 
@@ -165,6 +165,7 @@ def solve_dae(
         keep_states=True,
         # slopes are part of the solution, and derivatives are taken at them
         keep_stages=True,
+        events=tuple(_flat_event(e, system, user_spec, integrand is not None) for e in event_list),
         monitor=progress_monitor(progress),
         **tolerances,
     )
@@ -184,14 +185,16 @@ def solve_dae(
     if not hasattr(strategy, "solve"):
         raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")
     out = strategy.solve(problem, times.anchors, times.samples, start.y, inputs)
-    parts = _Parts(out, problem, times, user_spec, spec, integrand, start.y, [], args, backward, derivatives, dense_output)
-    return replace(_solution(parts), yp=parts.state(_slopes(parts, out, start.yp)))
+    parts = _Parts(out, problem, times, user_spec, spec, integrand, start.y, event_list, args, backward, derivatives, dense_output)
+    found = event_records(parts, out) if event_list else NO_EVENTS
+    return replace(_solution(parts, found), yp=parts.state(_slopes(parts, out, start.yp, found.slope)))
 
 
 def _system(
     residual: Callable[..., Any],
     fun: Callable[..., Any],
     quadrature: Callable[..., Any] | None,
+    events: Sequence[Callable[..., Tensor]],
     spec: StateSpec,
     times: Times,
     state: Any,
@@ -206,9 +209,10 @@ def _system(
     alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
     probe = [tree_map(alias, x) for x in (state, slope, args)]
     found: list[Any] = []
-    captured = find_captured(
-        [lambda: found.append(residual(t, probe[0], probe[1], *probe[2]))], [t, *(x for part in probe for x in tree_leaves(part))], [fun]
-    )
+    calls: list[Callable[[], Any]] = [lambda: found.append(residual(t, probe[0], probe[1], *probe[2]))]
+    seen = probe[0] if quadrature is None else probe[0][0]
+    calls += [lambda e=e: e(t, seen, *probe[2]) for e in events]
+    captured = find_captured(calls, [t, *(x for part in probe for x in tree_leaves(part))], [fun, *events])
     layout = StateSpec.of(found[0], spec.batch is not None, "what fun returned")
     if sum(layout.sizes) != sum(spec.sizes) or layout.batch != spec.batch:
         many = f" for each of {spec.batch} trajectories" if spec.batch is not None else ""
@@ -218,7 +222,7 @@ def _system(
         )
     if layout.dtype != spec.dtype or layout.device != spec.device:
         raise InvalidInput(f"fun returned {layout.dtype} on {layout.device}, but the state is {spec.dtype} on {spec.device}")
-    homes = tuple(parameter_homes([fun, *([] if quadrature is None else [quadrature])], captured))
+    homes = tuple(parameter_homes([fun, *events, *([] if quadrature is None else [quadrature])], captured))
     return System(residual, spec, tree, tuple(leaves), tuple(captured), homes=homes, residual=layout)
 
 
@@ -242,8 +246,8 @@ def _with_quadrature(
     return both, (y0, start), (yp0, tree_map(lambda x: x.detach(), first)), integrand
 
 
-def _slopes(parts: _Parts, out: Outputs, yp0: Tensor) -> Tensor:
-    """``y'`` at the times of ``sol.t``: of the collocation polynomials, and at the start the consistent one."""
+def _slopes(parts: _Parts, out: Outputs, yp0: Tensor, stop: Tensor | None) -> Tensor:
+    """``y'`` at the times of ``sol.t``: of the dense output, and at the start the consistent one; ``stop``: at events that ended it."""
     times, plan = parts.times, parts.problem.plan
     grid = step_times(out.t, out.h, out.segment, out.lands, times.anchors, plan.shift)
     n_steps = out.t.shape[0]
@@ -253,9 +257,13 @@ def _slopes(parts: _Parts, out: Outputs, yp0: Tensor) -> Tensor:
         ends = torch.cat([yp0.unsqueeze(0), torch.einsum("s,ksbn->kbn", weights, out.stages)]) if n_steps else yp0.unsqueeze(0)
         if times.steps:
             beyond = torch.arange(n_steps + 1, device=out.t.device).unsqueeze(-1) > out.n_accepted
+            if stop is not None:
+                final = (torch.arange(n_steps + 1, device=out.t.device).unsqueeze(-1) == out.n_accepted) & (out.status > 0)
+                ends = torch.where(final.unsqueeze(-1), stop, ends)
             return torch.where(beyond.unsqueeze(-1), float("nan"), ends)
         place = out.n_accepted.reshape(1, -1, 1).expand(1, -1, ends.shape[-1])
         last = torch.where((out.status >= 0).unsqueeze(-1), ends.gather(0, place)[0], float("nan"))
+        last = last if stop is None else torch.where((out.status > 0).unsqueeze(-1), stop, last)
         return torch.stack([yp0, last])
     if n_steps == 0:
         return yp0.expand(times.samples.shape[0], *yp0.shape)

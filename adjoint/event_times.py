@@ -2,68 +2,108 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .sensitivity import Outputs
-from .sensitivity.problem import step_times
+from .sensitivity.problem import StepTimes, step_times
 from .sensitivity.sweep import tangent
 from .solution import EventRecord
 
 if TYPE_CHECKING:
     from .ivp import _Parts
 
-__all__ = ["event_records"]
+__all__ = ["NO_EVENTS", "Found", "event_records"]
 
 
-def event_records(parts: _Parts, out: Outputs) -> tuple[tuple[EventRecord, ...], Tensor | None, Tensor | None]:
-    """One record for each event function; time and flat state of the terminal event, if there was one.
+class Found(NamedTuple):
+    """One record for each event function; ends ``(B,)``, flat states and slopes ``(B, n)`` there, if a terminal event stopped anything.
+
+    Trajectories that no event stopped have the end of the span and their final state there; their slopes mean nothing.
+    """
+
+    records: tuple[EventRecord, ...]
+    t: Tensor | None
+    y: Tensor | None
+    slope: Tensor | None
+
+
+NO_EVENTS = Found((), None, None, None)
+
+
+def event_records(parts: _Parts, out: Outputs) -> Found:
+    """The events of a solve.
 
     The event time is a root of ``r(t, y(t), *args)`` on the dense output. Two Newton steps with differentiable slope, begun at the
     located root, have the root's first, second and third derivatives (each full Newton step doubles the order; one alone would
     give wrong second derivatives).
     """
-    grid = step_times(out.t, out.h, out.segment, out.lands, parts.times.anchors)
-    steps = sorted(set(out.event_step.tolist()))
-    plan = parts.problem.plan
-    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in parts.events]
-    last: tuple[Tensor, Tensor] | None = None
-    ids = out.event_id.tolist()
-    for i, (which, step) in enumerate(zip(ids, out.event_step.tolist(), strict=True)):
-        stages = out.stages[step if plan.keep_stages else steps.index(step)]
-        y_start, t_start, h = out.states[step], grid.t[step], grid.h[step]
-
-        def state(t: Tensor, y: Tensor = y_start, ks: Tensor = stages, t0: Tensor = t_start, h: Tensor = h) -> Tensor:
-            theta = (t - t0) / h
-            weights = (plan.method.dense_weights(theta) * h).to(y.dtype)
-            return y + torch.einsum("bs,sbn->bn", weights, ks)
-
-        def residual(t: Tensor, which: int = which, state: Any = state) -> Tensor:
-            flat = state(t.reshape(1))
-            return parts.events[which](t.to(flat.dtype.to_real()), parts.state(flat), *parts.args).reshape(()).to(torch.float64)
-
-        when = out.event_t[i]
-        if parts.derivatives:
-            for _ in range(2):
-                slope = tangent(residual, (when,), (torch.ones_like(when),))
-                when = when - residual(when) / slope
-        last = (when, state(when.reshape(1)))
-        found[which].append(last)
+    plan, batched = parts.problem.plan, parts.problem.batched
+    anchors = parts.times.anchors
+    grid = step_times(out.t, out.h, out.segment, out.lands, anchors, plan.shift)
+    rows, real = out.t.shape[1], parts.spec.real_dtype
+    ends, states_there, slopes_there = anchors[-1], out.final, out.final
+    any_stop = False
     records = []
-    real = parts.spec.real_dtype
-    for events in found:
-        times = torch.stack([t for t, _ in events]) if events else out.t.new_empty(0)
-        flat = torch.stack([y for _, y in events]) if events else parts.y0.new_empty((0, *parts.y0.shape))
-        records.append(EventRecord(times.to(real), parts.state(flat)))
-    stopped = not torch._C._functorch.is_functorch_wrapped_tensor(out.status) and int(out.status) == 1
-    if last is None or not (stopped or _stopped_early(parts, ids)):
-        return tuple(records), None, None
-    return tuple(records), last[0], last[1]
+    for which, event in enumerate(plan.events):
+        times, states = [], []
+        for k, (places, found) in enumerate(_occurrences(out, which, rows)):
+            t, y, slope = _located(parts, out, grid, which, places, found)
+            if event.terminal == k + 1:
+                any_stop = True
+                ends = torch.where(found, t, ends)
+                states_there = torch.where(found.unsqueeze(-1), y, states_there)
+                slopes_there = torch.where(found.unsqueeze(-1), slope, slopes_there)
+            times.append(torch.where(found, t, float("nan")))
+            states.append(torch.where(found.unsqueeze(-1), y, float("nan")))
+        t_all = torch.stack(times) if times else out.t.new_empty((0, rows))
+        flat = torch.stack(states) if states else parts.y0.new_empty((0, *parts.y0.shape))
+        records.append(EventRecord((t_all if batched else t_all[:, 0]).to(real), parts.state(flat)))
+    if not any_stop:
+        return Found(tuple(records), None, None, None)
+    return Found(tuple(records), ends, states_there, slopes_there)
 
 
-def _stopped_early(parts: _Parts, ids: list[int]) -> bool:
-    """Under a transform the status cannot be read; the last event is the terminal one if its function says so."""
-    event = parts.problem.plan.events[ids[-1]]
-    return bool(event.terminal) and ids.count(ids[-1]) >= event.terminal
+def _occurrences(out: Outputs, which: int, rows: int) -> list[tuple[Tensor, Tensor]]:
+    """For the first, second ... time that an event occurs: where each trajectory has it in the record, and whether it has."""
+    each: list[list[int]] = [[] for _ in range(rows)]
+    for place, (event, row) in enumerate(zip(out.event_id.tolist(), out.event_row.tolist(), strict=True)):
+        if event == which:
+            each[row].append(place)
+    device, most = out.event_id.device, max(map(len, each), default=0)
+    table = torch.tensor([[x[k] if k < len(x) else -1 for x in each] for k in range(most)], device=device).reshape(most, rows)
+    return [(line.clamp(min=0), line >= 0) for line in table]
+
+
+def _located(parts: _Parts, out: Outputs, grid: StepTimes, which: int, places: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Times ``(B,)``, states and slopes ``(B, n)`` of one event in the rows that have it."""
+    plan, batched, n = parts.problem.plan, parts.problem.batched, parts.y0.shape[-1]
+    step = torch.where(found, out.event_step[places], 0).unsqueeze(0)
+    y0 = out.states.gather(0, step.unsqueeze(-1).expand(1, -1, n))[0]
+    t0, h = grid.t.gather(0, step)[0], grid.h.gather(0, step)[0]
+    # a trajectory that took no step has no event either
+    h = torch.where(found, h, 1.0)
+    kept = step
+    if not plan.keep_stages:
+        kept = torch.searchsorted(torch.unique(out.event_step), step)
+    ks = out.stages.gather(0, kept.reshape(1, 1, -1, 1).expand(1, out.stages.shape[1], -1, n))[0]
+
+    def state(t: Tensor) -> Tensor:
+        weights = (plan.method.dense_weights((t - t0) / h) * h.unsqueeze(-1)).to(y0.dtype)
+        return y0 + torch.einsum("bs,sbn->bn", weights, ks)
+
+    def residual(t: Tensor) -> Tensor:
+        flat = state(t)
+        time = t.to(flat.dtype.to_real())
+        value = parts.events[which](time if batched else time.reshape(()), parts.state(flat), *parts.args)
+        return value.reshape(-1).to(torch.float64)
+
+    t = torch.where(found, out.event_t[places], t0.detach())
+    if parts.derivatives:
+        for _ in range(2):
+            rate = tangent(residual, (t,), (torch.ones_like(t),))
+            t = torch.where(found, t - residual(t) / torch.where(found, rate, 1.0), t)
+    slopes = plan.method.dense_slopes((t - t0) / h).to(y0.dtype)
+    return t, state(t), torch.einsum("bs,sbn->bn", slopes, ks)

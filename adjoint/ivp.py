@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from .arguments import Times, check_method, check_times, flat_norm, flat_tolerance, positive
 from .capture import find_captured, needs_derivatives, parameter_homes
 from .errors import InvalidInput, UnsupportedCombination
-from .event_times import event_records
+from .event_times import NO_EVENTS, Found, event_records
 from .failures import raise_failure
 from .integrate import Event, IController, PIDController, Plan, Record
 from .integrate.compiled import compile_key
-from .mass_matrix import implicit_method, with_mass
+from .mass_matrix import implicit_method, with_mass, without_last
 from .methods import Method
 from .progress import progress_monitor
 from .sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
@@ -113,8 +113,9 @@ def solve_ivp(
     batched : bool
         The leading dimension of ``y0`` counts independent trajectories, each with its own steps, end and status.
     events : callable or sequence of callables
-        ``event(t, y, *args) -> 0-d tensor``, with SciPy's attributes ``terminal`` (bool or count) and ``direction``. Located on the dense
-        output; times and states are differentiable.
+        ``event(t, y, *args) -> 0-d tensor`` (``(B,)`` when batched), with SciPy's attributes ``terminal`` (bool or count) and
+        ``direction``. Located on the dense output; times and states are differentiable. When batched, records are ``(E, B)``, padded
+        with NaN for trajectories with fewer events, and a terminal event ends its own trajectory.
     dense_output : bool
         Give the solution ``sol(t)``. Keeps all stages of all steps.
     quadrature : callable
@@ -143,8 +144,8 @@ def solve_ivp(
         For implicit methods: ``adjoint.linalg.DenseLU()``, ``SparseLU()``, ... By default by kind and size of the Jacobian.
     mass_matrix : Tensor or callable
         Solve ``M y' = fun(t, y, *args)``: ``M`` a tensor ``(n, n)`` (when batched also ``(B, n, n)``) on the flattened state, or
-        ``M(t, y, *args)``; it may be singular (of index 1 or 2, see `solve_dae`) and is differentiated. With method "radau5" or
-        "radauIIA3". Algebraic variables in ``y0`` are guesses: they are solved for.
+        ``M(t, y, *args)``; it may be singular (of index 1 or 2, see `solve_dae`) and is differentiated. With method "radau5",
+        "radauIIA3" or "bdf". Algebraic variables in ``y0`` are guesses: they are solved for.
 
     Returns
     -------
@@ -157,7 +158,7 @@ def solve_ivp(
     if mass_matrix is not None:
         from .dae import solve_dae
 
-        refused = {"events": events, "jac": jac, "jac_sparsity": jac_sparsity, "compile": compile or None}
+        refused = {"jac": jac, "jac_sparsity": jac_sparsity, "compile": compile or None}
         implicit = implicit_method(method, refused)
         args = args if isinstance(args, (tuple, list)) else (args,)
         residual, extra = with_mass(fun, mass_matrix, y0, batched)
@@ -173,6 +174,7 @@ def solve_ivp(
             atol=atol,
             gradient=gradient,
             batched=batched,
+            events=without_last(events) if extra else events,
             dense_output=dense_output,
             quadrature=integrand,
             controller=controller,
@@ -188,7 +190,7 @@ def solve_ivp(
         )
     chosen = check_method(method)
     implicit_options = {"jac": jac, "jac_sparsity": jac_sparsity, "linear_solver": linear_solver}
-    _check_options(chosen, implicit_options, first_step, events, batched, compile, max_steps)
+    _check_options(chosen, implicit_options, first_step, compile, max_steps)
     args = args if isinstance(args, (tuple, list)) else (args,)
     if not callable(fun):
         given = "SplitFunction(explicit, implicit) instead of a tuple" if isinstance(fun, (tuple, list)) else "a function"
@@ -243,7 +245,7 @@ def solve_ivp(
         max_steps=int(max_steps),
         keep_states=derivatives or times.steps or dense_output or bool(event_list),
         # the slopes of implicit stages are recorded: derivatives are taken at them
-        keep_stages=dense_output or (derivatives and chosen.implicit),
+        keep_stages=dense_output or (derivatives and chosen.implicit) or (bool(event_list) and (batched or chosen.implicit)),
         events=tuple(_flat_event(e, system, user_spec, integrand is not None) for e in event_list),
         monitor=progress_monitor(progress),
         compile=compile_key(fun) if compile else None,
@@ -270,7 +272,7 @@ def solve_ivp(
         raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")
     out = strategy.solve(problem, times.anchors, times.samples, y_flat, inputs)
     parts = _Parts(out, problem, times, user_spec, spec, integrand, y_flat, event_list, tuple(args), backward, derivatives, dense_output)
-    return _solution(parts)
+    return _solution(parts, event_records(parts, out) if event_list else NO_EVENTS)
 
 
 def _pieces(fun: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
@@ -292,24 +294,16 @@ def _transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def _check_options(
-    method: Method, implicit: dict[str, Any], first_step: Any, events: Any, batched: bool, compile: bool, max_steps: Any
-) -> None:
+def _check_options(method: Method, implicit: dict[str, Any], first_step: Any, compile: bool, max_steps: Any) -> None:
     for name, value in implicit.items():
         if value is not None and not method.implicit:
             raise UnsupportedCombination(f"{name}= is for implicit methods; {method.name!r} solves no linear systems")
     if method.implicit and compile:
         raise UnsupportedCombination(f"compile=True with the implicit method {method.name!r} is not supported yet: leave compile out")
-    if method.implicit and events is not None:
-        raise UnsupportedCombination(f"events= with the implicit method {method.name!r} is not supported yet: use an explicit one")
     if not method.adaptive and first_step is None:
         raise InvalidInput(
             f"{method.name!r} takes constant steps: give their size as first_step=, or choose an adaptive method such as 'tsit5'"
         )
-    if events is not None and batched:
-        raise UnsupportedCombination("events= with batched=True is not supported yet: solve the trajectories one by one")
-    if events is not None and compile:
-        raise UnsupportedCombination("events= with compile=True is not supported yet: leave compile out")
     if not isinstance(max_steps, Integral) or max_steps < 1:
         raise InvalidInput(f"max_steps must be a positive integer, got {max_steps!r}")
 
@@ -338,15 +332,18 @@ def _flat_event(event: Callable[..., Tensor], system: System, user_spec: StateSp
         def value(t: Tensor, y: Tensor) -> Tensor:
             state = spec.unflatten(y)
             state = state[0] if has_quadrature else state
+            time = t if spec.batch is not None else t.reshape(())
             if mode is None:
-                out = event(t, state, *args)
+                out = event(time, state, *args)
             else:
                 with mode:
-                    out = event(t, state, *args)
-            if not isinstance(out, Tensor) or out.numel() != 1:
+                    out = event(time, state, *args)
+            rows = 1 if spec.batch is None else spec.batch
+            if not isinstance(out, Tensor) or out.numel() != rows:
                 got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-                raise InvalidInput(f"an event function must return a tensor with one element, got {got}")
-            return out.reshape(())
+                each = "one element" if spec.batch is None else f"one element for each of {rows} trajectories"
+                raise InvalidInput(f"an event function must return a tensor with {each}, got {got}")
+            return out.reshape(rows)
 
         return value
 
@@ -404,9 +401,9 @@ class _Parts:
         return tree if self.integrand is None else tree[0]
 
 
-def _solution(parts: _Parts) -> Solution:
+def _solution(parts: _Parts, found: Found) -> Solution:
     out, times, batched = parts.out, parts.times, parts.problem.batched
-    records, stop_t, stop_y = event_records(parts, out) if parts.events else ((), None, None)
+    records, stop_t, stop_y, _ = found
     final = out.final if stop_y is None else stop_y
     shown = times.shown
     if times.steps:
@@ -415,7 +412,8 @@ def _solution(parts: _Parts) -> Solution:
         flat = torch.stack([parts.y0, final])
         if stop_t is not None:
             assert shown is not None
-            shown = torch.stack([shown[0], stop_t.to(shown.dtype)])
+            shown = torch.stack([shown[0].expand_as(stop_t), stop_t.to(shown.dtype)])
+            shown = shown if batched else shown[:, 0]
     else:
         flat = out.samples
     assert shown is not None
@@ -443,15 +441,15 @@ def _steps(parts: _Parts, stop_t: Tensor | None, stop_y: Tensor | None) -> tuple
     """Times and states of the solver's own steps."""
     out, anchors = parts.out, parts.times.anchors
     grid = step_times(out.t, out.h, out.segment, out.lands, anchors)
-    end = anchors[-1] if stop_t is None else stop_t.reshape(1)
+    end = anchors[-1] if stop_t is None else stop_t
     t = torch.cat([grid.t, out.t_final.unsqueeze(0) + (end - end.detach())])
     states = out.states
+    place = torch.arange(t.shape[0], device=t.device).unsqueeze(-1)
     if stop_y is not None:
-        states = torch.cat([states[:-1], stop_y.unsqueeze(0)])
+        states = torch.where((place == out.n_accepted).unsqueeze(-1), stop_y, states)
     real = parts.spec.real_dtype
     if not parts.problem.batched:
         return t[:, 0].to(real), states
-    place = torch.arange(t.shape[0], device=t.device).unsqueeze(-1)
     beyond = place > out.n_accepted
     t = torch.where(place == out.n_accepted, out.t_final + (end - end.detach()), t)
     return torch.where(beyond, float("nan"), t).to(real), torch.where(beyond.unsqueeze(-1), float("nan"), states)

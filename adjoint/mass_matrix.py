@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -12,21 +13,32 @@ from .errors import InvalidInput, UnsupportedCombination
 from .methods import Method
 from .system import StateSpec
 
-__all__ = ["implicit_method", "with_mass"]
+__all__ = ["implicit_method", "with_mass", "without_last"]
 
 #: the methods for implicit equations, by the names that they have for explicit ones
-_METHODS = {"radau5": "radau", "radau": "radau", "radauIIA3": "radau3"}
+_METHODS = {"radau5": "radau", "radau": "radau", "radauIIA3": "radau3", "bdf": "bdf"}
 
 
 def implicit_method(method: str | Method, options: dict[str, Any]) -> str:
     """The method for implicit equations that stands for ``method``; raises for options that it does not have."""
     name = method if isinstance(method, str) else method.name
     if name not in _METHODS:
-        raise UnsupportedCombination(f"mass_matrix= is not supported by {name!r}: give method='radau5' (or 'radauIIA3')")
+        raise UnsupportedCombination(f"mass_matrix= is not supported by {name!r}: give method='radau5' (or 'radauIIA3', 'bdf')")
     for option, value in options.items():
         if value is not None:
             raise UnsupportedCombination(f"{option}= with mass_matrix= is not supported: leave {option} out, or use solve_dae")
     return _METHODS[name]
+
+
+def without_last(events: Any) -> Any:
+    """Event functions that are given the matrix behind their arguments, and do not want it."""
+
+    def one(event: Any) -> Any:
+        if not callable(event):
+            return event
+        return wraps(event, updated=("__dict__",))(lambda t, y, *args: event(t, y, *args[:-1]))
+
+    return [one(e) for e in events] if isinstance(events, Sequence) else None if events is None else one(events)
 
 
 def with_mass(fun: Callable[..., Any], mass: Any, y0: Any, batched: bool) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:

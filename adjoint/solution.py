@@ -52,7 +52,10 @@ class Stats:
 
 @dataclass(frozen=True)
 class EventRecord:
-    """Where one event function was zero: times ``(E,)`` and states ``(E, *state)``, both differentiable."""
+    """Where one event function was zero: times ``(E,)`` and states ``(E, *state)``, both differentiable.
+
+    When batched ``(E, B)`` and ``(E, *state)``, in the order of time for each trajectory, with NaN behind its last event.
+    """
 
     t: Tensor
     y: Any
@@ -144,7 +147,7 @@ class Solution:
             work = f"{int(steps.min())} to {int(steps.max())} accepted a trajectory" if steps.numel() else "none"
         lines.append(f"  steps: {work}")
         if self.events:
-            lines.append(f"  events: {', '.join(str(e.t.numel()) for e in self.events)}")
+            lines.append(f"  events: {', '.join(str(int((~e.t.isnan()).sum())) for e in self.events)}")
         if self.quadrature is not None:
             lines.append(f"  quadrature: {shape(self.quadrature)}")
         if self.interpolant is not None:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..arguments import Times, positive
 from ..capture import find_captured, functorch_active, is_differentiable, leads_to, needs_derivatives, parameter_homes
-from ..errors import InvalidInput, UnsupportedCombination
+from ..errors import InvalidInput
 from ..event_times import event_records
 from ..failures import raise_failure
 from ..integrate import Event, PIDController, Plan, Record, shifted_times
@@ -87,7 +87,7 @@ def _plan(request: Request, derivatives: bool, dense: bool, events: tuple[Event,
         "norm": request.norm,
         "keep_states": derivatives or dense or bool(events),
         # the slopes of implicit stages are recorded: derivatives are taken at them
-        "keep_stages": dense or (derivatives and request.family == "implicit"),
+        "keep_stages": dense or (request.family == "implicit" and (derivatives or bool(events))),
         "events": events,
         "monitor": request.monitor(),
     }
@@ -164,8 +164,6 @@ def _solve(request: Request, gradient: Gradient, only: Sequence[Tensor] | None, 
 
     algebra = None
     if request.family == "implicit":
-        if event is not None:
-            raise UnsupportedCombination(f"event_fn with method={request.method!r} is not supported: choose an explicit method")
         algebra = stage_algebra(system, system.inputs, spec, jac=None, jac_sparsity=None, linear_solver=None)
     problem = Problem(system, plan, False, report, backward_report, algebra=algebra)
     y_flat = spec.flatten(request.y0)
@@ -211,6 +209,6 @@ def solve_event(request: Request, gradient: Gradient, only: Sequence[Tensor] | N
     if at_start:
         return request.t[0].clone(), request.spec.unflatten(torch.stack([y_flat, y_flat]))
     parts = _solve(request, gradient, only, False, event)
-    _, when, flat = event_records(parts, parts.out)
+    _, when, flat, _ = event_records(parts, parts.out)
     assert when is not None and flat is not None
-    return when.to(request.t.dtype), parts.state(torch.stack([y_flat, flat]))
+    return when[0].to(request.t.dtype), parts.state(torch.stack([y_flat, flat]))

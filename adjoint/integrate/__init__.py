@@ -52,9 +52,9 @@ def integrate(
     """Run the loop that fits: float decisions for one trajectory, masks for many."""
     if isinstance(f, (StageSolver, ResidualSolver, MultistepSolver)):
         if isinstance(f, MultistepSolver):
-            record = integrate_multistep(f, plan, anchors, t_eval, y0)
+            record = integrate_multistep(f, plan, anchors, t_eval, y0, inputs)
         else:
-            record = integrate_batched(f, plan, anchors, t_eval, y0)
+            record = integrate_batched(f, plan, anchors, t_eval, y0, inputs)
         work = f.work
         # where the iteration failed to the last, its NaN are its own
         failed = f.stuck & (record.status == int(Status.NON_FINITE))
@@ -68,5 +68,5 @@ def integrate(
             n_newton=work.n_newton,
         )
     if batched:
-        return integrate_batched(f, plan, anchors, t_eval, y0)
+        return integrate_batched(f, plan, anchors, t_eval, y0, inputs)
     return integrate_single(f, plan, anchors, t_eval, y0, inputs, shape, recording)

@@ -76,8 +76,8 @@ class BatchSampler:
     def _rows(self, x: Tensor, rows: Tensor) -> Tensor:
         return x.index_select(1, rows).t() if self.columns else x.index_select(0, rows)
 
-    def finish(self, status: Tensor, n_accepted: Tensor, final: Tensor) -> None:
-        """Samples at the end of the span."""
-        reached = self.at_end & (status >= 0)
+    def finish(self, reached: Tensor, n_accepted: Tensor, final: Tensor) -> None:
+        """Samples at the end of the span, of the rows that ``reached`` it."""
+        reached = self.at_end & reached
         self.out = torch.where(reached.unsqueeze(-1), final, self.out)
         self.step = torch.where(reached, (n_accepted - 1).expand_as(self.step), self.step)

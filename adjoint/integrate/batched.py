@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .batch_events import BatchEventWatch, no_events
 from .batch_sampling import BatchSampler
 from .columns import layout, takes_columns
 from .compiled import compiled
@@ -243,7 +244,14 @@ def _skip_empty(stops: Tensor, segment: Tensor) -> Tensor:
     return segment + empty
 
 
-def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor) -> Record:
+def integrate_batched(
+    f: Callable[[Tensor, Tensor], Tensor],
+    plan: Plan,
+    anchors: Tensor,
+    t_eval: Tensor | None,
+    y0: Tensor,
+    inputs: Sequence[Tensor] = (),
+) -> Record:
     """Solve B trajectories, each with its own steps.
 
     Parameters
@@ -252,6 +260,7 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
     anchors : (A, B) float64; equal anchors are segments of no length, which are skipped
     t_eval : (T, B) float64 or None; in any order
     y0 : (B, n)
+    inputs : of the system, for its events
     """
     method, monitor = plan.method, plan.monitor
     columns = takes_columns(plan.compile is not None, *y0.shape)
@@ -261,7 +270,8 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
     if plan.compile is not None:
         carry = _converted(carry, _FLAGS, torch.float32)
     sampler = BatchSampler(plan, t_eval, anchors, sign, y0, columns)
-    dense = plan.keep_stages or sampler.wanted
+    events = BatchEventWatch(plan, inputs, anchors[0], y0) if plan.events else None
+    dense = plan.keep_stages or sampler.wanted or events is not None
     per_attempt = method.n_stages if method.end_index is None or method.end_index == method.n_stages else method.n_stages - 1
     if dense:
         per_attempt += method.extra_evaluations
@@ -276,12 +286,21 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
     stages: list[Tensor] = []
     span = (anchors[-1] - anchors[0]).abs()
     watched = type(monitor).advanced is not Monitor.advanced
+    turned = layout(f, columns)[2]
     while bool(carry.running.any()):
         new, attempt = step(f, plan, anchors, sign, carry, dense, columns)
         if plan.compile is not None:
             attempt = attempt._replace(accepted=attempt.accepted != 0)
+        seen = attempt
+        if events is not None:
+            values = [turned(k) for k in attempt.stages]
+            stop = events.after_step(
+                attempt.accepted, attempt.t, attempt.h, attempt.end, turned(carry.y), turned(new.y), values, carry.n_accepted
+            )
+            if stop is not None:
+                new, seen = _stopped(new, stop), attempt._replace(end=torch.where(stop.isnan(), attempt.end, stop))
         if sampler.wanted:
-            sampler.take(attempt, carry.y, carry.n_accepted)
+            sampler.take(seen, carry.y, carry.n_accepted)
         if plan.keep_states:
             attempts.append(attempt._replace(stages=[]))
             states.append(carry.y)
@@ -292,12 +311,10 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
         if watched:
             monitor.advanced(float(((carry.t - anchors[0]).abs() / span).min()))
     carry = with_flags(carry)
-    turned = layout(f, columns)[2]
     last = turned(carry.y)
     final = torch.where((carry.status >= 0).unsqueeze(-1), last, float("nan"))
-    sampler.finish(carry.status, carry.n_accepted, final)
-    packed = _pack(attempts, states, stages, carry, y0, len(method.nodes), anchors.shape[0], columns)
-    empty = carry.attempts.new_empty(0)
+    sampler.finish((carry.status == 0) | ((carry.status > 0) & (carry.t == anchors[-1])), carry.n_accepted, final)
+    packed = _pack(attempts, states, stages, carry, y0, len(method.nodes), anchors.shape[0] == 2 and not plan.events, columns)
     return Record(
         final=final,
         last=last,
@@ -310,11 +327,19 @@ def integrate_batched(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, anchors
         n_fun=n_fun + per_attempt * carry.attempts,
         status=carry.status,
         t_final=carry.t,
-        event_id=empty,
-        event_step=empty,
-        event_t=empty.double(),
+        **(no_events(y0) if events is None else events.record()),
         **{name: torch.zeros_like(carry.attempts) for name in ("n_jac", "n_factorizations", "n_solves", "n_newton")},
         **packed,
+    )
+
+
+def _stopped(carry: Carry, stop: Tensor) -> Carry:
+    """Rows whose time in ``stop`` is a number end there."""
+    ends = ~stop.isnan()
+    return carry._replace(
+        t=torch.where(ends, stop, carry.t),
+        status=torch.where(ends, int(Status.TERMINAL_EVENT), carry.status),
+        running=torch.where(ends, torch.zeros_like(carry.running), carry.running),
     )
 
 
@@ -325,10 +350,13 @@ def _pack(
     carry: Carry,
     y0: Tensor,
     n_all: int,
-    n_anchors: int,
+    plain: bool,
     columns: bool,
 ) -> dict[str, Tensor]:
-    """Move the accepted steps of every trajectory to the front, padded with steps of size zero at its end."""
+    """Move the accepted steps of every trajectory to the front, padded with steps of size zero at its end.
+
+    ``plain``: there is one segment, at whose end the last step lands.
+    """
     rows, n = y0.shape
     if not attempts:
         kind = {"dtype": torch.float64, "device": y0.device}
@@ -365,8 +393,7 @@ def _pack(
         all_stages = pick(turned, torch.zeros_like(turned[0]), most).movedim(2, 1)
     else:
         all_stages = y0.new_empty((0, n_all, rows, n))
-    if n_anchors == 2:
-        # one segment, and only the last step lands
+    if plain:
         segment = index.new_zeros((most, rows))
         lands = (torch.arange(most, device=y0.device).unsqueeze(-1) == carry.n_accepted - 1) & ~carry.running & (carry.status >= 0)
     else:

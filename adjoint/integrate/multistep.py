@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..linalg import Factorization, LinearOperator, LinearSolver, Matrix, SparseMatrix
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling
+from .batch_events import BatchEventWatch, no_events
 from .batch_sampling import BatchSampler
 from .batched import _skip_empty
 from .initial_step import initial_step
@@ -170,7 +171,9 @@ def _mixed(rows: Tensor, new: Matrix, old: Matrix) -> Matrix:
     return new
 
 
-def integrate_multistep(solver: MultistepSolver, plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor) -> Record:
+def integrate_multistep(
+    solver: MultistepSolver, plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor] = ()
+) -> Record:
     """Solve B trajectories; arguments as for `integrate_batched`."""
     rows, n = y0.shape
     device, real = y0.device, plan.real
@@ -198,6 +201,7 @@ def integrate_multistep(solver: MultistepSolver, plan: Plan, anchors: Tensor, t_
     running = torch.ones(rows, dtype=torch.bool, device=device)
     bad_last, scaled = torch.zeros_like(running), torch.zeros_like(y0, dtype=real)
     sampler = BatchSampler(plan, t_eval, anchors, sign, y0, False)
+    events = BatchEventWatch(plan, inputs, t, y0) if plan.events else None
     kept: list[tuple[Tensor, ...]] = []
     monitor, watched = plan.monitor, type(plan.monitor).advanced is not Monitor.advanced
     span = (anchors[-1] - anchors[0]).abs()
@@ -261,8 +265,12 @@ def integrate_multistep(solver: MultistepSolver, plan: Plan, anchors: Tensor, t_
         differences = torch.cat([new[1 : MAX_ORDER + 1] * keep.t().unsqueeze(-1), d.unsqueeze(0)])
         stages = differences / safe_h.reshape(1, -1, 1)
         stages = torch.where(passed.reshape(1, -1, 1), stages, 0.0)
+        stop = None
+        if events is not None:
+            stop = events.after_step(passed, t, h, end, D[0], new[0], stages.unbind(), accepted_count)
         if sampler.wanted:
-            sampler.take(_Attempt(t, end, h, passed, list(stages.unbind())), D[0], accepted_count)
+            upto = end if stop is None else torch.where(stop.isnan(), end, stop)
+            sampler.take(_Attempt(t, upto, h, passed, list(stages.unbind())), D[0], accepted_count)
         if plan.keep_states or plan.keep_stages:
             extra = torch.cat([order.double().unsqueeze(0), T.permute(1, 2, 0).reshape(SIZE * SIZE, rows)])
             kept.append((passed, t, h, segment, lands, y1, stages, extra))
@@ -276,6 +284,10 @@ def integrate_multistep(solver: MultistepSolver, plan: Plan, anchors: Tensor, t_
         restart = landed & ~finished
         segment = segment + landed
         running = running & ~finished
+        if stop is not None:
+            ends = ~stop.isnan()
+            t, running = torch.where(ends, stop, t), running & ~ends
+            status = torch.where(ends, int(Status.TERMINAL_EVENT), status)
         # ---- the next order and size
         ready = passed & running & (equal > order) & ~restart
         factor = torch.where(failed, 0.5, torch.where(rejected, shrink, 1.0))
@@ -298,14 +310,13 @@ def integrate_multistep(solver: MultistepSolver, plan: Plan, anchors: Tensor, t_
             monitor.advanced(float(((t - anchors[0]).abs() / span).min()))
     last = D[0]
     final = torch.where((status >= 0).unsqueeze(-1), last, float("nan"))
-    sampler.finish(status, accepted_count, final)
+    sampler.finish((status == 0) | ((status > 0) & (t == anchors[-1])), accepted_count, final)
     packed = _pack(kept, t, segment, accepted_count, y0)
-    empty = attempts.new_empty(0)
     zero = torch.zeros_like(attempts)
     return Record(
         final=final, last=last, scaled_error=scaled, samples=sampler.out, sample_step=sampler.step,
         n_steps=attempts, n_accepted=accepted_count, n_rejected=attempts - accepted_count, n_fun=zero + n_fun, status=status, t_final=t,
-        event_id=empty, event_step=empty, event_t=empty.double(), n_jac=zero, n_factorizations=zero, n_solves=zero, n_newton=zero, **packed,
+        **(no_events(y0) if events is None else events.record()), n_jac=zero, n_factorizations=zero, n_solves=zero, n_newton=zero, **packed,
     )  # fmt: skip
 
 

@@ -121,7 +121,7 @@ class Record:
     n_steps, n_accepted, n_rejected, n_fun, n_jac, n_factorizations, n_solves, n_newton : (B,), int64
     status : (B,), int64
     t_final : (B,), float64; where the trajectory ended
-    event_id, event_step : (E,), int64; event_t : (E,), float64
+    event_id, event_row, event_step : (E,), int64; event_t : (E,), float64
     """
 
     final: Tensor
@@ -142,6 +142,7 @@ class Record:
     status: Tensor
     t_final: Tensor
     event_id: Tensor
+    event_row: Tensor
     event_step: Tensor
     event_t: Tensor
     n_jac: Tensor

@@ -265,6 +265,7 @@ def integrate_single(
         status=one_row(int(status)),
         t_final=one_row(t, torch.float64),
         event_id=torch.tensor([e[0] for e in events.found], dtype=torch.int64, device=device),
+        event_row=torch.zeros(len(events.found), dtype=torch.int64, device=device),
         event_step=torch.tensor([e[1] for e in events.found], dtype=torch.int64, device=device),
         event_t=torch.tensor([e[2] for e in events.found], dtype=torch.float64, device=device),
         **{name: one_row(0) for name in ("n_jac", "n_factorizations", "n_solves", "n_newton")},

@@ -120,6 +120,7 @@ class Outputs(NamedTuple):
     status: Tensor
     t_final: Tensor
     event_id: Tensor
+    event_row: Tensor
     event_step: Tensor
     event_t: Tensor
     n_jac: Tensor
