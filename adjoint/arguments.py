@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from .errors import InvalidInput
 from .integrate import rms_norm
-from .methods import IMEX_METHODS, METHODS, Method
+from .methods import IMEX_METHODS, METHODS, SWITCHING_METHODS, Method
 from .system import StateSpec
 
 __all__ = ["Times", "check_method", "check_times", "flat_norm", "flat_tolerance", "positive"]
@@ -33,7 +33,7 @@ def positive(value: Any, name: str, *, zero: bool = False) -> float:
 def check_method(method: str | Method) -> Method:
     """A method by its name, or a method object as it is."""
     if isinstance(method, str):
-        known = METHODS | IMEX_METHODS
+        known = METHODS | IMEX_METHODS | SWITCHING_METHODS
         if method not in known:
             raise InvalidInput(f"there is no method {method!r}; choose one of {', '.join(sorted(known))}")
         return known[method]

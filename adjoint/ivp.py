@@ -28,6 +28,7 @@ from .sensitivity.problem import interpolate, step_times
 from .solution import BackwardStats, Solution, Stats
 from .split import SplitFunction
 from .stage_arguments import stage_algebra
+from .switching import solve_switching
 from .system import StateSpec, System
 
 __all__ = ["solve_ivp"]
@@ -104,7 +105,9 @@ def solve_ivp(
         None: the two ends. "steps": the solver's own steps (NaN-padded when batched). Else ``(T,)``, or ``(T, B)`` when batched,
         increasing or decreasing, within ``t_span``; may require grad.
     method : str or method object
-        See ``adjoint.methods.METHODS`` and ``IMEX_METHODS``. Methods without an error estimate take constant steps of ``first_step``.
+        See ``adjoint.methods.METHODS`` and ``IMEX_METHODS``; "auto" changes between "tsit5" and "kvaerno5" as each trajectory becomes stiff
+        and ceases to be (other pairs: ``adjoint.methods.AutoSwitch``).
+        Methods without an error estimate take constant steps of ``first_step``.
     rtol, atol : number, tensor, or pytree like the state
         A step is accepted when the norm of ``error / (atol + rtol max(|y0|, |y1|))`` is at most one. Default 1e-6 and 1e-9 for double
         precision, 1e-4 and 1e-6 for single.
@@ -270,7 +273,11 @@ def solve_ivp(
     strategy = gradient if gradient is not None else DiscreteAdjoint()
     if not hasattr(strategy, "solve"):
         raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")
-    out = strategy.solve(problem, times.anchors, times.samples, y_flat, inputs)
+    if getattr(chosen, "switching", False):
+        dense = dense_output or bool(event_list)
+        out, problem = solve_switching(strategy, problem, times.anchors, times.samples, y_flat, inputs, dense)
+    else:
+        out = strategy.solve(problem, times.anchors, times.samples, y_flat, inputs)
     parts = _Parts(out, problem, times, user_spec, spec, integrand, y_flat, event_list, tuple(args), backward, derivatives, dense_output)
     return _solution(parts, event_records(parts, out) if event_list else NO_EVENTS)
 

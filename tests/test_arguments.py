@@ -131,8 +131,7 @@ def test_bad_argument_is_named_batched(pattern, options):
 @pytest.mark.parametrize(
     ("pattern", "options"),
     [
-        ("batched", {"events": lambda t, y: y[0], "batched": True}),
-        ("compile", {"events": lambda t, y: y[0], "compile": True}),
+        ("compile", {"method": "kvaerno5", "compile": True}),
         ("linear_solver", {"linear_solver": object()}),
     ],
 )

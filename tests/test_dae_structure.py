@@ -217,7 +217,7 @@ def test_a_residual_of_the_wrong_length_or_dtype():
         solve_dae(lambda t, y, yp: (yp - y).float(), (0.0, 1.0), ROBERTSON_Y0)
 
 
-@pytest.mark.parametrize("option", [{"events": lambda t, y: y[0]}, {"compile": True}])
+@pytest.mark.parametrize("option", [{"compile": True}])
 def test_what_is_not_there_says_so(option):
     with pytest.raises(UnsupportedCombination):
         solve_dae(robertson, (0.0, 1.0), ROBERTSON_Y0, args=(ROBERTSON_P,), **option)

@@ -56,7 +56,7 @@ class BatchEventWatch:
         self.direction = torch.tensor([[e.direction] for e in plan.events], device=y0.device)
         self.terminal = torch.tensor([e.terminal for e in plan.events], device=y0.device)
         self.values = torch.stack([self._value(i, t0, y0) for i in range(len(plan.events))])
-        self.counts = torch.zeros_like(self.values, dtype=torch.int64)
+        self.counts = torch.zeros_like(self.values, dtype=torch.int64) if plan.event_counts is None else plan.event_counts.clone()
         #: event, trajectory, its step, and time of each, in the order of time for each trajectory
         self.found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 

@@ -17,6 +17,7 @@ from .controller import tamed
 from .initial_step import initial_step
 from .plan import Monitor, Plan, Record, Status, shifted_times
 from .residual import ResidualSolver
+from .stiffness import SwitchWatch
 
 __all__ = ["Attempt", "Carry", "advance", "integrate_batched", "start_carry"]
 
@@ -271,7 +272,8 @@ def integrate_batched(
         carry = _converted(carry, _FLAGS, torch.float32)
     sampler = BatchSampler(plan, t_eval, anchors, sign, y0, columns)
     events = BatchEventWatch(plan, inputs, anchors[0], y0) if plan.events else None
-    dense = plan.keep_stages or sampler.wanted or events is not None
+    watch = None if plan.switch is None else SwitchWatch(plan.switch, plan, len(y0), y0.device)
+    dense = plan.keep_stages or sampler.wanted or events is not None or watch is not None
     per_attempt = method.n_stages if method.end_index is None or method.end_index == method.n_stages else method.n_stages - 1
     if dense:
         per_attempt += method.extra_evaluations
@@ -299,6 +301,12 @@ def integrate_batched(
             )
             if stop is not None:
                 new, seen = _stopped(new, stop), attempt._replace(end=torch.where(stop.isnan(), attempt.end, stop))
+        if watch is not None:
+            lands = attempt.lands != 0
+            over = watch.after_step(f, attempt.accepted & ~lands & (new.status == 0), attempt.h, turned(carry.y), attempt.stages)
+            if over is not None:
+                status = torch.where(over, int(Status.SWITCHED), new.status)
+                new = new._replace(status=status, running=torch.where(over, torch.zeros_like(new.running), new.running))
         if sampler.wanted:
             sampler.take(seen, carry.y, carry.n_accepted)
         if plan.keep_states:
@@ -313,8 +321,9 @@ def integrate_batched(
     carry = with_flags(carry)
     last = turned(carry.y)
     final = torch.where((carry.status >= 0).unsqueeze(-1), last, float("nan"))
-    sampler.finish((carry.status == 0) | ((carry.status > 0) & (carry.t == anchors[-1])), carry.n_accepted, final)
-    packed = _pack(attempts, states, stages, carry, y0, len(method.nodes), anchors.shape[0] == 2 and not plan.events, columns)
+    sampler.finish((carry.status == 0) | ((carry.status == 1) & (carry.t == anchors[-1])), carry.n_accepted, final)
+    plain = anchors.shape[0] == 2 and events is None and watch is None
+    packed = _pack(attempts, states, stages, carry, y0, len(method.nodes), plain, columns)
     return Record(
         final=final,
         last=last,

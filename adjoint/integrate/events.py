@@ -23,7 +23,7 @@ class EventWatch:
         self.plan = plan
         self.functions = [event.bind(inputs) for event in plan.events]
         self.found: list[tuple[int, int, float]] = []
-        self.counts = [0] * len(plan.events)
+        self.counts = [0] * len(plan.events) if plan.event_counts is None else plan.event_counts[:, 0].tolist()
         self.values = [self._value(i, t0, y0) for i in range(len(plan.events))]
 
     def _value(self, i: int, t: float, y: Tensor) -> float:

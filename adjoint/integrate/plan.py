@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..methods import Method
 from .controller import PIDController
+from .stiffness import Switch
 
 __all__ = ["Event", "Monitor", "Plan", "Record", "Status", "rms_norm"]
 
@@ -20,6 +21,8 @@ class Status(IntEnum):
 
     SUCCESS = 0
     TERMINAL_EVENT = 1
+    #: handed over to another method; never seen outside
+    SWITCHED = 2
     MAX_STEPS = -1
     STEP_TOO_SMALL = -2
     NON_FINITE = -3
@@ -73,6 +76,7 @@ class Plan:
     ``real`` is the real dtype of the state. ``compile``: None for eager steps, else what compiled steps are kept under.
     ``keep_states``: whether the states of all steps are wanted; ``keep_stages``: also all stages, for the dense output.
     ``shift``: which anchors ``fun`` sees only from within a step: the "inner" ones, "all" of them, or "none".
+    ``event_counts`` (E, B): how often events occurred before. ``switch``: when to hand over to another method.
     ``accept_smallest``: no step is smaller than ``min_step``, and one of that size is accepted whatever its error.
     """
 
@@ -89,6 +93,8 @@ class Plan:
     keep_states: bool = True
     keep_stages: bool = False
     events: tuple[Event, ...] = ()
+    event_counts: Tensor | None = None
+    switch: Switch | None = None
     monitor: Monitor = field(default_factory=Monitor)
     compile: Hashable | None = None
     shift: str = "inner"

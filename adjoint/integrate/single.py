@@ -18,6 +18,7 @@ from .initial_step import initial_step
 from .plan import Plan, Record, Status, shifted_times
 from .recording import Recording
 from .sampling import Sampler
+from .stiffness import SwitchWatch
 
 __all__ = ["integrate_single"]
 
@@ -104,6 +105,7 @@ def integrate_single(
     states, starts, sizes, segments, landings = [y0], [], [], [], []
     kept_stages: list[Tensor] = []
     events = EventWatch(plan, inputs, t, y0)
+    watch = None if plan.switch is None else SwitchWatch(plan.switch, plan, 1, device)
     segment = 0
     jump_start = False
     y, size = y0, y0.detach().abs()
@@ -192,6 +194,11 @@ def integrate_single(
             kept_stages.append(torch.stack(stages()))
         if stop_at is not None:
             upto = sampler.due(stop_at)
+        over = False
+        if watch is not None and stop_at is None and not lands:
+            parts = [k.reshape(flat) for k in stages()]
+            size_h = torch.full((1,), h, dtype=torch.float64, device=device)
+            over = watch.after_step(f, torch.ones_like(watch.hits, dtype=torch.bool), size_h, y.reshape(flat), parts) is not None
         if upto > sampler.next:
             sampler.fill(upto, index, t, h, end, y, y1, stages)
         n_fun += stages.n_fun
@@ -203,6 +210,9 @@ def integrate_single(
             t, status = stop_at, Status.TERMINAL_EVENT
             break
         t = end
+        if over:
+            status = Status.SWITCHED
+            break
         monitor.advanced(abs(t - stops[0]) / max(abs(t_end - stops[0]), 1e-300))
         if lands:
             segment += 1

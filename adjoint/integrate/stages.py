@@ -125,6 +125,12 @@ class StageSolver:
         """``f(t, y)``; what is asked for at the start of a step is also where the Jacobian will be taken."""
         return self.f(t, y)
 
+    @property
+    def matrix(self) -> Matrix:
+        """The Jacobian at the start of the step."""
+        assert self._matrix is not None
+        return self._matrix
+
     def begin(self, t: Tensor, y: Tensor) -> None:
         """A step is attempted from here: the Jacobian is taken anew, unless the attempt before began at the same place."""
         self._failing = torch.zeros_like(self.stuck)

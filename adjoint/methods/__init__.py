@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .additive import AdditiveRungeKutta
 from .additive_tableau import AdditiveTableau
+from .auto import AutoSwitch
 from .bdf import BDF, Bdf
 from .collocation import FullyImplicitRungeKutta
 from .dirk import DiagonallyImplicitRungeKutta
@@ -22,8 +23,10 @@ __all__ = [
     "DAE_METHODS",
     "IMEX_METHODS",
     "METHODS",
+    "SWITCHING_METHODS",
     "AdditiveRungeKutta",
     "AdditiveTableau",
+    "AutoSwitch",
     "Bdf",
     "CollocationTableau",
     "DiagonallyImplicitRungeKutta",
@@ -43,6 +46,11 @@ METHODS: dict[str, Method] = {
     **{name: Rosenbrock(tableau) for name, tableau in ROSENBROCK_TABLEAUX.items()},
     **{name: FullyImplicitRungeKutta(tableau) for name, tableau in IMPLICIT_TABLEAUX.items()},
     "bdf": BDF,
+}
+
+#: pairs of methods that trajectories are switched between
+SWITCHING_METHODS: dict[str, Method] = {
+    "auto": AutoSwitch(METHODS["tsit5"], METHODS["kvaerno5"]),  # type: ignore[dict-item]
 }
 
 #: those for equations ``F(t, y, y') = 0``

@@ -74,6 +74,7 @@ class BacksolveAdjoint:
         plan = problem.plan
         refused = {
             "batched=True": problem.batched,
+            "method='auto'": plan.switch is not None,
             "events=": bool(plan.events),
             "compile=True": plan.compile is not None,
             "dense_output=True": plan.keep_stages and problem.algebra is None,

@@ -58,6 +58,8 @@ class _Continuous:
         if not plan.keep_states:
             return Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
         name = type(self).__name__
+        if plan.switch is not None:
+            raise UnsupportedCombination(f"method='auto' with {name} is not supported: use gradient=DiscreteAdjoint(), or name a method")
         if plan.events:
             raise UnsupportedCombination(f"events= with {name} is not supported: use gradient=DiscreteAdjoint()")
         if plan.compile is not None:

@@ -1,0 +1,127 @@
+"""A pair of methods, for where the problem is not stiff and for where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InvalidInput
+from .runge_kutta import combine
+
+__all__ = ["AutoSwitch", "Polynomial"]
+
+
+@dataclass(frozen=True)
+class AutoSwitch:
+    """Two methods, between which each trajectory is switched as it becomes stiff and ceases to be (Petzold 1983; Hairer & Wanner,
+    Solving ordinary differential equations II, section IV.2).
+
+    While the explicit one is at work, its last two stages at the end of the step give the size ``rho`` of the Jacobian in the direction of
+    the error for nothing; where ``h rho`` stays at the edge of the interval of stability, stability and not accuracy limits the steps.
+    While the implicit one is at work, a norm of its Jacobian bounds ``rho``: where explicit steps of the same size would be well inside
+    of the interval, they are cheaper.
+
+    Parameters
+    ----------
+    nonstiff : explicit Runge-Kutta method with two stages at the end of the step
+    stiff : one-step implicit method
+    """
+
+    nonstiff: object
+    stiff: object
+
+    implicit = True
+    adaptive = True
+    #: the two hand each trajectory over to each other: there is no single step
+    switching = True
+
+    def __post_init__(self) -> None:
+        if self.pair is None or not self.nonstiff.adaptive:  # type: ignore[attr-defined]
+            raise InvalidInput(
+                f"AutoSwitch: nonstiff must be an adaptive explicit Runge-Kutta method with two stages at the end of its steps, such as "
+                f"'tsit5' or 'dopri5', got {getattr(self.nonstiff, 'name', self.nonstiff)!r}"
+            )
+        tableau = getattr(self.stiff, "tableau", None)
+        if not (getattr(self.stiff, "implicit", False) and getattr(self.stiff, "adaptive", False) and hasattr(tableau, "dense")):
+            raise InvalidInput(
+                f"AutoSwitch: stiff must be an adaptive implicit one-step method, such as 'kvaerno5' or 'rodas5p', got "
+                f"{getattr(self.stiff, 'name', self.stiff)!r}"
+            )
+
+    @property
+    def name(self) -> str:
+        return "auto"
+
+    @property
+    def needs_time_slope(self) -> bool:
+        return bool(getattr(self.stiff, "needs_time_slope", False))
+
+    @cached_property
+    def pair(self) -> tuple[int, int] | None:
+        """Two stages with the time of the end of the step, the last of them that of the new state where there is one."""
+        tableau = getattr(self.nonstiff, "tableau", None)
+        if tableau is None or getattr(self.nonstiff, "implicit", True):
+            return None
+        ends = [i for i, c in enumerate(tableau.c) if c == 1.0]
+        return (ends[-2], ends[-1]) if len(ends) > 1 else None
+
+    @cached_property
+    def interval(self) -> float:
+        """Length of the interval of stability of the explicit method on the negative axis."""
+        tableau = self.nonstiff.tableau  # type: ignore[attr-defined]
+        s = len(tableau.b)
+        a = np.zeros((s, s))
+        for i, row in enumerate(tableau.a):
+            a[i, : len(row)] = row
+        moments, vector = [1.0], np.ones(s)
+        for _ in range(s):
+            moments.append(float(np.dot(tableau.b, vector)))
+            vector = a @ vector
+        z = np.linspace(0.0, 20.0, 200_001)
+        size = np.abs(np.polynomial.polynomial.polyval(-z, moments))
+        return float(z[int(np.argmax(size > 1 + 1e-9))])
+
+    def jacobian_size(self, h: Tensor, y: Tensor, stages: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """``rho`` (B,) from the stages of an explicit step of size ``h`` (B, 1), ``weights`` (B, n) those of the error norm."""
+        assert self.pair is not None
+        i, j = self.pair
+        a = self.nonstiff.tableau.a  # type: ignore[attr-defined]
+        change = combine(y, h, a[j], stages[: len(a[j])]) - combine(y, h, a[i], stages[: len(a[i])])
+        size = torch.linalg.vector_norm(change / weights, dim=-1)
+        slope = torch.linalg.vector_norm((stages[j] - stages[i]) / weights, dim=-1)
+        return torch.where(size > 0, slope / size, 0.0)
+
+    def step(self, *args: object) -> None:
+        """There is none: see `adjoint.switching`."""
+        raise NotImplementedError("a switched solve is taken by its two methods")
+
+    def dense_weights(self, *args: object) -> None:
+        """There are none: see `Polynomial`."""
+        raise NotImplementedError("a switched solve is interpolated by its two methods")
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """Dense output ``y + h sum_j theta^j c_j`` of steps whose "stages" are the coefficients: what all one-step methods have in common."""
+
+    degree: int
+    name: str
+
+    def dense_weights(self, theta: Tensor) -> Tensor:
+        """``theta^j``, j = 1 ... degree."""
+        powers = [theta]
+        for _ in range(self.degree - 1):
+            powers.append(powers[-1] * theta)
+        return torch.stack(powers, dim=-1)
+
+    def dense_slopes(self, theta: Tensor) -> Tensor:
+        """``j theta^(j - 1)``."""
+        powers = [torch.ones_like(theta)]
+        for _ in range(self.degree - 1):
+            powers.append(powers[-1] * theta)
+        return torch.stack([(j + 1) * x for j, x in enumerate(powers)], dim=-1)
