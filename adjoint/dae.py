@@ -165,6 +165,7 @@ def solve_dae(
         keep_states=True,
         # slopes are part of the solution, and derivatives are taken at them
         keep_stages=True,
+        results_of_steps=True,
         monitor=progress_monitor(progress),
         **tolerances,
     )
