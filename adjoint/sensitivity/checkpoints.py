@@ -67,12 +67,16 @@ class Recall:
         else:
             self.sizes = grid["h"].to(plan.real).unsqueeze(-1).unbind()
         self.kept: list[tuple[int, Tensor]] = [(0, y0 if shape is None else y0.reshape(shape))]
+        self._latest: tuple[int, Tensor] | None = None
         #: steps taken again, and the most states that were kept at a time
         self.n_steps, self.peak = 0, 1
         self.stages = _Slopes(self, (len(grid["t"]), len(plan.method.nodes), *self.flat), y0)
 
     def __getitem__(self, k: int) -> Tensor:
         """The state at the start of step ``k``, as the steps carry it; ``k`` must not grow from call to call."""
+        if self._latest is not None and self._latest[0] == k:
+            return self._latest[1]
+        self._latest = None
         while self.kept[-1][0] > k:
             self.kept.pop()
         place, y = self.kept[-1]
@@ -85,6 +89,7 @@ class Recall:
             if free:
                 self.kept.append((place, y))
                 self.peak = max(self.peak, len(self.kept))
+        self._latest = (k, y)
         return y
 
     def take(self, k: int, y: Tensor) -> tuple[Tensor, list[Tensor], Sequence[Tensor]]:
