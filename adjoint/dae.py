@@ -166,6 +166,7 @@ def solve_dae(
         # slopes are part of the solution, and derivatives are taken at them
         keep_stages=True,
         events=tuple(_flat_event(e, system, user_spec, integrand is not None) for e in event_list),
+        results_of_steps=True,
         monitor=progress_monitor(progress),
         **tolerances,
     )

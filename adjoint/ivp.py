@@ -249,6 +249,7 @@ def solve_ivp(
         keep_states=derivatives or times.steps or dense_output or bool(event_list),
         # the slopes of implicit stages are recorded: derivatives are taken at them
         keep_stages=dense_output or (derivatives and chosen.implicit) or (bool(event_list) and (batched or chosen.implicit)),
+        results_of_steps=times.steps or dense_output or bool(event_list),
         events=tuple(_flat_event(e, system, user_spec, integrand is not None) for e in event_list),
         monitor=progress_monitor(progress),
         compile=compile_key(fun) if compile else None,

@@ -118,7 +118,7 @@ def _event_counts(problem: Problem, out: Outputs, before: Tensor | None) -> Tens
 def _merged(problem: Problem, auto: AutoSwitch, phases: Sequence[_Phase], dense: bool) -> tuple[Outputs, Problem]:
     first = phases[0].out
     outs = [p.out for p in phases]
-    keep = problem.plan.keep_states
+    keep = problem.plan.results_of_steps
     accepted = [p.out.n_accepted if p.active is None else torch.where(p.active, p.out.n_accepted, 0) for p in phases]
     before = torch.stack([torch.zeros_like(accepted[0]), *accepted]).cumsum(0)
 

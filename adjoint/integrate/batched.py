@@ -309,8 +309,9 @@ def integrate_batched(
                 new = new._replace(status=status, running=torch.where(over, torch.zeros_like(new.running), new.running))
         if sampler.wanted:
             sampler.take(seen, carry.y, carry.n_accepted)
-        if plan.keep_states:
+        if plan.keep_states or plan.keep_grid:
             attempts.append(attempt._replace(stages=[]))
+        if plan.keep_states:
             states.append(carry.y)
         if plan.keep_stages:
             kept = torch.stack(attempt.stages)
@@ -391,7 +392,9 @@ def _pack(
         return torch.stack([*values, behind]).gather(0, where.expand(count, *behind.shape))
 
     zero = torch.zeros_like(carry.t)
-    if columns:
+    if not states:
+        all_states = y0.new_empty((0, rows, n))
+    elif columns:
         where = index.unsqueeze(1).expand(-1, n, -1)
         all_states = torch.stack([*states, carry.y]).gather(0, where).transpose(1, 2)
     else:

@@ -75,6 +75,8 @@ class Plan:
     ``rtol`` and ``atol`` are numbers or tensors that broadcast to ``(B, n)``; ``norm`` maps scaled errors ``(B, n)`` to ``(B,)``.
     ``real`` is the real dtype of the state. ``compile``: None for eager steps, else what compiled steps are kept under.
     ``keep_states``: whether the states of all steps are wanted; ``keep_stages``: also all stages, for the dense output.
+    ``keep_grid``: starts and sizes of all steps are wanted even where their states are not. ``results_of_steps``: states or stages of the
+    steps are themselves part of what the user gets.
     ``shift``: which anchors ``fun`` sees only from within a step: the "inner" ones, "all" of them, or "none".
     ``event_counts`` (E, B): how often events occurred before. ``switch``: when to hand over to another method.
     ``accept_smallest``: no step is smaller than ``min_step``, and one of that size is accepted whatever its error.
@@ -92,6 +94,8 @@ class Plan:
     max_steps: int = 100_000
     keep_states: bool = True
     keep_stages: bool = False
+    keep_grid: bool = False
+    results_of_steps: bool = False
     events: tuple[Event, ...] = ()
     event_counts: Tensor | None = None
     switch: Switch | None = None

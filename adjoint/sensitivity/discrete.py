@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from .linearize import Linearizer
 from .multistep_adjoint import multistep_eager
 from .problem import Problem, kept_steps, stage_times, step_times
 from .stages import StageLinearizer, recorded_adjoint
+
+if TYPE_CHECKING:
+    from .checkpoints import Recall
 
 __all__ = ["eager_sweep"]
 
@@ -104,8 +107,12 @@ def eager_sweep(
     inputs: Sequence[Tensor],
     bars: Sequence[Tensor | None],
     wants: Sequence[bool],
+    recall: Recall | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Cotangents of ``(anchors, t_eval, y0, *inputs)`` from those of ``(final, samples, states, stages)``."""
+    """Cotangents of ``(anchors, t_eval, y0, *inputs)`` from those of ``(final, samples, states, stages)``.
+
+    ``recall``: makes the states and stages that the grid has not; only the first state is looked at there then.
+    """
     if getattr(problem.plan.method, "multistep", False):
         moving = bool(wants[0] or wants[1])
         samples = _Samples(problem, grid, t_eval, bars[1], moving)
@@ -121,10 +128,11 @@ def eager_sweep(
     f = system.bind(inputs)
     implicit = problem.algebra is not None
     linearize: Any = Linearizer(f, inputs, wants[3:], time_bars)
+    slopes: Any = grid["stages"].detach() if recall is None else recall.stages
     if getattr(method, "additive", False):
-        linearize = AdditiveLinearizer(problem, grid["stages"].detach(), inputs, wants[3:], time_bars)
+        linearize = AdditiveLinearizer(problem, slopes, inputs, wants[3:], time_bars)
     elif implicit:
-        linearize = StageLinearizer(problem, grid["stages"].detach(), f, inputs, wants[3:], time_bars)
+        linearize = StageLinearizer(problem, slopes, f, inputs, wants[3:], time_bars)
     samples = _Samples(problem, grid, t_eval, samples_bar, time_bars)
     times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors.detach(), plan.shift)
     kept: dict[int, Tensor] = {}
@@ -146,6 +154,7 @@ def eager_sweep(
         return x.transpose(-1, -2) if columns else x.reshape(flat)
 
     states = inner(states).contiguous()
+    state_at = states if recall is None else recall
     if rows == 1:
         sizes: Any = grid["h"][:, 0].tolist()
     else:
@@ -188,18 +197,19 @@ def eager_sweep(
                 k_bar = [handed]
         # one graph for the step and its pullback hides what fun reaches: there an evaluation of its own looks, at both ends
         linearize.check_next = checked and (not use_compiled or k in (0, n_steps - 1))
+        y = state_at[k]
         if watched:
-            plan.monitor.adjoint(float(grid["t"][k, 0]), states[k], float(grid["h"][k, 0]), bar)
+            plan.monitor.adjoint(float(grid["t"][k, 0]), y, float(grid["h"][k, 0]), bar)
         if use_compiled:
-            result = compiled_step(starts[k], lengths[k], states[k], bar, k_bar, time_bars)
+            result = compiled_step(starts[k], lengths[k], y, bar, k_bar, time_bars)
         else:
             at = stage_times(plan, times.step(k), plan.real)[0] if stage_t is None else stage_t[k]
             if implicit:
                 linearize.begin_step(k, at, sizes[k])
             if hasattr(method, "adjoint_step"):
-                result = method.adjoint_step(linearize, at, sizes[k], states[k], bar, k_bar, time_bars)
+                result = method.adjoint_step(linearize, at, sizes[k], y, bar, k_bar, time_bars)
             else:
-                result = recorded_adjoint(problem, linearize, at, sizes[k], states[k], bar, k_bar, time_bars)
+                result = recorded_adjoint(problem, linearize, at, sizes[k], y, bar, k_bar, time_bars)
         start = samples.at_start(k)
         bar = result.y if start is None else result.y + inner(start)
         if time_bars:

@@ -194,7 +194,7 @@ class StageLinearizer(Linearizer):
         self.log = Log()
         self.residual = problem.system.residual is not None
         self.k = 0
-        self.h: Tensor = stages.new_empty(0)
+        self.h: Tensor = torch.empty(0, device=stages.device)
         self.times: Sequence[Tensor] = ()
         self._start: Factorization | None = None
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..capture import functorch_active
-from ..errors import InvalidInput
+from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import Monitor, Record, Recording, integrate
+from .checkpoints import CheckpointNode
 from .multistep import multistep_outputs
 from .node import SolveNode
 from .problem import Outputs, Problem
@@ -32,17 +33,46 @@ class DiscreteAdjoint:
     (default 4 MiB) is recorded by autograd as it goes, which saves evaluating ``fun`` again (one trajectory, no derivatives in times,
     no events, no dense output); one that grows beyond drops that. Zero: never. Step sizes are held fixed. Every order of derivative and
     every ``torch.func`` transform is available; derivatives of derivatives record the backward sweep.
+
+    ``checkpoints``: at most so many states are kept between the solve and its backward pass and during it (stages of implicit methods:
+    those of one step), the initial one included; the steps between them are taken again with their recorded sizes, as often as the
+    optimal schedule asks (Griewank & Walther 2000): with c states, C(c + r, c) steps are each taken again at most r times. The
+    gradient is the same to the last bit. Times and sizes of the steps are still kept, a few numbers each. Forward mode, ``torch.func``
+    and derivatives of derivatives keep all states. Not with ``compile=True``, ``events=``, ``dense_output=True``, ``t_eval="steps"`` and
+    `solve_dae` (`UnsupportedCombination`).
     """
 
     keep_bytes: int | None = None
+    checkpoints: int | None = None
 
     def __post_init__(self) -> None:
         if self.keep_bytes is not None and (not isinstance(self.keep_bytes, int) or self.keep_bytes < 0):
             raise InvalidInput(f"keep_bytes must be a number of bytes, zero or more, or None, got {self.keep_bytes!r}")
+        count = self.checkpoints
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+            raise InvalidInput(f"checkpoints must be a number of states, one or more, or None, got {count!r}")
+        if count is not None and self.keep_bytes:
+            raise InvalidInput("checkpoints= bounds the memory of a solve, keep_bytes= spends it: give one of the two")
 
     def solve(self, problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Outputs:
         """See `Gradient.solve`."""
         plan = problem.plan
+        if self.checkpoints is not None and plan.keep_states:
+            if plan.results_of_steps:
+                raise UnsupportedCombination(
+                    "DiscreteAdjoint(checkpoints=...) does not keep the states and stages that events=, dense_output=True, "
+                    "t_eval='steps' and solve_dae give back: leave checkpoints out"
+                )
+            if getattr(plan.method, "multistep", False):
+                raise UnsupportedCombination(
+                    f"DiscreteAdjoint(checkpoints=...) takes steps again one by one, which {plan.method.name!r} cannot: choose a one-step "
+                    "method such as 'kvaerno5', or leave checkpoints out"
+                )
+            if plan.compile is not None:
+                raise UnsupportedCombination("compile=True with DiscreteAdjoint(checkpoints=...) is not supported: leave one of them out")
+            if not functorch_active() and forward_ad._current_level < 0:
+                return Outputs(*CheckpointNode.apply(problem, self.checkpoints, anchors, t_eval, y0, *inputs))
+            return Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
         observed = type(plan.monitor).adjoint is not Monitor.adjoint
         budget = KEEP_BYTES if self.keep_bytes is None else self.keep_bytes
         small = budget > 0 and not plan.keep_stages and not plan.events and not observed

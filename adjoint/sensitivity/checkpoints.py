@@ -1,0 +1,225 @@
+"""The discrete adjoint in bounded memory: few states are kept, and the steps between them are taken again with their recorded sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import comb
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capture import alive, functorch_active
+from ..errors import SolveError
+from ..integrate import Monitor, StageSolver, integrate
+from ..system import System
+from .discrete import eager_sweep
+from .node import SolveNode
+from .problem import Outputs, Problem, StepTimes, stage_times, step_times
+from .products import vjp
+
+__all__ = ["CheckpointNode", "Recall", "first_part", "repetitions"]
+
+_GRID = ("t", "h", "segment", "lands", "sample_step", "status", "event_step")
+_DIFFERENTIABLE = 2
+
+
+def repetitions(length: int, slots: int) -> int:
+    """How often some step must be taken again to go back through ``length`` steps with ``slots`` states, the first one included: the
+    smallest ``r`` with ``length <= C(slots + r, slots)`` (Griewank & Walther 2000, proposition 1)."""
+    r = 0
+    while comb(slots + r, slots) < length:
+        r += 1
+    return r
+
+
+def first_part(length: int, slots: int) -> int:
+    """Where to keep the next state on the way to the last of ``length`` steps, so that the fewest steps are taken again in all
+    (Griewank & Walther 2000, equation 4): one of the best places, ``1 <= m < length``. ``slots`` (two or more) includes the first state."""
+    r = repetitions(length, slots)
+    return min(comb(slots + r - 1, slots), length - comb(slots + r - 2, slots - 1))
+
+
+class Recall:
+    """The states at the starts of all steps, asked for from the last one to the first; at most ``slots`` of them exist at a time.
+
+    Steps are taken again as the loop took them: same code, sizes, times and layout of states, so the values are the same to the last bit.
+
+    Parameters
+    ----------
+    grid : tensors of the `Record` by their names
+    times : start, size and jumps of the steps
+    y0 : (B, n)
+    slots : how many states are kept, the first included
+    """
+
+    def __init__(
+        self, problem: Problem, grid: dict[str, Tensor], times: StepTimes, inputs: Sequence[Tensor], y0: Tensor, slots: int
+    ) -> None:
+        plan = self.plan = problem.plan
+        self.slots, self.times, self.flat = slots, times, y0.shape
+        self.alone = not problem.batched and problem.algebra is None
+        shape = problem.system.natural_shape if self.alone else None
+        self.f = problem.solver(inputs, y0.shape[0])
+        if self.alone:
+            self.sizes: Any = grid["h"][:, 0].tolist()
+        else:
+            self.sizes = grid["h"].to(plan.real).unsqueeze(-1).unbind()
+        self.kept: list[tuple[int, Tensor]] = [(0, y0 if shape is None else y0.reshape(shape))]
+        self._latest: tuple[int, Tensor] | None = None
+        #: steps taken again, and the most states that were kept at a time
+        self.n_steps, self.peak = 0, 1
+        self.stages = _Slopes(self, (len(grid["t"]), len(plan.method.nodes), *self.flat), y0)
+
+    def __getitem__(self, k: int) -> Tensor:
+        """The state at the start of step ``k``, as the steps carry it; ``k`` must not grow from call to call."""
+        if self._latest is not None and self._latest[0] == k:
+            return self._latest[1]
+        self._latest = None
+        while self.kept[-1][0] > k:
+            self.kept.pop()
+        place, y = self.kept[-1]
+        while place < k:
+            free = self.slots - len(self.kept)
+            stop = place + first_part(k - place + 1, free + 1) if free else k
+            for i in range(place, stop):
+                y = self.take(i, y)[0]
+            place = stop
+            if free:
+                self.kept.append((place, y))
+                self.peak = max(self.peak, len(self.kept))
+        self._latest = (k, y)
+        return y
+
+    def take(self, k: int, y: Tensor) -> tuple[Tensor, list[Tensor], Sequence[Tensor]]:
+        """Step ``k`` from ``y``: the new state, the stages, and their times."""
+        self.n_steps += 1
+        method, h = self.plan.method, self.sizes[k]
+        at = stage_times(self.plan, self.times.step(k), self.plan.real)[0]
+        with torch.no_grad():
+            y1, ks = method.step(self.f, at, h, y, self.f(at[0], y))
+            if not self.alone:
+                # steps of size zero belong to trajectories that are done
+                y1 = torch.where(h == 0, y, y1)
+        return y1, ks, at
+
+    def check(self, final: Tensor, status: Tensor) -> None:
+        """Raise if the last step does not lead to the end that was computed: `fun` is then no function of its arguments."""
+        last = len(self.times.t) - 1
+        if last < 0:
+            return
+        plan, found = self.plan, self.take(last, self[last])[0].reshape(self.flat)
+        off = plan.norm(plan.scaled((found - final).abs(), final.abs()))
+        # a trajectory that ended elsewhere, or nowhere, is not compared
+        wrong = ~(off <= 1.0) & (status >= 0)
+        if bool(wrong.any()):
+            raise SolveError(
+                "DiscreteAdjoint(checkpoints=...) takes steps again, and they did not lead to the same state: fun must give the same value "
+                "whenever it is called with the same arguments (no dropout, no counters, no parameters changed in between)"
+            )
+
+    @property
+    def n_fun(self) -> int:
+        """Evaluations of ``fun`` for the steps taken again."""
+        method = self.plan.method
+        own = (1 + method.evaluations - method.error_uses_end) * self.n_steps
+        solver = self.f
+        return own + (int(solver.work.n_fun.max()) if isinstance(solver, StageSolver) and len(solver.work.n_fun) else 0)
+
+
+class _Slopes:
+    """The recorded slopes of implicit stages, ``(K, S, B, n)``, of which those of one step exist at a time."""
+
+    def __init__(self, recall: Recall, shape: tuple[int, ...], like: Tensor) -> None:
+        self.recall, self.shape, self.dtype, self.device = recall, shape, like.dtype, like.device
+        self._k, self._value = -1, like
+
+    def __getitem__(self, k: int) -> Tensor:
+        if k != self._k:
+            y, recall = self.recall[k], self.recall
+            _, ks, at = recall.take(k, y)
+            with torch.no_grad():
+                stages: Any = recall.plan.method.dense_stages(recall.f, at, recall.sizes[k], y, ks)
+            self._k, self._value = k, torch.stack(stages)
+        return self._value
+
+
+class CheckpointNode(torch.autograd.Function):
+    """As `SolveNode`, with a grid of times and no states; ``apply(problem, slots, anchors, t_eval, y0, *inputs)``.
+
+    For plain reverse mode. Derivatives of derivatives solve again with all states kept.
+    """
+
+    @staticmethod
+    def forward(problem: Problem, slots: int, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        plan = replace(problem.plan, keep_states=False, keep_stages=False, keep_grid=True)
+        with torch.autocast(y0.device.type, enabled=False):
+            bare = replace(problem, plan=plan)
+            f = bare.solver(inputs, y0.shape[0])
+            record = integrate(f, plan, anchors, t_eval, y0, problem.batched, inputs, problem.system.natural_shape)
+        problem.report(record)
+        return tuple(getattr(record, name) for name in Outputs._fields)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.problem, ctx.slots, anchors, t_eval, y0, *rest = inputs
+        system = ctx.problem.system
+        ctx.has_samples = t_eval is not None
+        # saved tensors come back as new objects: functions that captured the old ones need those
+        ctx.own = isinstance(system, System) and all(x is y for x, y in zip(rest, system.inputs, strict=True))
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[_DIFFERENTIABLE:])
+        out = Outputs(*output)
+        grid = [getattr(out, name) for name in _GRID]
+        ctx.save_for_backward(out.final, *grid, y0, anchors, *([t_eval] if t_eval is not None else []), *rest)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        problem = ctx.problem
+        final, *saved = alive(ctx.saved_tensors)
+        grid = dict(zip(_GRID, saved[: len(_GRID)], strict=True))
+        y0, anchors, *rest = saved[len(_GRID) :]
+        t_eval = rest.pop(0) if ctx.has_samples else None
+        wants = ctx.needs_input_grad[2:]
+        bars = cotangents[:_DIFFERENTIABLE]
+        with torch.autocast(y0.device.type, enabled=False):
+            if torch.is_grad_enabled() or functorch_active():
+                return (None, None, *_with_all_states(problem, (anchors, t_eval, y0, *rest), bars, wants))
+            inputs = problem.system.inputs if ctx.own else rest
+            start = y0.detach()
+            times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors.detach(), problem.plan.shift)
+            recall = Recall(problem, grid, times, inputs, start, ctx.slots)
+            recall.check(final.detach(), grid["status"])
+            grid |= {"states": start.unsqueeze(0), "stages": start.new_empty(0)}
+            found = eager_sweep(problem, grid, anchors, t_eval, inputs, (*bars, None, None), wants, recall)
+            problem.backward_report(recall.n_fun, 0)
+            return (None, None, *found)
+
+
+def _with_all_states(
+    problem: Problem, tensors: Sequence[Tensor | None], bars: Sequence[Tensor | None], wants: Sequence[bool]
+) -> list[Tensor | None]:
+    """Cotangents that can be differentiated again, by way of the solve with all states kept."""
+    full = replace(problem, plan=replace(problem.plan, monitor=Monitor()), report=lambda record: None)
+    places = [i for i, want in enumerate(wants) if want]
+    out: list[Tensor | None] = [None] * len(tensors)
+
+    def solve(*some: Tensor) -> tuple[Tensor, ...]:
+        everything: list[Any] = list(tensors)
+        for i, x in zip(places, some, strict=True):
+            everything[i] = x
+        return tuple(SolveNode.apply(full, *everything)[:_DIFFERENTIABLE])
+
+    wanted = [x for i in places if (x := tensors[i]) is not None]
+    if functorch_active():
+        values, pull = vjp(solve, *wanted)
+        found: Sequence[Tensor | None] = pull(tuple(torch.zeros_like(v) if b is None else b for v, b in zip(values, bars, strict=True)))
+    else:
+        # views, because one of these tensors may be a function of another
+        views = [x.view_as(x) for x in wanted]
+        pairs = [(v, b) for v, b in zip(solve(*views), bars, strict=True) if b is not None]
+        found = torch.autograd.grad([v for v, _ in pairs], views, [b for _, b in pairs], create_graph=True, allow_unused=True)
+    for i, bar in zip(places, found, strict=True):
+        out[i] = bar
+    return out
