@@ -18,7 +18,10 @@ import torch
 __all__ = ["COMPILED", "EAGER", "WRONG", "digits", "environment", "markdown", "stem", "write"]
 
 EAGER, COMPILED = "ours discrete", "ours discrete compiled"
-PACKAGES = ("adjoint", "torch", "torchdiffeq", "torchode", "diffrax", "equinox", "jax", "jaxlib", "numpy", "scipy")
+PACKAGES = (
+    "adjoint", "torch", "torchdiffeq", "torchode", "diffrax", "equinox", "jax", "jaxlib", "casadi", "scikit-sundae", "scipy-dae", "torchdae",
+    "numpy", "scipy",
+)  # fmt: skip
 
 
 def _cpu() -> str:

@@ -1,227 +1,156 @@
-"""Stiff ensembles: forward and forward + gradient against diffrax and SciPy. ``python -m benchmarks.stiff --help``.
+"""Stiff systems, forward and forward + gradient, against SciPy, diffrax and CasADi. ``python -m benchmarks.stiff --help``.
 
-Robertson's kinetics, T = 100, parameters spread by 10 %, gradient of the squared norm of all final states in all parameters. Every
-solver runs at the same tolerances; errors are against SciPy's Radau at rtol 1e-12 (values) and central differences of it
-(gradients), on the first trajectories.
+``--problem robertson hires ...``: one trajectory at several tolerances (work against precision). ``--count 1 100 10000``: ensembles of
+Robertson's kinetics with parameters spread by 10 %, at one tolerance. Gradients are those of the squared norm of all final states in all
+parameters. Errors are against SciPy's Radau at 1e-12 (gradients: its solution of the variational equations), kept in
+`reference_values.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
-import statistics
-import time
+import importlib.util
+import itertools
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-END, CHECKED = 100.0, 3
-Y0 = np.array([1.0, 0.0, 0.0])
+from . import precision, stiff_peers
+from .measure import Contention
+from .precision import Calls
+from .stiff_problems import STIFF, OdeProblem, solve_accurately, spread
+
+#: trajectories of an ensemble that are checked, and of those that a peer takes one by one
+CHECKED, ONE_BY_ONE = 3, 20
 
 
-def parameters(count: int) -> np.ndarray:
-    """``(count, 3)``; the first are the standard ones."""
-    spread = 1 + 0.1 * np.clip(np.random.default_rng(0).standard_normal((count, 3)), -3, 3)
-    spread[0] = 1.0
-    return np.array([0.04, 1e4, 3e7]) * spread
+def reference(problem: OdeProblem, p: np.ndarray, name: str) -> dict[str, np.ndarray]:
+    """Final states "y" and gradients "g" for each row of ``p``."""
+
+    def make() -> dict[str, np.ndarray]:
+        states, slopes = [], []
+        for one in p:
+            y, s = solve_accurately(problem.rate, problem.vector, problem.y0, one, problem.end, problem.small, problem.sparsity)
+            states.append(y)
+            slopes.append(2 * y @ s if s is not None else _differences(problem, one))
+        return {"y": np.array(states), "g": np.array(slopes)}
+
+    return precision.stored(name, make)
 
 
-def rate(stack: Any, y: Any, p: Any) -> Any:
-    """Robertson, last axis: components."""
-    a, b, c = y[..., 0], y[..., 1], y[..., 2]
-    first, second, third = p[..., 0] * a, p[..., 1] * b * c, p[..., 2] * b * b
-    return stack([second - first, first - second - third, third], -1)
+def _differences(problem: OdeProblem, p: np.ndarray) -> np.ndarray:
+    """Central differences of order 4 of Radau's solutions."""
+    out = []
+    for j in range(p.size):
+        step = np.zeros(p.size)
+        step[j] = 2e-3 * p[j]
+
+        def value(k: int, step: np.ndarray = step) -> float:
+            return float(
+                (
+                    solve_accurately(problem.rate, problem.vector, problem.y0, p + k * step, problem.end, problem.small, problem.sparsity)[
+                        0
+                    ]
+                    ** 2
+                ).sum()
+            )
+
+        out.append((8 * (value(1) - value(-1)) - (value(2) - value(-2))) / (12 * step[j]))
+    return np.array(out)
 
 
-def reference(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Final states and gradients of the first trajectories."""
-    from scipy.integrate import solve_ivp
+def solvers(problem: OdeProblem, p: np.ndarray) -> dict[str, Callable[[float], Calls]]:
+    """What suits the problem and is installed."""
+    from adjoint.methods import METHODS
 
-    def end(p: np.ndarray) -> np.ndarray:
-        f = lambda t, y: rate(lambda xs, axis: np.stack(xs, axis), y, p)  # noqa: E731
-        return solve_ivp(f, (0, END), Y0, method="Radau", rtol=1e-12, atol=1e-16).y[:, -1]
-
-    states, slopes = [], []
-    for p in parameters(count)[:CHECKED]:
-        states.append(end(p))
-        row = []
-        for j in range(3):
-            step = np.zeros(3)
-            step[j] = 1e-4 * p[j]
-            row.append(((end(p + step) ** 2).sum() - (end(p - step) ** 2).sum()) / (2 * step[j]))
-        slopes.append(row)
-    return np.array(states), np.array(slopes)
-
-
-def ours(method: str, count: int, rtol: float, atol: float) -> dict[str, Callable[[], Any]]:
-    """`adjoint.solve_ivp`, eager, batched."""
-    import torch
-
-    from adjoint import solve_ivp
-
-    p = torch.tensor(parameters(count))
-    y0 = torch.tensor(Y0).expand(count, 3).contiguous()
-    f = lambda t, y, p: rate(torch.stack, y, p)  # noqa: E731
-
-    def forward() -> Any:
-        with torch.no_grad():
-            sol = solve_ivp(f, (0.0, END), y0, args=(p,), method=method, rtol=rtol, atol=atol, batched=True)
-        return sol.y[-1].numpy(), float(sol.stats.n_steps.double().mean())
-
-    def gradient() -> Any:
-        q = p.clone().requires_grad_()
-        y = solve_ivp(f, (0.0, END), y0, args=(q,), method=method, rtol=rtol, atol=atol, batched=True).y[-1]
-        return torch.autograd.grad(y.square().sum(), q)[0].numpy()
-
-    return {"forward": forward, "gradient": gradient}
+    single, many = len(p) == 1, len(p) > 1
+    table: dict[str, Callable[[float], Calls]] = {}
+    for method in ("kvaerno5", "rodas5p", "radau5", "bdf"):
+        if method in METHODS:
+            table[f"ours {method}"] = partial(_by_tolerance, stiff_peers.ours, problem, p, method=method)
+    if many:
+        table["ours kvaerno3"] = partial(_by_tolerance, stiff_peers.ours, problem, p, method="kvaerno3")
+    for method in ("BDF", "Radau", "LSODA"):
+        if problem.sparsity is None or method != "LSODA":  # LSODA knows dense and banded Jacobians
+            table[f"SciPy {method}"] = partial(_by_tolerance, stiff_peers.scipy_one_by_one, problem, p, method=method, most=ONE_BY_ONE)
+    if importlib.util.find_spec("diffrax") and problem.sparsity is None:  # diffrax: dense Jacobians
+        table["diffrax Kvaerno5"] = partial(_by_tolerance, stiff_peers.diffrax_kvaerno5, problem, p)
+    if importlib.util.find_spec("casadi"):
+        table["CasADi cvodes"] = partial(_by_tolerance, stiff_peers.casadi_cvodes, problem, p, most=1 if single else ONE_BY_ONE)
+    return table
 
 
-def diffrax_kvaerno5(count: int, rtol: float, atol: float) -> dict[str, Callable[[], Any]]:
-    """Jitted and vmapped, with its default adjoint (recursive checkpoints)."""
-    import jax
-
-    jax.config.update("jax_enable_x64", True)
-    import diffrax
-    import jax.numpy as jnp
-
-    p = jnp.asarray(parameters(count))
-    term = diffrax.ODETerm(lambda t, y, q: rate(lambda xs, axis: jnp.stack(xs, axis), y, q))
-    control = diffrax.PIDController(rtol=rtol, atol=atol)
-
-    def one(q: Any) -> Any:
-        sol = diffrax.diffeqsolve(
-            term, diffrax.Kvaerno5(), 0.0, END, None, jnp.asarray(Y0), args=q, stepsize_controller=control, max_steps=4096
-        )
-        return sol.ys[-1], sol.stats["num_steps"]
-
-    solve = jax.jit(jax.vmap(one))
-    slope = jax.jit(jax.grad(lambda q: (jax.vmap(one)(q)[0] ** 2).sum()))
-
-    def forward() -> Any:
-        y, steps = jax.block_until_ready(solve(p))
-        return np.asarray(y), float(steps.mean())
-
-    return {"forward": forward, "gradient": lambda: np.asarray(jax.block_until_ready(slope(p)))}
+def _by_tolerance(make: Callable[..., Calls], problem: OdeProblem, p: np.ndarray, tolerance: float, **rest: Any) -> Calls:
+    return make(problem, p, tolerance, **rest)
 
 
-def scipy_one_by_one(method: str, count: int, rtol: float, atol: float) -> dict[str, Callable[[], Any]]:
-    """Forward only, a loop over the trajectories."""
-    from scipy.integrate import solve_ivp
-
-    p = parameters(count)
-
-    def forward() -> Any:
-        out = [
-            solve_ivp(lambda t, y, q=q: rate(lambda xs, axis: np.stack(xs, axis), y, q), (0, END), Y0, method=method, rtol=rtol, atol=atol)
-            for q in p
-        ]
-        return np.array([s.y[:, -1] for s in out]), float(np.mean([s.t.size - 1 for s in out]))
-
-    return {"forward": forward}
-
-
-def measure(call: Callable[[], Any], repeats: int, budget: float) -> tuple[float, float, Any]:
-    """First call and median of the others in seconds, and the result."""
-    start = time.perf_counter()
-    out = call()
-    first = time.perf_counter() - start
-    samples = []
-    while len(samples) < repeats and (not samples or sum(samples) < budget):
-        start = time.perf_counter()
-        out = call()
-        samples.append(time.perf_counter() - start)
-    return first, statistics.median(samples), out
+def _fastest(rows: list[precision.Row]) -> list[str]:
+    """For every problem, the times at equal error, fastest first."""
+    lines = []
+    whats = (("forward_ms", "error", "forward"), ("gradient_ms", "gradient_error", "forward + gradient"))
+    cases = dict.fromkeys((r.problem, r.count) for r in rows)
+    for (problem, count), (what, by, label), error in itertools.product(cases, whats, (1e-5, 1e-7)):
+        times = {}
+        for name in dict.fromkeys(r.solver for r in rows):
+            own = [r for r in rows if (r.problem, r.count, r.solver) == (problem, count, name)]
+            found = precision.at_equal_error(own, error, what, by)
+            if found is not None:
+                times[name] = found
+        if times:
+            text = ", ".join(f"{name} {ms:.3g}" for name, ms in sorted(times.items(), key=lambda item: item[1]))
+            lines.append(f"- {problem} x{count}, {label}, ms where the error is {error:.0e}: {text}")
+    return lines
 
 
 def main() -> None:
     """Run what was asked for and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, nargs="*", default=[1, 100, 10_000])
-    parser.add_argument("--rtol", type=float, default=1e-6)
-    parser.add_argument("--atol", type=float, default=1e-10)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds for the repeats of one timing")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(options.threads)
-    if options.threads == 1:
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    import torch
-
-    torch.set_num_threads(options.threads)
-    truth, slopes = reference(max(options.count))
-    rows: list[dict[str, Any]] = []
-    for count in options.count:
-        solvers: dict[str, Callable[[], dict[str, Callable[[], Any]]]] = {
-            f"ours {m}": (lambda m=m: ours(m, count, options.rtol, options.atol))  # noqa: B023
-            for m in ("kvaerno5", "rodas5p", "kvaerno3")
-        }
-        solvers["diffrax Kvaerno5"] = lambda: diffrax_kvaerno5(count, options.rtol, options.atol)  # noqa: B023
-        if count <= 100:
-            solvers["SciPy Radau"] = lambda: scipy_one_by_one("Radau", count, options.rtol, options.atol)  # noqa: B023
-            solvers["SciPy BDF"] = lambda: scipy_one_by_one("BDF", count, options.rtol, options.atol)  # noqa: B023
-        for name, make in solvers.items():
-            row: dict[str, Any] = {"count": count, "solver": name}
-            try:
-                calls = make()
-                seen = min(count, CHECKED)
-                first, median, (y, steps) = measure(calls["forward"], options.repeats, options.budget)
-                error = float((abs(y[:seen] - truth[:seen]) / abs(truth[:seen])).max())
-                row.update(forward_ms=1e3 * median, first_s=first, steps=steps, error=error)
-                if "gradient" in calls:
-                    first, median, g = measure(calls["gradient"], options.repeats, options.budget)
-                    off = np.linalg.norm((g[:seen] - slopes[:seen]) * parameters(count)[:seen])
-                    off /= np.linalg.norm(slopes[:seen] * parameters(count)[:seen])
-                    row.update(gradient_ms=1e3 * median, first_gradient_s=first, gradient_error=float(off))
-            except Exception as error:
-                row["failed"] = f"{type(error).__name__}: {error}"[:200]
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    results = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "rtol": options.rtol,
-        "atol": options.atol,
-        "rows": rows,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / f"{results['date']}-stiff"
-    stem.with_suffix(".json").write_text(json.dumps(results, indent=1))
-    stem.with_suffix(".md").write_text(report(results))
-    print(f"written: {stem}.md")
-
-
-def report(results: dict[str, Any]) -> str:
-    """The table."""
-    lines = [
-        f"# Stiff ensembles, {results['date']}",
+    parser = precision.options(__doc__, list(STIFF))
+    parser.add_argument("--count", type=int, nargs="*", help="ensembles of Robertson's kinetics of these sizes, and nothing else")
+    parser.add_argument("--ensemble-tolerance", type=float, default=1e-6)
+    chosen = parser.parse_args()
+    precision.fix_threads(chosen.threads)
+    contention = Contention()
+    if chosen.count:
+        rows, name, what = _ensembles(chosen), "stiff-ensembles", "ensembles of Robertson's kinetics"
+    else:
+        rows, name, what = _single(chosen), "stiff", "one trajectory"
+        if len(chosen.problem) < len(STIFF):
+            name += "-" + "-".join(chosen.problem)
+    for line in _fastest(rows):
+        print(line)
+    head = [
+        f"# Stiff systems, {what}",
         "",
-        f"Robertson, T = {END:g}, rtol {results['rtol']:g}, atol {results['atol']:g}; {results['machine']}, {results['threads']} "
-        f"thread(s), torch {results['torch']}. Medians; errors relative, of the states (largest component) and of the gradient in the "
-        "logarithms of the parameters (norm), against SciPy's Radau at 1e-12.",
+        "Medians; `x ours`: over the fastest of ours at the same tolerance (compare at equal errors: the figure). Absolute tolerances are "
+        "rtol times what is small in the problem; errors are over |y| + small, largest component, and in the logarithms of the parameters "
+        "(norm) for gradients. † measured on the first trajectories and scaled. First call: with building and compilation.",
         "",
-        "| trajectories | solver | forward (ms) | forward + gradient (ms) | steps | error | gradient error |",
-        "|---|---|---|---|---|---|---|",
+        *(f"- {problem.name}: {problem.text}" for problem in STIFF.values() if any(r.problem == problem.name for r in rows)),
     ]
-    for row in results["rows"]:
-        if "failed" in row:
-            lines.append(f"| {row['count']} | {row['solver']} | failed: {row['failed']} | | | | |")
-            continue
-        gradient = f"{row['gradient_ms']:.1f}" if "gradient_ms" in row else "-"
-        off = f"{row['gradient_error']:.1e}" if "gradient_error" in row else "-"
-        lines.append(
-            f"| {row['count']} | {row['solver']} | {row['forward_ms']:.1f} | {gradient} | {row['steps']:.0f} | {row['error']:.1e} | {off} |"
-        )
-    return "\n".join(lines) + "\n"
+    precision.write(rows, head, _fastest(rows), chosen.name or name, chosen, contention)
+
+
+def _single(chosen: argparse.Namespace) -> list[precision.Row]:
+    rows: list[precision.Row] = []
+    for name in chosen.problem:
+        problem = STIFF[name]
+        p = problem.p[None]
+        truth = reference(problem, p, f"stiff/{name}")
+        rows += precision.run(name, 1, solvers(problem, p), truth, problem.small, p, chosen)
+    return rows
+
+
+def _ensembles(chosen: argparse.Namespace) -> list[precision.Row]:
+    problem = STIFF["robertson"]
+    chosen.tolerance = [chosen.ensemble_tolerance]
+    truth = reference(problem, spread(problem.p, CHECKED), "stiff/robertson-ensemble")
+    rows: list[precision.Row] = []
+    for count in chosen.count:
+        p = spread(problem.p, count)
+        rows += precision.run("robertson", count, solvers(problem, p), truth, problem.small, p, chosen)
+    return rows
 
 
 if __name__ == "__main__":
