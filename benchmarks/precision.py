@@ -116,7 +116,9 @@ def stored(key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.
     if key not in known:
         start = time.perf_counter()
         known[key] = {name: np.asarray(value).tolist() for name, value in make().items()}
-        REFERENCES.write_text(json.dumps(known) + "\n")
+        # a line for each case
+        lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(known.items())]
+        REFERENCES.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         print(f"reference of {key}: {time.perf_counter() - start:.0f} s", flush=True)
     return {name: np.array(value) for name, value in known[key].items()}
 

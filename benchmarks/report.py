@@ -19,8 +19,8 @@ __all__ = ["COMPILED", "EAGER", "WRONG", "digits", "environment", "markdown", "s
 
 EAGER, COMPILED = "ours discrete", "ours discrete compiled"
 PACKAGES = (
-    "adjoint", "torch", "torchdiffeq", "torchode", "diffrax", "equinox", "jax", "jaxlib", "casadi", "scikit-sundae", "scipy-dae", "torchdae",
-    "numpy", "scipy",
+    "adjoint", "torch", "torchdiffeq", "torchode", "diffrax", "equinox", "jax", "jaxlib", "casadi", "scikit-sundae", "scipy-dae",
+    "torchdae", "numpy", "scipy",
 )  # fmt: skip
 
 
