@@ -2,6 +2,7 @@
 
 from . import linalg, methods, nn, nonlinear
 from ._version import __version__
+from .branches import BranchSolution, FoldPoint, continuation
 from .dae import solve_dae
 from .errors import (
     AdjointError,
@@ -44,9 +45,11 @@ __all__ = [
     "AdjointError",
     "Backprop",
     "BacksolveAdjoint",
+    "BranchSolution",
     "CapturedTensorLost",
     "DiscreteAdjoint",
     "EventRecord",
+    "FoldPoint",
     "ForwardSensitivity",
     "GaussAdjoint",
     "HigherIndexDAE",
@@ -77,6 +80,7 @@ __all__ = [
     "StepSizeTooSmall",
     "UnsupportedCombination",
     "__version__",
+    "continuation",
     "linalg",
     "methods",
     "nn",

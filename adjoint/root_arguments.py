@@ -16,7 +16,7 @@ from .jacobians import DenseJacobian, jacobian_operator
 from .jacobians_sparse import SparseJacobian, choose_jacobian
 from .linalg import Factorization, LinearSolver, Log, Matrix, SparseMatrix, default_solver
 from .linalg.sparsity import SparsityPattern
-from .nonlinear import METHODS, RootMethod
+from .nonlinear import FLOW_METHODS, METHODS, RootMethod
 from .root_systems import ConservedSystem
 from .sensitivity.implicit import JacobianRule
 from .system import StateSpec, System
@@ -145,9 +145,10 @@ def choose(
     """Put method, Jacobian and linear solver together."""
     name = "levenberg_marquardt" if least_squares and method == "auto" else method
     if isinstance(name, str):
-        if name not in METHODS:
-            raise InvalidInput(f"there is no root method {name!r}; choose one of {', '.join(sorted(METHODS))}")
-        name = METHODS[name]
+        known = METHODS | FLOW_METHODS
+        if name not in known:
+            raise InvalidInput(f"there is no root method {name!r}; choose one of {', '.join(sorted(known))}")
+        name = known[name]
     if not hasattr(name, "solve"):
         raise InvalidInput(f"method must be a name or a root method object, got a {type(name).__name__}")
     finder: RootMethod = name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from .errors import InvalidInput
 from .linalg import LinearSolver, Log
 from .nonlinear import RootProblem, RootRecord, RootStatus, explain
 from .progress import root_monitor
+from .relaxation import relax
 from .root_arguments import RootChoice, check_bounds, choose
 from .root_failures import raise_root_failure
 from .root_solution import RootSolution, RootStats
@@ -27,7 +28,17 @@ from .system import StateSpec, System
 __all__ = ["solve_root"]
 
 
-@torch.compiler.disable
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """``torch.compiler.disable``, which forgets the signature."""
+    disabled: Any = torch.compiler.disable(function)
+    return disabled
+
+
+@_untraced
 def solve_root(
     fun: Callable[..., Any],
     x0: Any,
@@ -66,7 +77,8 @@ def solve_root(
     args : tuple or pytree
         Further arguments of ``fun``. A single tensor is taken as ``(tensor,)``.
     method : str or method object
-        "auto" (picks by size and structure, and says what in ``sol.note``), or a name of ``adjoint.nonlinear.METHODS``.
+        "auto" (picks by size and structure, and says what in ``sol.note``), a name of ``adjoint.nonlinear.METHODS``, or
+        "time_integration" (of ``x' = fun(x)`` until it moves no more, then Newton; the last resort of "auto").
     rtol, atol : number, tensor, or pytree like the state
         The last step of a Newton iteration is at most ``atol + rtol |x|``. Default 1e-10 and 1e-12 for double precision, 1e-5 and 1e-6 for
         single. Scaling the residual changes nothing.
@@ -224,7 +236,24 @@ def prepare(
             callback=callback,
             **{name: spread(value) for name, value in settings.items()},
         )
-        record = choice.method.solve(problem, x)
+
+        counted = [0]
+
+        def integrate(start: Tensor) -> Tensor:
+            def tendency(at: Tensor) -> Tensor:
+                counted[0] += 1
+                return r(at)
+
+            found, reached = relax(tendency, problem.jacobian, choice.linear_solver, start)  # type: ignore[arg-type]
+            choice.notes.append(f"time integration to t = {float(reached.max()):.2g} took {counted[0]} evaluations of fun")
+            return found
+
+        method = choice.method
+        # a flow has as many tendencies as unknowns, and needs a Jacobian for its stiffness
+        if getattr(method, "integrate", integrate) is None and not least_squares and not isinstance(system, ConservedSystem):
+            method = replace(method, integrate=integrate)  # type: ignore[type-var]
+        record = method.solve(problem, x)
+        record = replace(record, n_fun=record.n_fun + counted[0])
         singular = record.status == int(RootStatus.SINGULAR)
         if throw and bool(singular.any()):
             row = int(singular.nonzero()[0, 0])

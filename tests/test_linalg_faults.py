@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from adjoint import InvalidInput, UnsupportedCombination
 from adjoint.linalg import (
     GMRES,
+    IDR,
     BiCGStab,
     DenseLU,
     LinearOperator,
@@ -27,8 +28,8 @@ from adjoint.linalg import (
 
 from .test_linalg_solvers import advection, sparse
 
-SOLVERS = [DenseLU(), SparseLU(), GMRES(), BiCGStab(), Pardiso()]
-KRYLOV = [GMRES(), BiCGStab()]
+SOLVERS = [DenseLU(), SparseLU(), GMRES(), BiCGStab(), IDR(), Pardiso()]
+KRYLOV = [GMRES(), BiCGStab(), IDR()]
 
 
 def name(solver):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adjoint import InvalidInput, UnsupportedCombination
-from adjoint.linalg import GMRES, ILU, BiCGStab, DenseLU, LinearOperator, Log, Pardiso, SparseLU, SparseMatrix, default_solver
+from adjoint.linalg import GMRES, IDR, ILU, BiCGStab, DenseLU, LinearOperator, Log, Pardiso, SparseLU, SparseMatrix, default_solver
 
 SOLVERS = {
     "dense": DenseLU(),
@@ -18,6 +18,11 @@ SOLVERS = {
     "gmres restarted": GMRES(rtol=1e-12, restart=8, preconditioner="ilu"),
     "gmres jacobi": GMRES(rtol=1e-13, preconditioner="jacobi"),
     "bicgstab": BiCGStab(rtol=1e-13, preconditioner=ILU(1e-6)),
+    "idr": IDR(rtol=1e-13),
+    "idr(1) ilu": IDR(rtol=1e-13, s=1, preconditioner="ilu"),
+    "gmres left": GMRES(rtol=1e-13, preconditioner=ILU(1e-2), side="left"),
+    "bicgstab left": BiCGStab(rtol=1e-12, preconditioner="jacobi", side="left"),
+    "idr left": IDR(rtol=1e-13, preconditioner="ilu", side="left"),
 }
 
 
@@ -153,7 +158,14 @@ def test_choice_and_bad_settings():
     assert isinstance(default_solver(sparse(advection(5).unsqueeze(0))), DenseLU)
     assert isinstance(default_solver(sparse(advection(12).unsqueeze(0))), SparseLU)
     assert isinstance(default_solver(operator(torch.eye(3).unsqueeze(0))), GMRES)
-    for bad in (lambda: SparseLU("fast"), lambda: GMRES(rtol=2.0), lambda: GMRES(restart=0), lambda: BiCGStab(max_iterations=0)):
+    for bad in (
+        lambda: SparseLU("fast"),
+        lambda: GMRES(rtol=2.0),
+        lambda: GMRES(restart=0),
+        lambda: BiCGStab(max_iterations=0),
+        lambda: IDR(s=0),
+        lambda: GMRES(side="both"),
+    ):
         with pytest.raises(InvalidInput):
             bad()
     with pytest.raises(InvalidInput, match="preconditioner"):

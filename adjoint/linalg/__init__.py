@@ -6,6 +6,7 @@ from .condition import condition_estimate
 from .dense import DenseLU
 from .eigen import DegenerateEigenvalue, eigenpair
 from .functions import discrete_lyapunov, lstsq, lyapunov, sylvester
+from .idr import IDR
 from .krylov import GMRES, BiCGStab
 from .pardiso import Pardiso
 from .preconditioners import ILU
@@ -16,6 +17,7 @@ from .sparsity import PatternTooDense, SparsityPattern, detect_pattern
 
 __all__ = [
     "GMRES",
+    "IDR",
     "ILU",
     "BiCGStab",
     "Coloring",

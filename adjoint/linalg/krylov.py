@@ -18,6 +18,9 @@ __all__ = ["GMRES", "BiCGStab", "Krylov"]
 
 Product = Callable[[Tensor], Tensor]
 
+#: solves with a preconditioner from the left, each as accurate as rounding lets the true residual see
+_ROUNDS = 10
+
 
 class _Iterative(Factorization):
     """The matrix and its preconditioner, in the place of factors."""
@@ -70,15 +73,44 @@ class _Iterative(Factorization):
         for k in range(sides.shape[2]):
             unit = scale[:, k]
             side = sides[..., k] / unit.unsqueeze(-1)
-            x, norm = self.solver.iterate(product, precondition, side, self.solver.goal(side, unit), self.log)
+            goal = self.solver.goal(side, unit)
+            if self.solver.side == "right":
+                x, norm = self.solver.iterate(product, precondition, side, goal, self.log)
+            else:
+                x, norm = self._from_the_left(product, precondition, side, goal)
             # a factor of two for the rounding of the recursions; an infinite side would have an infinite goal
-            ok = (norm <= 2 * self.solver.goal(side, unit)) & torch.isfinite(norm)
+            ok = (norm <= 2 * goal) & torch.isfinite(norm)
             # never a number that only looks like a solution
             columns.append(torch.where(ok.unsqueeze(-1), x * unit.unsqueeze(-1), float("nan")))
             good = good & ok
         self.converged = good
         self.log.solve_seconds += time.perf_counter() - start
         return torch.stack(columns, -1).reshape(b.shape) if columns else b.clone()
+
+    def _from_the_left(self, product: Product, precondition: Product, b: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+        """``M^-1 A x = M^-1 b``. The iteration sees preconditioned residuals only: it is begun again until the true one is small."""
+        x, r, norm = torch.zeros_like(b), b, torch.linalg.vector_norm(b, dim=-1)
+        for _ in range(_ROUNDS):
+            if not bool((norm > goal).any()):
+                break
+            turned = precondition(r)
+            size = torch.linalg.vector_norm(turned, dim=-1)
+            # as much smaller as the true residual has to become
+            inner = torch.where(norm > goal, 0.5 * goal / torch.where(norm > 0, norm, 1.0), 1.0) * size
+            change, _ = self.solver.iterate(lambda v: precondition(product(v)), lambda v: v, turned, inner, self.log)
+            x_new = x + torch.where((norm > goal).unsqueeze(-1), change, 0.0)
+            r_new = b - product(x_new)
+            found = torch.linalg.vector_norm(r_new, dim=-1)
+            better = ~(found >= norm)
+            stalled = not bool((better & (found < 0.9 * norm) & (norm > goal)).any())
+            x, r, norm = (
+                torch.where(better.unsqueeze(-1), x_new, x),
+                torch.where(better.unsqueeze(-1), r_new, r),
+                torch.where(better, found, norm),
+            )
+            if stalled:
+                break
+        return x, norm
 
 
 def _scale(sides: Tensor) -> Tensor:
@@ -104,19 +136,25 @@ class Krylov:
     max_iterations : int
         Products with the matrix for one right-hand side, at most.
     preconditioner : None, "jacobi", "ilu", a `Factorization`, or callable
-        Applied from the right. "ilu": SciPy's incomplete LU (CPU, matrices with entries; for an operator it needs a matrix of its own: see
+        "ilu": SciPy's incomplete LU (CPU, matrices with entries; for an operator it needs a matrix of its own: see
         `ILU`). A factorisation, for example that of a nearby point. A callable ``M(v, transposed)`` maps ``(B, n)`` to ``(B, n)``.
+    side : "right" or "left"
+        Where the preconditioner is applied: ``A M^-1 (M x) = b``, whose residuals are the true ones, or ``M^-1 A x = M^-1 b``.
+        Solutions are accepted by their true residual in both cases.
     """
 
     rtol: float | None = None
     atol: float = 0.0
     max_iterations: int = 1000
     preconditioner: Any = None
+    side: str = "right"
 
     def __post_init__(self) -> None:
         rtol = 1e-10 if self.rtol is None else self.rtol
         if not (0 <= rtol < 1 and self.atol >= 0 and rtol + self.atol > 0):
             raise InvalidInput(f"need 0 <= rtol < 1 and atol >= 0, not both zero, got {self.rtol!r} and {self.atol!r}")
+        if self.side not in ("right", "left"):
+            raise InvalidInput(f"side must be 'right' or 'left', got {self.side!r}")
         if self.max_iterations < 1:
             raise InvalidInput(f"max_iterations must be at least 1, got {self.max_iterations!r}")
 
@@ -149,7 +187,7 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GMRES(Krylov):
-    """Restarted GMRES (Saad & Schultz 1986), preconditioned from the right; classical Gram-Schmidt, twice.
+    """Restarted GMRES (Saad & Schultz 1986), classical Gram-Schmidt, twice.
 
     ``restart``: vectors of the basis, each the size of a right-hand side.
     """
@@ -230,7 +268,7 @@ class GMRES(Krylov):
 
 @dataclass(frozen=True)
 class BiCGStab(Krylov):
-    """Stabilised biconjugate gradients (van der Vorst 1992), preconditioned from the right: short recurrences, little memory."""
+    """Stabilised biconjugate gradients (van der Vorst 1992): short recurrences, little memory."""
 
     def iterate(self, product: Product, precondition: Product, b: Tensor, goal: Tensor, log: Log) -> tuple[Tensor, Tensor]:
         """See `Krylov.iterate`."""

@@ -9,9 +9,11 @@ from .newton import EisenstatWalker, Newton
 from .protocol import RootMethod, RootProblem, RootRecord, RootStatus, scaled_norm
 from .pseudo_transient import PseudoTransient
 from .robust import Auto
+from .time_integration import TimeIntegration
 from .trust_region import Dogleg, LevenbergMarquardt
 
 __all__ = [
+    "FLOW_METHODS",
     "METHODS",
     "Anderson",
     "Auto",
@@ -31,6 +33,7 @@ __all__ = [
     "RootProblem",
     "RootRecord",
     "RootStatus",
+    "TimeIntegration",
     "border_problem",
     "dependent_rows",
     "explain",
@@ -53,3 +56,6 @@ METHODS: dict[str, RootMethod] = {
     "broyden": Broyden(),
     "pseudo_transient": PseudoTransient(),
 }
+
+#: those that need an integrator, which the front door gives them
+FLOW_METHODS: dict[str, RootMethod] = {"time_integration": TimeIntegration()}
