@@ -24,6 +24,7 @@ from .errors import (
 from .integrate import IController, PIController, PIDController
 from .ivp import solve_ivp
 from .laplace import Laplace
+from .mechanics import MechanicalState, Mechanics, mechanics
 from .objective import SteadyStateObjective
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
 from .parameters import Parameter, ParameterSpace
@@ -59,6 +60,8 @@ __all__ = [
     "InvalidInput",
     "Laplace",
     "MaxStepsReached",
+    "MechanicalState",
+    "Mechanics",
     "NewtonDidNotConverge",
     "NonFiniteResidual",
     "NonFiniteState",
@@ -82,6 +85,7 @@ __all__ = [
     "__version__",
     "continuation",
     "linalg",
+    "mechanics",
     "methods",
     "nn",
     "nonlinear",

@@ -65,12 +65,24 @@ def alive(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [torch._C._functorch.unwrap_if_dead(x) for x in tensors]
 
 
+def _functorch_level() -> int:
+    stack = torch._C._functorch.peek_interpreter_stack()
+    return 0 if stack is None else stack.level()
+
+
+def _outer(x: Any, level: int) -> Any:
+    """``x`` without the wrappers of transforms that began after ``level``: those that ``fun`` uses itself."""
+    while isinstance(x, Tensor) and torch._C._functorch.maybe_get_level(x) > level:
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
 class _Watch(TorchFunctionMode):
     """Records the (differentiable) tensors that enter operators without having come out of one."""
 
     def __init__(self, known: Iterable[Any], wanted: Callable[[Any], bool] = is_differentiable) -> None:
         super().__init__()
-        self.wanted = wanted
+        self.wanted, self.level = wanted, _functorch_level()
         self.known = {id(x): x for x in known if isinstance(x, Tensor)}
         self.captured: dict[int, Tensor] = {}
 
@@ -79,7 +91,8 @@ class _Watch(TorchFunctionMode):
         out = func(*args, **kwargs)
         produced = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if produced:
-            for x in tree_leaves((args, kwargs)):
+            for leaf in tree_leaves((args, kwargs)):
+                x = _outer(leaf, self.level)
                 if id(x) not in self.known and self.wanted(x):
                     self.captured[id(x)] = self.known[id(x)] = x
             # kept alive here, so that no identity is given twice
