@@ -11,6 +11,7 @@ from torch import Tensor
 from ..linalg import Factorization, LinearOperator, Matrix
 from ..methods.runge_kutta import weighted_sum
 from ..methods.tableaux_implicit import CollocationTableau, Mode
+from .guesses import StageGuess
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -60,6 +61,10 @@ class CoupledSystem(Protocol):
         """``E y'`` at the state ``y`` at the start of the step, near which the slope is ``k1``."""
         ...
 
+    def guess(self, nodes: tuple[float, ...]) -> StageGuess | None:
+        """Where the iteration starts from; None: from the slope at the start of the step."""
+        ...
+
     def note_failure(self, failed: Tensor, attempted: Tensor) -> None:
         """The iteration of these rows, of those that were attempted, did not converge."""
         ...
@@ -85,7 +90,8 @@ def solve_coupled(
     step = h if isinstance(h, Tensor) else torch.full((y.shape[0], 1), h, dtype=plan.real, device=y.device)
     running = (step != 0).squeeze(-1)
     # rows of finished trajectories take part with steps of size zero: their slopes are all f(t, y), which is known
-    ks = [k1] * len(times)
+    guess = solver.guess(tuple(tableau.c))
+    ks = [k1] * len(times) if guess is None else [torch.where(running.unsqueeze(-1), k, k1) for k in guess(step, y, k1)]
     systems = [(mode, solver.mode_factors(mode, step)) for mode in tableau.distinct(y.is_complex())]
     bound = torch.maximum(solver.tolerance * (y.abs() * plan.rtol + plan.atol), 10 * torch.finfo(plan.real).eps * y.abs())
     before = torch.full_like(step.squeeze(-1), float("nan"))
@@ -120,6 +126,8 @@ def solve_coupled(
     solver.note_failure(diverged | running, attempted)
     failed = (failed | running).unsqueeze(-1)
     ks = [torch.where(failed, float("nan"), k) for k in ks]
+    if guess is not None:
+        guess.keep(step, y, ks)
     return ks, None if tableau.error is None else _estimate(solver, tableau, step, y, k1, ks)
 
 

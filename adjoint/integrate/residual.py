@@ -10,6 +10,7 @@ from torch import Tensor
 from ..linalg import LinearSolver, Matrix
 from ..methods.tableaux_implicit import CollocationTableau, Mode
 from .coupled import solve_coupled
+from .guesses import StageGuess
 from .pencil import Pencil, ScaledFactors, scaled_factors, split
 from .plan import Plan
 from .stages import StageWork
@@ -62,6 +63,7 @@ class ResidualSolver:
         self.stuck = torch.zeros(rows, dtype=torch.bool, device=device)
         self._pencil: Pencil | None = None
         self._fresh = False
+        self._guess: StageGuess | None = None
         self._real: dict[float, tuple[Tensor, ScaledFactors]] = {}
         self._old: dict[complex, ScaledFactors] = {}
 
@@ -171,6 +173,14 @@ class ResidualSolver:
         """See `CoupledSystem`."""
         assert self._at is not None
         return self.mass(k1) - self.residual(self._at[0], y, k1)
+
+    def guess(self, nodes: tuple[float, ...]) -> StageGuess | None:
+        """See `CoupledSystem`. One stage has no polynomial; steps that are taken again must not depend on what was before."""
+        if len(nodes) < 2 or self.plan.keep_grid:
+            return None
+        if self._guess is None:
+            self._guess = StageGuess(nodes)
+        return self._guess
 
     def note_failure(self, failed: Tensor, attempted: Tensor) -> None:
         """See `CoupledSystem`."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..linalg import Factorization, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix
 from ..methods.tableaux_implicit import CollocationTableau, Mode
 from .coupled import solve_coupled, stage_factors
+from .guesses import StageGuess
 from .plan import Plan
 
 __all__ = ["StageSolver", "StageWork", "jacobian_at", "shifted"]
@@ -115,6 +116,7 @@ class StageSolver:
         self._factors: Factorization | None = None
         self._factored: Tensor | None = None
         self._fresh = False
+        self._guess: StageGuess | None = None
         #: ``(B,)``: whether the iteration, and not ``f``, failed in the last attempt of each row
         self.stuck = torch.zeros(rows, dtype=torch.bool, device=device)
         self._failing = torch.zeros_like(self.stuck)
@@ -156,6 +158,14 @@ class StageSolver:
                 self._fresh = False
         assert self._factors is not None
         return self._factors
+
+    def guess(self, nodes: tuple[float, ...]) -> StageGuess | None:
+        """See `CoupledSystem`. One stage has no polynomial; steps that are taken again must not depend on what was before."""
+        if len(nodes) < 2 or self.plan.keep_grid:
+            return None
+        if self._guess is None:
+            self._guess = StageGuess(nodes)
+        return self._guess
 
     def note_failure(self, failed: Tensor, attempted: Tensor) -> None:
         """The iteration of these rows did not converge; see ``stuck``."""

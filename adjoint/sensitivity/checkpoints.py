@@ -61,7 +61,8 @@ class Recall:
         self.slots, self.times, self.flat = slots, times, y0.shape
         self.alone = not problem.batched and problem.algebra is None
         shape = problem.system.natural_shape if self.alone else None
-        self.f = problem.solver(inputs, y0.shape[0])
+        # as in the first solve: the iterations of a step begin without what the steps before it left behind
+        self.f = replace(problem, plan=replace(plan, keep_grid=True)).solver(inputs, y0.shape[0])
         if self.alone:
             self.sizes: Any = grid["h"][:, 0].tolist()
         else:

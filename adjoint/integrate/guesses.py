@@ -1,0 +1,55 @@
+"""Starting values of the iteration for coupled stages: the slopes of the step before, extrapolated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["StageGuess"]
+
+#: a step that is so many times longer than the one before is too far away for its polynomial
+_FAR = 8.0
+
+
+class StageGuess:
+    """The polynomial through the slopes of the last accepted step of each trajectory (Hairer & Wanner, Solving ordinary differential
+    equations II, section IV.8: starting values)."""
+
+    def __init__(self, nodes: Sequence[float]) -> None:
+        self.nodes = nodes
+        # coefficients (s, s) of the Lagrange polynomials of the nodes: column j belongs to the slope of stage j
+        self.lagrange = np.linalg.inv(np.vander(nodes, increasing=True))
+        #: of the last attempt, and of the last one that was accepted: start, size (B, 1) and slopes (s, B, n)
+        self._tried: tuple[Tensor, Tensor, Tensor] | None = None
+        self._size: Tensor | None = None
+        self._slopes: Tensor | None = None
+
+    def __call__(self, step: Tensor, y: Tensor, k1: Tensor) -> list[Tensor]:
+        """Slopes of the stages of a step from ``y`` (B, n); ``k1``, the slope there, where nothing is known of the step before."""
+        if self._tried is None:
+            return [k1] * len(self.nodes)
+        start, size, slopes = self._tried
+        # an attempt from another state: the last one was accepted
+        moved = (start != y).any(-1, keepdim=True)
+        if self._size is None or self._slopes is None:
+            self._size, self._slopes = torch.where(moved, size, 0.0), slopes
+        elif bool(moved.all()):
+            self._size, self._slopes = size, slopes
+        else:
+            self._size, self._slopes = torch.where(moved, size, self._size), torch.where(moved, slopes, self._slopes)
+        ratio = step / torch.where(self._size == 0, 1.0, self._size)
+        near = (self._size != 0) & (ratio > 0) & (ratio < _FAR)
+        real = {"dtype": step.dtype, "device": step.device}
+        theta = 1 + ratio * torch.tensor(self.nodes, **real)
+        powers = theta.unsqueeze(-1) ** torch.arange(len(self.nodes), **real)
+        weights = (powers @ torch.as_tensor(self.lagrange, **real)).to(k1.dtype)
+        found = torch.einsum("bij,jbn->ibn", weights, self._slopes)
+        fine = near & torch.isfinite(found).all(0).all(-1, keepdim=True)
+        return list(torch.where(fine, found, k1).unbind())
+
+    def keep(self, step: Tensor, y: Tensor, slopes: Sequence[Tensor]) -> None:
+        """Remember an attempt."""
+        self._tried = (y, step, torch.stack(list(slopes)))
