@@ -21,6 +21,7 @@ from .errors import (
     StepSizeTooSmall,
     UnsupportedCombination,
 )
+from .index_reduction import ReducedDAE, reduce_index
 from .integrate import IController, PIController, PIDController
 from .ivp import solve_ivp
 from .laplace import Laplace
@@ -70,6 +71,7 @@ __all__ = [
     "Parameter",
     "ParameterSpace",
     "QuadratureAdjoint",
+    "ReducedDAE",
     "RootError",
     "RootSolution",
     "RootStats",
@@ -93,6 +95,7 @@ __all__ = [
     "odeint_adjoint",
     "odeint_dense",
     "odeint_event",
+    "reduce_index",
     "solve_dae",
     "solve_ivp",
     "solve_root",

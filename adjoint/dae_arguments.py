@@ -183,8 +183,8 @@ def _check_structure(structure: Structure, spec: StateSpec, mask: Tensor | None)
     hessenberg = structure.index == 2 and structure.hidden.shape[-1] == int(structure.undetermined.sum())
     if structure.index > 2 or (structure.index == 2 and not hessenberg):
         raise HigherIndexDAE(
-            f"the index of these equations is {structure.index} at the start: {blame}. Replace those equations by their time derivatives "
-            "(once for index 2, twice for index 1), or stabilise a mechanical system as Gear, Gupta & Leimkuhler do"
+            f"the index of these equations is {structure.index} at the start: {blame}. adjoint.reduce_index makes a system of index 1 of them, "
+            "adjoint.mechanics a stabilised one of a mechanical system; or replace those equations by their time derivatives yourself"
         )
     if mask is not None and int(mask.sum()) != structure.rank:
         raise InvalidInput(

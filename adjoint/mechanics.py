@@ -61,7 +61,15 @@ class Mechanics:
 
     def _rate(self, t: Tensor, q: Tensor, v: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """``g`` and ``dg/dt = G v + g_t``."""
-        return torch.func.jvp(lambda s, x: self.constraint(s, x, *args), (t, q), (torch.ones_like(t), v))
+        g, _, push = self._linear(t, q, args)
+        return g, push((torch.ones_like(t), v))[0]
+
+    def _linear(self, t: Tensor, q: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Any, Any]:
+        """``g``, the products ``w -> (g_t^T w, G^T w)``, and their transpose: by two reverse sweeps, as forward mode takes many times as
+        long wherever a constant enters."""
+        g, pull = torch.func.vjp(lambda s, x: self.constraint(s, x, *args), t, q)
+        _, push = torch.func.vjp(pull, torch.zeros_like(g))
+        return g, pull, push
 
     def _pull(self, t: Tensor, q: Tensor, *ws: Tensor, args: tuple[Any, ...]) -> list[Tensor]:
         """``G^T w`` of each."""
@@ -80,8 +88,8 @@ class Mechanics:
         ``q' = v - G^T mu``, ``M v' = f - G^T lam``, ``g = 0``, ``G v + g_t = 0``. Both constraints are there, so that neither drifts.
         """
         q, v, lam, mu = y
-        down, side = self._pull(t, q, mu, lam, args=args)
-        g, rate = self._rate(t, q, v, args)
+        g, pull, push = self._linear(t, q, args)
+        down, side, rate = pull(mu)[1], pull(lam)[1], push((torch.ones_like(t), v))[0]
         return MechanicalState(yp.q - v + down, self._times_mass(q, yp.v, args) - self.force(t, q, v, *args) + side, g, rate)
 
     def initial(self, q0: Tensor, v0: Tensor, *args: Any, t0: Any = 0.0) -> tuple[MechanicalState, MechanicalState]:
