@@ -183,7 +183,7 @@ def _check_structure(structure: Structure, spec: StateSpec, mask: Tensor | None)
     hessenberg = structure.index == 2 and structure.hidden.shape[-1] == int(structure.undetermined.sum())
     if structure.index > 2 or (structure.index == 2 and not hessenberg):
         raise HigherIndexDAE(
-            f"the index of these equations is {structure.index} at the start: {blame}. adjoint.reduce_index makes a system of index 1 of them, "
+            f"the index of these equations is {structure.index} at the start: {blame}. adjoint.reduce_index makes one of index 1 of them, "
             "adjoint.mechanics a stabilised one of a mechanical system; or replace those equations by their time derivatives yourself"
         )
     if mask is not None and int(mask.sum()) != structure.rank:

@@ -121,7 +121,7 @@ def sundials_ida(problem: DaeProblem, p: np.ndarray, rtol: float, most: int, sta
     from sksundae.ida import IDA
 
     pars = p[:most]
-    settings: dict[str, Any] = {"rtol": rtol, "atol": rtol * problem.small, "max_num_steps": 10**6, "show_eval_warnings": False}
+    settings: dict[str, Any] = {"rtol": rtol, "atol": rtol * problem.small, "max_num_steps": 10**6}
     if problem.algebraic:
         settings["algebraic_idx"] = list(problem.algebraic)
 
