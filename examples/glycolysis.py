@@ -96,6 +96,8 @@ def read_sbml(path: Path) -> Network:
     names: dict[str, str] = {name: repr(size) for name, size in volume.items()}
     species, start, home = [], [], []
     for s in model.iterfind("s:listOfSpecies/s:species", NS):
+        if s.get("hasOnlySubstanceUnits") == "true" or s.get("constant", "false") != s.get("boundaryCondition", "false"):
+            raise ValueError(f"species {s.get('id')!r}: amounts, and boundary species that change, are not read")
         concentration, name = float(s.attrib["initialConcentration"]), s.attrib["id"]
         if s.get("boundaryCondition") == "true":
             names[name] = repr(concentration)
@@ -245,7 +247,7 @@ def draw(network: Network, slopes: Tensor, control: Tensor, out: Path) -> Path:
             network, (0.0, 100.0), network.start, args=(network.values,), t_eval=times, method="bdf", rtol=1e-5, atol=1e-8
         )
     fig = plt.figure(figsize=(17, 11), layout="constrained")
-    top, bottom = fig.subfigures(2, 1, height_ratios=(0.75, 1))
+    top, bottom = np.asarray(fig.subfigures(2, 1, height_ratios=(0.75, 1))).tolist()
     a, b = top.subplots(1, 2, width_ratios=(1.5, 1))
     want, _ = expected(network)
     for k, name in enumerate(("ATP_g", "ADP_g", "AMP_g", "Glc6P_g", "Fru16BP_g", "_13BPGA_g", "NADH_g", "_3PGA_c", "PEP_c", "Pyr_c")):
