@@ -4,8 +4,8 @@
 # Three machines swing against each other through a network whose voltages are algebraic: six differential equations (rotor angles and
 # speeds, classical model), eighteen algebraic ones (complex currents balance at nine buses), and the heat of an inverse-time relay. A short
 # circuit near bus 7 begins at t = 0. The relay of the line 5-7 takes up |I|^2, and trips when it has had enough: an event, at which the
-# line and the fault on it go, and from which the solve goes on with new consistent voltages. A second event is the first peak of the angle between
-# machines 2 and 1, where it must not pass about 180 degrees if they are to stay in step.
+# line and the fault on it go, and from which the solve goes on with new consistent voltages. A second event is the first peak of the
+# angle between machines 2 and 1, where it must not pass about 180 degrees if they are to stay in step.
 #
 # The derivatives of that peak in the inertias and in the setting of the relay go through both solves, both events and the power flow that
 # the start comes from. They are held against central differences.
@@ -172,9 +172,7 @@ def main(quick: bool = False, out: Path | None = None) -> float:
     (slope,) = torch.autograd.grad(found.peak, p)
     seconds = time.perf_counter() - begin
     trip, peak, when = (float(x.detach()) for x in (found.tripped, found.peak, found.peak_time))
-    print(
-        f"the line trips at {trip:.4f} s; the peak, {math.degrees(peak):.2f} degrees, is at {when:.4f} s; with derivatives {seconds:.1f} s"
-    )
+    print(f"the line trips at {trip:.4f} s; peak {math.degrees(peak):.2f} degrees at {when:.4f} s; with derivatives {seconds:.1f} s")
     worst = 0.0
     for i in [3] if quick else range(4):
         step = 1e-3 * float(P0[i])
