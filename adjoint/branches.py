@@ -105,7 +105,7 @@ class BranchSolution:
         def extended(z: Tensor, *args: Any) -> Tensor:
             x, w, lam = z[:n], z[n : 2 * n], z[2 * n]
             f = lambda at: spec.flatten(self._fun(spec.unflatten(at.unsqueeze(0)), lam, *args))[0]  # noqa: E731
-            value, slope = torch.func.jvp(f, (x,), (w,))
+            value, slope, *_ = torch.func.jvp(f, (x,), (w,))
             return torch.cat([value, slope, (w @ w - length).reshape(1)])
 
         found = solve_root(extended, torch.cat([flat, v, known.lam.reshape(1)]).detach(), self._args).x

@@ -135,7 +135,7 @@ def solve_dae(
 
     real = spec.real_dtype
     single = real.itemsize < 8
-    tolerances = {
+    tolerances: dict[str, Any] = {
         "rtol": flat_tolerance(rtol, "rtol", spec, 1e-4 if single else 1e-6),
         "atol": flat_tolerance(atol, "atol", spec, 1e-6 if single else 1e-9),
     }

@@ -171,8 +171,8 @@ def _derivatives(f: Callable[[Tensor], Tensor], s: Tensor, most: int) -> tuple[T
 
         def values(x: Tensor) -> tuple[Tensor, ...]:
             # along one direction, by two reverse sweeps: forward mode takes many times as long wherever a constant enters
-            low, pull = torch.func.vjp(upto(k - 1), x)
-            _, push = torch.func.vjp(lambda w: pull((*[torch.zeros_like(v) for v in low[:-1]], w)), torch.zeros_like(low[-1]))
+            low, pull, *_ = torch.func.vjp(upto(k - 1), x)
+            _, push, *_ = torch.func.vjp(lambda w: pull((*[torch.zeros_like(v) for v in low[:-1]], w)), torch.zeros_like(low[-1]))
             return (*low, push((torch.ones_like(x),))[0])
 
         return values
@@ -298,7 +298,8 @@ def _dummies(sigma: np.ndarray, counts: list[int], orders: list[int], G: np.ndar
         rows = np.nonzero(c >= level)[0]
         # derivatives of this order exist only of variables that appear often enough
         columns = columns[d[columns] - level + 1 >= 1]
-        _, R, order = scipy.linalg.qr(J[np.ix_(rows, columns)], pivoting=True, mode="economic")
+        found: Any = scipy.linalg.qr(J[np.ix_(rows, columns)], pivoting=True, mode="economic")
+        _, R, order = found
         pivots = np.abs(np.diag(R))
         if len(rows) > len(columns) or pivots.min() <= _PIVOT * pivots.max():
             raise HigherIndexDAE("no choice of dummy derivatives is regular at the start: give another y0, yp0")

@@ -35,14 +35,15 @@ class Mechanics:
                 raise InvalidInput(f"{name} must be callable, got a {type(value).__name__}")
         if not callable(mass) and not isinstance(mass, Tensor):
             raise InvalidInput(f"mass must be a tensor (n, n) or (n,), or a function of (q, *args), got a {type(mass).__name__}")
-        self.mass, self.force, self.constraint = mass, force, constraint
+        self.mass: Any = mass
+        self.force, self.constraint = force, constraint
 
     def _times_mass(self, q: Tensor, x: Tensor, args: tuple[Any, ...]) -> Tensor:
         M = self._mass(q, args)
         return M * x if self._diagonal(M, q) else (M @ x.unsqueeze(-1)).squeeze(-1)
 
     def _mass(self, q: Tensor, args: tuple[Any, ...]) -> Tensor:
-        M = self.mass(q, *args) if callable(self.mass) else self.mass
+        M: Tensor = self.mass(q, *args) if callable(self.mass) else self.mass  # type: ignore[assignment]
         n = q.shape[-1]
         if M.shape[-1] != n or (M.dim() >= 2 and M.shape[-2] not in (n, *M.shape[:-1])):
             raise InvalidInput(f"mass has shape {tuple(M.shape)}, but there are {n} coordinates: (..., {n}, {n}) or ({n},) is expected")
@@ -67,18 +68,18 @@ class Mechanics:
     def _linear(self, t: Tensor, q: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Any, Any]:
         """``g``, the products ``w -> (g_t^T w, G^T w)``, and their transpose: by two reverse sweeps, as forward mode takes many times as
         long wherever a constant enters."""
-        g, pull = torch.func.vjp(lambda s, x: self.constraint(s, x, *args), t, q)
-        _, push = torch.func.vjp(pull, torch.zeros_like(g))
+        g, pull, *_ = torch.func.vjp(lambda s, x: self.constraint(s, x, *args), t, q)
+        _, push, *_ = torch.func.vjp(pull, torch.zeros_like(g))
         return g, pull, push
 
     def _pull(self, t: Tensor, q: Tensor, *ws: Tensor, args: tuple[Any, ...]) -> list[Tensor]:
         """``G^T w`` of each."""
-        _, pull = torch.func.vjp(lambda x: self.constraint(t, x, *args), q)
+        _, pull, *_ = torch.func.vjp(lambda x: self.constraint(t, x, *args), q)
         return [pull(w)[0] for w in ws]
 
     def _jacobian(self, t: Tensor, q: Tensor, args: tuple[Any, ...]) -> Tensor:
         """``G`` (..., m, n); rows of a batch are independent."""
-        g, pull = torch.func.vjp(lambda x: self.constraint(t, x, *args), q)
+        g, pull, *_ = torch.func.vjp(lambda x: self.constraint(t, x, *args), q)
         eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
         return torch.stack([pull(row.expand_as(g).contiguous())[0] for row in eye], -2)
 
@@ -125,7 +126,7 @@ class Mechanics:
         _, drift = self._rate(t, q, torch.zeros_like(q), args)
         v = _solved(saddle, self._times_mass(q, v0, args), -drift)[..., :n]
         # the second derivative of g along the motion without acceleration
-        _, curve = torch.func.jvp(lambda s, x: self._rate(s, x, v, args)[1], (t, q), (torch.ones_like(t), v))
+        _, curve, *_ = torch.func.jvp(lambda s, x: self._rate(s, x, v, args)[1], (t, q), (torch.ones_like(t), v))
         both = _solved(saddle, self.force(t, q, v, *args), -curve)
         zero = torch.zeros_like(both[..., n:])
         return MechanicalState(q, v, both[..., n:], zero), MechanicalState(v, both[..., :n], zero, zero)

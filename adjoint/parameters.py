@@ -26,7 +26,7 @@ def _map_of(lower: float | None, upper: float | None) -> Transform:
     if lower is not None and upper is not None:
         return ComposeTransform([SigmoidTransform(), AffineTransform(lower, upper - lower)])
     if upper is None:
-        return ExpTransform() if lower == 0 else ComposeTransform([ExpTransform(), AffineTransform(lower, 1.0)])
+        return ExpTransform() if lower == 0 else ComposeTransform([ExpTransform(), AffineTransform(lower, 1.0)])  # pyright: ignore[reportArgumentType]
     return ComposeTransform([ExpTransform(), AffineTransform(upper, -1.0)])
 
 
@@ -106,7 +106,7 @@ class ParameterSpace:
         """Quantities to the real vector, ``(m,)``."""
         if set(quantities) != set(self.parameters):
             raise InvalidInput(f"expected the quantities {sorted(self.parameters)}, got {sorted(quantities)}")
-        return torch.cat([p.transform.inv(quantities[name]).reshape(-1) for name, p in self.parameters.items()])
+        return torch.cat([p.transform.inv(quantities[name]).reshape(-1) for name, p in self.parameters.items()])  # pyright: ignore[reportOptionalMemberAccess]
 
     def quantities(self, q: Tensor) -> dict[str, Tensor]:
         """The real vector to named quantities; differentiable."""

@@ -163,7 +163,7 @@ def choose(
         raise UnsupportedCombination(f"jac= with {other} is not supported: leave jac out")
     rule: JacobianRule
     if jac is not None:
-        rule = _user_jacobian(jac, system, spec)
+        rule = _user_jacobian(jac, system, spec)  # pyright: ignore[reportArgumentType]
     elif jac_sparsity is not None:
         pattern = SparsityPattern.from_any(jac_sparsity)
         if pattern.shape != (n, n):

@@ -102,7 +102,8 @@ def check_conserved(conserved: Any, system: System, x0: Tensor, least_squares: b
         raise InvalidInput(f"conserved must have shape (k, {n}), rows of weights on the flat state, got {tuple(weights.shape)}")
     k = weights.shape[0]
     # pivoted QR: the k columns that make the weights best conditioned name the equations to leave out
-    _, r, order = scipy.linalg.qr(weights.cpu().numpy(), mode="economic", pivoting=True)
+    found: Any = scipy.linalg.qr(weights.cpu().numpy(), mode="economic", pivoting=True)
+    _, r, order = found
     diagonal = np.abs(np.diag(r))
     if k > n or diagonal.min() <= 1e-10 * diagonal.max():
         raise InvalidInput("the rows of conserved are linearly dependent: leave the superfluous ones out")

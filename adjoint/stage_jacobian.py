@@ -88,7 +88,8 @@ class _Bound:
 
     def _check(self, f: Flat, t: Tensor, x: Tensor) -> None:
         owner = self.owner
-        owner.right = agrees(lambda _, y: owner.values(self.system, self.inputs, t, y), lambda y: f(t, y), x)
+        given: Any = lambda _, y: owner.values(self.system, self.inputs, t, y)  # noqa: E731
+        owner.right = agrees(given, lambda y: f(t, y), x)
         if not owner.right:
             what = "jac does not agree with the Jacobian of fun"
             if owner.exact:

@@ -36,12 +36,12 @@ def fixed_method(name: str, interp: str) -> Method:
 def _linear_implicit(method: Method) -> Method:
     if isinstance(method, DiagonallyImplicitRungeKutta):
         tab = method.tableau
-        return DiagonallyImplicitRungeKutta(replace(tab, error=None, error_order=None, dense=tuple((b,) for b in tab.b), dense_order=1))
+        return DiagonallyImplicitRungeKutta(replace(tab, error=None, error_order=None, dense=tuple((b,) for b in tab.b), dense_order=1))  # pyright: ignore[reportReturnType]
     assert isinstance(method, FullyImplicitRungeKutta)
     # without gamma there is no error estimate
     plain = replace(method.tableau, gamma=None)
     object.__setattr__(plain, "dense", tuple((b,) for b in plain.b))
-    return FullyImplicitRungeKutta(plain)
+    return FullyImplicitRungeKutta(plain)  # pyright: ignore[reportReturnType]
 
 
 def _linear(base: Tableau) -> Tableau:

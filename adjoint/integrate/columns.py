@@ -108,9 +108,9 @@ class _Rewrite:
     @staticmethod
     def _over(node: Node, axis: int) -> bool:
         """Whether a reduction runs over this axis alone and drops it."""
-        dims = node.args[2] if node.target is aten.linalg_vector_norm.default and len(node.args) > 2 else None
+        dims: Any = node.args[2] if node.target is aten.linalg_vector_norm.default and len(node.args) > 2 else None
         if node.target is aten.sum.dim_IntList:
-            dims = node.args[1]
+            dims = node.args[1]  # pyright: ignore[reportGeneralTypeIssues]
         value = _value(node)
         return isinstance(dims, (list, tuple)) and [d % 2 for d in dims] == [axis] and value.dim() == 1 and len(node.args) <= 3
 

@@ -96,10 +96,10 @@ class MultistepSolver:
             else:
                 assert self._pencil is not None
                 matrix = shifted(self._pencil, safe)
-                again = self._plain is not None and not isinstance(matrix, LinearOperator)
-                self._plain = (
-                    self.linear_solver.refactor(self._plain, matrix) if again else self.linear_solver.factor(matrix, self.work.log)
-                )
+                if self._plain is None or isinstance(matrix, LinearOperator):
+                    self._plain = self.linear_solver.factor(matrix, self.work.log)
+                else:
+                    self._plain = self.linear_solver.refactor(self._plain, matrix)
             self._c = c
             self.work.n_factorizations += changed
         self.work.n_solves += running

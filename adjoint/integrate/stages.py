@@ -38,7 +38,8 @@ class StageWork:
     @classmethod
     def zero(cls, rows: int, device: torch.device) -> StageWork:
         """Nothing done yet."""
-        return cls(*(torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(5)))
+        fun, jac, factorizations, solves, newton = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(5))
+        return cls(fun, jac, factorizations, solves, newton)
 
 
 def shifted(matrix: Matrix, hd: Tensor) -> Matrix:

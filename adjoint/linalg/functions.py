@@ -116,7 +116,8 @@ def _solve(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
         return c
     if not all(np.isfinite(x).all() for x in (a, b, c)):
         return np.full_like(c, np.nan)
-    (r, u), (s, v) = scipy.linalg.schur(a, output="complex"), scipy.linalg.schur(b, output="complex")
+    both: Any = scipy.linalg.schur(a, output="complex"), scipy.linalg.schur(b, output="complex")
+    (r, u), (s, v) = both
     gap = np.abs(np.diag(r)[:, None] + np.diag(s)).min()
     size = np.linalg.norm(a) + np.linalg.norm(b)
     if gap <= 10 * max(c.shape) * np.finfo(c.dtype).eps * size:

@@ -54,7 +54,7 @@ def make_preconditioner(what: Any, matrix: Matrix, log: Log) -> Preconditioner:
         if what == "ilu" or isinstance(what, ILU):
             return _incomplete(matrix, ILU() if isinstance(what, str) else what)
     if callable(what):
-        return what
+        return what  # pyright: ignore[reportReturnType]
     raise InvalidInput(f"preconditioner must be None, 'jacobi', 'ilu', an ILU, a Factorization or a callable, got {what!r}")
 
 

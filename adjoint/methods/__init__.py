@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 #: every method that ``method="name"`` knows
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Method] = {  # pyright: ignore[reportAssignmentType]
     **{name: ExplicitRungeKutta(tableau) for name, tableau in TABLEAUX.items()},
     **{name: DiagonallyImplicitRungeKutta(tableau) for name, tableau in DIRK_TABLEAUX.items()},
     **{name: Rosenbrock(tableau) for name, tableau in ROSENBROCK_TABLEAUX.items()},
@@ -54,11 +54,14 @@ SWITCHING_METHODS: dict[str, Method] = {
 }
 
 #: those for equations ``F(t, y, y') = 0``
-DAE_METHODS: dict[str, Method] = {
+DAE_METHODS: dict[str, Method] = {  # pyright: ignore[reportAssignmentType]
     "radau": FullyImplicitRungeKutta(IMPLICIT_TABLEAUX["radau5"], residual=True),
     "radau3": FullyImplicitRungeKutta(IMPLICIT_TABLEAUX["radauIIA3"], residual=True),
     "bdf": Bdf(residual=True),
 }
 
 #: those for right-hand sides in two parts, `adjoint.SplitFunction`
-IMEX_METHODS: dict[str, Method] = {name: AdditiveRungeKutta(tableau) for name, tableau in ADDITIVE_TABLEAUX.items()}
+IMEX_METHODS: dict[str, Method] = {
+    name: AdditiveRungeKutta(tableau)  # pyright: ignore[reportAssignmentType]
+    for name, tableau in ADDITIVE_TABLEAUX.items()
+}

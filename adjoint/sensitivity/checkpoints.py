@@ -179,7 +179,7 @@ class CheckpointNode(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         problem = ctx.problem
         final, *saved = alive(ctx.saved_tensors)
-        grid = dict(zip(_GRID, saved[: len(_GRID)], strict=True))
+        grid: dict[str, Tensor] = dict(zip(_GRID, saved[: len(_GRID)], strict=True))
         y0, anchors, *rest = saved[len(_GRID) :]
         t_eval = rest.pop(0) if ctx.has_samples else None
         wants = ctx.needs_input_grad[2:]

@@ -168,7 +168,7 @@ def _tangents(
         return final, samples
 
     with torch.no_grad():
-        return torch.vmap(along, randomness="same")(*(seeds[i] for i in moved))
+        return torch.vmap(along, randomness="same")(*(seeds[i] for i in moved))  # pyright: ignore[reportArgumentType]
 
 
 def _check_rows(

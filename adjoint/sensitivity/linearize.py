@@ -66,7 +66,7 @@ class Linearizer:
     def accumulate(self, bars: Sequence[Tensor | None]) -> None:
         """Add cotangents of the targets."""
         if self._totals is not None and all(g is not None for g in bars):
-            torch._foreach_add_(self._totals, bars)
+            torch._foreach_add_(self._totals, bars)  # pyright: ignore[reportCallIssue, reportArgumentType]
             return
         for i, g in zip(self.wanted, bars, strict=True):
             total = self.bars[i]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..integrate.stages import StageWork
 from ..jacobians import DenseJacobian
 from ..linalg import DenseLU, LinearSolver, Matrix
 from ..structure import Structure
-from ..system import Flat, System, VmappedSystem
+from ..system import System, VmappedSystem
 
 __all__ = [
     "Gradient",
@@ -63,7 +63,7 @@ class Problem:
     algebra: StageAlgebra | None = None
     sweep: Callable[..., tuple[Tensor | None, ...]] | None = None
 
-    def solver(self, inputs: Sequence[Tensor], rows: int) -> Flat:
+    def solver(self, inputs: Sequence[Tensor], rows: int) -> Any:
         """The right-hand side for the loop, which solves the equations of implicit stages by iteration."""
         f = self.system.bind(inputs)
         if self.algebra is None:
