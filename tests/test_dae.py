@@ -341,3 +341,13 @@ def test_sparse_is_dense_and_the_ode():
     sol = solve_ivp(ode, (0.0, 0.5), start, args=(k,), method="radau5", rtol=1e-8, atol=1e-11)
     torch.testing.assert_close(found[0][0][:n], sol.y[-1].detach(), rtol=0, atol=1e-6)
     torch.testing.assert_close(found[0][1], torch.autograd.grad(sol.y[-1].square().sum(), k)[0], rtol=1e-4, atol=0)
+
+
+def test_start_next_to_what_rounding_allows():
+    """An algebraic variable that is the small difference of large ones: no Newton step settles it further than that, and that is enough."""
+
+    def f(t, y, yp):
+        return torch.stack([yp[0], ((y[0] + y[1]) - y[0]) - 1.23456789])
+
+    sol = solve_dae(f, (0.0, 1.0), torch.tensor([1e8, 0.5]), rtol=1e-3, atol=1e-3)
+    assert float(sol.y[-1, 1]) == pytest.approx(1.23456789, abs=1e-6)

@@ -16,6 +16,8 @@ def test_example(name, tmp_path):
     pytest.importorskip("matplotlib")
     if name in ("digits_neural_ode", "deq_digits"):
         pytest.importorskip("sklearn")
+    if name == "battery_dfn":
+        pytest.importorskip("pybamm")
     if name == "power_flow":
         pytest.importorskip("pandapower")
     before = torch.get_default_dtype()

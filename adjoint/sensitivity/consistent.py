@@ -128,16 +128,26 @@ def complete(
     rule: Any = _CompletionRule(system, algebra, structure) if plain else _Dense()
 
     def find(r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor], jacobian: JacobianRule) -> RootRecord:
-        problem = RootProblem(
-            residual=r,
-            jacobian=lambda at: jacobian(r, at, inputs),
-            tol=float("inf"),
-            x_rtol=rtol,
-            x_atol=rtol * 1e-3,
-            max_steps=50,
-            linear_solver=algebra.linear_solver if plain else DenseLU(),
-        )
-        return Newton().solve(problem, x)
+        def problem(rtol: float) -> RootProblem:
+            return RootProblem(
+                residual=r,
+                jacobian=lambda at: jacobian(r, at, inputs),
+                tol=float("inf"),
+                x_rtol=rtol,
+                x_atol=rtol * 1e-3,
+                max_steps=50,
+                linear_solver=algebra.linear_solver if plain else DenseLU(),
+            )
+
+        record = Newton().solve(problem(rtol), x)
+        for factor in (1e3, 1e6):
+            # rounding in entries of y that are not solved for may be all that is left: as near to the root as it lets one come
+            if not bool((record.status == int(RootStatus.STALLED)).any()):
+                break
+            again = Newton().solve(problem(factor * rtol), torch.where(torch.isfinite(record.x), record.x, x))
+            if bool((again.status >= 0).all()):
+                record = again
+        return record
 
     def report(record: RootRecord) -> None:
         bad = record.status < 0
