@@ -113,7 +113,7 @@ class ParameterSpace:
         if q.shape != (self.size,):
             raise InvalidInput(f"q must have shape ({self.size},), got {tuple(q.shape)}")
         pieces = q.split([shape.numel() for shape in self.shapes.values()])
-        return {
+        return {  # pyright: ignore[reportReturnType]
             name: p.transform(piece.reshape(self.shapes[name])) for (name, p), piece in zip(self.parameters.items(), pieces, strict=True)
         }
 

@@ -62,7 +62,7 @@ class _Row:
     def _take(self) -> None:
         from pypardiso.pardiso_wrapper import PyPardisoError
 
-        handle, empty = self.handle, np.zeros((self.matrix.shape[0], 1))
+        handle, empty = self.handle, np.zeros((self.matrix.shape[0], 1))  # pyright: ignore[reportOptionalSubscript]
         handle.owner = None  # whatever happens now, the factors of the one before are gone
         try:
             handle.call(_FACTOR if handle.analysed else _ANALYSE_AND_FACTOR, self.matrix, empty)

@@ -97,7 +97,7 @@ def _factor(matrix: sp.csc_matrix, solver: SparseLU, symmetric: bool) -> spla.Su
     ordering, mode = solver.ordering, solver.symmetric_mode
     if ordering == "auto":
         ordering, mode = ("MMD_AT_PLUS_A", True if mode is None else mode) if symmetric else ("COLAMD", bool(mode))
-    if mode and matrix.shape[0]:
+    if mode and matrix.shape[0]:  # pyright: ignore[reportOptionalSubscript]
         # half the fill, but next to no pivoting: kept only where a probe says that it did no harm
         factors = _splu(matrix, ordering, True)
         if factors is not None and _backward_error(matrix, factors) < _GOOD * np.finfo(matrix.dtype).eps:
@@ -117,7 +117,7 @@ def _splu(matrix: sp.csc_matrix, ordering: str, symmetric: bool) -> spla.SuperLU
 
 def _backward_error(matrix: sp.csc_matrix, factors: spla.SuperLU) -> float:
     """Of a probe solve: ``|A x - b| / (|A| |x| + |b|)``, largest component."""
-    side = 1.0 + np.arange(matrix.shape[0]) % 7
+    side = 1.0 + np.arange(matrix.shape[0]) % 7  # pyright: ignore[reportOptionalSubscript]
     side = side.astype(matrix.dtype)
     with np.errstate(all="ignore"):
         x = factors.solve(side)

@@ -40,12 +40,12 @@ __all__ = [
 ]
 
 #: every method that ``method="name"`` knows
-METHODS: dict[str, Method] = {  # pyright: ignore[reportAssignmentType]
+METHODS: dict[str, Method] = {
     **{name: ExplicitRungeKutta(tableau) for name, tableau in TABLEAUX.items()},
     **{name: DiagonallyImplicitRungeKutta(tableau) for name, tableau in DIRK_TABLEAUX.items()},
     **{name: Rosenbrock(tableau) for name, tableau in ROSENBROCK_TABLEAUX.items()},
     **{name: FullyImplicitRungeKutta(tableau) for name, tableau in IMPLICIT_TABLEAUX.items()},
-    "bdf": BDF,
+    "bdf": BDF,  # pyright: ignore[reportAssignmentType]
 }
 
 #: pairs of methods that trajectories are switched between
