@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .arguments import Times, check_times, flat_norm, flat_tolerance, positive
 from .capture import find_captured, needs_derivatives, parameter_homes
-from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_values, residual_algebra
+from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_bounds, initial_values, residual_algebra
 from .errors import InvalidInput, UnsupportedCombination
 from .event_times import NO_EVENTS, event_records
 from .integrate import IController, PIDController, Plan, Record
@@ -56,6 +56,7 @@ def solve_dae(
     throw: bool = True,
     progress: bool = False,
     consistent: str = "auto",
+    y0_bounds: Any = None,
     differential: Any = None,
     suppress_algebraic: bool = False,
     jac_sparsity: Any = None,
@@ -79,10 +80,14 @@ def solve_dae(
     method : "radau", "radau3" or a method object
         Radau IIA of order 5 (three stages; the default) or 3 (Hairer & Wanner, Solving ordinary differential equations II, chapter VII).
         Constraints hold at the ends of steps to the tolerance of the iteration.
-    consistent : "auto", "solve", "check" or "trust"
+    consistent : "auto", "solve", "slopes", "check" or "trust"
         "solve": keep what is differentiated in ``y0`` and solve for algebraic variables and slopes. "auto": the same, but raise if both
-        ``y0`` and ``yp0`` were given and an algebraic variable would move by much. "check": raise unless they satisfy the equations (to a
-        thousand times the tolerance). "trust": take them as they are.
+        ``y0`` and ``yp0`` were given and an algebraic variable would move by much. "slopes": keep ``yp0``, which must be given, and solve
+        for all of ``y0`` (``yp0 = 0``: a steady start; index 0 and 1). "check": raise unless they satisfy the equations (to a thousand
+        times the tolerance). "trust": take them as they are.
+    y0_bounds : pair (lower, upper)
+        Numbers, or like the state, or None: what the search for initial values must stay within (algebraic variables; with
+        ``consistent="slopes"`` all).
     differential : mask like the state
         Which variables are differential; default: found from ``dF/dy'`` at the start. A mask that contradicts it raises.
     quadrature : callable
@@ -121,6 +126,12 @@ def solve_dae(
         user_spec.check(yp0, "yp0", "y0")
     times = check_times(t_span, t_eval, step_ts, user_spec)
     guessed = yp0 is None
+    if guessed and consistent == "slopes":
+        raise InvalidInput("consistent='slopes' keeps yp0 and solves for y0: give yp0")
+    if quadrature is not None and consistent == "slopes":
+        raise UnsupportedCombination(
+            "quadrature= with consistent='slopes' is not supported: find y0 by solve_root(lambda y: fun(t0, y, yp0, *args), y0) first"
+        )
     slope = tree_map(lambda x: torch.zeros_like(x.detach()), y0) if yp0 is None else yp0
     residual, state, integrand = fun, y0, None
     if quadrature is not None:
@@ -151,6 +162,7 @@ def solve_dae(
         user_spec=user_spec,
         skip=suppress_algebraic,
         tolerances=tolerances,
+        bounds=initial_bounds(y0_bounds, user_spec, y0, sum(spec.sizes), consistent),
     )
     derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])
     plan = Plan(

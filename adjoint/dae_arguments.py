@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten
 
 from .arguments import Times
-from .errors import HigherIndexDAE, InconsistentInitialCondition, InvalidInput, SingularJacobian
+from .errors import HigherIndexDAE, InconsistentInitialCondition, InvalidInput, SingularJacobian, UnsupportedCombination
 from .failures import raise_failure
 from .integrate import Plan, Record
 from .integrate.pencil import split
@@ -23,18 +23,19 @@ from .jacobians_sparse import SparseJacobian, choose_jacobian
 from .linalg import DenseLU, LinearSolver
 from .linalg.sparsity import SparsityPattern
 from .methods import DAE_METHODS, Method
-from .sensitivity.consistent import Initial, complete, dense_pencil, residual_report
+from .root_arguments import check_bounds
+from .sensitivity.consistent import Bounds, Initial, complete, complete_values, dense_pencil, residual_report
 from .sensitivity.problem import StageAlgebra
 from .structure import Structure, analyse, analyse_large
 from .system import StateSpec, System
 
-__all__ = ["check_dae_method", "check_flags", "dae_failure", "initial_values", "residual_algebra"]
+__all__ = ["check_dae_method", "check_flags", "dae_failure", "initial_bounds", "initial_values", "residual_algebra"]
 
 #: unknowns up to which the matrices are dense without a look at their pattern
 _SMALL = 64
 #: unknowns above which the structure is looked for by one factorisation before anything else
 _LARGE = 128
-_MODES = ("auto", "solve", "check", "trust")
+_MODES = ("auto", "solve", "slopes", "check", "trust")
 
 
 def check_dae_method(method: str | Method) -> Method:
@@ -54,6 +55,20 @@ def check_flags(consistent: Any, max_steps: Any) -> None:
         raise InvalidInput(f"consistent must be one of {', '.join(map(repr, _MODES))}, got {consistent!r}")
     if not isinstance(max_steps, Integral) or max_steps < 1:
         raise InvalidInput(f"max_steps must be a positive integer, got {max_steps!r}")
+
+
+def initial_bounds(bounds: Any, user_spec: StateSpec, y0: Any, n: int, consistent: str) -> Bounds:
+    """Bounds ``(B, n)`` of the initial state with those of running integrals behind, which have none."""
+    if bounds is None:
+        return None, None
+    if consistent in ("check", "trust"):
+        raise InvalidInput(f"y0_bounds= has nothing to bound with consistent={consistent!r}, which solves for nothing: leave it out")
+    flat = check_bounds(bounds, user_spec, plain(user_spec.flatten(y0)), "y0")
+    lower, upper = (
+        None if b is None else torch.cat([b, b.new_full((b.shape[0], n - b.shape[-1]), end)], -1)
+        for b, end in zip(flat, (-float("inf"), float("inf")), strict=True)
+    )
+    return lower, upper
 
 
 def plain(x: Tensor) -> Tensor:
@@ -111,6 +126,7 @@ def initial_values(
     user_spec: StateSpec,
     skip: bool,
     tolerances: dict[str, Any],
+    bounds: Bounds = (None, None),
 ) -> tuple[Initial, StageAlgebra]:
     """Consistent values, and the matrices' `StageAlgebra` with what the structure says."""
     spec = system.spec
@@ -130,12 +146,15 @@ def initial_values(
             structure=structure,
             skipped=~structure.differential if skip and not bool(structure.differential.all()) else None,
         )
+        if structure.hidden.shape[-1] and consistent == "slopes":
+            raise UnsupportedCombination("consistent='slopes' is for equations of index 0 and 1; of index 2 give y0, with 'solve'")
         if structure.hidden.shape[-1] and consistent != "trust":
             _check_constraints(system, structure, values, at, y, yp, tolerances)
     if consistent == "trust":
         return given, algebra
     rtol = 1e-6 if real.itemsize < 8 else 1e-12
-    found = complete(system, algebra, structure, t, given.y, given.yp, inputs, rtol)
+    find = complete_values if consistent == "slopes" else complete
+    found = find(system, algebra, structure, t, given.y, given.yp, inputs, rtol, bounds)
     if consistent in ("auto", "check"):
         with torch.no_grad(), temporarily_clear_interpreter_stack():
             _compare(consistent, system, structure, values, at, Initial(y, yp), found, tolerances)

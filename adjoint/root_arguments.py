@@ -214,8 +214,8 @@ def _user_jacobian(jac: Any, system: System, spec: StateSpec) -> UserJacobian:
     return UserJacobian(values, (n, n))
 
 
-def check_bounds(bounds: Any, spec: StateSpec, x0: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Lower and upper bounds as ``(B, n)``, or None."""
+def check_bounds(bounds: Any, spec: StateSpec, x0: Tensor, what: str = "x0") -> tuple[Tensor | None, Tensor | None]:
+    """Lower and upper bounds as ``(B, n)``, or None. ``what`` is the name of the guess ``x0`` in messages."""
     if bounds is None:
         return None, None
     try:
@@ -252,5 +252,5 @@ def check_bounds(bounds: Any, spec: StateSpec, x0: Tensor) -> tuple[Tensor | Non
         if upper is not None:
             outside = outside | (x0 > upper).any()
         if bool(outside):
-            raise InvalidInput("x0 lies outside of the bounds")
+            raise InvalidInput(f"{what} lies outside of the bounds")
     return lower, upper

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InconsistentInitialCondition
+from ..errors import InconsistentInitialCondition, UnsupportedCombination
 from ..integrate.pencil import Pencil, split
 from ..jacobians import DenseJacobian
-from ..linalg import DenseLU, Log, Matrix
+from ..linalg import DenseLU, LinearSolver, Log, Matrix
 from ..nonlinear import Newton, RootProblem, RootRecord, RootStatus
 from ..structure import Structure
 from ..system import Flat, StateSpec, System, VmappedSystem
@@ -20,7 +20,11 @@ from .implicit import JacobianRule, RootNode, RootOutputs, RootTask
 from .problem import Problem, StageAlgebra
 from .products import tangent
 
-__all__ = ["Initial", "complete", "completion", "dense_pencil", "residual_report"]
+__all__ = ["Bounds", "Initial", "complete", "complete_values", "completion", "dense_pencil", "residual_report"]
+
+
+#: lower and upper bounds of the state, ``(B, n)`` each, or None
+Bounds = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,44 @@ class _CompletionRule:
 
 
 @dataclass(frozen=True)
+class _Values:
+    """The equations for ``y`` at given slopes: ``F(t0, y, yp0) = 0``. Inputs ``(t0, yp0, *inputs of F)``."""
+
+    system: System
+
+    @property
+    def rows(self) -> int:
+        return self.system.rows
+
+    @property
+    def spec(self) -> StateSpec:
+        return self.system.spec
+
+    def bind(self, inputs: Sequence[Tensor]) -> Flat:
+        """The flat function of ``y``."""
+        t0, yp0, *rest = inputs
+        f = self.system.bind(rest)
+        return lambda _, y: f(t0, torch.cat([y, yp0], -1))
+
+
+@dataclass(frozen=True)
+class _ValuesRule:
+    """``F_y`` from a matrix of ``F``: sparse where that is."""
+
+    system: System | VmappedSystem
+    algebra: StageAlgebra
+
+    def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
+        t0, yp0, *rest = inputs
+        f = self.system.bind(rest)
+        return split(self.algebra.jacobian(lambda pair: f(t0, pair), torch.cat([x, yp0], -1))).G
+
+    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
+        """Dense: the inputs are those of one copy no more."""
+        return _Dense()
+
+
+@dataclass(frozen=True)
 class _Dense:
     def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
         return DenseJacobian()(r, x)
@@ -113,19 +155,72 @@ def _times(matrix: Tensor, v: Tensor) -> Tensor:
 
 
 def complete(
-    system: System, algebra: StageAlgebra, structure: Structure, t0: Tensor, y0: Tensor, yp0: Tensor, inputs: Sequence[Tensor], rtol: float
+    system: System,
+    algebra: StageAlgebra,
+    structure: Structure,
+    t0: Tensor,
+    y0: Tensor,
+    yp0: Tensor,
+    inputs: Sequence[Tensor],
+    rtol: float,
+    bounds: Bounds = (None, None),
 ) -> Initial:
     """Values of algebraic variables and slopes of differential ones, from those of differential variables (IDA's ``YA_YDP``; Brown,
     Hindmarsh & Petzold 1998), by Newton's method with a line search.
 
     ``t0`` (B,), ``y0`` and the guess ``yp0`` (B, n). Algebraic entries of ``y0`` are guesses: nothing depends on them but the choice
-    between several solutions. Of index 2 the hidden constraints are solved too; that of ``y0`` itself must hold.
+    between several solutions. Of index 2 the hidden constraints are solved too; that of ``y0`` itself must hold. ``bounds`` hold for the
+    algebraic variables; where these are no single entries of the state, bounds raise `UnsupportedCombination`.
 
     Raises `InconsistentInitialCondition` if there is no solution to be found.
     """
     plain = structure.plain
     conditions = _conditions(system, structure)
     rule: Any = _CompletionRule(system, algebra, structure) if plain else _Dense()
+
+    linear_solver = algebra.linear_solver if plain else DenseLU()
+    find = _finder(rtol, linear_solver, _bounds_of_unknowns(structure, bounds))
+    advice = "Give a better guess of the algebraic variables in y0 (and of the slopes in yp0), or check the equations"
+    report = _reporter(system, structure, advice, bounds)
+    task = RootTask(conditions, conditions, find, rule, linear_solver, Log(), report)
+    known, free = structure.basis[..., : structure.rank], structure.basis[..., structure.rank :]
+    with torch.no_grad():
+        guess = torch.cat([_times(known.mH, yp0.detach()), _times(free.mH, y0.detach())], -1)
+    u = RootOutputs(*RootNode.apply(task, guess, t0, y0, *inputs)).x
+    y, yp = conditions.values(y0, u)
+    # slopes of algebraic variables enter nothing: what was given of them is handed on
+    yp = yp + _times(free, _times(free.mH, yp0.detach()))
+    if plain:
+        # entries that are kept are kept to the last bit
+        y = torch.where(structure.differential, y0, y)
+    return Initial(y, yp)
+
+
+def complete_values(
+    system: System,
+    algebra: StageAlgebra,
+    structure: Structure,
+    t0: Tensor,
+    y0: Tensor,
+    yp0: Tensor,
+    inputs: Sequence[Tensor],
+    rtol: float,
+    bounds: Bounds = (None, None),
+) -> Initial:
+    """All of ``y`` from the slopes ``yp0`` (IDA's ``Y``: Brown, Hindmarsh & Petzold 1998), by Newton's method with ``F_y``.
+
+    ``t0`` (B,), the guess ``y0`` and ``yp0`` (B, n). The result is differentiable in ``yp0``, and does not depend on ``y0``.
+
+    Raises `InconsistentInitialCondition` if there is no solution to be found, as where ``F_y`` is singular.
+    """
+    advice = "F_y must be regular for this: give a better guess y0, or keep differential variables with consistent='solve'"
+    find, report = _finder(rtol, algebra.linear_solver, bounds), _reporter(system, structure, advice, bounds)
+    task = RootTask(_Values(system), _Values(system), find, _ValuesRule(system, algebra), algebra.linear_solver, Log(), report)
+    return Initial(RootOutputs(*RootNode.apply(task, y0.detach(), t0, yp0, *inputs)).x, yp0)
+
+
+def _finder(rtol: float, linear_solver: LinearSolver, bounds: Bounds) -> Callable[..., RootRecord]:
+    """Newton's method with a line search, to ``rtol`` of the unknowns or as near as rounding lets one come."""
 
     def find(r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor], jacobian: JacobianRule) -> RootRecord:
         def problem(rtol: float) -> RootProblem:
@@ -136,7 +231,9 @@ def complete(
                 x_rtol=rtol,
                 x_atol=rtol * 1e-3,
                 max_steps=50,
-                linear_solver=algebra.linear_solver if plain else DenseLU(),
+                lower=bounds[0],
+                upper=bounds[1],
+                linear_solver=linear_solver,
             )
 
         record = Newton().solve(problem(rtol), x)
@@ -149,29 +246,41 @@ def complete(
                 record = again
         return record
 
+    return find
+
+
+def _reporter(system: System, structure: Structure, advice: str, bounds: Bounds) -> Callable[[RootRecord], None]:
+    """Raises `InconsistentInitialCondition` for the first row that has no consistent values."""
+    bounded = "" if bounds == (None, None) else " within the bounds"
+
     def report(record: RootRecord) -> None:
         bad = record.status < 0
         if bool(bad.any()):
             row = int(bad.nonzero()[0, 0])
             status = RootStatus(int(record.status[row])).name.lower().replace("_", " ")
             raise InconsistentInitialCondition(
-                f"no consistent initial values were found{_trajectory(row, system)}: Newton's method ended with '{status}', and "
-                f"{residual_report(record.residual[row], structure.row_scale[row % len(structure.row_scale)])}. Give a better guess of the "
-                "algebraic variables in y0 (and of the slopes in yp0), or check the equations"
+                f"no consistent initial values were found{bounded}{_trajectory(row, system)}: Newton's method ended with '{status}', and "
+                f"{residual_report(record.residual[row], structure.row_scale[row % len(structure.row_scale)])}. {advice}"
             )
 
-    task = RootTask(conditions, conditions, find, rule, algebra.linear_solver if plain else DenseLU(), Log(), report)
-    known, free = structure.basis[..., : structure.rank], structure.basis[..., structure.rank :]
-    with torch.no_grad():
-        guess = torch.cat([_times(known.mH, yp0.detach()), _times(free.mH, y0.detach())], -1)
-    u = RootOutputs(*RootNode.apply(task, guess, t0, y0, *inputs)).x
-    y, yp = conditions.values(y0, u)
-    # slopes of algebraic variables enter nothing: what was given of them is handed on
-    yp = yp + _times(free, _times(free.mH, yp0.detach()))
-    if plain:
-        # entries that are kept are kept to the last bit
-        y = torch.where(structure.differential, y0, y)
-    return Initial(y, yp)
+    return report
+
+
+def _bounds_of_unknowns(structure: Structure, bounds: Bounds) -> Bounds:
+    """Bounds of the state as those of the unknowns of `_Completion`: rates are free."""
+    if bounds == (None, None):
+        return bounds
+    if not structure.plain:
+        raise UnsupportedCombination(
+            "bounds on consistent initial values need algebraic variables that are single entries of the state; here they are "
+            "combinations of entries: leave y0_bounds out, or give such variables names of their own"
+        )
+    order, rank = structure.order, structure.rank
+    lower, upper = (
+        None if bound is None else torch.cat([torch.full_like(bound[:, :rank], end), bound[:, order[rank:]]], -1)
+        for bound, end in zip(bounds, (-float("inf"), float("inf")), strict=True)
+    )
+    return lower, upper
 
 
 def _conditions(system: System | VmappedSystem, structure: Structure) -> _Completion:

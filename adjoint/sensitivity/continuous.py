@@ -32,7 +32,8 @@ class _Continuous:
     method : str or method object; default that of the solve, or `kvaerno5` for Rosenbrock and IMEX methods, `radau5` for `bdf`. For
         stiff problems an implicit one.
     rtol, atol : tolerances of the adjoint; default those of the solve if they are numbers, else 1e-6 and 1e-9. ``atol`` counts in units of
-        the adjoint's largest entry where the solve back begins.
+        the adjoint's largest entry where the solve back begins, so that of the solve, which has the units of the state, is a guess: it is
+        raised to a hundredth of ``rtol`` and to what rounding leaves (1e-11 in double precision).
     max_steps : attempts between two losses.
     """
 
@@ -99,11 +100,15 @@ class _Continuous:
             raise UnsupportedCombination(f"{method.name} is for right-hand sides in two parts, which the adjoint's is not: take 'kvaerno5'")
         if not method.adaptive:
             raise InvalidInput(f"{method.name!r} has no error control: give {type(self).__name__} a method that has, such as 'tsit5'")
+        rtol = self.rtol if self.rtol is not None else plan.rtol if isinstance(plan.rtol, float) else 1e-6
+        atol = self.atol if self.atol is not None else max(
+            plan.atol if isinstance(plan.atol, float) else 1e-9, 1e-2 * rtol, 5e4 * torch.finfo(plan.real).eps
+        )
         return replace(
             plan,
             method=method,
-            rtol=self.rtol if self.rtol is not None else plan.rtol if isinstance(plan.rtol, float) else 1e-6,
-            atol=self.atol if self.atol is not None else plan.atol if isinstance(plan.atol, float) else 1e-9,
+            rtol=rtol,
+            atol=atol,
             norm=rms_norm,
             first_step=None,
             max_step=float("inf"),
