@@ -105,7 +105,7 @@ def test_what_is_carried_by_columns():
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+@pytest.mark.parametrize("method", [pytest.param("dopri5", marks=pytest.mark.slow), "rk4"])
 def test_compiled_ensembles(method):
     """Samples, own spans and tolerances, values and gradients in everything, against the eager loop."""
     p = (torch.tensor([1.5, 1.0, 3.0, 1.0]) * (1 + 0.1 * torch.rand(ROWS, 4))).requires_grad_()

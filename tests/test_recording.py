@@ -44,7 +44,7 @@ def test_same_gradients(problem, method):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("budget", [2**24, 80_000])
+@pytest.mark.parametrize("budget", [2**24, pytest.param(80_000, marks=pytest.mark.slow)])
 def test_compiled_steps_are_recorded_too(problem, budget):
     """All of them, or the first ones only and then dropped."""
     one, recorded = _gradients(problem, DiscreteAdjoint(keep_bytes=budget), compile=True)
