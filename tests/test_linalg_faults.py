@@ -15,12 +15,14 @@ from adjoint import InvalidInput, UnsupportedCombination
 from adjoint.linalg import (
     GMRES,
     IDR,
+    UMFPACK,
     BiCGStab,
     DenseLU,
     LinearOperator,
     Log,
     Pardiso,
     SparseLU,
+    SparseMatrix,
     condition_estimate,
     default_solver,
     linear_solve,
@@ -28,7 +30,8 @@ from adjoint.linalg import (
 
 from .test_linalg_solvers import advection, sparse
 
-SOLVERS = [DenseLU(), SparseLU(), GMRES(), BiCGStab(), IDR(), Pardiso()]
+SOLVERS = [DenseLU(), SparseLU(), GMRES(), BiCGStab(), IDR(), Pardiso(), UMFPACK()]
+PACKAGES = {Pardiso: "pypardiso", UMFPACK: "scikits.umfpack"}
 KRYLOV = [GMRES(), BiCGStab(), IDR()]
 
 
@@ -38,8 +41,9 @@ def name(solver):
 
 @pytest.fixture
 def needs(request):
-    if isinstance(request.getfixturevalue("solver"), Pardiso):
-        pytest.importorskip("pypardiso")
+    package = PACKAGES.get(type(request.getfixturevalue("solver")))
+    if package is not None:
+        pytest.importorskip(package)
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=name)
@@ -193,6 +197,37 @@ def test_pardiso_says_which_matrices_are_singular():
     new = Pardiso().refactor(old, replace(A, values=0 * A.values))
     assert bool(new.singular().all()) and bool(new.solve(torch.ones(1, 25)).isnan().all())
     assert torch.allclose(old.solve(torch.ones(1, 25)), torch.linalg.solve(advection(5), torch.ones(25)))
+
+
+def test_umfpack_says_which_matrices_are_singular():
+    pytest.importorskip("scikits.umfpack")
+    dependent = torch.tensor([[1.0, 2, 3], [2, 4, 6], [1, 0, 1]])
+    missing = torch.diag(torch.tensor([1.0, 1, 0]))  # of rank two by its pattern
+    for wrong in (dependent, missing, torch.eye(3) * float("nan"), torch.zeros(3, 3)):
+        factors = UMFPACK().factor(torch.stack([wrong, torch.eye(3)]))
+        x = factors.solve(torch.tensor([[1.0, 2, 3], [1, 2, 3]]))
+        assert factors.singular().tolist() == [True, False]
+        assert bool(x[0].isnan().all()) and torch.equal(x[1], torch.tensor([1.0, 2, 3]))
+    scaled = torch.diag(torch.logspace(0, -300, 12)).unsqueeze(0)  # ill-scaled, but not singular
+    assert not bool(UMFPACK().factor(scaled).singular().any())
+    A = sparse(advection(5).unsqueeze(0))
+    old = UMFPACK().factor(A)
+    new = UMFPACK().refactor(old, replace(A, values=0 * A.values))
+    assert bool(new.singular().all()) and bool(new.solve(torch.ones(1, 25)).isnan().all())
+    later = UMFPACK().refactor(new, A)
+    for factors in (old, later):
+        assert torch.allclose(factors.solve(torch.ones(1, 25)), torch.linalg.solve(advection(5), torch.ones(25)))
+
+
+def test_umfpack_analyses_anew_where_a_pivot_has_become_zero():
+    pytest.importorskip("scikits.umfpack")
+    indices = torch.ones(4, 4).nonzero().T.contiguous()
+    first = torch.triu(torch.ones(4, 4))  # its pivots are found in the analysis, by the values
+    second = first.flip(0) + 0.1
+    old = UMFPACK().factor(SparseMatrix(indices, first.reshape(1, -1), (4, 4)))
+    new = UMFPACK().refactor(old, SparseMatrix(indices, second.reshape(1, -1), (4, 4)))
+    for factors, A in ((new, second), (old, first)):
+        assert torch.allclose(factors.solve(torch.ones(1, 4)), torch.linalg.solve(A, torch.ones(4)))
 
 
 def test_pardiso_ends_quietly():

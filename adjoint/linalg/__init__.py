@@ -14,11 +14,13 @@ from .protocol import Factorization, LinearOperator, LinearSolver, Log, Matrix, 
 from .solve import linear_solve
 from .sparse_lu import SparseLU
 from .sparsity import PatternTooDense, SparsityPattern, detect_pattern
+from .umfpack import UMFPACK
 
 __all__ = [
     "GMRES",
     "IDR",
     "ILU",
+    "UMFPACK",
     "BiCGStab",
     "Coloring",
     "DegenerateEigenvalue",
