@@ -3,6 +3,7 @@
 from .choice import default_solver
 from .coloring import Coloring, color_columns, color_pattern, color_rows
 from .condition import condition_estimate
+from .cudss import CuDSS
 from .dense import DenseLU
 from .eigen import DegenerateEigenvalue, eigenpair
 from .functions import discrete_lyapunov, lstsq, lyapunov, sylvester
@@ -23,6 +24,7 @@ __all__ = [
     "UMFPACK",
     "BiCGStab",
     "Coloring",
+    "CuDSS",
     "DegenerateEigenvalue",
     "DenseLU",
     "Factorization",
