@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from adjoint import InvalidInput, UnsupportedCombination
-from adjoint.linalg import GMRES, IDR, ILU, BiCGStab, DenseLU, LinearOperator, Log, Pardiso, SparseLU, SparseMatrix, default_solver
+from adjoint.linalg import GMRES, IDR, ILU, UMFPACK, BiCGStab, DenseLU, LinearOperator, Log, Pardiso, SparseLU, SparseMatrix, default_solver
 
 SOLVERS = {
     "dense": DenseLU(),
     "sparse": SparseLU(),
     "colamd": SparseLU("COLAMD"),
+    "umfpack": UMFPACK(),
     "gmres": GMRES(rtol=1e-13),
     "gmres restarted": GMRES(rtol=1e-12, restart=8, preconditioner="ilu"),
     "gmres jacobi": GMRES(rtol=1e-13, preconditioner="jacobi"),
@@ -60,7 +61,13 @@ def test_all_solve_the_same_systems(name, kind, dtype):
     scale = torch.linspace(1, 2, 3).reshape(-1, 1, 1) * (1 + 0.3j if dtype.is_complex else 1)
     A = base * scale
     solver = SOLVERS[name]
-    if kind == "operator" and not isinstance(solver, DenseLU) and (isinstance(solver, SparseLU) or solver.preconditioner is not None):
+    if name == "umfpack":
+        pytest.importorskip("scikits.umfpack")
+    if (
+        kind == "operator"
+        and not isinstance(solver, DenseLU)
+        and (isinstance(solver, SparseLU | UMFPACK) or solver.preconditioner is not None)
+    ):
         with pytest.raises(UnsupportedCombination, match="operator"):
             solver.factor(operator(A))
         return
@@ -197,3 +204,39 @@ def test_pardiso_is_optional(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pypardiso", None)
     with pytest.raises(InvalidInput, match="pip install pypardiso"):
         Pardiso().factor(torch.eye(3).unsqueeze(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.float32, torch.complex64])
+def test_umfpack(dtype):
+    pytest.importorskip("scikits.umfpack")
+    A = torch.stack([advection(8), 2 * advection(8)]).to(dtype)
+    if dtype.is_complex:
+        A = A * (1 + 0.5j * torch.rand(64, 64).to(dtype))
+    b = torch.randn(2, 64, 3, dtype=dtype)
+    log = Log()
+    old = UMFPACK().factor(sparse(A), log)
+    new = UMFPACK().refactor(old, sparse(3 * A))
+    assert (log.n_factorizations, log.n_refactorizations) == (4, 2) and log.fill > sparse(A).values.numel()
+    assert old.factors[0].symbolic is old.factors[1].symbolic is new.factors[1].symbolic
+    close = {"rtol": 1e-3, "atol": 1e-4} if torch.finfo(dtype).bits == 32 else {}
+    for factors, M in ((old, A), (new, 3 * A), (old, A)):  # old factors stay valid
+        for transposed, conjugated in itertools.product([False, True], repeat=2):
+            M_ = M.mT if transposed else M
+            M_ = M_.conj() if conjugated else M_
+            x = factors.solve(b, transposed=transposed, conjugated=conjugated)
+            assert x.dtype == dtype and torch.allclose(x, torch.linalg.solve(M_, b), **close)
+            one = factors.solve(b[..., 0].conj().resolve_conj().conj(), transposed=transposed, conjugated=conjugated)
+            assert torch.allclose(one, x[..., 0])
+    other = UMFPACK().refactor(old, sparse(torch.eye(64, dtype=dtype).unsqueeze(0)))  # another pattern, another number of rows
+    assert torch.equal(other.solve(b), b)
+    shared = sparse(A[:1])
+    assert torch.allclose(UMFPACK().factor(SparseMatrix(shared.indices, shared.values[0], shared.shape)).solve(b)[0], old.solve(b)[0])
+    assert UMFPACK().factor(torch.zeros(2, 0, 0, dtype=dtype)).solve(torch.zeros(2, 0, dtype=dtype)).shape == (2, 0)
+    with pytest.raises(UnsupportedCombination, match="operator"):
+        UMFPACK().factor(operator(A))
+
+
+def test_umfpack_is_optional(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "scikits.umfpack", None)
+    with pytest.raises(InvalidInput, match="pip install scikit-umfpack"):
+        UMFPACK().factor(torch.eye(3).unsqueeze(0))

@@ -3,6 +3,7 @@
 from .choice import default_solver
 from .coloring import Coloring, color_columns, color_pattern, color_rows
 from .condition import condition_estimate
+from .cudss import CuDSS
 from .dense import DenseLU
 from .eigen import DegenerateEigenvalue, eigenpair
 from .functions import discrete_lyapunov, lstsq, lyapunov, sylvester
@@ -14,13 +15,16 @@ from .protocol import Factorization, LinearOperator, LinearSolver, Log, Matrix, 
 from .solve import linear_solve
 from .sparse_lu import SparseLU
 from .sparsity import PatternTooDense, SparsityPattern, detect_pattern
+from .umfpack import UMFPACK
 
 __all__ = [
     "GMRES",
     "IDR",
     "ILU",
+    "UMFPACK",
     "BiCGStab",
     "Coloring",
+    "CuDSS",
     "DegenerateEigenvalue",
     "DenseLU",
     "Factorization",

@@ -29,6 +29,6 @@ def default_solver(matrix: Matrix) -> LinearSolver:
         if matrix.shape[0] > _SMALL_CUDA:
             raise UnsupportedCombination(
                 f"no direct solver for sparse matrices of size {matrix.shape[0]} on {matrix.device}: give "
-                "linear_solver=adjoint.linalg.GMRES(preconditioner=...), or solve on the CPU"
+                "linear_solver=adjoint.linalg.CuDSS() or GMRES(preconditioner=...), or solve on the CPU"
             )
     return DenseLU()

@@ -266,63 +266,120 @@ class GMRES(Krylov):
         return precondition(torch.einsum("bj,jbn->bn", y, basis[:used])), used
 
 
-@dataclass(frozen=True)
-class BiCGStab(Krylov):
-    """Stabilised biconjugate gradients (van der Vorst 1992): short recurrences, little memory."""
+#: runs of a short recurrence that may end in a breakdown without bringing the residual down, one after the other
+_BREAKDOWNS = 3
+
+
+class ShortRecurrence(Krylov):
+    """Methods whose recursion drifts from the true residual and may break down: it is begun again from the true one."""
 
     def iterate(self, product: Product, precondition: Product, b: Tensor, goal: Tensor, log: Log) -> tuple[Tensor, Tensor]:
         """See `Krylov.iterate`."""
-        x, residual, left = torch.zeros_like(b), b, max(1, self.max_iterations // 2)
+        x, residual, left = torch.zeros_like(b), b, self.max_iterations
         norm = torch.linalg.vector_norm(residual, dim=-1)
+        draw, broken = 0, 0
         while left > 0 and bool((norm > goal).any()):
-            # the residual of the recursion drifts from the true one: go on from the true one until that is small
-            step, used = self._run(product, precondition, residual, norm > goal, goal, left)
+            step, used, finished = self.run(product, precondition, residual, norm > goal, goal, left, draw)
             left -= used
-            log.n_iterations += 2 * used
+            log.n_iterations += used
             x_new = x + step
             residual_new = b - product(x_new)
             previous, norm_new = norm, torch.linalg.vector_norm(residual_new, dim=-1)
-            taken = ~(norm_new >= norm)  # NaN too: a row that has broken says so
+            taken = norm_new < norm  # not so for NaN: what a breakdown has spoilt is thrown away
             x = torch.where(taken.unsqueeze(-1), x_new, x)
             residual, norm = torch.where(taken.unsqueeze(-1), residual_new, residual), torch.where(taken, norm_new, norm)
-            if not bool(((norm > goal) & (norm < 0.5 * previous)).any()):
+            if bool(((norm > goal) & (norm < 0.5 * previous)).any()):
+                broken = 0
+                continue
+            # a recursion that says it has finished has come as far as rounding lets it; one that has not may with other shadow vectors
+            draw, broken = draw + 1, broken + 1
+            if broken >= _BREAKDOWNS or not bool(((norm > goal) & ~finished).any()):
                 break
         return x, norm
 
-    def _run(self, product: Product, precondition: Product, b: Tensor, running: Tensor, goal: Tensor, most: int) -> tuple[Tensor, int]:
-        """The solution by the recursion for the rows that are ``running``, and how many iterations (two products each) it took."""
+    def run(
+        self, product: Product, precondition: Product, b: Tensor, running: Tensor, goal: Tensor, most: int, draw: int
+    ) -> tuple[Tensor, int, Tensor]:
+        """The solution by the recursion for the rows that are ``running``, how many products it took, and ``(B,)`` which rows it
+        thinks are solved. ``draw`` numbers the shadow vectors: other numbers, other vectors."""
+        raise NotImplementedError
+
+
+def shadow_vectors(b: Tensor, s: int, draw: int) -> Tensor:
+    """``(s, n)`` orthonormal random vectors, the same ones for the same ``draw``."""
+    generator = torch.Generator().manual_seed(draw)
+    drawn = torch.randn(b.shape[1], s, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(drawn)[0].T.to(b)
+
+
+def residual_step(t: Tensor, r: Tensor) -> Tensor:
+    """``(B,)``: the ``omega`` of least ``|r - omega t|``, but kept away from zero where ``t`` and ``r`` are nearly orthogonal: there it
+    would spoil the recursion's other coefficients (Sleijpen & van der Vorst 1995). Zero only where ``t`` or ``r`` is."""
+    size_t, size_r = torch.linalg.vector_norm(t, dim=-1), torch.linalg.vector_norm(r, dim=-1)
+    inner = _dot(t, r)
+    size, fine = inner.abs(), (size_t > 0) & (size_r > 0)
+    direction = torch.where(size > 0, inner / torch.where(size > 0, size, 1.0), 1.0)
+    least = torch.where(fine, size_r / torch.where(fine, size_t, 1.0), 0.0)
+    cosine = torch.where(fine, size / torch.where(fine, size_t * size_r, 1.0), 1.0)
+    return direction * least * cosine.clamp(min=0.7)
+
+
+@dataclass(frozen=True)
+class BiCGStab(ShortRecurrence):
+    """Stabilised biconjugate gradients (van der Vorst 1992): short recurrences, little memory. Where the recursion breaks down it
+    begins again with another shadow residual."""
+
+    def run(
+        self, product: Product, precondition: Product, b: Tensor, running: Tensor, goal: Tensor, most: int, draw: int
+    ) -> tuple[Tensor, int, Tensor]:
+        """See `ShortRecurrence.run`."""
         x, r = torch.zeros_like(b), b
-        shadow = r.clone()
+        shadow = r.clone() if draw == 0 else _mixed(r, draw)
         rho = alpha = omega = torch.ones_like(_dot(r, r))
         v = p = torch.zeros_like(b)
-        used, tiny = 0, torch.finfo(b.dtype).tiny
+        used, restarts, tiny, small = 0, 0, torch.finfo(b.dtype).tiny, 10 * torch.finfo(b.dtype).eps
 
         def ratio(top: Tensor, bottom: Tensor) -> Tensor:
             return torch.where(bottom.abs() > tiny, top / torch.where(bottom.abs() > tiny, bottom, 1.0), 0.0)
 
+        def orthogonal(inner: Tensor, y: Tensor) -> Tensor:
+            return inner.abs() <= small * torch.linalg.vector_norm(shadow, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
+
+        solved = ~running
         while used < most and bool(running.any()):
-            used += 1
+            used += 2
             rho_new = _dot(shadow, r)
             beta = ratio(rho_new, rho) * ratio(alpha, omega)
             p = r + beta.unsqueeze(-1) * (p - omega.unsqueeze(-1) * v)
             p_hat = precondition(p)
             v = product(p_hat)
-            alpha = ratio(rho_new, _dot(shadow, v))
+            along = _dot(shadow, v)
+            # the quotient of what rounding has left of two inner products that are zero would be anything
+            broken = orthogonal(along, v) | orthogonal(rho_new, r)
+            alpha = torch.where(broken, 0.0, ratio(rho_new, along))
             s = r - alpha.unsqueeze(-1) * v
             s_hat = precondition(s)
             t = product(s_hat)
-            omega = ratio(_dot(t, s), _dot(t, t))
+            omega = residual_step(t, s)
             mask = running.unsqueeze(-1)
             x = torch.where(mask, x + alpha.unsqueeze(-1) * p_hat + omega.unsqueeze(-1) * s_hat, x)
             r = torch.where(mask, s - omega.unsqueeze(-1) * t, r)
             rho = rho_new
             norm = torch.linalg.vector_norm(r, dim=-1)
             # a row that has broken down begins again from where it is
-            stuck = running & ((rho.abs() <= tiny) | (omega.abs() <= tiny)) & (norm > goal)
+            stuck = running & broken & (norm > goal)
             if bool(stuck.any()):
+                restarts += 1
                 again = stuck.unsqueeze(-1)
-                shadow = torch.where(again, r, shadow)
+                shadow = torch.where(again, _mixed(r, draw + restarts), shadow)
                 p, v = torch.where(again, 0.0, p), torch.where(again, 0.0, v)
                 rho, alpha, omega = (torch.where(stuck, 1.0, q) for q in (rho, alpha, omega))
+            solved = solved | (norm <= goal)
             running = running & (norm > goal) & torch.isfinite(norm)
-        return x, used
+        return x, used, solved
+
+
+def _mixed(r: Tensor, draw: int) -> Tensor:
+    """The residual's direction and a random one: orthogonal to neither ``r`` nor, as ``r`` itself is for a skew matrix, ``A r``."""
+    norm = torch.linalg.vector_norm(r, dim=-1, keepdim=True)
+    return r / torch.where(norm > 0, norm, 1.0) + 0.5 * shadow_vectors(r, 1, draw)
