@@ -37,7 +37,7 @@ __all__ = [
 
 REFERENCES = Path(__file__).parent / "reference_values.json"
 COLOURS = {
-    "ours": ["#c8102e", "#e8743b", "#8b0000", "#f2a900"],
+    "ours": ["#c8102e", "#e8743b", "#8b0000", "#f2a900", "#d4679b", "#5c1a1b"],
     "SciPy": ["#4c72b0", "#7fa8d8", "#1f3f77"],
     "diffrax": ["#8c6bb1"],
     "CasADi": ["#2e8b57", "#7ccba2"],

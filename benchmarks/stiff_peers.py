@@ -16,8 +16,8 @@ from .stiff_problems import OdeProblem
 __all__ = ["casadi_cvodes", "diffrax_kvaerno5", "ours", "scipy_one_by_one"]
 
 
-def ours(problem: OdeProblem, p: np.ndarray, rtol: float, method: str) -> Calls:
-    """`adjoint.solve_ivp`, eager, with its default gradient; ``batched=True`` for more than one trajectory."""
+def ours(problem: OdeProblem, p: np.ndarray, rtol: float, method: str, compile: bool = False) -> Calls:
+    """`adjoint.solve_ivp`, eager or compiled, with its default gradient; ``batched=True`` for more than one trajectory."""
     import torch
 
     from adjoint import solve_ivp
@@ -26,7 +26,7 @@ def ours(problem: OdeProblem, p: np.ndarray, rtol: float, method: str) -> Calls:
     pars = torch.tensor(p if many else p[0])
     y0 = torch.tensor(problem.y0)
     y0 = y0.expand(len(p), -1).contiguous() if many else y0
-    settings: dict[str, Any] = {"method": method, "rtol": rtol, "atol": rtol * problem.small, "batched": many}
+    settings: dict[str, Any] = {"method": method, "rtol": rtol, "atol": rtol * problem.small, "batched": many, "compile": compile}
     f = torch_function(problem.rate, problem.vector)
 
     def forward() -> tuple[np.ndarray, float]:
