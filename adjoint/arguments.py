@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from .errors import InvalidInput
+from .errors import InvalidInput, UnsupportedCombination
 from .integrate import rms_norm
 from .methods import IMEX_METHODS, METHODS, SWITCHING_METHODS, Method
+from .methods.adams import ADAMS_NAMES
 from .system import StateSpec
 
 __all__ = ["Times", "check_method", "check_times", "flat_norm", "flat_tolerance", "positive"]
@@ -31,8 +32,20 @@ def positive(value: Any, name: str, *, zero: bool = False) -> float:
 
 
 def check_method(method: str | Method) -> Method:
-    """A method by its name, or a method object as it is."""
+    """A method by its name, or a method object as it is.
+
+    Raises
+    ------
+    UnsupportedCombination : an Adams method, which only ``odeint`` has
+    InvalidInput : any other unknown method
+    """
     if isinstance(method, str):
+        if method in ADAMS_NAMES:
+            raise UnsupportedCombination(
+                f"method={method!r} carries slopes from step to step on a grid that all trajectories share: use "
+                f"adjoint.odeint(fun, y0, t, method={method!r}, options={{'step_size': ...}}), or here a one-step method of constant steps "
+                "such as 'rk4'"
+            )
         known = METHODS | IMEX_METHODS | SWITCHING_METHODS
         if method not in known:
             raise InvalidInput(f"there is no method {method!r}; choose one of {', '.join(sorted(known))}")

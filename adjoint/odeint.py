@@ -6,6 +6,7 @@ What is different on purpose:
 - `odeint_adjoint` without any ``adjoint_rtol``, ``adjoint_atol``, ``adjoint_method`` or ``adjoint_options`` takes the discrete adjoint:
   one stored state per step, exact gradients. Giving one of these asks for torchdiffeq's continuous adjoint, which solves the state
   backwards again, can be wrong without a sign of it (stiff and contracting problems), and has no second derivatives.
+  ``adjoint.torchdiffeq`` has the same functions with the continuous adjoint as the default.
 - Event times are differentiable also in `odeint` itself, and in parameters of the event function.
 - The adaptive solvers land on the last time, and a solve that cannot go on raises a named error that says where and why.
 """
@@ -126,36 +127,21 @@ def odeint_adjoint(
     ------
     As `odeint`. Second derivatives of the continuous adjoint raise UnsupportedCombination.
     """
-    params = None if adjoint_params is None else list(adjoint_params)
-    request = make_request(func, y0, t, rtol, atol, method, options, event_fn)
-    if adjoint_method is not None and adjoint_method != request.method and options is not None and adjoint_options is None:
-        raise InvalidInput(
-            "If `adjoint_method != method` then we cannot infer `adjoint_options` from `options`. So as `options` has been passed then "
-            "`adjoint_options` must be passed as well."
-        )
-    own_solver = any(x is not None for x in (adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options))
-    if not own_solver and request.family != "scipy":
-        return _with_zeros(_solve(request, params), params if params is not None else _parameters(func))
-
-    wanted = params if params is not None else adjoint_parameters(request)
-    listed = [p for p in wanted if is_differentiable(p)]
-    if adjoint_options is None:
-        adjoint_options = {k: v for k, v in request.options.items() if k != "norm"}
-    if len(listed) != len(wanted) and callable(adjoint_options.get("norm")):
-        warnings.warn(
-            "An adjoint parameter was passed without requiring gradient. For efficiency this will be excluded from the adjoint pass, and "
-            "will not appear as a tensor in the adjoint norm.",
-            stacklevel=3,
-        )
-    return continuous_adjoint(
-        request,
-        lambda state, times: _solve(replace(request, y0=state, t=times), None),
-        odeint,
-        listed,
-        rtol if adjoint_rtol is None else adjoint_rtol,
-        atol if adjoint_atol is None else adjoint_atol,
-        request.method if adjoint_method is None else adjoint_method,
+    return solve_with_adjoint(
+        False,
+        func,
+        y0,
+        t,
+        rtol,
+        atol,
+        method,
+        options,
+        event_fn,
+        adjoint_rtol,
+        adjoint_atol,
+        adjoint_method,
         adjoint_options,
+        adjoint_params,
     )
 
 
@@ -219,7 +205,7 @@ def odeint_event(
     interface = odeint_interface
     while isinstance(interface, functools.partial):
         interface = interface.func
-    if interface is odeint or interface is odeint_adjoint:
+    if interface in (odeint, odeint_adjoint) or getattr(interface, "moves_event", False):
         return when, states
     first = start[0].detach().to(real)
     event, at_start = combined_event(event_fn, first, y0)
@@ -229,6 +215,56 @@ def odeint_event(
     last = tree_map(lambda x: x[-1], states)
     when, moved = through_event(request.fun, event, when, last, real)
     return when, tree_map(lambda x, end: torch.cat([x[:-1], end.unsqueeze(0)]), states, moved)
+
+
+def solve_with_adjoint(
+    continuous: bool,
+    func: Callable[..., Any],
+    y0: Any,
+    t: Tensor,
+    rtol: Any,
+    atol: Any,
+    method: str | None,
+    options: dict[str, Any] | None,
+    event_fn: Callable[..., Tensor] | None,
+    adjoint_rtol: Any,
+    adjoint_atol: Any,
+    adjoint_method: str | None,
+    adjoint_options: dict[str, Any] | None,
+    adjoint_params: Iterable[Tensor] | None,
+) -> Any:
+    """`odeint_adjoint`; ``continuous``: the continuous adjoint also where no argument asks for it."""
+    params = None if adjoint_params is None else list(adjoint_params)
+    request = make_request(func, y0, t, rtol, atol, method, options, event_fn)
+    if adjoint_method is not None and adjoint_method != request.method and options is not None and adjoint_options is None:
+        raise InvalidInput(
+            "If `adjoint_method != method` then we cannot infer `adjoint_options` from `options`. So as `options` has been passed then "
+            "`adjoint_options` must be passed as well."
+        )
+    own_solver = any(x is not None for x in (adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options))
+    if not (continuous or own_solver or request.family == "scipy"):
+        return _with_zeros(_solve(request, params), params if params is not None else _parameters(func))
+
+    wanted = params if params is not None else adjoint_parameters(request)
+    listed = [p for p in wanted if is_differentiable(p)]
+    if adjoint_options is None:
+        adjoint_options = {k: v for k, v in request.options.items() if k != "norm"}
+    if len(listed) != len(wanted) and callable(adjoint_options.get("norm")):
+        warnings.warn(
+            "An adjoint parameter was passed without requiring gradient. For efficiency this will be excluded from the adjoint pass, and "
+            "will not appear as a tensor in the adjoint norm.",
+            stacklevel=4,
+        )
+    return continuous_adjoint(
+        request,
+        lambda state, times: _solve(replace(request, y0=state, t=times), None),
+        odeint,
+        listed,
+        rtol if adjoint_rtol is None else adjoint_rtol,
+        atol if adjoint_atol is None else adjoint_atol,
+        request.method if adjoint_method is None else adjoint_method,
+        adjoint_options,
+    )
 
 
 def _solve(request: Request, only: Sequence[Tensor] | None) -> Any:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from adjoint import odeint, odeint_adjoint
+from adjoint import UnsupportedCombination, odeint, odeint_adjoint, solve_ivp
 from adjoint.methods.adams import adams_weights, differentiable_weights, exact_weights, starter
 
 
@@ -123,3 +123,9 @@ def test_callbacks_there_and_back():
     y0 = torch.tensor([1.0, 0.5], requires_grad=True)
     odeint_adjoint(Wave(), y0, torch.tensor([0.0, 1.0]), method="explicit_adams", options={"step_size": 0.1})[-1].sum().backward()
     assert len(there) == len(back) == 10 and there[0] == (0.0, (2,)) and back == sorted(back, reverse=True)
+
+
+@pytest.mark.parametrize("method", ["explicit_adams", "implicit_adams", "fixed_adams"])
+def test_solve_ivp_says_where_they_are(method):
+    with pytest.raises(UnsupportedCombination, match=r"adjoint\.odeint"):
+        solve_ivp(wave, (0.0, 1.0), torch.ones(2), method=method, first_step=0.1)

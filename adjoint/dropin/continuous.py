@@ -22,9 +22,18 @@ _CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
 def adjoint_parameters(request: Request) -> list[Tensor]:
-    """All that ``func`` depends on: its parameters if it is a module, and tensors that it captured."""
+    """All that ``func`` depends on: its parameters, in order, if it is a module, and tensors that it captured."""
     if not torch.is_grad_enabled():
         return []
+    found = _found(request)
+    if not isinstance(request.func, torch.nn.Module):
+        return found
+    # norms given by the user count on the order of the parameters
+    place = {id(p): i for i, p in enumerate(request.func.parameters())}
+    return sorted(found, key=lambda x: place.get(id(x), len(place)))
+
+
+def _found(request: Request) -> list[Tensor]:
     time = request.t[0].detach().to(request.spec.real_dtype)
     found = find_captured([lambda: request.fun(time, request.y0)], [time, *tree_leaves(request.y0)], [request.func])
     made = [x for x in found if x.grad_fn is not None]

@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_leaves
 from ..arguments import flat_tolerance
 from ..errors import InvalidInput
 from ..integrate import Monitor, rms_norm
+from ..methods.adams import ADAMS_NAMES
 from ..system import StateSpec
 
 __all__ = ["ADAMS", "ADAPTIVE", "FIXED", "IMPLICIT", "CallbackMonitor", "InvalidType", "Request", "make_request"]
 
 ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
-#: fixed_adams is an old name of implicit_adams
-ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
+ADAMS = ADAMS_NAMES
 #: implicit methods on a fixed grid, with their names in `METHODS` where those differ
 IMPLICIT = {
     **{name: name for name in ("implicit_euler", "implicit_midpoint", "trapezoid", "radauIIA3", "gl4", "gl6", "sdirk2", "trbdf2")},

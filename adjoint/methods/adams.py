@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_ORDER", "adams_weights", "differentiable_weights", "exact_weights", "starter"]
+__all__ = ["ADAMS_NAMES", "MAX_ORDER", "adams_weights", "differentiable_weights", "exact_weights", "starter"]
 
+#: "fixed_adams" is an old name of "implicit_adams"
+ADAMS_NAMES = ("explicit_adams", "implicit_adams", "fixed_adams")
 #: beyond this the formulas are of no use: they amplify rounding errors and have next to no stability
 MAX_ORDER = 12
 

@@ -20,8 +20,8 @@ from ..errors import UnsupportedCombination
 __all__ = ["Backsolve", "Refuse", "backsolve"]
 
 _TWICE = (
-    "the continuous (backsolve) adjoint has no second derivatives. Leave out adjoint_rtol, adjoint_atol, adjoint_method and "
-    "adjoint_options: the default gradient is exact and can be differentiated again"
+    "the continuous (backsolve) adjoint has no second derivatives. Use adjoint.odeint_adjoint without adjoint_rtol, adjoint_atol, "
+    "adjoint_method and adjoint_options: its default gradient is exact and can be differentiated again"
 )
 
 
