@@ -149,7 +149,8 @@ def solve_ivp(
     mass_matrix : Tensor or callable
         Solve ``M y' = fun(t, y, *args)``: ``M`` a tensor ``(n, n)`` (when batched also ``(B, n, n)``) on the flattened state, or
         ``M(t, y, *args)``; it may be singular (of index 1 or 2, see `solve_dae`) and is differentiated. With method "radau5",
-        "radauIIA3" or "bdf". Algebraic variables in ``y0`` are guesses: they are solved for.
+        "radauIIA3" or "bdf"; a tensor of index 0 or 1 also with "rodas3p", "rodas4" or "rodas5p", and gradients `DiscreteAdjoint`,
+        `Backprop` and `ForwardSensitivity`. Algebraic variables in ``y0`` are guesses: they are solved for.
 
     Returns
     -------

@@ -55,9 +55,8 @@ class Rosenbrock:
     differentiated with everything else.
 
     Of ``M y' = f(t, y)`` with constant ``M``, singular or not, the stages are those of ``(M - h gamma J) K_i = gamma (f(Y_i) + M sum_j
-    gamma_ij K_j + h d_i f_t)`` (Hairer & Wanner, Solving ordinary differential equations II, section VI.4, for ``M = diag(I, 0)``; Steinebach
-    2023): stiffly accurate methods of this order for DAEs of index 1, with ``f`` zero in the equations of algebraic variables only up to
-    the tolerance of the step.
+    gamma_ij K_j + h d_i f_t)``: methods of this order for DAEs of index 1 too, whose constraints hold to the tolerance of the step
+    (Hairer & Wanner, Solving ordinary differential equations II, section VI.4, for ``M = diag(I, 0)``; Steinebach 2023).
     """
 
     tableau: RosenbrockTableau
@@ -159,8 +158,8 @@ class Rosenbrock:
         With ``W = I - h gamma f_y(t, y)`` and ``u_j = f_y(Y_j)* v_j``, the stages take one solve each, from the last to the first:
         ``v_i = gamma W*^-1 (h b_i l1 + sum_{j > i} (gamma_ji v_j + h a_ji u_j))`` is the cotangent of the right-hand side of stage ``i``.
         The Jacobian is an input of the step like any other: ``l0 = l1 + sum_i u_i + d/dy sum_i <v_i, h (f_y K_i + d_i f_t)>``, the last
-        term at ``(t, y)``. With a matrix, ``W = M - h gamma f_y``, ``M* v_j`` is in the place of ``v_j`` in the sum over ``gamma_ji``, and the
-        cotangent of ``M`` is the gradient of ``sum_i <v_i, M (sum_j gamma_ij K_j - K_i / gamma)>``.
+        term at ``(t, y)``. With a matrix, ``W = M - h gamma f_y``, ``M* v_j`` is in the place of ``v_j`` in the sum over ``gamma_ji``, and
+        the cotangent of ``M`` is the gradient of ``sum_i <v_i, M (sum_j gamma_ij K_j - K_i / gamma)>``.
         """
         tab, ks = self.tableau, linearize.stages()
         s = len(ks)
