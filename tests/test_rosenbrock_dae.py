@@ -182,6 +182,21 @@ def test_batched_is_one_by_one(many):
     assert not bool(got[1][:, 2].any())
 
 
+def test_batched_second_derivatives_with_different_ends():
+    y0, p = torch.stack([tensor(0.9, 0.4, 0.3), tensor(0.5, 0.1, 0.2)]), P0.clone().requires_grad_()
+    m, spans = M0.clone().requires_grad_(), (torch.zeros(2, dtype=F64), tensor(0.9, 0.3))
+    found = []
+    for gradient in (DiscreteAdjoint(), Backprop()):
+        options = dict(method="rodas3p", rtol=1e-3, atol=1e-3, first_step=0.3, max_step=0.32, batched=True, gradient=gradient)
+        last = solve_ivp(lambda t, y, p: driven(t, y, p), spans, y0, args=(p,), mass_matrix=matrix(m), **options).y[-1]
+        first = torch.autograd.grad(last.square().sum(), (p, m), create_graph=True)
+        second = torch.autograd.grad(sum(x.square().sum() for x in first), (p, m))
+        found.append([last, *first, *second])
+    for a, b in zip(*found, strict=True):
+        assert bool(torch.isfinite(a).all())
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
 def test_a_regular_matrix_is_its_inverse():
     mass = torch.tensor([[2.0, 0.5], [0.1, 1.0]], dtype=F64, requires_grad=True)
     f = lambda t, y: torch.stack([y[1], -3 * y[0]])  # noqa: E731
