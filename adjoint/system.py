@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -324,7 +324,7 @@ class VmappedSystem:
         """See `System`: that of every trajectory."""
         if self.mass is None:
             return None
-        rows, call = self.base.rows, lambda _, *xs: self.base.mass_matrix(xs)
+        rows, call = self.base.rows, lambda _, *xs: cast(Tensor, self.base.mass_matrix(xs))
         every = torch.vmap(call, in_dims=(0, *self.in_dims))(torch.empty(self.size), *inputs)
         return every.expand(-1, rows, -1, -1).flatten(0, 1)
 
