@@ -22,7 +22,7 @@ from .jacobians import DenseJacobian
 from .jacobians_sparse import SparseJacobian, choose_jacobian
 from .linalg import DenseLU, LinearSolver
 from .linalg.sparsity import SparsityPattern
-from .methods import DAE_METHODS, Method
+from .methods import DAE_METHODS, METHODS, Method
 from .root_arguments import check_bounds
 from .sensitivity.consistent import Bounds, Initial, complete, complete_values, dense_pencil, residual_report
 from .sensitivity.problem import StageAlgebra
@@ -41,6 +41,11 @@ _MODES = ("auto", "solve", "slopes", "check", "trust")
 def check_dae_method(method: str | Method) -> Method:
     """A method for implicit equations by its name, or a method object."""
     if isinstance(method, str):
+        if getattr(METHODS.get(method), "takes_mass", False):
+            raise UnsupportedCombination(
+                f"{method!r} is not for residuals: give solve_ivp(fun, ..., mass_matrix=M, method={method!r}) the right-hand side of "
+                "M y' = fun(t, y) with a constant M, or solve_dae one of " + ", ".join(sorted(DAE_METHODS))
+            )
         if method not in DAE_METHODS:
             raise InvalidInput(f"there is no method {method!r} for implicit equations; choose one of {', '.join(sorted(DAE_METHODS))}")
         return DAE_METHODS[method]
@@ -279,7 +284,8 @@ def dae_failure(record: Record, plan: Plan, system: System, inputs: Sequence[Ten
     spec = system.spec
     n_steps = int(record.n_accepted[row])
     if record.status.shape[0] == spec.rows and n_steps:
-        slopes = record.stages[n_steps - 1, -1]
+        # with a constant mass matrix stages are not kept, and slopes do not count
+        slopes = record.stages[n_steps - 1, -1] if len(record.stages) >= n_steps else torch.zeros_like(record.last)
         E, G = dense_pencil(system, inputs, record.t_final.to(spec.real_dtype), record.last, slopes)
         lost = _lost(E[row], G[row])
         if lost is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from numbers import Integral
 from typing import Any, ParamSpec
@@ -15,12 +15,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .arguments import Times, check_method, check_times, flat_norm, flat_tolerance, positive
 from .capture import find_captured, needs_derivatives, parameter_homes
+from .dae_arguments import dae_failure
 from .errors import InvalidInput, UnsupportedCombination
 from .event_times import NO_EVENTS, Found, event_records
 from .failures import raise_failure
 from .integrate import Event, IController, PIDController, Plan, Record
 from .integrate.compiled import compile_key
-from .mass_matrix import implicit_method, with_mass, without_last
+from .mass_matrix import consistent_start, implicit_method, in_step, with_mass, with_matrix, without_last
 from .methods import Method
 from .progress import progress_monitor
 from .sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
@@ -148,7 +149,8 @@ def solve_ivp(
     mass_matrix : Tensor or callable
         Solve ``M y' = fun(t, y, *args)``: ``M`` a tensor ``(n, n)`` (when batched also ``(B, n, n)``) on the flattened state, or
         ``M(t, y, *args)``; it may be singular (of index 1 or 2, see `solve_dae`) and is differentiated. With method "radau5",
-        "radauIIA3" or "bdf". Algebraic variables in ``y0`` are guesses: they are solved for.
+        "radauIIA3" or "bdf"; a tensor of index 0 or 1 also with "rodas3p", "rodas4" or "rodas5p", and gradients `DiscreteAdjoint`,
+        `Backprop` and `ForwardSensitivity`. Algebraic variables in ``y0`` are guesses: they are solved for.
 
     Returns
     -------
@@ -158,7 +160,8 @@ def solve_ivp(
     ------
     InvalidInput, UnsupportedCombination, MaxStepsReached, StepSizeTooSmall, NonFiniteState, CapturedTensorLost
     """
-    if mass_matrix is not None:
+    mass = mass_matrix if in_step(method, mass_matrix) else None
+    if mass_matrix is not None and mass is None:
         from .dae import solve_dae
 
         refused = {"jac": jac, "jac_sparsity": jac_sparsity, "compile": compile or None}
@@ -205,6 +208,10 @@ def solve_ivp(
         )
     user_spec = StateSpec.of(y0, batched)
     _check_finite(y0, user_spec)
+    if mass is not None:
+        if quadrature is not None and callable(quadrature):
+            quadrature = with_matrix(quadrature, mass, y0, batched)
+        fun, args, events = with_matrix(fun, mass, y0, batched), (*args, mass), without_last(events)
     right_hand_side, state, integrand = fun, y0, None
     times = check_times(t_span, t_eval, step_ts, user_spec)
     if quadrature is not None:
@@ -231,6 +238,8 @@ def solve_ivp(
         captured = find_captured(calls, [probe_t, *tree_leaves(probe_y), *tree_leaves(probe_args)], [*_pieces(fun), *event_list])
         homes = tuple(parameter_homes([fun, *event_list, *([] if quadrature is None else [quadrature])], captured))
         system = System(right_hand_side, spec, tree, tuple(leaves), tuple(captured), _parameter_names(right_hand_side, captured), homes)
+    if mass is not None:
+        system = replace(system, mass=sum(isinstance(x, Tensor) for x in leaves) - 1)
     inputs = system.inputs
     derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])
 
@@ -255,10 +264,15 @@ def solve_ivp(
         compile=compile_key(fun) if compile else None,
     )
     backward = BackwardStats()
+    implicit_system = None
+    if mass is not None:
+        y_flat, implicit_system = consistent_start(system, times, y_flat, user_spec, {"rtol": plan.rtol, "atol": plan.atol})
 
     def report(record: Record) -> None:
         plan.monitor.close()
-        if throw:
+        if throw and implicit_system is not None:
+            dae_failure(record, plan, implicit_system, inputs)
+        elif throw:
             raise_failure(record, plan, system, inputs)
 
     def backward_report(n_fun: int, n_steps: int) -> None:
@@ -266,7 +280,7 @@ def solve_ivp(
         backward.n_steps += n_steps
 
     algebra = (
-        stage_algebra(system, inputs, spec, **implicit_options, exact=getattr(chosen, "needs_time_slope", False))
+        stage_algebra(system, inputs, spec, **implicit_options, exact=getattr(chosen, "needs_time_slope", False), mass=mass)
         if chosen.implicit
         else None
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .errors import InvalidInput, UnsupportedCombination
@@ -26,11 +27,18 @@ _SMALL = 64
 Strategy = Callable[[Callable[[Tensor], Tensor], Tensor], Matrix]
 
 
-def with_diagonal(pattern: SparsityPattern) -> SparsityPattern:
-    """The pattern of ``I - h J``."""
+def with_diagonal(pattern: SparsityPattern, mass: Tensor | None = None) -> SparsityPattern:
+    """The pattern of ``I - h J``, or ``M - h J`` for ``mass`` (n, n) or (B, n, n)."""
     import scipy.sparse as sp
 
-    return SparsityPattern.from_scipy(pattern.to_scipy() + sp.eye_array(pattern.shape[0], format="csr"))
+    whole = pattern.to_scipy() + sp.eye_array(pattern.shape[0], format="csr")
+    if mass is not None:
+        # under a transform nobody knows which entries are zero in every copy
+        known = not torch._C._functorch.is_functorch_wrapped_tensor(mass)
+        on = mass.detach().reshape(-1, *mass.shape[-2:]).ne(0).any(0) if known else torch.ones(mass.shape[-2:], dtype=torch.bool)
+        rows, columns = on.cpu().nonzero().unbind(-1)
+        whole = whole + sp.coo_array((torch.ones(len(rows)).numpy(), (rows.numpy(), columns.numpy())), shape=pattern.shape)
+    return SparsityPattern.from_scipy(sp.csr_array(whole))
 
 
 @dataclass(frozen=True)
@@ -49,8 +57,8 @@ class _ByKind:
 class _Detected:
     """Dense for few unknowns; else the pattern is found from the function at the first call, and kept."""
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        self.inputs = inputs
+    def __init__(self, inputs: Sequence[Tensor], mass: Tensor | None = None) -> None:
+        self.inputs, self.mass = inputs, mass
         self.strategy: Strategy | None = None
 
     def __call__(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Matrix:
@@ -58,7 +66,7 @@ class _Detected:
             self.strategy = DenseJacobian()
             if x.shape[1] > _SMALL:
                 found, _ = choose_jacobian(f, x, parameters=[i for i in self.inputs if i.is_floating_point()])
-                self.strategy = SparseJacobian(with_diagonal(found.pattern)) if isinstance(found, SparseJacobian) else found
+                self.strategy = SparseJacobian(with_diagonal(found.pattern, self.mass)) if isinstance(found, SparseJacobian) else found
         return self.strategy(f, x)
 
 
@@ -71,15 +79,18 @@ def stage_algebra(
     jac_sparsity: Any,
     linear_solver: LinearSolver | None,
     exact: bool = False,
+    mass: Tensor | None = None,
 ) -> StageAlgebra:
     """Check and put together. ``exact``: the result of the method, not only its iterations, depends on the Jacobian."""
+    if mass is not None and jac is not None:
+        raise UnsupportedCombination("jac= with mass_matrix= is not supported: leave jac out")
     n = sum(spec.sizes)
     if linear_solver is not None and not (hasattr(linear_solver, "factor") and hasattr(linear_solver, "refactor")):
         raise InvalidInput(f"linear_solver must be an object such as adjoint.linalg.DenseLU(), got {linear_solver!r}")
-    strategy: Strategy = _Detected(inputs)
+    strategy: Strategy = _Detected(inputs, mass)
     if jac_sparsity is not None:
         pattern = SparsityPattern.from_any(jac_sparsity, (n, n))
-        strategy = SparseJacobian(with_diagonal(pattern))
+        strategy = SparseJacobian(with_diagonal(pattern, mass))
     if jac is not None:
         if not callable(jac):
             raise InvalidInput(f"jac must be callable, got a {type(jac).__name__}; a pattern goes to jac_sparsity")

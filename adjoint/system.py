@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -158,6 +158,8 @@ class System:
     #: for implicit equations ``fun(t, y, y', *args) = 0``: the layout of the residual. The flat function then takes ``y`` and ``y'`` side
     #: by side, ``(B, 2 n)``
     residual: StateSpec | None = None
+    #: for ``M y' = fun(t, y, *args)`` by methods that know of ``M``: its place among the inputs
+    mass: int | None = None
 
     @property
     def rows(self) -> int:
@@ -179,6 +181,19 @@ class System:
         stream = iter(inputs)
         leaves = [next(stream) if isinstance(x, Tensor) else x for x in self.args_leaves]
         return tree_unflatten(leaves, self.args_tree)
+
+    def mass_matrix(self, inputs: Sequence[Tensor]) -> Tensor | None:
+        """``M``, ``(1 or B, n, n)``, or None where the derivatives stand alone; states that it does not know of (integrals) do."""
+        if self.mass is None:
+            return None
+        given, n = inputs[self.mass], sum(self.spec.sizes)
+        given = given if given.dim() == 3 else given.unsqueeze(0)
+        more = n - given.shape[-1]
+        if not more:
+            return given
+        ones = torch.ones(n, dtype=given.dtype, device=given.device)
+        ones[: n - more] = 0.0
+        return torch.nn.functional.pad(given, (0, more, 0, more)) + torch.diag(ones)
 
     def substitution(self, inputs: Sequence[Tensor]) -> Substitute | None:
         """A context that puts the given tensors in the place of captured ones, or None where they are the same already."""
@@ -299,6 +314,19 @@ class VmappedSystem:
     def residual(self) -> StateSpec | None:
         """See `System`."""
         return self.base.residual
+
+    @property
+    def mass(self) -> int | None:
+        """See `System`."""
+        return self.base.mass
+
+    def mass_matrix(self, inputs: Sequence[Tensor]) -> Tensor | None:
+        """See `System`: that of every trajectory."""
+        if self.mass is None:
+            return None
+        rows, call = self.base.rows, lambda _, *xs: cast(Tensor, self.base.mass_matrix(xs))
+        every = torch.vmap(call, in_dims=(0, *self.in_dims))(torch.empty(self.size), *inputs)
+        return every.expand(-1, rows, -1, -1).flatten(0, 1)
 
     @property
     def parts(self) -> tuple[VmappedSystem, VmappedSystem]:

@@ -17,6 +17,7 @@ from .controller import tamed
 from .initial_step import initial_step
 from .plan import Monitor, Plan, Record, Status, shifted_times
 from .residual import ResidualSolver
+from .stages import StageSolver
 from .stiffness import SwitchWatch
 
 __all__ = ["Attempt", "Carry", "advance", "integrate_batched", "start_carry"]
@@ -209,6 +210,8 @@ def start_carry(
         step = torch.full_like(t0, plan.first_step)
     elif plan.method.adaptive and proposed is not None:
         step = proposed.clamp(min=plan.min_step)
+    elif plan.method.adaptive and isinstance(f, StageSolver) and f.mass_matrix is not None:
+        step = f.first_step(stops, sign, y0).clamp(min=plan.min_step)
     elif plan.method.adaptive:
         step = initial_step(f, plan, t0, y0, k1, sign).clamp(min=plan.min_step)
         n_fun += 1

@@ -22,6 +22,8 @@ Flat = Callable[[Tensor, Tensor], Tensor]
 _MOST = 10
 #: the loosest rtol and atol by which iterations are measured
 LOOSEST = (1e-5, 1e-8)
+#: rounds of the search for the first step
+_ROUNDS = 6
 
 
 @dataclass
@@ -42,11 +44,14 @@ class StageWork:
         return cls(fun, jac, factorizations, solves, newton)
 
 
-def shifted(matrix: Matrix, hd: Tensor) -> Matrix:
-    """``I - hd J`` for ``hd`` of shape ``(B, 1)``."""
+def shifted(matrix: Matrix, hd: Tensor, mass: Tensor | None = None) -> Matrix:
+    """``I - hd J``, or ``M - hd J`` with ``mass`` (1 or B, n, n), for ``hd`` of shape ``(B, 1)``; ``I`` in rows where ``hd`` is zero."""
     if isinstance(matrix, SparseMatrix):
         # the diagonal is made part of the pattern by whoever made the matrix
         on = (matrix.indices[0] == matrix.indices[1]).to(matrix.dtype)
+        if mass is not None:
+            # as is whatever else is not zero in the mass matrix
+            on = torch.where(hd == 0, on, mass[:, matrix.indices[0], matrix.indices[1]])
         return SparseMatrix(matrix.indices, on - hd * matrix.values, matrix.shape)
     if isinstance(matrix, LinearOperator):
         inner, outer = matrix.matvec, matrix.rmatvec
@@ -55,11 +60,21 @@ def shifted(matrix: Matrix, hd: Tensor) -> Matrix:
             matrix.rows,
             matrix.dtype,
             matrix.device,
-            lambda v: v - hd * inner(v),
-            None if outer is None else lambda v: v - hd * outer(v),
+            lambda v: mass_product(mass, v, hd) - hd * inner(v),
+            None if outer is None else lambda v: mass_product(None if mass is None else mass.mT, v, hd) - hd * outer(v),
         )
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    if mass is not None:
+        eye = torch.where((hd == 0).unsqueeze(-1), eye, mass)
     return eye - hd.unsqueeze(-1) * matrix
+
+
+def mass_product(mass: Tensor | None, v: Tensor, hd: Tensor | None = None) -> Tensor:
+    """``M v`` for ``v`` (..., B, n); ``v`` without a matrix, and in rows where ``hd`` is zero (a singular one would not do there)."""
+    if mass is None:
+        return v
+    product = (mass @ v.unsqueeze(-1)).squeeze(-1)
+    return product if hd is None else torch.where(hd == 0, v, product)
 
 
 def jacobian_at(jacobian: Callable[..., Matrix], f: Flat, t: Tensor, y: Tensor) -> Matrix:
@@ -95,6 +110,8 @@ class StageSolver:
     jacobian : ``(r, x) -> Matrix`` for a function ``r`` of ``(B, n)``
     tolerance : float
         Of the iteration, relative to the tolerance of the step.
+    mass_matrix : (1 or B, n, n) or None
+        That of ``M y' = f(t, y)``, for Rosenbrock methods.
     """
 
     def __init__(
@@ -106,11 +123,13 @@ class StageSolver:
         rows: int,
         device: torch.device,
         tolerance: float = 1e-3,
+        mass_matrix: Tensor | None = None,
     ) -> None:
         self.f, self.plan, self.jacobian, self.linear_solver, self.tolerance = f, plan, jacobian, linear_solver, tolerance
         # however loose the tolerance of the steps, stages are roots: their derivatives are those of roots. No tighter than rounding allows
         smallest = 4 * torch.finfo(plan.real).eps / tolerance
         self.rtol, self.atol = _between(plan.rtol, smallest, LOOSEST[0]), _between(plan.atol, 0.0, LOOSEST[1])
+        self.mass_matrix = mass_matrix
         self.work = StageWork.zero(rows, device)
         self._matrix: Matrix | None = None
         self._at: tuple[Tensor, Tensor] | None = None
@@ -146,7 +165,7 @@ class StageSolver:
     def _factors_for(self, hd: Tensor) -> Factorization:
         if self._factored is None or not torch.equal(self._factored, hd):
             assert self._matrix is not None
-            matrix = shifted(self._matrix, hd)
+            matrix = shifted(self._matrix, hd, self.mass_matrix)
             again = self._factors is not None and not isinstance(matrix, LinearOperator)
             solver, log = self.linear_solver, self.work.log
             self._factors = solver.refactor(self._factors, matrix) if again and self._factors is not None else solver.factor(matrix, log)
@@ -194,8 +213,30 @@ class StageSolver:
         return slope - self.f(t, value)
 
     def mass(self, v: Tensor) -> Tensor:
-        """See `CoupledSystem`."""
-        return v
+        """See `StageEquations` and `CoupledSystem`."""
+        return mass_product(self.mass_matrix, v)
+
+    def first_step(self, stops: Tensor, sign: Tensor, y0: Tensor) -> Tensor:
+        """Size ``(B,)`` of the first step of ``M y' = f`` (in which ``f`` is no slope), by the rule of `ResidualSolver.start`.
+
+        The slope is that of a linearly implicit Euler step in which nothing changes by more than a hundredth of its tolerance.
+        """
+        plan, t0 = self.plan, stops[0].to(self.plan.real)
+        span = (stops[-1] - stops[0]).abs()
+        size = y0.abs() * plan.rtol + plan.atol
+        width = speed = 1e-3 * span
+        for _ in range(_ROUNDS):
+            step = (sign * width).to(plan.real).unsqueeze(-1)
+            self.begin(t0, y0)
+            slope = self.solve(t0, y0, step, self.f(t0 + step.squeeze(-1), y0))
+            self.work.n_fun += 1
+            speed = plan.norm(slope / size).double()
+            wanted = torch.minimum(width, 1e-2 / speed.clamp(min=1e-300))
+            if bool((~(wanted < 0.5 * width)).all()):
+                break
+            width = torch.where(torch.isfinite(wanted), wanted, width)
+        first = torch.minimum(1e-3 * span, 0.5 / speed.clamp(min=1e-300))
+        return torch.where(torch.isfinite(first), first, 1e-6 * span)
 
     def mode_factors(self, mode: Mode, step: Tensor) -> Factorization:
         """See `CoupledSystem`: ``I - step l J``."""

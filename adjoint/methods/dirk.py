@@ -35,6 +35,10 @@ class StageEquations(Protocol):
         """``f_t(t, y)``."""
         ...
 
+    def mass(self, v: Tensor) -> Tensor:
+        """``M v`` for equations ``M y' = f(t, y)`` (in `solve`, ``M`` is in the place of ``I``); else ``v``."""
+        ...
+
     def implicit(self, index: int, t: Tensor, base: Tensor, hd: float | Tensor, guess: Tensor) -> Tensor:
         """``k = f(t, base + hd k)`` for stage ``index``; ``guess`` is one of ``k``. NaN in rows where there is no solution to be found."""
         ...

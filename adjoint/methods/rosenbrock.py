@@ -31,6 +31,14 @@ class StartLinearize(Protocol):
         """``(I - hd f_y(t, y))*^-1 w``, with ``(t, y)`` where the step began."""
         ...
 
+    def mass_adjoint(self, v: Tensor) -> Tensor:
+        """``M* v``; ``v`` where there is no ``M``."""
+        ...
+
+    def bend_mass(self, x: Callable[[], Sequence[Tensor]], v: Sequence[Tensor]) -> None:
+        """Add the gradient of ``sum_i Re <v_i, M x_i>`` in the inputs to their cotangents; ``x`` is not called where there is no ``M``."""
+        ...
+
     def bend(
         self, t: Tensor, y: Tensor, k: Sequence[Tensor], d: Sequence[float], v: Sequence[Tensor], scale: float | Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -45,12 +53,18 @@ class Rosenbrock:
     A step takes one Jacobian, one matrix and a fixed number of linear solves: there is no iteration, so nothing that fails to converge
     and no tolerance but that of the step. The Jacobian is part of the formula (with another one the order is lost), and so it is
     differentiated with everything else.
+
+    Of ``M y' = f(t, y)`` with constant ``M``, singular or not, the stages are those of ``(M - h gamma J) K_i = gamma (f(Y_i) + M sum_j
+    gamma_ij K_j + h d_i f_t)``: methods of this order for DAEs of index 1 too, whose constraints hold to the tolerance of the step
+    (Hairer & Wanner, Solving ordinary differential equations II, section VI.4, for ``M = diag(I, 0)``; Steinebach 2023).
     """
 
     tableau: RosenbrockTableau
     implicit: bool = field(default=True, init=False)
     #: the formula holds ``f_t``
     needs_time_slope: ClassVar[bool] = True
+    #: steps of ``M y' = f(t, y)`` are the method's own
+    takes_mass: ClassVar[bool] = True
     _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)
 
     @property
@@ -110,8 +124,8 @@ class Rosenbrock:
                 values.append(k1)
             else:
                 values.append(values[same] if same < i else f(times[i], combine(y, h, row, ks)))
-            side = weighted_sum([1.0, *coupling], [values[i], *ks])
-            assert side is not None
+            coupled = weighted_sum(coupling, ks)
+            side = values[i] if coupled is None else values[i] + f.mass(coupled)
             if tab.d[i]:
                 side = side + slope * (h * tab.d[i])
             ks.append(f.solve(start, y, h * tab.gamma, side * tab.gamma))
@@ -144,7 +158,8 @@ class Rosenbrock:
         With ``W = I - h gamma f_y(t, y)`` and ``u_j = f_y(Y_j)* v_j``, the stages take one solve each, from the last to the first:
         ``v_i = gamma W*^-1 (h b_i l1 + sum_{j > i} (gamma_ji v_j + h a_ji u_j))`` is the cotangent of the right-hand side of stage ``i``.
         The Jacobian is an input of the step like any other: ``l0 = l1 + sum_i u_i + d/dy sum_i <v_i, h (f_y K_i + d_i f_t)>``, the last
-        term at ``(t, y)``.
+        term at ``(t, y)``. With a matrix, ``W = M - h gamma f_y``, ``M* v_j`` is in the place of ``v_j`` in the sum over ``gamma_ji``, and
+        the cotangent of ``M`` is the gradient of ``sum_i <v_i, M (sum_j gamma_ij K_j - K_i / gamma)>``.
         """
         tab, ks = self.tableau, linearize.stages()
         s = len(ks)
@@ -158,6 +173,7 @@ class Rosenbrock:
             later = [(tab.a[j][i], u) for j in range(i + 1, s) if (u := us[j]) is not None]
             w = weighted_sum([tab.b[i], *(a for a, _ in later)], [end_bar, *(u for _, u in later)])
             coupled = weighted_sum([tab.coupling[j][i] for j in range(i + 1, s)], vs[i + 1 :])
+            coupled = None if coupled is None else linearize.mass_adjoint(coupled)
             parts = [x for x in (k_bar[i] if i < len(k_bar) else None, coupled, None if w is None else w * h) if x is not None]
             total = sum(parts[1:], parts[0]) if parts else torch.zeros_like(y)
             vs[i] = linearize.solve_start(start, y, h * tab.gamma, total) * tab.gamma
@@ -175,6 +191,7 @@ class Rosenbrock:
             if time_bars and time_bar is not None:
                 t_bar = _add(t_bar, time_bar)
                 h_bar = _add(h_bar, time_bar * tab.c[i])
+        linearize.bend_mass(lambda: [_moved(tab, i, ks) for i in range(s)], vs)
         bent, time_bar, phi = linearize.bend(start, y, ks, tab.d, vs, h)
         if time_bars and time_bar is not None and phi is not None:
             t_bar, h_bar = _add(t_bar, time_bar), _add(h_bar, phi)
@@ -201,3 +218,10 @@ class Rosenbrock:
                 return matrix
             self._tensors[key] = matrix
         return self._tensors[key]
+
+
+def _moved(tableau: RosenbrockTableau, i: int, ks: Sequence[Tensor]) -> Tensor:
+    """``sum_j gamma_ij K_j - K_i / gamma``: what the mass matrix multiplies in stage ``i``."""
+    total = weighted_sum([*tableau.coupling[i], -1 / tableau.gamma], ks[: i + 1])
+    assert total is not None
+    return total

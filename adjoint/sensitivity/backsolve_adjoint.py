@@ -79,6 +79,7 @@ class BacksolveAdjoint:
             "compile=True": plan.compile is not None,
             "dense_output=True": plan.keep_stages and problem.algebra is None,
             "solve_dae": problem.system.residual is not None,
+            "mass_matrix=": problem.system.mass is not None,
         }
         for name, present in refused.items():
             if present:

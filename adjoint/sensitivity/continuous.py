@@ -61,6 +61,10 @@ class _Continuous:
         name = type(self).__name__
         if plan.switch is not None:
             raise UnsupportedCombination(f"method='auto' with {name} is not supported: use gradient=DiscreteAdjoint(), or name a method")
+        if problem.system.mass is not None:
+            raise UnsupportedCombination(
+                f"mass_matrix= with {plan.method.name!r} and {name} is not supported: use gradient=DiscreteAdjoint(), or method='radau5'"
+            )
         if plan.events:
             raise UnsupportedCombination(f"events= with {name} is not supported: use gradient=DiscreteAdjoint()")
         if plan.compile is not None:

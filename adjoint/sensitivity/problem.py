@@ -81,7 +81,7 @@ class Problem:
         if getattr(self.plan.method, "additive", False):
             explicit, implicit = (part.bind(inputs) for part in self.system.parts)
             return AdditiveStageSolver(explicit, implicit, *given)
-        return StageSolver(f, *given)
+        return StageSolver(f, *given, mass_matrix=self.system.mass_matrix(inputs))
 
     def jacobian(self, inputs: Sequence[Tensor], forward: bool = False) -> Callable[..., Matrix]:
         """How Jacobians of stages are made, for these inputs; ``forward``: in the steps, not in derivatives."""

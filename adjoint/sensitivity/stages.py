@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..integrate.pencil import scaled_factors, split
-from ..integrate.stages import jacobian_at, shifted
+from ..integrate.stages import jacobian_at, mass_product, shifted
 from ..linalg import Factorization, Log, Matrix
 from ..methods.runge_kutta import StepCotangents, row_dot
 from ..methods.tableaux_implicit import CollocationTableau
@@ -48,7 +48,8 @@ class _StageConditions:
 
 @dataclass(frozen=True)
 class _ShiftedConditions:
-    """``y - hd f(t, y)``, whose Jacobian in ``y`` is the matrix of `RecordedStages.solve`; inputs ``(t, hd, *inputs of f)``."""
+    """``y - hd f(t, y)`` (``M y - hd f(t, y)``), whose Jacobian in ``y`` is the matrix of `RecordedStages.solve`; inputs ``(t, hd, *inputs
+    of f)``."""
 
     system: System | VmappedSystem
 
@@ -63,8 +64,8 @@ class _ShiftedConditions:
     def bind(self, inputs: Sequence[Tensor]) -> Flat:
         """The flat function of ``y``."""
         t, hd, *rest = inputs
-        f = self.system.bind(rest)
-        return lambda _, y: y - hd * f(t, y)
+        f, mass = self.system.bind(rest), self.system.mass_matrix(rest)
+        return lambda _, y: mass_product(mass, y, hd) - hd * f(t, y)
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class RecordedStages:
     def __init__(self, system: System | VmappedSystem, inputs: Sequence[Tensor], stages: Tensor, algebra: StageAlgebra) -> None:
         self.system, self.inputs, self.recorded, self.algebra = system, inputs, stages, algebra
         self.f = system.bind(inputs)
+        self.mass_matrix = system.mass_matrix(inputs)
         self._shifted: RootTask | None = None
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
@@ -115,6 +117,10 @@ class RecordedStages:
     def time_slope(self, t: Tensor, y: Tensor) -> Tensor:
         """See `StageEquations.time_slope`."""
         return tangent(lambda s: self.f(s, y), [t], [torch.ones_like(t)])
+
+    def mass(self, v: Tensor) -> Tensor:
+        """See `StageEquations.mass`."""
+        return mass_product(self.mass_matrix, v)
 
     def implicit(self, index: int, t: Tensor, base: Tensor, hd: float | Tensor, guess: Tensor) -> Tensor:
         """See `StageEquations.implicit`."""
@@ -193,6 +199,9 @@ class StageLinearizer(Linearizer):
         self.algebra, self.diagonal, self.recorded = problem.algebra, getattr(problem.plan.method, "diagonal", ()), stages
         self.log = Log()
         self.residual = problem.system.residual is not None
+        self.system = problem.system
+        with torch.no_grad():
+            self.mass_matrix = self.system.mass_matrix(inputs)
         self.k = 0
         self.h: Tensor = torch.empty(0, device=stages.device)
         self.times: Sequence[Tensor] = ()
@@ -244,9 +253,22 @@ class StageLinearizer(Linearizer):
         with torch.no_grad():
             if self._start is None:
                 size = hd if isinstance(hd, Tensor) else torch.full_like(self.h, hd)
-                matrix = shifted(jacobian_at(self.jacobian, self.f, t, y), size)
+                matrix = shifted(jacobian_at(self.jacobian, self.f, t, y), size, self.mass_matrix)
                 self._start = self.algebra.linear_solver.factor(matrix, self.log)
             return self._start.solve(w, transposed=True, conjugated=True)
+
+    def mass_adjoint(self, v: Tensor) -> Tensor:
+        """See `StartLinearize`."""
+        return mass_product(None if self.mass_matrix is None else self.mass_matrix.mH, v)
+
+    def bend_mass(self, x: Callable[[], Sequence[Tensor]], v: Sequence[Tensor]) -> None:
+        """See `StartLinearize`."""
+        if self.mass_matrix is None or not self.targets:
+            return
+        with torch.enable_grad():
+            product = mass_product(self.system.mass_matrix(self.inputs), torch.stack(list(x())))
+        if product.requires_grad:
+            self.accumulate(vjp((product,), self.targets, (torch.stack(list(v)),)))
 
     def bend(
         self, t: Tensor, y: Tensor, k: Sequence[Tensor], d: Sequence[float], v: Sequence[Tensor], scale: float | Tensor
