@@ -20,6 +20,7 @@ from .event_times import NO_EVENTS, Found, event_records
 from .failures import raise_failure
 from .integrate import Event, IController, PIDController, Plan, Record
 from .integrate.compiled import compile_key
+from .integrate.direct import MOST
 from .mass_matrix import implicit_method, with_mass, without_last
 from .methods import Method
 from .progress import progress_monitor
@@ -213,6 +214,11 @@ def solve_ivp(
         right_hand_side, state, integrand = _with_quadrature(fun, quadrature, user_spec, times, y0, tuple(args))
     spec = StateSpec.of(state, batched)
     event_list = _event_list(events)
+    if compile and chosen.implicit and sum(spec.sizes) > MOST:
+        raise UnsupportedCombination(
+            f"compile=True with {chosen.name!r} takes dense Jacobians, which pays for up to {MOST} unknowns, and these are "
+            f"{sum(spec.sizes)}: leave compile out, so that sparsity is made use of"
+        )
 
     real = spec.real_dtype
     leaves, tree = tree_flatten(tuple(args))
@@ -307,13 +313,27 @@ def _check_options(method: Method, implicit: dict[str, Any], first_step: Any, co
         if value is not None and not method.implicit:
             raise UnsupportedCombination(f"{name}= is for implicit methods; {method.name!r} solves no linear systems")
     if method.implicit and compile:
-        raise UnsupportedCombination(f"compile=True with the implicit method {method.name!r} is not supported yet: leave compile out")
+        _check_compiled(method, implicit)
     if not method.adaptive and first_step is None:
         raise InvalidInput(
             f"{method.name!r} takes constant steps: give their size as first_step=, or choose an adaptive method such as 'tsit5'"
         )
     if not isinstance(max_steps, Integral) or max_steps < 1:
         raise InvalidInput(f"max_steps must be a positive integer, got {max_steps!r}")
+
+
+def _check_compiled(method: Method, implicit: dict[str, Any]) -> None:
+    """Implicit steps are compiled where their work is fixed."""
+    if not getattr(method, "direct", False):
+        raise UnsupportedCombination(
+            f"compile=True with {method.name!r}, whose stages are found by iteration, is not supported: leave compile out, or choose a "
+            "Rosenbrock method ('rodas5p', 'rodas4', 'rodas3p'), whose steps are compiled"
+        )
+    given = [name for name, value in implicit.items() if value is not None]
+    if given:
+        raise UnsupportedCombination(
+            f"compile=True with {method.name!r} takes dense Jacobians of fun and factorises them itself: leave out {given[0]}=, or compile"
+        )
 
 
 def _check_finite(y0: Any, spec: StateSpec) -> None:

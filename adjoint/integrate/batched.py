@@ -14,6 +14,7 @@ from .batch_sampling import BatchSampler
 from .columns import layout, takes_columns
 from .compiled import compiled
 from .controller import tamed
+from .direct import DirectStages
 from .initial_step import initial_step
 from .plan import Monitor, Plan, Record, Status, shifted_times
 from .residual import ResidualSolver
@@ -65,6 +66,8 @@ def advance(
     that only the dense output needs. ``columns``: states and stages are ``(n, B)``.
     """
     f, spread, turned = layout(f, columns)
+    if plan.direct:
+        f = DirectStages(f, 0 if columns else 1)
     method, controller = plan.method, plan.controller
     order = method.error_order + 1
     t, y, k1, running = carry.t, carry.y, carry.k1, carry.running
@@ -338,9 +341,16 @@ def integrate_batched(
         status=carry.status,
         t_final=carry.t,
         **(no_events(y0) if events is None else events.record()),
-        **{name: torch.zeros_like(carry.attempts) for name in ("n_jac", "n_factorizations", "n_solves", "n_newton")},
+        **_linear_work(plan, carry.attempts),
         **packed,
     )
+
+
+def _linear_work(plan: Plan, attempts: Tensor) -> dict[str, Tensor]:
+    """Counts of linear algebra, where the equations do not count their own."""
+    none = torch.zeros_like(attempts)
+    each = attempts if plan.direct else none
+    return {"n_jac": each, "n_factorizations": each, "n_solves": each * plan.method.n_stages, "n_newton": none}
 
 
 def _stopped(carry: Carry, stop: Tensor) -> Carry:

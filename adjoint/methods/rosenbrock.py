@@ -51,6 +51,8 @@ class Rosenbrock:
     implicit: bool = field(default=True, init=False)
     #: the formula holds ``f_t``
     needs_time_slope: ClassVar[bool] = True
+    #: stages are linear systems: a step is a fixed amount of work
+    direct: ClassVar[bool] = True
     _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)
 
     @property
