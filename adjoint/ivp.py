@@ -20,7 +20,6 @@ from .event_times import NO_EVENTS, Found, event_records
 from .failures import raise_failure
 from .integrate import Event, IController, PIDController, Plan, Record
 from .integrate.compiled import compile_key
-from .integrate.direct import MOST
 from .mass_matrix import implicit_method, with_mass, without_last
 from .methods import Method
 from .progress import progress_monitor
@@ -28,7 +27,7 @@ from .sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
 from .sensitivity.problem import interpolate, step_times
 from .solution import BackwardStats, Solution, Stats
 from .split import SplitFunction
-from .stage_arguments import stage_algebra
+from .stage_arguments import check_compiled, stage_algebra
 from .switching import solve_switching
 from .system import StateSpec, System
 
@@ -194,7 +193,7 @@ def solve_ivp(
         )
     chosen = check_method(method)
     implicit_options = {"jac": jac, "jac_sparsity": jac_sparsity, "linear_solver": linear_solver}
-    _check_options(chosen, implicit_options, first_step, compile, max_steps)
+    _check_options(chosen, implicit_options, first_step, max_steps)
     args = args if isinstance(args, (tuple, list)) else (args,)
     if not callable(fun):
         given = "SplitFunction(explicit, implicit) instead of a tuple" if isinstance(fun, (tuple, list)) else "a function"
@@ -214,11 +213,8 @@ def solve_ivp(
         right_hand_side, state, integrand = _with_quadrature(fun, quadrature, user_spec, times, y0, tuple(args))
     spec = StateSpec.of(state, batched)
     event_list = _event_list(events)
-    if compile and chosen.implicit and sum(spec.sizes) > MOST:
-        raise UnsupportedCombination(
-            f"compile=True with {chosen.name!r} takes dense Jacobians, which pays for up to {MOST} unknowns, and these are "
-            f"{sum(spec.sizes)}: leave compile out, so that sparsity is made use of"
-        )
+    if compile and chosen.implicit:
+        check_compiled(chosen, spec, implicit_options)
 
     real = spec.real_dtype
     leaves, tree = tree_flatten(tuple(args))
@@ -308,32 +304,16 @@ def _transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def _check_options(method: Method, implicit: dict[str, Any], first_step: Any, compile: bool, max_steps: Any) -> None:
+def _check_options(method: Method, implicit: dict[str, Any], first_step: Any, max_steps: Any) -> None:
     for name, value in implicit.items():
         if value is not None and not method.implicit:
             raise UnsupportedCombination(f"{name}= is for implicit methods; {method.name!r} solves no linear systems")
-    if method.implicit and compile:
-        _check_compiled(method, implicit)
     if not method.adaptive and first_step is None:
         raise InvalidInput(
             f"{method.name!r} takes constant steps: give their size as first_step=, or choose an adaptive method such as 'tsit5'"
         )
     if not isinstance(max_steps, Integral) or max_steps < 1:
         raise InvalidInput(f"max_steps must be a positive integer, got {max_steps!r}")
-
-
-def _check_compiled(method: Method, implicit: dict[str, Any]) -> None:
-    """Implicit steps are compiled where their work is fixed."""
-    if not getattr(method, "direct", False):
-        raise UnsupportedCombination(
-            f"compile=True with {method.name!r}, whose stages are found by iteration, is not supported: leave compile out, or choose a "
-            "Rosenbrock method ('rodas5p', 'rodas4', 'rodas3p'), whose steps are compiled"
-        )
-    given = [name for name, value in implicit.items() if value is not None]
-    if given:
-        raise UnsupportedCombination(
-            f"compile=True with {method.name!r} takes dense Jacobians of fun and factorises them itself: leave out {given[0]}=, or compile"
-        )
 
 
 def _check_finite(y0: Any, spec: StateSpec) -> None:

@@ -317,8 +317,7 @@ def integrate_batched(
         if plan.keep_states:
             states.append(carry.y)
         if plan.keep_stages:
-            kept = torch.stack(attempt.stages)
-            stages.append(kept.transpose(1, 2) if columns else kept)
+            stages.append(torch.stack(attempt.stages))
         carry = new
         if watched:
             monitor.advanced(float(((carry.t - anchors[0]).abs() / span).min()))
@@ -409,7 +408,10 @@ def _pack(
         all_states = torch.stack([*states, carry.y]).gather(0, where).transpose(1, 2)
     else:
         all_states = pick(states, carry.y, most + 1)
-    if stages:
+    if stages and columns:
+        where = index[:most, None, None].expand(-1, *stages[0].shape[:2], -1)
+        all_stages = torch.stack([*stages, torch.zeros_like(stages[0])]).gather(0, where).transpose(2, 3)
+    elif stages:
         # (I, S, B, n) with the trajectories in front of the stages, as `pick` wants them
         turned = [x.movedim(0, 1) for x in stages]
         all_stages = pick(turned, torch.zeros_like(turned[0]), most).movedim(2, 1)

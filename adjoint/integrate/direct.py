@@ -93,5 +93,3 @@ class DirectStages:
         if self._matrix is None:
             self._matrix = StartMatrix(self._jacobian, hd if self.axis == 0 else hd.squeeze(-1), self.axis)
         return self._matrix.solve(b)
-
-

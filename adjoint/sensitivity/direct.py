@@ -28,7 +28,12 @@ class DirectLinearizer:
     """
 
     def __init__(
-        self, bind: Callable[[Sequence[Tensor]], Flat], values: Sequence[Tensor], totals: Sequence[Tensor], ks: Sequence[Tensor], timed: bool
+        self,
+        bind: Callable[[Sequence[Tensor]], Flat],
+        values: Sequence[Tensor],
+        totals: Sequence[Tensor],
+        ks: Sequence[Tensor],
+        timed: bool,
     ) -> None:
         self.bind, self.values, self.totals, self.ks, self.timed = bind, tuple(values), tuple(totals), ks, timed
         self._matrix: StartMatrix | None = None
