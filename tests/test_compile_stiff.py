@@ -116,6 +116,20 @@ def test_formulas_of_derivatives_in_times(rows):
 
 
 @pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("method", ["tsit5", "rodas5p"])
+def test_gradient_of_long_ensembles_across_jumps(method):
+    """Their adjoints run uncompiled, on states that are not carried by columns."""
+    w, found = torch.rand(130, 2, requires_grad=True), []
+    for compiled in (False, True):
+        y0, step_ts = torch.ones(130, 2), torch.tensor([0.5])
+        y = solve_ivp(
+            lambda t, y, w: -w * y.flip(-1), (0.0, 1.0), y0, (w,), batched=True, method=method, step_ts=step_ts, compile=compiled
+        ).y
+        found.append(torch.autograd.grad(y.square().sum(), w)[0])
+    assert _close(found[1], found[0])
+
+
+@pytest.mark.usefixtures("uncompiled")
 def test_backprop():
     assert _agree(_parameters(3), gradient=Backprop(), exact=True)
 

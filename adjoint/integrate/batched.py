@@ -397,8 +397,12 @@ def _pack(
 
     def pick(values: list[Tensor], behind: Tensor, count: int) -> Tensor:
         """``count`` rows of what each trajectory, their first dimension, had at its accepted attempts."""
-        where = index[:count].reshape(count, rows, *[1] * (behind.dim() - 1))
-        return torch.stack([*values, behind]).gather(0, where.expand(count, *behind.shape))
+        every = torch.stack([*values, behind])
+        if behind.dim() == 1:
+            return every.gather(0, index[:count])
+        # whole rows are copied, which is quicker than one index for each number
+        where = index[:count] * rows + torch.arange(rows, device=index.device)
+        return every.flatten(0, 1).index_select(0, where.reshape(-1)).unflatten(0, (count, rows))
 
     zero = torch.zeros_like(carry.t)
     if not states:
