@@ -28,7 +28,7 @@ from .sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
 from .sensitivity.problem import interpolate, step_times
 from .solution import BackwardStats, Solution, Stats
 from .split import SplitFunction
-from .stage_arguments import stage_algebra
+from .stage_arguments import check_compiled, stage_algebra
 from .switching import solve_switching
 from .system import StateSpec, System
 
@@ -196,7 +196,7 @@ def solve_ivp(
         )
     chosen = check_method(method)
     implicit_options = {"jac": jac, "jac_sparsity": jac_sparsity, "linear_solver": linear_solver}
-    _check_options(chosen, implicit_options, first_step, compile, max_steps)
+    _check_options(chosen, implicit_options, first_step, max_steps)
     args = args if isinstance(args, (tuple, list)) else (args,)
     if not callable(fun):
         given = "SplitFunction(explicit, implicit) instead of a tuple" if isinstance(fun, (tuple, list)) else "a function"
@@ -220,6 +220,8 @@ def solve_ivp(
         right_hand_side, state, integrand = _with_quadrature(fun, quadrature, user_spec, times, y0, tuple(args))
     spec = StateSpec.of(state, batched)
     event_list = _event_list(events)
+    if compile and chosen.implicit:
+        check_compiled(chosen, spec, implicit_options | {"mass_matrix": mass})
 
     real = spec.real_dtype
     leaves, tree = tree_flatten(tuple(args))
@@ -316,12 +318,10 @@ def _transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def _check_options(method: Method, implicit: dict[str, Any], first_step: Any, compile: bool, max_steps: Any) -> None:
+def _check_options(method: Method, implicit: dict[str, Any], first_step: Any, max_steps: Any) -> None:
     for name, value in implicit.items():
         if value is not None and not method.implicit:
             raise UnsupportedCombination(f"{name}= is for implicit methods; {method.name!r} solves no linear systems")
-    if method.implicit and compile:
-        raise UnsupportedCombination(f"compile=True with the implicit method {method.name!r} is not supported yet: leave compile out")
     if not method.adaptive and first_step is None:
         raise InvalidInput(
             f"{method.name!r} takes constant steps: give their size as first_step=, or choose an adaptive method such as 'tsit5'"

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidInput, UnsupportedCombination
+from .integrate.direct import MOST
 from .jacobians import DenseJacobian
 from .jacobians_sparse import SparseJacobian, choose_jacobian
 from .linalg import Factorization, LinearSolver, Log, Matrix
 from .linalg.choice import default_solver
 from .linalg.sparsity import SparsityPattern
+from .methods import Method
 from .sensitivity.problem import StageAlgebra
 from .stage_jacobian import GivenStageJacobian
 from .system import StateSpec, System
 
-__all__ = ["stage_algebra"]
+__all__ = ["check_compiled", "stage_algebra"]
 
 #: unknowns up to which a dense Jacobian is taken without a look at its pattern
 _SMALL = 64
@@ -98,3 +100,23 @@ def stage_algebra(
             raise UnsupportedCombination("jac= needs a state that is one tensor, and no quadrature=: leave jac out")
         strategy = GivenStageJacobian(jac, strategy, exact)
     return StageAlgebra(strategy, linear_solver if linear_solver is not None else _ByKind())
+
+
+def check_compiled(method: Method, spec: StateSpec, given: dict[str, Any]) -> None:
+    """Implicit steps are compiled where their work is fixed, for real states and dense Jacobians; ``given``: options of the user."""
+    what = f"compile=True with {method.name!r}"
+    if not getattr(method, "direct", False):
+        raise UnsupportedCombination(
+            f"{what}, whose stages are found by iteration, is not supported: leave compile out, or choose a Rosenbrock method "
+            "('rodas5p', 'rodas4', 'rodas3p'), whose steps are compiled"
+        )
+    for name, value in given.items():
+        if value is not None:
+            raise UnsupportedCombination(f"{what} takes dense Jacobians of fun and factorises them itself: leave out {name}=, or compile")
+    n = sum(spec.sizes)
+    if n > MOST:
+        raise UnsupportedCombination(
+            f"{what} takes dense Jacobians, of up to {MOST} unknowns, and these are {n}: leave compile out, so that sparsity is made use of"
+        )
+    if spec.dtype.is_complex:
+        raise UnsupportedCombination(f"{what} is for real states: leave compile out, or integrate real and imaginary parts")

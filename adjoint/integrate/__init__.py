@@ -67,6 +67,6 @@ def integrate(
             n_solves=work.n_solves,
             n_newton=work.n_newton,
         )
-    if batched:
+    if batched or plan.direct:
         return integrate_batched(f, plan, anchors, t_eval, y0, inputs)
     return integrate_single(f, plan, anchors, t_eval, y0, inputs, shape, recording)

@@ -14,6 +14,7 @@ from .batch_sampling import BatchSampler
 from .columns import layout, takes_columns
 from .compiled import compiled
 from .controller import tamed
+from .direct import DirectStages
 from .initial_step import initial_step
 from .plan import Monitor, Plan, Record, Status, shifted_times
 from .residual import ResidualSolver
@@ -66,6 +67,8 @@ def advance(
     that only the dense output needs. ``columns``: states and stages are ``(n, B)``.
     """
     f, spread, turned = layout(f, columns)
+    if plan.direct:
+        f = DirectStages(f, 0 if columns else 1)
     method, controller = plan.method, plan.controller
     order = method.error_order + 1
     t, y, k1, running = carry.t, carry.y, carry.k1, carry.running
@@ -317,8 +320,7 @@ def integrate_batched(
         if plan.keep_states:
             states.append(carry.y)
         if plan.keep_stages:
-            kept = torch.stack(attempt.stages)
-            stages.append(kept.transpose(1, 2) if columns else kept)
+            stages.append(torch.stack(attempt.stages))
         carry = new
         if watched:
             monitor.advanced(float(((carry.t - anchors[0]).abs() / span).min()))
@@ -341,9 +343,16 @@ def integrate_batched(
         status=carry.status,
         t_final=carry.t,
         **(no_events(y0) if events is None else events.record()),
-        **{name: torch.zeros_like(carry.attempts) for name in ("n_jac", "n_factorizations", "n_solves", "n_newton")},
+        **_linear_work(plan, carry.attempts),
         **packed,
     )
+
+
+def _linear_work(plan: Plan, attempts: Tensor) -> dict[str, Tensor]:
+    """Counts of linear algebra, where the equations do not count their own."""
+    none = torch.zeros_like(attempts)
+    each = attempts if plan.direct else none
+    return {"n_jac": each, "n_factorizations": each, "n_solves": each * plan.method.n_stages, "n_newton": none}
 
 
 def _stopped(carry: Carry, stop: Tensor) -> Carry:
@@ -391,8 +400,12 @@ def _pack(
 
     def pick(values: list[Tensor], behind: Tensor, count: int) -> Tensor:
         """``count`` rows of what each trajectory, their first dimension, had at its accepted attempts."""
-        where = index[:count].reshape(count, rows, *[1] * (behind.dim() - 1))
-        return torch.stack([*values, behind]).gather(0, where.expand(count, *behind.shape))
+        every = torch.stack([*values, behind])
+        if behind.dim() == 1:
+            return every.gather(0, index[:count])
+        # whole rows are copied, which is quicker than one index for each number
+        where = index[:count] * rows + torch.arange(rows, device=index.device)
+        return every.flatten(0, 1).index_select(0, where.reshape(-1)).unflatten(0, (count, rows))
 
     zero = torch.zeros_like(carry.t)
     if not states:
@@ -402,7 +415,10 @@ def _pack(
         all_states = torch.stack([*states, carry.y]).gather(0, where).transpose(1, 2)
     else:
         all_states = pick(states, carry.y, most + 1)
-    if stages:
+    if stages and columns:
+        where = index[:most, None, None].expand(-1, *stages[0].shape[:2], -1)
+        all_stages = torch.stack([*stages, torch.zeros_like(stages[0])]).gather(0, where).transpose(2, 3)
+    elif stages:
         # (I, S, B, n) with the trajectories in front of the stages, as `pick` wants them
         turned = [x.movedim(0, 1) for x in stages]
         all_stages = pick(turned, torch.zeros_like(turned[0]), most).movedim(2, 1)

@@ -104,6 +104,11 @@ class Plan:
     shift: str = "inner"
     accept_smallest: bool = False
 
+    @property
+    def direct(self) -> bool:
+        """Whether the linear systems of the stages are part of the compiled step."""
+        return self.compile is not None and getattr(self.method, "direct", False)
+
     def scaled(self, error: Tensor, size: Tensor) -> Tensor:
         """Error in units of the tolerance; ``size`` is ``max(|y0|, |y1|)``."""
         return error / (size * self.rtol + self.atol)

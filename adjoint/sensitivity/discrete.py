@@ -14,6 +14,7 @@ from ..integrate import Monitor
 from ..methods.runge_kutta import row_dot
 from ..system import System
 from .additive import AdditiveLinearizer
+from .compiled import CompiledAdjoint, named
 from .linearize import Linearizer
 from .multistep_adjoint import multistep_eager
 from .problem import Problem, kept_steps, stage_times, step_times
@@ -138,13 +139,13 @@ def eager_sweep(
     kept: dict[int, Tensor] = {}
     if stages_bar is not None and len(stages_bar):
         kept = dict(zip(kept_steps(plan, grid["event_step"], n_steps), stages_bar, strict=True))
-    # compiled steps know nothing of jumps
-    use_compiled = plan.compile is not None and times.jump_end is None
+    # compiled steps know nothing of jumps, and those with linear systems nothing of captured tensors
+    use_compiled = plan.compile is not None and times.jump_end is None and (not implicit or named(system))
     # of few rows all at once, which takes few operators; of many step by step, which takes little memory
     stage_t = stage_times(plan, times, plan.real) if rows == 1 and not use_compiled else None
     shape = None if implicit else system.natural_shape
     flat = states.shape[1:]
-    columns = problem.columns(states)
+    columns = use_compiled and problem.columns(states)
 
     def inner(x: Tensor) -> Tensor:
         """``(..., B, n)`` as the steps carry it."""
@@ -175,8 +176,6 @@ def eager_sweep(
 
     checked = isinstance(system, System)
     if use_compiled:
-        from .compiled import CompiledAdjoint
-
         compiled_step = CompiledAdjoint(problem, f, linearize, grid["states"])
         starts, lengths = (x.unbind() if shape is None else x[:, 0].unbind() for x in (grid["t"], grid["h"]))
     watched = rows == 1 and type(plan.monitor).adjoint is not Monitor.adjoint
@@ -201,7 +200,7 @@ def eager_sweep(
         if watched:
             plan.monitor.adjoint(float(grid["t"][k, 0]), y, float(grid["h"][k, 0]), bar)
         if use_compiled:
-            result = compiled_step(starts[k], lengths[k], y, bar, k_bar, time_bars)
+            result = compiled_step(starts[k], lengths[k], y, bar, k_bar, time_bars, inner(slopes[k]) if implicit else None)
         else:
             at = stage_times(plan, times.step(k), plan.real)[0] if stage_t is None else stage_t[k]
             if implicit:

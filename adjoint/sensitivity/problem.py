@@ -66,7 +66,7 @@ class Problem:
     def solver(self, inputs: Sequence[Tensor], rows: int) -> Any:
         """The right-hand side for the loop, which solves the equations of implicit stages by iteration."""
         f = self.system.bind(inputs)
-        if self.algebra is None:
+        if self.algebra is None or self.plan.direct:
             return f
         jacobian = self.jacobian(inputs, forward=True)
         a, device = self.algebra, self.system.spec.device
