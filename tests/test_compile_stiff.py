@@ -202,3 +202,9 @@ def test_elimination(n):
         x = torch.stack(found, -1)
         assert torch.isnan(x[7]).any()
         assert torch.allclose(x[right], torch.linalg.solve(matrix[right], b[right]), rtol=1e-8, atol=1e-10)
+
+
+def test_a_mass_matrix_is_refused():
+    y0 = torch.ones(2)
+    with pytest.raises(UnsupportedCombination, match="leave out mass_matrix="):
+        solve_ivp(lambda t, y: -y, (0.0, 1.0), y0, method="rodas5p", mass_matrix=torch.eye(2), compile=True)

@@ -105,8 +105,10 @@ class _Continuous:
         if not method.adaptive:
             raise InvalidInput(f"{method.name!r} has no error control: give {type(self).__name__} a method that has, such as 'tsit5'")
         rtol = self.rtol if self.rtol is not None else plan.rtol if isinstance(plan.rtol, float) else 1e-6
-        atol = self.atol if self.atol is not None else max(
-            plan.atol if isinstance(plan.atol, float) else 1e-9, 1e-2 * rtol, 5e4 * torch.finfo(plan.real).eps
+        atol = (
+            self.atol
+            if self.atol is not None
+            else max(plan.atol if isinstance(plan.atol, float) else 1e-9, 1e-2 * rtol, 5e4 * torch.finfo(plan.real).eps)
         )
         return replace(
             plan,
