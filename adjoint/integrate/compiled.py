@@ -14,7 +14,7 @@ from .columns import column_options
 
 __all__ = ["compile_key", "compiled"]
 
-_warned: set[str] = set()
+_warned: set[tuple[Hashable, str]] = set()
 
 
 def compile_key(fun: Callable[..., Any]) -> Hashable:
@@ -45,8 +45,8 @@ def compiled(function: FunctionType, key: Hashable, columns: bool = False) -> Ca
             return whole(*args)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            if reason not in _warned:
-                _warned.add(reason)
+            if (key, reason) not in _warned:  # once for each right-hand side
+                _warned.add((key, reason))
                 warnings.warn(f"compile=True: {function.__name__} runs uncompiled, because: {reason}", RuntimeWarning, stacklevel=2)
         return function(*args)
 
