@@ -58,6 +58,9 @@ def test_sides_that_do_not_fit_are_refused(solver, needs):
     assert factors.solve(torch.ones(4, 3, 0)).shape == (4, 3, 0)
     with pytest.raises(InvalidInput, match="square"):
         solver.factor(torch.ones(1, 3, 4))
+    if not isinstance(solver, tuple(type(k) for k in KRYLOV)):
+        with pytest.raises(InvalidInput, match="B, n, n"):
+            solver.factor(torch.eye(3))
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=name)

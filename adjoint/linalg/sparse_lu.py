@@ -28,6 +28,8 @@ def to_sparse(matrix: Matrix) -> SparseMatrix:
         return matrix
     if isinstance(matrix, LinearOperator):
         raise UnsupportedCombination("an operator has no entries to factorise: give a Krylov solver such as adjoint.linalg.GMRES()")
+    if matrix.dim() != 3:
+        raise InvalidInput(f"matrices are factorised in batches, (B, n, n), got {tuple(matrix.shape)}")
     indices = (matrix != 0).any(0).nonzero().T.contiguous()
     return SparseMatrix(indices, matrix[:, indices[0], indices[1]], (matrix.shape[1], matrix.shape[2]))
 
