@@ -209,7 +209,7 @@ def solve_ivp(
     user_spec = StateSpec.of(y0, batched)
     _check_finite(y0, user_spec)
     if mass is not None:
-        if quadrature is not None and callable(quadrature):
+        if callable(quadrature):
             quadrature = with_matrix(quadrature, mass, y0, batched)
         fun, args, events = with_matrix(fun, mass, y0, batched), (*args, mass), without_last(events)
     right_hand_side, state, integrand = fun, y0, None

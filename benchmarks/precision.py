@@ -306,7 +306,7 @@ def _colour(name: str, names: Sequence[str]) -> str:
 
 def write(rows: Sequence[Row], head: list[str], tail: list[str], name: str, chosen: argparse.Namespace, others: Contention) -> Path:
     """The JSON, the report and the figure; returns their path without suffix."""
-    kept = {k: str(v) if isinstance(v, Path) else v for k, v in vars(chosen).items()}
+    kept = {k: v for k, v in vars(chosen).items() if k != "out"}
     env = environment("cpu", kept)
     share = others.share()
     chosen.out.mkdir(parents=True, exist_ok=True)

@@ -36,19 +36,10 @@ class Initial:
 
 
 @dataclass(frozen=True)
-class _Completion:
-    """The equations for ``u = (rates of what is differentiated, values of what is not)`` in the basis of the structure.
-
-    Inputs ``(t0, y0, *inputs of F)``. With ``V1`` and ``V2`` the two parts of the basis: ``F(t0, y0 + V2 (u2 - V2* y0), V1 u1) = 0``. Where
-    there are hidden constraints (index 2), those combinations are replaced by their time derivatives along the solution.
-    """
+class _Conditions:
+    """Equations for initial values, which have the rows and the layout of the state."""
 
     system: System | VmappedSystem
-    basis: Tensor
-    rank: int
-    scale: Tensor
-    hidden: Tensor
-    rest: Tensor
 
     @property
     def rows(self) -> int:
@@ -57,6 +48,21 @@ class _Completion:
     @property
     def spec(self) -> StateSpec:
         return self.system.spec
+
+
+@dataclass(frozen=True)
+class _Completion(_Conditions):
+    """The equations for ``u = (rates of what is differentiated, values of what is not)`` in the basis of the structure.
+
+    Inputs ``(t0, y0, *inputs of F)``. With ``V1`` and ``V2`` the two parts of the basis: ``F(t0, y0 + V2 (u2 - V2* y0), V1 u1) = 0``. Where
+    there are hidden constraints (index 2), those combinations are replaced by their time derivatives along the solution.
+    """
+
+    basis: Tensor
+    rank: int
+    scale: Tensor
+    hidden: Tensor
+    rest: Tensor
 
     def values(self, y0: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """``y`` and ``y'`` from the unknowns."""
@@ -103,18 +109,8 @@ class _CompletionRule:
 
 
 @dataclass(frozen=True)
-class _Values:
+class _Values(_Conditions):
     """The equations for ``y`` at given slopes: ``F(t0, y, yp0) = 0``. Inputs ``(t0, yp0, *inputs of F)``."""
-
-    system: System
-
-    @property
-    def rows(self) -> int:
-        return self.system.rows
-
-    @property
-    def spec(self) -> StateSpec:
-        return self.system.spec
 
     def bind(self, inputs: Sequence[Tensor]) -> Flat:
         """The flat function of ``y``."""
