@@ -8,8 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .adams import AdamsSolver
 from .additive import AdditiveStageSolver
 from .batched import integrate_batched
+from .bdf import BdfSolver
 from .controller import IController, PIController, PIDController
 from .multistep import MultistepSolver, integrate_multistep
 from .plan import Event, Monitor, Plan, Record, Status, rms_norm, shifted_times
@@ -19,7 +21,9 @@ from .single import integrate_single
 from .stages import StageSolver
 
 __all__ = [
+    "AdamsSolver",
     "AdditiveStageSolver",
+    "BdfSolver",
     "Event",
     "IController",
     "Monitor",
