@@ -59,7 +59,7 @@ def check_controller(method: Method, controller: PIDController | None) -> None:
     """Raise `UnsupportedCombination` for a controller that the method would not ask."""
     if controller is not None and getattr(method, "multistep", False):
         raise UnsupportedCombination(
-            f"controller= with {method.name!r}, which chooses order and size together, is not supported: leave it out"
+            f"controller= with {method.name!r}, which chooses its order and steps together, is not supported: leave it out"
         )
 
 

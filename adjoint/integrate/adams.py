@@ -43,7 +43,8 @@ def corrected(prediction: Prediction, delta: Tensor, h: Tensor, weights: Weights
     real = h.dtype
     at = weights.at.to(real)
     y = prediction.y + h * (weights.integrals.to(real) * at).sum(0) * delta
-    return y, torch.einsum("blj,jbn->lbn", weights.basis.to(delta.dtype), prediction.low + at * delta)
+    slopes = torch.einsum("blj,jbn->lbn", weights.basis.to(delta.dtype), prediction.low + at * delta)
+    return y, torch.cat([slopes, delta.unsqueeze(0)])
 
 
 def updated(y: Tensor, slope: Tensor, star: Tensor, kept: Tensor) -> Tensor:

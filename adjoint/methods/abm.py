@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import InvalidInput
 
-__all__ = ["Adams", "Weights", "step_weights", "uniform_errors"]
+__all__ = ["Adams", "Weights", "step_weights", "stretching", "uniform_errors"]
 
 #: beyond this the formulas have next to no stability, and their differences are rounding errors
 _MOST = 12
@@ -38,6 +38,17 @@ def _projection(size: int) -> tuple[np.ndarray, np.ndarray]:
     x, w = np.polynomial.legendre.leggauss(size)
     values = np.polynomial.legendre.legvander(x, size - 1)
     return (x + 1) / 2, (values * w[:, None] * (np.arange(size) + 0.5)).T
+
+
+@cache
+def stretching(size: int) -> np.ndarray:
+    """``theta d/dtheta`` for coefficients in Legendre polynomials on [0, 1]: a matrix."""
+    legendre, out = np.polynomial.legendre, np.zeros((size, size))
+    for j, row in enumerate(np.eye(size)):
+        slope = legendre.legder(row)
+        column = legendre.legadd(legendre.legmulx(slope), slope)
+        out[: len(column), j] = column
+    return out
 
 
 class Weights(NamedTuple):
@@ -87,7 +98,8 @@ class Adams:
     """Adams-Bashforth-Moulton methods of orders 1 to ``max_order``, in the form "predict, evaluate, correct, evaluate".
 
     The prediction has the order ``q`` of the step, the correction ``q + 1``. The dense output is the polynomial of the correction:
-    ``y(t) = y + h sum_j b_j(theta) k_j`` with the coefficients ``k_j`` of its slope in Legendre polynomials, of order ``q + 1`` too.
+    ``y(t) = y + h sum_j b_j(theta) k_j`` with the coefficients ``k_j`` of its slope in Legendre polynomials, of order ``q + 1`` too. Behind
+    them comes the correction of the slope, which weighs nothing.
 
     Parameters
     ----------
@@ -122,7 +134,7 @@ class Adams:
 
     @property
     def n_stages(self) -> int:
-        return self.max_order + 1
+        return self.max_order + 2
 
     @property
     def nodes(self) -> tuple[float, ...]:
@@ -130,15 +142,15 @@ class Adams:
         return (0.0,) * self.n_stages
 
     def dense_weights(self, theta: Tensor) -> Tensor:
-        """``b_j(theta)``, the integrals of Legendre's polynomials from 0: ``(*theta.shape, max_order + 1)``."""
-        values = _legendre(2 * theta - 1, self.n_stages + 1)
+        """``b_j(theta)``, the integrals of Legendre's polynomials from 0: ``(*theta.shape, max_order + 2)``."""
+        values = _legendre(2 * theta - 1, self.max_order + 2)
         parts = [theta]
-        parts += [(values[j + 1] - values[j - 1]) / (2 * (2 * j + 1)) for j in range(1, self.n_stages)]
-        return torch.stack(parts, -1)
+        parts += [(values[j + 1] - values[j - 1]) / (2 * (2 * j + 1)) for j in range(1, self.max_order + 1)]
+        return torch.stack([*parts, torch.zeros_like(theta)], -1)
 
     def dense_slopes(self, theta: Tensor) -> Tensor:
         """``db_j/dtheta``, shaped as `dense_weights`."""
-        return torch.stack(_legendre(2 * theta - 1, self.n_stages), -1)
+        return torch.stack([*_legendre(2 * theta - 1, self.max_order + 1), torch.zeros_like(theta)], -1)
 
     def step(self, *args: object) -> None:
         """There is none that knows one state only."""

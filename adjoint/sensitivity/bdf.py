@@ -127,6 +127,7 @@ class BdfReplay:
     """The steps as differentiable functions of the table; see `multistep.Replay`."""
 
     size = SIZE
+    resized = False
 
     def __init__(self, problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor]) -> None:
         algebra = problem.algebra
@@ -167,6 +168,7 @@ class BdfAdjoint:
     """
 
     size = SIZE
+    resized = False
 
     def __init__(self, problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor], linearize: Linearizer, f: Flat) -> None:
         algebra = problem.algebra

@@ -29,8 +29,8 @@ __all__ = ["GaussAdjoint", "InterpolatingAdjoint", "QuadratureAdjoint"]
 class _Continuous:
     """Settings of the way back.
 
-    method : str or method object; default that of the solve, or `kvaerno5` for Rosenbrock and IMEX methods, `radau5` for `bdf`, `dopri8` for
-        `abm`. For stiff problems an implicit one.
+    method : str or method object; default that of the solve, or `kvaerno5` for Rosenbrock and IMEX methods, `radau5` for `bdf`, `dopri8`
+        for `abm`. For stiff problems an implicit one.
     rtol, atol : tolerances of the adjoint; default those of the solve if they are numbers, else 1e-6 and 1e-9. ``atol`` counts in units of
         the adjoint's largest entry where the solve back begins, so that of the solve, which has the units of the state, is a guess: it is
         raised to a hundredth of ``rtol`` and to what rounding leaves (1e-11 in double precision).

@@ -22,7 +22,9 @@ __all__ = ["Replay", "multistep_functional", "multistep_outputs", "multistep_tan
 
 class Replay(Protocol):
     """The steps of a method, taken again. ``beyond`` gives what is added to the state at the end of a step from its stages: nothing, but
-    with the derivative by the time of the anchor that the step lands on."""
+    with the derivative by the time of the anchor that the step lands on. Where steps are ``resized`` (see `Schedule`), it is not wanted."""
+
+    resized: bool
 
     def begin(self, y0: Tensor, time: Tensor) -> Tensor: ...
     def step(self, k: int, D: Tensor, time: StepTime, beyond: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]: ...
@@ -36,7 +38,7 @@ def _replay(
     method = AdamsReplay if problem.algebra is None else BdfReplay
     steps: Replay = method(problem, grid, inputs)
     n_steps = h.shape[0]
-    schedule = Schedule(problem, grid, anchors)
+    schedule = Schedule(problem, grid, anchors, steps.resized)
     D = steps.begin(y0, schedule.first) if n_steps else y0.unsqueeze(0)
     all_states, all_stages = [y0], []
     for k in range(n_steps):
@@ -52,7 +54,7 @@ def _replay(
     n_samples = 0 if t_eval is None else t_eval.shape[0]
     if n_samples and n_steps:
         assert t_eval is not None
-        samples = interpolate(plan, whole, kept, schedule.begin, h, t_eval, grid["sample_step"])
+        samples = interpolate(plan, whole, kept, schedule.begin, schedule.h, t_eval, grid["sample_step"])
     else:
         samples = y0.new_zeros(n_samples, *y0.shape) + y0
     return final, samples, whole, kept if plan.keep_stages else grid["stages"]

@@ -39,8 +39,9 @@ def multistep_eager(
     f = problem.system.bind(inputs)
     linearize = Linearizer(f, inputs, wants[3:], moving)
     steps = (AdamsAdjoint if problem.algebra is None else BdfAdjoint)(problem, grid, inputs, linearize, f)
-    schedule = Schedule(problem, grid, anchors.detach())
+    schedule = Schedule(problem, grid, anchors.detach(), steps.resized)
     t_bars, late_bars, unused = (torch.zeros_like(grid["t"]) for _ in range(3))
+    size_bars = late_bars if steps.resized else unused
     bar = states.new_zeros(steps.size, rows, states.shape[-1])
     if final_bar is not None:
         bar[0] = torch.where((grid["status"] >= 0).unsqueeze(-1), final_bar, 0.0)
@@ -58,12 +59,12 @@ def multistep_eager(
         if back.t is not None:
             t_bars[k] += torch.where(valid, back.t, 0.0)
         if back.late is not None:
-            late_bars[k] = back.late
+            late_bars[k] += back.late
         start = samples.at_start(k)
         if start is not None:
             bar = torch.cat([(bar[0] + start).unsqueeze(0), bar[1:]])
         if moving:
-            samples.add_time_bars(k, list(stages[k].unbind()), t_bars[k], unused[k])
+            samples.add_time_bars(k, list(stages[k].unbind()), t_bars[k], size_bars[k])
     first = None
     y0_bar = bar[0]
     if n_steps:
