@@ -25,6 +25,22 @@ def _sweeps(monkeypatch):
     monkeypatch.setattr("adjoint.sensitivity.strategies.KEEP_BYTES", 0)
 
 
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """The code of compiled steps and loops, run as it is: that takes no seconds."""
+
+    def loop(cond, body, carried):
+        while bool(cond(*carried)):
+            carried = body(*carried)
+        return carried
+
+    for module in ("integrate.batched", "integrate.single", "sensitivity.compiled"):
+        monkeypatch.setattr(f"adjoint.{module}.compiled", lambda function, key, columns=False: function)
+    for module in ("integrate.whole", "sensitivity.whole"):
+        monkeypatch.setattr(f"adjoint.{module}.compiled_loop", lambda function, key, device, width: function)
+    monkeypatch.setattr(torch, "while_loop", loop)
+
+
 #: the shared matrices of tests run these implicit methods always, the other ones in the slow run: each has tests of its own
 QUICK_IMPLICIT = {"kvaerno3", "rodas4"}
 MATRICES = {"test_batched", "test_gradients", "test_order", "test_quadrature", "test_solution", "test_transforms", "test_memory"}

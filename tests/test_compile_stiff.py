@@ -7,7 +7,6 @@ import warnings
 import pytest
 import torch
 
-import adjoint
 from adjoint import Backprop, UnsupportedCombination, solve_ivp
 from adjoint.linalg import DenseLU
 from adjoint.linalg.elimination import Elimination
@@ -82,13 +81,6 @@ def _module_agrees():
         y = solve_ivp(Rate(), (0.0, 1.0), y0, batched=True, method="rodas3p", rtol=1e-3, compile=compiled).y
         found.append((y.detach(), *torch.autograd.grad(y[-1].sum(), list(rate.parameters()))))
     return all(_close(c, e) for e, c in zip(*found, strict=True))
-
-
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """The code of compiled steps, run as it is: that takes no seconds."""
-    for module in (adjoint.integrate.batched, adjoint.sensitivity.compiled):
-        monkeypatch.setattr(module, "compiled", lambda function, key, columns=False: function)
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -30,27 +30,29 @@ def _value(x: Any) -> Any:
     return x.meta.get("val") if isinstance(x, Node) else x
 
 
-def _narrow_axis(x: Any) -> int | None:
-    """Which axis of a matrix counts its columns; None for anything but a narrow matrix."""
-    value = _value(x)
-    if not isinstance(value, Tensor) or value.dim() != 2:
-        return None
-    rows, columns = value.shape
-    if not isinstance(rows, int) or not isinstance(columns, int):
-        return None
-    if 1 <= columns <= NARROW and rows >= 16 * NARROW:
-        return 1
-    return 0 if 1 <= rows <= NARROW and columns >= 16 * NARROW else None
-
-
 class _Rewrite:
-    """One run of the pass: ``columns[node]`` are the columns of a narrow matrix, as nodes of shape ``(rows,)``."""
+    """One run of the pass: ``columns[node]`` are the columns of a narrow matrix, as nodes of shape ``(rows,)``.
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    ``fewest``: rows that a narrow matrix has at least.
+    """
+
+    def __init__(self, graph: Graph, fewest: int) -> None:
+        self.graph, self.fewest = graph, fewest
         self.columns: dict[Node, list[Node]] = {}
         #: results of ``unbind``
         self.unbound: dict[Node, list[Node]] = {}
+
+    def narrow_axis(self, x: Any) -> int | None:
+        """Which axis of a matrix counts its columns; None for anything but a narrow matrix."""
+        value = _value(x)
+        if not isinstance(value, Tensor) or value.dim() != 2:
+            return None
+        rows, columns = value.shape
+        if not isinstance(rows, int) or not isinstance(columns, int):
+            return None
+        if 1 <= columns <= NARROW and rows >= self.fewest:
+            return 1
+        return 0 if 1 <= rows <= NARROW and columns >= max(self.fewest, 16 * NARROW) else None
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         node = self.graph.call_function(target, args, kwargs)
@@ -73,7 +75,7 @@ class _Rewrite:
             return None
         known = isinstance(first, Node) and first in self.columns
         if known:
-            axis = _narrow_axis(first)
+            axis = self.narrow_axis(first)
             assert axis is not None and isinstance(first, Node)
             if target is aten.select.int and args[1] % 2 == axis:  # type: ignore[operator]
                 return self.columns[first][args[2]]  # type: ignore[index]
@@ -82,14 +84,15 @@ class _Rewrite:
                 return self.call(aten.sqrt.default, self._sum(squares))
             if target is aten.sum.dim_IntList and self._over(node, axis) and not node.kwargs:
                 return self._sum(self.columns[first])
-        axis = _narrow_axis(node)
+        axis = self.narrow_axis(node)
         if axis is None:
             return None
         if target is aten.cat.default:
             return self._cat(node, axis)
         if target is aten.stack.default and (args[1] if len(args) > 1 else 0) % 2 == axis:  # type: ignore[operator]
             return list(first)  # type: ignore[arg-type]
-        if known and (target in _SAME or (target in _TURN and _value(node).shape != _value(first).shape)):
+        turned = known and target in _TURN and axis != self.narrow_axis(first) and _value(node).shape != _value(first).shape
+        if known and (target in _SAME or turned):
             return self.columns[first]  # type: ignore[index]
         if target is aten.select_scatter.default and args[2] % 2 == axis:  # type: ignore[operator]
             columns = list(self.of(first, axis))  # type: ignore[arg-type]
@@ -148,15 +151,18 @@ class _Rewrite:
 
     def joined(self, node: Node) -> Node:
         """A matrix again, for those who need it whole."""
+        if self.narrow_axis(node) == 1 and _value(node).shape[0] < 16 * NARROW:
+            # laid out as whoever made it would have
+            return self.call(aten.cat.default, [self.call(aten.unsqueeze.default, c, 1) for c in self.columns[node]], 1)
         whole = self.call(aten.cat.default, [self.call(aten.unsqueeze.default, c, 0) for c in self.columns[node]], 0)
-        return whole if _narrow_axis(node) == 0 else self.call(aten.permute.default, whole, [1, 0])
+        return whole if self.narrow_axis(node) == 0 else self.call(aten.permute.default, whole, [1, 0])
 
     def unbind(self, node: Node) -> bool:
         """Note what is only an ``unbind`` into columns."""
         x = node.args[0] if node.args else None
         if node.target is not aten.unbind.int or x not in self.columns:
             return False
-        if (node.args[1] if len(node.args) > 1 else 0) % 2 != _narrow_axis(x):  # type: ignore[operator]
+        if (node.args[1] if len(node.args) > 1 else 0) % 2 != self.narrow_axis(x):  # type: ignore[operator]
             return False
         self.unbound[node] = self.columns[x]  # type: ignore[index]
         return True
@@ -168,7 +174,7 @@ class _Rewrite:
         whole: dict[Node, Node] = {}
         for node in nodes:
             if node.op == "placeholder":
-                axis = _narrow_axis(node)
+                axis = self.narrow_axis(node)
                 if axis is not None:
                     with self.graph.inserting_before(first):
                         self.of(node, axis)
@@ -189,9 +195,9 @@ class _Rewrite:
         self.graph.eliminate_dead_code()
 
 
-def column_pass(graph: Graph) -> None:
-    """Rewrite a graph of ATen operators in place."""
-    _Rewrite(graph).run()
+def column_pass(graph: Graph, fewest: int = 16 * NARROW) -> None:
+    """Rewrite a graph of ATen operators in place; matrices with fewer rows than ``fewest`` are left as they are."""
+    _Rewrite(graph, fewest).run()
 
 
 def takes_columns(compiled: bool, rows: int, width: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Graph
 
-from .columns import column_pass
+from .columns import NARROW, column_pass
 from .gathered import gathering_pass
 
 __all__ = ["compile_key", "compiled", "compiled_loop", "pass_options"]
@@ -73,6 +73,12 @@ def pass_options(rewrite: FunctionType) -> dict[str, Any]:
     return {"post_grad_custom_pre_pass": Pass()}
 
 
+def narrow_loop_pass(graph: Graph) -> None:
+    """For loops over states of few numbers: a ``stack`` costs more there than what it holds, whatever the number of rows."""
+    gathering_pass(graph)
+    column_pass(graph, fewest=1)
+
+
 def _guards() -> dict[str, Any]:
     """The option that leaves out checks of what cannot change: the method, which is part of the key, and modules of ours and PyTorch's."""
     if not hasattr(torch._dynamo.hooks.Hooks, "guard_filter_fn"):
@@ -92,12 +98,16 @@ def _copied(function: FunctionType) -> FunctionType:
 
 
 @lru_cache(maxsize=512)
-def compiled_loop(function: FunctionType, key: Hashable, kind: str) -> Callable[..., Any]:
-    """As `compiled`, for a ``function`` that is a loop: where that cannot be compiled the answer is None, and is so from then on.
+def compiled_loop(function: FunctionType, key: Hashable, device: str, width: int) -> Callable[..., Any]:
+    """As `compiled`, for a ``function`` that is a loop over states of ``width`` numbers: if it cannot be compiled the answer is None.
 
-    ``kind``: of device. On a CPU calls of kernels are compiled too: a loop makes many short ones.
+    On a CPU calls of kernels are compiled too: a loop makes many short ones.
     """
-    options = ({"cpp_wrapper": True} if kind == "cpu" else {}) | pass_options(gathering_pass) | _guards()
+    options = (
+        ({"cpp_wrapper": True} if device == "cpu" else {})
+        | pass_options(narrow_loop_pass if width <= NARROW else gathering_pass)
+        | _guards()
+    )
     whole = torch.compile(_copied(function), dynamic=False, fullgraph=True, options=options)
     able = True
 
@@ -109,7 +119,7 @@ def compiled_loop(function: FunctionType, key: Hashable, kind: str) -> Callable[
             return whole(*args)
         except Exception as error:  # whatever compilers of many versions raise: one step after the other says what is wrong, if anything is
             able = False
-            _log.info("a whole loop of %s is not compiled, its steps are: %s", key, error)
+            _log.info("%s is not compiled as a loop, but step by step, because: %s", function.__name__, error)
             return None
 
     return call

@@ -125,7 +125,7 @@ def whole_sweep(
     inputs = tuple(x.detach() for x in linearize.inputs)
     sampled = samples_bar is not None and t_eval is not None
     hands_over = method.end_index == len(method.nodes) - 1 and not plan.direct
-    pull = compiled_loop(_rounds_back, plan.compile, states.device.type)
+    pull = compiled_loop(_rounds_back, plan.compile, states.device.type, n)
 
     end = grid["t"][-1:] + grid["h"][-1:]
     t, h = torch.cat([grid["t"], end]), torch.cat([grid["h"], torch.zeros_like(end)])
