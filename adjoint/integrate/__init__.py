@@ -74,7 +74,7 @@ def integrate(
         )
     n_samples = 0 if t_eval is None else t_eval.shape[0]
     # what autograd records is the steps themselves, one by one
-    if not torch.is_grad_enabled() and takes_whole(plan, *y0.shape, n_samples):
+    if not torch.is_grad_enabled() and takes_whole(plan, y0.shape[0], y0.shape[1], n_samples):
         record = integrate_whole(f, plan, anchors, t_eval, y0)
         if record is not None:
             return record

@@ -93,8 +93,8 @@ def _linear_work(plan: Plan, attempts: Tensor) -> dict[str, Tensor]:
 
 def _packed(
     attempts: Sequence[Attempted],
-    states: list[Tensor],
-    stages: list[Tensor],
+    states: Sequence[Tensor],
+    stages: Sequence[Tensor],
     carry: Any,
     y0: Tensor,
     n_all: int,
@@ -124,7 +124,7 @@ def _packed(
     attempt = torch.arange(len(attempts), device=y0.device).unsqueeze(-1).expand_as(place)
     index = place.new_full((most + 2, rows), len(attempts)).scatter_(0, place, attempt)[: most + 1]
 
-    def pick(values: list[Tensor], behind: Tensor, count: int) -> Tensor:
+    def pick(values: Sequence[Tensor], behind: Tensor, count: int) -> Tensor:
         """``count`` rows of what each trajectory, their first dimension, had at its accepted attempts."""
         every = torch.stack([*values, behind])
         if behind.dim() == 1:

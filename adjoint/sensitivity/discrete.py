@@ -136,7 +136,7 @@ def eager_sweep(
     elif implicit:
         linearize = StageLinearizer(problem, slopes, f, inputs, wants[3:], time_bars)
     plain = recall is None and not time_bars and n_steps > 0 and anchors.shape[0] == 2 and (stages_bar is None or not len(stages_bar))
-    if plain and sweeps_whole(problem, rows, states.shape[-1], t_eval, inputs):
+    if plain and sweeps_whole(problem, states[0], t_eval, inputs):
         first = Linearizer(f, inputs, wants[3:], False)
         y_bar = whole_sweep(problem, grid, t_eval, first, bars)
         if y_bar is not None:

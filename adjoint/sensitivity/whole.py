@@ -20,7 +20,7 @@ from .problem import Problem
 __all__ = ["sweeps_whole", "whole_sweep"]
 
 
-def sweeps_whole(problem: Problem, rows: int, width: int, t_eval: Tensor | None, inputs: Sequence[Tensor]) -> bool:
+def sweeps_whole(problem: Problem, y0: Tensor, t_eval: Tensor | None, inputs: Sequence[Tensor]) -> bool:
     """Whether derivatives of a solve are taken in one compiled loop too: the loop carries cotangents of all inputs, so they must be few."""
     plan = problem.plan
     if problem.sweep is not None or type(plan.monitor).adjoint is not Monitor.adjoint or not named(problem.system):
@@ -28,7 +28,7 @@ def sweeps_whole(problem: Problem, rows: int, width: int, t_eval: Tensor | None,
     carried = sum(x.nbytes for x in inputs)
     # as for a forward loop that keeps all stages: here their cotangents are laid out
     n_samples = 0 if t_eval is None else t_eval.shape[0]
-    return carried <= MOST_BYTES // 4 and takes_whole(plan, rows, width, n_samples)
+    return carried <= MOST_BYTES // 4 and takes_whole(plan, y0.shape[0], y0.shape[1], n_samples)
 
 
 def _rounds_back(
@@ -103,8 +103,8 @@ def _rounds_back(
     if not (hands_over and sampled):
         bar = bar + states_bar.index_select(0, count.reshape(1)).squeeze(0)
         count = count - 1
-    _, bar, *totals = torch.while_loop(going, body, (count, bar, *totals))
-    return bar, tuple(totals)
+    _, bar, *found = torch.while_loop(going, body, (count, bar, *totals))
+    return bar, tuple(found)
 
 
 def whole_sweep(
