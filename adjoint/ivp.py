@@ -134,7 +134,7 @@ def solve_ivp(
     step_ts : times
         Times at which a step must end, where ``fun`` may jump: the stages on either side see ``t`` from within their own step.
     compile : bool
-        Compile the step and its adjoint with ``torch.compile``.
+        Compile the step and its adjoint with ``torch.compile``; of small solves the whole loop, and the one back (docs/choosing.md).
     throw : bool
         Raise a named error on failure. False: look at ``status``; failed trajectories are NaN from the failure on.
     progress : bool

@@ -98,16 +98,12 @@ def _copied(function: FunctionType) -> FunctionType:
 
 
 @lru_cache(maxsize=512)
-def compiled_loop(function: FunctionType, key: Hashable, device: str, width: int) -> Callable[..., Any]:
+def compiled_loop(function: FunctionType, key: Hashable, native: bool, width: int) -> Callable[..., Any]:
     """As `compiled`, for a ``function`` that is a loop over states of ``width`` numbers: if it cannot be compiled the answer is None.
 
-    On a CPU calls of kernels are compiled too: a loop makes many short ones.
+    ``native``: the calls of kernels are compiled too, which a loop of many short ones wants. For kernels on a CPU that are not LAPACK's.
     """
-    options = (
-        ({"cpp_wrapper": True} if device == "cpu" else {})
-        | pass_options(narrow_loop_pass if width <= NARROW else gathering_pass)
-        | _guards()
-    )
+    options = ({"cpp_wrapper": True} if native else {}) | pass_options(narrow_loop_pass if width <= NARROW else gathering_pass) | _guards()
     whole = torch.compile(_copied(function), dynamic=False, fullgraph=True, options=options)
     able = True
 
