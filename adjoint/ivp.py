@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .arguments import Times, check_method, check_times, flat_norm, flat_tolerance, positive
-from .capture import find_captured, needs_derivatives, parameter_homes
+from .capture import find_captured, needs_derivatives, parameter_homes, vmap_active
 from .dae_arguments import dae_failure
 from .errors import InvalidInput, UnsupportedCombination
 from .event_times import NO_EVENTS, Found, event_records
@@ -259,7 +259,7 @@ def solve_ivp(
         max_steps=int(max_steps),
         keep_states=derivatives or times.steps or dense_output or bool(event_list),
         # the slopes of implicit stages are recorded: derivatives are taken at them
-        keep_stages=dense_output or (derivatives and chosen.implicit) or (bool(event_list) and (batched or chosen.implicit)),
+        keep_stages=dense_output or (derivatives and chosen.implicit) or (bool(event_list) and (batched or chosen.implicit or vmap_active())),
         results_of_steps=times.steps or dense_output or bool(event_list),
         events=tuple(_flat_event(e, system, user_spec, integrand is not None) for e in event_list),
         monitor=progress_monitor(progress),
@@ -470,11 +470,12 @@ def _steps(parts: _Parts, stop_t: Tensor | None, stop_y: Tensor | None) -> tuple
     if stop_y is not None:
         states = torch.where((place == out.n_accepted).unsqueeze(-1), stop_y, states)
     real = parts.spec.real_dtype
-    if not parts.problem.batched:
+    if not parts.problem.batched and not vmap_active():
         return t[:, 0].to(real), states
     beyond = place > out.n_accepted
     t = torch.where(place == out.n_accepted, out.t_final + (end - end.detach()), t)
-    return torch.where(beyond, float("nan"), t).to(real), torch.where(beyond.unsqueeze(-1), float("nan"), states)
+    t, states = torch.where(beyond, float("nan"), t).to(real), torch.where(beyond.unsqueeze(-1), float("nan"), states)
+    return t if parts.problem.batched else t[:, 0], states
 
 
 def _interpolant(parts: _Parts) -> Callable[[Tensor], Any]:

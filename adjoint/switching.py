@@ -109,9 +109,8 @@ def _remaining(stops: Tensor, out: Outputs, going: Tensor) -> Tensor:
 def _event_counts(problem: Problem, out: Outputs, before: Tensor | None) -> Tensor | None:
     if not problem.plan.events:
         return None
-    shape = (len(problem.plan.events), out.t.shape[1])
-    places = out.event_id * shape[1] + out.event_row
-    found = torch.bincount(places, minlength=shape[0] * shape[1]).reshape(shape)
+    found = torch.zeros_like(out.n_accepted).expand(len(problem.plan.events), -1)
+    found = found.index_add(0, out.event_id, (out.event_step >= 0).to(found.dtype))
     return found if before is None else before + found
 
 
@@ -157,13 +156,6 @@ def _merged(problem: Problem, auto: AutoSwitch, phases: Sequence[_Phase], dense:
     stages = first.stages.new_empty((0, degree, *first.final.shape))
     if dense:
         stages = _picked([_coefficients(p, auto, degree) for p in phases], stages.new_zeros(stages.shape[1:]), index[:count], 1)
-    rows = [o.event_row for o in outs]
-    events = {
-        "event_id": torch.cat([o.event_id for o in outs]),
-        "event_row": torch.cat(rows),
-        "event_step": torch.cat([o.event_step + before[k][rows[k]] for k, o in enumerate(outs)]),
-        "event_t": torch.cat([o.event_t for o in outs]),
-    }
     out = Outputs(
         final=latest("final"),
         samples=samples,
@@ -175,10 +167,27 @@ def _merged(problem: Problem, auto: AutoSwitch, phases: Sequence[_Phase], dense:
         extra=first.extra,
         **totals,
         **steps,
-        **events,
+        **_events(outs, before),
     )
     plan = replace(problem.plan, method=Polynomial(degree, auto.name), keep_stages=dense)  # type: ignore[arg-type]
     return out, replace(problem, plan=plan)
+
+
+def _events(outs: Sequence[Outputs], before: Tensor) -> dict[str, Tensor]:
+    """The tables of all phases as one, in which each trajectory has its events of a kind in the first lines of that kind."""
+    ids = torch.cat([o.event_id for o in outs])
+    step = torch.cat([torch.where(o.event_step >= 0, o.event_step + before[k], -1) for k, o in enumerate(outs)])
+    t = torch.cat([o.event_t for o in outs])
+    kinds = sorted(set(ids.tolist()))
+    lines = {"event_id": [ids[:0]], "event_step": [step[:0]], "event_t": [t[:0]]}
+    for kind in kinds:
+        mine = (ids == kind).nonzero()[:, 0]
+        found = step[mine] >= 0
+        most = int(found.sum(0).max()) if _readable(found) else len(mine)
+        order = torch.argsort((~found).to(torch.uint8), dim=0, stable=True)[:most]
+        for name, every in (("event_id", ids), ("event_step", step), ("event_t", t)):
+            lines[name].append(every[mine[:most]] if name == "event_id" else every[mine].gather(0, order))
+    return {name: torch.cat(parts) for name, parts in lines.items()}
 
 
 def _places(outs: Sequence[Outputs], before: Tensor, count: int, total: int) -> Tensor:

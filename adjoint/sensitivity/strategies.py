@@ -81,7 +81,7 @@ class DiscreteAdjoint:
             record = _recorded(problem, anchors, t_eval, y0, inputs, recording)
             if recording.on:
                 problem.report(record)
-                return Outputs(*(getattr(record, name) for name in Outputs._fields))
+                return Outputs.of(record)
             problem = replace(problem, known=[record])
             del record
         return Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
@@ -101,7 +101,7 @@ class Backprop:
         if _recordable(problem, anchors, t_eval, y0, inputs):
             record = _recorded(problem, anchors, t_eval, y0, inputs)
             problem.report(record)
-            return Outputs(*(getattr(record, name) for name in Outputs._fields))
+            return Outputs.of(record)
         grid = Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
         if not problem.plan.keep_states:
             return grid
