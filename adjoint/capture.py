@@ -28,6 +28,7 @@ __all__ = [
     "leads_to",
     "needs_derivatives",
     "parameter_homes",
+    "readable",
     "unknown_leaves",
     "vmap_active",
 ]
@@ -42,6 +43,15 @@ def vmap_active() -> bool:
     """Whether a ``torch.vmap`` is running, directly or inside of a transform such as `torch.func.jacfwd`."""
     stack = torch._C._functorch.get_interpreter_stack()
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack or ())
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at: not where ``torch.vmap`` maps over it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return True
 
 
 def below_vmap(x: Tensor, size: int) -> Tensor:

@@ -87,7 +87,9 @@ def _plan(request: Request, derivatives: bool, dense: bool, events: tuple[Event,
         "norm": request.norm,
         "keep_states": derivatives or dense or bool(events),
         # the slopes of implicit stages are recorded: derivatives are taken at them
-        "keep_stages": dense or (request.family == "implicit" and derivatives) or (bool(events) and (request.family == "implicit" or vmap_active())),
+        "keep_stages": dense
+        or (request.family == "implicit" and derivatives)
+        or (bool(events) and (request.family == "implicit" or vmap_active())),
         "events": events,
         "monitor": request.monitor(),
     }
