@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -31,6 +31,7 @@ from adjoint.errors import UnsupportedCombination
 from adjoint.methods import IMEX_METHODS, METHODS, SWITCHING_METHODS, FullyImplicitRungeKutta
 
 KNOWN: dict[str, Any] = METHODS | IMEX_METHODS | SWITCHING_METHODS
+#: one trajectory, two in a batch, two mapped by ``torch.vmap``, and the batch compiled
 FORMS = ["eager", "batched", "vmapped", "compiled"]
 
 #: of these it is plain autograd through the same steps that they must equal
@@ -54,8 +55,8 @@ TIMES = (0.13, 0.5)
 Y0 = torch.tensor([[0.5, -1.0], [1.2, 0.3]], dtype=torch.float64)
 P = torch.tensor([[0.9, 1.3], [1.1, 0.7]], dtype=torch.float64)
 C = torch.tensor([0.4, -0.2], dtype=torch.float64)
-#: compiling takes seconds: other methods are compiled in the slow run
-COMPILED_ALWAYS = {"tsit5", "rodas3p"}
+#: compiling takes seconds: other methods, and strategies, are compiled in the slow run
+COMPILED_ALWAYS = {"bosh3", "rodas3p"}
 
 
 class Case(NamedTuple):
@@ -72,7 +73,7 @@ class Case(NamedTuple):
 REFUSED: list[tuple[str, Callable[[Case], bool]]] = [
     ("stages are found by iteration", lambda c: c.form == "compiled" and c.has("implicit", "switching") and not c.has("direct")),
     ("takes steps again one by one", lambda c: c.strategy == "checkpoints" and c.has("multistep")),
-    ("batched=True with BacksolveAdjoint", lambda c: c.strategy.startswith("backsolve") and c.form == "batched"),
+    ("batched=True with BacksolveAdjoint", lambda c: c.strategy.startswith("backsolve") and c.form in ("batched", "compiled")),
     ("method='auto' with", lambda c: c.strategy in CONTINUOUS and c.has("switching")),
     ("compile=True with", lambda c: c.form == "compiled" and c.strategy not in ("discrete", "backprop")),
     ("on the way back of BacksolveAdjoint", lambda c: c.strategy == "backsolve" and (c.has("implicit") or not c.has("adaptive"))),
@@ -89,7 +90,9 @@ def cases(strategies: Iterable[str]) -> list[Any]:
     out = []
     for case in itertools.starmap(Case, itertools.product(KNOWN, strategies, FORMS)):
         compiles = case.form == "compiled" and refusal(case) is None
-        marks = [pytest.mark.compile] * compiles + [pytest.mark.slow] * (compiles and case.method not in COMPILED_ALWAYS)
+        marks = [pytest.mark.compile] * compiles + [pytest.mark.slow] * (
+            compiles and (case.method not in COMPILED_ALWAYS or case.strategy != "discrete")
+        )
         out.append(pytest.param(case, marks=marks, id="-".join(case)))
     return out
 
@@ -116,7 +119,7 @@ def loss(y: Tensor) -> Tensor:
 def constant(method: str) -> dict[str, Any]:
     """Three steps, of sizes that do not depend on the state: the same ones in every form. Of switching methods: steps of both kinds."""
     if method in SWITCHING_METHODS:
-        return {"method": method, "rtol": 1e-6, "atol": 1e-8}
+        return {"method": method, "rtol": 1e-5, "atol": 1e-7}
     if not KNOWN[method].adaptive:
         return {"method": method, "first_step": 0.2}
     # the iterations of coupled stages are as tight as the tolerance asks
@@ -124,21 +127,21 @@ def constant(method: str) -> dict[str, Any]:
     return {"method": method, "first_step": 0.2, "max_step": 0.2, "rtol": tolerance, "atol": tolerance}
 
 
-def gradients(form: str, strategy: Any, options: dict[str, Any]) -> tuple[Tensor, ...]:
-    """In initial states, arguments, and the captured tensor, of two trajectories."""
-    y0, p, c = (x.clone().requires_grad_() for x in (Y0, P, C))
+def gradients(form: str, strategy: Any, options: dict[str, Any], rows: Sequence[int] = (0, 1)) -> tuple[Tensor, ...]:
+    """The loss of some trajectories, and its gradients in initial states, arguments, and the captured tensor; one by one if "eager"."""
+    y0, p, c = (x.clone().requires_grad_() for x in (Y0[list(rows)], P[list(rows)], C))
     fun = system(options["method"], c)
 
     def value(y: Tensor, q: Tensor, **more: Any) -> Tensor:
         return loss(solve_ivp(fun, (0.0, END), y, (q,), t_eval=TIMES, gradient=strategy, **options, **more).y)
 
-    if form == "batched":
-        total = value(y0, p, batched=True)
+    if form == "eager":
+        total = torch.stack([value(y, q) for y, q in zip(y0, p, strict=True)]).sum()
     elif form == "vmapped":
         total = torch.vmap(value)(y0, p).sum()
     else:
-        total = sum(value(y, q, compile=form == "compiled") for y, q in zip(y0, p, strict=True))
-    return torch.autograd.grad(total, (y0, p, c))
+        total = value(y0, p, batched=True, compile=form == "compiled")
+    return total.detach(), *torch.autograd.grad(total, (y0, p, c))
 
 
 def inner_gradients(strategy: Any, options: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -150,19 +153,23 @@ def inner_gradients(strategy: Any, options: dict[str, Any]) -> tuple[Tensor, ...
     return torch.vmap(torch.func.grad(value, argnums=(0, 1)))(Y0, P)
 
 
-def distance(got: Iterable[Tensor], want: Iterable[Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(got, want, strict=False))
+def rows_of(form: str) -> tuple[int, ...]:
+    return (1,) if form == "eager" else (0, 1)
+
+
+def distance(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(got, want, strict=True))
 
 
 @functools.cache
-def unrolled(method: str) -> tuple[Tensor, ...]:
+def unrolled(method: str, rows: Sequence[int] = (0, 1)) -> tuple[Tensor, ...]:
     """Plain autograd through the steps of one trajectory after the other."""
-    return gradients("eager", Backprop(), constant(method))
+    return gradients("eager", Backprop(), constant(method), rows)
 
 
 @functools.cache
-def exact() -> tuple[Tensor, ...]:
-    return gradients("eager", Backprop(), {"method": "dopri8", "rtol": 1e-12, "atol": 1e-13})
+def exact(rows: Sequence[int]) -> tuple[Tensor, ...]:
+    return gradients("eager", Backprop(), {"method": "dopri8", "rtol": 1e-12, "atol": 1e-13}, rows)
 
 
 def refused(case: Case, strategy: Any, options: dict[str, Any]) -> bool:
@@ -170,7 +177,7 @@ def refused(case: Case, strategy: Any, options: dict[str, Any]) -> bool:
     words = refusal(case)
     if words is not None:
         with pytest.raises(UnsupportedCombination, match=words):
-            gradients(case.form, strategy, options)
+            gradients(case.form, strategy, options, rows_of(case.form))
     return words is not None
 
 
@@ -186,9 +193,12 @@ def test_unrolled_steps_against_differences(method):
         return sum(float(loss(solve_ivp(fun, (0.0, END), y, (q,), t_eval=TIMES, **constant(method)).y)) for y, q in rows)
 
     want = (total(step) - total(-step)) / (2 * step)
-    got = sum(float((g * d).sum()) for g, d in zip(unrolled(method), (y0, p, c), strict=True))
+    if method in SWITCHING_METHODS:
+        sol = solve_ivp(system(method, C), (0.0, END), Y0[1], (P[1],), **constant(method))
+        assert 0 < sol.stats.n_jac < sol.stats.n_accepted
+    got = sum(float((g * d).sum()) for g, d in zip(unrolled(method)[1:], (y0, p, c), strict=True))
     # adaptive steps move with the state, which derivatives of the computed solution leave out
-    assert got == pytest.approx(want, rel=1e-3 if method in SWITCHING_METHODS else 1e-5)
+    assert got == pytest.approx(want, rel=5e-3 if method in SWITCHING_METHODS else 1e-5)
 
 
 @pytest.mark.parametrize("case", cases(DISCRETE))
@@ -199,16 +209,18 @@ def test_derivatives_of_the_computed_solution(case):
     tolerance = 1e-11
     if case.has("switching") and case.form != "eager":
         # sizes of the steps differ by the rounding of the controller; copies under vmap go over once
-        tolerance = 1e-5
+        tolerance = 1e-4
     elif case.strategy == "checkpoints" and case.has("implicit", "switching"):
         # stages are solved for again
         tolerance = 1e-5 if isinstance(KNOWN[case.method], FullyImplicitRungeKutta) else 1e-7
     elif case.form == "compiled":
         tolerance = 1e-9
-    want = unrolled(case.method)
-    assert distance(gradients(case.form, strategy, options), want) < tolerance
-    if case.form == "vmapped":
-        assert distance(inner_gradients(strategy, options), want) < tolerance
+    rows = rows_of(case.form)
+    want = unrolled(case.method, rows)
+    assert distance(gradients(case.form, strategy, options, rows), want) < tolerance
+    # there the other strategies go the way of the first
+    if case.form == "vmapped" and case.strategy in ("discrete", "backprop"):
+        assert distance(inner_gradients(strategy, options), want[1:3]) < tolerance
 
 
 def refinements(method: str) -> list[tuple[dict[str, Any], float]]:
@@ -232,4 +244,5 @@ def test_continuous_adjoints(case):
     if refused(case, strategy, levels[0][0]):
         return
     for options, tolerance in levels if case.form == "eager" else levels[1:]:
-        assert distance(gradients(case.form, strategy, options), exact()) < tolerance
+        rows = rows_of(case.form)
+        assert distance(gradients(case.form, strategy, options, rows), exact(rows)) < tolerance
