@@ -264,7 +264,7 @@ def solve_ivp(
         results_of_steps=times.steps or dense_output or bool(event_list),
         events=tuple(_flat_event(e, system, user_spec, integrand is not None) for e in event_list),
         monitor=progress_monitor(progress),
-        compile=compile_key(fun) if compile else None,
+        compile=(compile_key(fun), chosen) if compile else None,
     )
     backward = BackwardStats()
     implicit_system = None

@@ -17,6 +17,7 @@ from .recording import Recording
 from .residual import ResidualSolver
 from .single import integrate_single
 from .stages import StageSolver
+from .whole import integrate_whole, takes_whole
 
 __all__ = [
     "AdditiveStageSolver",
@@ -67,6 +68,12 @@ def integrate(
             n_solves=work.n_solves,
             n_newton=work.n_newton,
         )
+    n_samples = 0 if t_eval is None else t_eval.shape[0]
+    # what autograd records is the steps themselves, one by one
+    if not torch.is_grad_enabled() and takes_whole(plan, *y0.shape, n_samples):
+        record = integrate_whole(f, plan, anchors, t_eval, y0)
+        if record is not None:
+            return record
     if batched or plan.direct:
         return integrate_batched(f, plan, anchors, t_eval, y0, inputs)
     return integrate_single(f, plan, anchors, t_eval, y0, inputs, shape, recording)

@@ -16,6 +16,7 @@ from .compiled import compiled
 from .controller import tamed
 from .direct import DirectStages
 from .initial_step import initial_step
+from .packing import Kept, evaluations_of_attempt, record_of
 from .plan import Monitor, Plan, Record, Status, shifted_times
 from .residual import ResidualSolver
 from .stages import StageSolver
@@ -269,7 +270,7 @@ def integrate_batched(
     y0 : (B, n)
     inputs : of the system, for its events
     """
-    method, monitor = plan.method, plan.monitor
+    monitor = plan.monitor
     columns = takes_columns(plan.compile is not None, *y0.shape)
     step = advance if plan.compile is None else compiled(advance_by_numbers, plan.compile, columns)
     sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0).to(torch.float64)
@@ -280,15 +281,6 @@ def integrate_batched(
     events = BatchEventWatch(plan, inputs, anchors[0], y0) if plan.events else None
     watch = None if plan.switch is None else SwitchWatch(plan.switch, plan, len(y0), y0.device)
     dense = plan.keep_stages or sampler.wanted or events is not None or watch is not None
-    per_attempt = method.n_stages if method.end_index is None or method.end_index == method.n_stages else method.n_stages - 1
-    if dense:
-        per_attempt += method.extra_evaluations
-    if anchors.shape[0] > 2:
-        per_attempt += 1
-    if method.implicit:
-        # the slope at the end, and what the step evaluates beside its iterations, which count their own
-        per_attempt = (method.end_index is None) + method.evaluations + (anchors.shape[0] > 2)
-
     attempts: list[Attempt] = []
     states: list[Tensor] = []
     stages: list[Tensor] = []
@@ -325,34 +317,13 @@ def integrate_batched(
         if watched:
             monitor.advanced(float(((carry.t - anchors[0]).abs() / span).min()))
     carry = with_flags(carry)
-    last = turned(carry.y)
-    final = torch.where((carry.status >= 0).unsqueeze(-1), last, float("nan"))
+    final = torch.where((carry.status >= 0).unsqueeze(-1), turned(carry.y), float("nan"))
     sampler.finish((carry.status == 0) | ((carry.status == 1) & (carry.t == anchors[-1])), carry.n_accepted, final)
+    found = no_events(y0) if events is None else events.record()
     plain = anchors.shape[0] == 2 and events is None and watch is None
-    packed = _pack(attempts, states, stages, carry, y0, len(method.nodes), plain, columns)
-    return Record(
-        final=final,
-        last=last,
-        scaled_error=turned(carry.scaled),
-        samples=sampler.out,
-        sample_step=sampler.step,
-        n_steps=carry.attempts,
-        n_accepted=carry.n_accepted,
-        n_rejected=carry.attempts - carry.n_accepted,
-        n_fun=n_fun + per_attempt * carry.attempts,
-        status=carry.status,
-        t_final=carry.t,
-        **(no_events(y0) if events is None else events.record()),
-        **_linear_work(plan, carry.attempts),
-        **packed,
-    )
-
-
-def _linear_work(plan: Plan, attempts: Tensor) -> dict[str, Tensor]:
-    """Counts of linear algebra, where the equations do not count their own."""
-    none = torch.zeros_like(attempts)
-    each = attempts if plan.direct else none
-    return {"n_jac": each, "n_factorizations": each, "n_solves": each * plan.method.n_stages, "n_newton": none}
+    kept = Kept(attempts, states, stages, columns)
+    counts = n_fun + evaluations_of_attempt(plan, dense, anchors.shape[0] > 2) * carry.attempts
+    return record_of(plan, carry, (sampler.out, sampler.step), kept, y0, counts, plain, found)
 
 
 def _stopped(carry: Carry, stop: Tensor) -> Carry:
@@ -363,78 +334,3 @@ def _stopped(carry: Carry, stop: Tensor) -> Carry:
         status=torch.where(ends, int(Status.TERMINAL_EVENT), carry.status),
         running=torch.where(ends, torch.zeros_like(carry.running), carry.running),
     )
-
-
-def _pack(
-    attempts: list[Attempt],
-    states: list[Tensor],
-    stages: list[Tensor],
-    carry: Carry,
-    y0: Tensor,
-    n_all: int,
-    plain: bool,
-    columns: bool,
-) -> dict[str, Tensor]:
-    """Move the accepted steps of every trajectory to the front, padded with steps of size zero at its end.
-
-    ``plain``: there is one segment, at whose end the last step lands.
-    """
-    rows, n = y0.shape
-    if not attempts:
-        kind = {"dtype": torch.float64, "device": y0.device}
-        return {
-            "states": y0.unsqueeze(0),
-            "stages": y0.new_empty((0, n_all, rows, n)),
-            "t": torch.empty((0, rows), **kind),
-            "h": torch.empty((0, rows), **kind),
-            "segment": carry.segment.new_empty((0, rows)),
-            "lands": carry.running.new_empty((0, rows)),
-        }
-    accepted = torch.stack([a.accepted for a in attempts])
-    most = int(carry.n_accepted.max()) if rows else 0
-    # index[j, b]: which attempt was the j-th accepted one of trajectory b. Rejected ones write to a last row that is dropped; places
-    # that no attempt writes to name the entry behind all attempts: a step of size zero at the final state
-    place = torch.where(accepted, accepted.cumsum(0) - 1, most + 1)
-    attempt = torch.arange(len(attempts), device=y0.device).unsqueeze(-1).expand_as(place)
-    index = place.new_full((most + 2, rows), len(attempts)).scatter_(0, place, attempt)[: most + 1]
-
-    def pick(values: list[Tensor], behind: Tensor, count: int) -> Tensor:
-        """``count`` rows of what each trajectory, their first dimension, had at its accepted attempts."""
-        every = torch.stack([*values, behind])
-        if behind.dim() == 1:
-            return every.gather(0, index[:count])
-        # whole rows are copied, which is quicker than one index for each number
-        where = index[:count] * rows + torch.arange(rows, device=index.device)
-        return every.flatten(0, 1).index_select(0, where.reshape(-1)).unflatten(0, (count, rows))
-
-    zero = torch.zeros_like(carry.t)
-    if not states:
-        all_states = y0.new_empty((0, rows, n))
-    elif columns:
-        where = index.unsqueeze(1).expand(-1, n, -1)
-        all_states = torch.stack([*states, carry.y]).gather(0, where).transpose(1, 2)
-    else:
-        all_states = pick(states, carry.y, most + 1)
-    if stages and columns:
-        where = index[:most, None, None].expand(-1, *stages[0].shape[:2], -1)
-        all_stages = torch.stack([*stages, torch.zeros_like(stages[0])]).gather(0, where).transpose(2, 3)
-    elif stages:
-        # (I, S, B, n) with the trajectories in front of the stages, as `pick` wants them
-        turned = [x.movedim(0, 1) for x in stages]
-        all_stages = pick(turned, torch.zeros_like(turned[0]), most).movedim(2, 1)
-    else:
-        all_stages = y0.new_empty((0, n_all, rows, n))
-    if plain:
-        segment = index.new_zeros((most, rows))
-        lands = (torch.arange(most, device=y0.device).unsqueeze(-1) == carry.n_accepted - 1) & ~carry.running & (carry.status >= 0)
-    else:
-        segment = pick([a.segment for a in attempts], torch.zeros_like(carry.segment), most)
-        lands = pick([a.lands for a in attempts], torch.zeros_like(attempts[0].lands), most) != 0
-    return {
-        "states": all_states,
-        "stages": all_stages,
-        "t": pick([a.t for a in attempts], carry.t, most),
-        "h": pick([a.h for a in attempts], zero, most),
-        "segment": segment,
-        "lands": lands,
-    }

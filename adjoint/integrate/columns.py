@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-__all__ = ["NARROW", "column_major", "column_options", "column_pass", "layout", "takes_columns"]
+__all__ = ["NARROW", "column_major", "column_pass", "layout", "takes_columns"]
 
 #: widest state that is taken apart
 NARROW = 8
@@ -216,23 +216,3 @@ def column_major(x: Tensor, rows: int) -> Tensor:
     """The same matrix with its columns contiguous in memory, if it holds a few numbers for each row."""
     narrow = x.dim() == 2 and x.shape[0] == rows and 1 < x.shape[1] <= NARROW and x.is_contiguous()
     return x.detach().t().contiguous().t() if narrow else x
-
-
-def column_options() -> dict[str, Any]:
-    """Options of ``torch.compile`` that run the pass; none where this PyTorch has no place for it."""
-    try:
-        from torch._inductor import config
-        from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-    except ImportError:
-        return {}
-    if not hasattr(config, "post_grad_custom_pre_pass"):
-        return {}
-
-    class ColumnPass(CustomGraphPass):
-        def __call__(self, graph: Graph) -> None:
-            column_pass(graph)
-
-        def uuid(self) -> Any:
-            return get_hash_for_files((__file__,))
-
-    return {"post_grad_custom_pre_pass": ColumnPass()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Hashable
 from functools import lru_cache
@@ -9,10 +10,14 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch.fx import Graph
 
-from .columns import column_options
+from .columns import column_pass
+from .gathered import gathering_pass
 
-__all__ = ["compile_key", "compiled"]
+__all__ = ["compile_key", "compiled", "compiled_loop", "pass_options"]
+
+_log = logging.getLogger(__name__)
 
 _warned: set[tuple[Hashable, str]] = set()
 
@@ -31,14 +36,8 @@ def compiled(function: FunctionType, key: Hashable, columns: bool = False) -> Ca
     use up one limit. Within a key its guards tell shapes, options and captured objects apart. ``columns``: with the pass that takes
     narrow matrices apart.
     """
-    copy = FunctionType(
-        function.__code__.replace(co_name=function.__name__),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    whole = torch.compile(copy, dynamic=False, fullgraph=True, options=column_options() if columns else None)
+    options = (pass_options(column_pass) if columns else {}) | _guards()
+    whole = torch.compile(_copied(function), dynamic=False, fullgraph=True, options=options)
 
     def call(*args: Any) -> Any:
         try:
@@ -49,5 +48,68 @@ def compiled(function: FunctionType, key: Hashable, columns: bool = False) -> Ca
                 _warned.add((key, reason))
                 warnings.warn(f"compile=True: {function.__name__} runs uncompiled, because: {reason}", RuntimeWarning, stacklevel=2)
         return function(*args)
+
+    return call
+
+
+def pass_options(rewrite: FunctionType) -> dict[str, Any]:
+    """Options of ``torch.compile`` that run a pass over graphs of ATen operators; none where this PyTorch has no place for it."""
+    try:
+        from torch._inductor import config
+        from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+    except ImportError:
+        return {}
+    if not hasattr(config, "post_grad_custom_pre_pass"):
+        return {}
+    source = rewrite.__code__.co_filename
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: Graph) -> None:
+            rewrite(graph)
+
+        def uuid(self) -> Any:
+            return get_hash_for_files((source,))
+
+    return {"post_grad_custom_pre_pass": Pass()}
+
+
+def _guards() -> dict[str, Any]:
+    """The option that leaves out checks of what cannot change: the method, which is part of the key, and modules of ours and PyTorch's."""
+    if not hasattr(torch._dynamo.hooks.Hooks, "guard_filter_fn"):
+        return {}
+    fixed = ("__import_adjoint", "__import_torch", "__import__('torch')", "plan.method", "['plan'].method", "unnamed_scope")
+    return {"guard_filter_fn": lambda guards: [not any(name in g.name for name in fixed) for g in guards]}
+
+
+def _copied(function: FunctionType) -> FunctionType:
+    return FunctionType(
+        function.__code__.replace(co_name=function.__name__),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+
+
+@lru_cache(maxsize=512)
+def compiled_loop(function: FunctionType, key: Hashable, kind: str) -> Callable[..., Any]:
+    """As `compiled`, for a ``function`` that is a loop: where that cannot be compiled the answer is None, and is so from then on.
+
+    ``kind``: of device. On a CPU calls of kernels are compiled too: a loop makes many short ones.
+    """
+    options = ({"cpp_wrapper": True} if kind == "cpu" else {}) | pass_options(gathering_pass) | _guards()
+    whole = torch.compile(_copied(function), dynamic=False, fullgraph=True, options=options)
+    able = True
+
+    def call(*args: Any) -> Any:
+        nonlocal able
+        if not able:
+            return None
+        try:
+            return whole(*args)
+        except Exception as error:  # whatever compilers of many versions raise: one step after the other says what is wrong, if anything is
+            able = False
+            _log.info("a whole loop of %s is not compiled, its steps are: %s", key, error)
+            return None
 
     return call

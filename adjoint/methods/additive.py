@@ -211,7 +211,7 @@ class AdditiveRungeKutta:
 
     def dense_weights(self, theta: Tensor) -> Tensor:
         """``b_i(theta)``: shape ``(*theta.shape, 2 s)``."""
-        matrix = self._dense(theta.dtype, theta.device)
+        matrix = self.dense_matrix(theta.dtype, theta.device)
         powers = theta.unsqueeze(-1) ** torch.arange(1, matrix.shape[1] + 1, device=theta.device, dtype=theta.dtype)
         return powers @ matrix.T
 
@@ -221,11 +221,12 @@ class AdditiveRungeKutta:
 
     def dense_slopes(self, theta: Tensor) -> Tensor:
         """``db_i/dtheta``, shaped as `dense_weights`."""
-        matrix = self._dense(theta.dtype, theta.device)
+        matrix = self.dense_matrix(theta.dtype, theta.device)
         exponent = torch.arange(matrix.shape[1], device=theta.device, dtype=theta.dtype)
         return (theta.unsqueeze(-1) ** exponent * (exponent + 1)) @ matrix.T
 
-    def _dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def dense_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Coefficients of ``b_i(theta)``, ``(S, D)``: of ``theta, theta**2, ...``."""
         key = (dtype, device)
         if key not in self._tensors:
             matrix = torch.tensor(self.tableau.dense, dtype=dtype, device=device)

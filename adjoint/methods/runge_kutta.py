@@ -151,7 +151,7 @@ class ExplicitRungeKutta:
 
     def dense_weights(self, theta: Tensor) -> Tensor:
         """``b_i(theta)``: shape ``(*theta.shape, S)`` with ``S`` the number of stages, extra ones included."""
-        matrix = self._dense(theta.dtype, theta.device)
+        matrix = self.dense_matrix(theta.dtype, theta.device)
         # by products: powers of doubles are slow
         powers = [theta]
         for _ in range(matrix.shape[1] - 1):
@@ -168,7 +168,8 @@ class ExplicitRungeKutta:
             out.append(total)
         return out
 
-    def _dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def dense_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Coefficients of ``b_i(theta)``, ``(S, D)``: of ``theta, theta**2, ...``."""
         key = (dtype, device)
         if key not in self._tensors:
             matrix = torch.tensor(self.tableau.dense, dtype=dtype, device=device)
@@ -180,7 +181,7 @@ class ExplicitRungeKutta:
 
     def dense_slopes(self, theta: Tensor) -> Tensor:
         """``db_i/dtheta``, shaped as `dense_weights`."""
-        matrix = self._dense(theta.dtype, theta.device)
+        matrix = self.dense_matrix(theta.dtype, theta.device)
         exponent = torch.arange(matrix.shape[1], device=theta.device, dtype=theta.dtype)
         return (theta.unsqueeze(-1) ** exponent * (exponent + 1)) @ matrix.T
 

@@ -19,6 +19,7 @@ from .linearize import Linearizer
 from .multistep_adjoint import multistep_eager
 from .problem import Problem, kept_steps, stage_times, step_times
 from .stages import StageLinearizer, recorded_adjoint
+from .whole import sweeps_whole, whole_sweep
 
 if TYPE_CHECKING:
     from .checkpoints import Recall
@@ -134,6 +135,13 @@ def eager_sweep(
         linearize = AdditiveLinearizer(problem, slopes, inputs, wants[3:], time_bars)
     elif implicit:
         linearize = StageLinearizer(problem, slopes, f, inputs, wants[3:], time_bars)
+    plain = recall is None and not time_bars and n_steps > 0 and anchors.shape[0] == 2 and (stages_bar is None or not len(stages_bar))
+    if plain and sweeps_whole(problem, rows, states.shape[-1], t_eval, inputs):
+        first = Linearizer(f, inputs, wants[3:], False)
+        y_bar = whole_sweep(problem, grid, t_eval, first, bars)
+        if y_bar is not None:
+            problem.backward_report(first.n_fun, n_steps)
+            return (None, None, y_bar if wants[2] else None, *first.bars)
     samples = _Samples(problem, grid, t_eval, samples_bar, time_bars)
     times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors.detach(), plan.shift)
     kept: dict[int, Tensor] = {}

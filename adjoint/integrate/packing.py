@@ -1,0 +1,166 @@
+"""From the attempts of a loop in lock step to the record of its solve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .columns import layout
+from .plan import Plan, Record
+
+__all__ = ["Kept", "evaluations_of_attempt", "record_of"]
+
+
+class Attempted(Protocol):
+    """What is looked at of an `Attempt`."""
+
+    @property
+    def t(self) -> Tensor: ...
+    @property
+    def h(self) -> Tensor: ...
+    @property
+    def segment(self) -> Tensor: ...
+    @property
+    def lands(self) -> Tensor: ...
+    @property
+    def accepted(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One entry for each attempt: what it did; the state at its start and its stages, where they are wanted (else nothing).
+
+    ``columns``: states are ``(n, B)``.
+    """
+
+    attempts: Sequence[Attempted]
+    states: Sequence[Tensor]
+    stages: Sequence[Tensor]
+    columns: bool = False
+
+
+def evaluations_of_attempt(plan: Plan, dense: bool, jumps: bool) -> int:
+    """Evaluations of ``fun`` in an attempt; ``dense``: with the stages of the dense output."""
+    method = plan.method
+    if method.implicit:
+        # the slope at the end, and what the step evaluates beside its iterations, which count their own
+        return (method.end_index is None) + method.evaluations + jumps
+    each = method.n_stages if method.end_index is None or method.end_index == method.n_stages else method.n_stages - 1
+    return each + (method.extra_evaluations if dense else 0) + jumps
+
+
+def record_of(
+    plan: Plan,
+    carry: Any,
+    samples: tuple[Tensor, Tensor],
+    kept: Kept,
+    y0: Tensor,
+    n_fun: Tensor,
+    plain: bool,
+    found: dict[str, Tensor],
+) -> Record:
+    """The record of a solve that ended with ``carry``; ``samples``: values and steps; ``found``: its events; ``plain``: see `_packed`."""
+    turned = layout(lambda t, y: y, kept.columns)[2]
+    last = turned(carry.y)
+    return Record(
+        final=torch.where((carry.status >= 0).unsqueeze(-1), last, float("nan")),
+        last=last,
+        scaled_error=turned(carry.scaled),
+        samples=samples[0],
+        sample_step=samples[1],
+        n_steps=carry.attempts,
+        n_accepted=carry.n_accepted,
+        n_rejected=carry.attempts - carry.n_accepted,
+        n_fun=n_fun,
+        status=carry.status,
+        t_final=carry.t,
+        **found,
+        **_linear_work(plan, carry.attempts),
+        **_packed(kept.attempts, kept.states, kept.stages, carry, y0, len(plan.method.nodes), plain, kept.columns),
+    )
+
+
+def _linear_work(plan: Plan, attempts: Tensor) -> dict[str, Tensor]:
+    """Counts of linear algebra, where the equations do not count their own."""
+    none = torch.zeros_like(attempts)
+    each = attempts if plan.direct else none
+    return {"n_jac": each, "n_factorizations": each, "n_solves": each * plan.method.n_stages, "n_newton": none}
+
+
+def _packed(
+    attempts: Sequence[Attempted],
+    states: list[Tensor],
+    stages: list[Tensor],
+    carry: Any,
+    y0: Tensor,
+    n_all: int,
+    plain: bool,
+    columns: bool,
+) -> dict[str, Tensor]:
+    """Move the accepted steps of every trajectory to the front, padded with steps of size zero at its end.
+
+    ``plain``: there is one segment, at whose end the last step lands.
+    """
+    rows, n = y0.shape
+    if not attempts:
+        kind = {"dtype": torch.float64, "device": y0.device}
+        return {
+            "states": y0.unsqueeze(0),
+            "stages": y0.new_empty((0, n_all, rows, n)),
+            "t": torch.empty((0, rows), **kind),
+            "h": torch.empty((0, rows), **kind),
+            "segment": carry.segment.new_empty((0, rows)),
+            "lands": carry.running.new_empty((0, rows)),
+        }
+    accepted = torch.stack([a.accepted for a in attempts])
+    most = int(carry.n_accepted.max()) if rows else 0
+    # index[j, b]: which attempt was the j-th accepted one of trajectory b. Rejected ones write to a last row that is dropped; places
+    # that no attempt writes to name the entry behind all attempts: a step of size zero at the final state
+    place = torch.where(accepted, accepted.cumsum(0) - 1, most + 1)
+    attempt = torch.arange(len(attempts), device=y0.device).unsqueeze(-1).expand_as(place)
+    index = place.new_full((most + 2, rows), len(attempts)).scatter_(0, place, attempt)[: most + 1]
+
+    def pick(values: list[Tensor], behind: Tensor, count: int) -> Tensor:
+        """``count`` rows of what each trajectory, their first dimension, had at its accepted attempts."""
+        every = torch.stack([*values, behind])
+        if behind.dim() == 1:
+            return every.gather(0, index[:count])
+        # whole rows are copied, which is quicker than one index for each number
+        where = index[:count] * rows + torch.arange(rows, device=index.device)
+        return every.flatten(0, 1).index_select(0, where.reshape(-1)).unflatten(0, (count, rows))
+
+    zero = torch.zeros_like(carry.t)
+    if not states:
+        all_states = y0.new_empty((0, rows, n))
+    elif columns:
+        where = index.unsqueeze(1).expand(-1, n, -1)
+        all_states = torch.stack([*states, carry.y]).gather(0, where).transpose(1, 2)
+    else:
+        all_states = pick(states, carry.y, most + 1)
+    if stages and columns:
+        where = index[:most, None, None].expand(-1, *stages[0].shape[:2], -1)
+        all_stages = torch.stack([*stages, torch.zeros_like(stages[0])]).gather(0, where).transpose(2, 3)
+    elif stages:
+        # (I, S, B, n) with the trajectories in front of the stages, as `pick` wants them
+        turned = [x.movedim(0, 1) for x in stages]
+        all_stages = pick(turned, torch.zeros_like(turned[0]), most).movedim(2, 1)
+    else:
+        all_stages = y0.new_empty((0, n_all, rows, n))
+    if plain:
+        segment = index.new_zeros((most, rows))
+        lands = (torch.arange(most, device=y0.device).unsqueeze(-1) == carry.n_accepted - 1) & ~carry.running & (carry.status >= 0)
+    else:
+        segment = pick([a.segment for a in attempts], torch.zeros_like(carry.segment), most)
+        lands = pick([a.lands for a in attempts], torch.zeros_like(attempts[0].lands), most) != 0
+    return {
+        "states": all_states,
+        "stages": all_stages,
+        "t": pick([a.t for a in attempts], carry.t, most),
+        "h": pick([a.h for a in attempts], zero, most),
+        "segment": segment,
+        "lands": lands,
+    }

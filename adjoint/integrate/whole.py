@@ -1,0 +1,157 @@
+"""Many attempts in one compiled call: `torch.while_loop` over `advance`, for solves so small that calls cost more than arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .batch_events import no_events
+from .batched import Attempt, Carry, advance, start_carry
+from .columns import takes_columns
+from .compiled import compiled_loop
+from .packing import Kept, evaluations_of_attempt, record_of
+from .plan import Monitor, Plan, Record
+
+__all__ = ["MOST_BYTES", "ROOM", "dense_weights", "integrate_whole", "takes_whole"]
+
+Flat = Callable[[Tensor, Tensor], Tensor]
+
+#: attempts in one call, and what their record may take: the loop may copy it at each of them
+ROOM = 64
+MOST_BYTES = 2**20
+
+
+def takes_whole(plan: Plan, rows: int, width: int, n_samples: int) -> bool:
+    """Whether a compiled solve of ``rows`` trajectories of ``width`` numbers runs as one loop, and not call by call."""
+    if plan.compile is None or plan.events or plan.switch is not None or type(plan.monitor) is not Monitor:
+        return False
+    if getattr(plan.method, "implicit", False) and not plan.direct:
+        return False
+    state = rows * width * plan.real.itemsize
+    each = state * (1 + (len(plan.method.nodes) if plan.keep_stages else 0))
+    return 0 < each * ROOM <= MOST_BYTES and 4 * state * n_samples <= MOST_BYTES and not takes_columns(True, rows, width)
+
+
+def _rounds(
+    f: Flat,
+    plan: Plan,
+    matrix: Tensor,
+    stops: Tensor,
+    sign: Tensor,
+    times: Tensor,
+    carry: Carry,
+    samples: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Carry, tuple[Tensor, Tensor], list[Tensor]]:
+    """Attempts until all trajectories have ended or the log is full: their number, and a log of what they did.
+
+    The log has ``(ROOM, B, ...)`` of the fields of `Attempt`, the state at its start and, where they are wanted, its stages.
+
+    ``matrix``: coefficients of the dense output. ``times`` (T, B): of the samples. ``samples``: their values (T, B, n), and the steps that
+    they lie in (T, B).
+    """
+    sampled, kept = times.shape[0] > 0, plan.keep_stages
+    inside = (times != stops[0]) & (times != stops[-1])
+
+    def logged(attempt: Attempt, y: Tensor) -> list[Tensor]:
+        values = [attempt.t, attempt.h, attempt.segment, attempt.lands, attempt.accepted, y]
+        return [*values, torch.stack(attempt.stages)] if kept else values
+
+    like = [carry.t, carry.t, carry.segment, carry.running, carry.running, carry.y]
+    log = [x.new_zeros((ROOM, *x.shape)) for x in like]
+    if kept:
+        log.append(carry.y.new_zeros((ROOM, len(plan.method.nodes), *carry.y.shape)))
+    sizes = (1, len(carry), 2 * sampled, len(log))
+
+    def parts(flat: tuple[Tensor, ...]) -> tuple[Tensor, Carry, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        a, b, c = sizes[0], sizes[0] + sizes[1], sum(sizes[:3])
+        return flat[0], Carry(*flat[a:b]), flat[b:c], flat[c:]
+
+    def going(*flat: Tensor) -> Tensor:
+        i, carry, *_ = parts(flat)
+        return (i < ROOM) & carry.running.any()
+
+    def body(*flat: Tensor) -> tuple[Tensor, ...]:
+        i, carry, samples, log = parts(flat)
+        new, attempt = advance(f, plan, stops, sign, carry, sampled or kept)
+        if sampled:
+            samples = _sampled(matrix, times, inside, sign, carry, attempt, samples)
+        place = (i.unsqueeze(0),)
+        log = [torch.index_put(into, place, x.unsqueeze(0)) for into, x in zip(log, logged(attempt, carry.y), strict=True)]
+        out = (i + 1, *new, *samples, *log)
+        # a loop may not hand on the very tensor that it was given
+        return tuple(x.clone() if any(x is given for given in flat) else x for x in out)
+
+    start = (torch.zeros((), dtype=torch.int64, device=carry.t.device), *carry, *(samples if sampled else ()), *log)
+    i, carry, taken, log = parts(torch.while_loop(going, body, start))
+    return i, carry, (taken[0], taken[1]) if sampled else samples, list(log)
+
+
+def dense_weights(matrix: Tensor, theta: Tensor) -> Tensor:
+    """As that of methods, of their `dense_matrix`: inside of a loop no tensor can be made from numbers."""
+    powers = [theta]
+    for _ in range(matrix.shape[1] - 1):
+        powers.append(powers[-1] * theta)
+    return torch.stack(powers, dim=-1) @ matrix.T
+
+
+def _sampled(
+    matrix: Tensor,
+    times: Tensor,
+    inside: Tensor,
+    sign: Tensor,
+    carry: Carry,
+    attempt: Attempt,
+    samples: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor]:
+    """The samples with those that lie in this attempt, if it was accepted."""
+    y, step = samples
+    # by the end as it was computed: t + h rounds, and no sample may fall between two steps
+    here = inside & attempt.accepted & (times * sign > attempt.t * sign) & (times * sign <= attempt.end * sign)
+    theta = torch.where(here, (times - attempt.t) / torch.where(attempt.h == 0, 1.0, attempt.h), 0.0)
+    weights = (dense_weights(matrix, theta) * attempt.h.unsqueeze(-1)).to(y.dtype)
+    value = carry.y + torch.einsum("tbs,sbn->tbn", weights, torch.stack(attempt.stages))
+    return torch.where(here.unsqueeze(-1), value, y), torch.where(here, carry.n_accepted, step)
+
+
+def _begun(
+    f: Flat, plan: Plan, matrix: Tensor, stops: Tensor, times: Tensor, y0: Tensor
+) -> tuple[Tensor, Tensor, Carry, tuple[Tensor, Tensor], list[Tensor]]:
+    """The first round, with what comes before it; the direction of time first."""
+    sign = torch.where(stops[-1] >= stops[0], 1.0, -1.0).to(torch.float64)
+    carry, _ = start_carry(f, plan, stops, sign, y0, False)
+    at_start = times == stops[0]
+    samples = torch.where(at_start.unsqueeze(-1), y0, float("nan")), torch.where(at_start, 0, -1)
+    return sign, *_rounds(f, plan, matrix, stops, sign, times, carry, samples)
+
+
+def integrate_whole(f: Flat, plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor) -> Record | None:
+    """As `integrate_batched`; None where the loop cannot be compiled."""
+    begin, go_on = (compiled_loop(x, plan.compile, y0.device.type) for x in (_begun, _rounds))
+    times = anchors[:0] if t_eval is None else t_eval
+    matrix = plan.method.dense_matrix(torch.float64, y0.device)
+    found = begin(f, plan, matrix, anchors, times, y0)
+    if found is None:
+        return None
+    sign, count, carry, samples, log = found
+    logs = [log]
+    counts = [int(count)]
+    while counts[-1] == ROOM and bool(carry.running.any()):
+        found = go_on(f, plan, matrix, anchors, sign, times, carry, samples)
+        if found is None:
+            return None
+        count, carry, samples, log = found
+        logs.append(log)
+        counts.append(int(count))
+    columns = [[row for log, n in zip(logs, counts, strict=True) for row in log[j][:n].unbind()] for j in range(len(logs[0]))]
+    attempts = [Attempt(t, t, h, segment, lands, accepted, []) for t, h, segment, lands, accepted in zip(*columns[:5], strict=True)]
+    final = torch.where((carry.status >= 0).unsqueeze(-1), carry.y, float("nan"))
+    reached = (times == anchors[-1]) & (carry.status == 0)
+    values = torch.where(reached.unsqueeze(-1), final, samples[0])
+    steps = torch.where(reached, carry.n_accepted - 1, samples[1])
+    kept = Kept(attempts, columns[5], columns[6] if plan.keep_stages else [])
+    jumps = anchors.shape[0] > 2
+    each = evaluations_of_attempt(plan, plan.keep_stages or times.shape[0] > 0, jumps)
+    n_fun = (2 if plan.method.adaptive and plan.first_step is None else 1) + each * carry.attempts
+    return record_of(plan, carry, (values, steps), kept, y0, n_fun, not jumps, no_events(y0))
