@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from .errors import InvalidInput, UnsupportedCombination
-from .integrate import rms_norm
+from .integrate import PIDController, rms_norm
 from .methods import IMEX_METHODS, METHODS, SWITCHING_METHODS, Method
 from .methods.adams import ADAMS_NAMES
 from .system import StateSpec
 
-__all__ = ["Times", "check_method", "check_times", "flat_norm", "flat_tolerance", "positive"]
+__all__ = ["Times", "check_controller", "check_method", "check_times", "flat_norm", "flat_tolerance", "positive"]
 
 
 def positive(value: Any, name: str, *, zero: bool = False) -> float:
@@ -36,15 +36,15 @@ def check_method(method: str | Method) -> Method:
 
     Raises
     ------
-    UnsupportedCombination : an Adams method, which only ``odeint`` has
+    UnsupportedCombination : an Adams method of fixed steps, which only ``odeint`` has
     InvalidInput : any other unknown method
     """
     if isinstance(method, str):
         if method in ADAMS_NAMES:
             raise UnsupportedCombination(
-                f"method={method!r} carries slopes from step to step on a grid that all trajectories share: use "
-                f"adjoint.odeint(fun, y0, t, method={method!r}, options={{'step_size': ...}}), or here a one-step method of constant steps "
-                "such as 'rk4'"
+                f"method={method!r} takes given steps of one size or grid: use "
+                f"adjoint.odeint(fun, y0, t, method={method!r}, options={{'step_size': ...}}), or here method='abm', "
+                "Adams-Bashforth-Moulton formulas with error control"
             )
         known = METHODS | IMEX_METHODS | SWITCHING_METHODS
         if method not in known:
@@ -53,6 +53,14 @@ def check_method(method: str | Method) -> Method:
     if not (hasattr(method, "step") and hasattr(method, "dense_weights")):
         raise InvalidInput(f"method must be a name or a method object, got a {type(method).__name__}")
     return method
+
+
+def check_controller(method: Method, controller: PIDController | None) -> None:
+    """Raise `UnsupportedCombination` for a controller that the method would not ask."""
+    if controller is not None and getattr(method, "multistep", False):
+        raise UnsupportedCombination(
+            f"controller= with {method.name!r}, which chooses its order and steps together, is not supported: leave it out"
+        )
 
 
 def flat_tolerance(value: Any, name: str, spec: StateSpec, default: float) -> float | Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from .arguments import Times, check_times, flat_norm, flat_tolerance, positive
+from .arguments import Times, check_controller, check_times, flat_norm, flat_tolerance, positive
 from .capture import find_captured, needs_derivatives, parameter_homes
 from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_bounds, initial_values, residual_algebra
 from .errors import InvalidInput, UnsupportedCombination
@@ -110,6 +110,7 @@ def solve_dae(
     StepSizeTooSmall, NonFiniteState
     """
     chosen = check_dae_method(method)
+    check_controller(chosen, controller)
     if compile:
         raise UnsupportedCombination("compile=True in solve_dae is not supported yet: leave compile out")
     check_flags(consistent, max_steps)

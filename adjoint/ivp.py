@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from .arguments import Times, check_method, check_times, flat_norm, flat_tolerance, positive
+from .arguments import Times, check_controller, check_method, check_times, flat_norm, flat_tolerance, positive
 from .capture import find_captured, needs_derivatives, parameter_homes, readable, vmap_active
 from .dae_arguments import dae_failure
 from .errors import InvalidInput, UnsupportedCombination
@@ -108,7 +108,8 @@ def solve_ivp(
     method : str or method object
         See ``adjoint.methods.METHODS`` and ``IMEX_METHODS``; "auto" changes between "tsit5" and "kvaerno5" as each trajectory becomes stiff
         and ceases to be (other pairs: ``adjoint.methods.AutoSwitch``).
-        Methods without an error estimate take constant steps of ``first_step``.
+        Methods without an error estimate take constant steps of ``first_step``. "abm" (lower orders: ``adjoint.methods.Adams``) and "bdf"
+        choose their order too, from step to step.
     rtol, atol : number, tensor, or pytree like the state
         A step is accepted when the norm of ``error / (atol + rtol max(|y0|, |y1|))`` is at most one. Default 1e-6 and 1e-9 for double
         precision, 1e-4 and 1e-6 for single.
@@ -125,7 +126,7 @@ def solve_ivp(
     quadrature : callable
         ``g(t, y, *args)``: a tensor (or pytree) to be integrated along the solution, under the same error control.
     controller : PIDController
-        Default `IController()`.
+        Default `IController()`. Not for "abm" and "bdf", which choose order and step size together.
     norm : "rms", "max" or callable
         Norm of the scaled error; a callable takes a state pytree and gives 0-d (``(B,)`` when batched).
     first_step, max_step, min_step, max_steps
@@ -197,6 +198,7 @@ def solve_ivp(
     chosen = check_method(method)
     implicit_options = {"jac": jac, "jac_sparsity": jac_sparsity, "linear_solver": linear_solver}
     _check_options(chosen, implicit_options, first_step, max_steps)
+    check_controller(chosen, controller)
     args = args if isinstance(args, (tuple, list)) else (args,)
     if not callable(fun):
         given = "SplitFunction(explicit, implicit) instead of a tuple" if isinstance(fun, (tuple, list)) else "a function"
@@ -220,7 +222,8 @@ def solve_ivp(
         right_hand_side, state, integrand = _with_quadrature(fun, quadrature, user_spec, times, y0, tuple(args))
     spec = StateSpec.of(state, batched)
     event_list = _event_list(events)
-    if compile and chosen.implicit:
+    multistep = getattr(chosen, "multistep", False)
+    if compile and (chosen.implicit or multistep):
         check_compiled(chosen, spec, implicit_options | {"mass_matrix": mass})
 
     real = spec.real_dtype
@@ -245,6 +248,7 @@ def solve_ivp(
     inputs = system.inputs
     derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])
 
+    recorded = chosen.implicit or multistep
     single = real == torch.float32 or real.itemsize < 4
     many = batched or vmap_active()
     plan = Plan(
@@ -259,8 +263,8 @@ def solve_ivp(
         min_step=positive(min_step, "min_step", zero=True),
         max_steps=int(max_steps),
         keep_states=derivatives or times.steps or dense_output or bool(event_list),
-        # the slopes of implicit stages are recorded: derivatives are taken at them
-        keep_stages=dense_output or (derivatives and chosen.implicit) or (bool(event_list) and (many or chosen.implicit)),
+        # the slopes of implicit stages are recorded, and what multistep methods went by: derivatives are taken at them
+        keep_stages=dense_output or (derivatives and recorded) or (bool(event_list) and (many or recorded)),
         results_of_steps=times.steps or dense_output or bool(event_list),
         events=tuple(_flat_event(e, system, user_spec, integrand is not None) for e in event_list),
         monitor=progress_monitor(progress),

@@ -105,6 +105,11 @@ def stage_algebra(
 def check_compiled(method: Method, spec: StateSpec, given: dict[str, Any]) -> None:
     """Implicit steps are compiled where their work is fixed, for real states and dense Jacobians; ``given``: options of the user."""
     what = f"compile=True with {method.name!r}"
+    if getattr(method, "multistep", False) and not method.implicit:
+        raise UnsupportedCombination(
+            f"{what}, whose steps go by a history of changing length, is not supported: leave compile out, or choose a one-step method "
+            "such as 'dopri8'"
+        )
     if not getattr(method, "direct", False):
         raise UnsupportedCombination(
             f"{what}, whose stages are found by iteration, is not supported: leave compile out, or choose a Rosenbrock method "

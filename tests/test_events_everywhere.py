@@ -13,7 +13,7 @@ from adjoint.integrate.batch_events import chandrupatla
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
-IMPLICIT = ["kvaerno3", "kvaerno5", "rodas4", "rodas5p", "radau5", "bdf", "kencarp5"]
+RECORDED = ["kvaerno3", "kvaerno5", "rodas4", "rodas5p", "radau5", "bdf", "abm", "kencarp5"]
 FINE = {"rtol": 1e-8, "atol": 1e-10}
 W = torch.tensor([1.0, 1.5, 0.1], dtype=torch.float64)
 
@@ -44,7 +44,7 @@ STOP = event(lambda t, y, *args: y[..., 0] + 0.3, terminal=2)
 THIRD = 2 * math.pi - math.acos(-0.3)
 
 
-@pytest.mark.parametrize("method", IMPLICIT)
+@pytest.mark.parametrize("method", RECORDED)
 def test_times_states_and_derivatives(method):
     """Against the closed form: where, when it stops, and first and second derivatives of the time in the frequency."""
     w = torch.tensor(1.5, requires_grad=True)
@@ -62,7 +62,7 @@ def test_times_states_and_derivatives(method):
     assert number(second) == pytest.approx(2 * THIRD / 1.5**3, abs=2000 * slack)
 
 
-@pytest.mark.parametrize("method", ["tsit5", "dopri8", "rk4", "kvaerno5", "rodas5p", "radau5", "bdf", "kencarp5"])
+@pytest.mark.parametrize("method", ["tsit5", "dopri8", "rk4", "kvaerno5", "rodas5p", "radau5", "bdf", "abm", "kencarp5"])
 def test_batch_as_one_by_one(method):
     options = {"method": method, "events": [X, STOP], **FINE}
     if method == "rk4":
@@ -89,7 +89,7 @@ def test_batch_as_one_by_one(method):
 
 
 @pytest.mark.parametrize("gradient", [Backprop(), ForwardSensitivity()], ids=["backprop", "forward"])
-@pytest.mark.parametrize("method", ["tsit5", "kvaerno5", "rodas5p", "radau5"])
+@pytest.mark.parametrize("method", ["tsit5", "kvaerno5", "rodas5p", "radau5", "abm"])
 def test_strategies_agree(method, gradient):
     def derivative(strategy):
         w = W.clone().requires_grad_(True)
@@ -102,7 +102,7 @@ def test_strategies_agree(method, gradient):
         assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("method", ["tsit5", "radau5", "bdf"])
+@pytest.mark.parametrize("method", ["tsit5", "radau5", "bdf", "abm"])
 def test_own_steps_and_dense_output_end_at_the_event(method):
     y0 = torch.tensor([[1.0, 0.0]]).repeat(3, 1)
     sol = solve_ivp(

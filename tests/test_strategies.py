@@ -28,6 +28,7 @@ METHODS = [
     "dopri8",
     "kvaerno5",
     "radau5",
+    "abm",
     pytest.param("kvaerno3", marks=pytest.mark.slow),
     pytest.param("rodas5p", marks=pytest.mark.slow),
 ]

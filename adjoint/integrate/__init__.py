@@ -8,8 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .adams import AdamsSolver
 from .additive import AdditiveStageSolver
 from .batched import integrate_batched
+from .bdf import BdfSolver
 from .controller import IController, PIController, PIDController
 from .multistep import MultistepSolver, integrate_multistep
 from .plan import Event, Monitor, Plan, Record, Status, rms_norm, shifted_times
@@ -20,7 +22,9 @@ from .stages import StageSolver
 from .whole import integrate_whole, takes_whole
 
 __all__ = [
+    "AdamsSolver",
     "AdditiveStageSolver",
+    "BdfSolver",
     "Event",
     "IController",
     "Monitor",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .abm import Adams
 from .additive import AdditiveRungeKutta
 from .additive_tableau import AdditiveTableau
 from .auto import AutoSwitch
@@ -24,6 +25,7 @@ __all__ = [
     "IMEX_METHODS",
     "METHODS",
     "SWITCHING_METHODS",
+    "Adams",
     "AdditiveRungeKutta",
     "AdditiveTableau",
     "AutoSwitch",
@@ -45,6 +47,7 @@ METHODS: dict[str, Method] = {
     **{name: DiagonallyImplicitRungeKutta(tableau) for name, tableau in DIRK_TABLEAUX.items()},
     **{name: Rosenbrock(tableau) for name, tableau in ROSENBROCK_TABLEAUX.items()},
     **{name: FullyImplicitRungeKutta(tableau) for name, tableau in IMPLICIT_TABLEAUX.items()},
+    "abm": Adams(),  # pyright: ignore[reportAssignmentType]
     "bdf": BDF,  # pyright: ignore[reportAssignmentType]
 }
 

@@ -32,7 +32,7 @@ class BacksolveAdjoint:
     Parameters
     ----------
     method : str or method object
-        Of the way back; default that of the solve. Explicit and adaptive.
+        Of the way back; default that of the solve, or `dopri8` for `abm`. Explicit, adaptive, and of one step.
     rtol, atol : float
         Default those of the solve if they are numbers, else 1e-6 and 1e-9.
     max_steps : int
@@ -72,12 +72,14 @@ class BacksolveAdjoint:
 
     def _method(self, problem: Problem) -> Method:
         plan = problem.plan
+        multistep = getattr(plan.method, "multistep", False)
         refused = {
             "batched=True": problem.batched,
             "method='auto'": plan.switch is not None,
             "events=": bool(plan.events),
             "compile=True": plan.compile is not None,
-            "dense_output=True": plan.keep_stages and problem.algebra is None,
+            "dense_output=True": plan.keep_stages and problem.algebra is None and not multistep,
+            "dense_output=True or t_eval='steps'": plan.results_of_steps and problem.algebra is None and multistep,
             "solve_dae": problem.system.residual is not None,
             "mass_matrix=": problem.system.mass is not None,
         }
@@ -92,11 +94,11 @@ class BacksolveAdjoint:
                 raise InvalidInput(f"there is no method {method!r}; choose one of {', '.join(sorted(METHODS))}")
             method = METHODS[method]
         if method is None:
-            method = plan.method
-        if method.implicit or not method.adaptive:
+            method = METHODS["dopri8"] if multistep and not plan.method.implicit else plan.method
+        if method.implicit or not method.adaptive or getattr(method, "multistep", False):
             raise UnsupportedCombination(
-                f"{method.name!r} on the way back of BacksolveAdjoint is not supported: give an explicit adaptive method; on stiff "
-                "problems the state cannot be solved backwards at all: use InterpolatingAdjoint() or DiscreteAdjoint()"
+                f"{method.name!r} on the way back of BacksolveAdjoint is not supported: give an explicit adaptive one-step method; on "
+                "stiff problems the state cannot be solved backwards at all: use InterpolatingAdjoint() or DiscreteAdjoint()"
             )
         return method
 

@@ -29,8 +29,8 @@ __all__ = ["GaussAdjoint", "InterpolatingAdjoint", "QuadratureAdjoint"]
 class _Continuous:
     """Settings of the way back.
 
-    method : str or method object; default that of the solve, or `kvaerno5` for Rosenbrock and IMEX methods, `radau5` for `bdf`. For
-        stiff problems an implicit one.
+    method : str or method object; default that of the solve, or `kvaerno5` for Rosenbrock and IMEX methods, `radau5` for `bdf`, `dopri8`
+        for `abm`. For stiff problems an implicit one.
     rtol, atol : tolerances of the adjoint; default those of the solve if they are numbers, else 1e-6 and 1e-9. ``atol`` counts in units of
         the adjoint's largest entry where the solve back begins, so that of the solve, which has the units of the state, is a guess: it is
         raised to a hundredth of ``rtol`` and to what rounding leaves (1e-11 in double precision).
@@ -86,7 +86,7 @@ class _Continuous:
             if getattr(method, "needs_time_slope", False) or getattr(method, "additive", False):
                 method = METHODS["kvaerno5"]
             elif getattr(method, "multistep", False):
-                method = DAE_METHODS["radau"] if implicit else METHODS["radau5"]
+                method = DAE_METHODS["radau"] if implicit else METHODS["radau5" if method.implicit else "dopri8"]
         elif isinstance(method, str):
             table = DAE_METHODS if implicit else METHODS
             if method not in table:
@@ -98,7 +98,8 @@ class _Continuous:
             )
         if getattr(method, "multistep", False):
             raise UnsupportedCombination(
-                f"{method.name!r} cannot go back from loss to loss: take 'radau5' or 'kvaerno5' ('radau' for solve_dae)"
+                f"{method.name!r} cannot go back from loss to loss: take 'radau5' or 'kvaerno5' ('radau' for solve_dae), or 'dopri8' where "
+                "nothing is stiff"
             )
         if getattr(method, "additive", False):
             raise UnsupportedCombination(f"{method.name} is for right-hand sides in two parts, which the adjoint's is not: take 'kvaerno5'")

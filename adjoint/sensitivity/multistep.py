@@ -1,149 +1,60 @@
-"""Derivatives of backward differentiation formulas: the recorded steps as differentiable code, each new state a root.
+"""Derivatives of multistep methods: the recorded steps as differentiable code, with the table of differences that they hand on.
 
-A step is linear in the table of differences but for the one equation that it solves, so the record of a step is its order and the matrix
-that brought the table to its distance. Orders and step sizes are held fixed. Sample times and ends of the span enter through the
-polynomial that is the dense output.
+Orders and step sizes are held fixed. Sample times and ends of the span enter through the polynomial that is the dense output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..integrate.multistep import SIZE, update_matrix
-from ..integrate.pencil import split
-from ..integrate.plan import shifted_times
-from ..jacobians import DenseJacobian
-from ..linalg import Log, Matrix
-from ..methods.bdf import MAX_ORDER, coefficients
-from ..nonlinear import RootRecord
-from ..system import Flat, System, VmappedSystem
-from .implicit import JacobianRule, RootNode, RootOutputs, RootTask
-from .problem import Outputs, Problem, StageAlgebra, interpolate, step_times
+from .adams import AdamsReplay
+from .bdf import BdfReplay
+from .multistep_step import Schedule, StepTime
+from .problem import Outputs, Problem, interpolate
 from .products import tangent, vjp
 
-__all__ = ["multistep_functional", "multistep_outputs", "multistep_tangents"]
+__all__ = ["Replay", "multistep_functional", "multistep_outputs", "multistep_tangents"]
 
 
-@dataclass(frozen=True)
-class _StepConditions:
-    """``c F(t, y, (base + y) / c) = 0``, for an ODE ``base + y - c f(t, y) = 0``; inputs ``(t, base, c, *inputs of f)``."""
+class Replay(Protocol):
+    """The steps of a method, taken again. ``beyond`` gives what is added to the state at the end of a step from its stages: nothing, but
+    with the derivative by the time of the anchor that the step lands on. Where steps are ``resized`` (see `Schedule`), it is not wanted."""
 
-    system: System | VmappedSystem
+    resized: bool
 
-    @property
-    def rows(self) -> int:
-        return self.system.rows
-
-    @property
-    def spec(self) -> Any:
-        return self.system.spec
-
-    def bind(self, inputs: Sequence[Tensor]) -> Flat:
-        """The flat function of ``y``."""
-        t, base, c, *rest = inputs
-        f = self.system.bind(rest)
-        if self.system.residual is not None:
-            return lambda _, y: c * f(t, torch.cat([y, (base + y) / c], -1))
-        return lambda _, y: base + y - c * f(t, y)
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """``E + c G``: for an ODE the strategy is told the whole function; copies under vmap take a dense one."""
-
-    system: System | VmappedSystem
-    algebra: StageAlgebra
-
-    def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
-        if self.system.residual is None:
-            return self.algebra.jacobian(r, x)
-        t, base, c, *rest = inputs
-        f = self.system.bind(rest)
-        return split(self.algebra.jacobian(lambda pair: f(t, pair), torch.cat([x, (base + x) / c], -1))).at(c)
-
-    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
-        """See the class."""
-        return self if self.system.residual is None else _DenseRule()
-
-
-@dataclass(frozen=True)
-class _DenseRule:
-    def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
-        return DenseJacobian()(r, x)
-
-    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
-        """The same: rows are independent."""
-        return self
-
-
-def _known(r: Any, x: Tensor, inputs: Any, jacobian: Any) -> RootRecord:
-    count = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-    return RootRecord(x, torch.zeros_like(x), x.new_zeros(x.shape[0], dtype=x.dtype.to_real()), count, count, count, count)
+    def begin(self, y0: Tensor, time: Tensor) -> Tensor: ...
+    def step(self, k: int, D: Tensor, time: StepTime, beyond: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]: ...
 
 
 def _replay(
     problem: Problem, grid: dict[str, Tensor], anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(final, samples, states, stages)`` as differentiable functions of anchors, sample times, ``y0`` and inputs."""
-    plan, algebra = problem.plan, problem.algebra
-    assert algebra is not None
-    states, real = grid["states"], grid["states"].dtype.to_real()
-    n_steps, rows = grid["t"].shape
-    extra, h = grid["extra"], grid["h"]
-    device = states.device
-    gamma, alpha, _ = coefficients(torch.float64, device)
-    # a step keeps its size: it moves with the anchor before it
-    times = step_times(grid["t"], h, grid["segment"], torch.zeros_like(grid["lands"]), anchors, "none")
-    begin, sign = times.t, times.sign
-    moved = anchors - anchors.detach()
-    following = (grid["segment"] + 1).clamp(max=anchors.shape[0] - 1)
-    late = torch.where(grid["lands"], moved.gather(0, following) - moved.gather(0, grid["segment"]), 0.0)
-    inner = grid["lands"] & (grid["segment"] < anchors.shape[0] - 2)
-    place = torch.arange(SIZE, device=device)
-    D = torch.cat([y0.unsqueeze(0), y0.new_zeros(SIZE - 1, rows, y0.shape[-1])])
-    task = RootTask(
-        _StepConditions(problem.system), _StepConditions(problem.system), _known, _Rule(problem.system, algebra), algebra.linear_solver,
-        Log(), lambda record: None,
-    )  # fmt: skip
+    plan, h = problem.plan, grid["h"]
+    method = AdamsReplay if problem.algebra is None else BdfReplay
+    steps: Replay = method(problem, grid, inputs)
+    n_steps = h.shape[0]
+    schedule = Schedule(problem, grid, anchors, steps.resized)
+    D = steps.begin(y0, schedule.first) if n_steps else y0.unsqueeze(0)
     all_states, all_stages = [y0], []
     for k in range(n_steps):
-        order, T = extra[k, 0].long(), extra[k, 1:].reshape(SIZE, SIZE, rows).permute(2, 0, 1)
-        valid = (h[k] != 0).unsqueeze(-1)
-        near = torch.einsum("bij,jbn->ibn", T.to(D.dtype), D)
-        low = (place <= order.unsqueeze(-1)).to(real)
-        predicted = torch.einsum("bi,ibn->bn", low, near)
-        weights = torch.nn.functional.pad(gamma, (0, SIZE - gamma.shape[0])) * low / alpha[order].unsqueeze(-1)
-        psi = torch.einsum("bi,ibn->bn", weights.to(D.dtype), near)
-        c = torch.where(valid.squeeze(-1), h[k] / alpha[order], 1.0).to(real).unsqueeze(-1)
-        end = (begin[k] + h[k]).to(real)
-        if plan.shift != "none" and anchors.shape[0] > 2:
-            end = shifted_times([end], [1.0], False, inner[k], sign)[0]
-        own = RootTask(task.system, task.conditions, task.find, task.jacobian, task.linear_solver, task.log, task.report)
-        y = RootOutputs(*RootNode.apply(own, states[k + 1].detach(), end, psi - predicted, c, *inputs)).raw
-        S, s = update_matrix(order)
-        new = torch.einsum("bij,jbn->ibn", S.to(D.dtype), near) + torch.einsum("bi,bn->ibn", s.to(D.dtype), y - predicted)
-        keep = (torch.arange(1, MAX_ORDER + 1, device=device) <= order.unsqueeze(-1)).to(real)
-        size = torch.where(h[k] == 0, 1.0, h[k])
-        differences = torch.cat([new[1 : MAX_ORDER + 1] * keep.t().unsqueeze(-1), (y - predicted).unsqueeze(0)])
-        stages = differences / size.to(real).reshape(1, -1, 1)
-        stages = torch.where(valid.unsqueeze(0), stages, 0.0)
-        all_stages.append(stages)
+        time = schedule.step(k)
         # a step that ends on an anchor is read off where that is now
-        shift = _beyond(plan, stages, h[k], late[k] / size)
-        D = torch.where(valid.unsqueeze(0), torch.cat([(new[0] + shift).unsqueeze(0), new[1:]]), D)
+        stages, new = steps.step(k, D, time, lambda stages, k=k, time=time: _beyond(plan, stages, h[k], time.late))
+        D = torch.where((h[k] != 0).reshape(1, -1, 1), new, D)
         all_states.append(D[0])
+        all_stages.append(stages)
     final = torch.where((grid["status"] >= 0).unsqueeze(-1), all_states[-1], float("nan"))
     whole = torch.stack(all_states)
     kept = torch.stack(all_stages) if all_stages else grid["stages"]
     n_samples = 0 if t_eval is None else t_eval.shape[0]
     if n_samples and n_steps:
         assert t_eval is not None
-        samples = interpolate(plan, whole, kept, begin, h, t_eval, grid["sample_step"])
+        samples = interpolate(plan, whole, kept, schedule.begin, schedule.h, t_eval, grid["sample_step"])
     else:
         samples = y0.new_zeros(n_samples, *y0.shape) + y0
     return final, samples, whole, kept if plan.keep_stages else grid["stages"]

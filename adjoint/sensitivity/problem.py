@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..integrate import AdditiveStageSolver, MultistepSolver, Plan, Record, ResidualSolver, StageSolver, shifted_times
+from ..integrate import AdamsSolver, AdditiveStageSolver, BdfSolver, Plan, Record, ResidualSolver, StageSolver, shifted_times
 from ..integrate.columns import column_major, takes_columns
 from ..integrate.stages import StageWork
 from ..jacobians import DenseJacobian
@@ -66,6 +66,8 @@ class Problem:
     def solver(self, inputs: Sequence[Tensor], rows: int) -> Any:
         """The right-hand side for the loop, which solves the equations of implicit stages by iteration."""
         f = self.system.bind(inputs)
+        if self.algebra is None and getattr(self.plan.method, "multistep", False):
+            return AdamsSolver(f, self.plan, rows, self.system.spec.device)
         if self.algebra is None or self.plan.direct:
             return f
         jacobian = self.jacobian(inputs, forward=True)
@@ -74,7 +76,7 @@ class Problem:
         if getattr(self.plan.method, "multistep", False):
             work = StageWork.zero(rows, device)
             starter = ResidualSolver(f, self.plan, jacobian, a.linear_solver, rows, device, a.index, a.skipped) if implicit else None
-            return MultistepSolver(f, self.plan, jacobian, a.linear_solver, implicit, work, starter, a.skipped)
+            return BdfSolver(f, self.plan, jacobian, a.linear_solver, implicit, work, starter, a.skipped)
         if implicit:
             return ResidualSolver(f, self.plan, jacobian, a.linear_solver, rows, device, a.index, a.skipped)
         given = self.plan, jacobian, self.algebra.linear_solver, rows, self.system.spec.device

@@ -30,17 +30,18 @@ KEEP_BYTES = 4 * 2**20
 class DiscreteAdjoint:
     """The exact derivative of the computed solution, by the adjoint of each step (docs/theory.md, section 1; Hager 2000, Sandu 2006).
 
-    Memory: one state per step, whatever ``fun`` allocates. A solve so small that all of its evaluations fit into ``keep_bytes``
-    (default 4 MiB) is recorded by autograd as it goes, which saves evaluating ``fun`` again (one trajectory, no derivatives in times,
-    no events, no dense output); one that grows beyond drops that. Zero: never. Step sizes are held fixed. Every order of derivative and
-    every ``torch.func`` transform is available; derivatives of derivatives record the backward sweep.
+    Memory: one state per step (and the stages of implicit and multistep methods), whatever ``fun`` allocates. A solve so small that all of
+    its evaluations fit into ``keep_bytes`` (default 4 MiB) is recorded by autograd as it goes, which saves evaluating ``fun`` again (one
+    trajectory, no derivatives in times, no events, no dense output); one that grows beyond drops that. Zero: never. Step sizes are held
+    fixed. Every order of derivative and every ``torch.func`` transform is available; derivatives of derivatives record the backward sweep.
 
     ``checkpoints``: at most so many states are kept between the solve and its backward pass and during it (stages of implicit methods:
     those of one step), the initial one included; the steps between them are taken again with their recorded sizes, as often as the
     optimal schedule asks (Griewank & Walther 2000): with c states, C(c + r, c) steps are each taken again at most r times. The
     gradient is the same to the last bit (stages that are iterated for: to the tolerance of that). Times and sizes of the steps are
     still kept, a few numbers each. Forward mode, ``torch.func`` and derivatives of derivatives keep all states. Not with
-    ``compile=True``, ``events=``, ``dense_output=True``, ``t_eval="steps"``, `solve_dae` and ``method="bdf"`` (`UnsupportedCombination`).
+    ``compile=True``, ``events=``, ``dense_output=True``, ``t_eval="steps"``, `solve_dae`, and the methods "bdf" and "abm", whose
+    stages are kept (`UnsupportedCombination`).
     """
 
     keep_bytes: int | None = None
@@ -67,7 +68,7 @@ class DiscreteAdjoint:
             if getattr(plan.method, "multistep", False):
                 raise UnsupportedCombination(
                     f"DiscreteAdjoint(checkpoints=...) takes steps again one by one, which {plan.method.name!r} cannot: choose a one-step "
-                    "method such as 'kvaerno5', or leave checkpoints out"
+                    f"method such as {'kvaerno5' if plan.method.implicit else 'dopri8'!r}, or leave checkpoints out"
                 )
             if plan.compile is not None:
                 raise UnsupportedCombination("compile=True with DiscreteAdjoint(checkpoints=...) is not supported: leave one of them out")
@@ -108,11 +109,11 @@ class Backprop:
         grid = Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
         if not problem.plan.keep_states:
             return grid
+        if getattr(problem.plan.method, "multistep", False):
+            return multistep_outputs(problem, grid, anchors, t_eval, y0, inputs)
         if problem.algebra is None:
             f = problem.system.bind(inputs)
             return replay(lambda k: f, problem.plan, grid, anchors, t_eval, y0)
-        if getattr(problem.plan.method, "multistep", False):
-            return multistep_outputs(problem, grid, anchors, t_eval, y0, inputs)
         stages = grid.stages.detach()
         return replay(lambda k: equations(problem, inputs, stages[k]), problem.plan, grid, anchors, t_eval, y0)
 
@@ -136,4 +137,5 @@ def _recordable(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Te
     times = [anchors] if t_eval is None else [anchors, t_eval]
     plain = not functorch_active() and forward_ad._current_level < 0 and torch.is_grad_enabled()
     wanted = any(x.requires_grad for x in (y0, *inputs)) and not any(x.requires_grad for x in times)
-    return plain and wanted and not problem.batched and problem.algebra is None
+    one_step = problem.algebra is None and not getattr(problem.plan.method, "multistep", False)
+    return plain and wanted and not problem.batched and one_step

@@ -1,0 +1,271 @@
+"""Backward differentiation formulas at work: the table of differences, and Newton's iteration for the correction of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..linalg import Factorization, LinearOperator, LinearSolver, Matrix, SparseMatrix
+from ..methods.bdf import MAX_ORDER, coefficients, rescaling
+from .initial_step import initial_step
+from .multistep import Decision, MultistepSolver, Trial
+from .pencil import Pencil, ScaledFactors, scaled_factors, split
+from .plan import Plan
+from .residual import ResidualSolver
+from .stages import LOOSEST, StageWork, _between, jacobian_at, shifted
+
+__all__ = ["SIZE", "BdfSolver", "update_matrix"]
+
+#: rows of the table of differences
+SIZE = MAX_ORDER + 3
+_NEWTON, _SMALLEST, _LARGEST, _SAFETY = 5, 0.2, 10.0, 0.9
+
+
+def update_matrix(order: Tensor) -> tuple[Tensor, Tensor]:
+    """``S`` (B, 8, 8) and ``s`` (B, 8): after a step the differences are ``S D + s d``, where ``d`` is the correction of the prediction."""
+    place = torch.arange(SIZE, device=order.device)
+    q = order.unsqueeze(-1)
+    low = (place <= q).double()
+    # D_j = sum_{i = j}^{q} D_i + d for j <= q, then d itself, then d - D_{q + 1}
+    S = torch.triu(torch.ones(SIZE, SIZE, dtype=torch.float64, device=order.device)) * low.unsqueeze(-1) * low.unsqueeze(-2)
+    after, next_ = (place == q + 2).double(), (place == q + 1).double()
+    S = S - after.unsqueeze(-1) * next_.unsqueeze(-2)
+    rest = (place > q + 2).double()
+    S = S + torch.diag_embed(rest)
+    return S, (place <= q + 2).double()
+
+
+@dataclass
+class BdfSolver(MultistepSolver):
+    """The equation of a step, ``F(t, y_p + d, (psi + d) / c) = 0`` for the correction ``d``, by Newton's iteration with old matrices.
+
+    For an ODE ``F = y' - f``. A row's matrices are taken anew when its iteration is slow or its ``c`` has changed, so a trajectory does not
+    depend on the others.
+    """
+
+    f: Callable[[Tensor, Tensor], Tensor]
+    plan: Plan
+    jacobian: Callable[[Callable[[Tensor], Tensor], Tensor], Matrix]
+    linear_solver: LinearSolver
+    residual: bool
+    work: StageWork
+    starter: ResidualSolver | None
+    skipped: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        smallest = 4 * torch.finfo(self.plan.real).eps / 1e-3
+        self.rtol, self.atol = _between(self.plan.rtol, smallest, LOOSEST[0]), _between(self.plan.atol, 0.0, LOOSEST[1])
+        self.stuck = torch.zeros_like(self.work.n_fun, dtype=torch.bool)
+        self._pencil: Pencil | Matrix | None = None
+        self._factors: ScaledFactors | None = None
+        self._plain: Factorization | None = None
+        self._c: Tensor | None = None
+
+    def start(self, anchors: Tensor, sign: Tensor, y0: Tensor) -> Tensor:
+        """See `MultistepSolver.start`."""
+        plan, t = self.plan, anchors[0]
+        if self.starter is not None:
+            slope, step = self.starter.start(anchors, sign, y0)
+        else:
+            slope = self.f(t.to(plan.real), y0)
+            step = initial_step(self.f, plan, t, y0, slope, sign)
+            self.work.n_fun += 2
+        if plan.first_step is not None:
+            step = torch.full_like(t, plan.first_step)
+        step = step.clamp(min=plan.min_step, max=plan.max_step)
+        self.D = y0.new_zeros(SIZE, *y0.shape)
+        self.D[0], self.D[1] = y0, slope * (step * sign).to(plan.real).unsqueeze(-1)
+        self.eye = torch.eye(SIZE, dtype=torch.float64, device=y0.device)
+        #: brings the differences after the last accepted step to the distance of the next one
+        self.T = self.eye.repeat(len(y0), 1, 1)
+        self.order = torch.ones(len(y0), dtype=torch.int64, device=y0.device)
+        self.equal = torch.zeros_like(self.order)
+        self.gamma, self.alpha, self.constants = coefficients(torch.float64, y0.device)
+        return step
+
+    @property
+    def idle(self) -> Tensor:
+        """See `MultistepSolver.idle`."""
+        return torch.cat([self.eye.new_ones(1), self.eye.reshape(-1)])
+
+    def resize(self, factor: Tensor, which: Tensor) -> None:
+        """See `MultistepSolver.resize`."""
+        matrix = rescaling(self.order, torch.where(which, factor, 1.0), SIZE)
+        matrix = torch.where(which.reshape(-1, 1, 1), matrix, self.eye)
+        self.D = torch.einsum("bij,jbn->ibn", matrix.to(self.D.dtype), self.D)
+        self.T = matrix @ self.T
+        self.equal = torch.where(which, 0, self.equal)
+
+    def attempt(self, when: Tensor, h: Tensor, running: Tensor) -> Trial:
+        """See `MultistepSolver.attempt`."""
+        D, order, real = self.D, self.order, self.plan.real
+        low = (torch.arange(SIZE, device=D.device) <= order.unsqueeze(-1)).to(real)
+        predicted = torch.einsum("bi,ibn->bn", low, D)
+        weights = torch.nn.functional.pad(self.gamma, (0, SIZE - self.gamma.shape[0])) * low / self.alpha[order].unsqueeze(-1)
+        psi = torch.einsum("bi,ibn->bn", weights.to(D.dtype), D)
+        c = (h / self.alpha[order]).to(real).unsqueeze(-1)
+        d, converged, counts = self.correct(when, predicted, psi, c, running)
+        S, s = update_matrix(order)
+        new = torch.einsum("bij,jbn->ibn", S.to(D.dtype), D) + torch.einsum("bi,bn->ibn", s.to(D.dtype), d)
+        keep = (torch.arange(1, MAX_ORDER + 1, device=D.device) <= order.unsqueeze(-1)).to(real)
+        differences = torch.cat([new[1 : MAX_ORDER + 1] * keep.t().unsqueeze(-1), d.unsqueeze(0)])
+        stages = differences / torch.where(running, h, 1.0).to(real).reshape(1, -1, 1)
+        extra = torch.cat([order.double().unsqueeze(0), self.T.permute(1, 2, 0).reshape(SIZE * SIZE, -1)])
+        estimate = self._shown(self.constants[order].to(real).unsqueeze(-1) * d)
+        return Trial(predicted + d, estimate, converged, stages, extra, (new, counts))
+
+    def accept(self, trial: Trial, passed: Tensor, restart: Tensor, after: Tensor) -> None:
+        """See `MultistepSolver.accept`."""
+        self.D = torch.where(passed.reshape(1, -1, 1), trial.kept[0], self.D)
+        self.T = torch.where(passed.reshape(-1, 1, 1), self.eye, self.T)
+        self.equal = torch.where(passed, self.equal + 1, self.equal)
+
+    def propose(self, trial: Trial, decision: Decision) -> Tensor:
+        """See `MultistepSolver.propose`."""
+        running, passed, failed, rejected, restart, error, scale = decision
+        safety = _SAFETY * (2 * _NEWTON + 1) / (2 * _NEWTON + trial.kept[1].to(torch.float64))
+        shrink = (safety * error.double().clamp(min=1e-30) ** (-1 / (self.order + 1))).clamp(min=_SMALLEST, max=1.0)
+        ready = passed & running & (self.equal > self.order) & ~restart
+        factor = torch.where(failed, 0.5, torch.where(rejected, shrink, 1.0))
+        if bool(ready.any()):
+            up, best = self._next_order(error, safety, scale)
+            self.order = torch.where(ready, best, self.order)
+            factor = torch.where(ready, up, factor)
+        if bool(restart.any()):
+            kill = torch.zeros(SIZE, dtype=torch.float64, device=scale.device)
+            kill[:2] = 1.0
+            mask = torch.where(restart.unsqueeze(-1), kill, 1.0)
+            self.D, self.T = self.D * mask.t().unsqueeze(-1).to(self.D.dtype), mask.unsqueeze(-1) * self.T
+            self.order, self.equal = torch.where(restart, 1, self.order), torch.where(restart, 0, self.equal)
+            factor = torch.where(restart, 0.1, factor)
+        return factor
+
+    def _shown(self, error: Tensor) -> Tensor:
+        return error if self.skipped is None else torch.where(self.skipped, 0.0, error)
+
+    def _next_order(self, error: Tensor, safety: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Factor of the step and order for the rows that may change them: the estimates at the orders around."""
+        D, order, plan = self.D, self.order, self.plan
+        rows = torch.arange(order.shape[0], device=order.device)
+
+        def level(which: Tensor) -> Tensor:
+            constant = self.constants[(order + which).clamp(0, MAX_ORDER + 1)]
+            estimate = constant.to(plan.real).unsqueeze(-1) * D[order + which + 1, rows]
+            return plan.norm(plan.scaled(self._shown(estimate), scale).abs()).double()
+
+        below = torch.where(order > 1, level(torch.full_like(order, -1)), float("inf"))
+        above = torch.where(order < MAX_ORDER, level(torch.ones_like(order)), float("inf"))
+        norms = torch.stack([below, error.double(), above]).clamp(min=1e-30)
+        powers = torch.stack([order, order + 1, order + 2]).double()
+        factors = norms ** (-1 / powers)
+        best = factors.argmax(0)
+        factor = (safety * factors.amax(0)).clamp(max=_LARGEST, min=_SMALLEST)
+        # small changes are not worth a new matrix
+        factor = torch.where((factor > 0.95) & (factor < 1.2) & (best == 1), 1.0, factor)
+        return factor, order + best - 1
+
+    def equation(self, t: Tensor, y: Tensor, slope: Tensor) -> Tensor:
+        """``F(t, y, y')``."""
+        return self.f(t, torch.cat([y, slope], -1)) if self.residual else slope - self.f(t, y)
+
+    def _matrix(self, t: Tensor, y: Tensor, slope: Tensor, rows: Tensor) -> None:
+        """Take the matrices of ``rows`` anew."""
+        if self.residual:
+            found = split(self.jacobian(lambda pair: self.f(t, pair), torch.cat([y, slope], -1)))
+            old = self._pencil
+            if isinstance(old, Pencil):
+                found = Pencil(_mixed(rows, found.E, old.E), _mixed(rows, found.G, old.G))
+            self._pencil = found
+        else:
+            new = jacobian_at(self.jacobian, self.f, t, y)
+            self._pencil = new if self._pencil is None else _mixed(rows, new, self._pencil)  # type: ignore[arg-type]
+        self._c = None
+        self.work.n_jac += rows
+
+    def _solve(self, c: Tensor, b: Tensor, running: Tensor) -> Tensor:
+        """``(E + c G)^-1 b``."""
+        if self._c is None or not torch.equal(self._c, c):
+            changed = running if self._c is None else running & (c != self._c).squeeze(-1)
+            # trajectories that are done have no step of their own
+            safe = torch.where(running.unsqueeze(-1), c, 1.0)
+            if isinstance(self._pencil, Pencil):
+                self._factors = scaled_factors(self.linear_solver, self._pencil.at(safe), self.work.log, self._factors)
+            else:
+                assert self._pencil is not None
+                matrix = shifted(self._pencil, safe)
+                if self._plain is None or isinstance(matrix, LinearOperator):
+                    self._plain = self.linear_solver.factor(matrix, self.work.log)
+                else:
+                    self._plain = self.linear_solver.refactor(self._plain, matrix)
+            self._c = c
+            self.work.n_factorizations += changed
+        self.work.n_solves += running
+        factors = self._factors if isinstance(self._pencil, Pencil) else self._plain
+        assert factors is not None
+        return factors.solve(b)
+
+    def correct(self, t: Tensor, predicted: Tensor, psi: Tensor, c: Tensor, running: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The correction, which rows have converged, and after how many iterations."""
+        if self._pencil is None:
+            self._matrix(t, predicted, psi / torch.where(running.unsqueeze(-1), c, 1.0), torch.ones_like(running))
+            fresh = torch.ones_like(running)
+        else:
+            fresh = torch.zeros_like(running)
+        size = predicted.abs() * self.rtol + self.atol
+        d, converged, counts, finite = self._iterate(t, predicted, psi, c, running, size)
+        again = running & ~converged & ~fresh
+        if bool(again.any()):
+            safe = torch.where(running.unsqueeze(-1), c, 1.0)
+            self._matrix(t, predicted, psi / safe, again)
+            d2, better, more, finite2 = self._iterate(t, predicted, psi, c, again, size)
+            d = torch.where(again.unsqueeze(-1), d2, d)
+            converged, finite = torch.where(again, better, converged), torch.where(again, finite2, finite)
+            counts = torch.where(again, more, counts)
+        self.stuck = torch.where(running, ~converged & finite, self.stuck)
+        return d, converged, counts
+
+    def _iterate(
+        self, t: Tensor, predicted: Tensor, psi: Tensor, c: Tensor, running: Tensor, size: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        d = torch.zeros_like(predicted)
+        safe = torch.where(running.unsqueeze(-1), c, 1.0)
+        before = torch.full_like(safe.squeeze(-1), float("nan"))
+        rate = torch.ones_like(before)
+        active, converged = running, torch.zeros_like(running)
+        counts, finite = torch.zeros_like(self.work.n_fun), torch.ones_like(running)
+        for iteration in range(_NEWTON):
+            value = -safe * self.equation(t, predicted + d, (psi + d) / safe)
+            wanted = safe if self._c is None else torch.where(active.unsqueeze(-1), c, self._c)
+            change = self._solve(wanted, torch.where(active.unsqueeze(-1), value, 0.0), active)
+            self.work.n_fun += active
+            self.work.n_newton += active
+            length = self.plan.norm(change / size)
+            counts = counts + active
+            if iteration:
+                rate = torch.where(active, length / before, rate)
+            good = torch.isfinite(length)
+            finite = finite & (good | ~active)
+            bad = active & (~good | ((rate >= 1.0) if iteration else False))
+            moving = (active & ~bad).unsqueeze(-1)
+            d = torch.where(moving, d + change, d)
+            left = rate / (1 - rate).clamp(min=1e-3) * length if iteration else length
+            done = active & ~bad & ((left <= 1e-3) | (length == 0)) & ((rate < 1) if iteration else True)
+            converged = converged | done
+            active = active & ~bad & ~done
+            before = length
+            if not bool(active.any()):
+                break
+        return d, converged, counts, finite
+
+
+def _mixed(rows: Tensor, new: Matrix, old: Matrix) -> Matrix:
+    """The matrices of ``new`` in these rows, those of ``old`` in the others."""
+    if isinstance(new, Tensor) and isinstance(old, Tensor):
+        return torch.where(rows.reshape(-1, 1, 1), new, old)
+    if isinstance(new, SparseMatrix) and isinstance(old, SparseMatrix) and len(rows) > 1:
+        # one pattern: that of a given Jacobian, which may change, is of one trajectory
+        return SparseMatrix(new.indices, torch.where(rows.unsqueeze(-1), new.values, old.values), new.shape)
+    return new

@@ -1,0 +1,225 @@
+"""Steps of backward differentiation formulas in derivatives: each new state is a root, each step back one transposed solve.
+
+A step is linear in the table of differences but for the one equation that it solves, so the record of a step is its order and the matrix
+that brought the table to its distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..integrate.bdf import SIZE, update_matrix
+from ..integrate.pencil import scaled_factors, split
+from ..integrate.stages import jacobian_at, shifted
+from ..jacobians import DenseJacobian
+from ..linalg import Log, Matrix
+from ..methods.bdf import MAX_ORDER, coefficients
+from ..nonlinear import RootRecord
+from ..system import Flat, System, VmappedSystem
+from .implicit import JacobianRule, RootNode, RootOutputs, RootTask
+from .linearize import Linearizer
+from .multistep_step import StepBack, StepBars, StepTime
+from .problem import Problem, StageAlgebra
+
+__all__ = ["BdfAdjoint", "BdfReplay"]
+
+
+@dataclass(frozen=True)
+class _StepConditions:
+    """``c F(t, y, (base + y) / c) = 0``, for an ODE ``base + y - c f(t, y) = 0``; inputs ``(t, base, c, *inputs of f)``."""
+
+    system: System | VmappedSystem
+
+    @property
+    def rows(self) -> int:
+        return self.system.rows
+
+    @property
+    def spec(self) -> Any:
+        return self.system.spec
+
+    def bind(self, inputs: Sequence[Tensor]) -> Flat:
+        """The flat function of ``y``."""
+        t, base, c, *rest = inputs
+        f = self.system.bind(rest)
+        if self.system.residual is not None:
+            return lambda _, y: c * f(t, torch.cat([y, (base + y) / c], -1))
+        return lambda _, y: base + y - c * f(t, y)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """``E + c G``: for an ODE the strategy is told the whole function; copies under vmap take a dense one."""
+
+    system: System | VmappedSystem
+    algebra: StageAlgebra
+
+    def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
+        if self.system.residual is None:
+            return self.algebra.jacobian(r, x)
+        t, base, c, *rest = inputs
+        f = self.system.bind(rest)
+        return split(self.algebra.jacobian(lambda pair: f(t, pair), torch.cat([x, (base + x) / c], -1))).at(c)
+
+    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
+        """See the class."""
+        return self if self.system.residual is None else _DenseRule()
+
+
+@dataclass(frozen=True)
+class _DenseRule:
+    def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
+        return DenseJacobian()(r, x)
+
+    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
+        """The same: rows are independent."""
+        return self
+
+
+def _known(r: Any, x: Tensor, inputs: Any, jacobian: Any) -> RootRecord:
+    count = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    return RootRecord(x, torch.zeros_like(x), x.new_zeros(x.shape[0], dtype=x.dtype.to_real()), count, count, count, count)
+
+
+def _low(order: Tensor, real: torch.dtype) -> Tensor:
+    """``j <= q`` (B, SIZE), as numbers."""
+    return (torch.arange(SIZE, device=order.device) <= order.unsqueeze(-1)).to(real)
+
+
+def _kept(order: Tensor, real: torch.dtype) -> Tensor:
+    """``1 <= j <= q`` (MAX_ORDER, B, 1), as numbers."""
+    return _low(order, real)[:, 1 : MAX_ORDER + 1].t().unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class _Formula:
+    """The recorded numbers of a step: its order, the matrix ``T``, its size and the coefficients by order."""
+
+    order: Tensor
+    T: Tensor
+    size: Tensor
+    gamma: Tensor
+    alpha: Tensor
+
+    @classmethod
+    def of(cls, extra: Tensor, h: Tensor) -> _Formula:
+        """From ``extra`` (E, B) and ``h`` (B,)."""
+        gamma, alpha, _ = coefficients(torch.float64, h.device)
+        T = extra[1:].reshape(SIZE, SIZE, -1).permute(2, 0, 1)
+        gamma = torch.nn.functional.pad(gamma, (0, SIZE - gamma.shape[0]))
+        return cls(extra[0].long(), T, torch.where(h == 0, 1.0, h), gamma, alpha[extra[0].long()].unsqueeze(-1))
+
+    def weights(self, dtype: torch.dtype) -> Tensor:
+        """Of the differences in ``psi``: (B, SIZE)."""
+        return (self.gamma * _low(self.order, dtype.to_real()) / self.alpha).to(dtype)
+
+    def c(self, real: torch.dtype) -> Tensor:
+        """``h / alpha_q`` (B, 1)."""
+        return (self.size.unsqueeze(-1) / self.alpha).to(real)
+
+
+class BdfReplay:
+    """The steps as differentiable functions of the table; see `multistep.Replay`."""
+
+    size = SIZE
+    resized = False
+
+    def __init__(self, problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor]) -> None:
+        algebra = problem.algebra
+        assert algebra is not None
+        self.problem, self.grid, self.inputs, self.algebra = problem, grid, inputs, algebra
+
+    def begin(self, y0: Tensor, time: Tensor) -> Tensor:
+        """The table at the start."""
+        return torch.cat([y0.unsqueeze(0), y0.new_zeros(SIZE - 1, *y0.shape)])
+
+    def step(self, k: int, D: Tensor, time: StepTime, beyond: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Stages and the table after step ``k``."""
+        grid, system = self.grid, self.problem.system
+        h, real = grid["h"][k], D.dtype.to_real()
+        formula = _Formula.of(grid["extra"][k], h)
+        near = torch.einsum("bij,jbn->ibn", formula.T.to(D.dtype), D)
+        predicted = torch.einsum("bi,ibn->bn", _low(formula.order, real), near)
+        psi = torch.einsum("bi,ibn->bn", formula.weights(D.dtype), near)
+        c = torch.where((h != 0).unsqueeze(-1), formula.c(real), 1.0)
+        conditions, solver = _StepConditions(system), self.algebra.linear_solver
+        task = RootTask(conditions, conditions, _known, _Rule(system, self.algebra), solver, Log(), lambda record: None)
+        known = grid["states"][k + 1].detach()
+        y = RootOutputs(*RootNode.apply(task, known, time.end, psi - predicted, c, *self.inputs)).raw
+        S, s = update_matrix(formula.order)
+        new = torch.einsum("bij,jbn->ibn", S.to(D.dtype), near) + torch.einsum("bi,bn->ibn", s.to(D.dtype), y - predicted)
+        differences = torch.cat([new[1 : MAX_ORDER + 1] * _kept(formula.order, real), (y - predicted).unsqueeze(0)])
+        stages = differences / formula.size.to(real).reshape(1, -1, 1)
+        stages = torch.where((h != 0).reshape(1, -1, 1), stages, 0.0)
+        return stages, torch.cat([(new[0] + beyond(stages)).unsqueeze(0), new[1:]])
+
+
+class BdfAdjoint:
+    """The steps back; see `multistep_adjoint`.
+
+    A step solves ``c F(t, y, (b + y) / c) = 0`` with ``b`` and the prediction linear in the differences ``D`` before it, and makes the
+    new ones ``S T D + s (y - prediction)``. So with the cotangent ``w`` of ``y``: ``(E + c G)* l = w``, ``b_bar = -E* l``,
+    ``p_bar = -c F_p* l``. For an ODE ``E = I`` and ``G = -f_y``.
+    """
+
+    size = SIZE
+    resized = False
+
+    def __init__(self, problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor], linearize: Linearizer, f: Flat) -> None:
+        algebra = problem.algebra
+        assert algebra is not None
+        self.problem, self.grid, self.inputs, self.algebra = problem, grid, inputs, algebra
+        self.linearize, self.f, self.log = linearize, f, Log()
+        self._factors: Any = None
+
+    def begin(self, bar: Tensor, y0: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The cotangents of the state and the time at the start."""
+        return bar[0], None
+
+    def step(self, k: int, bars: StepBars, time: StepTime) -> StepBack:
+        """Cotangents before step ``k`` from those behind it."""
+        grid, linearize, bar, k_bar = self.grid, self.linearize, bars.table, bars.stages
+        states, stages, h = grid["states"], grid["stages"], grid["h"][k]
+        dtype, real = states.dtype, states.dtype.to_real()
+        formula = _Formula.of(grid["extra"][k], h)
+        late = bars.late(bar[0])
+        new_bar = bar
+        if k_bar is not None:
+            k_bar = k_bar / formula.size.to(real).reshape(1, -1, 1)
+            new_bar = bar.clone()
+            new_bar[1 : MAX_ORDER + 1] += k_bar[:MAX_ORDER] * _kept(formula.order, real)
+        S, s = (x.to(dtype) for x in update_matrix(formula.order))
+        near_bar = torch.einsum("bij,ibn->jbn", S, new_bar)
+        w = torch.einsum("bi,ibn->bn", s, new_bar)
+        if k_bar is not None:
+            w = w + k_bar[MAX_ORDER]
+        w = torch.where((h != 0).unsqueeze(-1), w, 0.0)
+        c, y, n = formula.c(real), states[k + 1], states.shape[-1]
+        implicit = self.problem.system.residual is not None
+        at = torch.cat([y, self.problem.plan.method.formula_slope(formula.order, stages[k])], -1) if implicit else y  # type: ignore[attr-defined]
+        solved = self._solved(at, time.end, c, w)
+        _, pull = linearize(time.end, at)
+        pulled, t_bar = pull((-c if implicit else c) * solved)
+        # what the slope passes on is -c E* l / c
+        base_bar = pulled[:, n:] / c if implicit else -solved
+        near_bar = near_bar + torch.einsum("bi,bn->ibn", _low(formula.order, real).to(dtype), -(w + base_bar))
+        near_bar = near_bar + torch.einsum("bi,bn->ibn", formula.weights(dtype), base_bar)
+        return StepBack(torch.einsum("bij,ibn->jbn", formula.T.to(dtype), near_bar), t_bar, late)
+
+    def _solved(self, at: Tensor, end: Tensor, c: Tensor, w: Tensor) -> Tensor:
+        """``(E + c G)*^-1 w``, zero where ``w`` is."""
+        solver = self.algebra.linear_solver
+        with torch.no_grad():
+            if self.problem.system.residual is not None:
+                pencil = split(self.algebra.jacobian(lambda pair: self.f(end, pair), at))
+                self._factors = scaled_factors(solver, pencil.at(c), self.log, self._factors)
+                solved = self._factors.solve_adjoint(w)
+            else:
+                matrix = shifted(jacobian_at(self.problem.jacobian(self.inputs), self.f, end, at), c)
+                solved = solver.factor(matrix, self.log).solve(w, transposed=True, conjugated=True)
+            return torch.where((w == 0).all(-1, keepdim=True), 0.0, solved)
