@@ -14,7 +14,7 @@ GROUND = torch.tensor([0.0, 0.5, -9.0], dtype=torch.float64)
 START = torch.tensor([1.0, 2.0], dtype=torch.float64)
 #: explicit steps of one trajectory are sized by floats, of many by tensors: at fine tolerances both give the same solution
 FINE = {"rtol": 1e-9, "atol": 1e-11}
-METHODS = ["tsit5", "rk4", "rodas4", "kencarp3", "bdf", "auto"]
+METHODS = ["tsit5", "rk4", "rodas4", "kencarp3", "bdf", "abm", "auto"]
 
 
 def fall(t, y, drag, ground):

@@ -72,6 +72,7 @@ class Case(NamedTuple):
 #: what is refused, in the order in which it is found out, and the words that say so
 REFUSED: list[tuple[str, Callable[[Case], bool]]] = [
     ("stages are found by iteration", lambda c: c.form == "compiled" and c.has("implicit", "switching") and not c.has("direct")),
+    ("steps go by a history", lambda c: c.form == "compiled" and c.has("multistep")),
     ("takes steps again one by one", lambda c: c.strategy == "checkpoints" and c.has("multistep")),
     ("batched=True with BacksolveAdjoint", lambda c: c.strategy.startswith("backsolve") and c.form in ("batched", "compiled")),
     ("method='auto' with", lambda c: c.strategy in CONTINUOUS and c.has("switching")),
