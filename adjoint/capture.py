@@ -19,6 +19,7 @@ __all__ = [
     "Substitute",
     "alive",
     "below_jvp",
+    "below_vmap",
     "cut_apart",
     "find_captured",
     "find_constants",
@@ -27,13 +28,41 @@ __all__ = [
     "leads_to",
     "needs_derivatives",
     "parameter_homes",
+    "readable",
     "unknown_leaves",
+    "vmap_active",
 ]
 
 
 def functorch_active() -> bool:
     """Whether a ``torch.func`` transform (or its vmap) is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def vmap_active() -> bool:
+    """Whether a ``torch.vmap`` is running, directly or inside of a transform such as `torch.func.jacfwd`."""
+    stack = torch._C._functorch.get_interpreter_stack()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack or ())
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at: not where ``torch.vmap`` maps over it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return True
+
+
+def below_vmap(x: Tensor, size: int) -> Tensor:
+    """``(size, *x.shape)``: what ``x`` is for each copy, as the vmap rule of a node sees it, which runs below the vmap itself."""
+    level, mapped = _functorch_level(), False
+    while torch._C._functorch.maybe_get_level(x) > level:
+        dim = torch._C._functorch.maybe_get_bdim(x)
+        x = torch._C._functorch.get_unwrapped(x)
+        if dim >= 0:
+            x, mapped = x.movedim(dim, 0), True
+    return x if mapped else x.expand(size, *x.shape)
 
 
 def is_differentiable(x: Any) -> bool:

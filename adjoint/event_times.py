@@ -47,10 +47,12 @@ def event_records(parts: _Parts, out: Outputs) -> Found:
     ends, states_there, slopes_there = anchors[-1], out.final, out.final
     any_stop = False
     records = []
+    kinds = out.event_id.tolist()
     for which, event in enumerate(plan.events):
         times, states = [], []
-        for k, (places, found) in enumerate(_occurrences(out, which, rows)):
-            t, y, slope = _located(parts, out, grid, which, places, found)
+        for k, line in enumerate(i for i, kind in enumerate(kinds) if kind == which):
+            found = out.event_step[line] >= 0
+            t, y, slope = _located(parts, out, grid, which, line, found)
             if event.terminal == k + 1:
                 any_stop = True
                 ends = torch.where(found, t, ends)
@@ -66,27 +68,17 @@ def event_records(parts: _Parts, out: Outputs) -> Found:
     return Found(tuple(records), ends, states_there, slopes_there)
 
 
-def _occurrences(out: Outputs, which: int, rows: int) -> list[tuple[Tensor, Tensor]]:
-    """For the first, second ... time that an event occurs: where each trajectory has it in the record, and whether it has."""
-    each: list[list[int]] = [[] for _ in range(rows)]
-    for place, (event, row) in enumerate(zip(out.event_id.tolist(), out.event_row.tolist(), strict=True)):
-        if event == which:
-            each[row].append(place)
-    device, most = out.event_id.device, max(map(len, each), default=0)
-    table = torch.tensor([[x[k] if k < len(x) else -1 for x in each] for k in range(most)], device=device).reshape(most, rows)
-    return [(line.clamp(min=0), line >= 0) for line in table]
-
-
-def _located(parts: _Parts, out: Outputs, grid: StepTimes, which: int, places: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Times ``(B,)``, states and slopes ``(B, n)`` of one event in the rows that have it."""
+def _located(parts: _Parts, out: Outputs, grid: StepTimes, which: int, line: int, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Times ``(B,)``, states and slopes ``(B, n)`` of one line of the table in the rows that have it."""
     plan, batched, n = parts.problem.plan, parts.problem.batched, parts.y0.shape[-1]
-    step = torch.where(found, out.event_step[places], 0).unsqueeze(0)
+    step = out.event_step[line].clamp(min=0).unsqueeze(0)
     y0 = out.states.gather(0, step.unsqueeze(-1).expand(1, -1, n))[0]
     t0, h = grid.t.gather(0, step)[0], grid.h.gather(0, step)[0]
     # a trajectory that took no step has no event either
     h = torch.where(found, h, 1.0)
     kept = step
     if not plan.keep_stages:
+        # of one trajectory, which has all lines of the table
         kept = torch.searchsorted(torch.unique(out.event_step), step)
     ks = out.stages.gather(0, kept.reshape(1, 1, -1, 1).expand(1, out.stages.shape[1], -1, n))[0]
 
@@ -100,7 +92,7 @@ def _located(parts: _Parts, out: Outputs, grid: StepTimes, which: int, places: T
         value = parts.events[which](time if batched else time.reshape(()), parts.state(flat), *parts.args)
         return value.reshape(-1).to(torch.float64)
 
-    t = torch.where(found, out.event_t[places], t0.detach())
+    t = torch.where(found, out.event_t[line], t0.detach())
     if parts.derivatives:
         for _ in range(2):
             rate = tangent(residual, (t,), (torch.ones_like(t),))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .arguments import Times, check_controller, check_method, check_times, flat_norm, flat_tolerance, positive
-from .capture import find_captured, needs_derivatives, parameter_homes
+from .capture import find_captured, needs_derivatives, parameter_homes, readable, vmap_active
 from .dae_arguments import dae_failure
 from .errors import InvalidInput, UnsupportedCombination
 from .event_times import NO_EVENTS, Found, event_records
@@ -103,8 +103,8 @@ def solve_ivp(
     args : tuple or pytree
         Further arguments of ``fun``, ``events`` and ``quadrature``. A single tensor is taken as ``(tensor,)``.
     t_eval : None, "steps", or times
-        None: the two ends. "steps": the solver's own steps (NaN-padded when batched). Else ``(T,)``, or ``(T, B)`` when batched,
-        increasing or decreasing, within ``t_span``; may require grad.
+        None: the two ends. "steps": the solver's own steps (NaN-padded when batched or vmapped). Else ``(T,)``, or ``(T, B)`` when
+        batched, increasing or decreasing, within ``t_span``; may require grad.
     method : str or method object
         See ``adjoint.methods.METHODS`` and ``IMEX_METHODS``; "auto" changes between "tsit5" and "kvaerno5" as each trajectory becomes stiff
         and ceases to be (other pairs: ``adjoint.methods.AutoSwitch``).
@@ -120,7 +120,7 @@ def solve_ivp(
     events : callable or sequence of callables
         ``event(t, y, *args) -> 0-d tensor`` (``(B,)`` when batched), with SciPy's attributes ``terminal`` (bool or count) and
         ``direction``. Located on the dense output; times and states are differentiable. When batched, records are ``(E, B)``, padded
-        with NaN for trajectories with fewer events, and a terminal event ends its own trajectory.
+        with NaN for trajectories with fewer events, and a terminal event ends its own trajectory; so under ``torch.vmap``, for each copy.
     dense_output : bool
         Give the solution ``sol(t)``. Keeps all stages of all steps.
     quadrature : callable
@@ -250,6 +250,7 @@ def solve_ivp(
 
     recorded = chosen.implicit or multistep
     single = real == torch.float32 or real.itemsize < 4
+    many = batched or vmap_active()
     plan = Plan(
         method=chosen,
         real=real,
@@ -263,7 +264,7 @@ def solve_ivp(
         max_steps=int(max_steps),
         keep_states=derivatives or times.steps or dense_output or bool(event_list),
         # the slopes of implicit stages are recorded, and what multistep methods went by: derivatives are taken at them
-        keep_stages=dense_output or (derivatives and recorded) or (bool(event_list) and (batched or recorded)),
+        keep_stages=dense_output or (derivatives and recorded) or (bool(event_list) and (many or recorded)),
         results_of_steps=times.steps or dense_output or bool(event_list),
         events=tuple(_flat_event(e, system, user_spec, integrand is not None) for e in event_list),
         monitor=progress_monitor(progress),
@@ -474,11 +475,12 @@ def _steps(parts: _Parts, stop_t: Tensor | None, stop_y: Tensor | None) -> tuple
     if stop_y is not None:
         states = torch.where((place == out.n_accepted).unsqueeze(-1), stop_y, states)
     real = parts.spec.real_dtype
-    if not parts.problem.batched:
+    if not parts.problem.batched and not vmap_active():
         return t[:, 0].to(real), states
     beyond = place > out.n_accepted
     t = torch.where(place == out.n_accepted, out.t_final + (end - end.detach()), t)
-    return torch.where(beyond, float("nan"), t).to(real), torch.where(beyond.unsqueeze(-1), float("nan"), states)
+    t, states = torch.where(beyond, float("nan"), t).to(real), torch.where(beyond.unsqueeze(-1), float("nan"), states)
+    return t if parts.problem.batched else t[:, 0], states
 
 
 def _interpolant(parts: _Parts) -> Callable[[Tensor], Any]:
@@ -491,16 +493,17 @@ def _interpolant(parts: _Parts) -> Callable[[Tensor], Any]:
             raise InvalidInput(f"sol(t) takes t of shape () or (T,){' or (T, B)' if batched else ''}, got {tuple(t.shape)}")
         times = t.to(device=out.t.device, dtype=torch.float64)
         full = times.reshape(-1, 1).expand(-1, rows) if times.dim() < 2 else times
-        failed = out.status < 0
         start, reached = parts.times.anchors[0].detach(), out.t_final
-        last = torch.where(failed, parts.times.anchors[-1].detach(), reached)
-        within = (full >= torch.minimum(start, last)) & (full <= torch.maximum(start, last))
-        if not torch._C._functorch.is_functorch_wrapped_tensor(full) and not bool(within.all()):
+        last = torch.where(out.status < 0, parts.times.anchors[-1].detach(), reached)
+        # the located time of an event and its differentiable value are the same to rounding
+        slack = torch.where(out.status > 0, 1e-14 * torch.maximum(start.abs(), last.abs()), 0.0)
+        within = (full >= torch.minimum(start, last) - slack) & (full <= torch.maximum(start, last) + slack)
+        if readable(within) and not bool(within.all()):
             raise InvalidInput("sol(t): t lies outside of what was integrated")
         ahead = (sign * (full.detach().unsqueeze(1) - out.t)) > 0  # (T, K, B)
         inside = torch.arange(out.t.shape[0], device=t.device).unsqueeze(-1) < out.n_accepted
         index = ((ahead & inside).sum(1) - 1).clamp(min=0)
-        index = torch.where(failed & (sign * (full.detach() - reached) > 0), -1, index)
+        index = torch.where((out.status != 0) & (sign * (full.detach() - reached) > slack), -1, index)
         flat = interpolate(plan, out.states, out.stages, grid.t, grid.h, full, index)
         return parts.state(flat[0] if times.dim() == 0 else flat)
 

@@ -54,7 +54,8 @@ class Stats:
 class EventRecord:
     """Where one event function was zero: times ``(E,)`` and states ``(E, *state)``, both differentiable.
 
-    When batched ``(E, B)`` and ``(E, *state)``, in the order of time for each trajectory, with NaN behind its last event.
+    When batched ``(E, B)`` and ``(E, *state)``, in the order of time for each trajectory, with NaN behind its last event. Under
+    ``torch.vmap`` every copy has ``E`` for the one with most events (``method="auto"``: perhaps more), and NaN behind its last.
     """
 
     t: Tensor

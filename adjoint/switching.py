@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .capture import readable
 from .integrate import Status
 from .integrate.stiffness import Switch
 from .methods.auto import AutoSwitch, Polynomial
@@ -51,12 +52,12 @@ def solve_switching(
     counts: Tensor | None = None
     while True:
         stiff = len(phases) % 2 == 1
-        final = stiff and (len(phases) >= _MOST or not _readable(phases[0].out.status))
+        final = stiff and (len(phases) >= _MOST or not readable(phases[0].out.status))
         part = _phase_problem(problem, auto, stiff, final, first=not phases, dense=dense, counts=counts)
         out = strategy.solve(part, stops, times, y, inputs)
         phases.append(_Phase(out, stiff, active, beyond))
         going = out.status == int(Status.SWITCHED)
-        if final or (_readable(going) and not bool(going.any())):
+        if final or (readable(going) and not bool(going.any())):
             break
         y = torch.where(going.unsqueeze(-1), out.final, y)
         stops = _remaining(stops, out, going)
@@ -67,15 +68,6 @@ def solve_switching(
             times = torch.where(beyond, t_eval, stops[0].detach())
         counts = _event_counts(problem, out, counts)
     return _merged(problem, auto, phases, dense)
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether the values of a tensor can be looked at: not under ``torch.vmap``."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if torch._C._functorch.is_batchedtensor(x):
-            return False
-        x = torch._C._functorch.get_unwrapped(x)
-    return True
 
 
 def _phase_problem(
@@ -109,9 +101,8 @@ def _remaining(stops: Tensor, out: Outputs, going: Tensor) -> Tensor:
 def _event_counts(problem: Problem, out: Outputs, before: Tensor | None) -> Tensor | None:
     if not problem.plan.events:
         return None
-    shape = (len(problem.plan.events), out.t.shape[1])
-    places = out.event_id * shape[1] + out.event_row
-    found = torch.bincount(places, minlength=shape[0] * shape[1]).reshape(shape)
+    found = torch.zeros_like(out.n_accepted).expand(len(problem.plan.events), -1)
+    found = found.index_add(0, out.event_id, (out.event_step >= 0).to(found.dtype))
     return found if before is None else before + found
 
 
@@ -141,7 +132,7 @@ def _merged(problem: Problem, auto: AutoSwitch, phases: Sequence[_Phase], dense:
             later = torch.where(p.out.sample_step >= 0, p.out.sample_step + before[k], -1)
             sample_step = torch.where(p.beyond, later, sample_step)
     total = sum(o.t.shape[0] for o in outs)
-    count = int(before[-1].max()) if _readable(before) and before.shape[1] else total
+    count = int(before[-1].max()) if readable(before) and before.shape[1] else total
     index = _places(outs, before, count, total)
     t_final = latest("t_final")
     zero = torch.zeros_like(t_final)
@@ -157,13 +148,6 @@ def _merged(problem: Problem, auto: AutoSwitch, phases: Sequence[_Phase], dense:
     stages = first.stages.new_empty((0, degree, *first.final.shape))
     if dense:
         stages = _picked([_coefficients(p, auto, degree) for p in phases], stages.new_zeros(stages.shape[1:]), index[:count], 1)
-    rows = [o.event_row for o in outs]
-    events = {
-        "event_id": torch.cat([o.event_id for o in outs]),
-        "event_row": torch.cat(rows),
-        "event_step": torch.cat([o.event_step + before[k][rows[k]] for k, o in enumerate(outs)]),
-        "event_t": torch.cat([o.event_t for o in outs]),
-    }
     out = Outputs(
         final=latest("final"),
         samples=samples,
@@ -175,10 +159,27 @@ def _merged(problem: Problem, auto: AutoSwitch, phases: Sequence[_Phase], dense:
         extra=first.extra,
         **totals,
         **steps,
-        **events,
+        **_events(outs, before),
     )
     plan = replace(problem.plan, method=Polynomial(degree, auto.name), keep_stages=dense)  # type: ignore[arg-type]
     return out, replace(problem, plan=plan)
+
+
+def _events(outs: Sequence[Outputs], before: Tensor) -> dict[str, Tensor]:
+    """The tables of all phases as one, in which each trajectory has its events of a kind in the first lines of that kind."""
+    ids = torch.cat([o.event_id for o in outs])
+    step = torch.cat([torch.where(o.event_step >= 0, o.event_step + before[k], -1) for k, o in enumerate(outs)])
+    t = torch.cat([o.event_t for o in outs])
+    kinds = sorted(set(ids.tolist()))
+    lines = {"event_id": [ids[:0]], "event_step": [step[:0]], "event_t": [t[:0]]}
+    for kind in kinds:
+        mine = (ids == kind).nonzero()[:, 0]
+        found = step[mine] >= 0
+        most = int(found.sum(0).max()) if readable(found) else len(mine)
+        order = torch.argsort((~found).to(torch.uint8), dim=0, stable=True)[:most]
+        for name, every in (("event_id", ids), ("event_step", step), ("event_t", t)):
+            lines[name].append(every[mine[:most]] if name == "event_id" else every[mine].gather(0, order))
+    return {name: torch.cat(parts) for name, parts in lines.items()}
 
 
 def _places(outs: Sequence[Outputs], before: Tensor, count: int, total: int) -> Tensor:

@@ -341,10 +341,14 @@ class VmappedSystem:
 
     def bind(self, inputs: Sequence[Tensor]) -> Flat:
         """The flat function ``f(t, y)`` on ``(size * rows,)`` times and ``(size * rows, n)`` states."""
+        return self.mapped(self.base.bind, inputs)
+
+    def mapped(self, bind: Callable[[Sequence[Tensor]], Flat], inputs: Sequence[Tensor]) -> Flat:
+        """As `bind`, of any function that the inputs of one copy give: ``bind(inputs)(t, y)`` with times and states of one copy."""
         rows, size, inputs = self.base.rows, self.size, tuple(inputs)
 
         def call(t: Tensor, y: Tensor, *xs: Tensor) -> Tensor:
-            return self.base.bind(xs)(t, y)
+            return bind(xs)(t, y)
 
         mapped = torch.vmap(call, in_dims=(0, 0, *self.in_dims), randomness="different")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..arguments import Times, positive
-from ..capture import find_captured, functorch_active, is_differentiable, leads_to, needs_derivatives, parameter_homes
+from ..capture import find_captured, functorch_active, is_differentiable, leads_to, needs_derivatives, parameter_homes, vmap_active
 from ..errors import InvalidInput
 from ..event_times import event_records
 from ..failures import raise_failure
@@ -87,7 +87,9 @@ def _plan(request: Request, derivatives: bool, dense: bool, events: tuple[Event,
         "norm": request.norm,
         "keep_states": derivatives or dense or bool(events),
         # the slopes of implicit stages are recorded: derivatives are taken at them
-        "keep_stages": dense or (request.family == "implicit" and (derivatives or bool(events))),
+        "keep_stages": dense
+        or (request.family == "implicit" and derivatives)
+        or (bool(events) and (request.family == "implicit" or vmap_active())),
         "events": events,
         "monitor": request.monitor(),
     }

@@ -100,7 +100,8 @@ def dense_weights(matrix: Tensor, theta: Tensor) -> Tensor:
     powers = [theta]
     for _ in range(matrix.shape[1] - 1):
         powers.append(powers[-1] * theta)
-    return torch.stack(powers, dim=-1) @ matrix.T
+    # Euler: as compiled code a product with a 1 x 1 matrix crashes
+    return torch.stack(powers, dim=-1) @ matrix.T if len(powers) > 1 else theta.unsqueeze(-1) * matrix[:, 0]
 
 
 def _sampled(

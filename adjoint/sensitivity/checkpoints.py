@@ -160,7 +160,7 @@ class CheckpointNode(torch.autograd.Function):
             f = bare.solver(inputs, y0.shape[0])
             record = integrate(f, plan, anchors, t_eval, y0, problem.batched, inputs, problem.system.natural_shape)
         problem.report(record)
-        return tuple(getattr(record, name) for name in Outputs._fields)
+        return tuple(Outputs.of(record))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..capture import alive, below_jvp, functorch_active
-from ..errors import UnsupportedCombination
+from ..capture import alive, below_jvp, below_vmap, functorch_active
 from ..integrate import integrate
 from ..system import System, VmappedSystem
 from .discrete import eager_sweep
@@ -35,7 +35,7 @@ class SolveNode(torch.autograd.Function):
                 f, shape = problem.solver(problem.laid_out(inputs, y0), y0.shape[0]), system.natural_shape
                 record = integrate(f, problem.plan, anchors, t_eval, y0, problem.batched, inputs, shape)
         problem.report(record)
-        return tuple(getattr(record, name) for name in Outputs._fields)
+        return tuple(Outputs.of(record))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -91,8 +91,6 @@ class SolveNode(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, *inputs: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-        if problem.plan.events:
-            raise UnsupportedCombination("events= inside torch.vmap is not supported: solve one by one")
         size, rows = info.batch_size, problem.system.rows
         _, anchors_dim, t_eval_dim, y0_dim, *input_dims = in_dims
 
@@ -112,11 +110,14 @@ class SolveNode(torch.autograd.Function):
             return tolerance.expand(rows, -1).repeat(size, 1)
 
         norm = plan.norm
+        counts = None if plan.event_counts is None else below_vmap(plan.event_counts, size)
         plan = replace(
             plan,
             rtol=spread(plan.rtol),
             atol=spread(plan.atol),
             norm=lambda x: torch.vmap(norm)(x.reshape(size, rows, -1)).reshape(-1),
+            events=tuple(replace(event, bind=partial(system.mapped, event.bind)) for event in plan.events),
+            event_counts=None if counts is None else columns(counts, 0),
         )
         mapped = replace(problem, system=system, plan=plan, batched=True)
         out = SolveNode.apply(
@@ -128,7 +129,8 @@ class SolveNode(torch.autograd.Function):
         )
         split, dims = [], []
         for name, x in zip(Outputs._fields, out, strict=True):
-            if name.startswith("event") or (name == "extra" and not x.numel()):
+            # which event function a line of the table is of is the same for all copies
+            if name == "event_id" or (name == "extra" and not x.numel()):
                 split.append(x)
                 dims.append(None)
                 continue
@@ -141,7 +143,7 @@ class SolveNode(torch.autograd.Function):
 _WORK = ("n_jac", "n_factorizations", "n_solves", "n_newton")
 _ROW_DIM = {
     **{name: 0 for name in ("final", "n_steps", "n_accepted", "n_rejected", "n_fun", "status", "t_final", *_WORK)},
-    **{name: 1 for name in ("samples", "states", "t", "h", "segment", "lands", "sample_step")},
+    **{name: 1 for name in ("samples", "states", "t", "h", "segment", "lands", "sample_step", "event_step", "event_t")},
     "stages": 2,
     "extra": 2,
 }

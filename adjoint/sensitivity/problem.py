@@ -104,7 +104,12 @@ class Problem:
 
 
 class Outputs(NamedTuple):
-    """The record's tensors; the first four are differentiable. Shapes as in `Record`."""
+    """The record's tensors; the first four are differentiable. Shapes as in `Record`, but for the events.
+
+    Those stand in a table, one line for the first, second ... time that an event function is zero, as many as the trajectory with most
+    of them needs, so that shapes do not depend on where each trajectory has its own: ``event_id`` (L,) says which function a line is
+    of, ``event_step`` (L, B) in which step, -1 for none, and ``event_t`` (L, B) when, NaN for none.
+    """
 
     final: Tensor
     samples: Tensor
@@ -122,7 +127,6 @@ class Outputs(NamedTuple):
     status: Tensor
     t_final: Tensor
     event_id: Tensor
-    event_row: Tensor
     event_step: Tensor
     event_t: Tensor
     n_jac: Tensor
@@ -130,6 +134,31 @@ class Outputs(NamedTuple):
     n_solves: Tensor
     n_newton: Tensor
     extra: Tensor
+
+    @classmethod
+    def of(cls, record: Record) -> Outputs:
+        """The outputs of a solve."""
+        table = event_table(record)
+        return cls(*(table[name] if name in table else getattr(record, name) for name in cls._fields))
+
+
+def event_table(record: Record) -> dict[str, Tensor]:
+    """The fields of `Outputs` about events."""
+    kind, row, rows = record.event_id, record.event_row, record.t.shape[1]
+    if not kind.numel():
+        return {"event_id": kind, "event_step": kind.new_empty((0, rows)), "event_t": record.event_t.new_empty((0, rows))}
+    # events of a trajectory are recorded in the order of time: the k-th of its kind is the k-th in a stable order by kind and trajectory
+    key = kind * rows + row
+    ordered, order = torch.sort(key, stable=True)
+    rank = torch.empty_like(key)
+    rank[order] = torch.arange(key.numel(), device=key.device) - torch.searchsorted(ordered, ordered)
+    most = torch.zeros(int(kind.max()) + 1, dtype=kind.dtype, device=kind.device).scatter_reduce(0, kind, rank + 1, "amax")
+    event_id = torch.repeat_interleave(torch.arange(most.numel(), device=kind.device), most)
+    line = (most.cumsum(0) - most)[kind] + rank
+    step = record.event_step.new_full((event_id.numel(), rows), -1)
+    t = record.event_t.new_full((event_id.numel(), rows), float("nan"))
+    step[line, row], t[line, row] = record.event_step, record.event_t
+    return {"event_id": event_id, "event_step": step, "event_t": t}
 
 
 class Gradient(Protocol):
@@ -193,7 +222,7 @@ def kept_steps(plan: Plan, event_step: Tensor, n_steps: int) -> list[int]:
     """Steps whose stages are among the outputs, in order."""
     if plan.keep_stages:
         return list(range(n_steps))
-    return sorted(set(event_step.tolist())) if plan.events else []
+    return sorted({step for step in event_step.reshape(-1).tolist() if step >= 0}) if plan.events else []
 
 
 def interpolate(plan: Plan, states: Tensor, stages: Tensor, t: Tensor, h: Tensor, t_eval: Tensor, sample_step: Tensor) -> Tensor:

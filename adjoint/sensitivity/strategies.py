@@ -38,7 +38,7 @@ class DiscreteAdjoint:
     ``checkpoints``: at most so many states are kept between the solve and its backward pass and during it (stages of implicit methods:
     those of one step), the initial one included; the steps between them are taken again with their recorded sizes, as often as the
     optimal schedule asks (Griewank & Walther 2000): with c states, C(c + r, c) steps are each taken again at most r times. The
-    gradient is the same to the last bit (collocation methods: to the tolerance of their iterations). Times and sizes of the steps are
+    gradient is the same to the last bit (stages that are iterated for: to the tolerance of that). Times and sizes of the steps are
     still kept, a few numbers each. Forward mode, ``torch.func`` and derivatives of derivatives keep all states. Not with
     ``compile=True``, ``events=``, ``dense_output=True``, ``t_eval="steps"``, `solve_dae`, and the methods "bdf" and "abm", whose
     stages are kept (`UnsupportedCombination`).
@@ -85,7 +85,7 @@ class DiscreteAdjoint:
             record = _recorded(problem, anchors, t_eval, y0, inputs, recording)
             if recording.on:
                 problem.report(record)
-                return Outputs(*(getattr(record, name) for name in Outputs._fields))
+                return Outputs.of(record)
             problem = replace(problem, known=[record])
             del record
         return Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
@@ -105,7 +105,7 @@ class Backprop:
         if _recordable(problem, anchors, t_eval, y0, inputs):
             record = _recorded(problem, anchors, t_eval, y0, inputs)
             problem.report(record)
-            return Outputs(*(getattr(record, name) for name in Outputs._fields))
+            return Outputs.of(record)
         grid = Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
         if not problem.plan.keep_states:
             return grid
