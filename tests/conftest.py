@@ -37,7 +37,7 @@ def uncompiled(monkeypatch):
     for module in ("integrate.batched", "integrate.single", "sensitivity.compiled"):
         monkeypatch.setattr(f"adjoint.{module}.compiled", lambda function, key, columns=False: function)
     for module in ("integrate.whole", "sensitivity.whole"):
-        monkeypatch.setattr(f"adjoint.{module}.compiled_loop", lambda function, key, native, width: function)
+        monkeypatch.setattr(f"adjoint.{module}.compiled_loop", lambda function, key, device, width: function)
     monkeypatch.setattr(torch, "while_loop", loop)
 
 

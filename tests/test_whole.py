@@ -168,7 +168,7 @@ def test_second_derivatives(counted):
 
 def test_where_a_loop_cannot_be_compiled_steps_are(counted, monkeypatch):
     """No warning: the steps are compiled all the same."""
-    monkeypatch.setattr("adjoint.integrate.whole.compiled_loop", lambda function, key, native, width: lambda *args: None)
+    monkeypatch.setattr("adjoint.integrate.whole.compiled_loop", lambda function, key, device, width: lambda *args: None)
     monkeypatch.setattr("adjoint.integrate.single.compiled", lambda function, key, columns=False: function)
     p, y0 = _parameters(0)
     with torch.no_grad():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
@@ -97,13 +98,32 @@ def _copied(function: FunctionType) -> FunctionType:
     )
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the compiler's remark, once for each operator, that LAPACK's are called the long way."""
+    logger = logging.getLogger("torch._inductor.ir")
+
+    def heard(record: logging.LogRecord) -> bool:
+        return "missing a c-shim" not in record.getMessage()
+
+    logger.addFilter(heard)
+    try:
+        yield
+    finally:
+        logger.removeFilter(heard)
+
+
 @lru_cache(maxsize=512)
-def compiled_loop(function: FunctionType, key: Hashable, native: bool, width: int) -> Callable[..., Any]:
+def compiled_loop(function: FunctionType, key: Hashable, device: str, width: int) -> Callable[..., Any]:
     """As `compiled`, for a ``function`` that is a loop over states of ``width`` numbers: if it cannot be compiled the answer is None.
 
-    ``native``: the calls of kernels are compiled too, which a loop of many short ones wants. For kernels on a CPU that are not LAPACK's.
+    On a CPU calls of kernels are compiled too: a loop makes many short ones.
     """
-    options = ({"cpp_wrapper": True} if native else {}) | pass_options(narrow_loop_pass if width <= NARROW else gathering_pass) | _guards()
+    options = (
+        ({"cpp_wrapper": True} if device == "cpu" else {})
+        | pass_options(narrow_loop_pass if width <= NARROW else gathering_pass)
+        | _guards()
+    )
     whole = torch.compile(_copied(function), dynamic=False, fullgraph=True, options=options)
     able = True
 
@@ -112,7 +132,8 @@ def compiled_loop(function: FunctionType, key: Hashable, native: bool, width: in
         if not able:
             return None
         try:
-            return whole(*args)
+            with _quiet():
+                return whole(*args)
         except Exception as error:  # whatever compilers of many versions raise: one step after the other says what is wrong, if anything is
             able = False
             _log.info("%s is not compiled as a loop, but step by step, because: %s", function.__name__, error)

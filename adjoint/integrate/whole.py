@@ -11,11 +11,10 @@ from .batch_events import no_events
 from .batched import Attempt, Carry, advance, start_carry
 from .columns import takes_columns
 from .compiled import compiled_loop
-from .direct import UNROLLED
 from .packing import Kept, evaluations_of_attempt, record_of
 from .plan import Monitor, Plan, Record
 
-__all__ = ["MOST_BYTES", "ROOM", "dense_weights", "integrate_whole", "is_native", "takes_whole"]
+__all__ = ["MOST_BYTES", "ROOM", "dense_weights", "integrate_whole", "takes_whole"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 
@@ -34,11 +33,6 @@ def takes_whole(plan: Plan, rows: int, width: int, n_samples: int) -> bool:
     state = rows * width * plan.real.itemsize
     each = state * (1 + (len(plan.method.nodes) if plan.keep_stages else 0))
     return 0 < each * ROOM <= MOST_BYTES and 4 * state * n_samples <= MOST_BYTES and not takes_columns(True, rows, width)
-
-
-def is_native(plan: Plan, y0: Tensor) -> bool:
-    """See `compiled_loop`."""
-    return y0.device.type == "cpu" and not (plan.direct and y0.shape[1] > UNROLLED)
 
 
 def _rounds(
@@ -136,7 +130,7 @@ def _begun(
 
 def integrate_whole(f: Flat, plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor) -> Record | None:
     """As `integrate_batched`; None where the loop cannot be compiled."""
-    begin, go_on = (compiled_loop(x, plan.compile, is_native(plan, y0), y0.shape[1]) for x in (_begun, _rounds))
+    begin, go_on = (compiled_loop(x, plan.compile, y0.device.type, y0.shape[1]) for x in (_begun, _rounds))
     times = anchors[:0] if t_eval is None else t_eval
     matrix = plan.method.dense_matrix(torch.float64, y0.device)
     found = begin(f, plan, matrix, anchors, times, y0)

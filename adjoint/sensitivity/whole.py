@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from ..integrate.compiled import compiled_loop
 from ..integrate.plan import Monitor, Plan
-from ..integrate.whole import MOST_BYTES, ROOM, dense_weights, is_native, takes_whole
+from ..integrate.whole import MOST_BYTES, ROOM, dense_weights, takes_whole
 from ..system import Flat, System
 from .compiled import named
 from .direct import DirectLinearizer
@@ -125,7 +125,7 @@ def whole_sweep(
     inputs = tuple(x.detach() for x in linearize.inputs)
     sampled = samples_bar is not None and t_eval is not None
     hands_over = method.end_index == len(method.nodes) - 1 and not plan.direct
-    pull = compiled_loop(_rounds_back, plan.compile, is_native(plan, states[0]), n)
+    pull = compiled_loop(_rounds_back, plan.compile, states.device.type, n)
 
     end = grid["t"][-1:] + grid["h"][-1:]
     t, h = torch.cat([grid["t"], end]), torch.cat([grid["h"], torch.zeros_like(end)])
