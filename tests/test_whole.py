@@ -190,6 +190,20 @@ def test_compiled(method, counted):
 
 
 @pytest.mark.compile
+def test_other_tolerances_compile_nothing(counted):
+    """The code of a solve serves for all tolerances, spans and initial values."""
+    p, y0 = _parameters(0)
+    frames = torch._dynamo.utils.counters["stats"]
+    seen = []
+    for tolerance, end in ((1e-8, 2.0), (1e-4, 1.0), (1e-6, -1.0)):
+        y = solve_ivp(lotka_volterra, (0.0, end), y0, (p,), method="bosh3", compile=True, rtol=tolerance, atol=tolerance).y
+        torch.autograd.grad(y.sum(), (p, y0))
+        seen.append(frames["unique_graphs"])
+    assert seen[0] > 0 and seen[1:] == [seen[0]] * 2
+    assert counted == {"forward": 3, "back": 3}
+
+
+@pytest.mark.compile
 def test_compiled_network(counted):
     net = torch.nn.Sequential(torch.nn.Linear(2, 20), torch.nn.Tanh(), torch.nn.Linear(20, 2))
 

@@ -72,6 +72,12 @@ def integrate(
             n_solves=work.n_solves,
             n_newton=work.n_newton,
         )
+    if plan.compile is not None:
+        # numbers would be compiled in, and every other tolerance compile anew
+        rtol, atol = (
+            torch.full((), x, dtype=torch.float64, device=y0.device) if isinstance(x, float) else x for x in (plan.rtol, plan.atol)
+        )
+        plan = replace(plan, rtol=rtol, atol=atol)
     n_samples = 0 if t_eval is None else t_eval.shape[0]
     # what autograd records is the steps themselves, one by one
     if not torch.is_grad_enabled() and takes_whole(plan, y0.shape[0], y0.shape[1], n_samples):
