@@ -1,17 +1,91 @@
-"""Dense LU of a batch of matrices, on CPU and CUDA."""
+"""Dense LU of a batch of matrices, on CPU and CUDA; of one small matrix on the CPU by LAPACK itself."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
+from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
 from ..errors import InvalidInput
 from .protocol import Factorization, LinearOperator, Log, Matrix, SparseMatrix, check_sides
 
 __all__ = ["DenseLU"]
+
+
+#: unknowns up to which one matrix on the CPU goes to LAPACK directly: the operators of ``torch.linalg`` take longer than its arithmetic
+_SMALL = 64
+
+
+@lru_cache
+def _lapack(kind: str) -> tuple[Any, Any]:
+    """``getrf`` and ``getrs`` for a NumPy dtype."""
+    return tuple(get_lapack_funcs(("getrf", "getrs"), dtype=np.dtype(kind)))  # type: ignore[return-value]
+
+
+class _SmallFactors(Factorization):
+    """Of one small matrix."""
+
+    def __init__(self, matrix: Tensor, log: Log) -> None:
+        start = time.perf_counter()
+        self.rows, self.n = 1, matrix.shape[-1]
+        self.dtype, self.device, self.log = matrix.dtype, matrix.device, log
+        entries = _numpy(matrix[0])
+        factor, self._solve = _lapack(entries.dtype.char)
+        self._lu, self._pivots, info = factor(entries)
+        self._fails = bool(info != 0 or not np.isfinite(self._lu.trace()))
+        self._matrix = matrix
+        log.n_factorizations += 1
+        log.fill = self.n * self.n
+        log.factor_seconds += time.perf_counter() - start
+
+    def solve(self, b: Tensor, *, transposed: bool = False, conjugated: bool = False) -> Tensor:
+        if (b.requires_grad and torch.is_grad_enabled()) or torch._C._functorch.is_functorch_wrapped_tensor(b):
+            # NumPy can neither be recorded nor mapped
+            return _DenseFactors(self._matrix, self.log).solve(b, transposed=transposed, conjugated=conjugated)
+        start = time.perf_counter()
+        if b.dim() != 2 or b.shape[0] != 1 or b.shape[1] != self.n or b.dtype != self.dtype:
+            check_sides(self, b)
+        # (B, n, k): all columns of all rows are sides of the one matrix
+        sides = _numpy(b.movedim(1, 0).reshape(self.n, -1) if b.dim() == 3 or b.shape[0] != 1 else b[0])
+        self.log.n_solves += sides.size // self.n if self.n else 0
+        if self._fails:
+            return torch.full_like(b, float("nan"))
+        complex_ = self.dtype.is_complex
+        # LAPACK knows the adjoint; the plain conjugate is that of the solution for conjugated sides
+        swap = complex_ and conjugated and not transposed
+        trans = 0 if not transposed else 2 if conjugated and complex_ else 1
+        found, _ = self._solve(self._lu, self._pivots, sides.conj() if swap else sides, trans)
+        out = torch.from_numpy(found.conj() if swap else found)
+        self.log.solve_seconds += time.perf_counter() - start
+        if b.dim() == 3 or b.shape[0] != 1:
+            return out.reshape(self.n, b.shape[0], -1).movedim(0, 1).reshape(b.shape)
+        return out.unsqueeze(0)
+
+    def singular(self) -> Tensor:
+        return torch.tensor([self._fails])
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    return x.detach().resolve_conj().resolve_neg().numpy()
+
+
+def _is_small(matrix: Tensor) -> bool:
+    return (
+        matrix.dim() == 3
+        and matrix.shape[0] == 1
+        and 0 < matrix.shape[1] <= _SMALL
+        and matrix.shape[1] == matrix.shape[2]
+        and matrix.device.type == "cpu"
+        and matrix.dtype in (torch.float64, torch.float32, torch.complex128, torch.complex64)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(matrix)
+        and not torch.compiler.is_compiling()
+    )
 
 
 class _DenseFactors(Factorization):
@@ -60,7 +134,8 @@ class DenseLU:
             matrix = _columns(matrix)
         elif isinstance(matrix, SparseMatrix):
             matrix = matrix.dense()
-        return _DenseFactors(matrix, Log() if log is None else log)
+        kind = _SmallFactors if _is_small(matrix) else _DenseFactors
+        return kind(matrix, Log() if log is None else log)
 
     def refactor(self, factorization: Factorization, matrix: Matrix) -> Factorization:
         """See `LinearSolver.refactor`."""
