@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import InvalidInput, UnsupportedCombination
 from .linalg.protocol import LinearOperator, Matrix
 
-__all__ = ["DenseJacobian", "JacobianStrategy", "forward_products", "jacobian_operator", "jvp", "reverse_products", "vjp"]
+__all__ = ["DenseJacobian", "JacobianStrategy", "dense_with_time", "forward_products", "jacobian_operator", "jvp", "reverse_products", "vjp"]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -244,6 +244,28 @@ class DenseJacobian:
             products = forward_products(f, x, eye, self.chunk_size, differentiable)
         check_rows(products[0], x)
         return products.movedim(0, -1)
+
+
+def dense_with_time(f: Callable[[Tensor, Tensor], Tensor], t: Tensor, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """``f_x`` (B, m, n) and ``f_t`` (B, m) of ``f(t, x)`` at times (B,) from one run, not differentiable; None where plain autograd with a
+    batched backward cannot give them."""
+    if transforms_active() or x.is_complex():
+        return None
+    with torch.enable_grad():
+        time, leaf = t.detach().requires_grad_(), x.detach().requires_grad_()
+        out = check_rows(f(time, leaf), x)
+    m = out.shape[1]
+    rows = slopes = None
+    if out.requires_grad:
+        seeds = torch.eye(m, dtype=out.dtype, device=out.device).unsqueeze(1).expand(-1, *out.shape)
+        try:
+            rows, slopes = torch.autograd.grad(out, (leaf, time), seeds, is_grads_batched=True, allow_unused=True)
+        except RuntimeError as error:
+            if not _is_vmap_failure(error):
+                raise
+            return None
+    matrix = x.new_zeros(x.shape[0], m, x.shape[1]) if rows is None else rows.movedim(0, 1)
+    return matrix, torch.zeros_like(out, requires_grad=False) if slopes is None else slopes.movedim(0, 1)
 
 
 def check_rows(out: Tensor, x: Tensor) -> Tensor:

@@ -63,6 +63,10 @@ class _Detected:
         self.inputs, self.mass = inputs, mass
         self.strategy: Strategy | None = None
 
+    def takes_dense(self, x: Tensor) -> bool:
+        """Whether the Jacobian at ``x`` (B, n) will be dense."""
+        return x.shape[1] <= _SMALL or isinstance(self.strategy, DenseJacobian)
+
     def __call__(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Matrix:
         if self.strategy is None:
             self.strategy = DenseJacobian()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .additive import AdditiveStageSolver
+from .alone import LoneStages
 from .batched import integrate_batched
 from .controller import IController, PIController, PIDController
 from .multistep import MultistepSolver, integrate_multistep
@@ -22,6 +23,7 @@ __all__ = [
     "AdditiveStageSolver",
     "Event",
     "IController",
+    "LoneStages",
     "Monitor",
     "MultistepSolver",
     "PIController",
@@ -50,9 +52,11 @@ def integrate(
     recording: Recording | None = None,
 ) -> Record:
     """Run the loop that fits: float decisions for one trajectory, masks for many."""
-    if isinstance(f, (StageSolver, ResidualSolver, MultistepSolver)):
+    if isinstance(f, (StageSolver, LoneStages, ResidualSolver, MultistepSolver)):
         if isinstance(f, MultistepSolver):
             record = integrate_multistep(f, plan, anchors, t_eval, y0, inputs)
+        elif isinstance(f, LoneStages):
+            record = integrate_single(f, plan, anchors, t_eval, y0, inputs, shape if shape is not None and len(shape) == 1 else None)
         else:
             record = integrate_batched(f, plan, anchors, t_eval, y0, inputs)
         work = f.work

@@ -180,6 +180,11 @@ def integrate_single(
             step = max(proposal, wanted) if lands and not just_rejected else proposal
             previous = (level, previous[0])
             just_rejected = False
+        elif method.implicit and not bool(torch.isfinite(y1).all()):
+            # stages without a solution: no step that follows would have one
+            n_rejected += 1
+            status = Status.NON_FINITE
+            break
         monitor.accepted(t, y, h)
         index = len(starts)
         upto = sampler.due(end)
@@ -262,7 +267,7 @@ def integrate_single(
         scaled_error=torch.zeros(flat, dtype=plan.real, device=device) if scaled is None else scaled.abs(),
         states=torch.stack(states).reshape(len(states), *flat) if plan.keep_states else y0.new_empty((0, *flat)),
         samples=sampler.result().reshape(len(sampler.order), *flat),
-        stages=torch.stack(kept_stages).reshape(len(kept_stages), n_all, *flat) if kept_stages else y0.new_empty((0, n_all, *flat)),
+        stages=torch.stack(kept_stages).reshape(len(kept_stages), -1, *flat) if kept_stages else y0.new_empty((0, n_all, *flat)),
         t=column(starts, torch.float64),
         h=column(sizes, torch.float64),
         segment=column(segments, torch.int64),

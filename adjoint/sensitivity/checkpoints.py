@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..capture import alive, functorch_active
 from ..errors import SolveError
-from ..integrate import Monitor, StageSolver, integrate
+from ..integrate import LoneStages, Monitor, StageSolver, integrate
 from ..system import System
 from .discrete import eager_sweep
 from .node import SolveNode
@@ -59,8 +59,10 @@ class Recall:
     ) -> None:
         plan = self.plan = problem.plan
         self.slots, self.times, self.flat = slots, times, y0.shape
-        self.alone = not problem.batched and problem.algebra is None
+        self.alone = problem.alone
         shape = problem.system.natural_shape if self.alone else None
+        if shape is not None and problem.algebra is not None and len(shape) != 1:
+            shape = None
         # as in the first solve: the iterations of a step begin without what the steps before it left behind
         self.f = replace(problem, plan=replace(plan, keep_grid=True)).solver(inputs, y0.shape[0])
         if self.alone:
@@ -126,7 +128,7 @@ class Recall:
         method = self.plan.method
         own = (1 + method.evaluations - method.error_uses_end) * self.n_steps
         solver = self.f
-        return own + (int(solver.work.n_fun.max()) if isinstance(solver, StageSolver) and len(solver.work.n_fun) else 0)
+        return own + (int(solver.work.n_fun.max()) if isinstance(solver, (StageSolver, LoneStages)) and len(solver.work.n_fun) else 0)
 
 
 class _Slopes:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..integrate import AdditiveStageSolver, MultistepSolver, Plan, Record, ResidualSolver, StageSolver, shifted_times
+from ..integrate import AdditiveStageSolver, LoneStages, MultistepSolver, Plan, Record, ResidualSolver, StageSolver, shifted_times
 from ..integrate.columns import column_major, takes_columns
 from ..integrate.stages import StageWork
 from ..jacobians import DenseJacobian
@@ -81,7 +81,21 @@ class Problem:
         if getattr(self.plan.method, "additive", False):
             explicit, implicit = (part.bind(inputs) for part in self.system.parts)
             return AdditiveStageSolver(explicit, implicit, *given)
-        return StageSolver(f, *given, mass_matrix=self.system.mass_matrix(inputs))
+        mass = self.system.mass_matrix(inputs)
+        if self.alone:
+            return LoneStages(f, self.plan, jacobian, a.linear_solver, device)
+        return StageSolver(f, *given, mass_matrix=mass)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the steps are those of the loop for one trajectory, whose sizes are numbers."""
+        if self.batched or isinstance(self.system, VmappedSystem):
+            return False
+        if self.algebra is None:
+            return True
+        method = self.plan.method
+        special = getattr(method, "multistep", False) or getattr(method, "additive", False) or self.plan.direct
+        return not special and self.system.residual is None and self.system.mass is None
 
     def jacobian(self, inputs: Sequence[Tensor], forward: bool = False) -> Callable[..., Matrix]:
         """How Jacobians of stages are made, for these inputs; ``forward``: in the steps, not in derivatives."""
