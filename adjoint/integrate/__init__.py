@@ -13,6 +13,7 @@ from .alone import LoneStages
 from .batched import integrate_batched
 from .controller import IController, PIController, PIDController
 from .multistep import MultistepSolver, integrate_multistep
+from .multistep_alone import integrate_multistep_alone
 from .plan import Event, Monitor, Plan, Record, Status, rms_norm, shifted_times
 from .recording import Recording
 from .residual import ResidualSolver
@@ -53,10 +54,13 @@ def integrate(
 ) -> Record:
     """Run the loop that fits: float decisions for one trajectory, masks for many."""
     if isinstance(f, (StageSolver, LoneStages, ResidualSolver, MultistepSolver)):
-        if isinstance(f, MultistepSolver):
+        carried = shape if shape is not None and len(shape) == 1 else None
+        if isinstance(f, MultistepSolver) and not batched and not f.residual:
+            record = integrate_multistep_alone(f, plan, anchors, t_eval, y0, inputs, carried)
+        elif isinstance(f, MultistepSolver):
             record = integrate_multistep(f, plan, anchors, t_eval, y0, inputs)
         elif isinstance(f, LoneStages):
-            record = integrate_single(f, plan, anchors, t_eval, y0, inputs, shape if shape is not None and len(shape) == 1 else None)
+            record = integrate_single(f, plan, anchors, t_eval, y0, inputs, carried)
         else:
             record = integrate_batched(f, plan, anchors, t_eval, y0, inputs)
         work = f.work

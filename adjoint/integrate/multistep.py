@@ -23,7 +23,7 @@ __all__ = ["SIZE", "MultistepSolver", "integrate_multistep", "update_matrix"]
 
 #: rows of the table of differences
 SIZE = MAX_ORDER + 3
-_NEWTON, _SMALLEST, _LARGEST, _SAFETY = 5, 0.2, 10.0, 0.9
+NEWTON, SMALLEST, LARGEST, SAFETY = 5, 0.2, 10.0, 0.9
 _EPS = float(torch.finfo(torch.float64).eps)
 
 
@@ -136,7 +136,7 @@ class MultistepSolver:
         rate = torch.ones_like(before)
         active, converged = running, torch.zeros_like(running)
         counts, finite = torch.zeros_like(self.work.n_fun), torch.ones_like(running)
-        for iteration in range(_NEWTON):
+        for iteration in range(NEWTON):
             value = -safe * self.equation(t, predicted + d, (psi + d) / safe)
             wanted = safe if self._c is None else torch.where(active.unsqueeze(-1), c, self._c)
             change = self._solve(wanted, torch.where(active.unsqueeze(-1), value, 0.0), active)
@@ -254,8 +254,8 @@ def integrate_multistep(
         failed = running & ~converged
         passed = running & converged & (error <= 1.0)
         rejected = running & converged & ~passed
-        safety = _SAFETY * (2 * _NEWTON + 1) / (2 * _NEWTON + counts.to(torch.float64))
-        shrink = (safety * error.double().clamp(min=1e-30) ** (-1 / (order + 1))).clamp(min=_SMALLEST, max=1.0)
+        safety = SAFETY * (2 * NEWTON + 1) / (2 * NEWTON + counts.to(torch.float64))
+        shrink = (safety * error.double().clamp(min=1e-30) ** (-1 / (order + 1))).clamp(min=SMALLEST, max=1.0)
         bad_last = torch.where(running, failed, bad_last)
         # ---- accepted rows
         S, s = update_matrix(order)
@@ -349,7 +349,7 @@ def _next_order(
     powers = torch.stack([order, order + 1, order + 2]).double()
     factors = norms ** (-1 / powers)
     best = factors.argmax(0)
-    factor = (safety * factors.amax(0)).clamp(max=_LARGEST, min=_SMALLEST)
+    factor = (safety * factors.amax(0)).clamp(max=LARGEST, min=SMALLEST)
     # small changes are not worth a new matrix
     factor = torch.where((factor > 0.95) & (factor < 1.2) & (best == 1), 1.0, factor)
     return factor, order + best - 1

@@ -18,6 +18,7 @@ from .compiled import CompiledAdjoint, named
 from .linearize import Linearizer
 from .lone_sweep import LoneSweep, goes_by_rows
 from .multistep_adjoint import multistep_eager
+from .multistep_rows import multistep_by_rows
 from .problem import Problem, kept_steps, stage_times, step_times
 from .stages import StageLinearizer, recorded_adjoint
 
@@ -118,7 +119,8 @@ def eager_sweep(
     if getattr(problem.plan.method, "multistep", False):
         moving = bool(wants[0] or wants[1])
         samples = _Samples(problem, grid, t_eval, bars[1], moving)
-        return multistep_eager(problem, grid, anchors, t_eval, inputs, bars, wants, samples)
+        found = multistep_by_rows(problem, grid, anchors, t_eval, inputs, bars, wants, samples)
+        return found if found is not None else multistep_eager(problem, grid, anchors, t_eval, inputs, bars, wants, samples)
     final_bar, samples_bar, states_bar, stages_bar = bars
     system, plan = problem.system, problem.plan
     method = plan.method

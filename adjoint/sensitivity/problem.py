@@ -89,13 +89,16 @@ class Problem:
     @property
     def alone(self) -> bool:
         """Whether the steps are those of the loop for one trajectory, whose sizes are numbers."""
-        if self.batched or isinstance(self.system, VmappedSystem):
-            return False
-        if self.algebra is None:
-            return True
+        if self.algebra is None or not self.for_one:
+            return self.for_one
         method = self.plan.method
         special = getattr(method, "multistep", False) or getattr(method, "additive", False) or self.plan.direct
-        return not special and self.system.residual is None and self.system.mass is None
+        return not special and self.system.mass is None
+
+    @property
+    def for_one(self) -> bool:
+        """Whether there is one trajectory, of an explicit equation."""
+        return not self.batched and isinstance(self.system, System) and self.system.residual is None
 
     def jacobian(self, inputs: Sequence[Tensor], forward: bool = False) -> Callable[..., Matrix]:
         """How Jacobians of stages are made, for these inputs; ``forward``: in the steps, not in derivatives."""
