@@ -132,7 +132,10 @@ class LoneStages:
 
     def time_slope(self, t: Tensor, y: Tensor) -> Tensor:
         """See `StageEquations.time_slope`."""
-        if self._slope is None:
+        if self._slope is not None:
+            # the loop counts an evaluation for it, which there was none of
+            self.n_fun -= 1
+        else:
             self._slope = jvp(lambda s: self.f(s, y).reshape(1, -1), t.reshape(1), torch.ones_like(t).reshape(1), False).reshape(y.shape)
         return self._slope
 

@@ -155,7 +155,9 @@ def integrate_single(
         jump = (True, True) if plan.shift == "all" else (jump_start, inner)
         times = _times(plan, t, h, y, jump, sign)
         if fast is None or any(jump):
-            y1, ks, k_end, size1, scaled, norm = _attempt(f, plan, times, h, y, k1, size, flat)
+            # recorded steps of implicit methods are taken again with tensors: to the same bits, or stiffness blows their difference up
+            length = torch.full((), h, dtype=plan.real, device=device) if method.implicit else h
+            y1, ks, k_end, size1, scaled, norm = _attempt(f, plan, times, length, y, k1, size, flat)
         else:
             th = torch.tensor([t, h], dtype=torch.float64, device=device)
             y1, ks, k_end, size1, scaled, norm = fast(f, plan, th, y, k1, size, flat)

@@ -205,7 +205,7 @@ def eager_sweep(
                 k_bar = [handed]
         # one graph for the step and its pullback hides what fun reaches: there an evaluation of its own looks, at both ends
         linearize.check_next = checked and (not use_compiled or k in (0, n_steps - 1))
-        y = state_at[k]
+        y = state_at[k].reshape(flat) if implicit and recall is not None else state_at[k]
         if watched:
             plan.monitor.adjoint(float(grid["t"][k, 0]), y, float(grid["h"][k, 0]), bar)
         if use_compiled:

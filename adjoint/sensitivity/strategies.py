@@ -37,7 +37,8 @@ class DiscreteAdjoint:
     ``checkpoints``: at most so many states are kept between the solve and its backward pass and during it (stages of implicit methods:
     those of one step), the initial one included; the steps between them are taken again with their recorded sizes, as often as the
     optimal schedule asks (Griewank & Walther 2000): with c states, C(c + r, c) steps are each taken again at most r times. The
-    gradient is the same to the last bit (collocation methods: to the tolerance of their iterations). Times and sizes of the steps are
+    gradient is the same to the last bit (one trajectory by implicit methods: to rounding; collocation methods: to the tolerance of their
+    iterations). Times and sizes of the steps are
     still kept, a few numbers each. Forward mode, ``torch.func`` and derivatives of derivatives keep all states. Not with
     ``compile=True``, ``events=``, ``dense_output=True``, ``t_eval="steps"``, `solve_dae` and ``method="bdf"`` (`UnsupportedCombination`).
     """
