@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..jacobians import dense_with_time, jvp
 from ..linalg import Factorization, LinearOperator, LinearSolver, Log, Matrix
-from ..methods.runge_kutta import weighted_sum
+from ..linalg.dense import SmallFactors
 from ..methods.tableaux_implicit import CollocationTableau, Mode
+from ..methods.tableaux_rosenbrock import RosenbrockTableau
 from .coupled import MOST as MOST_COUPLED
-from .coupled import MOST_CONSTANT, combined, complex_shifted, solve_modes
+from .coupled import MOST_CONSTANT, complex_shifted, solve_modes
 from .guesses import LoneGuess
 from .plan import Plan, rms_norm
 from .stages import LOOSEST, MOST, StageWork, _between, jacobian_at, shifted
 
-__all__ = ["LoneStages", "row_norm"]
+__all__ = ["LoneStages", "row_norm", "solved"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 
@@ -29,6 +31,14 @@ def row_norm(plan: Plan) -> Callable[[Tensor], float]:
         norm = torch.linalg.vector_norm
         return lambda x: norm(x).item() * max(x.numel(), 1) ** -0.5
     return lambda x: float(plan.norm(x.reshape(1, -1)))
+
+
+def solved(factors: Factorization, b: Tensor) -> Tensor:
+    """``A^-1 b`` for one side of any shape."""
+    if isinstance(factors, SmallFactors):
+        found = torch.from_numpy(factors.solve_one(b.reshape(-1).numpy()))
+        return found if b.dim() == 1 else found.reshape(b.shape)
+    return factors.solve(b.reshape(1, -1)).reshape(b.shape)
 
 
 class LoneStages:
@@ -59,6 +69,10 @@ class LoneStages:
         self._at: tuple[Tensor, Tensor] | None = None
         self._factors: dict[complex, tuple[float, Factorization]] = {}
         self._guess: LoneGuess | None = None
+        self._modes: _Modes | None = None
+        self._rows: tuple[list[np.ndarray], list[np.ndarray], np.ndarray] | None = None
+        #: of convergence, in the last stage of this step that took more than one iteration
+        self._rate = math.nan
         self._stuck = False
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
@@ -84,7 +98,7 @@ class LoneStages:
 
     def begin(self, t: Tensor, y: Tensor) -> None:
         """A step is attempted from here: the Jacobian is taken anew, unless the attempt before began at the same place."""
-        self._stuck = False
+        self._stuck, self._rate = False, math.nan
         at = self._at
         if at is not None and at[1] is y and torch.equal(at[0], t):
             return
@@ -128,7 +142,7 @@ class LoneStages:
     def solve(self, t: Tensor, y: Tensor, hd: float | Tensor, b: Tensor) -> Tensor:
         """See `StageEquations.solve`."""
         self.n_solves += 1
-        return self._factors_for(1.0, float(hd)).solve(b.reshape(1, -1)).reshape(b.shape)
+        return solved(self._factors_for(1.0, float(hd)), b)
 
     def time_slope(self, t: Tensor, y: Tensor) -> Tensor:
         """See `StageEquations.time_slope`."""
@@ -143,84 +157,124 @@ class LoneStages:
         """See `StageEquations.mass`: there is no matrix in front of the slopes here."""
         return v
 
-    def _accept(self, iteration: int, length: float, rate: float, bound: float) -> bool:
-        """Whether the error after this iteration, by the geometric series, is small enough."""
-        left = rate / max(1 - rate, 1e-3) * length if iteration else length
-        return left <= bound and (iteration == 0 or rate < 1)
-
     def implicit(self, index: int, t: Tensor, base: Tensor, hd: float | Tensor, guess: Tensor) -> Tensor:
         """See `StageEquations.implicit`."""
         f, step = self.f, float(hd)
         factors = self._factors_for(1.0, step)
         weight = abs(step) / (base.abs() * self.rtol + self.atol)
-        k, before, rate = guess, math.nan, 1.0
+        k, before, rate = guess, math.nan, self._rate
         for iteration in range(MOST):
-            residual = k - f(t, torch.add(base, k, alpha=step))
             # (I - hd J) dk = -(k - f): in terms of the slopes
-            change = factors.solve(residual.reshape(1, -1)).reshape(k.shape)
+            change = solved(factors, k - f(t, torch.add(base, k, alpha=step)))
             self.n_fun += 1
             self.n_newton += 1
             self.n_solves += 1
             length = self.norm(change * weight)
             if iteration:
-                rate = length / before if before else math.inf
+                rate = self._rate = length / before
             finite = math.isfinite(length)
             if not finite or (iteration and rate >= 2.0):
                 self._stuck = self._stuck or finite
                 return torch.full_like(k, math.nan)
             k = k - change
-            if length == 0 or self._accept(iteration, length, rate, self.tolerance):
+            # the error after this iteration, by the geometric series; in the first one with the rate of the stage before
+            if length == 0 or (rate < 1 and rate / max(1 - rate, 1e-3) * length <= self.tolerance):
+                return k
+            if not iteration and length <= self.tolerance:
                 return k
             before = length
         self._stuck = True
         return torch.full_like(k, math.nan)
+
+    def linear_stages(
+        self, tableau: RosenbrockTableau, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor, slope: Tensor
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """The step of `Rosenbrock.step`; None where the matrix is not a small dense one."""
+        tab, size, f = tableau, float(h), self.f
+        factors = self._factors_for(1.0, size * tab.gamma)
+        if not isinstance(factors, SmallFactors):
+            return None
+        if self._rows is None:
+            self._rows = [np.array(row) for row in tab.a], [np.array(row) for row in tab.coupling], np.array(tab.b)
+        a, coupling, b = self._rows
+        start, first, moving = y.reshape(-1).numpy(), k1.reshape(-1).numpy(), slope.reshape(-1).numpy() * size
+        ks = np.empty((len(b), len(start)), dtype=start.dtype)
+        values = []
+        for i, same in enumerate(tab.same_as):
+            if i == 0:
+                value = first
+            elif same < i:
+                value = values[same]
+            else:
+                point = start + (a[i][:i] @ ks[:i]) * size
+                value = f(times[i], torch.from_numpy(point.astype(start.dtype, copy=False)).reshape(y.shape)).reshape(-1).numpy()
+            values.append(value)
+            side = value + coupling[i][:i] @ ks[:i] if i else value
+            if tab.d[i]:
+                side = side + moving * tab.d[i]
+            ks[i] = factors.solve_one((side * tab.gamma).astype(start.dtype, copy=False))
+        self.n_solves += len(b)
+        end = (start + (b @ ks) * size).astype(start.dtype, copy=False)
+        return torch.from_numpy(end).reshape(y.shape), list(torch.from_numpy(ks).reshape(-1, *y.shape).unbind())
 
     # ---- coupled stages
 
     def coupled(
         self, tableau: CollocationTableau, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor
     ) -> tuple[list[Tensor], Tensor | None]:
-        """See `solve_coupled`."""
+        """See `solve_coupled`; slopes are rows of one tensor (s, n)."""
         plan, f, size = self.plan, self.f, float(h)
+        start = y.reshape(-1)
+        if self._modes is None:
+            self._modes = _Modes(tableau, y)
+        modes = self._modes
         ks = self._guesses(tuple(tableau.c), size, y, k1)
         systems = [(mode, self._mode_factors(mode, size)) for mode in tableau.distinct(y.is_complex())]
-        magnitude = y.abs()
+        magnitude = start.abs()
         bound = torch.maximum(self.tolerance * (magnitude * plan.rtol + plan.atol), 10 * torch.finfo(plan.real).eps * magnitude)
         weight = abs(size) / bound
         before, rate = math.nan, 1.0
         failed = True
         for iteration in range(MOST_COUPLED if tableau.error is not None else MOST_CONSTANT):
-            residuals = [
-                k - f(t, torch.add(y, combined(row, ks), alpha=size)) for k, t, row in zip(ks, times, tableau.a, strict=True)
-            ]
-            changes = [c.reshape(y.shape) for c in solve_modes(systems, [r.reshape(1, -1) for r in residuals])]
-            self.n_fun += len(ks)
+            points = torch.addmm(start.unsqueeze(0), modes.a, ks, alpha=size).unbind()
+            values = [f(t, x.reshape(y.shape)).reshape(start.shape) for t, x in zip(times, points, strict=True)]
+            change = modes.solve(systems, ks - torch.stack(values))
+            self.n_fun += len(values)
             self.n_newton += 1
             self.n_solves += len(systems)
-            length = max(map(self.norm, [combined(row, changes) * weight for row in tableau.a]))
+            length = self._longest(torch.mm(modes.a, change) * weight)
             if iteration:
-                rate = length / before if before else math.inf
+                rate = length / before
             finite = math.isfinite(length)
             if not finite or (iteration and rate >= 2.0):
                 self._stuck = finite
                 break
-            ks = [k - change for k, change in zip(ks, changes, strict=True)]
-            if length == 0 or self._accept(iteration, length, rate, 1.0):
+            ks = ks - change
+            # the error after this iteration, by the geometric series; in the first one nothing is known of the rate
+            left = rate / max(1 - rate, 1e-3) * length if iteration else length
+            if length == 0 or (left <= 1.0 and (iteration == 0 or rate < 1)):
                 failed = False
                 break
             before = length
         else:
             self._stuck = True
         if failed:
-            ks = [torch.full_like(y, math.nan)] * len(ks)
+            ks = torch.full_like(ks, math.nan)
         if self._guess is not None:
             self._guess.keep(size, y, ks)
-        return ks, None if tableau.error is None else self._estimate(tableau, size, y, k1, ks, failed)
+        slopes = list(ks.reshape(-1, *y.shape).unbind())
+        return slopes, None if tableau.error is None else self._estimate(tableau, size, y, k1, ks, failed)
 
-    def _guesses(self, nodes: tuple[float, ...], h: float, y: Tensor, k1: Tensor) -> list[Tensor]:
+    def _longest(self, x: Tensor) -> float:
+        """The largest norm of the rows."""
+        if self.plan.norm is rms_norm:
+            return torch.linalg.vector_norm(x, dim=-1).amax().item() * max(x.shape[-1], 1) ** -0.5
+        return max(map(self.norm, x.unbind()))
+
+    def _guesses(self, nodes: tuple[float, ...], h: float, y: Tensor, k1: Tensor) -> Tensor:
         """One stage has no polynomial; steps that are taken again must not depend on what was before."""
         if len(nodes) < 2 or self.plan.keep_grid:
-            return [k1] * len(nodes)
+            return k1.reshape(1, -1).expand(len(nodes), -1)
         if self._guess is None:
             self._guess = LoneGuess(nodes)
         return self._guess(h, y, k1)
@@ -228,17 +282,15 @@ class LoneStages:
     def _mode_factors(self, mode: Mode, h: float) -> Factorization:
         return self._factors_for(mode.value.real if mode.value.imag == 0 else mode.value, h)
 
-    def _estimate(
-        self, tableau: CollocationTableau, h: float, y: Tensor, k1: Tensor, ks: Sequence[Tensor], failed: bool
-    ) -> Tensor:
+    def _estimate(self, tableau: CollocationTableau, h: float, y: Tensor, k1: Tensor, ks: Tensor, failed: bool) -> Tensor:
         """See `coupled._estimate`."""
-        assert tableau.error is not None and tableau.gamma is not None and self._at is not None
+        assert tableau.gamma is not None and self._at is not None and self._modes is not None
         if failed:
-            return ks[0]
+            return torch.full_like(y, math.nan)
         plan, hg = self.plan, h * tableau.gamma
-        from_stages = combined(tableau.error, ks) * h
+        from_stages, moved = (x.reshape(y.shape) for x in torch.mm(self._modes.ends, ks).mul_(h).unbind())
         estimate = self._filtered(tableau.gamma, h, torch.add(from_stages, k1, alpha=hg))
-        size = torch.maximum(y.abs(), torch.add(y, combined(tableau.b, ks), alpha=h).abs())
+        size = torch.maximum(y.abs(), (y + moved).abs())
         if self.norm(plan.scaled(estimate, size)) > 1.0:
             self.n_fun += 1
             again = self.f(self._at[0], y + estimate)
@@ -247,4 +299,41 @@ class LoneStages:
 
     def _filtered(self, gamma: float, h: float, b: Tensor) -> Tensor:
         self.n_solves += 1
-        return self._factors_for(gamma, h).solve(b.reshape(1, -1)).reshape(b.shape)
+        return solved(self._factors_for(gamma, h), b)
+
+
+class _Modes:
+    """The matrices of a collocation method for one trajectory: ``a`` (s, s); ``ends`` (2, s), the weights of the error and of the new
+    state; and those that take slopes (s, n) to the eigenvectors of ``a`` and back, in real numbers for real states."""
+
+    def __init__(self, tableau: CollocationTableau, like: Tensor) -> None:
+        self.a = like.new_tensor(tableau.a)
+        self.ends = like.new_tensor([tableau.b if tableau.error is None else tableau.error, tableau.b])
+        self.real = not like.is_complex()
+        kind = np.dtype(str(like.dtype.to_real()).removeprefix("torch."))
+        rows, columns = [], []
+        for mode in tableau.distinct(False):
+            out_of, into = np.array(mode.out_of), np.array(mode.into)
+            if mode.value.imag == 0:
+                rows, columns = [*rows, out_of.real], [*columns, into.real]
+            else:
+                # the other of the pair is the conjugate
+                rows, columns = [*rows, out_of.real, out_of.imag], [*columns, 2 * into.real, -2 * into.imag]
+        self.out_of, self.into = np.array(rows).astype(kind), np.array(columns).T.astype(kind)
+
+    def solve(self, systems: Sequence[tuple[Mode, Factorization]], residuals: Tensor) -> Tensor:
+        """As `solve_modes`, for residuals (s, n)."""
+        if not self.real or not all(isinstance(factors, SmallFactors) for _, factors in systems):
+            return torch.cat(solve_modes(systems, [r.unsqueeze(0) for r in residuals.unbind()]))
+        sides = self.out_of @ residuals.numpy()
+        place = 0
+        for mode, factors in systems:
+            assert isinstance(factors, SmallFactors)
+            if mode.value.imag == 0:
+                sides[place] = factors.solve_one(sides[place])
+                place += 1
+            else:
+                found = factors.solve_one(sides[place] + 1j * sides[place + 1])
+                sides[place], sides[place + 1] = found.real, found.imag
+                place += 2
+        return torch.from_numpy(self.into @ sides)

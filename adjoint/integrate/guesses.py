@@ -56,33 +56,25 @@ class StageGuess:
 
 
 class LoneGuess:
-    """`StageGuess` for one trajectory, whose sizes of steps are numbers."""
+    """`StageGuess` for one trajectory, whose sizes of steps are numbers; slopes are (s, n)."""
 
     def __init__(self, nodes: Sequence[float]) -> None:
-        self.nodes = nodes
+        self.nodes = np.array(nodes)
         self.lagrange = np.linalg.inv(np.vander(nodes, increasing=True))
-        self._tried: tuple[Tensor, float, list[Tensor]] | None = None
-        self._last: tuple[float, list[Tensor]] | None = None
+        self._tried: tuple[Tensor, float, Tensor] | None = None
+        self._last: tuple[float, Tensor] | None = None
 
-    def __call__(self, h: float, y: Tensor, k1: Tensor) -> list[Tensor]:
+    def __call__(self, h: float, y: Tensor, k1: Tensor) -> Tensor:
         """See `StageGuess`."""
         if self._tried is not None and self._tried[0] is not y:
             # an attempt from another state: the last one was accepted
             self._last = self._tried[1:]
         if self._last is None or not 0 < h / self._last[0] < _FAR:
-            return [k1] * len(self.nodes)
+            return k1.reshape(1, -1).expand(len(self.nodes), -1)
         size, slopes = self._last
-        weights = np.vander(1 + h / size * np.array(self.nodes), len(self.nodes), increasing=True) @ self.lagrange
-        return [combined_slopes(row, slopes) for row in weights.tolist()]
+        weights = np.vander(1 + h / size * self.nodes, len(self.nodes), increasing=True) @ self.lagrange
+        return torch.mm(torch.from_numpy(weights).to(slopes), slopes)
 
-    def keep(self, h: float, y: Tensor, slopes: Sequence[Tensor]) -> None:
+    def keep(self, h: float, y: Tensor, slopes: Tensor) -> None:
         """Remember an attempt."""
-        self._tried = (y, h, list(slopes))
-
-
-def combined_slopes(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
-    """``sum_j weights_j slopes_j``."""
-    total = slopes[0] * weights[0]
-    for w, k in zip(weights[1:], slopes[1:], strict=True):
-        total = torch.add(total, k, alpha=w)
-    return total
+        self._tried = (y, h, slopes)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..linalg import Factorization, LinearOperator, Matrix
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling_alone
-from .alone import row_norm
+from .alone import row_norm, solved
 from .events import EventWatch
 from .initial_step import initial_step
 from .multistep import LARGEST, NEWTON, SAFETY, SIZE, SMALLEST, MultistepSolver, update_matrix
@@ -98,7 +98,7 @@ class _Newton:
         before, rate = math.nan, 1.0
         for iteration in range(NEWTON):
             # c F(t, y, (psi + d) / c) = psi + d - c f
-            change = factors.solve(torch.sub(rest, f(t, y), alpha=c).reshape(1, -1)).reshape(y.shape)
+            change = solved(factors, torch.sub(rest, f(t, y), alpha=c))
             self.n_fun += 1
             self.n_newton += 1
             length = self.norm(change * weight)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import InvalidInput
 from .protocol import Factorization, LinearOperator, Log, Matrix, SparseMatrix, check_sides
 
-__all__ = ["DenseLU"]
+__all__ = ["DenseLU", "SmallFactors"]
 
 
 #: unknowns up to which one matrix on the CPU goes to LAPACK directly: the operators of ``torch.linalg`` take longer than its arithmetic
@@ -28,14 +28,14 @@ def _lapack(kind: str) -> tuple[Any, Any]:
     return tuple(get_lapack_funcs(("getrf", "getrs"), dtype=np.dtype(kind)))  # type: ignore[return-value]
 
 
-class _SmallFactors(Factorization):
+class SmallFactors(Factorization):
     """Of one small matrix."""
 
     def __init__(self, matrix: Tensor, log: Log) -> None:
         start = time.perf_counter()
         self.rows, self.n = 1, matrix.shape[-1]
         self.dtype, self.device, self.log = matrix.dtype, matrix.device, log
-        entries = _numpy(matrix[0])
+        entries = _as_numpy(matrix[0])
         factor, self._solve = _lapack(entries.dtype.char)
         self._lu, self._pivots, info = factor(entries)
         self._fails = bool(info != 0 or not np.isfinite(self._lu.trace()))
@@ -52,7 +52,7 @@ class _SmallFactors(Factorization):
         if b.dim() != 2 or b.shape[0] != 1 or b.shape[1] != self.n or b.dtype != self.dtype:
             check_sides(self, b)
         # (B, n, k): all columns of all rows are sides of the one matrix
-        sides = _numpy(b.movedim(1, 0).reshape(self.n, -1) if b.dim() == 3 or b.shape[0] != 1 else b[0])
+        sides = _as_numpy(b.movedim(1, 0).reshape(self.n, -1) if b.dim() == 3 or b.shape[0] != 1 else b[0])
         self.log.n_solves += sides.size // self.n if self.n else 0
         if self._fails:
             return torch.full_like(b, float("nan"))
@@ -67,12 +67,18 @@ class _SmallFactors(Factorization):
             return out.reshape(self.n, b.shape[0], -1).movedim(0, 1).reshape(b.shape)
         return out.unsqueeze(0)
 
+    def solve_one(self, b: np.ndarray) -> np.ndarray:
+        """``A^-1 b`` for one side (n,), without any check."""
+        self.log.n_solves += 1
+        return np.full_like(b, np.nan) if self._fails else self._solve(self._lu, self._pivots, b)[0]
+
     def singular(self) -> Tensor:
         return torch.tensor([self._fails])
 
 
-def _numpy(x: Tensor) -> np.ndarray:
-    return x.detach().resolve_conj().resolve_neg().numpy()
+def _as_numpy(x: Tensor) -> np.ndarray:
+    x = x.detach() if x.requires_grad else x
+    return x.resolve_conj().resolve_neg().numpy() if x.is_complex() else x.numpy()
 
 
 def _is_small(matrix: Tensor) -> bool:
@@ -134,7 +140,7 @@ class DenseLU:
             matrix = _columns(matrix)
         elif isinstance(matrix, SparseMatrix):
             matrix = matrix.dense()
-        kind = _SmallFactors if _is_small(matrix) else _DenseFactors
+        kind = SmallFactors if _is_small(matrix) else _DenseFactors
         return kind(matrix, Log() if log is None else log)
 
     def refactor(self, factorization: Factorization, matrix: Matrix) -> Factorization:

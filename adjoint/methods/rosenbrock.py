@@ -118,6 +118,10 @@ class Rosenbrock:
         start = times[0]
         f.begin(start, y)
         slope = f.time_slope(start, y)
+        at_once = getattr(f, "linear_stages", None)
+        found = None if at_once is None else at_once(tab, times, h, y, k1, slope)
+        if found is not None:
+            return found
         values: list[Tensor] = []
         ks: list[Tensor] = []
         for i, (row, coupling) in enumerate(zip(tab.a, tab.coupling, strict=True)):
