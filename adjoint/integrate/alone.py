@@ -36,8 +36,9 @@ def row_norm(plan: Plan) -> Callable[[Tensor], float]:
 def solved(factors: Factorization, b: Tensor) -> Tensor:
     """``A^-1 b`` for one side of any shape."""
     if isinstance(factors, SmallFactors):
-        found = torch.from_numpy(factors.solve_one(b.reshape(-1).numpy()))
-        return found if b.dim() == 1 else found.reshape(b.shape)
+        if b.dim() == 1:
+            return torch.from_numpy(factors.solve_one(b.numpy()))
+        return torch.from_numpy(factors.solve_one(b.reshape(-1).numpy())).reshape(b.shape)
     return factors.solve(b.reshape(1, -1)).reshape(b.shape)
 
 
@@ -65,6 +66,8 @@ class LoneStages:
         #: methods that weigh ``f_t`` get it with the Jacobian, where that is not the user's own
         self._timed = getattr(plan.method, "needs_time_slope", False)
         self._matrix: Matrix | None = None
+        #: its entries, where it is a small dense one
+        self._entries: np.ndarray | None = None
         self._slope: Tensor | None = None
         self._at: tuple[Tensor, Tensor] | None = None
         self._factors: dict[complex, tuple[float, Factorization]] = {}
@@ -119,6 +122,7 @@ class LoneStages:
     def _refresh(self) -> None:
         # what of the old factors is of use in a factorisation stays
         self._factors = {key: (math.nan, factors) for key, (_, factors) in self._factors.items()}
+        self._entries = None
         self.n_jac += 1
 
     def _factors_for(self, value: complex, h: float) -> Factorization:
@@ -127,6 +131,15 @@ class LoneStages:
         if old is not None and old[0] == h:
             return old[1]
         assert self._matrix is not None
+        if old is not None and isinstance(old[1], SmallFactors) and isinstance(self._matrix, Tensor):
+            # the same solver would come to the same
+            if self._entries is None:
+                self._entries = self._matrix[0].numpy()
+            hd = h * value if value.imag else h * value.real
+            factors: Factorization = SmallFactors(np.eye(old[1].n, dtype=self._entries.dtype) - hd * self._entries, old[1].dtype, self.log)
+            self._factors[value] = (h, factors)
+            self.n_factorizations += 1
+            return factors
         if value.imag == 0:
             hd = torch.tensor([[h * value.real]], dtype=self.plan.real, device=self.device)
             matrix = shifted(self._matrix, hd)
@@ -237,7 +250,10 @@ class LoneStages:
         failed = True
         for iteration in range(MOST_COUPLED if tableau.error is not None else MOST_CONSTANT):
             points = torch.addmm(start.unsqueeze(0), modes.a, ks, alpha=size).unbind()
-            values = [f(t, x.reshape(y.shape)).reshape(start.shape) for t, x in zip(times, points, strict=True)]
+            if y.dim() == 1:
+                values = [f(t, x) for t, x in zip(times, points, strict=True)]
+            else:
+                values = [f(t, x.reshape(y.shape)).reshape(start.shape) for t, x in zip(times, points, strict=True)]
             change = modes.solve(systems, ks - torch.stack(values))
             self.n_fun += len(values)
             self.n_newton += 1
@@ -262,7 +278,7 @@ class LoneStages:
             ks = torch.full_like(ks, math.nan)
         if self._guess is not None:
             self._guess.keep(size, y, ks)
-        slopes = list(ks.reshape(-1, *y.shape).unbind())
+        slopes = list(ks.unbind()) if y.dim() == 1 else list(ks.reshape(-1, *y.shape).unbind())
         return slopes, None if tableau.error is None else self._estimate(tableau, size, y, k1, ks, failed)
 
     def _longest(self, x: Tensor) -> float:

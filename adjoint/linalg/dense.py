@@ -20,6 +20,7 @@ __all__ = ["DenseLU", "SmallFactors"]
 
 #: unknowns up to which one matrix on the CPU goes to LAPACK directly: the operators of ``torch.linalg`` take longer than its arithmetic
 _SMALL = 64
+_CPU = torch.device("cpu")
 
 
 @lru_cache
@@ -31,15 +32,14 @@ def _lapack(kind: str) -> tuple[Any, Any]:
 class SmallFactors(Factorization):
     """Of one small matrix."""
 
-    def __init__(self, matrix: Tensor, log: Log) -> None:
+    def __init__(self, entries: np.ndarray, dtype: torch.dtype, log: Log) -> None:
         start = time.perf_counter()
-        self.rows, self.n = 1, matrix.shape[-1]
-        self.dtype, self.device, self.log = matrix.dtype, matrix.device, log
-        entries = _as_numpy(matrix[0])
+        self.rows, self.n = 1, entries.shape[-1]
+        self.dtype, self.device, self.log = dtype, _CPU, log
         factor, self._solve = _lapack(entries.dtype.char)
         self._lu, self._pivots, info = factor(entries)
         self._fails = bool(info != 0 or not np.isfinite(self._lu.trace()))
-        self._matrix = matrix
+        self._entries = entries
         log.n_factorizations += 1
         log.fill = self.n * self.n
         log.factor_seconds += time.perf_counter() - start
@@ -47,7 +47,7 @@ class SmallFactors(Factorization):
     def solve(self, b: Tensor, *, transposed: bool = False, conjugated: bool = False) -> Tensor:
         if (b.requires_grad and torch.is_grad_enabled()) or torch._C._functorch.is_functorch_wrapped_tensor(b):
             # NumPy can neither be recorded nor mapped
-            return _DenseFactors(self._matrix, self.log).solve(b, transposed=transposed, conjugated=conjugated)
+            return _DenseFactors(torch.from_numpy(self._entries).unsqueeze(0), self.log).solve(b, transposed=transposed, conjugated=conjugated)
         start = time.perf_counter()
         if b.dim() != 2 or b.shape[0] != 1 or b.shape[1] != self.n or b.dtype != self.dtype:
             check_sides(self, b)
@@ -140,8 +140,8 @@ class DenseLU:
             matrix = _columns(matrix)
         elif isinstance(matrix, SparseMatrix):
             matrix = matrix.dense()
-        kind = SmallFactors if _is_small(matrix) else _DenseFactors
-        return kind(matrix, Log() if log is None else log)
+        log = Log() if log is None else log
+        return SmallFactors(_as_numpy(matrix[0]), matrix.dtype, log) if _is_small(matrix) else _DenseFactors(matrix, log)
 
     def refactor(self, factorization: Factorization, matrix: Matrix) -> Factorization:
         """See `LinearSolver.refactor`."""
