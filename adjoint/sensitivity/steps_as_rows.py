@@ -49,7 +49,8 @@ def most_rows(f: Flat, t: Tensor, y: Tensor, inputs: Sequence[Tensor], points: i
         return x
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        alone = f(t, y.detach().requires_grad_(True))
+        # copies: views would count with all that they are views of
+        alone = f(t.clone(), y.detach().clone().requires_grad_(True))
     for x in inputs:
         if x.layout == torch.strided:
             seen.pop(x.untyped_storage().data_ptr(), None)
