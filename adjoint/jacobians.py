@@ -17,7 +17,16 @@ from torch.autograd.variable import Variable
 from .errors import InvalidInput, UnsupportedCombination
 from .linalg.protocol import LinearOperator, Matrix
 
-__all__ = ["DenseJacobian", "JacobianStrategy", "dense_with_time", "forward_products", "jacobian_operator", "jvp", "reverse_products", "vjp"]
+__all__ = [
+    "DenseJacobian",
+    "JacobianStrategy",
+    "dense_with_time",
+    "forward_products",
+    "jacobian_operator",
+    "jvp",
+    "reverse_products",
+    "vjp",
+]
 
 Function = Callable[[Tensor], Tensor]
 

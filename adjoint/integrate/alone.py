@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..jacobians import dense_with_time, jvp
 from ..linalg import Factorization, LinearOperator, LinearSolver, Log, Matrix
-from ..linalg.dense import SmallFactors
+from ..linalg.dense import SmallFactors, as_numpy
 from ..methods.tableaux_implicit import CollocationTableau, Mode
 from ..methods.tableaux_rosenbrock import RosenbrockTableau
 from .coupled import MOST as MOST_COUPLED
@@ -37,9 +37,15 @@ def solved(factors: Factorization, b: Tensor) -> Tensor:
     """``A^-1 b`` for one side of any shape."""
     if isinstance(factors, SmallFactors):
         if b.dim() == 1:
-            return torch.from_numpy(factors.solve_one(b.numpy()))
-        return torch.from_numpy(factors.solve_one(b.reshape(-1).numpy())).reshape(b.shape)
+            return torch.from_numpy(factors.solve_one(as_numpy(b)))
+        return torch.from_numpy(factors.solve_one(as_numpy(b.reshape(-1)))).reshape(b.shape)
     return factors.solve(b.reshape(1, -1)).reshape(b.shape)
+
+
+def _converged(iteration: int, length: float, rate: float, bound: float) -> bool:
+    """Whether the error after this iteration, by the geometric series, is small; in the first one nothing is known of the rate."""
+    left = rate / max(1 - rate, 1e-3) * length if iteration else length
+    return left <= bound and (iteration == 0 or rate < 1)
 
 
 class LoneStages:
@@ -74,8 +80,6 @@ class LoneStages:
         self._guess: LoneGuess | None = None
         self._modes: _Modes | None = None
         self._rows: tuple[list[np.ndarray], list[np.ndarray], np.ndarray] | None = None
-        #: of convergence, in the last stage of this step that took more than one iteration
-        self._rate = math.nan
         self._stuck = False
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
@@ -101,7 +105,7 @@ class LoneStages:
 
     def begin(self, t: Tensor, y: Tensor) -> None:
         """A step is attempted from here: the Jacobian is taken anew, unless the attempt before began at the same place."""
-        self._stuck, self._rate = False, math.nan
+        self._stuck = False
         at = self._at
         if at is not None and at[1] is y and torch.equal(at[0], t):
             return
@@ -134,7 +138,7 @@ class LoneStages:
         if old is not None and isinstance(old[1], SmallFactors) and isinstance(self._matrix, Tensor):
             # the same solver would come to the same
             if self._entries is None:
-                self._entries = self._matrix[0].numpy()
+                self._entries = as_numpy(self._matrix[0])
             hd = h * value if value.imag else h * value.real
             factors: Factorization = SmallFactors(np.eye(old[1].n, dtype=self._entries.dtype) - hd * self._entries, old[1].dtype, self.log)
             self._factors[value] = (h, factors)
@@ -175,7 +179,7 @@ class LoneStages:
         f, step = self.f, float(hd)
         factors = self._factors_for(1.0, step)
         weight = abs(step) / (base.abs() * self.rtol + self.atol)
-        k, before, rate = guess, math.nan, self._rate
+        k, before, rate = guess, math.nan, 1.0
         for iteration in range(MOST):
             # (I - hd J) dk = -(k - f): in terms of the slopes
             change = solved(factors, k - f(t, torch.add(base, k, alpha=step)))
@@ -184,16 +188,13 @@ class LoneStages:
             self.n_solves += 1
             length = self.norm(change * weight)
             if iteration:
-                rate = self._rate = length / before
+                rate = length / before
             finite = math.isfinite(length)
             if not finite or (iteration and rate >= 2.0):
                 self._stuck = self._stuck or finite
                 return torch.full_like(k, math.nan)
             k = k - change
-            # the error after this iteration, by the geometric series; in the first one with the rate of the stage before
-            if length == 0 or (rate < 1 and rate / max(1 - rate, 1e-3) * length <= self.tolerance):
-                return k
-            if not iteration and length <= self.tolerance:
+            if length == 0 or _converged(iteration, length, rate, self.tolerance):
                 return k
             before = length
         self._stuck = True
@@ -210,7 +211,7 @@ class LoneStages:
         if self._rows is None:
             self._rows = [np.array(row) for row in tab.a], [np.array(row) for row in tab.coupling], np.array(tab.b)
         a, coupling, b = self._rows
-        start, first, moving = y.reshape(-1).numpy(), k1.reshape(-1).numpy(), slope.reshape(-1).numpy() * size
+        start, first, moving = as_numpy(y.reshape(-1)), as_numpy(k1.reshape(-1)), as_numpy(slope.reshape(-1)) * size
         ks = np.empty((len(b), len(start)), dtype=start.dtype)
         values = []
         for i, same in enumerate(tab.same_as):
@@ -220,7 +221,7 @@ class LoneStages:
                 value = values[same]
             else:
                 point = start + (a[i][:i] @ ks[:i]) * size
-                value = f(times[i], torch.from_numpy(point.astype(start.dtype, copy=False)).reshape(y.shape)).reshape(-1).numpy()
+                value = as_numpy(f(times[i], torch.from_numpy(point.astype(start.dtype, copy=False)).reshape(y.shape)).reshape(-1))
             values.append(value)
             side = value + coupling[i][:i] @ ks[:i] if i else value
             if tab.d[i]:
@@ -266,9 +267,7 @@ class LoneStages:
                 self._stuck = finite
                 break
             ks = ks - change
-            # the error after this iteration, by the geometric series; in the first one nothing is known of the rate
-            left = rate / max(1 - rate, 1e-3) * length if iteration else length
-            if length == 0 or (left <= 1.0 and (iteration == 0 or rate < 1)):
+            if length == 0 or _converged(iteration, length, rate, 1.0):
                 failed = False
                 break
             before = length
@@ -341,7 +340,7 @@ class _Modes:
         """As `solve_modes`, for residuals (s, n)."""
         if not self.real or not all(isinstance(factors, SmallFactors) for _, factors in systems):
             return torch.cat(solve_modes(systems, [r.unsqueeze(0) for r in residuals.unbind()]))
-        sides = self.out_of @ residuals.numpy()
+        sides = self.out_of @ as_numpy(residuals)
         place = 0
         for mode, factors in systems:
             assert isinstance(factors, SmallFactors)

@@ -58,9 +58,7 @@ class _Newton:
     def finish(self) -> None:
         """Tell the solver what was counted."""
         counts = (self.n_fun, self.n_jac, self.n_factorizations, self.n_newton, self.n_newton)
-        self.solver.work = StageWork(
-            *(torch.tensor([x], dtype=torch.int64, device=self.device) for x in counts), log=self.solver.work.log
-        )
+        self.solver.work = StageWork(*(torch.tensor([x], dtype=torch.int64, device=self.device) for x in counts), log=self.solver.work.log)
         self.solver.stuck = torch.tensor([self.stuck], device=self.device)
 
     def _take(self, t: Tensor, y: Tensor) -> None:
@@ -277,7 +275,9 @@ def integrate_multistep_alone(
         return torch.tensor([value], dtype=kind, device=device)
 
     no_stages = y0.new_empty((0, MAX_ORDER + 1, *flat))
-    extra = torch.from_numpy(np.stack(kept.extra)).to(device).unsqueeze(-1) if kept.extra else torch.empty((0, 1 + SIZE * SIZE, 1), **real_kind)
+    extra = (
+        torch.from_numpy(np.stack(kept.extra)).to(device).unsqueeze(-1) if kept.extra else torch.empty((0, 1 + SIZE * SIZE, 1), **real_kind)
+    )
     return Record(
         final=final,
         last=last,

@@ -140,8 +140,6 @@ class StageSolver:
         #: ``(B,)``: whether the iteration, and not ``f``, failed in the last attempt of each row
         self.stuck = torch.zeros(rows, dtype=torch.bool, device=device)
         self._failing = torch.zeros_like(self.stuck)
-        #: rates of convergence in the stages of this step so far, NaN where none is known
-        self._rate: Tensor | None = None
         #: of coupled stages, by the eigenvalue: kept for what the next factorisation can use of them
         self.complex_factors: dict[complex, Factorization] = {}
 
@@ -157,7 +155,7 @@ class StageSolver:
 
     def begin(self, t: Tensor, y: Tensor) -> None:
         """A step is attempted from here: the Jacobian is taken anew, unless the attempt before began at the same place."""
-        self._failing, self._rate = torch.zeros_like(self.stuck), None
+        self._failing = torch.zeros_like(self.stuck)
         if self._at is not None and torch.equal(self._at[0], t) and torch.equal(self._at[1], y):
             return
         self._at, self._factored = (t, y), None
@@ -271,8 +269,7 @@ class StageSolver:
         still = self.f(t, base) if bool(done.any()) else k
         self.work.n_fun += done
         before = torch.full_like(step.squeeze(-1), float("nan"))
-        rate = before
-        known = before if self._rate is None else self._rate
+        rate = torch.ones_like(before)
         failed, diverged = torch.zeros_like(running), torch.zeros_like(running)
         for iteration in range(MOST):
             residual = k - self.f(t, base + step * k)
@@ -289,15 +286,13 @@ class StageSolver:
             failed = failed | bad
             diverged = diverged | (bad & finite)
             k = torch.where((running & ~bad).unsqueeze(-1), k - change, k)
-            # the error after this iteration, by the geometric series; in the first one with the rate of the stage before
-            now = rate if iteration else known
-            small = (now / (1 - now).clamp(min=1e-3) * length <= self.tolerance) & (now < 1)
-            small = small if iteration else small | (length <= self.tolerance)
+            # the error after this iteration, by the geometric series; in the first one nothing is known of the rate
+            left = rate / (1 - rate).clamp(min=1e-3) * length if iteration else length
+            small = (left <= self.tolerance) & ((rate < 1) if iteration else True)
             running = running & ~bad & ~small & (length > 0)
             before = length
             if not bool(running.any()):
                 break
-        self._rate = torch.where(torch.isnan(rate), known, rate)
         failed = failed | running
         self.note_failure(diverged | running, (step != 0).squeeze(-1))
         k = torch.where(done.unsqueeze(-1), still, k)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import InvalidInput
 from .protocol import Factorization, LinearOperator, Log, Matrix, SparseMatrix, check_sides
 
-__all__ = ["DenseLU", "SmallFactors"]
+__all__ = ["DenseLU", "SmallFactors", "as_numpy"]
 
 
 #: unknowns up to which one matrix on the CPU goes to LAPACK directly: the operators of ``torch.linalg`` take longer than its arithmetic
@@ -47,12 +47,14 @@ class SmallFactors(Factorization):
     def solve(self, b: Tensor, *, transposed: bool = False, conjugated: bool = False) -> Tensor:
         if (b.requires_grad and torch.is_grad_enabled()) or torch._C._functorch.is_functorch_wrapped_tensor(b):
             # NumPy can neither be recorded nor mapped
-            return _DenseFactors(torch.from_numpy(self._entries).unsqueeze(0), self.log).solve(b, transposed=transposed, conjugated=conjugated)
+            return _DenseFactors(torch.from_numpy(self._entries).unsqueeze(0), self.log).solve(
+                b, transposed=transposed, conjugated=conjugated
+            )
         start = time.perf_counter()
         if b.dim() != 2 or b.shape[0] != 1 or b.shape[1] != self.n or b.dtype != self.dtype:
             check_sides(self, b)
         # (B, n, k): all columns of all rows are sides of the one matrix
-        sides = _as_numpy(b.movedim(1, 0).reshape(self.n, -1) if b.dim() == 3 or b.shape[0] != 1 else b[0])
+        sides = as_numpy(b.movedim(1, 0).reshape(self.n, -1) if b.dim() == 3 or b.shape[0] != 1 else b[0])
         self.log.n_solves += sides.size // self.n if self.n else 0
         if self._fails:
             return torch.full_like(b, float("nan"))
@@ -76,7 +78,8 @@ class SmallFactors(Factorization):
         return torch.tensor([self._fails])
 
 
-def _as_numpy(x: Tensor) -> np.ndarray:
+def as_numpy(x: Tensor) -> np.ndarray:
+    """The array of a tensor on the CPU, whatever autograd and lazy conjugation have made of it."""
     x = x.detach() if x.requires_grad else x
     return x.resolve_conj().resolve_neg().numpy() if x.is_complex() else x.numpy()
 
@@ -141,7 +144,7 @@ class DenseLU:
         elif isinstance(matrix, SparseMatrix):
             matrix = matrix.dense()
         log = Log() if log is None else log
-        return SmallFactors(_as_numpy(matrix[0]), matrix.dtype, log) if _is_small(matrix) else _DenseFactors(matrix, log)
+        return SmallFactors(as_numpy(matrix[0]), matrix.dtype, log) if _is_small(matrix) else _DenseFactors(matrix, log)
 
     def refactor(self, factorization: Factorization, matrix: Matrix) -> Factorization:
         """See `LinearSolver.refactor`."""

@@ -36,7 +36,7 @@ def multistep_by_rows(
     numbers ``C``, ``e`` and ``s`` come from order and distances alone.
     """
     plan, algebra, system = problem.plan, problem.algebra, problem.system
-    n_steps, rows = grid["t"].shape
+    n_steps = len(grid["t"])
     time_bars = bool(wants[0] or wants[1])
     states = grid["states"].detach()
     if n_steps < 5 or anchors.shape[0] > 2 or not problem.for_one or algebra is None or (time_bars and states.is_complex()):

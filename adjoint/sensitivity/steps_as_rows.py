@@ -244,13 +244,13 @@ class _Bent:
             when = t.detach().repeat(s).requires_grad_(True)
             out = mapped(when, leaf)
             probe = torch.zeros_like(out, requires_grad=True)
+            g = probe.detach()
             if out.requires_grad:
                 along = (torch.cat(list(k)), when.new_tensor(d).repeat_interleave(len(t)))
                 turned = torch.autograd.grad(out, (leaf, when), probe, create_graph=True, materialize_grads=True)
-                total = sum((x * a).sum() for x, a in zip(turned, along, strict=True))
-                g = torch.autograd.grad(total, probe, create_graph=True, materialize_grads=True)[0] if total.requires_grad else probe.detach()
-            else:
-                g = probe.detach()
+                total = (turned[0] * along[0]).sum() + (turned[1] * along[1]).sum()
+                if total.requires_grad:
+                    g = torch.autograd.grad(total, probe, create_graph=True, materialize_grads=True)[0]
         self.value = g.detach().unflatten(0, (s, -1))
         self.rows = Rows(g, leaf, when if time else None)
         self.matrices = self.rows.matrix.unflatten(0, (s, -1))
