@@ -5,7 +5,7 @@ and joined with those of other problems in the same day's file (``--fresh``: wit
 ``--count 1 100 10000``: ensembles of Robertson's kinetics with parameters spread by 10 %.
 
 Gradients are those of the squared norm of all final states in all parameters (Van der Pol: of the states at 0.5, before the first jump,
-behind which a derivative of the final state says nothing but how far the next jump is). Errors are against SciPy's Radau at 1e-12
+within which derivatives grow by many orders of magnitude). Errors are against SciPy's Radau at 1e-12
 (gradients: its solution of the variational equations), kept in `reference_values.json`.
 """
 

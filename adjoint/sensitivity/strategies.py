@@ -29,7 +29,8 @@ KEEP_BYTES = 4 * 2**20
 class DiscreteAdjoint:
     """The exact derivative of the computed solution, by the adjoint of each step (docs/theory.md, section 1; Hager 2000, Sandu 2006).
 
-    Memory: one state per step, whatever ``fun`` allocates. A solve so small that all of its evaluations fit into ``keep_bytes``
+    Memory: one state per step, whatever ``fun`` allocates (one trajectory by implicit methods: and some MiB, as its steps are linearised
+    many at a time). A solve so small that all of its evaluations fit into ``keep_bytes``
     (default 4 MiB) is recorded by autograd as it goes, which saves evaluating ``fun`` again (one trajectory, no derivatives in times,
     no events, no dense output); one that grows beyond drops that. Zero: never. Step sizes are held fixed. Every order of derivative and
     every ``torch.func`` transform is available; derivatives of derivatives record the backward sweep.
