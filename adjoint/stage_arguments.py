@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,9 @@ def with_diagonal(pattern: SparsityPattern, mass: Tensor | None = None) -> Spars
 @dataclass(frozen=True)
 class _ByKind:
     """The solver that kind and size of each matrix call for."""
+
+    #: dense matrices are for `DenseLU`
+    dense_lu: ClassVar[bool] = True
 
     def factor(self, matrix: Matrix, log: Log | None = None) -> Factorization:
         """See `LinearSolver.factor`."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from adjoint import DiscreteAdjoint, solve_ivp
-from adjoint.linalg import DenseLU
+from adjoint.linalg import DenseLU, Log
+from adjoint.linalg.dense import SmallFactors, factor_one
 
 F64 = torch.float64
 METHODS = ["kvaerno5", "trbdf2", "radau5", "rodas5p", "bdf"]
@@ -55,11 +56,12 @@ def test_small_factors_are_those_of_torch():
     generator = torch.Generator().manual_seed(0)
     for kind in (F64, torch.float32, torch.complex128):
         matrix, b = (torch.randn(*shape, generator=generator, dtype=kind) for shape in ((1, 5, 5), (1, 5, 2)))
-        one, two = DenseLU().factor(matrix), DenseLU().factor(matrix.expand(2, -1, -1).contiguous())
+        one, two = factor_one(DenseLU(), matrix, Log()), DenseLU().factor(matrix.expand(2, -1, -1).contiguous())
+        assert isinstance(one, SmallFactors)
         for how in ({}, {"transposed": True}, {"conjugated": True}, {"transposed": True, "conjugated": True}):
             want = two.solve(b.expand(2, -1, -1).contiguous(), **how)[:1]
             tolerance = 1e-4 if kind == torch.float32 else 1e-11
             torch.testing.assert_close(one.solve(b, **how), want, rtol=tolerance, atol=tolerance)
             torch.testing.assert_close(one.solve(b[..., 0], **how), want[..., 0], rtol=tolerance, atol=tolerance)
-    singular = DenseLU().factor(torch.ones(1, 2, 2, dtype=F64))
+    singular = factor_one(DenseLU(), torch.ones(1, 2, 2, dtype=F64), Log())
     assert bool(singular.singular()) and bool(singular.solve(torch.ones(1, 2, dtype=F64)).isnan().all())

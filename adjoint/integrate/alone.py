@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..jacobians import dense_with_time, jvp
 from ..linalg import Factorization, LinearOperator, LinearSolver, Log, Matrix
-from ..linalg.dense import SmallFactors, as_numpy
+from ..linalg.dense import SmallFactors, as_numpy, factor_one
 from ..methods.tableaux_implicit import CollocationTableau, Mode
 from ..methods.tableaux_rosenbrock import RosenbrockTableau
 from .coupled import MOST as MOST_COUPLED
@@ -151,7 +151,7 @@ class LoneStages:
             step = torch.tensor([[h]], dtype=self.plan.real, device=self.device)
             matrix = complex_shifted(self._matrix, step * value)
         again = None if old is None or isinstance(matrix, LinearOperator) else old[1]
-        factors = self.linear_solver.factor(matrix, self.log) if again is None else self.linear_solver.refactor(again, matrix)
+        factors = factor_one(self.linear_solver, matrix, self.log, again)
         self._factors[value] = (h, factors)
         self.n_factorizations += 1
         return factors

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import Factorization, LinearOperator, Matrix
+from ..linalg.dense import factor_one
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling_alone
 from .alone import row_norm, solved
 from .events import EventWatch
@@ -71,8 +72,7 @@ class _Newton:
             assert self._matrix is not None
             matrix = shifted(self._matrix, torch.tensor([[c]], dtype=self.solver.plan.real, device=self.device))
             linear, log = self.solver.linear_solver, self.solver.work.log
-            again = self._factors is not None and not isinstance(matrix, LinearOperator)
-            self._factors = linear.refactor(self._factors, matrix) if again and self._factors is not None else linear.factor(matrix, log)
+            self._factors = factor_one(linear, matrix, log, None if isinstance(matrix, LinearOperator) else self._factors)
             self._c = c
             self.n_factorizations += 1
         return self._factors

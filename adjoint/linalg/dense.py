@@ -1,11 +1,11 @@
-"""Dense LU of a batch of matrices, on CPU and CUDA; of one small matrix on the CPU by LAPACK itself."""
+"""Dense LU of a batch of matrices, on CPU and CUDA; and of one small matrix on the CPU by LAPACK itself."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,9 +13,9 @@ from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
 from ..errors import InvalidInput
-from .protocol import Factorization, LinearOperator, Log, Matrix, SparseMatrix, check_sides
+from .protocol import Factorization, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix, check_sides
 
-__all__ = ["DenseLU", "SmallFactors", "as_numpy"]
+__all__ = ["DenseLU", "SmallFactors", "as_numpy", "factor_one"]
 
 
 #: unknowns up to which one matrix on the CPU goes to LAPACK directly: the operators of ``torch.linalg`` take longer than its arithmetic
@@ -137,18 +137,28 @@ class _DenseFactors(Factorization):
 class DenseLU:
     """LU with partial pivoting of every matrix of the batch (LAPACK, cuSOLVER or MAGMA through ``torch.linalg``)."""
 
+    #: see `factor_one`
+    dense_lu: ClassVar[bool] = True
+
     def factor(self, matrix: Matrix, log: Log | None = None) -> Factorization:
         """See `LinearSolver.factor`. Sparse matrices are made dense."""
         if isinstance(matrix, LinearOperator):
             matrix = _columns(matrix)
         elif isinstance(matrix, SparseMatrix):
             matrix = matrix.dense()
-        log = Log() if log is None else log
-        return SmallFactors(as_numpy(matrix[0]), matrix.dtype, log) if _is_small(matrix) else _DenseFactors(matrix, log)
+        return _DenseFactors(matrix, Log() if log is None else log)
 
     def refactor(self, factorization: Factorization, matrix: Matrix) -> Factorization:
         """See `LinearSolver.refactor`."""
         return self.factor(matrix, factorization.log)
+
+
+def factor_one(solver: LinearSolver, matrix: Matrix, log: Log, old: Factorization | None = None) -> Factorization:
+    """Factors of one matrix for the loops over the steps of one trajectory: of a small one on the CPU by LAPACK, if the solver would take
+    the LU of `DenseLU` (its last bits are others). ``old``: of the same pattern."""
+    if isinstance(matrix, Tensor) and getattr(solver, "dense_lu", False) and _is_small(matrix):
+        return SmallFactors(as_numpy(matrix[0]), matrix.dtype, log)
+    return solver.factor(matrix, log) if old is None else solver.refactor(old, matrix)
 
 
 def _columns(operator: LinearOperator) -> Tensor:

@@ -119,7 +119,7 @@ def eager_sweep(
     if getattr(problem.plan.method, "multistep", False):
         moving = bool(wants[0] or wants[1])
         samples = _Samples(problem, grid, t_eval, bars[1], moving)
-        found = multistep_by_rows(problem, grid, anchors, t_eval, inputs, bars, wants, samples)
+        found = None if _mapped(bars) else multistep_by_rows(problem, grid, anchors, t_eval, inputs, bars, wants, samples)
         return found if found is not None else multistep_eager(problem, grid, anchors, t_eval, inputs, bars, wants, samples)
     final_bar, samples_bar, states_bar, stages_bar = bars
     system, plan = problem.system, problem.plan
@@ -182,7 +182,7 @@ def eager_sweep(
         compiled_step = CompiledAdjoint(problem, f, linearize, grid["states"])
         starts, lengths = (x.unbind() if shape is None else x[:, 0].unbind() for x in (grid["t"], grid["h"]))
     watched = rows == 1 and type(plan.monitor).adjoint is not Monitor.adjoint
-    if recall is None and not watched and goes_by_rows(problem, n_steps, times.jump_end is not None):
+    if recall is None and not watched and not _mapped(bars) and goes_by_rows(problem, n_steps, times.jump_end is not None):
         plain = Linearizer(f, inputs, wants[3:], time_bars)
         tensors = (states, slopes, grid["t"], grid["h"])
         lone = LoneSweep.make(problem, f, plain, tensors, inputs, lambda k: _both(samples.stages_bar(k), kept.get(k)))
@@ -236,6 +236,11 @@ def eager_sweep(
     problem.backward_report(linearize.n_fun, n_steps)
     anchors_bar = _anchors_bar(anchors, grid, t_bars, h_bars) if wants[0] else None
     return (anchors_bar, samples.t_eval_bar if wants[1] else None, outer(bar) if wants[2] else None, *linearize.bars)
+
+
+def _mapped(bars: Sequence[Tensor | None]) -> bool:
+    """Whether there are many cotangents at once (``is_grads_batched``), for which PyTorch has few operators."""
+    return any(bar is not None and torch._C._functorch.is_legacy_batchedtensor(bar) for bar in bars)
 
 
 def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:

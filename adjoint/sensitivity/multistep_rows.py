@@ -11,6 +11,7 @@ from torch import Tensor
 from ..capture import cut_apart
 from ..integrate.multistep import SIZE, update_matrix
 from ..linalg import Log
+from ..linalg.dense import factor_one
 from ..methods.bdf import MAX_ORDER, coefficients
 from ..methods.runge_kutta import row_dot
 from .linearize import Linearizer, vjp
@@ -82,7 +83,7 @@ def multistep_by_rows(
                 bar[1 : MAX_ORDER + 1] += k_bar[:MAX_ORDER] * keep[k].unsqueeze(-1)
             both = torch.mm(tables[k], bar)
             w = both[SIZE:] if k_bar is None else both[SIZE:] + k_bar[MAX_ORDER:]
-            u = algebra.linear_solver.factor(matrices[k - part.start], log).solve(w)
+            u = factor_one(algebra.linear_solver, matrices[k - part.start], log).solve(w)
             # the correction that is one of the stages takes its part back from the prediction
             bar = both[:SIZE] if k_bar is None else torch.addr(both[:SIZE], moves[k, 1], k_bar[MAX_ORDER])
             bar = torch.addr(bar, moves[k, 0], u[0])
