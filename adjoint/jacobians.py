@@ -6,17 +6,27 @@ Everything has rows: ``f`` maps ``(B, n)`` to ``(B, m)`` with independent rows, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.variable import Variable
 
 from .errors import InvalidInput, UnsupportedCombination
 from .linalg.protocol import LinearOperator, Matrix
 
-__all__ = ["DenseJacobian", "JacobianStrategy", "forward_products", "jacobian_operator", "jvp", "reverse_products", "vjp"]
+__all__ = [
+    "DenseJacobian",
+    "JacobianStrategy",
+    "dense_with_time",
+    "forward_products",
+    "jacobian_operator",
+    "jvp",
+    "reverse_products",
+    "vjp",
+]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -174,7 +184,7 @@ def _plain_grads(out: Tensor, leaf: Tensor, weights: Tensor, chunk: int | None) 
         return leaf.new_zeros(weights.shape[0], *leaf.shape)
 
     def grad(w: Tensor, batched: bool) -> Tensor:
-        found = torch.autograd.grad(out, leaf, w, retain_graph=True, allow_unused=True, is_grads_batched=batched)[0]
+        (found,) = _batched_grads(out, (leaf,), w) if batched else torch.autograd.grad(out, leaf, w, retain_graph=True, allow_unused=True)
         return leaf.new_zeros(*(w.shape[:1] if batched else ()), *leaf.shape) if found is None else found
 
     if out.numel() <= _BATCHED_UP_TO:
@@ -185,6 +195,18 @@ def _plain_grads(out: Tensor, leaf: Tensor, weights: Tensor, chunk: int | None) 
             if not _is_vmap_failure(error):
                 raise
     return torch.stack([grad(w, False) for w in weights])
+
+
+def _batched_grads(out: Tensor, leaves: tuple[Tensor, ...], weights: Tensor) -> Sequence[Tensor | None]:
+    """``torch.autograd.grad`` with ``is_grads_batched`` and ``retain_graph``, without its checks: they take longer than small Jacobians."""
+    level = torch._C._vmapmode_increment_nesting()
+    try:
+        found = Variable._execution_engine.run_backward(
+            (out,), (torch._add_batch_dim(weights, 0, level),), True, False, leaves, allow_unreachable=True, accumulate_grad=False
+        )
+        return [None if g is None else torch._remove_batch_dim(g, level, weights.shape[0], 0) for g in found]
+    finally:
+        torch._C._vmapmode_decrement_nesting()
 
 
 def _is_vmap_failure(error: Exception) -> bool:
@@ -244,6 +266,28 @@ class DenseJacobian:
             products = forward_products(f, x, eye, self.chunk_size, differentiable)
         check_rows(products[0], x)
         return products.movedim(0, -1)
+
+
+def dense_with_time(f: Callable[[Tensor, Tensor], Tensor], t: Tensor, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """``f_x`` (B, m, n) and ``f_t`` (B, m) of ``f(t, x)`` at times (B,) from one run, not differentiable; None where plain autograd with a
+    batched backward cannot give them."""
+    if transforms_active() or x.is_complex():
+        return None
+    with torch.enable_grad():
+        time, leaf = t.detach().requires_grad_(), x.detach().requires_grad_()
+        out = check_rows(f(time, leaf), x)
+    m = out.shape[1]
+    rows = slopes = None
+    if out.requires_grad:
+        seeds = torch.eye(m, dtype=out.dtype, device=out.device).unsqueeze(1).expand(-1, *out.shape)
+        try:
+            rows, slopes = _batched_grads(out, (leaf, time), seeds)
+        except RuntimeError as error:
+            if not _is_vmap_failure(error):
+                raise
+            return None
+    matrix = x.new_zeros(x.shape[0], m, x.shape[1]) if rows is None else rows.movedim(0, 1)
+    return matrix, torch.zeros_like(out, requires_grad=False) if slopes is None else slopes.movedim(0, 1)
 
 
 def check_rows(out: Tensor, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,9 @@ def with_diagonal(pattern: SparsityPattern, mass: Tensor | None = None) -> Spars
 class _ByKind:
     """The solver that kind and size of each matrix call for."""
 
+    #: dense matrices are for `DenseLU`
+    dense_lu: ClassVar[bool] = True
+
     def factor(self, matrix: Matrix, log: Log | None = None) -> Factorization:
         """See `LinearSolver.factor`."""
         return default_solver(matrix).factor(matrix, log)
@@ -62,6 +65,10 @@ class _Detected:
     def __init__(self, inputs: Sequence[Tensor], mass: Tensor | None = None) -> None:
         self.inputs, self.mass = inputs, mass
         self.strategy: Strategy | None = None
+
+    def takes_dense(self, x: Tensor) -> bool:
+        """Whether the Jacobian at ``x`` (B, n) will be dense."""
+        return x.shape[1] <= _SMALL or isinstance(self.strategy, DenseJacobian)
 
     def __call__(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Matrix:
         if self.strategy is None:

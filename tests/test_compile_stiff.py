@@ -60,7 +60,8 @@ def _times_agree(rows):
         end = torch.tensor(10.0, requires_grad=True)
         y0, sol = _solve(p, compiled, end=end, t_eval=torch.stack([end / 3, end]))
         found.append((sol.y.detach(), *torch.autograd.grad(sol.y.square().sum(), (p, y0, end))))
-    return all(_close(c, e) for e, c in zip(*found, strict=True))
+    # one trajectory has a loop of its own without compile=, which does not round sizes of steps to single precision
+    return all(_close(c, e, 1e-9 if rows > 1 else 1e-7) for e, c in zip(*found, strict=True))
 
 
 def _module_agrees():

@@ -381,8 +381,11 @@ def test_batched_is_one_by_one(name):
     for b in range(3):
         a, q = y0[b].detach().requires_grad_(True), p[b].detach().requires_grad_(True)
         alone = solve(a, q, False)
-        torch.testing.assert_close(together.y[:, b], alone.y, rtol=1e-12, atol=1e-13)
-        assert int(together.stats.n_fun[b]) == alone.stats.n_fun
+        # the loop for one trajectory rounds its step sizes elsewhere, has the slope in time with the Jacobian, and evaluates none behind a
+        # rejected step
+        torch.testing.assert_close(together.y[:, b], alone.y, rtol=1e-8, atol=1e-11)
+        beyond = int(together.stats.n_fun[b]) - alone.stats.n_fun
+        assert alone.stats.n_steps <= beyond <= alone.stats.n_steps + alone.stats.n_rejected + 1
         assert int(together.stats.n_solves[b]) == alone.stats.n_solves
         one = torch.autograd.grad(alone.y.square().sum(), (a, q))
         for x, y in zip(grads, one, strict=True):

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from .adams import AdamsSolver
 from .additive import AdditiveStageSolver
+from .alone import LoneStages
 from .batched import integrate_batched
 from .bdf import BdfSolver
 from .controller import IController, PIController, PIDController
 from .multistep import MultistepSolver, integrate_multistep
+from .multistep_alone import integrate_multistep_alone
 from .plan import Event, Monitor, Plan, Record, Status, rms_norm, shifted_times
 from .recording import Recording
 from .residual import ResidualSolver
@@ -27,6 +29,7 @@ __all__ = [
     "BdfSolver",
     "Event",
     "IController",
+    "LoneStages",
     "Monitor",
     "MultistepSolver",
     "PIController",
@@ -55,9 +58,14 @@ def integrate(
     recording: Recording | None = None,
 ) -> Record:
     """Run the loop that fits: float decisions for one trajectory, masks for many."""
-    if isinstance(f, (StageSolver, ResidualSolver, MultistepSolver)):
-        if isinstance(f, MultistepSolver):
+    if isinstance(f, (StageSolver, LoneStages, ResidualSolver, MultistepSolver)):
+        carried = shape if shape is not None and len(shape) == 1 else None
+        if isinstance(f, BdfSolver) and not batched and not f.residual:
+            record = integrate_multistep_alone(f, plan, anchors, t_eval, y0, inputs, carried)
+        elif isinstance(f, MultistepSolver):
             record = integrate_multistep(f, plan, anchors, t_eval, y0, inputs)
+        elif isinstance(f, LoneStages):
+            record = integrate_single(f, plan, anchors, t_eval, y0, inputs, carried)
         else:
             record = integrate_batched(f, plan, anchors, t_eval, y0, inputs)
         work = f.work

@@ -17,11 +17,11 @@ from .plan import Plan
 from .residual import ResidualSolver
 from .stages import LOOSEST, StageWork, _between, jacobian_at, shifted
 
-__all__ = ["SIZE", "BdfSolver", "update_matrix"]
+__all__ = ["LARGEST", "NEWTON", "SAFETY", "SIZE", "SMALLEST", "BdfSolver", "update_matrix"]
 
 #: rows of the table of differences
 SIZE = MAX_ORDER + 3
-_NEWTON, _SMALLEST, _LARGEST, _SAFETY = 5, 0.2, 10.0, 0.9
+NEWTON, SMALLEST, LARGEST, SAFETY = 5, 0.2, 10.0, 0.9
 
 
 def update_matrix(order: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,8 +126,8 @@ class BdfSolver(MultistepSolver):
     def propose(self, trial: Trial, decision: Decision) -> Tensor:
         """See `MultistepSolver.propose`."""
         running, passed, failed, rejected, restart, error, scale = decision
-        safety = _SAFETY * (2 * _NEWTON + 1) / (2 * _NEWTON + trial.kept[1].to(torch.float64))
-        shrink = (safety * error.double().clamp(min=1e-30) ** (-1 / (self.order + 1))).clamp(min=_SMALLEST, max=1.0)
+        safety = SAFETY * (2 * NEWTON + 1) / (2 * NEWTON + trial.kept[1].to(torch.float64))
+        shrink = (safety * error.double().clamp(min=1e-30) ** (-1 / (self.order + 1))).clamp(min=SMALLEST, max=1.0)
         ready = passed & running & (self.equal > self.order) & ~restart
         factor = torch.where(failed, 0.5, torch.where(rejected, shrink, 1.0))
         if bool(ready.any()):
@@ -162,7 +162,7 @@ class BdfSolver(MultistepSolver):
         powers = torch.stack([order, order + 1, order + 2]).double()
         factors = norms ** (-1 / powers)
         best = factors.argmax(0)
-        factor = (safety * factors.amax(0)).clamp(max=_LARGEST, min=_SMALLEST)
+        factor = (safety * factors.amax(0)).clamp(max=LARGEST, min=SMALLEST)
         # small changes are not worth a new matrix
         factor = torch.where((factor > 0.95) & (factor < 1.2) & (best == 1), 1.0, factor)
         return factor, order + best - 1
@@ -236,7 +236,7 @@ class BdfSolver(MultistepSolver):
         rate = torch.ones_like(before)
         active, converged = running, torch.zeros_like(running)
         counts, finite = torch.zeros_like(self.work.n_fun), torch.ones_like(running)
-        for iteration in range(_NEWTON):
+        for iteration in range(NEWTON):
             value = -safe * self.equation(t, predicted + d, (psi + d) / safe)
             wanted = safe if self._c is None else torch.where(active.unsqueeze(-1), c, self._c)
             change = self._solve(wanted, torch.where(active.unsqueeze(-1), value, 0.0), active)

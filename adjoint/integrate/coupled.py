@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .stages import StageSolver, StageWork
 
-__all__ = ["CoupledSystem", "Solves", "solve_coupled", "stage_factors"]
+__all__ = ["CoupledSystem", "Solves", "combined", "complex_shifted", "solve_coupled", "solve_modes", "stage_factors"]
 
 #: iterations before a step counts as failed: one that can be repeated with a smaller size is given up early
-_MOST, _MOST_CONSTANT = 10, 50
+MOST, MOST_CONSTANT = 10, 50
 
 
 class Solves(Protocol):
@@ -97,17 +97,17 @@ def solve_coupled(
     before = torch.full_like(step.squeeze(-1), float("nan"))
     rate = torch.ones_like(before)
     failed, diverged, attempted = torch.zeros_like(running), torch.zeros_like(running), running
-    for iteration in range(_MOST if tableau.error is not None else _MOST_CONSTANT):
+    for iteration in range(MOST if tableau.error is not None else MOST_CONSTANT):
         column = running.unsqueeze(-1)
         residuals = [
-            torch.where(column, solver.stage_residual(t, y + step * _combined(row, ks), k), 0.0)
+            torch.where(column, solver.stage_residual(t, y + step * combined(row, ks), k), 0.0)
             for k, t, row in zip(ks, times, tableau.a, strict=True)
         ]
-        changes = _solve(systems, residuals)
+        changes = solve_modes(systems, residuals)
         work.n_fun += running * len(ks)
         work.n_newton += running
         work.n_solves += running * len(systems)
-        length = torch.stack([plan.norm(solver.weigh(step * _combined(row, changes), step, False) / bound) for row in tableau.a]).amax(0)
+        length = torch.stack([plan.norm(solver.weigh(step * combined(row, changes), step, False) / bound) for row in tableau.a]).amax(0)
         if iteration:
             rate = torch.where(running, length / before, rate)
         finite = torch.isfinite(length)
@@ -140,9 +140,9 @@ def _estimate(solver: CoupledSystem, tableau: CollocationTableau, step: Tensor, 
     """
     assert tableau.error is not None and tableau.gamma is not None
     hg = step * tableau.gamma
-    from_stages = solver.mass(step * _combined(tableau.error, ks))
+    from_stages = solver.mass(step * combined(tableau.error, ks))
     estimate = solver.filtered(hg, from_stages + solver.mass(hg * k1))
-    y1 = y + step * _combined(tableau.b, ks)
+    y1 = y + step * combined(tableau.b, ks)
     size = torch.maximum(y.abs(), y1.abs())
     large = (solver.plan.norm(solver.plan.scaled(solver.weigh(estimate, step, True), size).abs()) > 1.0) & (step != 0).squeeze(-1)
     if bool(large.any()):
@@ -156,13 +156,14 @@ def _estimate(solver: CoupledSystem, tableau: CollocationTableau, step: Tensor, 
     return solver.weigh(estimate, step, True)
 
 
-def _combined(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:
+def combined(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:
+    """``sum_j weights_j ks_j``."""
     total = weighted_sum(weights, ks)
     assert total is not None
     return total
 
 
-def _solve(systems: Sequence[tuple[Mode, Solves]], residuals: Sequence[Tensor]) -> list[Tensor]:
+def solve_modes(systems: Sequence[tuple[Mode, Solves]], residuals: Sequence[Tensor]) -> list[Tensor]:
     """``(I (x) E + h A (x) G)^-1 residuals``, through the eigenvectors of ``A``."""
     is_complex = residuals[0].is_complex()
     totals: list[Tensor | None] = [None] * len(residuals)
@@ -188,7 +189,7 @@ def stage_factors(solver: StageSolver, mode: Mode, step: Tensor) -> Factorizatio
     if mode.value.imag == 0:
         return solver._factors_for(step * mode.value.real)
     assert solver._matrix is not None
-    matrix, work = _shifted(solver._matrix, step * mode.value), solver.work
+    matrix, work = complex_shifted(solver._matrix, step * mode.value), solver.work
     old = None if isinstance(matrix, LinearOperator) else solver.complex_factors.get(mode.value)
     factors = solver.linear_solver.factor(matrix, work.log) if old is None else solver.linear_solver.refactor(old, matrix)
     solver.complex_factors[mode.value] = factors
@@ -200,7 +201,7 @@ def stage_factors(solver: StageSolver, mode: Mode, step: Tensor) -> Factorizatio
     return factors
 
 
-def _shifted(matrix: Matrix, hd: Tensor) -> Matrix:
+def complex_shifted(matrix: Matrix, hd: Tensor) -> Matrix:
     """``I - hd J`` for complex ``hd`` (B, 1)."""
     from .stages import shifted
 

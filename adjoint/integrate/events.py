@@ -49,7 +49,8 @@ class EventWatch:
         self.values = new
         if not crossed:
             return None
-        ks = torch.stack(stages()).reshape(len(self.plan.method.nodes), -1)
+        every = stages()
+        ks = torch.stack(every).reshape(len(every), -1)
 
         def state(theta: float) -> Tensor:
             weights = self.plan.method.dense_weights(torch.tensor([theta], dtype=torch.float64, device=y.device))

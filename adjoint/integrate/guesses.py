@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["StageGuess"]
+__all__ = ["LoneGuess", "StageGuess"]
 
 #: a step that is so many times longer than the one before is too far away for its polynomial
 _FAR = 8.0
@@ -53,3 +53,28 @@ class StageGuess:
     def keep(self, step: Tensor, y: Tensor, slopes: Sequence[Tensor]) -> None:
         """Remember an attempt."""
         self._tried = (y, step, torch.stack(list(slopes)))
+
+
+class LoneGuess:
+    """`StageGuess` for one trajectory, whose sizes of steps are numbers; slopes are (s, n)."""
+
+    def __init__(self, nodes: Sequence[float]) -> None:
+        self.nodes = np.array(nodes)
+        self.lagrange = np.linalg.inv(np.vander(nodes, increasing=True))
+        self._tried: tuple[Tensor, float, Tensor] | None = None
+        self._last: tuple[float, Tensor] | None = None
+
+    def __call__(self, h: float, y: Tensor, k1: Tensor) -> Tensor:
+        """See `StageGuess`."""
+        if self._tried is not None and self._tried[0] is not y:
+            # an attempt from another state: the last one was accepted
+            self._last = self._tried[1:]
+        if self._last is None or not 0 < h / self._last[0] < _FAR:
+            return k1.reshape(1, -1).expand(len(self.nodes), -1)
+        size, slopes = self._last
+        weights = np.vander(1 + h / size * self.nodes, len(self.nodes), increasing=True) @ self.lagrange
+        return torch.mm(torch.from_numpy(weights).to(slopes), slopes)
+
+    def keep(self, h: float, y: Tensor, slopes: Tensor) -> None:
+        """Remember an attempt."""
+        self._tried = (y, h, slopes)

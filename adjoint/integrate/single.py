@@ -155,7 +155,9 @@ def integrate_single(
         jump = (True, True) if plan.shift == "all" else (jump_start, inner)
         times = _times(plan, t, h, y, jump, sign)
         if fast is None or any(jump):
-            y1, ks, k_end, size1, scaled, norm = _attempt(f, plan, times, h, y, k1, size, flat)
+            # recorded steps of implicit methods are taken again with tensors: to the same bits, or stiffness blows their difference up
+            length = torch.full((), h, dtype=plan.real, device=device) if method.implicit else h
+            y1, ks, k_end, size1, scaled, norm = _attempt(f, plan, times, length, y, k1, size, flat)
         else:
             th = torch.tensor([t, h], dtype=torch.float64, device=device)
             y1, ks, k_end, size1, scaled, norm = fast(f, plan, th, y, k1, size, flat)
@@ -180,6 +182,11 @@ def integrate_single(
             step = max(proposal, wanted) if lands and not just_rejected else proposal
             previous = (level, previous[0])
             just_rejected = False
+        elif method.implicit and not bool(torch.isfinite(y1).all()):
+            # stages without a solution: no step that follows would have one
+            n_rejected += 1
+            status = Status.NON_FINITE
+            break
         monitor.accepted(t, y, h)
         index = len(starts)
         upto = sampler.due(end)
@@ -262,7 +269,7 @@ def integrate_single(
         scaled_error=torch.zeros(flat, dtype=plan.real, device=device) if scaled is None else scaled.abs(),
         states=torch.stack(states).reshape(len(states), *flat) if plan.keep_states else y0.new_empty((0, *flat)),
         samples=sampler.result().reshape(len(sampler.order), *flat),
-        stages=torch.stack(kept_stages).reshape(len(kept_stages), n_all, *flat) if kept_stages else y0.new_empty((0, n_all, *flat)),
+        stages=torch.stack(kept_stages).reshape(len(kept_stages), -1, *flat) if kept_stages else y0.new_empty((0, n_all, *flat)),
         t=column(starts, torch.float64),
         h=column(sizes, torch.float64),
         segment=column(segments, torch.int64),

@@ -19,7 +19,7 @@ __all__ = ["StageSolver", "StageWork", "jacobian_at", "shifted"]
 Flat = Callable[[Tensor, Tensor], Tensor]
 
 #: iterations before a stage counts as failed; the convergence test ends most of them after two to four
-_MOST = 10
+MOST = 10
 #: the loosest rtol and atol by which iterations are measured
 LOOSEST = (1e-5, 1e-8)
 #: rounds of the search for the first step
@@ -271,7 +271,7 @@ class StageSolver:
         before = torch.full_like(step.squeeze(-1), float("nan"))
         rate = torch.ones_like(before)
         failed, diverged = torch.zeros_like(running), torch.zeros_like(running)
-        for iteration in range(_MOST):
+        for iteration in range(MOST):
             residual = k - self.f(t, base + step * k)
             # (I - hd J) dk = -(k - f): in terms of the slopes the iteration is the same, and hd = 0 is no special case
             change = factors.solve(torch.where(running.unsqueeze(-1), residual, 0.0))

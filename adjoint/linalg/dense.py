@@ -1,17 +1,100 @@
-"""Dense LU of a batch of matrices, on CPU and CUDA."""
+"""Dense LU of a batch of matrices, on CPU and CUDA; and of one small matrix on the CPU by LAPACK itself."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
 from ..errors import InvalidInput
-from .protocol import Factorization, LinearOperator, Log, Matrix, SparseMatrix, check_sides
+from .protocol import Factorization, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix, check_sides
 
-__all__ = ["DenseLU"]
+__all__ = ["DenseLU", "SmallFactors", "as_numpy", "factor_one"]
+
+
+#: unknowns up to which one matrix on the CPU goes to LAPACK directly: the operators of ``torch.linalg`` take longer than its arithmetic
+_SMALL = 64
+_CPU = torch.device("cpu")
+
+
+@lru_cache
+def _lapack(kind: str) -> tuple[Any, Any]:
+    """``getrf`` and ``getrs`` for a NumPy dtype."""
+    return tuple(get_lapack_funcs(("getrf", "getrs"), dtype=np.dtype(kind)))  # type: ignore[return-value]
+
+
+class SmallFactors(Factorization):
+    """Of one small matrix."""
+
+    def __init__(self, entries: np.ndarray, dtype: torch.dtype, log: Log) -> None:
+        start = time.perf_counter()
+        self.rows, self.n = 1, entries.shape[-1]
+        self.dtype, self.device, self.log = dtype, _CPU, log
+        factor, self._solve = _lapack(entries.dtype.char)
+        self._lu, self._pivots, info = factor(entries)
+        self._fails = bool(info != 0 or not np.isfinite(self._lu.trace()))
+        self._entries = entries
+        log.n_factorizations += 1
+        log.fill = self.n * self.n
+        log.factor_seconds += time.perf_counter() - start
+
+    def solve(self, b: Tensor, *, transposed: bool = False, conjugated: bool = False) -> Tensor:
+        if (b.requires_grad and torch.is_grad_enabled()) or torch._C._functorch.is_functorch_wrapped_tensor(b):
+            # NumPy can neither be recorded nor mapped
+            return _DenseFactors(torch.from_numpy(self._entries).unsqueeze(0), self.log).solve(
+                b, transposed=transposed, conjugated=conjugated
+            )
+        start = time.perf_counter()
+        if b.dim() != 2 or b.shape[0] != 1 or b.shape[1] != self.n or b.dtype != self.dtype:
+            check_sides(self, b)
+        # (B, n, k): all columns of all rows are sides of the one matrix
+        sides = as_numpy(b.movedim(1, 0).reshape(self.n, -1) if b.dim() == 3 or b.shape[0] != 1 else b[0])
+        self.log.n_solves += sides.size // self.n if self.n else 0
+        if self._fails:
+            return torch.full_like(b, float("nan"))
+        complex_ = self.dtype.is_complex
+        # LAPACK knows the adjoint; the plain conjugate is that of the solution for conjugated sides
+        swap = complex_ and conjugated and not transposed
+        trans = 0 if not transposed else 2 if conjugated and complex_ else 1
+        found, _ = self._solve(self._lu, self._pivots, sides.conj() if swap else sides, trans)
+        out = torch.from_numpy(found.conj() if swap else found)
+        self.log.solve_seconds += time.perf_counter() - start
+        if b.dim() == 3 or b.shape[0] != 1:
+            return out.reshape(self.n, b.shape[0], -1).movedim(0, 1).reshape(b.shape)
+        return out.unsqueeze(0)
+
+    def solve_one(self, b: np.ndarray) -> np.ndarray:
+        """``A^-1 b`` for one side (n,), without any check."""
+        self.log.n_solves += 1
+        return np.full_like(b, np.nan) if self._fails else self._solve(self._lu, self._pivots, b)[0]
+
+    def singular(self) -> Tensor:
+        return torch.tensor([self._fails])
+
+
+def as_numpy(x: Tensor) -> np.ndarray:
+    """The array of a tensor on the CPU, whatever autograd and lazy conjugation have made of it."""
+    x = x.detach() if x.requires_grad else x
+    return x.resolve_conj().resolve_neg().numpy() if x.is_complex() else x.numpy()
+
+
+def _is_small(matrix: Tensor) -> bool:
+    return (
+        matrix.dim() == 3
+        and matrix.shape[0] == 1
+        and 0 < matrix.shape[1] <= _SMALL
+        and matrix.shape[1] == matrix.shape[2]
+        and matrix.device.type == "cpu"
+        and matrix.dtype in (torch.float64, torch.float32, torch.complex128, torch.complex64)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(matrix)
+        and not torch.compiler.is_compiling()
+    )
 
 
 class _DenseFactors(Factorization):
@@ -54,6 +137,9 @@ class _DenseFactors(Factorization):
 class DenseLU:
     """LU with partial pivoting of every matrix of the batch (LAPACK, cuSOLVER or MAGMA through ``torch.linalg``)."""
 
+    #: see `factor_one`
+    dense_lu: ClassVar[bool] = True
+
     def factor(self, matrix: Matrix, log: Log | None = None) -> Factorization:
         """See `LinearSolver.factor`. Sparse matrices are made dense."""
         if isinstance(matrix, LinearOperator):
@@ -65,6 +151,14 @@ class DenseLU:
     def refactor(self, factorization: Factorization, matrix: Matrix) -> Factorization:
         """See `LinearSolver.refactor`."""
         return self.factor(matrix, factorization.log)
+
+
+def factor_one(solver: LinearSolver, matrix: Matrix, log: Log, old: Factorization | None = None) -> Factorization:
+    """Factors of one matrix for the loops over the steps of one trajectory: of a small one on the CPU by LAPACK, if the solver would take
+    the LU of `DenseLU` (its last bits are others). ``old``: of the same pattern."""
+    if isinstance(matrix, Tensor) and getattr(solver, "dense_lu", False) and _is_small(matrix):
+        return SmallFactors(as_numpy(matrix[0]), matrix.dtype, log)
+    return solver.factor(matrix, log) if old is None else solver.refactor(old, matrix)
 
 
 def _columns(operator: LinearOperator) -> Tensor:

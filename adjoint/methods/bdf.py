@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BDF", "MAX_ORDER", "Bdf", "coefficients", "rescaling"]
+__all__ = ["BDF", "MAX_ORDER", "Bdf", "coefficients", "rescaling", "rescaling_alone"]
 
 MAX_ORDER = 5
 #: of the numerical differentiation formulas (Klopfenstein 1971; Shampine & Reichelt, table 1). At order 1 it is zero here: backward Euler
@@ -53,6 +54,22 @@ def rescaling(order: Tensor, factor: Tensor, size: int) -> Tensor:
     return torch.where(block, both, eye).transpose(1, 2)
 
 
+def rescaling_alone(order: int, factor: float, size: int) -> np.ndarray:
+    """`rescaling` of one trajectory, ``(size, size)``."""
+    i = np.arange(1, order + 1)[:, None]
+    j = np.arange(1, order + 1)
+
+    def triangle(f: float) -> np.ndarray:
+        full = np.zeros((order + 1, order + 1))
+        full[0] = 1.0
+        full[1:, 1:] = (i - 1 - f * j) / i
+        return full.cumprod(0)
+
+    out = np.eye(size)
+    out[: order + 1, : order + 1] = (triangle(factor) @ triangle(1.0)).T
+    return out
+
+
 @dataclass(frozen=True, eq=False)
 class Bdf:
     """The method as loops and strategies see it. Its dense output is the polynomial through the last ``q + 1`` points:
@@ -84,6 +101,14 @@ class Bdf:
             product = product * (x + m) / (m + 1)
             parts.append(product)
         return torch.stack([*parts, torch.zeros_like(theta)], -1)
+
+    def dense_numbers(self, theta: float) -> list[float]:
+        """`dense_weights` of one number."""
+        parts, product = [theta], theta - 1
+        for m in range(1, MAX_ORDER):
+            product *= (theta - 1 + m) / (m + 1)
+            parts.append(product)
+        return [*parts, 0.0]
 
     def dense_slopes(self, theta: Tensor) -> Tensor:
         """``db_j/dtheta``, shaped as `dense_weights`."""

@@ -170,6 +170,10 @@ class FullyImplicitRungeKutta:
         powers = theta.unsqueeze(-1) ** torch.arange(1, matrix.shape[1] + 1, device=theta.device, dtype=theta.dtype)
         return powers @ matrix.T
 
+    def dense_numbers(self, theta: float) -> list[float]:
+        """`dense_weights` of one number."""
+        return [sum(w * theta ** (m + 1) for m, w in enumerate(row)) for row in self.tableau.dense]
+
     def dense_slopes(self, theta: Tensor) -> Tensor:
         """``db_i/dtheta``, shaped as `dense_weights`."""
         matrix = self.dense_matrix(theta.dtype, theta.device)

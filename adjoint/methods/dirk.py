@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Protocol
 
 import torch
@@ -70,7 +71,12 @@ class DiagonallyImplicitRungeKutta:
 
     tableau: DirkTableau
     implicit: bool = field(default=True, init=False)
+    #: for every stage, the weights of the slopes before it whose polynomial is the guess of its own
+    guesses: tuple[tuple[float, ...], ...] = field(init=False, repr=False)
     _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "guesses", tuple(_extrapolation(self.tableau.c, i) for i in range(self.n_stages)))
 
     @property
     def name(self) -> str:
@@ -130,7 +136,8 @@ class DiagonallyImplicitRungeKutta:
             *before, diagonal = row
             base = combine(y, h, before, ks)
             if diagonal:
-                ks.append(f.implicit(i, times[i], base, h * diagonal, ks[-1] if ks else k1))
+                guess = weighted_sum(self.guesses[i], ks)
+                ks.append(f.implicit(i, times[i], base, h * diagonal, k1 if guess is None else guess))
             else:
                 ks.append(k1 if i == 0 else f(times[i], base))
         if tab.stiffly_accurate:
@@ -204,6 +211,10 @@ class DiagonallyImplicitRungeKutta:
         powers = theta.unsqueeze(-1) ** torch.arange(1, matrix.shape[1] + 1, device=theta.device, dtype=theta.dtype)
         return powers @ matrix.T
 
+    def dense_numbers(self, theta: float) -> list[float]:
+        """`dense_weights` of one number."""
+        return [sum(w * theta ** (m + 1) for m, w in enumerate(row)) for row in self.tableau.dense]
+
     def dense_slopes(self, theta: Tensor) -> Tensor:
         """``db_i/dtheta``, shaped as `dense_weights`."""
         matrix = self.dense_matrix(theta.dtype, theta.device)
@@ -219,3 +230,16 @@ class DiagonallyImplicitRungeKutta:
                 return matrix
             self._tensors[key] = matrix
         return self._tensors[key]
+
+
+def _extrapolation(c: Sequence[float], i: int) -> tuple[float, ...]:
+    """Of the polynomial through the slopes at the latest three distinct nodes before stage ``i``."""
+    chosen: list[int] = []
+    for j in reversed(range(i)):
+        if all(abs(c[j] - c[m]) > 1e-3 for m in chosen):
+            chosen.append(j)
+    chosen = chosen[:3]
+    weights = [0.0] * i
+    for j in chosen:
+        weights[j] = prod((c[i] - c[m]) / (c[j] - c[m]) for m in chosen if m != j)
+    return tuple(weights)

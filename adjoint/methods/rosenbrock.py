@@ -118,6 +118,10 @@ class Rosenbrock:
         start = times[0]
         f.begin(start, y)
         slope = f.time_slope(start, y)
+        at_once = getattr(f, "linear_stages", None)
+        found = None if at_once is None else at_once(tab, times, h, y, k1, slope)
+        if found is not None:
+            return found
         values: list[Tensor] = []
         ks: list[Tensor] = []
         for i, (row, coupling) in enumerate(zip(tab.a, tab.coupling, strict=True)):
@@ -204,6 +208,10 @@ class Rosenbrock:
         matrix = self.dense_matrix(theta.dtype, theta.device)
         powers = theta.unsqueeze(-1) ** torch.arange(1, matrix.shape[1] + 1, device=theta.device, dtype=theta.dtype)
         return powers @ matrix.T
+
+    def dense_numbers(self, theta: float) -> list[float]:
+        """`dense_weights` of one number."""
+        return [sum(w * theta ** (m + 1) for m, w in enumerate(row)) for row in self.tableau.dense]
 
     def dense_slopes(self, theta: Tensor) -> Tensor:
         """``db_i/dtheta``, shaped as `dense_weights`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..capture import alive, functorch_active
 from ..errors import SolveError
-from ..integrate import Monitor, StageSolver, integrate
+from ..integrate import LoneStages, Monitor, StageSolver, integrate
 from ..system import System
 from .discrete import eager_sweep
 from .node import SolveNode
@@ -59,12 +59,17 @@ class Recall:
     ) -> None:
         plan = self.plan = problem.plan
         self.slots, self.times, self.flat = slots, times, y0.shape
-        self.alone = not problem.batched and problem.algebra is None
+        self.alone = problem.alone
         shape = problem.system.natural_shape if self.alone else None
+        if shape is not None and problem.algebra is not None and len(shape) != 1:
+            shape = None
         # as in the first solve: the iterations of a step begin without what the steps before it left behind
         self.f = replace(problem, plan=replace(plan, keep_grid=True)).solver(inputs, y0.shape[0])
-        if self.alone:
-            self.sizes: Any = grid["h"][:, 0].tolist()
+        if self.alone and problem.algebra is not None:
+            # as the loop has them: see `integrate_single`
+            self.sizes: Any = grid["h"][:, 0].to(plan.real).unbind()
+        elif self.alone:
+            self.sizes = grid["h"][:, 0].tolist()
         else:
             self.sizes = grid["h"].to(plan.real).unsqueeze(-1).unbind()
         self.kept: list[tuple[int, Tensor]] = [(0, y0 if shape is None else y0.reshape(shape))]
@@ -99,6 +104,9 @@ class Recall:
         method, h = self.plan.method, self.sizes[k]
         at = stage_times(self.plan, self.times.step(k), self.plan.real)[0]
         with torch.no_grad():
+            if self.alone:
+                # without an axis of trajectories, as in the loop
+                at = [x.reshape(()) for x in at]
             y1, ks = method.step(self.f, at, h, y, self.f(at[0], y))
             if not self.alone:
                 # steps of size zero belong to trajectories that are done
@@ -126,7 +134,7 @@ class Recall:
         method = self.plan.method
         own = (1 + method.evaluations - method.error_uses_end) * self.n_steps
         solver = self.f
-        return own + (int(solver.work.n_fun.max()) if isinstance(solver, StageSolver) and len(solver.work.n_fun) else 0)
+        return own + (int(solver.work.n_fun.max()) if isinstance(solver, (StageSolver, LoneStages)) and len(solver.work.n_fun) else 0)
 
 
 class _Slopes:
@@ -142,7 +150,7 @@ class _Slopes:
             _, ks, at = recall.take(k, y)
             with torch.no_grad():
                 stages: Any = recall.plan.method.dense_stages(recall.f, at, recall.sizes[k], y, ks)
-            self._k, self._value = k, torch.stack(stages)
+            self._k, self._value = k, torch.stack(stages).reshape(-1, *recall.flat)
         return self._value
 
 

@@ -16,7 +16,9 @@ from ..system import System
 from .additive import AdditiveLinearizer
 from .compiled import CompiledAdjoint, named
 from .linearize import Linearizer
+from .lone_sweep import LoneSweep, goes_by_rows
 from .multistep_adjoint import multistep_eager
+from .multistep_rows import multistep_by_rows
 from .problem import Problem, kept_steps, stage_times, step_times
 from .stages import StageLinearizer, recorded_adjoint
 from .whole import sweeps_whole, whole_sweep
@@ -118,7 +120,8 @@ def eager_sweep(
     if getattr(problem.plan.method, "multistep", False):
         moving = bool(wants[0] or wants[1])
         samples = _Samples(problem, grid, t_eval, bars[1], moving)
-        return multistep_eager(problem, grid, anchors, t_eval, inputs, bars, wants, samples)
+        found = None if _mapped(bars) else multistep_by_rows(problem, grid, anchors, t_eval, inputs, bars, wants, samples)
+        return found if found is not None else multistep_eager(problem, grid, anchors, t_eval, inputs, bars, wants, samples)
     final_bar, samples_bar, states_bar, stages_bar = bars
     system, plan = problem.system, problem.plan
     method = plan.method
@@ -187,6 +190,12 @@ def eager_sweep(
         compiled_step = CompiledAdjoint(problem, f, linearize, grid["states"])
         starts, lengths = (x.unbind() if shape is None else x[:, 0].unbind() for x in (grid["t"], grid["h"]))
     watched = rows == 1 and type(plan.monitor).adjoint is not Monitor.adjoint
+    if recall is None and not watched and not _mapped(bars) and goes_by_rows(problem, n_steps, times.jump_end is not None):
+        plain = Linearizer(f, inputs, wants[3:], time_bars)
+        tensors = (states, slopes, grid["t"], grid["h"])
+        lone = LoneSweep.make(problem, f, plain, tensors, inputs, lambda k: _both(samples.stages_bar(k), kept.get(k)))
+        if lone is not None:
+            return _by_rows(lone, problem, grid, anchors, bar, states_bar, samples, wants)
     k_bar = stage_cotangents(n_steps - 1) if n_steps else []
     for k in reversed(range(n_steps)):
         if states_bar is not None:
@@ -204,7 +213,7 @@ def eager_sweep(
                 k_bar = [handed]
         # one graph for the step and its pullback hides what fun reaches: there an evaluation of its own looks, at both ends
         linearize.check_next = checked and (not use_compiled or k in (0, n_steps - 1))
-        y = state_at[k]
+        y = state_at[k].reshape(flat) if implicit and recall is not None else state_at[k]
         if watched:
             plan.monitor.adjoint(float(grid["t"][k, 0]), y, float(grid["h"][k, 0]), bar)
         if use_compiled:
@@ -235,6 +244,41 @@ def eager_sweep(
     problem.backward_report(linearize.n_fun, n_steps)
     anchors_bar = _anchors_bar(anchors, grid, t_bars, h_bars) if wants[0] else None
     return (anchors_bar, samples.t_eval_bar if wants[1] else None, outer(bar) if wants[2] else None, *linearize.bars)
+
+
+def _mapped(bars: Sequence[Tensor | None]) -> bool:
+    """Whether there are many cotangents at once (``is_grads_batched``), for which PyTorch has few operators."""
+    return any(bar is not None and torch._C._functorch.is_legacy_batchedtensor(bar) for bar in bars)
+
+
+def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _by_rows(
+    lone: LoneSweep,
+    problem: Problem,
+    grid: dict[str, Tensor],
+    anchors: Tensor,
+    bar: Tensor,
+    states_bar: Tensor | None,
+    samples: _Samples,
+    wants: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The rest of `eager_sweep` where all steps are linearised at once."""
+    n_steps = len(grid["t"])
+    bar, t_bars, h_bars = lone.run(
+        bar, lambda k: _both(samples.at_end(k), None if states_bar is None else states_bar[k + 1]), samples.at_start
+    )
+    if states_bar is not None:
+        bar = bar + states_bar[0]
+    anchors_bar = None
+    if t_bars is not None and h_bars is not None:
+        for k in range(n_steps):
+            samples.add_time_bars(k, list(grid["stages"][k].unbind()), t_bars[k], h_bars[k])
+        anchors_bar = _anchors_bar(anchors, grid, t_bars, h_bars) if wants[0] else None
+    problem.backward_report(lone.linearize.n_fun, n_steps)
+    return (anchors_bar, samples.t_eval_bar if wants[1] else None, bar if wants[2] else None, *lone.linearize.bars)
 
 
 def _anchors_bar(anchors: Tensor, grid: dict[str, Tensor], t_bars: Tensor, h_bars: Tensor) -> Tensor:

@@ -9,7 +9,17 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..integrate import AdamsSolver, AdditiveStageSolver, BdfSolver, Plan, Record, ResidualSolver, StageSolver, shifted_times
+from ..integrate import (
+    AdamsSolver,
+    AdditiveStageSolver,
+    BdfSolver,
+    LoneStages,
+    Plan,
+    Record,
+    ResidualSolver,
+    StageSolver,
+    shifted_times,
+)
 from ..integrate.columns import column_major, takes_columns
 from ..integrate.stages import StageWork
 from ..jacobians import DenseJacobian
@@ -83,7 +93,24 @@ class Problem:
         if getattr(self.plan.method, "additive", False):
             explicit, implicit = (part.bind(inputs) for part in self.system.parts)
             return AdditiveStageSolver(explicit, implicit, *given)
-        return StageSolver(f, *given, mass_matrix=self.system.mass_matrix(inputs))
+        mass = self.system.mass_matrix(inputs)
+        if self.alone:
+            return LoneStages(f, self.plan, jacobian, a.linear_solver, device)
+        return StageSolver(f, *given, mass_matrix=mass)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the steps are those of the loop for one trajectory, whose sizes are numbers."""
+        if self.algebra is None or not self.for_one:
+            return self.for_one
+        method = self.plan.method
+        special = getattr(method, "multistep", False) or getattr(method, "additive", False) or self.plan.direct
+        return not special and self.system.mass is None
+
+    @property
+    def for_one(self) -> bool:
+        """Whether there is one trajectory, of an explicit equation."""
+        return not self.batched and isinstance(self.system, System) and self.system.residual is None
 
     def jacobian(self, inputs: Sequence[Tensor], forward: bool = False) -> Callable[..., Matrix]:
         """How Jacobians of stages are made, for these inputs; ``forward``: in the steps, not in derivatives."""

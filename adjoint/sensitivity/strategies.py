@@ -30,15 +30,17 @@ KEEP_BYTES = 4 * 2**20
 class DiscreteAdjoint:
     """The exact derivative of the computed solution, by the adjoint of each step (docs/theory.md, section 1; Hager 2000, Sandu 2006).
 
-    Memory: one state per step (and the stages of implicit and multistep methods), whatever ``fun`` allocates. A solve so small that all of
-    its evaluations fit into ``keep_bytes`` (default 4 MiB) is recorded by autograd as it goes, which saves evaluating ``fun`` again (one
-    trajectory, no derivatives in times, no events, no dense output); one that grows beyond drops that. Zero: never. Step sizes are held
-    fixed. Every order of derivative and every ``torch.func`` transform is available; derivatives of derivatives record the backward sweep.
+    Memory: one state per step (and the stages of implicit and multistep methods; one trajectory by implicit methods: and some MiB, as its
+    steps are linearised many at a time), whatever ``fun`` allocates. A solve so small that all of its evaluations fit into ``keep_bytes``
+    (default 4 MiB) is recorded by autograd as it goes, which saves evaluating ``fun`` again (one trajectory, no derivatives in times, no
+    events, no dense output); one that grows beyond drops that. Zero: never. Step sizes are held fixed. Every order of derivative and
+    every ``torch.func`` transform is available; derivatives of derivatives record the backward sweep.
 
     ``checkpoints``: at most so many states are kept between the solve and its backward pass and during it (stages of implicit methods:
     those of one step), the initial one included; the steps between them are taken again with their recorded sizes, as often as the
     optimal schedule asks (Griewank & Walther 2000): with c states, C(c + r, c) steps are each taken again at most r times. The
-    gradient is the same to the last bit (stages that are iterated for: to the tolerance of that). Times and sizes of the steps are
+    gradient is the same to the last bit (one trajectory by implicit methods: to rounding; stages that are iterated for: to the tolerance
+    of that). Times and sizes of the steps are
     still kept, a few numbers each. Forward mode, ``torch.func`` and derivatives of derivatives keep all states. Not with
     ``compile=True``, ``events=``, ``dense_output=True``, ``t_eval="steps"``, `solve_dae`, and the methods "bdf" and "abm", whose
     stages are kept (`UnsupportedCombination`).
