@@ -45,8 +45,9 @@ def test_same_gradients(problem, method):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("budget", [2**24, pytest.param(80_000, marks=pytest.mark.slow)])
-def test_compiled_steps_are_recorded_too(problem, budget):
-    """All of them, or the first ones only and then dropped."""
+def test_compiled_steps_are_recorded_too(problem, budget, monkeypatch):
+    """All of them, or the first ones only and then dropped, where they are no compiled loop."""
+    monkeypatch.setattr(strategies, "sweeps_whole", lambda *a: False)
     one, recorded = _gradients(problem, DiscreteAdjoint(keep_bytes=budget), compile=True)
     other, swept = _gradients(problem, SWEEP)
     assert (one.stats.backward.n_fun == 0) == (budget == 2**24)

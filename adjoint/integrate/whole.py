@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -128,6 +128,16 @@ def _begun(
     return sign, *_rounds(f, plan, matrix, stops, sign, times, carry, samples)
 
 
+def _kept(logs: Sequence[Sequence[Tensor]], counts: Sequence[int], plan: Plan) -> Kept:
+    """The attempts of all calls, as `integrate_batched` keeps them."""
+    if not (plan.keep_states or plan.keep_grid):
+        return Kept([], [], [])
+    columns = [[row for log, n in zip(logs, counts, strict=True) for row in log[j][:n].unbind()] for j in range(len(logs[0]))]
+    t, h, segment, lands, accepted, y, *stages = columns
+    attempts = [Attempt(a, a, b, c, d, e, []) for a, b, c, d, e in zip(t, h, segment, lands, accepted, strict=True)]
+    return Kept(attempts, y if plan.keep_states else [], stages[0] if stages else [])
+
+
 def integrate_whole(f: Flat, plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor) -> Record | None:
     """As `integrate_batched`; None where the loop cannot be compiled."""
     begin, go_on = (compiled_loop(x, plan.compile, y0.device.type, y0.shape[1]) for x in (_begun, _rounds))
@@ -146,13 +156,11 @@ def integrate_whole(f: Flat, plan: Plan, anchors: Tensor, t_eval: Tensor | None,
         count, carry, samples, log = found
         logs.append(log)
         counts.append(int(count))
-    columns = [[row for log, n in zip(logs, counts, strict=True) for row in log[j][:n].unbind()] for j in range(len(logs[0]))]
-    attempts = [Attempt(t, t, h, segment, lands, accepted, []) for t, h, segment, lands, accepted in zip(*columns[:5], strict=True)]
     final = torch.where((carry.status >= 0).unsqueeze(-1), carry.y, float("nan"))
     reached = (times == anchors[-1]) & (carry.status == 0)
     values = torch.where(reached.unsqueeze(-1), final, samples[0])
     steps = torch.where(reached, carry.n_accepted - 1, samples[1])
-    kept = Kept(attempts, columns[5], columns[6] if plan.keep_stages else [])
+    kept = _kept(logs, counts, plan)
     jumps = anchors.shape[0] > 2
     each = evaluations_of_attempt(plan, plan.keep_stages or times.shape[0] > 0, jumps)
     n_fun = (2 if plan.method.adaptive and plan.first_step is None else 1) + each * carry.attempts
