@@ -24,6 +24,7 @@ from .integrate.compiled import compile_key
 from .mass_matrix import consistent_start, implicit_method, in_step, with_mass, with_matrix, without_last
 from .methods import Method
 from .progress import progress_monitor
+from .quadrature import with_integral
 from .sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
 from .sensitivity.problem import interpolate, step_times
 from .solution import BackwardStats, Solution, Stats
@@ -219,7 +220,7 @@ def solve_ivp(
     if quadrature is not None:
         if not callable(quadrature):
             raise InvalidInput(f"quadrature must be callable, got a {type(quadrature).__name__}")
-        right_hand_side, state, integrand = _with_quadrature(fun, quadrature, user_spec, times, y0, tuple(args))
+        right_hand_side, state, integrand = with_integral(fun, quadrature, user_spec, times, y0, tuple(args))
     spec = StateSpec.of(state, batched)
     event_list = _event_list(events)
     multistep = getattr(chosen, "multistep", False)
@@ -376,33 +377,6 @@ def _flat_event(event: Callable[..., Tensor], system: System, user_spec: StateSp
 
     terminal = getattr(event, "terminal", False)
     return Event(bind, float(getattr(event, "direction", 0.0)), int(terminal))
-
-
-def _with_quadrature(
-    fun: Callable[..., Any], g: Callable[..., Any], spec: StateSpec, times: Times, y0: Any, args: tuple[Any, ...]
-) -> tuple[Callable[..., Any], Any, StateSpec]:
-    """The state extended by the running integral, which starts at zero."""
-    t0 = times.anchors[0].detach().to(spec.real_dtype)
-    first = g(t0 if spec.batch is not None else t0.reshape(()), y0, *args)
-    integrand = StateSpec.of(first, spec.batch is not None, "what quadrature returned")
-    if integrand.batch != spec.batch:
-        shapes = [tuple(s) for s in integrand.shapes]
-        raise InvalidInput(f"quadrature must return one value per trajectory, ({spec.batch}, ...), got {shapes}")
-
-    def extended(part: Callable[..., Any], integrated: bool) -> Callable[..., Any]:
-        def both(t: Tensor, state: tuple[Any, Any], *rest: Any) -> tuple[Any, Any]:
-            rate = part(t, state[0], *rest)
-            value = g(t, state[0], *rest) if integrated else tree_map(torch.zeros_like, state[1])
-            spec.check(rate, "what fun returned")
-            integrand.check(value, "what quadrature returned")
-            return rate, value
-
-        return both
-
-    # an integral feeds nothing back: it is never stiff
-    split = isinstance(fun, SplitFunction)
-    both = SplitFunction(extended(fun.explicit, True), extended(fun.implicit, False)) if split else extended(fun, True)
-    return both, (y0, tree_map(lambda x: torch.zeros_like(x.detach()), first)), integrand
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from .compiled import compiled_loop
 from .packing import Kept, evaluations_of_attempt, record_of
 from .plan import Monitor, Plan, Record
 
-__all__ = ["MOST_BYTES", "ROOM", "dense_weights", "integrate_whole", "takes_whole"]
+__all__ = ["MOST_BYTES", "ROOM", "integrate_whole", "takes_whole"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 
@@ -49,8 +49,8 @@ def _rounds(
 
     The log has ``(ROOM, B, ...)`` of the fields of `Attempt`, the state at its start and, where they are wanted, its stages.
 
-    ``matrix``: coefficients of the dense output. ``times`` (T, B): of the samples. ``samples``: their values (T, B, n), and the steps that
-    they lie in (T, B).
+    ``matrix`` (S, D): coefficients of the dense output. ``times`` (T, B): of the samples. ``samples``: their values (T, B, n), and the
+    steps that they lie in (T, B).
     """
     sampled, kept = times.shape[0] > 0, plan.keep_stages
     inside = (times != stops[0]) & (times != stops[-1])
@@ -89,15 +89,6 @@ def _rounds(
     return i, carry, (taken[0], taken[1]) if sampled else samples, list(log)
 
 
-def dense_weights(matrix: Tensor, theta: Tensor) -> Tensor:
-    """As that of methods, of their `dense_matrix`: inside of a loop no tensor can be made from numbers."""
-    powers = [theta]
-    for _ in range(matrix.shape[1] - 1):
-        powers.append(powers[-1] * theta)
-    # Euler: as compiled code a product with a 1 x 1 matrix crashes
-    return torch.stack(powers, dim=-1) @ matrix.T if len(powers) > 1 else theta.unsqueeze(-1) * matrix[:, 0]
-
-
 def _sampled(
     matrix: Tensor,
     times: Tensor,
@@ -112,8 +103,14 @@ def _sampled(
     # by the end as it was computed: t + h rounds, and no sample may fall between two steps
     here = inside & attempt.accepted & (times * sign > attempt.t * sign) & (times * sign <= attempt.end * sign)
     theta = torch.where(here, (times - attempt.t) / torch.where(attempt.h == 0, 1.0, attempt.h), 0.0)
-    weights = (dense_weights(matrix, theta) * attempt.h.unsqueeze(-1)).to(y.dtype)
-    value = carry.y + torch.einsum("tbs,sbn->tbn", weights, torch.stack(attempt.stages))
+    powers = [theta * attempt.h]
+    for _ in range(matrix.shape[1] - 1):
+        powers.append(powers[-1] * theta)
+    # products, not sums of few terms: what is elementwise would be computed anew for every number of every sample
+    flat = torch.stack(attempt.stages).flatten(1)
+    # Euler: as compiled code a product with a 1 x 1 matrix crashes
+    terms = (matrix.T @ flat if matrix.numel() > 1 else matrix * flat).unflatten(1, carry.y.shape)
+    value = carry.y + torch.einsum("tbd,dbn->tbn", torch.stack(powers, dim=-1).to(y.dtype), terms)
     return torch.where(here.unsqueeze(-1), value, y), torch.where(here, carry.n_accepted, step)
 
 
@@ -142,7 +139,7 @@ def integrate_whole(f: Flat, plan: Plan, anchors: Tensor, t_eval: Tensor | None,
     """As `integrate_batched`; None where the loop cannot be compiled."""
     begin, go_on = (compiled_loop(x, plan.compile, y0.device.type, y0.shape[1]) for x in (_begun, _rounds))
     times = anchors[:0] if t_eval is None else t_eval
-    matrix = plan.method.dense_matrix(torch.float64, y0.device)
+    matrix = plan.method.dense_matrix(torch.float64, y0.device).to(y0.dtype)
     found = begin(f, plan, matrix, anchors, times, y0)
     if found is None:
         return None

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from ..integrate.compiled import compiled_loop
 from ..integrate.plan import Monitor, Plan
-from ..integrate.whole import MOST_BYTES, ROOM, dense_weights, takes_whole
+from ..integrate.whole import MOST_BYTES, ROOM, takes_whole
 from ..system import Flat, System
 from .compiled import named
 from .direct import DirectLinearizer
@@ -29,6 +29,15 @@ def sweeps_whole(problem: Problem, y0: Tensor, t_eval: Tensor | None, inputs: Se
     # as for a forward loop that keeps all stages: here their cotangents are laid out
     n_samples = 0 if t_eval is None else t_eval.shape[0]
     return carried <= MOST_BYTES // 4 and takes_whole(plan, y0.shape[0], y0.shape[1], n_samples)
+
+
+def _dense_weights(matrix: Tensor, theta: Tensor) -> Tensor:
+    """``dense_weights`` of a method, of its ``dense_matrix``."""
+    powers = [theta]
+    for _ in range(matrix.shape[1] - 1):
+        powers.append(powers[-1] * theta)
+    # Euler: as compiled code a product with a 1 x 1 matrix crashes
+    return torch.stack(powers, dim=-1) @ matrix.T if len(powers) > 1 else theta.unsqueeze(-1) * matrix[:, 0]
 
 
 def _rounds_back(
@@ -67,7 +76,7 @@ def _rounds_back(
         ends = theta == 1.0
         values = torch.where(here.unsqueeze(-1), samples_bar, 0.0)
         states_bar = states_bar.scatter_add(0, (index + ends).unsqueeze(-1).expand_as(values), values)
-        weights = torch.where((here & ~ends).unsqueeze(-1), dense_weights(matrix, theta) * size.unsqueeze(-1), 0.0).to(values.dtype)
+        weights = torch.where((here & ~ends).unsqueeze(-1), _dense_weights(matrix, theta) * size.unsqueeze(-1), 0.0).to(values.dtype)
         spread = weights.transpose(1, 2).unsqueeze(-1) * values.unsqueeze(1)
         stage_bars = values.new_zeros(room, spread.shape[1], rows, n)
         stage_bars = stage_bars.scatter_add(0, index[:, None, :, None].expand_as(spread), spread)
