@@ -114,15 +114,20 @@ def _sampled(
     return torch.where(here.unsqueeze(-1), value, y), torch.where(here, carry.n_accepted, step)
 
 
-def _begun(
-    f: Flat, plan: Plan, matrix: Tensor, stops: Tensor, times: Tensor, y0: Tensor
-) -> tuple[Tensor, Tensor, Carry, tuple[Tensor, Tensor], list[Tensor]]:
-    """The first round, with what comes before it; the direction of time first."""
+def _start(f: Flat, plan: Plan, stops: Tensor, times: Tensor, y0: Tensor) -> tuple[Tensor, Carry, tuple[Tensor, Tensor]]:
+    """The direction of time, and the loop's first state and samples."""
     sign = torch.where(stops[-1] >= stops[0], 1.0, -1.0).to(torch.float64)
     carry, _ = start_carry(f, plan, stops, sign, y0, False)
     at_start = times == stops[0]
-    samples = torch.where(at_start.unsqueeze(-1), y0, float("nan")), torch.where(at_start, 0, -1)
-    return sign, *_rounds(f, plan, matrix, stops, sign, times, carry, samples)
+    return sign, carry, (torch.where(at_start.unsqueeze(-1), y0, float("nan")), torch.where(at_start, 0, -1))
+
+
+def _begun(
+    f: Flat, plan: Plan, matrix: Tensor, stops: Tensor, times: Tensor, y0: Tensor
+) -> tuple[Tensor, tuple[Tensor, Carry, tuple[Tensor, Tensor], list[Tensor]]]:
+    """The first round, with what comes before it; the direction of time first."""
+    sign, carry, samples = _start(f, plan, stops, times, y0)
+    return sign, _rounds(f, plan, matrix, stops, sign, times, carry, samples)
 
 
 def _kept(logs: Sequence[Sequence[Tensor]], counts: Sequence[int], plan: Plan) -> Kept:
@@ -140,10 +145,15 @@ def integrate_whole(f: Flat, plan: Plan, anchors: Tensor, t_eval: Tensor | None,
     begin, go_on = (compiled_loop(x, plan.compile, y0.device.type, y0.shape[1]) for x in (_begun, _rounds))
     times = anchors[:0] if t_eval is None else t_eval
     matrix = plan.method.dense_matrix(torch.float64, y0.device).to(y0.dtype)
-    found = begin(f, plan, matrix, anchors, times, y0)
+    if plan.direct:
+        # code so long is compiled once, and not for the first round and all others
+        sign, carry, samples = _start(f, plan, anchors, times, y0)
+        found = go_on(f, plan, matrix, anchors, sign, times, carry, samples)
+    else:
+        sign, found = begin(f, plan, matrix, anchors, times, y0) or (anchors[0], None)
     if found is None:
         return None
-    sign, count, carry, samples, log = found
+    count, carry, samples, log = found
     logs = [log]
     counts = [int(count)]
     while counts[-1] == ROOM and bool(carry.running.any()):
