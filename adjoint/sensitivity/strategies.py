@@ -36,6 +36,9 @@ class DiscreteAdjoint:
     events, no dense output); one that grows beyond drops that. Zero: never. Step sizes are held fixed. Every order of derivative and
     every ``torch.func`` transform is available; derivatives of derivatives record the backward sweep.
 
+    With "bdf", derivatives in the ends of the span (not those in anything else) are exact only to the error of the solution: the table
+    from which the step that lands there is taken is held fixed.
+
     ``checkpoints``: at most so many states are kept between the solve and its backward pass and during it (stages of implicit methods:
     those of one step), the initial one included; the steps between them are taken again with their recorded sizes, as often as the
     optimal schedule asks (Griewank & Walther 2000): with c states, C(c + r, c) steps are each taken again at most r times. The
