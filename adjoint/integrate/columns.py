@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-__all__ = ["NARROW", "column_major", "column_pass", "layout", "takes_columns"]
+__all__ = ["NARROW", "column_major", "column_pass", "layout", "new_node", "takes_columns"]
 
 #: widest state that is taken apart
 NARROW = 8
@@ -28,6 +28,13 @@ _TURN = (aten.permute.default, aten.t.default, aten.transpose.int)
 
 def _value(x: Any) -> Any:
     return x.meta.get("val") if isinstance(x, Node) else x
+
+
+def new_node(graph: Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+    """A call in the graph, with the shape of its result."""
+    node = graph.call_function(target, args, kwargs)
+    node.meta["val"] = target(*map_arg(args, _value), **map_arg(kwargs, _value))
+    return node
 
 
 class _Rewrite:
@@ -55,9 +62,7 @@ class _Rewrite:
         return 0 if 1 <= rows <= NARROW and columns >= max(self.fewest, 16 * NARROW) else None
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-        node = self.graph.call_function(target, args, kwargs)
-        node.meta["val"] = target(*map_arg(args, _value), **map_arg(kwargs, _value))
-        return node
+        return new_node(self.graph, target, *args, **kwargs)
 
     def of(self, x: Node, axis: int) -> list[Node]:
         """The columns of a narrow matrix, read from it if they are not known."""

@@ -62,14 +62,15 @@ def pass_options(rewrite: FunctionType) -> dict[str, Any]:
         return {}
     if not hasattr(config, "post_grad_custom_pre_pass"):
         return {}
-    source = rewrite.__code__.co_filename
+    # the compiler keeps its results by this: passes call each other, whatever file they stand in
+    sources = tuple(f.__code__.co_filename for f in (column_pass, gathering_pass, narrow_loop_pass))
 
     class Pass(CustomGraphPass):
         def __call__(self, graph: Graph) -> None:
             rewrite(graph)
 
         def uuid(self) -> Any:
-            return get_hash_for_files((source,))
+            return get_hash_for_files(sources, rewrite.__name__)
 
     return {"post_grad_custom_pre_pass": Pass()}
 

@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
+
+from .columns import NARROW, new_node
 
 __all__ = ["gathering_pass"]
 
 aten = torch.ops.aten
 #: fewest products, and most numbers of their operands, that are put side by side
 _FEWEST, _LARGEST = 3, 2**18
-#: how many columns are few
-_NARROW = 8
 
 
 def _sum_with_product(node: Any) -> tuple[Node, Node] | None:
@@ -47,29 +46,23 @@ def _gather(graph: Graph, last: Node) -> None:
 
     with graph.inserting_before(last):
         left, right = ([product.args[side] for product in products] for side in (0, 1))
-        if all(a.target is aten.permute.default for a in left):  # type: ignore[union-attr]
+        if all(a.target is aten.permute.default and list(a.args[1]) == [1, 0] for a in left):  # type: ignore[union-attr, arg-type]
             # rows lie together in memory
-            stacked = _call(graph, aten.permute.default, _call(graph, aten.cat.default, [a.args[0] for a in left], 0), [1, 0])  # type: ignore[union-attr]
+            stacked = new_node(graph, aten.permute.default, new_node(graph, aten.cat.default, [a.args[0] for a in left], 0), [1, 0])  # type: ignore[union-attr]
         else:
-            stacked = _call(graph, aten.cat.default, left, 1)
-        total = _call(graph, aten.add.Tensor, x, _call(graph, aten.mm.default, stacked, _call(graph, aten.cat.default, right, 0)))
+            stacked = new_node(graph, aten.cat.default, left, 1)
+        total = new_node(graph, aten.add.Tensor, x, new_node(graph, aten.mm.default, stacked, new_node(graph, aten.cat.default, right, 0)))
     last.replace_all_uses_with(total)
-
-
-def _call(graph: Graph, target: Any, *args: Any) -> Node:
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*map_arg(args, lambda y: y.meta["val"]))
-    return node
 
 
 def _turn(graph: Graph, product: Node) -> None:
     """``A B`` as ``(B* A*)*`` (no conjugates) if it has few columns."""
     rows, columns = product.meta["val"].shape
-    if columns > _NARROW or rows < 4 * columns:
+    if columns > NARROW or rows < 4 * columns:
         return
     with graph.inserting_before(product):
-        a, b = (_call(graph, aten.permute.default, x, [1, 0]) for x in product.args)
-        turned = _call(graph, aten.permute.default, _call(graph, aten.mm.default, b, a), [1, 0])
+        a, b = (new_node(graph, aten.permute.default, x, [1, 0]) for x in product.args)
+        turned = new_node(graph, aten.permute.default, new_node(graph, aten.mm.default, b, a), [1, 0])
     product.replace_all_uses_with(turned)
 
 

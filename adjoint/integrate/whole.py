@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..methods.runge_kutta import powers
 from .batch_events import no_events
 from .batched import Attempt, Carry, advance, start_carry
 from .columns import takes_columns
@@ -14,7 +15,7 @@ from .compiled import compiled_loop
 from .packing import Kept, evaluations_of_attempt, record_of
 from .plan import Monitor, Plan, Record
 
-__all__ = ["MOST_BYTES", "ROOM", "integrate_whole", "takes_whole"]
+__all__ = ["MOST_BYTES", "ROOM", "handed_on", "integrate_whole", "takes_whole"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 
@@ -35,6 +36,11 @@ def takes_whole(plan: Plan, rows: int, width: int, n_samples: int) -> bool:
     return 0 < each * ROOM <= MOST_BYTES and 4 * state * n_samples <= MOST_BYTES and not takes_columns(True, rows, width)
 
 
+def handed_on(out: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What the body of a loop gives back: it may not hand on the very tensors that it was given."""
+    return tuple(x.clone() if any(x is y for y in given) else x for x in out)
+
+
 def _rounds(
     f: Flat,
     plan: Plan,
@@ -47,19 +53,20 @@ def _rounds(
 ) -> tuple[Tensor, Carry, tuple[Tensor, Tensor], list[Tensor]]:
     """Attempts until all trajectories have ended or the log is full: their number, and a log of what they did.
 
-    The log has ``(ROOM, B, ...)`` of the fields of `Attempt`, the state at its start and, where they are wanted, its stages.
+    The log, if there is to be one, has ``(ROOM, B, ...)`` of the fields of `Attempt`, the state at its start and, where they are
+    wanted, its stages.
 
     ``matrix`` (S, D): coefficients of the dense output. ``times`` (T, B): of the samples. ``samples``: their values (T, B, n), and the
     steps that they lie in (T, B).
     """
-    sampled, kept = times.shape[0] > 0, plan.keep_stages
+    sampled, kept, recorded = times.shape[0] > 0, plan.keep_stages, _recorded(plan)
     inside = (times != stops[0]) & (times != stops[-1])
 
     def logged(attempt: Attempt, y: Tensor) -> list[Tensor]:
-        values = [attempt.t, attempt.h, attempt.segment, attempt.lands, attempt.accepted, y]
+        values = [attempt.t, attempt.h, attempt.segment, attempt.lands, attempt.accepted, y] if recorded else []
         return [*values, torch.stack(attempt.stages)] if kept else values
 
-    like = [carry.t, carry.t, carry.segment, carry.running, carry.running, carry.y]
+    like = [carry.t, carry.t, carry.segment, carry.running, carry.running, carry.y] if recorded else []
     log = [x.new_zeros((ROOM, *x.shape)) for x in like]
     if kept:
         log.append(carry.y.new_zeros((ROOM, len(plan.method.nodes), *carry.y.shape)))
@@ -81,8 +88,7 @@ def _rounds(
         place = (i.unsqueeze(0),)
         log = [torch.index_put(into, place, x.unsqueeze(0)) for into, x in zip(log, logged(attempt, carry.y), strict=True)]
         out = (i + 1, *new, *samples, *log)
-        # a loop may not hand on the very tensor that it was given
-        return tuple(x.clone() if any(x is given for given in flat) else x for x in out)
+        return handed_on(out, flat)
 
     start = (torch.zeros((), dtype=torch.int64, device=carry.t.device), *carry, *(samples if sampled else ()), *log)
     i, carry, taken, log = parts(torch.while_loop(going, body, start))
@@ -103,14 +109,12 @@ def _sampled(
     # by the end as it was computed: t + h rounds, and no sample may fall between two steps
     here = inside & attempt.accepted & (times * sign > attempt.t * sign) & (times * sign <= attempt.end * sign)
     theta = torch.where(here, (times - attempt.t) / torch.where(attempt.h == 0, 1.0, attempt.h), 0.0)
-    powers = [theta * attempt.h]
-    for _ in range(matrix.shape[1] - 1):
-        powers.append(powers[-1] * theta)
     # products, not sums of few terms: what is elementwise would be computed anew for every number of every sample
     flat = torch.stack(attempt.stages).flatten(1)
-    # Euler: as compiled code a product with a 1 x 1 matrix crashes
-    terms = (matrix.T @ flat if matrix.numel() > 1 else matrix * flat).unflatten(1, carry.y.shape)
-    value = carry.y + torch.einsum("tbd,dbn->tbn", torch.stack(powers, dim=-1).to(y.dtype), terms)
+    # as compiled code a product with a 1 x 1 matrix, which Euler's is, crashes
+    terms = matrix.T @ flat if matrix.shape[1] > 1 else (matrix * flat).sum(0, keepdim=True)
+    terms = terms.unflatten(1, carry.y.shape)
+    value = carry.y + torch.einsum("tbd,dbn->tbn", (powers(theta, matrix.shape[1]) * attempt.h.unsqueeze(-1)).to(y.dtype), terms)
     return torch.where(here.unsqueeze(-1), value, y), torch.where(here, carry.n_accepted, step)
 
 
@@ -130,9 +134,14 @@ def _begun(
     return sign, _rounds(f, plan, matrix, stops, sign, times, carry, samples)
 
 
+def _recorded(plan: Plan) -> bool:
+    """Whether it is asked afterwards what the attempts were."""
+    return plan.keep_states or plan.keep_stages or plan.keep_grid
+
+
 def _kept(logs: Sequence[Sequence[Tensor]], counts: Sequence[int], plan: Plan) -> Kept:
     """The attempts of all calls, as `integrate_batched` keeps them."""
-    if not (plan.keep_states or plan.keep_grid):
+    if not _recorded(plan):
         return Kept([], [], [])
     columns = [[row for log, n in zip(logs, counts, strict=True) for row in log[j][:n].unbind()] for j in range(len(logs[0]))]
     t, h, segment, lands, accepted, y, *stages = columns

@@ -129,7 +129,7 @@ class Bdf:
 
     def step(self, *args: object) -> None:
         """There is none that knows one state only."""
-        raise NotImplementedError("bdf is a multistep method: see integrate.multistep")
+        raise NotImplementedError("bdf is a multistep method: see integrate.bdf")
 
 
 BDF = Bdf()

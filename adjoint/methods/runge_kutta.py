@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .tableau import Tableau
 
-__all__ = ["ExplicitRungeKutta", "StepCotangents", "combine"]
+__all__ = ["ExplicitRungeKutta", "StepCotangents", "combine", "powers"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 #: ``linearize(t, y) -> (f(t, y), pullback)`` with ``pullback(v) -> (f_y* v, f_t* v or None)``
@@ -43,6 +43,14 @@ def weighted_sum(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor | Non
         if w:
             total = k * w if total is None else torch.add(total, k, alpha=w)
     return total
+
+
+def powers(theta: Tensor, count: int) -> Tensor:
+    """``theta, theta**2, ...``, ``(*theta.shape, count)``, by products: powers of doubles are slow."""
+    found = [theta]
+    for _ in range(count - 1):
+        found.append(found[-1] * theta)
+    return torch.stack(found, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -152,11 +160,7 @@ class ExplicitRungeKutta:
     def dense_weights(self, theta: Tensor) -> Tensor:
         """``b_i(theta)``: shape ``(*theta.shape, S)`` with ``S`` the number of stages, extra ones included."""
         matrix = self.dense_matrix(theta.dtype, theta.device)
-        # by products: powers of doubles are slow
-        powers = [theta]
-        for _ in range(matrix.shape[1] - 1):
-            powers.append(powers[-1] * theta)
-        return torch.stack(powers, dim=-1) @ matrix.T
+        return powers(theta, matrix.shape[1]) @ matrix.T
 
     def dense_numbers(self, theta: float) -> list[float]:
         """``b_i(theta)`` of every stage, for one theta, by Horner's rule."""

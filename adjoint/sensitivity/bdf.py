@@ -21,7 +21,7 @@ from ..linalg import Log, Matrix
 from ..methods.bdf import MAX_ORDER, coefficients
 from ..nonlinear import RootRecord
 from ..system import Flat, System, VmappedSystem
-from .implicit import JacobianRule, RootNode, RootOutputs, RootTask
+from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions
 from .linearize import Linearizer
 from .multistep_step import StepBack, StepBars, StepTime
 from .problem import Problem, StageAlgebra
@@ -30,18 +30,8 @@ __all__ = ["BdfAdjoint", "BdfReplay"]
 
 
 @dataclass(frozen=True)
-class _StepConditions:
+class _StepConditions(SystemConditions):
     """``c F(t, y, (base + y) / c) = 0``, for an ODE ``base + y - c f(t, y) = 0``; inputs ``(t, base, c, *inputs of f)``."""
-
-    system: System | VmappedSystem
-
-    @property
-    def rows(self) -> int:
-        return self.system.rows
-
-    @property
-    def spec(self) -> Any:
-        return self.system.spec
 
     def bind(self, inputs: Sequence[Tensor]) -> Flat:
         """The flat function of ``y``."""

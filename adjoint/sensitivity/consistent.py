@@ -15,8 +15,8 @@ from ..jacobians import DenseJacobian
 from ..linalg import DenseLU, LinearSolver, Log, Matrix
 from ..nonlinear import Newton, RootProblem, RootRecord, RootStatus
 from ..structure import Structure
-from ..system import Flat, StateSpec, System, VmappedSystem
-from .implicit import JacobianRule, RootNode, RootOutputs, RootTask
+from ..system import Flat, System, VmappedSystem
+from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions
 from .problem import Problem, StageAlgebra
 from .products import tangent
 
@@ -36,22 +36,7 @@ class Initial:
 
 
 @dataclass(frozen=True)
-class _Conditions:
-    """Equations for initial values, which have the rows and the layout of the state."""
-
-    system: System | VmappedSystem
-
-    @property
-    def rows(self) -> int:
-        return self.system.rows
-
-    @property
-    def spec(self) -> StateSpec:
-        return self.system.spec
-
-
-@dataclass(frozen=True)
-class _Completion(_Conditions):
+class _Completion(SystemConditions):
     """The equations for ``u = (rates of what is differentiated, values of what is not)`` in the basis of the structure.
 
     Inputs ``(t0, y0, *inputs of F)``. With ``V1`` and ``V2`` the two parts of the basis: ``F(t0, y0 + V2 (u2 - V2* y0), V1 u1) = 0``. Where
@@ -109,7 +94,7 @@ class _CompletionRule:
 
 
 @dataclass(frozen=True)
-class _Values(_Conditions):
+class _Values(SystemConditions):
     """The equations for ``y`` at given slopes: ``F(t0, y, yp0) = 0``. Inputs ``(t0, yp0, *inputs of F)``."""
 
     def bind(self, inputs: Sequence[Tensor]) -> Flat:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from ..integrate.pencil import Pencil, split
 from ..linalg import LinearOperator, Log, Matrix, SparseMatrix
 from ..nonlinear import RootRecord
 from ..system import Flat, System, VmappedSystem
-from .implicit import RootNode, RootOutputs, RootTask
+from .implicit import RootNode, RootOutputs, RootTask, SystemConditions
 from .problem import StageAlgebra
 
 __all__ = ["coupled_matrix", "coupled_pencils", "coupled_root"]
@@ -46,20 +45,11 @@ def coupled_root(
 
 
 @dataclass(frozen=True)
-class _CoupledConditions:
+class _CoupledConditions(SystemConditions):
     """``k_i - f(t_i, y + h sum_j a_ij k_j) = 0``, or ``F(t_i, y + h sum_j a_ij k_j, k_i) = 0``, for ``k`` of shape ``(B, s n)``, with
     inputs ``(t_1, .., t_s, h, y, *inputs of f)``."""
 
-    system: System | VmappedSystem
     a: Rows
-
-    @property
-    def rows(self) -> int:
-        return self.system.rows
-
-    @property
-    def spec(self) -> Any:
-        return self.system.spec
 
     def bind(self, inputs: Sequence[Tensor]) -> Flat:
         """The flat function of ``k``."""

@@ -16,10 +16,10 @@ from torch import Tensor
 from ..capture import alive, below_jvp, functorch_active
 from ..linalg import Factorization, LinearSolver, Log, Matrix
 from ..nonlinear import RootRecord
-from ..system import Flat, VmappedSystem
+from ..system import Flat, StateSpec, System, VmappedSystem
 from .products import tangent, vjp
 
-__all__ = ["Conditions", "FactorStore", "JacobianRule", "RootNode", "RootOutputs", "RootTask", "linear", "timeless"]
+__all__ = ["Conditions", "FactorStore", "JacobianRule", "RootNode", "RootOutputs", "RootTask", "SystemConditions", "linear", "timeless"]
 
 
 class Conditions(Protocol):
@@ -33,6 +33,21 @@ class Conditions(Protocol):
     def bind(self, inputs: Sequence[Tensor]) -> Flat:
         """The flat function for given inputs."""
         ...
+
+
+@dataclass(frozen=True)
+class SystemConditions:
+    """The part of `Conditions` that those made from a system share: its rows, and the layout of its state."""
+
+    system: System | VmappedSystem
+
+    @property
+    def rows(self) -> int:
+        return self.system.rows
+
+    @property
+    def spec(self) -> StateSpec:
+        return self.system.spec
 
 
 class JacobianRule(Protocol):

@@ -93,10 +93,9 @@ class Problem:
         if getattr(self.plan.method, "additive", False):
             explicit, implicit = (part.bind(inputs) for part in self.system.parts)
             return AdditiveStageSolver(explicit, implicit, *given)
-        mass = self.system.mass_matrix(inputs)
         if self.alone:
             return LoneStages(f, self.plan, jacobian, a.linear_solver, device)
-        return StageSolver(f, *given, mass_matrix=mass)
+        return StageSolver(f, *given, mass_matrix=self.system.mass_matrix(inputs))
 
     @property
     def alone(self) -> bool:

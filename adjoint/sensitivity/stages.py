@@ -17,7 +17,7 @@ from ..methods.tableaux_implicit import CollocationTableau
 from ..nonlinear import RootRecord
 from ..system import Flat, System, VmappedSystem
 from .coupled import coupled_matrix, coupled_pencils, coupled_root
-from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, linear
+from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions, linear
 from .linearize import Linearizer, Pullback, vjp
 from .problem import Problem, StageAlgebra
 from .products import tangent
@@ -26,18 +26,8 @@ __all__ = ["RecordedStages", "StageLinearizer", "equations", "recorded_adjoint"]
 
 
 @dataclass(frozen=True)
-class _StageConditions:
+class _StageConditions(SystemConditions):
     """``k - f(t, base + hd k) = 0`` with inputs ``(t, base, hd, *inputs of f)``."""
-
-    system: System | VmappedSystem
-
-    @property
-    def rows(self) -> int:
-        return self.system.rows
-
-    @property
-    def spec(self) -> Any:
-        return self.system.spec
 
     def bind(self, inputs: Sequence[Tensor]) -> Flat:
         """The flat function of ``k``."""
@@ -47,19 +37,9 @@ class _StageConditions:
 
 
 @dataclass(frozen=True)
-class _ShiftedConditions:
+class _ShiftedConditions(SystemConditions):
     """``y - hd f(t, y)`` (``M y - hd f(t, y)``), whose Jacobian in ``y`` is the matrix of `RecordedStages.solve`; inputs ``(t, hd, *inputs
     of f)``."""
-
-    system: System | VmappedSystem
-
-    @property
-    def rows(self) -> int:
-        return self.system.rows
-
-    @property
-    def spec(self) -> Any:
-        return self.system.spec
 
     def bind(self, inputs: Sequence[Tensor]) -> Flat:
         """The flat function of ``y``."""

@@ -10,7 +10,8 @@ from torch.nn.functional import pad
 
 from ..integrate.compiled import compiled_loop
 from ..integrate.plan import Monitor, Plan
-from ..integrate.whole import MOST_BYTES, ROOM, takes_whole
+from ..integrate.whole import MOST_BYTES, ROOM, handed_on, takes_whole
+from ..methods.runge_kutta import powers
 from ..system import Flat, System
 from .compiled import named
 from .direct import DirectLinearizer
@@ -33,11 +34,9 @@ def sweeps_whole(problem: Problem, y0: Tensor, t_eval: Tensor | None, inputs: Se
 
 def _dense_weights(matrix: Tensor, theta: Tensor) -> Tensor:
     """``dense_weights`` of a method, of its ``dense_matrix``."""
-    powers = [theta]
-    for _ in range(matrix.shape[1] - 1):
-        powers.append(powers[-1] * theta)
-    # Euler: as compiled code a product with a 1 x 1 matrix crashes
-    return torch.stack(powers, dim=-1) @ matrix.T if len(powers) > 1 else theta.unsqueeze(-1) * matrix[:, 0]
+    found = powers(theta, matrix.shape[1])
+    # as compiled code a product with a 1 x 1 matrix, which Euler's is, crashes
+    return found @ matrix.T if matrix.shape[1] > 1 else found * matrix[:, 0]
 
 
 def _rounds_back(
@@ -105,9 +104,7 @@ def _rounds_back(
         times = [(start + size * c).to(plan.real) for c in plan.method.nodes]
         bars = list(at(stage_bars).unbind()) if sampled else []
         found = plan.method.adjoint_step(linearize, times, size.to(plan.real).unsqueeze(-1), at(states), bar, bars, False)
-        given = (k, bar, *totals)
-        out = (k - 1, found.y + at(states_bar), *linearize.totals)
-        return tuple(x.clone() if any(x is y for y in given) else x for x in out)
+        return handed_on((k - 1, found.y + at(states_bar), *linearize.totals), (k, bar, *totals))
 
     if not (hands_over and sampled):
         bar = bar + states_bar.index_select(0, count.reshape(1)).squeeze(0)
@@ -145,7 +142,7 @@ def whole_sweep(
     totals = tuple(torch.zeros_like(inputs[i]) for i in linearize.wanted)
     no_times, no_samples = grid["t"][:0], states[:0]
     # a graph for a whole step hides what fun reaches: an evaluation of its own looks
-    linearize.check_next = isinstance(problem.system, System)
+    linearize.check_next = True
     linearize(end[0].to(plan.real), states[-1])
     for base in reversed(range(0, n_steps, ROOM)):
         count = min(ROOM, n_steps - base)
@@ -157,7 +154,7 @@ def whole_sweep(
         sizes = window(h)
         if base + count < n_steps:
             sizes[-1] = 0.0
-        more = torch.zeros_like(window(states)) if states_bar is None else window(states_bar)
+        more = states.new_zeros(ROOM + 1, rows, n) if states_bar is None else window(states_bar)
         if states_bar is not None and base + count < n_steps:
             more[-1] = 0.0
         found = pull(
