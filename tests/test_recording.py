@@ -59,7 +59,7 @@ def test_compiled_steps_are_recorded_too(problem, budget, monkeypatch):
 def test_what_grows_beyond_the_budget_is_swept(problem, steps, monkeypatch):
     """Recording stops after some steps: the values go on unchanged, and the gradient is the sweep's."""
     accepted = recording.Recording.accepted
-    monkeypatch.setattr(recording.Recording, "accepted", lambda self, i: accepted(self, i if i + 1 < steps else 10**9))
+    monkeypatch.setattr(recording.Recording, "accepted", lambda self, i, part: accepted(self, i if i + 1 < steps else 10**9, part))
     one, cut = _gradients(problem, RECORDED)
     other, swept = _gradients(problem, SWEEP)
     assert one.stats.backward.n_fun == other.stats.backward.n_fun > 0
@@ -106,6 +106,26 @@ def test_the_budget_bounds_what_is_recorded():
     # what was saved before the budget was full, and the states that the sweep needs
     assert many < budget + 1.3 * 61 * state
     assert _saved(DiscreteAdjoint(keep_bytes=2**26), 60)[0] > 60 * 4 * stage
+
+
+@pytest.mark.parametrize(("end", "recorded"), [(1.0, True), (40.0, False)])
+def test_a_long_solve_is_given_up_early(end, recorded, monkeypatch):
+    """Long before the budget is full, where the steps so far cover too little of the span."""
+    net, y0, seen = _Net(), torch.randn(500, 2), []
+    accepted = recording.Recording.accepted
+
+    def watched(self, index, fraction):
+        stopped = accepted(self, index, fraction)
+        seen.append((index, self.on))
+        return stopped
+
+    monkeypatch.setattr(recording.Recording, "accepted", watched)
+    gradient = DiscreteAdjoint(keep_bytes=20 * 4 * 500 * 18 * 8)
+    sol = solve_ivp(net, (0.0, end), y0, method="rk4", first_step=0.1, gradient=gradient)
+    sol.y.sum().backward()
+    assert (sol.stats.backward.n_fun == 0) == recorded
+    on = [index for index, still in seen if still]
+    assert len(on) == 10 if recorded else len(on) < 6
 
 
 def test_backward_twice_and_derivatives_of_derivatives(problem):

@@ -67,7 +67,8 @@ def advance(
     ``stops`` (A, B): the anchors in the direction of integration; ``sign`` (B,): that direction. ``dense``: also compute the stages
     that only the dense output needs. ``columns``: states and stages are ``(n, B)``.
     """
-    f, spread, turned = layout(f, columns)
+    one_by_one = plan.compile is None and not plan.method.implicit
+    f, spread, turned = layout(f, columns, carry.y.shape[-1] if one_by_one else 0)
     if plan.direct:
         f = DirectStages(f, 0 if columns else 1)
     method, controller = plan.method, plan.controller

@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-__all__ = ["NARROW", "column_major", "column_pass", "layout", "new_node", "takes_columns"]
+__all__ = ["NARROW", "column_major", "column_pass", "layout", "new_node", "takes_columns", "widened"]
 
 #: widest state that is taken apart
 NARROW = 8
+#: widest one beside which what belongs to a row is spread out, see `widened`
+NARROWEST = 4
 
 aten = torch.ops.aten
 _SAME = (aten.clone.default, aten.alias.default, aten.detach.default)
@@ -215,12 +217,20 @@ def _same(x: Tensor) -> Tensor:
 
 
 def layout(
-    f: Callable[[Tensor, Tensor], Tensor], columns: bool
+    f: Callable[[Tensor, Tensor], Tensor], columns: bool, width: int = 0
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]:
-    """``f`` in this layout; a ``(B,)`` tensor made to go with states; a state to ``(B, n)`` and back."""
+    """``f`` in this layout; a ``(B,)`` tensor made to go with states; a state to ``(B, n)`` and back.
+
+    ``width``: of the states, where the operators run one by one.
+    """
     if not columns:
-        return f, lambda x: x.unsqueeze(-1), _same
+        return f, lambda x: widened(x.unsqueeze(-1), width), _same
     return lambda t, y: f(t, y.t()).t().contiguous(), _same, torch.t
+
+
+def widened(x: Tensor, width: int) -> Tensor:
+    """``(B, 1)``, or ``(B, width)`` for a few columns: there operators that broadcast take several times as long as those that need not."""
+    return x.expand(-1, width).contiguous() if 1 < width <= NARROWEST else x
 
 
 def column_major(x: Tensor, rows: int) -> Tensor:

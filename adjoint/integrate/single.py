@@ -220,10 +220,11 @@ def integrate_single(
         if over:
             status = Status.SWITCHED
             break
-        monitor.advanced(abs(t - stops[0]) / max(abs(t_end - stops[0]), 1e-300))
+        fraction = abs(t - stops[0]) / max(abs(t_end - stops[0]), 1e-300)
+        monitor.advanced(fraction)
         if lands:
             segment += 1
-        if recording is not None and recording.accepted(index):
+        if recording is not None and recording.accepted(index, fraction):
             # the graph goes, the values stay
             states = [x.detach() for x in states]
             sampler.pieces = [x.detach() for x in sampler.pieces]

@@ -25,7 +25,7 @@ def combine(y: Tensor, h: float | Tensor, weights: Sequence[float], ks: Sequence
                 y = torch.add(y, k, alpha=h * w)
         return y
     total = weighted_sum(weights, ks)
-    return y if total is None else y + h * total
+    return y if total is None else _plus(y, h, total)
 
 
 def update(y: Tensor, h: float | Tensor, weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:
@@ -33,7 +33,12 @@ def update(y: Tensor, h: float | Tensor, weights: Sequence[float], ks: Sequence[
     total = weighted_sum(weights, ks)
     if total is None:
         return y
-    return torch.add(y, total, alpha=h) if isinstance(h, float) else y + h * total
+    return torch.add(y, total, alpha=h) if isinstance(h, float) else _plus(y, h, total)
+
+
+def _plus(y: Tensor, h: Tensor, total: Tensor) -> Tensor:
+    """``y + h total``; where nothing broadcasts in one operator."""
+    return torch.addcmul(y, h, total) if h.shape == y.shape and h.dtype == y.dtype else y + h * total
 
 
 def weighted_sum(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor | None:

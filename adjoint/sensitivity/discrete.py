@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..capture import cut_apart
 from ..integrate import Monitor
+from ..integrate.columns import widened
 from ..methods.runge_kutta import row_dot
 from ..system import System
 from .additive import AdditiveLinearizer
@@ -222,10 +223,13 @@ def eager_sweep(
             at = stage_times(plan, times.step(k), plan.real)[0] if stage_t is None else stage_t[k]
             if implicit:
                 linearize.begin_step(k, at, sizes[k])
+            size = sizes[k]
+            if rows > 1 and not implicit:
+                size = widened(size, y.shape[-1])
             if hasattr(method, "adjoint_step"):
-                result = method.adjoint_step(linearize, at, sizes[k], y, bar, k_bar, time_bars)
+                result = method.adjoint_step(linearize, at, size, y, bar, k_bar, time_bars)
             else:
-                result = recorded_adjoint(problem, linearize, at, sizes[k], y, bar, k_bar, time_bars)
+                result = recorded_adjoint(problem, linearize, at, size, y, bar, k_bar, time_bars)
         start = samples.at_start(k)
         bar = result.y if start is None else result.y + inner(start)
         if time_bars:
