@@ -101,7 +101,8 @@ def advance(
     h = torch.where(alive, torch.where(lands, target - t, sign * wanted), 0.0)
     end = torch.where(lands & alive, target, t + h)
     hr = spread(h.to(real))
-    times = [(t + h * c).to(real) for c in method.nodes]
+    at = {c: torch.add(t, h, alpha=c).to(real) if c else t.to(real) for c in method.nodes}
+    times = [at[c] for c in method.nodes]
     jumps = plan.shift == "all" or (plan.shift == "inner" and last > 0)
     jump_end = lands
     if jumps:

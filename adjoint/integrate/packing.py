@@ -124,14 +124,17 @@ def _packed(
     attempt = torch.arange(len(attempts), device=y0.device).unsqueeze(-1).expand_as(place)
     index = place.new_full((most + 2, rows), len(attempts)).scatter_(0, place, attempt)[: most + 1]
 
+    of_rows = (index * rows + torch.arange(rows, device=index.device)).reshape(-1)
+
     def pick(values: Sequence[Tensor], behind: Tensor, count: int) -> Tensor:
         """``count`` rows of what each trajectory, their first dimension, had at its accepted attempts."""
-        every = torch.stack([*values, behind])
-        if behind.dim() == 1:
-            return every.gather(0, index[:count])
-        # whole rows are copied, which is quicker than one index for each number
-        where = index[:count] * rows + torch.arange(rows, device=index.device)
-        return every.flatten(0, 1).index_select(0, where.reshape(-1)).unflatten(0, (count, rows))
+        # one index for whole rows, which is quicker than one for each number
+        every = torch.stack([*values, behind]).flatten(0, 1)
+        place = of_rows[: count * rows]
+        # pairs are copied quickest as complex numbers
+        paired = every.dim() == 2 and every.shape[1] == 2 and every.dtype in (torch.float32, torch.float64)
+        got = torch.view_as_real(torch.view_as_complex(every).index_select(0, place)) if paired else every.index_select(0, place)
+        return got.unflatten(0, (count, rows))
 
     zero = torch.zeros_like(carry.t)
     if not states:
