@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ def advance(
     h = torch.where(alive, torch.where(lands, target - t, sign * wanted), 0.0)
     end = torch.where(lands & alive, target, t + h)
     hr = spread(h.to(real))
-    at = {c: torch.add(t, h, alpha=c).to(real) if c else t.to(real) for c in method.nodes}
+    at = {c: (t + h * c).to(real) for c in method.nodes}
     times = [at[c] for c in method.nodes]
     jumps = plan.shift == "all" or (plan.shift == "inner" and last > 0)
     jump_end = lands
@@ -184,20 +184,23 @@ def advance_by_numbers(
 ) -> tuple[Carry, Attempt]:
     """As `advance`, with numbers in the place of flags: compiled code loads and stores flags one by one."""
     new, attempt = advance(f, plan, stops, sign, with_flags(carry), dense, columns)
-    return _converted(new, _FLAGS, torch.float32), _converted(attempt, ("lands", "accepted"), torch.float32)
+    return with_numbers(new), Attempt(*[x.to(torch.float32) if flag else x for flag, x in zip(_ATTEMPT_FLAGS, attempt, strict=True)])
 
 
 _FLAGS = ("rejected_last", "bad_last", "jump", "running")
-_Tuple = TypeVar("_Tuple", Carry, Attempt)
+# by place and not by `_replace`, which the compilers of older versions do not follow
+_CARRY_FLAGS = [name in _FLAGS for name in Carry._fields]
+_ATTEMPT_FLAGS = [name in ("lands", "accepted") for name in Attempt._fields]
 
 
-def _converted(x: _Tuple, names: Sequence[str], kind: torch.dtype) -> _Tuple:
-    return x._replace(**{name: getattr(x, name).to(kind) for name in names})
+def with_numbers(carry: Carry) -> Carry:
+    """The state of the loop with numbers for flags."""
+    return Carry(*[x.to(torch.float32) if flag else x for flag, x in zip(_CARRY_FLAGS, carry, strict=True)])
 
 
 def with_flags(carry: Carry) -> Carry:
     """The state of the loop with flags again."""
-    return carry._replace(**{name: getattr(carry, name) != 0 for name in _FLAGS})
+    return Carry(*[x != 0 if flag else x for flag, x in zip(_CARRY_FLAGS, carry, strict=True)])
 
 
 def start_carry(
@@ -278,7 +281,7 @@ def integrate_batched(
     sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0).to(torch.float64)
     carry, n_fun = start_carry(f, plan, anchors, sign, y0, columns)
     if plan.compile is not None:
-        carry = _converted(carry, _FLAGS, torch.float32)
+        carry = with_numbers(carry)
     sampler = BatchSampler(plan, t_eval, anchors, sign, y0, columns)
     events = BatchEventWatch(plan, inputs, anchors[0], y0) if plan.events else None
     watch = None if plan.switch is None else SwitchWatch(plan.switch, plan, len(y0), y0.device)

@@ -43,7 +43,7 @@ def compiled(function: FunctionType, key: Hashable, columns: bool = False) -> Ca
     def call(*args: Any) -> Any:
         try:
             return whole(*args)
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+        except _failures() as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if (key, reason) not in _warned:  # once for each right-hand side
                 _warned.add((key, reason))
@@ -51,6 +51,13 @@ def compiled(function: FunctionType, key: Hashable, columns: bool = False) -> Ca
         return function(*args)
 
     return call
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What the compilers of this PyTorch raise for what they cannot compile."""
+    from torch._inductor import exc
+
+    return tuple({torch._dynamo.exc.TorchDynamoException, getattr(exc, "InductorError", torch._dynamo.exc.TorchDynamoException)})
 
 
 def pass_options(rewrite: FunctionType) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..capture import alive, functorch_active
 from ..errors import SolveError
 from ..integrate import LoneStages, Monitor, StageSolver, integrate
+from ..integrate.columns import widened
 from ..system import System
 from .discrete import eager_sweep
 from .node import SolveNode
@@ -101,7 +102,7 @@ class Recall:
     def take(self, k: int, y: Tensor) -> tuple[Tensor, list[Tensor], Sequence[Tensor]]:
         """Step ``k`` from ``y``: the new state, the stages, and their times."""
         self.n_steps += 1
-        method, h = self.plan.method, self.sizes[k]
+        method, h = self.plan.method, self.size(k, y)
         at = stage_times(self.plan, self.times.step(k), self.plan.real)[0]
         with torch.no_grad():
             if self.alone:
@@ -112,6 +113,11 @@ class Recall:
                 # steps of size zero belong to trajectories that are done
                 y1 = torch.where(h == 0, y, y1)
         return y1, ks, at
+
+    def size(self, k: int, y: Tensor) -> Any:
+        """The size of step ``k`` as the loop had it."""
+        h = self.sizes[k]
+        return h if self.alone or self.plan.method.implicit else widened(h, y.shape[-1])
 
     def check(self, final: Tensor, status: Tensor) -> None:
         """Raise if the last step does not lead to the end that was computed: `fun` is then no function of its arguments."""
@@ -149,7 +155,7 @@ class _Slopes:
             y, recall = self.recall[k], self.recall
             _, ks, at = recall.take(k, y)
             with torch.no_grad():
-                stages: Any = recall.plan.method.dense_stages(recall.f, at, recall.sizes[k], y, ks)
+                stages: Any = recall.plan.method.dense_stages(recall.f, at, recall.size(k, y), y, ks)
             self._k, self._value = k, torch.stack(stages).reshape(-1, *recall.flat)
         return self._value
 
