@@ -132,19 +132,19 @@ def compiled_loop(function: FunctionType, key: Hashable, device: str, width: int
         | pass_options(narrow_loop_pass if width <= NARROW else gathering_pass)
         | _guards()
     )
-    whole = torch.compile(_copied(function), dynamic=False, fullgraph=True, options=options)
-    able = True
+    # the second form is for versions whose plan of what memory to use again fails on loops
+    forms = [options, options | {"allow_buffer_reuse": False}]
+    whole = [torch.compile(_copied(function), dynamic=False, fullgraph=True, options=form) for form in forms]
 
     def call(*args: Any) -> Any:
-        nonlocal able
-        if not able:
-            return None
-        try:
-            with _quiet():
-                return whole(*args)
-        except Exception as error:  # whatever compilers of many versions raise: one step after the other says what is wrong, if anything is
-            able = False
-            _log.info("%s is not compiled as a loop, but step by step, because: %s", function.__name__, error)
-            return None
+        while whole:
+            try:
+                with _quiet():
+                    return whole[0](*args)
+            except Exception as error:  # whatever compilers of many versions raise: step by step says what is wrong, if anything is
+                del whole[0]
+                if not whole:
+                    _log.info("%s is not compiled as a loop, but step by step, because: %s", function.__name__, error)
+        return None
 
     return call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import torch
@@ -108,6 +108,11 @@ class Plan:
     def direct(self) -> bool:
         """Whether the linear systems of the stages are part of the compiled step."""
         return self.compile is not None and getattr(self.method, "direct", False)
+
+    @property
+    def of_steps(self) -> Plan:
+        """Without what steps are chosen by, on which taking them again or back does not depend: a compiler would look at it."""
+        return replace(self, rtol=1.0, atol=1.0, norm=rms_norm, first_step=None, max_step=float("inf"), min_step=0.0, max_steps=0)
 
     def scaled(self, error: Tensor, size: Tensor) -> Tensor:
         """Error in units of the tolerance; ``size`` is ``max(|y0|, |y1|)``."""

@@ -188,7 +188,8 @@ class Rosenbrock:
             if tab.same_as[i] < i:
                 continue
             # all stages that use this value of f come behind it
-            v = weighted_sum([1.0] * s, [vs[j] for j in range(i, s) if tab.same_as[j] == i])
+            same = [vs[j] for j in range(i, s) if tab.same_as[j] == i]
+            v = weighted_sum([1.0] * len(same), same)
             assert v is not None
             _, pullback = linearize(times[i], combine(y, h, tab.a[i], ks))
             u, time_bar = pullback(v)

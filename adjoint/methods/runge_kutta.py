@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,7 @@ Linearize = Callable[[Tensor, Tensor], tuple[Tensor, Callable[[Tensor], tuple[Te
 def combine(y: Tensor, h: float | Tensor, weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:
     """``y + h sum_j weights_j ks_j``; ``h`` is a number, or a tensor that broadcasts against ``y``."""
     if isinstance(h, float):
-        for w, k in zip(weights, ks, strict=False):
+        for w, k in _pairs(weights, ks):
             if w:
                 y = torch.add(y, k, alpha=h * w)
         return y
@@ -44,10 +44,16 @@ def _plus(y: Tensor, h: Tensor, total: Tensor) -> Tensor:
 def weighted_sum(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor | None:
     """``sum_j weights_j ks_j``, or None when all weights are zero."""
     total: Tensor | None = None
-    for w, k in zip(weights, ks, strict=False):
+    for w, k in _pairs(weights, ks):
         if w:
             total = k * w if total is None else torch.add(total, k, alpha=w)
     return total
+
+
+def _pairs(weights: Sequence[float], ks: Sequence[Tensor]) -> Iterator[tuple[float, Tensor]]:
+    """Weights and what they weigh, of which there may be more or fewer; older compilers follow ``zip`` only where lengths agree."""
+    count = min(len(weights), len(ks))
+    return zip(weights[:count], ks[:count], strict=True)
 
 
 def powers(theta: Tensor, count: int) -> Tensor:
@@ -80,6 +86,8 @@ class ExplicitRungeKutta:
     tableau: Tableau
     #: whether stages are equations to be solved
     implicit: bool = field(default=False, init=False)
+    #: whether those can be part of the compiled step
+    direct: bool = field(default=False, init=False)
     #: nodes of all stages, extra ones included
     nodes: tuple[float, ...] = field(init=False)
     _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)

@@ -116,7 +116,7 @@ class CompiledAdjoint:
     """A stand-in for the method's ``adjoint_step``, with start and size of the step in the place of stage times."""
 
     def __init__(self, problem: Problem, f: Flat, linearize: Linearizer, y: Tensor) -> None:
-        plan, system = problem.plan, problem.system
+        plan, system = problem.plan.of_steps, problem.system
         self.plan, self.system, self.f, self.linearize = plan, system, f, linearize
         self.columns = problem.columns(y)
         self.step = compiled(_timed_step, plan.compile, self.columns)

@@ -124,7 +124,7 @@ def whole_sweep(
 
     ``bars``: as in `discrete.eager_sweep`.
     """
-    plan, method = problem.plan, problem.plan.method
+    plan, method = problem.plan.of_steps, problem.plan.method
     final_bar, samples_bar, states_bar, _ = bars
     states = grid["states"].detach()
     n_steps, (rows, n) = grid["t"].shape[0], states.shape[1:]
