@@ -184,13 +184,13 @@ def advance_by_numbers(
 ) -> tuple[Carry, Attempt]:
     """As `advance`, with numbers in the place of flags: compiled code loads and stores flags one by one."""
     new, attempt = advance(f, plan, stops, sign, with_flags(carry), dense, columns)
-    return with_numbers(new), Attempt(*[x.to(torch.float32) if flag else x for flag, x in zip(_ATTEMPT_FLAGS, attempt, strict=True)])
+    lands, accepted = attempt.lands.to(torch.float32), attempt.accepted.to(torch.float32)
+    return with_numbers(new), Attempt(attempt.t, attempt.end, attempt.h, attempt.segment, lands, accepted, attempt.stages)
 
 
 _FLAGS = ("rejected_last", "bad_last", "jump", "running")
 # by place and not by `_replace`, which the compilers of older versions do not follow
 _CARRY_FLAGS = [name in _FLAGS for name in Carry._fields]
-_ATTEMPT_FLAGS = [name in ("lands", "accepted") for name in Attempt._fields]
 
 
 def with_numbers(carry: Carry) -> Carry:

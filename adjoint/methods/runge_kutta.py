@@ -36,8 +36,9 @@ def update(y: Tensor, h: float | Tensor, weights: Sequence[float], ks: Sequence[
     return torch.add(y, total, alpha=h) if isinstance(h, float) else _plus(y, h, total)
 
 
-def _plus(y: Tensor, h: Tensor, total: Tensor) -> Tensor:
+def _plus(y: Tensor, h: float | Tensor, total: Tensor) -> Tensor:
     """``y + h total``; where nothing broadcasts in one operator."""
+    assert isinstance(h, Tensor)
     return torch.addcmul(y, h, total) if h.shape == y.shape and h.dtype == y.dtype else y + h * total
 
 
