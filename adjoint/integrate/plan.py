@@ -31,6 +31,9 @@ class Status(IntEnum):
 
 def rms_norm(x: Tensor) -> Tensor:
     """Root mean square of every row: ``(B, n) -> (B,)``."""
+    if x.shape[-1] == 1:
+        # compiled, the norm over one number keeps its dimension in some versions of PyTorch
+        return x.abs().squeeze(-1)
     return torch.linalg.vector_norm(x, dim=-1) * (max(x.shape[-1], 1) ** -0.5)
 
 
