@@ -48,8 +48,8 @@ def solved(method, jac, batched=False, **options):
     return sol, grads
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("form", ["dense", "sparse", "batched"])
 @pytest.mark.parametrize("method", METHODS)
 def test_same_as_automatic(method, form):

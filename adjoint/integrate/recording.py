@@ -12,7 +12,7 @@ __all__ = ["Recording"]
 
 #: where not even so many steps would fit, recording is not begun
 _FEWEST_STEPS = 12
-#: from this part of the budget on, a solve that would need so many times the whole of it with steps like the last one is given up
+#: from this part of the budget on, a solve that would need so many times the whole of it with steps like those so far is given up
 _LOOK_FROM, _HOPELESS = 0.125, 2.0
 
 
@@ -56,8 +56,10 @@ class Recording:
         """Whether recording ends with this step, at whose end ``fraction`` of the span is done: another one, or the rest, would not fit."""
         each = self._step + self._states
         used = (index + 1) * each
-        ahead = each * (1.0 - fraction) / max(fraction - self._fraction, 1e-300)
+        # steps grow at first, and one that was cut short to land somewhere says little
+        stride = max(fraction - self._fraction, fraction / (index + 1), 1e-300)
         self._fraction = fraction
+        ahead = each * (1.0 - fraction) / stride
         hopeless = used > _LOOK_FROM * self.budget and used + ahead > _HOPELESS * self.budget
         if self.on and (used + each > self.budget or hopeless):
             self._stop()
