@@ -26,6 +26,7 @@ __all__ = [
     "functorch_active",
     "is_differentiable",
     "leads_to",
+    "listed",
     "needs_derivatives",
     "parameter_homes",
     "readable",
@@ -52,6 +53,14 @@ def readable(x: Tensor) -> bool:
             return False
         x = torch._C._functorch.get_unwrapped(x)
     return True
+
+
+def listed(x: Tensor) -> list[Any]:
+    """``x.tolist()``, which some versions of PyTorch refuse inside of a transform."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x) and not torch._C._functorch.is_batchedtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    with torch._C._DisableFuncTorch():
+        return x.tolist()
 
 
 def below_vmap(x: Tensor, size: int) -> Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .capture import listed
 from .sensitivity import Outputs
 from .sensitivity.problem import StepTimes, step_times
 from .sensitivity.sweep import tangent
@@ -47,7 +48,7 @@ def event_records(parts: _Parts, out: Outputs) -> Found:
     ends, states_there, slopes_there = anchors[-1], out.final, out.final
     any_stop = False
     records = []
-    kinds = out.event_id.tolist()
+    kinds = listed(out.event_id)
     for which, event in enumerate(plan.events):
         times, states = [], []
         for k, line in enumerate(i for i, kind in enumerate(kinds) if kind == which):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .capture import readable
+from .capture import listed, readable
 from .integrate import Status
 from .integrate.stiffness import Switch
 from .methods.auto import AutoSwitch, Polynomial
@@ -170,7 +170,7 @@ def _events(outs: Sequence[Outputs], before: Tensor) -> dict[str, Tensor]:
     ids = torch.cat([o.event_id for o in outs])
     step = torch.cat([torch.where(o.event_step >= 0, o.event_step + before[k], -1) for k, o in enumerate(outs)])
     t = torch.cat([o.event_t for o in outs])
-    kinds = sorted(set(ids.tolist()))
+    kinds = sorted(set(listed(ids)))
     lines = {"event_id": [ids[:0]], "event_step": [step[:0]], "event_t": [t[:0]]}
     for kind in kinds:
         mine = (ids == kind).nonzero()[:, 0]

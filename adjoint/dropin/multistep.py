@@ -18,7 +18,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from ..capture import functorch_active, needs_derivatives
+from ..capture import functorch_active, listed, needs_derivatives
 from ..errors import InvalidInput, NonFiniteState
 from ..integrate import Monitor, shifted_times
 from ..methods import METHODS
@@ -148,7 +148,7 @@ def adams_samples(request: Request, gradient: Gradient, only: Any = None) -> Any
         y = steps[-1].y1
     _check_finite(steps)
     out = [steps[0].y]
-    places = torch.searchsorted(request.sign * grid.detach(), request.sign * request.t.detach().to(torch.float64)).tolist()
+    places = listed(torch.searchsorted(request.sign * grid.detach(), request.sign * request.t.detach().to(torch.float64)))
     for t, place in zip(request.t[1:].to(torch.float64), places[1:], strict=True):
         step = steps[place - 1]
         if bool(t.detach() == grid[place].detach()) and not needs_derivatives([t]):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..capture import listed
 from ..integrate import (
     AdamsSolver,
     AdditiveStageSolver,
@@ -248,7 +249,7 @@ def kept_steps(plan: Plan, event_step: Tensor, n_steps: int) -> list[int]:
     """Steps whose stages are among the outputs, in order."""
     if plan.keep_stages:
         return list(range(n_steps))
-    return sorted({step for step in event_step.reshape(-1).tolist() if step >= 0}) if plan.events else []
+    return sorted({step for step in listed(event_step.reshape(-1)) if step >= 0}) if plan.events else []
 
 
 def interpolate(plan: Plan, states: Tensor, stages: Tensor, t: Tensor, h: Tensor, t_eval: Tensor, sample_step: Tensor) -> Tensor:
