@@ -126,12 +126,13 @@ def advance(
         accepted = alive & passed
         rejected = alive & ~passed
         level = tamed(torch.where(bad, float("inf"), error))
-        up = controller.accepted(order, level, (carry.error1, carry.error2))
+        up, down = controller.both(order, level, (carry.error1, carry.error2))
         up = torch.where(carry.rejected_last, up.clamp(max=1.0), up)
-        proposal = h.abs() * up
+        length = h.abs()
+        proposal = length * up
         proposal = torch.where(lands & ~carry.rejected_last, torch.maximum(proposal, wanted), proposal)
-        down = h.abs() * torch.where(bad, controller.min_factor, controller.rejected(order, level))
-        step = torch.where(accepted, proposal, torch.where(rejected, down, carry.step))
+        # of trajectories that are done nobody asks for another step
+        step = torch.where(accepted, proposal, length * torch.where(bad, controller.min_factor, down))
         error1, error2 = carry.error1, carry.error2
         if controller.remembers:
             error1, error2 = torch.where(accepted, level, error1), torch.where(accepted, error1, error2)
@@ -168,8 +169,8 @@ def advance(
         error1=error1,
         error2=error2,
         segment=segment,
-        rejected_last=torch.where(alive, rejected, carry.rejected_last),
-        bad_last=torch.where(alive, bad, carry.bad_last),
+        rejected_last=rejected,
+        bad_last=bad,
         jump=jump,
         attempts=carry.attempts + alive,
         n_accepted=carry.n_accepted + accepted,

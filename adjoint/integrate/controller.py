@@ -59,6 +59,14 @@ class PIDController:
         """Factor after a rejected step; only the present error counts."""
         return _clip(self.safety * error ** (-1.0 / order), self.min_factor, self.safety)
 
+    def both(self, order: int, error: Number, previous: tuple[Number, Number]) -> tuple[Number, Number]:
+        """`accepted` and `rejected`, which without a memory share their power."""
+        if self.remembers or self.icoeff != 1.0:
+            return self.accepted(order, error, previous), self.rejected(order, error)
+        factor = self.safety * error ** (-1.0 / order)
+        low = self.min_factor if self.shrink_accepted else 1.0
+        return _clip(factor, low, self.max_factor), _clip(factor, self.min_factor, self.safety)
+
 
 def tamed(error: Number) -> Number:
     """An error norm kept away from zero and infinity; in single precision for tensors, where powers of doubles are slow."""
