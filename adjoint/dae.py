@@ -19,6 +19,7 @@ from .integrate import IController, PIDController, Plan, Record
 from .ivp import _event_list, _flat_event, _front_door, _Parts, _solution
 from .methods import Method
 from .progress import progress_monitor
+from .quadrature import first_rate
 from .sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
 from .sensitivity.consistent import Initial
 from .sensitivity.problem import interpolate_slopes, step_times
@@ -244,12 +245,7 @@ def _with_quadrature(
     fun: Callable[..., Any], g: Callable[..., Any], spec: StateSpec, times: Times, y0: Any, yp0: Any, args: tuple[Any, ...]
 ) -> tuple[Callable[..., Any], Any, Any, StateSpec]:
     """State and slope extended by the running integral, which starts at zero."""
-    t0 = times.anchors[0].detach().to(spec.real_dtype)
-    first = g(t0 if spec.batch is not None else t0.reshape(()), y0, *args)
-    integrand = StateSpec.of(first, spec.batch is not None, "what quadrature returned")
-    if integrand.batch != spec.batch:
-        shapes = [tuple(s) for s in integrand.shapes]
-        raise InvalidInput(f"quadrature must return one value per trajectory, ({spec.batch}, ...), got {shapes}")
+    first, integrand = first_rate(g, spec, times, y0, args)
 
     def both(t: Tensor, state: tuple[Any, Any], slope: tuple[Any, Any], *rest: Any) -> tuple[Any, Any]:
         value = g(t, state[0], *rest)

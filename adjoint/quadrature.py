@@ -14,19 +14,25 @@ from .errors import InvalidInput
 from .split import SplitFunction
 from .system import StateSpec
 
-__all__ = ["with_integral"]
+__all__ = ["first_rate", "with_integral"]
 
 
-def with_integral(
-    fun: Callable[..., Any], g: Callable[..., Any], spec: StateSpec, times: Times, y0: Any, args: tuple[Any, ...]
-) -> tuple[Callable[..., Any], Any, StateSpec]:
-    """The state extended by the running integral, which starts at zero."""
+def first_rate(g: Callable[..., Any], spec: StateSpec, times: Times, y0: Any, args: tuple[Any, ...]) -> tuple[Any, StateSpec]:
+    """What the integrand gives at the start, and its layout; raises `InvalidInput` unless it is one value per trajectory."""
     t0 = times.anchors[0].detach().to(spec.real_dtype)
     first = g(t0 if spec.batch is not None else t0.reshape(()), y0, *args)
     integrand = StateSpec.of(first, spec.batch is not None, "what quadrature returned")
     if integrand.batch != spec.batch:
         shapes = [tuple(s) for s in integrand.shapes]
         raise InvalidInput(f"quadrature must return one value per trajectory, ({spec.batch}, ...), got {shapes}")
+    return first, integrand
+
+
+def with_integral(
+    fun: Callable[..., Any], g: Callable[..., Any], spec: StateSpec, times: Times, y0: Any, args: tuple[Any, ...]
+) -> tuple[Callable[..., Any], Any, StateSpec]:
+    """The state extended by the running integral, which starts at zero."""
+    first, integrand = first_rate(g, spec, times, y0, args)
 
     def extended(part: Callable[..., Any], integrated: bool) -> Callable[..., Any]:
         def both(t: Tensor, state: tuple[Any, Any], *rest: Any) -> tuple[Any, Any]:
