@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .errors import InvalidInput
 from .jacobians import DenseJacobian
 from .jacobians_sparse import SparseJacobian, choose_jacobian
+from .lending import lending
 from .linalg import LinearSolver, Log
 from .linalg.sparsity import SparsityPattern
 from .nonlinear import BranchProblem, Continuation
@@ -172,17 +173,19 @@ def continuation(
     if linear_solver is not None and not (hasattr(linear_solver, "factor") and hasattr(linear_solver, "refactor")):
         raise InvalidInput(f"linear_solver must be an object such as adjoint.linalg.SparseLU(), got {linear_solver!r}")
     method = Continuation(kind, step, min_step, max_step, max_points, tol)  # type: ignore[arg-type]
-    flat = spec.flatten(x0).detach()
+    flat = spec.taken(x0).detach()
     if not bool(torch.isfinite(flat).all()):
         raise InvalidInput("x0 has non-finite entries")
     detached = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, args)
 
+    lent = lending(lambda lam, x: spec.flatten(fun(spec.unflatten(x), lam.reshape(()), *detached)))
+
     def residual(x: Tensor, lam: Tensor) -> Tensor:
-        return spec.flatten(fun(spec.unflatten(x), lam.reshape(()), *detached))
+        return lent(lam, x)
 
     with torch.no_grad():
         start = flat.new_tensor([first])
-        spec.check(fun(spec.unflatten(flat), start.reshape(()), *detached), "what fun returned", "x0")
+        spec.check(fun(spec.unflatten(flat.clone()), start.clone().reshape(()), *detached), "what fun returned", "x0")
         strategy: Any = DenseJacobian()
         if jac_sparsity is not None:
             strategy = SparseJacobian(SparsityPattern.from_any(jac_sparsity, (flat.shape[1], flat.shape[1])))

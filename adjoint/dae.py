@@ -17,6 +17,7 @@ from .errors import InvalidInput, UnsupportedCombination
 from .event_times import NO_EVENTS, event_records
 from .integrate import IController, PIDController, Plan, Record
 from .ivp import _event_list, _flat_event, _front_door, _Parts, _solution
+from .lending import check_unchanged, copied
 from .methods import Method
 from .progress import progress_monitor
 from .quadrature import first_rate
@@ -144,7 +145,7 @@ def solve_dae(
     event_list = _event_list(events)
     system = _system(residual, fun, quadrature, event_list, spec, times, state, slope, args)
     inputs = system.inputs
-    y_flat, slope_flat = spec.flatten(state), spec.flatten(slope)
+    y_flat, slope_flat = spec.taken(state), spec.taken(slope)
 
     real = spec.real_dtype
     single = real.itemsize < 8
@@ -218,16 +219,17 @@ def _system(
 ) -> System:
     """The flat system, with the tensors that the user's functions captured."""
     leaves, tree = tree_flatten(args)
-    t = times.anchors[0].detach().to(spec.real_dtype)
+    t = times.anchors[0].detach().to(spec.real_dtype, copy=True)
     t = t if spec.batch is not None else t.reshape(())
     # aliases, so that a tensor that is both an argument and captured is seen in both roles
     alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
-    probe = [tree_map(alias, x) for x in (state, slope, args)]
+    probe = [copied(state), copied(slope), tree_map(alias, args)]
     found: list[Any] = []
     calls: list[Callable[[], Any]] = [lambda: found.append(residual(t, probe[0], probe[1], *probe[2]))]
     seen = probe[0] if quadrature is None else probe[0][0]
     calls += [lambda e=e: e(t, seen, *probe[2]) for e in events]
     captured = find_captured(calls, [t, *(x for part in probe for x in tree_leaves(part))], [fun, *events])
+    check_unchanged(probe[:2], "fun")
     layout = StateSpec.of(found[0], spec.batch is not None, "what fun returned")
     if sum(layout.sizes) != sum(spec.sizes) or layout.batch != spec.batch:
         many = f" for each of {spec.batch} trajectories" if spec.batch is not None else ""

@@ -215,8 +215,8 @@ def reduce_index(fun: Callable[..., Any], y0: Any, yp0: Any = None, args: Any = 
     spec = StateSpec.of(y0, batched)
     if spec.dtype.is_complex:
         raise InvalidInput("reduce_index takes real states: split complex ones into two parts")
-    flat = spec.flatten(y0).detach()
-    slope = torch.zeros_like(flat) if yp0 is None else spec.flatten(yp0).detach()
+    flat = spec.taken(y0).detach()
+    slope = torch.zeros_like(flat) if yp0 is None else spec.taken(yp0).detach()
     fixed = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, args)
     t = torch.full((spec.rows,), float(t0), dtype=spec.real_dtype, device=spec.device)
     first = fun(t if batched else t[0], spec.unflatten(flat), spec.unflatten(slope), *fixed)

@@ -21,6 +21,7 @@ from .event_times import NO_EVENTS, Found, event_records
 from .failures import raise_failure
 from .integrate import Event, IController, PIDController, Plan, Record
 from .integrate.compiled import compile_key
+from .lending import copied, lending
 from .mass_matrix import consistent_start, implicit_method, in_step, with_mass, with_matrix, without_last
 from .methods import Method
 from .progress import progress_monitor
@@ -229,15 +230,15 @@ def solve_ivp(
 
     real = spec.real_dtype
     leaves, tree = tree_flatten(tuple(args))
-    y_flat = spec.flatten(state)
-    probe_t = times.anchors[0].detach().to(real)
+    y_flat = spec.taken(state)
+    probe_t = times.anchors[0].detach().to(real, copy=True)
     probe_t = probe_t if batched else probe_t.reshape(())
     system = System(right_hand_side, spec, tree, tuple(leaves))
     captured: list[Tensor] = []
     if torch.is_grad_enabled() or _transforming():
         # aliases, so that a tensor that is both an argument and captured is seen in both roles
         alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
-        probe_y, probe_args = tree_map(alias, state), tree_map(alias, tuple(args))
+        probe_y, probe_args = copied(state), tree_map(alias, tuple(args))
         probe_y0 = probe_y if quadrature is None else probe_y[0]
         calls = [lambda: right_hand_side(probe_t, probe_y, *probe_args)]
         calls += [lambda e=e: e(probe_t, probe_y0, *probe_args) for e in event_list]
@@ -357,15 +358,19 @@ def _flat_event(event: Callable[..., Tensor], system: System, user_spec: StateSp
     def bind(inputs: Sequence[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         args, mode = system.arguments(inputs), system.substitution(inputs)
 
-        def value(t: Tensor, y: Tensor) -> Tensor:
+        def call(t: Tensor, y: Tensor) -> Tensor:
             state = spec.unflatten(y)
             state = state[0] if has_quadrature else state
             time = t if spec.batch is not None else t.reshape(())
             if mode is None:
-                out = event(time, state, *args)
-            else:
-                with mode:
-                    out = event(time, state, *args)
+                return event(time, state, *args)
+            with mode:
+                return event(time, state, *args)
+
+        lent = lending(call, "an event function")
+
+        def value(t: Tensor, y: Tensor) -> Tensor:
+            out = lent(t, y)
             rows = 1 if spec.batch is None else spec.batch
             if not isinstance(out, Tensor) or out.numel() != rows:
                 got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from .arguments import Times
 from .errors import InvalidInput
+from .lending import copied
 from .split import SplitFunction
 from .system import StateSpec
 
@@ -20,7 +21,7 @@ __all__ = ["first_rate", "with_integral"]
 def first_rate(g: Callable[..., Any], spec: StateSpec, times: Times, y0: Any, args: tuple[Any, ...]) -> tuple[Any, StateSpec]:
     """What the integrand gives at the start, and its layout; raises `InvalidInput` unless it is one value per trajectory."""
     t0 = times.anchors[0].detach().to(spec.real_dtype)
-    first = g(t0 if spec.batch is not None else t0.reshape(()), y0, *args)
+    first = g(t0 if spec.batch is not None else t0.reshape(()), copied(y0), *args)
     integrand = StateSpec.of(first, spec.batch is not None, "what quadrature returned")
     if integrand.batch != spec.batch:
         shapes = [tuple(s) for s in integrand.shapes]

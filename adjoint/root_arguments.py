@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 from .errors import InvalidInput, UnsupportedCombination
 from .jacobians import DenseJacobian, jacobian_operator
 from .jacobians_sparse import SparseJacobian, choose_jacobian
+from .lending import own
 from .linalg import Factorization, LinearSolver, Log, Matrix, SparseMatrix, default_solver
 from .linalg.sparsity import SparsityPattern
 from .nonlinear import FLOW_METHODS, METHODS, RootMethod
@@ -194,10 +195,10 @@ def _user_jacobian(jac: Any, system: System, spec: StateSpec) -> UserJacobian:
         args = system.arguments(inputs)
         state = spec.unflatten(x)
         if mode is None:
-            out = jac(state, *args)
+            out = own(jac(state, *args))
         else:
             with mode:
-                out = jac(state, *args)
+                out = own(jac(state, *args))
         if not isinstance(out, Tensor):
             raise InvalidInput(f"jac must return a tensor, got a {type(out).__name__}")
         if out.dtype != x.dtype or out.device != x.device:

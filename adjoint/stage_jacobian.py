@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import InvalidInput
 from .jacobians_sparse import agrees
+from .lending import own
 from .linalg import Matrix, SparseMatrix
 from .system import System, VmappedSystem
 
@@ -46,10 +47,10 @@ class GivenStageJacobian:
         args, state = system.arguments(inputs), spec.unflatten(x)
         time = t if spec.batch is not None else t.reshape(())
         if mode is None:
-            out = self.jac(time, state, *args)
+            out = own(self.jac(time, state, *args))
         else:
             with mode:
-                out = self.jac(time, state, *args)
+                out = own(self.jac(time, state, *args))
         n, lead = x.shape[1], () if spec.batch is None else (spec.batch,)
         if not isinstance(out, Tensor):
             raise InvalidInput(f"jac must return a tensor, got a {type(out).__name__}")

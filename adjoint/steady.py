@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from .arguments import flat_tolerance
 from .capture import find_captured, parameter_homes
 from .errors import InvalidInput
+from .lending import check_unchanged, copied
 from .linalg import LinearSolver, Log
 from .nonlinear import RootProblem, RootRecord, RootStatus, explain
 from .progress import root_monitor
@@ -182,15 +183,16 @@ def prepare(
 
     # aliases, so that a tensor that is both an argument and captured is seen in both roles
     alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
-    probe_x, probe_args = tree_map(alias, x0), tree_map(alias, args)
+    probe_x, probe_args = copied(x0), tree_map(alias, args)
     probed: list[Any] = []
     captured = find_captured([lambda: probed.append(fun(probe_x, *probe_args))], [*tree_leaves(probe_x), *tree_leaves(probe_args)], [fun])
+    check_unchanged(probe_x, "fun")
     returns = StateSpec.of(probed[0], batched, "what fun returned") if least_squares else None
     if returns is None:
         spec.check(probed[0], "what fun returned", "x0")
     homes = tuple(parameter_homes([fun], captured))
     system: Any = System(timed, spec, tree, tuple(leaves), tuple(captured), homes=homes, returns=returns)
-    conditions, flat0 = system, spec.flatten(x0)
+    conditions, flat0 = system, spec.taken(x0)
     if conserved is not None:
         system = conditions = check_conserved(conserved, system, flat0, least_squares)
     if least_squares:

@@ -14,6 +14,7 @@ from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_wit
 
 from .capture import Home, Substitute
 from .errors import InvalidInput
+from .lending import lending
 from .split import SplitFunction
 
 __all__ = ["Flat", "StateSpec", "System", "VmappedSystem"]
@@ -84,11 +85,16 @@ class StateSpec:
         return tuple(prod(shape[skip:]) for shape in self.shapes)
 
     def flatten(self, state: Any) -> Tensor:
-        """State pytree to ``(B, n)``; the structure is taken to be right."""
+        """State pytree to ``(B, n)``, of one tensor a view; the structure is taken to be right."""
         leaves = tree_flatten(state)[0]
         if len(leaves) == 1:
             return leaves[0].reshape(self.rows, self.sizes[0])
         return torch.cat([leaf.to(self.dtype).reshape(self.rows, size) for leaf, size in zip(leaves, self.sizes, strict=True)], dim=1)
+
+    def taken(self, state: Any) -> Tensor:
+        """As `flatten`, in memory of its own: what a solve starts from stays as it is, whatever ``fun`` does to its argument."""
+        flat = self.flatten(state)
+        return flat.clone() if len(self.shapes) == 1 else flat
 
     def unflatten(self, flat: Tensor) -> Any:
         """``(*lead, B, n)`` to a pytree of ``(*lead, *leaf.shape)``."""
@@ -259,8 +265,8 @@ class System:
                 return spec.flatten(out)
 
         if spec.batch is None:
-            return lambda t, y: f(t if t.dim() == 0 else t.reshape(()), y)
-        return f
+            return lending(lambda t, y: f(t if t.dim() == 0 else t.reshape(()), y))
+        return lending(f)
 
     def _reshaping(self, call: Callable[..., Any], args: tuple[Any, ...], returns: StateSpec) -> Flat:
         """The flat function where rows of the result have another length than rows of the state."""
@@ -271,7 +277,7 @@ class System:
             returns.check(out, "what fun returned", "its first result")
             return returns.flatten(out)
 
-        return f
+        return lending(f)
 
     def _implicit(self, call: Callable[..., Any], args: tuple[Any, ...], residual: StateSpec) -> Flat:
         """The flat residual on ``(B, 2 n)``."""
@@ -283,7 +289,7 @@ class System:
             residual.check(out, "what fun returned", "its first result")
             return residual.flatten(out)
 
-        return f
+        return lending(f)
 
     @property
     def natural_shape(self) -> torch.Size | None:
@@ -356,4 +362,5 @@ class VmappedSystem:
             out = mapped(t.reshape(size, rows), y.reshape(size, rows, -1), *inputs)
             return out.flatten(0, 1)
 
-        return f
+        # within the map the tensors that hold the memory are out of sight
+        return lending(f)

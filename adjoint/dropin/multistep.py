@@ -141,7 +141,7 @@ def adams_samples(request: Request, gradient: Gradient, only: Any = None) -> Any
     interp = check_interp(request)
     solver = _Adams(request, gradient, only)
     grid = fixed_grid(request)
-    y = request.spec.flatten(request.y0)
+    y = request.spec.taken(request.y0)
     steps: list[_Step] = []
     for t, t1 in pairwise(grid):
         steps.append(solver.step(t, t1, y))
@@ -181,7 +181,7 @@ def adams_event(request: Request, gradient: Gradient, only: Any = None) -> tuple
     interp, size = check_interp(request), step_size_of(request)
     event, at_start = start_event(request)
     spec = request.spec
-    y = start = spec.flatten(request.y0)
+    y = start = spec.taken(request.y0)
     if at_start:
         return request.t[0].clone(), spec.unflatten(torch.stack([start, start]))
     if size is None:

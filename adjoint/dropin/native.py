@@ -18,6 +18,7 @@ from ..failures import raise_failure
 from ..integrate import Event, PIDController, Plan, Record, shifted_times
 from ..ivp import _flat_event, _interpolant, _Parts
 from ..ivp import _transforming as transforming
+from ..lending import copied
 from ..methods import METHODS
 from ..sensitivity import Gradient, Problem
 from ..solution import BackwardStats
@@ -46,7 +47,7 @@ def prepare(request: Request, only: Sequence[Tensor] | None, event: Callable[...
 
     ``only``: the tensors to differentiate; others are held constant. None: all.
     """
-    spec, y0 = request.spec, request.y0
+    spec, y0 = request.spec, copied(request.y0)
     _, tree = tree_flatten(())
     captured: list[Tensor] = []
     if torch.is_grad_enabled() or transforming():
@@ -168,7 +169,7 @@ def _solve(request: Request, gradient: Gradient, only: Sequence[Tensor] | None, 
     if request.family == "implicit":
         algebra = stage_algebra(system, system.inputs, spec, jac=None, jac_sparsity=None, linear_solver=None)
     problem = Problem(system, plan, False, report, backward_report, algebra=algebra)
-    y_flat = spec.flatten(request.y0)
+    y_flat = spec.taken(request.y0)
     out = gradient.solve(problem, anchors, samples, y_flat, ready.inputs)
     listed = [] if event is None else [event]
     return _Parts(out, problem, Times(anchors, samples, None, False), spec, spec, None, y_flat, listed, (), backward, derivatives)
@@ -188,7 +189,7 @@ def solve_dense(request: Request, gradient: Gradient, only: Sequence[Tensor] | N
 def combined_event(event_fn: Callable[..., Tensor], t0: Tensor, y0: Any) -> tuple[Callable[..., Tensor], bool]:
     """One function for several events: positive at the start, zero where the first of them is; and whether it begins at zero."""
     with torch.no_grad():
-        signs = torch.sign(event_fn(t0, y0))
+        signs = torch.sign(event_fn(t0, copied(y0)))
 
     def smallest(t: Tensor, y: Any) -> Tensor:
         return torch.min(event_fn(t, y) * signs)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ..arguments import flat_tolerance
 from ..errors import InvalidInput
 from ..integrate import Monitor, rms_norm
+from ..lending import changed
 from ..methods.adams import ADAMS_NAMES
 from ..system import StateSpec
 
@@ -112,7 +113,11 @@ class CallbackMonitor(Monitor):
         callback = self.callbacks.get(name)
         if callback is not None:
             time, size = (torch.tensor(x, dtype=torch.float64, device=self.spec.device) for x in (t, abs(h)))
+            lent = [x for x in tree_leaves(y) if not x.is_inference()]
+            versions = [x._version for x in lent]
             callback(time, y, size)
+            if versions != [x._version for x in lent]:
+                changed(name, "the state")
 
     def _state(self, y: Tensor) -> Any:
         return self.spec.unflatten(y.detach().reshape(self.spec.rows, -1))

@@ -1,0 +1,102 @@
+"""What passes between a solve and a user's function: tensors that the solve lends come back unchanged, and those it is given are its own.
+
+A solve keeps the slopes of its stages, states, residuals and Jacobians for a while. A function that writes its value into a tensor of its
+own and returns that, call after call, would change them afterwards; one that changes its argument in place would change the state itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .errors import InvalidInput
+
+__all__ = ["changed", "check_unchanged", "copied", "lending", "own"]
+
+Flat = Callable[[Tensor, Tensor], Tensor]
+_storage_uses: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def copied(state: Any) -> Any:
+    """A pytree with tensors of its own in the place of its tensors."""
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, state)
+
+
+def check_unchanged(lent: Any, what: str) -> None:
+    """Raise `InvalidInput` where a function has changed what `copied` made for it."""
+    if any(isinstance(x, Tensor) and not x.is_inference() and x._version for x in tree_leaves(lent)):
+        changed(what, "the state")
+
+
+def _counts(x: Tensor) -> tuple[int, int, int]:
+    """References to a tensor, to its memory, and to what it is a view of."""
+    references = sys.getrefcount(x)
+    base = x._base
+    uses = 0 if _storage_uses is None else _storage_uses(x.untyped_storage()._cdata)
+    return references, uses, 0 if base is None else sys.getrefcount(base)
+
+
+# those of a tensor that nobody else knows, counted here, because versions of Python and PyTorch differ in what they count along
+_REFERENCES, _USES, _ = _counts(torch.empty(1))
+_, _USES_OF_VIEW, _REFERENCES_OF_BASE = _counts(torch.empty(1).view(1))
+
+
+def own(x: Any) -> Any:
+    """``x``, which a function has just returned, or a copy where somebody else may write into its memory later on: it is held elsewhere
+    too, is a view of such a tensor, or lies in memory that is not PyTorch's. To be called as ``own(f(...))``.
+
+    A graph that autograd records holds results too, and never writes into them: there only objects count.
+    """
+    if not isinstance(x, Tensor):
+        return x
+    if torch.compiler.is_compiling():
+        # a compiler leaves a copy out where nobody writes
+        return x.clone()
+    if sys.getrefcount(x) > _REFERENCES or type(x) is not Tensor or _storage_uses is None:
+        return x.clone()
+    if x.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return x
+    storage = x.untyped_storage()
+    if not storage.resizable():
+        return x.clone()
+    uses = _storage_uses(storage._cdata)
+    if uses <= _USES:
+        return x
+    if x._is_view():
+        base = x._base
+        if sys.getrefcount(base) > _REFERENCES_OF_BASE or not (uses <= _USES_OF_VIEW or x.requires_grad):
+            return x.clone()
+        return x
+    return x if x.requires_grad else x.clone()
+
+
+def lending(f: Flat, what: str = "fun") -> Flat:
+    """A flat function of time and state that changes neither, and whose results are `own`.
+
+    Raises `InvalidInput` where ``f`` changes its arguments in place; where that cannot be seen (inference mode, code that is being
+    compiled) it gets copies.
+    """
+
+    def call(t: Tensor, y: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or y.is_inference() or t.is_inference():
+            return own(f(t.clone(), y.clone()))
+        state, time = y._version, t._version
+        out = f(t, y)
+        if y._version != state or t._version != time:
+            changed(what, "the state" if y._version != state else "time")
+        return own(out)
+
+    return call
+
+
+def changed(what: str, name: str) -> NoReturn:
+    """Raise the error of a function that changes its argument in place."""
+    raise InvalidInput(
+        f"{what} changes its argument ({name}) in place, and the solve goes on with that tensor: make a new one instead, as by "
+        "y = y.clamp(min=0) for y.clamp_(min=0), or begin with y = y.clone()"
+    )
