@@ -14,6 +14,7 @@ from .batch_sampling import BatchSampler
 from .columns import layout, takes_columns
 from .compiled import compiled
 from .controller import tamed
+from .defect import inner_error
 from .direct import DirectStages
 from .initial_step import initial_step
 from .packing import Kept, evaluations_of_attempt, record_of
@@ -115,7 +116,11 @@ def advance(
         k_end = f(time, y1)
     if method.adaptive:
         estimate = method.error(hr, [*ks, k_end] if method.error_uses_end else ks)
-        scaled = plan.scaled(turned(estimate), turned(torch.maximum(y.abs(), y1.abs()))).abs()
+        size = torch.maximum(y.abs(), y1.abs())
+        scaled = plan.scaled(turned(estimate), turned(size)).abs()
+        if getattr(f, "constrained", False):
+            span = (stops[-1] - stops[0]).abs()
+            scaled = torch.maximum(scaled, inner_error(f, plan, lambda c: (t + h * c).to(real), hr, span, y, size, ks))  # type: ignore[arg-type]
         error = plan.norm(scaled)
         # kept for the message of a failure, which is found when the next attempt would be made
         scaled = torch.where(spread(alive), turned(scaled), carry.scaled)

@@ -71,6 +71,13 @@ class ResidualSolver:
         """``F(t, y, y')``."""
         return self.f(t, torch.cat([y, slope], -1))
 
+    #: steps are tested between their ends; see `Constrained`
+    constrained = True
+
+    def count_residual(self, h: Tensor) -> None:
+        """See `Constrained`."""
+        self.work.n_fun += (h != 0).squeeze(-1)
+
     # ---- the start of a solve
 
     def start(self, stops: Tensor, sign: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:

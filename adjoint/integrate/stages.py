@@ -114,6 +114,9 @@ class StageSolver:
         That of ``M y' = f(t, y)``, for Rosenbrock methods.
     """
 
+    #: see `Constrained`
+    power = skipped = None
+
     def __init__(
         self,
         f: Flat,
@@ -251,6 +254,19 @@ class StageSolver:
         """See `CoupledSystem`: ``f`` at the start of the step."""
         assert self._at is not None
         return self.f(self._at[0], y)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether there may be constraints, so that steps are tested between their ends; see `Constrained`."""
+        return self.mass_matrix is not None
+
+    def residual(self, t: Tensor, y: Tensor, slope: Tensor) -> Tensor:
+        """See `Constrained`: ``M y' - f(t, y)``."""
+        return self.mass(slope) - self.f(t, y)
+
+    def count_residual(self, h: Tensor) -> None:
+        """See `Constrained`."""
+        self.work.n_fun += (h != 0).squeeze(-1)
 
     def weigh(self, x: Tensor, step: Tensor, error: bool) -> Tensor:
         """See `CoupledSystem`: all components alike."""

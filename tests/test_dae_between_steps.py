@@ -1,0 +1,124 @@
+"""What differential-algebraic solves hand out between the ends of their steps: prescribed variables and multipliers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from adjoint import DiscreteAdjoint, ForwardSensitivity, solve_dae, solve_ivp
+
+F64 = torch.float64
+TOLERANCES = {"rtol": 1e-5, "atol": 1e-7}
+SAMPLES = torch.linspace(0.0, 1.0, 41, dtype=F64)
+START = torch.tensor([1.0, 0.0], dtype=F64)
+MASS = torch.diag(torch.tensor([1.0, 0.0], dtype=F64))
+RESIDUAL_METHODS = ("radau", "radau3", "bdf")
+MASS_METHODS = ("rodas3p", "rodas4", "rodas5p", "radau5", "bdf")
+
+
+def forced(t, y, yp, w=20.0):
+    return torch.stack([yp[0] + y[0], y[1] - torch.sin(w * t)])
+
+
+def forced_right(t, y, w=20.0):
+    return torch.stack([-y[0], y[1] - torch.sin(w * t)])
+
+
+def solve(method, fun=None, **options):
+    """The system by a method of `solve_dae`, or by one of `solve_ivp` with a mass matrix, whose name then ends in an M."""
+    options = {"t_eval": SAMPLES, **TOLERANCES, **options}
+    if not method.endswith("M"):
+        return solve_dae(fun or forced, (0.0, 1.0), START, method=method, **options)
+    return solve_ivp(fun or forced_right, (0.0, 1.0), START, method=method[:-1], mass_matrix=MASS, **options)
+
+
+@pytest.mark.parametrize("method", [*RESIDUAL_METHODS, *(m + "M" for m in MASS_METHODS)])
+def test_a_prescribed_variable_is_as_exact_as_the_tolerance_wherever_it_is_asked_for(method):
+    extra = {"events": lambda t, y, *_: y[1] - 0.1, "dense_output": True}
+    sol = solve(method, **extra)
+    assert (sol.y[:, 1] - torch.sin(20 * SAMPLES)).abs().max() < 5e-5
+    fine = torch.linspace(0.0, 1.0, 301, dtype=F64)
+    assert (sol(fine)[:, 1] - torch.sin(20 * fine)).abs().max() < 5e-5
+    first = math.asin(0.1)
+    zeros = sorted([first + 2 * math.pi * k for k in range(4)] + [math.pi - first + 2 * math.pi * k for k in range(3)])
+    torch.testing.assert_close(sol.events[0].t * 20, torch.tensor(zeros, dtype=F64), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["radau", "rodas5pM"])
+def test_a_prescribed_variable_of_a_nonlinear_constraint(method):
+    sign = 1 if method == "radau" else -1
+    fun = lambda t, y, *yp: torch.stack([sum(yp)[0] + y[0] if yp else -y[0], sign * (torch.exp(y[1]) - 2 - torch.sin(20 * t))])  # noqa: E731
+    sol = solve(method, fun)
+    assert (sol.y[:, 1] - torch.log(2 + torch.sin(20 * SAMPLES))).abs().max() < 5e-5
+
+
+def test_steps_do_not_depend_on_the_scale_or_the_mixture_of_the_equations():
+    mixer = torch.tensor([[1e-4, 3e5], [2e-4, -1e5]], dtype=F64)
+    plain, mixed = solve("radau"), solve("radau", lambda t, y, yp: mixer @ forced(t, y, yp))
+    assert plain.stats.n_accepted == mixed.stats.n_accepted
+    torch.testing.assert_close(mixed.y, plain.y, rtol=1e-8, atol=1e-9)
+
+
+def test_a_combination_of_variables_is_prescribed():
+    # (x + z)' = -(x + z), z = sin 20 t: the matrix in front of the slopes names neither variable
+    fun = lambda t, y, yp: torch.stack([yp[0] + yp[1] + y[0] + y[1], y[1] - torch.sin(20 * t)])  # noqa: E731
+    sol = solve("radau", fun)
+    torch.testing.assert_close(sol.y[:, 1], torch.sin(20 * SAMPLES), rtol=0, atol=5e-5)
+    torch.testing.assert_close(sol.y.sum(-1), torch.exp(-SAMPLES), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("method", ["radau", "rodas5pM"])
+def test_rows_of_batches_and_mapped_ones_take_the_steps_of_one_trajectory(method):
+    w = torch.tensor([8.0, 3.0], dtype=F64)
+    one = [solve(method, args=x) for x in w]
+    mapped = torch.vmap(lambda x: solve(method, args=x).y)(w)
+    rows = START.repeat(2, 1)
+    if method == "radau":
+        residual = lambda t, y, yp, w: torch.stack([yp[:, 0] + y[:, 0], y[:, 1] - torch.sin(w * t)], -1)  # noqa: E731
+        both = solve_dae(residual, (0.0, 1.0), rows, args=w, batched=True, t_eval=SAMPLES, **TOLERANCES)
+    else:
+        right = lambda t, y, w: torch.stack([-y[:, 0], y[:, 1] - torch.sin(w * t)], -1)  # noqa: E731
+        both = solve_ivp(
+            right, (0.0, 1.0), rows, args=w, batched=True, t_eval=SAMPLES, method="rodas5p", mass_matrix=MASS, **TOLERANCES
+        )
+    for k, sol in enumerate(one):
+        assert int(both.stats.n_accepted[k]) == int(sol.stats.n_accepted)
+        torch.testing.assert_close(both.y[:, k], sol.y, rtol=0, atol=1e-8)
+        torch.testing.assert_close(mapped[k], sol.y, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("gradient", [DiscreteAdjoint(), ForwardSensitivity()], ids=["discrete", "forward"])
+def test_derivatives_of_a_prescribed_variable(gradient):
+    w = torch.tensor(20.0, dtype=F64, requires_grad=True)
+    z = solve("radau", args=w, gradient=gradient).y[13, 1]
+    (slope,) = torch.autograd.grad(z, w)
+    torch.testing.assert_close(slope.detach(), SAMPLES[13] * torch.cos(20 * SAMPLES[13]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["radau", "radau3"])
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-6])
+def test_a_prescribed_multiplier_follows_the_tolerance(method, tolerance):
+    residual = lambda t, y, yp: torch.stack([yp[0] + y[0] - 2 * y[1], y[0] - 0.7 * torch.sin(t)])  # noqa: E731
+    start = torch.tensor([0.0, 0.3], dtype=F64)
+    sol = solve_dae(residual, (0.0, 1.0), start, t_eval=SAMPLES, rtol=tolerance, atol=tolerance / 10, method=method)
+    assert (sol.y[:, 1] - 0.35 * (torch.cos(SAMPLES) + torch.sin(SAMPLES))).abs().max() < 10 * tolerance
+
+
+@pytest.mark.parametrize("method", ["radau", "rodas5pM"])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_jump_of_an_algebraic_variable_is_stepped_over(method, named):
+    def level(t):
+        return torch.where(t > 0.5, 2.0, torch.sin(t))
+
+    if method == "radau":
+        fun = lambda t, y, yp: torch.stack([yp[0] + y[0] - y[1], y[1] - level(t)])  # noqa: E731
+    else:
+        fun = lambda t, y: torch.stack([y[1] - y[0], y[1] - level(t)])  # noqa: E731
+    times = torch.tensor([0.3, 0.4999, 0.5001, 1.0], dtype=F64)
+    sol = solve(method, fun, t_eval=times, step_ts=torch.tensor([0.5], dtype=F64) if named else None)
+    torch.testing.assert_close(sol.y[:, 1], level(times), rtol=0, atol=1e-5)
+    # x' = sin t - x up to the jump, x' = 2 - x behind it
+    at_jump = 1.5 * math.exp(-0.5) + (math.sin(0.5) - math.cos(0.5)) / 2
+    assert abs(float(sol.y[-1, 0]) - (2 + (at_jump - 2) * math.exp(-0.5))) < 1e-4
