@@ -3,7 +3,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: demo test test-slow test-cuda lint bench docs clean
+.PHONY: demo test test-slow test-cuda fuzz lint bench docs clean
 
 demo:            ## train a neural ODE on real data; shows its result and where its figure is
 	$(PYTHON) scripts/bootstrap.py examples
@@ -20,6 +20,12 @@ test-slow:       ## the slow ones
 test-cuda:       ## those that need a CUDA device
 	$(PYTHON) scripts/bootstrap.py test
 	$(RUN) -m pytest -q -m cuda
+
+CASES ?= 1000
+SEED ?= 0
+fuzz:            ## random solves against an independent reference: make fuzz CASES=10000 SEED=0
+	$(PYTHON) scripts/bootstrap.py test
+	$(RUN) -m tests.fuzz --cases $(CASES) --seed $(SEED) --jobs 2
 
 lint:            ## style and types
 	$(PYTHON) scripts/bootstrap.py dev
