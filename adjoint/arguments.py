@@ -81,7 +81,7 @@ def flat_tolerance(value: Any, name: str, spec: StateSpec, default: float) -> fl
         ]
     except RuntimeError as error:
         raise InvalidInput(f"{name} does not broadcast to the shape of y0: {error}") from error
-    flat = torch.cat([x.reshape(spec.rows, -1) for x in full], dim=1).detach()
+    flat = spec.spread(full).detach()
     if not bool((flat >= 0).all()):
         raise InvalidInput(f"{name} has negative or NaN entries")
     return flat

@@ -21,6 +21,7 @@ from .lending import check_unchanged, copied
 from .methods import Method
 from .progress import progress_monitor
 from .quadrature import first_rate
+from .realification import suited_to_jacobians
 from .sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
 from .sensitivity.consistent import Initial
 from .sensitivity.problem import interpolate_slopes, step_times
@@ -142,6 +143,11 @@ def solve_dae(
             raise InvalidInput(f"quadrature must be callable, got a {type(quadrature).__name__}")
         residual, state, slope, integrand = _with_quadrature(fun, quadrature, user_spec, times, y0, slope, args)
     spec = StateSpec.of(state, batched)
+    if spec.holds_complex:
+        first = times.anchors[0].detach().to(spec.real_dtype)
+        time = first if batched else first.reshape(())
+        spec = suited_to_jacobians(spec, lambda y, yp: residual(time, y, yp, *args), state, slope)
+        user_spec = user_spec.in_parts() if spec.split else user_spec
     event_list = _event_list(events)
     system = _system(residual, fun, quadrature, event_list, spec, times, state, slope, args)
     inputs = system.inputs
@@ -231,6 +237,7 @@ def _system(
     captured = find_captured(calls, [t, *(x for part in probe for x in tree_leaves(part))], [fun, *events])
     check_unchanged(probe[:2], "fun")
     layout = StateSpec.of(found[0], spec.batch is not None, "what fun returned")
+    layout = layout.in_parts() if spec.split else layout
     if sum(layout.sizes) != sum(spec.sizes) or layout.batch != spec.batch:
         many = f" for each of {spec.batch} trajectories" if spec.batch is not None else ""
         raise InvalidInput(

@@ -183,8 +183,10 @@ def _mask(differential: Any, spec: StateSpec, n: int, device: torch.device) -> T
     if differential is None:
         return None
     leaves, _ = tree_flatten(differential)
-    single = [torch.as_tensor(x, dtype=torch.bool, device=device).reshape(-1) for x in leaves]
-    mask = torch.cat(single)
+    single = [torch.as_tensor(x, dtype=torch.bool, device=device) for x in leaves]
+    mask = torch.cat([x.reshape(-1) for x in single])
+    if spec.split and [x.shape for x in single] == [s if spec.batch is None else s[1:] for s in spec.shapes]:
+        mask = replace(spec, batch=None, shapes=tuple(x.shape for x in single)).spread(single)[0]
     if mask.numel() != sum(spec.sizes):
         raise InvalidInput(f"differential must have one flag for each of the {sum(spec.sizes)} entries of the state, got {mask.numel()}")
     # running integrals are differential

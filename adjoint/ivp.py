@@ -26,6 +26,7 @@ from .mass_matrix import consistent_start, implicit_method, in_step, with_mass, 
 from .methods import Method
 from .progress import progress_monitor
 from .quadrature import with_integral
+from .realification import refuse_parts, suited_to_jacobians
 from .sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
 from .sensitivity.problem import interpolate, step_times
 from .solution import BackwardStats, Solution, Stats
@@ -223,6 +224,11 @@ def solve_ivp(
             raise InvalidInput(f"quadrature must be callable, got a {type(quadrature).__name__}")
         right_hand_side, state, integrand = with_integral(fun, quadrature, user_spec, times, y0, tuple(args))
     spec = StateSpec.of(state, batched)
+    if chosen.implicit and spec.holds_complex:
+        first = times.anchors[0].detach().to(spec.real_dtype)
+        spec = suited_to_jacobians(spec, lambda y: right_hand_side(first if batched else first.reshape(()), y, *args), state)
+        if mass is not None:
+            refuse_parts(f"mass_matrix= with {chosen.name!r}", spec)
     event_list = _event_list(events)
     multistep = getattr(chosen, "multistep", False)
     if compile and (chosen.implicit or multistep):

@@ -20,6 +20,7 @@ from .linalg.protocol import LinearOperator, Matrix
 __all__ = [
     "DenseJacobian",
     "JacobianStrategy",
+    "complex_differentiable",
     "dense_with_time",
     "forward_products",
     "jacobian_operator",
@@ -61,6 +62,23 @@ def jvp(f: Function, x: Tensor, v: Tensor, differentiable: bool | None = None) -
         if not _lacks_forward(error):
             raise
         return _linearized(f, x)(v)
+
+
+def complex_differentiable(f: Function, x: Tensor) -> bool:
+    """Whether ``f`` of complex ``x`` (B, n) is linear over the complex numbers to first order: ``J (i d) = i J d`` for one direction ``d``
+    at a point near ``x`` (where ``abs`` is not at its corner). Derivatives that are not finite are passed over.
+    """
+    k = torch.arange(2 * x.shape[1], dtype=x.dtype.to_real(), device=x.device).reshape(2, -1) + 1
+    wave = torch.cos(k * k)  # not random numbers, which `torch.vmap` refuses
+    d = torch.complex(wave[0], wave[1]).expand_as(x)
+    point = x.detach() + 1e-3 * (1 + x.detach().abs()) * d
+    # PyTorch promises the conjugate of what others define for vjps: products forward are the same in every convention
+    along, turned = jvp(f, point, d), jvp(f, point, 1j * d)
+    off = (turned - 1j * along).abs() > torch.finfo(x.dtype).eps ** 0.5 * (turned.abs() + along.abs())
+    while torch._C._functorch.is_functorch_wrapped_tensor(off):
+        off = torch._C._functorch.get_unwrapped(off)
+    with torch._C._DisableFuncTorch():
+        return not bool(off.any())
 
 
 def vjp(f: Function, x: Tensor, w: Tensor) -> Tensor:

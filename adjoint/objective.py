@@ -89,6 +89,11 @@ class Layout:
         return tree_unflatten(leaves, self.tree)
 
 
+def _real(residuals: Tensor) -> Tensor:
+    """Complex residuals as twice as many real ones."""
+    return torch.stack([residuals.real, residuals.imag], -1) if residuals.is_complex() else residuals
+
+
 @dataclass
 class _Point:
     """Everything known at one ``p``."""
@@ -205,7 +210,8 @@ class SteadyStateObjective:
             starts.insert(0, (before.predicted(flat), {**self._options, **few}))
         with torch.no_grad():
             for i, (start, options) in enumerate(starts):
-                setup = prepare(self.F, start, (user_p,), log=self.stats.log, **options)
+                # an objective is real, so that it has no derivative in complex numbers
+                setup = prepare(self.F, start, (user_p,), log=self.stats.log, in_parts=True, **options)
                 try:
                     out = RootOutputs(*RootNode.apply(setup.task, setup.x0.detach(), *setup.inputs))
                     break
@@ -239,7 +245,9 @@ class SteadyStateObjective:
         def objective(x: Tensor, p: Tensor) -> Tensor:
             value = self.f(spec.unflatten(x.unsqueeze(0)), layout.unflatten(p))
             if self.residuals:
-                return value.square().sum() / 2
+                return _real(value).square().sum() / 2
+            if isinstance(value, Tensor) and value.is_complex():
+                raise InvalidInput("f must be real: an objective has no derivatives of complex values; return its real part, or abs")
             if not isinstance(value, Tensor) or value.numel() != 1:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise InvalidInput(f"f must return a tensor with one element, got {got}; residuals need residuals=True")
@@ -271,7 +279,7 @@ class SteadyStateObjective:
         """``f(s(p), p)``, 0-d; differentiable in ``p`` to any order, also inside of ``torch.func`` transforms."""
         if needs_derivatives(tree_leaves(p)):
             value = self.f(self._differentiable_state(p), p)
-            return value.square().sum() / 2 if self.residuals else value.reshape(())
+            return _real(value).square().sum() / 2 if self.residuals else value.reshape(())
         return self._at(p).expansion.value()
 
     __call__ = value
@@ -282,7 +290,7 @@ class SteadyStateObjective:
             start = self._point.spec.unflatten(self._point.x.unsqueeze(0)) if self._point is not None and self.warm_start else self.x0
             return solve_root(self.F, start, (p,), **options).x
         point = self._at(p)
-        setup = prepare(self.F, point.spec.unflatten(point.x.unsqueeze(0)), (p,), log=self.stats.log, **options)
+        setup = prepare(self.F, point.spec.unflatten(point.x.unsqueeze(0)), (p,), log=self.stats.log, in_parts=True, **options)
 
         def known(r: Any, x: Tensor, inputs: Any, jacobian: Any) -> RootRecord:
             count = torch.zeros(1, dtype=torch.int64, device=x.device)
@@ -311,7 +319,7 @@ class SteadyStateObjective:
         point = self._at(p)
         S = point.expansion.state_jacobian().clone()
         if point.layout.single and point.spec.tree.is_leaf():
-            return S.reshape(point.spec.shapes[0] + point.layout.shapes[0])
+            return point.spec.unflatten(S.T.unsqueeze(1)).movedim(0, -1).reshape(point.spec.shapes[0] + point.layout.shapes[0])
         return S
 
     def third(self, p: Any, v: Any) -> Tensor:
@@ -334,7 +342,7 @@ class SteadyStateObjective:
         self._needs_residuals("residual")
         point = self._at(p)
         with torch.no_grad():
-            return self.f(point.spec.unflatten(point.x.unsqueeze(0)), point.layout.unflatten(point.p)).reshape(-1)
+            return _real(self.f(point.spec.unflatten(point.x.unsqueeze(0)), point.layout.unflatten(point.p))).reshape(-1)
 
     def gauss_newton(self, p: Any) -> Tensor:
         """``J* J`` with ``J`` the `residual_jacobian`: the Hessian without its curvature terms, of the Hessian's shape."""
@@ -379,7 +387,7 @@ class SteadyStateObjective:
         expansion = point.expansion
 
         def flat(x: Tensor, p: Tensor) -> Tensor:
-            return g(point.spec.unflatten(x.unsqueeze(0)), point.layout.unflatten(p)).reshape(-1)
+            return _real(g(point.spec.unflatten(x.unsqueeze(0)), point.layout.unflatten(p))).reshape(-1)
 
         return expansion.observation_jacobian(flat)
 

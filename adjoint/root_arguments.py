@@ -16,8 +16,8 @@ from .jacobians import DenseJacobian, jacobian_operator
 from .jacobians_sparse import SparseJacobian, choose_jacobian
 from .lending import own
 from .linalg import Factorization, LinearSolver, Log, Matrix, SparseMatrix, default_solver
-from .linalg.sparsity import SparsityPattern
 from .nonlinear import FLOW_METHODS, METHODS, RootMethod
+from .realification import given_pattern, refuse_parts
 from .root_systems import ConservedSystem
 from .sensitivity.implicit import JacobianRule
 from .system import StateSpec, System
@@ -166,9 +166,7 @@ def choose(
     if jac is not None:
         rule = _user_jacobian(jac, system, spec)  # pyright: ignore[reportArgumentType]
     elif jac_sparsity is not None:
-        pattern = SparsityPattern.from_any(jac_sparsity)
-        if pattern.shape != (n, n):
-            raise InvalidInput(f"jac_sparsity must have shape ({n}, {n}), got {pattern.shape}")
+        pattern = given_pattern(jac_sparsity, spec)
         if conserved or least_squares:
             raise UnsupportedCombination("jac_sparsity= with conserved= or least_squares=True is not supported: leave it out")
         rule = FixedJacobian(SparseJacobian(pattern))
@@ -183,6 +181,7 @@ def choose(
 
 
 def _user_jacobian(jac: Any, system: System, spec: StateSpec) -> UserJacobian:
+    refuse_parts("jac=", spec)
     if not callable(jac):
         raise InvalidInput(f"jac must be callable, got a {type(jac).__name__}; a pattern goes to jac_sparsity")
     if not spec.tree.is_leaf():
@@ -242,7 +241,7 @@ def check_bounds(bounds: Any, spec: StateSpec, x0: Tensor, what: str = "x0") -> 
             raise InvalidInput(f"the {name} bound does not broadcast to the state: {error}") from error
         flat.append(torch.cat([v.reshape(spec.rows, -1) for v in full], 1))
     lower, upper = flat
-    if spec.dtype.is_complex:
+    if spec.holds_complex:
         raise UnsupportedCombination("bounds= of a complex state are not defined")
     if lower is not None and upper is not None and not bool((lower < upper).all()):
         raise InvalidInput("bounds: every lower bound must be less than the upper one")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import InvalidInput, UnsupportedCombination
+from .realification import weights_in_parts
 from .system import Flat, StateSpec, System
 
 __all__ = ["ConservedSystem", "StationarySystem", "check_conserved"]
@@ -97,7 +99,12 @@ def check_conserved(conserved: Any, system: System, x0: Tensor, least_squares: b
             raise InvalidInput(f"conserved must be W or (W, totals), got {len(conserved)} items")
         weights, given = conserved
     n, rows = x0.shape[1], system.rows
-    weights = torch.atleast_2d(torch.as_tensor(weights, dtype=x0.dtype, device=x0.device)).detach()
+    spec = system.spec
+    like = reduce(torch.promote_types, spec.dtypes)
+    weights = torch.atleast_2d(torch.as_tensor(weights, dtype=like, device=x0.device)).detach()
+    given = None if given is None else torch.as_tensor(given, dtype=like, device=x0.device)
+    if spec.split:
+        weights, given = weights_in_parts(weights, given, spec)
     if weights.shape[-1] != n or weights.dim() != 2:
         raise InvalidInput(f"conserved must have shape (k, {n}), rows of weights on the flat state, got {tuple(weights.shape)}")
     k = weights.shape[0]
@@ -108,7 +115,7 @@ def check_conserved(conserved: Any, system: System, x0: Tensor, least_squares: b
     if k > n or diagonal.min() <= 1e-10 * diagonal.max():
         raise InvalidInput("the rows of conserved are linearly dependent: leave the superfluous ones out")
     pivots = torch.as_tensor(order[:k].copy(), dtype=torch.int64, device=x0.device)
-    totals = x0 @ weights.T if given is None else torch.as_tensor(given, dtype=x0.dtype, device=x0.device)
+    totals = x0 @ weights.T if given is None else given
     try:
         totals = totals.broadcast_to(rows, k)
     except RuntimeError as error:

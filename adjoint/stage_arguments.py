@@ -17,6 +17,7 @@ from .linalg import Factorization, LinearSolver, Log, Matrix
 from .linalg.choice import default_solver
 from .linalg.sparsity import SparsityPattern
 from .methods import Method
+from .realification import given_pattern, refuse_parts
 from .sensitivity.problem import StageAlgebra
 from .stage_jacobian import GivenStageJacobian
 from .system import StateSpec, System
@@ -93,14 +94,13 @@ def stage_algebra(
     """Check and put together. ``exact``: the result of the method, not only its iterations, depends on the Jacobian."""
     if mass is not None and jac is not None:
         raise UnsupportedCombination("jac= with mass_matrix= is not supported: leave jac out")
-    n = sum(spec.sizes)
     if linear_solver is not None and not (hasattr(linear_solver, "factor") and hasattr(linear_solver, "refactor")):
         raise InvalidInput(f"linear_solver must be an object such as adjoint.linalg.DenseLU(), got {linear_solver!r}")
     strategy: Strategy = _Detected(inputs, mass)
     if jac_sparsity is not None:
-        pattern = SparsityPattern.from_any(jac_sparsity, (n, n))
-        strategy = SparseJacobian(with_diagonal(pattern, mass))
+        strategy = SparseJacobian(with_diagonal(given_pattern(jac_sparsity, spec), mass))
     if jac is not None:
+        refuse_parts("jac=", spec)
         if not callable(jac):
             raise InvalidInput(f"jac must be callable, got a {type(jac).__name__}; a pattern goes to jac_sparsity")
         if not spec.tree.is_leaf():
@@ -130,5 +130,5 @@ def check_compiled(method: Method, spec: StateSpec, given: dict[str, Any]) -> No
         raise UnsupportedCombination(
             f"{what} takes dense Jacobians, of up to {MOST} unknowns, and these are {n}: leave compile out, so that sparsity is made use of"
         )
-    if spec.dtype.is_complex:
+    if spec.holds_complex:
         raise UnsupportedCombination(f"{what} is for real states: leave compile out, or integrate real and imaginary parts")

@@ -18,6 +18,7 @@ from .lending import check_unchanged, copied
 from .linalg import LinearSolver, Log
 from .nonlinear import RootProblem, RootRecord, RootStatus, explain
 from .progress import root_monitor
+from .realification import suited_to_jacobians
 from .relaxation import relax
 from .root_arguments import RootChoice, check_bounds, choose
 from .root_failures import raise_root_failure
@@ -165,8 +166,10 @@ def prepare(
     throw: bool,
     progress: bool,
     log: Log | None = None,
+    in_parts: bool = False,
 ) -> RootSetup:
-    """Check the arguments of `solve_root` and choose how to solve. ``log`` counts the linear algebra, a new one by default."""
+    """Check the arguments of `solve_root` and choose how to solve. ``log`` counts the linear algebra, a new one by default; ``in_parts``:
+    complex states in real and imaginary parts, as functions that are not complex-differentiable want them, whatever ``fun`` is."""
     if not callable(fun):
         raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}")
     if not isinstance(max_steps, int) or max_steps < 1:
@@ -190,6 +193,11 @@ def prepare(
     returns = StateSpec.of(probed[0], batched, "what fun returned") if least_squares else None
     if returns is None:
         spec.check(probed[0], "what fun returned", "x0")
+    if spec.holds_complex:
+        # a sum of squares is no complex-differentiable function of anything
+        real = in_parts or least_squares
+        spec = spec.in_parts() if real else suited_to_jacobians(spec, lambda x: fun(x, *args), x0)
+        returns = returns if returns is None or not spec.split else returns.in_parts()
     homes = tuple(parameter_homes([fun], captured))
     system: Any = System(timed, spec, tree, tuple(leaves), tuple(captured), homes=homes, returns=returns)
     conditions, flat0 = system, spec.taken(x0)

@@ -27,7 +27,8 @@ Flat = Callable[[Tensor, Tensor], Tensor]
 class StateSpec:
     """How a state pytree maps to a ``(B, n)`` tensor (``B = 1`` for an unbatched problem).
 
-    Leaves of different dtypes are carried in their common dtype and handed to ``fun`` in their own.
+    Leaves of different dtypes are carried in their common dtype and handed to ``fun`` in their own. With ``split`` the flat state is real:
+    of complex leaves it holds real and imaginary parts, side by side for every entry (see `in_parts`).
     """
 
     tree: TreeSpec
@@ -37,6 +38,7 @@ class StateSpec:
     batch: int | None
     dtype: torch.dtype
     device: torch.device
+    split: bool = False
 
     @classmethod
     def of(cls, state: Any, batched: bool, what: str = "y0") -> StateSpec:
@@ -69,6 +71,20 @@ class StateSpec:
         )
 
     @property
+    def holds_complex(self) -> bool:
+        """Whether some leaf is complex, however the flat state carries it."""
+        return any(d.is_complex for d in self.dtypes)
+
+    def in_parts(self) -> StateSpec:
+        """The same state carried in real and imaginary parts: a Jacobian then is one of real numbers, which every function has that
+        autograd can follow. That of complex numbers exists only where the function is complex-differentiable (no ``conj``, no ``abs``).
+        """
+        return replace(self, split=True, dtype=reduce(torch.promote_types, (d.to_real() for d in self.dtypes)))
+
+    def _width(self, dtype: torch.dtype) -> int:
+        return 2 if self.split and dtype.is_complex else 1
+
+    @property
     def rows(self) -> int:
         """Number of trajectories, 1 for an unbatched problem."""
         return 1 if self.batch is None else self.batch
@@ -82,11 +98,14 @@ class StateSpec:
     def sizes(self) -> tuple[int, ...]:
         """Length of every leaf in a row of the flat state."""
         skip = 0 if self.batch is None else 1
-        return tuple(prod(shape[skip:]) for shape in self.shapes)
+        return tuple(prod(shape[skip:]) * self._width(dtype) for shape, dtype in zip(self.shapes, self.dtypes, strict=True))
 
     def flatten(self, state: Any) -> Tensor:
         """State pytree to ``(B, n)``, of one tensor a view; the structure is taken to be right."""
         leaves = tree_flatten(state)[0]
+        if self.split:
+            # not `torch.view_as_real`: the way back of that wants strides which a batched one does not give
+            leaves = [torch.stack([leaf.real, leaf.imag], -1) if leaf.is_complex() else leaf for leaf in leaves]
         if len(leaves) == 1:
             return leaves[0].reshape(self.rows, self.sizes[0])
         return torch.cat([leaf.to(self.dtype).reshape(self.rows, size) for leaf, size in zip(leaves, self.sizes, strict=True)], dim=1)
@@ -96,9 +115,19 @@ class StateSpec:
         flat = self.flatten(state)
         return flat.clone() if len(self.shapes) == 1 else flat
 
+    def spread(self, leaves: Sequence[Tensor]) -> Tensor:
+        """One real number for every entry of the leaves (a tolerance, a flag) to ``(B, n)``; both parts of a complex entry get it."""
+        flat = [
+            leaf.reshape(self.rows, -1).repeat_interleave(self._width(dtype), 1) for leaf, dtype in zip(leaves, self.dtypes, strict=True)
+        ]
+        return torch.cat(flat, 1)
+
     def unflatten(self, flat: Tensor) -> Any:
         """``(*lead, B, n)`` to a pytree of ``(*lead, *leaf.shape)``."""
         lead = flat.shape[:-2]
+        if self.split:
+            parts = flat.split(self.sizes, dim=-1)
+            return tree_unflatten([_joined(p, d, lead + s) for p, d, s in zip(parts, self.dtypes, self.shapes, strict=True)], self.tree)
         if len(self.shapes) == 1:
             return tree_unflatten([flat.reshape(lead + self.shapes[0])], self.tree)
         pieces = flat.split(self.sizes, dim=-1)
@@ -108,8 +137,10 @@ class StateSpec:
     def component(self, index: int, name: str = "y") -> str:
         """Name of one entry of a row of the flat state, for messages."""
         skip = 0 if self.batch is None else 1
-        for path, shape, size in zip(self.paths, self.shapes, self.sizes, strict=True):
+        for path, shape, size, dtype in zip(self.paths, self.shapes, self.sizes, self.dtypes, strict=True):
             if index < size:
+                if self._width(dtype) == 2:
+                    name, index = f"the {'imaginary' if index % 2 else 'real'} part of {name}", index // 2
                 inner = shape[skip:]
                 if not inner:
                     return f"{name}{path}"
@@ -135,6 +166,14 @@ class StateSpec:
                     f"{what}{path} has dtype {leaf.dtype}, but {like} has {dtype}; convert one of them (a float64 parameter in a "
                     "float32 model is the usual cause)"
                 )
+
+
+def _joined(x: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """A leaf from its part of the flat state, which holds real and imaginary parts side by side."""
+    if not dtype.is_complex:
+        return x.to(dtype).reshape(tuple(shape))
+    pairs = x.to(dtype.to_real()).reshape((*shape, 2))
+    return torch.complex(pairs[..., 0], pairs[..., 1])
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -246,7 +285,7 @@ class System:
         if self.returns is not None:
             return self._reshaping(call, args, self.returns)
 
-        single = len(spec.shapes) == 1 and spec.tree.is_leaf()
+        single = len(spec.shapes) == 1 and spec.tree.is_leaf() and not spec.split
         if single:
             shape, dtype = spec.shapes[0], spec.dtype
 
@@ -296,7 +335,7 @@ class System:
         """Shape in which an unbatched one-tensor state may be carried, so that ``fun`` needs no reshaping; None for all others."""
         if self.residual is not None:
             return None
-        plain = self.spec.batch is None and len(self.spec.shapes) == 1 and self.spec.tree.is_leaf()
+        plain = self.spec.batch is None and len(self.spec.shapes) == 1 and self.spec.tree.is_leaf() and not self.spec.split
         return self.spec.shapes[0] if plain else None
 
 

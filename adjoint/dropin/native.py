@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..ivp import _flat_event, _interpolant, _Parts
 from ..ivp import _transforming as transforming
 from ..lending import copied
 from ..methods import METHODS
+from ..realification import suited_to_jacobians
 from ..sensitivity import Gradient, Problem
 from ..solution import BackwardStats
 from ..stage_arguments import stage_algebra
@@ -148,6 +149,9 @@ def _anchors(request: Request, until_event: bool) -> Tensor:
 
 def _solve(request: Request, gradient: Gradient, only: Sequence[Tensor] | None, dense: bool, event: Callable[..., Tensor] | None) -> _Parts:
     """The shared part: everything that can be asked of the computed solution."""
+    if request.family == "implicit" and request.spec.holds_complex:
+        first = request.t[0].detach().to(request.spec.real_dtype)
+        request = replace(request, spec=suited_to_jacobians(request.spec, lambda y: request.fun(first, y), request.y0))
     ready = prepare(request, only, event)
     spec, system = request.spec, ready.system
     anchors = _anchors(request, event is not None)

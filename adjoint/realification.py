@@ -1,0 +1,74 @@
+"""Complex states of functions that are not complex-differentiable: in real and imaginary parts wherever a Jacobian is solved with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from .errors import InvalidInput, UnsupportedCombination
+from .jacobians import complex_differentiable
+from .linalg.sparsity import SparsityPattern
+from .system import StateSpec
+
+__all__ = ["given_pattern", "refuse_parts", "suited_to_jacobians", "weights_in_parts"]
+
+
+def suited_to_jacobians(spec: StateSpec, fun: Callable[..., Any], *states: Any) -> StateSpec:
+    """The layout in which ``fun(*states)``, of one or two states of this layout, has a Jacobian.
+
+    That of the complex entries where ``fun`` is complex-differentiable (holomorphic), as one direction near the states shows; else, or
+    where real leaves stand beside complex ones, that of real and imaginary parts.
+    """
+    if not spec.holds_complex or spec.split:
+        return spec
+    if not all(d.is_complex for d in spec.dtypes):
+        return spec.in_parts()
+
+    def flat(x: Tensor) -> Tensor:
+        out = fun(*(spec.unflatten(part) for part in x.chunk(len(states), -1)))
+        return torch.cat([leaf.reshape(spec.rows, -1) for leaf in tree_leaves(out)], -1)
+
+    with torch.no_grad():
+        return spec if complex_differentiable(flat, torch.cat([spec.flatten(s) for s in states], -1)) else spec.in_parts()
+
+
+def refuse_parts(what: str, spec: StateSpec) -> None:
+    """Raise `UnsupportedCombination` for an option that speaks of the Jacobian of complex entries where there is none."""
+    if spec.split:
+        raise UnsupportedCombination(
+            f"{what} of a complex state, whose function is not complex-differentiable (it uses conj, abs, real or imag), or which holds "
+            "real tensors too, has no meaning: leave it out, or write fun on real and imaginary parts (torch.view_as_real)"
+        )
+
+
+def given_pattern(jac_sparsity: Any, spec: StateSpec) -> SparsityPattern:
+    """``jac_sparsity`` of the user as the pattern of flat states; that of complex entries may be given for a state in parts."""
+    n = sum(spec.sizes)
+    pattern = SparsityPattern.from_any(jac_sparsity)
+    entries = sum(size // (2 if d.is_complex else 1) for d, size in zip(spec.dtypes, spec.sizes, strict=True))
+    if spec.split and pattern.shape == (entries, entries):
+        import scipy.sparse as sp
+
+        wide = [d.is_complex for d, size in zip(spec.dtypes, spec.sizes, strict=True) for _ in range(size // (2 if d.is_complex else 1))]
+        place = torch.arange(entries).repeat_interleave(torch.tensor(wide).to(torch.int64) + 1).numpy()
+        whole = pattern.to_scipy()[place][:, place]
+        pattern = SparsityPattern.from_scipy(sp.csr_array(whole))
+    if pattern.shape != (n, n):
+        raise InvalidInput(f"jac_sparsity has shape {pattern.shape}, but the Jacobian has shape {(n, n)}")
+    return pattern
+
+
+def weights_in_parts(weights: Tensor, totals: Tensor | None, spec: StateSpec) -> tuple[Tensor, Tensor | None]:
+    """Rows of weights (k, n) on complex entries, and their totals (..., k), as rows on real and imaginary parts."""
+    if not spec.split or weights.shape[-1] == sum(spec.sizes):
+        return weights, totals
+    w = weights.to(weights.dtype.to_complex())
+    rows = [torch.stack([w.real, -w.imag], -1).flatten(1), torch.stack([w.imag, w.real], -1).flatten(1)]
+    both = torch.stack(rows, 1).flatten(0, 1)
+    if totals is not None:
+        totals = torch.view_as_real(totals.to(totals.dtype.to_complex()).resolve_conj()).flatten(-2)
+    return both, totals
