@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .capture import listed
+from .event_slope import signed, with_slope
 from .sensitivity import Outputs
 from .sensitivity.problem import StepTimes, step_times
 from .sensitivity.sweep import tangent
@@ -39,7 +40,8 @@ def event_records(parts: _Parts, out: Outputs) -> Found:
 
     The event time is a root of ``r(t, y(t), *args)`` on the dense output. Two Newton steps with differentiable slope, begun at the
     located root, have the root's first, second and third derivatives (each full Newton step doubles the order; one alone would
-    give wrong second derivatives).
+    give wrong second derivatives). Its value is the located one whether or not anything is differentiated. Where the event function has
+    no slope there are no derivatives: see `with_slope`.
     """
     plan, batched = parts.problem.plan, parts.problem.batched
     anchors = parts.times.anchors
@@ -91,12 +93,21 @@ def _located(parts: _Parts, out: Outputs, grid: StepTimes, which: int, line: int
         flat = state(t)
         time = t.to(flat.dtype.to_real())
         value = parts.events[which](time if batched else time.reshape(()), parts.state(flat), *parts.args)
-        return value.reshape(-1).to(torch.float64)
+        return signed(value).reshape(-1).to(torch.float64)
 
-    t = torch.where(found, out.event_t[line], t0.detach())
+    t = at = torch.where(found, out.event_t[line], t0.detach())
     if parts.derivatives:
-        for _ in range(2):
-            rate = tangent(residual, (t,), (torch.ones_like(t),))
-            t = torch.where(found, t - residual(t) / torch.where(found, rate, 1.0), t)
+        sloping = torch.ones_like(found)
+        for k in range(2):
+            rate, value = tangent(residual, (t,), (torch.ones_like(t),)), residual(t)
+            if k == 0:
+                # at a jump there is a slope perhaps, but no root
+                close = (value / rate).abs() <= 1e-3 * h.abs() + torch.finfo(parts.spec.real_dtype).eps ** 0.5 * t.abs()
+                sloping = (~found | (torch.isfinite(rate) & (rate != 0) & close)).detach()
+            usable = found & sloping
+            t = torch.where(usable, t - torch.where(usable, value, 0.0) / torch.where(usable, rate, 1.0), t)
+        # the value stays what it is without derivatives
+        causes = [x for x in (t0, y0, ks, *parts.problem.system.inputs) if x.is_floating_point() or x.is_complex()]
+        t = with_slope(at + (t - t.detach()), sloping, *causes)
     slopes = plan.method.dense_slopes((t - t0) / h).to(y0.dtype)
     return t, state(t), torch.einsum("bs,sbn->bn", slopes, ks)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import wraps
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ParamSpec
 
 import torch
@@ -17,6 +17,7 @@ from .arguments import Times, check_controller, check_method, check_times, flat_
 from .capture import find_captured, needs_derivatives, parameter_homes, readable, vmap_active
 from .dae_arguments import dae_failure
 from .errors import InvalidInput, UnsupportedCombination
+from .event_slope import signed
 from .event_times import NO_EVENTS, Found, event_records
 from .failures import raise_failure
 from .integrate import Event, IController, PIDController, Plan, Record
@@ -124,6 +125,8 @@ def solve_ivp(
         ``event(t, y, *args) -> 0-d tensor`` (``(B,)`` when batched), with SciPy's attributes ``terminal`` (bool or count) and
         ``direction``. Located on the dense output; times and states are differentiable. When batched, records are ``(E, B)``, padded
         with NaN for trajectories with fewer events, and a terminal event ends its own trajectory; so under ``torch.vmap``, for each copy.
+        A function may also be a comparison or count: it is found where it changes, but its time has no derivative, and asking for one
+        raises. A function that is zero at the start has an event there; events at one time are all recorded.
     dense_output : bool
         Give the solution ``sol(t)``. Keeps all stages of all steps.
     quadrature : callable
@@ -382,11 +385,13 @@ def _flat_event(event: Callable[..., Tensor], system: System, user_spec: StateSp
                 got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
                 each = "one element" if spec.batch is None else f"one element for each of {rows} trajectories"
                 raise InvalidInput(f"an event function must return a tensor with {each}, got {got}")
-            return out.reshape(rows)
+            return signed(out).reshape(rows)
 
         return value
 
-    terminal = getattr(event, "terminal", False)
+    terminal = getattr(event, "terminal", None) or 0
+    if not isinstance(terminal, Real) or terminal % 1 != 0 or terminal < 0:
+        raise InvalidInput(f"the `terminal` attribute of each event must be a boolean or positive integer, got {terminal!r}")
     return Event(bind, float(getattr(event, "direction", 0.0)), int(terminal))
 
 

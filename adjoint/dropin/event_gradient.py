@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from ..event_slope import signed, with_slope
 from ..sensitivity.backsolve import Refuse
 from ..sensitivity.sweep import tangent
 
@@ -53,7 +54,7 @@ def through_event(fun: Callable[..., Any], event_fn: Callable[..., Tensor], t: T
     y : state at ``t``, a tensor or a pytree, differentiable
     real : dtype in which ``fun`` and ``event_fn`` see the time
     """
-    value = event_fn(t.to(real), y)
+    value = signed(event_fn(t.to(real), y))
     with torch.no_grad():
         fixed = tree_map(lambda x: x.detach(), y)
         rate = fun(t.detach().to(real), fixed)
@@ -62,10 +63,14 @@ def through_event(fun: Callable[..., Any], event_fn: Callable[..., Tensor], t: T
 
     def along(s: Tensor) -> Tensor:
         moved = tree_map(lambda x, k: x + s.to(x.dtype) * k, fixed, rate)
-        return (event_fn((t.detach() + s).to(real), moved) * signs).sum()
+        return (signed(event_fn((t.detach() + s).to(real), moved)) * signs).sum()
 
     zero = torch.zeros((), dtype=torch.float64, device=t.device)
     with torch.enable_grad():
         slope = tangent(along, (zero,), (torch.ones_like(zero),)).detach()
+    sloping = torch.isfinite(slope) & (slope != 0)
+    if not bool(sloping):
+        # the time depends on the state, though nobody can say how
+        return with_slope(t, sloping, *tree_leaves(y)), tree_map(lambda x: with_slope(x, sloping), y)
     shift = _Once.apply((value.detach() - value) / slope)
     return t + shift.to(t.dtype), tree_map(lambda x, k: x + shift.to(x.dtype) * k, y, rate)

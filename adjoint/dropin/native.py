@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from ..arguments import Times, positive
 from ..capture import find_captured, functorch_active, is_differentiable, leads_to, needs_derivatives, parameter_homes, vmap_active
 from ..errors import InvalidInput
+from ..event_slope import signed
 from ..event_times import event_records
 from ..failures import raise_failure
 from ..integrate import Event, PIDController, Plan, Record, shifted_times
@@ -193,10 +194,10 @@ def solve_dense(request: Request, gradient: Gradient, only: Sequence[Tensor] | N
 def combined_event(event_fn: Callable[..., Tensor], t0: Tensor, y0: Any) -> tuple[Callable[..., Tensor], bool]:
     """One function for several events: positive at the start, zero where the first of them is; and whether it begins at zero."""
     with torch.no_grad():
-        signs = torch.sign(event_fn(t0, copied(y0)))
+        signs = torch.sign(signed(event_fn(t0, copied(y0))))
 
     def smallest(t: Tensor, y: Any) -> Tensor:
-        return torch.min(event_fn(t, y) * signs)
+        return torch.min(signed(event_fn(t, y)) * signs)
 
     smallest.terminal = True  # type: ignore[attr-defined]
     at_start = not functorch_active() and bool((signs == 0).any())

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .batch_events import BatchEventWatch, no_events
+from .batch_events import BatchEventWatch, Located, ends_at, next_aim, no_events
 from .batch_sampling import BatchSampler
 from .columns import layout, takes_columns
 from .compiled import compiled
@@ -298,18 +298,32 @@ def integrate_batched(
     span = (anchors[-1] - anchors[0]).abs()
     watched = type(monitor).advanced is not Monitor.advanced
     turned = layout(f, columns)[2]
+    #: (B,) where the next step is to end, just before a terminal event, NaN for anywhere; None: none is near
+    aim: Tensor | None = None
     while bool(carry.running.any()):
-        new, attempt = step(f, plan, anchors, sign, carry, dense, columns)
+        stops = anchors if aim is None else ends_at(aim, anchors, carry.segment)
+        new, attempt = step(f, plan, stops, sign, carry, dense, columns)
         if plan.compile is not None:
             attempt = attempt._replace(accepted=attempt.accepted != 0)
         seen = attempt
         if events is not None:
             values = [turned(k) for k in attempt.stages]
-            stop = events.after_step(
-                attempt.accepted, attempt.t, attempt.h, attempt.end, turned(carry.y), turned(new.y), values, carry.n_accepted
+            aimed = None
+            if aim is not None:
+                aiming = ~aim.isnan()
+                aimed = aiming & attempt.accepted & (attempt.lands != 0)
+                attempt = attempt._replace(lands=torch.where(aiming, torch.zeros_like(attempt.lands), attempt.lands))
+                new = _on_the_way(carry, new, aimed, plan.shift)
+            found = events.after_step(
+                attempt.accepted, attempt.t, attempt.h, attempt.end, turned(carry.y), turned(new.y), values, carry.n_accepted, aimed
             )
-            if stop is not None:
-                new, seen = _stopped(new, stop), attempt._replace(end=torch.where(stop.isnan(), attempt.end, stop))
+            if found is not None:
+                aim = next_aim(aim, found, aimed)
+                attempt = attempt._replace(accepted=attempt.accepted & ~found.again)
+                new = _stopped(_once_more(carry, new, found, columns), found.stop)
+            seen = attempt
+            if found is not None:
+                seen = attempt._replace(end=torch.where(found.stop.isnan(), attempt.end, found.stop))
         if watch is not None:
             lands = attempt.lands != 0
             over = watch.after_step(f, attempt.accepted & ~lands & (new.status == 0), attempt.h, turned(carry.y), attempt.stages)
@@ -335,6 +349,26 @@ def integrate_batched(
     kept = Kept(attempts, states, stages, columns)
     counts = n_fun + evaluations_of_attempt(plan, dense, anchors.shape[0] > 2) * carry.attempts
     return record_of(plan, carry, (sampler.out, sampler.step), kept, y0, counts, plain, found)
+
+
+def _on_the_way(before: Carry, new: Carry, aimed: Tensor, shift: str) -> Carry:
+    """The ends of these rows' steps are no anchors."""
+    values = {name: torch.where(aimed, getattr(before, name), getattr(new, name)) for name in ("segment", "running")}
+    if shift != "all":
+        values["jump"] = torch.where(aimed, torch.zeros_like(new.jump), new.jump)
+    return new._replace(**values)
+
+
+def _once_more(before: Carry, new: Carry, found: Located, columns: bool) -> Carry:
+    """Some rows are where they were, and are to take a step of a size that takes them to where they aim."""
+    again = found.again
+
+    def kept(old: Tensor, x: Tensor) -> Tensor:
+        return torch.where(again if x.dim() == 1 or columns else again.unsqueeze(-1), old, x)
+
+    back = Carry(*(kept(old, x) for old, x in zip(before, new, strict=True)))
+    step = torch.where(again, torch.maximum(before.step, (found.aim - before.t).abs()), new.step)
+    return back._replace(attempts=new.attempts, step=step)
 
 
 def _stopped(carry: Carry, stop: Tensor) -> Carry:

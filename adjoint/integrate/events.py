@@ -1,29 +1,36 @@
-"""Finding events of one trajectory: sign changes over a step, located on its dense output."""
+"""Finding events of one trajectory: changes of sign over a step, located on its dense output."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
+from .batch_events import Locator
+from .event_roots import GRID, may_cross
 from .plan import Plan
 
 __all__ = ["EventWatch"]
 
-_EPS = float(np.finfo(np.float64).eps)
-
 
 class EventWatch:
-    """Looks for sign changes of the event functions over each step, and locates them on the dense output."""
+    """As `BatchEventWatch`, but times and values are numbers until there may be an event."""
 
     def __init__(self, plan: Plan, inputs: Sequence[Tensor], t0: float, y0: Tensor) -> None:
         self.plan = plan
         self.functions = [event.bind(inputs) for event in plan.events]
         self.found: list[tuple[int, int, float]] = []
-        self.counts = [0] * len(plan.events) if plan.event_counts is None else plan.event_counts[:, 0].tolist()
+        #: where the step that is being taken is to end, just before a terminal event
+        self.aim: float | None = None
+        if not plan.events:
+            return
+        device = y0.device
+        before = plan.event_counts
+        counts = torch.zeros(len(plan.events), 1, dtype=torch.int64, device=device) if before is None else before.clone()
+        self.locator = Locator(plan.events, counts, plan)
+        weights = plan.method.dense_weights(torch.tensor(GRID, dtype=torch.float64, device=device))
+        self.weights = weights.to(y0.dtype)
         self.values = [self._value(i, t0, y0) for i in range(len(plan.events))]
 
     def _value(self, i: int, t: float, y: Tensor) -> float:
@@ -34,40 +41,45 @@ class EventWatch:
 
     def after_step(
         self, index: int, t: float, h: float, end: float, y: Tensor, y1: Tensor, stages: Callable[[], list[Tensor]]
-    ) -> float | None:
-        """Register the events of a step, earliest first; the time of the terminal one, if any."""
+    ) -> tuple[float | None, bool]:
+        """Register the events of a step: the time of the terminal one, if any, and whether the step is to be taken again, up to ``aim``."""
         if not self.plan.events:
-            return None
-        new = [self._value(i, end, y1) for i in range(len(self.values))]
-        crossed = []
-        for i, (a, b) in enumerate(zip(self.values, new, strict=True)):
-            # direction is that along the integration, as SciPy has it
-            direction = self.plan.events[i].direction
-            up, down = a < 0 <= b, a > 0 >= b
-            if (up and direction >= 0) or (down and direction <= 0):
-                crossed.append(i)
-        self.values = new
-        if not crossed:
-            return None
+            return None, False
+        aimed, self.aim = end == self.aim, None if end == self.aim else self.aim
         every = stages()
-        ks = torch.stack(every).reshape(len(every), -1)
+        ks = torch.stack([k.detach() for k in every]).reshape(len(every), -1)
+        flat, flat1 = y.detach().reshape(1, -1), y1.detach().reshape(1, -1)
+        inside = torch.addmm(flat, self.weights, ks, alpha=h).unbind()
+        points = [(t + c * h, x) for c, x in zip(GRID, inside, strict=True)]
+        points.append((end, flat1))
+        values = [[v, *(self._value(i, *point) for point in points)] for i, v in enumerate(self.values)]
+        before, self.values = self.values, [v[-1] for v in values]
+        if not aimed and not any(may_cross(v) for v in values):
+            return None, False
 
-        def state(theta: float) -> Tensor:
-            weights = self.plan.method.dense_weights(torch.tensor([theta], dtype=torch.float64, device=y.device))
-            return torch.addmm(y.reshape(1, -1), weights.to(y.dtype), ks, alpha=h).reshape(y.shape)
+        def value(i: int, theta: Tensor) -> Tensor:
+            x = float(theta)
+            if x in (0.0, 1.0):
+                return theta.new_tensor([self._value(i, *((t, flat) if x == 0.0 else (end, flat1)))])
+            weights = self.plan.method.dense_weights(theta).to(y.dtype)
+            return theta.new_tensor([self._value(i, t + x * h, torch.addmm(flat, weights, ks, alpha=h))])
 
-        located = []
-        for i in crossed:
-
-            def value(theta: float, i: int = i) -> float:
-                return self._value(i, t + theta * h, y if theta == 0.0 else y1 if theta == 1.0 else state(theta))
-
-            theta = 1.0 if value(1.0) == 0.0 else float(brentq(value, 0.0, 1.0, xtol=4 * _EPS, rtol=4 * _EPS))  # type: ignore[arg-type]
-            located.append((theta, i))
-        for theta, i in sorted(located):
-            self.counts[i] += 1
-            when = end if theta == 1.0 else t + theta * h
-            self.found.append((i, index, when))
-            if self.plan.events[i].terminal and self.counts[i] >= self.plan.events[i].terminal:
-                return when
-        return None
+        places = [0.0, *GRID, 1.0]
+        one = self.locator.margin
+        flags = torch.ones_like(one, dtype=torch.bool)
+        if aimed:
+            far = self.locator.reach(flags)
+            places.append(float(far))
+            values = [[*v, float(value(i, far))] for i, v in enumerate(values)]
+        first = flags & (index == 0 and self.plan.event_counts is None)
+        when = (torch.full_like(one, t), torch.full_like(one, h), torch.full_like(one, end))
+        table, at = one.new_tensor(values).unsqueeze(-1), one.new_tensor(places).unsqueeze(-1)
+        located = self.locator.locate(value, flags, flags & aimed, first, when, at, table)
+        aim, stop = float(located.aim), float(located.stop)
+        self.aim = aim if aim == aim else self.aim
+        if bool(located.again):
+            self.values = before
+            return None, True
+        for line in located.hit[:, 0].nonzero()[:, 0].tolist():
+            self.found.append((int(located.kind[line, 0]), index, float(located.when[line, 0])))
+        return (stop if stop == stop else None), False

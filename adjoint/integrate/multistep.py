@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .batch_events import BatchEventWatch, no_events
+from .batch_events import BatchEventWatch, ends_at, next_aim, no_events
 from .batch_sampling import BatchSampler
 from .batched import _skip_empty
 from .plan import Monitor, Plan, Record, Status, shifted_times
@@ -102,8 +102,10 @@ def integrate_multistep(
     monitor, watched = plan.monitor, type(plan.monitor).advanced is not Monitor.advanced
     span = (anchors[-1] - anchors[0]).abs()
     shifts = plan.shift != "none" and last_segment > 0
+    aim: Tensor | None = None
     while bool(running.any()):
-        target = anchors.gather(0, segment.clamp(max=last_segment).unsqueeze(0) + 1).squeeze(0)
+        stops = anchors if aim is None else ends_at(aim, anchors, segment)
+        target = stops.gather(0, segment.clamp(max=last_segment).unsqueeze(0) + 1).squeeze(0)
         remaining = (target - t).abs()
         capped = step.clamp(max=plan.max_step)
         lands = running & (capped * 1.01 >= remaining) & (remaining <= plan.max_step)
@@ -124,6 +126,8 @@ def integrate_multistep(
         attempts = attempts + running
         h = torch.where(running, sign * step, 0.0)
         end = torch.where(lands, target, t + h)
+        aimed = None if aim is None else lands & ~aim.isnan()
+        lands = lands if aim is None else lands & aim.isnan()
         inner = lands & (segment < last_segment)
         when = shifted_times([end.to(real)], [1.0], False, inner, sign)[0] if shifts else end.to(real)
         y, trial = solver.D[0], solver.attempt(when, h, running)
@@ -138,7 +142,12 @@ def integrate_multistep(
         stages = torch.where(passed.reshape(1, -1, 1), trial.stages, 0.0)
         stop = None
         if events is not None:
-            stop = events.after_step(passed, t, h, end, y, trial.y, stages.unbind(), accepted_count)
+            aimed = None if aimed is None else aimed & passed
+            found = events.after_step(passed, t, h, end, y, trial.y, stages.unbind(), accepted_count, aimed)
+            if found is not None:
+                aim, stop = next_aim(aim, found, aimed), found.stop
+                # a step over a terminal event is taken again, to end before it
+                passed = passed & ~found.again
         if sampler.wanted:
             upto = end if stop is None else torch.where(stop.isnan(), end, stop)
             sampler.take(_Attempt(t, upto, h, passed, list(stages.unbind())), y, accepted_count)

@@ -186,7 +186,9 @@ def integrate_multistep_alone(
         equal = 0
 
     while True:
-        target = stops[segment + 1]
+        # a step that went over a terminal event is taken again, up to it
+        aiming = events.aim is not None
+        target = stops[segment + 1] if events.aim is None else events.aim
         remaining = abs(target - t)
         capped = min(step, plan.max_step)
         lands = capped * 1.01 >= remaining and remaining <= plan.max_step
@@ -204,6 +206,7 @@ def integrate_multistep_alone(
         h = sign * step
         monitor.step(t, y, h)
         end = target if lands else t + h
+        lands = lands and not aiming
         when = torch.full((), end, dtype=real, device=device)
         if lands and segment < last_segment and plan.shift != "none":
             when = shifted_times([when], [1.0], False, True, sign)[0]
@@ -226,11 +229,15 @@ def integrate_multistep_alone(
                 change(factor)
                 step *= factor
             continue
-        monitor.accepted(t, y, h)
-        D = torch.addr(torch.mm(S, D), s, d)
+        before, D = D, torch.addr(torch.mm(S, D), s, d)
         stages = _Lazy(D, d, order, h, y0.shape)
         index = n_accepted
-        stop_at = events.after_step(index, t, h, end, y, y1, stages)
+        stop_at, again = events.after_step(index, t, h, end, y, y1, stages)
+        if again:
+            monitor.rejected(t, y, h)
+            D = before
+            continue
+        monitor.accepted(t, y, h)
         upto = sampler.due(end if stop_at is None else stop_at)
         if upto > sampler.next:
             sampler.fill(upto, index, t, h, end, y, y1, stages)

@@ -136,6 +136,9 @@ def integrate_single(
         if sign * (target - t) <= 0:
             segment += 1
             continue
+        # a step that went over a terminal event is taken again, up to it
+        aiming = events.aim is not None
+        target = events.aim if events.aim is not None else target
         if attempts >= plan.max_steps:
             status = Status.MAX_STEPS
             break
@@ -151,6 +154,7 @@ def integrate_single(
             break
         attempts += 1
         monitor.step(t, y, h)
+        lands = lands and not aiming
         inner = plan.shift == "inner" and lands and segment < len(stops) - 2
         jump = (True, True) if plan.shift == "all" else (jump_start, inner)
         times = _times(plan, t, h, y, jump, sign)
@@ -187,12 +191,19 @@ def integrate_single(
             n_rejected += 1
             status = Status.NON_FINITE
             break
-        monitor.accepted(t, y, h)
         index = len(starts)
+        stages = _Stages(f, plan.method, times, h, y, y1, ks, k_end)
+        stop_at, again = events.after_step(index, t, h, end, y, y1, stages)
+        if again:
+            monitor.rejected(t, y, h)
+            n_rejected += 1
+            n_fun += stages.n_fun
+            assert events.aim is not None
+            step = max(step, abs(events.aim - t))
+            continue
+        monitor.accepted(t, y, h)
         upto = sampler.due(end)
         last = lands and segment == len(stops) - 2
-        stages = _Stages(f, plan.method, times, h, y, y1, ks, k_end)
-        stop_at = events.after_step(index, t, h, end, y, y1, stages)
         starts.append(t)
         sizes.append(h)
         segments.append(segment)

@@ -1,0 +1,91 @@
+"""Values of event functions as real numbers, and the refusal to differentiate events of functions that have no slope."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .capture import readable
+from .errors import InvalidInput
+
+__all__ = ["signed", "with_slope"]
+
+
+def signed(value: Tensor) -> Tensor:
+    """What an event function returned as real numbers with a sign: 1 and -1 for True and False."""
+    if value.dtype == torch.bool:
+        return torch.where(value, 1.0, -1.0).to(torch.float64)
+    if value.is_complex():
+        raise InvalidInput(f"an event function must return a real tensor, got {value.dtype}: take its real part or its size")
+    return value if value.is_floating_point() else value.to(torch.float64)
+
+
+def with_slope(t: Tensor, sloping: Tensor, *causes: Tensor) -> Tensor:
+    """``t`` as it is; whoever differentiates an entry that is not ``sloping`` gets an error.
+
+    ``causes``: what ``t`` depends on beside what it was computed from.
+    """
+    if readable(sloping) and bool(sloping.all()):
+        return t
+    out: Tensor = _Guarded.apply(t, sloping, *causes)
+    return out
+
+
+class _Guarded(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t: Tensor, sloping: Tensor, *causes: Tensor) -> Tensor:
+        return t.view_as(t)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+        ctx.count = len(inputs) - 2
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
+        return (_Demanded.apply(bar, *ctx.saved_tensors), *[None] * (1 + ctx.count))
+
+    @staticmethod
+    def jvp(ctx: Any, dot: Tensor, _: None, *dots: Tensor | None) -> Tensor:
+        (sloping,) = ctx.saved_tensors
+        moving = torch.stack([d.detach().abs().sum().double() for d in (dot, *dots) if d is not None]).sum()
+        return dot + 0 * _Demanded.apply(moving.expand_as(sloping), sloping)
+
+
+class _Demanded(torch.autograd.Function):
+    """Passes a derivative on after a look at it, which under ``torch.vmap`` only a rule of its own can have."""
+
+    @staticmethod
+    def forward(x: Tensor, sloping: Tensor) -> Tensor:
+        if bool(((x != 0) & ~sloping).any()):
+            raise InvalidInput(
+                "the time of an event was to be differentiated, but its event function has no slope there: it is piecewise constant "
+                "(a comparison, a sign, an integer) or flat at its root, so that the time has no derivative. Give a smooth event function, "
+                "such as y - level in place of y > level, or detach the time and state of the event"
+            )
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> tuple[Tensor, None]:
+        return _Demanded.apply(bar, *ctx.saved_tensors), None
+
+    @staticmethod
+    def jvp(ctx: Any, dot: Tensor, _: None) -> Tensor:
+        return _Demanded.apply(dot, *ctx.saved_tensors)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, sloping: Tensor) -> tuple[Tensor, int]:
+        x, sloping = (
+            v.expand(info.batch_size, *v.shape) if dim is None else v.movedim(dim, 0) for v, dim in zip((x, sloping), in_dims, strict=True)
+        )
+        return _Demanded.apply(x, sloping), 0
