@@ -257,7 +257,7 @@ def solve_with_adjoint(
         )
     return continuous_adjoint(
         request,
-        lambda state, times: _solve(replace(request, y0=state, t=times), None),
+        lambda state, times, fun: _solve(replace(request, y0=state, t=times, fun=fun), None),
         odeint,
         listed,
         rtol if adjoint_rtol is None else adjoint_rtol,

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from ..capture import find_captured, leads_to, unknown_leaves
 from ..errors import InvalidInput
 from ..sensitivity.backsolve import Backsolve, backsolve
+from ..sensitivity.witness import Witness
 from .event_gradient import through_event
 from .native import start_event
 from .request import Request, mixed_norm, rms
@@ -47,7 +48,7 @@ def _found(request: Request) -> list[Tensor]:
 
 def continuous_adjoint(
     request: Request,
-    solve: Callable[[Any, Tensor], Any],
+    solve: Callable[[Any, Tensor, Callable[..., Any]], Any],
     integrate: Callable[..., Any],
     params: Sequence[Tensor],
     adjoint_rtol: Any,
@@ -57,9 +58,9 @@ def continuous_adjoint(
 ) -> Any:
     """The solution (with an event: its time and the solution), differentiated by `backsolve`.
 
-    ``solve(y0, t)`` is the forward solve; ``integrate(fun, y0, t, rtol=, atol=, method=, options=)`` solves the augmented system.
+    ``solve(y0, t, fun)`` is the forward solve; ``integrate(fun, y0, t, rtol=, atol=, method=, options=)`` solves the augmented system.
     """
-    spec = request.spec
+    spec, witness = request.spec, Witness()
     is_tuple = isinstance(request.y0, tuple)
     shape = (spec.flatten(request.y0).shape[1],) if is_tuple else spec.shapes[0]
 
@@ -71,7 +72,8 @@ def continuous_adjoint(
         return spec.unflatten(y.reshape(1, -1)) if is_tuple else y
 
     def forward(y0: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor]:
-        out = solve(split(y0), t)
+        out = solve(split(y0), t, witness.watch(request.fun))
+        witness.settle()
         when, states = (None, out) if request.event_fn is None else out
         if is_tuple:
             states = torch.cat([leaf.reshape(leaf.shape[0], -1).to(spec.dtype) for leaf in tree_leaves(states)], dim=1)
@@ -89,7 +91,7 @@ def continuous_adjoint(
         out = integrate(dynamics, state, t, rtol=rtol, atol=atol, method=adjoint_method, options=options)
         return [leaf[1] for leaf in out]
 
-    config = Backsolve(lambda t, y: join(request.fun(t, split(y))), forward, backward, options)
+    config = Backsolve(lambda t, y: join(request.fun(t, split(y))), forward, backward, options, witness.check)
     when, states = backsolve(config, join(request.y0), request.t, params)
     if is_tuple:
         # one slice and one view a leaf

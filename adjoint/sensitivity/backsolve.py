@@ -36,12 +36,14 @@ class Backsolve:
     backward : ``backward(dynamics, state, t) -> state`` solves the augmented system from ``t[0]`` to ``t[1]``; ``state`` is the tuple
         ``(time cotangent, y, adj_y, *parameter cotangents)``
     adjoint_options : the options that ``backward`` will use; visible on the autograd node
+    check : called before the way back; raises if ``fun`` is not what it was
     """
 
     fun: Callable[[Tensor, Tensor], Tensor]
     forward: Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor]]
     backward: Callable[[Callable[..., Any], tuple[Tensor, ...], Tensor], Sequence[Tensor]]
     adjoint_options: dict[str, Any] = field(default_factory=dict)
+    check: Callable[[], None] = lambda: None
 
 
 def backsolve(config: Backsolve, y0: Tensor, t: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, Tensor]:
@@ -79,6 +81,7 @@ class _Node(torch.autograd.Function):
         bar = cotangents[-1]
         _, wants_y0, wants_t, *_ = ctx.needs_input_grad
         t, states, *params = ctx.saved_tensors
+        ctx.config.check()
         with torch.no_grad():
             y0_bar, t_bars, param_bars = _sweep(ctx.config, t, states, params, bar, wants_t)
         if t_bars is not None and ctx.event:

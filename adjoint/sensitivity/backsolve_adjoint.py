@@ -54,6 +54,7 @@ class BacksolveAdjoint:
         method: Any = self._method(problem)
         if functorch_active():
             raise UnsupportedCombination("torch.func transforms cannot see through BacksolveAdjoint: use gradient=DiscreteAdjoint()")
+        problem.witness.wanted = True
         with torch.no_grad():
             out = Outputs(*SolveNode.apply(plain, anchors, t_eval, y0, *inputs))
         back = replace(
@@ -130,7 +131,7 @@ class BacksolveAdjoint:
             check_way_back(record, plan, problem)
             return [p.reshape(shape).to(k) for p, shape, k in zip(record.final.reshape(-1).split(sizes), shapes, kinds, strict=True)]
 
-        config = Backsolve(f, lambda y, t: (None, states), backward, {})
+        config = Backsolve(f, lambda y, t: (None, states), backward, {}, problem.witness.check)
         smooth = [x for x in inputs if x.requires_grad]
         _, found = backsolve(config, y0, times, smooth)
         if t_eval is None:

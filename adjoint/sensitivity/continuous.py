@@ -172,6 +172,7 @@ def _sweep(
     if any(bar is not None and bool((bar != 0).any()) for bar in bars[2:]):
         # a loss on sol(t), yp or the steps themselves; also what second derivatives ask of first ones
         return eager_sweep(problem, grid, anchors, t_eval, inputs, bars, wants)
+    problem.witness.check()
     anchors = anchors.detach()
     t_eval = None if t_eval is None else t_eval.detach()
     sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0)

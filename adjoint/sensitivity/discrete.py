@@ -118,6 +118,8 @@ def eager_sweep(
 
     ``recall``: makes the states and stages that the grid has not; only the first state is looked at there then.
     """
+    if recall is None:
+        problem.witness.check()
     if getattr(problem.plan.method, "multistep", False):
         moving = bool(wants[0] or wants[1])
         samples = _Samples(problem, grid, t_eval, bars[1], moving)

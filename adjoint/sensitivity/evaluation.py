@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ..capture import cut_apart
+from ..errors import SolveError
 from ..system import System
 from .linearize import Linearizer
+from .witness import CHANGED, differs
 
 __all__ = ["Evaluation"]
 
@@ -33,24 +35,31 @@ class Evaluation(torch.autograd.Function):
         ctx.system = inputs[0]
         # the captured tensors themselves need no substitution, which hooks on saved tensors would ask for
         ctx.own = all(x is y for x, y in zip(inputs[3:], inputs[0].inputs, strict=True))
-        ctx.save_for_backward(*inputs[1:])
+        # the value too: it is alive anyway while later steps weigh it
+        ctx.save_for_backward(output, *inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
-        t, y, *inputs = ctx.saved_tensors
+        known, t, y, *inputs = ctx.saved_tensors
         _, time, _, *wants = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            return _differentiable(ctx.system, t, y, inputs, wants, bar)
+            return _differentiable(ctx.system, t, y, inputs, wants, bar, known)
         inputs = cut_apart(ctx.system.inputs if ctx.own else inputs)
         linearize = Linearizer(ctx.system.bind(inputs), inputs, wants, time)
         linearize.check_next = True
-        _, pullback = linearize(t, y)
+        again, pullback = linearize(t, y)
+        _compare(again, known)
         y_bar, t_bar = pullback(bar)
         return (None, t_bar, y_bar, *linearize.bars)
 
 
+def _compare(again: Tensor, known: Tensor) -> None:
+    if bool(differs(again.detach(), known.detach())):
+        raise SolveError(f"The way back evaluates fun again, and it is another function than in the solve: {CHANGED}")
+
+
 def _differentiable(
-    system: System, t: Tensor, y: Tensor, inputs: list[Tensor], wants: list[bool], bar: Tensor
+    system: System, t: Tensor, y: Tensor, inputs: list[Tensor], wants: list[bool], bar: Tensor, known: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The cotangents as functions that can be differentiated again."""
     smooth = [i for i, want in enumerate(wants) if want]
@@ -61,7 +70,8 @@ def _differentiable(
             merged[i] = x
         return system.bind(merged)(t, y)
 
-    pull = torch.func.vjp(call, t, y, *(inputs[i] for i in smooth))[1]
+    again, pull, *_ = torch.func.vjp(call, t, y, *(inputs[i] for i in smooth))
+    _compare(again, known)
     t_bar, y_bar, *rest = pull(bar)
     out: list[Tensor | None] = [None] * len(inputs)
     for i, g in zip(smooth, rest, strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..capture import functorch_active
 from ..errors import InvalidInput, UnsupportedCombination
-from ..integrate import Record, integrate
+from ..integrate import Record
 from .discrete import eager_sweep
 from .node import SolveNode
 from .problem import Outputs, Problem
@@ -71,6 +71,7 @@ class ForwardSensitivity:
         record = _solve(mine, anchors, t_eval, y0, inputs)
         directions = self._directions(mine, tensors, wanted)
         grid = {name: getattr(record, name).detach() for name in _GRID}
+        mine.witness.check("ForwardSensitivity evaluates fun again, and it is another function than in the solve")
         found = self._propagate(mine, grid, tensors, directions)
         if self.rowwise:
             _check_rows(mine, grid, tensors, directions, found)
@@ -130,8 +131,7 @@ class _Direction:
 
 def _solve(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Record:
     with torch.no_grad():
-        f = problem.solver(inputs, y0.shape[0])
-        return integrate(f, problem.plan, anchors, t_eval, y0, problem.batched, inputs, problem.system.natural_shape)
+        return problem.run(inputs, y0, anchors, t_eval)
 
 
 def _seeds(tensors: Sequence[Tensor | None], directions: Sequence[_Direction]) -> list[Tensor | None]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..capture import alive, below_jvp, below_vmap, functorch_active
-from ..integrate import integrate
 from ..system import System, VmappedSystem
 from .discrete import eager_sweep
 from .problem import Outputs, Problem
@@ -28,12 +27,7 @@ class SolveNode(torch.autograd.Function):
     @staticmethod
     def forward(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(y0.device.type, enabled=False):
-            system = problem.system
-            if problem.known:
-                record = problem.known.pop()
-            else:
-                f, shape = problem.solver(problem.laid_out(inputs, y0), y0.shape[0]), system.natural_shape
-                record = integrate(f, problem.plan, anchors, t_eval, y0, problem.batched, inputs, shape)
+            record = problem.known.pop() if problem.known else problem.run(inputs, y0, anchors, t_eval)
         problem.report(record)
         return tuple(Outputs.of(record))
 

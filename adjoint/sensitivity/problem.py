@@ -19,6 +19,7 @@ from ..integrate import (
     Record,
     ResidualSolver,
     StageSolver,
+    integrate,
     shifted_times,
 )
 from ..integrate.columns import column_major, takes_columns
@@ -27,6 +28,7 @@ from ..jacobians import DenseJacobian
 from ..linalg import DenseLU, LinearSolver, Matrix
 from ..structure import Structure
 from ..system import System, VmappedSystem
+from .witness import Witness
 
 __all__ = [
     "Gradient",
@@ -62,7 +64,8 @@ class Problem:
     (it raises the named errors), and the numbers of function evaluations of every backward sweep through ``backward_report``.
     ``known``: the solution, where it is there already; taken out by its first user. ``algebra``: for implicit methods, how their
     matrices are made and factorised. ``sweep``: how first derivatives are taken, with the arguments of `discrete.eager_sweep`, which is
-    the default; whatever differentiates derivatives or is under a transform goes through the recorded steps.
+    the default; whatever differentiates derivatives or is under a transform goes through the recorded steps. ``witness``: remembers some
+    evaluations, to be compared on the way back.
     """
 
     system: System | VmappedSystem
@@ -73,10 +76,23 @@ class Problem:
     known: list[Record] | None = None
     algebra: StageAlgebra | None = None
     sweep: Callable[..., tuple[Tensor | None, ...]] | None = None
+    witness: Witness = field(default_factory=Witness)
 
-    def solver(self, inputs: Sequence[Tensor], rows: int) -> Any:
-        """The right-hand side for the loop, which solves the equations of implicit stages by iteration."""
-        f = self.system.bind(inputs)
+    def run(self, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor, t_eval: Tensor | None) -> Record:
+        """The solve itself, some of whose evaluations the witness remembers."""
+        plan, seen = self.plan, self.plan.keep_states or self.witness.wanted
+        f = self.solver(self.laid_out(inputs, y0), y0.shape[0], seen)
+        record = integrate(f, plan, anchors, t_eval, y0, self.batched, inputs, self.system.natural_shape)
+        if seen and self.witness.empty and plan.compile is not None:
+            # all of it was compiled code
+            self.witness.watch(self.system.bind(inputs))(record.t_final.to(plan.real), record.last)
+        self.witness.settle()
+        return record
+
+    def solver(self, inputs: Sequence[Tensor], rows: int, seen: bool = False) -> Any:
+        """The right-hand side for the loop, which solves the equations of implicit stages by iteration; ``seen``: by the witness."""
+        watch = self.witness.watch if seen else lambda f: f
+        f = watch(self.system.bind(inputs))
         if self.algebra is None and getattr(self.plan.method, "multistep", False):
             return AdamsSolver(f, self.plan, rows, self.system.spec.device)
         if self.algebra is None or self.plan.direct:
@@ -92,7 +108,7 @@ class Problem:
             return ResidualSolver(f, self.plan, jacobian, a.linear_solver, rows, device, a.index, a.skipped)
         given = self.plan, jacobian, self.algebra.linear_solver, rows, self.system.spec.device
         if getattr(self.plan.method, "additive", False):
-            explicit, implicit = (part.bind(inputs) for part in self.system.parts)
+            explicit, implicit = (watch(part.bind(inputs)) for part in self.system.parts)
             return AdditiveStageSolver(explicit, implicit, *given)
         if self.alone:
             return LoneStages(f, self.plan, jacobian, a.linear_solver, device)

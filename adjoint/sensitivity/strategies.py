@@ -133,9 +133,15 @@ def _recorded(
     recording: Recording | None = None,
 ) -> Record:
     """The solve of one trajectory under autograd."""
-    system = problem.system
+    system, witness = problem.system, problem.witness
+    f = system.bind(inputs)
+    if recording is not None:
+        # it may have to be evaluated again
+        f = witness.watch(f)
     with torch.enable_grad():
-        return integrate(system.bind(inputs), problem.plan, anchors, t_eval, y0, False, inputs, system.natural_shape, recording)
+        record = integrate(f, problem.plan, anchors, t_eval, y0, False, inputs, system.natural_shape, recording)
+    witness.settle()
+    return record
 
 
 def _recordable(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> bool:

@@ -74,6 +74,7 @@ def functional_sweep(
     wants: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """As `discrete.eager_sweep`, but differentiable to any order."""
+    problem.witness.check()
     if getattr(problem.plan.method, "multistep", False):
         return multistep_functional(problem, grid, anchors, t_eval, inputs, bars, wants)
     final_bar, samples_bar, states_bar, kept_bar = bars

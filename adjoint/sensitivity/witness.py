@@ -1,0 +1,101 @@
+"""Whether ``fun`` is on the way back what it was in the solve.
+
+Derivatives evaluate ``fun`` again. Where something that it uses was changed in between (an attribute or buffer of a module, `train` or
+`eval`, a variable of a closure), or where it draws random numbers, the gradient would be that of another function, without a sign of it.
+So a solve remembers a few of its evaluations, and they are made once more before anything else is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..errors import SolveError
+
+__all__ = ["CHANGED", "Witness", "differs"]
+
+#: what the errors say
+CHANGED = (
+    "fun must give the same value whenever it is called with the same arguments (no dropout, no counters, no parameters or attributes "
+    "changed in between)"
+)
+#: one evaluation in so many is remembered at first, and so many at the most beside the first and the last one
+_STRIDE, _MOST = 64, 8
+
+
+class Witness:
+    """A few evaluations of a function: the first, the last, and some between."""
+
+    def __init__(self) -> None:
+        #: whether a strategy evaluates again though it keeps no states
+        self.wanted = False
+        self._notes: list[tuple[Any, Any, Any, Any]] = []
+        self._last: tuple[Any, Any, Any, Any] | None = None
+        self._calls, self._next, self._stride = 0, 0, _STRIDE
+
+    def watch(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """``f(t, y)``, some of whose calls are remembered."""
+
+        def call(t: Tensor, y: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return f(t, y)
+            k = f(t, y)
+            if self._calls >= self._next:
+                self._note(f, t, y, k)
+            self._calls += 1
+            self._last = (f, t, y, k)
+            return k
+
+        return call
+
+    def settle(self) -> None:
+        """The solve is done."""
+        if self._last is not None and self._calls > 1:
+            self._notes.append(_copied(*self._last))
+        self._last = None
+        self._next = self._calls
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was seen, as where all of a solve is compiled."""
+        return not self._notes and self._last is None
+
+    def _note(self, f: Any, t: Any, y: Any, k: Any) -> None:
+        self._notes.append(_copied(f, t, y, k))
+        if len(self._notes) > _MOST:
+            # every second one: those that are left are as far from each other as those that come
+            del self._notes[2::2]
+            self._stride *= 2
+        self._next = self._calls + self._stride
+
+    def check(self, what: str = "The way back evaluates fun again, and it is another function than in the solve") -> None:
+        """Evaluate again; raise `SolveError` if other values come out."""
+        notes, wrong = self._notes, []
+        with torch.no_grad():
+            for f, t, y, k in notes:
+                again = f(t, y)
+                wrong += [differs(a, b) for a, b in zip(tree_leaves(again), tree_leaves(k), strict=True)]
+            if wrong and bool(torch.stack(wrong).any()):
+                raise SolveError(f"{what}: {CHANGED}. Call backward() before anything changes, or hand over what does through args=")
+
+
+def _copied(f: Any, *tensors: Any) -> tuple[Any, Any, Any, Any]:
+    t, y, k = (tree_map(lambda x: x.detach().clone(), x) for x in tensors)
+    return f, t, y, k
+
+
+def differs(again: Tensor, known: Tensor) -> Tensor:
+    """Whether two evaluations at one point differ by more than kernels do that add in another order; 0-d.
+
+    A number counts beside the largest one of all: sums of terms that nearly cancel are rounded as these terms are.
+    """
+    single = torch.finfo(known.dtype).eps > 1e-10
+    size = known.abs().nan_to_num(0.0, 0.0, 0.0)
+    near, far = (1e-3, 1e-5) if single else (1e-6, 1e-9)
+    allowed = near * size + far * size.amax() if size.numel() else size
+    # what was not finite (a step that was rejected) says nothing
+    return (~((again - known).abs() <= allowed) & torch.isfinite(known)).any()
