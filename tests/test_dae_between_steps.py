@@ -80,9 +80,7 @@ def test_rows_of_batches_and_mapped_ones_take_the_steps_of_one_trajectory(method
         both = solve_dae(residual, (0.0, 1.0), rows, args=w, batched=True, t_eval=SAMPLES, **TOLERANCES)
     else:
         right = lambda t, y, w: torch.stack([-y[:, 0], y[:, 1] - torch.sin(w * t)], -1)  # noqa: E731
-        both = solve_ivp(
-            right, (0.0, 1.0), rows, args=w, batched=True, t_eval=SAMPLES, method="rodas5p", mass_matrix=MASS, **TOLERANCES
-        )
+        both = solve_ivp(right, (0.0, 1.0), rows, args=w, batched=True, t_eval=SAMPLES, method="rodas5p", mass_matrix=MASS, **TOLERANCES)
     for k, sol in enumerate(one):
         assert int(both.stats.n_accepted[k]) == int(sol.stats.n_accepted)
         torch.testing.assert_close(both.y[:, k], sol.y, rtol=0, atol=1e-8)

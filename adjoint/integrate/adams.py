@@ -77,7 +77,7 @@ class AdamsSolver(MultistepSolver):
             step = torch.full_like(t, plan.first_step)
             self.work.n_fun += 1
         else:
-            step = initial_step(self.f, plan, t, y0, slope, sign)
+            step = initial_step(self.f, plan, anchors, y0, slope, sign)
             self.work.n_fun += 2
         self.D = torch.cat([torch.stack([y0, slope]), y0.new_zeros(self.most, *y0.shape)])
         self.sign = sign

@@ -228,7 +228,7 @@ def start_carry(
     elif plan.method.adaptive and isinstance(f, StageSolver) and f.mass_matrix is not None:
         step = f.first_step(stops, sign, y0).clamp(min=plan.min_step)
     elif plan.method.adaptive:
-        step = initial_step(f, plan, t0, y0, k1, sign).clamp(min=plan.min_step)
+        step = initial_step(f, plan, stops, y0, k1, sign).clamp(min=plan.min_step)
         n_fun += 1
     else:
         step = torch.full_like(t0, float("inf"))

@@ -71,7 +71,7 @@ class BdfSolver(MultistepSolver):
             slope, step = self.starter.start(anchors, sign, y0)
         else:
             slope = self.f(t.to(plan.real), y0)
-            step = initial_step(self.f, plan, t, y0, slope, sign)
+            step = initial_step(self.f, plan, anchors, y0, slope, sign)
             self.work.n_fun += 2
         if plan.first_step is not None:
             step = torch.full_like(t, plan.first_step)

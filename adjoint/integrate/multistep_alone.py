@@ -155,7 +155,7 @@ def integrate_multistep_alone(
     slope = solver.f(anchors[0].to(real), y0)
     n_fun = 1
     if plan.first_step is None:
-        step = float(initial_step(solver.f, plan, anchors[0], y0, slope, torch.full_like(anchors[0], sign)))
+        step = float(initial_step(solver.f, plan, anchors, y0, slope, torch.full_like(anchors[0], sign)))
         n_fun += 1
     else:
         step = plan.first_step

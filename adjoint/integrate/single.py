@@ -115,10 +115,10 @@ def integrate_single(
     if plan.first_step is not None:
         step = plan.first_step
     elif method.adaptive:
-        one = torch.full((1,), t, dtype=torch.float64, device=device)
+        toward = torch.full((1,), sign, dtype=torch.float64, device=device)
         with torch.no_grad():
             g = lambda t, x: f(t, x.reshape(y0.shape)).reshape(flat)  # noqa: E731
-            step = float(initial_step(g, plan, one, y.reshape(flat), k1.reshape(flat), torch.full_like(one, sign)))
+            step = float(initial_step(g, plan, anchors.detach(), y.reshape(flat), k1.reshape(flat), toward))
         step = max(step, plan.min_step)
         n_fun += 1
     else:
