@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from .arguments import Times, check_controller, check_times, flat_norm, flat_tolerance, positive
 from .capture import find_captured, needs_derivatives, parameter_homes
 from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_bounds, initial_values, residual_algebra
-from .errors import InvalidInput, UnsupportedCombination
+from .errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
 from .event_times import NO_EVENTS, event_records
 from .integrate import IController, PIDController, Plan, Record
 from .ivp import _event_list, _flat_event, _front_door, _Parts, _solution
@@ -173,6 +173,11 @@ def solve_dae(
         tolerances=tolerances,
         bounds=initial_bounds(y0_bounds, user_spec, y0, sum(spec.sizes), consistent),
     )
+    if getattr(chosen, "multistep", False) and algebra.structure is not None and algebra.structure.index > 1:
+        raise HigherIndexDAE(
+            f"{chosen.name!r} is for equations of index 0 and 1, and these are of index {algebra.structure.index} at the start: give "
+            "method='radau', or adjoint.reduce_index makes one of index 1 of them"
+        )
     derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])
     plan = Plan(
         method=chosen,

@@ -33,9 +33,21 @@ def raise_failure(record: Record, plan: Plan, system: System, inputs: Sequence[T
             if status == Status.NON_FINITE:
                 beyond = _ahead(f, record, plan, b)
     component = _worst(y, rate if beyond is None else beyond, record.scaled_error[b])
+    unmeasured = None
+    if status in (Status.NON_FINITE, Status.NEWTON_FAILED) and beyond is None and (rate is None or bool(torch.isfinite(rate).all())):
+        unmeasured = _unmeasured(y, plan, b)
+    component = component if unmeasured is None else unmeasured
     many = f" in trajectory {b} ({failed.numel()} of {rows} failed)" if rows > 1 else ""
     where = f"at t = {t:.8g}{many}, worst component {spec.component(component)} = {_number(y[component])}"
     steps = f"after {int(record.n_accepted[b])} accepted and {int(record.n_rejected[b])} rejected steps"
+    if unmeasured is not None:
+        raise NonFiniteState(
+            f"the error norm is 0/0: atol is zero, and so is {spec.component(component)}: {plan.method.name} stopped {where}, {steps}. "
+            "Nothing is small beside zero: give a positive atol (one number for each component, if they differ much)",
+            t=t,
+            trajectory=b if rows > 1 else None,
+            component=component,
+        )
     error, text = _explain(status, plan, y, rate)
     raise error(f"{text} {where}, {steps}. {_ADVICE[status]}", t=t, trajectory=b if rows > 1 else None, component=component)
 
@@ -67,6 +79,14 @@ def _worst(y: Tensor, rate: Tensor | None, scaled_error: Tensor) -> int:
         if candidate is not None and not bool(torch.isfinite(candidate).all()):
             return int((~torch.isfinite(candidate)).to(torch.uint8).argmax())
     return int(torch.nan_to_num(scaled_error, nan=float("inf"), posinf=float("inf")).argmax())
+
+
+def _unmeasured(y: Tensor, plan: Plan, b: int) -> int | None:
+    """Flat index of the first component whose tolerance is zero at the state ``y`` of row ``b``; None if there is none."""
+    atol = torch.as_tensor(plan.atol, dtype=y.dtype.to_real(), device=y.device)
+    atol = atol if atol.dim() < 2 else atol[min(b, len(atol) - 1)]
+    none = (y == 0) & (atol == 0)
+    return int(none.to(torch.uint8).argmax()) if bool(none.any()) else None
 
 
 def _explain(status: Status, plan: Plan, y: Tensor, rate: Tensor | None) -> tuple[type[SolveError], str]:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from adjoint import DiscreteAdjoint, ForwardSensitivity, solve_dae, solve_ivp
+from adjoint import DiscreteAdjoint, ForwardSensitivity, HigherIndexDAE, solve_dae, solve_ivp
 
 F64 = torch.float64
 TOLERANCES = {"rtol": 1e-5, "atol": 1e-7}
@@ -104,19 +104,50 @@ def test_a_prescribed_multiplier_follows_the_tolerance(method, tolerance):
     assert (sol.y[:, 1] - 0.35 * (torch.cos(SAMPLES) + torch.sin(SAMPLES))).abs().max() < 10 * tolerance
 
 
-@pytest.mark.parametrize("method", ["radau", "rodas5pM"])
-@pytest.mark.parametrize("named", [False, True])
-def test_a_jump_of_an_algebraic_variable_is_stepped_over(method, named):
-    def level(t):
-        return torch.where(t > 0.5, 2.0, torch.sin(t))
+def level(t, a, tau):
+    """The algebraic variable of the problems below: it jumps at ``tau``."""
+    return torch.where(t > tau, a, torch.sin(t))
 
-    if method == "radau":
-        fun = lambda t, y, yp: torch.stack([yp[0] + y[0] - y[1], y[1] - level(t)])  # noqa: E731
-    else:
-        fun = lambda t, y: torch.stack([y[1] - y[0], y[1] - level(t)])  # noqa: E731
+
+def jumping(t, y, yp, a, tau):
+    return torch.stack([yp[0] + y[0] - y[1], y[1] - level(t, a, tau)])
+
+
+def jumping_right(t, y, a, tau):
+    return torch.stack([y[1] - y[0], y[1] - level(t, a, tau)])
+
+
+@pytest.mark.parametrize(
+    ("method", "named"), [("radau", False), ("rodas5pM", False), ("radau", True), ("rodas5pM", True), ("bdf", True), ("bdfM", True)]
+)
+def test_a_jump_of_an_algebraic_variable_is_stepped_over(method, named):
+    fun = jumping_right if method.endswith("M") else jumping
+    a, tau = (torch.tensor(x, dtype=F64, requires_grad=True) for x in (2.0, 0.5))
     times = torch.tensor([0.3, 0.4999, 0.5001, 1.0], dtype=F64)
-    sol = solve(method, fun, t_eval=times, step_ts=torch.tensor([0.5], dtype=F64) if named else None)
-    torch.testing.assert_close(sol.y[:, 1], level(times), rtol=0, atol=1e-5)
+    sol = solve(method, fun, t_eval=times, args=(a, tau.detach()), step_ts=tau.reshape(1) if named else None)
+    torch.testing.assert_close(sol.y[:, 1], level(times, a, tau), rtol=0, atol=1e-5)
     # x' = sin t - x up to the jump, x' = 2 - x behind it
     at_jump = 1.5 * math.exp(-0.5) + (math.sin(0.5) - math.cos(0.5)) / 2
     assert abs(float(sol.y[-1, 0]) - (2 + (at_jump - 2) * math.exp(-0.5))) < 1e-4
+    if named:
+        slopes = torch.autograd.grad(sol.y[-1, 0], [a, tau])
+        right = [1 - math.exp(-0.5), (math.sin(0.5) - 2) * math.exp(-0.5)]
+        torch.testing.assert_close(torch.stack(slopes), torch.tensor(right, dtype=F64), rtol=0, atol=1e-4)
+
+
+def test_rows_of_bdf_jump_each_at_its_own_time():
+    residual = lambda t, y, yp, tau: torch.stack([yp[:, 0] + y[:, 0] - y[:, 1], y[:, 1] - level(t, 2.0, tau)], -1)  # noqa: E731
+    tau = torch.tensor([0.25, 0.5], dtype=F64)
+    options = {"args": tau, "batched": True, "step_ts": tau.reshape(1, 2), "t_eval": SAMPLES[1::4]}
+    sol = solve_dae(residual, (0.0, 1.0), START.repeat(2, 1), method="bdf", **TOLERANCES, **options)
+    torch.testing.assert_close(sol.y[..., 1], level(SAMPLES[1::4].unsqueeze(-1), 2.0, tau), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mass", [False, True])
+def test_bdf_refuses_index_two_by_name(mass):
+    start = torch.tensor([0.0, 0.35], dtype=F64)
+    right = lambda t, y: torch.stack([2 * y[1] - y[0], y[0] - 0.7 * torch.sin(t)])  # noqa: E731
+    residual = lambda t, y, yp: right(t, y) - MASS @ yp  # noqa: E731
+    door, fun, options = (solve_ivp, right, {"mass_matrix": MASS}) if mass else (solve_dae, residual, {})
+    with pytest.raises(HigherIndexDAE, match="'bdf' is for equations of index 0 and 1"):
+        door(fun, (0.0, 1.0), start, method="bdf", **options)

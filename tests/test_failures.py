@@ -267,3 +267,14 @@ def test_errors_of_events_and_integrands_pass_through():
         with pytest.raises(KeyboardInterrupt):
             solve_ivp(lambda t, y: -y, (0.0, 1.0), torch.ones(2), max_step=0.1, **options)
     assert solve_ivp(lambda t, y: -y, (0.0, 1.0), torch.ones(2)).success
+
+
+@pytest.mark.parametrize("method", ["tsit5", "rodas5p", "bdf"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_an_error_norm_of_zero_by_zero_is_not_the_fault_of_fun(method, batched):
+    y0 = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    atol = torch.tensor([1e-8, 0.0], dtype=torch.float64)
+    fun = lambda t, y: torch.stack([-y[..., 0], 0 * y[..., 1]], -1)  # noqa: E731
+    with pytest.raises(NonFiniteState, match=r"error norm is 0/0: atol is zero, and so is y\[1\]") as found:
+        solve_ivp(fun, (0.0, 1.0), y0.repeat(2, 1) if batched else y0, method=method, atol=atol, batched=batched)
+    assert found.value.component == 1

@@ -63,6 +63,9 @@ class BdfSolver(MultistepSolver):
         self._factors: ScaledFactors | None = None
         self._plain: Factorization | None = None
         self._c: Tensor | None = None
+        #: rows in the step that follows a named jump, see `_settle`, and the factor by which the next one is longer
+        self._settling = torch.zeros_like(self.stuck)
+        self._longer = torch.ones_like(self.stuck, dtype=torch.float64)
 
     def start(self, anchors: Tensor, sign: Tensor, y0: Tensor) -> Tensor:
         """See `MultistepSolver.start`."""
@@ -76,6 +79,7 @@ class BdfSolver(MultistepSolver):
         if plan.first_step is not None:
             step = torch.full_like(t, plan.first_step)
         step = step.clamp(min=plan.min_step, max=plan.max_step)
+        self._sign, self._span, self._now, self._size = sign, (anchors[-1] - anchors[0]).abs(), t, step
         self.D = y0.new_zeros(SIZE, *y0.shape)
         self.D[0], self.D[1] = y0, slope * (step * sign).to(plan.real).unsqueeze(-1)
         self.eye = torch.eye(SIZE, dtype=torch.float64, device=y0.device)
@@ -102,6 +106,7 @@ class BdfSolver(MultistepSolver):
     def attempt(self, when: Tensor, h: Tensor, running: Tensor) -> Trial:
         """See `MultistepSolver.attempt`."""
         D, order, real = self.D, self.order, self.plan.real
+        self._size = h.abs()
         low = (torch.arange(SIZE, device=D.device) <= order.unsqueeze(-1)).to(real)
         predicted = torch.einsum("bi,ibn->bn", low, D)
         weights = torch.nn.functional.pad(self.gamma, (0, SIZE - self.gamma.shape[0])) * low / self.alpha[order].unsqueeze(-1)
@@ -115,6 +120,7 @@ class BdfSolver(MultistepSolver):
         stages = differences / torch.where(running, h, 1.0).to(real).reshape(1, -1, 1)
         extra = torch.cat([order.double().unsqueeze(0), self.T.permute(1, 2, 0).reshape(SIZE * SIZE, -1)])
         estimate = self._shown(self.constants[order].to(real).unsqueeze(-1) * d)
+        estimate = torch.where(self._settling.unsqueeze(-1), 0.0, estimate)
         return Trial(predicted + d, estimate, converged, stages, extra, (new, counts))
 
     def accept(self, trial: Trial, passed: Tensor, restart: Tensor, after: Tensor) -> None:
@@ -122,6 +128,7 @@ class BdfSolver(MultistepSolver):
         self.D = torch.where(passed.reshape(1, -1, 1), trial.kept[0], self.D)
         self.T = torch.where(passed.reshape(-1, 1, 1), self.eye, self.T)
         self.equal = torch.where(passed, self.equal + 1, self.equal)
+        self._now = after.double()
 
     def propose(self, trial: Trial, decision: Decision) -> Tensor:
         """See `MultistepSolver.propose`."""
@@ -134,13 +141,36 @@ class BdfSolver(MultistepSolver):
             up, best = self._next_order(error, safety, scale)
             self.order = torch.where(ready, best, self.order)
             factor = torch.where(ready, up, factor)
-        if bool(restart.any()):
+        settled = self._settling & passed & running
+        anew = restart | settled
+        if bool(anew.any()):
             kill = torch.zeros(SIZE, dtype=torch.float64, device=scale.device)
             kill[:2] = 1.0
-            mask = torch.where(restart.unsqueeze(-1), kill, 1.0)
+            mask = torch.where(anew.unsqueeze(-1), kill, 1.0)
             self.D, self.T = self.D * mask.t().unsqueeze(-1).to(self.D.dtype), mask.unsqueeze(-1) * self.T
-            self.order, self.equal = torch.where(restart, 1, self.order), torch.where(restart, 0, self.equal)
+            self.order, self.equal = torch.where(anew, 1, self.order), torch.where(anew, 0, self.equal)
             factor = torch.where(restart, 0.1, factor)
+            if self.starter is not None:
+                factor = self._settle(restart, settled & ~restart, factor)
+        return factor
+
+    def _settle(self, restart: Tensor, settled: Tensor, factor: Tensor) -> Tensor:
+        """The factors of the next steps of implicit equations at a named jump, where algebraic variables may jump too.
+
+        The first step from there is so small that nothing else moves, and not tested: its end is consistent, and differentiable like that
+        of any step. The solve goes on from it, with its slope, by steps of the size that it would have had.
+        """
+        assert self.starter is not None
+        smallest = 64 * torch.finfo(self.plan.real).eps * self._now.abs()
+        size = torch.where(self._size > 0, self._size, 1.0)
+        brief = torch.minimum(0.1 * size, torch.maximum(1e-10 * self._span, smallest).clamp(min=self.plan.min_step))
+        if bool(settled.any()):
+            slope = self.starter.slope(self._now, self.D[0], self._sign, brief)[0]
+            moved = slope * (self._sign * self._size).to(self.plan.real).unsqueeze(-1)
+            self.D[1] = torch.where(settled.unsqueeze(-1), moved, self.D[1])
+        factor = torch.where(restart, brief / size, torch.where(settled, self._longer, factor))
+        self._longer = torch.where(restart, 0.1 * size / brief, self._longer)
+        self._settling = (self._settling & ~settled) | restart
         return factor
 
     def _shown(self, error: Tensor) -> Tensor:

@@ -84,15 +84,15 @@ class ResidualSolver:
         """The slope ``(B, n)`` at the start, and the size ``(B,)`` of the first step: half of the time in which the state would change by
         its tolerance, and not more than a thousandth of the span (Brenan, Campbell & Petzold 1996, section 5.2)."""
         span = (stops[-1] - stops[0]).abs()
-        slope, speed = self._slope(stops[0], y0, sign, 1e-3 * span)
+        slope, speed = self.slope(stops[0], y0, sign, 1e-3 * span)
         return slope, torch.minimum(1e-3 * span, 0.5 / speed.clamp(min=1e-300).double())
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """The slope at a state that satisfies the constraints."""
         width = torch.full_like(t, 1e-3, dtype=torch.float64) * t.abs().clamp(min=1.0)
-        return self._slope(t, y, torch.ones_like(width), width)[0]
+        return self.slope(t, y, torch.ones_like(width), width)[0]
 
-    def _slope(self, t: Tensor, y: Tensor, sign: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    def slope(self, t: Tensor, y: Tensor, sign: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
         """The slope of an implicit Euler step so small that nothing changes by more than a hundredth of its tolerance. Algebraic variables
         have one too, which the equations themselves do not give."""
         plan = self.plan
