@@ -23,6 +23,7 @@ __all__ = [
     "complex_differentiable",
     "dense_with_time",
     "forward_products",
+    "is_vmap_failure",
     "jacobian_operator",
     "jvp",
     "reverse_products",
@@ -210,7 +211,7 @@ def _plain_grads(out: Tensor, leaf: Tensor, weights: Tensor, chunk: int | None) 
             parts = [grad(part, True) for part in weights.split(chunk or max(weights.shape[0], 1))]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         except RuntimeError as error:
-            if not _is_vmap_failure(error):
+            if not is_vmap_failure(error):
                 raise
     return torch.stack([grad(w, False) for w in weights])
 
@@ -227,9 +228,10 @@ def _batched_grads(out: Tensor, leaves: tuple[Tensor, ...], weights: Tensor) -> 
         torch._C._vmapmode_decrement_nesting()
 
 
-def _is_vmap_failure(error: Exception) -> bool:
+def is_vmap_failure(error: Exception) -> bool:
+    """Whether an operator could not be mapped (sparse matrices among them: their backward expands what cannot be expanded)."""
     text = str(error).lower()
-    return "vmap" in text or "batching rule" in text
+    return any(word in text for word in ("vmap", "batching", "sparse"))
 
 
 def _mapped(one: Function, seeds: Tensor, chunk_size: int | None) -> Tensor:
@@ -237,7 +239,7 @@ def _mapped(one: Function, seeds: Tensor, chunk_size: int | None) -> Tensor:
     try:
         return torch.vmap(one, chunk_size=chunk_size)(seeds)
     except RuntimeError as error:
-        if isinstance(error, NotImplementedError) or not _is_vmap_failure(error):
+        if isinstance(error, NotImplementedError) or not is_vmap_failure(error):
             raise
         return torch.stack([one(s) for s in seeds])
 
@@ -301,7 +303,7 @@ def dense_with_time(f: Callable[[Tensor, Tensor], Tensor], t: Tensor, x: Tensor)
         try:
             rows, slopes = _batched_grads(out, (leaf, time), seeds)
         except RuntimeError as error:
-            if not _is_vmap_failure(error):
+            if not is_vmap_failure(error):
                 raise
             return None
     matrix = x.new_zeros(x.shape[0], m, x.shape[1]) if rows is None else rows.movedim(0, 1)

@@ -402,3 +402,7 @@ class _Borrowed(FactorStore):
     def get(self, x: Tensor, make: Callable[[], Factorization]) -> Factorization:
         """The factors of the point."""
         return self.point.factors()
+
+    def get_examined(self, x: Tensor, examine: Callable[[Factorization | None], Factorization]) -> Factorization:
+        """The same, which have been looked at."""
+        return self.point.factors()

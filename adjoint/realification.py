@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_leaves
 
 from .errors import InvalidInput, UnsupportedCombination
@@ -14,7 +15,7 @@ from .jacobians import complex_differentiable
 from .linalg.sparsity import SparsityPattern
 from .system import StateSpec
 
-__all__ = ["given_pattern", "refuse_parts", "suited_to_jacobians", "weights_in_parts"]
+__all__ = ["given_pattern", "refuse_parts", "suited_to_jacobians", "totals_in_parts", "unwrapped", "weights_in_parts"]
 
 
 def suited_to_jacobians(spec: StateSpec, fun: Callable[..., Any], *states: Any) -> StateSpec:
@@ -45,10 +46,24 @@ def refuse_parts(what: str, spec: StateSpec) -> None:
         )
 
 
+def unwrapped(x: Any) -> Any:
+    """A tensor that was made inside of a transform, as it is outside; anything else as it is."""
+    while isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            raise InvalidInput("a pattern, and the weights of conserved=, must be the same for all copies of a torch.vmap")
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
 def given_pattern(jac_sparsity: Any, spec: StateSpec) -> SparsityPattern:
     """``jac_sparsity`` of the user as the pattern of flat states; that of complex entries may be given for a state in parts."""
+    with temporarily_clear_interpreter_stack():
+        return _given_pattern(jac_sparsity, spec)
+
+
+def _given_pattern(jac_sparsity: Any, spec: StateSpec) -> SparsityPattern:
     n = sum(spec.sizes)
-    pattern = SparsityPattern.from_any(jac_sparsity)
+    pattern = SparsityPattern.from_any(unwrapped(jac_sparsity))
     entries = sum(size // (2 if d.is_complex else 1) for d, size in zip(spec.dtypes, spec.sizes, strict=True))
     if spec.split and pattern.shape == (entries, entries):
         import scipy.sparse as sp
@@ -62,13 +77,17 @@ def given_pattern(jac_sparsity: Any, spec: StateSpec) -> SparsityPattern:
     return pattern
 
 
-def weights_in_parts(weights: Tensor, totals: Tensor | None, spec: StateSpec) -> tuple[Tensor, Tensor | None]:
-    """Rows of weights (k, n) on complex entries, and their totals (..., k), as rows on real and imaginary parts."""
-    if not spec.split or weights.shape[-1] == sum(spec.sizes):
-        return weights, totals
+def weights_in_parts(weights: Tensor, spec: StateSpec) -> Tensor:
+    """Rows of weights (k, n) on complex entries as rows (2 k, 2 n) on real and imaginary parts."""
+    if weights.shape[-1] == sum(spec.sizes):
+        return weights.real if weights.is_complex() else weights
     w = weights.to(weights.dtype.to_complex())
     rows = [torch.stack([w.real, -w.imag], -1).flatten(1), torch.stack([w.imag, w.real], -1).flatten(1)]
-    both = torch.stack(rows, 1).flatten(0, 1)
-    if totals is not None:
-        totals = torch.view_as_real(totals.to(totals.dtype.to_complex()).resolve_conj()).flatten(-2)
-    return both, totals
+    return torch.stack(rows, 1).flatten(0, 1)
+
+
+def totals_in_parts(totals: Tensor | None, spec: StateSpec) -> Tensor | None:
+    """Totals (..., k) of complex entries as (..., 2 k)."""
+    if totals is None or not all(d.is_complex for d in spec.dtypes):
+        return totals if totals is None or not totals.is_complex() else totals.real
+    return torch.stack([totals.real, totals.imag], -1).flatten(-2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,8 @@ class RootChoice:
     jacobian: JacobianRule
     linear_solver: LinearSolver
     notes: list[str] = field(default_factory=list)
+    #: by differentiation, where ``jacobian`` is the user's own
+    true_jacobian: JacobianRule | None = None
 
 
 class AutomaticSolver:
@@ -66,6 +69,17 @@ class AutomaticJacobian:
         self.owner, self.notes = fun if owner is None else owner, notes
         self.key = (key, getattr(fun, "__func__", None))
         self.strategy: Any = None
+
+    @property
+    def entries_guessed(self) -> bool:
+        """Whether a pattern, which may lack entries, stands behind the matrix."""
+        return isinstance(self.strategy, SparseJacobian)
+
+    def forget(self) -> None:
+        """Choose anew at the next point."""
+        self.strategy = None
+        with suppress(TypeError):  # no weak references to this kind of callable
+            _patterns.get(self.owner, {}).pop(self.key, None)
 
     def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
         if self.strategy is None:
@@ -98,6 +112,11 @@ class FixedJacobian:
 
     strategy: Callable[[Callable[[Tensor], Tensor], Tensor], Matrix]
 
+    @property
+    def entries_guessed(self) -> bool:
+        """See `AutomaticJacobian`."""
+        return isinstance(self.strategy, SparseJacobian)
+
     def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
         return self.strategy(r, x)
 
@@ -112,6 +131,7 @@ class UserJacobian:
 
     values: Callable[[Tensor, Sequence[Tensor]], tuple[Tensor, Tensor | None]]
     shape: tuple[int, int]
+    entries_guessed = True
 
     def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
         values, indices = self.values(x, inputs)
@@ -163,6 +183,8 @@ def choose(
         other = "least_squares=True" if least_squares else "conserved="
         raise UnsupportedCombination(f"jac= with {other} is not supported: leave jac out")
     rule: JacobianRule
+    shapes = tuple(tuple(x.shape) if isinstance(x, Tensor) else repr(x) for x in getattr(system, "args_leaves", ()))
+    automatic = AutomaticJacobian(fun, (n, spec.dtype, str(spec.device), shapes, conserved, least_squares), notes)
     if jac is not None:
         rule = _user_jacobian(jac, system, spec)  # pyright: ignore[reportArgumentType]
     elif jac_sparsity is not None:
@@ -175,9 +197,8 @@ def choose(
     elif linear_solver is not None and getattr(linear_solver, "dense", False):
         rule = FixedJacobian(DenseJacobian())
     else:
-        shapes = tuple(tuple(x.shape) if isinstance(x, Tensor) else repr(x) for x in getattr(system, "args_leaves", ()))
-        rule = AutomaticJacobian(fun, (n, spec.dtype, str(spec.device), shapes, conserved, least_squares), notes)
-    return RootChoice(finder, rule, linear_solver if linear_solver is not None else AutomaticSolver(), notes)
+        rule = automatic
+    return RootChoice(finder, rule, linear_solver if linear_solver is not None else AutomaticSolver(), notes, automatic)
 
 
 def _user_jacobian(jac: Any, system: System, spec: StateSpec) -> UserJacobian:

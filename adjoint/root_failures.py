@@ -35,6 +35,11 @@ _WHAT: dict[RootStatus, tuple[type[RootError], str, str]] = {
         "Likely causes: a conserved quantity (name it with conserved=W, where W fun = 0), equations that do not depend on some unknown, or "
         "a fold of the solution at these parameters.",
     ),
+    RootStatus.UNSOLVED: (
+        NewtonDidNotConverge,
+        "the iterative linear solver did not converge in a step of Newton's method, after {steps} iterations",
+        "Give it a preconditioner, more max_iterations or a looser rtol, or take linear_solver=adjoint.linalg.SparseLU() or DenseLU().",
+    ),
     RootStatus.DIVERGED: (
         NewtonDidNotConverge,
         "the iteration diverged after {steps} iterations",

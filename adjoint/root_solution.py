@@ -21,6 +21,7 @@ _MESSAGES = {
     RootStatus.NON_FINITE: "fun gave NaN or infinity",
     RootStatus.SINGULAR: "the Jacobian became singular",
     RootStatus.DIVERGED: "the iteration diverged",
+    RootStatus.UNSOLVED: "the iterative linear solver did not converge",
 }
 
 

@@ -21,6 +21,7 @@ from .progress import root_monitor
 from .realification import suited_to_jacobians
 from .relaxation import relax
 from .root_arguments import RootChoice, check_bounds, choose
+from .root_examination import Examination
 from .root_failures import raise_root_failure
 from .root_solution import RootSolution, RootStats
 from .root_systems import ConservedSystem, StationarySystem, check_conserved, check_really_conserved
@@ -82,11 +83,12 @@ def solve_root(
         "auto" (picks by size and structure, and says what in ``sol.note``), a name of ``adjoint.nonlinear.METHODS``, or
         "time_integration" (of ``x' = fun(x)`` until it moves no more, then Newton; the last resort of "auto").
     rtol, atol : number, tensor, or pytree like the state
-        The last step of a Newton iteration is at most ``atol + rtol |x|``. Default 1e-10 and 1e-12 for double precision, 1e-5 and 1e-6 for
-        single. Scaling the residual changes nothing.
+        The last step of a Newton iteration, for other methods the estimated error, is at most ``atol + rtol |x|``. Default 1e-10 and 1e-12
+        for double precision, 1e-5 and 1e-6 for single. Unless ``atol`` is given, unknowns that are smaller than it are found to ``rtol`` of
+        their own size as well, as far as rounding lets them. Scaling residual or unknowns changes nothing.
     ftol : float
-        Further, the root mean square of ``residual / f_scale`` is at most this. Default: no such demand for methods of Newton type,
-        1e-10 (single: 1e-5) for the others, which have no other measure.
+        The root mean square of ``residual / f_scale`` is at most this: a further demand for methods of Newton type, and for the others
+        ("fixed_point", "anderson", "broyden") the only one, in the place of the above. Default: no such demand.
     x_scale, f_scale : number or tensor like the state
         Typical sizes of unknowns (for trust regions) and residuals.
     batched : bool
@@ -214,14 +216,14 @@ def prepare(
     settings = dict(
         x_rtol=flat_tolerance(rtol, "rtol", spec, 1e-5 if single else 1e-10),
         x_atol=flat_tolerance(atol, "atol", spec, 1e-6 if single else 1e-12),
+        by_own_size=atol is None,
         f_scale=1.0 if f_scale is None else flat_tolerance(f_scale, "f_scale", returns or spec, 1.0),
         x_scale=1.0 if x_scale is None else flat_tolerance(x_scale, "x_scale", spec, 1.0),
         lower=lower,
         upper=upper,
     )
-    # methods that measure their steps by the Jacobian need no tolerance of the residual, which would depend on its scale
-    newton = getattr(choice.method, "newton_type", False)
-    tol = ftol if ftol is not None else (float("inf") if newton else (1e-5 if single else 1e-10))
+    # steps and errors of x are measured; a tolerance of the residual would depend on its scale
+    tol = float("inf") if ftol is None else ftol
     callback = root_monitor(progress)
 
     def find(r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor], jacobian: JacobianRule) -> RootRecord:
@@ -232,7 +234,7 @@ def prepare(
             return value
 
         if isinstance(system, ConservedSystem) and x.shape[0] == system.rows:
-            check_really_conserved(system, x, inputs)
+            check_really_conserved(system, x, inputs, "the guess")
         problem = RootProblem(
             residual=r,
             jacobian=lambda at: jacobian(r, at, inputs),
@@ -264,6 +266,8 @@ def prepare(
             method = replace(method, integrate=integrate)  # type: ignore[type-var]
         record = method.solve(problem, x)
         record = replace(record, n_fun=record.n_fun + counted[0])
+        if isinstance(system, ConservedSystem) and x.shape[0] == system.rows:
+            check_really_conserved(system, torch.where((record.status == 0).unsqueeze(-1), record.x, x), inputs, "the solution")
         singular = record.status == int(RootStatus.SINGULAR)
         if throw and bool(singular.any()):
             row = int(singular.nonzero()[0, 0])
@@ -276,7 +280,8 @@ def prepare(
         if throw:
             raise_root_failure(record, spec)
 
-    task = RootTask(system, conditions, find, choice.jacobian, choice.linear_solver, log, report)
+    examiner = Examination(choice, throw)
+    task = RootTask(system, conditions, find, choice.jacobian, choice.linear_solver, log, report, examiner=examiner)
     return RootSetup(task, spec, flat0, tuple(inputs), choice, batched)
 
 

@@ -291,6 +291,10 @@ def test_bad_settings():
     ):
         with pytest.raises(InvalidInput):
             make()
+
+
+def test_an_infinite_tolerance_of_the_residual_leaves_the_error_of_x():
     for method in (FixedPoint(), Anderson(), Broyden()):
-        with pytest.raises(InvalidInput, match="tol"):
-            method.solve(problem(lambda x: x, tol=float("inf")), torch.ones(1, 1))
+        for size in (1.0, 1e-9):
+            record = method.solve(problem(lambda x: size * torch.cos(x / size) - x, tol=float("inf"), x_atol=0.0), torch.full((1, 1), size))  # noqa: B023
+            assert bool((record.status == 0).all()) and abs(record.x.item() / size - 0.7390851332151607) < 1e-9

@@ -38,8 +38,8 @@ class DEQ(torch.nn.Module):
         "bicgstab" take only products with it, and so do the iterations "anderson", "broyden" and "fixed_point"; an object of
         ``adjoint.linalg`` brings its own settings. "auto" is "lu" up to 128 unknowns per sample, else "gmres".
     tol : float
-        The root mean square of ``module(z, x) - z`` of every sample is at most this (``ftol`` of `adjoint.solve_root`). Default 1e-10, for
-        single precision 1e-5; solvers of Newton type go by ``rtol`` and ``atol`` unless it is given.
+        The root mean square of ``module(z, x) - z`` of every sample is at most this (``ftol`` of `adjoint.solve_root`). Default: the
+        estimated error is at most 1e-10 (single precision: 1e-5) of the fixed point itself, whatever its size (``rtol``, ``atol``).
     backward_tol : float
         Relative residual of the linear systems, for the iterative solvers that are named by a string. Default 1e-10 (single: 1e-5).
     max_steps, backward_max_steps : int

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import InvalidInput
 from ..linalg import Factorization
 from .protocol import RootProblem, RootRecord, RootStatus
-from .rows import Rows, clip, ill_determined, need_jacobian, pick
+from .rows import ErrorMeasure, Rows, clip, ill_determined, need_jacobian, pick
 
 __all__ = ["Anderson", "Broyden", "FixedPoint"]
 
@@ -24,15 +24,28 @@ def _sign(form: str) -> float:
     return 1.0 if form == "g-x" else -1.0
 
 
-def _end(rows: Rows, norm: Tensor, best: Tensor, growth: float) -> None:
-    rows.fail(~torch.isfinite(norm), RootStatus.NON_FINITE)
-    rows.succeed(rows.norm <= rows.problem.tol)
-    rows.fail(rows.norm > growth * best, RootStatus.DIVERGED)
+class _Ends:
+    """When to end: by the residual where ``tol`` is finite, else by the error of ``x``."""
 
+    def __init__(self, rows: Rows) -> None:
+        self.by_residual = rows.problem.tol < float("inf")
+        self.best, self.measure = rows.norm, ErrorMeasure(rows)
+        if self.by_residual:
+            rows.succeed(rows.norm <= rows.problem.tol)
 
-def _finite_tol(problem: RootProblem, method: str) -> None:
-    if not problem.tol < float("inf"):
-        raise InvalidInput(f"{method} stops by the residual alone and needs a finite tol, got {problem.tol!r}")
+    def __call__(self, rows: Rows, norm: Tensor, growth: float, dx: Tensor, df: Tensor) -> None:
+        """After the residual has changed by ``df`` over ``dx``: a residual ``r`` means an error of about ``|dx| / |df| r``."""
+        self.best = torch.minimum(self.best, rows.norm)
+        rows.fail(~torch.isfinite(norm), RootStatus.NON_FINITE)
+        if self.by_residual:
+            rows.succeed(rows.norm <= rows.problem.tol)
+        else:
+            problem = rows.problem
+            moved, change = problem.norm(dx), problem.norm(df)
+            # where nothing changes any more, residuals are steps
+            error = rows.residual * torch.where((change > 0) & (moved > 0), moved / change, 1.0).unsqueeze(-1)
+            rows.succeed((self.measure(rows, error) <= 1) | (rows.norm == 0))
+        rows.fail(rows.norm > growth * self.best, RootStatus.DIVERGED)
 
 
 @dataclass(frozen=True)
@@ -55,18 +68,16 @@ class FixedPoint:
     @torch.no_grad()
     def solve(self, problem: RootProblem, x0: Tensor) -> RootRecord:
         """See `RootMethod.solve`."""
-        _finite_tol(problem, "FixedPoint")
         rows, rate = Rows(problem, x0), self.damping * _sign(self.form)
-        best = rows.norm
-        rows.succeed(rows.norm <= problem.tol)
+        ends = _Ends(rows)
         for k in range(problem.max_steps):
             if not rows.begin_step():
                 break
             point = clip(problem, rows.x + rate * torch.where(rows.running.unsqueeze(-1), rows.residual, 0.0))
             residual, norm = rows.evaluate(point, rows.running)
+            dx, df = point - rows.x, residual - rows.residual
             rows.move(rows.running & torch.isfinite(norm), point, residual, norm)
-            best = torch.minimum(best, rows.norm)
-            _end(rows, norm, best, self.growth)
+            ends(rows, norm, self.growth, dx, df)
             rows.report(k)
         return rows.record("fixed-point iteration")
 
@@ -93,13 +104,11 @@ class Anderson:
     @torch.no_grad()
     def solve(self, problem: RootProblem, x0: Tensor) -> RootRecord:
         """See `RootMethod.solve`."""
-        _finite_tol(problem, "Anderson")
         rows, sign = Rows(problem, x0), _sign(self.form)
         B, n = rows.x.shape
         dx = rows.x.new_zeros(B, n, self.depth)
         df = torch.zeros_like(dx)
-        best = rows.norm
-        rows.succeed(rows.norm <= problem.tol)
+        ends = _Ends(rows)
         for k in range(problem.max_steps):
             if not rows.begin_step():
                 break
@@ -109,7 +118,7 @@ class Anderson:
             step = plain - ((dx + self.mixing * df) @ gamma.unsqueeze(-1)).squeeze(-1)
             point = clip(problem, rows.x + torch.where(running.unsqueeze(-1), step, 0.0))
             residual, norm = rows.evaluate(point, running)
-            bad = running & ~(norm <= 10 * best)
+            bad = running & ~(norm <= 10 * ends.best)
             if k and bool(bad.any()):
                 safe = clip(problem, rows.x + torch.where(bad.unsqueeze(-1), plain, 0.0))
                 again, norm_again = rows.evaluate(safe, bad)
@@ -120,8 +129,7 @@ class Anderson:
             new_dx, new_df = pick(moved, point - rows.x, torch.zeros_like(point)), pick(moved, sign * residual - f, torch.zeros_like(f))
             dx[:, :, slot], df[:, :, slot] = new_dx, new_df
             rows.move(moved, point, residual, norm)
-            best = torch.minimum(best, rows.norm)
-            _end(rows, norm, best, self.growth)
+            ends(rows, norm, self.growth, new_dx, new_df)
             rows.report(k)
         return rows.record(f"Anderson({self.depth})")
 
@@ -166,9 +174,11 @@ class Broyden:
     @torch.no_grad()
     def solve(self, problem: RootProblem, x0: Tensor) -> RootRecord:
         """See `RootMethod.solve`."""
-        _finite_tol(problem, "Broyden")
         rows = Rows(problem, x0)
-        rows.succeed(rows.norm <= problem.tol)
+        by_residual = problem.tol < float("inf")
+        if by_residual:
+            rows.succeed(rows.norm <= problem.tol)
+        error = ErrorMeasure(rows)
         B, n = rows.x.shape
         U = rows.x.new_zeros(B, n, self.memory)
         V = torch.zeros_like(U)
@@ -194,8 +204,14 @@ class Broyden:
             usable = denominator.abs() > 1e-12 * torch.linalg.vector_norm(s, dim=-1, keepdim=True) ** 2
             U[:, :, slot] = torch.where(usable, (s - Hy) / denominator, 0.0)
             V[:, :, slot] = torch.where(usable, Hs, 0.0)
+            rate = torch.where(good, norm / rows.norm, 0.0).clamp(max=0.9)
             rows.move(good, point, residual, norm)
-            rows.succeed(rows.norm <= problem.tol)
+            if by_residual:
+                rows.succeed(rows.norm <= problem.tol)
+            else:
+                # linear convergence at the rate q leaves q / (1 - q) of a step; a small one that leads nowhere is rounding
+                measure = error(rows, step)
+                rows.succeed(((measure <= 1) & (measure * rate <= 1 - rate)) | (rows.norm == 0))
             stuck = rows.running & ~good
             rows.fail(stuck & (failed | (slot == 0)), RootStatus.STALLED)
             failed = stuck
@@ -255,8 +271,8 @@ class _Inverse:
             rows.fail(ill_determined(matrix, self.factors), RootStatus.SINGULAR)
         elif self.kind == "scaled":
             f = torch.where(running.unsqueeze(-1), rows.residual, 0.0)
-            size = torch.linalg.vector_norm(f, dim=-1, keepdim=True)
-            s = f * (1e-4 * torch.linalg.vector_norm(rows.x, dim=-1, keepdim=True).clamp(min=1.0) / torch.where(size > 0, size, 1.0))
+            size, length = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (f, rows.x))
+            s = f * (1e-4 * torch.where(length > 0, length, 1.0) / torch.where(size > 0, size, 1.0))
             probe, norm = rows.evaluate(clip(problem, rows.x + s), running)
             y = torch.where(torch.isfinite(norm).unsqueeze(-1), probe - f, 0.0)
             square = torch.linalg.vector_norm(y, dim=-1, keepdim=True) ** 2

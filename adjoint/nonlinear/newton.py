@@ -113,7 +113,10 @@ class Newton:
                 rows.fail(bad & refresh, RootStatus.SINGULAR)
             assert matrix is not None and factors is not None
             step = -factors.solve(torch.where(rows.running.unsqueeze(-1), rows.residual, 0.0))
-            rows.fail(~torch.isfinite(step).all(-1), RootStatus.SINGULAR)
+            lost = ~torch.isfinite(step).all(-1)
+            if isinstance(matrix, LinearOperator):
+                rows.fail(lost & ~factors.singular(), RootStatus.UNSOLVED)
+            rows.fail(lost, RootStatus.SINGULAR)
             step = torch.where(rows.running.unsqueeze(-1), step, 0.0)
             measure = step_measure(problem, step, rows.x)
             small = measure <= 1
@@ -123,10 +126,11 @@ class Newton:
             moved = moved | (found.accepted & (found.x != rows.x).any(-1))
             rows.move(found.accepted, found.x, found.residual, found.norm)
             last = found.accepted & small & (found.length >= 1) & ~blocked
+            settled = rows.settled(torch.where(last.unsqueeze(-1), step, 0.0), measure, last, refresh)
             if eta is None or eta <= 1e-2:
                 # linear convergence at the rate q leaves q / (1 - q) of a step; a fresh step leaves next to nothing
                 rate = torch.where(refresh, 0.0, (rows.norm / start).clamp(max=1.0))
-                sure = last & (rate * measure <= 1 - rate) & (rate < 1)
+                sure = last & (settled <= 1) & (rate * settled <= 1 - rate) & (rate < 1)
                 rows.succeed(sure & (rows.norm <= problem.tol))
                 # at rounding level already, and still above tol: more steps would not help
                 rows.fail(sure & refresh & (rows.norm > 0.5 * start), RootStatus.STALLED)

@@ -25,14 +25,16 @@ class RootStatus(IntEnum):
     NON_FINITE = -3
     SINGULAR = -4
     DIVERGED = -5
+    UNSOLVED = -6  # an iterative linear solver did not converge
 
 
 @dataclass(frozen=True)
 class RootProblem:
     """``residual(x) = 0`` with ``residual`` from ``(B, n)`` to ``(B, n)`` (``(B, m)`` for least squares), rows independent.
 
-    A row has converged when ``norm(residual / f_scale) <= tol`` and, for methods of Newton type, the last step was at most
-    ``norm(step / (x_atol + x_rtol |x|)) <= 1`` (both recorded). ``jacobian`` gives a matrix at ``x``; ``jvp(x, v)`` and ``vjp(x, w)``
+    A row has converged when ``norm(residual / f_scale) <= tol`` and, for methods of Newton type and for others with an infinite ``tol``,
+    the last step (the estimated error) was at most ``norm(step / (x_atol + x_rtol |x|)) <= 1`` (both recorded). ``jacobian`` gives a
+    matrix at ``x``; ``jvp(x, v)`` and ``vjp(x, w)``
     its products. ``lower`` and ``upper`` bound ``x`` (broadcast to ``(B, n)``), None for none.
     """
 
@@ -43,6 +45,9 @@ class RootProblem:
     tol: float = 1e-10
     x_rtol: float = 1e-10
     x_atol: float = 1e-12
+    #: steps within ``x_atol`` end the iteration only when they are within ``x_rtol`` of each unknown too, or shrink no more: an unknown of
+    #: 1e-14 is found to as many digits as one of size one
+    by_own_size: bool = False
     max_steps: int = 100
     f_scale: Tensor | float = 1.0
     x_scale: Tensor | float = 1.0

@@ -84,7 +84,8 @@ class PseudoTransient:
             good = rows.running & ~singular & torch.isfinite(norm) & (fair | last)
             ratio = torch.where(norm > 0, rows.norm / norm, self.growth)
             rows.move(good, point, residual, norm)
-            rows.succeed((good & last & (norm <= problem.tol)) | (rows.norm == 0))
+            settled = rows.settled(step, step_measure(problem, step, rows.x), good & last) <= 1
+            rows.succeed((good & last & settled & (norm <= problem.tol)) | (rows.norm == 0))
             dt = torch.where(good, dt * ratio.clamp(0.1, self.growth), dt / 4)
             lost = ~good & (dt < 1e-14 * (1 + rows.x.abs().amax(-1)) / problem.norm(rows.residual).clamp(min=1e-300))
             rows.fail(lost & singular, RootStatus.SINGULAR)

@@ -10,11 +10,13 @@ from ..linalg import Factorization, LinearOperator, Matrix, SparseMatrix
 from .protocol import RootProblem, RootRecord, RootStatus, scaled_norm
 
 __all__ = [
+    "ErrorMeasure",
     "Rows",
     "adjoint_product",
     "as_dense",
     "clip",
     "ill_determined",
+    "near_null",
     "need_jacobian",
     "pick",
     "product",
@@ -42,6 +44,33 @@ def step_measure(problem: RootProblem, step: Tensor, x: Tensor) -> Tensor:
     return problem.norm(step / (problem.x_atol + problem.x_rtol * x.abs()))
 
 
+class ErrorMeasure:
+    """Called with an estimated error (B, n) of the iterates: at most one in the rows (B,) where it is below the tolerances.
+
+    With ``by_own_size`` they are relative to every unknown, and where that does not halve any more, to what rounding of the other unknowns
+    leaves of it. One that vanishes counts as ``eps**1.5`` of what was there before.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self.largest = rows.problem.norm(rows.x)
+        self.last = torch.full_like(self.largest, float("inf"))
+
+    def __call__(self, rows: Rows, error: Tensor) -> Tensor:
+        problem, x = rows.problem, rows.x
+        if not problem.by_own_size:
+            return step_measure(problem, error, x)
+        norm = problem.norm(x)
+        self.largest = torch.maximum(self.largest, norm)
+        rtol = torch.as_tensor(problem.x_rtol, dtype=norm.dtype, device=x.device)
+        eps = torch.finfo(norm.dtype).eps
+        size = torch.maximum(x.abs(), eps**1.5 * self.largest.unsqueeze(-1))
+        rounded = torch.maximum(size, torch.clamp(100 * eps / rtol, max=1.0) * norm.unsqueeze(-1))
+        own, loose = (problem.norm(torch.where(error == 0, 0.0, error.abs() / (rtol * s))) for s in (size, rounded))
+        resting = own > 0.5 * self.last
+        self.last = own
+        return torch.where(resting, loose, own)
+
+
 class Rows:
     """Iterates, residuals, statuses and counts of ``B`` rows. Rows that are no longer `running` never change."""
 
@@ -51,6 +80,9 @@ class Rows:
         self.problem, self.x = problem, clip(problem, x0)
         self.status = torch.full(x0.shape[:1], int(RootStatus.RUNNING), dtype=torch.int64, device=x0.device)
         self.n_steps, self.n_fun, self.n_jac = (torch.zeros_like(self.status) for _ in range(3))
+        # for `settled`: the measure of the last step, and rows that would do if nothing better came
+        self.last_measure = torch.full_like(x0[:, 0].abs(), float("inf")) if x0.shape[1] else torch.zeros_like(self.status)
+        self.would_do = torch.zeros_like(self.status, dtype=torch.bool)
         self.residual, self.norm = self.evaluate(self.x, self.running)
         self.fail(~torch.isfinite(self.norm), RootStatus.NON_FINITE)
         # an exact root needs no step, and has no need of a regular Jacobian
@@ -74,6 +106,8 @@ class Rows:
 
     def end(self, mask: Tensor, status: RootStatus) -> None:
         """End running rows."""
+        if status < 0:
+            self.status = torch.where(mask & self.running & self.would_do, int(RootStatus.SUCCESS), self.status)
         self.status = torch.where(mask & self.running, int(status), self.status)
 
     fail = end
@@ -81,6 +115,22 @@ class Rows:
     def succeed(self, mask: Tensor) -> None:
         """Rows that have converged."""
         self.end(mask, RootStatus.SUCCESS)
+
+    def settled(self, step: Tensor, measure: Tensor, last: Tensor, fresh: Tensor | bool = True) -> Tensor:
+        """``(B,)``: what to judge a step by, whose `step_measure` is ``measure``. ``last``: rows that may end with it;
+        ``fresh``: those whose matrix is that of the point, so that steps that do not halve mean rounding.
+
+        With ``by_own_size`` a step that ``x_atol`` alone lets pass is judged by the size of each unknown, until steps shrink no more (what
+        remains is rounding). Rows for which no better step comes are content with it.
+        """
+        if not self.problem.by_own_size:
+            return measure
+        own = self.problem.norm(torch.where(step == 0, 0.0, step.abs() / (self.problem.x_rtol * (self.x + step).abs())))
+        own = torch.where(torch.isnan(own), float("inf"), own)
+        resting = (measure <= 1) & (measure > 0.5 * self.last_measure) & fresh
+        self.last_measure = measure
+        self.would_do = last & (measure <= 1) & (self.norm <= self.problem.tol)
+        return torch.where(resting, measure, torch.maximum(own, measure))
 
     def begin_step(self) -> bool:
         """Whether any row runs (the one wait for the device in an iteration); counts the step."""
@@ -152,9 +202,15 @@ def ill_determined(matrix: Matrix, factors: Factorization) -> Tensor:
     Solves once with a vector of the size of ``|A| d``, where ``d`` brings the columns to size one: a componentwise (Skeel) estimate of
     the condition number. Operators are judged by their own factorisation alone.
     """
+    return near_null(matrix, factors)[0]
+
+
+def near_null(matrix: Matrix, factors: Factorization) -> tuple[Tensor, Tensor | None]:
+    """As `ill_determined`, and with it the solution (B, n) that it judges by: where the matrix is nearly singular, almost a null vector.
+    None for operators."""
     flag = factors.singular()
     if isinstance(matrix, LinearOperator):
-        return flag
+        return flag, None
     size = sizes(matrix)
     if isinstance(size, Tensor):
         columns = size.amax(-2)
@@ -166,10 +222,11 @@ def ill_determined(matrix: Matrix, factors: Factorization) -> Tensor:
     d = 1 / columns.expand(factors.rows, -1)
     k = torch.arange(factors.n, device=factors.device, dtype=d.dtype)
     probe = product(size, torch.nan_to_num(d, nan=0.0, posinf=0.0)) * torch.cos(1 + k * k)
-    found = factors.solve(probe.to(factors.dtype)).abs() / d
+    solution = factors.solve(probe.to(factors.dtype))
+    found = solution.abs() / d
     # singular matrices with rounding in them give 0.01 / eps and more, rarely less; in single precision regular ones come near
     limit = (0.001 if d.dtype == torch.float64 else 0.01) / torch.finfo(d.dtype).eps
-    return flag | ~(found.amax(-1) < limit) if factors.n else flag
+    return flag | ~(found.amax(-1) < limit) if factors.n else flag, solution
 
 
 def stationary(matrix: Matrix, residual: Tensor) -> Tensor:

@@ -95,8 +95,10 @@ class Dogleg:
             floor = _negligible(rows, matrix)
             rows.move(good, point, trial, norm)
             moved = moved | good
+            measure = step_measure(problem, step, rows.x)
+            settled = rows.settled(torch.where((good & small).unsqueeze(-1), step, 0.0), measure, good & small & ~singular) <= 1
             rows.fail((rows.norm == 0) & singular, RootStatus.SINGULAR)  # one root of many: the equations do not determine it
-            rows.succeed(((good & small) | (~good & floor & ~singular) | (rows.norm == 0)) & (rows.norm <= problem.tol))
+            rows.succeed(((good & small & settled) | (~good & floor & ~singular) | (rows.norm == 0)) & (rows.norm <= problem.tol))
             tiny = torch.finfo(size.dtype).eps * _length(rows.x / problem.x_scale).clamp(min=torch.finfo(size.dtype).eps)
             rows.fail(~good & (radius <= tiny), RootStatus.STALLED)
             refresh = good
@@ -216,7 +218,8 @@ class LevenbergMarquardt:
             good = rows.running & torch.isfinite(norm) & ((ratio > 1e-4) | ((near | quiet) & inside))
             wanted = torch.isfinite(norm.new_tensor(problem.tol))
             rows.move(good, point, trial, norm)
-            rows.succeed(good & near & inside)
+            settled = rows.settled(torch.where(near.unsqueeze(-1), step, 0.0), measure, good & near & inside) <= 1
+            rows.succeed(good & near & inside & settled)
             rows.end((rows.norm == 0) & ~regular, RootStatus.SINGULAR)
             rows.succeed((wanted & (rows.norm <= problem.tol)) | (rows.norm == 0))
             negligible = (rows.residual.abs() <= rounding_floor(jacobian, rows.x)).all(-1)

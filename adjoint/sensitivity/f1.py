@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..jacobians import is_vmap_failure
+
 __all__ = ["Expansion", "Functions", "Solves"]
 
 #: columns up to which single calls beat a batched one, which sets up a transform first
@@ -57,7 +59,7 @@ def _pull_columns(outputs: Sequence[Tensor], inputs: Sequence[Tensor], bars: Seq
         try:
             return _batched(pairs, inputs, max(1, _CHUNK // max(size, 1)))
         except RuntimeError as error:
-            if "vmap" not in str(error).lower() and "batching" not in str(error).lower():
+            if not is_vmap_failure(error):
                 raise
     # one by one: an operator of the user's cannot be batched, or it does not pay
     each = [_pull(outputs, inputs, [b[:, j] for b in bars]) for j in range(count)]

@@ -19,7 +19,18 @@ from ..nonlinear import RootRecord
 from ..system import Flat, StateSpec, System, VmappedSystem
 from .products import tangent, vjp
 
-__all__ = ["Conditions", "FactorStore", "JacobianRule", "RootNode", "RootOutputs", "RootTask", "SystemConditions", "linear", "timeless"]
+__all__ = [
+    "Conditions",
+    "Examiner",
+    "FactorStore",
+    "JacobianRule",
+    "RootNode",
+    "RootOutputs",
+    "RootTask",
+    "SystemConditions",
+    "linear",
+    "timeless",
+]
 
 
 class Conditions(Protocol):
@@ -72,12 +83,14 @@ class FactorStore:
     @staticmethod
     def key_of(x: Tensor) -> tuple[Any, ...]:
         """What tells this tensor's present values from any other's while it lives."""
+        while torch._C._functorch.is_functorch_wrapped_tensor(x):
+            x = torch._C._functorch.get_unwrapped(x)
         return (x.data_ptr(), tuple(x.shape), x._version)
 
-    def put(self, x: Tensor, factors: Factorization | None) -> None:
-        """Keep factors of the Jacobian at ``x``."""
+    def put(self, x: Tensor, factors: Factorization | None, examined: bool = False) -> None:
+        """Keep factors of the Jacobian at ``x``; ``examined``: see `Examiner`."""
         # the tensor is kept alive with its key: its memory cannot be given to another
-        self.x, self.key, self.factors = x, self.key_of(x), factors
+        self.x, self.key, self.factors, self.examined = x, self.key_of(x), factors, examined
 
     def clear(self) -> None:
         """Forget the factors."""
@@ -89,6 +102,28 @@ class FactorStore:
             self.put(x, make())
         assert self.factors is not None
         return self.factors
+
+    def get_examined(self, x: Tensor, examine: Callable[[Factorization | None], Factorization]) -> Factorization:
+        """The factors at ``x`` as ``examine`` gives them, from those that are kept or from None: once at every point."""
+        known = self.factors if self.key == self.key_of(x) else None
+        if known is None or not self.examined:
+            known = examine(known)
+            self.put(x, known, examined=True)
+        return known
+
+
+class Examiner(Protocol):
+    """Looks at the matrix behind the derivatives before the first one is taken."""
+
+    def factors(
+        self, task: RootTask, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor], known: Factorization | None
+    ) -> Factorization:
+        """Factors of the true Jacobian of ``r`` at ``x``; ``known``: those that the iteration left, of what it took for the Jacobian."""
+        ...
+
+    def solved(self, factors: Factorization, b: Tensor, u: Tensor) -> None:
+        """Raise where a row of ``u`` (B, n, k) that was asked for was not found."""
+        ...
 
 
 class RootOutputs(NamedTuple):
@@ -120,6 +155,7 @@ class RootTask:
     report: Callable[[RootRecord], None]
     store: FactorStore = field(default_factory=FactorStore)
     mapped: dict[Any, RootTask] = field(default_factory=dict)
+    examiner: Examiner | None = None
 
     def residual(self, inputs: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
         """``r(x)`` on ``(B, n)`` for given inputs."""
@@ -127,6 +163,9 @@ class RootTask:
 
     def factors(self, x: Tensor, inputs: Sequence[Tensor]) -> Factorization:
         """The factors at ``x``, from the store or made now."""
+        examiner = self.examiner
+        if examiner is not None:
+            return self.store.get_examined(x, lambda known: examiner.factors(self, self.residual(inputs), x, inputs, known))
         return self.store.get(x, lambda: self.linear_solver.factor(self.jacobian(self.residual(inputs), x, inputs), self.log))
 
     def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> RootTask:
@@ -239,7 +278,11 @@ class _LinearNode(torch.autograd.Function):
     def forward(task: RootTask, adjoint: bool, b: Tensor, x: Tensor, *inputs: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             factors = task.factors(x, inputs)
-            out = factors.solve(b.permute(1, 2, 0), transposed=adjoint, conjugated=adjoint).permute(2, 0, 1)
+            sides = b.permute(1, 2, 0)
+            solved = factors.solve(sides, transposed=adjoint, conjugated=adjoint)
+            if task.examiner is not None:
+                task.examiner.solved(factors, sides, solved)
+            out = solved.permute(2, 0, 1)
         # a row that nobody asked for takes no part, whatever its matrix
         return torch.where((b == 0).all(-1, keepdim=True), 0.0, out)
 
