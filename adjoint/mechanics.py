@@ -152,7 +152,8 @@ def _solved(matrix: Tensor, top: Tensor, bottom: Tensor) -> Tensor:
 
 def mechanics(mass: Any, force: Callable[..., Tensor], constraint: Callable[..., Tensor]) -> Mechanics:
     """Motion ``M(q) q'' = f(t, q, q') - G^T lam`` on ``g(t, q) = 0``, with ``G = dg/dq``, of index 3, as a system of index 2 that does not
-    drift (Gear, Gupta & Leimkuhler 1985, J. Comp. Appl. Math. 12:77).
+    drift (Gear, Gupta & Leimkuhler 1985, J. Comp. Appl. Math. 12:77). With ``batched=True`` ``q`` is ``(B, n)`` and ``t`` ``(B,)``, as
+    everywhere.
 
     Parameters
     ----------
@@ -162,8 +163,6 @@ def mechanics(mass: Any, force: Callable[..., Tensor], constraint: Callable[...,
         ``force(t, q, v, *args)``, ``(..., n)``: applied, gyroscopic and all other forces but those of the constraint.
     constraint : callable
         ``constraint(t, q, *args)``, ``(..., m)``; independent rows.
-
-    With ``batched=True`` ``q`` is ``(B, n)`` and ``t`` ``(B,)``, as everywhere.
 
     Returns
     -------

@@ -30,7 +30,7 @@ class _Handle:
 
     def __init__(self) -> None:
         try:
-            from pypardiso import PyPardisoSolver
+            from pypardiso import PyPardisoSolver  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise InvalidInput("linear_solver=Pardiso() needs the package pypardiso: pip install pypardiso") from error
         self.solver: Any = PyPardisoSolver()
@@ -60,7 +60,7 @@ class _Row:
             self._take()
 
     def _take(self) -> None:
-        from pypardiso.pardiso_wrapper import PyPardisoError
+        from pypardiso.pardiso_wrapper import PyPardisoError  # pyright: ignore[reportMissingImports]
 
         handle, empty = self.handle, np.zeros((self.matrix.shape[0], 1))  # pyright: ignore[reportOptionalSubscript]
         handle.owner = None  # whatever happens now, the factors of the one before are gone

@@ -66,13 +66,14 @@ def choose_method(rng: Random, door: str, equations: Equations) -> str:
     return rng.choice(sorted(METHODS | SWITCHING_METHODS))
 
 
-def draw(seed: int, compiled: float = 0.0, cheap: bool = False) -> Case:
+def draw(seed: int, compiled: float = 0.0, cheap: bool | None = None) -> Case:
     """The case of a seed.
 
     ``compiled``: share of cases that are compiled where that is possible. ``cheap``: short spans, loose tolerances, few rows, and less of
-    what takes long.
+    what takes long; by default most cases are.
     """
     rng = Random(seed)
+    cheap = rng.random() < 0.7 if cheap is None else cheap
     equations, door = draw_equations(rng), weighted(rng, DOORS)
     method = choose_method(rng, door, equations)
     dropin = door in ("odeint", "odeint_adjoint", "twin", "odeint_event")

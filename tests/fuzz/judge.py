@@ -125,7 +125,7 @@ def words(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:110]}"
 
 
-def judge(seed: int, compiled: float = 0.0, cheap: bool = False) -> Verdict:
+def judge(seed: int, compiled: float = 0.0, cheap: bool | None = None) -> Verdict:
     start = time.process_time()
     case = draw(seed, compiled, cheap)
 
@@ -160,7 +160,7 @@ def place(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:300]} at {' < '.join(reversed(frames[-4:]))}"
 
 
-def script(seed: int, compiled: float = 0.0, cheap: bool = False) -> str:
+def script(seed: int, compiled: float = 0.0, cheap: bool | None = None) -> str:
     """The program of a case, with what is right at its end."""
     case = draw(seed, compiled, cheap)
     text = f'"""Case {seed}: {case.summary()}."""\n' + with_driver(case)
