@@ -206,3 +206,33 @@ def test_agrees_with_torchdiffeq_where_it_is_installed():
         results = [gradients(y, (*y0, t, *f.parameters())) for y in solved]
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "jvp", "dual", "grad"])
+def test_transforms_are_refused_by_name(transform):
+    """In the state and in what ``func`` captured; the exact gradient is named."""
+
+    def total(k):
+        return odeint_adjoint(lambda t, y: -k * y, torch.ones(2), torch.linspace(0, 1, 3), **ASKED[0]).sum()
+
+    def dual(k):
+        with torch.autograd.forward_ad.dual_level():
+            return total(torch.autograd.forward_ad.make_dual(k, torch.ones_like(k)))
+
+    k = torch.tensor(1.3)
+    ways = {
+        "vmap": lambda: torch.vmap(total)(k.expand(3)),
+        "jvp": lambda: torch.func.jvp(total, (k,), (k,)),
+        "dual": lambda: dual(k),
+        "grad": lambda: torch.func.grad(total)(k),
+    }
+    with pytest.raises(adjoint.UnsupportedCombination, match=r"continuous adjoint.*adjoint_method"):
+        ways[transform]()
+
+
+def test_tuple_states_with_an_empty_leaf():
+    k = torch.tensor(0.7, requires_grad=True)
+    y, empty = odeint_adjoint(lambda t, s: (-k * s[0], s[1]), (torch.ones(1), torch.ones(0)), torch.tensor([0.0, 1.0]), **ASKED[0])
+    assert empty.shape == (2, 0)
+    (slope,) = torch.autograd.grad(y[-1].sum(), k)
+    assert slope.item() == pytest.approx(-torch.exp(-k).item(), rel=1e-5)

@@ -272,3 +272,21 @@ def test_an_adjoint_that_fails_says_so():
     )  # fmt: skip
     with pytest.raises(SolveError, match=r"could not be solved back.*MAX_STEPS.*stiff"):
         sol.y[-1, 2].backward()
+
+
+@pytest.mark.parametrize("method", ["tsit5", "kvaerno5", "rodas5p", "abm", "bdf"])
+@pytest.mark.parametrize("wanted", [{"t_eval": "steps"}, {"dense_output": True}], ids=["steps", "dense"])
+def test_backsolve_refuses_what_it_does_not_keep(method, wanted):
+    p = torch.tensor(0.9, requires_grad=True)
+    with pytest.raises(UnsupportedCombination, match="dense_output=True or t_eval='steps' with BacksolveAdjoint"):
+        solve_ivp(lambda t, y: -p * y, (0.0, 1.0), torch.ones(2), method=method, gradient=BacksolveAdjoint(method="dopri5"), **wanted)
+
+
+@pytest.mark.parametrize("method", ["tsit5", "kvaerno3"])
+def test_sample_times_of_any_layout_get_their_derivatives(method):
+    """Times that stand in memory the other way round, as under a map: ``dy/dt`` at each."""
+    t = torch.tensor([[0.2, 0.5, 1.0], [0.1, 0.4, 0.8]]).T.detach().requires_grad_()
+    assert not t.is_contiguous()
+    y = solve_ivp(lambda t, y: -y, (0.0, 1.0), torch.ones(2, 1), t_eval=t, method=method, batched=True, rtol=1e-5, atol=1e-7).y
+    (slopes,) = torch.autograd.grad(y.sum(), t)
+    torch.testing.assert_close(slopes, -torch.exp(-t.detach()), rtol=1e-3, atol=1e-4)

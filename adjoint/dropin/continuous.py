@@ -96,7 +96,9 @@ def continuous_adjoint(
     if is_tuple:
         # one slice and one view a leaf
         sizes = [0, *torch.tensor(spec.sizes).cumsum(0).tolist()]
-        leaves = [states[..., a:b].view(-1, *s).to(d) for a, b, s, d in zip(sizes, sizes[1:], spec.shapes, spec.dtypes, strict=False)]
+        leaves = [
+            states[..., a:b].view(states.shape[0], *s).to(d) for a, b, s, d in zip(sizes, sizes[1:], spec.shapes, spec.dtypes, strict=False)
+        ]
         states = torch.utils._pytree.tree_unflatten(leaves, spec.tree)
     if when is None:
         return states

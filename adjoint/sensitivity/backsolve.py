@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..capture import functorch_active
 from ..errors import UnsupportedCombination
@@ -49,10 +50,19 @@ class Backsolve:
 def backsolve(config: Backsolve, y0: Tensor, t: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, Tensor]:
     """Event time (or None) and states at ``t``, differentiable in ``y0``, ``t`` and ``params``; an event's time is held fixed.
 
-    ``t`` is ``(T,)`` and monotonic; with an event only ``t[0]`` counts.
+    ``t`` is ``(T,)`` and monotonic; with an event only ``t[0]`` counts. Raises `UnsupportedCombination` for tensors of a ``torch.func``
+    transform or of forward mode.
     """
+    if any(_transformed(x) for x in (y0, t, *params)):
+        raise UnsupportedCombination("torch.func transforms and forward mode cannot see through the continuous adjoint: " + _TWICE)
     out = _Node.apply(config, y0, t, *params)
     return (None, out) if isinstance(out, Tensor) else out
+
+
+def _transformed(x: Tensor) -> bool:
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 class _Node(torch.autograd.Function):

@@ -79,10 +79,9 @@ class BacksolveAdjoint:
             "method='auto'": plan.switch is not None,
             "events=": bool(plan.events),
             "compile=True": plan.compile is not None,
-            "dense_output=True": plan.keep_stages and problem.algebra is None and not multistep,
-            "dense_output=True or t_eval='steps'": plan.results_of_steps and problem.algebra is None and multistep,
             "solve_dae": problem.system.residual is not None,
             "mass_matrix=": problem.system.mass is not None,
+            "dense_output=True or t_eval='steps'": plan.results_of_steps,
         }
         for name, present in refused.items():
             if present:

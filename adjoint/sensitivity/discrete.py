@@ -35,7 +35,8 @@ class _Samples:
 
     def __init__(self, problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None, bar: Tensor | None, time_bars: bool) -> None:
         self.method = problem.plan.method
-        self.t_eval_bar = torch.zeros_like(t_eval) if t_eval is not None and time_bars else None
+        # contiguous, whatever the layout of the times is: it is filled in flat
+        self.t_eval_bar = torch.zeros_like(t_eval, memory_format=torch.contiguous_format) if t_eval is not None and time_bars else None
         n_steps, rows = grid["t"].shape
         self.rows, self.time_bars = rows, time_bars
         self.inner = self.ends = [(0, 0)] * n_steps

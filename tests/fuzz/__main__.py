@@ -46,7 +46,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first seed; cases take one each")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--compiled", type=float, default=0.0, help="share of cases that are compiled, which takes seconds each")
-    parser.add_argument("--cheap", action="store_true", default=None, help="the cases of the test suite: short spans, loose tolerances, few rows")
+    parser.add_argument(
+        "--cheap", action="store_true", default=None, help="the cases of the test suite: short spans, loose tolerances, few rows"
+    )
     parser.add_argument("--show", type=int, metavar="SEED", help="print the program of one case, and stop")
     parser.add_argument("--out", type=Path, default=Path("fuzz_failures"), help="where the programs of failures go")
     options = parser.parse_args()
