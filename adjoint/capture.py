@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,24 +14,32 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .errors import AdjointError, UnsupportedCombination
 from .linalg.forward_mode import below_jvp
 
 __all__ = [
+    "Captured",
     "Substitute",
     "alive",
+    "ask",
+    "asks_for_gradients",
     "below_jvp",
     "below_vmap",
     "cut_apart",
+    "depends_on_others",
     "find_captured",
     "find_constants",
     "functorch_active",
+    "has_tangent",
     "is_differentiable",
     "leads_to",
     "listed",
     "needs_derivatives",
     "parameter_homes",
     "readable",
+    "saved_bytes",
     "unknown_leaves",
+    "unmapped",
     "vmap_active",
 ]
 
@@ -78,7 +87,7 @@ def is_differentiable(x: Any) -> bool:
     """Whether some derivative may be asked of ``x``: reverse mode, forward mode or a ``torch.func`` transform."""
     if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
         return False
-    return x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x) or _has_tangent(x)
+    return x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x) or has_tangent(x)
 
 
 def needs_derivatives(tensors: Iterable[Tensor]) -> bool:
@@ -86,12 +95,16 @@ def needs_derivatives(tensors: Iterable[Tensor]) -> bool:
     if functorch_active():
         return any(is_differentiable(x) for x in tensors)
     grad = torch.is_grad_enabled()
-    return any((grad and x.requires_grad) or _has_tangent(x) for x in tensors)
+    return any((grad and x.requires_grad) or has_tangent(x) for x in tensors)
 
 
-def _has_tangent(x: Tensor) -> bool:
-    # unpack_dual raises outside of a dual level
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+def has_tangent(x: Tensor) -> bool:
+    """Whether ``x`` is a dual tensor of forward mode."""
+    # unpack_dual raises outside of a dual level, and sees none inside of a transform
+    if forward_ad._current_level < 0:
+        return False
+    with torch._C._DisableFuncTorch():
+        return forward_ad.unpack_dual(x).tangent is not None
 
 
 def alive(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -108,37 +121,136 @@ def _functorch_level() -> int:
     return 0 if stack is None else stack.level()
 
 
-def _outer(x: Any, level: int) -> Any:
-    """``x`` without the wrappers of transforms that began after ``level``: those that ``fun`` uses itself."""
-    while isinstance(x, Tensor) and torch._C._functorch.maybe_get_level(x) > level:
+def _functorch_wrapped(x: Tensor, level: int) -> bool:
+    """Whether ``x`` carries wrappers of a transform that began after ``level``, or of one that has ended."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x) and not 0 < torch._C._functorch.maybe_get_level(x) <= level
+
+
+def _layers(x: Tensor, level: int) -> Iterator[Tensor]:
+    """``x`` and what lies in it below the wrappers of transforms that began after ``level``: those that ``fun`` uses itself.
+
+    Every layer counts. A node runs its function below the transform that called for it, and the next one which ``fun`` begins gets the
+    same number: a captured tensor of the one, wrapped by the other, looks like one that is wrapped twice.
+    """
+    yield x
+    while torch._C._functorch.maybe_get_level(x) > level:
         x = torch._C._functorch.get_unwrapped(x)
+        yield x
+
+
+def _wrapped_like(x: Tensor, like: Sequence[Tensor]) -> Tensor:
+    """``x`` in wrappers as those of ``like``, from the outermost one to the innermost one."""
+    for wrapper in reversed(like):
+        level = torch._C._functorch.maybe_get_level(wrapper)
+        if torch._C._functorch.is_batchedtensor(wrapper):
+            x = torch._C._functorch._add_batch_dim(x, torch._C._functorch.maybe_get_bdim(wrapper), level)
+        elif torch._C._functorch.is_gradtrackingtensor(wrapper):
+            x = torch._C._functorch._wrap_for_grad(x, level)
+        else:
+            raise UnsupportedCombination(
+                "fun hands a tensor that it captured to a transform which is neither of torch.func.grad, vjp, jvp, jacrev, jacfwd, "
+                "hessian nor torch.vmap: pass the tensor through args="
+            )
     return x
 
 
+_SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+
+
+def asks_for_gradients(func: Callable) -> bool:
+    """Whether an operator makes a tensor one that requires grad."""
+    return func is Tensor.requires_grad_ or func == _SET_REQUIRES_GRAD
+
+
+_NOT_MAPPED = "torch.vmap cannot see through torch.autograd.grad, which fun calls: use torch.func.grad there, which every transform can"
+
+
+@contextmanager
+def unmapped() -> Iterator[None]:
+    """Names what PyTorch fails on where ``fun`` calls `torch.autograd.grad` under vmap."""
+    try:
+        yield
+    except RuntimeError as error:
+        if vmap_active() and not isinstance(error, AdjointError):
+            raise UnsupportedCombination(_NOT_MAPPED) from error
+        raise
+
+
+def ask(x: Any) -> Any:
+    """``x`` as a tensor that derivatives can be taken in, another one where it is not."""
+    if not isinstance(x, Tensor) or x.requires_grad or not (x.is_floating_point() or x.is_complex()):
+        return x
+    if torch._C._functorch.is_batchedtensor(x):
+        raise UnsupportedCombination(_NOT_MAPPED)
+    allowed = torch._C._functorch.get_inplace_requires_grad_allowed()
+    torch._C._functorch.set_inplace_requires_grad_allowed(True)
+    try:
+        return x.view_as(x).requires_grad_(True)
+    finally:
+        torch._C._functorch.set_inplace_requires_grad_allowed(allowed)
+
+
 class _Watch(TorchFunctionMode):
-    """Records the (differentiable) tensors that enter operators without having come out of one."""
+    """Records the (differentiable) tensors that enter operators without having come out of one, and whether ``fun`` differentiates."""
 
     def __init__(self, known: Iterable[Any], wanted: Callable[[Any], bool] = is_differentiable) -> None:
         super().__init__()
         self.wanted, self.level = wanted, _functorch_level()
         self.known = {id(x): x for x in known if isinstance(x, Tensor)}
         self.captured: dict[int, Tensor] = {}
+        self.transforms = self.inner_grad = False
+        self.begun = torch.autograd._get_sequence_nr()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if _functorch_level() > self.level:
+            self.transforms = True
+        elif func is Tensor.backward:
+            raise UnsupportedCombination(
+                "fun calls backward(), whose result has no derivatives: take torch.autograd.grad or torch.func.grad, or solve under "
+                "torch.no_grad()"
+            )
+        elif func is torch.autograd.grad:
+            # pullbacks of torch.func.vjp call it too, on what their transform has left
+            self.inner_grad |= not any(isinstance(x, Tensor) and _functorch_wrapped(x, self.level) for x in tree_leaves(args[:1]))
+        elif asks_for_gradients(func):
+            self.inner_grad = True
         out = func(*args, **kwargs)
         produced = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if produced:
             for leaf in tree_leaves((args, kwargs)):
-                x = _outer(leaf, self.level)
-                if id(x) not in self.known and self.wanted(x):
-                    self.captured[id(x)] = self.known[id(x)] = x
-            # kept alive here, so that no identity is given twice
-            self.known.update((id(x), x) for x in produced)
+                if isinstance(leaf, Tensor) and id(leaf) not in self.known:
+                    self._meet(list(_layers(leaf, self.level)))
+            # kept alive here, so that no identity is given twice; with what lies in them, which is left when a transform ends
+            for x in produced:
+                self.known.update((id(layer), layer) for layer in _layers(x, self.level))
         return out
 
+    def _meet(self, layers: list[Tensor]) -> None:
+        x = layers[-1]
+        if not any(id(layer) in self.known for layer in layers) and self.wanted(x) and not (self.transforms and self._made_here(x)):
+            self.captured[id(x)] = self.known[id(x)] = x
 
-def find_captured(calls: Sequence[Callable[[], Any]], known: Iterable[Any], owners: Iterable[Any] = ()) -> list[Tensor]:
+    def _made_here(self, x: Tensor) -> bool:
+        """Whether ``x`` was computed since the watch began: results of a transform leave it by no operator that is seen."""
+        return x.grad_fn is not None and x.grad_fn._sequence_nr() >= self.begun
+
+
+class Captured(NamedTuple):
+    """What functions use beside their arguments, and whether they take derivatives themselves: by `torch.func` or vmap
+    (``transforms``), by `torch.autograd.grad` (``inner_grad``)."""
+
+    tensors: list[Tensor]
+    transforms: bool = False
+    inner_grad: bool = False
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """As fields of a `System`."""
+        return {"transforms": self.transforms, "inner_grad": self.inner_grad}
+
+
+def find_captured(calls: Sequence[Callable[[], Any]], known: Iterable[Any], owners: Iterable[Any] = ()) -> Captured:
     """Differentiable tensors that the calls use and that are not among ``known``, leaf or not, in order of first use.
 
     ``owners`` are the functions themselves: where one is (bound to) an ``nn.Module``, its parameters count even if this call does
@@ -146,16 +258,28 @@ def find_captured(calls: Sequence[Callable[[], Any]], known: Iterable[Any], owne
     """
     known = list(known)
     watch = _Watch(known)
-    with torch.enable_grad(), watch:
-        for call in calls:
-            call()
+    try:
+        with torch.enable_grad(), watch:
+            for call in calls:
+                call()
+    except RuntimeError:
+        if not watch.inner_grad:
+            raise
+        # the state does not require grad here, or a transform refuses to let it: again with one that does
+        tensors = [x for x in known if isinstance(x, Tensor)]
+        with unmapped():
+            asked = [ask(x) for x in tensors]
+            watch = _Watch([*known, *asked])
+            with torch.enable_grad(), watch, Substitute(tensors, asked):
+                for call in calls:
+                    call()
     found = dict(watch.captured)
     inputs = {id(x) for x in known if isinstance(x, Tensor)}
     for owner in owners:
         module = owner if isinstance(owner, torch.nn.Module) else getattr(owner, "__self__", None)
         if isinstance(module, torch.nn.Module):
             found.update((id(p), p) for p in module.parameters() if id(p) not in inputs and is_differentiable(p))
-    return list(found.values())
+    return Captured(list(found.values()), watch.transforms, watch.inner_grad)
 
 
 def find_constants(calls: Sequence[Callable[[], Any]], known: Iterable[Any]) -> list[Tensor]:
@@ -233,22 +357,69 @@ def _filled(cell: Any) -> bool:
 class Substitute(TorchFunctionMode):
     """Runs operators with other tensors in the place of captured ones (needed where a transform wraps the node's inputs).
 
+    A captured tensor that ``fun`` hands to a transform of its own comes to the operators in that transform's wrappers: it is known by what
+    lies in them, and its replacement is wrapped in the same way.
+
     ``homes``: see `parameter_homes`; what lies there now is replaced too.
     """
 
     def __init__(self, captured: Sequence[Tensor], replacements: Sequence[Tensor], homes: Sequence[Home | None] = ()) -> None:
         super().__init__()
-        self.table = {id(x): r for x, r in zip(captured, replacements, strict=True)}
+        # with the tensors themselves: what a transform wraps is alive no longer than they are
+        self.table = {id(x): (x, r) for x, r in zip(captured, replacements, strict=True)}
+        for x, r in list(self.table.values()):
+            # a transform puts into its wrappers what is left of those of transforms that have ended
+            inner = torch._C._functorch.unwrap_if_dead(x)
+            self.table.setdefault(id(inner), (inner, r))
         for home, r in zip(homes, replacements, strict=False):
             if home is not None:
-                self.table[id(home[0]._parameters[home[1]])] = r
+                present = home[0]._parameters[home[1]]
+                self.table[id(present)] = (present, r)
+        self.level = 0
+        #: wrappers that a transform of ``fun`` differentiates by, with the ones that do so in their place
+        self.variables: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __enter__(self) -> Substitute:
+        self.level = _functorch_level()
+        return super().__enter__()
+
+    def __exit__(self, *what: Any) -> None:
+        self.variables.clear()
+        super().__exit__(*what)
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        swap = self._swap
+        if asks_for_gradients(func):
+            return self._ask(func, args, kwargs or {})
+        swap = self._swap if _functorch_level() == self.level and not self.variables else self._swap_wrapped
         return func(*tree_map(swap, args), **tree_map(swap, kwargs or {}))
 
+    def _ask(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        x = args[0]
+        other = self._swap_wrapped(x)
+        if not other.requires_grad:
+            # else there is nothing to do, and a transform would refuse it
+            func(other, *args[1:], **kwargs)
+        if other is not x:
+            self.variables[id(x)] = (x, other)
+        return x
+
     def _swap(self, x: Any) -> Any:
-        return self.table.get(id(x), x) if isinstance(x, Tensor) else x
+        if not isinstance(x, Tensor):
+            return x
+        pair = self.table.get(id(x))
+        return x if pair is None else pair[1]
+
+    def _swap_wrapped(self, x: Any) -> Any:
+        """As `_swap`, while a transform of ``fun`` runs, or after one has left its pullback."""
+        if not isinstance(x, Tensor):
+            return x
+        wrappers: list[Tensor] = []
+        for layer in _layers(x, self.level):
+            pair = self.variables.get(id(layer)) or self.table.get(id(layer))
+            if pair is not None:
+                return _wrapped_like(pair[1], wrappers)
+            wrappers.append(layer)
+        return x
 
 
 def unknown_leaves(output: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
@@ -273,6 +444,51 @@ def unknown_leaves(output: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
             continue
         todo.extend(n for n, _ in node.next_functions)
     return unknown
+
+
+def saved_bytes(output: Tensor, inputs: Sequence[Tensor], *start: Tensor) -> int:
+    """How much memory the autograd graph of ``output`` keeps, up to the inputs, without them, and up to ``start``.
+
+    Read off the graph: hooks on saved tensors are refused inside of transforms, and by transforms inside of them.
+    """
+    stop = [torch.autograd.graph.get_gradient_edge(x).node for x in (*inputs, *start) if x.requires_grad]
+    seen = {id(node): node for node in stop}
+    kept: dict[int, int] = {}
+    todo = [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen[id(node)] = node
+        for x in _saved(node):
+            if x.layout == torch.strided and not x._is_zerotensor():
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        todo.extend(n for n, _ in node.next_functions)
+    for x in inputs:
+        if x.layout == torch.strided:
+            kept.pop(x.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+#: names of the tensors that a kind of node saves
+_SAVED: dict[type, list[str]] = {}
+
+
+def _saved(node: Any) -> list[Tensor]:
+    kind = type(node)
+    if kind not in _SAVED:
+        names = [name for name in dir(kind) if name.startswith("_saved_") and "_sym_" not in name]
+        _SAVED[kind] = [*names, *(["saved_tensors"] if hasattr(kind, "saved_tensors") else [])]
+    found: list[Any] = []
+    for name in _SAVED[kind]:
+        value = getattr(node, name)
+        found += value if isinstance(value, (list, tuple)) else [value]
+    return [x for x in found if isinstance(x, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(x)]
+
+
+def depends_on_others(x: Tensor, only: Sequence[Tensor] | None = None) -> bool:
+    """Whether ``x``, computed from constants, has a graph nevertheless, at the level of any transform; ``only``: one that leads there."""
+    return any(layer.requires_grad and (only is None or leads_to(layer, only)) for layer in _layers(x, 0))
 
 
 def leads_to(x: Tensor, wanted: Sequence[Tensor]) -> bool:

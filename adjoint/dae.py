@@ -239,7 +239,7 @@ def _system(
     calls: list[Callable[[], Any]] = [lambda: found.append(residual(t, probe[0], probe[1], *probe[2]))]
     seen = probe[0] if quadrature is None else probe[0][0]
     calls += [lambda e=e: e(t, seen, *probe[2]) for e in events]
-    captured = find_captured(calls, [t, *(x for part in probe for x in tree_leaves(part))], [fun, *events])
+    used = find_captured(calls, [t, *(x for part in probe for x in tree_leaves(part))], [fun, *events])
     check_unchanged(probe[:2], "fun")
     layout = StateSpec.of(found[0], spec.batch is not None, "what fun returned")
     layout = layout.in_parts() if spec.split else layout
@@ -251,8 +251,8 @@ def _system(
         )
     if layout.dtype != spec.dtype or layout.device != spec.device:
         raise InvalidInput(f"fun returned {layout.dtype} on {layout.device}, but the state is {spec.dtype} on {spec.device}")
-    homes = tuple(parameter_homes([fun, *events, *([] if quadrature is None else [quadrature])], captured))
-    return System(residual, spec, tree, tuple(leaves), tuple(captured), homes=homes, residual=layout)
+    homes = tuple(parameter_homes([fun, *events, *([] if quadrature is None else [quadrature])], used.tensors))
+    return System(residual, spec, tree, tuple(leaves), tuple(used.tensors), homes=homes, residual=layout, **used.flags)
 
 
 def _with_quadrature(

@@ -243,7 +243,6 @@ def solve_ivp(
     probe_t = times.anchors[0].detach().to(real, copy=True)
     probe_t = probe_t if batched else probe_t.reshape(())
     system = System(right_hand_side, spec, tree, tuple(leaves))
-    captured: list[Tensor] = []
     if torch.is_grad_enabled() or _transforming():
         # aliases, so that a tensor that is both an argument and captured is seen in both roles
         alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
@@ -251,9 +250,11 @@ def solve_ivp(
         probe_y0 = probe_y if quadrature is None else probe_y[0]
         calls = [lambda: right_hand_side(probe_t, probe_y, *probe_args)]
         calls += [lambda e=e: e(probe_t, probe_y0, *probe_args) for e in event_list]
-        captured = find_captured(calls, [probe_t, *tree_leaves(probe_y), *tree_leaves(probe_args)], [*_pieces(fun), *event_list])
+        found = find_captured(calls, [probe_t, *tree_leaves(probe_y), *tree_leaves(probe_args)], [*_pieces(fun), *event_list])
+        captured = found.tensors
         homes = tuple(parameter_homes([fun, *event_list, *([] if quadrature is None else [quadrature])], captured))
-        system = System(right_hand_side, spec, tree, tuple(leaves), tuple(captured), _parameter_names(right_hand_side, captured), homes)
+        names = _parameter_names(right_hand_side, captured)
+        system = replace(system, captured=tuple(captured), parameter_names=names, homes=homes, **found.flags)
     if mass is not None:
         system = replace(system, mass=sum(isinstance(x, Tensor) for x in leaves) - 1)
     inputs = system.inputs
@@ -365,16 +366,13 @@ def _flat_event(event: Callable[..., Tensor], system: System, user_spec: StateSp
     spec = system.spec
 
     def bind(inputs: Sequence[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        args, mode = system.arguments(inputs), system.substitution(inputs)
+        args, whole = system.arguments(inputs), system.substituted(event, inputs)
 
         def call(t: Tensor, y: Tensor) -> Tensor:
             state = spec.unflatten(y)
             state = state[0] if has_quadrature else state
             time = t if spec.batch is not None else t.reshape(())
-            if mode is None:
-                return event(time, state, *args)
-            with mode:
-                return event(time, state, *args)
+            return whole(time, state, *args)
 
         lent = lending(call, "an event function")
 

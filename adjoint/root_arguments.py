@@ -211,14 +211,10 @@ def _user_jacobian(jac: Any, system: System, spec: StateSpec) -> UserJacobian:
     lead = () if spec.batch is None else (spec.batch,)
 
     def values(x: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        mode = system.substitution(inputs)
+        call = system.substituted(lambda _, x, *rest: jac(x, *rest), inputs)
         args = system.arguments(inputs)
         state = spec.unflatten(x)
-        if mode is None:
-            out = own(jac(state, *args))
-        else:
-            with mode:
-                out = own(jac(state, *args))
+        out = own(call(torch.zeros(()), state, *args))
         if not isinstance(out, Tensor):
             raise InvalidInput(f"jac must return a tensor, got a {type(out).__name__}")
         if out.dtype != x.dtype or out.device != x.device:

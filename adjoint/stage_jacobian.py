@@ -43,14 +43,10 @@ class GivenStageJacobian:
 
     def values(self, system: System, inputs: Sequence[Tensor], t: Tensor, x: Tensor) -> Matrix:
         """At flat states ``(B, n)``."""
-        spec, mode = system.spec, system.substitution(inputs)
+        spec, call = system.spec, system.substituted(self.jac, inputs)
         args, state = system.arguments(inputs), spec.unflatten(x)
         time = t if spec.batch is not None else t.reshape(())
-        if mode is None:
-            out = own(self.jac(time, state, *args))
-        else:
-            with mode:
-                out = own(self.jac(time, state, *args))
+        out = own(call(time, state, *args))
         n, lead = x.shape[1], () if spec.batch is None else (spec.batch,)
         if not isinstance(out, Tensor):
             raise InvalidInput(f"jac must return a tensor, got a {type(out).__name__}")

@@ -190,7 +190,7 @@ def prepare(
     alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
     probe_x, probe_args = copied(x0), tree_map(alias, args)
     probed: list[Any] = []
-    captured = find_captured([lambda: probed.append(fun(probe_x, *probe_args))], [*tree_leaves(probe_x), *tree_leaves(probe_args)], [fun])
+    used = find_captured([lambda: probed.append(fun(probe_x, *probe_args))], [*tree_leaves(probe_x), *tree_leaves(probe_args)], [fun])
     check_unchanged(probe_x, "fun")
     returns = StateSpec.of(probed[0], batched, "what fun returned") if least_squares else None
     if returns is None:
@@ -200,8 +200,8 @@ def prepare(
         real = in_parts or least_squares
         spec = spec.in_parts() if real else suited_to_jacobians(spec, lambda x: fun(x, *args), x0)
         returns = returns if returns is None or not spec.split else returns.in_parts()
-    homes = tuple(parameter_homes([fun], captured))
-    system: Any = System(timed, spec, tree, tuple(leaves), tuple(captured), homes=homes, returns=returns)
+    homes = tuple(parameter_homes([fun], used.tensors))
+    system: Any = System(timed, spec, tree, tuple(leaves), tuple(used.tensors), homes=homes, returns=returns, **used.flags)
     conditions, flat0 = system, spec.taken(x0)
     if conserved is not None:
         system = conditions = check_conserved(conserved, system, flat0, least_squares)

@@ -14,6 +14,7 @@ from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_wit
 
 from .capture import Home, Substitute
 from .errors import InvalidInput
+from .inner_derivatives import beneath, differentiating
 from .lending import lending
 from .split import SplitFunction
 
@@ -205,6 +206,9 @@ class System:
     residual: StateSpec | None = None
     #: for ``M y' = fun(t, y, *args)`` by methods that know of ``M``: its place among the inputs
     mass: int | None = None
+    #: whether ``fun`` uses transforms of its own, and `torch.autograd.grad`; see `Captured`
+    transforms: bool = False
+    inner_grad: bool = False
 
     @property
     def rows(self) -> int:
@@ -240,12 +244,19 @@ class System:
         ones[: n - more] = 0.0
         return torch.nn.functional.pad(given, (0, more, 0, more)) + torch.diag(ones)
 
-    def substitution(self, inputs: Sequence[Tensor]) -> Substitute | None:
-        """A context that puts the given tensors in the place of captured ones, or None where they are the same already."""
+    def substituted(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        """A function of the user with the given tensors in the place of captured ones; itself where they are the same already."""
         given = self._given(inputs)
+        call = differentiating(function) if self.inner_grad else function
         if all(x is c for x, c in zip(given, self.captured, strict=True)) and self._at_home(given):
-            return None
-        return Substitute(self.captured, given, self.homes)
+            return call
+        mode = Substitute(self.captured, given, self.homes)
+
+        def with_others(*a: Any) -> Any:
+            with mode:
+                return call(*a)
+
+        return beneath(with_others, self.captured) if self.transforms else with_others
 
     def _at_home(self, given: Sequence[Tensor]) -> bool:
         """Whether the modules hold these very parameters now."""
@@ -253,19 +264,11 @@ class System:
 
     def bind(self, inputs: Sequence[Tensor]) -> Flat:
         """The flat function ``f(t, y)`` for given inputs."""
-        if self.parameter_names:
+        if self.parameter_names and not self.inner_grad:
             given = self._given(inputs)
             if any(x is not c for x, c in zip(given, self.captured, strict=True)) or not self._at_home(given):
                 return self.bind_module(inputs)
-        mode = self.substitution(inputs)
-        inner = self.fun
-
-        def substituted(*a: Any) -> Any:
-            assert mode is not None
-            with mode:
-                return inner(*a)
-
-        return self._flat(inner if mode is None else substituted, inputs)
+        return self._flat(self.substituted(self.fun, inputs), inputs)
 
     def bind_module(self, inputs: Sequence[Tensor]) -> Flat:
         """As `bind`, for a module with other parameters or a function that captured nothing; a compiler can follow it."""

@@ -36,7 +36,7 @@ def adjoint_parameters(request: Request) -> list[Tensor]:
 
 def _found(request: Request) -> list[Tensor]:
     time = request.t[0].detach().to(request.spec.real_dtype)
-    found = find_captured([lambda: request.fun(time, request.y0)], [time, *tree_leaves(request.y0)], [request.func])
+    found = find_captured([lambda: request.fun(time, request.y0)], [time, *tree_leaves(request.y0)], [request.func]).tensors
     made = [x for x in found if x.grad_fn is not None]
     if not any(leads_to(x, [p for p in found if p is not x]) for x in made):
         return found

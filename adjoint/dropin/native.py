@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..arguments import Times, positive
-from ..capture import find_captured, functorch_active, is_differentiable, leads_to, needs_derivatives, parameter_homes, vmap_active
+from ..capture import (
+    Captured,
+    find_captured,
+    functorch_active,
+    is_differentiable,
+    leads_to,
+    needs_derivatives,
+    parameter_homes,
+    vmap_active,
+)
 from ..errors import InvalidInput
 from ..event_slope import signed
 from ..event_times import event_records
@@ -51,7 +60,7 @@ def prepare(request: Request, only: Sequence[Tensor] | None, event: Callable[...
     """
     spec, y0 = request.spec, copied(request.y0)
     _, tree = tree_flatten(())
-    captured: list[Tensor] = []
+    used = Captured([])
     if torch.is_grad_enabled() or transforming():
         time = request.t[0].detach().to(spec.real_dtype)
         if request.options.get("perturb"):
@@ -62,11 +71,11 @@ def prepare(request: Request, only: Sequence[Tensor] | None, event: Callable[...
             calls.append(lambda: event(time, y0))
             owners.append(event)
         known = [time, *tree_leaves(y0)]
-        captured = find_captured(calls, known, owners)
-        found = {id(x) for x in (*captured, *known)}
-        captured += [p for p in only or () if id(p) not in found and is_differentiable(p)]
-    homes = tuple(parameter_homes([request.fun], captured))
-    system = System(request.fun, spec, tree, (), tuple(captured), homes=homes)
+        used = find_captured(calls, known, owners)
+        found = {id(x) for x in (*used.tensors, *known)}
+        used.tensors.extend([p for p in only or () if id(p) not in found and is_differentiable(p)])
+    homes = tuple(parameter_homes([request.fun], used.tensors))
+    system = System(request.fun, spec, tree, (), tuple(used.tensors), homes=homes, **used.flags)
     inputs = system.inputs
     if only is not None:
         inputs = tuple(x if _kept(x, only) else x.detach() for x in inputs)

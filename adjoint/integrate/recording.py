@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..capture import saved_bytes
+
 __all__ = ["Recording"]
 
 
@@ -32,20 +34,9 @@ class Recording:
 
     def first(self, f: Callable[[Tensor, Tensor], Tensor], t: Tensor, y: Tensor) -> Tensor:
         """``f(t, y)``, watched for what it saves."""
-        seen: dict[int, int] = {}
-
-        def pack(x: Tensor) -> Tensor:
-            if x.layout == torch.strided:
-                seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            k = f(t, y)
-        for x in self._inputs:
-            if x.layout == torch.strided:
-                seen.pop(x.untyped_storage().data_ptr(), None)
+        k = f(t, y)
         # of every stage its argument and its value too
-        self._step = self.evaluations * (sum(seen.values()) + 2 * y.nbytes)
+        self._step = self.evaluations * (saved_bytes(k, self._inputs, y) + 2 * y.nbytes)
         self._states = 2 * y.nbytes
         if self._step * _FEWEST_STEPS > self.budget:
             self._stop()

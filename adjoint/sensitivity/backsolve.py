@@ -38,6 +38,7 @@ class Backsolve:
         ``(time cotangent, y, adj_y, *parameter cotangents)``
     adjoint_options : the options that ``backward`` will use; visible on the autograd node
     check : called before the way back; raises if ``fun`` is not what it was
+    see : ``see(slope, t, y)`` raises if an evaluation of ``fun`` depends on what is not among the parameters
     """
 
     fun: Callable[[Tensor, Tensor], Tensor]
@@ -45,6 +46,7 @@ class Backsolve:
     backward: Callable[[Callable[..., Any], tuple[Tensor, ...], Tensor], Sequence[Tensor]]
     adjoint_options: dict[str, Any] = field(default_factory=dict)
     check: Callable[[], None] = lambda: None
+    see: Callable[[Tensor, Tensor, Tensor], None] | None = None
 
 
 def backsolve(config: Backsolve, y0: Tensor, t: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, Tensor]:
@@ -109,7 +111,7 @@ def _sweep(
 ) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
     """Integrate the augmented system from the last time to the first, adding the cotangents of the states on the way."""
     real = states.dtype.to_real()
-    dynamics = _Dynamics(config.fun, params, wants_t)
+    dynamics = _Dynamics(config, params, wants_t)
     t_bar = torch.zeros((), dtype=real, device=states.device)
     y_bar = bar[-1]
     param_bars: list[Tensor] = [torch.zeros_like(p) for p in params]
@@ -136,8 +138,8 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 class _Dynamics:
     """Right-hand side of the augmented system: ``(-f_t* a, f, -f_y* a, -f_p* a)``. Callbacks may be hung on it."""
 
-    def __init__(self, fun: Callable[[Tensor, Tensor], Tensor], params: Sequence[Tensor], time: bool) -> None:
-        self.fun, self.params, self.time = fun, tuple(params), time
+    def __init__(self, config: Backsolve, params: Sequence[Tensor], time: bool) -> None:
+        self.fun, self.see, self.params, self.time = config.fun, config.see, tuple(params), time
 
     def __call__(self, t: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
         _, y, y_bar, *_ = state
@@ -145,6 +147,8 @@ class _Dynamics:
             t = t.detach().requires_grad_(self.time)
             y = y.detach().requires_grad_(True)
             slope = self.fun(t, y)
+            if self.see is not None:
+                self.see(slope, t, y)
             wanted = (y, *((t,) if self.time else ()), *self.params)
             if slope.requires_grad:
                 # what fun captured may have a graph of its own, which the next evaluation needs again

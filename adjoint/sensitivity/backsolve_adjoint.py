@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture import functorch_active
+from ..capture import functorch_active, has_tangent
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import Monitor, integrate, rms_norm
 from ..methods import METHODS, Method
+from ..system import System
 from .backsolve import Backsolve, backsolve
+from .linearize import Linearizer
 from .node import SolveNode
 from .problem import Outputs, Problem
 from .way_back import check_way_back
@@ -52,8 +54,10 @@ class BacksolveAdjoint:
         if not plan.keep_states:
             return Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
         method: Any = self._method(problem)
-        if functorch_active():
-            raise UnsupportedCombination("torch.func transforms cannot see through BacksolveAdjoint: use gradient=DiscreteAdjoint()")
+        if functorch_active() or any(x is not None and has_tangent(x) for x in (anchors, t_eval, y0, *inputs)):
+            raise UnsupportedCombination(
+                "torch.func transforms and forward mode cannot see through BacksolveAdjoint: use gradient=DiscreteAdjoint()"
+            )
         problem.witness.wanted = True
         with torch.no_grad():
             out = Outputs(*SolveNode.apply(plain, anchors, t_eval, y0, *inputs))
@@ -130,7 +134,13 @@ class BacksolveAdjoint:
             check_way_back(record, plan, problem)
             return [p.reshape(shape).to(k) for p, shape, k in zip(record.final.reshape(-1).split(sizes), shapes, kinds, strict=True)]
 
-        config = Backsolve(f, lambda y, t: (None, states), backward, {}, problem.witness.check)
+        watch = Linearizer(f, inputs, [False] * len(inputs), False)
+
+        def see(slope: Tensor, t: Tensor, y: Tensor) -> None:
+            watch.check_next = isinstance(problem.system, System)
+            watch.check(slope, t, y)
+
+        config = Backsolve(f, lambda y, t: (None, states), backward, {}, problem.witness.check, see)
         smooth = [x for x in inputs if x.requires_grad]
         _, found = backsolve(config, y0, times, smooth)
         if t_eval is None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..capture import functorch_active
-from ..errors import InvalidInput, UnsupportedCombination
+from ..errors import CapturedTensorLost, InvalidInput, UnsupportedCombination
 from ..integrate import Record
 from .discrete import eager_sweep
+from .linearize import LOST
 from .node import SolveNode
 from .problem import Outputs, Problem
 from .sweep import tangents
@@ -167,8 +168,12 @@ def _tangents(
         final, samples, *_ = tangents(problem, grid, anchors, t_eval, inputs, dots)  # type: ignore[arg-type]
         return final, samples
 
-    with torch.no_grad():
-        return torch.vmap(along, randomness="same")(*(seeds[i] for i in moved))  # pyright: ignore[reportArgumentType]
+    # nothing that is known here requires grad: a result that does depends on a tensor which the solve does not know of
+    with torch.enable_grad():
+        final, samples = torch.vmap(along, randomness="same")(*(seeds[i] for i in moved))  # pyright: ignore[reportArgumentType]
+    if final.requires_grad or samples.requires_grad:
+        raise CapturedTensorLost("within the span " + LOST)
+    return final, samples
 
 
 def _check_rows(

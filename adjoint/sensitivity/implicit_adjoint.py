@@ -43,8 +43,8 @@ class _Point:
 class _Adjoint:
     """``lb' - G* l`` and ``lb - E* l`` as a flat residual of ``z = (lb, l)``, with its matrices."""
 
-    def __init__(self, f: Flat, jacobian: Callable[..., Matrix], trajectory: Trajectory) -> None:
-        self.f, self.jacobian, self.trajectory = f, jacobian, trajectory
+    def __init__(self, f: Flat, jacobian: Callable[..., Matrix], trajectory: Trajectory, linearize: Linearizer) -> None:
+        self.f, self.jacobian, self.trajectory, self.linearize = f, jacobian, trajectory, linearize
         self._indices: tuple[Tensor, Tensor] | None = None
 
     def at(self, t: Tensor) -> _Point:
@@ -63,6 +63,7 @@ class _Adjoint:
         with torch.enable_grad():
             at = torch.cat([y, yp], -1).requires_grad_(True)
             value = self.f(t, at)
+        self.linearize.check_often(value, t, at)
         (products,) = vjp((value,), (at,), (adjoint,)) if value.requires_grad else (None,)
         if products is None:
             products = torch.zeros_like(at)
@@ -122,7 +123,7 @@ class ImplicitBack:
     def __init__(self, problem: Problem, plan: Plan, f: Flat, trajectory: Trajectory, linearize: Linearizer, end: Tensor) -> None:
         assert problem.algebra is not None
         self.problem, self.plan, self.linearize = problem, plan, linearize
-        self.equations = equations = _Adjoint(f, problem.algebra.jacobian, trajectory)
+        self.equations = equations = _Adjoint(f, problem.algebra.jacobian, trajectory, linearize)
         self.t = end.clone()
         self.point = equations.at(self.t)
         self.adjoint = torch.zeros_like(self.point.y)

@@ -8,11 +8,20 @@ import torch
 from torch import Tensor
 from torch.autograd.variable import Variable
 
-from ..capture import unknown_leaves
+from ..capture import depends_on_others, unknown_leaves
 from ..errors import CapturedTensorLost
-from ..system import Flat
+from ..system import Flat, System, VmappedSystem
 
-__all__ = ["Linearizer", "Pullback", "vjp"]
+__all__ = ["LOST", "Linearizer", "Pullback", "check_known", "vjp"]
+
+#: of so many evaluations one is checked by `Linearizer.check_often`
+_CHECKED = 4
+#: what is wrong where a derivative would be missing
+LOST = (
+    "fun uses captured tensor(s) that it does not use at the start of the span, or where no derivative can be seen (inside of a "
+    "torch.autograd.Function or of compiled code), so their gradient would be missing. Pass them through args=, or make fun an nn.Module "
+    "that owns them."
+)
 
 Pullback = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
@@ -21,6 +30,26 @@ def vjp(outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...], cotangents: tu
     """``torch.autograd.grad`` without its argument checks, which cost as much as a small layer; None for unused targets."""
     engine = Variable._execution_engine
     return engine.run_backward(outputs, cotangents, False, False, targets, allow_unreachable=True, accumulate_grad=False)
+
+
+def check_known(system: System | VmappedSystem, grid: dict[str, Tensor], inputs: Sequence[Tensor]) -> None:
+    """Raise if ``fun`` depends on a tensor that the solve does not know of, where its derivatives are differentiated themselves.
+
+    `Linearizer.check` looks at the graph of ``fun``, which there holds what surrounds the solve too. So ``fun`` is called at each step with
+    constants for all that is known: its value must be one too.
+    """
+    f = system.bind([x.detach() for x in inputs])
+    t, states, stages = grid["t"], grid["states"], grid["stages"]
+    real = states.dtype.to_real()
+    for k in range(t.shape[0]):
+        y = states[k].detach()
+        at = torch.cat([y, stages[k, -1].detach()], -1) if system.residual is not None else y
+        with torch.enable_grad():
+            out = f(t[k].detach().to(real), at)
+        # where fun takes derivatives itself, its variables require grad
+        only = system.captured if isinstance(system, System) and system.inner_grad else None
+        if depends_on_others(out, only):
+            raise CapturedTensorLost(f"in step {k} of the solve " + LOST)
 
 
 class Linearizer:
@@ -36,6 +65,7 @@ class Linearizer:
         self.bars: list[Tensor | None] = [None] * len(inputs)
         self.n_fun = 0
         self.check_next = False
+        self._evaluations = 0
         self._totals: list[Tensor] | None = None
         self._known: dict[int, object] | None = None
 
@@ -90,11 +120,13 @@ class Linearizer:
         lost = unknown_leaves(k, [*self.inputs, t, *known])
         if lost:
             shapes = ", ".join(str(tuple(x.shape)) for x in lost[:3])
-            raise CapturedTensorLost(
-                f"near t = {float(t.reshape(-1)[0]):.6g} fun uses {len(lost)} captured tensor(s) (shapes {shapes}) that it does not use "
-                "at the start of the span, so their gradient would be missing. Pass them through args=, or make fun an nn.Module that "
-                "owns them."
-            )
+            raise CapturedTensorLost(f"near t = {float(t.reshape(-1)[0]):.6g}, in shapes {shapes}, " + LOST)
+
+    def check_often(self, k: Tensor, t: Tensor, *known: Tensor) -> None:
+        """As `check`, in one of some evaluations: at least once in each step of a way back that evaluates ``fun`` by itself."""
+        self.check_next = self._evaluations % _CHECKED == 0
+        self._evaluations += 1
+        self.check(k, t, *known)
 
     def _leads_elsewhere(self, k: Tensor, *own: Tensor) -> bool:
         """Whether the graph of ``k`` ends anywhere but at the inputs and the ``own`` leaves: a quick form of `unknown_leaves`."""

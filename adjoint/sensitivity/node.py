@@ -13,6 +13,7 @@ from torch import Tensor
 from ..capture import alive, below_jvp, below_vmap, functorch_active
 from ..system import System, VmappedSystem
 from .discrete import eager_sweep
+from .linearize import check_known
 from .problem import Outputs, Problem
 from .sweep import functional_sweep, tangents
 
@@ -63,6 +64,8 @@ class SolveNode(torch.autograd.Function):
             inputs = ctx.problem.system.inputs
         sweep = functional_sweep if differentiable else ctx.problem.sweep or eager_sweep
         with torch.autocast(grid["states"].device.type, enabled=False):
+            if differentiable:
+                check_known(ctx.problem.system, grid, inputs)
             return (None, *sweep(ctx.problem, grid, anchors, t_eval, inputs, bars, wants))
 
     @staticmethod
@@ -70,12 +73,14 @@ class SolveNode(torch.autograd.Function):
         grid, anchors, t_eval, inputs = unpack(ctx)
         dots = (anchors_dot, t_eval_dot, y0_dot, *inputs_dot)
         with torch.autocast(grid["states"].device.type, enabled=False), below_jvp() as (lower, raise_):
+            grid, inputs = {name: lower(x) for name, x in grid.items()}, [lower(x) for x in inputs]
+            check_known(ctx.problem.system, grid, inputs)
             out = tangents(
                 ctx.problem,
-                {name: lower(x) for name, x in grid.items()},
+                grid,
                 lower(anchors),
                 None if t_eval is None else lower(t_eval),
-                [lower(x) for x in inputs],
+                inputs,
                 [None if d is None else lower(d) for d in dots],
             )
         # back at the level on which this body was called

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -34,10 +34,10 @@ _DEEPEST = 12
 
 
 class _Rhs:
-    """``-f_y* l`` at interpolated states, ``(B, n)``."""
+    """``-f_y* l`` at interpolated states, ``(B, n)``. ``linearize`` checks what ``f`` depends on."""
 
-    def __init__(self, f: Flat, trajectory: Trajectory) -> None:
-        self.f, self.trajectory = f, trajectory
+    def __init__(self, f: Flat, trajectory: Trajectory, linearize: Linearizer) -> None:
+        self.f, self.trajectory, self.linearize = f, trajectory, linearize
         self.seen: Tensor | None = None
 
     def __call__(self, t: Tensor, adjoint: Tensor) -> Tensor:
@@ -46,6 +46,7 @@ class _Rhs:
         with torch.enable_grad():
             at = y.requires_grad_(True)
             value = self.f(t, at)
+        self.linearize.check_often(value, t, at)
         (product,) = vjp((value,), (at,), (adjoint,)) if value.requires_grad else (None,)
         return torch.zeros_like(adjoint) if product is None else -product
 
@@ -53,9 +54,9 @@ class _Rhs:
 class _WithIntegral(_Rhs):
     """The state extended by cotangents of the inputs, for one trajectory: ``(1, n + m)``."""
 
-    def __init__(self, f: Flat, trajectory: Trajectory, targets: Sequence[Tensor]) -> None:
-        super().__init__(f, trajectory)
-        self.targets = tuple(targets)
+    def __init__(self, f: Flat, trajectory: Trajectory, linearize: Linearizer) -> None:
+        super().__init__(f, trajectory, linearize)
+        self.targets = linearize.targets
 
     def __call__(self, t: Tensor, state: Tensor) -> Tensor:
         y = self.trajectory.state(t.reshape(1))
@@ -63,6 +64,7 @@ class _WithIntegral(_Rhs):
         with torch.enable_grad():
             at = y.requires_grad_(True)
             value = self.f(t.reshape(1), at)
+        self.linearize.check_often(value, t, at)
         wanted = (at, *self.targets)
         found = vjp((value,), wanted, (state[:, :n],)) if value.requires_grad else (None,) * len(wanted)
         parts = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
@@ -110,7 +112,7 @@ class OdeBack:
         anchors, rows = torch.stack([self.t, t]), self.adjoint.shape[0]
         targets = self.linearize.targets
         if self.integral == "state" and targets:
-            rhs: _Rhs = _WithIntegral(self.f, self.trajectory, targets)
+            rhs: _Rhs = _WithIntegral(self.f, self.trajectory, self.linearize)
             sizes = [x.numel() for x in targets]
             start = torch.cat([self.adjoint, self.adjoint.new_zeros(1, sum(sizes))], -1)
             record = integrate(rhs, plan, anchors, None, start, False)
@@ -118,7 +120,7 @@ class OdeBack:
             self.adjoint, *found = record.final.split([self.adjoint.shape[-1], *sizes], -1)
             self.linearize.accumulate([g.reshape(x.shape).to(x.dtype) for g, x in zip(found, targets, strict=True)])
         else:
-            rhs = _Rhs(self.f, self.trajectory)
+            rhs = _Rhs(self.f, self.trajectory, self.linearize)
             solver: Callable[..., Tensor] = rhs
             if plan.method.implicit:
                 solver = StageSolver(rhs, plan, self._matrix_of(rhs), self._linear_solver(), rows, self.adjoint.device)

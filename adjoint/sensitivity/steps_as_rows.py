@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.variable import Variable
 
+from ..capture import saved_bytes
 from ..integrate import Plan
 from ..methods.runge_kutta import combine, row_dot
 from ..system import Flat
@@ -41,19 +42,10 @@ def most_rows(f: Flat, t: Tensor, y: Tensor, inputs: Sequence[Tensor], points: i
     n = y.shape[-1]
     if n > _MOST:
         return None
-    seen: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        if x.layout == torch.strided:
-            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        # copies: views would count with all that they are views of
+    with torch.enable_grad():
+        # a copy: a view would count with all that it is a view of
         alone = f(t.clone(), y.detach().clone().requires_grad_(True))
-    for x in inputs:
-        if x.layout == torch.strided:
-            seen.pop(x.untyped_storage().data_ptr(), None)
+    saved = saved_bytes(alone, inputs)
     try:
         with torch.no_grad():
             mapped = rows_of(f)(t.expand(2), y.expand(2, -1))[:1]
@@ -61,7 +53,7 @@ def most_rows(f: Flat, t: Tensor, y: Tensor, inputs: Sequence[Tensor], points: i
         return None
     if not torch.allclose(mapped, alone, rtol=_AGREES, atol=_AGREES * float(alone.abs().amax()), equal_nan=False):
         return None
-    each = points * (sum(seen.values()) + 3 * n * n * y.element_size()) + bent * _BENT * sum(seen.values())
+    each = points * (saved + 3 * n * n * y.element_size()) + bent * _BENT * saved
     count = _BUDGET // max(each, 1)
     return count if count >= 8 else None
 

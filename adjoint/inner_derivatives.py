@@ -1,0 +1,80 @@
+"""Functions of the user that take derivatives themselves: forces as gradients of an energy, divergences of a flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from .capture import ask, asks_for_gradients, functorch_active, unmapped
+
+__all__ = ["beneath", "differentiating"]
+
+
+def _highest(tensors: Sequence[Tensor]) -> int:
+    """The number of the latest transform whose wrappers the tensors carry, 0 for none."""
+    return max((torch._C._functorch.maybe_get_level(x) for x in tensors), default=0)
+
+
+def beneath(call: Callable[..., Any], captured: Sequence[Tensor]) -> Callable[..., Any]:
+    """``call``, so that a transform which it begins gets a later number than those whose wrappers the captured tensors carry.
+
+    A node runs its function below the transform that called for it. The next transform then has the same number, and PyTorch refuses to
+    wrap a captured tensor that carries it already, though every operator is going to see another one in its place. Transforms that do
+    nothing fill the numbers.
+    """
+    highest = _highest(captured)
+    if highest <= 0:
+        return call
+
+    def deeper(*a: Any) -> Any:
+        stack = torch._C._functorch.peek_interpreter_stack()
+        level = 0 if stack is None else stack.level()
+        if level >= highest:
+            return call(*a)
+        return torch.func.grad(lambda nothing: (nothing, deeper(*a)), has_aux=True)(torch.zeros(()))[1]
+
+    return deeper
+
+
+class Differentiable(TorchFunctionMode):
+    """What `torch.autograd.grad` gives can be differentiated again, and tensors may be asked for derivatives where they have them."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.again = again
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if asks_for_gradients(func) and args[0].requires_grad:
+            # nothing to do, and a transform would refuse it
+            return args[0]
+        if func is torch.autograd.grad and self.again:
+            kwargs = {**kwargs, "create_graph": True}
+        return func(*args, **kwargs)
+
+
+def differentiating(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call(t, y, *args)``, which uses `torch.autograd.grad`, wherever a solve calls it.
+
+    Gradients are on and the state can be differentiated by, as where plain autograd records the solve. What the derivatives depend on is
+    differentiated again if anything is, whether ``create_graph`` is given or not.
+    """
+
+    def run(t: Tensor, y: Any, *args: Any) -> Any:
+        recording, inside = torch.is_grad_enabled(), functorch_active()
+        # without gradients around, a state may be a view that belongs to no graph
+        y = tree_map(ask if recording or inside else lambda x: ask(_plain(x)), y)
+        with torch.enable_grad(), unmapped(), Differentiable(recording or inside):
+            out = call(t, y, *args)
+        return out if recording or inside else tree_map(_plain, out)
+
+    return run
+
+
+def _plain(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x

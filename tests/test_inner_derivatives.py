@@ -1,0 +1,308 @@
+"""Functions that take derivatives themselves (forces, divergences), by torch.func and by torch.autograd.grad, inside of solves."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+import adjoint
+from adjoint import (
+    Backprop,
+    BacksolveAdjoint,
+    CapturedTensorLost,
+    DiscreteAdjoint,
+    ForwardSensitivity,
+    GaussAdjoint,
+    InterpolatingAdjoint,
+    UnsupportedCombination,
+    solve_dae,
+    solve_ivp,
+    solve_root,
+)
+
+# y' = -2 k y, y0 = 1, two components: sum of the state at 1, its first and second derivative in k
+K = 1.3
+VALUE, FIRST, SECOND = 2 * math.exp(-2 * K), -4 * math.exp(-2 * K), 8 * math.exp(-2 * K)
+STRATEGIES = {
+    "default": DiscreteAdjoint(keep_bytes=2**25),
+    "discrete": DiscreteAdjoint(keep_bytes=0),
+    "checkpoints": DiscreteAdjoint(checkpoints=3),
+    "interpolating": InterpolatingAdjoint(),
+    "gauss": GaussAdjoint(),
+    "forward": ForwardSensitivity(),
+    "backprop": Backprop(),
+}
+
+
+def energy(k, y):
+    return (0.5 * k * y**2).sum()
+
+
+# half of each right-hand side (but for the last ones) is a force, the other half written out: a force that is lost halves derivatives
+FORCES = {
+    "grad in the state": lambda k: lambda t, y: -torch.func.grad(energy, argnums=1)(k, y) - k * y,
+    "grad in the parameter": lambda k: lambda t, y: -torch.func.grad(lambda p: 0.5 * p**2)(k) * y - k * y,
+    "vjp": lambda k: lambda t, y: -torch.func.vjp(energy, k, y)[1](torch.ones(()))[1] - k * y,
+    "jvp in the parameter": lambda k: lambda t, y: -torch.func.jvp(lambda p: 0.5 * p**2 * y, (k,), (torch.ones(()),))[1] - k * y,
+    "vmapped grad": lambda k: lambda t, y: -torch.vmap(torch.func.grad(energy, argnums=1), in_dims=(None, 0))(k, y) - k * y,
+    "hessian": lambda k: lambda t, y: -torch.func.hessian(energy, argnums=1)(k, y) @ y - k * y,
+}
+
+
+def asked(create_graph, enable, require):
+    """The same force by `torch.autograd.grad`, with and without what makes it differentiable."""
+
+    def right_hand_side(k):
+        def force(y):
+            if require:
+                y.requires_grad_(True)
+            return torch.autograd.grad(energy(k, y), y, create_graph=create_graph)[0]
+
+        def fun(t, y):
+            if not enable:
+                return -force(y) - k * y
+            with torch.enable_grad():
+                return -force(y) - k * y
+
+        return fun
+
+    return right_hand_side
+
+
+FORCES |= {
+    "autograd.grad": asked(True, True, True),
+    "autograd.grad, no graph": asked(False, True, True),
+    "autograd.grad, gradients as they are": asked(True, False, False),
+}
+
+
+def end(fun, gradient=None, method="tsit5", y0=None):
+    y0 = torch.ones(2) if y0 is None else y0
+    return solve_ivp(fun, (0.0, 1.0), y0, rtol=1e-4, atol=1e-6, gradient=gradient, method=method).y[-1].sum()
+
+
+def close(x, truth, rtol=2e-3):
+    return float(x.detach()) == pytest.approx(truth, rel=rtol)
+
+
+@pytest.mark.parametrize("force", FORCES)
+def test_forces_are_differentiated_to_the_second_order(force):
+    fun, gradient = FORCES[force], DiscreteAdjoint(keep_bytes=0)
+    k, y0 = torch.tensor(K, requires_grad=True), torch.ones(2, requires_grad=True)
+    first, at_start = torch.autograd.grad(end(fun(k), gradient, y0=y0), (k, y0))
+    assert close(first, FIRST) and close(at_start.sum(), VALUE)
+    first, at_start = torch.autograd.grad(end(fun(k), gradient, y0=y0), (k, y0), create_graph=True)
+    assert close(first, FIRST) and close(at_start.sum(), VALUE)
+    assert close(torch.autograd.grad(first, k)[0], SECOND)
+
+
+QUICK = ("grad in the parameter", "autograd.grad, no graph")
+
+
+@pytest.mark.parametrize("force", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FORCES])
+def test_forces_under_transforms(force):
+    fun, k = FORCES[force], torch.tensor(K)
+    value = lambda k: end(fun(k))  # noqa: E731
+    assert close(torch.func.grad(value)(k), FIRST)
+    assert close(torch.func.jvp(value, (k,), (torch.ones(()),))[1], FIRST)
+    assert close(torch.func.jvp(torch.func.grad(value), (k,), (torch.ones(()),))[1], SECOND)
+    if "autograd.grad" in force:
+        with pytest.raises(UnsupportedCombination, match=r"torch\.func\.grad"):
+            torch.vmap(value)(k.expand(2))
+        return
+    assert close(torch.vmap(torch.func.grad(value))(torch.tensor([0.5, K]))[1], FIRST)
+    if force not in ("jvp in the parameter", "hessian"):  # forward mode in forward mode, which PyTorch does not have at plain dual levels
+        with forward_ad.dual_level():
+            assert close(forward_ad.unpack_dual(value(forward_ad.make_dual(k, torch.ones(())))).tangent, FIRST)
+
+
+@pytest.mark.parametrize("force", ["grad in the parameter", "autograd.grad, no graph"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_sees_the_force(strategy, force):
+    k = torch.tensor(K, requires_grad=True)
+    value = end(FORCES[force](k), STRATEGIES[strategy])
+    value.backward(retain_graph=True)
+    assert close(k.grad, FIRST)
+    first = torch.autograd.grad(value, k, create_graph=True)[0]
+    assert close(first, FIRST) and close(torch.autograd.grad(first, k)[0], SECOND)
+
+
+def test_backsolve_sees_the_force():
+    k = torch.tensor(K, requires_grad=True)
+    end(FORCES["grad in the state"](k), BacksolveAdjoint()).backward()
+    assert close(k.grad, FIRST)
+
+
+@pytest.mark.parametrize("method", ["kvaerno5", *(pytest.param(m, marks=pytest.mark.slow) for m in ("rodas5p", "radau5", "bdf"))])
+def test_forces_in_implicit_methods(method):
+    k = torch.tensor(K, requires_grad=True)
+    for force in ("grad in the state", "autograd.grad"):
+        first = torch.autograd.grad(end(FORCES[force](k), method=method), k, create_graph=True)[0]
+        # bdf: to the error of the solution
+        assert close(first, FIRST, 1e-2) and close(torch.autograd.grad(first, k)[0], SECOND, 3e-2)
+        end(FORCES[force](k), method=method).backward()
+        assert close(k.grad, FIRST, 1e-2)
+        k.grad = None
+    assert close(torch.func.grad(lambda p: end(FORCES["grad in the state"](p), method=method))(torch.tensor(K)), FIRST, 1e-2)
+
+
+def test_forces_in_the_other_doors():
+    k, fun = torch.tensor(K, requires_grad=True), FORCES["grad in the state"]
+    times = torch.tensor([0.0, 1.0])
+    for run in (
+        lambda k: adjoint.odeint(fun(k), torch.ones(2), times, rtol=1e-4, atol=1e-6)[-1].sum(),
+        lambda k: solve_dae(lambda t, y, yp: yp - fun(k)(t, y), (0.0, 1.0), torch.ones(2), rtol=1e-4, atol=1e-6).y[-1].sum(),
+        lambda k: solve_root(lambda x: torch.func.grad(lambda p: 0.5 * p**2)(k) * x - 1.0, torch.ones(2)).x.sum() * 0.5 * K**2 * -FIRST,
+    ):
+        first = torch.autograd.grad(run(k), k, create_graph=True)[0]
+        assert close(first, FIRST)
+        assert close(torch.func.grad(run)(torch.tensor(K)), FIRST)
+
+
+class Hamiltonian(torch.nn.Module):
+    """A pendulum-like field from an energy with learned weights; ``written``: the same by hand."""
+
+    def __init__(self, written):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.a = torch.nn.Parameter(torch.randn(3, 2, generator=generator))
+        self.b = torch.nn.Parameter(torch.randn(3, generator=generator))
+        self.written = written
+
+    def forward(self, t, y):
+        if self.written:
+            slope = (self.b * (1 - torch.tanh(self.a @ y) ** 2)) @ self.a
+        else:
+            slope = torch.func.grad(lambda a, b, y: torch.tanh(a @ y) @ b, argnums=2)(self.a, self.b, y)
+        return torch.stack([slope[1], -slope[0]])
+
+
+@pytest.mark.slow
+def test_a_module_with_an_energy():
+    got = []
+    for written in (True, False):
+        net, y0 = Hamiltonian(written), torch.tensor([0.4, -0.3])
+
+        def loss(parameters, net=net, y0=y0):
+            call = lambda t, y: torch.func.functional_call(net, parameters, (t, y))  # noqa: E731
+            return solve_ivp(call, (0.0, 2.0), y0, rtol=1e-5, atol=1e-7).y[-1].square().sum()
+
+        gradients = torch.autograd.grad(solve_ivp(net, (0.0, 2.0), y0, rtol=1e-5, atol=1e-7).y[-1].square().sum(), list(net.parameters()))
+        second = torch.func.hessian(loss)(dict(net.named_parameters()))
+        got.append([*gradients, *(second[i][j] for i in ("a", "b") for j in ("a", "b"))])
+    for a, b in zip(*got, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_the_divergence_of_a_flow():
+    # d log p / dt = -trace of the Jacobian: for y' = A y it is -trace A, whatever the state
+    a = torch.tensor([[0.3, -1.0], [0.8, -0.7]], requires_grad=True)
+
+    def fun(t, state):
+        y, _ = state
+        return a @ y, -torch.trace(torch.func.jacrev(lambda a, y: a @ y, argnums=1)(a, y)).reshape(1)
+
+    for gradient in (None, DiscreteAdjoint(keep_bytes=0)):
+        _, logp = solve_ivp(fun, (0.0, 1.0), (torch.ones(2), torch.zeros(1)), gradient=gradient).y
+        got = torch.autograd.grad(logp[-1].sum(), a, create_graph=True)[0]
+        assert torch.allclose(got, -torch.eye(2), atol=1e-10)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, k, y):
+        ctx.save_for_backward(k, y)
+        return k * y
+
+    @staticmethod
+    def backward(ctx, bar):
+        k, y = ctx.saved_tensors
+        return (bar * y).sum(), bar * k
+
+
+def test_what_cannot_be_seen_is_named():
+    k = torch.tensor(K, requires_grad=True)
+    fun = lambda t, y: -_Product.apply(k, y) - k * y  # noqa: E731
+    gradient = DiscreteAdjoint(keep_bytes=0)
+    assert close(torch.autograd.grad(end(fun, gradient), k)[0], FIRST)
+    with pytest.raises(CapturedTensorLost, match="args="):
+        torch.autograd.grad(end(fun, gradient), k, create_graph=True)
+
+    def into_grad(t, y):
+        y.requires_grad_(True)
+        energy(k, y).backward()
+        return -y.grad
+
+    with pytest.raises(UnsupportedCombination, match=r"torch\.autograd\.grad"):
+        end(into_grad)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "module"])
+@pytest.mark.parametrize("strategy", ["discrete", "checkpoints", "forward", "backsolve", "interpolating"])
+def test_a_captured_tensor_first_met_late_is_never_lost(strategy, kind):
+    a, y0 = torch.tensor(0.7, requires_grad=True), torch.ones(1, requires_grad=True)
+    net = torch.nn.Linear(1, 1, bias=False)
+    rate = (lambda y: a * y) if kind == "tensor" else net
+    gradient = {**STRATEGIES, "backsolve": BacksolveAdjoint()}[strategy]
+    with pytest.raises(CapturedTensorLost, match="args="):
+        solve_ivp(lambda t, y: -2 * rate(y) if float(t) > 0.5 else -2 * y, (0.0, 1.0), y0, gradient=gradient).y[-1].sum().backward()
+
+
+def test_a_captured_tensor_first_met_late_and_derivatives_of_derivatives():
+    a, y0 = torch.tensor(0.7, requires_grad=True), torch.ones(1, requires_grad=True)
+    fun = lambda t, y: -2 * a * y**2 if float(t) > 0.5 else -2 * y**2  # noqa: E731
+    value = solve_ivp(fun, (0.0, 1.0), y0, gradient=DiscreteAdjoint(keep_bytes=0)).y[-1].sum()
+    with pytest.raises(CapturedTensorLost, match="args="):
+        torch.autograd.grad(value, y0, create_graph=True)
+    with pytest.raises(CapturedTensorLost, match="args="):
+        torch.func.jvp(lambda y: solve_ivp(fun, (0.0, 1.0), y, gradient=DiscreteAdjoint(keep_bytes=0)).y[-1], (y0,), (y0,))
+
+
+@pytest.mark.parametrize("strategy", ["default", pytest.param("discrete", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["tsit5", pytest.param("kvaerno5", marks=pytest.mark.slow)])
+def test_shooting(method, strategy):
+    # y'' = -y, y(0) = 0, y(pi / 2) = p: the slope at 0 is p. With y(pi / 2)^3 = p it is the cube root
+    def shoot(p):
+        def miss(s, p):
+            y0 = torch.stack([0 * s, s])
+            y = solve_ivp(lambda t, y: torch.stack([y[1], -y[0]]), (0.0, math.pi / 2), y0, method=method, gradient=STRATEGIES[strategy]).y
+            return y[-1, 0] ** 3 - p
+
+        return solve_root(miss, torch.tensor(1.2), (p,)).x
+
+    p = torch.tensor(2.0, requires_grad=True)
+    x = shoot(p)
+    x.backward()
+    first, second = 2 ** (-2 / 3) / 3, -2 * 2 ** (-5 / 3) / 9
+    assert close(x, 2 ** (1 / 3)) and close(p.grad, first)
+    q = torch.tensor(2.0)
+    assert close(torch.func.grad(shoot)(q), first)
+    assert close(torch.func.jvp(shoot, (q,), (torch.ones(()),))[1], first)
+    if method == "tsit5":
+        assert close(torch.func.grad(torch.func.grad(shoot))(q), second)
+        assert close(torch.func.hessian(shoot)(q), second)
+        assert close(torch.vmap(torch.func.grad(shoot))(torch.tensor([1.0, 2.0]))[1], first)
+
+
+def test_a_periodic_orbit():
+    # y'' = -w^2 y - w^2 y^3 (Duffing), at rest at amplitude a: the period is 4 / (w sqrt(1 + a^2)) times the complete elliptic integral
+    # of the first kind with parameter m = a^2 / (2 (1 + a^2)), so its derivative in w is -period / w
+    from scipy.special import ellipk
+
+    amplitude, w0 = 1.0, 1.7
+    period = 4 / (w0 * math.sqrt(1 + amplitude**2)) * float(ellipk(amplitude**2 / (2 * (1 + amplitude**2))))
+
+    def quarter(w):
+        def fun(t, y, w, end):
+            return torch.stack([y[1], -(w**2) * (y[0] + y[0] ** 3)]) * end
+
+        def miss(end, w):
+            return solve_ivp(fun, (0.0, 1.0), torch.tensor([amplitude, 0.0]), args=(w, end), rtol=1e-6, atol=1e-8).y[-1, 0]
+
+        return 4 * solve_root(miss, torch.tensor(0.6), (w,)).x
+
+    w = torch.tensor(w0)
+    assert close(quarter(w), period, 1e-4)
+    assert close(torch.func.grad(quarter)(w), -period / w0, 1e-3)
+    assert close(torch.func.hessian(quarter)(w), 2 * period / w0**2, 1e-2)
