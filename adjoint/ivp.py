@@ -32,7 +32,7 @@ from .sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
 from .sensitivity.problem import interpolate, step_times
 from .solution import BackwardStats, Solution, Stats
 from .split import SplitFunction
-from .stage_arguments import check_compiled, stage_algebra
+from .stage_arguments import check_compiled, stage_algebra, warn_of_lost_time
 from .switching import solve_switching
 from .system import StateSpec, System
 
@@ -125,8 +125,7 @@ def solve_ivp(
         ``event(t, y, *args) -> 0-d tensor`` (``(B,)`` when batched), with SciPy's attributes ``terminal`` (bool or count) and
         ``direction``. Located on the dense output; times and states are differentiable. When batched, records are ``(E, B)``, padded
         with NaN for trajectories with fewer events, and a terminal event ends its own trajectory; so under ``torch.vmap``, for each copy.
-        A function may also be a comparison or count: it is found where it changes, but its time has no derivative, and asking for one
-        raises. A function that is zero at the start has an event there; events at one time are all recorded.
+        A comparison or count is found where it changes, but its time has no derivative: asking for one raises. See docs/scipy.md.
     dense_output : bool
         Give the solution ``sol(t)``. Keeps all stages of all steps.
     quadrature : callable
@@ -312,6 +311,7 @@ def solve_ivp(
         out, problem = solve_switching(strategy, problem, times.anchors, times.samples, y_flat, inputs, dense)
     else:
         out = strategy.solve(problem, times.anchors, times.samples, y_flat, inputs)
+    warn_of_lost_time(problem, inputs, (times.anchors[0], out.t_final), (y_flat, out.final), out.n_steps)
     parts = _Parts(out, problem, times, user_spec, spec, integrand, y_flat, event_list, tuple(args), backward, derivatives, dense_output)
     return _solution(parts, event_records(parts, out) if event_list else NO_EVENTS)
 
@@ -350,7 +350,7 @@ def _check_options(method: Method, implicit: dict[str, Any], first_step: Any, ma
 def _check_finite(y0: Any, spec: StateSpec) -> None:
     for leaf, path in zip(tree_leaves(y0), spec.paths, strict=True):
         if not torch._C._functorch.is_functorch_wrapped_tensor(leaf) and spec.batch is None and not bool(torch.isfinite(leaf).all()):
-            raise InvalidInput(f"y0{path} has non-finite entries")
+            raise InvalidInput(f"All components of the initial state `y0` must be finite: y0{path} has non-finite entries")
 
 
 def _event_list(events: Any) -> list[Callable[..., Tensor]]:
@@ -389,7 +389,7 @@ def _flat_event(event: Callable[..., Tensor], system: System, user_spec: StateSp
 
     terminal = getattr(event, "terminal", None) or 0
     if not isinstance(terminal, Real) or terminal % 1 != 0 or terminal < 0:
-        raise InvalidInput(f"the `terminal` attribute of each event must be a boolean or positive integer, got {terminal!r}")
+        raise InvalidInput(f"The `terminal` attribute of each event must be a boolean or positive integer, got {terminal!r}")
     return Event(bind, float(getattr(event, "direction", 0.0)), int(terminal))
 
 

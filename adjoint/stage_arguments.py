@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .capture import functorch_active
 from .errors import InvalidInput, UnsupportedCombination
 from .integrate.direct import MOST
 from .jacobians import DenseJacobian
@@ -18,11 +20,14 @@ from .linalg.choice import default_solver
 from .linalg.sparsity import SparsityPattern
 from .methods import Method
 from .realification import given_pattern, refuse_parts
-from .sensitivity.problem import StageAlgebra
+from .sensitivity.problem import Problem, StageAlgebra
 from .stage_jacobian import GivenStageJacobian
 from .system import StateSpec, System
 
-__all__ = ["check_compiled", "stage_algebra"]
+__all__ = ["check_compiled", "stage_algebra", "warn_of_lost_time"]
+
+#: attempted steps from which a solve is looked at for what may have made it long
+_LONG = 300
 
 #: unknowns up to which a dense Jacobian is taken without a look at its pattern
 _SMALL = 64
@@ -132,3 +137,39 @@ def check_compiled(method: Method, spec: StateSpec, given: dict[str, Any]) -> No
         )
     if spec.holds_complex:
         raise UnsupportedCombination(f"{what} is for real states: leave compile out, or integrate real and imaginary parts")
+
+
+def warn_of_lost_time(
+    problem: Problem, inputs: Sequence[Tensor], ends: Sequence[Tensor], states: Sequence[Tensor], n_steps: Tensor
+) -> None:
+    """Warn if a long solve by a method that goes by ``df/dt`` had none to go by, though ``fun`` changes with the time.
+
+    So it is where ``fun`` reads the time as a number (``t.item()``, a table of NumPy's). ``ends`` (B,) and ``states`` (B, n): two places at
+    which to look, start and end of the solve.
+    """
+    if not getattr(problem.plan.method, "needs_time_slope", False) or problem.plan.compile is not None or functorch_active():
+        return
+    if not n_steps.numel() or int(n_steps.max()) < _LONG:
+        return
+    f, real = problem.system.bind(inputs), problem.plan.real
+    span = (ends[1] - ends[0]).detach()
+    for t, y, shift in zip(ends, states, (1e-3 * span, -1e-3 * span), strict=True):
+        y = y.detach()
+        at = t.detach().to(real).requires_grad_(True)
+        with torch.enable_grad():
+            value = f(at, y)
+        weight = torch.linspace(1.0, 2.0, value.numel(), dtype=value.dtype, device=value.device).reshape(value.shape)
+        slope = torch.autograd.grad(value, at, weight, allow_unused=True)[0] if value.requires_grad else None
+        if slope is not None and bool((slope != 0).any()):
+            continue
+        with torch.no_grad():
+            same, later = f(at.detach(), y), f((t.detach() + shift).to(real), y)
+        if torch.equal(same, value) and not torch.equal(later, value) and bool(torch.isfinite(later).all()):
+            warnings.warn(
+                f"{problem.plan.method.name!r} goes by the derivative of fun in the time, and that is zero although fun changes with t: "
+                "fun seems to read t as a number (t.item(), a NumPy table). The solution is right, but took far more steps than needed. "
+                "Compute with the tensor t (torch.searchsorted), or choose a method without it, such as 'kvaerno5' or 'radau5'",
+                UserWarning,
+                stacklevel=4,
+            )
+            return

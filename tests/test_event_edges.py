@@ -263,3 +263,9 @@ def test_root_at_the_start(batched):
         assert sol.events[0].t.shape[0] == count and bool((sol.events[0].t == 0).all())
     sol = solve_ivp(lambda t, y: 1 + 0 * y, (0.0, 3.0), y0, events=event(rise, terminal=True), batched=batched)
     assert bool((sol.t[-1] == 0).all()) and bool((torch.as_tensor(sol.status) == 1).all())
+
+
+@pytest.mark.parametrize("method", ["tsit5", "radau5", "rodas5p", "bdf"])
+def test_an_empty_state_has_a_dense_output(method):
+    sol = solve_ivp(lambda t, y: 1.0 * y, (0.0, 10.0), torch.zeros(0), method=method, dense_output=True)
+    assert sol(torch.tensor([1.0, 2.0])).shape == (2, 0) and sol.y.shape == (2, 0)

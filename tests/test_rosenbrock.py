@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
-from math import log2
+from math import log2, sin
 
 import numpy as np
 import pytest
@@ -478,3 +479,18 @@ def test_failure_is_not_a_number():
     assert torch.isnan(sol.y[-1]).all()
     with pytest.raises(adjoint.errors.SolveError):
         solve_ivp(lambda t, y: y * y, (0.0, 2.0), torch.ones(1), method="rodas4")
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_lost_time_derivative_is_named():
+    """A time that is read as a number has none: right, but with many steps; the same function in tensors says nothing."""
+    table = lambda t, y: -50 * (y - torch.as_tensor(sin(3 * t.item())))  # noqa: E731
+    tensors = lambda t, y: -50 * (y - torch.sin(3 * t))  # noqa: E731
+    options = {"method": "rodas5p", "rtol": 1e-5, "atol": 1e-6}
+    with pytest.warns(UserWarning, match="read t as a number"):
+        numbers = solve_ivp(table, (0.0, 0.5), torch.zeros(1), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        right = solve_ivp(tensors, (0.0, 0.5), torch.zeros(1), **options)
+        solve_ivp(table, (0.0, 0.5), torch.zeros(1), **(options | {"method": "kvaerno5"}))
+    assert torch.allclose(numbers.y[-1], right.y[-1], rtol=1e-4)

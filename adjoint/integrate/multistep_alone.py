@@ -289,9 +289,9 @@ def integrate_multistep_alone(
         final=final,
         last=last,
         scaled_error=torch.zeros(flat, dtype=real, device=device) if scaled is None else scaled.abs().reshape(flat),
-        states=torch.stack([y0, *kept.states]).reshape(-1, *flat) if plan.keep_states else y0.new_empty((0, *flat)),
+        states=torch.stack([y0, *kept.states]).reshape(1 + len(kept.states), *flat) if plan.keep_states else y0.new_empty((0, *flat)),
         samples=sampler.result().reshape(len(sampler.order), *flat),
-        stages=torch.stack(kept.stages).reshape(-1, MAX_ORDER + 1, *flat) if kept.stages else no_stages,
+        stages=torch.stack(kept.stages).reshape(len(kept.stages), MAX_ORDER + 1, *flat) if kept.stages else no_stages,
         t=column(kept.t, torch.float64),
         h=column(kept.h, torch.float64),
         segment=column(kept.segment, torch.int64),
@@ -326,7 +326,7 @@ class _Lazy:
     def all(self) -> Tensor:
         """(6, \\*shape)"""
         if self.found is None:
-            self.found = _stages(self.D, self.d, self.order, self.h).reshape(-1, *self.shape)
+            self.found = _stages(self.D, self.d, self.order, self.h).reshape(MAX_ORDER + 1, *self.shape)
         return self.found
 
     def __call__(self) -> list[Tensor]:

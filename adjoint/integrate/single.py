@@ -275,13 +275,14 @@ def integrate_single(
         return torch.tensor([value], dtype=kind, device=device)
 
     n_all = len(method.nodes)
+    n_kept = len(kept_stages[0]) if kept_stages else n_all
     return Record(
         final=y.reshape(flat),
         last=reached.reshape(flat),
         scaled_error=torch.zeros(flat, dtype=plan.real, device=device) if scaled is None else scaled.abs(),
         states=torch.stack(states).reshape(len(states), *flat) if plan.keep_states else y0.new_empty((0, *flat)),
         samples=sampler.result().reshape(len(sampler.order), *flat),
-        stages=torch.stack(kept_stages).reshape(len(kept_stages), -1, *flat) if kept_stages else y0.new_empty((0, n_all, *flat)),
+        stages=torch.stack(kept_stages).reshape(len(kept_stages), n_kept, *flat) if kept_stages else y0.new_empty((0, n_all, *flat)),
         t=column(starts, torch.float64),
         h=column(sizes, torch.float64),
         segment=column(segments, torch.int64),
