@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from .capture import functorch_active
 from .dae import solve_dae
-from .errors import HigherIndexDAE, InvalidInput
+from .errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
 from .solution import Solution
 from .system import StateSpec
 
@@ -24,6 +25,8 @@ __all__ = ["ReducedDAE", "reduce_index"]
 _NONE = -(10**6)
 #: relative size of a pivot at which a choice of dummy derivatives counts as singular
 _PIVOT = 1e-8
+#: part of its first quality below which a choice of dummy derivatives is changed
+_WORN = 0.2
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,14 @@ class _Layout:
         return [(places[j][k - 1], places[j][k]) for j, d in enumerate(self.orders) for k in range(1, d + 1) if (j, k) not in self.dummies]
 
 
+#: options of `solve_dae` that a search for the times of changes needs
+_OF_STEPS = (
+    "method", "rtol", "atol", "controller", "norm", "first_step", "max_step", "min_step", "max_steps", "linear_solver",
+    "suppress_algebraic",
+)  # fmt: skip
+_NOT_CHAINED = ("events", "dense_output", "quadrature", "step_ts")
+
+
 class ReducedDAE:
     """See `reduce_index`.
 
@@ -64,8 +75,10 @@ class ReducedDAE:
         Unknowns ``z`` of the reduced system.
     """
 
-    def __init__(self, fun: Callable[..., Any], spec: StateSpec, returns: StateSpec, layout: _Layout, index: int) -> None:
-        self._fun, self._spec, self._returns, self._layout = fun, spec, returns, layout
+    def __init__(
+        self, fun: Callable[..., Any], spec: StateSpec, returns: StateSpec, layout: _Layout, index: int, sigma: np.ndarray
+    ) -> None:
+        self._fun, self._spec, self._returns, self._layout, self._sigma = fun, spec, returns, layout, sigma
         self.structural_index, self.differentiated = index, layout.counts
         names = [spec.component(j) for j in range(len(layout.orders))]
         self.dummies = tuple(names[j] + "'" * k for j, k in sorted(layout.dummies))
@@ -127,6 +140,10 @@ class ReducedDAE:
         """`solve_dae` of the reduced system; ``sol.y``, events and quadrature are in the given variables.
 
         At the start the values of the variables that stay differential are kept, the others (and all derivatives) are solved for.
+        Where the choice of dummy derivatives wears out (a pendulum that swings through the horizontal) the solve goes on from there with
+        the best choice at that place; a first solve without derivatives finds these times, if there is a choice at all. Not supported
+        in batches, under transforms, and together with events, dense output, quadrature, ``step_ts`` and ``t_eval="steps"``:
+        `UnsupportedCombination` then says at what time the choice would have to change.
         ``options`` are those of `solve_dae`.
         """
         for name in ("consistent", "differential", "jac_sparsity"):
@@ -138,8 +155,11 @@ class ReducedDAE:
         for name in ("events", "quadrature"):
             if options.get(name) is not None:
                 options[name] = self._seen(options[name])
-        mask = self.differential.to(z0.device)
-        sol = solve_dae(self.residual, t_span, z0, args=args, consistent="solve", differential=mask, **options)
+        args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
+        changes = self._changes(t_span, z0, args, options)
+        if changes:
+            return self._chained(t_span, z0, args, options, changes)
+        sol = self._piece(t_span, z0, args, options)
         inner = sol.interpolant
         return replace(
             sol,
@@ -148,6 +168,112 @@ class ReducedDAE:
             events=tuple(replace(e, y=self.original(e.y)) for e in sol.events),
             interpolant=None if inner is None else lambda t: self.original(inner(t)),
         )
+
+    def _piece(self, t_span: Any, z0: Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> Solution:
+        mask = self.differential.to(z0.device)
+        return solve_dae(self.residual, t_span, z0, args=args, consistent="solve", differential=mask, **options)
+
+    def _leading(self, t: Tensor, z: Tensor, args: tuple[Any, ...]) -> Tensor:
+        """The matrix of `_leading` at ``z`` (N,)."""
+        places = self._layout.places
+        pair = torch.stack([z[p[k]] if k < len(p) else torch.zeros_like(z[0]) for k in (0, 1) for p in places])
+        n, spec = len(places), self._spec
+
+        def f(x: Tensor) -> Tensor:
+            return self._returns.flatten(self._fun(t, spec.unflatten(x[None, :n]), spec.unflatten(x[None, n:]), *args))[0]
+
+        both = torch.func.jacrev(f)(pair)
+        gap = torch.as_tensor(_gap(self._layout.counts, self._layout.orders), device=z.device)
+        J = torch.where(gap == 1, both[:, n:], torch.where(gap == 0, both[:, :n], 0.0))
+        size = J.abs().amax(1, keepdim=True)
+        return J / torch.where(size > 0, size, 1.0)
+
+    def _quality(self, J: Tensor) -> Tensor:
+        """How regular the equations are for the dummy derivatives that were chosen, beside all that could have been: at most one."""
+        layout, worst = self._layout, torch.where(torch.isfinite(J).all(), 1.0, math.nan).to(J)
+        # of states that no step has been accepted with, decompositions fail
+        J = torch.nan_to_num(J, 0.0, 0.0, 0.0)
+        columns = list(range(len(layout.orders)))
+        for level in range(1, max(layout.counts, default=0) + 1):
+            rows = [i for i, c in enumerate(layout.counts) if c >= level]
+            columns = [j for j in columns if layout.orders[j] - level + 1 >= 1]
+            chosen = [j for j in columns if (j, layout.orders[j] - level + 1) in layout.dummies]
+            if len(chosen) < len(columns):
+                least = torch.linalg.svdvals(J[rows][:, chosen])[-1]
+                worst = torch.minimum(worst, least / torch.linalg.svdvals(J[rows][:, columns])[-1].clamp(min=1e-300))
+            columns = chosen
+        return worst
+
+    def _changes(self, t_span: Any, z0: Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> list[tuple[float, ReducedDAE]]:
+        """When the choice of dummy derivatives must change, and to which: constants of the solve, on which its result does not depend."""
+        layout = self._layout
+        free = bool(layout.dummies) and any(c and (j, 1) not in layout.dummies for j, c in enumerate(layout.orders))
+        if not free or self._spec.batch is not None or functorch_active():
+            return []
+        out: list[tuple[float, ReducedDAE]] = []
+        plain = {k: v for k, v in options.items() if k in _OF_STEPS}
+        reduced, start, end = self, t_span[0], t_span[1]
+        with torch.no_grad():
+            z = z0.detach()
+            while True:
+                watch = _Watch(reduced)
+                sol = reduced._piece((start, end), z, args, {**plain, "events": watch})
+                if int(sol.status) != 1:
+                    return out
+                start, z = float(sol.events[0].t[-1]), sol.events[0].y[-1]
+                if any(options.get(k) is not None and options.get(k) is not False for k in _NOT_CHAINED) or isinstance(
+                    options.get("t_eval"), str
+                ):
+                    raise UnsupportedCombination(
+                        f"the dummy derivatives {', '.join(reduced.dummies)} cease to be a good choice at t = {start:.8g}, and to change "
+                        f"it is not supported with {', '.join(k + '=' for k in _NOT_CHAINED)} or t_eval='steps': end t_span there, and "
+                        "reduce again from the state reached"
+                    )
+                J = reduced._leading(z.new_tensor(start), z, args).double().cpu().numpy()
+                better = frozenset(_chosen(J, np.array(layout.counts), np.array(layout.orders)))
+                reduced = ReducedDAE(
+                    self._fun, self._spec, self._returns, replace(layout, dummies=better), self.structural_index, self._sigma
+                )
+                out.append((start, reduced))
+
+    def _chained(
+        self, t_span: Any, z0: Tensor, args: tuple[Any, ...], options: dict[str, Any], changes: list[tuple[float, ReducedDAE]]
+    ) -> Solution:
+        """The solve in pieces, each with its own dummy derivatives, from the end of the one before."""
+        times = options.pop("t_eval", None)
+        stops = [t_span[0], *(t for t, _ in changes), t_span[1]]
+        sign = 1.0 if float(t_span[1]) >= float(t_span[0]) else -1.0
+        wanted = None if times is None else torch.as_tensor(times, dtype=torch.float64, device=z0.device)
+        place = None if wanted is None else torch.bucketize(sign * wanted.detach(), wanted.new_tensor([sign * t for t, _ in changes]))
+        z, found, pieces = z0, [], []
+        for k, reduced in enumerate([self, *(r for _, r in changes)]):
+            mine = None
+            if wanted is not None and place is not None:
+                here = wanted[place == k]
+                mine = torch.cat([here, torch.as_tensor(stops[k + 1], dtype=here.dtype, device=here.device).reshape(1)])
+            sol = reduced._piece((stops[k], stops[k + 1]), z, args, {**options, "t_eval": mine})
+            assert isinstance(sol.y, Tensor) and isinstance(sol.yp, Tensor)
+            pieces.append(sol)
+            cut = slice(0, len(sol.t) - 1) if wanted is not None else slice(0, 1) if k == 0 else slice(0, 0)
+            found.append((sol.t[cut], sol.y[cut], sol.yp[cut]))
+            z = sol.y[-1]
+            if int(sol.status) != 0:
+                break
+        last = pieces[-1]
+        if wanted is None:
+            found.append((last.t[-1:], last.y[-1:], last.yp[-1:]))
+        t, y, yp = (torch.cat(parts) for parts in zip(*found, strict=True))
+        if wanted is not None and place is not None:
+            # what a failed piece left out is not a number
+            short = len(wanted) - len(t)
+            y, yp = (torch.cat([x, x.new_full((short, *x.shape[1:]), math.nan)]) for x in (y, yp))
+            back = torch.argsort(torch.argsort(place, stable=True))
+            t, y, yp = wanted, y[back], yp[back]
+        counts = {
+            name: sum(int(getattr(p.stats, name)) for p in pieces)
+            for name in ("n_steps", "n_accepted", "n_rejected", "n_fun", "n_jac", "n_factorizations", "n_solves", "n_newton")
+        }
+        return replace(last, t=t, y=self.original(y), yp=self.original(yp), stats=replace(last.stats, **counts))
 
     def _seen(self, functions: Any) -> Any:
         """Functions of ``(t, y, *args)`` as functions of ``(t, z, *args)``."""
@@ -160,6 +286,21 @@ class ReducedDAE:
             return g
 
         return [one(f) for f in functions] if isinstance(functions, (list, tuple)) else one(functions)
+
+
+class _Watch:
+    """Event function: the choice of dummy derivatives is about to wear out."""
+
+    terminal, direction = True, -1
+
+    def __init__(self, reduced: ReducedDAE) -> None:
+        self.reduced, self.first = reduced, None
+
+    def __call__(self, t: Tensor, z: Tensor, *args: Any) -> Tensor:
+        quality = self.reduced._quality(self.reduced._leading(t, z, args))
+        if self.first is None:
+            self.first = quality.detach()
+        return quality - _WORN * self.first
 
 
 def _derivatives(f: Callable[[Tensor], Tensor], s: Tensor, most: int) -> tuple[Tensor, ...]:
@@ -187,7 +328,7 @@ def reduce_index(fun: Callable[..., Any], y0: Any, yp0: Any = None, args: Any = 
     assignment problem of Pryce (2001, BIT 41:364), whose solution is that of Pantelides (1988); the derivatives by nested
     Jacobian-vector products. Of the derivatives that the new equations determine, as many as there are such equations become unknowns of
     their own (dummy derivatives: Mattsson & Soderlind 1993, SIAM J. Sci. Comput. 14:677), by pivoting at the start. The choice is good
-    as long as that pivot is: where it ceases to be, `solve_dae` stops with an error; reduce again from there.
+    as long as that pivot is: `ReducedDAE.solve` changes it before it ceases to be.
 
     Parameters
     ----------
@@ -241,7 +382,7 @@ def reduce_index(fun: Callable[..., Any], y0: Any, yp0: Any = None, args: Any = 
     G, E = jacobians(flat, slope)
     dummies = _dummies(sigma, counts, orders, G, E)
     index = max(counts) + (1 if any(d == 0 for d in orders) else 0)
-    return ReducedDAE(fun, spec, returns, _Layout(tuple(orders), tuple(counts), frozenset(dummies)), index)
+    return ReducedDAE(fun, spec, returns, _Layout(tuple(orders), tuple(counts), frozenset(dummies)), index, sigma)
 
 
 def _signature(jacobians: Callable[[Tensor, Tensor], tuple[np.ndarray, np.ndarray]], y: Tensor, yp: Tensor) -> np.ndarray:
@@ -282,7 +423,7 @@ def _offsets(sigma: np.ndarray, names: list[str]) -> tuple[list[int], list[int]]
 def _dummies(sigma: np.ndarray, counts: list[int], orders: list[int], G: np.ndarray, E: np.ndarray) -> set[tuple[int, int]]:
     """Pairs (variable, order) of derivatives that become unknowns of their own."""
     c, d = np.array(counts), np.array(orders)
-    gap = d[None, :] - c[:, None]
+    gap = _gap(counts, orders)
     # the derivative of the differentiated equations in the highest derivatives: the same entries at every level
     J = np.where(gap == 1, E, np.where(gap == 0, G, 0.0))
     size = np.abs(J).max(1, keepdims=True)
@@ -292,6 +433,16 @@ def _dummies(sigma: np.ndarray, counts: list[int], orders: list[int], G: np.ndar
             "the equations are structurally sound, but at the start their differentiated form is singular: the start is a singular point "
             "(give another y0, yp0), or terms cancel that the structure cannot see (simplify the equations)"
         )
+    return _chosen(J, c, d)
+
+
+def _gap(counts: Sequence[int], orders: Sequence[int]) -> np.ndarray:
+    """``d_j - c_i``: which derivative of variable j the equation i is differentiated to hold the highest one of."""
+    return np.array(orders)[None, :] - np.array(counts)[:, None]
+
+
+def _chosen(J: np.ndarray, c: np.ndarray, d: np.ndarray) -> set[tuple[int, int]]:
+    """The choice of `_dummies` by pivoting, from the derivative ``J`` of the differentiated equations in the highest derivatives."""
     out: set[tuple[int, int]] = set()
     columns = np.arange(len(d))
     for level in range(1, int(c.max(initial=0)) + 1):

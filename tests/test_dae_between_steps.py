@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from adjoint import DiscreteAdjoint, ForwardSensitivity, HigherIndexDAE, solve_dae, solve_ivp
+from benchmarks.dense_output import cases, measured
 
 F64 = torch.float64
 TOLERANCES = {"rtol": 1e-5, "atol": 1e-7}
@@ -151,3 +152,19 @@ def test_bdf_refuses_index_two_by_name(mass):
     door, fun, options = (solve_ivp, right, {"mass_matrix": MASS}) if mass else (solve_dae, residual, {})
     with pytest.raises(HigherIndexDAE, match="'bdf' is for equations of index 0 and 1"):
         door(fun, (0.0, 1.0), start, method="bdf", **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "problem"),
+    [
+        pytest.param(method, problem, marks=[pytest.mark.slow] if problem == "stiff" else [])
+        for method, problem in cases()
+        if method != "implicit_euler"
+    ],
+)
+def test_dense_output_of_every_method_is_of_the_order_of_its_tolerance(method, problem):
+    # fehlberg2 and trbdf2: their errors at the ends of steps are as large
+    bound = 1000 if method == "fehlberg2" else 50
+    ends, between, _ = measured(method, problem, 1e-4)
+    assert between < bound
+    assert between < 30 * max(ends, 1.0)

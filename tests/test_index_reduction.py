@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from adjoint import HigherIndexDAE, InvalidInput, reduce_index, solve_dae
+from adjoint import HigherIndexDAE, InvalidInput, UnsupportedCombination, reduce_index, solve_dae
 
 from .dae_problems import ROBERTSON_P, ROBERTSON_Y0, robertson
 
@@ -121,3 +121,41 @@ def test_what_is_refused():
         reduced.solve((0.0, 1.0), LOW, args=(torch.tensor(1.0),), batched=True)
     with pytest.raises(InvalidInput, match="consistent"):
         reduced.solve((0.0, 1.0), LOW, args=(torch.tensor(1.0),), consistent="trust")
+
+
+def circle(t, y, yp, w):
+    """Round the unit circle at the speed ``w``, the multiplier is zero: index 2, and no choice of a dummy lasts for half of it."""
+    x, y_, z = y.unbind(-1)
+    return torch.stack([yp[0] + w * y_ - z * x, yp[1] - w * x - z * y_, x**2 + y_**2 - 1], -1)
+
+
+ON_CIRCLE = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+
+
+def test_the_choice_of_dummies_changes_before_it_wears_out():
+    w = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    times = torch.tensor([0.3, 0.8, 1.0], dtype=torch.float64)
+    reduced = reduce_index(circle, ON_CIRCLE, args=(w,))
+    options = {"args": (w,), "rtol": 1e-4, "atol": 1e-6}
+    sol = reduced.solve((0.0, 1.0), ON_CIRCLE, t_eval=times, **options)
+    truth = torch.stack([torch.cos(2 * times), torch.sin(2 * times), 0 * times], -1)
+    torch.testing.assert_close(sol.y.detach(), truth, rtol=0, atol=1e-3)
+    slopes = torch.autograd.grad(sol.y[1:, 0].sum(), w)[0]
+    torch.testing.assert_close(slopes, -(times * torch.sin(2 * times))[1:].sum(), rtol=1e-2, atol=0)
+    with pytest.raises(UnsupportedCombination, match=r"cease to be a good choice at t = 0\.68"):
+        reduced.solve((0.0, 1.0), ON_CIRCLE, dense_output=True, **options)
+
+
+@pytest.mark.slow
+def test_pendulum_released_at_one_radian():
+    from adjoint import solve_ivp
+
+    g = torch.tensor(1.2, dtype=torch.float64, requires_grad=True)
+    start = torch.tensor([math.sin(1), -math.cos(1), 0, 0, math.cos(1)], dtype=torch.float64)
+    sol = reduce_index(pendulum, start, args=(g,)).solve((0.0, 2.0), start, args=(g,), rtol=1e-5, atol=1e-7)
+    swing = lambda t, y, g: torch.stack([y[1], -g * torch.sin(y[0])])  # noqa: E731
+    a, w = solve_ivp(swing, (0.0, 2.0), torch.tensor([1.0, 0.0], dtype=torch.float64), (g,), rtol=1e-11, atol=1e-12).y[-1]
+    truth = torch.stack([a.sin(), -a.cos(), w * a.cos(), w * a.sin(), w**2 + g * a.cos()])
+    torch.testing.assert_close(sol.y[-1], truth, rtol=0, atol=1e-4)
+    mine, theirs = (torch.autograd.grad(x.sum(), g)[0] for x in (sol.y[-1], truth))
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=0)
