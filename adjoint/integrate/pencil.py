@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..linalg import Factorization, LinearSolver, Log, Matrix, SparseMatrix
 
-__all__ = ["Pencil", "ScaledFactors", "scaled_factors", "split"]
+__all__ = ["Pencil", "ScaledFactors", "regular_size", "scaled_factors", "split"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,15 @@ class Pencil:
             return self.E.matvec(v)
         assert isinstance(self.E, Tensor)
         return (self.E @ v.unsqueeze(-1)).squeeze(-1)
+
+
+def regular_size(h: Tensor, pencil: Pencil) -> Tensor:
+    """``h`` (B, 1), but a small step, in units of the two matrices, in rows where it is zero: there ``E + h G`` may be singular."""
+    parts = [m.values if isinstance(m, SparseMatrix) else m for m in (pencil.E, pencil.G)]
+    mass, slope = (x.detach().abs().flatten(1).amax(-1, keepdim=True).expand_as(h) for x in parts)  # type: ignore[union-attr]
+    # no round number, which might be the one at which they cancel
+    small = torch.where((mass > 0) & (slope > 0), 0.00618 * mass / slope, 1.0).to(h.dtype)
+    return torch.where(h == 0, small, h)
 
 
 def split(matrix: Matrix) -> Pencil:

@@ -98,11 +98,11 @@ class _Formula:
 
     @classmethod
     def of(cls, extra: Tensor, h: Tensor) -> _Formula:
-        """From ``extra`` (E, B) and ``h`` (B,)."""
+        """From ``extra`` (E, B) and ``h`` (B,), of which none is zero."""
         gamma, alpha, _ = coefficients(torch.float64, h.device)
         T = extra[1:].reshape(SIZE, SIZE, -1).permute(2, 0, 1)
         gamma = torch.nn.functional.pad(gamma, (0, SIZE - gamma.shape[0]))
-        return cls(extra[0].long(), T, torch.where(h == 0, 1.0, h), gamma, alpha[extra[0].long()].unsqueeze(-1))
+        return cls(extra[0].long(), T, h, gamma, alpha[extra[0].long()].unsqueeze(-1))
 
     def weights(self, dtype: torch.dtype) -> Tensor:
         """Of the differences in ``psi``: (B, SIZE)."""
@@ -132,11 +132,11 @@ class BdfReplay:
         """Stages and the table after step ``k``."""
         grid, system = self.grid, self.problem.system
         h, real = grid["h"][k], D.dtype.to_real()
-        formula = _Formula.of(grid["extra"][k], h)
+        formula = _Formula.of(grid["extra"][k], grid["size"][k])
         near = torch.einsum("bij,jbn->ibn", formula.T.to(D.dtype), D)
         predicted = torch.einsum("bi,ibn->bn", _low(formula.order, real), near)
         psi = torch.einsum("bi,ibn->bn", formula.weights(D.dtype), near)
-        c = torch.where((h != 0).unsqueeze(-1), formula.c(real), 1.0)
+        c = formula.c(real)
         conditions, solver = _StepConditions(system), self.algebra.linear_solver
         task = RootTask(conditions, conditions, _known, _Rule(system, self.algebra), solver, Log(), lambda record: None)
         known = grid["states"][k + 1].detach()
@@ -176,7 +176,7 @@ class BdfAdjoint:
         grid, linearize, bar, k_bar = self.grid, self.linearize, bars.table, bars.stages
         states, stages, h = grid["states"], grid["stages"], grid["h"][k]
         dtype, real = states.dtype, states.dtype.to_real()
-        formula = _Formula.of(grid["extra"][k], h)
+        formula = _Formula.of(grid["extra"][k], grid["size"][k])
         late = bars.late(bar[0])
         new_bar = bar
         if k_bar is not None:

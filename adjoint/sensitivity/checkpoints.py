@@ -17,6 +17,7 @@ from ..integrate.columns import widened
 from ..system import System
 from .discrete import eager_sweep
 from .node import SolveNode
+from .padding import padding, shelter
 from .problem import Outputs, Problem, StepTimes, stage_times, step_times
 from .products import vjp
 from .witness import CHANGED, differs
@@ -75,6 +76,9 @@ class Recall:
         else:
             self.sizes = grid["h"].to(plan.real).unsqueeze(-1).unbind()
         self.kept: list[tuple[int, Tensor]] = [(0, y0 if shape is None else y0.reshape(shape))]
+        # where steps that do nothing are looked at: see `shelter`
+        self.moved, pad = grid["moved"], padding(grid["h"], grid["lands"])
+        self.first = y0 if pad is None else pad.first(y0)
         self._latest: tuple[int, Tensor] | None = None
         #: steps taken again, and the most states that were kept at a time
         self.n_steps, self.peak = 0, 1
@@ -82,6 +86,11 @@ class Recall:
 
     def __getitem__(self, k: int) -> Tensor:
         """The state at the start of step ``k``, as the steps carry it; ``k`` must not grow from call to call."""
+        y = self.reached(k)
+        return y if self.moved is None else torch.where(self.moved[k].unsqueeze(-1), self.first, y)
+
+    def reached(self, k: int) -> Tensor:
+        """As `__getitem__`, of a trajectory that is done its end."""
         if self._latest is not None and self._latest[0] == k:
             return self._latest[1]
         self._latest = None
@@ -125,7 +134,7 @@ class Recall:
         last = len(self.times.t) - 1
         if last < 0:
             return
-        plan, found = self.plan, self.take(last, self[last])[0].reshape(self.flat)
+        plan, found = self.plan, self.take(last, self.reached(last))[0].reshape(self.flat)
         off = plan.norm(plan.scaled((found - final).abs(), final.abs()))
         # a trajectory that ended elsewhere, or nowhere, is not compared
         wrong = (~(off <= 1.0) & (status >= 0)).any()
@@ -204,10 +213,11 @@ class CheckpointNode(torch.autograd.Function):
                 return (None, None, *_with_all_states(problem, (anchors, t_eval, y0, *rest), bars, wants))
             inputs = problem.system.inputs if ctx.own else rest
             start = y0.detach()
-            times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors.detach(), problem.plan.shift)
-            recall = Recall(problem, grid, times, inputs, start, ctx.slots)
-            recall.check(final.detach(), grid["status"])
             grid |= {"states": start.unsqueeze(0), "stages": start.new_empty(0)}
+            safe = shelter(problem, grid, t_eval, inputs).grid
+            times = step_times(safe["t"], safe["h"], safe["segment"], safe["lands"], anchors.detach(), problem.plan.shift)
+            recall = Recall(problem, safe, times, inputs, start, ctx.slots)
+            recall.check(final.detach(), grid["status"])
             found = eager_sweep(problem, grid, anchors, t_eval, inputs, (*bars, None, None), wants, recall)
             problem.backward_report(recall.n_fun, 0)
             return (None, None, *found)

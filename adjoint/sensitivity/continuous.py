@@ -19,6 +19,7 @@ from .implicit_adjoint import ImplicitBack
 from .linearize import Linearizer
 from .node import SolveNode
 from .ode_adjoint import OdeBack
+from .padding import padding, shelter
 from .problem import Outputs, Problem
 from .way_back import Trajectory, walk
 
@@ -175,8 +176,12 @@ def _sweep(
     problem.witness.check()
     anchors = anchors.detach()
     t_eval = None if t_eval is None else t_eval.detach()
+    safe = shelter(problem, grid, None, inputs)
+    given = bars
+    if safe.dead is not None:
+        grid, anchors, t_eval, bars = _without_failed(grid, anchors, t_eval, bars)
     sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0)
-    inputs = cut_apart(inputs)
+    inputs = cut_apart(safe.inputs)
     f: Callable[..., Tensor] = problem.system.bind(inputs)
     trajectory = Trajectory(problem.plan, grid, sign)
     linearize = Linearizer(f, inputs, wants[3:], False)
@@ -185,4 +190,28 @@ def _sweep(
         back = ImplicitBack(problem, plan, f, trajectory, linearize, anchors[-1])
     else:
         back = OdeBack(problem, plan, f, trajectory, linearize, anchors[-1], integral)
-    return walk(back, problem, grid, anchors, t_eval, bars, wants)
+    return safe.marked(walk(back, problem, grid, anchors, t_eval, bars, wants), given)
+
+
+def _without_failed(
+    grid: dict[str, Tensor], anchors: Tensor, t_eval: Tensor | None, bars: Sequence[Tensor | None]
+) -> tuple[dict[str, Tensor], Tensor, Tensor | None, Sequence[Tensor | None]]:
+    """Record, times and cotangents with trajectories that failed as if their span had ended where they came to, and another one in the
+    place of those that came nowhere: nothing is asked of them behind that."""
+    pad, dead = padding(grid["h"], grid["lands"]), grid["status"] < 0
+    if pad is None:
+        return grid, anchors, t_eval, bars
+    last = (~pad.still).sum(0) - 1
+    place = last.clamp(min=0).unsqueeze(0)
+    reached = (grid["t"].gather(0, place) + grid["h"].gather(0, place)).squeeze(0)
+    row_dims = {"states": 1, "t": 1, "h": 1, "stages": 2}
+    grid = grid | {name: grid[name].index_select(dim, pad.source) for name, dim in row_dims.items()} | {"status": grid["status"].abs()}
+    anchors = anchors.index_select(1, pad.source)
+    anchors = torch.cat([anchors[:-1], torch.where(dead, pad.first(reached), anchors[-1]).unsqueeze(0)])
+    final_bar, samples_bar, *rest = bars
+    final_bar = None if final_bar is None else torch.where(dead.unsqueeze(-1), 0.0, final_bar)
+    if samples_bar is not None and t_eval is not None:
+        known = grid["sample_step"] >= 0
+        samples_bar = torch.where(known.unsqueeze(-1), samples_bar, 0.0)
+        t_eval = torch.where(known & ~(pad.unborn & dead), t_eval, anchors[-1])
+    return grid, anchors, t_eval, (final_bar, samples_bar, *rest)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..integrate.pencil import Pencil, split
+from ..integrate.pencil import Pencil, regular_size, split
 from ..linalg import LinearOperator, Log, Matrix, SparseMatrix
 from ..nonlinear import RootRecord
 from ..system import Flat, System, VmappedSystem
@@ -145,8 +145,12 @@ def coupled_matrix(a: Rows, h: Tensor, blocks: Sequence[Matrix]) -> Matrix:
 
 
 def coupled_pencils(a: Rows, h: Tensor, pencils: Sequence[Pencil]) -> Matrix:
-    """The ``s n x s n`` matrices with blocks ``delta_ij E_i + h a_ij G_i``; ``h`` is (B, 1)."""
+    """The ``s n x s n`` matrices with blocks ``delta_ij E_i + h a_ij G_i``; ``h`` is (B, 1).
+
+    Where it is zero, in steps that do nothing, that of a small step: the slopes are finite then, and times zero.
+    """
     s, first = len(a), pencils[0].G
+    h = regular_size(h, pencils[0])
     if isinstance(first, Tensor):
         n = first.shape[-1]
         weights = h.reshape(-1, 1, 1, 1, 1) * torch.tensor(a, dtype=h.dtype, device=h.device)[:, None, :, None]

@@ -20,6 +20,7 @@ from .linearize import Linearizer
 from .lone_sweep import LoneSweep, goes_by_rows
 from .multistep_adjoint import multistep_eager
 from .multistep_rows import multistep_by_rows
+from .padding import in_shelter
 from .problem import Problem, kept_steps, stage_times, step_times
 from .stages import StageLinearizer, recorded_adjoint
 from .whole import sweeps_whole, whole_sweep
@@ -105,6 +106,7 @@ class _Samples:
         h_bar.index_add_(0, row, size)
 
 
+@in_shelter
 def eager_sweep(
     problem: Problem,
     grid: dict[str, Tensor],

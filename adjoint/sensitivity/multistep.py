@@ -14,6 +14,7 @@ from torch import Tensor
 from .adams import AdamsReplay
 from .bdf import BdfReplay
 from .multistep_step import Schedule, StepTime
+from .padding import padding, shelter
 from .problem import Outputs, Problem, interpolate
 from .products import tangent, vjp
 
@@ -39,13 +40,20 @@ def _replay(
     steps: Replay = method(problem, grid, inputs)
     n_steps = h.shape[0]
     schedule = Schedule(problem, grid, anchors, steps.resized)
-    D = steps.begin(y0, schedule.first) if n_steps else y0.unsqueeze(0)
+    D = begin = y0.unsqueeze(0)
+    if n_steps:
+        # what steps that do nothing are evaluated at: see `padding`
+        pad = padding(h, grid["lands"])
+        begin = steps.begin(y0 if pad is None else pad.start(y0), schedule.first)
+        D = begin if pad is None else torch.cat([D, begin[1:]])
     all_states, all_stages = [y0], []
     for k in range(n_steps):
         time = schedule.step(k)
         # a step that ends on an anchor is read off where that is now
-        stages, new = steps.step(k, D, time, lambda stages, k=k, time=time: _beyond(plan, stages, h[k], time.late))
-        D = torch.where((h[k] != 0).reshape(1, -1, 1), new, D)
+        moves = (h[k] != 0).reshape(1, -1, 1)
+        table = D if D is begin else torch.where(moves, D, begin)
+        stages, new = steps.step(k, table, time, lambda stages, k=k, time=time: _beyond(plan, stages, h[k], time.late))
+        D = torch.where(moves, new, D)
         all_states.append(D[0])
         all_stages.append(stages)
     final = torch.where((grid["status"] >= 0).unsqueeze(-1), all_states[-1], float("nan"))
@@ -72,7 +80,8 @@ def multistep_outputs(
 ) -> Outputs:
     """The computed solution, recorded by autograd."""
     names = ("states", "t", "h", "segment", "lands", "sample_step", "status", "stages", "extra")
-    found = _replay(problem, {name: getattr(grid, name).detach() for name in names}, anchors, t_eval, y0, inputs)
+    safe = shelter(problem, {name: getattr(grid, name).detach() for name in names}, t_eval, inputs)
+    found = _replay(problem, safe.grid, anchors, t_eval, y0, safe.inputs)
     return grid._replace(**dict(zip(("final", "samples", "states", "stages"), found, strict=True)))
 
 

@@ -274,7 +274,9 @@ def interpolate(plan: Plan, states: Tensor, stages: Tensor, t: Tensor, h: Tensor
     n_samples, rows = sample_step.shape
     n, n_stages = states.shape[-1], stages.shape[1]
     h_k = h.gather(0, index)
-    theta = (t_eval - t.gather(0, index)) / torch.where(h_k == 0, 1.0, h_k)
+    # a step over a span of no length goes on as its first slope does
+    h_k = torch.where(h_k == 0, 1.0, h_k)
+    theta = (t_eval - t.gather(0, index)) / h_k
     y = states.gather(0, index.unsqueeze(-1).expand(-1, -1, n))
     ks = stages.gather(0, index[:, None, :, None].expand(n_samples, n_stages, rows, n))
     weights = (plan.method.dense_weights(theta) * h_k.unsqueeze(-1)).to(states.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..integrate import Plan
 from ..integrate.columns import layout
 from ..system import Flat
+from .padding import padding
 from .problem import Outputs, interpolate, kept_steps, stage_times, step_times
 
 __all__ = ["replay", "replay_step"]
@@ -34,15 +35,23 @@ def replay_step(
 def replay(equations: Callable[[int], Flat], plan: Plan, grid: Outputs, anchors: Tensor, t_eval: Tensor | None, y0: Tensor) -> Outputs:
     """The computed solution as a differentiable function of ``anchors``, ``t_eval``, ``y0`` and whatever ``equations(k)``, the
     right-hand side in step ``k``, depends on."""
-    times = step_times(grid.t, grid.h, grid.segment, grid.lands, anchors, plan.shift)
     n_steps = grid.t.shape[0]
+    pad = padding(grid.h, grid.lands)
+    t, first = grid.t, y0
+    if pad is not None:
+        # what steps that do nothing are evaluated at: see `padding`
+        t, first = torch.where(pad.still, pad.first(t[0]), t), pad.start(y0)
+    times = step_times(t, grid.h, grid.segment, grid.lands, anchors, plan.shift)
     keep = set(kept_steps(plan, grid.event_step, n_steps))
     sampled = t_eval is not None and t_eval.shape[0] > 0
     states, stages = [y0], []
     all_times = stage_times(plan, times, plan.real)
     for k in range(n_steps):
-        y1, ks = replay_step(equations(k), plan, all_times[k], times.h[k], states[-1], sampled or k in keep)
-        states.append(y1)
+        y = states[-1]
+        still = None if pad is None else pad.still[k].unsqueeze(-1)
+        start = y if still is None else torch.where(still, first, y)
+        y1, ks = replay_step(equations(k), plan, all_times[k], times.h[k], start, sampled or k in keep)
+        states.append(y1 if still is None else torch.where(still, y, y1))
         stages.append(ks)
     final = torch.where((grid.status >= 0).unsqueeze(-1), states[-1], float("nan"))
     all_states = torch.stack(states)

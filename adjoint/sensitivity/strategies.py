@@ -15,6 +15,7 @@ from ..integrate import Monitor, Record, Recording, integrate
 from .checkpoints import CheckpointNode
 from .multistep import multistep_outputs
 from .node import SolveNode
+from .padding import shelter
 from .problem import Outputs, Problem
 from .replay import replay
 from .stages import equations
@@ -117,10 +118,12 @@ class Backprop:
             return grid
         if getattr(problem.plan.method, "multistep", False):
             return multistep_outputs(problem, grid, anchors, t_eval, y0, inputs)
+        safe = shelter(problem, {name: x.detach() for name, x in zip(Outputs._fields, grid, strict=True)}, t_eval, inputs)
+        inputs = safe.inputs
         if problem.algebra is None:
             f = problem.system.bind(inputs)
             return replay(lambda k: f, problem.plan, grid, anchors, t_eval, y0)
-        stages = grid.stages.detach()
+        stages = safe.grid["stages"]
         return replay(lambda k: equations(problem, inputs, stages[k]), problem.plan, grid, anchors, t_eval, y0)
 
 

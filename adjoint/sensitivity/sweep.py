@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .multistep import multistep_functional, multistep_tangents
+from .padding import in_shelter, shelter
 from .problem import Problem, StepTimes, interpolate, kept_steps, stage_times, step_times
 from .products import tangent, vjp
 from .replay import replay_step
@@ -64,6 +65,7 @@ def _zero(bar: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if bar is None else bar
 
 
+@in_shelter
 def functional_sweep(
     problem: Problem,
     grid: dict[str, Tensor],
@@ -141,9 +143,12 @@ def tangents(
     dots: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tangents of ``(final, samples, states, stages)`` along tangents of ``(anchors, t_eval, y0, *inputs)``."""
+    safe = shelter(problem, grid, t_eval, inputs)
+    grid, inputs = safe.grid, safe.inputs
+    anchors_dot, t_eval_dot, y0_dot, *inputs_dot = (*dots[:3], *safe.still_dots(dots[3:]))
     if getattr(problem.plan.method, "multistep", False):
-        return multistep_tangents(problem, grid, anchors, t_eval, inputs, dots)  # type: ignore[return-value]
-    anchors_dot, t_eval_dot, y0_dot, *inputs_dot = dots
+        moved = (anchors_dot, t_eval_dot, y0_dot, *inputs_dot)
+        return multistep_tangents(problem, grid, anchors, t_eval, inputs, moved)  # type: ignore[return-value]
     plan, states = problem.plan, grid["states"]
     n_steps = grid["t"].shape[0]
     times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors, plan.shift)

@@ -1,0 +1,284 @@
+"""What derivatives look at where a trajectory takes no step: steps of size zero, put where nothing can go wrong.
+
+Trajectories of one solve take different numbers of steps, and some none: one that is done, or has failed, goes along with steps of size
+zero. Nothing that they give is asked for. But whatever is evaluated for them is summed with the rest, and zero times NaN is NaN: the
+derivative of ``fun`` may be infinite where a trajectory ended, and a state that failed may be anything. So these steps are put at the start
+of the trajectory's own first step, and those of a trajectory without any at the start of another one's: points that are evaluated anyway.
+Parameters of its own with which a trajectory failed are in the way too: see `shelter`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..capture import functorch_active, readable
+from ..system import System, VmappedSystem
+from .problem import Problem
+
+__all__ = ["Padding", "Shelter", "in_shelter", "padding", "shelter"]
+
+Found = tuple[Tensor | None, ...]
+
+
+class Padding(NamedTuple):
+    """``still`` (K, B): steps in which the trajectory does nothing. ``source`` (B,): whose first step stands in for them, its own where
+    it has one; ``unborn`` (B,): where it has none."""
+
+    still: Tensor
+    source: Tensor
+    unborn: Tensor
+
+    def first(self, x: Tensor) -> Tensor:
+        """``x`` (B, ...) of the trajectories that stand in."""
+        return x.index_select(0, self.source)
+
+    def slopes(self, stages: Tensor) -> Tensor:
+        """Recorded slopes (K, S, B, n) with those of the steps that stand in."""
+        return torch.where(self.still[:, None, :, None], stages[0].index_select(1, self.source), stages)
+
+    def start(self, y0: Tensor) -> Tensor:
+        """Initial states (B, n) with others in the place of those from which no step was taken."""
+        return torch.where(self.unborn.unsqueeze(-1), self.first(y0.detach()), y0)
+
+
+def padding(h: Tensor, lands: Tensor) -> Padding | None:
+    """From sizes and landings (K, B) of all steps; None where no trajectory waits for another one. A step over a span of no length lands,
+    others of size zero are padding."""
+    if not h.shape[0] or (h.shape[1] == 1 and not functorch_active()):
+        return None
+    still = (h == 0) & ~lands
+    count = (~still).sum(0)
+    unborn = count == 0
+    place = torch.arange(count.shape[0], device=h.device)
+    return Padding(still, torch.where(unborn, count.argmax(), place), unborn)
+
+
+class Shelter(NamedTuple):
+    """What a sweep through recorded steps is given: ``grid``, the tensors of the record by their names, and the ``inputs``.
+
+    ``grid`` has ``size`` (K, B) beside, the sizes of steps with those that stand in for the padding, whose own stays zero; and ``moved``
+    (K, B), the steps that are put elsewhere, or None. ``replaced``: the entries of inputs in whose place others were put, None for none;
+    ``dead`` (B,): trajectories that failed; ``unborn``: those without a step. Both None where there is none.
+    """
+
+    grid: dict[str, Any]
+    inputs: Sequence[Tensor]
+    replaced: Sequence[Tensor | None]
+    dead: Tensor | None = None
+    unborn: Tensor | None = None
+
+    def marked(self, found: Found, bars: Sequence[Tensor | None]) -> Found:
+        """Cotangents of ``(anchors, t_eval, y0, *inputs)`` with NaN where they are of a trajectory that failed: at once, or with a loss
+        on what it did not get to."""
+        if self.dead is None or self.unborn is None:
+            return found
+        anchors, t_eval, y0, *rest = found
+        final_bar, samples_bar, *_ = bars
+        lost = self.unborn & self.dead
+        if final_bar is not None:
+            lost = lost | (self.dead & (final_bar != 0).any(-1))
+        if samples_bar is not None and samples_bar.shape[0]:
+            missing = (self.grid["sample_step"] < 0) & (samples_bar != 0).any(-1)
+            lost = lost | (self.dead & missing.any(0))
+        y0 = None if y0 is None else torch.where(lost.unsqueeze(-1), float("nan"), y0)
+        rest = [
+            x if x is None or mask is None else torch.where(mask, float("nan"), x) for x, mask in zip(rest, self.replaced, strict=True)
+        ]
+        return (anchors, t_eval, y0, *rest)
+
+    def still_dots(self, dots: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Tangents of inputs: what was put in their places does not move."""
+        return [x if x is None or mask is None else torch.where(mask, 0.0, x) for x, mask in zip(dots, self.replaced, strict=True)]
+
+
+def shelter(problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None, inputs: Sequence[Tensor]) -> Shelter:
+    """A record and inputs with which steps can be taken again, or back, without harm from trajectories that are done or have failed.
+
+    One-step methods are evaluated at the start of a step, of which only the last of ``states`` (K + 1, B, n) is none; multistep
+    methods at its end, so there all but the first of them are ends.
+
+    Where trajectories failed, their own parts of the inputs (those with an entry for each trajectory) are replaced by those of another
+    one if they are not finite, or if ``fun`` is not finite with them: see `_replacements`.
+    """
+    pad = padding(grid["h"], grid["lands"])
+    nothing: list[Tensor | None] = [None] * len(inputs)
+    if pad is None:
+        return Shelter(grid | {"size": grid["h"], "moved": None}, inputs, nothing)
+    grid = _moved_grid(problem, grid, t_eval, pad)
+    dead = grid["status"] < 0
+    if not readable(dead) or not bool(dead.any()):
+        return Shelter(grid, inputs, nothing)
+    given, replaced = inputs, nothing
+    if not bool(dead.all()):
+        given, replaced = _replacements(problem, grid, pad, dead, inputs)
+    return Shelter(grid, given, replaced, dead, pad.unborn)
+
+
+def in_shelter(sweep: Callable[..., Found]) -> Callable[..., Found]:
+    """A sweep with the arguments of `discrete.eager_sweep`, that is given what `shelter` makes of record and inputs."""
+
+    @wraps(sweep)
+    def sheltered(
+        problem: Problem,
+        grid: dict[str, Tensor],
+        anchors: Tensor,
+        t_eval: Tensor | None,
+        inputs: Sequence[Tensor],
+        bars: Sequence[Tensor | None],
+        wants: Sequence[bool],
+        *more: Any,
+    ) -> Found:
+        safe = shelter(problem, grid, t_eval, inputs)
+        return safe.marked(sweep(problem, safe.grid, anchors, t_eval, safe.inputs, bars, wants, *more), bars)
+
+    return sheltered
+
+
+def _moved_grid(problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None, pad: Padding) -> dict[str, Any]:
+    h, states, stages, still = grid["h"], grid["states"], grid["stages"], pad.still
+    multistep = getattr(problem.plan.method, "multistep", False)
+    moved = _moved(problem, grid, t_eval, still)
+    t = pad.first(grid["t"][0] + h[0] if multistep else grid["t"][0])
+    out: dict[str, Any] = grid | {
+        "moved": moved,
+        "size": torch.where(still, pad.first(h[0]), h),
+        "t": torch.where(moved, t, grid["t"]),
+    }
+    if states.shape[0] == h.shape[0] + 1:
+        column = moved.unsqueeze(-1)
+        if multistep:
+            # the table of differences begins at the first state, wherever that is
+            out["states"] = torch.cat([states[:1], torch.where(column, pad.first(states[1]), states[1:])])
+        else:
+            out["states"] = torch.cat([torch.where(column, pad.first(states[0]), states[:-1]), states[-1:]])
+    if stages.dim() == 4 and stages.shape[0] == h.shape[0]:
+        out["stages"] = pad.slopes(stages)
+    extra = grid.get("extra")
+    if extra is not None and extra.numel():
+        out["extra"] = torch.where(still.unsqueeze(1), extra[0].index_select(-1, pad.source), extra)
+    return out
+
+
+def _moved(problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None, still: Tensor) -> Tensor:
+    """Which of the steps are put elsewhere: all, but for the first behind a trajectory's last one where that hands on the cotangent of the
+    slope at its end, which samples inside of it have."""
+    method = problem.plan.method
+    if t_eval is None or not t_eval.shape[0] or getattr(method, "multistep", False) or method.end_index != len(method.nodes) - 1:
+        return still
+    last = (~still).sum(0) - 1
+    place = last.clamp(min=0).unsqueeze(0)
+    end = (grid["t"].gather(0, place) + grid["h"].gather(0, place)).squeeze(0)
+    inside = ((grid["sample_step"] == last) & (t_eval != end)).any(0)
+    number = torch.arange(still.shape[0], device=still.device).unsqueeze(-1)
+    return still & ~((number == last + 1) & inside & (last >= 0))
+
+
+def _replacements(
+    problem: Problem, grid: dict[str, Tensor], pad: Padding, dead: Tensor, inputs: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], list[Tensor | None]]:
+    """Inputs without what made trajectories fail, and which of their entries are others' now.
+
+    An entry for each trajectory is had by inputs that ``torch.vmap`` maps over, and, with ``batched=True``, it seems, by all of the length
+    of the batch. Whether that is so is not known: none is replaced on which ``fun`` depends in a trajectory that did not fail, at the
+    start of any step.
+    """
+    count = (~pad.still).sum(0)
+    donor = torch.where(dead, -1, count).argmax()
+    rows = [_rows_of(problem.system, i, x, dead, donor) for i, x in enumerate(inputs)]
+    given, replaced = list(inputs), [None] * len(inputs)
+    given, replaced = _tried(problem, grid, ~dead, given, replaced, rows, only_bad=True)
+    if bool(_finite(problem, grid, given).all()):
+        return given, replaced
+    return _tried(problem, grid, ~dead, given, replaced, rows, only_bad=False)
+
+
+_Rows = tuple[Tensor, Tensor]
+
+
+def _rows_of(system: System | VmappedSystem, index: int, x: Tensor, dead: Tensor, donor: Tensor) -> _Rows | None:
+    """Which entries of an input are of trajectories that failed, as flags of its shape, and the input of the ``donor`` for all."""
+    if not (x.is_floating_point() or x.is_complex()):
+        return None
+    sizes, mapped = [], []
+    while isinstance(system, VmappedSystem):
+        sizes.append(system.size)
+        mapped.append(system.in_dims[index] is not None)
+        system = system.base
+    if system.spec.batch is not None:
+        place = sum(mapped)
+        sizes.append(system.spec.batch)
+        mapped.append(x.dim() > place and x.shape[place] == system.spec.batch)
+    lead = [size for size, own in zip(sizes, mapped, strict=True) if own]
+    if not lead:
+        return None
+    flags = dead.reshape(sizes)
+    places, rest = [], donor
+    for size in reversed(sizes):
+        places.insert(0, rest % size)
+        rest = rest // size
+    at = x.detach()
+    for level in reversed(range(len(sizes))):
+        if not mapped[level]:
+            flags = flags.all(level)
+    for place, own in zip(places, mapped, strict=True):
+        if own:
+            at = at.index_select(0, place.reshape(1)).squeeze(0)
+    return flags.reshape(*lead, *[1] * (x.dim() - len(lead))).expand_as(x), at.expand_as(x)
+
+
+def _tried(
+    problem: Problem,
+    grid: dict[str, Tensor],
+    live: Tensor,
+    inputs: Sequence[Tensor],
+    replaced: Sequence[Tensor | None],
+    rows: Sequence[_Rows | None],
+    only_bad: bool,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """One input after the other with the entries of failed trajectories replaced, where that changes nothing for the ``live`` ones; with
+    ``only_bad`` those that are not finite."""
+    given, out = list(inputs), list(replaced)
+    for i, (x, found) in enumerate(zip(inputs, rows, strict=True)):
+        if found is None:
+            continue
+        flags, other = found
+        bad = ~torch.isfinite(x.detach())
+        if only_bad and (not bool(bad.any()) or bool((bad & ~flags).any())):
+            continue
+        mask = flags & bad if only_bad else flags
+        new = torch.where(mask, other, x)
+        if x.requires_grad and not new.requires_grad:
+            new.requires_grad_(True)
+        trial = [*given[:i], new, *given[i + 1 :]]
+        if _same(problem, grid, live, given, trial):
+            given, out[i] = trial, mask
+    return given, out
+
+
+def _points(problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """``fun`` where steps start (multistep: and end)."""
+    f, real = problem.system.bind(inputs), grid["states"].dtype.to_real()
+    states, slopes = grid["states"], grid["stages"]
+    out = []
+    with torch.no_grad():
+        for k in range(min(len(grid["t"]), len(states))):
+            y = states[k + 1] if getattr(problem.plan.method, "multistep", False) else states[k]
+            if problem.system.residual is not None:
+                y = torch.cat([y, slopes[k][0]], -1)
+            out.append(f(grid["t"][k].to(real), y))
+    return out
+
+
+def _finite(problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    """(B,): whether ``fun`` is finite at all of them."""
+    return torch.stack([torch.isfinite(value).all(-1) for value in _points(problem, grid, inputs)]).all(0)
+
+
+def _same(problem: Problem, grid: dict[str, Tensor], live: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    pairs = zip(_points(problem, grid, before), _points(problem, grid, after), strict=True)
+    return all(torch.equal(x[live], y[live]) for x, y in pairs)

@@ -1,0 +1,175 @@
+"""Trajectories that are done, or failed, beside others: derivatives of the others are as if they were alone."""
+
+import pytest
+import torch
+
+import adjoint
+
+NAN = float("nan")
+ONE = torch.ones(2, dtype=torch.float64)
+
+
+def constrained(t, y, yp, p):
+    """y' = -p z, 0 = z - y."""
+    return torch.stack([yp[:, 0] + p * y[:, 1], y[:, 1] - y[:, 0]], 1)
+
+
+def ragged(p, method):
+    out = adjoint.solve_dae(
+        constrained, (0.0, 1.0), torch.ones(2, 2, dtype=torch.float64), args=(p,), batched=True, method=method, rtol=1e-5, atol=1e-8
+    )
+    return out.y[-1, :, 0]
+
+
+@pytest.mark.parametrize("method, p", [("radau", (1.0, 5.0)), ("radau3", (-1.0, 4.0)), ("bdf", (-1.0, 4.0))])
+def test_tangents_of_constrained_trajectories_with_different_numbers_of_steps(method, p):
+    p = torch.tensor(p, dtype=torch.float64)
+    want = -torch.exp(-p)
+    got = torch.func.jvp(lambda p: ragged(p, method), (p,), (ONE,))[1]
+    torch.testing.assert_close(got, want, rtol=5e-3, atol=0.0)
+    alone = torch.stack([torch.func.jvp(lambda q: ragged(q, method), (x.repeat(2),), (ONE,))[1][0] for x in p])
+    torch.testing.assert_close(got, alone, rtol=1e-9, atol=0.0)
+
+
+def test_second_derivatives_of_constrained_trajectories_with_different_numbers_of_steps():
+    p = torch.tensor([1.0, 5.0], dtype=torch.float64, requires_grad=True)
+    want = torch.exp(-p.detach())
+    forward = torch.func.jvp(torch.func.grad(lambda p: ragged(p, "radau").sum()), (p.detach(),), (ONE,))[1]
+    torch.testing.assert_close(forward, want, rtol=5e-3, atol=1e-6)
+    (first,) = torch.autograd.grad(ragged(p, "radau").sum(), p, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), p)
+    torch.testing.assert_close(second, forward, rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.parametrize("method", ["radau5", "rodas5p"])
+def test_forward_sensitivities_with_a_mass_matrix(method):
+    p = torch.tensor([1.0, 5.0], dtype=torch.float64, requires_grad=True)
+    mass = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    fun = lambda t, y, p: torch.stack([-p * y[:, 1], y[:, 1] - y[:, 0]], 1)  # noqa: E731
+    y = adjoint.solve_ivp(
+        fun, (0.0, 1.0), torch.ones(2, 2, dtype=torch.float64), args=(p,), batched=True, mass_matrix=mass, method=method,
+        gradient=adjoint.ForwardSensitivity(), rtol=1e-5, atol=1e-8,
+    ).y  # fmt: skip
+    (got,) = torch.autograd.grad(y[-1, :, 0].sum(), p)
+    torch.testing.assert_close(got, -torch.exp(-p.detach()), rtol=5e-3, atol=0.0)
+
+
+def spoiled(kind, k, method="tsit5", form="batched", second=False, samples=True, **options):
+    """The gradient in ``k``, shared by all, of the two trajectories of y' = -k a y that do not fail; and what is right."""
+    y0 = torch.tensor([[1.0], [2.0], [1.0]], dtype=torch.float64)
+    a = torch.tensor([1.0, 2.0, 1.5], dtype=torch.float64)
+    if kind == "state":
+        y0[1] = NAN
+    elif kind == "parameter":
+        a[1] = NAN
+    elif kind == "root of a negative one":
+        a[1] = -1.0
+    y0.requires_grad_(True), a.requires_grad_(True)
+
+    def fun(t, y, a):
+        a = a.unsqueeze(-1)
+        rate = -k * a * y
+        if kind == "root of a negative one":
+            rate = rate * torch.sqrt(a) / torch.sqrt(a.abs())
+        if kind == "later":
+            rate = rate * torch.where((t.unsqueeze(-1) > 0.5) & (y > 1.02), NAN, 1.0)
+        return rate
+
+    ts = torch.linspace(0.0, 1.0, 5, dtype=torch.float64) if samples else torch.tensor([1.0], dtype=torch.float64)
+    options = {"rtol": 1e-6, "atol": 1e-8, "method": method, "throw": False, "args": (a,), "t_eval": ts, **options}
+    if form == "vmap":
+        one = lambda y, a: adjoint.solve_ivp(fun, (0.0, 1.0), y, **{**options, "args": (a,)}).y  # noqa: E731
+        y = torch.vmap(one)(y0, a).transpose(0, 1)
+    else:
+        out = adjoint.solve_ivp(fun, (0.0, 1.0), y0, batched=True, **options)
+        assert [int(s) < 0 for s in out.status] == [False, True, False]
+        y = out.y
+    loss = y[:, 0].sum() + y[:, 2].sum()
+    got, y0_bar, a_bar = torch.autograd.grad(loss, (k, y0, a), create_graph=second)
+    rate = torch.tensor([[1.0], [1.5]], dtype=torch.float64)
+    decay = torch.exp(-k.detach() * rate * ts)
+    if second:
+        return torch.autograd.grad(got, k)[0], ((rate * ts) ** 2 * decay).sum(), y0_bar, a_bar
+    return got, -(rate * ts * decay).sum(), y0_bar, a_bar
+
+
+@pytest.fixture
+def k():
+    return torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+
+
+KINDS = ["state", "parameter", "root of a negative one", "later"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["tsit5", "rodas5p", "bdf"])
+def test_a_failed_trajectory_leaves_the_gradients_of_shared_parameters_alone(kind, method, k):
+    got, want, y0_bar, a_bar = spoiled(kind, k, method)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=0.0)
+    assert bool(torch.isfinite(y0_bar[[0, 2]]).all()) and bool(torch.isfinite(a_bar[[0, 2]]).all())
+    if kind != "later":
+        assert bool(y0_bar[1].isnan().all())
+        assert kind == "state" or bool(a_bar[1].isnan())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        adjoint.Backprop(),
+        adjoint.ForwardSensitivity(),
+        adjoint.DiscreteAdjoint(checkpoints=3),
+        adjoint.InterpolatingAdjoint(),
+        adjoint.GaussAdjoint(method="kvaerno5"),
+        adjoint.QuadratureAdjoint(),
+    ],
+)
+def test_so_by_every_strategy(kind, strategy, k):
+    got, want, *_ = spoiled(kind, k, gradient=strategy)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_so_under_vmap_and_in_second_derivatives(kind, k):
+    got, want, *_ = spoiled(kind, k, form="vmap")
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=0.0)
+    got, want, *_ = spoiled(kind, k, second=True)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=0.0)
+
+
+def test_a_loss_on_a_trajectory_that_failed_has_no_gradient_there(k):
+    y0 = torch.tensor([[1.0], [2.0]], dtype=torch.float64, requires_grad=True)
+    fun = lambda t, y: -k * y * torch.where((t.unsqueeze(-1) > 0.5) & (y > 1.02), NAN, 1.0)  # noqa: E731
+    ts = torch.tensor([0.25, 1.0], dtype=torch.float64)
+    y = adjoint.solve_ivp(fun, (0.0, 1.0), y0, t_eval=ts, batched=True, throw=False, rtol=1e-9, atol=1e-11).y
+    before, after = (torch.autograd.grad(y[i].sum(), y0, retain_graph=True)[0][:, 0] for i in range(2))
+    torch.testing.assert_close(before, torch.exp(-k.detach() * ts[0]).expand(2))
+    assert float(after[0]) == pytest.approx(float(torch.exp(-k.detach())), rel=1e-6) and bool(after[1].isnan())
+
+
+def test_a_shared_tensor_of_the_length_of_the_batch_is_no_trajectories_own():
+    # the rows of the matrix are summed for every trajectory: none may be replaced, though there are as many as trajectories
+    weight = torch.tensor([[0.3, 0.1], [0.2, 0.4]], dtype=torch.float64, requires_grad=True)
+
+    def fun(t, y):
+        return torch.where(y[:, :1] > 1.5, NAN, 1.0) * -(y @ weight)
+
+    def end(y0, batched):
+        return adjoint.solve_ivp(fun if batched else (lambda t, y: fun(t, y[None])[0]), (0.0, 1.0), y0, batched=batched, throw=False).y[-1]
+
+    both = torch.autograd.grad(end(torch.tensor([[1.0, 1.0], [2.0, 1.0]], dtype=torch.float64), True)[0].sum(), weight)[0]
+    alone = torch.autograd.grad(end(torch.ones(2, dtype=torch.float64), False).sum(), weight)[0]
+    torch.testing.assert_close(both, alone, rtol=1e-9, atol=1e-12)
+
+
+def test_trajectories_that_end_where_the_derivative_is_infinite():
+    # y' = -k sqrt(y): each trajectory is stopped above zero; the state at the end of its last step may be at it
+    k = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    low = lambda t, y: y[:, 0] - 1e-12  # noqa: E731
+    low.terminal = True
+    y0 = torch.tensor([[0.01], [1.0]], dtype=torch.float64)
+    fun = lambda t, y: -k * torch.sqrt(torch.clamp(y, min=0.0))  # noqa: E731
+    out = adjoint.solve_ivp(fun, (0.0, 1.0), y0, batched=True, events=low, rtol=1e-6, atol=1e-9)
+    (got,) = torch.autograd.grad(out.y[-1, 1].sum(), k)
+    # y = (1 - k t / 2)^2
+    assert float(got) == pytest.approx(-0.5, rel=1e-5)
