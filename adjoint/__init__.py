@@ -6,6 +6,7 @@ from .branches import BranchSolution, FoldPoint, continuation
 from .dae import solve_dae
 from .errors import (
     AdjointError,
+    BacksolveDiverged,
     CapturedTensorLost,
     HigherIndexDAE,
     InconsistentInitialCondition,
@@ -47,6 +48,7 @@ __all__ = [
     "AdjointError",
     "Backprop",
     "BacksolveAdjoint",
+    "BacksolveDiverged",
     "BranchSolution",
     "CapturedTensorLost",
     "DiscreteAdjoint",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from .errors import InvalidInput, UnsupportedCombination
 from .integrate import PIDController, rms_norm
@@ -17,7 +17,19 @@ from .methods import IMEX_METHODS, METHODS, SWITCHING_METHODS, Method
 from .methods.adams import ADAMS_NAMES
 from .system import StateSpec
 
-__all__ = ["Times", "check_controller", "check_method", "check_times", "flat_norm", "flat_tolerance", "positive"]
+__all__ = [
+    "Times",
+    "as_times",
+    "check_controller",
+    "check_method",
+    "check_precision",
+    "check_times",
+    "flat_norm",
+    "flat_tolerance",
+    "method_for",
+    "positive",
+    "snapped",
+]
 
 
 def positive(value: Any, name: str, *, zero: bool = False) -> float:
@@ -87,6 +99,24 @@ def flat_tolerance(value: Any, name: str, spec: StateSpec, default: float) -> fl
     return flat
 
 
+def check_precision(spec: StateSpec, rtol: Any) -> None:
+    """Raise `InvalidInput` for states whose numbers are too coarse for error control, and for an ``rtol`` below what rounding leaves."""
+    kind, eps = spec.real_dtype, torch.finfo(spec.real_dtype).eps
+    if kind.itemsize < 4:
+        raise InvalidInput(
+            f"y0 has dtype {spec.dtype}, whose numbers are too coarse for step size control and gradients: give y0.float(), and convert "
+            "inside of fun where that shall compute in half precision (or use torch.autocast there)"
+        )
+    given = [x for x in tree_leaves(rtol) if isinstance(x, (int, float)) or (isinstance(x, Tensor) and _concrete(x))]
+    # a tenth: some defaults in use are just below the spacing of single precision
+    small = [float(x[x > 0].min()) for x in map(torch.as_tensor, given) if bool((x > 0).any())]
+    if small and min(small) < 0.1 * eps:
+        raise InvalidInput(
+            f"rtol = {min(small):.3g} is below the resolution of {kind}, {eps:.1e}: the error of a step would be rounding. Solve in double "
+            "precision (y0.double(), parameters too), or give a larger rtol"
+        )
+
+
 def flat_norm(norm: Any, spec: StateSpec) -> Callable[[Tensor], Tensor]:
     """The error norm on ``(B, n)``: "rms", "max", or a function of a state pytree of scaled errors (0-d, or ``(B,)`` when batched)."""
     if norm is None or norm == "rms":
@@ -124,16 +154,33 @@ def _concrete(x: Tensor) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
+def as_times(value: Any, name: str, device: torch.device | None = None) -> Tensor:
+    """Times as one tensor: a tensor as it is, anything else in float64. Sequences of tensors, however deep, keep their derivatives."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+            return torch.stack([as_times(v, name, device).to(device=device, dtype=torch.float64) for v in value])
+        return torch.as_tensor(value, dtype=torch.float64, device=device)
+    except InvalidInput:
+        raise
+    except Exception as error:
+        raise InvalidInput(f"{name} must be numbers or tensors, got {value!r}") from error
+
+
+def snapped(times: Tensor, first: Tensor, last: Tensor, *given: Any) -> Tensor:
+    """Times that are the ends ``first`` or ``last`` but for the rounding of the numbers ``given`` are these ends; derivatives stay."""
+    kinds = [x.dtype for x in tree_leaves(given) if hasattr(x, "dtype")]
+    floats = [k if isinstance(k, torch.dtype) else getattr(torch, str(k), torch.float64) for k in kinds]
+    eps = max((torch.finfo(k).eps for k in floats if k.is_floating_point), default=torch.finfo(torch.float64).eps)
+    first, last, at = first.detach(), last.detach(), times.detach()
+    slack = torch.minimum(2 * eps * torch.maximum(first.abs(), last.abs()), 1e-3 * (last - first).abs())
+    end = torch.where((at - first).abs() <= slack, first, torch.where((at - last).abs() <= slack, last, at))
+    return times + (end - at)
+
+
 def _time(value: Any, name: str, spec: StateSpec, ndim: tuple[int, ...]) -> Tensor:
-    if not isinstance(value, Tensor):
-        try:
-            value = torch.as_tensor(value, dtype=torch.float64)
-        except (TypeError, ValueError, RuntimeError):
-            try:
-                # a sequence of 0-d tensors, which may require grad
-                value = torch.stack([torch.as_tensor(v) for v in value])
-            except Exception as error:
-                raise InvalidInput(f"{name} must be numbers or tensors, got {value!r}") from error
+    value = as_times(value, name, spec.device)
     if value.is_complex() or value.dtype == torch.bool:
         raise InvalidInput(f"{name} must be real, got dtype {value.dtype}")
     value = value.to(device=spec.device, dtype=torch.float64)
@@ -163,12 +210,11 @@ def check_times(t_span: Any, t_eval: Any, step_ts: Any, spec: StateSpec) -> Time
     own = any(x.dim() == 1 for x in ends)
     first, last = (x.expand(spec.rows) for x in ends)
     concrete = _concrete(first) and _concrete(last)
-    if concrete and bool((first == last).any()):
-        raise InvalidInput(f"t_span is empty: it starts and ends at {float(first[first == last][0]):.6g}")
     rows = [first.unsqueeze(0), last.unsqueeze(0)]
     if step_ts is not None:
         inner = _time(step_ts, "step_ts", spec, (1, 2) if batched else (1,))
         inner = inner.unsqueeze(-1).expand(-1, spec.rows) if inner.dim() == 1 else inner
+        inner = snapped(inner, first, last, step_ts, start, end)
         backwards = first > last
         inner = torch.where(backwards, inner.sort(0, descending=True).values, inner.sort(0).values)
         inner = torch.minimum(torch.maximum(inner, torch.minimum(first, last)), torch.maximum(first, last))
@@ -190,6 +236,7 @@ def check_times(t_span: Any, t_eval: Any, step_ts: Any, spec: StateSpec) -> Time
     if times.shape[0] == 0:
         raise InvalidInput('t_eval is empty; leave it out for the two ends, or give "steps"')
     full = times.unsqueeze(-1).expand(-1, spec.rows) if times.dim() == 1 else times
+    full = snapped(full, first, last, t_eval, start, end)
     if concrete and _concrete(full):
         low, high = torch.minimum(first, last), torch.maximum(first, last)
         outside = (full < low) | (full > high)
@@ -199,6 +246,22 @@ def check_times(t_span: Any, t_eval: Any, step_ts: Any, spec: StateSpec) -> Time
         if not bool(((change >= 0).all(0) | (change <= 0).all(0)).all()):
             raise InvalidInput("t_eval is not monotonic: sort it (repeated times are allowed)")
     return Times(anchors, full, _as_given(times, (t_eval,), spec), False)
+
+
+def method_for(times: Times, chosen: Method, one_step: Method) -> Method:
+    """The method, or ``one_step`` in the place of a multistep one over a span of no length: that takes the step of no length that gives
+    the derivatives in the times."""
+    if not getattr(chosen, "multistep", False) or not _concrete(times.anchors):
+        return chosen
+    empty = times.anchors[0] == times.anchors[-1]
+    if bool(empty.all()):
+        return one_step
+    if times.anchors.requires_grad and bool(empty.any()):
+        raise UnsupportedCombination(
+            f"derivatives in the ends of spans of which some have no length are not supported with {chosen.name!r}: choose a one-step "
+            f"method such as {one_step.name!r}"
+        )
+    return chosen
 
 
 def _as_given(shown: Tensor, given: Sequence[Any], spec: StateSpec) -> Tensor:

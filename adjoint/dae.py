@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from .arguments import Times, check_controller, check_times, flat_norm, flat_tolerance, positive
+from .arguments import Times, check_controller, check_precision, check_times, flat_norm, flat_tolerance, method_for, positive
 from .capture import find_captured, needs_derivatives, parameter_homes
 from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_bounds, initial_values, residual_algebra
 from .errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
@@ -18,7 +18,7 @@ from .event_times import NO_EVENTS, event_records
 from .integrate import IController, PIDController, Plan, Record
 from .ivp import _event_list, _flat_event, _front_door, _Parts, _solution
 from .lending import check_unchanged, copied
-from .methods import Method
+from .methods import DAE_METHODS, Method
 from .progress import progress_monitor
 from .quadrature import first_rate
 from .realification import suited_to_jacobians
@@ -121,6 +121,7 @@ def solve_dae(
         raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}")
     args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
     user_spec = StateSpec.of(y0, batched)
+    check_precision(user_spec, rtol)
     for name, value in (("y0", y0), ("yp0", yp0)):
         for leaf in [] if value is None else tree_leaves(value):
             wrapped = torch._C._functorch.is_functorch_wrapped_tensor(leaf)
@@ -129,6 +130,7 @@ def solve_dae(
     if yp0 is not None:
         user_spec.check(yp0, "yp0", "y0")
     times = check_times(t_span, t_eval, step_ts, user_spec)
+    chosen = method_for(times, chosen, DAE_METHODS["radau"])
     guessed = yp0 is None
     if guessed and consistent == "slopes":
         raise InvalidInput("consistent='slopes' keeps yp0 and solves for y0: give yp0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "AdjointError",
+    "BacksolveDiverged",
     "CapturedTensorLost",
     "HigherIndexDAE",
     "InconsistentInitialCondition",
@@ -53,6 +54,10 @@ class SolveError(AdjointError, RuntimeError, AssertionError):
     def __init__(self, message: str, *, t: float = float("nan"), trajectory: int | None = None, component: int | None = None) -> None:
         super().__init__(message)
         self.t, self.trajectory, self.component = t, trajectory, component
+
+
+class BacksolveDiverged(SolveError):
+    """The state that was solved backwards is not the one that the solve passed through, so the gradient along it would be wrong."""
 
 
 class MaxStepsReached(SolveError):

@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from .arguments import Times, check_controller, check_method, check_times, flat_norm, flat_tolerance, positive
+from .arguments import (
+    Times,
+    check_controller,
+    check_method,
+    check_precision,
+    check_times,
+    flat_norm,
+    flat_tolerance,
+    method_for,
+    positive,
+    snapped,
+)
 from .capture import find_captured, needs_derivatives, parameter_homes, readable, vmap_active
 from .dae_arguments import dae_failure
 from .errors import InvalidInput, UnsupportedCombination
@@ -24,7 +35,7 @@ from .integrate import Event, IController, PIDController, Plan, Record
 from .integrate.compiled import compile_key
 from .lending import copied, lending
 from .mass_matrix import consistent_start, implicit_method, in_step, with_mass, with_matrix, without_last
-from .methods import Method
+from .methods import METHODS, Method
 from .progress import progress_monitor
 from .quadrature import with_integral
 from .realification import refuse_parts, suited_to_jacobians
@@ -214,6 +225,7 @@ def solve_ivp(
             "fun=adjoint.SplitFunction(explicit, implicit), or choose a method for a fun in one piece, such as 'kvaerno5'"
         )
     user_spec = StateSpec.of(y0, batched)
+    check_precision(user_spec, rtol)
     _check_finite(y0, user_spec)
     if mass is not None:
         if callable(quadrature):
@@ -221,6 +233,7 @@ def solve_ivp(
         fun, args, events = with_matrix(fun, mass, y0, batched), (*args, mass), without_last(events)
     right_hand_side, state, integrand = fun, y0, None
     times = check_times(t_span, t_eval, step_ts, user_spec)
+    chosen = method_for(times, chosen, METHODS["kvaerno5" if chosen.implicit else "tsit5"])
     if quadrature is not None:
         if not callable(quadrature):
             raise InvalidInput(f"quadrature must be callable, got a {type(quadrature).__name__}")
@@ -481,6 +494,7 @@ def _interpolant(parts: _Parts) -> Callable[[Tensor], Any]:
             raise InvalidInput(f"sol(t) takes t of shape () or (T,){' or (T, B)' if batched else ''}, got {tuple(t.shape)}")
         times = t.to(device=out.t.device, dtype=torch.float64)
         full = times.reshape(-1, 1).expand(-1, rows) if times.dim() < 2 else times
+        full = snapped(full, parts.times.anchors[0], parts.times.anchors[-1], t)
         start, reached = parts.times.anchors[0].detach(), out.t_final
         last = torch.where(out.status < 0, parts.times.anchors[-1].detach(), reached)
         # the located time of an event and its differentiable value are the same to rounding

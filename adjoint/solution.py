@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import as_times
 from .capture import functorch_active
 from .integrate import Status
 
@@ -112,7 +113,7 @@ class Solution:
         """
         if self.interpolant is None:
             raise RuntimeError("this solution has no dense output: solve with dense_output=True")
-        return self.interpolant(t if isinstance(t, Tensor) else torch.as_tensor(t))
+        return self.interpolant(as_times(t, "t"))
 
     @property
     def nfev(self) -> int | Tensor:

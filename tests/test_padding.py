@@ -101,8 +101,11 @@ def k():
 KINDS = ["state", "parameter", "root of a negative one", "later"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["tsit5", "rodas5p", "bdf"])
+@pytest.mark.parametrize(
+    "kind, method",
+    [*((kind, "tsit5") for kind in KINDS), ("later", "rodas5p")]
+    + [pytest.param(kind, method, marks=pytest.mark.slow) for kind in KINDS[:3] for method in ("bdf", "kvaerno5", "radau5", "abm")],
+)
 def test_a_failed_trajectory_leaves_the_gradients_of_shared_parameters_alone(kind, method, k):
     got, want, y0_bar, a_bar = spoiled(kind, k, method)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=0.0)
@@ -112,7 +115,7 @@ def test_a_failed_trajectory_leaves_the_gradients_of_shared_parameters_alone(kin
         assert kind == "state" or bool(a_bar[1].isnan())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["parameter", pytest.param("later", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "strategy",
     [
@@ -129,7 +132,7 @@ def test_so_by_every_strategy(kind, strategy, k):
     torch.testing.assert_close(got, want, rtol=1e-3, atol=0.0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["parameter", pytest.param("state", marks=pytest.mark.slow)])
 def test_so_under_vmap_and_in_second_derivatives(kind, k):
     got, want, *_ = spoiled(kind, k, form="vmap")
     torch.testing.assert_close(got, want, rtol=1e-3, atol=0.0)

@@ -15,7 +15,7 @@ from ..sensitivity.backsolve import Backsolve, backsolve
 from ..sensitivity.witness import Witness
 from .event_gradient import through_event
 from .native import start_event
-from .request import Request, mixed_norm, rms
+from .request import Request, family_of, mixed_norm, rms
 
 __all__ = ["adjoint_parameters", "continuous_adjoint"]
 
@@ -91,7 +91,9 @@ def continuous_adjoint(
         out = integrate(dynamics, state, t, rtol=rtol, atol=atol, method=adjoint_method, options=options)
         return [leaf[1] for leaf in out]
 
-    config = Backsolve(lambda t, y: join(request.fun(t, split(y))), forward, backward, options, witness.check)
+    checked = family_of(adjoint_method) == "adaptive" and isinstance(adjoint_rtol, (int, float)) and isinstance(adjoint_atol, (int, float))
+    tolerances = (float(adjoint_rtol), float(adjoint_atol)) if checked else None
+    config = Backsolve(lambda t, y: join(request.fun(t, split(y))), forward, backward, options, witness.check, tolerances=tolerances)
     when, states = backsolve(config, join(request.y0), request.t, params)
     if is_tuple:
         # one slice and one view a leaf

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..arguments import flat_tolerance
+from ..arguments import check_precision, flat_tolerance
 from ..errors import InvalidInput
 from ..integrate import Monitor, rms_norm
 from ..lending import changed
@@ -175,6 +175,7 @@ def make_request(
             raise InvalidInput(f"y0 must be either a torch.Tensor or a tuple, got a {type(y0).__name__}")
         y0 = tuple(y0)
     spec = StateSpec.of(y0, False)
+    check_precision(spec, rtol)
     t = _check_times(t)
     if t.device != spec.device:
         warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=4)

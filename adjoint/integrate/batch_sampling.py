@@ -80,4 +80,5 @@ class BatchSampler:
         """Samples at the end of the span, of the rows that ``reached`` it."""
         reached = self.at_end & reached
         self.out = torch.where(reached.unsqueeze(-1), final, self.out)
-        self.step = torch.where(reached, (n_accepted - 1).expand_as(self.step), self.step)
+        # a trajectory over a span of no length may have no step
+        self.step = torch.where(reached, (n_accepted - 1).clamp(min=0).expand_as(self.step), self.step)

@@ -141,7 +141,10 @@ def advance(
         error1, error2 = carry.error1, carry.error2
         if controller.remembers:
             error1, error2 = torch.where(accepted, level, error1), torch.where(accepted, error1, error2)
-        hopeless = rejected & bad & (step <= smallest)
+        least = step <= smallest
+        if plan.accept_smallest:
+            least = least | (h.abs() <= plan.min_step)
+        hopeless = rejected & bad & least
     else:
         # without an error estimate the state itself says when it stops being finite
         bad = ~torch.isfinite(turned(y1)).all(-1)

@@ -94,7 +94,8 @@ def integrate_multistep(
     step = solver.start(anchors, sign, y0)
     segment = _skip_empty(anchors, torch.zeros(rows, dtype=torch.int64, device=device))
     attempts, accepted_count, status = (torch.zeros_like(segment) for _ in range(3))
-    running = torch.ones(rows, dtype=torch.bool, device=device)
+    # nothing is done over a span of no length
+    running = anchors[-1] != anchors[0]
     bad_last, scaled = torch.zeros_like(running), torch.zeros_like(y0, dtype=real)
     sampler = BatchSampler(plan, t_eval, anchors, sign, y0, False)
     events = BatchEventWatch(plan, inputs, t, y0) if plan.events else None

@@ -133,7 +133,8 @@ def integrate_single(
     fast = None if plan.compile is None else compiled(_timed_attempt, plan.compile)
     while segment < len(stops) - 1:
         target = stops[segment + 1]
-        if sign * (target - t) <= 0:
+        # a span of no length is one step of no length, whose derivatives in the times are those of any step
+        if sign * (target - t) <= 0 and (starts or segment < len(stops) - 2):
             segment += 1
             continue
         # a step that went over a terminal event is taken again, up to it

@@ -1,8 +1,8 @@
 """The continuous adjoint that solves the state backwards in time again ("backsolve"; Pontryagin 1962, Chen et al. 2018).
 
 It keeps no state but the outputs, and its gradient carries the error of a second solve: of the reversed dynamics, which are unstable
-wherever the forward ones are stable. On stiff or strongly contracting problems it is silently wrong by any amount, so it is never a
-default.
+wherever the forward ones are stable. On stiff or strongly contracting problems it leaves the solution, which is an error where it is
+seen, so it is never a default.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..capture import functorch_active
-from ..errors import UnsupportedCombination
+from ..errors import BacksolveDiverged, UnsupportedCombination
 
 __all__ = ["Backsolve", "Refuse", "backsolve"]
 
@@ -39,6 +39,7 @@ class Backsolve:
     adjoint_options : the options that ``backward`` will use; visible on the autograd node
     check : called before the way back; raises if ``fun`` is not what it was
     see : ``see(slope, t, y)`` raises if an evaluation of ``fun`` depends on what is not among the parameters
+    tolerances : rtol and atol of the way back, if the state that comes back is to be held against the one that went out
     """
 
     fun: Callable[[Tensor, Tensor], Tensor]
@@ -47,6 +48,7 @@ class Backsolve:
     adjoint_options: dict[str, Any] = field(default_factory=dict)
     check: Callable[[], None] = lambda: None
     see: Callable[[Tensor, Tensor, Tensor], None] | None = None
+    tolerances: tuple[float, float] | None = None
 
 
 def backsolve(config: Backsolve, y0: Tensor, t: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, Tensor]:
@@ -123,12 +125,35 @@ def _sweep(
             t_bar = t_bar - moved
             t_bars[i] = moved
         state = (t_bar, states[i], y_bar, *param_bars)
-        t_bar, _, y_bar, *param_bars = config.backward(dynamics, state, torch.stack([t[i], t[i - 1]]))
+        t_bar, y, y_bar, *param_bars = config.backward(dynamics, state, torch.stack([t[i], t[i - 1]]))
+        if config.tolerances is not None:
+            _check_return(y, states[i - 1], float(t[i]), float(t[i - 1]), *config.tolerances)
         # the stored state replaces the backsolved one, whose error would grow from interval to interval
         y_bar = y_bar + bar[i - 1]
     if t_bars is not None:
         t_bars[0] = t_bar
     return y_bar, t_bars, param_bars
+
+
+def _check_return(y: Tensor, stored: Tensor, t: float, back: float, rtol: float, atol: float) -> None:
+    """Raise `BacksolveDiverged` where the state solved back from ``t`` is not the one stored for ``back``, by far more than tolerances.
+
+    By up to a thousand of them it may be off, as errors grow on the way; by a tenth of its size no gradient survives.
+    """
+    if not y.numel():
+        return
+    size = torch.maximum(y.abs(), stored.abs()).amax()
+    unit = max(rtol, 10 * torch.finfo(size.dtype).eps) * size + atol
+    off = (y - stored).abs().amax()
+    if bool(off <= torch.minimum(1000 * unit, 0.1 * size + 10 * unit)):
+        return
+    raise BacksolveDiverged(
+        f"solved backwards from t = {t:.6g}, the state at t = {back:.6g} comes out off by {float(off):.3g} (its size: "
+        f"{float(stored.abs().amax()):.3g}; {float(off / unit):.3g} times the tolerance), so the gradient along it would be wrong: the "
+        "solution contracts, or is chaotic. Use gradient=DiscreteAdjoint() (odeint_adjoint: leave adjoint_rtol, adjoint_atol, "
+        "adjoint_method and adjoint_options out), or InterpolatingAdjoint()",
+        t=back,
+    )
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

@@ -27,9 +27,9 @@ __all__ = ["BacksolveAdjoint"]
 class BacksolveAdjoint:
     """State, adjoint and the integral of ``l* f_p`` solved backwards together (Chen, Rubanova, Bettencourt & Duvenaud 2018).
 
-    Memory: the outputs. The reversed state is unstable wherever the solution is stable: on stiff or strongly contracting problems the
-    gradient is wrong by any amount, without a sign of it. Use another strategy unless memory forbids. One trajectory; first derivatives by
-    ``backward()``.
+    Memory: the outputs. The reversed state is unstable wherever the solution is stable: on stiff or strongly contracting problems it leaves
+    the solution, which raises `BacksolveDiverged` on the way back. Use another strategy unless memory forbids. One trajectory; first
+    derivatives by ``backward()``.
 
     Parameters
     ----------
@@ -53,6 +53,8 @@ class BacksolveAdjoint:
         plain = replace(problem, plan=lean)
         if not plan.keep_states:
             return Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
+        if anchors.shape[0] > 2:
+            raise UnsupportedCombination("step_ts= with BacksolveAdjoint is not supported: use gradient=DiscreteAdjoint()")
         method: Any = self._method(problem)
         if functorch_active() or any(x is not None and has_tangent(x) for x in (anchors, t_eval, y0, *inputs)):
             raise UnsupportedCombination(
@@ -140,7 +142,7 @@ class BacksolveAdjoint:
             watch.check_next = isinstance(problem.system, System)
             watch.check(slope, t, y)
 
-        config = Backsolve(f, lambda y, t: (None, states), backward, {}, problem.witness.check, see)
+        config = Backsolve(f, lambda y, t: (None, states), backward, {}, problem.witness.check, see, (plan.rtol, plan.atol))
         smooth = [x for x in inputs if x.requires_grad]
         _, found = backsolve(config, y0, times, smooth)
         if t_eval is None:

@@ -58,7 +58,7 @@ class Recall:
     """
 
     def __init__(
-        self, problem: Problem, grid: dict[str, Tensor], times: StepTimes, inputs: Sequence[Tensor], y0: Tensor, slots: int
+        self, problem: Problem, grid: dict[str, Any], times: StepTimes, inputs: Sequence[Tensor], y0: Tensor, slots: int
     ) -> None:
         plan = self.plan = problem.plan
         self.slots, self.times, self.flat, self.iterated = slots, times, y0.shape, problem.algebra is not None
@@ -83,6 +83,8 @@ class Recall:
         #: steps taken again, and the most states that were kept at a time
         self.n_steps, self.peak = 0, 1
         self.stages = _Slopes(self, (len(grid["t"]), len(plan.method.nodes), *self.flat), y0)
+
+    moved: Tensor | None = None
 
     def __getitem__(self, k: int) -> Tensor:
         """The state at the start of step ``k``, as the steps carry it; ``k`` must not grow from call to call."""

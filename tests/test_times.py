@@ -1,0 +1,84 @@
+"""Times as users have them: single precision beside numbers, lists of tensors, spans of no length."""
+
+import math
+
+import pytest
+import torch
+
+import adjoint
+
+DOUBLE = {"dtype": torch.float64}
+
+
+def decay(t, y):
+    return -y
+
+
+def test_times_in_single_precision_over_a_span_of_numbers():
+    ts = torch.linspace(0, 7.3, 11, dtype=torch.float32)
+    assert float(ts[-1]) > 7.3
+    for y0 in (torch.ones(1, dtype=torch.float32), torch.ones(1, **DOUBLE)):
+        out = adjoint.solve_ivp(decay, (0.0, 7.3), y0, t_eval=ts, dense_output=True, step_ts=ts)
+        torch.testing.assert_close(out(ts), out.y)
+        torch.testing.assert_close(out(7.3), out.y[-1])
+    batch = adjoint.solve_ivp(decay, (0.0, torch.tensor([7.3, 7.3], **DOUBLE)), torch.ones(2, 1, **DOUBLE), t_eval=ts, batched=True)
+    torch.testing.assert_close(batch.y[-1, :, 0], torch.full((2,), math.exp(-7.3)), rtol=1e-2, atol=1e-5)
+    with pytest.raises(adjoint.errors.InvalidInput, match="outside"):
+        adjoint.solve_ivp(decay, (0.0, 7.3), torch.ones(1), t_eval=[0.0, 7.30001])
+
+
+def test_a_time_that_is_an_end_but_for_rounding_keeps_its_derivative():
+    ts = torch.tensor([7.3], dtype=torch.float32, requires_grad=True)
+    y = adjoint.solve_ivp(decay, (0.0, 7.3), torch.ones(1, **DOUBLE), t_eval=ts).y
+    assert float(torch.autograd.grad(y.sum(), ts)[0]) == pytest.approx(-math.exp(-7.3), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["tsit5", "rodas5p", "bdf"])
+def test_a_span_of_no_length_is_its_initial_state(method):
+    start, end = (torch.tensor(0.5, **DOUBLE, requires_grad=True) for _ in range(2))
+    y0 = torch.tensor([2.0], **DOUBLE, requires_grad=True)
+    out = adjoint.solve_ivp(decay, (start, end), y0, method=method)
+    assert out.status == 0 and float(out.y[-1]) == 2.0
+    by_start, by_end, by_state = torch.autograd.grad(out.y[-1].sum(), (start, end, y0))
+    assert (float(by_start), float(by_end), float(by_state)) == pytest.approx((2.0, -2.0, 1.0))
+    times = adjoint.solve_ivp(decay, (0.5, 0.5), y0, t_eval=[0.5, 0.5], method=method).y
+    assert times[:, 0].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("method", ["tsit5", "kvaerno5", "bdf"])
+def test_one_trajectory_of_a_batch_with_a_span_of_no_length(method):
+    y0 = torch.tensor([[2.0], [1.0]], **DOUBLE, requires_grad=True)
+    spans = (torch.tensor([0.5, 0.0], **DOUBLE), torch.tensor([0.5, 1.0], **DOUBLE))
+    out = adjoint.solve_ivp(decay, spans, y0, t_eval=torch.stack([*spans, spans[1]]), batched=True, method=method)
+    assert out.status.tolist() == [0, 0]
+    assert out.y[:, 0, 0].tolist() == [2.0, 2.0, 2.0]
+    (bar,) = torch.autograd.grad(out.y[1:].sum(), y0)
+    torch.testing.assert_close(bar[:, 0], torch.tensor([2.0, 2 * math.exp(-1)], **DOUBLE), rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("method", ["radau", "bdf"])
+def test_constrained_trajectories_with_a_span_of_no_length(method):
+    residual = lambda t, y, yp: torch.stack([yp[..., 0] + y[..., 1], y[..., 1] - y[..., 0]], -1)  # noqa: E731
+    spans = (torch.tensor([0.5, 0.0], **DOUBLE), torch.tensor([0.5, 1.0], **DOUBLE))
+    y = adjoint.solve_dae(residual, spans, torch.ones(2, 2, **DOUBLE), method=method, batched=True).y[-1, :, 0]
+    torch.testing.assert_close(y, torch.tensor([1.0, math.exp(-1)], **DOUBLE), rtol=1e-4, atol=0.0)
+    assert adjoint.solve_dae(residual, (0.5, 0.5), torch.ones(2, **DOUBLE), method=method).y.tolist() == [[1.0, 1.0]] * 2
+
+
+def test_lists_of_tensors_as_times_keep_their_derivatives():
+    T, w = torch.tensor(0.8, **DOUBLE, requires_grad=True), torch.tensor(1.0, **DOUBLE)
+    one, want = torch.ones(1, **DOUBLE), -0.8 * math.exp(-0.32)
+    slope = lambda t, y: -w * y * t  # noqa: E731
+    rows = lambda t, y: -w * y * t[:, None]  # noqa: E731
+
+    def by(y):
+        return float(torch.autograd.grad(y.sum(), T)[0])
+
+    assert by(adjoint.solve_ivp(slope, (0.0, 1.0), one, t_eval=[T]).y) == pytest.approx(want, rel=1e-4)
+    assert by(adjoint.solve_ivp(slope, (0.0, 1.0), one, t_eval=(0.0, T)).y[1]) == pytest.approx(want, rel=1e-4)
+    assert by(adjoint.solve_ivp(slope, (0.0, 1.0), one, dense_output=True)([T])) == pytest.approx(want, rel=1e-4)
+    assert by(adjoint.solve_ivp(rows, (0.0, [T, 1.0]), torch.ones(2, 1, **DOUBLE), batched=True).y[-1]) == pytest.approx(want, rel=1e-4)
+    own = adjoint.solve_ivp(rows, (0.0, 1.0), torch.ones(2, 1, **DOUBLE), t_eval=[[0.1, 0.2], [T, 0.9]], batched=True).y
+    assert by(own[1]) == pytest.approx(want, rel=1e-4)
+    jump = lambda t, y: -w * torch.where(t <= T, y, 3 * y)  # noqa: E731
+    assert by(adjoint.solve_ivp(jump, (0.0, 2.0), one, step_ts=[T]).y[-1]) == pytest.approx(2 * math.exp(-4.4), rel=1e-3)
