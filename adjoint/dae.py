@@ -16,9 +16,10 @@ from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_b
 from .errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
 from .event_times import NO_EVENTS, event_records
 from .integrate import IController, PIDController, Plan, Record
-from .ivp import _event_list, _flat_event, _front_door, _Parts, _solution
+from .ivp import _event_list, _flat_event, _Parts, _solution
 from .lending import check_unchanged, copied
 from .methods import DAE_METHODS, Method
+from .precision import full_precision
 from .progress import progress_monitor
 from .quadrature import first_rate
 from .realification import suited_to_jacobians
@@ -31,7 +32,7 @@ from .system import StateSpec, System
 __all__ = ["solve_dae"]
 
 
-@_front_door
+@full_precision
 def solve_dae(
     fun: Callable[..., Any],
     t_span: Any,

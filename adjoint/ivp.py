@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import wraps
 from numbers import Integral, Real
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +34,7 @@ from .integrate.compiled import compile_key
 from .lending import copied, lending
 from .mass_matrix import consistent_start, implicit_method, in_step, with_mass, with_matrix, without_last
 from .methods import METHODS, Method
+from .precision import full_precision
 from .progress import progress_monitor
 from .quadrature import with_integral
 from .realification import refuse_parts, suited_to_jacobians
@@ -50,28 +49,7 @@ from .system import StateSpec, System
 __all__ = ["solve_ivp"]
 
 
-P = ParamSpec("P")
-
-
-def _front_door(function: Callable[P, Solution]) -> Callable[P, Solution]:
-    """Keep a compiled caller's tracing out of the loop, and autocast too: step size control needs the precision of the state.
-
-    ``fun`` may switch autocast on for itself.
-    """
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> Solution:
-        with ExitStack() as stack:
-            for device in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
-            return function(*args, **kwargs)
-
-    disabled: Any = torch.compiler.disable(call)
-    return disabled
-
-
-@_front_door
+@full_precision
 def solve_ivp(
     fun: Callable[..., Any],
     t_span: Any,

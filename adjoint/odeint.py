@@ -8,6 +8,8 @@ What is different on purpose:
   backwards again, can be wrong without a sign of it (stiff and contracting problems), and has no second derivatives.
   ``adjoint.torchdiffeq`` has the same functions with the continuous adjoint as the default.
 - Event times are differentiable also in `odeint` itself, and in parameters of the event function.
+- Under autocast a solve keeps the precision of its state (half precision becomes single), and autocast is off in ``func``, which may
+  switch it on for itself.
 - The adaptive solvers land on the last time, and a solve that cannot go on raises a named error that says where and why.
 """
 
@@ -31,12 +33,13 @@ from .dropin.native import combined_event, solve_dense, solve_event, solve_sampl
 from .dropin.request import Request, make_request
 from .dropin.scipy_solver import scipy_samples
 from .errors import InvalidInput, UnsupportedCombination
+from .precision import full_precision
 from .sensitivity import DiscreteAdjoint
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]
 
 
-@torch.compiler.disable
+@full_precision
 def odeint(
     func: Callable[..., Any],
     y0: Any,
@@ -61,8 +64,8 @@ def odeint(
         ``(T,)``, strictly increasing or decreasing; may require grad.
     rtol, atol : number, tensor, or for a tuple state one for each element
     method : str
-        Adaptive: "dopri5" (default), "dopri8", "bosh3", "fehlberg2", "adaptive_heun". On a fixed grid: "euler", "midpoint", "heun2",
-        "heun3", "rk4", "explicit_adams", "implicit_adams" (also called "fixed_adams"), and, implicit, "implicit_euler",
+        Adaptive: "dopri5" (default), "tsit5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun". On a fixed grid: "euler", "midpoint",
+        "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams" (also called "fixed_adams"), and, implicit, "implicit_euler",
         "implicit_midpoint", "trapezoid", "radauIIA3", "radauIIA5", "gl4", "gl6", "sdirk2", "trbdf2". And "scipy_solver", without gradient.
     options : dict
         Adaptive: ``first_step, min_step, max_step, step_t, jump_t, norm, safety, ifactor, dfactor, max_num_steps``; ``dtype`` is
@@ -87,7 +90,7 @@ def odeint(
     return _solve(make_request(func, y0, t, rtol, atol, method, options, event_fn), None)
 
 
-@torch.compiler.disable
+@full_precision
 def odeint_adjoint(
     func: Callable[..., Any],
     y0: Any,
@@ -145,7 +148,7 @@ def odeint_adjoint(
     )
 
 
-@torch.compiler.disable
+@full_precision
 def odeint_dense(
     func: Callable[..., Any],
     y0: Any,
@@ -170,7 +173,7 @@ def odeint_dense(
     return solve_dense(request, DiscreteAdjoint())
 
 
-@torch.compiler.disable
+@full_precision
 def odeint_event(
     func: Callable[..., Any],
     y0: Any,

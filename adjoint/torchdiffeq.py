@@ -14,15 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .odeint import odeint, odeint_dense, odeint_event, solve_with_adjoint
+from .precision import full_precision
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]
 
 
-@torch.compiler.disable
+@full_precision
 def odeint_adjoint(
     func: Callable[..., Any],
     y0: Any,

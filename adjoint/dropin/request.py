@@ -20,7 +20,7 @@ from ..system import StateSpec
 
 __all__ = ["ADAMS", "ADAPTIVE", "FIXED", "IMPLICIT", "CallbackMonitor", "InvalidType", "Request", "make_request"]
 
-ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
+ADAPTIVE = ("dopri8", "dopri5", "tsit5", "bosh3", "fehlberg2", "adaptive_heun")
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
 ADAMS = ADAMS_NAMES
 #: implicit methods on a fixed grid, with their names in `METHODS` where those differ
@@ -39,7 +39,14 @@ _KNOWN = {
     "scipy": {"min_step", "max_step", "solver", "norm", "grid_points", "eps"},
 }
 _CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
-_VALID_CALLBACKS = {"adaptive": set(_CALLBACKS), "fixed": {"callback_step"}, "implicit": set(), "adams": {"callback_step"}, "scipy": set()}
+_FIXED_CALLBACKS = {"callback_step"}
+_VALID_CALLBACKS: dict[str, set[str]] = {
+    "adaptive": set(_CALLBACKS),
+    "fixed": _FIXED_CALLBACKS,
+    "implicit": _FIXED_CALLBACKS,
+    "adams": _FIXED_CALLBACKS,
+    "scipy": set(),
+}
 
 
 class InvalidType(InvalidInput, TypeError):
@@ -252,6 +259,11 @@ def _like(value: Any, y: Any) -> Any:
         if value.numel() == y.numel():
             value = value.reshape(y.shape)
         elif value.dim() <= y.dim() and all(a in (1, b) for a, b in zip(value.shape[::-1], y.shape[::-1], strict=False)):
+            if value.dim():
+                warnings.warn(
+                    f"func returned shape {tuple(value.shape)} for a state of shape {tuple(y.shape)}: it is broadcast, as in torchdiffeq",
+                    stacklevel=2,
+                )
             value = value.expand(y.shape)
     return value
 

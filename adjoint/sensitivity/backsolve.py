@@ -95,8 +95,8 @@ class _Node(torch.autograd.Function):
         bar = cotangents[-1]
         _, wants_y0, wants_t, *_ = ctx.needs_input_grad
         t, states, *params = ctx.saved_tensors
-        ctx.config.check()
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
+            ctx.config.check()
             y0_bar, t_bars, param_bars = _sweep(ctx.config, t, states, params, bar, wants_t)
         if t_bars is not None and ctx.event:
             t_bars = torch.cat([t_bars[:1], t_bars.new_zeros(ctx.n_times - 1)])
