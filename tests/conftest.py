@@ -20,9 +20,13 @@ def _defaults():
 
 
 @pytest.fixture(autouse=True)
-def _sweeps(monkeypatch):
-    """Tests are so small that every gradient would come from recorded solves: the sweep is what they are to test."""
-    monkeypatch.setattr("adjoint.sensitivity.strategies.KEEP_BYTES", 0)
+def _sweeps(request, monkeypatch):
+    """Tests are so small that every gradient would come from recorded solves: the sweep is what they are to test.
+
+    Those marked ``users_defaults`` keep what users have.
+    """
+    if request.node.get_closest_marker("users_defaults") is None:
+        monkeypatch.setattr("adjoint.sensitivity.strategies.KEEP_BYTES", 0)
 
 
 @pytest.fixture

@@ -8,14 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from adjoint.sensitivity import strategies
-
 from .fuzz.case import Case
 from .fuzz.draw import draw
 from .fuzz.judge import Verdict, errors, judge, run, script
 from .fuzz.reference import truth
 
-DEFAULT_KEEP_BYTES = strategies.KEEP_BYTES
+pytestmark = pytest.mark.users_defaults
 CASES, CHUNK = 100, 20
 
 #: what is not right yet, by a word of its kind and a property of the case; nothing else may fail
@@ -24,11 +22,6 @@ AWAITED: list[tuple[str, Callable[[Case], bool]]] = [
     ("raised RuntimeError: The differentiated Tensor", lambda c: c.times == "list of tensors"),
     ("not finite", lambda c: bool(c.dead)),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _as_users_have_it(monkeypatch):
-    monkeypatch.setattr("adjoint.sensitivity.strategies.KEEP_BYTES", DEFAULT_KEEP_BYTES)
 
 
 def unexpected(v: Verdict) -> bool:

@@ -1,4 +1,4 @@
-"""Every gradient strategy with every method of `solve_ivp`, for one trajectory, a batch, a map, and compiled.
+"""Every gradient strategy with every method of `solve_ivp`, for one trajectory, batches, a map, and compiled.
 
 Strategies that differentiate the computed steps are held against plain autograd through them, which is itself held against differences;
 continuous adjoints against the true derivative, at two tolerances. What the library refuses is in one table: refusals that come or go
@@ -31,12 +31,18 @@ from adjoint.errors import UnsupportedCombination
 from adjoint.methods import IMEX_METHODS, METHODS, SWITCHING_METHODS, FullyImplicitRungeKutta
 
 KNOWN: dict[str, Any] = METHODS | IMEX_METHODS | SWITCHING_METHODS
-#: one trajectory, two in a batch, two mapped by ``torch.vmap``, and the batch compiled
-FORMS = ["eager", "batched", "vmapped", "compiled"]
+pytestmark = pytest.mark.users_defaults
+
+#: one trajectory, two in a batch, two mapped by ``torch.vmap``, the batch compiled, one trajectory compiled, and a batch so large that it
+#: is computed by columns where it can be
+FORMS = ["eager", "batched", "vmapped", "compiled", "compiled one", "many"]
+COPIES = 66
 
 #: of these it is plain autograd through the same steps that they must equal
 DISCRETE: dict[str, Any] = {
     "discrete": DiscreteAdjoint(),
+    # small solves of one trajectory are recorded unless one says so
+    "sweep": DiscreteAdjoint(keep_bytes=0),
     "checkpoints": DiscreteAdjoint(checkpoints=2),
     "backprop": Backprop(),
     "forward": ForwardSensitivity(),
@@ -64,6 +70,10 @@ class Case(NamedTuple):
     strategy: str
     form: str
 
+    @property
+    def compiles(self) -> bool:
+        return self.form.startswith("compiled")
+
     def has(self, *names: str) -> bool:
         """Whether the method is of such a kind."""
         return any(getattr(KNOWN[self.method], name, False) for name in names)
@@ -71,12 +81,12 @@ class Case(NamedTuple):
 
 #: what is refused, in the order in which it is found out, and the words that say so
 REFUSED: list[tuple[str, Callable[[Case], bool]]] = [
-    ("stages are found by iteration", lambda c: c.form == "compiled" and c.has("implicit", "switching") and not c.has("direct")),
-    ("steps go by a history", lambda c: c.form == "compiled" and c.has("multistep")),
+    ("stages are found by iteration", lambda c: c.compiles and c.has("implicit", "switching") and not c.has("direct")),
+    ("steps go by a history", lambda c: c.compiles and c.has("multistep")),
     ("takes steps again one by one", lambda c: c.strategy == "checkpoints" and c.has("multistep")),
-    ("batched=True with BacksolveAdjoint", lambda c: c.strategy.startswith("backsolve") and c.form in ("batched", "compiled")),
+    ("batched=True with BacksolveAdjoint", lambda c: c.strategy.startswith("backsolve") and c.form in ("batched", "compiled", "many")),
     ("method='auto' with", lambda c: c.strategy in CONTINUOUS and c.has("switching")),
-    ("compile=True with", lambda c: c.form == "compiled" and c.strategy not in ("discrete", "backprop")),
+    ("compile=True with", lambda c: c.compiles and c.strategy not in ("discrete", "sweep", "backprop")),
     ("on the way back of BacksolveAdjoint", lambda c: c.strategy == "backsolve" and (c.has("implicit") or not c.has("adaptive"))),
     ("transforms cannot see through", lambda c: c.strategy.startswith("backsolve") and c.form == "vmapped"),
 ]
@@ -90,10 +100,12 @@ def cases(strategies: Iterable[str]) -> list[Any]:
     """The product, with the marks that each case asks for."""
     out = []
     for case in itertools.starmap(Case, itertools.product(KNOWN, strategies, FORMS)):
-        compiles = case.form == "compiled" and refusal(case) is None
-        marks = [pytest.mark.compile] * compiles + [pytest.mark.slow] * (
-            compiles and (case.method not in COMPILED_ALWAYS or case.strategy != "discrete")
-        )
+        if case.strategy == "sweep" and case.form != "eager":
+            continue
+        compiles = case.compiles and refusal(case) is None
+        slow = compiles and (case.method not in COMPILED_ALWAYS or case.strategy != "discrete" or case.form != "compiled")
+        slow = slow or (case.form == "many" and refusal(case) is None and case.strategy != "discrete")
+        marks = [pytest.mark.compile] * compiles + [pytest.mark.slow] * slow
         out.append(pytest.param(case, marks=marks, id="-".join(case)))
     return out
 
@@ -130,19 +142,27 @@ def constant(method: str) -> dict[str, Any]:
 
 def gradients(form: str, strategy: Any, options: dict[str, Any], rows: Sequence[int] = (0, 1)) -> tuple[Tensor, ...]:
     """The loss of some trajectories, and its gradients in initial states, arguments, and the captured tensor; one by one if "eager"."""
-    y0, p, c = (x.clone().requires_grad_() for x in (Y0[list(rows)], P[list(rows)], C))
+    one, copies = form in ("eager", "compiled one"), COPIES if form == "many" else 1
+    y0, p, c = (x.clone().requires_grad_() for x in (Y0[list(rows)].repeat(copies, 1), P[list(rows)].repeat(copies, 1), C))
     fun = system(options["method"], c)
 
     def value(y: Tensor, q: Tensor, **more: Any) -> Tensor:
         return loss(solve_ivp(fun, (0.0, END), y, (q,), t_eval=TIMES, gradient=strategy, **options, **more).y)
 
-    if form == "eager":
-        total = torch.stack([value(y, q) for y, q in zip(y0, p, strict=True)]).sum()
+    if one:
+        more = {"compile": True} if form == "compiled one" else {}
+        total = torch.stack([value(y, q, **more) for y, q in zip(y0, p, strict=True)]).sum()
     elif form == "vmapped":
         total = torch.vmap(value)(y0, p).sum()
     else:
         total = value(y0, p, batched=True, compile=form == "compiled")
-    return total.detach(), *torch.autograd.grad(total, (y0, p, c))
+    y_bar, p_bar, c_bar = torch.autograd.grad(total, (y0, p, c))
+    if form == "many":
+        # all copies have the gradient of the first ones
+        y_bar, p_bar = (x.unflatten(0, (copies, len(rows))) for x in (y_bar, p_bar))
+        assert distance([y_bar, p_bar], [x[:1].expand_as(x) for x in (y_bar, p_bar)]) < 1e-9
+        y_bar, p_bar = y_bar[0], p_bar[0]
+    return total.detach() / copies, y_bar, p_bar, c_bar / copies
 
 
 def inner_gradients(strategy: Any, options: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -155,7 +175,7 @@ def inner_gradients(strategy: Any, options: dict[str, Any]) -> tuple[Tensor, ...
 
 
 def rows_of(form: str) -> tuple[int, ...]:
-    return (1,) if form == "eager" else (0, 1)
+    return (1,) if form in ("eager", "compiled one") else (0, 1)
 
 
 def distance(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
@@ -210,13 +230,13 @@ def test_derivatives_of_the_computed_solution(case):
     if refused(case, strategy, options):
         return
     tolerance = 1e-11
-    if case.has("switching") and case.form != "eager":
+    if case.has("switching") and case.form not in ("eager", "compiled one"):
         # sizes of the steps differ by the rounding of the controller; copies under vmap go over once
         tolerance = 1e-4
     elif case.strategy == "checkpoints" and case.has("implicit", "switching"):
         # stages are solved for again
         tolerance = 1e-5 if isinstance(KNOWN[case.method], FullyImplicitRungeKutta) else 1e-7
-    elif case.form == "compiled":
+    elif case.compiles:
         tolerance = 1e-9
     rows = rows_of(case.form)
     want = unrolled(case.method, rows)
@@ -246,6 +266,6 @@ def test_continuous_adjoints(case):
     levels = refinements(case.method)
     if refused(case, strategy, levels[0][0]):
         return
-    for options, tolerance in levels if case.form == "eager" else levels[1:]:
+    for options, tolerance in levels if case.form in ("eager", "compiled one") else levels[1:]:
         rows = rows_of(case.form)
         assert distance(gradients(case.form, strategy, options, rows), exact(rows)) < tolerance
