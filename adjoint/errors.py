@@ -11,6 +11,7 @@ __all__ = [
     "InvalidInput",
     "MaxStepsReached",
     "NewtonDidNotConverge",
+    "NonFiniteDerivative",
     "NonFiniteResidual",
     "NonFiniteState",
     "RootError",
@@ -70,6 +71,10 @@ class StepSizeTooSmall(SolveError):
 
 class NonFiniteState(SolveError):
     """``fun`` or the state became infinite or NaN, also with the smallest step."""
+
+
+class NonFiniteDerivative(NonFiniteState):
+    """The derivative of ``fun`` is infinite or NaN where ``fun`` itself is finite. The message names the time and the component."""
 
 
 class InconsistentInitialCondition(AdjointError, ValueError):

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import MaxStepsReached, NonFiniteState, SolveError, StagesDidNotConverge, StepSizeTooSmall
+from .errors import MaxStepsReached, NonFiniteDerivative, NonFiniteState, SolveError, StagesDidNotConverge, StepSizeTooSmall
+from .finite import REWRITE, bad_component
 from .integrate import Plan, Record, Status
 from .system import Flat, System
 
@@ -32,6 +33,18 @@ def raise_failure(record: Record, plan: Plan, system: System, inputs: Sequence[T
             rate = f(record.t_final.to(spec.real_dtype), record.last)[b]
             if status == Status.NON_FINITE:
                 beyond = _ahead(f, record, plan, b)
+            culprit = None
+            if plan.method.implicit and status != Status.MAX_STEPS and bool(torch.isfinite(rate).all()):
+                culprit = bad_component(f, record.t_final.to(spec.real_dtype), record.last, b)
+        if culprit is not None:
+            raise NonFiniteDerivative(
+                f"{culprit[1]} is not finite at t = {t:.8g}{'' if rows == 1 else f' in trajectory {b}'}, component "
+                f"{spec.component(culprit[0])} of its result, where fun itself is: {plan.method.name}, which needs the Jacobian, stopped. "
+                f"{REWRITE}, or take an explicit method.",
+                t=t,
+                trajectory=b if rows > 1 else None,
+                component=culprit[0],
+            )
     component = _worst(y, rate if beyond is None else beyond, record.scaled_error[b])
     unmeasured = None
     if status in (Status.NON_FINITE, Status.NEWTON_FAILED) and beyond is None and (rate is None or bool(torch.isfinite(rate).all())):

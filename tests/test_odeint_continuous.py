@@ -8,6 +8,7 @@ from torch import nn
 
 import adjoint
 from adjoint import odeint, odeint_adjoint
+from adjoint.torchdiffeq import odeint_adjoint as backsolved
 
 
 class Field(nn.Module):
@@ -236,3 +237,31 @@ def test_tuple_states_with_an_empty_leaf():
     assert empty.shape == (2, 0)
     (slope,) = torch.autograd.grad(y[-1].sum(), k)
     assert slope.item() == pytest.approx(-torch.exp(-k).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("rate", [-1.0, -20.0])
+def test_implicit_euler_goes_back_with_the_jacobian_of_the_augmented_system(rate):
+    """On y' = p y every step back divides y by 1 + h p and its adjoint by 1 - h p, and adds h times their product to the gradient."""
+    p = torch.tensor(rate, dtype=torch.float64, requires_grad=True)
+    y0, h = torch.ones(1, dtype=torch.float64), 0.1
+    times = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    y = backsolved(lambda t, y: p * y, y0, times, method="implicit_euler", options={"step_size": h}, adjoint_params=(p,))[-1]
+    end = (1 - h * rate) ** -10
+    back = ((1 + h * rate) * (1 - h * rate)) ** -1
+    torch.testing.assert_close(y.item(), end, rtol=1e-10, atol=0.0)
+    found = torch.autograd.grad(y.sum(), p)[0].item()
+    torch.testing.assert_close(found, h * end * sum(back**k for k in range(1, 11)), rtol=1e-8, atol=0.0)
+
+
+@pytest.mark.parametrize("method", ["sdirk2", "implicit_midpoint", "trapezoid", "trbdf2", "radauIIA3", "gl4", "gl6"])
+def test_implicit_steps_back_are_those_of_the_state(method):
+    """On y' = p y the adjoint's steps back are those of the state there: the gradient in y0 is the solution. The steps are too long for
+    an iteration without a Jacobian."""
+    n = 40
+    p = torch.nn.Parameter(torch.linspace(-12.0, -1.0, n, dtype=torch.float64))
+    times = torch.tensor([0.0, 0.4], dtype=torch.float64)
+    y0 = torch.ones(n, dtype=torch.float64, requires_grad=True)
+    y = backsolved(lambda t, y: p * y, y0, times, method=method, options={"step_size": 0.2}, adjoint_params=(p,))[-1]
+    y0_bar, p_bar = torch.autograd.grad(y.sum(), (y0, p))
+    torch.testing.assert_close(y0_bar, y.detach(), rtol=1e-6, atol=1e-9)
+    assert p_bar.isfinite().all()

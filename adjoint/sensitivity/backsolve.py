@@ -168,22 +168,32 @@ class _Dynamics:
 
     def __call__(self, t: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
         _, y, y_bar, *_ = state
+        if functorch_active():
+            return self._transformed(t, y, y_bar)
+        # methods with implicit stages differentiate this once more: without a graph they would iterate with a Jacobian of zeros
+        recorded = torch.is_grad_enabled() and (y.requires_grad or y_bar.requires_grad)
         with torch.enable_grad():
             t = t.detach().requires_grad_(self.time)
-            y = y.detach().requires_grad_(True)
+            y = y if recorded and y.requires_grad else y.detach().requires_grad_(True)
             slope = self.fun(t, y)
             if self.see is not None:
                 self.see(slope, t, y)
             wanted = (y, *((t,) if self.time else ()), *self.params)
             if slope.requires_grad:
                 # what fun captured may have a graph of its own, which the next evaluation needs again
-                found = torch.autograd.grad(slope, wanted, -y_bar, allow_unused=True, retain_graph=True)
+                found = torch.autograd.grad(slope, wanted, -y_bar, allow_unused=True, retain_graph=True, create_graph=recorded)
             else:
                 found = (None,) * len(wanted)
         filled = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
         y_rate = filled.pop(0)
         t_rate = filled.pop(0) if self.time else torch.zeros_like(t)
-        return (t_rate.detach(), slope.detach(), y_rate.detach(), *(g.detach() for g in filled))
+        rates = (t_rate, slope, y_rate, *filled)
+        return rates if recorded else tuple(x.detach() for x in rates)
+
+    def _transformed(self, t: Tensor, y: Tensor, y_bar: Tensor) -> tuple[Tensor, ...]:
+        """As a function of ``y`` and ``y_bar`` under a transform, which tests Jacobians: parameters cannot be reached from there."""
+        slope, pull, *_ = torch.func.vjp(lambda x: self.fun(t, x), y)
+        return (torch.zeros_like(t), slope, pull(-y_bar)[0], *(torch.zeros_like(p) for p in self.params))
 
 
 class Refuse(torch.autograd.Function):

@@ -16,6 +16,7 @@ from ..integrate import LoneStages, Monitor, StageSolver, integrate
 from ..integrate.columns import widened
 from ..system import System
 from .discrete import eager_sweep
+from .finite import check_finite
 from .node import SolveNode
 from .padding import padding, shelter
 from .problem import Outputs, Problem, StepTimes, stage_times, step_times
@@ -222,6 +223,7 @@ class CheckpointNode(torch.autograd.Function):
             recall.check(final.detach(), grid["status"])
             found = eager_sweep(problem, grid, anchors, t_eval, inputs, (*bars, None, None), wants, recall)
             problem.backward_report(recall.n_fun, 0)
+            check_finite(problem, grid, inputs, bars, found, lambda: problem.run(inputs, start, anchors.detach(), t_eval))
             return (None, None, *found)
 
 

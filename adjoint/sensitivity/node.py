@@ -13,6 +13,7 @@ from torch import Tensor
 from ..capture import alive, below_jvp, below_vmap, functorch_active
 from ..system import System, VmappedSystem
 from .discrete import eager_sweep
+from .finite import check_finite
 from .linearize import check_known
 from .problem import Outputs, Problem
 from .sweep import functional_sweep, tangents
@@ -66,7 +67,9 @@ class SolveNode(torch.autograd.Function):
         with torch.autocast(grid["states"].device.type, enabled=False):
             if differentiable:
                 check_known(ctx.problem.system, grid, inputs)
-            return (None, *sweep(ctx.problem, grid, anchors, t_eval, inputs, bars, wants))
+            found = sweep(ctx.problem, grid, anchors, t_eval, inputs, bars, wants)
+            check_finite(ctx.problem, grid, inputs, bars, found)
+        return (None, *found)
 
     @staticmethod
     def jvp(ctx: Any, _: None, anchors_dot: Tensor | None, t_eval_dot: Tensor | None, y0_dot: Tensor | None, *inputs_dot: Any) -> Any:

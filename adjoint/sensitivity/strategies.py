@@ -13,6 +13,7 @@ from ..capture import functorch_active
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import Monitor, Record, Recording, integrate
 from .checkpoints import CheckpointNode
+from .finite import guarded
 from .multistep import multistep_outputs
 from .node import SolveNode
 from .padding import shelter
@@ -141,6 +142,7 @@ def _recorded(
     if recording is not None:
         # it may have to be evaluated again
         f = witness.watch(f)
+    f, y0 = guarded(problem, f, anchors, t_eval, y0, inputs)
     with torch.enable_grad():
         record = integrate(f, problem.plan, anchors, t_eval, y0, False, inputs, system.natural_shape, recording)
     witness.settle()

@@ -1,0 +1,129 @@
+"""Gradients that are not finite though the solution is: an error that says where they cease to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capture import functorch_active
+from ..errors import NonFiniteDerivative
+from ..finite import REWRITE, bad_component
+from ..integrate import Record
+from ..methods.runge_kutta import combine
+from ..system import Flat, System
+from .problem import Problem
+
+__all__ = ["check_finite", "guarded"]
+
+
+def check_finite(
+    problem: Problem,
+    grid: dict[str, Tensor],
+    inputs: Sequence[Tensor],
+    bars: Sequence[Tensor | None],
+    found: Sequence[Tensor | None],
+    again: Callable[[], Record] | None = None,
+) -> None:
+    """Raise `NonFiniteDerivative` if cotangents of one trajectory became infinite or NaN on its way back from finite ones.
+
+    ``found`` is what the sweep made of ``bars``; ``again`` solves once more where the grid has no states. Trajectories of a batch are left
+    alone: each has a gradient of its own. So is what a transform is around, whose numbers cannot be looked at.
+    """
+    if not _visible(problem, bars) or all(_finite(x) for x in found):
+        return
+    if not all(_finite(x) for x in bars) or int(grid["status"][0]) < 0:
+        return
+    _name(problem, grid if again is None else vars(again()), inputs)
+    raise NonFiniteDerivative(
+        "the gradient of the solution is not finite, though the solution is: derivatives of fun (those in the parameters too) are infinite "
+        f"or NaN, or the adjoint grew beyond all numbers on the way back. {REWRITE}."
+    )
+
+
+def guarded(
+    problem: Problem, f: Flat, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]
+) -> tuple[Flat, Tensor]:
+    """``f`` and ``y0`` for a solve that autograd records, whose first cotangents are looked at as `check_finite` does. Whatever is not
+    finite later in the solve has reached them; a loss that is not finite itself is left alone."""
+
+    def look(bar: Tensor) -> None:
+        if _visible(problem, (bar,)) and not _finite(bar):
+            with torch.no_grad():
+                record = problem.run([x.detach() for x in inputs], y0.detach(), anchors.detach(), t_eval)
+            _name(problem, vars(record), inputs)
+
+    start = y0
+    if y0.requires_grad:
+        start = y0.view_as(y0)
+        start.register_hook(look)
+    fresh = True
+
+    def first_watched(t: Tensor, y: Tensor) -> Tensor:
+        nonlocal fresh
+        k = f(t, y)
+        if fresh:
+            fresh = False
+            if k.requires_grad and not k.is_leaf:
+                k.register_hook(look)
+        return k
+
+    return first_watched, start
+
+
+def _visible(problem: Problem, bars: Sequence[Tensor | None]) -> bool:
+    if problem.batched or not isinstance(problem.system, System) or functorch_active():
+        return False
+    return not any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in bars)
+
+
+def _name(problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor]) -> None:
+    """Raise with the last point of the solution where a derivative of ``fun`` is not finite; return if there is none."""
+    spec, f = problem.system.spec, problem.system.bind(inputs)
+    for t, y in _points(problem, grid, inputs):
+        culprit = bad_component(f, t, y) if bool(torch.isfinite(y).all()) else None
+        if culprit is not None:
+            raise NonFiniteDerivative(
+                f"{culprit[1]} is not finite at t = {float(t[0]):.8g}, component {spec.component(culprit[0])} of its result, where fun "
+                f"itself is: the gradient of the solution would be NaN. {REWRITE}.",
+                t=float(t[0]),
+                component=culprit[0],
+            )
+
+
+def _finite(x: Tensor | None) -> bool:
+    return x is None or not x.numel() or bool(torch.isfinite(x).all())
+
+
+def _points(problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Times ``(1,)`` and states ``(1, n)`` at which the steps evaluated ``fun``, from the last to the first. Not those of implicit
+    equations, and of multistep methods the ends of the steps alone."""
+    method, system = problem.plan.method, problem.system
+    states, times, sizes = grid["states"].detach(), grid["t"], grid["h"]
+    tableau: Any = getattr(method, "tableau", None)
+    n_steps = len(times)
+    if system.residual is not None or len(states) != n_steps + 1:
+        return
+    real = states.dtype.to_real()
+    f = system.bind(inputs)
+    for k in reversed(range(n_steps)):
+        yield (times[k] + sizes[k]).to(real), states[k + 1]
+        seen: list[tuple[Tensor, Tensor]] = []
+        h, y = sizes[k].to(real).unsqueeze(-1), states[k]
+        if problem.algebra is None and not getattr(method, "multistep", False):
+
+            def watched(t: Tensor, y: Tensor, seen: list[tuple[Tensor, Tensor]] = seen) -> Tensor:
+                seen.append((t, y))
+                return f(t, y)
+
+            with torch.no_grad():
+                at = [(times[k] + c * sizes[k]).to(real) for c in method.nodes]
+                method.step(watched, at, h, y, f(at[0], y))
+        elif hasattr(tableau, "c") and len(grid["stages"]) == n_steps and not getattr(method, "additive", False):
+            ks = list(grid["stages"][k].detach().unbind())
+            for row, c in zip(tableau.a, tableau.c, strict=True):
+                seen.append(((times[k] + c * sizes[k]).to(real), combine(y, h, row, ks)))
+        yield from reversed(seen)
+        yield times[k].to(real), y
