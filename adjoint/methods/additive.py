@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .additive_tableau import AdditiveTableau
-from .runge_kutta import StepCotangents, _add, combine, row_dot, update, weighted_sum
+from .runge_kutta import StepCotangents, _add, combine, over, row_dot, update, weighted_sum
 
 __all__ = ["AdditiveLinearize", "AdditiveRungeKutta", "SplitEquations"]
 
@@ -191,8 +191,12 @@ class AdditiveRungeKutta:
             if v is not None:
                 _, pullback = linearize(times[i], point)
                 if diagonal:
-                    v = linearize.solve_adjoint(i, point, v)
-                q, time_bar = pullback(v)
+                    # not by a product with the Jacobian, which would magnify the rounding of the solve by the stiffness
+                    arrived, v = v, linearize.solve_adjoint(i, point, v)
+                    _, time_bar = pullback(v)
+                    q = over(v - arrived, h * diagonal)
+                else:
+                    q, time_bar = pullback(v)
                 parts.append(q)
                 time_sums.append(time_bar)
             u = sum(parts[1:], parts[0])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .dirk_tableau import DirkTableau
-from .runge_kutta import StepCotangents, _add, combine, row_dot, update, weighted_sum
+from .runge_kutta import StepCotangents, _add, combine, over, row_dot, update, weighted_sum
 
 __all__ = ["DiagonallyImplicitRungeKutta", "ImplicitLinearize", "StageEquations"]
 
@@ -66,7 +66,8 @@ class DiagonallyImplicitRungeKutta:
     """A diagonally implicit Runge-Kutta method, defined by its tableau; see `ExplicitRungeKutta` for the meaning of every function.
 
     Stage slopes are those of the stage equations, ``k_i = (Y_i - base_i) / (h a_ii)``: for stiff problems ``f(Y_i)`` would multiply
-    the error of the iteration by the stiffness (Hairer & Wanner, Solving ordinary differential equations II, section IV.8).
+    the error of the iteration by the stiffness (Hairer & Wanner, Solving ordinary differential equations II, section IV.8). For the same
+    reason an explicit first stage is the last one of the step before, where that is the slope at its end (`hands_on`).
     """
 
     tableau: DirkTableau
@@ -109,9 +110,14 @@ class DiagonallyImplicitRungeKutta:
         return len(self.tableau.b)
 
     @property
-    def end_index(self) -> None:
-        """No stage is handed on: the slope at the end is known to the tolerance of the iteration only."""
-        return
+    def hands_on(self) -> bool:
+        """Whether the last stage is the first of the next step: as the slope of its equation, not as ``f`` at its value."""
+        return self.tableau.stiffly_accurate and self.tableau.explicit_first
+
+    @property
+    def end_index(self) -> int | None:
+        """The stage that is handed on."""
+        return self.n_stages - 1 if self.hands_on else None
 
     @property
     def error_uses_end(self) -> bool:
@@ -170,14 +176,17 @@ class DiagonallyImplicitRungeKutta:
         """The discrete adjoint of a step (docs/theory.md, section 1; Sandu 2006).
 
         With ``w_i = h (b_i l1 + sum_{j > i} a_ji u_j)`` each stage takes one solve with the adjoint of its own matrix,
-        ``(I - h a_ii f_y(Y_i))* v_i = w_i``, then ``u_i = f_y(Y_i)* v_i`` and ``l0 = l1 + sum_i u_i``. Stage slopes are the recorded ones:
-        Newton's iteration is neither run again nor differentiated. Arguments as for `ExplicitRungeKutta.adjoint_step`.
+        ``(I - h a_ii f_y(Y_i))* v_i = w_i``, then ``u_i = f_y(Y_i)* v_i = (v_i - w_i) / (h a_ii)`` and ``l0 = l1 + sum_i u_i``: a product
+        with ``f_y*`` would magnify the rounding of ``v_i`` by the stiffness. Stage slopes are the recorded ones: Newton's iteration is
+        neither run again nor differentiated. The cotangent of a first stage that was handed on goes to the step before. Arguments as for
+        `ExplicitRungeKutta.adjoint_step`.
         """
         tab, ks = self.tableau, linearize.stages()
         s = len(ks)
+        one = (1, -1) if isinstance(h, float) else ks[0].shape
         # us[j] is u_{s - 1 - j}: the sums run over the stages already done
         us: list[Tensor] = []
-        y_bar, t_bar, h_bar = end_bar, None, None
+        y_bar, t_bar, h_bar, first = end_bar, None, None, None
         for i in reversed(range(s)):
             # the cotangent of k_i by way of the new state and of later stages, over h
             w = weighted_sum([tab.b[i], *(tab.a[j][i] for j in range(s - 1, i, -1))], [end_bar, *us])
@@ -186,16 +195,23 @@ class DiagonallyImplicitRungeKutta:
             if v is None:
                 us.append(torch.zeros_like(y))
                 continue
+            if i == 0 and self.hands_on:
+                first = v
+                if time_bars and w is not None:
+                    h_bar = _add(h_bar, row_dot(ks[0].reshape(one), w.reshape(one)))
+                break
             diagonal = tab.a[i][i]
             point = combine(y, h, tab.a[i], ks)
             _, pullback = linearize(times[i], point)
             if diagonal:
-                v = linearize.solve_adjoint(i, point, v)
-            u, time_bar = pullback(v)
+                arrived, v = v, linearize.solve_adjoint(i, point, v)
+                _, time_bar = pullback(v)
+                u = over(v - arrived, h * diagonal)
+            else:
+                u, time_bar = pullback(v)
             us.append(u)
             y_bar = y_bar + u
             if time_bars:
-                one = (1, -1) if isinstance(h, float) else ks[i].shape
                 if w is not None:
                     h_bar = _add(h_bar, row_dot(ks[i].reshape(one), w.reshape(one)))
                 if diagonal:
@@ -203,7 +219,7 @@ class DiagonallyImplicitRungeKutta:
                 if time_bar is not None:
                     t_bar = _add(t_bar, time_bar)
                     h_bar = _add(h_bar, time_bar * tab.c[i])
-        return StepCotangents(y_bar, t_bar, h_bar, ks)
+        return StepCotangents(y_bar, t_bar, h_bar, ks, first)
 
     def dense_weights(self, theta: Tensor) -> Tensor:
         """``b_i(theta)``: shape ``(*theta.shape, S)``."""

@@ -67,12 +67,16 @@ def powers(theta: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class StepCotangents:
-    """What the adjoint of a step gives back: cotangents of ``y``, of ``t`` and ``h`` per trajectory where asked for, and the stages."""
+    """What the adjoint of a step gives back: cotangents of ``y``, of ``t`` and ``h`` per trajectory where asked for, and the stages.
+
+    ``first``: of methods whose first stage is the last one of the step before, the cotangent of that slope, which is not part of ``y``.
+    """
 
     y: Tensor
     t: Tensor | None
     h: Tensor | None
     stages: Sequence[Tensor]
+    first: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,6 +266,11 @@ class ExplicitRungeKutta:
                     t_bar = _add(t_bar, time_bar)
                     h_bar = _add(h_bar, time_bar * self.nodes[i])
         return StepCotangents(y_bar, t_bar, h_bar, ks)
+
+
+def over(x: Tensor, hd: float | Tensor) -> Tensor:
+    """``x / hd``, and zero in rows whose steps have no length."""
+    return x / hd if isinstance(hd, float) else torch.where(hd == 0, 0.0, x / torch.where(hd == 0, 1.0, hd))
 
 
 def row_dot(x: Tensor, y: Tensor) -> Tensor:

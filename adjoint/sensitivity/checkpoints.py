@@ -21,6 +21,7 @@ from .node import SolveNode
 from .padding import padding, shelter
 from .problem import Outputs, Problem, StepTimes, stage_times, step_times
 from .products import vjp
+from .replay import first_slope, hands_on
 from .witness import CHANGED, differs
 
 __all__ = ["CheckpointNode", "Recall", "first_part", "repetitions"]
@@ -76,11 +77,13 @@ class Recall:
             self.sizes = grid["h"][:, 0].tolist()
         else:
             self.sizes = grid["h"].to(plan.real).unsqueeze(-1).unbind()
-        self.kept: list[tuple[int, Tensor]] = [(0, y0 if shape is None else y0.reshape(shape))]
+        #: step, state at its start and, of methods that hand their last slope on, that of the step before
+        self.kept: list[tuple[int, Tensor, Tensor | None]] = [(0, y0 if shape is None else y0.reshape(shape), None)]
         # where steps that do nothing are looked at: see `shelter`
         self.moved, pad = grid["moved"], padding(grid["h"], grid["lands"])
         self.first = y0 if pad is None else pad.first(y0)
-        self._latest: tuple[int, Tensor] | None = None
+        self._latest: tuple[int, Tensor, Tensor | None] | None = None
+        self._chained = hands_on(plan)
         #: steps taken again, and the most states that were kept at a time
         self.n_steps, self.peak = 0, 1
         self.stages = _Slopes(self, (len(grid["t"]), len(plan.method.nodes), *self.flat), y0)
@@ -89,31 +92,32 @@ class Recall:
 
     def __getitem__(self, k: int) -> Tensor:
         """The state at the start of step ``k``, as the steps carry it; ``k`` must not grow from call to call."""
-        y = self.reached(k)
+        y = self.start(k)[0]
         return y if self.moved is None else torch.where(self.moved[k].unsqueeze(-1), self.first, y)
 
-    def reached(self, k: int) -> Tensor:
-        """As `__getitem__`, of a trajectory that is done its end."""
+    def start(self, k: int) -> tuple[Tensor, Tensor | None]:
+        """What step ``k`` is taken from: the state, of a trajectory that is done its end, and the slope that it was handed."""
         if self._latest is not None and self._latest[0] == k:
-            return self._latest[1]
+            return self._latest[1:]
         self._latest = None
         while self.kept[-1][0] > k:
             self.kept.pop()
-        place, y = self.kept[-1]
+        place, y, slope = self.kept[-1]
         while place < k:
             free = self.slots - len(self.kept)
             stop = place + first_part(k - place + 1, free + 1) if free else k
             for i in range(place, stop):
-                y = self.take(i, y)[0]
+                y, ks, _ = self.take(i, y, slope)
+                slope = ks[-1] if self._chained else None
             place = stop
             if free:
-                self.kept.append((place, y))
+                self.kept.append((place, y, slope))
                 self.peak = max(self.peak, len(self.kept))
-        self._latest = (k, y)
-        return y
+        self._latest = (k, y, slope)
+        return y, slope
 
-    def take(self, k: int, y: Tensor) -> tuple[Tensor, list[Tensor], Sequence[Tensor]]:
-        """Step ``k`` from ``y``: the new state, the stages, and their times."""
+    def take(self, k: int, y: Tensor, slope: Tensor | None = None) -> tuple[Tensor, list[Tensor], Sequence[Tensor]]:
+        """Step ``k`` from what `start` gives: the new state, the stages, and their times."""
         self.n_steps += 1
         method, h = self.plan.method, self.size(k, y)
         at = stage_times(self.plan, self.times.step(k), self.plan.real)[0]
@@ -121,7 +125,10 @@ class Recall:
             if self.alone:
                 # without an axis of trajectories, as in the loop
                 at = [x.reshape(()) for x in at]
-            y1, ks = method.step(self.f, at, h, y, self.f(at[0], y))
+            anew = self.times.anew(k)
+            if self.alone and anew is not None:
+                slope, anew = None if bool(anew) else slope, None
+            y1, ks = method.step(self.f, at, h, y, first_slope(self.f, at[0], y, None if slope is None else (slope, anew)))
             if not self.alone:
                 # steps of size zero belong to trajectories that are done
                 y1 = torch.where(h == 0, y, y1)
@@ -137,7 +144,7 @@ class Recall:
         last = len(self.times.t) - 1
         if last < 0:
             return
-        plan, found = self.plan, self.take(last, self.reached(last))[0].reshape(self.flat)
+        plan, found = self.plan, self.take(last, *self.start(last))[0].reshape(self.flat)
         off = plan.norm(plan.scaled((found - final).abs(), final.abs()))
         # a trajectory that ended elsewhere, or nowhere, is not compared
         wrong = (~(off <= 1.0) & (status >= 0)).any()
@@ -165,8 +172,9 @@ class _Slopes:
 
     def __getitem__(self, k: int) -> Tensor:
         if k != self._k:
-            y, recall = self.recall[k], self.recall
-            _, ks, at = recall.take(k, y)
+            recall = self.recall
+            y, slope = recall.start(k)
+            _, ks, at = recall.take(k, y, slope)
             with torch.no_grad():
                 stages: Any = recall.plan.method.dense_stages(recall.f, at, recall.size(k, y), y, ks)
             self._k, self._value = k, torch.stack(stages).reshape(-1, *recall.flat)

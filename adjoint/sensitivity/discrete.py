@@ -183,7 +183,7 @@ def eager_sweep(
         bar = bar + inner(torch.where((grid["status"] >= 0).unsqueeze(-1), final_bar, 0.0))
     t_bars, h_bars = torch.zeros_like(grid["t"]), torch.zeros_like(grid["t"])
     # f(t + h, y1) of a step is the first stage of the next, which can take its cotangent over, unless fun jumps in between
-    hand_over = method.end_index == n_all - 1 and not time_bars and times.jump_end is None
+    hand_over = not implicit and method.end_index == n_all - 1 and not time_bars and times.jump_end is None
 
     def stage_cotangents(k: int) -> list[Tensor | None]:
         out = samples.stages_bar(k)
@@ -237,6 +237,19 @@ def eager_sweep(
                 result = recorded_adjoint(problem, linearize, at, size, y, bar, k_bar, time_bars)
         start = samples.at_start(k)
         bar = result.y if start is None else result.y + inner(start)
+        if result.first is not None:
+            # of the slope that the step began with: what the step before handed on, or behind a jump and at the start f itself
+            anew = None if k == 0 else times.anew(k)
+            if k:
+                handed = result.first if anew is None else torch.where(anew.unsqueeze(-1), 0.0, result.first)
+                below = below or [None] * method.n_stages
+                below[-1] = handed if below[-1] is None else below[-1] + handed
+            if k == 0 or anew is not None:
+                own = result.first if anew is None else torch.where(anew.unsqueeze(-1), result.first, 0.0)
+                u, time_bar = linearize(at[0], y)[1](own)
+                bar = bar + u
+                if time_bar is not None:
+                    t_bars[k] += time_bar
         if time_bars:
             samples.add_time_bars(k, [outer(x) for x in result.stages], t_bars[k], h_bars[k])
             if result.t is not None:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..methods.runge_kutta import StepCotangents
 from ..system import Flat
 from .linearize import Linearizer
 from .problem import Problem
+from .replay import hands_on
 from .steps_as_rows import StepRows, most_rows, rows_of
 
 __all__ = ["LoneSweep", "goes_by_rows"]
@@ -20,6 +22,15 @@ def goes_by_rows(problem: Problem, n_steps: int, jumps: bool) -> bool:
     """Whether the steps are of a kind that `LoneSweep` takes, and many enough for it to pay."""
     special = jumps or problem.plan.compile is not None or not hasattr(problem.plan.method, "adjoint_step")
     return problem.algebra is not None and problem.alone and not special and n_steps > 4
+
+
+def _both(found: StepCotangents) -> Tensor:
+    """Cotangents ``(..., n)`` of the state, or ``(..., 2 n)`` with those of the slope that was handed on."""
+    return found.y if found.first is None else torch.cat([found.y, found.first], -1)
+
+
+def _padded(x: Tensor, n: int) -> Tensor:
+    return x if len(x) == n else torch.cat([x, x.new_zeros(n - len(x))])
 
 
 class LoneSweep:
@@ -73,19 +84,31 @@ class LoneSweep:
         where they are wanted. ``at_end``, ``at_start``: what comes in at the two ends of a step."""
         n_steps = len(self.t)
         starts, sizes = [], []
-        bar = bar.squeeze(0)
+        bar, handed = bar.squeeze(0), None
         for stop in range(n_steps, 0, -self.size):
             part = range(max(0, stop - self.size), stop)
-            bar, t_bar, h_bar = self._part(part, bar, at_end, at_start)
+            bar, handed, t_bar, h_bar = self._part(part, bar, handed, at_end, at_start)
             starts.append(t_bar)
             sizes.append(h_bar)
+        if handed is not None:
+            # the slope that the first step began with was asked for
+            u, time_bar = self.linearize(self.t[0].to(self.plan.real), self.states[:1])[1](handed.unsqueeze(0))
+            bar = bar + u.squeeze(0)
+            if time_bar is not None:
+                starts[-1] = torch.cat([starts[-1][:1] + time_bar, starts[-1][1:]])
         if not self.linearize.time:
             return bar.unsqueeze(0), None, None
         return bar.unsqueeze(0), *(torch.cat(x[::-1]).double().unsqueeze(-1) for x in (starts, sizes))  # type: ignore[return-value]
 
     def _part(
-        self, part: range, bar: Tensor, at_end: Callable[[int], Tensor | None], at_start: Callable[[int], Tensor | None]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        self,
+        part: range,
+        bar: Tensor,
+        handed: Tensor | None,
+        at_end: Callable[[int], Tensor | None],
+        at_start: Callable[[int], Tensor | None],
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """``handed`` (n,): the cotangent of the last slope of the part, by way of the step behind it; so for the step before, returned."""
         method: Any = self.plan.method
         rows = slice(part.start, part.stop)
         y, ks = self.states[rows], list(self.stages[rows].unbind(1))
@@ -93,30 +116,40 @@ class LoneSweep:
         h = self.h[rows].to(real)
         times = (self.t[rows] + self.h[rows] * self.h.new_tensor(method.nodes)).to(real).unbind(1)
         lin = StepRows(self.plan, self.mapped, self.linearize, times, h, y, ks)
-        n = y.shape[-1]
-        units = torch.eye(n, dtype=y.dtype, device=y.device).unsqueeze(1).expand(-1, len(part), -1)
-        matrices = method.adjoint_step(lin, times, h, y, units, [], False).y.permute(1, 2, 0).contiguous().unbind()
+        n, chained = y.shape[-1], hands_on(self.plan)
+        # of methods that hand their last slope on its cotangent goes along with that of the state
+        both = 2 * n if chained else n
+        units = torch.eye(both, dtype=y.dtype, device=y.device).unsqueeze(1).expand(-1, len(part), -1)
+        last = [*([None] * (len(ks) - 1)), units[..., n:]] if chained else []
+        matrices = _both(method.adjoint_step(lin, times, h, y, units[..., :n], last, False)).permute(1, 2, 0).contiguous().unbind()
         k_bar, moved = self._stage_bars(part, y, len(ks)), None
         if k_bar:
-            moved = method.adjoint_step(lin, times, h, y, torch.zeros_like(y), k_bar, False).y
+            moved = _both(method.adjoint_step(lin, times, h, y, torch.zeros_like(y), k_bar, False))
         ends: list[Tensor] = [bar] * len(part)
+        if chained:
+            bar = torch.cat([bar, torch.zeros_like(bar) if handed is None else handed])
         for k in reversed(part):
             place = k - part.start
             end = at_end(k)
             if end is not None:
-                bar = bar + end.squeeze(0)
+                bar = bar + _padded(end.squeeze(0), both)
             ends[place] = bar
             bar = torch.mv(matrices[place], bar)
             if moved is not None:
                 bar = bar + moved[place]
             start = at_start(k)
             if start is not None:
-                bar = bar + start.squeeze(0)
+                bar = bar + _padded(start.squeeze(0), both)
         lin.take()
-        result = method.adjoint_step(lin, times, h, y, torch.stack(ends), k_bar, self.linearize.time)
+        every = torch.stack(ends)
+        if chained:
+            k_bar = k_bar or [torch.zeros_like(y)] * len(ks)
+            k_bar = [*k_bar[:-1], k_bar[-1] + every[:, n:]]
+        result = method.adjoint_step(lin, times, h, y, every[:, :n], k_bar, self.linearize.time)
         lin.finish()
         zero = torch.zeros_like(self.t[rows, 0])
-        return bar, zero if result.t is None else result.t, zero if result.h is None else result.h
+        t_bar, h_bar = zero if result.t is None else result.t, zero if result.h is None else result.h
+        return bar[:n], bar[n:] if chained else None, t_bar, h_bar
 
     def _stage_bars(self, part: range, y: Tensor, count: int) -> list[Tensor]:
         found = [self.stage_bar(k) for k in part]

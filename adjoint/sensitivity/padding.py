@@ -168,7 +168,8 @@ def _moved(problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None, sti
     """Which of the steps are put elsewhere: all, but for the first behind a trajectory's last one where that hands on the cotangent of the
     slope at its end, which samples inside of it have."""
     method = problem.plan.method
-    if t_eval is None or not t_eval.shape[0] or getattr(method, "multistep", False) or method.end_index != len(method.nodes) - 1:
+    explicit = problem.algebra is None and not getattr(method, "multistep", False)
+    if t_eval is None or not t_eval.shape[0] or not explicit or method.end_index != len(method.nodes) - 1:
         return still
     last = (~still).sum(0) - 1
     place = last.clamp(min=0).unsqueeze(0)

@@ -226,6 +226,10 @@ class StepTimes(NamedTuple):
         one = [None if x is None else x[k : k + 1] for x in (self.jump_start, self.jump_end)]
         return StepTimes(self.t[k : k + 1], self.h[k : k + 1], one[0], one[1], self.sign)
 
+    def anew(self, k: int) -> Tensor | None:
+        """The rows ``(B,)`` in which step ``k`` begins behind a jump; None where there are no jumps."""
+        return None if self.jump_start is None else self.jump_start[k]
+
 
 def step_times(t: Tensor, h: Tensor, segment: Tensor, lands: Tensor, anchors: Tensor, shift: str = "inner") -> StepTimes:
     """Starts and sizes of the steps, with their derivatives in the anchors.

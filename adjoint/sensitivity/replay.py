@@ -13,23 +13,44 @@ from ..system import Flat
 from .padding import padding
 from .problem import Outputs, interpolate, kept_steps, stage_times, step_times
 
-__all__ = ["replay", "replay_step"]
+__all__ = ["first_slope", "hands_on", "replay", "replay_step"]
 
 
 def replay_step(
-    f: Flat, plan: Plan, times: Sequence[Tensor], h: Tensor, y: Tensor, dense: bool, columns: bool = False
+    f: Flat,
+    plan: Plan,
+    times: Sequence[Tensor],
+    h: Tensor,
+    y: Tensor,
+    dense: bool,
+    columns: bool = False,
+    handed: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step as a pure function: the new state ``(B, n)`` and, with ``dense``, all stages ``(S, B, n)``.
 
-    ``h`` is float64, ``(B,)``, or 0-d for a single trajectory in any shape. ``columns``: states are ``(n, B)``.
+    ``h`` is float64, ``(B,)``, or 0-d for a single trajectory in any shape. ``columns``: states are ``(n, B)``. ``handed``: the last slope
+    ``(B, n)`` of the step before, for methods whose first it is, and the rows ``(B,)`` that begin anew (None: none does).
     """
     f, spread, _ = layout(f, columns)
     column = h.to(plan.real)
     column = spread(column) if h.dim() else column
-    y1, ks = plan.method.step(f, times, column, y, f(times[0], y))
+    y1, ks = plan.method.step(f, times, column, y, first_slope(f, times[0], y, handed))
     if not dense:
         return y1, y.new_empty(0)
     return y1, torch.stack(plan.method.dense_stages(f, times, column, y, ks))
+
+
+def first_slope(f: Flat, t: Tensor, y: Tensor, handed: tuple[Tensor, Tensor | None] | None) -> Tensor:
+    """The slope that a step begins with; ``handed`` as for `replay_step`."""
+    if handed is None:
+        return f(t, y)
+    slope, anew = handed
+    return slope if anew is None else torch.where(anew.unsqueeze(-1), f(t, y), slope)
+
+
+def hands_on(plan: Plan) -> bool:
+    """Whether the last slope of a step is the first of the next as it is, and not as what ``f`` would give there."""
+    return getattr(plan.method, "hands_on", False)
 
 
 def replay(equations: Callable[[int], Flat], plan: Plan, grid: Outputs, anchors: Tensor, t_eval: Tensor | None, y0: Tensor) -> Outputs:
@@ -46,11 +67,14 @@ def replay(equations: Callable[[int], Flat], plan: Plan, grid: Outputs, anchors:
     sampled = t_eval is not None and t_eval.shape[0] > 0
     states, stages = [y0], []
     all_times = stage_times(plan, times, plan.real)
+    chained = hands_on(plan)
     for k in range(n_steps):
         y = states[-1]
         still = None if pad is None else pad.still[k].unsqueeze(-1)
         start = y if still is None else torch.where(still, first, y)
-        y1, ks = replay_step(equations(k), plan, all_times[k], times.h[k], start, sampled or k in keep)
+        handed = (stages[-1][-1], times.anew(k)) if chained and k else None
+        wanted = chained or sampled or k in keep
+        y1, ks = replay_step(equations(k), plan, all_times[k], times.h[k], start, wanted, handed=handed)
         states.append(y1 if still is None else torch.where(still, y, y1))
         stages.append(ks)
     final = torch.where((grid.status >= 0).unsqueeze(-1), states[-1], float("nan"))

@@ -20,6 +20,7 @@ from ..integrate import Plan
 from ..methods.runge_kutta import combine, row_dot
 from ..system import Flat
 from .linearize import Linearizer, Pullback, vjp
+from .replay import hands_on
 
 __all__ = ["Rows", "StepRows", "adjoint_apply", "most_rows", "rows_of"]
 
@@ -130,7 +131,9 @@ class StepRows:
         self.time = linearize.time
         tab = self.method.tableau
         same = getattr(tab, "same_as", None)
-        self.places = [i for i in range(len(ks)) if same is None or same[i] == i]
+        # a first stage that was handed on is not evaluated
+        begin = int(hands_on(plan))
+        self.places = [i for i in range(begin, len(ks)) if same is None or same[i] == i]
         own = times[len(times) - len(ks) :]
         points = [combine(y, h, tab.a[i], self.ks) for i in self.places]
         at = [own[i] for i in self.places]

@@ -15,17 +15,20 @@ from .multistep import multistep_functional, multistep_tangents
 from .padding import in_shelter, shelter
 from .problem import Problem, StepTimes, interpolate, kept_steps, stage_times, step_times
 from .products import tangent, vjp
-from .replay import replay_step
+from .replay import hands_on, replay_step
 from .stages import equations
 
 __all__ = ["functional_sweep", "tangents"]
 
 
 def _step(problem: Problem, grid: dict[str, Tensor], times: StepTimes, k: int, dense: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Step ``k`` as a function of ``(t, h, y, *inputs)``; its output is ``(y1, stages)``."""
+    """Step ``k`` as a function of ``(t, h, y, *inputs)``; its output is ``(y1, stages)``. Where it begins with the last slope of the step
+    before, that comes behind ``y``; see `_leading`."""
     real = grid["states"].dtype.to_real()
+    chained = hands_on(problem.plan) and k > 0
 
-    def step(t: Tensor, h: Tensor, y: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def step(t: Tensor, h: Tensor, y: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        handed, inputs = ((rest[0], times.anew(k)), rest[1:]) if chained else (None, rest)
         row = times._replace(
             t=t.unsqueeze(0),
             h=h.unsqueeze(0),
@@ -33,19 +36,25 @@ def _step(problem: Problem, grid: dict[str, Tensor], times: StepTimes, k: int, d
             jump_end=None if times.jump_end is None else times.jump_end[k : k + 1],
         )
         f = equations(problem, inputs, None if problem.algebra is None else grid["stages"][k])
-        return replay_step(f, problem.plan, stage_times(problem.plan, row, real)[0], h, y, dense)
+        return replay_step(f, problem.plan, stage_times(problem.plan, row, real)[0], h, y, dense, handed=handed)
 
     return step
+
+
+def _leading(problem: Problem, grid: dict[str, Tensor], times: StepTimes, k: int) -> tuple[Tensor, ...]:
+    """What the function of step ``k`` takes before the inputs."""
+    own = (times.t[k], times.h[k], grid["states"][k])
+    return (*own, grid["stages"][k][0]) if hands_on(problem.plan) and k else own
 
 
 def _smooth(step: Callable[..., Any], inputs: Sequence[Tensor], smooth: Sequence[int]) -> Callable[..., Any]:
     """The step as a function of some of its inputs only (integer ones have no derivative)."""
 
-    def partial(t: Tensor, h: Tensor, y: Tensor, *some: Tensor) -> Any:
-        merged = list(inputs)
-        for i, x in zip(smooth, some, strict=True):
+    def partial(*args: Tensor) -> Any:
+        merged, leading = list(inputs), len(args) - len(smooth)
+        for i, x in zip(smooth, args[leading:], strict=True):
             merged[i] = x
-        return step(t, h, y, *merged)
+        return step(*args[:leading], *merged)
 
     return partial
 
@@ -94,7 +103,8 @@ def functional_sweep(
     t_extra = h_extra = t_eval_bar = None
     if sampled:
         assert t_eval is not None and samples_bar is not None
-        stages = torch.stack([_step(problem, grid, times, k, True)(times.t[k], times.h[k], states[k], *inputs)[1] for k in range(n_steps)])
+        every = range(n_steps)
+        stages = torch.stack([_step(problem, grid, times, k, True)(*_leading(problem, grid, times, k), *inputs)[1] for k in every])
         _, pull = vjp(
             lambda s, ks, t, h, te: interpolate(plan, s, ks, t, h, te, grid["sample_step"]), states, stages, times.t, times.h, t_eval
         )
@@ -104,16 +114,22 @@ def functional_sweep(
     input_bars: list[Tensor | None] = [None] * len(inputs)
     smooth = [i for i, want in enumerate(wants[3:]) if want]
     t_bars, h_bars = [], []
+    chained, handed_bar = hands_on(plan), None
     for k in reversed(range(n_steps)):
         if state_bars is not None:
             bar = bar + state_bars[k + 1]
         k_bar = None if stage_bars is None else stage_bars[k]
         if k in kept and kept_bar is not None:
             k_bar = kept_bar[kept[k]] if k_bar is None else k_bar + kept_bar[kept[k]]
-        dense = k_bar is not None
+        dense = k_bar is not None or handed_bar is not None
         step = _smooth(_step(problem, grid, times, k, dense), inputs, smooth)
-        (_, ks), pull = vjp(step, times.t[k], times.h[k], states[k], *(inputs[i] for i in smooth))
-        t_bar, h_bar, bar, *rest = pull((bar, k_bar if k_bar is not None else torch.zeros_like(ks)))
+        (_, ks), pull = vjp(step, *_leading(problem, grid, times, k), *(inputs[i] for i in smooth))
+        k_bar = torch.zeros_like(ks) if k_bar is None else k_bar
+        if handed_bar is not None:
+            k_bar = torch.cat([k_bar[:-1], k_bar[-1:] + handed_bar])
+        t_bar, h_bar, bar, *rest = pull((bar, k_bar))
+        if chained and k:
+            handed_bar, *rest = rest
         t_bars.append(t_bar)
         h_bars.append(h_bar)
         for i, g in zip(smooth, rest, strict=True):
@@ -160,14 +176,16 @@ def tangents(
 
     dot = _zero(y0_dot, states[0])
     state_dots, stage_dots, stages = [dot], [], []
+    chained = hands_on(plan)
     for k in range(n_steps):
         dense = sampled or k in kept
-        full = _step(problem, grid, times, k, dense)
-        primals = (times.t[k], times.h[k], states[k], *(inputs[i] for i in smooth))
-        dot, ks_dot = tangent(_smooth(full, inputs, smooth), primals, (t_dot[k], h_dot[k], dot, *input_dots))
+        full = _step(problem, grid, times, k, dense or chained)
+        leading = _leading(problem, grid, times, k)
+        dots_in = (t_dot[k], h_dot[k], dot, *([stage_dots[-1][-1]] if chained and k else []), *input_dots)
+        dot, ks_dot = tangent(_smooth(full, inputs, smooth), (*leading, *(inputs[i] for i in smooth)), dots_in)
         state_dots.append(dot)
         if dense:
-            stages.append(full(times.t[k], times.h[k], states[k], *inputs)[1])
+            stages.append(full(*leading, *inputs)[1])
         stage_dots.append(ks_dot)
     final_dot = torch.where((grid["status"] >= 0).unsqueeze(-1), dot, 0.0)
     all_dots = torch.stack(state_dots)
