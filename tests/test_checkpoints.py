@@ -47,9 +47,9 @@ class Counting(Recall):
 
     def __init__(self, slots: int) -> None:
         self.slots, self.n_steps, self.peak = slots, 0, 1
-        self.kept, self._latest = [(0, torch.tensor(0))], None
+        self.kept, self._latest, self._chained = [(0, torch.tensor(0), None)], None, False
 
-    def take(self, k, y):
+    def take(self, k, y, slope=None):
         assert y == k
         self.n_steps += 1
         return y + 1, [], []

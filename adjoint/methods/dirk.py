@@ -186,7 +186,8 @@ class DiagonallyImplicitRungeKutta:
         one = (1, -1) if isinstance(h, float) else ks[0].shape
         # us[j] is u_{s - 1 - j}: the sums run over the stages already done
         us: list[Tensor] = []
-        y_bar, t_bar, h_bar, first = end_bar, None, None, None
+        y_bar, t_bar, h_bar = end_bar, None, None
+        first = torch.zeros_like(end_bar) if self.hands_on else None
         for i in reversed(range(s)):
             # the cotangent of k_i by way of the new state and of later stages, over h
             w = weighted_sum([tab.b[i], *(tab.a[j][i] for j in range(s - 1, i, -1))], [end_bar, *us])
