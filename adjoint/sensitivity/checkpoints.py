@@ -173,7 +173,7 @@ class _Slopes:
     def __getitem__(self, k: int) -> Tensor:
         if k != self._k:
             recall = self.recall
-            y, slope = recall.start(k)
+            y, slope = recall[k], recall.start(k)[1]
             _, ks, at = recall.take(k, y, slope)
             with torch.no_grad():
                 stages: Any = recall.plan.method.dense_stages(recall.f, at, recall.size(k, y), y, ks)
