@@ -334,8 +334,8 @@ def _check_jumps(method: Method, step_ts: Any) -> None:
     pair = [getattr(method, name, None) for name in ("nonstiff", "stiff")]
     if any(max(m.nodes) > 1 for m in (pair if any(pair) else [method]) if m is not None):
         raise UnsupportedCombination(
-            f"method={method.name!r} evaluates fun beyond the ends of its steps, so derivatives in step_ts would be wrong: choose 'kvaerno3' or "
-            "'rodas5p' (or methods.AutoSwitch with one of them), or detach step_ts"
+            f"method={method.name!r} evaluates fun beyond the ends of its steps, so derivatives in step_ts would be wrong: choose "
+            "'kvaerno3' or 'rodas5p' (or methods.AutoSwitch with one of them), or detach step_ts"
         )
 
 
