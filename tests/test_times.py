@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import adjoint
 
@@ -82,3 +83,41 @@ def test_lists_of_tensors_as_times_keep_their_derivatives():
     assert by(own[1]) == pytest.approx(want, rel=1e-4)
     jump = lambda t, y: -w * torch.where(t <= T, y, 3 * y)  # noqa: E731
     assert by(adjoint.solve_ivp(jump, (0.0, 2.0), one, step_ts=[T]).y[-1]) == pytest.approx(2 * math.exp(-4.4), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["tsit5", "radau5", "bdf"])
+def test_many_times_of_many_trajectories_are_those_of_every_one(method):
+    # some of them twice, of which each step holds many: as if the solve had been asked for each of a few alone
+    p, y0 = torch.tensor([1.0, 1.7, 3.0], dtype=torch.float64), torch.ones(3, 1, dtype=torch.float64)
+    times = torch.linspace(0.0, 1.0, 2000, dtype=torch.float64)
+    times = torch.cat([times, times[::400]]).sort().values
+    ends = torch.tensor([1.0, 1.5, -2.0], dtype=torch.float64)
+    fun = lambda t, y, p: -p.unsqueeze(-1) * y * (1 + t.unsqueeze(-1))  # noqa: E731
+
+    def solve(ts):
+        options = {"method": method, "rtol": 1e-7, "atol": 1e-10, "batched": True, "args": (p,)}
+        return adjoint.solve_ivp(fun, (0.0, ends), y0, t_eval=ts, **options).y
+
+    t = times.unsqueeze(-1) * ends
+    many = solve(t)
+    torch.testing.assert_close(many[..., 0], torch.exp(-p * (t + t**2 / 2)), rtol=2e-5, atol=1e-8)
+    for i in (0, 7, 1000, 2001):
+        torch.testing.assert_close(solve(t[i : i + 1])[0], many[i], rtol=1e-13, atol=1e-15)
+
+
+def test_batched_sampling_takes_as_many_operators_however_many_times():
+    class Count(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.n += 1
+            return func(*args, **(kwargs or {}))
+
+    def operators(n):
+        with torch.no_grad(), Count() as count:
+            ts = torch.linspace(0.0, 1.0, n, dtype=torch.float64)
+            adjoint.solve_ivp(lambda t, y: -y, (0.0, 1.0), torch.ones(2, 3, dtype=torch.float64), t_eval=ts, batched=True)
+        return count.n
+
+    # but for a step that holds none of the fewer ones
+    assert abs(operators(2000) - operators(200)) < 50

@@ -30,7 +30,8 @@ class _Step(Protocol):
 class BatchSampler:
     """Fills samples as the steps go by; those at the two ends need no dense output.
 
-    Every trajectory goes through its times in their order, so that a step has to look at the next one only.
+    Every trajectory goes through its times in their order: those inside of a step are a stretch of them, from the first that is left to
+    where a search for the end of the step leads. The stretches of all trajectories are evaluated at once.
     """
 
     def __init__(self, plan: Plan, t_eval: Tensor | None, anchors: Tensor, sign: Tensor, y0: Tensor, columns: bool) -> None:
@@ -47,31 +48,34 @@ class BatchSampler:
         self.wanted = bool(inside.any())
         if not self.wanted:
             return
-        # in the direction of integration, and infinity behind the last one; the ends are not among them
-        ordered, self.place = torch.where(inside, times * sign, float("inf")).sort(dim=0, stable=True)
-        self.ordered = torch.cat([ordered, ordered.new_full((1, rows), float("inf"))])
+        # (B, T) in the direction of integration, and infinity behind the last one; the ends are not among them
+        ordered, place = torch.where(inside, times * sign, float("inf")).sort(dim=0, stable=True)
+        self.ordered, self.place = ordered.t().contiguous(), place.t().contiguous()
         self.sign = sign
-        self.next = torch.zeros_like(self.step[0])
-        self.due = self.ordered[0].clone()
+        #: (B,): how many have been filled
+        self.filled = torch.zeros_like(self.step[0])
 
     def take(self, step: _Step, y: Tensor, n_accepted: Tensor) -> None:
         """Samples inside of the steps just accepted, which began at ``y``."""
         # by the end as it was computed: t + h rounds, and no sample may fall between two steps
-        end = step.end * self.sign
-        rows = (step.accepted & (self.due <= end)).nonzero().squeeze(-1)
-        while rows.numel():
-            which, h, start = self.next[rows], step.h[rows], step.t[rows]
-            theta = (self.due[rows] * self.sign[rows] - start) / h
-            weights = (self.plan.method.dense_weights(theta) * h.unsqueeze(-1)).to(y.dtype)
-            value = self._rows(y, rows)
-            for i, k in enumerate(step.stages):
-                value = torch.addcmul(value, weights[:, i : i + 1], self._rows(k, rows))
-            place = self.place[which, rows]
-            self.out[place, rows] = value
-            self.step[place, rows] = n_accepted[rows]
-            following = self.ordered[which + 1, rows]
-            self.next[rows], self.due[rows] = which + 1, following
-            rows = rows[following <= end[rows]]
+        upto = torch.searchsorted(self.ordered, (step.end * self.sign).unsqueeze(-1), right=True).squeeze(-1)
+        count = torch.where(step.accepted, upto - self.filled, 0)
+        rows = torch.repeat_interleave(count)
+        if not rows.numel():
+            return
+        # of each sample: its number in the order of its trajectory
+        behind = self.filled + count
+        which = torch.arange(rows.numel(), device=rows.device) + (behind - count.cumsum(0))[rows]
+        h = step.h[rows]
+        theta = (self.ordered[rows, which] * self.sign[rows] - step.t[rows]) / h
+        weights = (self.plan.method.dense_weights(theta) * h.unsqueeze(-1)).to(y.dtype)
+        value = self._rows(y, rows)
+        for i, k in enumerate(step.stages):
+            value = torch.addcmul(value, weights[:, i : i + 1], self._rows(k, rows))
+        place = self.place[rows, which]
+        self.out[place, rows] = value
+        self.step[place, rows] = n_accepted[rows]
+        self.filled = behind
 
     def _rows(self, x: Tensor, rows: Tensor) -> Tensor:
         return x.index_select(1, rows).t() if self.columns else x.index_select(0, rows)

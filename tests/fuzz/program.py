@@ -445,7 +445,13 @@ def with_driver(case: Case) -> str:
         elif parameter:
             text += "x.requires_grad_(False)\n"
     text += f"POSITIONS = {positions}\n"
-    text += "\ndef dot(grads):\n    return sum((g * v).sum() for g, v in zip(grads, V))\n"
+    if case.dead == "start" and case.directions.get("y0") is not None:
+        # with respect to the state that a trajectory failed at the derivative is NaN: it moves nothing that is looked at
+        alive, place = [i for i, ok in enumerate(case.alive) if ok], positions.index(list(given).index("y0"))
+        text += "\ndef alive(x, i):\n" + f"    return x[{alive}] if i == {place} else x\n"
+        text += "\ndef dot(grads):\n    return sum((alive(g, i) * alive(v, i)).sum() for i, (g, v) in enumerate(zip(grads, V)))\n"
+    else:
+        text += "\ndef dot(grads):\n    return sum((g * v).sum() for g, v in zip(grads, V))\n"
     text += "\ndef of_active(active):\n    x = list(X)\n    for i, a in zip(POSITIONS, active):\n        x[i] = a\n    return loss(*x)\n\n"
     if case.derivative == "inner grad":
         dims = row_dims(case)
