@@ -166,15 +166,19 @@ def _moved_grid(problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None
 
 def _moved(problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None, still: Tensor) -> Tensor:
     """Which of the steps are put elsewhere: all, but for the first behind a trajectory's last one where that hands on the cotangent of the
-    slope at its end, which samples inside of it have."""
-    method = problem.plan.method
-    explicit = problem.algebra is None and not getattr(method, "multistep", False)
-    if t_eval is None or not t_eval.shape[0] or not explicit or method.end_index != len(method.nodes) - 1:
+    slope at its end, which samples inside of it have, and its stages where they are outputs."""
+    plan = problem.plan
+    explicit = problem.algebra is None and not getattr(plan.method, "multistep", False)
+    outputs = plan.keep_stages or bool(plan.events)
+    sampled = t_eval is not None and t_eval.shape[0] > 0
+    if not (outputs or sampled) or not explicit or plan.method.end_index != len(plan.method.nodes) - 1:
         return still
     last = (~still).sum(0) - 1
-    place = last.clamp(min=0).unsqueeze(0)
-    end = (grid["t"].gather(0, place) + grid["h"].gather(0, place)).squeeze(0)
-    inside = ((grid["sample_step"] == last) & (t_eval != end)).any(0)
+    inside = torch.ones_like(last, dtype=torch.bool)
+    if t_eval is not None and not outputs:
+        place = last.clamp(min=0).unsqueeze(0)
+        end = (grid["t"].gather(0, place) + grid["h"].gather(0, place)).squeeze(0)
+        inside = ((grid["sample_step"] == last) & (t_eval != end)).any(0)
     number = torch.arange(still.shape[0], device=still.device).unsqueeze(-1)
     return still & ~((number == last + 1) & inside & (last >= 0))
 
