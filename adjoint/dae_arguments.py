@@ -24,7 +24,7 @@ from .linalg import DenseLU, LinearSolver
 from .linalg.sparsity import SparsityPattern
 from .methods import DAE_METHODS, METHODS, Method
 from .root_arguments import check_bounds
-from .sensitivity.consistent import Bounds, Initial, complete, complete_values, dense_pencil, residual_report
+from .sensitivity.consistent import Bounds, Initial, complete, complete_values, dense_pencil, lost_rows, residual_report
 from .sensitivity.problem import StageAlgebra
 from .structure import Structure, analyse, analyse_large
 from .system import StateSpec, System
@@ -139,10 +139,13 @@ def initial_values(
     real = spec.real_dtype
     t = t0.to(real)
     mask = _mask(differential, user_spec, n, given.y.device)
+    lost = lost_rows(given)
+    whole, given = given, given if lost is None else lost.replaced(given)
     # on plain values and below all transforms: what is found here outlives them
     with torch.no_grad(), temporarily_clear_interpreter_stack():
         values, at = [plain(x) for x in inputs], plain(t)
         y, yp = plain(given.y), plain(given.yp)
+        missing = torch.zeros_like(y[:, 0], dtype=torch.bool) if lost is None else plain(lost.lost)
         structure = _structure(system, algebra, values, at, y, yp, mask)
         _check_structure(structure, spec, mask)
         algebra = replace(
@@ -154,16 +157,18 @@ def initial_values(
         if structure.hidden.shape[-1] and consistent == "slopes":
             raise UnsupportedCombination("consistent='slopes' is for equations of index 0 and 1; of index 2 give y0, with 'solve'")
         if structure.hidden.shape[-1] and consistent != "trust":
-            _check_constraints(system, structure, values, at, y, yp, tolerances)
+            _check_constraints(system, structure, values, at, y, yp, tolerances, missing)
     if consistent == "trust":
-        return given, algebra
+        return whole, algebra
     rtol = 1e-6 if real.itemsize < 8 else 1e-12
     find = complete_values if consistent == "slopes" else complete
     found = find(system, algebra, structure, t, given.y, given.yp, inputs, rtol, bounds)
     if consistent in ("auto", "check"):
         with torch.no_grad(), temporarily_clear_interpreter_stack():
-            _compare(consistent, system, structure, values, at, Initial(y, yp), found, tolerances)
-    return (given if consistent == "check" else found), algebra
+            _compare(consistent, system, structure, values, at, Initial(y, yp), found, tolerances, missing)
+    if consistent == "check":
+        return whole, algebra
+    return found if lost is None else lost.restored(found, whole), algebra
 
 
 def _structure(
@@ -176,6 +181,13 @@ def _structure(
         if found is not None:
             return found
     E, G = dense_pencil(system, values, t, y, yp)
+    bad = ~(torch.isfinite(E) & torch.isfinite(G)).flatten(1).all(-1)
+    if bool(bad.any()):
+        many = f" of trajectory {int(bad.nonzero()[0, 0])}" if system.spec.batch is not None else ""
+        raise InconsistentInitialCondition(
+            f"the derivatives of the equations{many} are not finite at the start: give a better guess of the algebraic variables in y0, or "
+            "check the equations and their parameters"
+        )
     return analyse(E, G, mask)
 
 
@@ -227,14 +239,21 @@ def _constraint_size(structure: Structure, y: Tensor, G: Tensor, tolerances: dic
 
 
 def _check_constraints(
-    system: System, structure: Structure, values: Sequence[Tensor], t: Tensor, y: Tensor, yp: Tensor, tolerances: dict[str, Any]
+    system: System,
+    structure: Structure,
+    values: Sequence[Tensor],
+    t: Tensor,
+    y: Tensor,
+    yp: Tensor,
+    tolerances: dict[str, Any],
+    missing: Tensor,
 ) -> None:
-    """The constraints on differential variables: nothing can be solved for in them."""
+    """The constraints on differential variables: nothing can be solved for in them. Of rows that are ``missing`` (B,) nothing is asked."""
     with torch.no_grad():
         residual = system.bind(values)(t, torch.cat([y, yp], -1))
     _, G = dense_pencil(system, values, t, y, yp)
     off = (structure.hidden.mH @ (structure.row_scale * residual).unsqueeze(-1)).squeeze(-1).abs()
-    bad = (off > _constraint_size(structure, y, G, tolerances)).any(-1)
+    bad = (off > _constraint_size(structure, y, G, tolerances)).any(-1) & ~missing
     if bool(bad.any()):
         row = int(bad.nonzero()[0, 0])
         many = f" of trajectory {row}" if system.spec.batch is not None else ""
@@ -254,8 +273,10 @@ def _compare(
     given: Initial,
     found: Initial,
     tolerances: dict[str, Any],
+    missing: Tensor,
 ) -> None:
-    """Raise `InconsistentInitialCondition` where the values that were given are not those that the equations ask for."""
+    """Raise `InconsistentInitialCondition` where the values that were given are not those that the equations ask for, but for rows that
+    are ``missing`` (B,)."""
     y, yp = plain(found.y), plain(found.yp)
     allowed = 1e3 * (y.abs() * tolerances["rtol"] + tolerances["atol"])
     if consistent == "auto":
@@ -264,7 +285,7 @@ def _compare(
     if consistent == "check":
         speed = torch.linalg.vector_norm(yp, dim=-1, keepdim=True)
         off = off | ((given.yp - yp).abs() > 1e-3 * speed + allowed) & structure.differential
-    bad = off.any(-1)
+    bad = off.any(-1) & ~missing
     if not bool(bad.any()):
         return
     row = int(bad.nonzero()[0, 0])

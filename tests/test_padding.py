@@ -176,3 +176,44 @@ def test_trajectories_that_end_where_the_derivative_is_infinite():
     (got,) = torch.autograd.grad(out.y[-1, 1].sum(), k)
     # y = (1 - k t / 2)^2
     assert float(got) == pytest.approx(-0.5, rel=1e-5)
+
+
+def algebraic_ends(method, k, y0, form="batched", **options):
+    """Both variables at t = 1 of y' = -k z, 0 = z - y from ``y0`` (B, 2)."""
+    if method in ("rodas5p", "rodas4"):
+        fun = lambda t, y, k: torch.stack([-k * y[..., 1], y[..., 1] - y[..., 0]], -1)  # noqa: E731
+        mass = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
+        solve, options = adjoint.solve_ivp, {"mass_matrix": mass, **options}
+    else:
+        fun = lambda t, y, yp, k: torch.stack([yp[..., 0] + k * y[..., 1], y[..., 1] - y[..., 0]], -1)  # noqa: E731
+        solve = adjoint.solve_dae
+    options = {"args": (k,), "method": method, "rtol": 1e-5, "atol": 1e-7, "throw": False, "max_steps": 2000, **options}
+    if form == "vmap":
+        return torch.vmap(lambda y0: solve(fun, (0.0, 1.0), y0, **options).y[-1])(y0)
+    out = solve(fun, (0.0, 1.0), y0, batched=True, **options)
+    assert ((out.status < 0) == y0.detach().isnan().any(-1)).all()
+    return out.y[-1]
+
+
+@pytest.mark.parametrize(
+    "method, form, strategy, dead",
+    [("rodas4", "batched", None, 0), ("radau3", "batched", None, 1), ("radau3", "vmap", None, 0)]
+    + [
+        pytest.param(method, "batched", strategy, dead, marks=pytest.mark.slow)
+        for method, strategy in (("bdf", None), ("radau", adjoint.InterpolatingAdjoint()), ("radau", adjoint.ForwardSensitivity()))
+        for dead in (0, 1)
+    ],
+)
+def test_constrained_trajectories_beside_one_without_initial_values(method, form, strategy, dead, k):
+    # the guess of the algebraic variable is solved for, also where the first trajectory is the one that has no values
+    y0 = torch.tensor([[1.0, 0.0], [2.0, 0.0], [1.5, 0.0]], dtype=torch.float64)
+    y0[dead, 0] = NAN
+    y0.requires_grad_(True)
+    y = algebraic_ends(method, k, y0, form, gradient=strategy)
+    live = [i for i in range(3) if i != dead]
+    decay = torch.exp(-k.detach())
+    want = (y0.detach()[live, :1] * decay).expand(2, 2)
+    torch.testing.assert_close(y[live], want, rtol=1e-3, atol=0.0)
+    k_bar, y0_bar = torch.autograd.grad(y[live].sum(), (k, y0))
+    torch.testing.assert_close(k_bar, -want.sum(), rtol=3e-3, atol=0.0)
+    torch.testing.assert_close(y0_bar[live, 0], 2 * decay.expand(2), rtol=3e-3, atol=0.0)

@@ -85,7 +85,9 @@ class ResidualSolver:
         its tolerance, and not more than a thousandth of the span (Brenan, Campbell & Petzold 1996, section 5.2)."""
         span = (stops[-1] - stops[0]).abs()
         slope, speed = self.slope(stops[0], y0, sign, 1e-3 * span)
-        return slope, torch.minimum(1e-3 * span, 0.5 / speed.clamp(min=1e-300).double())
+        step = torch.minimum(1e-3 * span, 0.5 / speed.clamp(min=1e-300).double())
+        # no step of a state that is not finite succeeds: it begins with one that is given up soon
+        return slope, torch.where(torch.isfinite(y0).all(-1), step, torch.finfo(torch.float64).tiny)
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """The slope at a state that satisfies the constraints."""
@@ -112,6 +114,8 @@ class ResidualSolver:
                 if bool((plan.norm(step * change / size) <= 1e-4).all()):
                     break
             speed = plan.norm(self.weigh(slope, step, True) / size)
+            # a state that is not finite says nothing of sizes
+            speed = torch.where(torch.isfinite(speed), speed, 0.0)
             wanted = torch.minimum(width, 1e-2 / speed.clamp(min=1e-300).double())
             if bool((wanted >= 0.5 * width).all()):
                 break

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 
 from ..errors import InconsistentInitialCondition, UnsupportedCombination
 from ..integrate.pencil import Pencil, split
@@ -20,7 +22,7 @@ from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, SystemCondi
 from .problem import Problem, StageAlgebra
 from .products import tangent
 
-__all__ = ["Bounds", "Initial", "complete", "complete_values", "completion", "dense_pencil", "residual_report"]
+__all__ = ["Bounds", "Initial", "LostRows", "complete", "complete_values", "completion", "dense_pencil", "lost_rows", "residual_report"]
 
 
 #: lower and upper bounds of the state, ``(B, n)`` each, or None
@@ -33,6 +35,50 @@ class Initial:
 
     y: Tensor
     yp: Tensor
+
+
+@dataclass(frozen=True)
+class LostRows:
+    """Trajectories that have no initial values, as some are NaN or infinite: there is nothing to be found for them, and the solve says that
+    they failed. ``lost`` (B,); ``y`` and ``yp`` (n,): values of one that has some, at which nothing goes wrong for the others."""
+
+    lost: Tensor
+    y: Tensor
+    yp: Tensor
+
+    def replaced(self, given: Initial) -> Initial:
+        """Values with others in the place of those that are lost, which do not move."""
+        column = self.lost.unsqueeze(-1)
+        return Initial(torch.where(column, self.y, given.y), torch.where(column, self.yp, given.yp))
+
+    def restored(self, found: Initial, given: Initial) -> Initial:
+        """Consistent values, and those that are lost as they were given."""
+        column = self.lost.unsqueeze(-1)
+        return Initial(torch.where(column, given.y, found.y), torch.where(column, given.yp, found.yp))
+
+
+def lost_rows(given: Initial) -> LostRows | None:
+    """The trajectories (of all copies under ``torch.vmap``) whose initial values are not finite; None where none is, or all are."""
+    y, yp = _every_row(given.y.detach()), _every_row(given.yp.detach())
+    fine = [torch.isfinite(x).all(-1) for x in (y, yp)]
+    if len(y) == len(yp):
+        fine = [fine[0] & fine[1]] * 2
+    every, some = (all(bool(test(x)) for x in fine) for test in (torch.all, torch.any))
+    if every or not some:
+        return None
+    lost = ~(torch.isfinite(given.y) & torch.isfinite(given.yp)).all(-1)
+    return LostRows(lost, *(x[int(ok.nonzero()[0, 0])] for x, ok in zip((y, yp), fine, strict=True)))
+
+
+def _every_row(x: Tensor) -> Tensor:
+    """``(rows, n)``: the values of all copies that transforms map over."""
+    with torch.no_grad(), temporarily_clear_interpreter_stack():
+        functorch = torch._C._functorch
+        while functorch.is_functorch_wrapped_tensor(x):
+            dim = functorch.maybe_get_bdim(x) if functorch.is_batchedtensor(x) else None
+            x = functorch.get_unwrapped(x)
+            x = x if dim is None else x.movedim(dim, 0)
+        return forward_ad.unpack_dual(x).primal.detach().flatten(0, -2) if forward_ad._current_level >= 0 else x.detach().flatten(0, -2)
 
 
 @dataclass(frozen=True)
