@@ -245,7 +245,7 @@ class Captured(NamedTuple):
     inner_grad: bool = False
 
     @property
-    def flags(self) -> dict[str, bool]:
+    def flags(self) -> dict[str, Any]:
         """As fields of a `System`."""
         return {"transforms": self.transforms, "inner_grad": self.inner_grad}
 
@@ -374,7 +374,8 @@ class Substitute(TorchFunctionMode):
         for home, r in zip(homes, replacements, strict=False):
             if home is not None:
                 present = home[0]._parameters[home[1]]
-                self.table[id(present)] = (present, r)
+                if present is not None:
+                    self.table[id(present)] = (present, r)
         self.level = 0
         #: wrappers that a transform of ``fun`` differentiates by, with the ones that do so in their place
         self.variables: dict[int, tuple[Tensor, Tensor]] = {}

@@ -270,7 +270,10 @@ class ExplicitRungeKutta:
 
 def over(x: Tensor, hd: float | Tensor) -> Tensor:
     """``x / hd``, and zero in rows whose steps have no length."""
-    return x / hd if isinstance(hd, float) else torch.where(hd == 0, 0.0, x / torch.where(hd == 0, 1.0, hd))
+    if not isinstance(hd, Tensor):
+        return x / hd
+    none = hd == 0
+    return torch.where(none, 0.0, x / torch.where(none, 1.0, hd))
 
 
 def row_dot(x: Tensor, y: Tensor) -> Tensor:
