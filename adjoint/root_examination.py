@@ -44,7 +44,7 @@ class Examination:
         rule = task.jacobian
         matrix = rule(r, x, inputs)
         checked = getattr(rule, "entries_guessed", False) or (x.is_complex() and not isinstance(matrix, LinearOperator))
-        if not checked or agrees(lambda *_: matrix, r, x, spread=0.0):
+        if not checked or agrees(lambda f, x: matrix, r, x, spread=0.0):
             return matrix, True
         if x.is_complex() and isinstance(rule, (AutomaticJacobian, FixedJacobian)) and not getattr(rule, "entries_guessed", False):
             raise InvalidInput(
@@ -60,7 +60,7 @@ class Examination:
             raise InvalidInput("jac_sparsity lacks entries that the Jacobian has at the solution: a product with it shows so")
         matrix = rule(r, x, inputs)
         # what branches between here and the points where patterns are looked for has none that can be trusted
-        return matrix if agrees(lambda *_: matrix, r, x, spread=0.0) else DenseJacobian()(r, x), False
+        return matrix if agrees(lambda f, x: matrix, r, x, spread=0.0) else DenseJacobian()(r, x), False
 
     def solved(self, factors: Factorization, b: Tensor, u: Tensor) -> None:
         """See `Examiner`."""
