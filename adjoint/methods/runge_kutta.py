@@ -271,7 +271,7 @@ class ExplicitRungeKutta:
 def over(x: Tensor, hd: float | Tensor) -> Tensor:
     """``x / hd``, and zero in rows whose steps have no length."""
     if not isinstance(hd, Tensor):
-        return x / hd
+        return x / hd if hd else torch.zeros_like(x)
     none = hd == 0
     return torch.where(none, 0.0, x / torch.where(none, 1.0, hd))
 
