@@ -85,14 +85,14 @@ class Problem:
         record = integrate(f, plan, anchors, t_eval, y0, self.batched, inputs, self.system.natural_shape)
         if seen and self.witness.empty and plan.compile is not None:
             # all of it was compiled code
-            self.witness.watch(self.system.bind(inputs))(record.t_final.to(plan.real), record.last)
+            self._watched(self.system, inputs)(record.t_final.to(plan.real), record.last)
         self.witness.settle()
         return record
 
     def solver(self, inputs: Sequence[Tensor], rows: int, seen: bool = False) -> Any:
         """The right-hand side for the loop, which solves the equations of implicit stages by iteration; ``seen``: by the witness."""
-        watch = self.witness.watch if seen else lambda f: f
-        f = watch(self.system.bind(inputs))
+        bound = self._watched if seen else lambda system, given: system.bind(given)
+        f = bound(self.system, inputs)
         if self.algebra is None and getattr(self.plan.method, "multistep", False):
             return AdamsSolver(f, self.plan, rows, self.system.spec.device)
         if self.algebra is None or self.plan.direct:
@@ -108,11 +108,14 @@ class Problem:
             return ResidualSolver(f, self.plan, jacobian, a.linear_solver, rows, device, a.index, a.skipped)
         given = self.plan, jacobian, self.algebra.linear_solver, rows, self.system.spec.device
         if getattr(self.plan.method, "additive", False):
-            explicit, implicit = (watch(part.bind(inputs)) for part in self.system.parts)
+            explicit, implicit = (bound(part, inputs) for part in self.system.parts)
             return AdditiveStageSolver(explicit, implicit, *given)
         if self.alone:
             return LoneStages(f, self.plan, jacobian, a.linear_solver, device)
         return StageSolver(f, *given, mass_matrix=self.system.mass_matrix(inputs))
+
+    def _watched(self, system: System | VmappedSystem, inputs: Sequence[Tensor]) -> Any:
+        return self.witness.watch(system.bind(inputs), lambda: system.bind(inputs))
 
     @property
     def alone(self) -> bool:

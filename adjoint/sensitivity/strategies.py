@@ -141,7 +141,7 @@ def _recorded(
     f = system.bind(inputs)
     if recording is not None:
         # it may have to be evaluated again
-        f = witness.watch(f)
+        f = witness.watch(f, lambda: system.bind(inputs))
     f, y0 = guarded(problem, f, anchors, t_eval, y0, inputs)
     with torch.enable_grad():
         record = integrate(f, problem.plan, anchors, t_eval, y0, False, inputs, system.natural_shape, recording)

@@ -37,17 +37,19 @@ class Witness:
         self._last: tuple[Any, Any, Any, Any] | None = None
         self._calls, self._next, self._stride = 0, 0, _STRIDE
 
-    def watch(self, f: Callable[..., Any]) -> Callable[..., Any]:
-        """``f(t, y)``, some of whose calls are remembered."""
+    def watch(self, f: Callable[..., Any], anew: Callable[[], Callable[..., Any]] | None = None) -> Callable[..., Any]:
+        """``f(t, y)``, some of whose calls are remembered. ``anew`` gives it again later on, when parameters that were put into a module
+        for the solve may have been taken out."""
+        again = (lambda: f) if anew is None else anew
 
         def call(t: Tensor, y: Any) -> Any:
             if torch.compiler.is_compiling():
                 return f(t, y)
             k = f(t, y)
             if self._calls >= self._next:
-                self._note(f, t, y, k)
+                self._note(again, t, y, k)
             self._calls += 1
-            self._last = (f, t, y, k)
+            self._last = (again, t, y, k)
             return k
 
         return call
@@ -77,7 +79,7 @@ class Witness:
         notes, wrong = self._notes, []
         with torch.no_grad():
             for f, t, y, k in notes:
-                again = f(t, y)
+                again = f()(t, y)
                 wrong += [differs(a, b) for a, b in zip(tree_leaves(again), tree_leaves(k), strict=True)]
             if wrong and bool(torch.stack(wrong).any()):
                 raise SolveError(f"{what}: {CHANGED}. Call backward() before anything changes, or hand over what does through args=")
