@@ -86,6 +86,27 @@ def test_continuous_adjoints_converge(strategy, method, batched, truth):
     assert errors[1] < 3e-4 and errors[1] < 0.25 * errors[0], errors
 
 
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("strategy", [InterpolatingAdjoint(), GaussAdjoint()], ids=lambda s: type(s).__name__)
+def test_a_loss_on_the_way_costs_no_start_anew(strategy, batched):
+    """One step from loss to loss where losses lie closer than steps; a first step found anew at each took three."""
+
+    def run(gradient, count, tolerance):
+        p = tensor(1.5, 1, 3, 1).requires_grad_()
+        y0 = tensor(1.0, 1.2)
+        y, q = (torch.stack([y0, 1.1 * y0]), torch.stack([p, 1.05 * p])) if batched else (y0, p)
+        times = torch.linspace(0, 6.0, count + 1, dtype=F64)[1:]
+        options = dict(rtol=tolerance, atol=tolerance, batched=batched, gradient=gradient)
+        sol = solve_ivp(lotka, (0.0, 6.0), y, args=(q,), t_eval=times, method="dopri8", **options)
+        (grad,) = torch.autograd.grad(sol.y.square().sum() / count, (p,))
+        return grad, sol.stats.backward.n_steps
+
+    exact, _ = run(DiscreteAdjoint(), 60, 1e-10)
+    one, many = run(strategy, 1, 1e-7)[1], run(strategy, 60, 1e-7)
+    assert many[1] <= 60 + one
+    assert torch.allclose(many[0], exact, rtol=1e-5)
+
+
 def test_an_own_method_and_own_tolerances(truth):
     loose = gradients(InterpolatingAdjoint(rtol=1e-2, atol=1e-2), "dopri8", 1e-10)
     tight = gradients(InterpolatingAdjoint(method="dopri8", rtol=1e-10, atol=1e-10), "dopri8", 1e-10)

@@ -225,7 +225,7 @@ def start_carry(
         k1 = f(shifted_times([t0.to(plan.real)], [0.0], plan.shift == "all", False, sign)[0], y0)
         n_fun = 1
     if plan.first_step is not None:
-        step = torch.full_like(t0, plan.first_step)
+        step = torch.zeros_like(t0) + plan.first_step
     elif plan.method.adaptive and proposed is not None:
         step = proposed.clamp(min=plan.min_step)
     elif plan.method.adaptive and isinstance(f, StageSolver) and f.mass_matrix is not None:

@@ -78,6 +78,7 @@ def record_of(
         n_fun=n_fun,
         status=carry.status,
         t_final=carry.t,
+        next_step=carry.step,
         **found,
         **_linear_work(plan, carry.attempts),
         **_packed(kept.attempts, kept.states, kept.stages, carry, y0, len(plan.method.nodes), plain, kept.columns),

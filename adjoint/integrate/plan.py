@@ -80,6 +80,7 @@ class Plan:
     ``keep_states``: whether the states of all steps are wanted; ``keep_stages``: also all stages, for the dense output.
     ``keep_grid``: starts and sizes of all steps are wanted even where their states are not. ``results_of_steps``: states or stages of the
     steps are themselves part of what the user gets.
+    ``first_step``: of all trajectories, or (B,) float64; None: from the slope at the start.
     ``shift``: which anchors ``fun`` sees only from within a step: the "inner" ones, "all" of them, or "none".
     ``event_counts`` (E, B): how often events occurred before. ``switch``: when to hand over to another method.
     ``accept_smallest``: no step is smaller than ``min_step``, and one of that size is accepted whatever its error.
@@ -91,7 +92,7 @@ class Plan:
     rtol: float | Tensor
     atol: float | Tensor
     norm: Callable[[Tensor], Tensor] = rms_norm
-    first_step: float | None = None
+    first_step: float | Tensor | None = None
     max_step: float = float("inf")
     min_step: float = 0.0
     max_steps: int = 100_000
@@ -174,6 +175,8 @@ class Record:
     n_newton: Tensor
     #: (K, E, B): what a multistep method records beside
     extra: Tensor = field(default_factory=lambda: torch.empty(0, 0, 0))
+    #: (B,) float64: the step that would follow, not cut by the end of the span; multistep methods give none
+    next_step: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
 
 
 def shifted_times(

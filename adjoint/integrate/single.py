@@ -113,7 +113,7 @@ def integrate_single(
     k1 = f(start_times[0], y) if recording is None else recording.first(f, start_times[0], y)
     n_fun += 1
     if plan.first_step is not None:
-        step = plan.first_step
+        step = float(plan.first_step)
     elif method.adaptive:
         toward = torch.full((1,), sign, dtype=torch.float64, device=device)
         with torch.no_grad():
@@ -295,6 +295,7 @@ def integrate_single(
         n_fun=one_row(n_fun),
         status=one_row(int(status)),
         t_final=one_row(t, torch.float64),
+        next_step=one_row(step, torch.float64),
         event_id=torch.tensor([e[0] for e in events.found], dtype=torch.int64, device=device),
         event_row=torch.zeros(len(events.found), dtype=torch.int64, device=device),
         event_step=torch.tensor([e[1] for e in events.found], dtype=torch.int64, device=device),

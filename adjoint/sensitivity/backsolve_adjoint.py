@@ -18,7 +18,7 @@ from .backsolve import Backsolve, backsolve
 from .linearize import Linearizer
 from .node import SolveNode
 from .problem import Outputs, Problem
-from .way_back import check_way_back
+from .way_back import carried_step, check_way_back
 
 __all__ = ["BacksolveAdjoint"]
 
@@ -120,6 +120,8 @@ class BacksolveAdjoint:
             times = torch.cat([times[:1], t_eval[:, 0][order], times[1:]])
             states = torch.cat([states[:1], out.samples[order], states[1:]])
         f = problem.system.bind(inputs)
+        # the step to go on with from a time that the way back has come to; from its start there is none
+        steps: dict[float, Tensor | None] = {}
 
         def backward(dynamics: Callable[..., Any], state: tuple[Tensor, ...], t: Tensor) -> Sequence[Tensor]:
             sizes, shapes = [x.numel() for x in state], [x.shape for x in state]
@@ -132,8 +134,10 @@ class BacksolveAdjoint:
             start = torch.cat([x.reshape(-1).to(y0.dtype) for x in state]).reshape(1, -1)
             if bool(t[0] == t[1]):
                 return state
-            record = integrate(flat, plan, t.reshape(2, 1), None, start, False)
+            going = replace(plan, first_step=steps.pop(float(t[0]), None))
+            record = integrate(flat, going, t.reshape(2, 1), None, start, False)
             check_way_back(record, plan, problem)
+            steps[float(t[1])] = carried_step(record, plan)
             return [p.reshape(shape).to(k) for p, shape, k in zip(record.final.reshape(-1).split(sizes), shapes, kinds, strict=True)]
 
         watch = Linearizer(f, inputs, [False] * len(inputs), False)

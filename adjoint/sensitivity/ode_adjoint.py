@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from ..linalg import DenseLU, LinearOperator, LinearSolver, Matrix, SparseMatrix
 from ..system import Flat
 from .linearize import Linearizer, vjp
 from .problem import Problem
-from .way_back import Trajectory, check_way_back, in_units_of
+from .way_back import Trajectory, carried_step, check_way_back, in_units_of
 
 __all__ = ["OdeBack"]
 
@@ -81,6 +82,7 @@ class OdeBack:
         self.t = end.clone()
         self.adjoint = torch.zeros_like(trajectory.states[0])
         self.n_steps = 0
+        self._first_step: Tensor | None = None
         alone = self.adjoint.shape[0] == 1 and not plan.method.implicit
         self.integral = "gauss" if integral == "state" and not alone else integral
 
@@ -108,7 +110,7 @@ class OdeBack:
         self.t = t.clone()
 
     def _integrate(self, t: Tensor) -> None:
-        problem, plan = self.problem, in_units_of(self.plan, self.adjoint)
+        problem, plan = self.problem, replace(in_units_of(self.plan, self.adjoint), first_step=self._first_step)
         anchors, rows = torch.stack([self.t, t]), self.adjoint.shape[0]
         targets = self.linearize.targets
         if self.integral == "state" and targets:
@@ -129,6 +131,7 @@ class OdeBack:
             if targets:
                 self._accumulate(record, plan)
             self.adjoint = record.final
+        self._first_step = carried_step(record, plan)
         self.n_steps += int(record.n_accepted.max())
         self.linearize.n_fun += int(record.n_fun.max())
 

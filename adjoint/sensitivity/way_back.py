@@ -14,7 +14,7 @@ from ..integrate import Plan, Record, Status
 from .linearize import Linearizer
 from .problem import Problem
 
-__all__ = ["Trajectory", "WayBack", "check_way_back", "in_units_of", "walk"]
+__all__ = ["Trajectory", "WayBack", "carried_step", "check_way_back", "in_units_of", "walk"]
 
 
 class Trajectory:
@@ -68,6 +68,19 @@ def in_units_of(plan: Plan, adjoint: Tensor) -> Plan:
     """The plan with its absolute tolerance times the largest entry: an adjoint has the units of the loss."""
     scale = float(adjoint.abs().amax().clamp(min=1e-300)) if adjoint.numel() else 1.0
     return replace(plan, atol=plan.atol * scale)
+
+
+def carried_step(record: Record, plan: Plan) -> Tensor | None:
+    """The first step ``(B,)`` behind the loss at which ``record`` ended; None where it is to be found anew.
+
+    The jump there may make it too large, which the error test of an explicit method sees. On stiff problems every jump begins a layer
+    that has to be resolved, which an implicit method damps away in one long step: its estimate says little about the integral over it.
+    """
+    if plan.method.implicit:
+        return None
+    step = record.next_step
+    # a trajectory for which there was no way to go knows of no step
+    return torch.where(torch.isfinite(step) & (step > 0), step, float("inf"))
 
 
 def check_way_back(record: Record, plan: Plan, problem: Problem) -> None:
