@@ -73,8 +73,8 @@ def in_units_of(plan: Plan, adjoint: Tensor) -> Plan:
 def carried_step(record: Record, plan: Plan) -> Tensor | None:
     """The first step ``(B,)`` behind the loss at which ``record`` ended; None where it is to be found anew.
 
-    The jump there may make it too large, which the error test of an explicit method sees. On stiff problems every jump begins a layer
-    that has to be resolved, which an implicit method damps away in one long step: its estimate says little about the integral over it.
+    The jump there may make it too large, which the error test sees. On stiff problems every jump begins a layer that has to be resolved, so
+    that implicit methods gain nothing.
     """
     if plan.method.implicit:
         return None
