@@ -76,9 +76,9 @@ def carried_step(record: Record, plan: Plan) -> Tensor | None:
     The jump there may make it too large, which the error test sees. On stiff problems every jump begins a layer that has to be resolved, so
     that implicit methods gain nothing.
     """
-    if plan.method.implicit:
-        return None
     step = record.next_step
+    if plan.method.implicit or not step.numel():
+        return None
     # a trajectory for which there was no way to go knows of no step
     return torch.where(torch.isfinite(step) & (step > 0), step, float("inf"))
 
