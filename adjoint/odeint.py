@@ -5,7 +5,8 @@ What is different on purpose:
 - Gradients reach everything that ``func`` depends on (tensors captured by a closure included), and are exact for the computed solution.
 - `odeint_adjoint` without any ``adjoint_rtol``, ``adjoint_atol``, ``adjoint_method`` or ``adjoint_options`` takes the discrete adjoint:
   one stored state per step, exact gradients. Giving one of these asks for torchdiffeq's continuous adjoint, which solves the state
-  backwards again, can be wrong without a sign of it (stiff and contracting problems), and has no second derivatives.
+  backwards again, is wrong on stiff and contracting problems (`BacksolveDiverged`, but no sign of it with fixed steps), and has no second
+  derivatives.
   ``adjoint.torchdiffeq`` has the same functions with the continuous adjoint as the default.
 - Event times are differentiable also in `odeint` itself, and in parameters of the event function.
 - Under autocast a solve keeps the precision of its state (half precision becomes single), and autocast is off in ``func``, which may

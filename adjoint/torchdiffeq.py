@@ -2,7 +2,8 @@
 
 .. warning::
     Here `odeint_adjoint` integrates the state BACKWARDS in time for its gradient (the continuous adjoint), as torchdiffeq does. That
-    gradient carries the error of a second solve, is silently wrong on stiff and contracting problems, and has no second derivatives.
+    gradient carries the error of a second solve and has no second derivatives. On stiff and contracting problems it is wrong: adaptive
+    methods raise `BacksolveDiverged` where the state does not come back to its start, methods of fixed steps say nothing.
     ``from adjoint import odeint_adjoint`` is the same function with the exact gradient of the computed solution as its default: prefer
     it unless results must be those of torchdiffeq, or memory must not grow with the number of steps.
 
