@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .capture import readable
+from .capture import alive, below_jvp, readable
 from .errors import InvalidInput
 
 __all__ = ["signed", "with_slope"]
@@ -34,8 +34,6 @@ def with_slope(t: Tensor, sloping: Tensor, *causes: Tensor) -> Tensor:
 
 
 class _Guarded(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(t: Tensor, sloping: Tensor, *causes: Tensor) -> Tensor:
         return t.view_as(t)
@@ -52,9 +50,22 @@ class _Guarded(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, dot: Tensor, _: None, *dots: Tensor | None) -> Tensor:
-        (sloping,) = ctx.saved_tensors
-        moving = torch.stack([d.detach().abs().sum().double() for d in (dot, *dots) if d is not None]).sum()
-        return dot + 0 * _Demanded.apply(moving.expand_as(sloping), sloping)
+        (sloping,) = alive(ctx.saved_tensors)
+        with below_jvp() as (lower, raise_):
+            own, sloping = lower(dot), lower(sloping)
+            moving = torch.stack([lower(d).detach().abs().sum().double() for d in (dot, *dots) if d is not None]).sum()
+            out = own + 0 * _Demanded.apply(moving.expand_as(sloping), sloping)
+        return raise_(out)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], t: Tensor, sloping: Tensor, *causes: Tensor) -> tuple[Tensor, int]:
+        t, sloping = _copies(info.batch_size, in_dims[:2], t, sloping)
+        return _Guarded.apply(t, sloping, *causes), 0  # type: ignore[return-value]
+
+
+def _copies(size: int, in_dims: tuple[int | None, ...], *tensors: Tensor) -> list[Tensor]:
+    """Tensors under ``torch.vmap`` with the copies in front."""
+    return [x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in zip(tensors, in_dims, strict=True)]
 
 
 class _Demanded(torch.autograd.Function):
@@ -81,11 +92,10 @@ class _Demanded(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, dot: Tensor, _: None) -> Tensor:
-        return _Demanded.apply(dot, *ctx.saved_tensors)
+        with below_jvp() as (lower, raise_):
+            out = _Demanded.apply(lower(dot), *(lower(x) for x in alive(ctx.saved_tensors)))
+        return raise_(out)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, sloping: Tensor) -> tuple[Tensor, int]:
-        x, sloping = (
-            v.expand(info.batch_size, *v.shape) if dim is None else v.movedim(dim, 0) for v, dim in zip((x, sloping), in_dims, strict=True)
-        )
-        return _Demanded.apply(x, sloping), 0
+        return _Demanded.apply(*_copies(info.batch_size, in_dims, x, sloping)), 0  # type: ignore[return-value]
