@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ class Plan:
     rtol: float | Tensor
     atol: float | Tensor
     norm: Callable[[Tensor], Tensor] = rms_norm
-    first_step: float | Tensor | None = None
+    first_step: Any = None
     max_step: float = float("inf")
     min_step: float = 0.0
     max_steps: int = 100_000
