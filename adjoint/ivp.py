@@ -23,7 +23,7 @@ from .arguments import (
     positive,
     snapped,
 )
-from .capture import find_captured, is_differentiable, needs_derivatives, parameter_homes, readable, vmap_active
+from .capture import find_captured, needs_derivatives, parameter_homes, readable, vmap_active
 from .dae_arguments import dae_failure
 from .errors import InvalidInput, UnsupportedCombination
 from .event_slope import signed
@@ -42,7 +42,7 @@ from .sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
 from .sensitivity.problem import interpolate, step_times
 from .solution import BackwardStats, Solution, Stats
 from .split import SplitFunction
-from .stage_arguments import check_compiled, stage_algebra, warn_of_lost_time
+from .stage_arguments import check_compiled, check_jumps, stage_algebra, warn_of_lost_time
 from .switching import solve_switching
 from .system import StateSpec, System
 
@@ -211,7 +211,7 @@ def solve_ivp(
         fun, args, events = with_matrix(fun, mass, y0, batched), (*args, mass), without_last(events)
     right_hand_side, state, integrand = fun, y0, None
     times = check_times(t_span, t_eval, step_ts, user_spec)
-    _check_jumps(chosen, step_ts)
+    check_jumps(chosen, step_ts)
     chosen = method_for(times, chosen, METHODS["kvaerno5" if chosen.implicit else "tsit5"])
     if quadrature is not None:
         if not callable(quadrature):
@@ -325,18 +325,6 @@ def _transforming() -> bool:
     from torch.autograd import forward_ad
 
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def _check_jumps(method: Method, step_ts: Any) -> None:
-    """A stage beyond the end of its step sees the far side of a jump: its part in the derivative in the time of that jump is lost."""
-    if step_ts is None or not any(is_differentiable(x) for x in tree_leaves(step_ts)):
-        return
-    pair = [getattr(method, name, None) for name in ("nonstiff", "stiff")]
-    if any(max(m.nodes) > 1 for m in (pair if any(pair) else [method]) if m is not None):
-        raise UnsupportedCombination(
-            f"method={method.name!r} evaluates fun beyond the ends of its steps, so derivatives in step_ts would be wrong: choose "
-            "'kvaerno3' or 'rodas5p' (or methods.AutoSwitch with one of them), or detach step_ts"
-        )
 
 
 def _check_options(method: Method, implicit: dict[str, Any], first_step: Any, max_steps: Any) -> None:

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from .capture import functorch_active
+from .capture import functorch_active, is_differentiable
 from .errors import InvalidInput, UnsupportedCombination
 from .integrate.direct import MOST
 from .jacobians import DenseJacobian
@@ -24,7 +25,7 @@ from .sensitivity.problem import Problem, StageAlgebra
 from .stage_jacobian import GivenStageJacobian
 from .system import StateSpec, System
 
-__all__ = ["check_compiled", "stage_algebra", "warn_of_lost_time"]
+__all__ = ["check_compiled", "check_jumps", "stage_algebra", "warn_of_lost_time"]
 
 #: attempted steps from which a solve is looked at for what may have made it long
 _LONG = 300
@@ -173,3 +174,15 @@ def warn_of_lost_time(
                 stacklevel=4,
             )
             return
+
+
+def check_jumps(method: Method, step_ts: Any) -> None:
+    """A stage beyond the end of its step sees the far side of a jump: its part in the derivative in the time of that jump is lost."""
+    if step_ts is None or not any(is_differentiable(x) for x in tree_leaves(step_ts)):
+        return
+    pair = [getattr(method, name, None) for name in ("nonstiff", "stiff")]
+    if any(max(m.nodes) > 1 for m in (pair if any(pair) else [method]) if m is not None):
+        raise UnsupportedCombination(
+            f"method={method.name!r} evaluates fun beyond the ends of its steps, so derivatives in step_ts would be wrong: choose "
+            "'kvaerno3' or 'rodas5p' (or methods.AutoSwitch with one of them), or detach step_ts"
+        )
