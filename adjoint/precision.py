@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from .untraced import untraced
+
 __all__ = ["full_precision"]
 
 P = ParamSpec("P")
@@ -33,8 +35,7 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
             given, named = cast(Any, tree_map(_single, (args, kwargs)))
             return cast(Any, function)(*given, **named)
 
-    disabled: Any = torch.compiler.disable(call)
-    return disabled
+    return untraced(call)
 
 
 def _single(x: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,21 +27,12 @@ from .root_solution import RootSolution, RootStats
 from .root_systems import ConservedSystem, StationarySystem, check_conserved, check_really_conserved
 from .sensitivity.implicit import JacobianRule, RootNode, RootOutputs, RootTask
 from .system import StateSpec, System
+from .untraced import untraced
 
 __all__ = ["solve_root"]
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """``torch.compiler.disable``, which forgets the signature."""
-    disabled: Any = torch.compiler.disable(function)
-    return disabled
-
-
-@_untraced
+@untraced
 def solve_root(
     fun: Callable[..., Any],
     x0: Any,

@@ -88,7 +88,7 @@ REFUSED: list[tuple[str, Callable[[Case], bool]]] = [
     ("method='auto' with", lambda c: c.strategy in CONTINUOUS and c.has("switching")),
     ("compile=True with", lambda c: c.compiles and c.strategy not in ("discrete", "sweep", "backprop")),
     ("on the way back of BacksolveAdjoint", lambda c: c.strategy == "backsolve" and (c.has("implicit") or not c.has("adaptive"))),
-    ("transforms and forward mode cannot see through BacksolveAdjoint", lambda c: c.strategy.startswith("backsolve") and c.form == "vmapped"),
+    ("mode cannot see through BacksolveAdjoint", lambda c: c.strategy.startswith("backsolve") and c.form == "vmapped"),
 ]
 
 
