@@ -136,6 +136,26 @@ def test_a_jump_of_an_algebraic_variable_is_stepped_over(method, named):
         torch.testing.assert_close(torch.stack(slopes), torch.tensor(right, dtype=F64), rtol=0, atol=1e-4)
 
 
+def circuit(t, y, yp, sign):
+    """A ramp that begins and ends at named times, behind a capacitance that depends on the voltage; ``sign``: the direction of time."""
+    ramp = torch.where(sign * t <= 0.25, 0.0, torch.where(sign * t >= 0.5, 5.0, 20 * (sign * t - 0.25)))
+    return torch.stack([(1 + y[0] ** 2) * sign * yp[0] + 20 * (y[0] - y[1]), y[1] - ramp])
+
+
+def test_slopes_behind_jumps_are_found_once_and_on_the_far_side():
+    jumps, ends = torch.tensor([0.25, 0.5], dtype=F64), []
+    for sign in (1.0, -1.0):
+        start = torch.zeros(2, dtype=F64)
+        sol = solve_dae(circuit, (0.0, sign), start, args=torch.tensor(sign, dtype=F64), step_ts=sign * jumps, **TOLERANCES)
+        ends.append((sol.y[-1], sol.stats))
+    (forward, stats), (backward, mirrored) = ends
+    # one matrix an accepted step, and those of the search for slopes at the start and behind both jumps: not of every step
+    assert int(stats.n_jac) <= int(stats.n_accepted) + 3 * 12
+    assert torch.equal(forward, backward)
+    counts = ("n_accepted", "n_rejected", "n_fun", "n_jac", "n_newton")
+    assert [int(getattr(stats, name)) for name in counts] == [int(getattr(mirrored, name)) for name in counts]
+
+
 def test_rows_of_bdf_jump_each_at_its_own_time():
     residual = lambda t, y, yp, tau: torch.stack([yp[:, 0] + y[:, 0] - y[:, 1], y[:, 1] - level(t, 2.0, tau)], -1)  # noqa: E731
     tau = torch.tensor([0.25, 0.5], dtype=F64)

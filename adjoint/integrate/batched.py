@@ -164,7 +164,12 @@ def advance(
         jumped = accepted & jump_end
         t_next = torch.where(accepted, end, t)
         time = shifted_times([t_next.to(real)], [0.0], jumped, False, sign)[0]
-        k_end = torch.where(spread(jumped), f(time, y_next), k_end)
+        if isinstance(f, ResidualSolver):
+            room = (stops.gather(0, segment.clamp(max=last).unsqueeze(0) + 1).squeeze(0) - t_next).abs()
+            room = torch.where(room > 0, room, (stops[-1] - stops[0]).abs())
+            k_end = f.behind_jumps(jumped, time, y_next, k_end, sign, room)
+        else:
+            k_end = torch.where(spread(jumped), f(time, y_next), k_end)
         jump = torch.where(alive, jumped, carry.jump)
     else:
         jump = carry.jump

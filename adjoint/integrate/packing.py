@@ -47,8 +47,9 @@ def evaluations_of_attempt(plan: Plan, dense: bool, jumps: bool) -> int:
     """Evaluations of ``fun`` in an attempt; ``dense``: with the stages of the dense output."""
     method = plan.method
     if method.implicit:
-        # the slope at the end, and what the step evaluates beside its iterations, which count their own
-        return (method.end_index is None) + method.evaluations + jumps
+        # the slope at the end, and what the step evaluates beside its iterations, which count their own; so does the slope behind a jump
+        # where it takes an iteration
+        return (method.end_index is None) + method.evaluations + (jumps and not getattr(method, "residual", False))
     each = method.n_stages if method.end_index is None or method.end_index == method.n_stages else method.n_stages - 1
     return each + (method.extra_evaluations if dense else 0) + jumps
 

@@ -94,10 +94,18 @@ class ResidualSolver:
         width = torch.full_like(t, 1e-3, dtype=torch.float64) * t.abs().clamp(min=1.0)
         return self.slope(t, y, torch.ones_like(width), width)[0]
 
-    def slope(self, t: Tensor, y: Tensor, sign: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    def behind_jumps(self, jumped: Tensor, t: Tensor, y: Tensor, slope: Tensor, sign: Tensor, room: Tensor) -> Tensor:
+        """``slope``, and in rows that have ``jumped`` the one behind the jump: as at a start, with ``room`` (B,) up to the next jump."""
+        if not bool(jumped.any()):
+            return slope
+        return torch.where(jumped.unsqueeze(-1), self.slope(t, y, sign, 1e-3 * room, jumped)[0], slope)
+
+    def slope(self, t: Tensor, y: Tensor, sign: Tensor, width: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The slope of an implicit Euler step so small that nothing changes by more than a hundredth of its tolerance. Algebraic variables
-        have one too, which the equations themselves do not give."""
+        have one too, which the equations themselves do not give. ``wanted`` (B,): the rows that are asked for; all by default."""
         plan = self.plan
+        asked: Tensor | int = 1 if wanted is None else wanted
+        others: Tensor | bool = False if wanted is None else ~wanted
         size = y.abs() * plan.rtol + plan.atol
         slope, speed = torch.zeros_like(y), torch.zeros_like(width, dtype=plan.real)
         for _ in range(_ROUNDS):
@@ -110,16 +118,16 @@ class ResidualSolver:
                 change = torch.where(torch.isfinite(change).all(-1, keepdim=True), change, 0.0)
                 slope = slope - change
                 for count in (self.work.n_fun, self.work.n_jac, self.work.n_factorizations, self.work.n_solves, self.work.n_newton):
-                    count += 1
-                if bool((plan.norm(step * change / size) <= 1e-4).all()):
+                    count += asked
+                if bool(((plan.norm(step * change / size) <= 1e-4) | others).all()):
                     break
             speed = plan.norm(self.weigh(slope, step, True) / size)
             # a state that is not finite says nothing of sizes
             speed = torch.where(torch.isfinite(speed), speed, 0.0)
-            wanted = torch.minimum(width, 1e-2 / speed.clamp(min=1e-300).double())
-            if bool((wanted >= 0.5 * width).all()):
+            narrow = torch.minimum(width, 1e-2 / speed.clamp(min=1e-300).double())
+            if bool(((narrow >= 0.5 * width) | others).all()):
                 break
-            width = wanted
+            width = narrow
         return slope, speed
 
     # ---- a step
