@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from .capture import find_constants, needs_derivatives
-from .errors import InvalidInput, RootError, SingularJacobian, UnsupportedCombination
+from .capture import needs_derivatives
+from .errors import InvalidInput, RootError, SingularJacobian, SolveError, UnsupportedCombination
 from .laplace import Laplace
 from .linalg import Factorization, Log
 from .nonlinear import RootRecord
 from .sensitivity.f1 import Expansion, Functions, Solves
+from .sensitivity.fingerprint import Fingerprint
 from .sensitivity.implicit import FactorStore, RootNode, RootOutputs
+from .sensitivity.witness import CHANGED
 from .steady import prepare, solve_root
 from .system import StateSpec
 
@@ -105,12 +107,18 @@ class _Point:
     expansion: Expansion
     factors: Callable[[], Factorization]
     forget_factors: Callable[[], None]
-    constants: list[tuple[Tensor, int]]
+    #: ``F`` and ``f`` on flat vectors, and totals that are kept, and what they gave beside this point
+    functions: Callable[[Tensor, Tensor], Any]
+    fingerprint: Fingerprint
 
     def current(self, p: Tensor, layout: Layout) -> bool:
-        """Whether it still is the point ``p``: same values, and no captured tensor has changed in place."""
+        """Whether it still is the point ``p`` of the same functions."""
         same = layout == self.layout and p.dtype == self.p.dtype and p.device == self.p.device and torch.equal(p, self.p)
-        return same and all(x._version == version for x, version in self.constants)
+        return same and self.unchanged()
+
+    def unchanged(self) -> bool:
+        """Whether the functions are still the same, whatever it is that they read."""
+        return self.fingerprint.same(self.functions)
 
     def predicted(self, p: Tensor) -> Any:
         """A guess of the state at another ``p``: along the derivative where that is known."""
@@ -122,8 +130,9 @@ class SteadyStateObjective:
     """The objective ``fh(p) = f(s(p), p)`` with ``F(s(p), p) = 0`` (F-1, doi 10.5281/zenodo.2667835; docs/theory.md, section 3).
 
     At one ``p`` the state, value, gradient, Hessian, products and third derivatives share one steady state and one factorisation. They
-    are kept until another ``p`` is asked for, or ``p`` or a captured tensor is changed in place. (A changed Python number that ``f`` or
-    ``F`` reads cannot be seen: call `clear`.)
+    are kept until another ``p`` is asked for, or ``f`` or ``F`` change, whatever it is that they read (tensors changed in place, by
+    ``.data`` or for others of the same name, as minibatches are; buffers and modes of modules; numbers): with every question both are
+    evaluated once, at a point beside ``p`` and the state.
 
     Parameters
     ----------
@@ -174,7 +183,7 @@ class SteadyStateObjective:
     # -- the point -------------------------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """Forget the point: needed after a change that cannot be seen, such as that of a Python number that ``F`` reads."""
+        """Forget the point, so that the next question solves anew."""
         self._point = None
 
     def update(self, **changes: Any) -> None:
@@ -258,13 +267,18 @@ class SteadyStateObjective:
             leaves = tree_leaves(layout.unflatten(p))
             return task.residual([*leaves, *inputs[len(leaves) :]])(x.unsqueeze(0)).squeeze(0)
 
+        kept = [] if self._options["conserved"] is None else tree_leaves((self._options["conserved"], self.x0))
+
+        def functions(x: Tensor, p: Tensor) -> Any:
+            at, parameters = spec.unflatten(x.unsqueeze(0)), layout.unflatten(p)
+            return self.F(at, parameters), self.f(at, parameters), kept
+
         x = out.raw.squeeze(0)
-        state = spec.unflatten(out.raw)
-        constants = find_constants(
-            [lambda: self.F(state, user_p), lambda: self.f(state, user_p)], [*tree_leaves(state), *tree_leaves(user_p)]
-        )
+        seen = Fingerprint.of(functions, x, flat)
+        if not seen.same(functions):
+            raise SolveError(f"f or F gives other values with every call: {CHANGED}. Draw random numbers once, and hand them in")
         expansion = Expansion(Functions(objective, residual), x, flat, solves)
-        return _Point(flat, layout, x, spec, expansion, factors, task.store.clear, [(c, c._version) for c in constants])
+        return _Point(flat, layout, x, spec, expansion, factors, task.store.clear, functions, seen)
 
     # -- what users ask for ------------------------------------------------------------------------------------------------------------
 
@@ -357,7 +371,13 @@ class SteadyStateObjective:
         point = self._at(p)
         m = point.p.numel()
         H = (self.gauss_newton(p) if gauss_newton else self.hessian(p)).reshape(m, m)
-        return Laplace.of(H, dispersion, lambda g: self._observation_jacobian(self._at(p), g))
+
+        def observed(g: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+            if not point.unchanged():
+                raise SolveError(f"f or F are other functions than where this Gaussian was made: {CHANGED}. Make it anew")
+            return self._observation_jacobian(point, g)
+
+        return Laplace.of(H, dispersion, observed)
 
     def minimize(self, p0: Any, method: str = "trust-exact", **options: Any) -> Any:
         """`scipy.optimize.minimize` with exact gradient and Hessian (products for "trust-ncg", "Newton-CG" and the like with many

@@ -98,7 +98,8 @@ def _singular(r: Callable[[Tensor], Tensor], x: Tensor, matrix: Matrix, factors:
     flag, found = near_null(matrix, factors)
     if found is None or not x.shape[1]:
         return flag
-    step = factors.solve(r(x)).abs()
+    here = r(x)
+    step = factors.solve(here).abs()
     size = x.abs()
     size = size + torch.finfo(size.dtype).eps ** 0.5 * size.amax(-1, keepdim=True)
     size = torch.where(size > 0, size, torch.where(step.amax(-1, keepdim=True) > 0, step.amax(-1, keepdim=True), 1.0))
@@ -106,7 +107,7 @@ def _singular(r: Callable[[Tensor], Tensor], x: Tensor, matrix: Matrix, factors:
     error = (step / size).amax(-1)
     far = torch.clamp(100 * error, min=eps**0.25)
     v = found / (found.abs() / size).amax(-1, keepdim=True) * far.unsqueeze(-1)
-    bend = factors.solve(r(x + v) - r(x)) - v
+    bend = factors.solve(r(x + v) - here) - v
     change = (bend.abs() / size).amax(-1) / far
     return flag | (change * torch.clamp(10 * error, min=eps**0.5) > 0.1 * far)
 

@@ -13,6 +13,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from .errors import InvalidInput, UnsupportedCombination
 from .realification import totals_in_parts, unwrapped, weights_in_parts
+from .sensitivity.fingerprint import beside
 from .system import Flat, StateSpec, System
 
 __all__ = ["ConservedSystem", "StationarySystem", "check_conserved"]
@@ -147,16 +148,11 @@ def _rows_of_numbers(value: Any) -> bool:
 def check_really_conserved(system: ConservedSystem, x: Tensor, inputs: Sequence[Tensor], where: str) -> None:
     """Raise `InvalidInput` where ``weights fun`` is not zero at ``x``, or beside it: replacing an equation would then change the problem.
 
-    Beside it, because at a root nothing but rounding is left of ``fun``, and because a sum may vanish at one point by chance. The other
-    point lies outward from zero, so that what is positive stays so.
+    Beside it, because at a root nothing but rounding is left of ``fun``, and because a sum may vanish at one point by chance.
     """
     *rest, _ = inputs
     eps = torch.finfo(x.dtype).eps
-    k = torch.arange(x.shape[1], device=x.device, dtype=x.dtype.to_real()) + 1
-    size = x.abs() + 1e-3 * x.abs().amax(-1, keepdim=True)
-    size = torch.where(size > 0, size, 1.0)
-    beside = x + eps**0.25 * size * (1.5 + torch.cos(k * k)) * torch.where(x.real < 0, -1.0, 1.0)
-    found = [system.base.bind(rest)(x.new_zeros(x.shape[0], dtype=x.dtype.to_real()), at) for at in (x, beside)]
+    found = [system.base.bind(rest)(x.new_zeros(x.shape[0], dtype=x.dtype.to_real()), at) for at in (x, beside(x, eps**0.25))]
     residual = torch.stack(found if where == "the guess" else found[1:])
     residual = torch.where(torch.isfinite(residual).all(-1, keepdim=True), residual, 0.0)  # outside of the domain nothing can be said
     change = (residual @ system.weights.T).abs()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .arguments import flat_tolerance
-from .capture import find_captured, parameter_homes
+from .capture import find_captured, needs_derivatives, parameter_homes
 from .errors import InvalidInput
 from .lending import check_unchanged, copied
 from .linalg import LinearSolver, Log
@@ -25,6 +25,7 @@ from .root_examination import Examination
 from .root_failures import raise_root_failure
 from .root_solution import RootSolution, RootStats
 from .root_systems import ConservedSystem, StationarySystem, check_conserved, check_really_conserved
+from .sensitivity.fingerprint import RootWitness
 from .sensitivity.implicit import JacobianRule, RootNode, RootOutputs, RootTask
 from .system import StateSpec, System
 from .untraced import untraced
@@ -272,7 +273,8 @@ def prepare(
             raise_root_failure(record, spec)
 
     examiner = Examination(choice, throw)
-    task = RootTask(system, conditions, find, choice.jacobian, choice.linear_solver, log, report, examiner=examiner)
+    witness = RootWitness() if needs_derivatives(inputs) else None
+    task = RootTask(system, conditions, find, choice.jacobian, choice.linear_solver, log, report, examiner=examiner, witness=witness)
     return RootSetup(task, spec, flat0, tuple(inputs), choice, batched)
 
 

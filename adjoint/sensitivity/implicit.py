@@ -17,6 +17,7 @@ from ..capture import alive, below_jvp, functorch_active
 from ..linalg import Factorization, LinearSolver, Log, Matrix
 from ..nonlinear import RootRecord
 from ..system import Flat, StateSpec, System, VmappedSystem
+from .fingerprint import RootWitness
 from .products import tangent, vjp
 
 __all__ = [
@@ -143,7 +144,8 @@ class RootTask:
     """A root problem without its differentiable tensors.
 
     ``system`` is what ``find(r, x0, inputs, jacobian)`` iterates on; ``conditions`` (the same, except for least squares) are zero at the
-    solution and define its derivatives; ``jacobian`` gives the matrix that ``linear_solver`` factorises.
+    solution and define its derivatives; ``jacobian`` gives the matrix that ``linear_solver`` factorises. ``witness``: where derivatives may
+    be asked for, sees to it that they are those of the function that the root was found of.
     """
 
     system: Conditions
@@ -156,6 +158,7 @@ class RootTask:
     store: FactorStore = field(default_factory=FactorStore)
     mapped: dict[Any, RootTask] = field(default_factory=dict)
     examiner: Examiner | None = None
+    witness: RootWitness | None = None
 
     def residual(self, inputs: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
         """``r(x)`` on ``(B, n)`` for given inputs."""
@@ -175,7 +178,8 @@ class RootTask:
             system = VmappedSystem(self.system, size, in_dims)  # type: ignore[arg-type]
             conditions = system if self.conditions is self.system else VmappedSystem(self.conditions, size, in_dims)  # type: ignore[arg-type]
             jacobian = self.jacobian.vmapped(size, in_dims)
-            self.mapped[key] = replace(self, system=system, conditions=conditions, jacobian=jacobian, store=FactorStore(), mapped={})
+            own = {"store": FactorStore(), "mapped": {}, "witness": None if self.witness is None else RootWitness()}
+            self.mapped[key] = replace(self, system=system, conditions=conditions, jacobian=jacobian, **own)
         return self.mapped[key]
 
 
@@ -218,6 +222,9 @@ class RootNode(torch.autograd.Function):
         task.report(record)
         raw = torch.where(torch.isfinite(record.x), record.x, 0.0)
         task.store.put(raw, record.factors)
+        if task.witness is not None:
+            with torch.autocast(x0.device.type, enabled=False):
+                task.witness.note(task.residual(inputs), raw)
         x = torch.where((record.status >= 0).unsqueeze(-1), raw, float("nan"))
         return raw, x, record.residual_norm, record.status, record.n_steps, record.n_fun, record.n_jac
 
@@ -277,6 +284,8 @@ class _LinearNode(torch.autograd.Function):
     @staticmethod
     def forward(task: RootTask, adjoint: bool, b: Tensor, x: Tensor, *inputs: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            if task.witness is not None:
+                task.witness.check(task.residual(inputs), x)
             factors = task.factors(x, inputs)
             sides = b.permute(1, 2, 0)
             solved = factors.solve(sides, transposed=adjoint, conjugated=adjoint)
