@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +15,8 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import AdjointError, UnsupportedCombination
+from .autograd_graph import cut_apart, leads_to, saved_bytes, unknown_leaves
+from .errors import AdjointError, CapturedTensorLost, UnsupportedCombination
 from .linalg.forward_mode import below_jvp
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "below_vmap",
     "cut_apart",
     "depends_on_others",
+    "elsewhere",
     "find_captured",
     "find_constants",
     "functorch_active",
@@ -198,6 +201,8 @@ class _Watch(TorchFunctionMode):
         self.wanted, self.level = wanted, _functorch_level()
         self.known = {id(x): x for x in known if isinstance(x, Tensor)}
         self.captured: dict[int, Tensor] = {}
+        #: tensors with derivatives that came out of operators, for `left`
+        self.made: list[weakref.ref[Tensor]] = []
         self.transforms = self.inner_grad = False
         self.begun = torch.autograd._get_sequence_nr()
 
@@ -224,7 +229,15 @@ class _Watch(TorchFunctionMode):
             # kept alive here, so that no identity is given twice; with what lies in them, which is left when a transform ends
             for x in produced:
                 self.known.update((id(layer), layer) for layer in _layers(x, self.level))
+                if is_differentiable(x):
+                    self.made.append(weakref.ref(x))
         return out
+
+    def left(self) -> dict[int, Tensor]:
+        """The tensors with derivatives that were made while this watched and that somebody keeps; it forgets all others itself."""
+        self.known.clear()
+        alive = [x for x in (made() for made in self.made) if x is not None]
+        return {id(x): x for x in alive}
 
     def _meet(self, layers: list[Tensor]) -> None:
         x = layers[-1]
@@ -250,36 +263,70 @@ class Captured(NamedTuple):
         return {"transforms": self.transforms, "inner_grad": self.inner_grad}
 
 
-def find_captured(calls: Sequence[Callable[[], Any]], known: Iterable[Any], owners: Iterable[Any] = ()) -> Captured:
-    """Differentiable tensors that the calls use and that are not among ``known``, leaf or not, in order of first use.
+def find_captured(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], owners: Iterable[Any] = (), end: Any = None) -> Captured:
+    """Differentiable tensors that ``call(*point)`` uses beside that, leaf or not, in order of first use.
 
-    ``owners`` are the functions themselves: where one is (bound to) an ``nn.Module``, its parameters count even if this call does
-    not reach them, because another time may.
+    ``point`` holds pytrees. ``owners`` are the functions themselves: where one is (bound to) an ``nn.Module``, its parameters count even if
+    this call does not reach them, because another time may. What a function computes in this first call and keeps for later ones counts
+    too (weights that are made when first asked for); ``end`` is another point, at which that is seen.
+
+    Raises `CapturedTensorLost` where a function keeps what it has computed for each point by itself: most of that is made within the
+    solve, where no derivatives are recorded.
     """
-    known = list(known)
-    watch = _Watch(known)
-    try:
-        with torch.enable_grad(), watch:
-            for call in calls:
-                call()
-    except RuntimeError:
-        if not watch.inner_grad:
-            raise
-        # the state does not require grad here, or a transform refuses to let it: again with one that does
-        tensors = [x for x in known if isinstance(x, Tensor)]
-        with unmapped():
-            asked = [ask(x) for x in tensors]
-            watch = _Watch([*known, *asked])
-            with torch.enable_grad(), watch, Substitute(tensors, asked):
-                for call in calls:
-                    call()
+    watch = _watched(calls, point)
     found = dict(watch.captured)
-    inputs = {id(x) for x in known if isinstance(x, Tensor)}
+    flags = watch.transforms, watch.inner_grad
+    kept = watch.left()
+    if kept and end is not None:
+        found.update(_used_again(calls, kept, end))
+    inputs = {id(x) for x in tree_leaves(point) if isinstance(x, Tensor)}
     for owner in owners:
         module = owner if isinstance(owner, torch.nn.Module) else getattr(owner, "__self__", None)
         if isinstance(module, torch.nn.Module):
             found.update((id(p), p) for p in module.parameters() if id(p) not in inputs and is_differentiable(p))
-    return Captured(list(found.values()), watch.transforms, watch.inner_grad)
+    return Captured(list(found.values()), *flags)
+
+
+def _watched(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...]) -> _Watch:
+    known = [x for x in tree_leaves(point) if isinstance(x, Tensor)]
+    watch = _Watch(known)
+    try:
+        with torch.enable_grad(), watch:
+            for call in calls:
+                call(*point)
+    except RuntimeError:
+        if not watch.inner_grad:
+            raise
+        # the state does not require grad here, or a transform refuses to let it: again with one that does
+        with unmapped():
+            asked = [ask(x) for x in known]
+            watch = _Watch([*known, *asked])
+            with torch.enable_grad(), watch, Substitute(known, asked):
+                for call in calls:
+                    call(*point)
+    return watch
+
+
+def elsewhere(state: Any) -> Any:
+    """A state that is another one than the given one, in every entry, and not far from it."""
+    return tree_map(lambda x: 1.0009765625 * x + 0.0009765625 if isinstance(x, Tensor) else x, state)
+
+
+def _used_again(calls: Sequence[Callable[..., Any]], kept: dict[int, Tensor], end: tuple[Any, ...]) -> dict[int, Tensor]:
+    """Those of the tensors kept from a first call that another one uses, at another point."""
+    watch = _watched(calls, end)
+    used = {i: x for i, x in watch.captured.items() if i in kept}
+    more = watch.left()
+    if more:
+        # at this point once more, by tensors of other identities
+        again = _watched(calls, tree_map(lambda x: x.view_as(x) if isinstance(x, Tensor) else x, end))
+        if any(i in more for i in again.captured):
+            raise CapturedTensorLost(
+                "fun keeps tensors that it has computed from differentiable ones, and uses them when it is called with the same arguments "
+                "again (a cache by time or state). Those that it makes within the solve have no derivatives, and a gradient would be "
+                "missing: compute them in every call, or all of them before the solve."
+            )
+    return used
 
 
 def find_constants(calls: Sequence[Callable[[], Any]], known: Iterable[Any]) -> list[Tensor]:
@@ -423,101 +470,6 @@ class Substitute(TorchFunctionMode):
         return x
 
 
-def unknown_leaves(output: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
-    """Leaf tensors in the autograd graph of ``output`` that are reached without passing through a known tensor."""
-    # by their nodes, not by their identities: hooks on saved tensors hand out others that share the node
-    nodes = [torch.autograd.graph.get_gradient_edge(x).node for x in known if x.requires_grad]
-    stop = {id(node) for node in nodes}
-    leaves = {id(x) for x in known}
-    seen: set[int] = set()
-    todo = [output.grad_fn]
-    keep, unknown = [], []
-    while todo:
-        node = todo.pop()
-        if node is None or id(node) in seen or id(node) in stop:
-            continue
-        seen.add(id(node))
-        keep.append(node)  # nodes are made on access: without this their identities could be given twice
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            if id(variable) not in leaves:
-                unknown.append(variable)
-            continue
-        todo.extend(n for n, _ in node.next_functions)
-    return unknown
-
-
-def saved_bytes(output: Tensor, inputs: Sequence[Tensor], *start: Tensor) -> int:
-    """How much memory the autograd graph of ``output`` keeps, up to the inputs, without them, and up to ``start``.
-
-    Read off the graph: hooks on saved tensors are refused inside of transforms, and by transforms inside of them.
-    """
-    stop = [torch.autograd.graph.get_gradient_edge(x).node for x in (*inputs, *start) if x.requires_grad]
-    seen = {id(node): node for node in stop}
-    kept: dict[int, int] = {}
-    todo = [output.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or id(node) in seen:
-            continue
-        seen[id(node)] = node
-        for x in _saved(node):
-            if x.layout == torch.strided and not x._is_zerotensor():
-                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        todo.extend(n for n, _ in node.next_functions)
-    for x in inputs:
-        if x.layout == torch.strided:
-            kept.pop(x.untyped_storage().data_ptr(), None)
-    return sum(kept.values())
-
-
-#: names of the tensors that a kind of node saves
-_SAVED: dict[type, list[str]] = {}
-
-
-def _saved(node: Any) -> list[Tensor]:
-    kind = type(node)
-    if kind not in _SAVED:
-        names = [name for name in dir(kind) if name.startswith("_saved_") and "_sym_" not in name]
-        _SAVED[kind] = [*names, *(["saved_tensors"] if hasattr(kind, "saved_tensors") else [])]
-    found: list[Any] = []
-    for name in _SAVED[kind]:
-        value = getattr(node, name)
-        found += value if isinstance(value, (list, tuple)) else [value]
-    return [x for x in found if isinstance(x, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(x)]
-
-
 def depends_on_others(x: Tensor, only: Sequence[Tensor] | None = None) -> bool:
     """Whether ``x``, computed from constants, has a graph nevertheless, at the level of any transform; ``only``: one that leads there."""
     return any(layer.requires_grad and (only is None or leads_to(layer, only)) for layer in _layers(x, 0))
-
-
-def leads_to(x: Tensor, wanted: Sequence[Tensor]) -> bool:
-    """Whether ``x`` is one of the wanted tensors, or was computed from one outside of any transform."""
-    if any(x is p for p in wanted):
-        return True
-    leaves = {id(p) for p in wanted if p.grad_fn is None}
-    nodes = {id(p.grad_fn) for p in wanted if p.grad_fn is not None}
-    seen: set[Any] = set()
-    todo = [x.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if id(node) in nodes or id(getattr(node, "variable", None)) in leaves:
-            return True
-        todo.extend(n for n, _ in node.next_functions)
-    return False
-
-
-def cut_apart(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The inputs, those cut off from their history that were computed from another one.
-
-    Without the cut the cotangent of the one would go on to the other inside of a sweep, and a second time after it.
-    """
-    made = [x for x in inputs if x.grad_fn is not None]
-    if not made or len(inputs) == 1:
-        return list(inputs)
-    others = {id(x): [p for p in inputs if p is not x and p.requires_grad] for x in made}
-    return [x.detach().requires_grad_(True) if id(x) in others and leads_to(x, others[id(x)]) else x for x in inputs]

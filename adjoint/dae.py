@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .arguments import Times, check_controller, check_precision, check_times, flat_norm, flat_tolerance, method_for, positive
-from .capture import find_captured, needs_derivatives, parameter_homes
+from .capture import elsewhere, find_captured, needs_derivatives, parameter_homes
 from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_bounds, initial_values, residual_algebra
 from .errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
 from .event_times import NO_EVENTS, event_records
@@ -239,10 +239,14 @@ def _system(
     alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
     probe = [copied(state), copied(slope), tree_map(alias, args)]
     found: list[Any] = []
-    calls: list[Callable[[], Any]] = [lambda: found.append(residual(t, probe[0], probe[1], *probe[2]))]
-    seen = probe[0] if quadrature is None else probe[0][0]
-    calls += [lambda e=e: e(t, seen, *probe[2]) for e in events]
-    used = find_captured(calls, [t, *(x for part in probe for x in tree_leaves(part))], [fun, *events])
+
+    def remembered(*point: Any) -> None:
+        found.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, residual(*point)))
+
+    calls: list[Callable[..., Any]] = [remembered]
+    calls += [lambda t, y, yp, *rest, e=e: e(t, y if quadrature is None else y[0], *rest) for e in events]
+    end = (times.anchors[-1].detach().to(t, copy=True).reshape(t.shape), elsewhere(state), elsewhere(slope), *probe[2])
+    used = find_captured(calls, (t, probe[0], probe[1], *probe[2]), [fun, *events], end)
     check_unchanged(probe[:2], "fun")
     layout = StateSpec.of(found[0], spec.batch is not None, "what fun returned")
     layout = layout.in_parts() if spec.split else layout

@@ -23,7 +23,7 @@ from .arguments import (
     positive,
     snapped,
 )
-from .capture import find_captured, needs_derivatives, parameter_homes, readable, vmap_active
+from .capture import elsewhere, find_captured, needs_derivatives, parameter_homes, readable, vmap_active
 from .dae_arguments import dae_failure
 from .errors import InvalidInput, UnsupportedCombination
 from .event_slope import signed
@@ -238,10 +238,11 @@ def solve_ivp(
         # aliases, so that a tensor that is both an argument and captured is seen in both roles
         alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
         probe_y, probe_args = copied(state), tree_map(alias, tuple(args))
-        probe_y0 = probe_y if quadrature is None else probe_y[0]
-        calls = [lambda: right_hand_side(probe_t, probe_y, *probe_args)]
-        calls += [lambda e=e: e(probe_t, probe_y0, *probe_args) for e in event_list]
-        found = find_captured(calls, [probe_t, *tree_leaves(probe_y), *tree_leaves(probe_args)], [*_pieces(fun), *event_list])
+        calls = [right_hand_side]
+        calls += [lambda t, y, *rest, e=e: e(t, y if quadrature is None else y[0], *rest) for e in event_list]
+        end_t = times.anchors[-1].detach().to(real, copy=True).reshape(probe_t.shape)
+        end = (end_t, elsewhere(state), *probe_args)
+        found = find_captured(calls, (probe_t, probe_y, *probe_args), [*_pieces(fun), *event_list], end)
         captured = found.tensors
         homes = tuple(parameter_homes([fun, *event_list, *([] if quadrature is None else [quadrature])], captured))
         names = _parameter_names(right_hand_side, captured)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .arguments import flat_tolerance
-from .capture import find_captured, needs_derivatives, parameter_homes
+from .capture import elsewhere, find_captured, needs_derivatives, parameter_homes
 from .errors import InvalidInput
 from .lending import check_unchanged, copied
 from .linalg import LinearSolver, Log
@@ -182,7 +182,11 @@ def prepare(
     alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
     probe_x, probe_args = copied(x0), tree_map(alias, args)
     probed: list[Any] = []
-    used = find_captured([lambda: probed.append(fun(probe_x, *probe_args))], [*tree_leaves(probe_x), *tree_leaves(probe_args)], [fun])
+
+    def remembered(*point: Any) -> None:
+        probed.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, fun(*point)))
+
+    used = find_captured([remembered], (probe_x, *probe_args), [fun], (elsewhere(x0), *probe_args))
     check_unchanged(probe_x, "fun")
     returns = StateSpec.of(probed[0], batched, "what fun returned") if least_squares else None
     if returns is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -265,3 +267,12 @@ def test_implicit_steps_back_are_those_of_the_state(method):
     y0_bar, p_bar = torch.autograd.grad(y.sum(), (y0, p))
     torch.testing.assert_close(y0_bar, y.detach(), rtol=1e-6, atol=1e-9)
     assert p_bar.isfinite().all()
+
+
+def test_an_initial_state_that_func_captured_too():
+    u = torch.tensor([1.0, 2.0], requires_grad=True)
+    # y' = u - 0.7 y
+    want = math.exp(-0.7) + (1 - math.exp(-0.7)) / 0.7
+    for func in (lambda t, y: u - 0.7 * y, lambda t, y: torch.stack([u[0], u.unbind()[1]]) - 0.7 * y):
+        end = odeint_adjoint(func, u, torch.tensor([0.0, 1.0]), rtol=1e-8, atol=1e-8, adjoint_rtol=1e-8)[-1].sum()
+        torch.testing.assert_close(torch.autograd.grad(end, u)[0], torch.full((2,), want), rtol=1e-5, atol=0)

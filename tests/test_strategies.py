@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -311,3 +313,12 @@ def test_sample_times_of_any_layout_get_their_derivatives(method):
     y = solve_ivp(lambda t, y: -y, (0.0, 1.0), torch.ones(2, 1), t_eval=t, method=method, batched=True, rtol=1e-5, atol=1e-7).y
     (slopes,) = torch.autograd.grad(y.sum(), t)
     torch.testing.assert_close(slopes, -torch.exp(-t.detach()), rtol=1e-3, atol=1e-4)
+
+
+def test_backsolve_counts_a_captured_view_once():
+    w = torch.tensor([0.7, 0.3], requires_grad=True)
+    y0 = torch.tensor([1.0, 2.0])
+    for other in (w[0], 2 * w[0] * 0.5, w.view_as(w)[0]):
+        end = solve_ivp(lambda t, y, o=other: -(0.5 * w[0] + 0.5 * o) * y, (0.0, 1.0), y0, gradient=BacksolveAdjoint()).y[-1].sum()
+        slope = torch.autograd.grad(end, w)[0]
+        torch.testing.assert_close(slope, torch.tensor([-3 * math.exp(-0.7), 0.0]), rtol=1e-5, atol=1e-7)

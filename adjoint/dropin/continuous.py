@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..capture import find_captured, leads_to, unknown_leaves
+from ..capture import elsewhere, find_captured, leads_to, unknown_leaves
 from ..errors import InvalidInput
+from ..lending import copied
 from ..sensitivity.backsolve import Backsolve, backsolve
 from ..sensitivity.witness import Witness
 from .event_gradient import through_event
@@ -36,7 +37,10 @@ def adjoint_parameters(request: Request) -> list[Tensor]:
 
 def _found(request: Request) -> list[Tensor]:
     time = request.t[0].detach().to(request.spec.real_dtype)
-    found = find_captured([lambda: request.fun(time, request.y0)], [time, *tree_leaves(request.y0)], [request.func]).tensors
+    # a copy: what the state begins with may be captured too
+    start = copied(request.y0)
+    end = (request.t[-1].detach().to(time, copy=True), elsewhere(start))
+    found = find_captured([request.fun], (time, start), [request.func], end).tensors
     made = [x for x in found if x.grad_fn is not None]
     if not any(leads_to(x, [p for p in found if p is not x]) for x in made):
         return found

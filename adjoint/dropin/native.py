@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from ..arguments import Times, positive
 from ..capture import (
     Captured,
+    elsewhere,
     find_captured,
     functorch_active,
     is_differentiable,
@@ -65,13 +66,14 @@ def prepare(request: Request, only: Sequence[Tensor] | None, event: Callable[...
         time = request.t[0].detach().to(spec.real_dtype)
         if request.options.get("perturb"):
             time = shifted_times([time], [0.0], True, False, request.sign)[0]
-        calls: list[Callable[[], Any]] = [lambda: request.fun(time, y0)]
+        last = request.t[-1].detach().to(spec.real_dtype, copy=True)
+        calls: list[Callable[..., Any]] = [request.fun]
         owners = [request.func]
         if event is not None:
-            calls.append(lambda: event(time, y0))
+            calls.append(event)
             owners.append(event)
         known = [time, *tree_leaves(y0)]
-        used = find_captured(calls, known, owners)
+        used = find_captured(calls, (time, y0), owners, (last, elsewhere(y0)))
         found = {id(x) for x in (*used.tensors, *known)}
         used.tensors.extend([p for p in only or () if id(p) not in found and is_differentiable(p)])
     homes = tuple(parameter_homes([request.fun], used.tensors))

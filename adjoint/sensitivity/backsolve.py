@@ -40,6 +40,7 @@ class Backsolve:
     check : called before the way back; raises if ``fun`` is not what it was
     see : ``see(slope, t, y)`` raises if an evaluation of ``fun`` depends on what is not among the parameters
     tolerances : rtol and atol of the way back, if the state that comes back is to be held against the one that went out
+    apart : what ``fun`` uses in the place of the parameters, if that is not they themselves: see `cut_apart`
     """
 
     fun: Callable[[Tensor, Tensor], Tensor]
@@ -49,6 +50,7 @@ class Backsolve:
     check: Callable[[], None] = lambda: None
     see: Callable[[Tensor, Tensor, Tensor], None] | None = None
     tolerances: tuple[float, float] | None = None
+    apart: Sequence[Tensor] | None = None
 
 
 def backsolve(config: Backsolve, y0: Tensor, t: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, Tensor]:
@@ -113,7 +115,7 @@ def _sweep(
 ) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
     """Integrate the augmented system from the last time to the first, adding the cotangents of the states on the way."""
     real = states.dtype.to_real()
-    dynamics = _Dynamics(config, params, wants_t)
+    dynamics = _Dynamics(config, params if config.apart is None else config.apart, wants_t)
     t_bar = torch.zeros((), dtype=real, device=states.device)
     y_bar = bar[-1]
     param_bars: list[Tensor] = [torch.zeros_like(p) for p in params]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture import functorch_active, has_tangent
+from ..capture import cut_apart, functorch_active, has_tangent
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import Monitor, integrate, rms_norm
 from ..methods import METHODS, Method
@@ -119,7 +119,8 @@ class BacksolveAdjoint:
             back = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
             times = torch.cat([times[:1], t_eval[:, 0][order], times[1:]])
             states = torch.cat([states[:1], out.samples[order], states[1:]])
-        f = problem.system.bind(inputs)
+        apart = cut_apart(inputs)
+        f = problem.system.bind(apart)
         # the step to go on with from a time that the way back has come to; from its start there is none
         steps: dict[float, Tensor | None] = {}
 
@@ -140,15 +141,23 @@ class BacksolveAdjoint:
             steps[float(t[1])] = carried_step(record, plan)
             return [p.reshape(shape).to(k) for p, shape, k in zip(record.final.reshape(-1).split(sizes), shapes, kinds, strict=True)]
 
-        watch = Linearizer(f, inputs, [False] * len(inputs), False)
+        watch = Linearizer(f, apart, [False] * len(inputs), False)
 
         def see(slope: Tensor, t: Tensor, y: Tensor) -> None:
             watch.check_next = isinstance(problem.system, System)
             watch.check(slope, t, y)
 
-        config = Backsolve(f, lambda y, t: (None, states), backward, {}, problem.witness.check, see, (plan.rtol, plan.atol))
-        smooth = [x for x in inputs if x.requires_grad]
-        _, found = backsolve(config, y0, times, smooth)
+        smooth = [i for i, x in enumerate(inputs) if x.requires_grad]
+        config = Backsolve(
+            f,
+            lambda y, t: (None, states),
+            backward,
+            check=problem.witness.check,
+            see=see,
+            tolerances=(plan.rtol, plan.atol),
+            apart=[apart[i] for i in smooth],
+        )
+        _, found = backsolve(config, y0, times, [inputs[i] for i in smooth])
         if t_eval is None:
             return out._replace(final=found[1])
         return out._replace(final=found[-1], samples=found[1:-1][back])
