@@ -420,7 +420,7 @@ class Substitute(TorchFunctionMode):
             self.table.setdefault(id(inner), (inner, r))
         for home, r in zip(homes, replacements, strict=False):
             if home is not None:
-                present = home[0]._parameters[home[1]]
+                present = home[0]._parameters.get(home[1])
                 if present is not None:
                     self.table[id(present)] = (present, r)
         self.level = 0

@@ -260,7 +260,7 @@ class System:
 
     def _at_home(self, given: Sequence[Tensor]) -> bool:
         """Whether the modules hold these very parameters now."""
-        return all(h is None or h[0]._parameters[h[1]] is x for h, x in zip(self.homes, given, strict=False))
+        return all(h is None or h[0]._parameters.get(h[1]) is x for h, x in zip(self.homes, given, strict=False))
 
     def bind(self, inputs: Sequence[Tensor]) -> Flat:
         """The flat function ``f(t, y)`` for given inputs."""

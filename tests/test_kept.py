@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils import parametrize
 
 import adjoint
-from adjoint import BacksolveAdjoint, Backprop, CapturedTensorLost, DiscreteAdjoint, ForwardSensitivity, InterpolatingAdjoint, solve_ivp
+from adjoint import Backprop, BacksolveAdjoint, CapturedTensorLost, DiscreteAdjoint, ForwardSensitivity, InterpolatingAdjoint, solve_ivp
 
 W = 0.7
 SLOPE = -3 * math.exp(-W)
