@@ -142,7 +142,8 @@ def continuation(
     args : tuple or pytree
         Further arguments of ``fun``. A single tensor is taken as ``(tensor,)``.
     kind : "arclength" or "natural"
-        Pseudo-arclength continuation passes folds; "natural" keeps ``lam`` fixed while correcting and ends there.
+        Pseudo-arclength continuation passes folds; "natural" keeps ``lam`` fixed while correcting and ends there. Branches that come
+        within 1e-4 of ``step`` of each other count as one that crosses another.
     step, min_step, max_step : float
         In arc length, ``|dx|^2 / n + dlam^2``; adapted to the work of the corrector.
     max_points : int

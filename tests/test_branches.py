@@ -136,3 +136,44 @@ def test_auto_ends_with_time_integration():
     sol = solve_root(far, torch.tensor([40.0]), throw=False)
     assert sol.success and abs(float(sol.x)) < 1e-9
     assert math.isfinite(sol.residual_norm) and "time integration found the root" in sol.note and sol.stats.n_fun > 1000
+
+
+def _end(fun, x0, span, **options):
+    branch = continuation(fun, torch.as_tensor(x0), span, **options)
+    assert branch.status == "end", branch.status
+    return branch, branch.x[-1]
+
+
+@pytest.mark.parametrize(
+    "gap, span, options",
+    [
+        (1e-2, 1.0, {}),
+        (1e-6, 1.0, {}),
+        (1e-2, 1.0, {"kind": "natural"}),
+        (1e2, 300.0, {"step": 10.0, "max_step": 100.0}),
+    ],
+)
+def test_two_branches_that_turn_away_from_each_other(gap, span, options):
+    # x^2 - lam^2 = gap: the line through both arms leads from the upper one to the lower one, with the same direction there
+    start = (span**2 + gap) ** 0.5
+    _, x = _end(lambda x, lam: x**2 - lam**2 - gap, [start], (-span, span), **options)
+    assert abs(float(x) / start - 1) < 1e-9
+
+
+@pytest.mark.parametrize("n", [2, 100])
+def test_an_even_number_of_jumps_at_once(n):
+    # the determinant of the bordered matrix has one sign on all branches
+    gaps = 0.01 + 0.01 * (torch.arange(n) % 2)
+    _, x = _end(lambda x, lam: x**2 - lam**2 - gaps, (1 + gaps).sqrt(), (-1.0, 1.0))
+    assert torch.allclose(x, (1 + gaps).sqrt())
+
+
+def test_imperfect_and_perfect_bifurcations_and_neighbours_in_parallel():
+    # the root of x - x^3 + 0.01 that is connected with the one near zero at lam = -1
+    _, x = _end(lambda x, lam: lam * x - x**3 + 0.01, [0.01], (-1.0, 1.0))
+    assert abs(float(x - x**3 + 0.01)) < 1e-9 and float(x) > 1
+    branch, x = _end(lambda x, lam: x * (x - lam), [0.0], (-1.0, 1.0))
+    assert float(x) == 0 and branch.x.shape[0] < 10
+    below = lambda x, lam: x - lam.sin()  # noqa: E731
+    _, x = _end(lambda x, lam: below(x, lam) * (below(x, lam) - 0.1) * (below(x, lam) - 0.2), [-0.9], (-1.2, 1.2))
+    assert abs(float(x - torch.tensor(1.2).sin())) < 1e-9

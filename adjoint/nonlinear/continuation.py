@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
-from ..linalg import DenseLU, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix
+from ..linalg import DenseLU, Factorization, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix
 from .rows import product
 
 __all__ = ["Branch", "BranchProblem", "Continuation", "Fold"]
+
+#: part of the first step within which two branches that come so close cross, crossings in one step, and steps after a jump that do not grow
+_CROSSING, _CROSSINGS, _WARY = 1e-4, 3, 4
+#: unknowns up to which all eigenvalues are found, and size of the Krylov space beyond
+_ALL, _KRYLOV = 64, 12
 
 _Status = Literal["end", "max_points", "step_too_small", "no_start"]
 
@@ -65,7 +70,11 @@ class Continuation:
     ``kind="natural"`` keeps ``lam`` fixed in the corrector, and ends with "step_too_small" at a fold; "arclength" passes it. Arc length is
     ``|dx|^2 / n + dlam^2``, so that grids of any fineness give the same steps. Bordered systems are solved by block elimination with the
     factors of ``F_x`` and iterative refinement; where these fail, next to a fold, the bordered matrix itself is factorised.
-    The step aims at ``iterations`` corrections. Folds are located by the regula falsi (Illinois) on ``d lam / ds``, to ``fold_tol``.
+    The step aims at ``iterations`` corrections. It is halved where its end may lie on another branch: where the branch turns sharply, the
+    end is far from the prediction or off the curve that its tangents make, or the bordered matrix ``[F_x, F_lam; tangent]``, which is
+    regular all along a branch, is turned over: ``M(start)^-1 M(end)`` has an eigenvalue on the negative side (the sign of the determinant
+    shows that of an odd number only). Where two branches cross it is turned over too, in the shortest step that leads over: that is passed.
+    Folds are located by the regula falsi (Illinois) on ``d lam / ds``, to ``fold_tol``.
     """
 
     kind: Literal["arclength", "natural"] = "arclength"
@@ -108,16 +117,20 @@ class Continuation:
         if float(tangent[-1]) * (lam_end - lam0) * direction < 0:
             tangent = -tangent
         points, tangents, folds = [z], [tangent], []
-        h, status = self.step, "max_points"
+        h, status, wary = self.step, "max_points", 0
         low, high = min(lam0, lam_end), max(lam0, lam_end)
+        here = _Bordered.at(problem, z, tangent)
         while len(points) < self.max_points:
             across = tangent if self.kind == "arclength" else parameter
             found = self._correct(problem, z + h * tangent, across)
-            turned = None if found is None else self._tangent(problem, found[0], tangent)
-            # a sharp turn means that the corrector may have jumped to another part of the branch
-            jumped = turned is not None and float(_dot(turned, tangent)) < 0.7
-            back = found is not None and self.kind == "natural" and turned is not None and float(turned[-1]) * float(tangent[-1]) <= 0
-            if found is None or turned is None or jumped or back:
+            there = None if found is None else _Bordered.at(problem, found[0], tangent)
+            turned = None if there is None else there.tangent()
+            jumped = found is None or turned is None or _leaves(z, tangent, found[0], turned, h)
+            if not (jumped or found is None or there is None):
+                jumped = not self._connected(problem, z, tangent, across, h, here, found[0], there)
+                wary = _WARY if jumped else wary
+            back = turned is not None and self.kind == "natural" and float(turned[-1]) * float(tangent[-1]) <= 0
+            if found is None or there is None or turned is None or jumped or back:
                 h /= 2
                 if h < self.min_step:
                     status = "step_too_small"
@@ -142,10 +155,12 @@ class Continuation:
                     status = "step_too_small"
                     break
                 continue
-            z, tangent = new, turned
+            z, tangent, here = new, turned, there
             points.append(z)
             tangents.append(tangent)
-            h = min(max(h * min(max(self.iterations / max(used, 1), 0.5), 2.0), self.min_step), self.max_step)
+            growth = min(max(self.iterations / max(used, 1), 0.5), 1.0 if wary else 2.0)
+            wary = max(wary - 1, 0)
+            h = min(max(h * growth, self.min_step), self.max_step)
         Z = torch.stack(points)
         return Branch(Z[:, :-1], Z[:, -1], torch.stack(tangents), tuple(folds), status)
 
@@ -156,7 +171,7 @@ class Continuation:
             f = problem.residual(z[None, :-1], z[-1:])[0]
             if not bool(torch.isfinite(f).all()):
                 return None
-            move = _bordered(problem, z, across, -f, -_dot(across, z - guess))
+            move = _Bordered.at(problem, z, across).solve(-f, -_dot(across, z - guess))
             if move is None:
                 return None
             size = float(_dot(move, move).sqrt())
@@ -167,12 +182,40 @@ class Continuation:
                 return z, k + 1
         return None
 
+    def _connected(
+        self, problem: BranchProblem, z: Tensor, tangent: Tensor, across: Tensor, h: float, here: _Bordered, new: Tensor, there: _Bordered
+    ) -> bool:
+        """Whether the end ``new`` of a step of length ``h`` from ``z`` is on the same branch, as far as matrices tell.
+
+        Where the matrix is turned over, the place is looked for by bisection. If it is a crossing, points on its two sides come together
+        there; those on the two arms of a pair of branches that turn away from each other do not.
+        """
+        shortest = max(self.min_step, _CROSSING * self.step)
+        low, at_low = 0.0, z
+        for _ in range(_CROSSINGS):
+            if not _turned_over(here, there):
+                return True
+            high, at_high, beyond = h, new, there
+            while high - low > shortest:
+                middle = (low + high) / 2
+                found = self._correct(problem, z + middle * tangent, across)
+                if found is None:
+                    return False
+                between = _Bordered.at(problem, found[0], tangent)
+                if _turned_over(here, between):
+                    high, at_high, beyond = middle, found[0], between
+                else:
+                    low, at_low = middle, found[0]
+                apart = at_high - at_low
+                if not float(_dot(apart, apart).sqrt()) <= 2 * (high - low):
+                    return False
+            low, at_low, here = high, at_high, beyond
+        return False
+
     def _tangent(self, problem: BranchProblem, z: Tensor, along: Tensor) -> Tensor:
         """The unit tangent with a positive product with ``along``."""
-        out = _bordered(problem, z, along, torch.zeros_like(z[:-1]), z.new_ones(()))
-        if out is None:
-            return torch.full_like(z, float("nan"))
-        return out / _dot(out, out).sqrt()
+        out = _Bordered.at(problem, z, along).tangent()
+        return torch.full_like(z, float("nan")) if out is None else out
 
     def _edge(self, problem: BranchProblem, z: Tensor, new: Tensor, edge: float) -> Tensor | None:
         """The point at ``lam = edge`` between two points."""
@@ -219,40 +262,123 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return a[:-1] @ b[:-1] / max(a.numel() - 1, 1) + a[-1] * b[-1]
 
 
-def _bordered(problem: BranchProblem, z: Tensor, across: Tensor, f: Tensor, g: Tensor) -> Tensor | None:
-    """Solve ``[F_x, F_lam; across] (dx, dlam) = (f, g)``; None where even the bordered matrix is singular.
+@dataclass
+class _Bordered:
+    """``M = [F_x, F_lam; c, d]`` at one point, with ``(c, d)`` the functional of `_dot` with a direction.
 
     Block elimination (Keller 1977) loses digits near folds, where ``F_x`` is nearly singular though the bordered matrix is not. Two
     rounds of refinement on the whole system repair that (Govaerts 2000, section 3.6); if they do not, or ``F_x`` is exactly singular, the
     bordered matrix is factorised.
     """
-    x, lam = z[None, :-1], z[-1:]
-    A = problem.jacobian(x, lam)
-    b = _lam_derivative(problem, x, lam)
-    n = f.numel()
-    c, d = across[:-1] / max(n, 1), across[-1]
-    factors = problem.linear_solver.factor(A, problem.log)
 
-    def solve(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        both = factors.solve(torch.stack([f, b], -1).unsqueeze(0))[0]
-        mu = (g - c @ both[:, 0]) / (d - c @ both[:, 1])
-        return both[:, 0] - mu * both[:, 1], mu
+    problem: BranchProblem
+    A: Matrix
+    b: Tensor
+    c: Tensor
+    d: Tensor
+    factors: Factorization | None = None
+    whole: Factorization | None = None
 
-    def defect(dx: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
-        return f - product(A, dx.unsqueeze(0))[0] - mu * b, g - c @ dx - d * mu
+    @classmethod
+    def at(cls, problem: BranchProblem, z: Tensor, across: Tensor) -> _Bordered:
+        """At the point ``z``, bordered by the direction ``across``."""
+        x, lam = z[None, :-1], z[-1:]
+        return cls(problem, problem.jacobian(x, lam), _lam_derivative(problem, x, lam), across[:-1] / max(z.numel() - 1, 1), across[-1])
 
-    dx, mu = solve(f, g)
-    for _ in range(2):
-        ex, em = solve(*defect(dx, mu))
-        dx, mu = dx + ex, mu + em
-    r, rg = defect(dx, mu)
-    scale = float(f.abs().max()) + float(g.abs()) + float(b.abs().max() * mu.abs())
-    if float(r.abs().max()) + float(rg.abs()) <= 1e-9 * scale:
-        return torch.cat([dx, mu.reshape(1)])
-    if isinstance(A, LinearOperator):
-        return None
-    out = problem.linear_solver.factor(_with_border(A, b, c, d), problem.log).solve(torch.cat([f, g.reshape(1)]).unsqueeze(0))[0]
-    return out if bool(torch.isfinite(out).all()) else None
+    def product(self, v: Tensor) -> Tensor:
+        """``M v``."""
+        dx, mu = v[:-1], v[-1]
+        return torch.cat([product(self.A, dx.unsqueeze(0))[0] + mu * self.b, (self.c @ dx + self.d * mu).reshape(1)])
+
+    def dense(self) -> Tensor | None:
+        """``M`` itself, where its entries are known."""
+        if isinstance(self.A, LinearOperator):
+            return None
+        whole = _with_border(self.A, self.b, self.c, self.d)
+        return whole[0] if isinstance(whole, Tensor) else whole.dense()[0]
+
+    def tangent(self) -> Tensor | None:
+        """The unit tangent with a positive product with the direction of the border."""
+        out = self.solve(torch.zeros_like(self.b), self.d.new_ones(()))
+        return None if out is None else out / _dot(out, out).sqrt()
+
+    def solve(self, f: Tensor, g: Tensor) -> Tensor | None:
+        """``M^-1 (f, g)``; None where even the bordered matrix is singular."""
+        A, b, c, d, problem = self.A, self.b, self.c, self.d, self.problem
+        if self.whole is None:
+            if self.factors is None:
+                self.factors = problem.linear_solver.factor(A, problem.log)
+            factors = self.factors
+
+            def solve(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+                both = factors.solve(torch.stack([f, b], -1).unsqueeze(0))[0]
+                mu = (g - c @ both[:, 0]) / (d - c @ both[:, 1])
+                return both[:, 0] - mu * both[:, 1], mu
+
+            def defect(dx: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+                return f - product(A, dx.unsqueeze(0))[0] - mu * b, g - c @ dx - d * mu
+
+            dx, mu = solve(f, g)
+            for _ in range(2):
+                ex, em = solve(*defect(dx, mu))
+                dx, mu = dx + ex, mu + em
+            r, rg = defect(dx, mu)
+            scale = float(f.abs().max()) + float(g.abs()) + float(b.abs().max() * mu.abs())
+            if float(r.abs().max()) + float(rg.abs()) <= 1e-9 * scale:
+                return torch.cat([dx, mu.reshape(1)])
+            if isinstance(A, LinearOperator):
+                return None
+            self.whole = problem.linear_solver.factor(_with_border(A, b, c, d), problem.log)
+        out = self.whole.solve(torch.cat([f, g.reshape(1)]).unsqueeze(0))[0]
+        return out if bool(torch.isfinite(out).all()) else None
+
+
+def _leaves(z: Tensor, tangent: Tensor, new: Tensor, turned: Tensor, h: float) -> bool:
+    """Whether a step of length ``h`` may have left the branch, as its two ends show."""
+    size = lambda v: float(_dot(v, v).sqrt())  # noqa: E731
+    mean = tangent + turned
+    chord = new - z
+    # a chord of a smooth arc has the direction of the mean of its end tangents, but for a term of third order
+    aside = chord - mean * (_dot(chord, mean) / _dot(mean, mean))
+    near = size(chord - h * tangent) <= 0.5 * h and size(aside) <= 0.1 * h
+    return not (near and float(_dot(turned, tangent)) >= 0.7)
+
+
+def _turned_over(here: _Bordered, there: _Bordered) -> bool:
+    """Whether ``M(here)^-1 M(there)`` has an eigenvalue of negative real part (and no larger imaginary one), so that on the straight way
+    from the one to the other a matrix is singular: all eigenvalues of small matrices, else those that a Krylov space of it finds, the
+    outermost ones."""
+    n = here.b.numel() + 1
+    A, B = (here.dense(), there.dense()) if n <= _ALL else (None, None)
+    if A is not None and B is not None:
+        ratio, info = torch.linalg.solve_ex(A, B)
+        if int(info) or not bool(torch.isfinite(ratio).all()):
+            return False
+        small = ratio
+    else:
+        k = torch.arange(n, device=here.b.device, dtype=here.b.dtype) + 1
+        basis = [torch.cos(k * k)]
+        basis[0] = basis[0] / torch.linalg.vector_norm(basis[0])
+        small = here.b.new_zeros(_KRYLOV, _KRYLOV)
+        for j in range(_KRYLOV):
+            w = there.product(basis[j])
+            out = here.solve(w[:-1], w[-1])
+            if out is None:
+                return False
+            whole = float(torch.linalg.vector_norm(out))
+            for _ in range(2):  # twice is enough
+                known = torch.stack(basis)
+                part = known @ out
+                small[: j + 1, j] += part
+                out = out - part @ known
+            left = torch.linalg.vector_norm(out)
+            if j + 1 == _KRYLOV or float(left) <= 1e-10 * whole:
+                small = small[: j + 1, : j + 1]
+                break
+            small[j + 1, j] = left
+            basis.append(out / left)
+    values = torch.linalg.eigvals(small)
+    return bool(((values.real < 0) & (values.imag.abs() <= values.real.abs())).any())
 
 
 def _with_border(A: Tensor | SparseMatrix, b: Tensor, c: Tensor, d: Tensor) -> Tensor | SparseMatrix:
