@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -35,8 +36,12 @@ class Found(NamedTuple):
 NO_EVENTS = Found((), None, None, None)
 
 
-def event_records(parts: _Parts, out: Outputs) -> Found:
-    """The events of a solve.
+#: ``between(t0, h, y0, y1)`` is the state as a function of the time, ``(B,)``, in the steps from ``t0, y0``
+Between = Callable[[Tensor, Tensor, Tensor, Tensor], Callable[[Tensor], Tensor]]
+
+
+def event_records(parts: _Parts, out: Outputs, between: Between | None = None) -> Found:
+    """The events of a solve; ``between``: to be taken in place of the dense output, from which it differs by little.
 
     The event time is a root of ``r(t, y(t), *args)`` on the dense output. Two Newton steps with differentiable slope, begun at the
     located root, have the root's first, second and third derivatives (each full Newton step doubles the order; one alone would
@@ -55,7 +60,7 @@ def event_records(parts: _Parts, out: Outputs) -> Found:
         times, states = [], []
         for k, line in enumerate(i for i, kind in enumerate(kinds) if kind == which):
             found = out.event_step[line] >= 0
-            t, y, slope = _located(parts, out, grid, which, line, found)
+            t, y, slope = _located(parts, out, grid, which, line, found, between)
             if event.terminal == k + 1:
                 any_stop = True
                 ends = torch.where(found, t, ends)
@@ -71,7 +76,9 @@ def event_records(parts: _Parts, out: Outputs) -> Found:
     return Found(tuple(records), ends, states_there, slopes_there)
 
 
-def _located(parts: _Parts, out: Outputs, grid: StepTimes, which: int, line: int, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _located(
+    parts: _Parts, out: Outputs, grid: StepTimes, which: int, line: int, found: Tensor, between: Between | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Times ``(B,)``, states and slopes ``(B, n)`` of one line of the table in the rows that have it."""
     plan, batched, n = parts.problem.plan, parts.problem.batched, parts.y0.shape[-1]
     step = out.event_step[line].clamp(min=0).unsqueeze(0)
@@ -96,6 +103,15 @@ def _located(parts: _Parts, out: Outputs, grid: StepTimes, which: int, line: int
         return signed(value).reshape(-1).to(torch.float64)
 
     t = at = torch.where(found, out.event_t[line], t0.detach())
+    if between is not None:
+        y1 = out.states.gather(0, (step + 1).unsqueeze(-1).expand(1, -1, n))[0]
+        state = between(t0, h, y0, y1)
+        for _ in range(3):
+            # what is differentiated below has its root there, where there is a slope to find it by
+            with torch.no_grad():
+                move = residual(at) / tangent(residual, (at,), (torch.ones_like(at),))
+            at = torch.where(found & (move.abs() <= 0.1 * h.abs()), at - move, at).detach()
+        t = at
     if parts.derivatives:
         sloping = torch.ones_like(found)
         for k in range(2):

@@ -328,7 +328,10 @@ def test_bad_input_is_refused_in_the_kind_of_error_that_callers_catch():
     with pytest.raises(ValueError, match="adjoint_options"):
         odeint_adjoint(Rotation(), y0, t, options={"first_step": 0.1}, adjoint_method="rk4")
     with pytest.raises(adjoint.UnsupportedCombination, match="interp='cubic'"):
-        odeint(growth, y0, t, method="gl4", options={"interp": "cubic"})
+        adjoint.odeint_dense(growth, y0, t[0], t[1], method="gl4", options={"interp": "cubic"})
+    for method in ("rk4", "gl4", "explicit_adams"):
+        with pytest.raises(AssertionError, match="step_size"):
+            odeint(growth, y0, t, method=method, event_fn=lambda t, y: y[0] - 3.0)
 
 
 IMPLICIT_ORDER = dict(zip(IMPLICIT, (1, 2, 2, 3, 4, 5, 6, 2, 2), strict=True))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import adjoint
-from adjoint import odeint, odeint_adjoint, odeint_dense
+from adjoint import odeint, odeint_adjoint, odeint_dense, odeint_event
 
 from .test_odeint import Rotation, growth, rotated
 
@@ -135,6 +135,63 @@ def test_dense_output():
     assert solution(torch.tensor(0.5)).shape == (2,)
     with pytest.raises(adjoint.UnsupportedCombination):
         odeint_dense(growth, y0, 0.0, 1.0, method="explicit_adams")
+
+
+@pytest.mark.parametrize("method", ["implicit_euler", "implicit_midpoint", "trapezoid", "radauIIA5", "gl4", "trbdf2"])
+def test_cubic_between_grid_points_of_implicit_methods(method):
+    """Between grid points lies the cubic with the slopes of ``func`` at both: of the same states, and with their derivatives."""
+    rate = torch.tensor(0.7, requires_grad=True)
+    f = lambda t, y: -rate * y * torch.cos(t)  # noqa: E731
+    grid = torch.tensor([0.0, 0.2, 0.4, 0.6])
+    t = torch.tensor([0.0, 0.05, 0.4, 0.53, 0.6], requires_grad=True)
+    for way in (odeint, odeint_adjoint):
+        extra = {"adjoint_params": (rate,)} if way is odeint_adjoint else {}
+        nodes = way(f, torch.ones(1), grid, method=method, **extra)
+        y = way(f, torch.ones(1), t, method=method, options={"step_size": 0.2, "interp": "cubic"}, **extra)
+        want = []
+        for k, i in ((1, 0), (3, 2)):
+            s, ends = (t[k] - grid[i]) / 0.2, (nodes[i], nodes[i + 1])
+            a, b = (0.2 * f(grid[i + j], ends[j]) for j in (0, 1))
+            want.append(ends[0] + s * (a + s * (3 * (ends[1] - ends[0]) - 2 * a - b + s * (2 * (ends[0] - ends[1]) + a + b))))
+        want = torch.stack([nodes[0], want[0], nodes[2], want[1], nodes[3]])
+        torch.testing.assert_close(y, want, rtol=1e-6, atol=1e-6)
+        for k in (1, 3):
+            got, right = (torch.autograd.grad(x[k].sum(), (rate, t), retain_graph=True) for x in (y, want))
+            assert abs(got[0] - right[0]) < 1e-5 and abs(got[1][k] - right[1][k]) < 1e-5
+    # reversed, in a tuple, complex
+    z = odeint(lambda t, s: (1j * s[0],), (torch.ones(1) + 0j,), -t.detach(), method=method, options={"step_size": 0.01, "interp": "cubic"})
+    torch.testing.assert_close(z[0][:, 0], torch.exp(-1j * t.detach()), rtol=0, atol=1e-2 if method == "implicit_euler" else 1e-4)
+
+
+@pytest.mark.parametrize("interp", ["linear", "cubic"])
+@pytest.mark.parametrize("method", ["rk4", "implicit_adams", "implicit_midpoint", "trapezoid", "radauIIA3", "gl6", "sdirk2"])
+def test_events_on_a_grid(method, interp):
+    """``y' = -rate y cos t`` reaches 0.7 where ``rate sin t = -log 0.7``: time and its derivatives are of the order of the method,
+    not of the interpolation."""
+    rate = torch.tensor(0.7, requires_grad=True)
+    when, y = odeint_event(
+        lambda t, y: -rate * y * torch.cos(t),
+        torch.ones(1),
+        torch.tensor(0.0),
+        event_fn=lambda t, y: y[0] - 0.7,
+        method=method,
+        options={"step_size": 0.05, "interp": interp},
+    )
+    want = torch.asin(-torch.log(torch.tensor(0.7)) / rate)
+    torch.testing.assert_close(when, want, rtol=0, atol=2e-4)
+    torch.testing.assert_close(y[-1], torch.tensor([0.7]), rtol=0, atol=1e-9)
+    (got,), (right,) = (torch.autograd.grad(x, rate, create_graph=True) for x in (when, want))
+    torch.testing.assert_close(got, right, rtol=1e-3, atol=0)
+    (got,), (right,) = (torch.autograd.grad(x, rate) for x in (got, right))
+    torch.testing.assert_close(got, right, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("method", ["gl4", "sdirk2"])
+def test_an_event_without_slope_of_implicit_methods_on_a_grid(method):
+    when, _ = odeint_event(
+        lambda t, y: -y, torch.ones(1), torch.tensor(0.0), event_fn=lambda t, y: y[0] > 0.7, method=method, options={"step_size": 0.02}
+    )
+    torch.testing.assert_close(when, -torch.log(torch.tensor(0.7)), rtol=0, atol=1e-4)
 
 
 def test_scipy_solver():

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..errors import InvalidInput, UnsupportedCombination
+from ..errors import InvalidInput
 from ..methods import METHODS, DiagonallyImplicitRungeKutta, ExplicitRungeKutta, FullyImplicitRungeKutta, Method, Tableau
 from .request import IMPLICIT, Request
 
@@ -18,29 +18,30 @@ __all__ = ["fixed_grid", "fixed_method", "hermite"]
 
 @cache
 def fixed_method(name: str, interp: str) -> Method:
-    """The method ``name`` without error estimate, its dense output replaced: "linear", or "cubic" (Hermite)."""
+    """The method ``name`` without error estimate, its dense output replaced: "linear", or "cubic" (Hermite).
+
+    Implicit methods have no stages at both ends of a step, so with "cubic" they keep the polynomial of their own: it serves events, which
+    are at the end of a step; samples are `between` grid points.
+    """
     method = METHODS[IMPLICIT.get(name, name)]
     if name in IMPLICIT:
-        if interp != "linear":
-            raise UnsupportedCombination(
-                f"interp={interp!r} with method={name!r} is not supported: leave it out, or use solve_ivp, whose output between steps is "
-                "of the method's own order"
-            )
-        return _linear_implicit(method)
+        return _implicit(method, interp == "linear")
     if not isinstance(method, ExplicitRungeKutta):
         raise InvalidInput(f"{name!r} has no tableau")
     base = replace(method.tableau, error=None, error_order=None)
     return ExplicitRungeKutta(_linear(base) if interp == "linear" else _cubic(base))
 
 
-def _linear_implicit(method: Method) -> Method:
+def _implicit(method: Method, linear: bool) -> Method:
     if isinstance(method, DiagonallyImplicitRungeKutta):
         tab = method.tableau
-        return DiagonallyImplicitRungeKutta(replace(tab, error=None, error_order=None, dense=tuple((b,) for b in tab.b), dense_order=1))  # pyright: ignore[reportReturnType]
+        line = {"dense": tuple((b,) for b in tab.b), "dense_order": 1} if linear else {}
+        return DiagonallyImplicitRungeKutta(replace(tab, error=None, error_order=None, **line))  # pyright: ignore[reportReturnType]
     assert isinstance(method, FullyImplicitRungeKutta)
     # without gamma there is no error estimate
     plain = replace(method.tableau, gamma=None)
-    object.__setattr__(plain, "dense", tuple((b,) for b in plain.b))
+    if linear:
+        object.__setattr__(plain, "dense", tuple((b,) for b in plain.b))
     return FullyImplicitRungeKutta(plain)  # pyright: ignore[reportReturnType]
 
 

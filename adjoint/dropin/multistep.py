@@ -23,11 +23,10 @@ from ..errors import InvalidInput, NonFiniteState
 from ..integrate import Monitor, shifted_times
 from ..methods import METHODS
 from ..methods.adams import MAX_ORDER, adams_weights, differentiable_weights, starter
-from ..sensitivity import DiscreteAdjoint, Gradient
-from ..sensitivity.evaluation import Evaluation
+from ..sensitivity import Gradient
 from ..sensitivity.sweep import tangent
 from .interpolants import check_interp, fixed_grid, hermite, step_size_of
-from .native import prepare, start_event, transforming
+from .native import evaluated, prepare, start_event
 from .request import Request
 
 __all__ = ["adams_event", "adams_samples"]
@@ -61,9 +60,7 @@ class _Adams:
         self.real = request.spec.real_dtype
         ready = prepare(request, only, event)
         self.derivatives = ready.derivatives
-        self.f = ready.system.bind(ready.inputs)
-        if ready.derivatives and isinstance(gradient, DiscreteAdjoint) and not transforming():
-            self.f = lambda t, y: Evaluation.apply(ready.system, t, y, *ready.inputs)
+        self.f = evaluated(ready, gradient)
         self.monitor = request.monitor()
         self.watch_back = type(self.monitor).adjoint is not Monitor.adjoint
         name, self.start_slopes = starter(self.order)
@@ -178,7 +175,9 @@ def _check_finite(steps: list[_Step]) -> None:
 
 def adams_event(request: Request, gradient: Gradient, only: Any = None) -> tuple[Tensor, Any]:
     """Time of the first event, and the states at the start and there; see `native.solve_event`."""
-    interp, size = check_interp(request), step_size_of(request)
+    # as with all methods on a grid; see `native.solve_event`
+    check_interp(request)
+    interp, size = "cubic", step_size_of(request)
     event, at_start = start_event(request)
     spec = request.spec
     y = start = spec.taken(request.y0)
@@ -201,7 +200,7 @@ def adams_event(request: Request, gradient: Gradient, only: Any = None) -> tuple
     else:
         raise InvalidInput(f"no event in {_MAX_EVENT_STEPS} steps of size {size}")
     _check_finite([step])
-    following = solver.f(solver._time(t, 1.0), y) if interp == "cubic" else None
+    following = solver.f(solver._time(t, 1.0), y)
 
     def at(theta: float) -> Tensor:
         return _between(solver, interp, step, step.t + theta * step.h, following)

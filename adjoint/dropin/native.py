@@ -18,11 +18,12 @@ from ..capture import (
     functorch_active,
     is_differentiable,
     leads_to,
+    listed,
     needs_derivatives,
     parameter_homes,
     vmap_active,
 )
-from ..errors import InvalidInput
+from ..errors import InvalidInput, UnsupportedCombination
 from ..event_slope import signed
 from ..event_times import event_records
 from ..failures import raise_failure
@@ -32,14 +33,15 @@ from ..ivp import _transforming as transforming
 from ..lending import copied
 from ..methods import METHODS
 from ..realification import suited_to_jacobians
-from ..sensitivity import Gradient, Problem
+from ..sensitivity import DiscreteAdjoint, Gradient, Problem
+from ..sensitivity.evaluation import Evaluation
 from ..solution import BackwardStats
 from ..stage_arguments import stage_algebra
 from ..system import System
-from .interpolants import check_interp, fixed_grid, fixed_method, step_size_of
+from .interpolants import check_interp, fixed_grid, fixed_method, hermite, step_size_of
 from .request import Request
 
-__all__ = ["Prepared", "combined_event", "prepare", "solve_dense", "solve_event", "solve_samples", "start_event", "transforming"]
+__all__ = ["Prepared", "combined_event", "evaluated", "prepare", "solve_dense", "solve_event", "solve_samples", "start_event"]
 
 #: an end that no solve reaches: until an event, there is none
 _NEVER = 1e300
@@ -84,6 +86,13 @@ def prepare(request: Request, only: Sequence[Tensor] | None, event: Callable[...
     return Prepared(system, inputs, needs_derivatives([request.t, *tree_leaves(y0), *inputs]))
 
 
+def evaluated(ready: Prepared, gradient: Gradient) -> Callable[[Tensor, Tensor], Tensor]:
+    """``f(t, y)`` for compositions of differentiable steps: with `DiscreteAdjoint` every evaluation keeps its arguments only."""
+    if ready.derivatives and isinstance(gradient, DiscreteAdjoint) and not transforming():
+        return lambda t, y: Evaluation.apply(ready.system, t, y, *ready.inputs)  # pyright: ignore[reportReturnType]
+    return ready.system.bind(ready.inputs)
+
+
 def _kept(x: Tensor, wanted: Sequence[Tensor]) -> bool:
     """Whether ``x`` is to be differentiated: it is one of the wanted tensors, or was computed from one."""
     if functorch_active() and torch._C._functorch.is_functorch_wrapped_tensor(x):
@@ -109,7 +118,8 @@ def _plan(request: Request, derivatives: bool, dense: bool, events: tuple[Event,
     }
     if request.family in ("fixed", "implicit"):
         return Plan(
-            method=fixed_method(request.method, check_interp(request)),
+            # the end of the last step is all that events ask for: see `solve_event`
+            method=fixed_method(request.method, "cubic" if events else check_interp(request)),
             controller=PIDController(),
             first_step=step_size_of(request) if events else None,
             max_steps=20_000 if events else 2**62,
@@ -151,7 +161,7 @@ def _anchors(request: Request, until_event: bool) -> Tensor:
         return fixed_grid(request).unsqueeze(-1)
     t, sign = request.t.to(torch.float64), request.sign
     end = torch.full_like(t[:1], sign * _NEVER) if until_event else t[-1:]
-    if request.family == "fixed" and step_size_of(request) is None:
+    if request.family in ("fixed", "implicit") and step_size_of(request) is None:
         raise InvalidInput("Event handling for fixed step solvers currently requires `step_size` to be provided in options.")
     inner = torch.cat([t.new_empty(0), *(_step_times(request) if request.family == "adaptive" else [])])
     inner = inner[(sign * (inner - t[0]) > 0) & (sign * (end - inner) > 0)]
@@ -159,16 +169,25 @@ def _anchors(request: Request, until_event: bool) -> Tensor:
     return torch.cat([t[:1], inner, end]).unsqueeze(-1)
 
 
-def _solve(request: Request, gradient: Gradient, only: Sequence[Tensor] | None, dense: bool, event: Callable[..., Tensor] | None) -> _Parts:
-    """The shared part: everything that can be asked of the computed solution."""
-    if request.family == "implicit" and request.spec.holds_complex:
-        first = request.t[0].detach().to(request.spec.real_dtype)
-        request = replace(request, spec=suited_to_jacobians(request.spec, lambda y: request.fun(first, y), request.y0))
-    ready = prepare(request, only, event)
+def _realified(request: Request) -> Request:
+    """Implicit methods carry complex states in a form that has Jacobians."""
+    if request.family != "implicit" or not request.spec.holds_complex:
+        return request
+    first = request.t[0].detach().to(request.spec.real_dtype)
+    return replace(request, spec=suited_to_jacobians(request.spec, lambda y: request.fun(first, y), request.y0))
+
+
+def _solve(
+    request: Request,
+    gradient: Gradient,
+    ready: Prepared,
+    anchors: Tensor,
+    samples: Tensor | None,
+    dense: bool = False,
+    event: Callable[..., Tensor] | None = None,
+) -> _Parts:
+    """The shared part: everything that can be asked of the computed solution. ``samples`` (T, 1), without the first time."""
     spec, system = request.spec, ready.system
-    anchors = _anchors(request, event is not None)
-    # the first time needs no sampling: the solution there is y0
-    samples = None if event is not None or dense else request.t[1:].to(torch.float64).unsqueeze(-1)
     events = () if event is None else (_flat_event(event, system, spec, False),)
     derivatives = ready.derivatives or needs_derivatives([anchors])
     plan = _plan(request, derivatives, dense, events)
@@ -193,13 +212,44 @@ def _solve(request: Request, gradient: Gradient, only: Sequence[Tensor] | None, 
 
 def solve_samples(request: Request, gradient: Gradient, only: Sequence[Tensor] | None = None) -> Any:
     """The states at ``request.t``, ``(T, *shape)`` each."""
-    parts = _solve(request, gradient, only, False, None)
+    request = _realified(request)
+    ready, anchors = prepare(request, only), _anchors(request, False)
+    # the first time needs no sampling: the solution there is y0
+    samples = request.t[1:].to(torch.float64).unsqueeze(-1)
+    if request.family == "implicit" and check_interp(request) == "cubic":
+        return _between(request, gradient, ready, anchors, samples)
+    parts = _solve(request, gradient, ready, anchors, samples)
     return parts.state(torch.cat([parts.y0.unsqueeze(0), parts.out.samples]))
+
+
+def _between(request: Request, gradient: Gradient, ready: Prepared, anchors: Tensor, samples: Tensor) -> Any:
+    """As `solve_samples`, by the cubics through the states at the grid points around each time, with the slopes of ``func`` there."""
+    grid, times = anchors[:, 0], samples[:, 0]
+    place = torch.searchsorted(request.sign * grid.detach(), request.sign * times.detach()).clamp(min=1)
+    parts = _solve(request, gradient, ready, anchors, torch.cat([grid[place - 1], grid[place]]).unsqueeze(-1))
+    before, after = parts.out.samples.chunk(2)
+    cubic = _cubic_steps(request, evaluated(ready, gradient))
+    # at a grid point nothing is between
+    exact = listed(times.detach() == grid.detach()[place])
+    out = [parts.y0]
+    for k, (t, i) in enumerate(zip(times, listed(place), strict=True)):
+        if exact[k] and not needs_derivatives([t]):
+            out.append(after[k])
+            continue
+        start, h = grid[i - 1 : i], grid[i : i + 1] - grid[i - 1 : i]
+        out.append(cubic(start, h, before[k], after[k])(t))
+    return parts.state(torch.stack(out))
 
 
 def solve_dense(request: Request, gradient: Gradient, only: Sequence[Tensor] | None = None) -> Callable[[Tensor], Any]:
     """The solution as a function of time."""
-    return _interpolant(_solve(request, gradient, only, True, None))
+    if request.family == "implicit" and check_interp(request) == "cubic":
+        raise UnsupportedCombination(
+            f"odeint_dense with interp='cubic' and method={request.method!r} is not supported: leave interp out (linear), give an explicit "
+            "method such as 'rk4', or use odeint with the times wanted"
+        )
+    request = _realified(request)
+    return _interpolant(_solve(request, gradient, prepare(request, only), _anchors(request, False), None, dense=True))
 
 
 def combined_event(event_fn: Callable[..., Tensor], t0: Tensor, y0: Any) -> tuple[Callable[..., Tensor], bool]:
@@ -222,12 +272,35 @@ def start_event(request: Request) -> tuple[Callable[..., Tensor], bool]:
 
 
 def solve_event(request: Request, gradient: Gradient, only: Sequence[Tensor] | None = None) -> tuple[Tensor, Any]:
-    """Time of the first event, 0-d, and the states at the start and there, ``(2, *shape)`` each; differentiable, the time included."""
+    """Time of the first event, 0-d, and the states at the start and there, ``(2, *shape)`` each; differentiable, the time included.
+
+    On a fixed grid the last step is a short one that ends at the event, just beyond which the cubic through its ends is taken, whatever
+    ``interp`` is: along a straight line the time would have derivatives that are off by the order of a step.
+    """
     event, at_start = start_event(request)
-    y_flat = request.spec.flatten(request.y0)
     if at_start:
+        y_flat = request.spec.flatten(request.y0)
         return request.t[0].clone(), request.spec.unflatten(torch.stack([y_flat, y_flat]))
-    parts = _solve(request, gradient, only, False, event)
-    _, when, flat, _ = event_records(parts, parts.out)
+    if request.family != "adaptive":
+        check_interp(request)
+    request = _realified(request)
+    ready = prepare(request, only, event)
+    parts = _solve(request, gradient, ready, _anchors(request, True), None, event=event)
+    between = _cubic_steps(request, evaluated(ready, gradient)) if request.family == "implicit" else None
+    _, when, flat, _ = event_records(parts, parts.out, between)
     assert when is not None and flat is not None
-    return when[0].to(request.t.dtype), parts.state(torch.stack([y_flat, flat]))
+    return when[0].to(request.t.dtype), parts.state(torch.stack([parts.y0, flat]))
+
+
+def _cubic_steps(request: Request, f: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Callable[[Tensor], Tensor]]:
+    """For `event_records`: the cubic through the ends of one trajectory's step, with the slopes of ``func`` there."""
+    real, perturb = request.spec.real_dtype, bool(request.options.get("perturb"))
+
+    def between(t0: Tensor, h: Tensor, y0: Tensor, y1: Tensor) -> Callable[[Tensor], Tensor]:
+        start, size = t0[0], h[0]
+        times = [start.to(real), (start + size).to(real)]
+        times = shifted_times(times, [0.0, 1.0], perturb, perturb, request.sign) if perturb else times
+        slopes = [size.to(real) * f(when, y) for when, y in zip(times, (y0, y1), strict=True)]
+        return lambda t: hermite(((t - t0) / h).to(real).unsqueeze(-1), y0, y1, *slopes)
+
+    return between
