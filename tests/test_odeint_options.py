@@ -207,3 +207,20 @@ def test_scipy_solver():
     odeint_adjoint(f, y0, t, method="scipy_solver").sum().backward()
     expected = torch.autograd.grad(rotated(y0, f.speed, t[:, None].squeeze(-1)).sum(), f.speed)[0]
     torch.testing.assert_close(f.speed.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["sdirk2", "implicit_euler", "gl4", "trapezoid", "rk4"])
+def test_perturb_keeps_clear_of_the_grid(method):
+    """``func`` is seen inside of the steps only, also where a method has no stage at their start."""
+    seen = []
+
+    def f(t, y):
+        seen.append(float(t))
+        return -y
+
+    for way in (odeint, odeint_adjoint):
+        y0 = torch.tensor([1.0, 2.0], requires_grad=True)
+        extra = {} if way is odeint else {"adjoint_params": ()}
+        way(f, y0, torch.tensor([0.0, 1.0]), method=method, options={"step_size": 0.5, "perturb": True}, **extra).sum().backward()
+        assert seen and not {0.0, 0.5, 1.0} & set(seen)
+        seen.clear()

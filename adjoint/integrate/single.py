@@ -30,6 +30,12 @@ def _times(plan: Plan, t: float, h: float, like: Tensor, jump: tuple[bool, bool]
     return shifted_times(times, plan.method.nodes, jump[0], jump[1], sign) if any(jump) else times
 
 
+def _start_time(t: float, like: Tensor, jump: bool, sign: float) -> Tensor:
+    """The time at the start of a step, where not every method has a stage."""
+    time = torch.tensor(t, dtype=like.dtype.to_real(), device=like.device)
+    return shifted_times([time], [0.0], True, False, sign)[0] if jump else time
+
+
 #: new state, stages, ``f(t + h, y1)`` if the error needs it, size of the new state, scaled error ``(1, n)`` and its norm ``(1,)``
 _Attempted = tuple[Tensor, list[Tensor], Tensor | None, Tensor, Tensor | None, Tensor | None]
 
@@ -109,8 +115,8 @@ def integrate_single(
     segment = 0
     jump_start = False
     y, size = y0, y0.detach().abs()
-    start_times = _times(plan, t, 0.0, y, (plan.shift == "all", False), sign)
-    k1 = f(start_times[0], y) if recording is None else recording.first(f, start_times[0], y)
+    start_time = _start_time(t, y, plan.shift == "all", sign)
+    k1 = f(start_time, y) if recording is None else recording.first(f, start_time, y)
     n_fun += 1
     if plan.first_step is not None:
         step = float(plan.first_step)
@@ -246,8 +252,7 @@ def integrate_single(
         jump_start = jump[1]
         fsal = method.end_index == method.n_stages - 1
         if jump_start or (k_end is None and not fsal):
-            time = _times(plan, t, 0.0, y, (jump_start, False), sign)[0]
-            k1 = f(time, y)
+            k1 = f(_start_time(t, y, jump_start, sign), y)
             n_fun += 1
         else:
             k1 = k_end if k_end is not None else ks[-1]
