@@ -14,6 +14,7 @@ from .arguments import Times, check_controller, check_precision, check_times, fl
 from .capture import elsewhere, find_captured, needs_derivatives, parameter_homes
 from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_bounds, initial_values, residual_algebra
 from .errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
+from .event_jumps import jumps_refused
 from .event_times import NO_EVENTS, event_records
 from .integrate import IController, PIDController, Plan, Record
 from .ivp import _event_list, _flat_event, _Parts, _solution
@@ -216,8 +217,9 @@ def solve_dae(
         raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")
     out = strategy.solve(problem, times.anchors, times.samples, start.y, inputs)
     parts = _Parts(out, problem, times, user_spec, spec, integrand, start.y, event_list, args, backward, derivatives, dense_output)
-    found = event_records(parts, out) if event_list else NO_EVENTS
-    return replace(_solution(parts, found), yp=parts.state(_slopes(parts, out, start.yp, found.slope)))
+    parts = jumps_refused(parts) if event_list else parts
+    found = event_records(parts, parts.out) if event_list else NO_EVENTS
+    return replace(_solution(parts, found), yp=parts.state(_slopes(parts, parts.out, start.yp, found.slope)))
 
 
 def _system(

@@ -10,7 +10,13 @@ from torch import Tensor
 from .capture import alive, below_jvp, readable
 from .errors import InvalidInput
 
-__all__ = ["signed", "with_slope"]
+__all__ = ["NO_SLOPE", "refused", "signed", "with_slope"]
+
+NO_SLOPE = (
+    "the time of an event was to be differentiated, but its event function has no slope there: it is piecewise constant "
+    "(a comparison, a sign, an integer) or flat at its root, so that the time has no derivative. Give a smooth event function, "
+    "such as y - level in place of y > level, or detach the time and state of the event"
+)
 
 
 def signed(value: Tensor) -> Tensor:
@@ -27,40 +33,45 @@ def with_slope(t: Tensor, sloping: Tensor, *causes: Tensor) -> Tensor:
 
     ``causes``: what ``t`` depends on beside what it was computed from.
     """
-    if readable(sloping) and bool(sloping.all()):
-        return t
-    out: Tensor = _Guarded.apply(t, sloping, *causes)
+    return refused(t, ~sloping, NO_SLOPE, *causes)
+
+
+def refused(x: Tensor, wrong: Tensor, why: str, *causes: Tensor) -> Tensor:
+    """``x`` as it is; whoever differentiates an entry that is ``wrong`` gets InvalidInput, which says ``why``."""
+    if readable(wrong) and not bool(wrong.any()):
+        return x
+    out: Tensor = _Guarded.apply(x, ~wrong, why, *causes)
     return out
 
 
 class _Guarded(torch.autograd.Function):
     @staticmethod
-    def forward(t: Tensor, sloping: Tensor, *causes: Tensor) -> Tensor:
+    def forward(t: Tensor, sloping: Tensor, why: str, *causes: Tensor) -> Tensor:
         return t.view_as(t)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
         ctx.save_for_forward(inputs[1])
-        ctx.count = len(inputs) - 2
+        ctx.why, ctx.count = inputs[2], len(inputs) - 3
 
     @staticmethod
     def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
-        return (_Demanded.apply(bar, *ctx.saved_tensors), *[None] * (1 + ctx.count))
+        return (_Demanded.apply(bar, *ctx.saved_tensors, ctx.why), *[None] * (2 + ctx.count))
 
     @staticmethod
-    def jvp(ctx: Any, dot: Tensor, _: None, *dots: Tensor | None) -> Tensor:
+    def jvp(ctx: Any, dot: Tensor, _: None, __: None, *dots: Tensor | None) -> Tensor:
         (sloping,) = alive(ctx.saved_tensors)
         with below_jvp() as (lower, raise_):
             own, sloping = lower(dot), lower(sloping)
             moving = torch.stack([lower(d).detach().abs().sum().double() for d in (dot, *dots) if d is not None]).sum()
-            out = own + 0 * _Demanded.apply(moving.expand_as(sloping), sloping)
+            out = own + 0 * _Demanded.apply(moving.expand_as(sloping), sloping, ctx.why)
         return raise_(out)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], t: Tensor, sloping: Tensor, *causes: Tensor) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], t: Tensor, sloping: Tensor, why: str, *causes: Tensor) -> tuple[Tensor, int]:
         t, sloping = _copies(info.batch_size, in_dims[:2], t, sloping)
-        return _Guarded.apply(t, sloping, *causes), 0  # type: ignore[return-value]
+        return _Guarded.apply(t, sloping, why, *causes), 0  # type: ignore[return-value]
 
 
 def _copies(size: int, in_dims: tuple[int | None, ...], *tensors: Tensor) -> list[Tensor]:
@@ -72,30 +83,27 @@ class _Demanded(torch.autograd.Function):
     """Passes a derivative on after a look at it, which under ``torch.vmap`` only a rule of its own can have."""
 
     @staticmethod
-    def forward(x: Tensor, sloping: Tensor) -> Tensor:
+    def forward(x: Tensor, sloping: Tensor, why: str) -> Tensor:
         if bool(((x != 0) & ~sloping).any()):
-            raise InvalidInput(
-                "the time of an event was to be differentiated, but its event function has no slope there: it is piecewise constant "
-                "(a comparison, a sign, an integer) or flat at its root, so that the time has no derivative. Give a smooth event function, "
-                "such as y - level in place of y > level, or detach the time and state of the event"
-            )
+            raise InvalidInput(why)
         return x.view_as(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
         ctx.save_for_forward(inputs[1])
+        ctx.why = inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, bar: Tensor) -> tuple[Tensor, None]:
-        return _Demanded.apply(bar, *ctx.saved_tensors), None
+    def backward(ctx: Any, bar: Tensor) -> tuple[Tensor, None, None]:
+        return _Demanded.apply(bar, *ctx.saved_tensors, ctx.why), None, None
 
     @staticmethod
-    def jvp(ctx: Any, dot: Tensor, _: None) -> Tensor:
+    def jvp(ctx: Any, dot: Tensor, _: None, __: None) -> Tensor:
         with below_jvp() as (lower, raise_):
-            out = _Demanded.apply(lower(dot), *(lower(x) for x in alive(ctx.saved_tensors)))
+            out = _Demanded.apply(lower(dot), *(lower(x) for x in alive(ctx.saved_tensors)), ctx.why)
         return raise_(out)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, sloping: Tensor) -> tuple[Tensor, int]:
-        return _Demanded.apply(*_copies(info.batch_size, in_dims, x, sloping)), 0  # type: ignore[return-value]
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, sloping: Tensor, why: str) -> tuple[Tensor, int]:
+        return _Demanded.apply(*_copies(info.batch_size, in_dims[:2], x, sloping), why), 0  # type: ignore[return-value]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .capture import listed
 from .event_slope import signed, with_slope
+from .methods import Method
 from .sensitivity import Outputs
 from .sensitivity.problem import StepTimes, step_times
 from .sensitivity.sweep import tangent
@@ -18,7 +19,7 @@ from .solution import EventRecord
 if TYPE_CHECKING:
     from .ivp import _Parts
 
-__all__ = ["NO_EVENTS", "Found", "event_records"]
+__all__ = ["NO_EVENTS", "Found", "event_records", "step_around"]
 
 
 class Found(NamedTuple):
@@ -76,25 +77,49 @@ def event_records(parts: _Parts, out: Outputs, between: Between | None = None) -
     return Found(tuple(records), ends, states_there, slopes_there)
 
 
-def _located(
-    parts: _Parts, out: Outputs, grid: StepTimes, which: int, line: int, found: Tensor, between: Between | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Times ``(B,)``, states and slopes ``(B, n)`` of one line of the table in the rows that have it."""
-    plan, batched, n = parts.problem.plan, parts.problem.batched, parts.y0.shape[-1]
+class Around(NamedTuple):
+    """The steps ``(B,)`` in which trajectories have an event: start, size, state ``(B, n)`` at the start, stages ``(S, B, n)``."""
+
+    t: Tensor
+    h: Tensor
+    y: Tensor
+    stages: Tensor
+    method: Method
+
+    def state(self, t: Tensor) -> Tensor:
+        """The dense output ``(B, n)`` at ``t`` (B,)."""
+        weights = (self.method.dense_weights((t - self.t) / self.h) * self.h.unsqueeze(-1)).to(self.y.dtype)
+        return self.y + torch.einsum("bs,sbn->bn", weights, self.stages)
+
+    def slope(self, t: Tensor) -> Tensor:
+        """Its derivative."""
+        weights = self.method.dense_slopes((t - self.t) / self.h).to(self.y.dtype)
+        return torch.einsum("bs,sbn->bn", weights, self.stages)
+
+
+def step_around(parts: _Parts, out: Outputs, grid: StepTimes, line: int, found: Tensor) -> Around:
+    """The steps with the events of one line of the table, in the rows that have it (``found``)."""
+    n = parts.y0.shape[-1]
     step = out.event_step[line].clamp(min=0).unsqueeze(0)
     y0 = out.states.gather(0, step.unsqueeze(-1).expand(1, -1, n))[0]
     t0, h = grid.t.gather(0, step)[0], grid.h.gather(0, step)[0]
     # a trajectory that took no step has no event either
     h = torch.where(found, h, 1.0)
     kept = step
-    if not plan.keep_stages:
+    if not parts.problem.plan.keep_stages:
         # of one trajectory, which has all lines of the table
         kept = torch.searchsorted(torch.unique(out.event_step), step)
     ks = out.stages.gather(0, kept.reshape(1, 1, -1, 1).expand(1, out.stages.shape[1], -1, n))[0]
+    return Around(t0, h, y0, ks, parts.problem.plan.method)
 
-    def state(t: Tensor) -> Tensor:
-        weights = (plan.method.dense_weights((t - t0) / h) * h.unsqueeze(-1)).to(y0.dtype)
-        return y0 + torch.einsum("bs,sbn->bn", weights, ks)
+
+def _located(
+    parts: _Parts, out: Outputs, grid: StepTimes, which: int, line: int, found: Tensor, between: Between | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Times ``(B,)``, states and slopes ``(B, n)`` of one line of the table in the rows that have it."""
+    batched = parts.problem.batched
+    around = step_around(parts, out, grid, line, found)
+    t0, h, y0, ks, state = around.t, around.h, around.y, around.stages, around.state
 
     def residual(t: Tensor) -> Tensor:
         flat = state(t)
@@ -104,7 +129,8 @@ def _located(
 
     t = at = torch.where(found, out.event_t[line], t0.detach())
     if between is not None:
-        y1 = out.states.gather(0, (step + 1).unsqueeze(-1).expand(1, -1, n))[0]
+        step = out.event_step[line].clamp(min=0)
+        y1 = out.states.gather(0, (step + 1).reshape(1, -1, 1).expand(1, -1, y0.shape[-1]))[0]
         state = between(t0, h, y0, y1)
         for _ in range(3):
             # what is differentiated below has its root there, where there is a slope to find it by
@@ -125,5 +151,4 @@ def _located(
         # the value stays what it is without derivatives
         causes = [x for x in (t0, y0, ks, *parts.problem.system.inputs) if x.is_floating_point() or x.is_complex()]
         t = with_slope(at + (t - t.detach()), sloping, *causes)
-    slopes = plan.method.dense_slopes((t - t0) / h).to(y0.dtype)
-    return t, state(t), torch.einsum("bs,sbn->bn", slopes, ks)
+    return t, state(t), around.slope(t)

@@ -26,6 +26,7 @@ from .arguments import (
 from .capture import elsewhere, find_captured, needs_derivatives, parameter_homes, readable, vmap_active
 from .dae_arguments import dae_failure
 from .errors import InvalidInput, UnsupportedCombination
+from .event_jumps import jumps_refused
 from .event_slope import signed
 from .event_times import NO_EVENTS, Found, event_records
 from .failures import raise_failure
@@ -306,7 +307,8 @@ def solve_ivp(
         out = strategy.solve(problem, times.anchors, times.samples, y_flat, inputs)
     warn_of_lost_time(problem, inputs, (times.anchors[0], out.t_final), (y_flat, out.final), out.n_steps)
     parts = _Parts(out, problem, times, user_spec, spec, integrand, y_flat, event_list, tuple(args), backward, derivatives, dense_output)
-    return _solution(parts, event_records(parts, out) if event_list else NO_EVENTS)
+    parts = jumps_refused(parts) if event_list else parts
+    return _solution(parts, event_records(parts, parts.out) if event_list else NO_EVENTS)
 
 
 def _pieces(fun: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
