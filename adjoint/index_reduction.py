@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from .capture import functorch_active
 from .dae import solve_dae
 from .errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
+from .ownership import as_part, owning
 from .solution import Solution
 from .system import StateSpec
 
@@ -136,6 +137,7 @@ class ReducedDAE:
         mask[[low for low, _ in self._layout.links]] = True
         return mask
 
+    @owning
     def solve(self, t_span: Any, y0: Any, yp0: Any = None, args: Any = (), **options: Any) -> Solution:
         """`solve_dae` of the reduced system; ``sol.y``, events and quadrature are in the given variables.
 
@@ -171,7 +173,7 @@ class ReducedDAE:
 
     def _piece(self, t_span: Any, z0: Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> Solution:
         mask = self.differential.to(z0.device)
-        return solve_dae(self.residual, t_span, z0, args=args, consistent="solve", differential=mask, **options)
+        return as_part(solve_dae, self.residual, t_span, z0, args=args, consistent="solve", differential=mask, **options)
 
     def _leading(self, t: Tensor, z: Tensor, args: tuple[Any, ...]) -> Tensor:
         """The matrix of `_leading` at ``z`` (N,)."""

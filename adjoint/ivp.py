@@ -35,6 +35,7 @@ from .integrate.compiled import compile_key
 from .lending import copied, lending
 from .mass_matrix import consistent_start, implicit_method, in_step, with_mass, with_matrix, without_last
 from .methods import METHODS, Method
+from .ownership import as_part
 from .precision import full_precision
 from .progress import progress_monitor
 from .quadrature import with_integral
@@ -165,7 +166,8 @@ def solve_ivp(
         args = args if isinstance(args, (tuple, list)) else (args,)
         residual, extra = with_mass(fun, mass_matrix, y0, batched)
         integrand = quadrature if quadrature is None or not extra else lambda t, y, *rest: quadrature(t, y, *rest[:-1])
-        return solve_dae(
+        return as_part(
+            solve_dae,
             residual,
             t_span,
             y0,

@@ -16,6 +16,7 @@ from .errors import InvalidInput, RootError, SingularJacobian, SolveError, Unsup
 from .laplace import Laplace
 from .linalg import Factorization, Log
 from .nonlinear import RootRecord
+from .ownership import owning
 from .sensitivity.f1 import Expansion, Functions, Solves
 from .sensitivity.fingerprint import Fingerprint
 from .sensitivity.implicit import FactorStore, RootNode, RootOutputs
@@ -298,6 +299,7 @@ class SteadyStateObjective:
 
     __call__ = value
 
+    @owning
     def _differentiable_state(self, p: Any) -> Any:
         options = self._options
         if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tree_leaves(p)):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from .ownership import owning
 from .untraced import untraced
 
 __all__ = ["full_precision"]
@@ -35,7 +36,7 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
             given, named = cast(Any, tree_map(_single, (args, kwargs)))
             return cast(Any, function)(*given, **named)
 
-    return untraced(call)
+    return untraced(owning(call))
 
 
 def _single(x: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -88,6 +89,10 @@ class RootSolution:
         if isinstance(self.status, int):
             return _MESSAGES[RootStatus(self.status)]
         return [_MESSAGES[RootStatus(s)] for s in self.status.reshape(-1).tolist()]
+
+    def with_tensors(self, function: Callable[[Any], Any]) -> RootSolution:
+        """The same with ``function`` of the root."""
+        return replace(self, x=function(self.x))
 
     @property
     def nfev(self) -> int | Tensor:

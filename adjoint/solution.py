@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -114,6 +114,19 @@ class Solution:
         if self.interpolant is None:
             raise RuntimeError("this solution has no dense output: solve with dense_output=True")
         return self.interpolant(as_times(t, "t"))
+
+    def with_tensors(self, function: Callable[[Any], Any]) -> Solution:
+        """The same with ``function`` of everything that may be differentiated: states, times, what gives the dense output."""
+        events = tuple(EventRecord(function(e.t), function(e.y)) for e in self.events)
+        return replace(
+            self,
+            t=function(self.t),
+            y=function(self.y),
+            events=events,
+            quadrature=function(self.quadrature),
+            yp=function(self.yp),
+            interpolant=function(self.interpolant),
+        )
 
     @property
     def nfev(self) -> int | Tensor:

@@ -17,6 +17,7 @@ from .errors import InvalidInput
 from .lending import check_unchanged, copied
 from .linalg import LinearSolver, Log
 from .nonlinear import RootProblem, RootRecord, RootStatus, explain
+from .ownership import owning
 from .progress import root_monitor
 from .realification import suited_to_jacobians
 from .relaxation import relax
@@ -34,6 +35,7 @@ __all__ = ["solve_root"]
 
 
 @untraced
+@owning
 def solve_root(
     fun: Callable[..., Any],
     x0: Any,

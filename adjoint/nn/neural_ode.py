@@ -9,6 +9,7 @@ import torch
 
 from ..errors import InvalidInput
 from ..ivp import solve_ivp
+from ..ownership import as_part, owning
 from ..solution import Solution
 
 __all__ = ["NeuralODE"]
@@ -58,11 +59,12 @@ class NeuralODE(torch.nn.Module):
     def _rate(self, t: torch.Tensor, y: Any) -> Any:
         return self.module(t, y) if self.time_dependent else self.module(y)
 
+    @owning
     def forward(self, y0: Any, t_eval: Any = None, t_span: Any = None) -> Any:
         """The state at the end, ``y0``'s shape; or at ``t_eval``, ``(T, *y0.shape)``. Arguments given here override those of the layer."""
         times = self.t_eval if t_eval is None else t_eval
         # a bound method: the solve finds this layer's parameters through it
-        solution = solve_ivp(self._rate, self.t_span if t_span is None else t_span, y0, t_eval=times, **self.options)
+        solution = as_part(solve_ivp, self._rate, self.t_span if t_span is None else t_span, y0, t_eval=times, **self.options)
         self.solution = Solution(solution.t.detach(), None, solution.status, solution.stats)
         if times is not None:
             return solution.y

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from ..capture import functorch_active
 from ..errors import BacksolveDiverged, UnsupportedCombination
+from ..ownership import owned
 
 __all__ = ["Backsolve", "Refuse", "backsolve"]
 
@@ -80,7 +81,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         config, _, t, *params = inputs
-        ctx.config, ctx.adjoint_options = config, config.adjoint_options
+        ctx.config, ctx.adjoint_options = owned(config), config.adjoint_options
         ctx.event = not isinstance(output, Tensor)
         ctx.n_times = t.shape[0]
         times, states = t, output
@@ -98,8 +99,9 @@ class _Node(torch.autograd.Function):
         _, wants_y0, wants_t, *_ = ctx.needs_input_grad
         t, states, *params = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
-            ctx.config.check()
-            y0_bar, t_bars, param_bars = _sweep(ctx.config, t, states, params, bar, wants_t)
+            config = ctx.config()
+            config.check()
+            y0_bar, t_bars, param_bars = _sweep(config, t, states, params, bar, wants_t)
         if t_bars is not None and ctx.event:
             t_bars = torch.cat([t_bars[:1], t_bars.new_zeros(ctx.n_times - 1)])
         found = [y0_bar, *param_bars] if t_bars is None else [y0_bar, t_bars, *param_bars]

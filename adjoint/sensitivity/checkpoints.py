@@ -14,6 +14,7 @@ from ..capture import alive, functorch_active
 from ..errors import SolveError
 from ..integrate import LoneStages, Monitor, StageSolver, integrate
 from ..integrate.columns import widened
+from ..ownership import owned
 from ..system import System
 from .discrete import eager_sweep
 from .finite import check_finite
@@ -199,8 +200,9 @@ class CheckpointNode(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.problem, ctx.slots, anchors, t_eval, y0, *rest = inputs
-        system = ctx.problem.system
+        problem, ctx.slots, anchors, t_eval, y0, *rest = inputs
+        ctx.problem = owned(problem)
+        system = problem.system
         ctx.has_samples = t_eval is not None
         # saved tensors come back as new objects: functions that captured the old ones need those
         ctx.own = isinstance(system, System) and all(x is y for x, y in zip(rest, system.inputs, strict=True))
@@ -212,7 +214,7 @@ class CheckpointNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        problem = ctx.problem
+        problem = ctx.problem()
         final, *saved = alive(ctx.saved_tensors)
         grid: dict[str, Tensor] = dict(zip(_GRID, saved[: len(_GRID)], strict=True))
         y0, anchors, *rest = saved[len(_GRID) :]
@@ -221,7 +223,7 @@ class CheckpointNode(torch.autograd.Function):
         bars = cotangents[:_DIFFERENTIABLE]
         with torch.autocast(y0.device.type, enabled=False):
             if torch.is_grad_enabled() or functorch_active():
-                return (None, None, *_with_all_states(problem, (anchors, t_eval, y0, *rest), bars, wants))
+                return (None, None, *ctx.problem.let_out(_with_all_states(problem, (anchors, t_eval, y0, *rest), bars, wants)))
             inputs = problem.system.inputs if ctx.own else rest
             start = y0.detach()
             grid |= {"states": start.unsqueeze(0), "stages": start.new_empty(0)}

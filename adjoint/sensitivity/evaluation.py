@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..capture import cut_apart
 from ..errors import SolveError
+from ..ownership import owned
 from ..system import System
 from .linearize import Linearizer
 from .witness import CHANGED, differs
@@ -32,7 +33,7 @@ class Evaluation(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.system = inputs[0]
+        ctx.system = owned(inputs[0])
         # the captured tensors themselves need no substitution, which hooks on saved tensors would ask for
         ctx.own = all(x is y for x, y in zip(inputs[3:], inputs[0].inputs, strict=True))
         # the value too: it is alive anyway while later steps weigh it
@@ -40,12 +41,13 @@ class Evaluation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
+        system = ctx.system()
         known, t, y, *inputs = ctx.saved_tensors
         _, time, _, *wants = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            return _differentiable(ctx.system, t, y, inputs, wants, bar, known)
-        inputs = cut_apart(ctx.system.inputs if ctx.own else inputs)
-        linearize = Linearizer(ctx.system.bind(inputs), inputs, wants, time)
+            return ctx.system.let_out(_differentiable(system, t, y, inputs, wants, bar, known))
+        inputs = cut_apart(system.inputs if ctx.own else inputs)
+        linearize = Linearizer(system.bind(inputs), inputs, wants, time)
         linearize.check_next = True
         again, pullback = linearize(t, y)
         _compare(again, known)

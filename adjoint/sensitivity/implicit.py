@@ -16,6 +16,7 @@ from torch import Tensor
 from ..capture import alive, below_jvp, functorch_active
 from ..linalg import Factorization, LinearSolver, Log, Matrix
 from ..nonlinear import RootRecord
+from ..ownership import owned
 from ..system import Flat, StateSpec, System, VmappedSystem
 from .fingerprint import RootWitness
 from .products import tangent, vjp
@@ -231,7 +232,7 @@ class RootNode(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         task, _, *rest = inputs
-        ctx.task = task
+        ctx.task = owned(task)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[2:])
         ctx.save_for_backward(output[0], output[3], *rest)
@@ -247,21 +248,23 @@ class RootNode(torch.autograd.Function):
         bar = torch.zeros_like(raw) if raw_bar is None else raw_bar
         if x_bar is not None:
             bar = bar + torch.where((status >= 0).unsqueeze(-1) | (x_bar == 0), x_bar, float("nan"))
+        task = ctx.task()
         with torch.autocast(raw.device.type, enabled=False):
-            adjoint = linear(ctx.task, bar, raw, inputs, adjoint=True)
-            pulled = _pull(lambda *some: ctx.task.residual(_merge(inputs, wanted, some))(raw), [inputs[i] for i in wanted], -adjoint)
-        return (None, None, *_merge(nothing, wanted, pulled))  # type: ignore[arg-type]
+            adjoint = linear(task, bar, raw, inputs, adjoint=True)
+            pulled = _pull(lambda *some: task.residual(_merge(inputs, wanted, some))(raw), [inputs[i] for i in wanted], -adjoint)
+        return (None, None, *ctx.task.let_out(_merge(nothing, wanted, pulled)))  # type: ignore[arg-type]
 
     @staticmethod
     def jvp(ctx: Any, _: None, x0_dot: Tensor | None, *inputs_dot: Any) -> tuple[Any, ...]:
+        task = ctx.task()
         raw, status, *inputs = alive(ctx.saved_tensors)
         with torch.autocast(raw.device.type, enabled=False), below_jvp() as (lower, raise_):
             raw, ok, inputs = lower(raw), lower(status) >= 0, [lower(x) for x in inputs]
             where = [i for i in _smooth(inputs) if inputs_dot[i] is not None]
             if where:
                 primals, dots = [inputs[i] for i in where], [lower(inputs_dot[i]) for i in where]
-                moved = tangent(lambda *some: ctx.task.residual(_merge(inputs, where, some))(raw), primals, dots)
-                dot = linear(ctx.task, -moved, raw, inputs, adjoint=False)
+                moved = tangent(lambda *some: task.residual(_merge(inputs, where, some))(raw), primals, dots)
+                dot = linear(task, -moved, raw, inputs, adjoint=False)
             else:
                 dot = torch.zeros_like(raw)
             shown = torch.where(ok.unsqueeze(-1), dot, float("nan"))
@@ -298,7 +301,7 @@ class _LinearNode(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         task, adjoint, _, x, *rest = inputs
-        ctx.task, ctx.adjoint = task, adjoint
+        ctx.task, ctx.adjoint = owned(task), adjoint
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output, x, *rest)
         ctx.save_for_forward(output, x, *rest)
@@ -309,7 +312,7 @@ class _LinearNode(torch.autograd.Function):
         nothing: list[Tensor | None] = [None] * len(inputs)
         if bar is None:
             return (None, None, None, None, *nothing)
-        task, adjoint = ctx.task, ctx.adjoint
+        task, adjoint = ctx.task(), ctx.adjoint
         other = _LinearNode.apply(task, not adjoint, bar, x, *inputs)
         wants = ctx.needs_input_grad
         wanted = [i for i, want in enumerate(wants[4:]) if want]
@@ -322,12 +325,12 @@ class _LinearNode(torch.autograd.Function):
 
             x_bar, *pulled = _pull(products, [x, *(inputs[i] for i in wanted)], -left)
             nothing = _merge(nothing, wanted, pulled)  # type: ignore[arg-type,assignment]
-        return (None, None, other, x_bar, *nothing)
+        return (None, None, *ctx.task.let_out([other, x_bar, *nothing]))
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, b_dot: Tensor | None, x_dot: Tensor | None, *inputs_dot: Any) -> Tensor:
         u, x, *inputs = alive(ctx.saved_tensors)
-        task, adjoint = ctx.task, ctx.adjoint
+        task, adjoint = ctx.task(), ctx.adjoint
         with below_jvp() as (lower, raise_):
             u, x, inputs = lower(u), lower(x), [lower(i) for i in inputs]
             side = torch.zeros_like(u) if b_dot is None else lower(b_dot)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..capture import alive, below_jvp, below_vmap, functorch_active
+from ..ownership import owned
 from ..system import System, VmappedSystem
 from .discrete import eager_sweep
 from .finite import check_finite
@@ -36,7 +37,7 @@ class SolveNode(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         problem, anchors, t_eval, _, *rest = inputs
-        ctx.problem = problem
+        ctx.problem = owned(problem)
         ctx.has_samples = t_eval is not None
         # whether fun, called as it is, sees the very tensors that are this node's inputs
         system = problem.system
@@ -56,30 +57,32 @@ class SolveNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        problem = ctx.problem()
         grid, anchors, t_eval, inputs = unpack(ctx)
         bars = cotangents[:_DIFFERENTIABLE]
         wants = ctx.needs_input_grad[1:]
         differentiable = torch.is_grad_enabled() or functorch_active()
         if not differentiable and ctx.own:
             # saved tensors come back as new objects: the functions that captured the old ones need those
-            inputs = ctx.problem.system.inputs
-        sweep = functional_sweep if differentiable else ctx.problem.sweep or eager_sweep
+            inputs = problem.system.inputs
+        sweep = functional_sweep if differentiable else problem.sweep or eager_sweep
         with torch.autocast(grid["states"].device.type, enabled=False):
             if differentiable:
-                check_known(ctx.problem.system, grid, inputs)
-            found = sweep(ctx.problem, grid, anchors, t_eval, inputs, bars, wants)
-            check_finite(ctx.problem, grid, inputs, bars, found)
-        return (None, *found)
+                check_known(problem.system, grid, inputs)
+            found = sweep(problem, grid, anchors, t_eval, inputs, bars, wants)
+            check_finite(problem, grid, inputs, bars, found)
+        return (None, *ctx.problem.let_out(found))
 
     @staticmethod
     def jvp(ctx: Any, _: None, anchors_dot: Tensor | None, t_eval_dot: Tensor | None, y0_dot: Tensor | None, *inputs_dot: Any) -> Any:
+        problem = ctx.problem()
         grid, anchors, t_eval, inputs = unpack(ctx)
         dots = (anchors_dot, t_eval_dot, y0_dot, *inputs_dot)
         with torch.autocast(grid["states"].device.type, enabled=False), below_jvp() as (lower, raise_):
             grid, inputs = {name: lower(x) for name, x in grid.items()}, [lower(x) for x in inputs]
-            check_known(ctx.problem.system, grid, inputs)
+            check_known(problem.system, grid, inputs)
             out = tangents(
-                ctx.problem,
+                problem,
                 grid,
                 lower(anchors),
                 None if t_eval is None else lower(t_eval),
@@ -153,7 +156,7 @@ _ROW_DIM = {
 
 def unpack(ctx: Any) -> tuple[dict[str, Tensor], Tensor, Tensor | None, Sequence[Tensor]]:
     """The record's grid, anchors, sample times and inputs, as `SolveNode` saved them."""
-    if not ctx.problem.plan.keep_states:
+    if not ctx.problem().plan.keep_states:
         raise RuntimeError("this solve was made without keeping what its derivatives need")
     names = ("states", "t", "h", "segment", "lands", "sample_step", "status", "event_step", "stages", "extra")
     saved = alive(ctx.saved_tensors)

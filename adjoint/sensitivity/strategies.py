@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.autograd import forward_ad
 from ..capture import functorch_active
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import Monitor, Record, Recording, integrate
+from ..ownership import owned
 from .checkpoints import CheckpointNode
 from .finite import guarded
 from .multistep import multistep_outputs
@@ -142,11 +144,25 @@ def _recorded(
     if recording is not None:
         # it may have to be evaluated again
         f = witness.watch(f, lambda: system.bind(inputs))
-    f, y0 = guarded(problem, f, anchors, t_eval, y0, inputs)
+    f, y0 = guarded(cast(Problem, _Seen(problem)), f, anchors, t_eval, y0, inputs)
     with torch.enable_grad():
         record = integrate(f, problem.plan, anchors, t_eval, y0, False, inputs, system.natural_shape, recording)
     witness.settle()
     return record
+
+
+class _Seen:
+    """A problem as the hooks of a graph see it. A tensor that ``fun`` put aside may outlive it: nothing is looked at then."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = owned(problem)
+
+    @property
+    def batched(self) -> bool:
+        return not self._problem.alive or self._problem().batched
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._problem(), name)
 
 
 def _recordable(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> bool:

@@ -1,0 +1,145 @@
+"""Who keeps what the derivatives of a solve need of its user's objects, so that Python's garbage collector can see it.
+
+A node of an autograd graph that holds a function keeps alive whatever that function belongs to, such as a module. If the solution is
+stored on this very module the two hold each other, and the collector, which breaks such circles, cannot follow a graph beyond a result
+whose own node is written in Python. So nodes hold such things weakly (`owned`), and every result of a front door goes out through a node
+that does nothing but hold them (`owning`): they live as long as a result, or anything that was computed from one, and the collector sees
+them.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Generic, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
+
+from .capture import functorch_active
+
+__all__ = ["Owned", "as_part", "owned", "owning"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+class _Things(list[Any]):
+    """What the results of one front door keep."""
+
+
+class _Doors(threading.local):
+    def __init__(self) -> None:
+        #: for each front door that is open, from the outermost on; None for one that opened under a transform or forward mode
+        self.open: list[_Things | None] = []
+        #: whether a front door that opens now is a part of the one around it
+        self.inner = False
+
+
+_doors = _Doors()
+
+
+class Owned(Generic[T]):
+    """What a node needs; called, it gives it."""
+
+    def __init__(self, value: T, things: _Things | None) -> None:
+        self._get: Callable[[], T | None] = (lambda: value) if things is None else weakref.ref(value)
+        self._things: Callable[[], _Things | None] = (lambda: None) if things is None else weakref.ref(things)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is there still."""
+        return self._get() is not None
+
+    def __call__(self) -> T:
+        value = self._get()
+        if value is None:
+            raise RuntimeError("a derivative was asked for of what lies inside of a solve whose results are gone: keep one of them")
+        return value
+
+    def let_out(self, found: R) -> R:
+        """Derivatives that the node has made: those that can be differentiated again ask it once more, and need it too."""
+        things = self._things()
+        return found if things is None or not torch.is_grad_enabled() or functorch_active() else cast(R, _let_out(found, things))
+
+
+def owned(value: T) -> Owned[T]:
+    """``value`` for a node: held by the results of the innermost open front door; by the node itself where no door is open, or where
+    that opened under a transform, which takes graphs of its own through the door.
+    """
+    things = _doors.open[-1] if _doors.open else None
+    if things is not None:
+        things.append(value)
+    return Owned(value, things)
+
+
+def owning(function: Callable[P, R]) -> Callable[P, R]:
+    """A front door whose results (tensors, pytrees of them, objects with a method ``with_tensors``, functions that give such) keep what
+    their graphs need.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        inner, _doors.inner = _doors.inner, False
+        plain = not functorch_active() and forward_ad._current_level < 0
+        things = _doors.open[-1] if inner else _Things() if plain else None
+        _doors.open.append(things)
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            _doors.open.pop()
+        return _let_out(result, things) if things and not inner else result
+
+    return call
+
+
+def as_part(door: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a front door from inside of another one, whose results are made from its own and keep what these would."""
+    assert _doors.open
+    _doors.inner = True
+    try:
+        return door(*args, **kwargs)
+    finally:
+        _doors.inner = False
+
+
+def _let_out(result: Any, things: _Things) -> Any:
+    def one(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return _held(x, things)
+        if hasattr(x, "with_tensors"):
+            return x.with_tensors(lambda inner: _let_out(inner, things))
+        return wraps(x)(lambda *a: _let_out(x(*a), things)) if callable(x) else x
+
+    return tree_map(one, result)
+
+
+def _held(x: Tensor, things: _Things) -> Tensor:
+    node: Any = x.grad_fn
+    if node is None:
+        return x
+    if isinstance(node, _Owner._backward_cls):  # type: ignore[attr-defined]
+        # it has gone through a door inside of this one
+        if node.things is not things:
+            node.things.append(things)
+        return x
+    return cast(Tensor, _Owner.apply(x, things))
+
+
+class _Owner(torch.autograd.Function):
+    """``apply(x, things)`` is ``x`` with a node of its own, alone on it, as the collector wants it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, things: _Things) -> Tensor:
+        ctx.things = things
+        ctx.set_materialize_grads(False)
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor | None) -> tuple[Tensor | None, None]:
+        return bar, None
