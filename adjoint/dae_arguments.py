@@ -24,7 +24,7 @@ from .linalg import DenseLU, LinearSolver
 from .linalg.sparsity import SparsityPattern
 from .methods import DAE_METHODS, METHODS, Method
 from .root_arguments import check_bounds
-from .sensitivity.consistent import Bounds, Initial, complete, complete_values, dense_pencil, lost_rows, residual_report
+from .sensitivity.consistent import Bounds, Initial, all_lost, complete, complete_values, dense_pencil, lost_rows, residual_report
 from .sensitivity.problem import StageAlgebra
 from .structure import Structure, analyse, analyse_large
 from .system import StateSpec, System
@@ -139,6 +139,9 @@ def initial_values(
     real = spec.real_dtype
     t = t0.to(real)
     mask = _mask(differential, user_spec, n, given.y.device)
+    if all_lost(given):
+        # the solve will say so
+        return given, algebra
     lost = lost_rows(given)
     whole, given = given, given if lost is None else lost.replaced(given)
     # on plain values and below all transforms: what is found here outlives them

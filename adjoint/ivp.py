@@ -132,7 +132,8 @@ def solve_ivp(
     compile : bool
         Compile the step and its adjoint with ``torch.compile``; of small solves the whole loop, and the one back (docs/choosing.md).
     throw : bool
-        Raise a named error on failure. False: look at ``status``; failed trajectories are NaN from the failure on.
+        Raise a named error on failure. False: look at ``status``; failed trajectories are NaN from the failure on, and so are their
+        derivatives in forward mode and in their own initial values; parameters that all trajectories share get none from them.
     progress : bool
         Show a progress bar (needs tqdm).
     jac : callable

@@ -217,3 +217,32 @@ def test_constrained_trajectories_beside_one_without_initial_values(method, form
     k_bar, y0_bar = torch.autograd.grad(y[live].sum(), (k, y0))
     torch.testing.assert_close(k_bar, -want.sum(), rtol=3e-3, atol=0.0)
     torch.testing.assert_close(y0_bar[live, 0], 2 * decay.expand(2), rtol=3e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("method", ["radau", "bdf"])
+def test_no_trajectory_has_initial_values(method):
+    """Nothing can be said of the equations then, but that the solve failed."""
+    solve = lambda **o: adjoint.solve_dae(  # noqa: E731
+        constrained, (0.0, 1.0), torch.full((2, 2), NAN, dtype=torch.float64), args=(ONE,), batched=True, method=method, **o
+    )
+    out = solve(throw=False)
+    assert out.status.tolist() == [-3, -3] and bool(out.y[-1].isnan().all())
+    with pytest.raises(adjoint.NonFiniteState, match="2 of 2 failed"):
+        solve()
+
+
+@pytest.mark.parametrize("method", ["tsit5", "abm"])
+def test_tangents_of_what_a_failed_trajectory_did_not_get_to(method):
+    """NaN, as its values; those of the other one, and of samples before the failure, are numbers."""
+    p = torch.tensor(0.5, dtype=torch.float64)
+    times = torch.tensor([0.0, 0.1, 1.0], dtype=torch.float64)
+    blows_up = torch.tensor([[0.0], [2.0]], dtype=torch.float64)
+
+    def solve(p):
+        y0 = torch.ones(2, 1, dtype=torch.float64)
+        rate = lambda t, y, p: p * y + blows_up * torch.where(y > 20.0, NAN, y**2)  # noqa: E731
+        return adjoint.solve_ivp(rate, (0.0, 1.0), y0, (p,), batched=True, throw=False, method=method, t_eval=times, rtol=1e-5).y[:, :, 0]
+
+    value, dot = torch.func.jvp(solve, (p,), (torch.ones_like(p),))
+    assert dot.isnan().tolist() == value.isnan().tolist() == [[False, False], [False, False], [False, True]]
+    torch.testing.assert_close(dot[:, 0], times * torch.exp(p * times), rtol=1e-3, atol=1e-9)

@@ -22,7 +22,18 @@ from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, SystemCondi
 from .problem import Problem, StageAlgebra
 from .products import tangent
 
-__all__ = ["Bounds", "Initial", "LostRows", "complete", "complete_values", "completion", "dense_pencil", "lost_rows", "residual_report"]
+__all__ = [
+    "Bounds",
+    "Initial",
+    "LostRows",
+    "all_lost",
+    "complete",
+    "complete_values",
+    "completion",
+    "dense_pencil",
+    "lost_rows",
+    "residual_report",
+]
 
 
 #: lower and upper bounds of the state, ``(B, n)`` each, or None
@@ -59,15 +70,23 @@ class LostRows:
 
 def lost_rows(given: Initial) -> LostRows | None:
     """The trajectories (of all copies under ``torch.vmap``) whose initial values are not finite; None where none is, or all are."""
-    y, yp = _every_row(given.y.detach()), _every_row(given.yp.detach())
-    fine = [torch.isfinite(x).all(-1) for x in (y, yp)]
-    if len(y) == len(yp):
-        fine = [fine[0] & fine[1]] * 2
-    every, some = (all(bool(test(x)) for x in fine) for test in (torch.all, torch.any))
-    if every or not some:
+    (y, yp), fine = _fine_rows(given)
+    if all(bool(x.all()) for x in fine) or not all(bool(x.any()) for x in fine):
         return None
     lost = ~(torch.isfinite(given.y) & torch.isfinite(given.yp)).all(-1)
     return LostRows(lost, *(x[int(ok.nonzero()[0, 0])] for x, ok in zip((y, yp), fine, strict=True)))
+
+
+def all_lost(given: Initial) -> bool:
+    """Whether no trajectory has initial values, so that there is no place to look at the equations."""
+    return bool(given.y.shape[0]) and not all(bool(x.any()) for x in _fine_rows(given)[1])
+
+
+def _fine_rows(given: Initial) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+    """Values and slopes of all copies, and which rows of either are finite."""
+    y, yp = _every_row(given.y.detach()), _every_row(given.yp.detach())
+    fine = [torch.isfinite(x).all(-1) for x in (y, yp)]
+    return (y, yp), [fine[0] & fine[1]] * 2 if len(y) == len(yp) else fine
 
 
 def _every_row(x: Tensor) -> Tensor:

@@ -89,6 +89,7 @@ class SolveNode(torch.autograd.Function):
                 inputs,
                 [None if d is None else lower(d) for d in dots],
             )
+            out = _marked(grid, *out)
         # back at the level on which this body was called
         return (*(raise_(x) for x in out), *([None] * (len(Outputs._fields) - _DIFFERENTIABLE)))
 
@@ -143,6 +144,16 @@ class SolveNode(torch.autograd.Function):
             split.append(x.unflatten(where, (size, rows)))
             dims.append(where)
         return tuple(split), tuple(dims)
+
+
+def _marked(grid: dict[str, Tensor], final: Tensor, samples: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    """Tangents with NaN where a trajectory that failed has no value. (Cotangents of what all trajectories share go without it: there
+    it would take the others along.)"""
+    dead = grid["status"] < 0
+    final = torch.where(dead.unsqueeze(-1), float("nan"), final)
+    if samples.shape[0]:
+        samples = torch.where((dead & (grid["sample_step"] < 0)).unsqueeze(-1), float("nan"), samples)
+    return (final, samples, *rest)
 
 
 _WORK = ("n_jac", "n_factorizations", "n_solves", "n_newton")
