@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .capture import readable
 from .dae import solve_dae
 from .errors import InvalidInput, SingularJacobian
 from .solution import Solution
@@ -97,7 +98,8 @@ class Mechanics:
         """Consistent state and slope at ``t0`` near the given coordinates and velocities, differentiable in everything.
 
         Coordinates are moved to the nearest ones on the constraint, velocities to the nearest ones in the metric of ``M`` that stay on it;
-        accelerations and constraint forces are those of the equations of motion. Raises `SingularJacobian` for redundant constraints.
+        accelerations and constraint forces are those of the equations of motion. Raises `SingularJacobian` for redundant constraints (under
+        ``torch.vmap``, which lets nobody look at values, one is found out by the solve only).
         """
         if q0.shape != v0.shape or q0.dim() not in (1, 2) or q0.dtype != v0.dtype:
             raise InvalidInput(f"q0 and v0 must have one shape, (n,) or (B, n), and dtype; got {tuple(q0.shape)} and {tuple(v0.shape)}")
@@ -107,8 +109,8 @@ class Mechanics:
         G = self._jacobian(t, q0, args)
         m, n = G.shape[-2:]
         values = torch.linalg.svdvals(G.detach())
-        if m > n or bool((values[..., -1] <= 1e-10 * values[..., 0].clamp(min=1e-300)).any()):
-            rank = int((values > 1e-10 * values[..., :1]).sum(-1).min())
+        if m > n or (readable(values) and bool((values[..., -1] <= 1e-10 * values[..., 0].clamp(min=1e-300)).any())):
+            rank = n if not readable(values) else int((values > 1e-10 * values[..., :1]).sum(-1).min())
             raise SingularJacobian(
                 f"the {m} constraints are redundant at q0: their Jacobian has rank {rank}. "
                 "Leave out those that follow from the others (and start away from singular positions)"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from .capture import needs_derivatives
+from .capture import functorch_active, needs_derivatives
 from .errors import InvalidInput, RootError, SingularJacobian, SolveError, UnsupportedCombination
 from .laplace import Laplace
 from .linalg import Factorization, Log
@@ -123,7 +123,7 @@ class _Point:
 
     def predicted(self, p: Tensor) -> Any:
         """A guess of the state at another ``p``: along the derivative where that is known."""
-        x = self.x + self.expansion.state_jacobian() @ (p - self.p) if self.expansion.knows_state_jacobian else self.x
+        x = self.x + self.expansion.state_jacobian() @ (p - self.p).to(self.x) if self.expansion.knows_state_jacobian else self.x
         return self.spec.unflatten(x.unsqueeze(0))
 
 
@@ -199,8 +199,10 @@ class SteadyStateObjective:
         self.clear()
 
     def _at(self, p: Any) -> _Point:
-        if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tree_leaves(p)):
-            raise UnsupportedCombination("inside a torch.func transform only value(p) and state(p) work: differentiate those")
+        if functorch_active():
+            raise UnsupportedCombination(
+                "inside a torch.func transform or torch.vmap only value(p) and state(p) work: differentiate those, or call this outside"
+            )
         layout = Layout.of(p, "p")
         flat = layout.flatten(p, "p").detach()
         if not bool(torch.isfinite(flat).all()):
@@ -285,14 +287,14 @@ class SteadyStateObjective:
 
     def state(self, p: Any) -> Any:
         """The steady state ``s(p)``, like ``x0``; differentiable in ``p`` (and in tensors that ``F`` captured) to any order."""
-        if needs_derivatives(tree_leaves(p)):
+        if needs_derivatives(tree_leaves(p)) or functorch_active():
             return self._differentiable_state(p)
         point = self._at(p)
         return point.spec.unflatten(point.x.unsqueeze(0).clone())
 
     def value(self, p: Any) -> Tensor:
         """``f(s(p), p)``, 0-d; differentiable in ``p`` to any order, also inside of ``torch.func`` transforms."""
-        if needs_derivatives(tree_leaves(p)):
+        if needs_derivatives(tree_leaves(p)) or functorch_active():
             value = self.f(self._differentiable_state(p), p)
             return _real(value).square().sum() / 2 if self.residuals else value.reshape(())
         return self._at(p).expansion.value()
@@ -302,7 +304,7 @@ class SteadyStateObjective:
     @owning
     def _differentiable_state(self, p: Any) -> Any:
         options = self._options
-        if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tree_leaves(p)):
+        if functorch_active():
             start = self._point.spec.unflatten(self._point.x.unsqueeze(0)) if self._point is not None and self.warm_start else self.x0
             return solve_root(self.F, start, (p,), **options).x
         point = self._at(p)

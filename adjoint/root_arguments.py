@@ -39,6 +39,8 @@ class RootChoice:
     notes: list[str] = field(default_factory=list)
     #: by differentiation, where ``jacobian`` is the user's own
     true_jacobian: JacobianRule | None = None
+    #: why the solution has no derivatives, where something is known that the Jacobian does not show
+    no_derivatives: str = ""
 
 
 class AutomaticSolver:
@@ -69,6 +71,10 @@ class AutomaticJacobian:
         self.owner, self.notes = fun if owner is None else owner, notes
         self.key = (key, getattr(fun, "__func__", None))
         self.strategy: Any = None
+
+    def of_conditions(self) -> AutomaticJacobian:
+        """One for another function that is made of the same one of the user's."""
+        return AutomaticJacobian(self.owner, (self.key, "conditions"), [])
 
     @property
     def entries_guessed(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .errors import InvalidInput, RootError, SingularJacobian
+from .errors import InvalidInput, RootError, SingularJacobian, UnsupportedCombination
 from .jacobians import DenseJacobian
 from .jacobians_sparse import agrees
 from .linalg import Factorization, LinearOperator, Matrix
@@ -30,8 +30,11 @@ class Examination:
         """See `Examiner`.
 
         A matrix that a product with the Jacobian gives away is not used: in the place of a user's ``jac``, and of a pattern that was found
-        elsewhere, stands the one by differentiation; ``jac_sparsity`` that lacks entries raises `InvalidInput`.
+        elsewhere, stands the one by differentiation; ``jac_sparsity`` that lacks entries raises `InvalidInput`, a minimum at a bound
+        `UnsupportedCombination`.
         """
+        if self.choice.no_derivatives:
+            raise UnsupportedCombination(self.choice.no_derivatives)
         matrix, right = self._matrix(task, r, x, inputs)
         factors = task.linear_solver.factor(matrix, task.log) if known is None or not right else known
         solves = task.log.n_solves

@@ -21,7 +21,7 @@ from .ownership import owning
 from .progress import root_monitor
 from .realification import suited_to_jacobians
 from .relaxation import relax
-from .root_arguments import RootChoice, check_bounds, choose
+from .root_arguments import AutomaticJacobian, RootChoice, check_bounds, choose
 from .root_examination import Examination
 from .root_failures import raise_root_failure
 from .root_solution import RootSolution, RootStats
@@ -94,7 +94,7 @@ def solve_root(
     linear_solver : LinearSolver
         ``adjoint.linalg.DenseLU()``, ``SparseLU()``, ``GMRES()``, ... By default by kind and size of the Jacobian.
     bounds : pair
-        Lower and upper bounds like the state, None for none.
+        Lower and upper bounds like the state, None for none. A minimum (``least_squares=True``) that lies at one has no derivatives here.
     conserved : tensor or pair
         ``W`` of shape ``(k, n)`` (rows of weights on the flat state) with ``W fun = 0`` identically: the totals ``W x`` are kept at
         those of ``x0``, or at given totals with ``(W, totals)``. Without it such systems are singular.
@@ -225,6 +225,9 @@ def prepare(
     callback = root_monitor(progress)
 
     def find(r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor], jacobian: JacobianRule) -> RootRecord:
+        # that of the residuals, not of the conditions of a minimum
+        jacobian = choice.jacobian if least_squares else jacobian
+
         def spread(value: Any) -> Any:
             # settings of every row, for every copy under vmap
             if isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] != x.shape[0]:
@@ -266,6 +269,11 @@ def prepare(
         record = replace(record, n_fun=record.n_fun + counted[0])
         if isinstance(system, ConservedSystem) and x.shape[0] == system.rows:
             check_really_conserved(system, torch.where((record.status == 0).unsqueeze(-1), record.x, x), inputs, "the solution")
+        if least_squares and bool(problem.bound(record.x).any()):
+            choice.no_derivatives = (
+                "the minimum lies at a bound, and derivatives of the minimiser there are not supported: leave bounds out, or minimise over "
+                "the free unknowns alone with the others held at their bounds (args=)"
+            )
         singular = record.status == int(RootStatus.SINGULAR)
         if throw and bool(singular.any()):
             row = int(singular.nonzero()[0, 0])
@@ -280,7 +288,9 @@ def prepare(
 
     examiner = Examination(choice, throw)
     witness = RootWitness() if needs_derivatives(inputs) else None
-    task = RootTask(system, conditions, find, choice.jacobian, choice.linear_solver, log, report, examiner=examiner, witness=witness)
+    rule = choice.jacobian
+    rule = rule.of_conditions() if least_squares and isinstance(rule, AutomaticJacobian) else rule
+    task = RootTask(system, conditions, find, rule, choice.linear_solver, log, report, examiner=examiner, witness=witness)
     return RootSetup(task, spec, flat0, tuple(inputs), choice, batched)
 
 

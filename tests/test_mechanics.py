@@ -144,3 +144,21 @@ def test_what_is_refused(pendulum):
         mechanics(3.0, gravity, rod)
     with pytest.raises(InvalidInput, match="mass has shape"):
         mechanics(torch.ones(3), gravity, rod).initial(torch.tensor([1.0, 0.0]), torch.zeros(2), torch.tensor(1.0))
+
+
+def test_mapped_motions_are_those_one_by_one(pendulum):
+    angle, g = torch.tensor([0.3, -1.0]), torch.tensor(1.0)
+
+    def height(angle, g):
+        q = torch.stack([angle.sin(), -angle.cos()])
+        return pendulum.solve((0.0, 0.3), q, torch.zeros(2), (g,), rtol=1e-6, atol=1e-8).y.q[-1, 1]
+
+    def by_angle(angle, g):  # theta'' = -g sin theta, by the series in t
+        s, c = angle.sin(), angle.cos()
+        t = 0.3
+        theta = angle - g * s * t**2 / 2 + g**2 * s * c * t**4 / 24 - g**3 * (s * c**2 - 3 * s**3) * t**6 / 720
+        return -theta.cos()
+
+    assert torch.allclose(torch.vmap(height, (0, None))(angle, g), by_angle(angle, g), atol=1e-5)
+    slope = torch.vmap(torch.func.grad(height), (0, None))(angle, g)
+    assert torch.allclose(slope, torch.vmap(torch.func.grad(by_angle), (0, None))(angle, g), atol=1e-4)

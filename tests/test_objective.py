@@ -315,3 +315,33 @@ def test_warm_start_uses_the_derivative():
         obj.value(p + 1e-3)
     assert warm.stats.n_newton < cold.stats.n_newton
     assert torch.allclose(warm.value(p + 1e-3), cold.value(p + 1e-3), rtol=1e-12)
+
+
+@pytest.mark.parametrize("x_type, p_type", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_state_and_parameters_of_two_precisions(x_type, p_type):
+    p, v = torch.tensor([1.0, 2.0], dtype=p_type), torch.tensor([0.5, -1.0], dtype=p_type)
+
+    def make():
+        return SteadyStateObjective(lambda x, p: x.square().sum(), lambda x, p: x**3 + x - p.to(x), torch.ones(2, dtype=x_type))
+
+    x = make().state(p).double()
+    slope = 1 / (3 * x**2 + 1)
+    bend = 2 * slope**2 - 12 * x**2 * slope**3  # of x^2 in p
+    obj = make()
+    for _ in range(2):  # before and after the Hessian is known
+        assert torch.allclose(obj.hvp(p, v).double(), bend * v, rtol=1e-5)
+        assert torch.allclose(obj.hessian(p).double(), torch.diag(bend), rtol=1e-5)
+    third = obj.third(p, v).double()
+    assert torch.allclose(torch.einsum("ij,i,j->", third, v.double(), v.double()), obj.third_scalar(p, v).double(), rtol=1e-4)
+
+
+def test_inside_of_transforms():
+    f, F, p = _small()
+    obj = SteadyStateObjective(f, F, torch.ones(2))
+    H = obj.hessian(p)
+    for call in (lambda v: obj.hvp(p, v), lambda v: obj.hessian(p + v), lambda v: obj.third(p, v)):
+        with pytest.raises(UnsupportedCombination, match="value"):
+            torch.vmap(call)(torch.eye(3))
+    assert torch.allclose(torch.vmap(torch.func.hessian(obj.value))(p.expand(2, 3))[1], H, rtol=1e-9)
+    constant = torch.func.grad(lambda q: obj.value(p) * q.sum())(p)
+    assert torch.allclose(constant, obj.value(p).expand(3), rtol=1e-10)

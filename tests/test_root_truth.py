@@ -1,12 +1,14 @@
 """Roots that are right, or an error that says why not: sizes, multiplicity, wrong Jacobians, wrong totals. Truth: closed forms."""
 
 import pytest
+import scipy.optimize
 import scipy.sparse as sp
 import torch
 
 import adjoint
 from adjoint import solve_root
-from adjoint.errors import InvalidInput, RootError, SingularJacobian
+from adjoint.errors import InvalidInput, RootError, SingularJacobian, UnsupportedCombination
+from adjoint.linalg import DenseLU
 
 DOTTIE, DOTTIE_SLOPE = 0.7390851332151607, -0.2974743415098323  # of cos(p x) = x, at p = 1
 
@@ -211,3 +213,64 @@ def test_a_linear_solver_that_does_not_converge_is_no_singular_jacobian():
     with pytest.raises(RootError, match="linear solver") as caught:
         solve_root(f, torch.ones(60), (p,), method="newton", linear_solver=adjoint.linalg.GMRES(max_iterations=3))
     assert not isinstance(caught.value, SingularJacobian)
+
+
+def _rosenbrock(x):
+    return torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]])
+
+
+@pytest.mark.parametrize(
+    "lower, upper, start",
+    [(None, [0.5, 10.0], [-1.0, 2.0]), ([1.5, -10.0], None, [1.7, 3.0]), ([-2.0, 2.0], None, [1.7, 3.0]), (None, [0.5, 0.1], [0.3, 0.05])],
+)
+def test_least_squares_at_a_bound(lower, upper, start):
+    bounds = [torch.full((2,), s * float("inf")) if b is None else torch.tensor(b) for b, s in ((lower, -1), (upper, 1))]
+    want = scipy.optimize.least_squares(
+        lambda x: _rosenbrock(torch.tensor(x)).numpy(), start, bounds=[b.numpy() for b in bounds], xtol=1e-14, ftol=1e-14, gtol=1e-14
+    )
+    shift = torch.zeros((), requires_grad=True)
+    x = solve_root(lambda x, s: _rosenbrock(x) + s, torch.tensor(start), (shift,), least_squares=True, bounds=tuple(bounds)).x
+    assert torch.allclose(x, torch.as_tensor(want.x), rtol=1e-5) and _rosenbrock(x).square().sum() / 2 <= want.cost * (1 + 1e-12)
+    with pytest.raises(UnsupportedCombination, match="lies at a bound"):
+        x.sum().backward()
+
+
+def test_sparse_least_squares_are_the_dense_ones():
+    n = 200
+    k = torch.arange(1.0, n + 1) / n
+
+    def fun(x, k):
+        return torch.cat([x**2 - k, 0.1 * (x[1:] - x[:-1])])
+
+    k.requires_grad_()
+    sparse = solve_root(fun, torch.ones(n), (k,), least_squares=True)
+    assert "sparse: " in sparse.note
+    dense = solve_root(fun, torch.ones(n), (k,), least_squares=True, linear_solver=DenseLU())
+    assert torch.allclose(sparse.x, dense.x, rtol=1e-8) and abs(sparse.stats.n_steps - dense.stats.n_steps) <= 1
+    # a minimum: perturbations do not lower the sum of squares
+    with torch.no_grad():
+        assert all(fun(sparse.x + 1e-3 * torch.randn(n), k).norm() > fun(sparse.x, k).norm() for _ in range(5))
+    assert torch.allclose(torch.autograd.grad(sparse.x.sum(), k)[0], torch.autograd.grad(dense.x.sum(), k)[0], rtol=1e-6)
+
+
+def test_levenberg_marquardt_on_a_large_diagonal_stays_sparse(monkeypatch):
+    monkeypatch.setattr("adjoint.nonlinear.trust_region.as_dense", None)
+    k = torch.arange(1.0, 2001.0)
+    x = solve_root(lambda x: x**3 + x - k, torch.ones(2000), method="levenberg_marquardt").x
+    assert torch.allclose(x**3 + x, k, rtol=1e-12)
+    bounds = (None, torch.full((2000,), 5.0))
+    x = solve_root(lambda x: x**3 + x - k, torch.ones(2000), least_squares=True, bounds=bounds).x
+    want = torch.minimum(x, torch.tensor(5.0))
+    assert torch.equal(x, want) and torch.allclose((x**3 + x)[x < 5], k[x < 5]) and int((x == 5).sum()) in (1870, 1871)
+
+
+def test_singular_but_consistent_at_the_start():
+    two = lambda z: torch.stack([(z[0] - 1) ** 2, (z[1] - 2) ** 2])  # noqa: E731
+    found = solve_root(two, torch.tensor([2.0, 2.0]))
+    assert found.status == 0 and torch.allclose(found.x, torch.tensor([1.0, 2.0]), atol=1e-6)
+    line = lambda z: torch.stack([z[0] ** 2 - z[1], (z[1] - 4) * (z[0] + 1)])  # noqa: E731
+    found = solve_root(line, torch.tensor([-1.0, 4.0]), method="auto")
+    assert torch.allclose(line(found.x), torch.zeros(2), atol=1e-9)
+    circle = lambda z: torch.stack([z.square().sum() - 1, 2 * z.square().sum() - 2])  # noqa: E731
+    with pytest.raises(SingularJacobian, match="one of many"):
+        solve_root(circle, torch.tensor([0.5, 0.0]))

@@ -61,6 +61,12 @@ class RootProblem:
     #: called after every iteration with the number of the iteration, ``x`` and the residual norms
     callback: Callable[[int, Tensor, Tensor], None] | None = None
 
+    def bound(self, x: Tensor) -> Tensor:
+        """``(B, n)``: which unknowns lie at a bound."""
+        at = torch.zeros_like(x, dtype=torch.bool)
+        at = at if self.lower is None else at | (x <= self.lower)
+        return at if self.upper is None else at | (x >= self.upper)
+
 
 @dataclass(frozen=True)
 class RootRecord:

@@ -9,19 +9,23 @@ import torch
 from torch import Tensor
 
 from ..linalg import LinearOperator
+from .diagnose import right_null_vectors
 from .fixed_point import Anderson, Broyden
 from .newton import Newton, merge
 from .protocol import RootMethod, RootProblem, RootRecord, RootStatus
 from .pseudo_transient import PseudoTransient
 from .rows import ill_determined, pick
-from .trust_region import Dogleg
+from .trust_region import Dogleg, LevenbergMarquardt
 
 __all__ = ["Auto"]
+
+#: the method that finds roots with a singular Jacobian, and unknowns up to which it is tried: its matrices are dense
+_DAMPED, _DENSE = "Levenberg-Marquardt", 500
 
 
 @dataclass(frozen=True)
 class Auto:
-    """Newton with a line search, then Powell's dogleg, then pseudo-transient continuation, then ``integrate``.
+    """Newton with a line search, then Powell's dogleg, Levenberg-Marquardt's method, pseudo-transient continuation, ``integrate``.
 
     Each starts again at ``x0``, has ``max_steps`` of its own, and is kept only for the rows that have no root yet. The dogleg is left out
     for operators without transposed products, pseudo-transient continuation with ``flow=False``: it takes the residual for the tendency of
@@ -29,8 +33,8 @@ class Auto:
     Broyden's method, then Anderson's.
 
     Roots need not be unique: `RootRecord.note` says which rows had theirs from which method, and that it may be another one than the
-    root nearest to ``x0``; roots where the Jacobian is singular are refused. A row without any root has the status and the iterate of the
-    first method.
+    root nearest to ``x0``; roots that are one of many (the Jacobian is singular) are refused, multiple ones are not. A row without any
+    root has the status and the iterate of the first method.
     """
 
     flow: bool = True
@@ -55,7 +59,13 @@ class Auto:
             notes.append(f"{name} for {_rows(failed & ~hopeless)} after {_statuses(best.status[failed & ~hopeless])}")
             again = method(failed)
             found = failed & (again.status == int(RootStatus.SUCCESS))
-            saved = found & ~_not_isolated(problem, again, found)
+            many = _not_isolated(problem, again, found)
+            if name == _DAMPED:
+                # it ends at roots with a singular Jacobian too, which may be multiple
+                found = found | (failed & (again.status == int(RootStatus.SINGULAR)))
+                many = _one_of_many(problem, again, found & (many | (again.status != int(RootStatus.SUCCESS))))
+                again = replace(again, status=pick(found, torch.zeros_like(again.status), again.status))
+            saved = found & ~many
             if bool((found & ~saved).any()):
                 notes.append(f"{name} found a root of {_rows(found & ~saved)} that is one of many: the Jacobian is singular there")
             if bool(saved.any()):
@@ -74,6 +84,8 @@ class Auto:
         matrix = problem.jacobian(x0)
         if not (isinstance(matrix, LinearOperator) and matrix.rmatvec is None):
             out.append(("dogleg", start(Dogleg())))
+        if not isinstance(matrix, LinearOperator) and x0.shape[1] <= _DENSE:
+            out.append((_DAMPED, start(LevenbergMarquardt())))
         if self.flow:
             out.append(("pseudo-transient continuation", start(PseudoTransient())))
         if self.integrate is not None:
@@ -88,6 +100,27 @@ class Auto:
             return Newton().solve(problem, pick(rows, integrate(x0), x0))
 
         return run
+
+
+def _one_of_many(problem: RootProblem, record: RootRecord, rows: Tensor) -> Tensor:
+    """Which of the rows are on a set of roots, not at a multiple one: the iteration is begun again a little aside, along a direction that
+    the Jacobian does not know of. To an isolated root it comes back."""
+    if problem.jacobian is None or not bool(rows.any()):
+        return torch.zeros_like(rows)
+    matrix = problem.jacobian(record.x)
+    aside, many = record.x.clone(), rows.clone()
+    for row in rows.nonzero()[:, 0].tolist():
+        null = right_null_vectors(matrix, row, rtol=1e-9)
+        if null is not None and null.shape[0]:
+            k = torch.arange(null.shape[0], device=null.device, dtype=null.dtype.to_real()) + 1
+            v = (torch.cos(k * k).to(null.dtype).unsqueeze(-1) * null / torch.linalg.vector_norm(null, dim=1, keepdim=True)).sum(0)
+            size = record.x[row].abs().amax()
+            aside[row] += v * (1e-2 * torch.where(size > 0, size, 1.0) / torch.linalg.vector_norm(v))
+        else:
+            many[row] = False  # regular in its own units
+    back = LevenbergMarquardt().solve(problem, aside)
+    moved = torch.linalg.vector_norm(aside - record.x, dim=-1)
+    return many & ~(torch.linalg.vector_norm(back.x - record.x, dim=-1) <= 0.1 * moved)
 
 
 def _not_isolated(problem: RootProblem, record: RootRecord, found: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
-from ..linalg import Factorization, Matrix
+from ..linalg import Factorization, Matrix, SparseMatrix
+from .linear_least_squares import DenseLeastSquares, SparseLeastSquares
 from .newton import merge
 from .protocol import RootProblem, RootRecord, RootStatus
 from .rows import (
@@ -27,6 +28,9 @@ from .rows import (
 )
 
 __all__ = ["Dogleg", "LevenbergMarquardt"]
+
+#: unknowns up to which sparse matrices are made dense
+_DENSE = 128
 
 
 @dataclass(frozen=True)
@@ -145,11 +149,14 @@ def _dogleg(
 class LevenbergMarquardt:
     """Least squares ``min |r(x) / f_scale|``, ``r`` from (B, n) to (B, m) with ``m >= n``; roots too.
 
-    Each step solves ``[A; sqrt(mu) D] s = [-r; 0]`` by QR (never normal equations; Moré 1978), ``D`` the largest column norms so far,
-    ``mu`` by the rule of Nielsen (1999). A row has converged when the undamped Gauss-Newton step is within the tolerance on ``x`` (so
-    that ``A* r`` vanishes), when ``|r| <= tol`` for a finite ``tol``, or when no reduction above rounding is predicted any more.
-    ``gradient_tol`` bounds the cosine between ``r`` and the columns in that last test. Of square problems a minimum that is no root is an
-    answer with ``RootProblem.least_squares`` only; without it the row has stalled. Dense: a sparse Jacobian is made so.
+    Each step solves ``[A; sqrt(mu) D] s = [-r; 0]`` by QR or an augmented matrix (never normal equations; Moré 1978), ``D`` the largest
+    column norms so far, ``mu`` by the rule of Nielsen (1999). A row has converged when the undamped Gauss-Newton step is within the
+    tolerance on ``x`` (so that ``A* r`` vanishes), when ``|r| <= tol`` for a finite ``tol``, or when no reduction above rounding is
+    predicted any more. ``gradient_tol`` bounds the cosine between ``r`` and the columns in that last test. Of square problems a minimum
+    that is no root is an answer with ``RootProblem.least_squares`` only; without it the row has stalled. A row that ends with SINGULAR is
+    at a root with a singular Jacobian: a multiple root, or one of many. Unknowns at a bound that the sum of squares pushes against stay
+    there, and the minimum is that of the others. Sparse Jacobians of many unknowns stay sparse on the CPU, with the problem's linear
+    solver for augmented matrices.
     """
 
     damping: float = 1e-3
@@ -175,30 +182,35 @@ class LevenbergMarquardt:
         scale = torch.zeros_like(rows.x.abs())
         mu, grow = torch.full_like(rows.norm, self.damping), torch.full_like(rows.norm, 2.0)
         last = torch.full_like(rows.norm, float("inf"))
-        jacobian = rows.residual.new_zeros(B, m, n)
+        jacobian: Tensor | SparseMatrix | None = None
+        linear: DenseLeastSquares | SparseLeastSquares | None = None
         refresh = rows.running
         for k in range(problem.max_steps):
             if not rows.begin_step():
                 break
             refresh = refresh & rows.running
-            if k == 0 or bool(refresh.any()):
-                fresh = as_dense(problem.jacobian(rows.x), B)
-                rows.fail(~torch.isfinite(fresh).flatten(1).all(-1), RootStatus.NON_FINITE)
-                jacobian = pick(refresh & rows.running, fresh, jacobian)
+            if jacobian is None or bool(refresh.any()):
+                fresh = _entries(problem, problem.jacobian(rows.x), B)
+                numbers = fresh if isinstance(fresh, Tensor) else fresh.values.expand(B, -1)
+                rows.fail(~torch.isfinite(numbers).flatten(1).all(-1), RootStatus.NON_FINITE)
+                jacobian = merge(refresh & rows.running, fresh, jacobian)  # type: ignore[assignment]
                 rows.n_jac = rows.n_jac + refresh
+            assert isinstance(jacobian, (Tensor, SparseMatrix))
             f = torch.as_tensor(problem.f_scale, dtype=rows.norm.dtype, device=rows.x.device)
-            A = jacobian / (f if f.dim() == 0 else f.unsqueeze(-1))
+            A = _scaled(jacobian, f)
             r = torch.where(rows.running.unsqueeze(-1), rows.residual / f, 0.0)
-            columns = _length(A.mT)
-            scale = torch.maximum(scale, columns)
+            slopes = adjoint_product(A, r)
+            active = _at_bound(problem, rows.x, slopes)
+            if isinstance(A, Tensor):
+                linear = DenseLeastSquares(A, r, active)
+            else:
+                linear = SparseLeastSquares(problem, A, r, active, linear if isinstance(linear, SparseLeastSquares) else None)
+            scale = torch.maximum(scale, linear.columns)
             d = torch.where(scale > 0, scale, 1.0)
-            Q, R = torch.linalg.qr(A)
-            projected = (Q.mH @ r.unsqueeze(-1)).squeeze(-1)
-            gauss = -torch.linalg.solve_triangular(R, projected.unsqueeze(-1), upper=True).squeeze(-1)
-            diagonal = (R.diagonal(dim1=-2, dim2=-1).abs() / torch.where(columns > 0, columns, 1.0)).amin(-1) if n else rows.norm
-            regular = torch.isfinite(gauss).all(-1) & (diagonal > 8 * n * torch.finfo(d.dtype).eps)
-            cosine = (_gradient(A, r) / (d * _length(r).unsqueeze(-1))).nan_to_num(0.0).amax(-1) if n else rows.norm
-            damped = _augmented(R, projected, mu.sqrt().unsqueeze(-1) * d)
+            gauss, regular = linear.gauss()
+            cosine = torch.where(active, 0.0, slopes.abs() / (d * _length(r).unsqueeze(-1))).nan_to_num(0.0)
+            cosine = cosine.amax(-1) if n else rows.norm
+            damped = linear.damped(mu, d)
             # so close to the minimum the sum of squares is flat to rounding: judge Gauss-Newton steps by whether they shrink
             measure = step_measure(problem, gauss, rows.x)
             near = regular & (measure <= 1)
@@ -211,7 +223,7 @@ class LevenbergMarquardt:
             step = torch.where(rows.running.unsqueeze(-1), point - rows.x, 0.0)
             trial, norm = rows.evaluate(rows.x + step, rows.running)
             before, after = _length(r), _length(trial / f)
-            model = _length(r + (A @ step.unsqueeze(-1)).squeeze(-1))
+            model = _length(r + linear.product(step))
             predicted = (before - model) * (before + model)
             ratio = torch.where((predicted > 0) & torch.isfinite(norm), (before - after) * (before + after) / predicted, -1.0)
             inside = (point == target).all(-1)
@@ -220,7 +232,9 @@ class LevenbergMarquardt:
             rows.move(good, point, trial, norm)
             settled = rows.settled(torch.where(near.unsqueeze(-1), step, 0.0), measure, good & near & inside) <= 1
             rows.succeed(good & near & inside & settled)
-            rows.end((rows.norm == 0) & ~regular, RootStatus.SINGULAR)
+            # a root where the matrix is singular: the least of the steps that solve the linear model leads nowhere any more
+            solved = (model <= 1e-3 * before) & (step_measure(problem, step, rows.x) <= 1) & (mu <= 1e-8)
+            rows.end(((rows.norm == 0) | (good & inside & solved)) & ~regular, RootStatus.SINGULAR)
             rows.succeed((wanted & (rows.norm <= problem.tol)) | (rows.norm == 0))
             negligible = (rows.residual.abs() <= rounding_floor(jacobian, rows.x)).all(-1)
             minimum = flat & (predicted <= 1e-13 * before**2)
@@ -237,13 +251,22 @@ class LevenbergMarquardt:
         return rows.record("Levenberg-Marquardt")
 
 
-def _gradient(A: Tensor, r: Tensor) -> Tensor:
-    return (A.mH @ r.unsqueeze(-1)).squeeze(-1).abs()
+def _entries(problem: RootProblem, matrix: Matrix, rows: int) -> Tensor | SparseMatrix:
+    """The Jacobian, sparse where that pays and the linear solver has sparse factors."""
+    sparse = isinstance(matrix, SparseMatrix) and matrix.shape[1] > _DENSE and matrix.device.type == "cpu"
+    return matrix if sparse and not getattr(problem.linear_solver, "dense", False) else as_dense(matrix, rows)  # type: ignore[return-value]
 
 
-def _augmented(R: Tensor, projected: Tensor, diagonal: Tensor) -> Tensor:
-    """``min |[R; diag] s + [projected; 0]|`` by QR, which is always of full rank."""
-    stacked = torch.cat([R, torch.diag_embed(diagonal.to(R.dtype))], -2)
-    right = torch.cat([projected, torch.zeros_like(projected)], -1).unsqueeze(-1)
-    Q, T = torch.linalg.qr(stacked)
-    return -torch.linalg.solve_triangular(T, Q.mH @ right, upper=True).squeeze(-1)
+def _scaled(matrix: Tensor | SparseMatrix, f: Tensor) -> Tensor | SparseMatrix:
+    """Every row divided by its ``f``, 0-d or (..., m)."""
+    if isinstance(matrix, Tensor):
+        return matrix / (f if f.dim() == 0 else f.unsqueeze(-1))
+    return SparseMatrix(matrix.indices, matrix.values / (f if f.dim() == 0 else f[..., matrix.indices[0]]), matrix.shape)
+
+
+def _at_bound(problem: RootProblem, x: Tensor, slopes: Tensor) -> Tensor:
+    """``(B, n)``: unknowns at a bound that lower sums of squares lie beyond."""
+    active = torch.zeros_like(x, dtype=torch.bool)
+    if problem.lower is not None:
+        active = active | ((x <= problem.lower) & (slopes > 0))
+    return active if problem.upper is None else active | ((x >= problem.upper) & (slopes < 0))

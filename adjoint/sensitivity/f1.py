@@ -206,7 +206,7 @@ class Expansion:
     def state_tangent(self, v: Tensor) -> Tensor:
         """``S v``: one solve, none where ``S`` is known."""
         if "S" in self._kept:
-            return self.state_jacobian() @ v
+            return self.state_jacobian() @ v.to(self.x)
         return -self._solves().forward(self.push_residual(v))
 
     # -- second order ----------------------------------------------------------------------------------------------------------------
@@ -232,7 +232,8 @@ class Expansion:
     def hessian_product(self, v: Tensor) -> Tensor:
         """``H v``: one forward and one transposed solve, none where ``H`` is known."""
         if "H" in self._kept:
-            return self.hessian() @ v
+            H = self.hessian()
+            return H @ v.to(H)
         top, bottom = self.lagrangian_products(self.state_tangent(v), v)
         if "S" in self._kept:
             return self.state_jacobian().T @ top + bottom
@@ -241,8 +242,9 @@ class Expansion:
     def hessian_columns(self, V: Tensor) -> Tensor:
         """``H V`` for ``V`` of shape ``(m, k)``: k forward and k transposed solves, in two blocks."""
         if "H" in self._kept:
-            return self.hessian() @ V
-        tangents = self.state_jacobian() @ V if "S" in self._kept else -self._solves().forward(self.push_residual(V))
+            H = self.hessian()
+            return H @ V.to(H)
+        tangents = self.state_jacobian() @ V.to(self.x) if "S" in self._kept else -self._solves().forward(self.push_residual(V))
         top, bottom = self.lagrangian_products(tangents, V)
         if "S" in self._kept:
             return self.state_jacobian().T @ top + bottom
