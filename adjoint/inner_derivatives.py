@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .capture import ask, asks_for_gradients, functorch_active, unmapped
+from .errors import UnsupportedCombination
 
 __all__ = ["beneath", "differentiating"]
 
@@ -41,12 +42,20 @@ def beneath(call: Callable[..., Any], captured: Sequence[Tensor]) -> Callable[..
     return deeper
 
 
+def _unwrapped(x: Tensor) -> Iterator[Tensor]:
+    """``x``, and what lies in it below the wrappers of transforms."""
+    yield x
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+        yield x
+
+
 class Differentiable(TorchFunctionMode):
     """What `torch.autograd.grad` gives can be differentiated again, and tensors may be asked for derivatives where they have them."""
 
-    def __init__(self, again: bool) -> None:
+    def __init__(self, again: bool, others: Sequence[Tensor] = ()) -> None:
         super().__init__()
-        self.again = again
+        self.again, self.others = again, {id(layer): layer for x in others for layer in _unwrapped(x)}
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -54,12 +63,18 @@ class Differentiable(TorchFunctionMode):
             # nothing to do, and a transform would refuse it
             return args[0]
         if func is torch.autograd.grad and self.again:
+            wanted = args[1] if len(args) > 1 else kwargs.get("inputs")
+            if any(id(layer) in self.others for x in tree_leaves(wanted) for layer in _unwrapped(x)):
+                raise UnsupportedCombination(
+                    "fun calls torch.autograd.grad for the derivative in a parameter. Along a solution the state depends on the parameter "
+                    "too, and the derivative would go through the steps before: use torch.func.grad there, or solve under torch.no_grad()"
+                )
             kwargs = {**kwargs, "create_graph": True}
         return func(*args, **kwargs)
 
 
-def differentiating(call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call(t, y, *args)``, which uses `torch.autograd.grad`, wherever a solve calls it.
+def differentiating(call: Callable[..., Any], others: Sequence[Tensor] = ()) -> Callable[..., Any]:
+    """``call(t, y, *args)``, which uses `torch.autograd.grad`, wherever a solve calls it; not in ``others``, on which the state depends.
 
     Gradients are on and the state can be differentiated by, as where plain autograd records the solve. What the derivatives depend on is
     differentiated again if anything is, whether ``create_graph`` is given or not.
@@ -69,7 +84,7 @@ def differentiating(call: Callable[..., Any]) -> Callable[..., Any]:
         recording, inside = torch.is_grad_enabled(), functorch_active()
         # without gradients around, a state may be a view that belongs to no graph
         y = tree_map(ask if recording or inside else lambda x: ask(_plain(x)), y)
-        with torch.enable_grad(), unmapped(), Differentiable(recording or inside):
+        with torch.enable_grad(), unmapped(), Differentiable(recording or inside, others):
             out = call(t, y, *args)
         return out if recording or inside else tree_map(_plain, out)
 

@@ -247,7 +247,7 @@ class System:
     def substituted(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
         """A function of the user with the given tensors in the place of captured ones; itself where they are the same already."""
         given = self._given(inputs)
-        call = differentiating(function) if self.inner_grad else function
+        call = differentiating(function, (*self.captured, *inputs)) if self.inner_grad else function
         if all(x is c for x, c in zip(given, self.captured, strict=True)) and self._at_home(given):
             return call
         mode = Substitute(self.captured, given, self.homes)

@@ -306,3 +306,17 @@ def test_a_periodic_orbit():
     assert close(quarter(w), period, 1e-4)
     assert close(torch.func.grad(quarter)(w), -period / w0, 1e-3)
     assert close(torch.func.hessian(quarter)(w), 2 * period / w0**2, 1e-2)
+
+
+@pytest.mark.parametrize("strategy", [DiscreteAdjoint(), DiscreteAdjoint(keep_bytes=0), Backprop()], ids=repr)
+def test_derivatives_in_a_parameter_are_taken_by_torch_func(strategy):
+    # y' = -d/dk (k^2 y / 2): through autograd.grad the steps before would count too, as y depends on k
+    k = torch.tensor(0.7, requires_grad=True)
+
+    def end(rate):
+        return solve_ivp(lambda t, y: -rate(y), (0.0, 1.0), torch.ones(1), rtol=1e-7, atol=1e-9, gradient=strategy).y[-1].sum()
+
+    with pytest.raises(UnsupportedCombination, match="in a parameter"):
+        end(lambda y: torch.autograd.grad((0.5 * k**2 * y).sum(), k, create_graph=True)[0] * y / y.detach().sum()).backward()
+    slope = torch.autograd.grad(end(lambda y: torch.func.grad(lambda q: (0.5 * q**2 * y).sum())(k) * torch.ones(1)), k)[0]
+    assert close(slope, -math.exp(-0.7), 1e-5)
