@@ -55,7 +55,7 @@ class BacksolveAdjoint:
             return Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
         if anchors.shape[0] > 2:
             raise UnsupportedCombination("step_ts= with BacksolveAdjoint is not supported: use gradient=DiscreteAdjoint()")
-        method: Any = self._method(problem)
+        method: Any = self._method(problem, y0.is_complex())
         if functorch_active() or any(x is not None and has_tangent(x) for x in (anchors, t_eval, y0, *inputs)):
             raise UnsupportedCombination(
                 "torch.func transforms and forward mode cannot see through BacksolveAdjoint: use gradient=DiscreteAdjoint()"
@@ -77,7 +77,7 @@ class BacksolveAdjoint:
         )
         return self._differentiable(problem, back, out, anchors, t_eval, y0, inputs)
 
-    def _method(self, problem: Problem) -> Method:
+    def _method(self, problem: Problem, is_complex: bool) -> Method:
         plan = problem.plan
         multistep = getattr(plan.method, "multistep", False)
         refused = {
@@ -89,11 +89,12 @@ class BacksolveAdjoint:
             "mass_matrix=": problem.system.mass is not None,
             "dense_output=True or t_eval='steps'": plan.results_of_steps,
         }
+        # what `InterpolatingAdjoint` refuses too
+        others = plan.switch is not None or plan.events or plan.compile is not None or problem.system.mass is not None or is_complex
+        instead = "DiscreteAdjoint()" if others or not plan.method.adaptive else "InterpolatingAdjoint() or DiscreteAdjoint()"
         for name, present in refused.items():
             if present:
-                raise UnsupportedCombination(
-                    f"{name} with BacksolveAdjoint is not supported: use InterpolatingAdjoint() or DiscreteAdjoint()"
-                )
+                raise UnsupportedCombination(f"{name} with BacksolveAdjoint is not supported: use {instead}")
         method: Any = self.method
         if isinstance(method, str):
             if method not in METHODS:
@@ -104,7 +105,7 @@ class BacksolveAdjoint:
         if method.implicit or not method.adaptive or getattr(method, "multistep", False):
             raise UnsupportedCombination(
                 f"{method.name!r} on the way back of BacksolveAdjoint is not supported: give an explicit adaptive one-step method; on "
-                "stiff problems the state cannot be solved backwards at all: use InterpolatingAdjoint() or DiscreteAdjoint()"
+                f"stiff problems the state cannot be solved backwards at all: use {instead}"
             )
         return method
 
@@ -129,8 +130,12 @@ class BacksolveAdjoint:
             kinds = [x.dtype for x in state]
 
             def flat(s: Tensor, z: Tensor) -> Tensor:
-                parts = [p.reshape(shape).to(k) for p, shape, k in zip(z.reshape(-1).split(sizes), shapes, kinds, strict=True)]
-                return torch.cat([x.reshape(-1).to(z.dtype) for x in dynamics(s, parts)]).reshape(1, -1)
+                return torch.cat([x.reshape(-1).to(z.dtype) for x in dynamics(s, pieces(z))]).reshape(1, -1)
+
+            def pieces(z: Tensor) -> list[Tensor]:
+                # of a complex state the rest is carried in complex numbers too, whose imaginary parts are zero
+                parts = [p.reshape(shape) for p, shape in zip(z.reshape(-1).split(sizes), shapes, strict=True)]
+                return [(p if k.is_complex or not p.is_complex() else p.real).to(k) for p, k in zip(parts, kinds, strict=True)]
 
             start = torch.cat([x.reshape(-1).to(y0.dtype) for x in state]).reshape(1, -1)
             if bool(t[0] == t[1]):
@@ -139,7 +144,7 @@ class BacksolveAdjoint:
             record = integrate(flat, going, t.reshape(2, 1), None, start, False)
             check_way_back(record, plan, problem)
             steps[float(t[1])] = carried_step(record, plan)
-            return [p.reshape(shape).to(k) for p, shape, k in zip(record.final.reshape(-1).split(sizes), shapes, kinds, strict=True)]
+            return pieces(record.final)
 
         watch = Linearizer(f, apart, [False] * len(inputs), False)
 

@@ -134,7 +134,7 @@ class BdfReplay:
         h, real = grid["h"][k], D.dtype.to_real()
         formula = _Formula.of(grid["extra"][k], grid["size"][k])
         near = torch.einsum("bij,jbn->ibn", formula.T.to(D.dtype), D)
-        predicted = torch.einsum("bi,ibn->bn", _low(formula.order, real), near)
+        predicted = torch.einsum("bi,ibn->bn", _low(formula.order, real).to(D.dtype), near)
         psi = torch.einsum("bi,ibn->bn", formula.weights(D.dtype), near)
         c = formula.c(real)
         conditions, solver = _StepConditions(system), self.algebra.linear_solver
