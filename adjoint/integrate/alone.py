@@ -48,6 +48,11 @@ def _converged(iteration: int, length: float, rate: float, bound: float) -> bool
     return left <= bound and (iteration == 0 or rate < 1)
 
 
+def _hopeless(rate: float, length: float, left: int) -> bool:
+    """See `coupled.hopeless`."""
+    return rate >= 1.0 or rate ** (left + 1) / max(1 - rate, 1e-3) * length > 1.0
+
+
 class LoneStages:
     """`StageEquations` and `CoupledEquations` for one trajectory: the iterations of `StageSolver`, in the same order.
 
@@ -179,7 +184,7 @@ class LoneStages:
         f, step = self.f, float(hd)
         factors = self._factors_for(1.0, step)
         weight = abs(step) / (base.abs() * self.rtol + self.atol)
-        k, before, rate = guess, math.nan, 1.0
+        k, before, rate, adaptive = guess, math.nan, 1.0, self.plan.method.adaptive
         for iteration in range(MOST):
             # (I - hd J) dk = -(k - f): in terms of the slopes
             change = solved(factors, k - f(t, torch.add(base, k, alpha=step)))
@@ -190,7 +195,7 @@ class LoneStages:
             if iteration:
                 rate = length / before
             finite = math.isfinite(length)
-            if not finite or (iteration and rate >= 2.0):
+            if not finite or (iteration and (rate >= 2.0 or (adaptive and _hopeless(rate, length / self.tolerance, MOST - 1 - iteration)))):
                 self._stuck = self._stuck or finite
                 return torch.full_like(k, math.nan)
             k = k - change
@@ -249,7 +254,8 @@ class LoneStages:
         weight = abs(size) / bound
         before, rate = math.nan, 1.0
         failed = True
-        for iteration in range(MOST_COUPLED if tableau.error is not None else MOST_CONSTANT):
+        most = MOST_COUPLED if tableau.error is not None else MOST_CONSTANT
+        for iteration in range(most):
             points = torch.addmm(start.unsqueeze(0), modes.a, ks, alpha=size).unbind()
             if y.dim() == 1:
                 values = [f(t, x) for t, x in zip(times, points, strict=True)]
@@ -263,7 +269,7 @@ class LoneStages:
             if iteration:
                 rate = length / before
             finite = math.isfinite(length)
-            if not finite or (iteration and rate >= 2.0):
+            if not finite or (iteration and (rate >= 2.0 or (tableau.error is not None and _hopeless(rate, length, most - 1 - iteration)))):
                 self._stuck = finite
                 break
             ks = ks - change

@@ -137,7 +137,9 @@ def advance(
         proposal = length * up
         proposal = torch.where(lands & ~carry.rejected_last, torch.maximum(proposal, wanted), proposal)
         # of trajectories that are done nobody asks for another step
-        step = torch.where(accepted, proposal, length * torch.where(bad, controller.min_factor, down))
+        stuck = getattr(f, "stuck", None)
+        given_up = controller.min_factor if stuck is None else torch.where(stuck, controller.stuck_factor, controller.min_factor)
+        step = torch.where(accepted, proposal, length * torch.where(bad, given_up, down))
         error1, error2 = carry.error1, carry.error2
         if controller.remembers:
             error1, error2 = torch.where(accepted, level, error1), torch.where(accepted, error1, error2)

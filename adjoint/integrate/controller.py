@@ -42,6 +42,12 @@ class PIDController:
             raise ValueError("a controller needs 0 < safety <= 1 and 0 < min_factor < 1 < max_factor")
 
     @property
+    def stuck_factor(self) -> float:
+        """Factor after a step in which the iteration for the stages did not converge: it says less than an error does (Hairer & Wanner,
+        Solving ordinary differential equations II, section IV.8)."""
+        return max(self.min_factor, 0.5)
+
+    @property
     def remembers(self) -> bool:
         """Whether earlier errors count."""
         return bool(self.pcoeff or self.dcoeff)

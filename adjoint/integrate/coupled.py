@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .stages import StageSolver, StageWork
 
-__all__ = ["CoupledSystem", "Solves", "combined", "complex_shifted", "solve_coupled", "solve_modes", "stage_factors"]
+__all__ = ["CoupledSystem", "Solves", "combined", "complex_shifted", "hopeless", "solve_coupled", "solve_modes", "stage_factors"]
 
 #: iterations before a step counts as failed: one that can be repeated with a smaller size is given up early
 MOST, MOST_CONSTANT = 10, 50
@@ -97,7 +97,8 @@ def solve_coupled(
     before = torch.full_like(step.squeeze(-1), float("nan"))
     rate = torch.ones_like(before)
     failed, diverged, attempted = torch.zeros_like(running), torch.zeros_like(running), running
-    for iteration in range(MOST if tableau.error is not None else MOST_CONSTANT):
+    most = MOST if tableau.error is not None else MOST_CONSTANT
+    for iteration in range(most):
         column = running.unsqueeze(-1)
         residuals = [
             torch.where(column, solver.stage_residual(t, y + step * combined(row, ks), k), 0.0)
@@ -112,6 +113,8 @@ def solve_coupled(
             rate = torch.where(running, length / before, rate)
         finite = torch.isfinite(length)
         bad = running & (~finite | ((rate >= 2.0) if iteration else False))
+        if iteration and tableau.error is not None:
+            bad = bad | (running & hopeless(rate, length, most - 1 - iteration))
         failed = failed | bad
         diverged = diverged | (bad & finite)
         moving = (running & ~bad).unsqueeze(-1)
@@ -154,6 +157,12 @@ def _estimate(solver: CoupledSystem, tableau: CollocationTableau, step: Tensor, 
         solver.work.n_solves -= ((step != 0).squeeze(-1) & ~large).to(solver.work.n_solves.dtype)
         estimate = torch.where(column, second, estimate)
     return solver.weigh(estimate, step, True)
+
+
+def hopeless(rate: Tensor, length: Tensor, left: int) -> Tensor:
+    """Whether the iteration, at this rate, will not be on the bound of one after ``left`` more of its rounds (Hairer & Wanner II, equation
+    IV.8.11): a step that may be repeated is then given up at once."""
+    return (rate >= 1.0) | (rate ** (left + 1) / (1 - rate).clamp(min=1e-3) * length > 1.0)
 
 
 def combined(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:

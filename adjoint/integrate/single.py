@@ -181,7 +181,9 @@ def integrate_single(
                 monitor.rejected(t, y, h)
                 n_rejected += 1
                 just_rejected = True
-                step = abs(h) * (controller.min_factor if bad else controller.rejected(order, tamed(error)))
+                stuck = bad and bool(getattr(f, "stuck", False))
+                given_up = controller.stuck_factor if stuck else controller.min_factor
+                step = abs(h) * (given_up if bad else controller.rejected(order, tamed(error)))
                 if bad and (smallest or step <= 16 * _EPS * abs(t)):
                     status = Status.NON_FINITE
                     break

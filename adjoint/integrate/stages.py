@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..linalg import Factorization, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix
 from ..methods.tableaux_implicit import CollocationTableau, Mode
-from .coupled import solve_coupled, stage_factors
+from .coupled import hopeless, solve_coupled, stage_factors
 from .guesses import StageGuess
 from .plan import Plan
 
@@ -299,6 +299,8 @@ class StageSolver:
                 rate = torch.where(running, length / before, rate)
             finite = torch.isfinite(length)
             bad = running & (~finite | ((rate >= 2.0) if iteration else False))
+            if iteration and plan.method.adaptive:
+                bad = bad | (running & hopeless(rate, length / self.tolerance, MOST - 1 - iteration))
             failed = failed | bad
             diverged = diverged | (bad & finite)
             k = torch.where((running & ~bad).unsqueeze(-1), k - change, k)
