@@ -30,7 +30,7 @@ from .event_jumps import jumps_refused
 from .event_slope import signed
 from .event_times import NO_EVENTS, Found, event_records
 from .failures import raise_failure
-from .integrate import Event, IController, PIDController, Plan, Record
+from .integrate import Event, PIDController, Plan, Record, default_controller
 from .integrate.compiled import compile_key
 from .lending import copied, lending
 from .mass_matrix import consistent_start, implicit_method, in_step, with_mass, with_matrix, without_last
@@ -122,7 +122,8 @@ def solve_ivp(
     quadrature : callable
         ``g(t, y, *args)``: a tensor (or pytree) to be integrated along the solution, under the same error control.
     controller : PIDController
-        Default `IController()`. Not for "abm" and "bdf", which choose order and step size together.
+        Default `IController()`, with implicit methods `PIDController(shrink_accepted=True, predictive=True)`. Not for "abm" and "bdf",
+        which choose order and step size together.
     norm : "rms", "max" or callable
         Norm of the scaled error; a callable takes a state pytree and gives 0-d (``(B,)`` when batched).
     first_step, max_step, min_step, max_steps
@@ -262,7 +263,7 @@ def solve_ivp(
     plan = Plan(
         method=chosen,
         real=real,
-        controller=controller if controller is not None else IController(),
+        controller=controller if controller is not None else default_controller(chosen.implicit),
         rtol=flat_tolerance(rtol, "rtol", spec, 1e-4 if single else 1e-6),
         atol=flat_tolerance(atol, "atol", spec, 1e-6 if single else 1e-9),
         norm=flat_norm(norm, spec),

@@ -131,9 +131,9 @@ def advance(
         accepted = alive & passed
         rejected = alive & ~passed
         level = tamed(torch.where(bad, float("inf"), error))
-        up, down = controller.both(order, level, (carry.error1, carry.error2))
-        up = torch.where(carry.rejected_last, up.clamp(max=1.0), up)
         length = h.abs()
+        up, down = controller.both(order, level, (carry.error1, carry.error2), length)
+        up = torch.where(carry.rejected_last, up.clamp(max=1.0), up)
         proposal = length * up
         proposal = torch.where(lands & ~carry.rejected_last, torch.maximum(proposal, wanted), proposal)
         # of trajectories that are done nobody asks for another step
@@ -142,7 +142,8 @@ def advance(
         step = torch.where(accepted, proposal, length * torch.where(bad, given_up, down))
         error1, error2 = carry.error1, carry.error2
         if controller.remembers:
-            error1, error2 = torch.where(accepted, level, error1), torch.where(accepted, error1, error2)
+            memory = controller.remember(level, length, (error1, error2))
+            error1, error2 = torch.where(accepted, memory[0], error1), torch.where(accepted, memory[1], error2)
         least = step <= smallest
         if plan.accept_smallest:
             least = least | (h.abs() <= plan.min_step)

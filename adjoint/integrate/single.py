@@ -189,11 +189,11 @@ def integrate_single(
                     break
                 continue
             level = tamed(error)
-            factor = controller.accepted(order, level, previous)
+            factor = controller.accepted(order, level, previous, abs(h))
             proposal = abs(h) * (min(factor, 1.0) if just_rejected else factor)
             # a step cut short by an anchor says little about the next one
             step = max(proposal, wanted) if lands and not just_rejected else proposal
-            previous = (level, previous[0])
+            previous = controller.remember(level, abs(h), previous)
             just_rejected = False
         elif method.implicit and not bool(torch.isfinite(y1).all()):
             # stages without a solution: no step that follows would have one
