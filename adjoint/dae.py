@@ -16,7 +16,7 @@ from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_b
 from .errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
 from .event_jumps import jumps_refused
 from .event_times import NO_EVENTS, event_records
-from .integrate import PIDController, Plan, Record, default_controller
+from .integrate import PIDController, Plan, Record
 from .ivp import _event_list, _flat_event, _Parts, _solution
 from .lending import check_unchanged, copied
 from .methods import DAE_METHODS, Method
@@ -186,7 +186,7 @@ def solve_dae(
     plan = Plan(
         method=chosen,
         real=real,
-        controller=controller if controller is not None else default_controller(True),
+        controller=controller,
         norm=flat_norm(norm, spec),
         first_step=None if first_step is None else positive(first_step, "first_step"),
         max_step=positive(max_step, "max_step"),

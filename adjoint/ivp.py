@@ -30,7 +30,7 @@ from .event_jumps import jumps_refused
 from .event_slope import signed
 from .event_times import NO_EVENTS, Found, event_records
 from .failures import raise_failure
-from .integrate import Event, PIDController, Plan, Record, default_controller
+from .integrate import Event, PIDController, Plan, Record
 from .integrate.compiled import compile_key
 from .lending import copied, lending
 from .mass_matrix import consistent_start, implicit_method, in_step, with_mass, with_matrix, without_last
@@ -263,7 +263,7 @@ def solve_ivp(
     plan = Plan(
         method=chosen,
         real=real,
-        controller=controller if controller is not None else default_controller(chosen.implicit),
+        controller=controller,
         rtol=flat_tolerance(rtol, "rtol", spec, 1e-4 if single else 1e-6),
         atol=flat_tolerance(atol, "atol", spec, 1e-6 if single else 1e-9),
         norm=flat_norm(norm, spec),

@@ -13,7 +13,7 @@ from .additive import AdditiveStageSolver
 from .alone import LoneStages
 from .batched import integrate_batched
 from .bdf import BdfSolver
-from .controller import IController, PIController, PIDController, default_controller
+from .controller import IController, PIController, PIDController
 from .multistep import MultistepSolver, integrate_multistep
 from .multistep_alone import integrate_multistep_alone
 from .plan import Event, Monitor, Plan, Record, Status, rms_norm, shifted_times
@@ -40,7 +40,6 @@ __all__ = [
     "ResidualSolver",
     "StageSolver",
     "Status",
-    "default_controller",
     "integrate",
     "rms_norm",
     "shifted_times",

@@ -72,7 +72,7 @@ def advance(
     f, spread, turned = layout(f, columns, carry.y.shape[-1] if one_by_one else 0)
     if plan.direct:
         f = DirectStages(f, 0 if columns else 1)
-    method, controller = plan.method, plan.controller
+    method, controller = plan.method, plan.control
     order = method.error_order + 1
     t, y, k1, running = carry.t, carry.y, carry.k1, carry.running
     real = plan.real

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..methods import Method
-from .controller import PIDController
+from .controller import PIDController, default_controller
 from .stiffness import Switch
 
 __all__ = ["Event", "Monitor", "Plan", "Record", "Status", "rms_norm"]
@@ -77,7 +77,8 @@ class Plan:
     """Everything about a solve but its tensors-to-differentiate.
 
     ``rtol`` and ``atol`` are numbers or tensors that broadcast to ``(B, n)``; ``norm`` maps scaled errors ``(B, n)`` to ``(B,)``.
-    ``real`` is the real dtype of the state. ``compile``: None for eager steps, else what compiled steps are kept under.
+    ``controller``: None for that of the method. ``real`` is the real dtype of the state.
+    ``compile``: None for eager steps, else what compiled steps are kept under.
     ``keep_states``: whether the states of all steps are wanted; ``keep_stages``: also all stages, for the dense output.
     ``keep_grid``: starts and sizes of all steps are wanted even where their states are not. ``results_of_steps``: states or stages of the
     steps are themselves part of what the user gets.
@@ -88,7 +89,7 @@ class Plan:
     """
 
     method: Method
-    controller: PIDController
+    controller: PIDController | None
     real: torch.dtype
     rtol: float | Tensor
     atol: float | Tensor
@@ -108,6 +109,11 @@ class Plan:
     compile: Hashable | None = None
     shift: str = "inner"
     accept_smallest: bool = False
+
+    @property
+    def control(self) -> PIDController:
+        """The controller; where none was given, that for methods like this one."""
+        return self.controller if self.controller is not None else default_controller(self.method.implicit)
 
     @property
     def direct(self) -> bool:

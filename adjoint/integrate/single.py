@@ -99,7 +99,7 @@ def integrate_single(
     """
     flat = y0.shape
     y0 = y0 if shape is None else y0.reshape(shape)
-    method, controller, monitor = plan.method, plan.controller, plan.monitor
+    method, controller, monitor = plan.method, plan.control, plan.monitor
     stops = anchors[:, 0].tolist()
     t, t_end = stops[0], stops[-1]
     sign = 1.0 if t_end >= t else -1.0
