@@ -98,7 +98,8 @@ def test_pendulum(index):
     g, length = tensor(1.0).squeeze().requires_grad_(), tensor(1.0).squeeze().requires_grad_()
     integrand = lambda t, s, g, L: s[4] ** 2  # noqa: E731
     sol = solve_dae(pendulum(index), (0.0, 10.0), PENDULUM_Y0, args=(g, length), rtol=1e-8, atol=1e-8, quadrature=integrand)
-    torch.testing.assert_close(sol.y[-1], PENDULUM_END, rtol=0, atol=1e-7)
+    # the multiplier of index 2 is the least exact: ten tolerances of its size
+    torch.testing.assert_close(sol.y[-1], PENDULUM_END, rtol=1e-7, atol=1e-7)
     assert abs(float(sol.quadrature) - 32.63186639652321) < 1e-6
     # the multiplier too
     for i in (0, 4):
