@@ -118,7 +118,11 @@ def PIController(**options: Any) -> PIDController:
     return PIDController(0.4, 0.3, 0.0, shrink_accepted=True, **options)
 
 
+# made once: compiled loops ask for them
+_PLAIN, _PREDICTIVE = IController(), PIDController(shrink_accepted=True, predictive=True)
+
+
 def default_controller(implicit: bool) -> PIDController:
     """`IController` for explicit methods. Implicit ones, whose steps change size by orders of magnitude, also go by how the error rose over
     the last two steps."""
-    return PIDController(shrink_accepted=True, predictive=True) if implicit else IController()
+    return _PREDICTIVE if implicit else _PLAIN
