@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from .capture import functorch_active
 
-__all__ = ["Owned", "as_part", "owned", "owning"]
+__all__ = ["Owned", "as_part", "owned", "owning", "under_transform"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -76,6 +76,11 @@ def owned(value: T) -> Owned[T]:
     if things is not None:
         things.append(value)
     return Owned(value, things)
+
+
+def under_transform() -> bool:
+    """Whether the innermost open front door opened under a transform or forward mode."""
+    return bool(_doors.open) and _doors.open[-1] is None
 
 
 def owning(function: Callable[P, R]) -> Callable[P, R]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .ownership import owning
+from .rewriting import naming_writes
 from .untraced import untraced
 
 __all__ = ["full_precision"]
@@ -36,7 +37,7 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
             given, named = cast(Any, tree_map(_single, (args, kwargs)))
             return cast(Any, function)(*given, **named)
 
-    return untraced(owning(call))
+    return untraced(owning(naming_writes(call)))
 
 
 def _single(x: Any) -> Any:

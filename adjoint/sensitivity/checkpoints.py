@@ -15,6 +15,7 @@ from ..errors import SolveError
 from ..integrate import LoneStages, Monitor, StageSolver, integrate
 from ..integrate.columns import widened
 from ..ownership import owned
+from ..rewriting import naming_writes
 from ..system import System
 from .discrete import eager_sweep
 from .finite import check_finite
@@ -213,6 +214,7 @@ class CheckpointNode(torch.autograd.Function):
         ctx.save_for_backward(out.final, *grid, y0, anchors, *([t_eval] if t_eval is not None else []), *rest)
 
     @staticmethod
+    @naming_writes
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         problem = ctx.problem()
         final, *saved = alive(ctx.saved_tensors)

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ..capture import alive, below_jvp, below_vmap, functorch_active
 from ..ownership import owned
+from ..rewriting import naming_writes
 from ..system import System, VmappedSystem
 from .discrete import eager_sweep
 from .finite import check_finite
+from .late import check_strangers, naming_strangers
 from .linearize import check_known
 from .problem import Outputs, Problem
 from .sweep import functional_sweep, tangents
@@ -29,9 +31,11 @@ class SolveNode(torch.autograd.Function):
 
     @staticmethod
     def forward(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(y0.device.type, enabled=False):
+        with torch.autocast(y0.device.type, enabled=False), naming_strangers():
             record = problem.known.pop() if problem.known else problem.run(inputs, y0, anchors, t_eval)
         problem.report(record)
+        if not problem.replayed:
+            check_strangers(problem.system, record, inputs)
         return tuple(Outputs.of(record))
 
     @staticmethod
@@ -56,6 +60,7 @@ class SolveNode(torch.autograd.Function):
         ctx.save_for_forward(*grid, *saved)
 
     @staticmethod
+    @naming_writes
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         problem = ctx.problem()
         grid, anchors, t_eval, inputs = unpack(ctx)

@@ -65,7 +65,8 @@ class Problem:
     ``known``: the solution, where it is there already; taken out by its first user. ``algebra``: for implicit methods, how their
     matrices are made and factorised. ``sweep``: how first derivatives are taken, with the arguments of `discrete.eager_sweep`, which is
     the default; whatever differentiates derivatives or is under a transform goes through the recorded steps. ``witness``: remembers some
-    evaluations, to be compared on the way back.
+    evaluations, to be compared on the way back. ``replayed``: whether the node gives
+    the steps alone, and derivatives are those of the same steps taken once more outside of it.
     """
 
     system: System | VmappedSystem
@@ -77,6 +78,7 @@ class Problem:
     algebra: StageAlgebra | None = None
     sweep: Callable[..., tuple[Tensor | None, ...]] | None = None
     witness: Witness = field(default_factory=Witness)
+    replayed: bool = False
 
     def run(self, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor, t_eval: Tensor | None) -> Record:
         """The solve itself, some of whose evaluations the witness remembers."""

@@ -116,7 +116,7 @@ class Backprop:
             record = _recorded(problem, anchors, t_eval, y0, inputs)
             problem.report(record)
             return Outputs.of(record)
-        grid = Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
+        grid = Outputs(*SolveNode.apply(replace(problem, replayed=True), anchors, t_eval, y0, *inputs))
         if not problem.plan.keep_states:
             return grid
         if getattr(problem.plan.method, "multistep", False):
