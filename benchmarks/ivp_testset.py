@@ -4,7 +4,7 @@ End values are facts printed in the test set (Mazzia & Magherini, Test Set for I
 problems are written anew. ``digits``: of the worst component, relative to its own size (scd there); ``mixed``: relative to that and
 ``atol / rtol`` (mescd there). SciPy's Radau and BDF solve the ordinary equations, at the same tolerances.
 
-    python -m benchmarks.ivp_testset                                  # the rows of DEFAULT; about four minutes
+    python -m benchmarks.ivp_testset                                  # the rows of DEFAULT; some minutes
     python -m benchmarks.ivp_testset ring:radau5:1e-4 beam:kvaerno5:1e-7 orego:scipy.Radau:1e-4
 
 Results go to ``benchmarks/results/<date>-ivp-testset.md``, rewritten after every row.
@@ -281,7 +281,7 @@ def _row(name: str, method: str, rtol: float) -> dict[str, Any]:
             return problem.fun(torch.tensor(t, dtype=F64), torch.from_numpy(np.ascontiguousarray(y))).numpy()
 
         found = solve_ivp(fun, (0.0, problem.end), y0.numpy(), method=method.removeprefix("scipy."), **options)
-        # its differences for the Jacobian are among the evaluations
+        # its differences for the Jacobian are not among the evaluations
         end, counts = found.y[:, -1], (len(found.t) - 1, None, found.nfev, found.njev)
     else:
         solve = adjoint.solve_dae if problem.implicit else adjoint.solve_ivp
@@ -302,7 +302,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
         "# Test set for initial value problem solvers",
         "",
         "Eager, one trajectory, without derivatives, one thread; seconds of processor time, which other processes on the machine make "
-        "longer. SciPy's evaluations include those of its difference quotients. Columns: see `benchmarks/ivp_testset.py`.",
+        "longer. SciPy's evaluations are without those of its difference quotients. Columns: see `benchmarks/ivp_testset.py`.",
         "",
         *(f"- {name}: {PROBLEMS[name].text}" for name in dict.fromkeys(row["problem"] for row in rows)),
         "",
