@@ -15,8 +15,8 @@ from .capture import functorch_active, is_differentiable
 from .errors import InvalidInput, UnsupportedCombination
 from .integrate.direct import MOST
 from .jacobians import DenseJacobian
-from .jacobians_sparse import SparseJacobian, choose_jacobian
-from .linalg import Factorization, LinearSolver, Log, Matrix
+from .jacobians_sparse import SparseJacobian, agrees, choose_jacobian
+from .linalg import Factorization, LinearSolver, Log, Matrix, SparseMatrix
 from .linalg.choice import default_solver
 from .linalg.sparsity import SparsityPattern
 from .methods import Method
@@ -32,6 +32,8 @@ _LONG = 300
 
 #: unknowns up to which a dense Jacobian is taken without a look at its pattern
 _SMALL = 64
+#: one sparse matrix in so many is looked at
+_SOME = 4
 
 Strategy = Callable[[Callable[[Tensor], Tensor], Tensor], Matrix]
 
@@ -67,15 +69,41 @@ class _ByKind:
 
 
 class _Detected:
-    """Dense for few unknowns; else the pattern is found from the function at the first call, and kept."""
+    """Dense for few unknowns; else the pattern is found from the function at the first call, or given, and kept.
 
-    def __init__(self, inputs: Sequence[Tensor], mass: Tensor | None = None) -> None:
-        self.inputs, self.mass = inputs, mass
-        self.strategy: Strategy | None = None
+    A function that branches has other entries elsewhere. Newton's iterations converge all the same, but derivatives would lack what is
+    missing. So some of the matrices of steps and of their adjoints are held against differences of the function, and where these are
+    not alike against a product with the true Jacobian; the pattern grows by what it lacks.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], mass: Tensor | None = None, given: SparsityPattern | None = None) -> None:
+        self.inputs, self.mass, self.given = inputs, mass, given
+        self.strategy: Strategy | None = None if given is None else SparseJacobian(with_diagonal(given, mass))
 
     def takes_dense(self, x: Tensor) -> bool:
         """Whether the Jacobian at ``x`` (B, n) will be dense."""
-        return x.shape[1] <= _SMALL or isinstance(self.strategy, DenseJacobian)
+        return (x.shape[1] <= _SMALL and self.given is None) or isinstance(self.strategy, DenseJacobian)
+
+    def bound(self, system: Any, inputs: Sequence[Tensor], forward: bool) -> Strategy:
+        """For the steps or for derivatives of one solve."""
+        return _Checked(self)
+
+    def checked(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Matrix:
+        """The Jacobian, with all of its entries."""
+        matrix = self(f, x)
+        if not isinstance(matrix, SparseMatrix) or functorch_active() or _likely(matrix, f, x):
+            return matrix
+        if agrees(lambda f, x: matrix, f, x, spread=0.0):
+            return matrix
+        if self.given is not None:
+            warnings.warn("jac_sparsity lacks entries that the Jacobian of fun has: they are looked for and added", stacklevel=2)
+        assert isinstance(self.strategy, SparseJacobian)
+        found, _ = choose_jacobian(f, x, parameters=[i for i in self.inputs if i.is_floating_point()])
+        if isinstance(found, SparseJacobian):
+            both = self.strategy.pattern.to_scipy() + found.pattern.to_scipy()
+            found = SparseJacobian(SparsityPattern.from_scipy(both))
+        self.strategy = found
+        return found(f, x)
 
     def __call__(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Matrix:
         if self.strategy is None:
@@ -84,6 +112,28 @@ class _Detected:
                 found, _ = choose_jacobian(f, x, parameters=[i for i in self.inputs if i.is_floating_point()])
                 self.strategy = SparseJacobian(with_diagonal(found.pattern, self.mass)) if isinstance(found, SparseJacobian) else found
         return self.strategy(f, x)
+
+
+class _Checked:
+    """The Jacobians of one pass over the steps, some of which are looked at."""
+
+    def __init__(self, owner: _Detected) -> None:
+        self.owner, self.takes_dense, self.calls = owner, owner.takes_dense, 0
+
+    def __call__(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Matrix:
+        self.calls += 1
+        return self.owner.checked(f, x) if self.calls % _SOME == 1 else self.owner(f, x)
+
+
+def _likely(matrix: SparseMatrix, f: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Whether a difference of ``f`` along one direction is what ``matrix`` makes of it, as far as differences tell: cheap."""
+    with torch.no_grad():
+        k = torch.arange(x.shape[1], device=x.device, dtype=x.dtype.to_real()) + 1
+        eps = torch.finfo(k.dtype).eps ** (1 / 3)
+        v = (1 + x.abs()) * torch.cos(k * k)
+        moved = (f(x + eps * v) - f(x)) / eps
+        sizes = SparseMatrix(matrix.indices, matrix.values.abs(), matrix.shape).matvec(v.abs())
+        return bool(((matrix.matvec(v.to(x.dtype)) - moved).abs() <= 30 * eps * sizes).all())
 
 
 def stage_algebra(
@@ -102,9 +152,7 @@ def stage_algebra(
         raise UnsupportedCombination("jac= with mass_matrix= is not supported: leave jac out")
     if linear_solver is not None and not (hasattr(linear_solver, "factor") and hasattr(linear_solver, "refactor")):
         raise InvalidInput(f"linear_solver must be an object such as adjoint.linalg.DenseLU(), got {linear_solver!r}")
-    strategy: Strategy = _Detected(inputs, mass)
-    if jac_sparsity is not None:
-        strategy = SparseJacobian(with_diagonal(given_pattern(jac_sparsity, spec), mass))
+    strategy: Strategy = _Detected(inputs, mass, None if jac_sparsity is None else given_pattern(jac_sparsity, spec))
     if jac is not None:
         refuse_parts("jac=", spec)
         if not callable(jac):

@@ -279,3 +279,28 @@ def test_newton_that_fails_with_constant_steps():
     y0 = torch.ones(1, dtype=torch.float64)
     with pytest.raises(adjoint.StagesDidNotConverge, match="with the given step size"):
         solve_ivp(kink, (0.0, 1.0), y0, method="implicit_midpoint", first_step=0.1)
+
+
+@pytest.mark.parametrize("method", ["kvaerno5", "bdf"])
+@pytest.mark.parametrize("given", [False, True])
+def test_entries_that_a_pattern_lacks_are_not_missing_in_derivatives(method, given):
+    n = 120
+
+    def fun(t, y, p):
+        away = -p * y * y
+        return away + 3 * torch.roll(y, 37) if given or float(t) > 0.3 else away
+
+    def slope(method, **options):
+        p = torch.tensor(1.0, requires_grad=True)
+        sol = solve_ivp(
+            fun, (0.0, 0.6), torch.linspace(0.5, 1.0, n), args=(p,), method=method, rtol=1e-6, atol=1e-8, step_ts=[0.3], **options
+        )
+        return torch.autograd.grad(sol.y[-1].square().sum(), p)[0]
+
+    want = slope("tsit5")
+    if given:
+        with pytest.warns(UserWarning, match="jac_sparsity lacks"):
+            got = slope(method, jac_sparsity=torch.eye(n))
+    else:
+        got = slope(method)
+    assert abs(float(got / want) - 1) < 2e-5
