@@ -13,6 +13,7 @@ from .additive import AdditiveStageSolver
 from .alone import LoneStages
 from .batched import integrate_batched
 from .bdf import BdfSolver
+from .companion import rests
 from .controller import IController, PIController, PIDController
 from .multistep import MultistepSolver, integrate_multistep
 from .multistep_alone import integrate_multistep_alone
@@ -56,8 +57,10 @@ def integrate(
     inputs: Sequence[Tensor] = (),
     shape: Sequence[int] | None = None,
     recording: Recording | None = None,
+    beside: Callable[[], Callable[[Tensor, Tensor], Tensor]] | None = None,
 ) -> Record:
-    """Run the loop that fits: float decisions for one trajectory, masks for many."""
+    """Run the loop that fits: float decisions for one trajectory, masks for many. ``beside``: see `Companion`; None for steps by the state
+    alone."""
     if isinstance(f, (StageSolver, LoneStages, ResidualSolver, MultistepSolver)):
         carried = shape if shape is not None and len(shape) == 1 else None
         if isinstance(f, BdfSolver) and not batched and not f.residual:
@@ -90,8 +93,8 @@ def integrate(
     # what autograd records is the steps themselves, one by one
     if not torch.is_grad_enabled() and takes_whole(plan, y0.shape[0], y0.shape[1], n_samples):
         record = integrate_whole(f, plan, anchors, t_eval, y0)
-        if record is not None:
+        if record is not None and (beside is None or not rests(record)):
             return record
     if batched or plan.direct:
-        return integrate_batched(f, plan, anchors, t_eval, y0, inputs)
-    return integrate_single(f, plan, anchors, t_eval, y0, inputs, shape, recording)
+        return integrate_batched(f, plan, anchors, t_eval, y0, inputs, beside)
+    return integrate_single(f, plan, anchors, t_eval, y0, inputs, shape, recording, beside)

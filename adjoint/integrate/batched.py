@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .batch_events import BatchEventWatch, Located, ends_at, next_aim, no_events
+from .batch_events import BatchEventWatch, ends_at, next_aim, no_events
 from .batch_sampling import BatchSampler
 from .columns import layout, takes_columns
+from .companion import QUIET, Companion, companion_of
 from .compiled import compiled
 from .controller import tamed
 from .defect import inner_error
@@ -281,6 +282,7 @@ def integrate_batched(
     t_eval: Tensor | None,
     y0: Tensor,
     inputs: Sequence[Tensor] = (),
+    beside: Callable[[], Callable[[Tensor, Tensor], Tensor]] | None = None,
 ) -> Record:
     """Solve B trajectories, each with its own steps.
 
@@ -291,6 +293,7 @@ def integrate_batched(
     t_eval : (T, B) float64 or None; in any order
     y0 : (B, n)
     inputs : of the system, for its events
+    beside : see `Companion`
     """
     monitor = plan.monitor
     columns = takes_columns(plan.compile is not None, *y0.shape)
@@ -309,6 +312,7 @@ def integrate_batched(
     span = (anchors[-1] - anchors[0]).abs()
     watched = type(monitor).advanced is not Monitor.advanced
     turned = layout(f, columns)[2]
+    companion = companion_of(f, plan, beside, y0)
     #: (B,) where the next step is to end, just before a terminal event, NaN for anywhere; None: none is near
     aim: Tensor | None = None
     while bool(carry.running.any()):
@@ -316,6 +320,8 @@ def integrate_batched(
         new, attempt = step(f, plan, stops, sign, carry, dense, columns)
         if plan.compile is not None:
             attempt = attempt._replace(accepted=attempt.accepted != 0)
+        if companion is not None:
+            new, attempt = _accompanied(companion, plan, stops, sign, carry, new, attempt, columns)
         seen = attempt
         if events is not None:
             values = [turned(k) for k in attempt.stages]
@@ -331,7 +337,8 @@ def integrate_batched(
             if found is not None:
                 aim = next_aim(aim, found, aimed)
                 attempt = attempt._replace(accepted=attempt.accepted & ~found.again)
-                new = _stopped(_once_more(carry, new, found, columns), found.stop)
+                step_again = torch.maximum(carry.step, (found.aim - carry.t).abs())
+                new = _stopped(_once_more(carry, new, found.again, step_again, columns), found.stop)
             seen = attempt
             if found is not None:
                 seen = attempt._replace(end=torch.where(found.stop.isnan(), attempt.end, found.stop))
@@ -359,6 +366,8 @@ def integrate_batched(
     plain = anchors.shape[0] == 2 and events is None and watch is None
     kept = Kept(attempts, states, stages, columns)
     counts = n_fun + evaluations_of_attempt(plan, dense, anchors.shape[0] > 2) * carry.attempts
+    if companion is not None:
+        counts = counts + companion.n_fun
     return record_of(plan, carry, (sampler.out, sampler.step), kept, y0, counts, plain, found)
 
 
@@ -370,16 +379,47 @@ def _on_the_way(before: Carry, new: Carry, aimed: Tensor, shift: str) -> Carry:
     return new._replace(**values)
 
 
-def _once_more(before: Carry, new: Carry, found: Located, columns: bool) -> Carry:
-    """Some rows are where they were, and are to take a step of a size that takes them to where they aim."""
-    again = found.again
+def _accompanied(
+    companion: Companion, plan: Plan, stops: Tensor, sign: Tensor, carry: Carry, new: Carry, attempt: Attempt, columns: bool
+) -> tuple[Carry, Attempt]:
+    """The attempt with steps that are too long for the companion refused, and those that follow bounded by its error."""
+    controller, size = plan.control, attempt.h * sign
+    # as far as the controller lets it grow: the error was next to nothing
+    grown = torch.sub(new.step, size, alpha=0.99 * controller.max_factor)
+    ahead, longest = torch.stack([grown, size]).amax(-1).tolist()
+    if not companion.due(ahead >= 0, longest):
+        return new, attempt
+    turned = layout(lambda t, y: y, columns)[2]
+    taken = attempt.accepted
+    times = [(attempt.t + attempt.h * c).to(plan.real) for c in plan.method.nodes]
+    if plan.shift == "all" or (plan.shift == "inner" and stops.shape[0] > 2):
+        lands = attempt.lands != 0
+        end = lands if plan.shift == "all" else lands & (carry.segment < stops.shape[0] - 2)
+        times = shifted_times(times, plan.method.nodes, carry.jump != 0, end, sign)
+    h, scaled = attempt.h.to(plan.real).unsqueeze(-1), turned(new.scaled)
+    # of a step that was cut short a small error says nothing
+    quiet = taken & (plan.norm(scaled) <= QUIET) & ~((attempt.lands != 0) & (size < 0.5 * carry.step))
+    found = companion.error(times, h, turned(carry.y), turned(carry.k1), scaled, taken, quiet, longest)
+    if found is None:
+        return new, attempt
+    passed = taken & (found <= 1.0)
+    companion.moved(passed)
+    up, down = controller.both(plan.method.error_order + 1, tamed(found), (carry.error1, carry.error2), size)
+    new = new._replace(step=torch.where(passed, torch.minimum(new.step, size * up), new.step))
+    refused = taken & ~passed
+    back = _once_more(carry, new, refused, size * down, columns)
+    back = back._replace(rejected_last=torch.where(refused, torch.ones_like(new.rejected_last), new.rejected_last))
+    return back, attempt._replace(accepted=passed)
+
+
+def _once_more(before: Carry, new: Carry, again: Tensor, step: Tensor, columns: bool) -> Carry:
+    """The rows ``again`` are where they were, and are to take a step of this size."""
 
     def kept(old: Tensor, x: Tensor) -> Tensor:
         return torch.where(again if x.dim() == 1 or columns else again.unsqueeze(-1), old, x)
 
     back = Carry(*(kept(old, x) for old, x in zip(before, new, strict=True)))
-    step = torch.where(again, torch.maximum(before.step, (found.aim - before.t).abs()), new.step)
-    return back._replace(attempts=new.attempts, step=step)
+    return back._replace(attempts=new.attempts, step=torch.where(again, step, new.step))
 
 
 def _stopped(carry: Carry, stop: Tensor) -> Carry:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..methods import Method
+from .companion import QUIET, companion_of
 from .compiled import compiled
 from .controller import tamed
 from .events import EventWatch
@@ -83,6 +84,7 @@ def integrate_single(
     inputs: Sequence[Tensor] = (),
     shape: Sequence[int] | None = None,
     recording: Recording | None = None,
+    beside: Callable[[], Callable[[Tensor, Tensor], Tensor]] | None = None,
 ) -> Record:
     """Solve one trajectory.
 
@@ -96,6 +98,7 @@ def integrate_single(
     y0 : (1, n)
     shape : the shape in which ``f`` takes and gives states, ``(1, n)`` by default
     recording : stops autograd's recording when it has grown too large
+    beside : see `Companion`
     """
     flat = y0.shape
     y0 = y0 if shape is None else y0.reshape(shape)
@@ -136,6 +139,7 @@ def integrate_single(
     just_rejected = bad = False
     scaled: Tensor | None = None
 
+    companion = companion_of(f, plan, beside, y0, flat)
     fast = None if plan.compile is None else compiled(_timed_attempt, plan.compile)
     while segment < len(stops) - 1:
         target = stops[segment + 1]
@@ -175,6 +179,12 @@ def integrate_single(
         n_fun += method.evaluations
         if norm is not None:
             error = float(norm)
+            # of a step that was cut short a small error says nothing
+            quiet = error <= QUIET and not (lands and abs(h) < 0.5 * wanted)
+            if companion is not None and error <= 1.0 and companion.due(quiet, abs(h)):
+                assert scaled is not None
+                slopes = ks if k_end is None else [*ks, k_end]
+                error = max(error, companion.error_of_one(times, h, y, y1, slopes, scaled, quiet))
             bad = not math.isfinite(error)
             smallest = plan.accept_smallest and abs(h) <= plan.min_step
             if bad or (error > 1.0 and not smallest):
@@ -299,7 +309,7 @@ def integrate_single(
         n_steps=one_row(attempts),
         n_accepted=one_row(len(starts)),
         n_rejected=one_row(n_rejected),
-        n_fun=one_row(n_fun),
+        n_fun=one_row(n_fun + (0 if companion is None else companion.n_fun)),
         status=one_row(int(status)),
         t_final=one_row(t, torch.float64),
         next_step=one_row(step, torch.float64),

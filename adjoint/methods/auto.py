@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,21 +69,10 @@ class AutoSwitch:
         ends = [i for i, c in enumerate(tableau.c) if c == 1.0]
         return (ends[-2], ends[-1]) if len(ends) > 1 else None
 
-    @cached_property
+    @property
     def interval(self) -> float:
         """Length of the interval of stability of the explicit method on the negative axis."""
-        tableau = self.nonstiff.tableau  # type: ignore[attr-defined]
-        s = len(tableau.b)
-        a = np.zeros((s, s))
-        for i, row in enumerate(tableau.a):
-            a[i, : len(row)] = row
-        moments, vector = [1.0], np.ones(s)
-        for _ in range(s):
-            moments.append(float(np.dot(tableau.b, vector)))
-            vector = a @ vector
-        z = np.linspace(0.0, 20.0, 200_001)
-        size = np.abs(np.polynomial.polynomial.polyval(-z, moments))
-        return float(z[int(np.argmax(size > 1 + 1e-9))])
+        return self.nonstiff.interval  # type: ignore[attr-defined]
 
     def jacobian_size(self, h: Tensor, y: Tensor, stages: Sequence[Tensor], weights: Tensor) -> Tensor:
         """``rho`` (B,) from the stages of an explicit step of size ``h`` (B, 1), ``weights`` (B, n) those of the error norm."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,6 +146,22 @@ class ExplicitRungeKutta:
     def n_stages(self) -> int:
         """Stages of the step itself, those of the dense output not counted."""
         return self.tableau.n_stages
+
+    @cached_property
+    def interval(self) -> float:
+        """Length of the interval of stability on the negative axis."""
+        tab = self.tableau
+        s = tab.n_stages
+        a = np.zeros((s, s))
+        for i, row in enumerate(tab.a):
+            a[i, : len(row)] = row
+        moments, vector = [1.0], np.ones(s)
+        for _ in range(s):
+            moments.append(float(np.dot(tab.b, vector)))
+            vector = a @ vector
+        z = np.linspace(0.0, 20.0, 20_001)
+        size = np.abs(np.polynomial.polynomial.polyval(-z, moments))
+        return float(z[int(np.argmax(size > 1 + 1e-9))])
 
     def step(self, f: Flat, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, list[Tensor]]:
         """One step from ``y``, whose first stage is ``k1``: the new state and all ``s`` stages."""

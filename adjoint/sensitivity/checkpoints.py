@@ -195,7 +195,8 @@ class CheckpointNode(torch.autograd.Function):
         with torch.autocast(y0.device.type, enabled=False):
             bare = replace(problem, plan=plan)
             f = bare.solver(inputs, y0.shape[0])
-            record = integrate(f, plan, anchors, t_eval, y0, problem.batched, inputs, problem.system.natural_shape)
+            shape = problem.system.natural_shape
+            record = integrate(f, plan, anchors, t_eval, y0, problem.batched, inputs, shape, beside=bare.beside(inputs))
         problem.report(record)
         return tuple(Outputs.of(record))
 

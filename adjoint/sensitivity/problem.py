@@ -23,6 +23,7 @@ from ..integrate import (
     shifted_times,
 )
 from ..integrate.columns import column_major, takes_columns
+from ..integrate.companion import displaced
 from ..integrate.stages import StageWork
 from ..jacobians import DenseJacobian
 from ..linalg import DenseLU, LinearSolver, Matrix
@@ -84,12 +85,21 @@ class Problem:
         """The solve itself, some of whose evaluations the witness remembers."""
         plan, seen = self.plan, self.plan.keep_states or self.witness.wanted
         f = self.solver(self.laid_out(inputs, y0), y0.shape[0], seen)
-        record = integrate(f, plan, anchors, t_eval, y0, self.batched, inputs, self.system.natural_shape)
+        shape = self.system.natural_shape
+        record = integrate(f, plan, anchors, t_eval, y0, self.batched, inputs, shape, beside=self.beside(inputs))
         if seen and self.witness.empty and plan.compile is not None:
             # all of it was compiled code
             self._watched(self.system, inputs)(record.t_final.to(plan.real), record.last)
         self.witness.settle()
         return record
+
+    def beside(self, inputs: Sequence[Tensor]) -> Callable[[], Any] | None:
+        """The right-hand side with all inputs displaced by a little, where derivatives of explicit steps are wanted; those that
+        hand over to an implicit method are bounded by that."""
+        plan = self.plan
+        if not (plan.keep_states or plan.keep_grid) or self.algebra is not None or plan.switch is not None:
+            return None
+        return lambda: self.system.bind([displaced(x) for x in inputs])
 
     def solver(self, inputs: Sequence[Tensor], rows: int, seen: bool = False) -> Any:
         """The right-hand side for the loop, which solves the equations of implicit stages by iteration; ``seen``: by the witness."""

@@ -1,0 +1,130 @@
+"""Derivatives where the state itself asks for no small steps: at rest, constant, on a slow manifold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import solve_ivp as scipy_solve
+from torch.autograd import forward_ad
+
+import adjoint
+
+
+def matrix(*rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+OSCILLATOR = matrix([0.0, 1.0], [-1.0, -0.1])
+CHAIN = matrix([-3.0, 0.0, 0.0], [3.0, -2.0, 0.0], [0.0, 2.0, -1.0])
+BESIDE = torch.block_diag(matrix([-1.0]), OSCILLATOR)
+FAST_BESIDE = matrix([-1.0, 0.0], [0.0, -60.0])
+#: the fast mode of two that are coupled rests
+FAST_MODE = matrix([-31.5, 28.5], [28.5, -31.5])
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def linear(a):
+    return lambda t, y: y @ a.T
+
+
+def pendulum(t, y):
+    return torch.stack([y[..., 1], -torch.sin(y[..., 0]) - 0.1 * y[..., 1]], -1)
+
+
+def end(fun, span, method="tsit5", **options):
+    return lambda y0: adjoint.solve_ivp(fun, (0.0, span), y0, method=method, **options).y[-1]
+
+
+def jacobian(solve, y0):
+    y0 = torch.tensor(y0, requires_grad=True)
+    return torch.stack([torch.autograd.grad(x, y0, retain_graph=True)[0] for x in solve(y0)])
+
+
+CASES = {
+    "oscillator": (linear(OSCILLATOR), OSCILLATOR, 20.0, [0.0, 0.0]),
+    "pendulum": (pendulum, OSCILLATOR, 20.0, [0.0, 0.0]),
+    "decay": (linear(matrix([-100.0])), matrix([-100.0]), 1.0, [0.0]),
+    "chain": (linear(CHAIN), CHAIN, 5.0, [0.0, 0.0, 0.0]),
+    "oscillator beside": (linear(BESIDE), BESIDE, 20.0, [1.0, 0.0, 0.0]),
+    "decay beside": (linear(FAST_BESIDE), FAST_BESIDE, 3.0, [1.0, 0.0]),
+    "fast mode": (linear(FAST_MODE), FAST_MODE, 2.0, [1.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("method", ["tsit5", slow("dopri5"), slow("dopri8"), slow("bosh3")])
+def test_derivatives_in_the_initial_state(case, method):
+    fun, a, span, y0 = CASES[case]
+    torch.testing.assert_close(jacobian(end(fun, span, method), y0), torch.linalg.matrix_exp(a * span), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("gradient", [adjoint.DiscreteAdjoint(), adjoint.DiscreteAdjoint(checkpoints=5), adjoint.ForwardSensitivity()])
+def test_of_every_strategy(gradient):
+    y0 = torch.zeros(2, requires_grad=True)
+    (found,) = torch.autograd.grad(end(linear(OSCILLATOR), 10.0, gradient=gradient)(y0)[0], y0)
+    torch.testing.assert_close(found, torch.linalg.matrix_exp(OSCILLATOR * 10.0)[0], rtol=0, atol=1e-5)
+
+
+def test_rows_that_rest_beside_rows_that_do_not():
+    y0 = torch.tensor([[1.0, 0.5], [0.0, 0.0], [0.0, 1e-3]], requires_grad=True)
+    y = end(linear(OSCILLATOR), 10.0, batched=True)(y0)
+    truth = torch.linalg.matrix_exp(OSCILLATOR * 10.0)
+    torch.testing.assert_close(y, y0 @ truth.T, rtol=0, atol=1e-5)
+    (found,) = torch.autograd.grad(y[:, 0].sum(), y0)
+    torch.testing.assert_close(found, truth[0].expand(3, -1), rtol=0, atol=1e-4)
+
+
+def test_forward_mode_maps_and_second_order():
+    solve = end(pendulum, 2.0)
+    truth = torch.linalg.matrix_exp(OSCILLATOR * 2.0)
+    torch.testing.assert_close(torch.func.jacfwd(solve)(torch.zeros(2)), truth, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.vmap(torch.func.jacrev(solve))(torch.zeros(2, 2)), truth.expand(2, 2, 2), rtol=0, atol=1e-5)
+    with forward_ad.dual_level():
+        along = forward_ad.unpack_dual(solve(forward_ad.make_dual(torch.zeros(2), torch.ones(2)))).tangent
+    torch.testing.assert_close(along, truth.sum(1), rtol=0, atol=1e-5)
+    # y' = -y + y^2: y(t) = y0 e / (1 - y0 (1 - e)), e = exp(-t)
+    e = np.exp(-3.0)
+    y0 = torch.zeros(1, requires_grad=True)
+    (first,) = torch.autograd.grad(end(lambda t, y: -y + y**2, 3.0)(y0), y0, create_graph=True)
+    (second,) = torch.autograd.grad(first, y0)
+    assert second.item() == pytest.approx(2 * e * (1 - e), abs=1e-5)
+
+
+def test_steady_state_reached_long_before_the_end():
+    y0, p = torch.tensor([0.5], requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    y = end(lambda t, y: -50 * (y - p), 5.0)(y0)
+    first = torch.autograd.grad(y[0], (y0, p))
+    assert first[0].abs().item() < 1e-6
+    assert first[1].item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_forcing_of_size_zero():
+    dose = torch.zeros(1, requires_grad=True)
+
+    def fun(t, y):
+        return torch.stack([y[1], -y[0] - 0.1 * y[1] + dose[0] * torch.cos(3 * t)])
+
+    (found,) = torch.autograd.grad(end(fun, 10.0)(torch.zeros(2))[0], dose)
+    truth = scipy_solve(lambda t, y: [y[1], -y[0] - 0.1 * y[1] + np.cos(3 * t)], (0, 10.0), [0, 0], rtol=1e-10, atol=1e-12).y[0, -1]
+    assert found.item() == pytest.approx(truth, abs=1e-5)
+
+
+def test_ordinary_solves_take_the_steps_that_they_take_without_derivatives():
+    def volterra(t, y, p):
+        a, b = y.unbind(-1)
+        return torch.stack([p * a - a * b, a * b - b], -1)
+
+    for method in ("tsit5", "dopri8", "bosh3"):
+        steps = []
+        for wanted in (False, True):
+            p = torch.tensor(1.5, requires_grad=wanted)
+            for batched in (False, True):
+                y0 = torch.tensor([1.0, 0.3])
+                y0 = y0.expand(2, -1) if batched else y0
+                sol = adjoint.solve_ivp(volterra, (0.0, 10.0), y0, args=(p,), method=method, rtol=1e-4, batched=batched)
+                steps.append(int(torch.as_tensor(sol.stats.n_steps).max()))
+        assert len(set(steps)) == 1, (method, steps)
