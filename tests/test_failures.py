@@ -278,3 +278,14 @@ def test_an_error_norm_of_zero_by_zero_is_not_the_fault_of_fun(method, batched):
     with pytest.raises(NonFiniteState, match=r"error norm is 0/0: atol is zero, and so is y\[1\]") as found:
         solve_ivp(fun, (0.0, 1.0), y0.repeat(2, 1) if batched else y0, method=method, atol=atol, batched=batched)
     assert found.value.component == 1
+
+
+@pytest.mark.parametrize("method", ["tsit5", "rk4", "kvaerno3", "bdf", "abm"])
+def test_a_trajectory_that_begins_with_nan_makes_no_attempts(method):
+    y0 = torch.tensor([[1.0], [float("nan")], [float("inf")]])
+    sizes = {"first_step": 0.1} if method == "rk4" else {}
+    sol = solve_ivp(lambda t, y: -y, (0.0, 1.0), y0, method=method, batched=True, throw=False, rtol=1e-4, atol=1e-6, **sizes)
+    assert sol.stats.n_steps[1:].tolist() == [0, 0]
+    assert sol.status.tolist() == [0, -3, -3]
+    assert float(sol.y[-1, 0]) == pytest.approx(math.exp(-1.0), rel=1e-3)
+    assert bool(torch.isnan(sol.y[-1, 1:]).all())

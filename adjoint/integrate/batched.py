@@ -244,6 +244,9 @@ def start_carry(
         n_fun += 1
     else:
         step = torch.full_like(t0, float("inf"))
+    # nothing goes on from a state that is not finite: a step of no size says so at once
+    broken = ~torch.isfinite(y0).all(-1)
+    step = torch.where(broken, 0.0, step)
     level = torch.ones_like(t0, dtype=torch.float32)
     zero = torch.zeros_like(t0, dtype=torch.int64)
     no = torch.zeros_like(t0, dtype=torch.bool)
@@ -259,7 +262,7 @@ def start_carry(
         error2=level.clone(),
         segment=_skip_empty(stops, zero),
         rejected_last=no,
-        bad_last=no.clone(),
+        bad_last=broken,
         jump=no.clone(),
         attempts=zero.clone(),
         n_accepted=zero.clone(),

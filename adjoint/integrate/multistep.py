@@ -96,7 +96,9 @@ def integrate_multistep(
     attempts, accepted_count, status = (torch.zeros_like(segment) for _ in range(3))
     # nothing is done over a span of no length
     running = anchors[-1] != anchors[0]
-    bad_last, scaled = torch.zeros_like(running), torch.zeros_like(y0, dtype=real)
+    # nothing goes on from a state that is not finite: a step of no size says so at once
+    bad_last, scaled = ~torch.isfinite(y0).all(-1), torch.zeros_like(y0, dtype=real)
+    step = torch.where(bad_last, 0.0, step)
     sampler = BatchSampler(plan, t_eval, anchors, sign, y0, False)
     events = BatchEventWatch(plan, inputs, t, y0) if plan.events else None
     kept: list[tuple[Tensor, ...]] = []
