@@ -239,6 +239,12 @@ class _Watch(TorchFunctionMode):
         alive = [x for x in (made() for made in self.made) if x is not None]
         return {id(x): x for x in alive}
 
+    def returned(self, results: Any) -> None:
+        """What a function gives back may be a captured tensor itself, that enters no operator."""
+        for x in tree_leaves(results):
+            if isinstance(x, Tensor) and not (self.transforms and torch._C._functorch.is_functorch_wrapped_tensor(x)):
+                self._meet(list(_layers(x, self.level)))
+
     def _meet(self, layers: list[Tensor]) -> None:
         x = layers[-1]
         if not any(id(layer) in self.known for layer in layers) and self.wanted(x) and not (self.transforms and self._made_here(x)):
@@ -293,7 +299,7 @@ def _watched(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...]) -> _Wa
     try:
         with torch.enable_grad(), watch:
             for call in calls:
-                call(*point)
+                watch.returned(call(*point))
     except RuntimeError:
         if not watch.inner_grad:
             raise
@@ -303,7 +309,7 @@ def _watched(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...]) -> _Wa
             watch = _Watch([*known, *asked])
             with torch.enable_grad(), watch, Substitute(known, asked):
                 for call in calls:
-                    call(*point)
+                    watch.returned(call(*point))
     return watch
 
 
@@ -440,6 +446,11 @@ class Substitute(TorchFunctionMode):
             return self._ask(func, args, kwargs or {})
         swap = self._swap if _functorch_level() == self.level and not self.variables else self._swap_wrapped
         return func(*tree_map(swap, args), **tree_map(swap, kwargs or {}))
+
+    def run(self, call: Callable[..., Any], *a: Any) -> Any:
+        """``call(*a)`` with the replacements, also where it returns a captured tensor as it is."""
+        with self:
+            return tree_map(self._swap_wrapped, call(*a))
 
     def _ask(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         x = args[0]

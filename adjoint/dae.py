@@ -242,8 +242,10 @@ def _system(
     probe = [copied(state), copied(slope), tree_map(alias, args)]
     found: list[Any] = []
 
-    def remembered(*point: Any) -> None:
-        found.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, residual(*point)))
+    def remembered(*point: Any) -> Any:
+        out = residual(*point)
+        found.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out))
+        return out
 
     calls: list[Callable[..., Any]] = [remembered]
     calls += [lambda t, y, yp, *rest, e=e: e(t, y if quadrature is None else y[0], *rest) for e in events]

@@ -185,8 +185,10 @@ def prepare(
     probe_x, probe_args = copied(x0), tree_map(alias, args)
     probed: list[Any] = []
 
-    def remembered(*point: Any) -> None:
-        probed.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, fun(*point)))
+    def remembered(*point: Any) -> Any:
+        out = fun(*point)
+        probed.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out))
+        return out
 
     used = find_captured([remembered], (probe_x, *probe_args), [fun], (elsewhere(x0), *probe_args))
     check_unchanged(probe_x, "fun")

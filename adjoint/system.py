@@ -253,8 +253,7 @@ class System:
         mode = Substitute(self.captured, given, self.homes)
 
         def with_others(*a: Any) -> Any:
-            with mode:
-                return call(*a)
+            return mode.run(call, *a)
 
         return beneath(with_others, self.captured) if self.transforms else with_others
 
