@@ -187,7 +187,10 @@ def _time(value: Any, name: str, spec: StateSpec, ndim: tuple[int, ...]) -> Tens
     if value.dim() not in ndim:
         raise InvalidInput(f"{name} has {value.dim()} dimensions, expected {' or '.join(map(str, ndim))}")
     if _concrete(value) and not bool(torch.isfinite(value).all()):
-        raise InvalidInput(f"{name} has non-finite entries")
+        until = ""
+        if name == "t_span's end" and not bool(value.isnan().any()):
+            until = ": for a solve until a terminal event give an end that is never reached, such as 1e30; steady states are for solve_root"
+        raise InvalidInput(f"{name} has non-finite entries{until}")
     if value.dim() == 2 and value.shape[1] != spec.rows:
         raise InvalidInput(f"{name} has {value.shape[1]} columns for {spec.rows} trajectories")
     return value

@@ -269,3 +269,30 @@ def test_root_at_the_start(batched):
 def test_an_empty_state_has_a_dense_output(method):
     sol = solve_ivp(lambda t, y: 1.0 * y, (0.0, 10.0), torch.zeros(0), method=method, dense_output=True)
     assert sol(torch.tensor([1.0, 2.0])).shape == (2, 0) and sol.y.shape == (2, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["tsit5", "rodas5p", "bdf"])
+def test_until_an_event_however_late(method, dtype):
+    """``y' = -k y`` to 0.3; an end at infinity is refused with this way out."""
+    k = torch.tensor(0.01, dtype=dtype, requires_grad=True)
+    late = event(lambda t, y, k: y[0] - 0.3, terminal=True)
+    start = torch.ones(1, dtype=dtype)
+    with pytest.raises(InvalidInput, match="1e30"):
+        solve_ivp(lambda t, y, k: -k * y, (0.0, math.inf), start, (k,), events=late, method=method)
+    sol = solve_ivp(lambda t, y, k: -k * y, (0.0, 1e30), start, (k,), events=late, method=method)
+    want = math.log(1 / 0.3) / 0.01
+    assert sol.status == 1 and sol.t[-1].item() == pytest.approx(want, rel=1e-3)
+    assert torch.autograd.grad(sol.t[-1], k)[0].item() == pytest.approx(-want / 0.01, rel=1e-3)
+
+
+def test_to_go_on_from_the_end_of_a_solve():
+    """With the size of its last step: the same states, to the tolerances, and one differentiable computation."""
+    k = torch.tensor(0.9, requires_grad=True)
+    fun = lambda t, y, k: -k * y * torch.cos(t)  # noqa: E731
+    first = solve_ivp(fun, (0.0, 1.0), torch.ones(1), (k,), t_eval="steps", rtol=1e-8)
+    size = (first.t[-1] - first.t[-2]).item()
+    second = solve_ivp(fun, (first.t[-1], 2.0), first.y[-1], (k,), first_step=size, rtol=1e-8)
+    want = torch.exp(-k * torch.sin(torch.tensor(2.0)))
+    assert torch.allclose(second.y[-1], want, rtol=1e-7)
+    assert torch.allclose(torch.autograd.grad(second.y[-1].sum(), k)[0], torch.autograd.grad(want, k)[0], rtol=1e-6)
