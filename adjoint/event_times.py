@@ -110,6 +110,9 @@ def step_around(parts: _Parts, out: Outputs, grid: StepTimes, line: int, found: 
         # of one trajectory, which has all lines of the table
         kept = torch.searchsorted(torch.unique(out.event_step), step)
     ks = out.stages.gather(0, kept.reshape(1, 1, -1, 1).expand(1, out.stages.shape[1], -1, n))[0]
+    # others are looked at where one that has the event is: whatever they are is summed with the rest, and zero times NaN is NaN
+    other = y0.detach().gather(0, found.to(torch.int64).argmax().expand(1, n)).nan_to_num(1.0, 1.0, 1.0)
+    y0, ks = torch.where(found.unsqueeze(-1), y0, other), torch.where(found.unsqueeze(-1), ks, 0.0)
     return Around(t0, h, y0, ks, parts.problem.plan.method)
 
 

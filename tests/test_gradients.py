@@ -66,12 +66,8 @@ def test_gradcheck(method, batched, gradient):
     assert torch.autograd.gradgradcheck(solve, inputs, fast_mode=True)
 
 
-#: the step of bdf that lands on an end is taken from a table made for its size, which derivatives hold fixed
-LANDING = pytest.param("bdf", marks=pytest.mark.xfail(strict=True, reason="exact to the error of the solution only"))
-
-
 @pytest.mark.parametrize("gradient", STRATEGIES, ids=["discrete", "backprop"])
-@pytest.mark.parametrize("method", [LANDING if m == "bdf" else m for m in ALL])
+@pytest.mark.parametrize("method", ALL)
 def test_gradcheck_of_times(method, gradient):
     """Ends and sample times: with constant steps the discretisation moves with the start and its last step with the end."""
     grid = {"rtol": 1e30, "atol": 1e30, "max_step": 0.2} if METHODS[method].adaptive else {}

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
-__all__ = ["below_jvp"]
+__all__ = ["below_jvp", "unviewed"]
 
 
 @contextmanager
@@ -34,3 +34,9 @@ def below_jvp() -> Iterator[tuple[Callable[[Tensor], Tensor], Callable[[Tensor],
 
 def _same(x: Tensor) -> Tensor:
     return x
+
+
+def unviewed(x: Tensor) -> Tensor:
+    """An output of a node's ``forward`` without what it is a view of: PyTorch asks that tangents of views are laid out as these are, and
+    fails an internal assertion where they are not."""
+    return x.data if x._is_view() else x

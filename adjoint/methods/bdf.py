@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BDF", "MAX_ORDER", "Bdf", "coefficients", "rescaling", "rescaling_alone"]
+__all__ = ["BDF", "MAX_ORDER", "Bdf", "coefficients", "rescaling", "rescaling_alone", "rescaling_slopes"]
 
 MAX_ORDER = 5
 #: of the numerical differentiation formulas (Klopfenstein 1971; Shampine & Reichelt, table 1). At order 1 it is zero here: backward Euler
@@ -67,6 +67,22 @@ def rescaling_alone(order: int, factor: float, size: int) -> np.ndarray:
 
     out = np.eye(size)
     out[: order + 1, : order + 1] = (triangle(factor) @ triangle(1.0)).T
+    return out
+
+
+def rescaling_slopes(size: int) -> np.ndarray:
+    """``(6, size, size)``: the derivative of `rescaling` by the factor, where that is one, from order 0 on."""
+    i, j = np.arange(1, MAX_ORDER + 1)[:, None], np.arange(1, MAX_ORDER + 1)
+    parts, moved = (i - 1 - j) / i, -j / i
+    one, slope = np.zeros((MAX_ORDER + 1, MAX_ORDER + 1)), np.zeros((MAX_ORDER + 1, MAX_ORDER + 1))
+    one[0] = 1.0
+    one[1:, 1:] = parts.cumprod(0)
+    for k in range(1, MAX_ORDER + 1):
+        # of a product of k factors
+        slope[k, 1:] = slope[k - 1, 1:] * parts[k - 1] + one[k - 1, 1:] * moved[k - 1]
+    out = np.zeros((MAX_ORDER + 1, size, size))
+    for q in range(1, MAX_ORDER + 1):
+        out[q, : q + 1, : q + 1] = (slope[: q + 1, : q + 1] @ one[: q + 1, : q + 1]).T
     return out
 
 

@@ -6,7 +6,7 @@ stages, the correction of the slope.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..methods.abm import Weights, step_weights, stretching
 from ..methods.runge_kutta import row_dot
 from ..system import Flat
 from .linearize import Linearizer
-from .multistep_step import StepBack, StepBars, StepTime
+from .multistep_step import Schedule, StepBack, StepBars, StepTime
 from .problem import Problem
 
 __all__ = ["AdamsAdjoint", "AdamsReplay"]
@@ -39,9 +39,7 @@ def _passed_on(order: Tensor, restart: Tensor, size: int, real: torch.dtype) -> 
 class AdamsReplay:
     """The steps as differentiable functions of the table; see `multistep.Replay`."""
 
-    resized = True
-
-    def __init__(self, problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor]) -> None:
+    def __init__(self, problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor], schedule: Schedule) -> None:
         self.f, self.grid = problem.system.bind(inputs), grid
         self.size = problem.plan.method.n_stages
 
@@ -50,7 +48,7 @@ class AdamsReplay:
         start = torch.stack([y0, self.f(time, y0)])
         return torch.cat([start, y0.new_zeros(self.size - 2, *y0.shape)])
 
-    def step(self, k: int, D: Tensor, time: StepTime, beyond: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def step(self, k: int, D: Tensor, time: StepTime) -> tuple[Tensor, Tensor]:
         """Stages and the table after step ``k``."""
         real = D.dtype.to_real()
         h = time.h.to(real).unsqueeze(-1)
@@ -73,8 +71,6 @@ class AdamsAdjoint:
     ``d`` (for the same ``f``), minus the derivative of the predicted slope; of a polynomial in ``theta = (t - t_n) / h``, ``theta`` times
     its derivative over ``h``, but for the factor of ``d``, which also falls by ``k / h``.
     """
-
-    resized = True
 
     def __init__(self, problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor], linearize: Linearizer, f: Flat) -> None:
         self.grid, self.linearize = grid, linearize

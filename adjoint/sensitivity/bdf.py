@@ -1,7 +1,7 @@
 """Steps of backward differentiation formulas in derivatives: each new state is a root, each step back one transposed solve.
 
 A step is linear in the table of differences but for the one equation that it solves, so the record of a step is its order and the matrix
-that brought the table to its distance.
+that brought the table to its distance. Where that distance moves, because the step lands on an anchor, so does the matrix.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from ..integrate.pencil import scaled_factors, split
 from ..integrate.stages import jacobian_at, shifted
 from ..jacobians import DenseJacobian
 from ..linalg import Log, Matrix
-from ..methods.bdf import MAX_ORDER, coefficients
+from ..methods.bdf import MAX_ORDER, coefficients, rescaling, rescaling_slopes
+from ..methods.runge_kutta import row_dot
 from ..nonlinear import RootRecord
 from ..system import Flat, System, VmappedSystem
 from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions
 from .linearize import Linearizer
-from .multistep_step import StepBack, StepBars, StepTime
+from .multistep_step import Schedule, StepBack, StepBars, StepTime
 from .problem import Problem, StageAlgebra
 
-__all__ = ["BdfAdjoint", "BdfReplay"]
+__all__ = ["BdfAdjoint", "BdfReplay", "resized"]
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,9 @@ class _Formula:
     alpha: Tensor
 
     @classmethod
-    def of(cls, extra: Tensor, h: Tensor) -> _Formula:
-        """From ``extra`` (E, B) and ``h`` (B,), of which none is zero."""
+    def of(cls, extra: Tensor, h: Tensor, T: Tensor) -> _Formula:
+        """From ``extra`` (E, B), ``h`` (B,), of which none is zero, and ``T`` (B, 8, 8)."""
         gamma, alpha, _ = coefficients(torch.float64, h.device)
-        T = extra[1:].reshape(SIZE, SIZE, -1).permute(2, 0, 1)
         gamma = torch.nn.functional.pad(gamma, (0, SIZE - gamma.shape[0]))
         return cls(extra[0].long(), T, h, gamma, alpha[extra[0].long()].unsqueeze(-1))
 
@@ -113,26 +113,60 @@ class _Formula:
         return (self.size.unsqueeze(-1) / self.alpha).to(real)
 
 
+def _matrices(extra: Tensor) -> Tensor:
+    """``T`` (*, B, 8, 8) of steps, from ``extra`` (*, E, B)."""
+    return extra[..., 1:, :].unflatten(-2, (SIZE, SIZE)).movedim(-1, -3)
+
+
+def _moved(grid: dict[str, Tensor], h: Tensor) -> tuple[Tensor, Tensor]:
+    """Sizes (K, B), none of them zero, and ``T`` (K, B, 8, 8) of all steps, if their sizes are ``h``: the same numbers, and derivatives."""
+    recorded, T = grid["size"], _matrices(grid["extra"])
+    if not recorded.numel():
+        return recorded, T
+    size = recorded + (h - grid["h"])
+    factor, order = (size / recorded).flatten(), grid["extra"][:, 0].flatten().long()
+    change = rescaling(order, factor, SIZE) - rescaling(order, torch.ones_like(factor), SIZE)
+    return size, T + change.unflatten(0, size.shape) @ T
+
+
+def resized(order: Tensor, h: Tensor, y: Tensor, stages: Tensor, near_bar: Tensor, c_bar: Tensor) -> Tensor:
+    """The cotangent (B,) of the size of a step, but for what it has by the time of its end and by the stages that were divided by it.
+
+    From those of the table that was brought to ``h``, ``near_bar`` (8, B, n), and of ``c = h / alpha`` in the equation, ``c_bar`` (B,).
+    """
+    _, alpha, _ = coefficients(torch.float64, h.device)
+    real, q = y.dtype.to_real(), order.unsqueeze(-1)
+    d = torch.cat([y.unsqueeze(0) / h.to(real).unsqueeze(-1), stages])
+    place = torch.arange(MAX_ORDER + 1, device=h.device)
+    # D_j after the step is the sum of those before it from j to q, and the correction, which comes last among the stages
+    later = torch.cat([d[1 : MAX_ORDER + 1], torch.zeros_like(d[:1])])
+    before = d[: MAX_ORDER + 1] - torch.where((place == q).t().unsqueeze(-1), d[-1], later)
+    before = before * (place <= q).to(real).t().unsqueeze(-1)
+    slopes = torch.as_tensor(rescaling_slopes(MAX_ORDER + 1), dtype=real, device=h.device)[order]
+    moved = torch.einsum("bij,jbn->ibn", slopes.to(y.dtype), before)
+    return sum((row_dot(a, b) for a, b in zip(moved, near_bar, strict=False)), c_bar / alpha[order].to(real)).double()
+
+
 class BdfReplay:
     """The steps as differentiable functions of the table; see `multistep.Replay`."""
 
     size = SIZE
-    resized = False
 
-    def __init__(self, problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor]) -> None:
+    def __init__(self, problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor], schedule: Schedule) -> None:
         algebra = problem.algebra
         assert algebra is not None
         self.problem, self.grid, self.inputs, self.algebra = problem, grid, inputs, algebra
+        self.h, self.T = _moved(grid, schedule.h)
 
     def begin(self, y0: Tensor, time: Tensor) -> Tensor:
         """The table at the start."""
         return torch.cat([y0.unsqueeze(0), y0.new_zeros(SIZE - 1, *y0.shape)])
 
-    def step(self, k: int, D: Tensor, time: StepTime, beyond: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def step(self, k: int, D: Tensor, time: StepTime) -> tuple[Tensor, Tensor]:
         """Stages and the table after step ``k``."""
         grid, system = self.grid, self.problem.system
         h, real = grid["h"][k], D.dtype.to_real()
-        formula = _Formula.of(grid["extra"][k], grid["size"][k])
+        formula = _Formula.of(grid["extra"][k], self.h[k], self.T[k])
         near = torch.einsum("bij,jbn->ibn", formula.T.to(D.dtype), D)
         predicted = torch.einsum("bi,ibn->bn", _low(formula.order, real).to(D.dtype), near)
         psi = torch.einsum("bi,ibn->bn", formula.weights(D.dtype), near)
@@ -146,7 +180,7 @@ class BdfReplay:
         differences = torch.cat([new[1 : MAX_ORDER + 1] * _kept(formula.order, real), (y - predicted).unsqueeze(0)])
         stages = differences / formula.size.to(real).reshape(1, -1, 1)
         stages = torch.where((h != 0).reshape(1, -1, 1), stages, 0.0)
-        return stages, torch.cat([(new[0] + beyond(stages)).unsqueeze(0), new[1:]])
+        return stages, new
 
 
 class BdfAdjoint:
@@ -158,7 +192,6 @@ class BdfAdjoint:
     """
 
     size = SIZE
-    resized = False
 
     def __init__(self, problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor], linearize: Linearizer, f: Flat) -> None:
         algebra = problem.algebra
@@ -176,9 +209,10 @@ class BdfAdjoint:
         grid, linearize, bar, k_bar = self.grid, self.linearize, bars.table, bars.stages
         states, stages, h = grid["states"], grid["stages"], grid["h"][k]
         dtype, real = states.dtype, states.dtype.to_real()
-        formula = _Formula.of(grid["extra"][k], grid["size"][k])
-        late = bars.late(bar[0])
-        new_bar = bar
+        formula = _Formula.of(grid["extra"][k], grid["size"][k], _matrices(grid["extra"][k]))
+        new_bar, size_bar = bar, None
+        if bars.moving and k_bar is not None:
+            size_bar = -sum(row_dot(x, y) for x, y in zip(stages[k], k_bar, strict=True)).double() / formula.size
         if k_bar is not None:
             k_bar = k_bar / formula.size.to(real).reshape(1, -1, 1)
             new_bar = bar.clone()
@@ -193,13 +227,18 @@ class BdfAdjoint:
         implicit = self.problem.system.residual is not None
         at = torch.cat([y, self.problem.plan.method.formula_slope(formula.order, stages[k])], -1) if implicit else y  # type: ignore[attr-defined]
         solved = self._solved(at, time.end, c, w)
-        _, pull = linearize(time.end, at)
+        rate, pull = linearize(time.end, at)
         pulled, t_bar = pull((-c if implicit else c) * solved)
         # what the slope passes on is -c E* l / c
         base_bar = pulled[:, n:] / c if implicit else -solved
         near_bar = near_bar + torch.einsum("bi,bn->ibn", _low(formula.order, real).to(dtype), -(w + base_bar))
         near_bar = near_bar + torch.einsum("bi,bn->ibn", formula.weights(dtype), base_bar)
-        return StepBack(torch.einsum("bij,ibn->jbn", formula.T.to(dtype), near_bar), t_bar, late)
+        if bars.moving:
+            # c F moves with c by F - F_y' y'
+            c_bar = -row_dot(rate, solved) - row_dot(at[:, n:], base_bar) if implicit else row_dot(rate, solved)
+            by_size = resized(formula.order, formula.size, y, stages[k], near_bar, c_bar)
+            size_bar = sum((x for x in (t_bar, size_bar) if x is not None), by_size)
+        return StepBack(torch.einsum("bij,ibn->jbn", formula.T.to(dtype), near_bar), t_bar, size_bar)
 
     def _solved(self, at: Tensor, end: Tensor, c: Tensor, w: Tensor) -> Tensor:
         """``(E + c G)*^-1 w``, zero where ``w`` is."""

@@ -1,12 +1,12 @@
 """Derivatives of multistep methods: the recorded steps as differentiable code, with the table of differences that they hand on.
 
-Orders and step sizes are held fixed. Sample times and ends of the span enter through the polynomial that is the dense output.
+Orders and step sizes are held fixed, but for those of the steps that land on an anchor, which move with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,13 +22,10 @@ __all__ = ["Replay", "multistep_functional", "multistep_outputs", "multistep_tan
 
 
 class Replay(Protocol):
-    """The steps of a method, taken again. ``beyond`` gives what is added to the state at the end of a step from its stages: nothing, but
-    with the derivative by the time of the anchor that the step lands on. Where steps are ``resized`` (see `Schedule`), it is not wanted."""
-
-    resized: bool
+    """The steps of a method, taken again."""
 
     def begin(self, y0: Tensor, time: Tensor) -> Tensor: ...
-    def step(self, k: int, D: Tensor, time: StepTime, beyond: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]: ...
+    def step(self, k: int, D: Tensor, time: StepTime) -> tuple[Tensor, Tensor]: ...
 
 
 def _replay(
@@ -37,9 +34,9 @@ def _replay(
     """``(final, samples, states, stages)`` as differentiable functions of anchors, sample times, ``y0`` and inputs."""
     plan, h = problem.plan, grid["h"]
     method = AdamsReplay if problem.algebra is None else BdfReplay
-    steps: Replay = method(problem, grid, inputs)
+    schedule = Schedule(problem, grid, anchors)
+    steps: Replay = method(problem, grid, inputs, schedule)
     n_steps = h.shape[0]
-    schedule = Schedule(problem, grid, anchors, steps.resized)
     D = begin = y0.unsqueeze(0)
     if n_steps:
         # what steps that do nothing are evaluated at: see `padding`
@@ -49,10 +46,9 @@ def _replay(
     all_states, all_stages = [y0], []
     for k in range(n_steps):
         time = schedule.step(k)
-        # a step that ends on an anchor is read off where that is now
         moves = (h[k] != 0).reshape(1, -1, 1)
         table = D if D is begin else torch.where(moves, D, begin)
-        stages, new = steps.step(k, table, time, lambda stages, k=k, time=time: _beyond(plan, stages, h[k], time.late))
+        stages, new = steps.step(k, table, time)
         D = torch.where(moves, new, D)
         all_states.append(D[0])
         all_stages.append(stages)
@@ -66,13 +62,6 @@ def _replay(
     else:
         samples = y0.new_zeros(n_samples, *y0.shape) + y0
     return final, samples, whole, kept if plan.keep_stages else grid["stages"]
-
-
-def _beyond(plan: Any, stages: Tensor, h: Tensor, late: Tensor) -> Tensor:
-    """What the dense output adds to the end of a step at ``theta = 1 + late``, whose value is zero."""
-    ahead = (plan.method.dense_weights(1.0 + late) * h.unsqueeze(-1)).to(stages.dtype)
-    now = (plan.method.dense_weights(torch.ones_like(h)) * h.unsqueeze(-1)).to(stages.dtype)
-    return torch.einsum("bs,sbn->bn", ahead - now, stages)
 
 
 def multistep_outputs(

@@ -39,9 +39,8 @@ def multistep_eager(
     f = problem.system.bind(inputs)
     linearize = Linearizer(f, inputs, wants[3:], moving)
     steps = (AdamsAdjoint if problem.algebra is None else BdfAdjoint)(problem, grid, inputs, linearize, f)
-    schedule = Schedule(problem, grid, anchors.detach(), steps.resized)
-    t_bars, late_bars, unused = (torch.zeros_like(grid["t"]) for _ in range(3))
-    size_bars = late_bars if steps.resized else unused
+    schedule = Schedule(problem, grid, anchors.detach())
+    t_bars, size_bars = torch.zeros_like(grid["t"]), torch.zeros_like(grid["t"])
     bar = states.new_zeros(steps.size, rows, states.shape[-1])
     if final_bar is not None:
         bar[0] = torch.where((grid["status"] >= 0).unsqueeze(-1), final_bar, 0.0)
@@ -58,8 +57,8 @@ def multistep_eager(
         bar = torch.where(valid.reshape(1, -1, 1), back.table, bar)
         if back.t is not None:
             t_bars[k] += torch.where(valid, back.t, 0.0)
-        if back.late is not None:
-            late_bars[k] += back.late
+        if back.size is not None:
+            size_bars[k] += torch.where(valid, back.size, 0.0)
         start = samples.at_start(k)
         if start is not None:
             bar = torch.cat([(bar[0] + start).unsqueeze(0), bar[1:]])
@@ -76,7 +75,7 @@ def multistep_eager(
     problem.backward_report(linearize.n_fun, n_steps)
     anchors_bar = None
     if wants[0]:
-        landed = torch.where(grid["lands"], late_bars, 0.0)
+        landed = torch.where(grid["lands"], size_bars, 0.0)
         anchors_bar = torch.zeros_like(anchors)
         anchors_bar.scatter_add_(0, segment, t_bars - landed)
         anchors_bar.scatter_add_(0, (segment + 1).clamp(max=anchors.shape[0] - 1), landed)

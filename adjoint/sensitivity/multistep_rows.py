@@ -14,6 +14,7 @@ from ..linalg import Log
 from ..linalg.dense import factor_one
 from ..methods.bdf import MAX_ORDER, coefficients
 from ..methods.runge_kutta import row_dot
+from .bdf import resized
 from .linearize import Linearizer, vjp
 from .problem import Problem
 from .steps_as_rows import Rows, most_rows, rows_of
@@ -36,7 +37,7 @@ def multistep_by_rows(
     The cotangent of the table of differences before a step is ``C x + e u`` with that behind it, ``x``, and ``(I - c f_y)* u = s x``: the
     numbers ``C``, ``e`` and ``s`` come from order and distances alone.
     """
-    plan, algebra, system = problem.plan, problem.algebra, problem.system
+    algebra, system = problem.algebra, problem.system
     n_steps = len(grid["t"])
     time_bars = bool(wants[0] or wants[1])
     states = grid["states"].detach()
@@ -57,7 +58,8 @@ def multistep_by_rows(
     bar = states.new_zeros(SIZE, states.shape[-1])
     if final_bar is not None:
         bar[0] = torch.where((grid["status"] >= 0).unsqueeze(-1), final_bar, 0.0)[0]
-    t_bars, late = torch.zeros_like(grid["t"]), torch.zeros_like(states[1:, 0])
+    t_bars, size_bars = torch.zeros_like(grid["t"]), torch.zeros_like(grid["t"])
+    lands, stages = grid["lands"][:, 0].tolist(), grid["stages"].detach()
     eye = torch.eye(states.shape[-1], dtype=states.dtype, device=states.device)
     for stop in range(n_steps, 0, -size):
         part = slice(max(0, stop - size), stop)
@@ -73,7 +75,6 @@ def multistep_by_rows(
             at_end = samples.at_end(k)
             if at_end is not None:
                 bar[0] = bar[0] + at_end[0]
-            late[k] = bar[0]
             k_bar = samples.stages_bar(k)
             if stages_bar is not None and len(stages_bar):
                 k_bar = stages_bar[k] if k_bar is None else k_bar + stages_bar[k]
@@ -84,6 +85,8 @@ def multistep_by_rows(
             both = torch.mm(tables[k], bar)
             w = both[SIZE:] if k_bar is None else both[SIZE:] + k_bar[MAX_ORDER:]
             u = factor_one(algebra.linear_solver, matrices[k - part.start], log).solve(w)
+            if time_bars and lands[k]:
+                size_bars[k] = _size_bar(order[k], h[k], states[k + 1], stages[k], points.out[k - part.start], bar, w, u, k_bar)
             # the correction that is one of the stages takes its part back from the prediction
             bar = both[:SIZE] if k_bar is None else torch.addr(both[:SIZE], moves[k, 1], k_bar[MAX_ORDER])
             bar = torch.addr(bar, moves[k, 0], u[0])
@@ -102,15 +105,27 @@ def multistep_by_rows(
     problem.backward_report(linearize.n_fun, n_steps)
     anchors_bar = None
     if time_bars:
-        stages = grid["stages"].detach()
-        unused = torch.zeros_like(grid["t"])
+        size_bars = size_bars + t_bars
         for k in range(n_steps):
-            samples.add_time_bars(k, list(stages[k].unbind()), t_bars[k], unused[k])
-        slopes = torch.einsum("s,ksn->kn", plan.method.dense_slopes(h.new_ones(())).to(states.dtype), stages[:, :, 0])  # type: ignore[attr-defined]
+            samples.add_time_bars(k, list(stages[k].unbind()), t_bars[k], size_bars[k])
         if wants[0]:
-            landed = torch.where(grid["lands"], row_dot(slopes, late).double().unsqueeze(-1), 0.0)
+            landed = torch.where(grid["lands"], size_bars, 0.0)
             anchors_bar = torch.stack([(t_bars - landed).sum(0), landed.sum(0)])
     return (anchors_bar, samples.t_eval_bar if wants[1] else None, y0_bar if wants[2] else None, *linearize.bars)
+
+
+def _size_bar(
+    order: Tensor, h: Tensor, y: Tensor, stages: Tensor, rate: Tensor, bar: Tensor, w: Tensor, u: Tensor, k_bar: Tensor | None
+) -> Tensor:
+    """As in `BdfAdjoint.step`, of a step whose cotangents are ``bar`` (8, n) behind it and ``w``, ``u`` (1, n) of its equation."""
+    q, h = order.unsqueeze(0), h.unsqueeze(0)
+    gamma, alpha, _ = coefficients(torch.float64, h.device)
+    low = (torch.arange(SIZE, device=h.device) <= q).to(y.dtype)
+    weights = (torch.nn.functional.pad(gamma, (0, SIZE - len(gamma))) / alpha[order]).to(y.dtype) * low
+    S, _ = update_matrix(q)
+    near_bar = S[0].t().to(y.dtype) @ bar + low.unsqueeze(-1) * (u - w) - weights.unsqueeze(-1) * u
+    out = resized(q, h, y, stages, near_bar.unsqueeze(1), row_dot(rate.detach().reshape(1, -1), u))
+    return out if k_bar is None else out - row_dot(stages[:, 0].flatten(), k_bar.flatten()).double()
 
 
 def _numbers(extra: Tensor, h: Tensor, order: Tensor, kind: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:

@@ -10,31 +10,25 @@ from torch import Tensor
 
 from ..integrate.plan import shifted_times
 from ..methods import Method
-from ..methods.runge_kutta import row_dot
 from .problem import Problem
 
 __all__ = ["Schedule", "StepBack", "StepBars", "StepTime"]
 
 
 class StepTime(NamedTuple):
-    """The times (B,) of a step as ``fun`` sees them: its end, and the start of the next one; its size ``h``; ``late``: by how much of a
-    step an anchor that it lands on has moved away from its end (zero, with derivatives); ``restart``: the next step knows nothing of what
-    was before."""
+    """The times (B,) of a step as ``fun`` sees them: its end, and the start of the next one; its size ``h``; ``restart``: the next step
+    knows nothing of what was before."""
 
     end: Tensor
     after: Tensor
     h: Tensor
-    late: Tensor
     restart: Tensor
 
 
 class Schedule:
-    """The times of all steps, which move with the anchor before them.
+    """The times of all steps, which move with the anchor before them. A step that lands on an anchor changes its size with it."""
 
-    ``resized``: a step that lands on an anchor changes its size with it; else it keeps that, and its end is read off where the anchor is.
-    """
-
-    def __init__(self, problem: Problem, grid: dict[str, Tensor], anchors: Tensor, resized: bool) -> None:
+    def __init__(self, problem: Problem, grid: dict[str, Tensor], anchors: Tensor) -> None:
         self.grid, self.real = grid, grid["states"].dtype.to_real()
         segment, lands, last = grid["segment"], grid["lands"], anchors.shape[0] - 1
         moved = anchors - anchors.detach()
@@ -42,21 +36,18 @@ class Schedule:
         self.sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0).detach()
         self.begin = grid["t"] + at
         self.first = anchors[0].to(self.real)
-        late = torch.where(lands, moved.gather(0, (segment + 1).clamp(max=last)) - at, 0.0)
-        self.landing = grid["h"] + late
-        self.h, self.late = (self.landing, None) if resized else (grid["h"], late)
+        self.h = grid["h"] + torch.where(lands, moved.gather(0, (segment + 1).clamp(max=last)) - at, 0.0)
         self.inner = lands & (segment < last - 1)
         self.shifts = problem.plan.shift != "none" and last > 1
 
     def step(self, k: int) -> StepTime:
         """Those of step ``k``."""
         h = self.h[k]
-        end, after = (self.begin[k] + h).to(self.real), (self.begin[k] + self.landing[k]).to(self.real)
+        end = after = (self.begin[k] + h).to(self.real)
         if self.shifts:
             end = shifted_times([end], [1.0], False, self.inner[k], self.sign)[0]
             after = shifted_times([after], [0.0], self.inner[k], False, self.sign)[0]
-        late = torch.zeros_like(h) if self.late is None else self.late[k] / torch.where(h == 0, 1.0, h)
-        return StepTime(end, after, h, late, self.inner[k])
+        return StepTime(end, after, h, self.inner[k])
 
 
 @dataclass(frozen=True)
@@ -69,18 +60,10 @@ class StepBars:
     values: Tensor
     moving: bool
 
-    def late(self, bar: Tensor) -> Tensor | None:
-        """The cotangent (B,) of the time at which the end, with the cotangent ``bar``, is read off."""
-        if not self.moving:
-            return None
-        weights = self.method.dense_slopes(torch.ones((), dtype=torch.float64, device=bar.device))
-        return row_dot(torch.einsum("s,sbn->bn", weights.to(bar.dtype), self.values), bar).double()
-
 
 class StepBack(NamedTuple):
-    """Cotangents of the table before a step; of its times, and, if it lands, of its size or the time at which its end is read off: (B,)
-    where they are wanted."""
+    """Cotangents of the table before a step; of its times, and, if it lands, of its size: (B,) where they are wanted."""
 
     table: Tensor
     t: Tensor | None
-    late: Tensor | None
+    size: Tensor | None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..capture import alive, below_jvp, below_vmap, functorch_active
+from ..linalg.forward_mode import unviewed
 from ..ownership import owned
 from ..rewriting import naming_writes
 from ..system import System, VmappedSystem
@@ -36,7 +37,8 @@ class SolveNode(torch.autograd.Function):
         problem.report(record)
         if not problem.replayed:
             check_strangers(problem.system, record, inputs)
-        return tuple(Outputs.of(record))
+        out = tuple(Outputs.of(record))
+        return *map(unviewed, out[:_DIFFERENTIABLE]), *out[_DIFFERENTIABLE:]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
