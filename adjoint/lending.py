@@ -20,7 +20,6 @@ __all__ = ["changed", "check_unchanged", "copied", "lending", "own"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 _storage_uses: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
-_references = sys.getrefcount
 
 
 def copied(state: Any) -> Any:
@@ -36,10 +35,10 @@ def check_unchanged(lent: Any, what: str) -> None:
 
 def _counts(x: Tensor) -> tuple[int, int, int]:
     """References to a tensor, to its memory, and to what it is a view of."""
-    references = _references(x)
+    references = sys.getrefcount(x)
     base = x._base
     uses = 0 if _storage_uses is None else _storage_uses(x.untyped_storage()._cdata)
-    return references, uses, 0 if base is None else _references(base)
+    return references, uses, 0 if base is None else sys.getrefcount(base)
 
 
 # those of a tensor that nobody else knows, counted here, because versions of Python and PyTorch differ in what they count along
@@ -54,11 +53,11 @@ def own(x: Any) -> Any:
 
     A graph that autograd records holds results too, and never writes into them: there only objects count.
     """
-    # a compiler leaves a copy out where nobody writes
-    if _references(x) > _REFERENCES or type(x) is not Tensor or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _storage_uses is None:
+        # a compiler leaves a copy out where nobody writes
         return x.clone() if isinstance(x, Tensor) else x
-    if _storage_uses is None:
-        return x.clone()
+    if sys.getrefcount(x) > _REFERENCES or type(x) is not Tensor:
+        return x.clone() if isinstance(x, Tensor) else x
     try:
         storage = x.untyped_storage()
     except NotImplementedError:
@@ -71,7 +70,7 @@ def own(x: Any) -> Any:
         return x
     if x._is_view():
         base = x._base
-        if _references(base) > _REFERENCES_OF_BASE or not (uses <= _USES_OF_VIEW or x.requires_grad):
+        if sys.getrefcount(base) > _REFERENCES_OF_BASE or not (uses <= _USES_OF_VIEW or x.requires_grad):
             return x.clone()
         return x
     return x if x.requires_grad else x.clone()
