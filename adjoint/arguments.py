@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from .capture import is_differentiable
 from .errors import InvalidInput, UnsupportedCombination
 from .integrate import PIDController, rms_norm
 from .methods import IMEX_METHODS, METHODS, SWITCHING_METHODS, Method
@@ -259,7 +260,7 @@ def method_for(times: Times, chosen: Method, one_step: Method) -> Method:
     empty = times.anchors[0] == times.anchors[-1]
     if bool(empty.all()):
         return one_step
-    if times.anchors.requires_grad and bool(empty.any()):
+    if is_differentiable(times.anchors) and bool(empty.any()):
         raise UnsupportedCombination(
             f"derivatives in the ends of spans of which some have no length are not supported with {chosen.name!r}: choose a one-step "
             f"method such as {one_step.name!r}"

@@ -99,6 +99,11 @@ class Case(NamedTuple):
         return self.derivative in ("second", "hvp")
 
     @property
+    def constrained(self) -> bool:
+        """Whether it is solved as a DAE: also the mass matrices of methods that iterate."""
+        return self.kind == "dae" or self.method in ("mass radau5", "mass bdf")
+
+    @property
     def event(self) -> bool:
         return self.output in ("terminal", "passed")
 
@@ -112,10 +117,10 @@ REFUSED: list[tuple[str, Callable[[Case], bool]]] = [
         lambda c: c.strategy == "checkpoints" and (c.kind == "dae" or c.output in ("dense", "terminal", "passed")),
     ),
     ("takes steps again one by one", lambda c: c.strategy == "checkpoints" and c.method.endswith(("abm", "bdf"))),
-    ("events= with", lambda c: c.strategy in CONTINUOUS and c.event),
     ("method='auto' with", lambda c: c.strategy in CONTINUOUS and c.method == "auto"),
     ("has no error control", lambda c: c.strategy in CONTINUOUS and c.method in ("rk4", "gl6")),
     ("mass_matrix= with 'rodas5p'", lambda c: c.strategy in CONTINUOUS and c.method == "mass rodas5p"),
+    ("events= with", lambda c: c.strategy in CONTINUOUS and c.event),
 ]
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..capture import listed
+from ..capture import is_differentiable, listed
 from ..integrate import (
     AdamsSolver,
     AdditiveStageSolver,
@@ -252,7 +252,7 @@ def step_times(t: Tensor, h: Tensor, segment: Tensor, lands: Tensor, anchors: Te
     Step sizes are held fixed: a step starts at its anchor plus a constant, and only a step that lands on the next anchor changes its
     size with it. ``shift`` is that of the `Plan`.
     """
-    if anchors.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(anchors):
+    if is_differentiable(anchors):
         moved = anchors - anchors.detach()
         at = moved.gather(0, segment)
         then = moved.gather(0, (segment + 1).clamp(max=anchors.shape[0] - 1))
