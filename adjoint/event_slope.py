@@ -47,7 +47,8 @@ def refused(x: Tensor, wrong: Tensor, why: str, *causes: Tensor) -> Tensor:
 class _Guarded(torch.autograd.Function):
     @staticmethod
     def forward(t: Tensor, sloping: Tensor, why: str, *causes: Tensor) -> Tensor:
-        return t.view_as(t)
+        # no view: forward mode would ask that tangents are views too
+        return t.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -86,7 +87,7 @@ class _Demanded(torch.autograd.Function):
     def forward(x: Tensor, sloping: Tensor, why: str) -> Tensor:
         if bool(((x != 0) & ~sloping).any()):
             raise InvalidInput(why)
-        return x.view_as(x)
+        return x.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:

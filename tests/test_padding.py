@@ -246,3 +246,26 @@ def test_tangents_of_what_a_failed_trajectory_did_not_get_to(method):
     value, dot = torch.func.jvp(solve, (p,), (torch.ones_like(p),))
     assert dot.isnan().tolist() == value.isnan().tolist() == [[False, False], [False, False], [False, True]]
     torch.testing.assert_close(dot[:, 0], times * torch.exp(p * times), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("gradient", [adjoint.DiscreteAdjoint(keep_bytes=0), adjoint.DiscreteAdjoint(checkpoints=3)], ids=["sweep", "checkpoints"])
+def test_a_mass_matrix_is_nobodys_part(gradient):
+    """Of as many rows as there are trajectories: beside one that failed it stays what it is, though fun does not see it."""
+    nan = float("nan")
+    mass = torch.diag(torch.tensor([2.0, 1.0, 0.0]))
+
+    def gradients(rows):
+        y0 = torch.tensor([[1.0, -0.4, 0.6], [0.8, 0.5, 1.3], [1.0, 1.0, 2.0]], requires_grad=True)
+        p = torch.tensor([[1.3], [0.9], [1.0]], requires_grad=True)
+        start = y0[:rows] + (torch.tensor([0.0, 0.0, nan])[:rows, None])
+
+        def fun(t, y, p):
+            return torch.stack([-p[:, 0] * y[:, 0], torch.cos(t) - 0.5 * y[:, 1], y[:, 0] + y[:, 1] - y[:, 2]], -1)
+
+        sol = adjoint.solve_ivp(
+            fun, (0.0, 1.0), start, (p[:rows],), method="rodas5p", batched=True, t_eval=[0.3, 1.0], throw=False, mass_matrix=mass,
+            gradient=gradient, rtol=1e-5, atol=1e-5,
+        )  # fmt: skip
+        return [x[:2] for x in torch.autograd.grad(sol.y[:, :2].square().sum(), (y0, p))]
+
+    torch.testing.assert_close(gradients(3), gradients(2), rtol=1e-9, atol=1e-12)

@@ -79,6 +79,7 @@ class Recall:
             self.sizes = grid["h"][:, 0].tolist()
         else:
             self.sizes = grid["h"].to(plan.real).unsqueeze(-1).unbind()
+        self.padded = self.sizes if self.alone else grid["size"].to(plan.real).unsqueeze(-1).unbind()
         #: step, state at its start and, of methods that hand their last slope on, that of the step before
         self.kept: list[tuple[int, Tensor, Tensor | None]] = [(0, y0 if shape is None else y0.reshape(shape), None)]
         # where steps that do nothing are looked at: see `shelter`
@@ -118,16 +119,22 @@ class Recall:
         self._latest = (k, y, slope)
         return y, slope
 
-    def take(self, k: int, y: Tensor, slope: Tensor | None = None) -> tuple[Tensor, list[Tensor], Sequence[Tensor]]:
-        """Step ``k`` from what `start` gives: the new state, the stages, and their times."""
+    def take(
+        self, k: int, y: Tensor, slope: Tensor | None = None, padded: bool = False
+    ) -> tuple[Tensor, list[Tensor], Sequence[Tensor]]:
+        """Step ``k`` from what `start` gives: the new state, the stages, and their times. ``padded``: with the steps that stand in for
+        those of trajectories that are done or have failed."""
         self.n_steps += 1
-        method, h = self.plan.method, self.size(k, y)
+        method, h = self.plan.method, self.size(k, y, padded)
         at = stage_times(self.plan, self.times.step(k), self.plan.real)[0]
         with torch.no_grad():
             if self.alone:
                 # without an axis of trajectories, as in the loop
                 at = [x.reshape(()) for x in at]
             anew = self.times.anew(k)
+            if padded and self.moved is not None and slope is not None:
+                # these begin elsewhere
+                anew = self.moved[k] if anew is None else anew | self.moved[k]
             if self.alone and anew is not None:
                 slope, anew = None if bool(anew) else slope, None
             y1, ks = method.step(self.f, at, h, y, first_slope(self.f, at[0], y, None if slope is None else (slope, anew)))
@@ -136,9 +143,9 @@ class Recall:
                 y1 = torch.where(h == 0, y, y1)
         return y1, ks, at
 
-    def size(self, k: int, y: Tensor) -> Any:
+    def size(self, k: int, y: Tensor, padded: bool = False) -> Any:
         """The size of step ``k`` as the loop had it."""
-        h = self.sizes[k]
+        h = self.padded[k] if padded else self.sizes[k]
         return h if self.alone or self.plan.method.implicit else widened(h, y.shape[-1])
 
     def check(self, final: Tensor, status: Tensor) -> None:
@@ -176,9 +183,9 @@ class _Slopes:
         if k != self._k:
             recall = self.recall
             y, slope = recall[k], recall.start(k)[1]
-            _, ks, at = recall.take(k, y, slope)
+            _, ks, at = recall.take(k, y, slope, padded=True)
             with torch.no_grad():
-                stages: Any = recall.plan.method.dense_stages(recall.f, at, recall.size(k, y), y, ks)
+                stages: Any = recall.plan.method.dense_stages(recall.f, at, recall.size(k, y, padded=True), y, ks)
             self._k, self._value = k, torch.stack(stages).reshape(-1, *recall.flat)
         return self._value
 

@@ -156,6 +156,8 @@ def _moved_grid(problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None
             out["states"] = torch.cat([states[:1], torch.where(column, pad.first(states[1]), states[1:])])
         else:
             out["states"] = torch.cat([torch.where(column, pad.first(states[0]), states[:-1]), states[-1:]])
+    elif states.shape[0] == 1:
+        out["states"] = pad.start(states[0]).unsqueeze(0)
     if stages.dim() == 4 and stages.shape[0] == h.shape[0]:
         out["stages"] = pad.slopes(stages)
     extra = grid.get("extra")
@@ -194,7 +196,9 @@ def _replacements(
     """
     count = (~pad.still).sum(0)
     donor = torch.where(dead, -1, count).argmax()
-    rows = [_rows_of(problem.system, i, x, dead, donor) for i, x in enumerate(inputs)]
+    # fun says nothing about the mass matrix, which it does not see
+    mass = problem.system.mass
+    rows = [None if i == mass else _rows_of(problem.system, i, x, dead, donor) for i, x in enumerate(inputs)]
     given, replaced = list(inputs), [None] * len(inputs)
     given, replaced = _tried(problem, grid, ~dead, given, replaced, rows, only_bad=True)
     if bool(_finite(problem, grid, given).all()):
