@@ -47,7 +47,8 @@ def test_one_state_per_step():
 def test_backprop_keeps_what_fun_keeps():
     few, many = (_saved_bytes(Backprop(), n) for n in (10, 50))
     assert (many - few) / 40 > 4 * 32 * 512 * 8
-    assert many > 100 * _saved_bytes(DiscreteAdjoint(), 50)
+    # of which the looks at fun before the solve are the most
+    assert many > 50 * _saved_bytes(DiscreteAdjoint(), 50)
 
 
 def test_nothing_is_kept_without_derivatives():
