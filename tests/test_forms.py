@@ -114,7 +114,7 @@ AXES: tuple[Sequence[str], ...] = (list(METHODS), FORMS, OUTPUTS, DERIVATIVES, l
 REFUSED: list[tuple[str, Callable[[Case], bool]]] = [
     (
         "does not keep the states",
-        lambda c: c.strategy == "checkpoints" and (c.kind == "dae" or c.output in ("dense", "terminal", "passed")),
+        lambda c: c.strategy == "checkpoints" and (c.constrained or c.event or c.output == "dense"),
     ),
     ("takes steps again one by one", lambda c: c.strategy == "checkpoints" and c.method.endswith(("abm", "bdf"))),
     ("method='auto' with", lambda c: c.strategy in CONTINUOUS and c.method == "auto"),
