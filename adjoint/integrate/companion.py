@@ -12,7 +12,9 @@ The test of every so many steps is a step of power iteration for the size of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from .plan import Plan, Record
 __all__ = ["QUIET", "Companion", "companion_of", "displaced", "rests"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
+#: by row, ``(B,)``; of one trajectory Python's own, which cost no tensor operators
+_Mask, _Number = Tensor | bool, Tensor | float
 
 #: errors, in units of the tolerance, of a state and of a component that are at rest
 QUIET, _STILL = 1e-8, 1e-10
@@ -35,6 +39,11 @@ _LOOKS, _LONGER = (0, 8, 24), 2.0
 _FUTILE = 25
 #: times of the fastest mode after which it has died away, if it does
 _SETTLED = 20.0
+#: bounds of the displacement beside its part above rounding, relative and absolute
+_WIDEST = 1e-3
+#: drawn numbers by shape, so many of so many at the most
+_PATTERNS: dict[torch.Size, Tensor] = {}
+_MANY, _SMALL = 64, 4096
 
 
 def companion_of(
@@ -71,18 +80,24 @@ class Companion:
         self._shift = eps**0.4
         rtol = plan.rtol if isinstance(plan.rtol, float) else float(plan.rtol.detach().max())
         self._tol = max(rtol, eps**0.45)
+        tiny = torch.finfo(plan.real).tiny
+        #: tolerances of the usual size: `_unit` is linear in the size of the state, and never zero
+        self._plain = isinstance(plan.rtol, float) and isinstance(plan.atol, float) and rtol <= _WIDEST and tiny < plan.atol <= _WIDEST
         self.on = False
         #: what the companion cost, ``(B,)`` or a number
         self.n_fun = 0
         self._displaced: Flat = f
-        self._rows = like.shape[0]
         #: displacement in units of `_unit`, and that behind the step that was asked for
-        self._distance = self._proposed = torch.zeros_like(like)
-        self._known = torch.zeros(like.shape[0], dtype=torch.bool, device=like.device)
-        self._with = self._known
+        self._distance: _Number = 0.0
+        self._proposed: _Number = 0.0
+        #: whose displacement is known, and who is followed
+        self._known: _Mask = False
+        self._with: _Mask = False
         self._pattern: Tensor | None = None
+        #: direction of power iteration, and its size
         self._probe: Tensor | None = None
-        self._refused = torch.zeros_like(self._known, dtype=torch.int64)
+        self._probed: _Number = 1.0
+        self._refused: Tensor | int = 0
         self._calm, self._nap = 0, _NAP
         self._index, self._look, self._reach = 0, 0, 0.0
         self._elapsed, self._first = 0.0, True
@@ -112,17 +127,46 @@ class Companion:
         ``quiet`` (B,): and whose error is next to nothing; ``longest``: ``|h|`` of all; ``step``: the new state, and the slopes that its
         error weighs, where they are known.
         """
+        found = self._error(times, h, y, k1, scaled, taken, quiet, longest, step)
+        assert not isinstance(found, float)
+        return found
+
+    def error_of_one(
+        self, times: Sequence[Tensor], h: float, y: Tensor, y1: Tensor, slopes: Sequence[Tensor], scaled: Tensor, quiet: bool
+    ) -> float:
+        """`error` of one trajectory, whose states may have any shape, and the decision on it. ``slopes``: of the step from ``y`` to
+        ``y1``, those that its error weighs."""
+        found = self._error(times, h, y, slopes[0], scaled, True, quiet, abs(h), (y1, slopes))
+        if found is None:
+            return 0.0
+        value = float(found)
+        self.moved(value <= 1.0)
+        return value
+
+    def _error(
+        self,
+        times: Sequence[Tensor],
+        h: float | Tensor,
+        y: Tensor,
+        k1: Tensor,
+        scaled: Tensor,
+        taken: _Mask,
+        quiet: _Mask,
+        longest: float,
+        step: tuple[Tensor, Sequence[Tensor]] | None,
+    ) -> _Number | None:
+        """`error`; numbers for ``taken`` and ``quiet`` give a number."""
         with torch.no_grad():
-            y, k1 = y.detach(), k1.detach()
+            y, k1 = _constant(y, scaled), _constant(k1, scaled)
             unit = self._unit(y)
             if not self.on:
-                self._with = torch.zeros_like(self._with)
-            if not self.on or bool((quiet & ~self._with).any()):
+                self._with = False
+            if not self.on or _any(quiet & _not(self._with)):
                 self._consider(times, h, y, k1, unit, scaled, taken, quiet, longest)
                 if not self.on:
                     return None
             found = self._step(times, h, y, k1, unit, taken & self._with, step)
-            calm = not bool((quiet | (found > 0.1)).any())
+            calm = not _any(quiet | (found > 0.1))
             self._calm = self._calm + 1 if calm else 0
             self._reach = max(self._reach, _STRETCH * longest)
             if self._calm >= _CALM:
@@ -130,31 +174,16 @@ class Companion:
                 self._look, self._nap = self._index + self._nap, min(2 * self._nap, _LONGEST_NAP)
             return found
 
-    def error_of_one(
-        self, times: Sequence[Tensor], h: float, y: Tensor, y1: Tensor, slopes: Sequence[Tensor], scaled: Tensor, quiet: bool
-    ) -> float:
-        """`error` of one trajectory, whose states may have any shape, and the decision on it. ``slopes``: of the step from ``y`` to
-        ``y1``, those that its error weighs."""
-        y, y1, *ks = (x.detach().reshape(scaled.shape) for x in (y, y1, *slopes))
-        all_of_it = torch.ones_like(self._known)
-        found = self.error(times, h, y, ks[0], scaled, all_of_it, all_of_it & quiet, abs(h), (y1, ks))
-        if found is None:
-            return 0.0
-        value = float(found)
-        self.moved(value <= 1.0)
-        return value
-
-    def moved(self, accepted: Tensor | bool) -> None:
+    def moved(self, accepted: _Mask) -> None:
         """The step that was asked for was accepted, or refused for the companion's sake, by row."""
-        if isinstance(accepted, bool):
-            self._distance = self._proposed if accepted else self._distance
-        else:
-            self._distance = torch.where(accepted.unsqueeze(-1), self._proposed, self._distance)
+        self._distance = _where(_column(accepted), self._proposed, self._distance)
 
     def _unit(self, y: Tensor) -> Tensor:
         """The displacement of every component: well within the tolerance, and well above rounding."""
         size = y.abs()
-        unit = size * self._shift + torch.minimum(size * self.plan.rtol + self.plan.atol, (size + 1.0) * 1e-3)
+        if self._plain:
+            return size * (self.plan.rtol + self._shift) + self.plan.atol
+        unit = size * self._shift + torch.minimum(size * self.plan.rtol + self.plan.atol, (size + 1.0) * _WIDEST)
         # without an absolute tolerance a component that is zero has no size of its own
         whole = size.amax(-1, keepdim=True) * self._shift
         unit = torch.where(unit > 0, unit, whole)
@@ -163,10 +192,9 @@ class Companion:
     def _random(self, y: Tensor) -> Tensor:
         """Numbers of size one, away from zero: what must not be negative stays so."""
         if self._pattern is None:
-            generator = torch.Generator().manual_seed(0)
-            drawn = torch.rand(y.shape, generator=generator, dtype=torch.float64) + 0.5
-            self._pattern = drawn.to(device=y.device, dtype=self.plan.real)
-        return torch.where(y.real < 0, -self._pattern, self._pattern)
+            self._pattern = _drawn(y.shape).to(device=y.device, dtype=self.plan.real)
+        # minus zero counts as zero
+        return torch.copysign(self._pattern, y.real + 0.0)
 
     def _consider(
         self,
@@ -176,21 +204,34 @@ class Companion:
         k1: Tensor,
         unit: Tensor,
         scaled: Tensor,
-        taken: Tensor,
-        quiet: Tensor,
+        taken: _Mask,
+        quiet: _Mask,
         longest: float,
     ) -> None:
         """Whether the companion is needed."""
         first, self._first = self._first, False
-        size = scaled.abs()
-        still = (quiet | (size <= _STILL * size.amax(-1, keepdim=True)).any(-1)) & taken
-        rate = self._stiffness(times, y, k1, unit)
+        if self._probe is None:
+            self._probe = self._random(y)
+            assert self._pattern is not None
+            self._probed = _numbers(quiet, self._pattern.amax(-1))[0]
+        # the size of the Jacobian in a direction that comes nearer and nearer to that of its largest eigenvalue
+        self.n_fun += 1
+        change = (self.f(times[0], torch.addcmul(y, self._probe, unit)) - k1) / unit
+        size, least, most = _numbers(quiet, change.abs().amax(-1), *scaled.abs().aminmax(dim=-1))
+        usable = (size > 0) & (size < math.inf)
+        rate = _where(usable, size / self._probed, 0.0)
         length = rate * longest_of(h)
         limit = (length > _EDGE * self.plan.method.interval) & taken  # type: ignore[attr-defined]
         # steps that are short enough for any mode are so for the next one, if not for the one behind it
-        early = still & (length < self._tol ** (1.0 / (self.plan.method.error_order + 1)))
-        still = still & ~early
-        resting, stiff, soon = torch.stack([still.any(), limit.any(), early.any()]).tolist()
+        still, short = (quiet | (least <= _STILL * most)) & taken, self._tol ** (1.0 / (self.plan.method.error_order + 1))
+        early, still = still & (length < short), still & (length >= short)
+        resting, stiff, soon, lost = _any_of(still, limit, early, _not(usable))
+        self._probe = change / _column(_where(usable, size, 1.0))
+        self._probed = 1.0
+        if lost:
+            self._probe = _where(_column(usable), self._probe, self._random(y))
+            assert self._pattern is not None
+            self._probed = _where(usable, 1.0, _numbers(quiet, self._pattern.amax(-1))[0])
         late = [k for k in _LOOKS if k >= self._index]
         self._look = self._index if soon else late[0] if late else self._index + _LOOKS[-1]
         self._reach = _LONGER * longest
@@ -199,21 +240,11 @@ class Companion:
             return
         self.on, self._calm, self._with = True, 0, self._with | still | limit
         # of modes that were resolved before only their stability is at stake
-        anew = (still & quiet | (limit & (rate * self._elapsed < _SETTLED)) | (still & first)) & ~self._known
-        if bool(anew.any()):
+        anew = ((still & quiet) | (limit & (rate * self._elapsed < _SETTLED)) | (still & first)) & _not(self._known)
+        if _any(anew):
             self._displaced = self._beside()
             self._known = self._known | anew
-            self._distance = torch.where(anew.unsqueeze(-1), self._random(y).to(y.dtype), self._distance)
-
-    def _stiffness(self, times: Sequence[Tensor], y: Tensor, k1: Tensor, unit: Tensor) -> Tensor:
-        """The size ``(B,)`` of the Jacobian in a direction that comes nearer and nearer to that of its largest eigenvalue."""
-        probe = self._random(y) if self._probe is None else self._probe
-        self.n_fun += 1
-        change = (self.f(times[0], y + probe * unit) - k1) / unit
-        size = change.abs().amax(-1, keepdim=True)
-        usable = torch.isfinite(size) & (size > 0)
-        self._probe = torch.where(usable, change / torch.where(usable, size, 1.0), self._random(y))
-        return torch.where(usable, size / probe.abs().amax(-1, keepdim=True), 0.0).squeeze(-1)
+            self._distance = _where(_column(anew), self._random(y).to(y.dtype), self._distance)
 
     def _step(
         self,
@@ -222,12 +253,15 @@ class Companion:
         y: Tensor,
         k1: Tensor,
         unit: Tensor,
-        which: Tensor,
+        which: _Mask,
         step: tuple[Tensor, Sequence[Tensor]] | None,
-    ) -> Tensor:
+    ) -> _Number:
         """Take the companion along; the error of its distance."""
         method = self.plan.method
-        y1, error = self._attempt(self.f, times, h, y, k1) if step is None else (step[0], method.error(h, step[1]))
+        if step is None:
+            y1, error = self._attempt(self.f, times, h, y, k1)
+        else:
+            y1, error = _constant(step[0], y), method.error(h, [_constant(k, y) for k in step[1]])
         floor = 0.5 * self._tol * self._random(y)
         before = (self._distance + floor) * unit
         there = y + before
@@ -237,16 +271,15 @@ class Companion:
         size = torch.maximum(unit, torch.maximum(before.abs(), after.abs()))
         # less what may be rounding
         difference = (error_there - error).abs() - 8 * torch.finfo(self.plan.real).eps * torch.maximum(y.abs(), y1.abs())
-        found = (difference.clamp(min=0.0) / (self._tol * size)).amax(-1)
-        # where it cannot be followed it says nothing
-        usable = torch.isfinite(found) & torch.isfinite(after).all(-1)
         after = after / unit
-        largest = after.abs().amax(-1, keepdim=True)
-        after = torch.where(largest > 1e3, after / largest, after)
-        self._proposed = torch.where(usable.unsqueeze(-1), after, 0.0)
-        found = torch.where(usable & which, found, 0.0)
-        self._refused = torch.where(which, torch.where(found > 1.0, self._refused + 1, 0), self._refused)
-        return torch.where(self._refused <= _FUTILE, found, 0.0)
+        found, largest = _numbers(which, (difference.clamp(min=0.0) / (self._tol * size)).amax(-1), after.abs().amax(-1))
+        # where it cannot be followed it says nothing
+        usable = (found < math.inf) & (largest < math.inf)
+        after = after / _column(_where(largest > 1e3, largest, 1.0))
+        self._proposed = _where(_column(usable), after, 0.0)
+        found = _where(usable & which, found, 0.0)
+        self._refused = _where(which, _where(found > 1.0, self._refused + 1, 0), self._refused)
+        return _where(self._refused <= _FUTILE, found, 0.0)
 
     def _attempt(self, f: Flat, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, Tensor]:
         method = self.plan.method
@@ -276,3 +309,57 @@ def displaced(x: Tensor) -> Tensor:
 def longest_of(h: float | Tensor) -> float | Tensor:
     """``|h|``, a number or ``(B,)``."""
     return h.abs().squeeze(-1) if isinstance(h, Tensor) else abs(h)
+
+
+def _drawn(shape: torch.Size) -> Tensor:
+    """Numbers between a half and three halves, the same for every solve."""
+    known = _PATTERNS.get(shape)
+    if known is not None:
+        return known
+    drawn = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu") + 0.5
+    # made inside of a transform, or in inference mode, it must not outlive it
+    passing = type(drawn) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(drawn) or drawn.is_inference()
+    if drawn.numel() <= _SMALL and len(_PATTERNS) < _MANY and not passing:
+        _PATTERNS[shape] = drawn
+    return drawn
+
+
+def _constant(x: Tensor, like: Tensor) -> Tensor:
+    """Without its derivatives, in the shape of ``like``."""
+    x = x.detach()
+    return x if x.shape == like.shape else x.reshape(like.shape)
+
+
+# The rules are written once, for masks and numbers of either kind.
+
+
+def _numbers(kind: _Mask, *values: Tensor) -> Sequence[Any]:
+    """Tensors ``(B,)`` as they are, or as numbers where ``kind`` is one, all read at once."""
+    if isinstance(kind, Tensor):
+        return values
+    return torch.cat(values).tolist() if len(values) > 1 else values[0].tolist()
+
+
+def _not(mask: _Mask) -> _Mask:
+    return ~mask if isinstance(mask, Tensor) else not mask
+
+
+def _any(mask: _Mask) -> bool:
+    return bool(mask.any()) if isinstance(mask, Tensor) else mask
+
+
+def _any_of(*masks: _Mask) -> list[bool]:
+    """`_any` of each, read at once."""
+    tensors = [m.any() for m in masks if isinstance(m, Tensor)]
+    return torch.stack(tensors).tolist() if len(tensors) == len(masks) else [_any(m) for m in masks]
+
+
+def _where(mask: _Mask, yes: Any, no: Any) -> Any:
+    if isinstance(mask, Tensor):
+        return torch.where(mask, yes, no)
+    return yes if mask else no
+
+
+def _column(x: _Number) -> Any:
+    """``(B, 1)`` of ``(B,)``."""
+    return x.unsqueeze(-1) if isinstance(x, Tensor) else x
