@@ -95,6 +95,7 @@ def test_what_is_refused():
         solve_dae(lambda t, y, yp: torch.stack([yp[0] - 1, y[1] - y[0]]), (0.0, 0.1), guess, zero, consistent="slopes")
 
 
+@pytest.mark.slow
 def test_continuous_adjoint_at_the_tolerances_of_the_solve():
     """The solve's absolute tolerance, that of small concentrations, must not be asked of an adjoint of size 1 and more."""
 

@@ -11,7 +11,12 @@ import torch
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+#: take a minute even so
+LONG = {"stiff_neural_ode", "slider_crank"}
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in NAMES])
 def test_example(name, tmp_path):
     pytest.importorskip("matplotlib")
     if name in ("digits_neural_ode", "deq_digits"):

@@ -143,7 +143,11 @@ def cases() -> list[Any]:
         quick.append(best)
         missing -= pairs[best]
     slow = [case for case in candidates[:500] if case not in quick]
-    return [pytest.param(case, id="-".join(case), marks=[pytest.mark.slow] * (case in slow)) for case in quick + slow]
+    # second derivatives of stages that are solved for take seconds
+    slow += [
+        case for case in quick if case.second_order and case.strategy != "default" and case.method not in ("dopri8", "tsit5", "rk4", "abm")
+    ]
+    return [pytest.param(case, id="-".join(case), marks=[pytest.mark.slow] * (case in slow)) for case in dict.fromkeys(quick + slow)]
 
 
 def solved(case: Case, y0: Tensor, p: Tensor, end: Tensor, level: Tensor, gain: Tensor) -> tuple[Tensor, ...]:

@@ -60,6 +60,7 @@ def test_pendulum_against_its_angle(pendulum):
     assert float((energy - energy[0]).abs().max()) < 1e-6 and float(sol.y.mu.detach().abs().max()) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", [ForwardSensitivity(), InterpolatingAdjoint()], ids=["forward", "interpolating"])
 def test_other_strategies(pendulum, gradient):
     def derivative(strategy):

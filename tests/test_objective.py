@@ -245,6 +245,7 @@ def test_minimize(method):
     assert result.fun < float(obj.value(p)) and result.failed_states == 0
 
 
+@pytest.mark.slow
 def test_minimize_steps_back_from_where_there_is_no_steady_state():
     # x^2 = p has no root for p < 0
     obj = SteadyStateObjective(lambda x, p: (x - 0.1).square().sum() + 0.0 * p.sum(), lambda x, p: x.square() - p, torch.ones(1))

@@ -31,6 +31,7 @@ def test_tangents_of_constrained_trajectories_with_different_numbers_of_steps(me
     torch.testing.assert_close(got, alone, rtol=1e-9, atol=0.0)
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_constrained_trajectories_with_different_numbers_of_steps():
     p = torch.tensor([1.0, 5.0], dtype=torch.float64, requires_grad=True)
     want = torch.exp(-p.detach())
