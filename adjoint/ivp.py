@@ -300,7 +300,7 @@ def solve_ivp(
         if chosen.implicit
         else None
     )
-    problem = Problem(system, plan, batched, report, backward_report, algebra=algebra)
+    problem = Problem(system, plan, batched, report, backward_report, algebra=algebra, derivatives=derivatives)
     strategy = gradient if gradient is not None else DiscreteAdjoint()
     if not hasattr(strategy, "solve"):
         raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")

@@ -203,7 +203,7 @@ def _solve(
     algebra = None
     if request.family == "implicit":
         algebra = stage_algebra(system, system.inputs, spec, jac=None, jac_sparsity=None, linear_solver=None)
-    problem = Problem(system, plan, False, report, backward_report, algebra=algebra)
+    problem = Problem(system, plan, False, report, backward_report, algebra=algebra, derivatives=derivatives)
     y_flat = spec.taken(request.y0)
     out = gradient.solve(problem, anchors, samples, y_flat, ready.inputs)
     listed = [] if event is None else [event]

@@ -79,6 +79,8 @@ class Problem:
     algebra: StageAlgebra | None = None
     sweep: Callable[..., tuple[Tensor | None, ...]] | None = None
     witness: Witness = field(default_factory=Witness)
+    #: whether somebody may differentiate; states may be kept for other reasons
+    derivatives: bool = True
     replayed: bool = False
 
     def run(self, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor, t_eval: Tensor | None) -> Record:
@@ -97,7 +99,7 @@ class Problem:
         """The right-hand side with all inputs displaced by a little, where derivatives of explicit steps are wanted; those that
         hand over to an implicit method are bounded by that."""
         plan = self.plan
-        if not (plan.keep_states or plan.keep_grid) or self.algebra is not None or plan.switch is not None:
+        if not self.derivatives or not (plan.keep_states or plan.keep_grid) or self.algebra is not None or plan.switch is not None:
             return None
         return lambda: self.system.bind([displaced(x) for x in inputs])
 
