@@ -25,7 +25,8 @@ __all__ = ["QUIET", "Companion", "companion_of", "displaced", "rests"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 #: by row, ``(B,)``; of one trajectory Python's own, which cost no tensor operators
-_Mask, _Number = Tensor | bool, Tensor | float
+_Mask = Tensor | bool
+_Number = Tensor | float
 
 #: errors, in units of the tolerance, of a state and of a component that are at rest
 QUIET, _STILL = 1e-8, 1e-10
