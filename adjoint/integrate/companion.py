@@ -129,7 +129,7 @@ class Companion:
         error weighs, where they are known.
         """
         found = self._error(times, h, y, k1, scaled, taken, quiet, longest, step)
-        assert not isinstance(found, float)
+        assert found is None or isinstance(found, Tensor)
         return found
 
     def error_of_one(
@@ -334,11 +334,11 @@ def _constant(x: Tensor, like: Tensor) -> Tensor:
 # The rules are written once, for masks and numbers of either kind.
 
 
-def _numbers(kind: _Mask, *values: Tensor) -> Sequence[Any]:
+def _numbers(kind: _Mask, *values: Any) -> Any:
     """Tensors ``(B,)`` as they are, or as numbers where ``kind`` is one, all read at once."""
     if isinstance(kind, Tensor):
         return values
-    return torch.cat(values).tolist() if len(values) > 1 else values[0].tolist()
+    return torch.cat(values).tolist()
 
 
 def _not(mask: _Mask) -> _Mask:
