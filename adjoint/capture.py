@@ -27,6 +27,7 @@ __all__ = [
     "asks_for_gradients",
     "below_jvp",
     "below_vmap",
+    "closed_over",
     "cut_apart",
     "depends_on_others",
     "elsewhere",
@@ -386,7 +387,7 @@ def _parts(thing: Any) -> Iterable[Any]:
     if isinstance(thing, partial):
         return [thing.func, *thing.args, *thing.keywords.values()]
     if isinstance(thing, FunctionType):
-        held = [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
+        held = list(closed_over(thing))
         named = [thing.__globals__[name] for name in thing.__code__.co_names if name in thing.__globals__]
         wrapped = getattr(thing, "__wrapped__", None)
         return [x for x in (*held, *named, *(thing.__defaults__ or ()), wrapped) if not isinstance(x, (type, ModuleType, Tensor))]
@@ -400,11 +401,13 @@ def _parts(thing: Any) -> Iterable[Any]:
     return own.values() if isinstance(own, dict) else ()
 
 
-def _filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not cell
-    except ValueError:
-        return False
+def closed_over(function: FunctionType) -> Iterator[Any]:
+    """What is in the cells of a closure."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # it is empty still
+            continue
 
 
 class Substitute(TorchFunctionMode):

@@ -18,7 +18,7 @@ from .event_jumps import jumps_refused
 from .event_times import NO_EVENTS, event_records
 from .integrate import PIDController, Plan, Record
 from .ivp import _event_list, _flat_event, _Parts, _solution
-from .lending import check_unchanged, copied
+from .lending import check_unchanged, copied, remembering
 from .methods import DAE_METHODS, Method
 from .precision import full_precision
 from .progress import progress_monitor
@@ -241,13 +241,7 @@ def _system(
     alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
     probe = [copied(state), copied(slope), tree_map(alias, args)]
     found: list[Any] = []
-
-    def remembered(*point: Any) -> Any:
-        out = residual(*point)
-        found.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out))
-        return out
-
-    calls: list[Callable[..., Any]] = [remembered]
+    calls: list[Callable[..., Any]] = [remembering(residual, found)]
     calls += [lambda t, y, yp, *rest, e=e: e(t, y if quadrature is None else y[0], *rest) for e in events]
     end = (times.anchors[-1].detach().to(t, copy=True).reshape(t.shape), elsewhere(state), elsewhere(slope), *probe[2])
     used = find_captured(calls, (t, probe[0], probe[1], *probe[2]), [fun, *events], end)

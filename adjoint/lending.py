@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import InvalidInput
 
-__all__ = ["changed", "check_unchanged", "copied", "lending", "own"]
+__all__ = ["changed", "check_unchanged", "copied", "lending", "own", "remembering"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 _storage_uses: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
@@ -25,6 +25,17 @@ _storage_uses: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Cou
 def copied(state: Any) -> Any:
     """A pytree with tensors of its own in the place of its tensors."""
     return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, state)
+
+
+def remembering(function: Callable[..., Any], found: list[Any]) -> Callable[..., Any]:
+    """``function``, whose results are added to ``found``, without the graphs that made them."""
+
+    def call(*args: Any) -> Any:
+        out = function(*args)
+        found.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out))
+        return out
+
+    return call
 
 
 def check_unchanged(lent: Any, what: str) -> None:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from .arguments import flat_tolerance
 from .capture import elsewhere, find_captured, needs_derivatives, parameter_homes
 from .errors import InvalidInput
-from .lending import check_unchanged, copied
+from .lending import check_unchanged, copied, remembering
 from .linalg import LinearSolver, Log
 from .nonlinear import RootProblem, RootRecord, RootStatus, explain
 from .ownership import owning
@@ -184,13 +184,7 @@ def prepare(
     alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
     probe_x, probe_args = copied(x0), tree_map(alias, args)
     probed: list[Any] = []
-
-    def remembered(*point: Any) -> Any:
-        out = fun(*point)
-        probed.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out))
-        return out
-
-    used = find_captured([remembered], (probe_x, *probe_args), [fun], (elsewhere(x0), *probe_args))
+    used = find_captured([remembering(fun, probed)], (probe_x, *probe_args), [fun], (elsewhere(x0), *probe_args))
     check_unchanged(probe_x, "fun")
     returns = StateSpec.of(probed[0], batched, "what fun returned") if least_squares else None
     if returns is None:

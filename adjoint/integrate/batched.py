@@ -405,6 +405,7 @@ def _accompanied(
     found = companion.error(times, h, turned(carry.y), turned(carry.k1), scaled, taken, quiet, longest)
     if found is None:
         return new, attempt
+    assert isinstance(found, Tensor)
     passed = taken & (found <= 1.0)
     companion.moved(passed)
     up, down = controller.both(plan.method.error_order + 1, tamed(found), (carry.error1, carry.error2), size)

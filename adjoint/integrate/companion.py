@@ -117,46 +117,17 @@ class Companion:
         y: Tensor,
         k1: Tensor,
         scaled: Tensor,
-        taken: Tensor,
-        quiet: Tensor,
+        taken: _Mask,
+        quiet: _Mask,
         longest: float,
         step: tuple[Tensor, Sequence[Tensor]] | None = None,
-    ) -> Tensor | None:
-        """The error ``(B,)`` of the companion's step, in units of the tolerance, or None.
+    ) -> _Number | None:
+        """The error of the companion's step, in units of the tolerance, or None: ``(B,)``, or a number where ``taken`` and ``quiet`` are.
 
         ``h``: a number, or (B, 1); ``scaled`` (B, n): the error of the state; ``taken`` (B,): who takes a step that would be accepted;
         ``quiet`` (B,): and whose error is next to nothing; ``longest``: ``|h|`` of all; ``step``: the new state, and the slopes that its
         error weighs, where they are known.
         """
-        found = self._error(times, h, y, k1, scaled, taken, quiet, longest, step)
-        assert found is None or isinstance(found, Tensor)
-        return found
-
-    def error_of_one(
-        self, times: Sequence[Tensor], h: float, y: Tensor, y1: Tensor, slopes: Sequence[Tensor], scaled: Tensor, quiet: bool
-    ) -> float:
-        """`error` of one trajectory, whose states may have any shape, and the decision on it. ``slopes``: of the step from ``y`` to
-        ``y1``, those that its error weighs."""
-        found = self._error(times, h, y, slopes[0], scaled, True, quiet, abs(h), (y1, slopes))
-        if found is None:
-            return 0.0
-        value = float(found)
-        self.moved(value <= 1.0)
-        return value
-
-    def _error(
-        self,
-        times: Sequence[Tensor],
-        h: float | Tensor,
-        y: Tensor,
-        k1: Tensor,
-        scaled: Tensor,
-        taken: _Mask,
-        quiet: _Mask,
-        longest: float,
-        step: tuple[Tensor, Sequence[Tensor]] | None,
-    ) -> _Number | None:
-        """`error`; numbers for ``taken`` and ``quiet`` give a number."""
         with torch.no_grad():
             y, k1 = _constant(y, scaled), _constant(k1, scaled)
             unit = self._unit(y)
@@ -174,6 +145,18 @@ class Companion:
                 self.on, self._calm = False, 0
                 self._look, self._nap = self._index + self._nap, min(2 * self._nap, _LONGEST_NAP)
             return found
+
+    def error_of_one(
+        self, times: Sequence[Tensor], h: float, y: Tensor, y1: Tensor, slopes: Sequence[Tensor], scaled: Tensor, quiet: bool
+    ) -> float:
+        """`error` of one trajectory, whose states may have any shape, and the decision on it. ``slopes``: of the step from ``y`` to
+        ``y1``, those that its error weighs."""
+        found = self.error(times, h, y, slopes[0], scaled, True, quiet, abs(h), (y1, slopes))
+        if found is None:
+            return 0.0
+        value = float(found)
+        self.moved(value <= 1.0)
+        return value
 
     def moved(self, accepted: _Mask) -> None:
         """The step that was asked for was accepted, or refused for the companion's sake, by row."""

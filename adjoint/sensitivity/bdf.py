@@ -27,7 +27,7 @@ from .linearize import Linearizer
 from .multistep_step import Schedule, StepBack, StepBars, StepTime
 from .problem import Problem, StageAlgebra
 
-__all__ = ["BdfAdjoint", "BdfReplay", "resized"]
+__all__ = ["BdfAdjoint", "BdfReplay", "Formula"]
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,13 @@ def _kept(order: Tensor, real: torch.dtype) -> Tensor:
     return _low(order, real)[:, 1 : MAX_ORDER + 1].t().unsqueeze(-1)
 
 
+def _matrices(extra: Tensor) -> Tensor:
+    """``T`` (*, B, 8, 8) of steps, from ``extra`` (*, E, B)."""
+    return extra[..., 1:, :].unflatten(-2, (SIZE, SIZE)).movedim(-1, -3)
+
+
 @dataclass(frozen=True)
-class _Formula:
+class Formula:
     """The recorded numbers of a step: its order, the matrix ``T``, its size and the coefficients by order."""
 
     order: Tensor
@@ -98,8 +103,9 @@ class _Formula:
     alpha: Tensor
 
     @classmethod
-    def of(cls, extra: Tensor, h: Tensor, T: Tensor) -> _Formula:
-        """From ``extra`` (E, B), ``h`` (B,), of which none is zero, and ``T`` (B, 8, 8)."""
+    def of(cls, extra: Tensor, h: Tensor, T: Tensor | None = None) -> Formula:
+        """From ``extra`` (E, B), ``h`` (B,), of which none is zero, and ``T`` (B, 8, 8), which is the recorded one if it is not given."""
+        T = _matrices(extra) if T is None else T
         gamma, alpha, _ = coefficients(torch.float64, h.device)
         gamma = torch.nn.functional.pad(gamma, (0, SIZE - gamma.shape[0]))
         return cls(extra[0].long(), T, h, gamma, alpha[extra[0].long()].unsqueeze(-1))
@@ -112,10 +118,29 @@ class _Formula:
         """``h / alpha_q`` (B, 1)."""
         return (self.size.unsqueeze(-1) / self.alpha).to(real)
 
+    def table_bar(self, S: Tensor, bar: Tensor, w: Tensor, base_bar: Tensor) -> Tensor:
+        """The cotangent (8, B, n) of the table that was brought to the size of the step: from that behind it (``S`` of `update_matrix`), of
+        the correction ``w``, and of the ``base`` of the equation."""
+        low = _low(self.order, bar.dtype.to_real()).to(bar.dtype)
+        out = torch.einsum("bij,ibn->jbn", S, bar) + torch.einsum("bi,bn->ibn", low, -(w + base_bar))
+        return out + torch.einsum("bi,bn->ibn", self.weights(bar.dtype), base_bar)
 
-def _matrices(extra: Tensor) -> Tensor:
-    """``T`` (*, B, 8, 8) of steps, from ``extra`` (*, E, B)."""
-    return extra[..., 1:, :].unflatten(-2, (SIZE, SIZE)).movedim(-1, -3)
+    def size_bar(self, y: Tensor, stages: Tensor, table_bar: Tensor, c_bar: Tensor) -> Tensor:
+        """The cotangent (B,) of the size, but for what it has by the time of the end and by the stages that were divided by it.
+
+        By the table, and by ``c``, whose cotangent is ``c_bar`` (B,).
+        """
+        real, q = y.dtype.to_real(), self.order.unsqueeze(-1)
+        d = torch.cat([y.unsqueeze(0) / self.size.to(real).unsqueeze(-1), stages])
+        place = torch.arange(MAX_ORDER + 1, device=y.device)
+        # D_j after the step is the sum of those before it from j to q, and the correction, which comes last among the stages
+        later = torch.cat([d[1 : MAX_ORDER + 1], torch.zeros_like(d[:1])])
+        before = d[: MAX_ORDER + 1] - torch.where((place == q).t().unsqueeze(-1), d[-1], later)
+        before = before * (place <= q).to(real).t().unsqueeze(-1)
+        slopes = torch.as_tensor(rescaling_slopes(MAX_ORDER + 1), dtype=real, device=y.device)[self.order]
+        moved = torch.einsum("bij,jbn->ibn", slopes.to(y.dtype), before)
+        by_c = c_bar / self.alpha.squeeze(-1).to(real)
+        return sum((row_dot(a, b) for a, b in zip(moved, table_bar, strict=False)), by_c).double()
 
 
 def _moved(grid: dict[str, Tensor], h: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,24 +152,6 @@ def _moved(grid: dict[str, Tensor], h: Tensor) -> tuple[Tensor, Tensor]:
     factor, order = (size / recorded).flatten(), grid["extra"][:, 0].flatten().long()
     change = rescaling(order, factor, SIZE) - rescaling(order, torch.ones_like(factor), SIZE)
     return size, T + change.unflatten(0, size.shape) @ T
-
-
-def resized(order: Tensor, h: Tensor, y: Tensor, stages: Tensor, near_bar: Tensor, c_bar: Tensor) -> Tensor:
-    """The cotangent (B,) of the size of a step, but for what it has by the time of its end and by the stages that were divided by it.
-
-    From those of the table that was brought to ``h``, ``near_bar`` (8, B, n), and of ``c = h / alpha`` in the equation, ``c_bar`` (B,).
-    """
-    _, alpha, _ = coefficients(torch.float64, h.device)
-    real, q = y.dtype.to_real(), order.unsqueeze(-1)
-    d = torch.cat([y.unsqueeze(0) / h.to(real).unsqueeze(-1), stages])
-    place = torch.arange(MAX_ORDER + 1, device=h.device)
-    # D_j after the step is the sum of those before it from j to q, and the correction, which comes last among the stages
-    later = torch.cat([d[1 : MAX_ORDER + 1], torch.zeros_like(d[:1])])
-    before = d[: MAX_ORDER + 1] - torch.where((place == q).t().unsqueeze(-1), d[-1], later)
-    before = before * (place <= q).to(real).t().unsqueeze(-1)
-    slopes = torch.as_tensor(rescaling_slopes(MAX_ORDER + 1), dtype=real, device=h.device)[order]
-    moved = torch.einsum("bij,jbn->ibn", slopes.to(y.dtype), before)
-    return sum((row_dot(a, b) for a, b in zip(moved, near_bar, strict=False)), c_bar / alpha[order].to(real)).double()
 
 
 class BdfReplay:
@@ -166,7 +173,7 @@ class BdfReplay:
         """Stages and the table after step ``k``."""
         grid, system = self.grid, self.problem.system
         h, real = grid["h"][k], D.dtype.to_real()
-        formula = _Formula.of(grid["extra"][k], self.h[k], self.T[k])
+        formula = Formula.of(grid["extra"][k], self.h[k], self.T[k])
         near = torch.einsum("bij,jbn->ibn", formula.T.to(D.dtype), D)
         predicted = torch.einsum("bi,ibn->bn", _low(formula.order, real).to(D.dtype), near)
         psi = torch.einsum("bi,ibn->bn", formula.weights(D.dtype), near)
@@ -198,6 +205,8 @@ class BdfAdjoint:
         assert algebra is not None
         self.problem, self.grid, self.inputs, self.algebra = problem, grid, inputs, algebra
         self.linearize, self.f, self.log = linearize, f, Log()
+        #: steps whose sizes count: that of no other one moves
+        self.lands: list[bool] = grid["lands"].any(-1).tolist()
         self._factors: Any = None
 
     def begin(self, bar: Tensor, y0: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -209,16 +218,16 @@ class BdfAdjoint:
         grid, linearize, bar, k_bar = self.grid, self.linearize, bars.table, bars.stages
         states, stages, h = grid["states"], grid["stages"], grid["h"][k]
         dtype, real = states.dtype, states.dtype.to_real()
-        formula = _Formula.of(grid["extra"][k], grid["size"][k], _matrices(grid["extra"][k]))
+        formula = Formula.of(grid["extra"][k], grid["size"][k])
         new_bar, size_bar = bar, None
-        if bars.moving and k_bar is not None:
+        lands = bars.moving and self.lands[k]
+        if lands and k_bar is not None:
             size_bar = -sum(row_dot(x, y) for x, y in zip(stages[k], k_bar, strict=True)).double() / formula.size
         if k_bar is not None:
             k_bar = k_bar / formula.size.to(real).reshape(1, -1, 1)
             new_bar = bar.clone()
             new_bar[1 : MAX_ORDER + 1] += k_bar[:MAX_ORDER] * _kept(formula.order, real)
         S, s = (x.to(dtype) for x in update_matrix(formula.order))
-        near_bar = torch.einsum("bij,ibn->jbn", S, new_bar)
         w = torch.einsum("bi,ibn->bn", s, new_bar)
         if k_bar is not None:
             w = w + k_bar[MAX_ORDER]
@@ -231,12 +240,11 @@ class BdfAdjoint:
         pulled, t_bar = pull((-c if implicit else c) * solved)
         # what the slope passes on is -c E* l / c
         base_bar = pulled[:, n:] / c if implicit else -solved
-        near_bar = near_bar + torch.einsum("bi,bn->ibn", _low(formula.order, real).to(dtype), -(w + base_bar))
-        near_bar = near_bar + torch.einsum("bi,bn->ibn", formula.weights(dtype), base_bar)
-        if bars.moving:
+        near_bar = formula.table_bar(S, new_bar, w, base_bar)
+        if lands:
             # c F moves with c by F - F_y' y'
             c_bar = -row_dot(rate, solved) - row_dot(at[:, n:], base_bar) if implicit else row_dot(rate, solved)
-            by_size = resized(formula.order, formula.size, y, stages[k], near_bar, c_bar)
+            by_size = formula.size_bar(y, stages[k], near_bar, c_bar)
             size_bar = sum((x for x in (t_bar, size_bar) if x is not None), by_size)
         return StepBack(torch.einsum("bij,ibn->jbn", formula.T.to(dtype), near_bar), t_bar, size_bar)
 

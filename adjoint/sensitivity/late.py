@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ..capture import closed_over
 from ..errors import CapturedTensorLost
 from ..integrate import Record
 from ..ownership import under_transform
@@ -98,7 +99,7 @@ def _in_reach(function: Any) -> Iterator[Tensor]:
         if isinstance(x, Tensor):
             yield x
         elif isinstance(x, FunctionType):
-            todo += [*_contents(x), *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()]
+            todo += [*closed_over(x), *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()]
             if not x.__module__.startswith("torch."):
                 todo += [x.__globals__[name] for name in _names(x.__code__) if name in x.__globals__]
         elif isinstance(x, MethodType):
@@ -112,14 +113,6 @@ def _in_reach(function: Any) -> Iterator[Tensor]:
         elif hasattr(x, "__dict__"):
             todo += vars(x).values()
             todo += [m for name in ("forward", "__call__") if isinstance(m := getattr(type(x), name, None), FunctionType)]
-
-
-def _contents(function: FunctionType) -> Iterator[Any]:
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # it is empty still
-            continue
 
 
 def _names(code: CodeType) -> set[str]:

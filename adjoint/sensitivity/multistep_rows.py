@@ -14,7 +14,7 @@ from ..linalg import Log
 from ..linalg.dense import factor_one
 from ..methods.bdf import MAX_ORDER, coefficients
 from ..methods.runge_kutta import row_dot
-from .bdf import resized
+from .bdf import Formula
 from .linearize import Linearizer, vjp
 from .problem import Problem
 from .steps_as_rows import Rows, most_rows, rows_of
@@ -86,7 +86,8 @@ def multistep_by_rows(
             w = both[SIZE:] if k_bar is None else both[SIZE:] + k_bar[MAX_ORDER:]
             u = factor_one(algebra.linear_solver, matrices[k - part.start], log).solve(w)
             if time_bars and lands[k]:
-                size_bars[k] = _size_bar(order[k], h[k], states[k + 1], stages[k], points.out[k - part.start], bar, w, u, k_bar)
+                formula = Formula.of(grid["extra"][k], grid["h"][k])
+                size_bars[k] = _size_bar(formula, states[k + 1], stages[k], points.out[k - part.start], bar, w, u, k_bar)
             # the correction that is one of the stages takes its part back from the prediction
             bar = both[:SIZE] if k_bar is None else torch.addr(both[:SIZE], moves[k, 1], k_bar[MAX_ORDER])
             bar = torch.addr(bar, moves[k, 0], u[0])
@@ -115,16 +116,11 @@ def multistep_by_rows(
 
 
 def _size_bar(
-    order: Tensor, h: Tensor, y: Tensor, stages: Tensor, rate: Tensor, bar: Tensor, w: Tensor, u: Tensor, k_bar: Tensor | None
+    formula: Formula, y: Tensor, stages: Tensor, rate: Tensor, bar: Tensor, w: Tensor, u: Tensor, k_bar: Tensor | None
 ) -> Tensor:
     """As in `BdfAdjoint.step`, of a step whose cotangents are ``bar`` (8, n) behind it and ``w``, ``u`` (1, n) of its equation."""
-    q, h = order.unsqueeze(0), h.unsqueeze(0)
-    gamma, alpha, _ = coefficients(torch.float64, h.device)
-    low = (torch.arange(SIZE, device=h.device) <= q).to(y.dtype)
-    weights = (torch.nn.functional.pad(gamma, (0, SIZE - len(gamma))) / alpha[order]).to(y.dtype) * low
-    S, _ = update_matrix(q)
-    near_bar = S[0].t().to(y.dtype) @ bar + low.unsqueeze(-1) * (u - w) - weights.unsqueeze(-1) * u
-    out = resized(q, h, y, stages, near_bar.unsqueeze(1), row_dot(rate.detach().reshape(1, -1), u))
+    S = update_matrix(formula.order)[0].to(y.dtype)
+    out = formula.size_bar(y, stages, formula.table_bar(S, bar.unsqueeze(1), w, -u), row_dot(rate.detach().reshape(1, -1), u))
     return out if k_bar is None else out - row_dot(stages[:, 0].flatten(), k_bar.flatten()).double()
 
 
