@@ -44,8 +44,9 @@ def check_unchanged(lent: Any, what: str) -> None:
         changed(what, "the state")
 
 
-def _counts(x: Tensor) -> tuple[int, int, int]:
-    """References to a tensor, to its memory, and to what it is a view of."""
+def _counts(make: Callable[[], Tensor]) -> tuple[int, int, int]:
+    """References to a tensor, to its memory, and to what it is a view of, as `own` sees them."""
+    x = make()
     references = sys.getrefcount(x)
     base = x._base
     uses = 0 if _storage_uses is None else _storage_uses(x.untyped_storage()._cdata)
@@ -53,17 +54,19 @@ def _counts(x: Tensor) -> tuple[int, int, int]:
 
 
 # those of a tensor that nobody else knows, counted here, because versions of Python and PyTorch differ in what they count along
-_REFERENCES, _USES, _ = _counts(torch.empty(1))
-_, _USES_OF_VIEW, _REFERENCES_OF_BASE = _counts(torch.empty(1).view(1))
+_REFERENCES, _USES, _ = _counts(lambda: torch.empty(1))
+_, _USES_OF_VIEW, _REFERENCES_OF_BASE = _counts(lambda: torch.empty(1).view(1))
 
 
-def own(x: Any) -> Any:
-    """``x``, which a function has just returned, or a copy where somebody else may write into its memory later on: it is held elsewhere
-    too, is a view of such a tensor, or lies in memory that is not PyTorch's. To be called as ``own(f(...))``: a name for the result
-    would be one more reference to it.
+def own(f: Callable[..., Any], *args: Any) -> Any:
+    """``f(*args)``, or a copy of it where somebody else may write into its memory later on: it is held elsewhere too, is a view of such
+    a tensor, or lies in memory that is not PyTorch's.
 
-    A graph that autograd records holds results too, and never writes into them: there only objects count.
+    ``f`` is called here because references are counted: of a result that were handed in, the caller's frame would hold one or not, as
+    Python happens to make the call. A graph that autograd records holds results too, and never writes into them: there only objects
+    count.
     """
+    x = f(*args)
     if torch.compiler.is_compiling() or _storage_uses is None:
         # a compiler leaves a copy out where nobody writes
         return x.clone() if isinstance(x, Tensor) else x
@@ -96,13 +99,13 @@ def lending(f: Flat, what: str = "fun") -> Flat:
 
     def call(t: Tensor, y: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return own(f(t.clone(), y.clone()))
+            return own(f, t.clone(), y.clone())
         try:
             state, time = y._version, t._version
         except RuntimeError:
             # tensors of inference mode have no versions
-            return own(f(t.clone(), y.clone()))
-        out = own(f(t, y))
+            return own(f, t.clone(), y.clone())
+        out = own(f, t, y)
         if y._version != state or t._version != time:
             changed(what, "the state" if y._version != state else "time")
         return out

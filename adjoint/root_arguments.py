@@ -220,7 +220,7 @@ def _user_jacobian(jac: Any, system: System, spec: StateSpec) -> UserJacobian:
         call = system.substituted(lambda _, x, *rest: jac(x, *rest), inputs)
         args = system.arguments(inputs)
         state = spec.unflatten(x)
-        out = own(call(torch.zeros(()), state, *args))
+        out = own(call, torch.zeros(()), state, *args)
         if not isinstance(out, Tensor):
             raise InvalidInput(f"jac must return a tensor, got a {type(out).__name__}")
         if out.dtype != x.dtype or out.device != x.device:

@@ -46,7 +46,7 @@ class GivenStageJacobian:
         spec, call = system.spec, system.substituted(self.jac, inputs)
         args, state = system.arguments(inputs), spec.unflatten(x)
         time = t if spec.batch is not None else t.reshape(())
-        out = own(call(time, state, *args))
+        out = own(call, time, state, *args)
         n, lead = x.shape[1], () if spec.batch is None else (spec.batch,)
         if not isinstance(out, Tensor):
             raise InvalidInput(f"jac must return a tensor, got a {type(out).__name__}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..methods import Method
-from .companion import QUIET, companion_of
+from .companion import QUIET, Companion, companion_of
 from .compiled import compiled
 from .controller import tamed
 from .events import EventWatch
@@ -75,6 +75,26 @@ def _timed_attempt(
     return _attempt(f, plan, times, th[1].to(plan.real), y, k1, size, flat)
 
 
+def _accompanied(
+    companion: Companion,
+    error: float,
+    times: Sequence[Tensor],
+    h: float,
+    y: Tensor,
+    y1: Tensor,
+    ks: list[Tensor],
+    k_end: Tensor | None,
+    scaled: Tensor | None,
+    cut: bool,
+) -> float:
+    """The error of an attempt and of its companion. Of a step that was ``cut`` short a small error says nothing."""
+    quiet = error <= QUIET and not cut
+    if not companion.due(quiet, abs(h)):
+        return error
+    assert scaled is not None
+    return max(error, companion.error_of_one(times, h, y, y1, ks if k_end is None else [*ks, k_end], scaled, quiet))
+
+
 def integrate_single(
     f: Callable[[Tensor, Tensor], Tensor],
     plan: Plan,
@@ -115,14 +135,15 @@ def integrate_single(
     kept_stages: list[Tensor] = []
     events = EventWatch(plan, inputs, t, y0)
     watch = None if plan.switch is None else SwitchWatch(plan.switch, plan, 1, device)
-    segment = 0
-    jump_start = False
-    y, size = y0, y0.detach().abs()
+    segment: int = 0
+    jump_start: bool = False
+    y: Tensor = y0
+    size: Tensor = y0.detach().abs()
     start_time = _start_time(t, y, plan.shift == "all", sign)
-    k1 = f(start_time, y) if recording is None else recording.first(f, start_time, y)
+    k1: Tensor = f(start_time, y) if recording is None else recording.first(f, start_time, y)
     n_fun += 1
     if plan.first_step is not None:
-        step = float(plan.first_step)
+        step: float = float(plan.first_step)
     elif method.adaptive:
         toward = torch.full((1,), sign, dtype=torch.float64, device=device)
         with torch.no_grad():
@@ -133,10 +154,12 @@ def integrate_single(
     else:
         # a grid of anchors is the whole discretisation
         step = math.inf
-    previous = (1.0, 1.0)
+    # types of what goes round in the loop are said here: found by inference they take a checker minutes
+    previous: tuple[float, float] = (1.0, 1.0)
     status = Status.SUCCESS
     attempts = 0
-    just_rejected = bad = False
+    just_rejected: bool = False
+    bad: bool = False
     scaled: Tensor | None = None
 
     companion = companion_of(f, plan, beside, y0, flat)
@@ -153,13 +176,13 @@ def integrate_single(
         if attempts >= plan.max_steps:
             status = Status.MAX_STEPS
             break
-        wanted = min(step, plan.max_step)
+        wanted: float = min(step, plan.max_step)
         if plan.accept_smallest:
             wanted = max(wanted, plan.min_step)
         remaining = abs(target - t)
         lands = wanted >= remaining * (1 - 1e-10) if not method.adaptive else wanted * 1.01 >= remaining and remaining <= plan.max_step
-        h = (target - t) if lands else sign * wanted
-        end = target if lands else t + h
+        h: float = (target - t) if lands else sign * wanted
+        end: float = target if lands else t + h
         if not lands and (wanted < plan.min_step or wanted <= 16 * _EPS * abs(t)):
             status = Status.NON_FINITE if bad else Status.STEP_TOO_SMALL
             break
@@ -178,13 +201,9 @@ def integrate_single(
             y1, ks, k_end, size1, scaled, norm = fast(f, plan, th, y, k1, size, flat)
         n_fun += method.evaluations
         if norm is not None:
-            error = float(norm)
-            # of a step that was cut short a small error says nothing
-            quiet = error <= QUIET and not (lands and abs(h) < 0.5 * wanted)
-            if companion is not None and error <= 1.0 and companion.due(quiet, abs(h)):
-                assert scaled is not None
-                slopes = ks if k_end is None else [*ks, k_end]
-                error = max(error, companion.error_of_one(times, h, y, y1, slopes, scaled, quiet))
+            error: float = float(norm)
+            if companion is not None and error <= 1.0:
+                error = _accompanied(companion, error, times, h, y, y1, ks, k_end, scaled, lands and abs(h) < 0.5 * wanted)
             bad = not math.isfinite(error)
             smallest = plan.accept_smallest and abs(h) <= plan.min_step
             if bad or (error > 1.0 and not smallest):
@@ -199,7 +218,7 @@ def integrate_single(
                     break
                 continue
             level = tamed(error)
-            factor = controller.accepted(order, level, previous, abs(h))
+            factor: float = controller.accepted(order, level, previous, abs(h))
             proposal = abs(h) * (min(factor, 1.0) if just_rejected else factor)
             # a step cut short by an anchor says little about the next one
             step = max(proposal, wanted) if lands and not just_rejected else proposal
