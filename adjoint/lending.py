@@ -66,9 +66,17 @@ def own(f: Callable[..., Any], *args: Any) -> Any:
     Python happens to make the call. A graph that autograd records holds results too, and never writes into them: there only objects
     count.
     """
-    x = f(*args)
-    if torch.compiler.is_compiling() or _storage_uses is None:
+    if torch.compiler.is_compiling():
         # a compiler leaves a copy out where nobody writes
+        x = f(*args)
+        return x.clone() if isinstance(x, Tensor) else x
+    return _owned(f, *args)
+
+
+def _owned(f: Callable[..., Any], *args: Any) -> Any:
+    """`own` outside of compilers."""
+    x = f(*args)
+    if _storage_uses is None:
         return x.clone() if isinstance(x, Tensor) else x
     if sys.getrefcount(x) > _REFERENCES or type(x) is not Tensor:
         return x.clone() if isinstance(x, Tensor) else x
@@ -104,8 +112,8 @@ def lending(f: Flat, what: str = "fun") -> Flat:
             state, time = y._version, t._version
         except RuntimeError:
             # tensors of inference mode have no versions
-            return own(f, t.clone(), y.clone())
-        out = own(f, t, y)
+            return _owned(f, t.clone(), y.clone())
+        out = _owned(f, t, y)
         if y._version != state or t._version != time:
             changed(what, "the state" if y._version != state else "time")
         return out
