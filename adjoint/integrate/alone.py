@@ -17,6 +17,8 @@ from ..methods.tableaux_rosenbrock import RosenbrockTableau
 from .coupled import MOST as MOST_COUPLED
 from .coupled import MOST_CONSTANT, complex_shifted, solve_modes
 from .guesses import LoneGuess
+from .newton import iterate
+from .numbers import less
 from .plan import Plan, rms_norm
 from .stages import LOOSEST, MOST, StageWork, _between, jacobian_at, shifted
 
@@ -40,17 +42,6 @@ def solved(factors: Factorization, b: Tensor) -> Tensor:
             return torch.from_numpy(factors.solve_one(as_numpy(b)))
         return torch.from_numpy(factors.solve_one(as_numpy(b.reshape(-1)))).reshape(b.shape)
     return factors.solve(b.reshape(1, -1)).reshape(b.shape)
-
-
-def _converged(iteration: int, length: float, rate: float, bound: float) -> bool:
-    """Whether the error after this iteration, by the geometric series, is small; in the first one nothing is known of the rate."""
-    left = rate / max(1 - rate, 1e-3) * length if iteration else length
-    return left <= bound and (iteration == 0 or rate < 1)
-
-
-def _hopeless(rate: float, length: float, left: int) -> bool:
-    """See `coupled.hopeless`."""
-    return rate >= 1.0 or rate ** (left + 1) / max(1 - rate, 1e-3) * length > 1.0
 
 
 class LoneStages:
@@ -85,7 +76,8 @@ class LoneStages:
         self._guess: LoneGuess | None = None
         self._modes: _Modes | None = None
         self._rows: tuple[list[np.ndarray], list[np.ndarray], np.ndarray] | None = None
-        self._stuck = False
+        #: whether the iteration, and not ``f``, failed in the last attempt
+        self.stuck = False
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """``f(t, y)``."""
@@ -98,11 +90,6 @@ class LoneStages:
         return StageWork(*(torch.tensor([x], dtype=torch.int64, device=self.device) for x in counts), log=self.log)
 
     @property
-    def stuck(self) -> Tensor:
-        """``(1,)``: whether the iteration, and not ``f``, failed in the last attempt."""
-        return torch.tensor([self._stuck], device=self.device)
-
-    @property
     def matrix(self) -> Matrix:
         """The Jacobian at the start of the step."""
         assert self._matrix is not None
@@ -110,7 +97,7 @@ class LoneStages:
 
     def begin(self, t: Tensor, y: Tensor) -> None:
         """A step is attempted from here: the Jacobian is taken anew, unless the attempt before began at the same place."""
-        self._stuck = False
+        self.stuck = False
         at = self._at
         if at is not None and at[1] is y and torch.equal(at[0], t):
             return
@@ -184,26 +171,18 @@ class LoneStages:
         f, step = self.f, float(hd)
         factors = self._factors_for(1.0, step)
         weight = abs(step) / (base.abs() * self.rtol + self.atol)
-        k, before, rate, adaptive = guess, math.nan, 1.0, self.plan.method.adaptive
-        for iteration in range(MOST):
+
+        def change(k: Tensor, _: bool) -> tuple[Tensor, float]:
             # (I - hd J) dk = -(k - f): in terms of the slopes
-            change = solved(factors, k - f(t, torch.add(base, k, alpha=step)))
+            found = solved(factors, k - f(t, torch.add(base, k, alpha=step)))
             self.n_fun += 1
             self.n_newton += 1
             self.n_solves += 1
-            length = self.norm(change * weight)
-            if iteration:
-                rate = length / before
-            finite = math.isfinite(length)
-            if not finite or (iteration and (rate >= 2.0 or (adaptive and _hopeless(rate, length / self.tolerance, MOST - 1 - iteration)))):
-                self._stuck = self._stuck or finite
-                return torch.full_like(k, math.nan)
-            k = k - change
-            if length == 0 or _converged(iteration, length, rate, self.tolerance):
-                return k
-            before = length
-        self._stuck = True
-        return torch.full_like(k, math.nan)
+            return found, self.norm(found * weight)
+
+        k, failed, stalled = iterate(guess, change, less, True, self.tolerance, MOST, early=self.plan.method.adaptive)
+        self.stuck = self.stuck or stalled
+        return torch.full_like(k, math.nan) if failed else k
 
     def linear_stages(
         self, tableau: RosenbrockTableau, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor, slope: Tensor
@@ -252,33 +231,21 @@ class LoneStages:
         magnitude = start.abs()
         bound = torch.maximum(self.tolerance * (magnitude * plan.rtol + plan.atol), 10 * torch.finfo(plan.real).eps * magnitude)
         weight = abs(size) / bound
-        before, rate = math.nan, 1.0
-        failed = True
-        most = MOST_COUPLED if tableau.error is not None else MOST_CONSTANT
-        for iteration in range(most):
+
+        def change(ks: Tensor, _: bool) -> tuple[Tensor, float]:
             points = torch.addmm(start.unsqueeze(0), modes.a, ks, alpha=size).unbind()
             if y.dim() == 1:
                 values = [f(t, x) for t, x in zip(times, points, strict=True)]
             else:
                 values = [f(t, x.reshape(y.shape)).reshape(start.shape) for t, x in zip(times, points, strict=True)]
-            change = modes.solve(systems, ks - torch.stack(values))
+            found = modes.solve(systems, ks - torch.stack(values))
             self.n_fun += len(values)
             self.n_newton += 1
             self.n_solves += len(systems)
-            length = self._longest(torch.mm(modes.a, change) * weight)
-            if iteration:
-                rate = length / before
-            finite = math.isfinite(length)
-            if not finite or (iteration and (rate >= 2.0 or (tableau.error is not None and _hopeless(rate, length, most - 1 - iteration)))):
-                self._stuck = finite
-                break
-            ks = ks - change
-            if length == 0 or _converged(iteration, length, rate, 1.0):
-                failed = False
-                break
-            before = length
-        else:
-            self._stuck = True
+            return found, self._longest(torch.mm(modes.a, found) * weight)
+
+        adaptive = tableau.error is not None
+        ks, failed, self.stuck = iterate(ks, change, less, True, 1.0, MOST_COUPLED if adaptive else MOST_CONSTANT, early=adaptive)
         if failed:
             ks = torch.full_like(ks, math.nan)
         if self._guess is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from .batch_events import BatchEventWatch, ends_at, next_aim, no_events
 from .batch_sampling import BatchSampler
+from .clock import aim_step, judge_step, why_stuck
 from .columns import layout, takes_columns
 from .companion import QUIET, Companion, companion_of
 from .compiled import compiled
@@ -25,8 +25,6 @@ from .stages import StageSolver
 from .stiffness import SwitchWatch
 
 __all__ = ["Attempt", "Carry", "advance", "integrate_batched", "start_carry"]
-
-_EPS = float(torch.finfo(torch.float64).eps)
 
 
 class Carry(NamedTuple):
@@ -73,34 +71,17 @@ def advance(
     f, spread, turned = layout(f, columns, carry.y.shape[-1] if one_by_one else 0)
     if plan.direct:
         f = DirectStages(f, 0 if columns else 1)
-    method, controller = plan.method, plan.control
-    order = method.error_order + 1
+    method = plan.method
     t, y, k1, running = carry.t, carry.y, carry.k1, carry.running
     real = plan.real
     last = stops.shape[0] - 2
     target = stops[1] if last == 0 else stops.gather(0, carry.segment.clamp(max=last).unsqueeze(0) + 1).squeeze(0)
-    remaining = (target - t).abs()
-    bounded = math.isfinite(plan.max_step)
-    wanted = carry.step.clamp(max=plan.max_step) if bounded else carry.step
-    if plan.accept_smallest:
-        wanted = wanted.clamp(min=plan.min_step)
-    if method.adaptive:
-        lands = wanted * 1.01 >= remaining
-        if bounded:
-            lands = lands & (remaining <= plan.max_step)
-    else:
-        lands = wanted >= remaining * (1 - 1e-10)
-    smallest = 16 * _EPS * t.abs()
-    tiny = wanted <= smallest
-    if plan.min_step:
-        tiny = tiny | (wanted < plan.min_step)
-    out_of_steps = carry.attempts >= plan.max_steps
-    stuck = (tiny & ~lands) | out_of_steps
-    alive = running & ~stuck
-    why = torch.where(carry.bad_last, int(Status.NON_FINITE), int(Status.STEP_TOO_SMALL))
-    failed = torch.where(running & stuck, torch.where(out_of_steps, int(Status.MAX_STEPS), why), 0)
+    aimed = aim_step(plan, carry.step, t, (target - t).abs(), carry.attempts)
+    lands = aimed.lands
+    alive = running & ~aimed.stuck
+    failed = torch.where(running & aimed.stuck, why_stuck(aimed, carry.bad_last), 0)
     # the steps of finished trajectories have size zero: inert, and finite wherever the state is
-    h = torch.where(alive, torch.where(lands, target - t, sign * wanted), 0.0)
+    h = torch.where(alive, torch.where(lands, target - t, sign * aimed.size), 0.0)
     end = torch.where(lands & alive, target, t + h)
     hr = spread(h.to(real))
     at = {c: (t + h * c).to(real) for c in method.nodes}
@@ -125,30 +106,15 @@ def advance(
         error = plan.norm(scaled)
         # kept for the message of a failure, which is found when the next attempt would be made
         scaled = torch.where(spread(alive), turned(scaled), carry.scaled)
-        bad = ~torch.isfinite(error)
-        passed = error <= 1.0
-        if plan.accept_smallest:
-            passed = passed | (~bad & (h.abs() <= plan.min_step))
-        accepted = alive & passed
-        rejected = alive & ~passed
-        level = tamed(torch.where(bad, float("inf"), error))
-        length = h.abs()
-        up, down = controller.both(order, level, (carry.error1, carry.error2), length)
-        up = torch.where(carry.rejected_last, up.clamp(max=1.0), up)
-        proposal = length * up
-        proposal = torch.where(lands & ~carry.rejected_last, torch.maximum(proposal, wanted), proposal)
+        memory = (carry.error1, carry.error2)
+        verdict = judge_step(plan, error, t, h.abs(), aimed.size, lands, carry.rejected_last, memory, getattr(f, "stuck", None))
+        bad, accepted, rejected = verdict.bad, alive & verdict.passed, alive & ~verdict.passed
+        hopeless = alive & verdict.hopeless
         # of trajectories that are done nobody asks for another step
-        stuck = getattr(f, "stuck", None)
-        given_up = controller.min_factor if stuck is None else torch.where(stuck, controller.stuck_factor, controller.min_factor)
-        step = torch.where(accepted, proposal, length * torch.where(bad, given_up, down))
-        error1, error2 = carry.error1, carry.error2
-        if controller.remembers:
-            memory = controller.remember(level, length, (error1, error2))
-            error1, error2 = torch.where(accepted, memory[0], error1), torch.where(accepted, memory[1], error2)
-        least = step <= smallest
-        if plan.accept_smallest:
-            least = least | (h.abs() <= plan.min_step)
-        hopeless = rejected & bad & least
+        step = verdict.step
+        error1, error2 = memory
+        if plan.control.remembers:
+            error1, error2 = torch.where(accepted, verdict.memory[0], error1), torch.where(accepted, verdict.memory[1], error2)
     else:
         # without an error estimate the state itself says when it stops being finite
         bad = ~torch.isfinite(turned(y1)).all(-1)

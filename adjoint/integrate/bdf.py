@@ -12,16 +12,20 @@ from ..linalg import Factorization, LinearOperator, LinearSolver, Matrix, Sparse
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling
 from .initial_step import initial_step
 from .multistep import Decision, MultistepSolver, Trial
+from .newton import iterate
+from .numbers import less
 from .pencil import Pencil, ScaledFactors, scaled_factors, split
 from .plan import Plan
 from .residual import ResidualSolver
 from .stages import LOOSEST, StageWork, _between, jacobian_at, shifted
 
-__all__ = ["LARGEST", "NEWTON", "SAFETY", "SIZE", "SMALLEST", "BdfSolver", "update_matrix"]
+__all__ = ["BOUND", "LARGEST", "NEWTON", "SAFETY", "SIZE", "SMALLEST", "BdfSolver", "update_matrix"]
 
 #: rows of the table of differences
 SIZE = MAX_ORDER + 3
 NEWTON, SMALLEST, LARGEST, SAFETY = 5, 0.2, 10.0, 0.9
+#: what is left by the iteration, in units of its own tolerance
+BOUND = 1e-3
 
 
 def update_matrix(order: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,50 +249,35 @@ class BdfSolver(MultistepSolver):
         else:
             fresh = torch.zeros_like(running)
         size = predicted.abs() * self.rtol + self.atol
-        d, converged, counts, finite = self._iterate(t, predicted, psi, c, running, size)
+        d, converged, counts, stalled = self._iterate(t, predicted, psi, c, running, size)
         again = running & ~converged & ~fresh
         if bool(again.any()):
             safe = torch.where(running.unsqueeze(-1), c, 1.0)
             self._matrix(t, predicted, psi / safe, again)
-            d2, better, more, finite2 = self._iterate(t, predicted, psi, c, again, size)
+            d2, better, more, stalled2 = self._iterate(t, predicted, psi, c, again, size)
             d = torch.where(again.unsqueeze(-1), d2, d)
-            converged, finite = torch.where(again, better, converged), torch.where(again, finite2, finite)
+            converged, stalled = torch.where(again, better, converged), torch.where(again, stalled2, stalled)
             counts = torch.where(again, more, counts)
-        self.stuck = torch.where(running, ~converged & finite, self.stuck)
+        self.stuck = torch.where(running, stalled, self.stuck)
         return d, converged, counts
 
     def _iterate(
         self, t: Tensor, predicted: Tensor, psi: Tensor, c: Tensor, running: Tensor, size: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        d = torch.zeros_like(predicted)
+        """The correction, which rows have converged, after how many rounds, and which have not though all was finite."""
         safe = torch.where(running.unsqueeze(-1), c, 1.0)
-        before = torch.full_like(safe.squeeze(-1), float("nan"))
-        rate = torch.ones_like(before)
-        active, converged = running, torch.zeros_like(running)
-        counts, finite = torch.zeros_like(self.work.n_fun), torch.ones_like(running)
-        for iteration in range(NEWTON):
-            value = -safe * self.equation(t, predicted + d, (psi + d) / safe)
+        rounds = self.work.n_newton
+
+        def change(d: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+            value = safe * self.equation(t, predicted + d, (psi + d) / safe)
             wanted = safe if self._c is None else torch.where(active.unsqueeze(-1), c, self._c)
-            change = self._solve(wanted, torch.where(active.unsqueeze(-1), value, 0.0), active)
+            found = self._solve(wanted, torch.where(active.unsqueeze(-1), value, 0.0), active)
             self.work.n_fun += active
-            self.work.n_newton += active
-            length = self.plan.norm(change / size)
-            counts = counts + active
-            if iteration:
-                rate = torch.where(active, length / before, rate)
-            good = torch.isfinite(length)
-            finite = finite & (good | ~active)
-            bad = active & (~good | ((rate >= 1.0) if iteration else False))
-            moving = (active & ~bad).unsqueeze(-1)
-            d = torch.where(moving, d + change, d)
-            left = rate / (1 - rate).clamp(min=1e-3) * length if iteration else length
-            done = active & ~bad & ((left <= 1e-3) | (length == 0)) & ((rate < 1) if iteration else True)
-            converged = converged | done
-            active = active & ~bad & ~done
-            before = length
-            if not bool(active.any()):
-                break
-        return d, converged, counts, finite
+            self.work.n_newton = self.work.n_newton + active
+            return found, self.plan.norm(found / size)
+
+        d, failed, stalled = iterate(torch.zeros_like(predicted), change, less, running, BOUND, NEWTON, worst=1.0)
+        return d, running & ~failed, self.work.n_newton - rounds, stalled
 
 
 def _mixed(rows: Tensor, new: Matrix, old: Matrix) -> Matrix:

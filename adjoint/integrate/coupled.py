@@ -12,12 +12,14 @@ from ..linalg import Factorization, LinearOperator, Matrix
 from ..methods.runge_kutta import weighted_sum
 from ..methods.tableaux_implicit import CollocationTableau, Mode
 from .guesses import StageGuess
+from .newton import iterate
+from .numbers import less
 
 if TYPE_CHECKING:
     from .plan import Plan
     from .stages import StageSolver, StageWork
 
-__all__ = ["CoupledSystem", "Solves", "combined", "complex_shifted", "hopeless", "solve_coupled", "solve_modes", "stage_factors"]
+__all__ = ["CoupledSystem", "Solves", "combined", "complex_shifted", "solve_coupled", "solve_modes", "stage_factors"]
 
 #: iterations before a step counts as failed: one that can be repeated with a smaller size is given up early
 MOST, MOST_CONSTANT = 10, 50
@@ -94,40 +96,27 @@ def solve_coupled(
     ks = [k1] * len(times) if guess is None else [torch.where(running.unsqueeze(-1), k, k1) for k in guess(step, y, k1)]
     systems = [(mode, solver.mode_factors(mode, step)) for mode in tableau.distinct(y.is_complex())]
     bound = torch.maximum(solver.tolerance * (y.abs() * plan.rtol + plan.atol), 10 * torch.finfo(plan.real).eps * y.abs())
-    before = torch.full_like(step.squeeze(-1), float("nan"))
-    rate = torch.ones_like(before)
-    failed, diverged, attempted = torch.zeros_like(running), torch.zeros_like(running), running
-    most = MOST if tableau.error is not None else MOST_CONSTANT
-    for iteration in range(most):
+
+    def change(ks: list[Tensor], running: Tensor) -> tuple[list[Tensor], Tensor]:
         column = running.unsqueeze(-1)
         residuals = [
             torch.where(column, solver.stage_residual(t, y + step * combined(row, ks), k), 0.0)
             for k, t, row in zip(ks, times, tableau.a, strict=True)
         ]
-        changes = solve_modes(systems, residuals)
+        found = solve_modes(systems, residuals)
         work.n_fun += running * len(ks)
         work.n_newton += running
         work.n_solves += running * len(systems)
-        length = torch.stack([plan.norm(solver.weigh(step * combined(row, changes), step, False) / bound) for row in tableau.a]).amax(0)
-        if iteration:
-            rate = torch.where(running, length / before, rate)
-        finite = torch.isfinite(length)
-        bad = running & (~finite | ((rate >= 2.0) if iteration else False))
-        if iteration and tableau.error is not None:
-            bad = bad | (running & hopeless(rate, length, most - 1 - iteration))
-        failed = failed | bad
-        diverged = diverged | (bad & finite)
-        moving = (running & ~bad).unsqueeze(-1)
-        ks = [torch.where(moving, k - change, k) for k, change in zip(ks, changes, strict=True)]
-        # the error after this iteration, by the geometric series; in the first one nothing is known of the rate
-        left = rate / (1 - rate).clamp(min=1e-3) * length if iteration else length
-        small = (left <= 1.0) & ((rate < 1) if iteration else True)
-        running = running & ~bad & ~small & (length > 0)
-        before = length
-        if not bool(running.any()):
-            break
-    solver.note_failure(diverged | running, attempted)
-    failed = (failed | running).unsqueeze(-1)
+        lengths = [plan.norm(solver.weigh(step * combined(row, found), step, False) / bound) for row in tableau.a]
+        return found, torch.stack(lengths).amax(0)
+
+    def moved(ks: list[Tensor], changes: list[Tensor], on: Tensor) -> list[Tensor]:
+        return [less(k, x, on) for k, x in zip(ks, changes, strict=True)]
+
+    adaptive = tableau.error is not None
+    ks, failed, stalled = iterate(ks, change, moved, running, 1.0, MOST if adaptive else MOST_CONSTANT, early=adaptive)
+    solver.note_failure(stalled, running)
+    failed = failed.unsqueeze(-1)
     ks = [torch.where(failed, float("nan"), k) for k in ks]
     if guess is not None:
         guess.keep(step, y, ks)
@@ -157,12 +146,6 @@ def _estimate(solver: CoupledSystem, tableau: CollocationTableau, step: Tensor, 
         solver.work.n_solves -= ((step != 0).squeeze(-1) & ~large).to(solver.work.n_solves.dtype)
         estimate = torch.where(column, second, estimate)
     return solver.weigh(estimate, step, True)
-
-
-def hopeless(rate: Tensor, length: Tensor, left: int) -> Tensor:
-    """Whether the iteration, at this rate, will not be on the bound of one after ``left`` more of its rounds (Hairer & Wanner II, equation
-    IV.8.11): a step that may be repeated is then given up at once."""
-    return (rate >= 1.0) | (rate ** (left + 1) / (1 - rate).clamp(min=1e-3) * length > 1.0)
 
 
 def combined(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:

@@ -13,12 +13,11 @@ from torch import Tensor
 from .batch_events import BatchEventWatch, ends_at, next_aim, no_events
 from .batch_sampling import BatchSampler
 from .batched import _skip_empty
+from .clock import aim_step, why_stuck
 from .plan import Monitor, Plan, Record, Status, shifted_times
 from .stages import StageWork
 
 __all__ = ["Decision", "MultistepSolver", "Trial", "integrate_multistep"]
-
-_EPS = float(torch.finfo(torch.float64).eps)
 
 
 class Trial(NamedTuple):
@@ -110,16 +109,11 @@ def integrate_multistep(
         stops = anchors if aim is None else ends_at(aim, anchors, segment)
         target = stops.gather(0, segment.clamp(max=last_segment).unsqueeze(0) + 1).squeeze(0)
         remaining = (target - t).abs()
-        capped = step.clamp(max=plan.max_step)
-        lands = running & (capped * 1.01 >= remaining) & (remaining <= plan.max_step)
-        size = torch.where(lands, remaining, capped)
-        out_of_steps = attempts >= plan.max_steps
-        tiny = (size <= 16 * _EPS * t.abs()) | ((size < plan.min_step) & ~lands)
-        stop = running & (out_of_steps | (tiny & ~lands))
-        why = torch.where(bad_last, int(Status.NON_FINITE), int(Status.STEP_TOO_SMALL))
-        status = torch.where(stop, torch.where(out_of_steps, int(Status.MAX_STEPS), why), status)
-        running = running & ~stop
-        lands = lands & running
+        aimed_at = aim_step(plan, step, t, remaining, attempts)
+        status = torch.where(running & aimed_at.stuck, why_stuck(aimed_at, bad_last), status)
+        running = running & ~aimed_at.stuck
+        lands = running & aimed_at.lands
+        size = torch.where(lands, remaining, aimed_at.size)
         if not bool(running.any()):
             break
         differs = running & (size != step)

@@ -14,16 +14,21 @@ from ..linalg import Factorization, LinearOperator, Matrix
 from ..linalg.dense import factor_one
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling_alone
 from .alone import row_norm, solved
-from .bdf import LARGEST, NEWTON, SAFETY, SIZE, SMALLEST, BdfSolver, update_matrix
+from .bdf import BOUND, LARGEST, NEWTON, SAFETY, SIZE, SMALLEST, BdfSolver, update_matrix
+from .clock import aim_step, why_stuck
 from .events import EventWatch
 from .initial_step import initial_step
+from .newton import iterate
 from .plan import Plan, Record, Status, shifted_times
 from .sampling import Sampler
 from .stages import StageWork, jacobian_at, shifted
 
 __all__ = ["integrate_multistep_alone"]
 
-_EPS = float(np.finfo(np.float64).eps)
+#: a new state, its distance from the prediction, and that plus ``psi``
+_Three = tuple[Tensor, Tensor, Tensor]
+
+
 
 
 class _Formulas:
@@ -83,34 +88,29 @@ class _Newton:
         if fresh:
             self._take(t, predicted)
         weight = 1 / (predicted.abs() * self.solver.rtol + self.solver.atol)
-        y, d, converged, finite, count = self._iterate(t, predicted, psi, c, weight)
-        if not converged and not fresh:
+        y, d, failed, self.stuck, count = self._iterate(t, predicted, psi, c, weight)
+        if failed and not fresh:
             self._take(t, predicted)
-            y, d, converged, finite, count = self._iterate(t, predicted, psi, c, weight)
-        self.stuck = not converged and finite
-        return y, d, converged, count
+            y, d, failed, self.stuck, count = self._iterate(t, predicted, psi, c, weight)
+        return y, d, not failed, count
 
     def _iterate(self, t: Tensor, predicted: Tensor, psi: Tensor, c: float, weight: Tensor) -> tuple[Tensor, Tensor, bool, bool, int]:
-        f, factors = self.solver.f, self._factor(c)
-        y, d, rest = predicted, torch.zeros_like(predicted), psi
-        before, rate = math.nan, 1.0
-        for iteration in range(NEWTON):
+        """The new state, its distance from the prediction, whether the iteration failed, though all was finite, after how many rounds."""
+        f, factors, rounds = self.solver.f, self._factor(c), self.n_newton
+
+        def change(x: _Three, _: bool) -> tuple[Tensor, float]:
             # c F(t, y, (psi + d) / c) = psi + d - c f
-            change = solved(factors, torch.sub(rest, f(t, y), alpha=c))
+            found = solved(factors, torch.sub(x[2], f(t, x[0]), alpha=c))
             self.n_fun += 1
             self.n_newton += 1
-            length = self.norm(change * weight)
-            if iteration:
-                rate = length / before if before else math.inf
-            finite = math.isfinite(length)
-            if not finite or (iteration and rate >= 1.0):
-                return y, d, False, finite, iteration + 1
-            y, d, rest = y - change, d - change, rest - change
-            left = rate / max(1 - rate, 1e-3) * length if iteration else length
-            if left <= 1e-3 or length == 0:
-                return y, d, True, True, iteration + 1
-            before = length
-        return y, d, False, True, NEWTON
+            return found, self.norm(found * weight)
+
+        def moved(x: _Three, found: Tensor, on: bool) -> _Three:
+            return (x[0] - found, x[1] - found, x[2] - found) if on else x
+
+        start = (predicted, torch.zeros_like(predicted), psi)
+        (y, d, _), failed, stalled = iterate(start, change, moved, True, BOUND, NEWTON, worst=1.0)
+        return y, d, failed, stalled, self.n_newton - rounds
 
 
 @dataclass
@@ -190,15 +190,12 @@ def integrate_multistep_alone(
         aiming = events.aim is not None
         target = stops[segment + 1] if events.aim is None else events.aim
         remaining = abs(target - t)
-        capped = min(step, plan.max_step)
-        lands = capped * 1.01 >= remaining and remaining <= plan.max_step
-        size = remaining if lands else capped
-        if attempts >= plan.max_steps:
-            status = Status.MAX_STEPS
+        aimed = aim_step(plan, step, t, remaining, attempts)
+        if aimed.stuck:
+            status = Status(why_stuck(aimed, bad_last))
             break
-        if not lands and (size <= 16 * _EPS * abs(t) or size < plan.min_step):
-            status = Status.NON_FINITE if bad_last else Status.STEP_TOO_SMALL
-            break
+        lands = aimed.lands
+        size = remaining if lands else aimed.size
         if size != step:
             change(size / step)
             step = size

@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..methods import Method
+from .clock import aim_step, judge_step, why_stuck
 from .companion import QUIET, Companion, companion_of
 from .compiled import compiled
-from .controller import tamed
 from .events import EventWatch
 from .initial_step import initial_step
 from .plan import Plan, Record, Status, shifted_times
@@ -23,7 +22,6 @@ from .stiffness import SwitchWatch
 
 __all__ = ["integrate_single"]
 
-_EPS = float(np.finfo(np.float64).eps)
 
 
 def _times(plan: Plan, t: float, h: float, like: Tensor, jump: tuple[bool, bool], sign: float) -> Sequence[Tensor]:
@@ -122,11 +120,10 @@ def integrate_single(
     """
     flat = y0.shape
     y0 = y0 if shape is None else y0.reshape(shape)
-    method, controller, monitor = plan.method, plan.control, plan.monitor
+    method, monitor = plan.method, plan.monitor
     stops = anchors[:, 0].tolist()
     t, t_end = stops[0], stops[-1]
     sign = 1.0 if t_end >= t else -1.0
-    order = method.error_order + 1
     device = y0.device
     sampler = Sampler(plan, [] if t_eval is None else t_eval[:, 0].tolist(), y0, sign)
 
@@ -173,19 +170,13 @@ def integrate_single(
         # a step that went over a terminal event is taken again, up to it
         aiming = events.aim is not None
         target = events.aim if events.aim is not None else target
-        if attempts >= plan.max_steps:
-            status = Status.MAX_STEPS
+        aimed = aim_step(plan, step, t, abs(target - t), attempts)
+        if aimed.stuck:
+            status = Status(why_stuck(aimed, bad))
             break
-        wanted: float = min(step, plan.max_step)
-        if plan.accept_smallest:
-            wanted = max(wanted, plan.min_step)
-        remaining = abs(target - t)
-        lands = wanted >= remaining * (1 - 1e-10) if not method.adaptive else wanted * 1.01 >= remaining and remaining <= plan.max_step
-        h: float = (target - t) if lands else sign * wanted
+        lands: bool = aimed.lands
+        h: float = (target - t) if lands else sign * aimed.size
         end: float = target if lands else t + h
-        if not lands and (wanted < plan.min_step or wanted <= 16 * _EPS * abs(t)):
-            status = Status.NON_FINITE if bad else Status.STEP_TOO_SMALL
-            break
         attempts += 1
         monitor.step(t, y, h)
         lands = lands and not aiming
@@ -203,27 +194,18 @@ def integrate_single(
         if norm is not None:
             error: float = float(norm)
             if companion is not None and error <= 1.0:
-                error = _accompanied(companion, error, times, h, y, y1, ks, k_end, scaled, lands and abs(h) < 0.5 * wanted)
-            bad = not math.isfinite(error)
-            smallest = plan.accept_smallest and abs(h) <= plan.min_step
-            if bad or (error > 1.0 and not smallest):
+                error = _accompanied(companion, error, times, h, y, y1, ks, k_end, scaled, lands and abs(h) < 0.5 * aimed.size)
+            verdict = judge_step(plan, error, t, abs(h), aimed.size, lands, just_rejected, previous, getattr(f, "stuck", None))
+            bad, step = verdict.bad, verdict.step
+            just_rejected = not verdict.passed
+            if just_rejected:
                 monitor.rejected(t, y, h)
                 n_rejected += 1
-                just_rejected = True
-                stuck = bad and bool(getattr(f, "stuck", False))
-                given_up = controller.stuck_factor if stuck else controller.min_factor
-                step = abs(h) * (given_up if bad else controller.rejected(order, tamed(error)))
-                if bad and (smallest or step <= 16 * _EPS * abs(t)):
+                if verdict.hopeless:
                     status = Status.NON_FINITE
                     break
                 continue
-            level = tamed(error)
-            factor: float = controller.accepted(order, level, previous, abs(h))
-            proposal = abs(h) * (min(factor, 1.0) if just_rejected else factor)
-            # a step cut short by an anchor says little about the next one
-            step = max(proposal, wanted) if lands and not just_rejected else proposal
-            previous = controller.remember(level, abs(h), previous)
-            just_rejected = False
+            previous = verdict.memory
         elif method.implicit and not bool(torch.isfinite(y1).all()):
             # stages without a solution: no step that follows would have one
             n_rejected += 1

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..linalg import Factorization, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix
 from ..methods.tableaux_implicit import CollocationTableau, Mode
-from .coupled import hopeless, solve_coupled, stage_factors
+from .coupled import solve_coupled, stage_factors
 from .guesses import StageGuess
+from .newton import iterate
+from .numbers import less
 from .plan import Plan
 
 __all__ = ["StageSolver", "StageWork", "jacobian_at", "shifted"]
@@ -278,40 +280,22 @@ class StageSolver:
         step = hd if isinstance(hd, Tensor) else torch.full((base.shape[0], 1), hd, dtype=plan.real, device=base.device)
         factors = self._factors_for(step)
         size = base.abs() * self.rtol + self.atol
-        k = guess
         running = (step != 0).squeeze(-1)
         # rows of finished trajectories take part with steps of size zero: their slope is asked for all the same
         done = ~running
-        still = self.f(t, base) if bool(done.any()) else k
+        still = self.f(t, base) if bool(done.any()) else guess
         self.work.n_fun += done
-        before = torch.full_like(step.squeeze(-1), float("nan"))
-        rate = torch.ones_like(before)
-        failed, diverged = torch.zeros_like(running), torch.zeros_like(running)
-        for iteration in range(MOST):
+
+        def change(k: Tensor, running: Tensor) -> tuple[Tensor, Tensor]:
             residual = k - self.f(t, base + step * k)
             # (I - hd J) dk = -(k - f): in terms of the slopes the iteration is the same, and hd = 0 is no special case
-            change = factors.solve(torch.where(running.unsqueeze(-1), residual, 0.0))
+            found = factors.solve(torch.where(running.unsqueeze(-1), residual, 0.0))
             self.work.n_fun += running
             self.work.n_newton += running
             self.work.n_solves += running
-            length = plan.norm(step * change / size)
-            if iteration:
-                rate = torch.where(running, length / before, rate)
-            finite = torch.isfinite(length)
-            bad = running & (~finite | ((rate >= 2.0) if iteration else False))
-            if iteration and plan.method.adaptive:
-                bad = bad | (running & hopeless(rate, length / self.tolerance, MOST - 1 - iteration))
-            failed = failed | bad
-            diverged = diverged | (bad & finite)
-            k = torch.where((running & ~bad).unsqueeze(-1), k - change, k)
-            # the error after this iteration, by the geometric series; in the first one nothing is known of the rate
-            left = rate / (1 - rate).clamp(min=1e-3) * length if iteration else length
-            small = (left <= self.tolerance) & ((rate < 1) if iteration else True)
-            running = running & ~bad & ~small & (length > 0)
-            before = length
-            if not bool(running.any()):
-                break
-        failed = failed | running
-        self.note_failure(diverged | running, (step != 0).squeeze(-1))
+            return found, plan.norm(step * found / size)
+
+        k, failed, stalled = iterate(guess, change, less, running, self.tolerance, MOST, early=plan.method.adaptive)
+        self.note_failure(stalled, running)
         k = torch.where(done.unsqueeze(-1), still, k)
         return torch.where(failed.unsqueeze(-1), float("nan"), k)

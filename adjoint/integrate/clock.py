@@ -1,0 +1,103 @@
+"""When steps end and what follows from their error: the rules of every loop, by numbers for one trajectory and by masks for many."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .controller import tamed
+from .numbers import Decision, Measure, at_least, at_most, choose, finite, larger, negated
+from .plan import Plan, Status
+
+__all__ = ["Aim", "Verdict", "aim_step", "judge_step", "why_stuck"]
+
+_EPS = float(torch.finfo(torch.float64).eps)
+#: part by which a step may be longer than asked for to end on its target
+_STRETCH, _ROUNDING = 1.01, 1 - 1e-10
+
+
+class Aim(NamedTuple):
+    """Where the coming step ends: its ``size`` (positive) if nothing were in the way, whether it ``lands`` on the target, whether there
+    is none (``stuck``), because its size vanished or there were too many (``spent``)."""
+
+    size: Measure
+    lands: Decision
+    stuck: Decision
+    spent: Decision
+
+
+class Verdict(NamedTuple):
+    """What became of a step: ``passed`` the error test, has no error that is a number (``bad``), is of the smallest size and bad
+    (``hopeless``); the size of the next one, and what the controller remembers if it is accepted."""
+
+    passed: Decision
+    bad: Decision
+    hopeless: Decision
+    step: Measure
+    memory: tuple[Measure, Measure]
+
+
+def aim_step(plan: Plan, step: Measure, t: Measure, remaining: Measure, attempts: Measure) -> Aim:
+    """A step of size ``step`` from ``t``, ``remaining`` (positive) before its target, after so many attempts.
+
+    It is stretched by up to 1 % to end there. Methods without error control end there only within rounding, and their steps are given.
+    """
+    size = at_most(step, plan.max_step) if plan.max_step < math.inf else step
+    if plan.accept_smallest:
+        size = at_least(size, plan.min_step)
+    if plan.method.adaptive:
+        lands = size * _STRETCH >= remaining
+        if plan.max_step < math.inf:
+            lands = lands & (remaining <= plan.max_step)
+    else:
+        lands = size >= remaining * _ROUNDING
+    tiny = size <= 16 * _EPS * abs(t)
+    if plan.min_step:
+        tiny = tiny | (size < plan.min_step)
+    spent = attempts >= plan.max_steps
+    return Aim(size, lands, (tiny & negated(lands)) | spent, spent)
+
+
+def why_stuck(stuck: Aim, bad: Decision) -> Measure:
+    """The status of a trajectory that has no next step; ``bad``: its last one had no error that is a number."""
+    return choose(stuck.spent, int(Status.MAX_STEPS), choose(bad, int(Status.NON_FINITE), int(Status.STEP_TOO_SMALL)))
+
+
+def judge_step(
+    plan: Plan,
+    error: Measure,
+    t: Measure,
+    length: Measure,
+    size: Measure,
+    lands: Decision,
+    rejected_last: Decision,
+    memory: tuple[Measure, Measure],
+    stalled: Decision,
+) -> Verdict:
+    """The error test of a step of ``length`` (positive) from ``t``, and the size of the next one.
+
+    ``size``, ``lands``: of its `Aim`, as far as it ended on an anchor;
+    ``rejected_last``: the attempt before was rejected; ``memory``: of the controller; ``stalled``: there is no error because the iteration
+    for the stages did not converge, which says less than an infinite one.
+    """
+    controller, order = plan.control, plan.method.error_order + 1
+    bad = negated(finite(error))
+    passed = error <= 1.0
+    smallest = plan.accept_smallest and length <= plan.min_step
+    if plan.accept_smallest:
+        passed = passed | (negated(bad) & smallest)
+    level = tamed(choose(bad, math.inf, error))
+    up, down = controller.both(order, level, memory, length)
+    up = choose(rejected_last, at_most(up, 1.0), up)
+    proposal = length * up
+    # a step that was cut short to land says little about the next one
+    proposal = choose(lands & negated(rejected_last), larger(proposal, size), proposal)
+    given_up = controller.min_factor if stalled is None else choose(stalled, controller.stuck_factor, controller.min_factor)
+    step = choose(passed, proposal, length * choose(bad, given_up, down))
+    least = step <= 16 * _EPS * abs(t)
+    if plan.accept_smallest:
+        least = least | smallest
+    remembered = controller.remember(level, length, memory) if controller.remembers else memory
+    return Verdict(passed, bad, bad & least, step, remembered)

@@ -1,0 +1,62 @@
+"""Decisions and measures of one trajectory, Python's own, and of many, tensors ``(B,)``.
+
+The rules of a solve (where a step ends, whether it is accepted, when an iteration has converged) are written once, with what is here in the
+place of Python's operators where the two differ. Decisions are joined by ``&`` and ``|``, which serve both.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Decision", "Measure", "any_of", "at_least", "at_most", "choose", "finite", "larger", "less", "negated"]
+
+#: a flag, or a mask ``(B,)``
+Decision = Any
+#: a float, or ``(B,)``
+Measure = Any
+
+
+def choose(on: Decision, new: Any, old: Any) -> Any:
+    """``new`` where ``on``, else ``old``."""
+    return torch.where(on, new, old) if isinstance(on, Tensor) else new if on else old
+
+
+def negated(x: Decision) -> Decision:
+    """Not."""
+    return ~x if isinstance(x, Tensor) else not x
+
+
+def finite(x: Measure) -> Decision:
+    """Neither infinite nor NaN."""
+    return torch.isfinite(x) if isinstance(x, Tensor) else math.isfinite(x)
+
+
+def any_of(x: Decision) -> bool:
+    """Whether one of them is so: waits for the device."""
+    return bool(x.any()) if isinstance(x, Tensor) else bool(x)
+
+
+def at_least(x: Measure, low: float) -> Measure:
+    """The larger one of a measure and a number."""
+    return x.clamp(min=low) if isinstance(x, Tensor) else x if x >= low else low
+
+
+def at_most(x: Measure, high: float) -> Measure:
+    """The smaller one of a measure and a number."""
+    return x.clamp(max=high) if isinstance(x, Tensor) else x if x <= high else high
+
+
+def larger(x: Measure, y: Measure) -> Measure:
+    """The larger one of two measures."""
+    return torch.maximum(x, y) if isinstance(x, Tensor) else x if x >= y else y
+
+
+def less(x: Tensor, change: Tensor, on: Decision) -> Tensor:
+    """``x - change`` in the trajectories ``on``, of states: of one, in any shape, or ``(B, n)``."""
+    if isinstance(on, Tensor):
+        return torch.where(on.unsqueeze(-1), x - change, x)
+    return x - change if on else x
