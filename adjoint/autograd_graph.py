@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["cut_apart", "leads_to", "saved_bytes", "unknown_leaves"]
+__all__ = ["cut_apart", "leads_to", "made_here", "saved_bytes", "unknown_leaves"]
+
+#: on leaves that a function has made itself
+_OWN = "_adjoint_made_here"
+
+
+def made_here(x: Tensor) -> Tensor:
+    """``x``, a leaf that a function makes to differentiate by: that no derivative goes on from it is how it is meant."""
+    setattr(x, _OWN, True)
+    return x
 
 
 def unknown_leaves(output: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
@@ -28,7 +37,7 @@ def unknown_leaves(output: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
         keep.append(node)  # nodes are made on access: without this their identities could be given twice
         variable = getattr(node, "variable", None)
         if variable is not None:
-            if id(variable) not in leaves:
+            if id(variable) not in leaves and not hasattr(variable, _OWN):
                 unknown.append(variable)
             continue
         todo.extend(n for n, _ in node.next_functions)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .autograd_graph import cut_apart, leads_to, saved_bytes, unknown_leaves
 from .errors import AdjointError, CapturedTensorLost, UnsupportedCombination
+from .homes import Home
 from .linalg.forward_mode import below_jvp
 
 __all__ = [
@@ -24,10 +23,10 @@ __all__ = [
     "Substitute",
     "alive",
     "ask",
+    "asking",
     "asks_for_gradients",
     "below_jvp",
     "below_vmap",
-    "closed_over",
     "cut_apart",
     "depends_on_others",
     "elsewhere",
@@ -39,7 +38,6 @@ __all__ = [
     "leads_to",
     "listed",
     "needs_derivatives",
-    "parameter_homes",
     "readable",
     "saved_bytes",
     "unknown_leaves",
@@ -161,9 +159,18 @@ def _wrapped_like(x: Tensor, like: Sequence[Tensor]) -> Tensor:
 _SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 
 
+#: what a function may branch by: a node's tensors answer otherwise than those of the user
+_QUESTIONS = frozenset((Tensor.requires_grad.__get__, Tensor.is_leaf.__get__))  # type: ignore[attr-defined]
+
+
 def asks_for_gradients(func: Callable) -> bool:
     """Whether an operator makes a tensor one that requires grad."""
     return func is Tensor.requires_grad_ or func == _SET_REQUIRES_GRAD
+
+
+def _written_down() -> bool:
+    """Whether operators are traced by `make_fx`."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 _NOT_MAPPED = "torch.vmap cannot see through torch.autograd.grad, which fun calls: use torch.func.grad there, which every transform can"
@@ -186,10 +193,17 @@ def ask(x: Any) -> Any:
         return x
     if torch._C._functorch.is_batchedtensor(x):
         raise UnsupportedCombination(_NOT_MAPPED)
+    with asking():
+        return x.view_as(x).requires_grad_(True)
+
+
+@contextmanager
+def asking() -> Iterator[None]:
+    """Transforms refuse to let a tensor require grad that did not; here they do not."""
     allowed = torch._C._functorch.get_inplace_requires_grad_allowed()
     torch._C._functorch.set_inplace_requires_grad_allowed(True)
     try:
-        return x.view_as(x).requires_grad_(True)
+        yield
     finally:
         torch._C._functorch.set_inplace_requires_grad_allowed(allowed)
 
@@ -204,11 +218,18 @@ class _Watch(TorchFunctionMode):
         self.captured: dict[int, Tensor] = {}
         #: tensors with derivatives that came out of operators, for `left`
         self.made: list[weakref.ref[Tensor]] = []
-        self.transforms = self.inner_grad = False
-        self.begun = torch.autograd._get_sequence_nr()
+        self.transforms = self.inner_grad = self.asked = False
+        self.begun, self.traced = torch.autograd._get_sequence_nr(), _written_down()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if not self.traced and _written_down():
+            raise UnsupportedCombination(
+                "fun calls torch.func.linearize (or make_fx), whose result has no derivatives: what it depends on is written down as "
+                "constants. Use torch.func.jvp there"
+            )
+        if func in _QUESTIONS:
+            self.asked = True
         if _functorch_level() > self.level:
             self.transforms = True
         elif func is Tensor.backward:
@@ -282,7 +303,7 @@ def find_captured(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], o
     """
     watch = _watched(calls, point)
     found = dict(watch.captured)
-    flags = watch.transforms, watch.inner_grad
+    flags = watch.transforms, watch.inner_grad or (watch.asked and _branches(calls, point, list(found.values())))
     kept = watch.left()
     if kept and end is not None:
         found.update(_used_again(calls, kept, end))
@@ -308,10 +329,22 @@ def _watched(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...]) -> _Wa
         with unmapped():
             asked = [ask(x) for x in known]
             watch = _Watch([*known, *asked])
-            with torch.enable_grad(), watch, Substitute(known, asked):
+            with torch.enable_grad(), asking(), watch, Substitute(known, asked, answers=False):
                 for call in calls:
                     watch.returned(call(*point))
     return watch
+
+
+def _branches(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], captured: Sequence[Tensor]) -> bool:
+    """Whether functions that look at ``requires_grad`` take derivatives themselves where all that they see requires grad, as on the way
+    back."""
+    known = [*(x for x in tree_leaves(point) if isinstance(x, Tensor)), *captured]
+    asked = [x if torch._C._functorch.is_batchedtensor(x) else ask(x) for x in known]
+    watch = _Watch([*known, *asked])
+    with torch.enable_grad(), asking(), watch, Substitute(known, asked, answers=False):
+        for call in calls:
+            call(*point)
+    return watch.inner_grad
 
 
 def elsewhere(state: Any) -> Any:
@@ -345,82 +378,21 @@ def find_constants(calls: Sequence[Callable[[], Any]], known: Iterable[Any]) -> 
     return list(watch.captured.values())
 
 
-#: where a captured tensor was found: a module and the name of its parameter
-Home = tuple[torch.nn.Module, str]
-
-
-def parameter_homes(functions: Iterable[Any], captured: Sequence[Tensor]) -> list[Home | None]:
-    """For each captured tensor the module that it is a parameter of, if one that a function can reach has it.
-
-    `torch.func.functional_call` puts other tensors in the place of parameters and takes them out when it returns. A function that is
-    called again later, on the way back, would then see the originals: it has to be told by their places.
-    """
-    wanted = {id(x): i for i, x in enumerate(captured)}
-    homes: list[Home | None] = [None] * len(captured)
-    for module in _modules(functions) if wanted else ():
-        for owner in module.modules():
-            for name, parameter in owner._parameters.items():
-                i = wanted.get(id(parameter))
-                if i is not None and homes[i] is None:
-                    homes[i] = (owner, name)
-    return homes
-
-
-def _modules(functions: Iterable[Any]) -> Iterator[torch.nn.Module]:
-    """Modules that functions are, are bound to, or hold: in closures, defaults, arguments of partials, attributes, and by a global name."""
-    todo, seen = [(f, 0) for f in functions], set()
-    while todo:
-        thing, depth = todo.pop()
-        if id(thing) in seen or depth > 3:
-            continue
-        seen.add(id(thing))
-        if isinstance(thing, torch.nn.Module):
-            yield thing
-        else:
-            todo.extend((part, depth + 1) for part in _parts(thing))
-
-
-def _parts(thing: Any) -> Iterable[Any]:
-    """What a function, or an object that is called, may use."""
-    if isinstance(thing, MethodType):
-        return [thing.__self__, thing.__func__]
-    if isinstance(thing, partial):
-        return [thing.func, *thing.args, *thing.keywords.values()]
-    if isinstance(thing, FunctionType):
-        held = list(closed_over(thing))
-        named = [thing.__globals__[name] for name in thing.__code__.co_names if name in thing.__globals__]
-        wrapped = getattr(thing, "__wrapped__", None)
-        return [x for x in (*held, *named, *(thing.__defaults__ or ()), wrapped) if not isinstance(x, (type, ModuleType, Tensor))]
-    if isinstance(thing, (list, tuple)):
-        return thing if len(thing) <= 100 else ()
-    if isinstance(thing, dict):
-        return thing.values() if len(thing) <= 100 else ()
-    if isinstance(thing, (type, ModuleType, Tensor)):
-        return ()
-    own = getattr(thing, "__dict__", None)
-    return own.values() if isinstance(own, dict) else ()
-
-
-def closed_over(function: FunctionType) -> Iterator[Any]:
-    """What is in the cells of a closure."""
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # it is empty still
-            continue
-
-
 class Substitute(TorchFunctionMode):
     """Runs operators with other tensors in the place of captured ones (needed where a transform wraps the node's inputs).
 
     A captured tensor that ``fun`` hands to a transform of its own comes to the operators in that transform's wrappers: it is known by what
     lies in them, and its replacement is wrapped in the same way.
 
-    ``homes``: see `parameter_homes`; what lies there now is replaced too.
+    ``homes``: see `parameter_homes`; what lies there now is replaced too. ``answers``: whether captured tensors themselves say if they
+    require grad, so that a function which branches by that takes the same way in every call, whatever stands in their place.
     """
 
-    def __init__(self, captured: Sequence[Tensor], replacements: Sequence[Tensor], homes: Sequence[Home | None] = ()) -> None:
+    def __init__(
+        self, captured: Sequence[Tensor], replacements: Sequence[Tensor], homes: Sequence[Home | None] = (), answers: bool = True
+    ) -> None:
         super().__init__()
+        self.answers = answers
         # with the tensors themselves: what a transform wraps is alive no longer than they are
         self.table = {id(x): (x, r) for x, r in zip(captured, replacements, strict=True)}
         for x, r in list(self.table.values()):
@@ -447,6 +419,8 @@ class Substitute(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if asks_for_gradients(func):
             return self._ask(func, args, kwargs or {})
+        if self.answers and func in _QUESTIONS and id(args[0]) in self.table and id(args[0]) not in self.variables:
+            return func(*args, **(kwargs or {}))
         swap = self._swap if _functorch_level() == self.level and not self.variables else self._swap_wrapped
         return func(*tree_map(swap, args), **tree_map(swap, kwargs or {}))
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .arguments import Times, check_controller, check_precision, check_times, flat_norm, flat_tolerance, method_for, positive
-from .capture import elsewhere, find_captured, needs_derivatives, parameter_homes
+from .capture import elsewhere, find_captured, needs_derivatives
 from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_bounds, initial_values, residual_algebra
 from .errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
 from .event_jumps import jumps_refused
 from .event_times import NO_EVENTS, event_records
+from .homes import parameter_homes
 from .integrate import PIDController, Plan, Record
 from .ivp import _event_list, _flat_event, _Parts, _solution
 from .lending import check_unchanged, copied, remembering

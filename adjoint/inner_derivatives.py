@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .capture import ask, asks_for_gradients, functorch_active, unmapped
+from .autograd_graph import made_here
+from .capture import ask, asking, asks_for_gradients, functorch_active, unmapped
 from .errors import UnsupportedCombination
 
 __all__ = ["beneath", "differentiating"]
@@ -59,36 +60,54 @@ class Differentiable(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if asks_for_gradients(func) and args[0].requires_grad:
-            # nothing to do, and a transform would refuse it
-            return args[0]
-        if func is torch.autograd.grad and self.again:
-            wanted = args[1] if len(args) > 1 else kwargs.get("inputs")
-            if any(id(layer) in self.others for x in tree_leaves(wanted) for layer in _unwrapped(x)):
-                raise UnsupportedCombination(
-                    "fun calls torch.autograd.grad for the derivative in a parameter. Along a solution the state depends on the parameter "
-                    "too, and the derivative would go through the steps before: use torch.func.grad there, or solve under torch.no_grad()"
-                )
-            kwargs = {**kwargs, "create_graph": True}
-        return func(*args, **kwargs)
+        if asks_for_gradients(func):
+            if args[0].requires_grad:
+                # nothing to do, and a transform would refuse it
+                return args[0]
+            with asking():
+                out = func(*args, **kwargs)
+            made_here(args[0])
+            return out
+        if func is not torch.autograd.grad:
+            return func(*args, **kwargs)
+        wanted = tree_leaves(args[1] if len(args) > 1 else kwargs.get("inputs"))
+        others = any(id(layer) in self.others for x in wanted for layer in _unwrapped(x))
+        if not others:
+            return func(*args, **(kwargs | {"create_graph": True} if self.again else kwargs))
+        try:
+            if not self.again:
+                return func(*args, **kwargs)
+        except RuntimeError:
+            # where the solve is not recorded something that does not require grad may stand in the parameter's place
+            pass
+        raise UnsupportedCombination(
+            "fun calls torch.autograd.grad for the derivative in a parameter. Along a solution the state depends on the parameter "
+            "too, and the derivative would go through the steps before: use torch.func.grad there, or solve under torch.no_grad()"
+        )
 
 
 def differentiating(call: Callable[..., Any], others: Sequence[Tensor] = ()) -> Callable[..., Any]:
     """``call(t, y, *args)``, which uses `torch.autograd.grad`, wherever a solve calls it; not in ``others``, on which the state depends.
 
-    Gradients are on and the state can be differentiated by, as where plain autograd records the solve. What the derivatives depend on is
-    differentiated again if anything is, whether ``create_graph`` is given or not.
+    Gradients are on, and time and state can be differentiated by, as where plain autograd records the solve. What the derivatives depend on
+    is differentiated again if anything is, whether ``create_graph`` is given or not.
     """
 
     def run(t: Tensor, y: Any, *args: Any) -> Any:
         recording, inside = torch.is_grad_enabled(), functorch_active()
         # without gradients around, a state may be a view that belongs to no graph
-        y = tree_map(ask if recording or inside else lambda x: ask(_plain(x)), y)
+        t, y = tree_map(_asked if recording or inside else lambda x: _asked(_plain(x)), (t, y))
         with torch.enable_grad(), unmapped(), Differentiable(recording or inside, others):
             out = call(t, y, *args)
         return out if recording or inside else tree_map(_plain, out)
 
     return run
+
+
+def _asked(x: Any) -> Any:
+    """See `ask`; what is asked here, and was not before, is nobody's input."""
+    other = ask(x)
+    return other if other is x else made_here(other)
 
 
 def _plain(x: Any) -> Any:

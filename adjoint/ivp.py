@@ -23,13 +23,14 @@ from .arguments import (
     positive,
     snapped,
 )
-from .capture import elsewhere, find_captured, needs_derivatives, parameter_homes, readable, vmap_active
+from .capture import elsewhere, find_captured, needs_derivatives, readable, vmap_active
 from .dae_arguments import dae_failure
 from .errors import InvalidInput, UnsupportedCombination
 from .event_jumps import jumps_refused
 from .event_slope import signed
 from .event_times import NO_EVENTS, Found, event_records
 from .failures import raise_failure
+from .homes import parameter_homes
 from .integrate import Event, PIDController, Plan, Record
 from .integrate.compiled import compile_key
 from .lending import copied, lending

@@ -1,4 +1,4 @@
-"""The error of functions that write into a tensor which they keep from call to call, where that cannot be differentiated."""
+"""Named errors in the place of PyTorch's own, for what functions of the user do that cannot be differentiated."""
 
 from __future__ import annotations
 
@@ -13,29 +13,37 @@ __all__ = ["naming_writes"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: how PyTorch says so: its transforms, and autograd
-_SAID = (
-    "would mutate a captured Tensor",
-    "requires grad is being used in an in-place operation",
-    "modified by an inplace operation",
-    "backward through the graph a second time",
+_WRITES = (
+    "fun (or an event function, jac, quadrature) keeps a tensor from call to call that it writes into, or computed in another call, and "
+    "its derivative is asked for, which goes through each call on its own: return a new tensor, and make the one it writes into anew in "
+    "every call"
 )
+_NOT_RECORDED = (
+    "fun takes derivatives itself where nothing is recorded, under torch.no_grad() or of tensors that do not require grad: use "
+    "torch.func.grad there, or enter torch.enable_grad() in fun and let what it differentiates by require grad"
+)
+#: how PyTorch says so: its transforms, and autograd
+_SAID = {
+    "would mutate a captured Tensor": _WRITES,
+    "requires grad is being used in an in-place operation": _WRITES,
+    "modified by an inplace operation": _WRITES,
+    "backward through the graph a second time": _WRITES,
+    "does not require grad and does not have a grad_fn": _NOT_RECORDED,
+    "One of the differentiated Tensors does not require grad": _NOT_RECORDED,
+}
 
 
 def naming_writes(function: Callable[P, R]) -> Callable[P, R]:
-    """``function``, with a named error in the place of PyTorch's own for such writes."""
+    """``function``, with a named error in the place of PyTorch's own for writes into kept tensors and for derivatives of nothing."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
-            if type(error) is RuntimeError and any(words in str(error) for words in _SAID):
-                raise UnsupportedCombination(
-                    "fun (or an event function, jac, quadrature) keeps a tensor from call to call that it writes into, or computed in "
-                    "another call, and its derivative is asked for, which goes through each call on its own: return a new tensor, and "
-                    "make the one it writes into anew in every call"
-                ) from error
+            named = next((ours for words, ours in _SAID.items() if words in str(error)), None)
+            if type(error) is RuntimeError and named is not None:
+                raise UnsupportedCombination(named) from error
             raise
 
     return call

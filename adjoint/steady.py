@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .arguments import flat_tolerance
-from .capture import elsewhere, find_captured, needs_derivatives, parameter_homes
+from .capture import elsewhere, find_captured, needs_derivatives
 from .errors import InvalidInput
+from .homes import parameter_homes
 from .lending import check_unchanged, copied, remembering
 from .linalg import LinearSolver, Log
 from .nonlinear import RootProblem, RootRecord, RootStatus, explain
@@ -21,6 +22,7 @@ from .ownership import owning
 from .progress import root_monitor
 from .realification import suited_to_jacobians
 from .relaxation import relax
+from .rewriting import naming_writes
 from .root_arguments import AutomaticJacobian, RootChoice, check_bounds, choose
 from .root_examination import Examination
 from .root_failures import raise_root_failure
@@ -36,6 +38,7 @@ __all__ = ["solve_root"]
 
 @untraced
 @owning
+@naming_writes
 def solve_root(
     fun: Callable[..., Any],
     x0: Any,

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from .capture import Home, Substitute
+from .capture import Substitute
 from .errors import InvalidInput
+from .homes import Home
 from .inner_derivatives import beneath, differentiating
 from .lending import lending
 from .split import SplitFunction

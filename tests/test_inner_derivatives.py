@@ -320,3 +320,81 @@ def test_derivatives_in_a_parameter_are_taken_by_torch_func(strategy):
         end(lambda y: torch.autograd.grad((0.5 * k**2 * y).sum(), k, create_graph=True)[0] * y / y.detach().sum()).backward()
     slope = torch.autograd.grad(end(lambda y: torch.func.grad(lambda q: (0.5 * q**2 * y).sum())(k) * torch.ones(1)), k)[0]
     assert close(slope, -math.exp(-0.7), 1e-5)
+
+
+def guarded(k):
+    """A rate that takes a derivative in ``k`` itself where ``k`` requires grad; ``k y`` in both branches."""
+
+    def fun(t, y):
+        if k.requires_grad:
+            return -2 * y * torch.autograd.grad((0.5 * k**2 * y).sum() / y.detach().sum(), k, create_graph=True)[0]
+        return -2 * k * y
+
+    return fun
+
+
+class Guarded(torch.nn.Module):
+    def __init__(self, k):
+        super().__init__()
+        self.k = torch.nn.Parameter(k, requires_grad=False)
+
+    def forward(self, t, y):
+        return guarded(self.k)(t, y)
+
+
+@pytest.mark.parametrize("method", ["tsit5", "rodas5p"])
+def test_a_function_that_asks_if_a_parameter_requires_grad_takes_one_way_throughout(method):
+    k, one = torch.tensor(K), torch.ones(())
+    value = lambda k: end(guarded(k), method=method)  # noqa: E731
+    assert close(torch.func.jvp(value, (k,), (one,))[1], FIRST)
+    with forward_ad.dual_level():
+        assert close(forward_ad.unpack_dual(value(forward_ad.make_dual(k, one))).tangent, FIRST)
+    module = Guarded(k)
+    swapped = lambda k: end(lambda t, y: torch.func.functional_call(module, {"k": k}, (t, y)), method=method)  # noqa: E731
+    assert close(torch.func.jvp(swapped, (k,), (one,))[1], FIRST)
+    for ask in (lambda: torch.func.grad(value)(k), lambda: value(k.clone().requires_grad_(True)).backward()):
+        with pytest.raises(UnsupportedCombination, match="in a parameter"):
+            ask()
+    # as an argument it may be another tensor in every call: refused, not taken for the one of the solve
+    passed = lambda k: solve_ivp(lambda t, y, p: guarded(p)(t, y), (0.0, 1.0), torch.ones(2), args=(k,), method=method).y[-1].sum()  # noqa: E731
+    with pytest.raises(UnsupportedCombination, match="in a parameter"):
+        torch.func.jvp(passed, (k,), (one,))
+
+
+@pytest.mark.parametrize(("method", "gradient"), [("tsit5", DiscreteAdjoint(keep_bytes=0)), ("kvaerno5", None)])
+@pytest.mark.parametrize("variable", ["time", "copy", pytest.param("state where it does not", marks=pytest.mark.slow)])
+def test_what_a_function_differentiates_by_may_be_its_own(variable, method, gradient):
+    def right_hand_side(k):
+        def fun(t, y):
+            if variable == "time":
+                t.requires_grad_()
+                return -k * y - y * torch.autograd.grad(k * t, t, create_graph=True)[0]
+            if variable == "copy":
+                x = y.detach().clone().requires_grad_()
+                return -2 * k * y - y * (torch.autograd.grad((k * x**2).sum(), x, create_graph=True)[0] - 2 * k * x)
+            x = y if y.requires_grad else y.detach().requires_grad_()
+            return -k * y - torch.autograd.grad(energy(k, x), x, create_graph=True)[0]
+
+        return fun
+
+    value = lambda k: end(right_hand_side(k), gradient, method)  # noqa: E731
+    k = torch.tensor(K, requires_grad=True)
+    first = torch.autograd.grad(value(k), k, create_graph=True)[0]
+    assert close(first, FIRST) and close(torch.autograd.grad(first, k)[0], SECOND)
+    assert close(torch.func.grad(value)(torch.tensor(K)), FIRST)
+    assert close(torch.func.jvp(value, (torch.tensor(K),), (torch.ones(()),))[1], FIRST)
+    with torch.no_grad(), pytest.raises(UnsupportedCombination, match="enable_grad"):
+        end(lambda t, y: -2 * torch.autograd.grad(energy(K, y), y)[0])
+
+
+@pytest.mark.parametrize("where", ["parameter", "state", "root"])
+def test_linearize_is_refused(where):
+    k = torch.tensor(K, requires_grad=True)
+    pushed = {
+        "parameter": lambda y: torch.func.linearize(lambda p: 0.5 * p**2 * y, k)[1](torch.ones(())),
+        "state": lambda y: torch.func.linearize(lambda x: 0.5 * k * x**2, y)[1](torch.ones_like(y)),
+    }
+    root = lambda: solve_root(lambda x: pushed["state"](x) - 1, torch.ones(2))  # noqa: E731
+    ask = root if where == "root" else lambda: end(lambda t, y: -2 * pushed[where](y))
+    with pytest.raises(UnsupportedCombination, match=r"torch\.func\.jvp"):
+        ask()

@@ -20,13 +20,13 @@ from ..capture import (
     leads_to,
     listed,
     needs_derivatives,
-    parameter_homes,
     vmap_active,
 )
 from ..errors import InvalidInput, UnsupportedCombination
 from ..event_slope import signed
 from ..event_times import event_records
 from ..failures import raise_failure
+from ..homes import parameter_homes
 from ..integrate import Event, PIDController, Plan, Record, shifted_times
 from ..ivp import _flat_event, _interpolant, _Parts
 from ..ivp import _transforming as transforming

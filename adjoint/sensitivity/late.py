@@ -20,8 +20,8 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..capture import closed_over
 from ..errors import CapturedTensorLost
+from ..homes import closed_over
 from ..integrate import Record
 from ..ownership import under_transform
 from ..system import System, VmappedSystem
