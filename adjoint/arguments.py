@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from .capture import is_differentiable
+from .capture import moves, unwrapped
 from .errors import InvalidInput, UnsupportedCombination
 from .integrate import PIDController, rms_norm
 from .methods import IMEX_METHODS, METHODS, SWITCHING_METHODS, Method
@@ -252,18 +252,27 @@ def check_times(t_span: Any, t_eval: Any, step_ts: Any, spec: StateSpec) -> Time
     return Times(anchors, full, _as_given(times, (t_eval,), spec), False)
 
 
-def method_for(times: Times, chosen: Method, one_step: Method) -> Method:
+def method_for(times: Times, chosen: Method, one_step: Method, explicit: bool = True) -> Method:
     """The method, or ``one_step`` in the place of a multistep one over a span of no length: that takes the step of no length that gives
-    the derivatives in the times."""
-    if not getattr(chosen, "multistep", False) or not _concrete(times.anchors):
+    the derivatives in the times. ``explicit``: whether ``fun`` is the slope, which is known then though no step is taken."""
+    multistep = getattr(chosen, "multistep", False)
+    moving = any(moves(x) for x in (times.anchors, times.samples) if x is not None)
+    if not (multistep or (moving and not explicit)):
         return chosen
-    empty = times.anchors[0] == times.anchors[-1]
-    if bool(empty.all()):
-        return one_step
-    if is_differentiable(times.anchors) and bool(empty.any()):
+    empty = unwrapped(times.anchors[0].detach() == times.anchors[-1].detach())
+    with torch._C._DisableFuncTorch():
+        some, every = bool(empty.any()), bool(empty.all())
+    if moving and some and not explicit:
         raise UnsupportedCombination(
-            f"derivatives in the ends of spans of which some have no length are not supported with {chosen.name!r}: choose a one-step "
-            f"method such as {one_step.name!r}"
+            "derivatives in the ends or sample times of a span of no length are not supported by solve_dae and with mass_matrix=: no step "
+            "is taken there that tells the slope. Give the span some length, or detach its times"
+        )
+    if multistep and every:
+        return one_step
+    if moving and some:
+        raise UnsupportedCombination(
+            "derivatives in the ends or sample times of spans of which some have no length are not supported with "
+            f"{chosen.name!r}: choose a one-step method such as {one_step.name!r}"
         )
     return chosen
 

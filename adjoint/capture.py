@@ -37,11 +37,13 @@ __all__ = [
     "is_differentiable",
     "leads_to",
     "listed",
+    "moves",
     "needs_derivatives",
     "readable",
     "saved_bytes",
     "unknown_leaves",
     "unmapped",
+    "unwrapped",
     "vmap_active",
 ]
 
@@ -74,6 +76,13 @@ def listed(x: Tensor) -> list[Any]:
         return x.tolist()
 
 
+def unwrapped(x: Tensor) -> Tensor:
+    """What holds the values of ``x``, those of all copies where ``torch.vmap`` maps over it: for operations of PyTorch below all transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
 def below_vmap(x: Tensor, size: int) -> Tensor:
     """``(size, *x.shape)``: what ``x`` is for each copy, as the vmap rule of a node sees it, which runs below the vmap itself."""
     level, mapped = _functorch_level(), False
@@ -90,6 +99,18 @@ def is_differentiable(x: Any) -> bool:
     if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
         return False
     return x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x) or has_tangent(x)
+
+
+def moves(x: Tensor) -> bool:
+    """As `is_differentiable`, but not for what is only mapped over by ``torch.vmap``, nor where no gradients are recorded."""
+    if has_tangent(x):
+        return True
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        # a transform wraps what depends on the arguments that it differentiates in; forward mode does not say so by `requires_grad`
+        if torch._C._functorch.is_gradtrackingtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 def needs_derivatives(tensors: Iterable[Tensor]) -> bool:

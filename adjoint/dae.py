@@ -133,7 +133,7 @@ def solve_dae(
     if yp0 is not None:
         user_spec.check(yp0, "yp0", "y0")
     times = check_times(t_span, t_eval, step_ts, user_spec)
-    chosen = method_for(times, chosen, DAE_METHODS["radau"])
+    chosen = method_for(times, chosen, DAE_METHODS["radau"], False)
     guessed = yp0 is None
     if guessed and consistent == "slopes":
         raise InvalidInput("consistent='slopes' keeps yp0 and solves for y0: give yp0")

@@ -342,7 +342,7 @@ def _lost(E: Tensor, G: Tensor) -> tuple[float, int, int] | None:
     constraints, free = left[:, rank:], structure.basis[0][:, rank:]
     u, s, vh = torch.linalg.svd(constraints.mH @ scaled @ free)
     condition = float(s[0] / s[-1]) if float(s[-1]) > 0 else float("inf")
-    weakest = float(s[-1] / torch.linalg.matrix_norm(constraints.mH @ scaled, 2).clamp(min=1e-300))
+    weakest = float(s[-1] / torch.linalg.matrix_norm(constraints.mH @ scaled, 2).clamp(min=torch.finfo(s.dtype).tiny))
     if weakest > 1e-5:
         return None
     variable = int((free @ vh[-1].conj()).abs().argmax())

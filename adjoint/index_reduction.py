@@ -202,7 +202,7 @@ class ReducedDAE:
             chosen = [j for j in columns if (j, layout.orders[j] - level + 1) in layout.dummies]
             if len(chosen) < len(columns):
                 least = torch.linalg.svdvals(J[rows][:, chosen])[-1]
-                worst = torch.minimum(worst, least / torch.linalg.svdvals(J[rows][:, columns])[-1].clamp(min=1e-300))
+                worst = torch.minimum(worst, least / torch.linalg.svdvals(J[rows][:, columns])[-1].clamp(min=torch.finfo(J.dtype).tiny))
             columns = chosen
         return worst
 

@@ -218,7 +218,7 @@ def solve_ivp(
     right_hand_side, state, integrand = fun, y0, None
     times = check_times(t_span, t_eval, step_ts, user_spec)
     check_jumps(chosen, step_ts)
-    chosen = method_for(times, chosen, METHODS["kvaerno5" if chosen.implicit else "tsit5"])
+    chosen = method_for(times, chosen, METHODS["kvaerno5" if chosen.implicit else "tsit5"], mass is None)
     if quadrature is not None:
         if not callable(quadrature):
             raise InvalidInput(f"quadrature must be callable, got a {type(quadrature).__name__}")

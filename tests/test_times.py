@@ -66,6 +66,62 @@ def test_constrained_trajectories_with_a_span_of_no_length(method):
     assert adjoint.solve_dae(residual, (0.5, 0.5), torch.ones(2, **DOUBLE), method=method).y.tolist() == [[1.0, 1.0]] * 2
 
 
+def forms(solve, y0, end, ts):
+    """One call for each form: ``solve(end, y0, ts, **options)``."""
+    yield lambda: solve(end, y0, ts, batched=True)
+    yield lambda: torch.vmap(solve, in_dims=(0, 0, 1))(end, y0, ts)
+
+
+@pytest.mark.parametrize("moving", ["end", "samples"])
+@pytest.mark.parametrize("method", ["bdf", "abm", "tsit5"])
+def test_derivatives_in_times_where_some_spans_have_no_length(method, moving):
+    """A multistep method takes no step there: it says so, mapped or not, and one-step methods give the slope."""
+    y0 = torch.tensor([[2.0], [1.0]], **DOUBLE)
+    end, ts = torch.tensor([0.0, 1.0], **DOUBLE), torch.tensor([[0.0, 0.5]], **DOUBLE)
+    moved = (end if moving == "end" else ts).requires_grad_()
+
+    def solve(end, y0, ts, **options):
+        samples = {} if moving == "end" else {"t_eval": ts}
+        return adjoint.solve_ivp(decay, (0.0, end), y0, method=method, **samples, **options).y[-1]
+
+    for call in forms(solve, y0, end, ts):
+        if method != "tsit5":
+            with pytest.raises(adjoint.errors.UnsupportedCombination, match="some have no length"):
+                call()
+            with torch.no_grad():
+                assert torch.isfinite(call()).all()
+        else:
+            slopes = torch.autograd.grad(call().sum(), moved)[0].flatten()
+            assert float(slopes[0]) == pytest.approx(-2.0)
+    # what is only mapped over does not move
+    fixed = [x.detach() for x in (end, ts)]
+    assert torch.vmap(solve, in_dims=(0, 0, 1))(fixed[0], y0, fixed[1])[0].item() == 2.0
+
+
+@pytest.mark.parametrize("door", ["solve_dae", "mass_matrix"])
+def test_derivatives_in_times_of_constraints_over_a_span_of_no_length(door):
+    mass, end = torch.diag(torch.tensor([1.0, 0.0], **DOUBLE)), torch.tensor(0.5, **DOUBLE, requires_grad=True)
+    rate = lambda t, y: torch.stack([-y[1], y[0] - y[1]])  # noqa: E731
+    with pytest.raises(adjoint.errors.UnsupportedCombination, match="span of no length"):
+        if door == "solve_dae":
+            adjoint.solve_dae(lambda t, y, yp: mass @ yp - rate(t, y), (0.5, end), torch.ones(2, **DOUBLE))
+        else:
+            adjoint.solve_ivp(rate, (0.5, end), torch.ones(2, **DOUBLE), method="radau5", mass_matrix=mass)
+
+
+@pytest.mark.parametrize("method", ["radau5", "rodas5p", "bdf"])
+def test_mass_matrices_in_single_precision_beside_a_span_of_no_length(method):
+    mass = torch.tensor([[1.0, -0.25], [0.5, 1.0]])
+    fun = lambda t, y: torch.stack([y[..., 1], -y[..., 0]], -1) @ mass.mT  # noqa: E731
+    y0 = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    ends = torch.tensor([0.5, 0.0], **DOUBLE)
+    y = adjoint.solve_ivp(fun, (0.0, ends), y0, method=method, batched=True, mass_matrix=mass, rtol=1e-4, atol=1e-6).y[-1]
+    torch.testing.assert_close(y, torch.tensor([[math.cos(0.5), -math.sin(0.5)], [0.0, 1.0]]), rtol=1e-3, atol=1e-3)
+    (bar,) = torch.autograd.grad(y.sum(), y0)
+    want = torch.tensor([[math.cos(0.5) - math.sin(0.5), math.cos(0.5) + math.sin(0.5)], [1.0, 1.0]])
+    torch.testing.assert_close(bar, want, rtol=1e-3, atol=1e-3)
+
+
 def test_lists_of_tensors_as_times_keep_their_derivatives():
     T, w = torch.tensor(0.8, **DOUBLE, requires_grad=True), torch.tensor(1.0, **DOUBLE)
     one, want = torch.ones(1, **DOUBLE), -0.8 * math.exp(-0.32)

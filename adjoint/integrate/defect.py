@@ -110,7 +110,7 @@ def inner_error(
     g = method.tableau.gamma  # type: ignore[attr-defined]
     stages, hg = ks[: method.n_stages], h * g
     # a step over a jump of an algebraic variable that nobody named: it shall be small, and no more can be asked
-    narrow = (h.squeeze(-1).abs() / (_NARROW * span).clamp(min=1e-300).to(h.dtype)).clamp(max=1.0) ** 2
+    narrow = (h.squeeze(-1).abs() / (_NARROW * span).to(h.dtype).clamp(min=torch.finfo(h.dtype).tiny)).clamp(max=1.0) ** 2
     worst: Tensor | None = None
     for point in _points(method):
         moved, slope = weighted_sum(point.values, stages), weighted_sum(point.slopes, stages)
@@ -134,7 +134,7 @@ def _of_index_two(f: Constrained, plan: Plan, hg: Tensor, rest: float, error: Te
     high = f.power > 0
     left = f.tolerance * (size * plan.rtol + plan.atol)
     noise = plan.norm(plan.scaled(_NOISE * torch.maximum(left, 10 * torch.finfo(size.dtype).eps * size), size))
-    seen = plan.norm(torch.where(high, 0.0, plan.scaled(error, size)).abs()).clamp(min=1e-300)
+    seen = plan.norm(torch.where(high, 0.0, plan.scaled(error, size)).abs()).clamp(min=torch.finfo(size.dtype).tiny)
     whole = error + f.filtered(hg, rest * f.mass(torch.where(high, 0.0, error)))
     share = 1.0 + (noise / seen).unsqueeze(-1) * plan.scaled(whole, size).abs()
     return torch.where(high, whole / share - error, 0.0)

@@ -100,7 +100,7 @@ def _tidy(vectors: Tensor) -> Tensor:
     """The reduced echelon form of the span: simple vectors, with a largest entry of one."""
     out = vectors.clone()
     for i in range(out.shape[0]):
-        out[i:] = out[i:] / out[i:].abs().amax(1, keepdim=True).clamp(min=1e-300)
+        out[i:] = out[i:] / out[i:].abs().amax(1, keepdim=True).clamp(min=torch.finfo(out.dtype).tiny)
         flat = int(out[i:].abs().argmax())
         j, pivot = i + flat // out.shape[1], flat % out.shape[1]
         out[[i, j]] = out[[j, i]]
@@ -108,7 +108,7 @@ def _tidy(vectors: Tensor) -> Tensor:
         others = [r for r in range(out.shape[0]) if r != i]
         out[others] = out[others] - out[others, pivot].unsqueeze(-1) * out[i]
     out = torch.where(out.abs() > 1e-10, out, 0.0)
-    return out / out.abs().amax(1, keepdim=True).clamp(min=1e-300) if out.shape[0] else out
+    return out / out.abs().amax(1, keepdim=True).clamp(min=torch.finfo(out.dtype).tiny) if out.shape[0] else out
 
 
 def _by_iteration(indices: Tensor, values: Tensor, shape: tuple[int, int], rtol: float | None, block: int = 8) -> Tensor | None:

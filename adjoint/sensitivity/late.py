@@ -100,7 +100,7 @@ def _in_reach(function: Any) -> Iterator[Tensor]:
             yield x
         elif isinstance(x, FunctionType):
             todo += [*closed_over(x), *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()]
-            if not x.__module__.startswith("torch."):
+            if not (x.__module__ or "").startswith("torch."):
                 todo += [x.__globals__[name] for name in _names(x.__code__) if name in x.__globals__]
         elif isinstance(x, MethodType):
             todo += [x.__self__, x.__func__]

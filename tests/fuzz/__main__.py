@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+import json
 import multiprocessing
 import sys
 import time
@@ -24,12 +26,19 @@ def verdicts(seeds: Iterable[int], jobs: int, compiled: float, cheap: bool | Non
         yield from pool.imap_unordered(work, seeds, chunksize=10)
 
 
+def logged(log: Path | None) -> dict[int, Verdict]:
+    """What earlier runs have written, by seed."""
+    if log is None or not log.exists():
+        return {}
+    return {v.seed: v for v in (Verdict(**json.loads(line)) for line in log.read_text().splitlines())}
+
+
 def report(found: list[Verdict], seconds: float) -> str:
     """Counts, then failures, loose results and refusals by kind."""
     count = Counter(v.outcome for v in found)
     used = sum(v.seconds for v in found)
     lines = [f"{len(found)} cases in {seconds:.0f} s ({used:.0f} s CPU): " + ", ".join(f"{n} {name}" for name, n in count.most_common())]
-    for outcome in ("failed", "loose", "refused", "unsharp"):
+    for outcome in ("failed", "slow", "loose", "refused", "unsharp"):
         kinds: dict[str, list[Verdict]] = defaultdict(list)
         for v in found:
             if v.outcome == outcome:
@@ -51,14 +60,20 @@ def main() -> int:
     )
     parser.add_argument("--show", type=int, metavar="SEED", help="print the program of one case, and stop")
     parser.add_argument("--out", type=Path, default=Path("fuzz_failures"), help="where the programs of failures go")
+    parser.add_argument("--log", type=Path, help="a file that gets a line of JSON for each case; a run that was interrupted goes on from it")
     options = parser.parse_args()
     if options.show is not None:
         print(script(options.show, options.compiled, options.cheap))
         return 0
-    found, start = [], time.perf_counter()
-    for v in verdicts(range(options.seed, options.seed + options.cases), options.jobs, options.compiled, options.cheap):
+    seeds, start = range(options.seed, options.seed + options.cases), time.perf_counter()
+    found = [v for seed, v in logged(options.log).items() if seed in seeds]
+    known = {v.seed for v in found}
+    for v in verdicts([seed for seed in seeds if seed not in known], options.jobs, options.compiled, options.cheap):
         found.append(v)
-        if v.outcome == "failed":
+        if options.log is not None:
+            with options.log.open("a") as file:
+                file.write(json.dumps(dataclasses.asdict(v)) + "\n")
+        if v.outcome in ("failed", "slow"):
             options.out.mkdir(exist_ok=True)
             (options.out / f"case_{v.seed}.py").write_text(script(v.seed, options.compiled, options.cheap))
             print(f"seed {v.seed}: {v.kind}\n    {v.summary}\n    {v.detail[:600]}\n    {options.out}/case_{v.seed}.py", flush=True)

@@ -40,7 +40,7 @@ SHRINKS = 3.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """``outcome``: "right", "loose" (wide of the tolerance, but converges), "refused", "unsharp" or "failed"."""
+    """``outcome``: "right", "loose" (wide of the tolerance, but converges), "refused", "unsharp", "slow" or "failed"."""
 
     seed: int
     outcome: str
@@ -145,7 +145,7 @@ def judge(seed: int, compiled: float = 0.0, cheap: bool | None = None) -> Verdic
         except AdjointError as error:
             return verdict("refused", words(error), str(error))
         except TimeoutError as error:
-            return verdict("failed", "slow", place(error))
+            return verdict("slow", f"more than {LIMIT:g} s: {case.method}", place(error))
         except Exception as error:
             return verdict("failed", f"raised {words(error)}", place(error))
 
