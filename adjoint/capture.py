@@ -77,7 +77,7 @@ def listed(x: Tensor) -> list[Any]:
 
 
 def unwrapped(x: Tensor) -> Tensor:
-    """What holds the values of ``x``, those of all copies where ``torch.vmap`` maps over it: for operations of PyTorch below all transforms."""
+    """What holds the values of ``x``, those of all copies where ``torch.vmap`` maps over it, for use below all transforms."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
     return x

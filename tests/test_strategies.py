@@ -322,3 +322,20 @@ def test_backsolve_counts_a_captured_view_once():
         end = solve_ivp(lambda t, y, o=other: -(0.5 * w[0] + 0.5 * o) * y, (0.0, 1.0), y0, gradient=BacksolveAdjoint()).y[-1].sum()
         slope = torch.autograd.grad(end, w)[0]
         torch.testing.assert_close(slope, torch.tensor([-3 * math.exp(-0.7), 0.0]), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("door", ["solve_ivp", "batch", "solve_dae"])
+@pytest.mark.parametrize("gradient", [InterpolatingAdjoint(), GaussAdjoint(), QuadratureAdjoint()])
+def test_a_loss_that_is_not_followed_back_has_derivatives_of_zero(gradient, door):
+    """A penalty that is not active, a loss on the initial state: zeros for what ``fun`` uses, as with the other strategies, not None."""
+    p, y0 = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.7, [2.0]))
+    at = y0.expand(2, 1) if door == "batch" else y0
+    options = {"gradient": gradient, "t_eval": [0.0, 0.5]}
+    if door == "solve_dae":
+        y = solve_dae(lambda t, y, yp, p: yp + p * y, (0.0, 1.0), at, args=(p,), **options).y
+    else:
+        y = solve_ivp(lambda t, y, p: -p * y, (0.0, 1.0), at, (p,), batched=door == "batch", **options).y
+    for loss, want in ((torch.relu(y[-1] - 5.0).sum(), 0.0), (y[0].flatten()[0], 1.0)):
+        by_p, by_y0 = torch.autograd.grad(loss, (p, y0), retain_graph=True)
+        assert float(by_p) == 0.0
+        assert float(by_y0) == want

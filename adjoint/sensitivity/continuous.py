@@ -174,6 +174,7 @@ def _sweep(
         # a loss on sol(t), yp or the steps themselves; also what second derivatives ask of first ones
         return eager_sweep(problem, grid, anchors, t_eval, inputs, bars, wants)
     problem.witness.check()
+    original = (grid, anchors, t_eval, inputs, bars, wants)
     anchors = anchors.detach()
     t_eval = None if t_eval is None else t_eval.detach()
     safe = shelter(problem, grid, None, inputs)
@@ -190,7 +191,11 @@ def _sweep(
         back = ImplicitBack(problem, plan, f, trajectory, linearize, anchors[-1])
     else:
         back = OdeBack(problem, plan, f, trajectory, linearize, anchors[-1], integral)
-    return safe.marked(walk(back, problem, grid, anchors, t_eval, bars, wants), given)
+    found = walk(back, problem, grid, anchors, t_eval, bars, wants)
+    if linearize.targets and all(bar is None for bar in linearize.bars):
+        # a loss with a gradient of zero, or of the initial state alone, is not followed back: derivatives are zero, but of what is used
+        return eager_sweep(problem, *original)
+    return safe.marked(found, given)
 
 
 def _without_failed(

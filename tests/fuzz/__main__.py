@@ -60,7 +60,7 @@ def main() -> int:
     )
     parser.add_argument("--show", type=int, metavar="SEED", help="print the program of one case, and stop")
     parser.add_argument("--out", type=Path, default=Path("fuzz_failures"), help="where the programs of failures go")
-    parser.add_argument("--log", type=Path, help="a file that gets a line of JSON for each case; a run that was interrupted goes on from it")
+    parser.add_argument("--log", type=Path, help="gets a line of JSON for each case; a run that was interrupted goes on from it")
     options = parser.parse_args()
     if options.show is not None:
         print(script(options.show, options.compiled, options.cheap))

@@ -379,7 +379,8 @@ def loss_text(case: Case, names: list[str]) -> str:
         if case.form == "one":
             text, value = literal(weight.select(dim, 0)), f"out[{name!r}]"
         elif inner:
-            text, value = f"weights[{name!r}]", f"out[{name!r}]"
+            # what a row does not get to is NaN, and has no weight
+            text, value = f"weights[{name!r}]", f"torch.where(weights[{name!r}] != 0, out[{name!r}], 0.0)"
         else:
             text, value = (
                 literal(weight.index_select(dim, torch.tensor(keep, dtype=torch.long))),
