@@ -95,7 +95,8 @@ def test_batch_as_one_by_one(end):
         assert torch.allclose(many.y[:, b], one.y, rtol=1e-9, atol=1e-11)
         assert torch.allclose(torch.autograd.grad(one.y.square().sum(), mu)[0], bars[b], rtol=1e-7)
         own = solve_ivp(f, (0.0, end), y0[b], (mu,), t_eval="steps", **options)
-        assert torch.allclose(steps.t[: n + 1, b], own.t, rtol=1e-6) and bool(steps.t[n + 1 :, b].isnan().all())
+        # steps at the edge of stability are bounded by differences, which are rounded
+        assert torch.allclose(steps.t[: n + 1, b], own.t, rtol=1e-5) and bool(steps.t[n + 1 :, b].isnan().all())
         assert torch.allclose(steps.y[: n + 1, b], many(steps.t[: n + 1, b])[:, b], rtol=1e-9, atol=1e-10)
 
 

@@ -62,6 +62,50 @@ def test_derivatives_in_the_initial_state(case, method):
     torch.testing.assert_close(jacobian(end(fun, span, method), y0), torch.linalg.matrix_exp(a * span), rtol=0, atol=5e-5)
 
 
+LOOSE = {"rtol": 1e-4, "atol": 1e-6}
+
+
+@pytest.mark.parametrize("method", ["kvaerno5", "rodas5p", "radau5", "auto", slow("trbdf2"), slow("kvaerno3"), slow("rodas4")])
+@pytest.mark.parametrize("case", ["oscillator", "oscillator beside", slow("decay"), slow("chain"), slow("decay beside")])
+def test_implicit_steps_are_short_enough_too(case, method):
+    fun, a, span, y0 = CASES[case]
+    span = span / 5
+    torch.testing.assert_close(jacobian(end(fun, span, method, **LOOSE), y0), torch.linalg.matrix_exp(a * span), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("method", ["kvaerno5", "auto"])
+def test_many_trajectories_of_implicit_methods(method):
+    y0 = torch.tensor([[1.0, 0.5], [0.0, 0.0]], requires_grad=True)
+    y = end(linear(OSCILLATOR), 4.0, method, batched=True, **LOOSE)(y0)
+    truth = torch.linalg.matrix_exp(OSCILLATOR * 4.0)
+    torch.testing.assert_close(y, y0 @ truth.T, rtol=0, atol=1e-3)
+    (found,) = torch.autograd.grad(y[:, 0].sum(), y0)
+    torch.testing.assert_close(found, truth[0].expand(2, -1), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["kencarp3", slow("kencarp5")])
+def test_the_explicit_part_of_an_additive_method(method):
+    explicit, implicit = matrix([0.0, 4.0], [-4.0, -20.0]), matrix([-1.0, 0.0], [0.0, -3.0])
+    fun = adjoint.SplitFunction(linear(explicit), linear(implicit))
+    truth = torch.linalg.matrix_exp(explicit + implicit)
+    torch.testing.assert_close(jacobian(end(fun, 1.0, method, **LOOSE), [0.0, 0.0]), truth, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("stiffness", [100.0, 1e4, 1e8, 1e12])
+@pytest.mark.parametrize("moving", [1.0, 0.0])
+def test_a_slow_manifold_with_a_switched_method(stiffness, moving):
+    def fun(t, y, p):
+        return -stiffness * (y - p * torch.cos(moving * t)) - p * moving * torch.sin(moving * t)
+
+    y0, p = torch.ones(1, requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    sol = adjoint.solve_ivp(fun, (0.0, 2.0), y0, args=(p,), method="auto")
+    first = torch.autograd.grad(sol.y[-1, 0], (y0, p))
+    assert first[0].abs().item() < 1e-6
+    assert first[1].item() == pytest.approx(np.cos(2.0 * moving), abs=1e-6)
+    # it is handed over, and not followed by short steps
+    assert sol.stats.n_steps < 400
+
+
 @pytest.mark.parametrize("gradient", [adjoint.DiscreteAdjoint(), adjoint.DiscreteAdjoint(checkpoints=5), adjoint.ForwardSensitivity()])
 def test_of_every_strategy(gradient):
     y0 = torch.zeros(2, requires_grad=True)
@@ -118,7 +162,7 @@ def test_ordinary_solves_take_the_steps_that_they_take_without_derivatives():
         a, b = y.unbind(-1)
         return torch.stack([p * a - a * b, a * b - b], -1)
 
-    for method in ("tsit5", "dopri8", "bosh3"):
+    for method in ("tsit5", "dopri8", "bosh3", "kvaerno5", "rodas5p"):
         steps = []
         for wanted in (False, True):
             p = torch.tensor(1.5, requires_grad=wanted)

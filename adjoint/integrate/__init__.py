@@ -13,7 +13,7 @@ from .additive import AdditiveStageSolver
 from .alone import LoneStages
 from .batched import integrate_batched
 from .bdf import BdfSolver
-from .companion import rests
+from .companion import Beside, rests
 from .controller import IController, PIController, PIDController
 from .multistep import MultistepSolver, integrate_multistep
 from .multistep_alone import integrate_multistep_alone
@@ -57,7 +57,7 @@ def integrate(
     inputs: Sequence[Tensor] = (),
     shape: Sequence[int] | None = None,
     recording: Recording | None = None,
-    beside: Callable[[], Callable[[Tensor, Tensor], Tensor]] | None = None,
+    beside: Beside | None = None,
 ) -> Record:
     """Run the loop that fits: float decisions for one trajectory, masks for many. ``beside``: see `Companion`; None for steps by the state
     alone."""
@@ -68,9 +68,9 @@ def integrate(
         elif isinstance(f, MultistepSolver):
             record = integrate_multistep(f, plan, anchors, t_eval, y0, inputs)
         elif isinstance(f, LoneStages):
-            record = integrate_single(f, plan, anchors, t_eval, y0, inputs, carried)
+            record = integrate_single(f, plan, anchors, t_eval, y0, inputs, carried, None, beside)
         else:
-            record = integrate_batched(f, plan, anchors, t_eval, y0, inputs)
+            record = integrate_batched(f, plan, anchors, t_eval, y0, inputs, beside)
         work = f.work
         # where the iteration failed to the last, its NaN are its own
         failed = f.stuck & (record.status == int(Status.NON_FINITE))

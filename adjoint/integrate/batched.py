@@ -12,7 +12,7 @@ from .batch_events import BatchEventWatch, ends_at, next_aim, no_events
 from .batch_sampling import BatchSampler
 from .clock import aim_step, judge_step, why_stuck
 from .columns import layout, takes_columns
-from .companion import QUIET, Companion, companion_of
+from .companion import QUIET, Beside, Companion, companion_of
 from .compiled import compiled
 from .controller import tamed
 from .defect import inner_error
@@ -251,7 +251,7 @@ def integrate_batched(
     t_eval: Tensor | None,
     y0: Tensor,
     inputs: Sequence[Tensor] = (),
-    beside: Callable[[], Callable[[Tensor, Tensor], Tensor]] | None = None,
+    beside: Beside | None = None,
 ) -> Record:
     """Solve B trajectories, each with its own steps.
 
@@ -313,7 +313,8 @@ def integrate_batched(
                 seen = attempt._replace(end=torch.where(found.stop.isnan(), attempt.end, found.stop))
         if watch is not None:
             lands = attempt.lands != 0
-            over = watch.after_step(f, attempt.accepted & ~lands & (new.status == 0), attempt.h, turned(carry.y), attempt.stages)
+            rate = 0.0 if companion is None else companion.rate
+            over = watch.after_step(f, attempt.accepted & ~lands & (new.status == 0), attempt.h, turned(carry.y), attempt.stages, rate)
             if over is not None:
                 status = torch.where(over, int(Status.SWITCHED), new.status)
                 new = new._replace(status=status, running=torch.where(over, torch.zeros_like(new.running), new.running))
@@ -368,7 +369,7 @@ def _accompanied(
     h, scaled = attempt.h.to(plan.real).unsqueeze(-1), turned(new.scaled)
     # of a step that was cut short a small error says nothing
     quiet = taken & (plan.norm(scaled) <= QUIET) & ~((attempt.lands != 0) & (size < 0.5 * carry.step))
-    found = companion.error(times, h, turned(carry.y), turned(carry.k1), scaled, taken, quiet, longest)
+    found = companion.error(times, h, turned(carry.y), turned(carry.k1), scaled, taken, quiet, longest, turned(new.y))
     if found is None:
         return new, attempt
     assert isinstance(found, Tensor)

@@ -7,6 +7,9 @@ solution is carried along, whose distance from the solution, a tangent by finite
 distance never falls below half of what the error test sees, so that it also finds, as by power iteration with the steps themselves, modes
 that have died away long ago and would be unstable in longer steps.
 
+Implicit steps stay stable, but at rest are as long as the span: there the companion is wanted where nothing moves, and its displaced
+solution has stage equations of its own. Of additive methods the explicit part is looked after as well.
+
 The test of every so many steps is a step of power iteration for the size of the Jacobian, as in Sommeijer, Shampine & Verwer (1997), RKC.
 """
 
@@ -21,15 +24,23 @@ from torch import Tensor
 
 from .plan import Plan, Record
 
-__all__ = ["QUIET", "Companion", "companion_of", "displaced", "rests"]
+__all__ = ["QUIET", "Beside", "Companion", "companion_of", "displaced", "rests"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
+#: a right-hand side, for implicit methods with its equations; displaced or not
+Beside = Callable[[bool], Any]
 #: by row, ``(B,)``; of one trajectory Python's own, which cost no tensor operators
 _Mask = Tensor | bool
 _Number = Tensor | float
 
 #: errors, in units of the tolerance, of a state and of a component that are at rest
 QUIET, _STILL = 1e-8, 1e-10
+#: movement in a step, in units of the tolerance, of a state at rest, where stability is of no concern
+_STANDING = 1e-6
+#: how many steps of how many times of the fastest mode take what is fast out of a displacement
+_ROUNDS, _PASSED = 4, 30.0
+#: products with the Jacobian that make an estimate of its size, and the part of the interval of stability from which on they are made
+_PRODUCTS, _NEAR = 4, 0.3
 #: part of the interval of stability from which on steps are looked after
 _EDGE = 0.8
 #: steps without need for it after which the companion is left, for how many, and how much longer steps may become meanwhile
@@ -38,6 +49,8 @@ _CALM, _NAP, _LONGEST_NAP, _STRETCH = 4, 16, 256, 1.25
 _LOOKS, _LONGER = (0, 8, 24), 2.0
 #: refusals in a row after which a distance is taken for rounding
 _FUTILE = 25
+#: an error that is refused in any case
+_HUGE = 1e30
 #: times of the fastest mode after which it has died away, if it does
 _SETTLED = 20.0
 #: bounds of the displacement beside its part above rounding, relative and absolute
@@ -47,22 +60,12 @@ _PATTERNS: dict[torch.Size, Tensor] = {}
 _MANY, _SMALL = 64, 4096
 
 
-def companion_of(
-    f: Flat, plan: Plan, beside: Callable[[], Flat] | None, like: Tensor, flat: Sequence[int] | None = None
-) -> Companion | None:
-    """The companion of a solve, for explicit methods with error control whose derivatives are wanted. ``like``: a state as ``f`` takes it;
+def companion_of(f: Any, plan: Plan, beside: Beside | None, like: Tensor, flat: Sequence[int] | None = None) -> Companion | None:
+    """The companion of a solve by a one-step method with error control whose derivatives are wanted. ``like``: a state as ``f`` takes it;
     ``flat``: its shape ``(B, n)``, where that is another."""
-    method = plan.method
-    if beside is None or method.implicit or not method.adaptive or not like.numel():
+    if beside is None or not plan.method.adaptive or not like.numel():
         return None
-    if flat is None or like.shape == torch.Size(flat):
-        return Companion(f, plan, beside, like)
-    shape, size = like.shape, torch.Size(flat)
-
-    def flattened(g: Flat) -> Flat:
-        return lambda t, y: g(t, y.reshape(shape)).reshape(size)
-
-    return Companion(flattened(f), plan, lambda: flattened(beside()), like.reshape(size))
+    return Companion(f, plan, beside, like, like.shape if flat is None else torch.Size(flat))
 
 
 class Companion:
@@ -70,13 +73,18 @@ class Companion:
 
     Parameters
     ----------
-    f : right-hand side for states ``(B, n)``
-    beside : gives it with all that it depends on displaced by a little; for the companion of states at rest
-    like : (B, n)
+    f : right-hand side of the solve, for implicit methods with their equations
+    beside : gives another one, with all that it depends on displaced by a little if asked; for the companion of states at rest
+    like : a state as ``f`` takes it
+    flat : ``(B, n)``, the shape of states here
     """
 
-    def __init__(self, f: Flat, plan: Plan, beside: Callable[[], Flat], like: Tensor) -> None:
-        self.f, self.plan, self._beside = f, plan, beside
+    def __init__(self, f: Any, plan: Plan, beside: Beside, like: Tensor, flat: torch.Size) -> None:
+        self.f, self.plan, self._beside, self._shape, self._flat = f, plan, beside, like.shape, flat
+        method = plan.method
+        #: the explicit part, which must not be stiff, and the implicit one
+        self._split: tuple[Flat, Flat] | None = (f.explicit, f.f) if getattr(method, "additive", False) else None
+        self._interval: float = math.inf if method.implicit and self._split is None else method.interval  # type: ignore[attr-defined]
         eps = torch.finfo(plan.real).eps
         self._shift = eps**0.4
         rtol = plan.rtol if isinstance(plan.rtol, float) else float(plan.rtol.detach().max())
@@ -85,9 +93,14 @@ class Companion:
         #: tolerances of the usual size: `_unit` is linear in the size of the state, and never zero
         self._plain = isinstance(plan.rtol, float) and isinstance(plan.atol, float) and rtol <= _WIDEST and tiny < plan.atol <= _WIDEST
         self.on = False
-        #: what the companion cost, ``(B,)`` or a number
-        self.n_fun = 0
-        self._displaced: Flat = f
+        self._n_fun = 0
+        self._displaced, self._base = f, f
+        #: whether steps of an explicit method may be handed over to another one
+        self._switching = plan.switch is not None and not method.implicit
+        #: size of the Jacobian, by power iteration, the largest of all rows, and what of it speaks for the other method
+        self._rate: _Number = 0.0
+        self._fastest = 0.0
+        self.rate: float | Tensor = 0.0
         #: displacement in units of `_unit`, and that behind the step that was asked for
         self._distance: _Number = 0.0
         self._proposed: _Number = 0.0
@@ -100,14 +113,24 @@ class Companion:
         self._probed: _Number = 1.0
         self._refused: Tensor | int = 0
         self._calm, self._nap = 0, _NAP
-        self._index, self._look, self._reach = 0, 0, 0.0
+        self._index, self._reach = 0, 0.0
+        self._look: float = 0
         self._elapsed, self._first = 0.0, True
+
+    @property
+    def n_fun(self) -> Any:
+        """The evaluations that the companion cost, ``(B,)`` or a number."""
+        if not self.plan.method.implicit or self._base is self.f:
+            return self._n_fun
+        return self._n_fun + sum(part.work.n_fun for part in (self._base, self._displaced))
 
     def due(self, quiet: bool, h: float) -> bool:
         """Whether there is something to be done in this attempt; ``quiet``: its error is next to nothing."""
         index = self._index
         self._index += 1
         self._elapsed += h
+        if self._switching:
+            return self.on or quiet or index >= self._look or h * self._fastest > _NEAR * self._interval
         return self.on or quiet or index >= self._look or h > self._reach
 
     def error(
@@ -120,38 +143,54 @@ class Companion:
         taken: _Mask,
         quiet: _Mask,
         longest: float,
-        step: tuple[Tensor, Sequence[Tensor]] | None = None,
+        end: Tensor,
+        slopes: Sequence[Tensor] | None = None,
     ) -> _Number | None:
         """The error of the companion's step, in units of the tolerance, or None: ``(B,)``, or a number where ``taken`` and ``quiet`` are.
 
         ``h``: a number, or (B, 1); ``scaled`` (B, n): the error of the state; ``taken`` (B,): who takes a step that would be accepted;
-        ``quiet`` (B,): and whose error is next to nothing; ``longest``: ``|h|`` of all; ``step``: the new state, and the slopes that its
-        error weighs, where they are known.
+        ``quiet`` (B,): and whose error is next to nothing; ``longest``: ``|h|`` of all; ``end``: the new state; ``slopes``: those that
+        its error weighs, where they are known.
         """
         with torch.no_grad():
-            y, k1 = _constant(y, scaled), _constant(k1, scaled)
+            y, k1 = self._constant(y), self._constant(k1)
             unit = self._unit(y)
+            resting = None
+            if self.plan.method.implicit:
+                # steps that are stable are too long for derivatives only where nothing moves
+                moved, size, end = (self._constant(end) - y).abs(), y.abs(), self._constant(end)
+                still = (moved <= _STANDING * (size * self.plan.rtol + self.plan.atol)).all(-1)
+                resting = moved <= 8 * torch.finfo(self.plan.real).eps * size
+                still, some = (taken & (x > 0) for x in _numbers(quiet, still, resting.any(-1)))
+                quiet = quiet & still
+                if self._split is None and not self.on and not _any(some):
+                    self._look_later(longest)
+                    return None
+            bound = self._bound(times, h, y, k1, unit, taken) if self._switching else 0.0
             if not self.on:
                 self._with = False
             if not self.on or _any(quiet & _not(self._with)):
-                self._consider(times, h, y, k1, unit, scaled, taken, quiet, longest)
+                self._consider(times, h, y, k1, unit, scaled, taken, quiet, longest, resting)
                 if not self.on:
-                    return None
-            found = self._step(times, h, y, k1, unit, taken & self._with, step)
+                    return bound if self._switching else None
+            found = self._step(times, h, y, k1, unit, taken & self._with, end, slopes)
             calm = not _any(quiet | (found > 0.1))
             self._calm = self._calm + 1 if calm else 0
             self._reach = max(self._reach, _STRETCH * longest)
             if self._calm >= _CALM:
                 self.on, self._calm = False, 0
                 self._look, self._nap = self._index + self._nap, min(2 * self._nap, _LONGEST_NAP)
+            if self._switching:
+                self.rate = _where(taken & self._with, self._rate, self.rate)
+                found = _where(found > bound, found, bound)
             return found
 
     def error_of_one(
-        self, times: Sequence[Tensor], h: float, y: Tensor, y1: Tensor, slopes: Sequence[Tensor], scaled: Tensor, quiet: bool
+        self, times: Sequence[Tensor], h: float, y: Tensor, k1: Tensor, y1: Tensor, slopes: Sequence[Tensor], scaled: Tensor, quiet: bool
     ) -> float:
         """`error` of one trajectory, whose states may have any shape, and the decision on it. ``slopes``: of the step from ``y`` to
         ``y1``, those that its error weighs."""
-        found = self.error(times, h, y, slopes[0], scaled, True, quiet, abs(h), (y1, slopes))
+        found = self.error(times, h, y, k1, scaled, True, quiet, abs(h), y1, slopes)
         if found is None:
             return 0.0
         value = float(found)
@@ -176,9 +215,15 @@ class Companion:
     def _random(self, y: Tensor) -> Tensor:
         """Numbers of size one, away from zero: what must not be negative stays so."""
         if self._pattern is None:
-            self._pattern = _drawn(y.shape).to(device=y.device, dtype=self.plan.real)
+            # the same for every row, whoever else is there
+            self._pattern = _drawn(y.shape[-1:]).to(device=y.device, dtype=self.plan.real).expand(y.shape)
         # minus zero counts as zero
         return torch.copysign(self._pattern, y.real + 0.0)
+
+    def _look_later(self, longest: float, soon: bool = False) -> None:
+        late = [k for k in _LOOKS if k >= self._index]
+        self._look = self._index if soon else math.inf if self._switching else late[0] if late else self._index + _LOOKS[-1]
+        self._reach = _LONGER * longest
 
     def _consider(
         self,
@@ -191,44 +236,71 @@ class Companion:
         taken: _Mask,
         quiet: _Mask,
         longest: float,
+        resting: Tensor | None,
     ) -> None:
         """Whether the companion is needed."""
         first, self._first = self._first, False
         if self._probe is None:
-            self._probe = self._random(y)
-            assert self._pattern is not None
-            self._probed = _numbers(quiet, self._pattern.amax(-1))[0]
+            self._probe_anew(y, quiet)
+            assert self._probe is not None
         # the size of the Jacobian in a direction that comes nearer and nearer to that of its largest eigenvalue
-        self.n_fun += 1
-        change = (self.f(times[0], torch.addcmul(y, self._probe, unit)) - k1) / unit
-        size, least, most = _numbers(quiet, change.abs().amax(-1), *scaled.abs().aminmax(dim=-1))
+        self._n_fun += 1
+        point = torch.addcmul(y, self._probe, unit)
+        if self._split is None:
+            change = whole = (self._slope(self.f, times[0], point) - k1) / unit
+        else:
+            # of both parts where stillness is in question, of the explicit one where stability is
+            at, there = (self._slope(self._split[0], times[0], x) for x in (y, point))
+            change, whole = (there - at) / unit, (there + self._slope(self._split[1], times[0], point) - k1) / unit
+        if resting is None:
+            error = scaled.abs()
+            resting = error <= _STILL * error.amax(-1, keepdim=True)
+        # what nothing moves may rest
+        some = (resting & (whole != 0)).any(-1)
+        size, moved, some = _numbers(quiet, change.abs().amax(-1), whole.abs().amax(-1), some)
         usable = (size > 0) & (size < math.inf)
         rate = _where(usable, size / self._probed, 0.0)
-        length = rate * longest_of(h)
-        limit = (length > _EDGE * self.plan.method.interval) & taken  # type: ignore[attr-defined]
+        if not self._switching:
+            self._rate = rate
+        limit = (rate * longest_of(h) > _EDGE * self._interval) & taken & (not self._switching)
+        length = _where(moved < math.inf, moved / self._probed, 0.0) * longest_of(h)
         # steps that are short enough for any mode are so for the next one, if not for the one behind it
-        still, short = (quiet | (least <= _STILL * most)) & taken, self._tol ** (1.0 / (self.plan.method.error_order + 1))
+        still, short = (quiet | (some > 0)) & taken, self._tol ** (1.0 / (self.plan.method.error_order + 1))
         early, still = still & (length < short), still & (length >= short)
-        resting, stiff, soon, lost = _any_of(still, limit, early, _not(usable))
-        self._probe = change / _column(_where(usable, size, 1.0))
-        self._probed = 1.0
-        if lost:
-            self._probe = _where(_column(usable), self._probe, self._random(y))
-            assert self._pattern is not None
-            self._probed = _where(usable, 1.0, _numbers(quiet, self._pattern.amax(-1))[0])
-        late = [k for k in _LOOKS if k >= self._index]
-        self._look = self._index if soon else late[0] if late else self._index + _LOOKS[-1]
-        self._reach = _LONGER * longest
+        rests, stiff, soon, lost = _any_of(still, limit, early, _not(usable))
+        self._turn_probe(y, change, size, usable, lost)
+        self._look_later(longest, soon)
         self._first = first and soon
-        if not resting and not stiff:
+        if not rests and not stiff:
             return
         self.on, self._calm, self._with = True, 0, self._with | still | limit
         # of modes that were resolved before only their stability is at stake
-        anew = ((still & quiet) | (limit & (rate * self._elapsed < _SETTLED)) | (still & first)) & _not(self._known)
-        if _any(anew):
-            self._displaced = self._beside()
+        implicit = self.plan.method.implicit
+        anew = ((still & (quiet | first | implicit)) | (limit & (rate * self._elapsed < _SETTLED))) & _not(self._known)
+        begun = _any(anew)
+        if begun or (implicit and self._base is self.f):
+            self._displaced = self._beside(True)
+            if implicit:
+                self._base = self._beside(False)
+        if begun:
             self._known = self._known | anew
-            self._distance = _where(_column(anew), self._random(y).to(y.dtype), self._distance)
+            distance = self._random(y).to(y.dtype)
+            if implicit and self.plan.switch is not None:
+                distance = self._slowed(times, h, y, k1, unit, distance)
+            self._distance = _where(_column(anew), distance, self._distance)
+
+    def _slowed(self, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor, unit: Tensor, distance: Tensor) -> Tensor:
+        """The distance without what is fast, by long steps of a stable method: that was damped before the other method handed over."""
+        sizes = _PASSED / torch.as_tensor(self._rate, dtype=self.plan.real, device=y.device).reshape(-1, 1)
+        size = torch.as_tensor(h, dtype=self.plan.real, device=y.device).reshape(-1, 1)
+        size = torch.copysign(torch.maximum(torch.where(sizes.isfinite(), sizes, 0.0), size.abs()), size)
+        size = size if isinstance(h, Tensor) else size.reshape(())
+        base = self._attempt(self._base, times, size, y, k1)[0]
+        for _ in range(_ROUNDS):
+            there = y + distance * unit
+            slope = self._slope(self._displaced, times[0], there)
+            distance = (self._attempt(self._displaced, times, size, there, slope)[0] - base) / unit
+        return torch.where(distance.isfinite(), distance, 0.0)
 
     def _step(
         self,
@@ -238,39 +310,104 @@ class Companion:
         k1: Tensor,
         unit: Tensor,
         which: _Mask,
-        step: tuple[Tensor, Sequence[Tensor]] | None,
+        end: Tensor,
+        slopes: Sequence[Tensor] | None,
     ) -> _Number:
         """Take the companion along; the error of its distance."""
         method = self.plan.method
-        if step is None:
-            y1, error = self._attempt(self.f, times, h, y, k1)
+        if slopes is None or method.implicit:
+            # iterations of both ends where these differ by next to nothing
+            y1, error = self._attempt(self._base, times, h, y, k1)
         else:
-            y1, error = _constant(step[0], y), method.error(h, [_constant(k, y) for k in step[1]])
-        floor = 0.5 * self._tol * self._random(y)
+            y1, error = self._constant(end), method.error(h, [self._constant(k) for k in slopes])
+        # stable steps need no search for modes that grow
+        floor = 0.5 * self._tol * self._random(y) if self._interval < math.inf else 0.0
         before = (self._distance + floor) * unit
         there = y + before
-        other, error_there = self._attempt(self._displaced, times, h, there, self._displaced(times[0], there))
-        self.n_fun += (1 if step is not None else 2) * method.evaluations + 1
+        slope = self._slope(self._displaced, times[0], there)
+        other, error_there = self._attempt(self._displaced, times, h, there, slope)
+        if not method.implicit:
+            self._n_fun += (1 if slopes is not None else 2) * method.evaluations
+        self._n_fun += 1
         after = other - y1
         size = torch.maximum(unit, torch.maximum(before.abs(), after.abs()))
         # less what may be rounding
         difference = (error_there - error).abs() - 8 * torch.finfo(self.plan.real).eps * torch.maximum(y.abs(), y1.abs())
         after = after / unit
         found, largest = _numbers(which, (difference.clamp(min=0.0) / (self._tol * size)).amax(-1), after.abs().amax(-1))
-        # where it cannot be followed it says nothing
-        usable = (found < math.inf) & (largest < math.inf)
+        # where it cannot be followed it says nothing, but for steps out of all proportion
+        usable, wild = (found < math.inf) & (largest < math.inf), self._rate * longest_of(h) > self._interval
         after = after / _column(_where(largest > 1e3, largest, 1.0))
         self._proposed = _where(_column(usable), after, 0.0)
-        found = _where(usable & which, found, 0.0)
+        found = _where(usable & which, found, _where(which & wild, _HUGE, 0.0))
         self._refused = _where(which, _where(found > 1.0, self._refused + 1, 0), self._refused)
         return _where(self._refused <= _FUTILE, found, 0.0)
 
-    def _attempt(self, f: Flat, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, Tensor]:
-        method = self.plan.method
-        y1, ks = method.step(f, times, h, y, k1)
+    def _attempt(self, f: Any, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, Tensor]:
+        method, shape = self.plan.method, self._shape
+        if method.implicit and not isinstance(h, Tensor):
+            h = torch.full((), h, dtype=self.plan.real, device=y.device)
+        y1, ks = method.step(f, times, h, y.reshape(shape), k1.reshape(shape))
         if method.error_uses_end:
             ks = [*ks, f(times[method.n_stages], y1)]
-        return y1, method.error(h, ks)
+        return y1.reshape(self._flat), method.error(h, ks).reshape(self._flat)
+
+    def _probe_anew(self, y: Tensor, kind: _Mask) -> None:
+        self._probe = self._random(y)
+        assert self._pattern is not None
+        self._probed = _numbers(kind, self._pattern.amax(-1))[0]
+
+    def _turn_probe(self, y: Tensor, change: Tensor, size: _Number, usable: _Mask, lost: bool) -> None:
+        """Go on from ``change``, of this ``size``; ``lost``: somewhere it is not ``usable``."""
+        probe = change / _column(_where(usable, size, 1.0))
+        if lost:
+            self._probe_anew(y, usable)
+            self._probe, self._probed = _where(_column(usable), probe, self._probe), _where(usable, 1.0, self._probed)
+        else:
+            self._probe, self._probed = probe, 1.0
+
+    def _bound(self, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor, unit: Tensor, taken: _Mask) -> _Number:
+        """An error of steps beyond the stability of an explicit method that could hand over, by row: such steps are no better than none,
+        and short ones speak for the other method. The size of the Jacobian is that at the start, and anew wherever it would be a bound."""
+        first, length = self._probe is None, longest_of(h)
+        near = taken & (self._rate * length > _NEAR * self._interval)
+        if first:
+            self._probe_anew(y, taken)
+            rate = 1.0
+            for _ in range(_PRODUCTS):
+                rate = rate * self._product(times[0], y, k1, unit, taken, True) ** (1 / _PRODUCTS)
+            self._rate = rate
+        elif _any(near):
+            # in units of the tolerance a single product may be anything, several in a row are the size of an eigenvalue
+            size = self._product(times[0], y, k1, unit, taken, near)
+            part = 1 / _PRODUCTS
+            self._rate = _where(near, self._rate ** (1 - part) * size**part, self._rate)
+        self._fastest = float(torch.as_tensor(self._rate).max())
+        level = self._rate * length / self._interval
+        bound = taken & (level > 1.0)
+        self.rate = _where(bound, self._rate, self.rate)
+        return _where(bound, level ** (self.plan.method.error_order + 1), 0.0)
+
+    def _product(self, t: Tensor, y: Tensor, k1: Tensor, unit: Tensor, kind: _Mask, which: _Mask) -> _Number:
+        """A step of power iteration for the rows of ``which``: by how much the probe grew."""
+        assert self._probe is not None
+        self._n_fun += 1
+        probe, probed = self._probe, self._probed
+        change = (self._slope(self.f, t, torch.addcmul(y, probe, unit)) - k1) / unit
+        (size,) = _numbers(kind, change.abs().amax(-1))
+        usable = (size > 0) & (size < math.inf)
+        grown = _where(usable, size / probed, 0.0)
+        self._turn_probe(y, change, size, usable, _any(_not(usable)))
+        self._probe, self._probed = _where(_column(which), self._probe, probe), _where(which, self._probed, probed)
+        return grown
+
+    def _slope(self, f: Flat, t: Tensor, y: Tensor) -> Tensor:
+        return f(t, y.reshape(self._shape)).reshape(self._flat)
+
+    def _constant(self, x: Tensor) -> Tensor:
+        """Without its derivatives, ``(B, n)``."""
+        x = x.detach()
+        return x if x.shape == self._flat else x.reshape(self._flat)
 
 
 def rests(record: Record) -> bool:
@@ -306,12 +443,6 @@ def _drawn(shape: torch.Size) -> Tensor:
     if drawn.numel() <= _SMALL and len(_PATTERNS) < _MANY and not passing:
         _PATTERNS[shape] = drawn
     return drawn
-
-
-def _constant(x: Tensor, like: Tensor) -> Tensor:
-    """Without its derivatives, in the shape of ``like``."""
-    x = x.detach()
-    return x if x.shape == like.shape else x.reshape(like.shape)
 
 
 # The rules are written once, for masks and numbers of either kind.

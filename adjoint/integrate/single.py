@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..methods import Method
 from .clock import aim_step, judge_step, why_stuck
-from .companion import QUIET, Companion, companion_of
+from .companion import QUIET, Beside, Companion, companion_of
 from .compiled import compiled
 from .events import EventWatch
 from .initial_step import initial_step
@@ -79,6 +79,7 @@ def _accompanied(
     times: Sequence[Tensor],
     h: float,
     y: Tensor,
+    k1: Tensor,
     y1: Tensor,
     ks: list[Tensor],
     k_end: Tensor | None,
@@ -90,7 +91,7 @@ def _accompanied(
     if not companion.due(quiet, abs(h)):
         return error
     assert scaled is not None
-    return max(error, companion.error_of_one(times, h, y, y1, ks if k_end is None else [*ks, k_end], scaled, quiet))
+    return max(error, companion.error_of_one(times, h, y, k1, y1, ks if k_end is None else [*ks, k_end], scaled, quiet))
 
 
 def integrate_single(
@@ -102,7 +103,7 @@ def integrate_single(
     inputs: Sequence[Tensor] = (),
     shape: Sequence[int] | None = None,
     recording: Recording | None = None,
-    beside: Callable[[], Callable[[Tensor, Tensor], Tensor]] | None = None,
+    beside: Beside | None = None,
 ) -> Record:
     """Solve one trajectory.
 
@@ -194,7 +195,7 @@ def integrate_single(
         if norm is not None:
             error: float = float(norm)
             if companion is not None and error <= 1.0:
-                error = _accompanied(companion, error, times, h, y, y1, ks, k_end, scaled, lands and abs(h) < 0.5 * aimed.size)
+                error = _accompanied(companion, error, times, h, y, k1, y1, ks, k_end, scaled, lands and abs(h) < 0.5 * aimed.size)
             verdict = judge_step(plan, error, t, abs(h), aimed.size, lands, just_rejected, previous, getattr(f, "stuck", None))
             bad, step = verdict.bad, verdict.step
             just_rejected = not verdict.passed
@@ -236,7 +237,9 @@ def integrate_single(
         if watch is not None and stop_at is None and not lands:
             parts = [k.reshape(flat) for k in stages()]
             size_h = torch.full((1,), h, dtype=torch.float64, device=device)
-            over = watch.after_step(f, torch.ones_like(watch.hits, dtype=torch.bool), size_h, y.reshape(flat), parts) is not None
+            rate = 0.0 if companion is None else companion.rate
+            every = torch.ones_like(watch.hits, dtype=torch.bool)
+            over = watch.after_step(f, every, size_h, y.reshape(flat), parts, rate) is not None
         if upto > sampler.next:
             sampler.fill(upto, index, t, h, end, y, y1, stages)
         n_fun += stages.n_fun

@@ -50,15 +50,18 @@ class SwitchWatch:
         self.hits = torch.zeros(rows, dtype=torch.int64, device=device)
         self.misses = torch.zeros_like(self.hits)
 
-    def after_step(self, f: Any, accepted: Tensor, h: Tensor, y: Tensor, stages: Sequence[Tensor]) -> Tensor | None:
-        """Rows ``(B,)`` to be handed over after this step, None if there are none. ``accepted``: those that may be."""
+    def after_step(
+        self, f: Any, accepted: Tensor, h: Tensor, y: Tensor, stages: Sequence[Tensor], rate: float | Tensor = 0.0
+    ) -> Tensor | None:
+        """Rows ``(B,)`` to be handed over after this step, None if there are none. ``accepted``: those that may be; ``rate``: what is known
+        of the size of the Jacobian besides, see `Companion`."""
         plan, auto = self.plan, self.switch.auto
         with torch.no_grad():
             y = y.detach()
             # a tolerance of zero means zero where the state is: there no component counts more than the others
             weights = (y.abs() * plan.rtol + plan.atol).clamp(min=torch.finfo(plan.real).tiny ** 0.5)
             if self.switch.stiff:
-                rho = auto.jacobian_size(h.to(plan.real).unsqueeze(-1), y, [k.detach() for k in stages], weights)
+                rho = auto.jacobian_size(h.to(plan.real).unsqueeze(-1), y, [k.detach() for k in stages], weights).clamp(min=rate)
             else:
                 rho = scaled_norm(f.matrix, weights)
             level = rho * h.abs() / auto.interval

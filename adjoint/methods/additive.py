@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from .additive_tableau import AdditiveTableau
-from .runge_kutta import StepCotangents, _add, combine, over, row_dot, update, weighted_sum
+from .runge_kutta import StepCotangents, _add, combine, over, row_dot, stability_interval, update, weighted_sum
 
 __all__ = ["AdditiveLinearize", "AdditiveRungeKutta", "SplitEquations"]
 
@@ -116,6 +117,11 @@ class AdditiveRungeKutta:
     @property
     def extra_evaluations(self) -> int:
         return 0
+
+    @cached_property
+    def interval(self) -> float:
+        """Length of the interval of stability on the negative axis of the explicit method."""
+        return stability_interval(self.tableau.explicit_a, self.tableau.explicit_b)
 
     def step(self, f: SplitEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, list[Tensor]]:
         """One step from ``y``: the new state and all slopes. ``k1``, the sum at the start, is not used: both parts are asked for."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .tableau import Tableau
 
-__all__ = ["ExplicitRungeKutta", "StepCotangents", "combine", "powers"]
+__all__ = ["ExplicitRungeKutta", "StepCotangents", "combine", "powers", "stability_interval"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 #: ``linearize(t, y) -> (f(t, y), pullback)`` with ``pullback(v) -> (f_y* v, f_t* v or None)``
@@ -65,6 +65,21 @@ def powers(theta: Tensor, count: int) -> Tensor:
     for _ in range(count - 1):
         found.append(found[-1] * theta)
     return torch.stack(found, dim=-1)
+
+
+def stability_interval(rows: Sequence[Sequence[float]], b: Sequence[float]) -> float:
+    """Length of the interval of stability on the negative axis of the explicit method ``a, b``; the rows of ``a`` may be short."""
+    s = len(b)
+    a = np.zeros((s, s))
+    for i, row in enumerate(rows):
+        a[i, : len(row)] = row
+    moments, vector = [1.0], np.ones(s)
+    for _ in range(s):
+        moments.append(float(np.dot(b, vector)))
+        vector = a @ vector
+    z = np.linspace(0.0, 20.0, 20_001)
+    size = np.abs(np.polynomial.polynomial.polyval(-z, moments))
+    return float(z[int(np.argmax(size > 1 + 1e-9))])
 
 
 @dataclass(frozen=True)
@@ -150,18 +165,7 @@ class ExplicitRungeKutta:
     @cached_property
     def interval(self) -> float:
         """Length of the interval of stability on the negative axis."""
-        tab = self.tableau
-        s = tab.n_stages
-        a = np.zeros((s, s))
-        for i, row in enumerate(tab.a):
-            a[i, : len(row)] = row
-        moments, vector = [1.0], np.ones(s)
-        for _ in range(s):
-            moments.append(float(np.dot(tab.b, vector)))
-            vector = a @ vector
-        z = np.linspace(0.0, 20.0, 20_001)
-        size = np.abs(np.polynomial.polynomial.polyval(-z, moments))
-        return float(z[int(np.argmax(size > 1 + 1e-9))])
+        return stability_interval(self.tableau.a, self.tableau.b)
 
     def step(self, f: Flat, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, list[Tensor]]:
         """One step from ``y``, whose first stage is ``k1``: the new state and all ``s`` stages."""

@@ -203,7 +203,7 @@ class CheckpointNode(torch.autograd.Function):
             bare = replace(problem, plan=plan)
             f = bare.solver(inputs, y0.shape[0])
             shape = problem.system.natural_shape
-            record = integrate(f, plan, anchors, t_eval, y0, problem.batched, inputs, shape, beside=bare.beside(inputs))
+            record = integrate(f, plan, anchors, t_eval, y0, problem.batched, inputs, shape, beside=bare.beside(inputs, y0.shape[0]))
         problem.report(record)
         return tuple(Outputs.of(record))
 

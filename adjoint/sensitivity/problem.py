@@ -23,7 +23,7 @@ from ..integrate import (
     shifted_times,
 )
 from ..integrate.columns import column_major, takes_columns
-from ..integrate.companion import displaced
+from ..integrate.companion import Beside, displaced
 from ..integrate.stages import StageWork
 from ..jacobians import DenseJacobian
 from ..linalg import DenseLU, LinearSolver, Matrix
@@ -43,6 +43,10 @@ __all__ = [
     "stage_times",
     "step_times",
 ]
+
+
+#: of the iterations of companions, whose differences are looked at
+_FINE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -88,20 +92,25 @@ class Problem:
         plan, seen = self.plan, self.plan.keep_states or self.witness.wanted
         f = self.solver(self.laid_out(inputs, y0), y0.shape[0], seen)
         shape = self.system.natural_shape
-        record = integrate(f, plan, anchors, t_eval, y0, self.batched, inputs, shape, beside=self.beside(inputs))
+        record = integrate(f, plan, anchors, t_eval, y0, self.batched, inputs, shape, beside=self.beside(inputs, y0.shape[0]))
         if seen and self.witness.empty and plan.compile is not None:
             # all of it was compiled code
             self._watched(self.system, inputs)(record.t_final.to(plan.real), record.last)
         self.witness.settle()
         return record
 
-    def beside(self, inputs: Sequence[Tensor]) -> Callable[[], Any] | None:
-        """The right-hand side with all inputs displaced by a little, where derivatives of explicit steps are wanted; those that
-        hand over to an implicit method are bounded by that."""
-        plan = self.plan
-        if not self.derivatives or not (plan.keep_states or plan.keep_grid) or self.algebra is not None or plan.switch is not None:
+    def beside(self, inputs: Sequence[Tensor], rows: int) -> Beside | None:
+        """See `Companion`: where derivatives are wanted, and every state near that of the solve has a slope."""
+        plan, constrained = self.plan, self.system.residual is not None or self.system.mass is not None
+        if not self.derivatives or not (plan.keep_states or plan.keep_grid) or constrained or getattr(plan.method, "multistep", False):
             return None
-        return lambda: self.system.bind([displaced(x) for x in inputs])
+
+        def made(moved: bool) -> Any:
+            given = [displaced(x) for x in inputs] if moved else inputs
+            f = self.system.bind(given)
+            return f if self.algebra is None else self._equations(f, given, rows, lambda system, x: system.bind(x), _FINE)
+
+        return made
 
     def solver(self, inputs: Sequence[Tensor], rows: int, seen: bool = False) -> Any:
         """The right-hand side for the loop, which solves the equations of implicit stages by iteration; ``seen``: by the witness."""
@@ -111,22 +120,28 @@ class Problem:
             return AdamsSolver(f, self.plan, rows, self.system.spec.device)
         if self.algebra is None or self.plan.direct:
             return f
-        jacobian = self.jacobian(inputs, forward=True)
         a, device = self.algebra, self.system.spec.device
         implicit = self.system.residual is not None
+        if not implicit and not getattr(self.plan.method, "multistep", False):
+            return self._equations(f, inputs, rows, bound)
+        jacobian = self.jacobian(inputs, forward=True)
         if getattr(self.plan.method, "multistep", False):
             work = StageWork.zero(rows, device)
             starter = ResidualSolver(f, self.plan, jacobian, a.linear_solver, rows, device, a.index, a.skipped) if implicit else None
             return BdfSolver(f, self.plan, jacobian, a.linear_solver, implicit, work, starter, a.skipped)
-        if implicit:
-            return ResidualSolver(f, self.plan, jacobian, a.linear_solver, rows, device, a.index, a.skipped)
-        given = self.plan, jacobian, self.algebra.linear_solver, rows, self.system.spec.device
+        return ResidualSolver(f, self.plan, jacobian, a.linear_solver, rows, device, a.index, a.skipped)
+
+    def _equations(self, f: Any, inputs: Sequence[Tensor], rows: int, bound: Callable[..., Any], tolerance: float = 1e-3) -> Any:
+        """Those of the stages of an implicit one-step method; ``bound``: how systems are bound to inputs."""
+        assert self.algebra is not None
+        device = self.system.spec.device
+        given = self.plan, self.jacobian(inputs, forward=True), self.algebra.linear_solver
         if getattr(self.plan.method, "additive", False):
             explicit, implicit = (bound(part, inputs) for part in self.system.parts)
-            return AdditiveStageSolver(explicit, implicit, *given)
+            return AdditiveStageSolver(explicit, implicit, *given, rows, device, tolerance)
         if self.alone:
-            return LoneStages(f, self.plan, jacobian, a.linear_solver, device)
-        return StageSolver(f, *given, mass_matrix=self.system.mass_matrix(inputs))
+            return LoneStages(f, *given, device, tolerance)
+        return StageSolver(f, *given, rows, device, tolerance, mass_matrix=self.system.mass_matrix(inputs))
 
     def _watched(self, system: System | VmappedSystem, inputs: Sequence[Tensor]) -> Any:
         return self.witness.watch(system.bind(inputs), lambda: system.bind(inputs))

@@ -146,7 +146,8 @@ def _recorded(
         f = witness.watch(f, lambda: system.bind(inputs))
     f, y0 = guarded(cast(Problem, _Seen(problem)), f, anchors, t_eval, y0, inputs)
     with torch.enable_grad():
-        record = integrate(f, problem.plan, anchors, t_eval, y0, False, inputs, system.natural_shape, recording, problem.beside(inputs))
+        beside = problem.beside(inputs, y0.shape[0])
+        record = integrate(f, problem.plan, anchors, t_eval, y0, False, inputs, system.natural_shape, recording, beside)
     witness.settle()
     return record
 
