@@ -42,8 +42,17 @@ def naming_writes(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except RuntimeError as error:
             named = next((ours for words, ours in _SAID.items() if words in str(error)), None)
-            if type(error) is RuntimeError and named is not None:
+            if type(error) is RuntimeError and named is not None and not (args and _freed(args[0])):
                 raise UnsupportedCombination(named) from error
             raise
 
     return call
+
+
+def _freed(context: object) -> bool:
+    """Whether this is the context of a node that was gone back through before: then the error is about that, and not about ``fun``."""
+    try:
+        getattr(context, "saved_tensors", None)
+    except RuntimeError as error:
+        return "second time" in str(error)
+    return False

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from adjoint import Backprop, DiscreteAdjoint, odeint, odeint_event, solve_dae, solve_ivp, solve_root
-from adjoint.errors import InvalidInput
+from adjoint.errors import InvalidInput, UnsupportedCombination
 from adjoint.lending import own
 
 RATE = -1.3
@@ -273,3 +273,31 @@ def _only_what_others_hold_is_copied():
     for make in (lambda: kept, lambda: kept[:2], lambda: kept.data, lambda: torch.from_numpy(np.ones(2))):
         got = own(make)
         assert got.data_ptr() != make().data_ptr()
+
+
+def _through_an_event(y0):
+    kept = torch.empty(2, dtype=y0.dtype)
+
+    def fun(t, y):
+        kept[:] = y * RATE
+        return kept.view(2)
+
+    options = {"method": "implicit_midpoint", "options": {"step_size": 0.1}}
+    return odeint_event(fun, y0, torch.tensor(0.0), event_fn=lambda t, y: y[0] - 0.5, **options)[0]
+
+
+@pytest.mark.parametrize("gradient", [DiscreteAdjoint(), DiscreteAdjoint(keep_bytes=0)])
+def test_going_back_twice_is_said_by_pytorch(gradient):
+    """Its error names ``retain_graph``: nothing is wrong with ``fun``."""
+    y0 = torch.ones(2, requires_grad=True)
+    loss = solve_ivp(lambda t, y: RATE * y, (0.0, 1.0), y0, method="kvaerno3", gradient=gradient).y.sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time") as caught:
+        loss.backward()
+    assert not isinstance(caught.value, UnsupportedCombination)
+
+
+def test_a_buffer_is_named_on_the_way_back_from_an_event():
+    when = _through_an_event(torch.ones(2, requires_grad=True))
+    with pytest.raises(UnsupportedCombination, match="keeps a tensor from call to call"):
+        when.backward()

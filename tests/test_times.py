@@ -98,6 +98,19 @@ def test_derivatives_in_times_where_some_spans_have_no_length(method, moving):
     assert torch.vmap(solve, in_dims=(0, 0, 1))(fixed[0], y0, fixed[1])[0].item() == 2.0
 
 
+@pytest.mark.parametrize("gradient", [adjoint.DiscreteAdjoint(), adjoint.Backprop()])
+@pytest.mark.parametrize("method", ["bdf", "abm", "kvaerno3"])
+def test_a_mapped_span_of_no_length_does_no_harm(method, gradient):
+    y0, end = torch.tensor([[2.0], [1.0]], **DOUBLE), torch.tensor([0.0, 1.0], **DOUBLE)
+    rate = torch.tensor(1.0, **DOUBLE, requires_grad=True)
+
+    def solve(end, y0):
+        return adjoint.solve_ivp(lambda t, y, k: -k * y, (0.0, end), y0, (rate,), method=method, gradient=gradient, rtol=1e-6).y[-1]
+
+    (bar,) = torch.autograd.grad(torch.vmap(solve)(end, y0).sum(), rate)
+    assert float(bar) == pytest.approx(-math.exp(-1), rel=1e-4)
+
+
 @pytest.mark.parametrize("door", ["solve_dae", "mass_matrix"])
 def test_derivatives_in_times_of_constraints_over_a_span_of_no_length(door):
     mass, end = torch.diag(torch.tensor([1.0, 0.0], **DOUBLE)), torch.tensor(0.5, **DOUBLE, requires_grad=True)

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from ..capture import functorch_active
 from ..errors import BacksolveDiverged, UnsupportedCombination
 from ..ownership import owned
+from ..rewriting import naming_writes
 
 __all__ = ["Backsolve", "Refuse", "backsolve"]
 
@@ -92,6 +93,7 @@ class _Node(torch.autograd.Function):
         ctx.save_for_backward(times, states, *params)
 
     @staticmethod
+    @naming_writes
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         if functorch_active():
             raise UnsupportedCombination("torch.func transforms cannot see through the continuous adjoint: " + _TWICE)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..capture import cut_apart
 from ..errors import SolveError
 from ..ownership import owned
+from ..rewriting import naming_writes
 from ..system import System
 from .linearize import Linearizer
 from .witness import CHANGED, differs
@@ -40,6 +41,7 @@ class Evaluation(torch.autograd.Function):
         ctx.save_for_backward(output, *inputs[1:])
 
     @staticmethod
+    @naming_writes
     def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
         system = ctx.system()
         known, t, y, *inputs = ctx.saved_tensors

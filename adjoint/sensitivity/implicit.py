@@ -17,6 +17,7 @@ from ..capture import alive, below_jvp, functorch_active
 from ..linalg import Factorization, LinearSolver, Log, Matrix
 from ..nonlinear import RootRecord
 from ..ownership import owned
+from ..rewriting import naming_writes
 from ..system import Flat, StateSpec, System, VmappedSystem
 from .fingerprint import RootWitness
 from .products import tangent, vjp
@@ -239,6 +240,7 @@ class RootNode(torch.autograd.Function):
         ctx.save_for_forward(output[0], output[3], *rest)
 
     @staticmethod
+    @naming_writes
     def backward(ctx: Any, raw_bar: Tensor | None, x_bar: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         raw, status, *inputs = alive(ctx.saved_tensors)
         wanted = [i for i, want in enumerate(ctx.needs_input_grad[2:]) if want]
@@ -307,6 +309,7 @@ class _LinearNode(torch.autograd.Function):
         ctx.save_for_forward(output, x, *rest)
 
     @staticmethod
+    @naming_writes
     def backward(ctx: Any, bar: Tensor | None) -> tuple[Tensor | None, ...]:
         u, x, *inputs = alive(ctx.saved_tensors)
         nothing: list[Tensor | None] = [None] * len(inputs)

@@ -144,9 +144,11 @@ def _moved_grid(problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None
     multistep = getattr(problem.plan.method, "multistep", False)
     moved = _moved(problem, grid, t_eval, still)
     t = pad.first(grid["t"][0] + h[0] if multistep else grid["t"][0])
+    # a map's own trajectory without a step has nobody to stand in for it; the size counts for nothing, but is divided by
+    size = pad.first(h[0])
     out: dict[str, Any] = grid | {
         "moved": moved,
-        "size": torch.where(still, pad.first(h[0]), h),
+        "size": torch.where(still, torch.where(size == 0, 1.0, size), h),
         "t": torch.where(moved, t, grid["t"]),
     }
     if states.shape[0] == h.shape[0] + 1:

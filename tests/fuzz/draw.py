@@ -203,7 +203,7 @@ def draw(seed: int, compiled: float = 0.0, cheap: bool | None = None) -> Case:
     if event:
         changes = choose_event(rng, case)
     shown = n + case.algebraic
-    taken = {"ends": 2, "steps": 1}.get(times, len(fractions))
+    taken = {"ends": 2, "steps": 1}.get(changes.get("times", times), len(fractions))
     changes["weights"] = {
         "samples": numbers(rng, taken, rows, shown),
         "integral": numbers(rng, rows),
