@@ -41,6 +41,7 @@ __all__ = [
     "needs_derivatives",
     "readable",
     "saved_bytes",
+    "transforming",
     "unknown_leaves",
     "unmapped",
     "unwrapped",
@@ -51,6 +52,11 @@ __all__ = [
 def functorch_active() -> bool:
     """Whether a ``torch.func`` transform (or its vmap) is running."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def transforming() -> bool:
+    """Whether a transform of ``torch.func`` or forward mode is running."""
+    return functorch_active() or forward_ad._current_level >= 0
 
 
 def vmap_active() -> bool:

@@ -15,12 +15,12 @@ from .capture import elsewhere, find_captured, needs_derivatives
 from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_bounds, initial_values, residual_algebra
 from .errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
 from .event_jumps import jumps_refused
-from .event_times import NO_EVENTS, event_records
+from .event_times import event_records
 from .homes import parameter_homes
 from .integrate import PIDController, Plan, Record
-from .ivp import _event_list, _flat_event, _Parts, _solution
 from .lending import check_unchanged, copied, remembering
 from .methods import DAE_METHODS, Method
+from .parts import NO_EVENTS, Parts, event_list, flat_event, solution_of
 from .precision import full_precision
 from .progress import progress_monitor
 from .quadrature import first_rate
@@ -153,8 +153,8 @@ def solve_dae(
         time = first if batched else first.reshape(())
         spec = suited_to_jacobians(spec, lambda y, yp: residual(time, y, yp, *args), state, slope)
         user_spec = user_spec.in_parts() if spec.split else user_spec
-    event_list = _event_list(events)
-    system = _system(residual, fun, quadrature, event_list, spec, times, state, slope, args)
+    watched = event_list(events)
+    system = _system(residual, fun, quadrature, watched, spec, times, state, slope, args)
     inputs = system.inputs
     y_flat, slope_flat = spec.taken(state), spec.taken(slope)
 
@@ -196,7 +196,7 @@ def solve_dae(
         keep_states=True,
         # slopes are part of the solution, and derivatives are taken at them
         keep_stages=True,
-        events=tuple(_flat_event(e, system, user_spec, integrand is not None) for e in event_list),
+        events=tuple(flat_event(e, system, user_spec, integrand is not None) for e in watched),
         results_of_steps=True,
         monitor=progress_monitor(progress),
         **tolerances,
@@ -217,10 +217,10 @@ def solve_dae(
     if not hasattr(strategy, "solve"):
         raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")
     out = strategy.solve(problem, times.anchors, times.samples, start.y, inputs)
-    parts = _Parts(out, problem, times, user_spec, spec, integrand, start.y, event_list, args, backward, derivatives, dense_output)
-    parts = jumps_refused(parts) if event_list else parts
-    found = event_records(parts, parts.out) if event_list else NO_EVENTS
-    return replace(_solution(parts, found), yp=parts.state(_slopes(parts, parts.out, start.yp, found.slope)))
+    parts = Parts(out, problem, times, user_spec, spec, integrand, start.y, watched, args, backward, derivatives, dense_output)
+    parts = jumps_refused(parts) if watched else parts
+    found = event_records(parts, parts.out) if watched else NO_EVENTS
+    return replace(solution_of(parts, found), yp=parts.state(_slopes(parts, parts.out, start.yp, found.slope)))
 
 
 def _system(
@@ -276,7 +276,7 @@ def _with_quadrature(
     return both, (y0, start), (yp0, tree_map(lambda x: x.detach(), first)), integrand
 
 
-def _slopes(parts: _Parts, out: Outputs, yp0: Tensor, stop: Tensor | None) -> Tensor:
+def _slopes(parts: Parts, out: Outputs, yp0: Tensor, stop: Tensor | None) -> Tensor:
     """``y'`` at the times of ``sol.t``: of the dense output, and at the start the consistent one; ``stop``: at events that ended it."""
     times, plan = parts.times, parts.problem.plan
     grid = step_times(out.t, out.h, out.segment, out.lands, times.anchors, plan.shift)

@@ -20,7 +20,7 @@ from .sensitivity.problem import kept_steps, step_times
 from .sensitivity.products import vjp
 
 if TYPE_CHECKING:
-    from .ivp import _Parts
+    from .parts import Parts
 
 __all__ = ["jumps_refused"]
 
@@ -33,7 +33,7 @@ _WHY = (
 )
 
 
-def jumps_refused(parts: _Parts) -> _Parts:
+def jumps_refused(parts: Parts) -> Parts:
     """``parts`` whose outputs from such an event on raise InvalidInput when they are differentiated."""
     out, plan = parts.out, parts.problem.plan
     if not parts.derivatives:
@@ -64,7 +64,7 @@ def jumps_refused(parts: _Parts) -> _Parts:
 
 
 @torch.no_grad()
-def _jumps(parts: _Parts, which: int, line: int) -> Tensor:
+def _jumps(parts: Parts, which: int, line: int) -> Tensor:
     """``(B,)``: whether ``fun`` jumps at this event, whose time is not fixed.
 
     On either side it is evaluated at two distances: a gap between the sides that is much wider than what a side varies by is a jump,
@@ -97,7 +97,7 @@ def _jumps(parts: _Parts, which: int, line: int) -> Tensor:
     return found & wide.any(-1) & ~ended & _moves(parts, which, t, around.state(t - distance), around.state(t + distance))
 
 
-def _moves(parts: _Parts, which: int, t: Tensor, before: Tensor, behind: Tensor) -> Tensor:
+def _moves(parts: Parts, which: int, t: Tensor, before: Tensor, behind: Tensor) -> Tensor:
     """``(B,)``: whether an event function depends on more than the time."""
     system, real = parts.problem.system, parts.problem.plan.real
     event, when = parts.problem.plan.events[which], t.to(real)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,37 +11,20 @@ from torch import Tensor
 from .capture import listed
 from .event_slope import signed, with_slope
 from .methods import Method
+from .parts import Found, Parts
 from .sensitivity import Outputs
 from .sensitivity.problem import StepTimes, step_times
 from .sensitivity.sweep import tangent
 from .solution import EventRecord
 
-if TYPE_CHECKING:
-    from .ivp import _Parts
-
-__all__ = ["NO_EVENTS", "Found", "event_records", "step_around"]
-
-
-class Found(NamedTuple):
-    """One record for each event function; ends ``(B,)``, flat states and slopes ``(B, n)`` there, if a terminal event stopped anything.
-
-    Trajectories that no event stopped have the end of the span and their final state there; their slopes mean nothing.
-    """
-
-    records: tuple[EventRecord, ...]
-    t: Tensor | None
-    y: Tensor | None
-    slope: Tensor | None
-
-
-NO_EVENTS = Found((), None, None, None)
+__all__ = ["event_records", "step_around"]
 
 
 #: ``between(t0, h, y0, y1)`` is the state as a function of the time, ``(B,)``, in the steps from ``t0, y0``
 Between = Callable[[Tensor, Tensor, Tensor, Tensor], Callable[[Tensor], Tensor]]
 
 
-def event_records(parts: _Parts, out: Outputs, between: Between | None = None) -> Found:
+def event_records(parts: Parts, out: Outputs, between: Between | None = None) -> Found:
     """The events of a solve; ``between``: to be taken in place of the dense output, from which it differs by little.
 
     The event time is a root of ``r(t, y(t), *args)`` on the dense output. Two Newton steps with differentiable slope, begun at the
@@ -97,7 +80,7 @@ class Around(NamedTuple):
         return torch.einsum("bs,sbn->bn", weights, self.stages)
 
 
-def step_around(parts: _Parts, out: Outputs, grid: StepTimes, line: int, found: Tensor) -> Around:
+def step_around(parts: Parts, out: Outputs, grid: StepTimes, line: int, found: Tensor) -> Around:
     """The steps with the events of one line of the table, in the rows that have it (``found``)."""
     n = parts.y0.shape[-1]
     step = out.event_step[line].clamp(min=0).unsqueeze(0)
@@ -117,7 +100,7 @@ def step_around(parts: _Parts, out: Outputs, grid: StepTimes, line: int, found: 
 
 
 def _located(
-    parts: _Parts, out: Outputs, grid: StepTimes, which: int, line: int, found: Tensor, between: Between | None
+    parts: Parts, out: Outputs, grid: StepTimes, which: int, line: int, found: Tensor, between: Between | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Times ``(B,)``, states and slopes ``(B, n)`` of one line of the table in the rows that have it."""
     batched = parts.problem.batched

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .arguments import (
-    Times,
     check_controller,
     check_method,
     check_precision,
@@ -21,29 +20,28 @@ from .arguments import (
     flat_tolerance,
     method_for,
     positive,
-    snapped,
 )
-from .capture import elsewhere, find_captured, needs_derivatives, readable, vmap_active
+from .capture import elsewhere, find_captured, needs_derivatives, transforming, vmap_active
+from .dae import solve_dae
 from .dae_arguments import dae_failure
 from .errors import InvalidInput, UnsupportedCombination
 from .event_jumps import jumps_refused
-from .event_slope import signed
-from .event_times import NO_EVENTS, Found, event_records
+from .event_times import event_records
 from .failures import raise_failure
 from .homes import parameter_homes
-from .integrate import Event, PIDController, Plan, Record
+from .integrate import PIDController, Plan, Record
 from .integrate.compiled import compile_key
-from .lending import copied, lending
+from .lending import copied
 from .mass_matrix import consistent_start, implicit_method, in_step, with_mass, with_matrix, without_last
 from .methods import METHODS, Method
 from .ownership import as_part
+from .parts import NO_EVENTS, Parts, event_list, flat_event, solution_of
 from .precision import full_precision
 from .progress import progress_monitor
 from .quadrature import with_integral
 from .realification import refuse_parts, suited_to_jacobians
-from .sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
-from .sensitivity.problem import interpolate, step_times
-from .solution import BackwardStats, Solution, Stats
+from .sensitivity import DiscreteAdjoint, Gradient, Problem
+from .solution import BackwardStats, Solution
 from .split import SplitFunction
 from .stage_arguments import check_compiled, check_jumps, stage_algebra, warn_of_lost_time
 from .switching import solve_switching
@@ -162,8 +160,6 @@ def solve_ivp(
     """
     mass = mass_matrix if in_step(method, mass_matrix) else None
     if mass_matrix is not None and mass is None:
-        from .dae import solve_dae
-
         refused = {"jac": jac, "jac_sparsity": jac_sparsity, "compile": compile or None}
         implicit = implicit_method(method, refused)
         args = args if isinstance(args, (tuple, list)) else (args,)
@@ -229,7 +225,7 @@ def solve_ivp(
         spec = suited_to_jacobians(spec, lambda y: right_hand_side(first if batched else first.reshape(()), y, *args), state)
         if mass is not None:
             refuse_parts(f"mass_matrix= with {chosen.name!r}", spec)
-    event_list = _event_list(events)
+    watched = event_list(events)
     multistep = getattr(chosen, "multistep", False)
     if compile and (chosen.implicit or multistep):
         check_compiled(chosen, spec, implicit_options | {"mass_matrix": mass})
@@ -240,17 +236,17 @@ def solve_ivp(
     probe_t = times.anchors[0].detach().to(real, copy=True)
     probe_t = probe_t if batched else probe_t.reshape(())
     system = System(right_hand_side, spec, tree, tuple(leaves))
-    if torch.is_grad_enabled() or _transforming():
+    if torch.is_grad_enabled() or transforming():
         # aliases, so that a tensor that is both an argument and captured is seen in both roles
         alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
         probe_y, probe_args = copied(state), tree_map(alias, tuple(args))
         calls = [right_hand_side]
-        calls += [lambda t, y, *rest, e=e: e(t, y if quadrature is None else y[0], *rest) for e in event_list]
+        calls += [lambda t, y, *rest, e=e: e(t, y if quadrature is None else y[0], *rest) for e in watched]
         end_t = times.anchors[-1].detach().to(real, copy=True).reshape(probe_t.shape)
         end = (end_t, elsewhere(state), *probe_args)
-        found = find_captured(calls, (probe_t, probe_y, *probe_args), [*_pieces(fun), *event_list], end)
+        found = find_captured(calls, (probe_t, probe_y, *probe_args), [*_pieces(fun), *watched], end)
         captured = found.tensors
-        homes = tuple(parameter_homes([fun, *event_list, *([] if quadrature is None else [quadrature])], captured))
+        homes = tuple(parameter_homes([fun, *watched, *([] if quadrature is None else [quadrature])], captured))
         names = _parameter_names(right_hand_side, captured)
         system = replace(system, captured=tuple(captured), parameter_names=names, homes=homes, **found.flags)
     if mass is not None:
@@ -272,11 +268,11 @@ def solve_ivp(
         max_step=positive(max_step, "max_step"),
         min_step=positive(min_step, "min_step", zero=True),
         max_steps=int(max_steps),
-        keep_states=derivatives or times.steps or dense_output or bool(event_list),
+        keep_states=derivatives or times.steps or dense_output or bool(watched),
         # the slopes of implicit stages are recorded, and what multistep methods went by: derivatives are taken at them
-        keep_stages=dense_output or (derivatives and recorded) or (bool(event_list) and (many or recorded)),
-        results_of_steps=times.steps or dense_output or bool(event_list),
-        events=tuple(_flat_event(e, system, user_spec, integrand is not None) for e in event_list),
+        keep_stages=dense_output or (derivatives and recorded) or (bool(watched) and (many or recorded)),
+        results_of_steps=times.steps or dense_output or bool(watched),
+        events=tuple(flat_event(e, system, user_spec, integrand is not None) for e in watched),
         monitor=progress_monitor(progress),
         compile=(compile_key(fun), chosen) if compile else None,
     )
@@ -306,14 +302,14 @@ def solve_ivp(
     if not hasattr(strategy, "solve"):
         raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")
     if getattr(chosen, "switching", False):
-        dense = dense_output or bool(event_list)
+        dense = dense_output or bool(watched)
         out, problem = solve_switching(strategy, problem, times.anchors, times.samples, y_flat, inputs, dense)
     else:
         out = strategy.solve(problem, times.anchors, times.samples, y_flat, inputs)
     warn_of_lost_time(problem, inputs, (times.anchors[0], out.t_final), (y_flat, out.final), out.n_steps)
-    parts = _Parts(out, problem, times, user_spec, spec, integrand, y_flat, event_list, tuple(args), backward, derivatives, dense_output)
-    parts = jumps_refused(parts) if event_list else parts
-    return _solution(parts, event_records(parts, parts.out) if event_list else NO_EVENTS)
+    parts = Parts(out, problem, times, user_spec, spec, integrand, y_flat, watched, tuple(args), backward, derivatives, dense_output)
+    parts = jumps_refused(parts) if watched else parts
+    return solution_of(parts, event_records(parts, parts.out) if watched else NO_EVENTS)
 
 
 def _pieces(fun: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
@@ -327,12 +323,6 @@ def _parameter_names(fun: Callable[..., Any], captured: Sequence[Tensor]) -> tup
         return None
     names = {id(p): name for name, p in fun.named_parameters()}
     return tuple(names[id(x)] for x in captured) if all(id(x) in names for x in captured) else None
-
-
-def _transforming() -> bool:
-    from torch.autograd import forward_ad
-
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _check_options(method: Method, implicit: dict[str, Any], first_step: Any, max_steps: Any) -> None:
@@ -353,147 +343,3 @@ def _check_finite(y0: Any, spec: StateSpec) -> None:
             raise InvalidInput(f"All components of the initial state `y0` must be finite: y0{path} has non-finite entries")
 
 
-def _event_list(events: Any) -> list[Callable[..., Tensor]]:
-    listed = [] if events is None else list(events) if isinstance(events, (tuple, list)) else [events]
-    for event in listed:
-        if not callable(event):
-            raise InvalidInput(f"events must be callables, got a {type(event).__name__}")
-    return listed
-
-
-def _flat_event(event: Callable[..., Tensor], system: System, user_spec: StateSpec, has_quadrature: bool) -> Event:
-    """The event as a function of flat states, for any inputs."""
-    spec = system.spec
-
-    def bind(inputs: Sequence[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        args, whole = system.arguments(inputs), system.substituted(event, inputs)
-
-        def call(t: Tensor, y: Tensor) -> Tensor:
-            state = spec.unflatten(y)
-            state = state[0] if has_quadrature else state
-            time = t if spec.batch is not None else t.reshape(())
-            return whole(time, state, *args)
-
-        lent = lending(call, "an event function")
-
-        def value(t: Tensor, y: Tensor) -> Tensor:
-            out = lent(t, y)
-            rows = 1 if spec.batch is None else spec.batch
-            if not isinstance(out, Tensor) or out.numel() != rows:
-                got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-                each = "one element" if spec.batch is None else f"one element for each of {rows} trajectories"
-                raise InvalidInput(f"an event function must return a tensor with {each}, got {got}")
-            return signed(out).reshape(rows)
-
-        return value
-
-    terminal = getattr(event, "terminal", None) or 0
-    if not isinstance(terminal, Real) or terminal % 1 != 0 or terminal < 0:
-        raise InvalidInput(f"The `terminal` attribute of each event must be a boolean or positive integer, got {terminal!r}")
-    return Event(bind, float(getattr(event, "direction", 0.0)), int(float(terminal)))
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Everything that the solution is put together from."""
-
-    out: Outputs
-    problem: Problem
-    times: Times
-    user_spec: StateSpec
-    spec: StateSpec
-    integrand: StateSpec | None
-    y0: Tensor
-    events: list[Callable[..., Tensor]]
-    args: tuple[Any, ...]
-    backward: BackwardStats
-    derivatives: bool
-    dense_output: bool = False
-
-    def state(self, flat: Tensor) -> Any:
-        """``(*lead, B, n)`` as the user's state."""
-        tree = self.spec.unflatten(flat)
-        return tree if self.integrand is None else tree[0]
-
-
-def _solution(parts: _Parts, found: Found) -> Solution:
-    out, times, batched = parts.out, parts.times, parts.problem.batched
-    records, stop_t, stop_y, _ = found
-    final = out.final if stop_y is None else stop_y
-    shown = times.shown
-    if times.steps:
-        shown, flat = _steps(parts, stop_t, stop_y)
-    elif times.samples is None:
-        flat = torch.stack([parts.y0, final])
-        if stop_t is not None:
-            assert shown is not None
-            shown = torch.stack([shown[0].expand_as(stop_t), stop_t.to(shown.dtype)])
-            shown = shown if batched else shown[:, 0]
-    else:
-        flat = out.samples
-    assert shown is not None
-    quadrature = None if parts.integrand is None else parts.spec.unflatten(final)[1]
-    status: int | Tensor = out.status
-    counts = [out.n_steps, out.n_accepted, out.n_rejected, out.n_fun, out.n_jac, out.n_factorizations, out.n_solves, out.n_newton]
-    if not batched and not torch._C._functorch.is_functorch_wrapped_tensor(out.status):
-        status = int(out.status)
-        counts = [int(c) for c in counts]  # type: ignore[misc]
-    elif not batched:
-        status = out.status.squeeze(0)
-        counts = [c.squeeze(0) for c in counts]
-    return Solution(
-        t=shown,
-        y=parts.state(flat),
-        status=status,
-        stats=Stats(*counts, backward=parts.backward),
-        events=records,
-        quadrature=quadrature,
-        interpolant=_interpolant(parts) if parts.dense_output else None,
-    )
-
-
-def _steps(parts: _Parts, stop_t: Tensor | None, stop_y: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Times and states of the solver's own steps."""
-    out, anchors = parts.out, parts.times.anchors
-    grid = step_times(out.t, out.h, out.segment, out.lands, anchors)
-    end = anchors[-1] if stop_t is None else stop_t
-    t = torch.cat([grid.t, out.t_final.unsqueeze(0) + (end - end.detach())])
-    states = out.states
-    place = torch.arange(t.shape[0], device=t.device).unsqueeze(-1)
-    if stop_y is not None:
-        states = torch.where((place == out.n_accepted).unsqueeze(-1), stop_y, states)
-    real = parts.spec.real_dtype
-    if not parts.problem.batched and not vmap_active():
-        return t[:, 0].to(real), states
-    beyond = place > out.n_accepted
-    t = torch.where(place == out.n_accepted, out.t_final + (end - end.detach()), t)
-    t, states = torch.where(beyond, float("nan"), t).to(real), torch.where(beyond.unsqueeze(-1), float("nan"), states)
-    return t if parts.problem.batched else t[:, 0], states
-
-
-def _interpolant(parts: _Parts) -> Callable[[Tensor], Any]:
-    out, plan, batched = parts.out, parts.problem.plan, parts.problem.batched
-    grid = step_times(out.t, out.h, out.segment, out.lands, parts.times.anchors)
-    rows, sign = parts.spec.rows, grid.sign
-
-    def at(t: Tensor) -> Any:
-        if t.dim() > (2 if batched else 1) or (t.dim() == 2 and t.shape[1] != rows):
-            raise InvalidInput(f"sol(t) takes t of shape () or (T,){' or (T, B)' if batched else ''}, got {tuple(t.shape)}")
-        times = t.to(device=out.t.device, dtype=torch.float64)
-        full = times.reshape(-1, 1).expand(-1, rows) if times.dim() < 2 else times
-        full = snapped(full, parts.times.anchors[0], parts.times.anchors[-1], t)
-        start, reached = parts.times.anchors[0].detach(), out.t_final
-        last = torch.where(out.status < 0, parts.times.anchors[-1].detach(), reached)
-        # the located time of an event and its differentiable value are the same to rounding
-        slack = torch.where(out.status > 0, 1e-14 * torch.maximum(start.abs(), last.abs()), 0.0)
-        within = (full >= torch.minimum(start, last) - slack) & (full <= torch.maximum(start, last) + slack)
-        if readable(within) and not bool(within.all()):
-            raise InvalidInput("sol(t): t lies outside of what was integrated")
-        ahead = (sign * (full.detach().unsqueeze(1) - out.t)) > 0  # (T, K, B)
-        inside = torch.arange(out.t.shape[0], device=t.device).unsqueeze(-1) < out.n_accepted
-        index = ((ahead & inside).sum(1) - 1).clamp(min=0)
-        index = torch.where((out.status != 0) & (sign * (full.detach() - reached) > slack), -1, index)
-        flat = interpolate(plan, out.states, out.stages, grid.t, grid.h, full, index)
-        return parts.state(flat[0] if times.dim() == 0 else flat)
-
-    return at

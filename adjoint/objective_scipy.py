@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from .errors import InvalidInput, RootError
+from .layout import Layout
 
 if TYPE_CHECKING:
     from .objective import SteadyStateObjective
@@ -26,8 +27,6 @@ class ScipyAdapter:
     """
 
     def __init__(self, objective: SteadyStateObjective, like: Any) -> None:
-        from .objective import Layout
-
         self.objective = objective
         self.layout = Layout.of(like, "p0")
         flat = self.layout.flatten(like, "p0").detach()

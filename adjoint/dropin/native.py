@@ -20,6 +20,7 @@ from ..capture import (
     leads_to,
     listed,
     needs_derivatives,
+    transforming,
     vmap_active,
 )
 from ..errors import InvalidInput, UnsupportedCombination
@@ -28,10 +29,9 @@ from ..event_times import event_records
 from ..failures import raise_failure
 from ..homes import parameter_homes
 from ..integrate import Event, PIDController, Plan, Record, shifted_times
-from ..ivp import _flat_event, _interpolant, _Parts
-from ..ivp import _transforming as transforming
 from ..lending import copied
 from ..methods import METHODS
+from ..parts import Parts, flat_event, interpolant_of
 from ..realification import suited_to_jacobians
 from ..sensitivity import DiscreteAdjoint, Gradient, Problem
 from ..sensitivity.evaluation import Evaluation
@@ -185,10 +185,10 @@ def _solve(
     samples: Tensor | None,
     dense: bool = False,
     event: Callable[..., Tensor] | None = None,
-) -> _Parts:
+) -> Parts:
     """The shared part: everything that can be asked of the computed solution. ``samples`` (T, 1), without the first time."""
     spec, system = request.spec, ready.system
-    events = () if event is None else (_flat_event(event, system, spec, False),)
+    events = () if event is None else (flat_event(event, system, spec, False),)
     derivatives = ready.derivatives or needs_derivatives([anchors])
     plan = _plan(request, derivatives, dense, events)
     backward = BackwardStats()
@@ -207,7 +207,7 @@ def _solve(
     y_flat = spec.taken(request.y0)
     out = gradient.solve(problem, anchors, samples, y_flat, ready.inputs)
     listed = [] if event is None else [event]
-    return _Parts(out, problem, Times(anchors, samples, None, False), spec, spec, None, y_flat, listed, (), backward, derivatives)
+    return Parts(out, problem, Times(anchors, samples, None, False), spec, spec, None, y_flat, listed, (), backward, derivatives)
 
 
 def solve_samples(request: Request, gradient: Gradient, only: Sequence[Tensor] | None = None) -> Any:
@@ -249,7 +249,7 @@ def solve_dense(request: Request, gradient: Gradient, only: Sequence[Tensor] | N
             "method such as 'rk4', or use odeint with the times wanted"
         )
     request = _realified(request)
-    return _interpolant(_solve(request, gradient, prepare(request, only), _anchors(request, False), None, dense=True))
+    return interpolant_of(_solve(request, gradient, prepare(request, only), _anchors(request, False), None, dense=True))
 
 
 def combined_event(event_fn: Callable[..., Tensor], t0: Tensor, y0: Any) -> tuple[Callable[..., Tensor], bool]:

@@ -12,7 +12,7 @@ from ..methods.abm import Weights, step_weights, uniform_errors
 from .initial_step import initial_step
 from .multistep import Decision, MultistepSolver, Trial
 from .plan import Plan
-from .stages import StageWork
+from .work import StageWork
 
 __all__ = ["AdamsSolver", "Prediction", "corrected", "predicted", "shifted_nodes", "updated"]
 

@@ -15,12 +15,14 @@ from ..linalg.dense import SmallFactors, as_numpy, factor_one
 from ..methods.tableaux_implicit import CollocationTableau, Mode
 from ..methods.tableaux_rosenbrock import RosenbrockTableau
 from .coupled import MOST as MOST_COUPLED
-from .coupled import MOST_CONSTANT, complex_shifted, solve_modes
+from .coupled import MOST_CONSTANT, solve_modes
 from .guesses import LoneGuess
+from .matrices import complex_shifted, jacobian_at, shifted
 from .newton import iterate
 from .numbers import less
 from .plan import Plan, rms_norm
-from .stages import LOOSEST, MOST, StageWork, _between, jacobian_at, shifted
+from .stages import MOST, tolerances_of_stages
+from .work import StageWork
 
 __all__ = ["LoneStages", "row_norm", "solved"]
 
@@ -61,8 +63,7 @@ class LoneStages:
         tolerance: float = 1e-3,
     ) -> None:
         self.f, self.plan, self.jacobian, self.linear_solver, self.tolerance = f, plan, jacobian, linear_solver, tolerance
-        smallest = 4 * torch.finfo(plan.real).eps / tolerance
-        self.rtol, self.atol = _between(plan.rtol, smallest, LOOSEST[0]), _between(plan.atol, 0.0, LOOSEST[1])
+        self.rtol, self.atol = tolerances_of_stages(plan, tolerance)
         self.device, self.log, self.norm = device, Log(), row_norm(plan)
         self.n_fun = self.n_jac = self.n_factorizations = self.n_solves = self.n_newton = 0
         #: methods that weigh ``f_t`` get it with the Jacobian, where that is not the user's own

@@ -226,7 +226,7 @@ def start_carry(
         step=step,
         error1=level,
         error2=level.clone(),
-        segment=_skip_empty(stops, zero),
+        segment=first_segment(stops, zero),
         rejected_last=no,
         bad_last=broken,
         jump=no.clone(),
@@ -238,7 +238,7 @@ def start_carry(
     return carry, n_fun
 
 
-def _skip_empty(stops: Tensor, segment: Tensor) -> Tensor:
+def first_segment(stops: Tensor, segment: Tensor) -> Tensor:
     """Anchors before the start of a trajectory were clamped to it: begin behind them."""
     empty = (stops[1:-1] == stops[0]).long().cumprod(0).sum(0) if stops.shape[0] > 2 else 0
     return segment + empty

@@ -11,13 +11,15 @@ from torch import Tensor
 from ..linalg import Factorization, LinearOperator, LinearSolver, Matrix, SparseMatrix
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling
 from .initial_step import initial_step
+from .matrices import jacobian_at, shifted
 from .multistep import Decision, MultistepSolver, Trial
 from .newton import iterate
 from .numbers import less
 from .pencil import Pencil, ScaledFactors, scaled_factors, split
 from .plan import Plan
 from .residual import ResidualSolver
-from .stages import LOOSEST, StageWork, _between, jacobian_at, shifted
+from .stages import tolerances_of_stages
+from .work import StageWork
 
 __all__ = ["BOUND", "LARGEST", "NEWTON", "SAFETY", "SIZE", "SMALLEST", "BdfSolver", "update_matrix"]
 
@@ -60,8 +62,7 @@ class BdfSolver(MultistepSolver):
     skipped: Tensor | None = None
 
     def __post_init__(self) -> None:
-        smallest = 4 * torch.finfo(self.plan.real).eps / 1e-3
-        self.rtol, self.atol = _between(self.plan.rtol, smallest, LOOSEST[0]), _between(self.plan.atol, 0.0, LOOSEST[1])
+        self.rtol, self.atol = tolerances_of_stages(self.plan, BOUND)
         self.stuck = torch.zeros_like(self.work.n_fun, dtype=torch.bool)
         self._pencil: Pencil | Matrix | None = None
         self._factors: ScaledFactors | None = None

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ..linalg import Factorization, LinearOperator, Matrix
+from ..linalg import Factorization, LinearOperator
 from ..methods.runge_kutta import weighted_sum
 from ..methods.tableaux_implicit import CollocationTableau, Mode
 from .guesses import StageGuess
+from .matrices import complex_shifted
 from .newton import iterate
 from .numbers import less
 
 if TYPE_CHECKING:
     from .plan import Plan
-    from .stages import StageSolver, StageWork
+    from .stages import StageSolver
+    from .work import StageWork
 
-__all__ = ["CoupledSystem", "Solves", "combined", "complex_shifted", "solve_coupled", "solve_modes", "stage_factors"]
+__all__ = ["CoupledSystem", "Solves", "combined", "solve_coupled", "solve_modes", "stage_factors"]
 
 #: iterations before a step counts as failed: one that can be repeated with a smaller size is given up early
 MOST, MOST_CONSTANT = 10, 50
@@ -191,17 +193,3 @@ def stage_factors(solver: StageSolver, mode: Mode, step: Tensor) -> Factorizatio
         work.n_jac += running
         solver._fresh = False
     return factors
-
-
-def complex_shifted(matrix: Matrix, hd: Tensor) -> Matrix:
-    """``I - hd J`` for complex ``hd`` (B, 1)."""
-    from .stages import shifted
-
-    if not isinstance(matrix, LinearOperator):
-        return shifted(matrix, hd)
-    product, is_complex = matrix.matvec, matrix.dtype.is_complex
-
-    def matvec(v: Tensor) -> Tensor:
-        return v - hd * (product(v) if is_complex else torch.complex(product(v.real), product(v.imag)))
-
-    return LinearOperator(matrix.n, matrix.rows, hd.dtype, matrix.device, matvec)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .batch_events import BatchEventWatch, ends_at, next_aim, no_events
 from .batch_sampling import BatchSampler
-from .batched import _skip_empty
+from .batched import first_segment
 from .clock import aim_step, why_stuck
 from .plan import Monitor, Plan, Record, Status, shifted_times
-from .stages import StageWork
+from .work import StageWork
 
 __all__ = ["Decision", "MultistepSolver", "Trial", "integrate_multistep"]
 
@@ -91,7 +91,7 @@ def integrate_multistep(
     last_segment = anchors.shape[0] - 2
     t = anchors[0].clone()
     step = solver.start(anchors, sign, y0)
-    segment = _skip_empty(anchors, torch.zeros(rows, dtype=torch.int64, device=device))
+    segment = first_segment(anchors, torch.zeros(rows, dtype=torch.int64, device=device))
     attempts, accepted_count, status = (torch.zeros_like(segment) for _ in range(3))
     # nothing is done over a span of no length
     running = anchors[-1] != anchors[0]

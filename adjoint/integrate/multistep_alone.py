@@ -18,10 +18,11 @@ from .bdf import BOUND, LARGEST, NEWTON, SAFETY, SIZE, SMALLEST, BdfSolver, upda
 from .clock import aim_step, why_stuck
 from .events import EventWatch
 from .initial_step import initial_step
+from .matrices import jacobian_at, shifted
 from .newton import iterate
 from .plan import Plan, Record, Status, shifted_times
 from .sampling import Sampler
-from .stages import StageWork, jacobian_at, shifted
+from .work import StageWork
 
 __all__ = ["integrate_multistep_alone"]
 

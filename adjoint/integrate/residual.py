@@ -13,7 +13,7 @@ from .coupled import solve_coupled
 from .guesses import StageGuess
 from .pencil import Pencil, ScaledFactors, scaled_factors, split
 from .plan import Plan
-from .stages import StageWork
+from .work import StageWork
 
 __all__ = ["ResidualSolver"]
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..linalg import Factorization, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix
+from ..linalg import Factorization, LinearOperator, LinearSolver, Matrix
 from ..methods.tableaux_implicit import CollocationTableau, Mode
 from .coupled import solve_coupled, stage_factors
 from .guesses import StageGuess
+from .matrices import jacobian_at, mass_product, shifted, tangent
 from .newton import iterate
 from .numbers import less
 from .plan import Plan
+from .work import StageWork
 
-__all__ = ["StageSolver", "StageWork", "jacobian_at", "shifted"]
+__all__ = ["StageSolver", "tolerances_of_stages"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 
@@ -28,68 +29,13 @@ LOOSEST = (1e-5, 1e-8)
 _ROUNDS = 6
 
 
-@dataclass
-class StageWork:
-    """Counts for each trajectory, ``(B,)``."""
+def tolerances_of_stages(plan: Plan, tolerance: float) -> tuple[float | Tensor, float | Tensor]:
+    """``rtol`` and ``atol`` of the iteration for stages, which ends at ``tolerance`` times them.
 
-    n_fun: Tensor
-    n_jac: Tensor
-    n_factorizations: Tensor
-    n_solves: Tensor
-    n_newton: Tensor
-    log: Log = field(default_factory=Log)
-
-    @classmethod
-    def zero(cls, rows: int, device: torch.device) -> StageWork:
-        """Nothing done yet."""
-        fun, jac, factorizations, solves, newton = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(5))
-        return cls(fun, jac, factorizations, solves, newton)
-
-
-def shifted(matrix: Matrix, hd: Tensor, mass: Tensor | None = None) -> Matrix:
-    """``I - hd J``, or ``M - hd J`` with ``mass`` (1 or B, n, n), for ``hd`` of shape ``(B, 1)``; ``I`` in rows where ``hd`` is zero."""
-    if isinstance(matrix, SparseMatrix):
-        # the diagonal is made part of the pattern by whoever made the matrix
-        on = (matrix.indices[0] == matrix.indices[1]).to(matrix.dtype)
-        if mass is not None:
-            # as is whatever else is not zero in the mass matrix
-            on = torch.where(hd == 0, on, mass[:, matrix.indices[0], matrix.indices[1]])
-        return SparseMatrix(matrix.indices, on - hd * matrix.values, matrix.shape)
-    if isinstance(matrix, LinearOperator):
-        inner, outer = matrix.matvec, matrix.rmatvec
-        return LinearOperator(
-            matrix.n,
-            matrix.rows,
-            matrix.dtype,
-            matrix.device,
-            lambda v: mass_product(mass, v, hd) - hd * inner(v),
-            None if outer is None else lambda v: mass_product(None if mass is None else mass.mT, v, hd) - hd * outer(v),
-        )
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    if mass is not None:
-        eye = torch.where((hd == 0).unsqueeze(-1), eye, mass)
-    return eye - hd.unsqueeze(-1) * matrix
-
-
-def mass_product(mass: Tensor | None, v: Tensor, hd: Tensor | None = None) -> Tensor:
-    """``M v`` for ``v`` (..., B, n); ``v`` without a matrix, and in rows where ``hd`` is zero (a singular one would not do there)."""
-    if mass is None:
-        return v
-    product = (mass @ v.unsqueeze(-1)).squeeze(-1)
-    return product if hd is None else torch.where(hd == 0, v, product)
-
-
-def jacobian_at(jacobian: Callable[..., Matrix], f: Flat, t: Tensor, y: Tensor) -> Matrix:
-    """``f_y(t, y)`` by a strategy; one that knows what to do with the time is told it."""
-    at = getattr(jacobian, "at", None)
-    return jacobian(lambda x: f(t, x), y) if at is None else at(f, t, y)
-
-
-def tangent(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """The derivative of a function of ``(B,)`` times, by two reverse sweeps: forward mode does not nest with a user's dual level."""
-    out, pull, *_ = torch.func.vjp(function, t)
-    _, push, *_ = torch.func.vjp(pull, torch.zeros_like(out))
-    return push((torch.ones_like(t),))[0]
+    However loose those of the steps are, stages are roots: their derivatives are those of roots. No tighter than rounding allows.
+    """
+    smallest = 4 * torch.finfo(plan.real).eps / tolerance
+    return _between(plan.rtol, smallest, LOOSEST[0]), _between(plan.atol, 0.0, LOOSEST[1])
 
 
 def _between(value: float | Tensor, low: float, high: float) -> float | Tensor:
@@ -131,9 +77,7 @@ class StageSolver:
         mass_matrix: Tensor | None = None,
     ) -> None:
         self.f, self.plan, self.jacobian, self.linear_solver, self.tolerance = f, plan, jacobian, linear_solver, tolerance
-        # however loose the tolerance of the steps, stages are roots: their derivatives are those of roots. No tighter than rounding allows
-        smallest = 4 * torch.finfo(plan.real).eps / tolerance
-        self.rtol, self.atol = _between(plan.rtol, smallest, LOOSEST[0]), _between(plan.atol, 0.0, LOOSEST[1])
+        self.rtol, self.atol = tolerances_of_stages(plan, tolerance)
         self.mass_matrix = mass_matrix
         self.work = StageWork.zero(rows, device)
         self._matrix: Matrix | None = None

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
-from .tracing import PatternTooDense, Untraceable, check_size, trace_dependencies
+from .dependencies import trace_dependencies
+from .tracing import PatternTooDense, Untraceable, check_size
 
 __all__ = ["PatternTooDense", "SparsityPattern", "detect_pattern"]
 

@@ -7,7 +7,7 @@ with the tensor, makes views free and in-place operators exact. Operators withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedCombination
 
-__all__ = ["Call", "DependencyMode", "PatternTooDense", "Rows", "Untraceable", "trace_dependencies"]
+__all__ = ["Call", "DependencyMode", "PatternTooDense", "Rows", "Untraceable", "unwrapped"]
 
 #: boolean ``scipy.sparse.csr_array``, for which there are no useful types
 Rows: TypeAlias = Any
@@ -304,41 +304,7 @@ def _positions(t: Tensor) -> np.ndarray:
     return torch.arange(count).as_strided(t.shape, t.stride(), t.storage_offset()).reshape(-1).numpy()
 
 
-def trace_dependencies(f: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor] = ()) -> tuple[Rows, set[str]]:
-    """``(f(x).numel(), x.numel())`` boolean CSR, and the operators that counted as dense for want of a rule.
-
-    Zeros of ``parameters`` are taken for accidents. Raises `Untraceable` and `PatternTooDense`.
-    """
-    from .tracing_rules import RULES, cleared, dense, pointwise
-
-    lanes, values = _unwrap(x)
-    values = values[0] if lanes > 1 else values
-    x = _unwrap(values.detach().clone(memory_format=torch.contiguous_format))[1]
-    n = x.numel()
-    mode = DependencyMode(n, RULES, pointwise, dense, cleared)
-    mode.write(x, sp.csr_array((np.ones(n, bool), (np.arange(n), np.arange(n))), shape=(n, n)))
-    for p in parameters:
-        mode.mark_free(_unwrap(p)[1])
-    try:
-        with mode:
-            out = f(x)
-            batched, plain = _unwrap(out)
-    except (Untraceable, PatternTooDense):
-        raise
-    except NotImplementedError as error:  # if f is at fault, it will say so again without the watch
-        raise Untraceable(str(error)) from error
-    if not isinstance(plain, Tensor):
-        raise Untraceable(f"f returned {type(out).__name__}, not a tensor")
-    rows = mode.read(plain)
-    count = out.numel()
-    if rows is None:
-        rows = sp.csr_array((plain.numel(), n), dtype=bool)
-    if batched > 1:  # an outer vmap: what depends in any of its lanes
-        rows = gather_union(np.tile(np.arange(count), batched), np.arange(batched * count), count, rows)
-    return rows, mode.unknown
-
-
-def _unwrap(t: Any) -> tuple[int, Any]:
+def unwrapped(t: Any) -> tuple[int, Any]:
     """The tensor below the wrappers of outer ``torch.func`` transforms, lanes of vmap first, and how many lanes there are."""
     functorch = torch._C._functorch
     lanes = 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .additive_tableau import AdditiveTableau
-from .runge_kutta import StepCotangents, _add, combine, over, row_dot, stability_interval, update, weighted_sum
+from .runge_kutta import StepCotangents, added, combine, over, row_dot, stability_interval, update, weighted_sum
 
 __all__ = ["AdditiveLinearize", "AdditiveRungeKutta", "SplitEquations"]
 
@@ -212,11 +212,11 @@ class AdditiveRungeKutta:
                 weighed = [(ks[i], direct), (ks[s + i], w), (ks[s + i], u * diagonal if diagonal else None)]
                 for k, cotangent in weighed:
                     if cotangent is not None:
-                        h_bar = _add(h_bar, row_dot(k.reshape(one), cotangent.reshape(one)))
+                        h_bar = added(h_bar, row_dot(k.reshape(one), cotangent.reshape(one)))
                 for time_bar in time_sums:
                     if time_bar is not None:
-                        t_bar = _add(t_bar, time_bar)
-                        h_bar = _add(h_bar, time_bar * tab.c[i])
+                        t_bar = added(t_bar, time_bar)
+                        h_bar = added(h_bar, time_bar * tab.c[i])
         return StepCotangents(y_bar, t_bar, h_bar, ks)
 
     def dense_weights(self, theta: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .runge_kutta import StepCotangents, _add, combine, row_dot, update, weighted_sum
+from .runge_kutta import StepCotangents, added, combine, row_dot, update, weighted_sum
 from .tableaux_implicit import CollocationTableau
 
 __all__ = ["CoupledEquations", "CoupledLinearize", "FullyImplicitRungeKutta"]
@@ -155,13 +155,13 @@ class FullyImplicitRungeKutta:
             u, time_bar = pull(v)
             y_bar = y_bar + u
             if time_bars:
-                h_bar = _add(h_bar, tab.b[i] * row_dot(ks[i], end_bar))
+                h_bar = added(h_bar, tab.b[i] * row_dot(ks[i], end_bar))
                 slope = weighted_sum(tab.a[i], ks)
                 assert slope is not None
-                h_bar = _add(h_bar, row_dot(slope, u))
+                h_bar = added(h_bar, row_dot(slope, u))
                 if time_bar is not None:
-                    t_bar = _add(t_bar, time_bar)
-                    h_bar = _add(h_bar, time_bar * tab.c[i])
+                    t_bar = added(t_bar, time_bar)
+                    h_bar = added(h_bar, time_bar * tab.c[i])
         return StepCotangents(y_bar, t_bar, h_bar, ks)
 
     def dense_weights(self, theta: Tensor) -> Tensor:

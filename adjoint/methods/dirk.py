@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .dirk_tableau import DirkTableau
-from .runge_kutta import StepCotangents, _add, combine, over, row_dot, update, weighted_sum
+from .runge_kutta import StepCotangents, added, combine, over, row_dot, update, weighted_sum
 
 __all__ = ["DiagonallyImplicitRungeKutta", "ImplicitLinearize", "StageEquations"]
 
@@ -199,7 +199,7 @@ class DiagonallyImplicitRungeKutta:
             if i == 0 and self.hands_on:
                 first = v
                 if time_bars and w is not None:
-                    h_bar = _add(h_bar, row_dot(ks[0].reshape(one), w.reshape(one)))
+                    h_bar = added(h_bar, row_dot(ks[0].reshape(one), w.reshape(one)))
                 break
             diagonal = tab.a[i][i]
             point = combine(y, h, tab.a[i], ks)
@@ -214,12 +214,12 @@ class DiagonallyImplicitRungeKutta:
             y_bar = y_bar + u
             if time_bars:
                 if w is not None:
-                    h_bar = _add(h_bar, row_dot(ks[i].reshape(one), w.reshape(one)))
+                    h_bar = added(h_bar, row_dot(ks[i].reshape(one), w.reshape(one)))
                 if diagonal:
-                    h_bar = _add(h_bar, diagonal * row_dot(ks[i].reshape(one), u.reshape(one)))
+                    h_bar = added(h_bar, diagonal * row_dot(ks[i].reshape(one), u.reshape(one)))
                 if time_bar is not None:
-                    t_bar = _add(t_bar, time_bar)
-                    h_bar = _add(h_bar, time_bar * tab.c[i])
+                    t_bar = added(t_bar, time_bar)
+                    h_bar = added(h_bar, time_bar * tab.c[i])
         return StepCotangents(y_bar, t_bar, h_bar, ks, first)
 
     def dense_weights(self, theta: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .dirk import StageEquations
-from .runge_kutta import StepCotangents, _add, combine, row_dot, update, weighted_sum
+from .runge_kutta import StepCotangents, added, combine, row_dot, update, weighted_sum
 from .tableaux_rosenbrock import RosenbrockTableau
 
 __all__ = ["Rosenbrock", "StartLinearize"]
@@ -184,7 +184,7 @@ class Rosenbrock:
             total = sum(parts[1:], parts[0]) if parts else torch.zeros_like(y)
             vs[i] = linearize.solve_start(start, y, h * tab.gamma, total) * tab.gamma
             if time_bars and w is not None:
-                h_bar = _add(h_bar, row_dot(ks[i].reshape(one), w.reshape(one)))
+                h_bar = added(h_bar, row_dot(ks[i].reshape(one), w.reshape(one)))
             if tab.same_as[i] < i:
                 continue
             # all stages that use this value of f come behind it
@@ -196,12 +196,12 @@ class Rosenbrock:
             us[i] = u
             y_bar = y_bar + u
             if time_bars and time_bar is not None:
-                t_bar = _add(t_bar, time_bar)
-                h_bar = _add(h_bar, time_bar * tab.c[i])
+                t_bar = added(t_bar, time_bar)
+                h_bar = added(h_bar, time_bar * tab.c[i])
         linearize.bend_mass(lambda: [_moved(tab, i, ks) for i in range(s)], vs)
         bent, time_bar, phi = linearize.bend(start, y, ks, tab.d, vs, h)
         if time_bars and time_bar is not None and phi is not None:
-            t_bar, h_bar = _add(t_bar, time_bar), _add(h_bar, phi)
+            t_bar, h_bar = added(t_bar, time_bar), added(h_bar, phi)
         return StepCotangents(y_bar + bent, t_bar, h_bar, ks)
 
     def dense_weights(self, theta: Tensor) -> Tensor:

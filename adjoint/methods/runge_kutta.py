@@ -283,10 +283,10 @@ class ExplicitRungeKutta:
                 if w is not None:
                     # a float h belongs to one trajectory, whatever its shape
                     one = (1, -1) if isinstance(h, float) else ks[i].shape
-                    h_bar = _add(h_bar, row_dot(ks[i].reshape(one), w.reshape(one)))
+                    h_bar = added(h_bar, row_dot(ks[i].reshape(one), w.reshape(one)))
                 if time_bar is not None:
-                    t_bar = _add(t_bar, time_bar)
-                    h_bar = _add(h_bar, time_bar * self.nodes[i])
+                    t_bar = added(t_bar, time_bar)
+                    h_bar = added(h_bar, time_bar * self.nodes[i])
         return StepCotangents(y_bar, t_bar, h_bar, ks)
 
 
@@ -303,5 +303,6 @@ def row_dot(x: Tensor, y: Tensor) -> Tensor:
     return (x.conj() * y).real.sum(-1) if x.is_complex() else (x * y).sum(-1)
 
 
-def _add(total: Tensor | None, x: Tensor) -> Tensor:
+def added(total: Tensor | None, x: Tensor) -> Tensor:
+    """``total + x``, where there is a total already."""
     return x if total is None else total + x

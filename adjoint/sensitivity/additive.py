@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..integrate.stages import jacobian_at, shifted
+from ..integrate.matrices import jacobian_at, shifted
 from ..linalg import Factorization, Matrix, SparseMatrix
 from ..system import System, VmappedSystem
 from .linearize import Pullback

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..integrate.bdf import SIZE, update_matrix
+from ..integrate.matrices import jacobian_at, shifted
 from ..integrate.pencil import scaled_factors, split
-from ..integrate.stages import jacobian_at, shifted
 from ..jacobians import DenseJacobian
 from ..linalg import Log, Matrix
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling, rescaling_slopes

@@ -16,13 +16,14 @@ from ..methods.runge_kutta import row_dot
 from ..system import System
 from .additive import AdditiveLinearizer
 from .compiled import CompiledAdjoint, named
+from .equations import recorded_adjoint
 from .linearize import Linearizer
 from .lone_sweep import LoneSweep, goes_by_rows
 from .multistep_adjoint import multistep_eager
 from .multistep_rows import multistep_by_rows
 from .padding import in_shelter
 from .problem import Problem, kept_steps, stage_times, step_times
-from .stages import StageLinearizer, recorded_adjoint
+from .stages import StageLinearizer
 from .whole import sweeps_whole, whole_sweep
 
 if TYPE_CHECKING:

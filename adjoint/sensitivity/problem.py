@@ -24,7 +24,7 @@ from ..integrate import (
 )
 from ..integrate.columns import column_major, takes_columns
 from ..integrate.companion import Beside, displaced
-from ..integrate.stages import StageWork
+from ..integrate.work import StageWork
 from ..jacobians import DenseJacobian
 from ..linalg import DenseLU, LinearSolver, Matrix
 from ..structure import Structure

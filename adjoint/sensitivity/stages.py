@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..integrate.matrices import jacobian_at, mass_product, shifted
 from ..integrate.pencil import scaled_factors, split
-from ..integrate.stages import jacobian_at, mass_product, shifted
 from ..linalg import Factorization, Log, Matrix
-from ..methods.runge_kutta import StepCotangents, row_dot
+from ..methods.runge_kutta import row_dot
 from ..methods.tableaux_implicit import CollocationTableau
 from ..nonlinear import RootRecord
 from ..system import Flat, System, VmappedSystem
@@ -22,7 +22,7 @@ from .linearize import Linearizer, Pullback, vjp
 from .problem import Problem, StageAlgebra
 from .products import tangent
 
-__all__ = ["RecordedStages", "StageLinearizer", "equations", "recorded_adjoint"]
+__all__ = ["RecordedStages", "StageLinearizer"]
 
 
 @dataclass(frozen=True)
@@ -116,57 +116,6 @@ class RecordedStages:
     ) -> tuple[list[Tensor], None]:
         """See `CoupledEquations.coupled`."""
         return coupled_root(self.system, self.inputs, self.recorded, self.algebra, _known, tableau.a, times, h, y), None
-
-
-def equations(problem: Problem, inputs: Sequence[Tensor], stages: Tensor | None) -> Any:
-    """The right-hand side for one recorded step, whose implicit stages (``stages``: their slopes) are differentiable roots."""
-    if problem.algebra is None:
-        return problem.system.bind(inputs)
-    assert stages is not None
-    if getattr(problem.plan.method, "additive", False):
-        from .additive import RecordedAdditive
-
-        return RecordedAdditive(problem.system, inputs, stages, problem.algebra)
-    return RecordedStages(problem.system, inputs, stages, problem.algebra)
-
-
-def recorded_adjoint(
-    problem: Problem,
-    linearize: StageLinearizer,
-    times: Sequence[Tensor],
-    h: float | Tensor,
-    y: Tensor,
-    end_bar: Tensor,
-    k_bar: Sequence[Tensor | None],
-    time_bars: bool,
-) -> StepCotangents:
-    """The adjoint of a step by plain autograd through the step itself, for methods that bring none of their own."""
-    method = problem.plan.method
-    rows = y.shape[0]
-    size = h if isinstance(h, Tensor) else torch.full((rows, 1), h, dtype=y.dtype.to_real(), device=y.device)
-    with torch.enable_grad():
-        start, length = y.detach().requires_grad_(True), size.detach().requires_grad_(time_bars)
-        begin = [t.detach() for t in times]
-        moved = torch.zeros(rows, dtype=size.dtype, device=y.device, requires_grad=time_bars)
-        if time_bars:
-            begin = [t + moved + c * (length - length.detach()).squeeze(-1) for t, c in zip(begin, method.nodes, strict=True)]
-        f = equations(problem, linearize.inputs, linearize.recorded[linearize.k])
-        y1, ks = method.step(f, begin, length, start, f(begin[0], start))
-    outputs, bars = [y1], [end_bar]
-    for k, bar in zip(ks, k_bar, strict=False):
-        if bar is not None:
-            outputs.append(k)
-            bars.append(bar)
-    times_too = (length, moved) if time_bars else ()
-    found = vjp(tuple(outputs), (start, *times_too, *linearize.targets), tuple(bars))
-    y_bar, *rest = found
-    h_bar = t_bar = None
-    if time_bars:
-        h_bar, t_bar, *rest = rest
-        h_bar = None if h_bar is None else h_bar.sum(-1)
-    linearize.accumulate(rest)
-    linearize.n_fun += len(ks)
-    return StepCotangents(torch.zeros_like(y) if y_bar is None else y_bar, t_bar, h_bar, [k.detach() for k in ks])
 
 
 class StageLinearizer(Linearizer):

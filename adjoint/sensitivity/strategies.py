@@ -15,13 +15,13 @@ from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import Monitor, Record, Recording, integrate
 from ..ownership import owned
 from .checkpoints import CheckpointNode
+from .equations import equations
 from .finite import guarded
 from .multistep import multistep_outputs
 from .node import SolveNode
 from .padding import shelter
 from .problem import Outputs, Problem
 from .replay import replay
-from .stages import equations
 from .whole import sweeps_whole
 
 __all__ = ["Backprop", "DiscreteAdjoint"]

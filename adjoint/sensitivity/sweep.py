@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .equations import equations
 from .multistep import multistep_functional, multistep_tangents
 from .padding import in_shelter, shelter
 from .problem import Problem, StepTimes, interpolate, kept_steps, stage_times, step_times
 from .products import tangent, vjp
 from .replay import hands_on, replay_step
-from .stages import equations
 
 __all__ = ["functional_sweep", "tangents"]
 
