@@ -109,14 +109,12 @@ def is_differentiable(x: Any) -> bool:
 
 def moves(x: Tensor) -> bool:
     """As `is_differentiable`, but not for what is only mapped over by ``torch.vmap``, nor where no gradients are recorded."""
-    if has_tangent(x):
-        return True
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         # a transform wraps what depends on the arguments that it differentiates in; forward mode does not say so by `requires_grad`
         if torch._C._functorch.is_gradtrackingtensor(x):
             return True
         x = torch._C._functorch.get_unwrapped(x)
-    return torch.is_grad_enabled() and x.requires_grad
+    return (torch.is_grad_enabled() and x.requires_grad) or has_tangent(x)
 
 
 def needs_derivatives(tensors: Iterable[Tensor]) -> bool:

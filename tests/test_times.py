@@ -98,6 +98,24 @@ def test_derivatives_in_times_where_some_spans_have_no_length(method, moving):
     assert torch.vmap(solve, in_dims=(0, 0, 1))(fixed[0], y0, fixed[1])[0].item() == 2.0
 
 
+@pytest.mark.parametrize("method", ["bdf", "tsit5"])
+def test_mapped_ends_in_forward_mode(method):
+    y0, end = torch.tensor([[2.0], [1.0]], **DOUBLE), torch.tensor([0.5, 1.0], **DOUBLE)
+    solve = torch.vmap(lambda end, y0: adjoint.solve_ivp(decay, (0.0, end), y0, method=method, rtol=1e-6).y[-1])
+    with torch.autograd.forward_ad.dual_level():
+        moved = torch.autograd.forward_ad.make_dual(end, torch.ones(2, **DOUBLE))
+        slopes = torch.autograd.forward_ad.unpack_dual(solve(moved, y0)).tangent[:, 0]
+    torch.testing.assert_close(slopes, torch.tensor([-2 * math.exp(-0.5), -math.exp(-1)], **DOUBLE), rtol=1e-4, atol=0.0)
+    spans = torch.zeros(2, **DOUBLE)
+    with torch.autograd.forward_ad.dual_level():
+        moved = torch.autograd.forward_ad.make_dual(torch.stack([end[0], spans[0]]), torch.ones(2, **DOUBLE))
+        if method == "bdf":
+            with pytest.raises(adjoint.errors.UnsupportedCombination, match="some have no length"):
+                solve(moved, y0)
+        else:
+            assert float(torch.autograd.forward_ad.unpack_dual(solve(moved, y0)).tangent[1]) == pytest.approx(-1.0)
+
+
 @pytest.mark.parametrize("gradient", [adjoint.DiscreteAdjoint(), adjoint.Backprop()])
 @pytest.mark.parametrize("method", ["bdf", "abm", "kvaerno3"])
 def test_a_mapped_span_of_no_length_does_no_harm(method, gradient):
