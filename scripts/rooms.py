@@ -132,7 +132,7 @@ def draw(path: Path) -> None:
             "", xy=(4.62, end + 0.12), xytext=(4.62, start - 0.12), annotation_clip=False,
             arrowprops={"arrowstyle": "->", "connectionstyle": style, "lw": 0.5 + 0.35 * count**0.5, "color": "#7a5195", "alpha": 0.75},
         )  # fmt: skip
-    ax.set_xlim(-0.1, 9.6)
+    ax.set_xlim(-0.1, 6.8)
     ax.set_ylim(min(place.values()) - 0.6, 0.6)
     ax.axis("off")
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
