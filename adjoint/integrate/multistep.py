@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from .batch_events import BatchEventWatch, ends_at, next_aim, no_events
 from .batch_sampling import BatchSampler
-from .batched import first_segment
+from .batched import Attempt, first_segment
 from .clock import aim_step, why_stuck
+from .packing import Ended, Kept, record_of
 from .plan import Monitor, Plan, Record, Status, shifted_times
 from .work import StageWork
 
@@ -100,7 +100,7 @@ def integrate_multistep(
     step = torch.where(bad_last, 0.0, step)
     sampler = BatchSampler(plan, t_eval, anchors, sign, y0, False)
     events = BatchEventWatch(plan, inputs, t, y0) if plan.events else None
-    kept: list[tuple[Tensor, ...]] = []
+    kept = Kept([], [], [], extra=[], idle=solver.idle)
     monitor, watched = plan.monitor, type(plan.monitor).advanced is not Monitor.advanced
     span = (anchors[-1] - anchors[0]).abs()
     shifts = plan.shift != "none" and last_segment > 0
@@ -147,9 +147,12 @@ def integrate_multistep(
                 passed = passed & ~found.again
         if sampler.wanted:
             upto = end if stop is None else torch.where(stop.isnan(), end, stop)
-            sampler.take(_Attempt(t, upto, h, passed, list(stages.unbind())), y, accepted_count)
+            sampler.take(Attempt(t, upto, h, segment, lands, passed, list(stages.unbind())), y, accepted_count)
         if plan.keep_states or plan.keep_stages:
-            kept.append((passed, t, h, segment, lands, trial.y, stages, trial.extra))
+            kept.attempts.append(Attempt(t, end, h, segment, lands, passed, []))
+            kept.states.append(y)
+            kept.stages.append(stages)
+            kept.extra.append(trial.extra)
         landed = passed & lands
         finished = landed & (segment >= last_segment)
         restart = landed & ~finished
@@ -173,59 +176,6 @@ def integrate_multistep(
     last = solver.D[0]
     final = torch.where((status >= 0).unsqueeze(-1), last, float("nan"))
     sampler.finish((status == 0) | ((status > 0) & (t == anchors[-1])), accepted_count, final)
-    packed = _pack(kept, t, segment, accepted_count, y0, plan.method.n_stages, solver.idle)
-    zero = torch.zeros_like(attempts)
-    return Record(
-        final=final, last=last, scaled_error=scaled, samples=sampler.out, sample_step=sampler.step,
-        n_steps=attempts, n_accepted=accepted_count, n_rejected=attempts - accepted_count, n_fun=zero, status=status, t_final=t,
-        **(no_events(y0) if events is None else events.record()), n_jac=zero, n_factorizations=zero, n_solves=zero, n_newton=zero, **packed,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    t: Tensor
-    end: Tensor
-    h: Tensor
-    accepted: Tensor
-    stages: list[Tensor]
-
-
-def _pack(
-    kept: list[tuple[Tensor, ...]], t: Tensor, segment: Tensor, counts: Tensor, y0: Tensor, n_stages: int, idle: Tensor
-) -> dict[str, Tensor]:
-    """Move the accepted steps of every trajectory to the front, padded with steps of size zero at its end."""
-    rows, n = y0.shape
-    most = int(counts.max()) if rows and kept else 0
-    kind = {"dtype": torch.float64, "device": y0.device}
-    if not most:
-        return {
-            "states": y0.unsqueeze(0), "stages": y0.new_empty((0, n_stages, rows, n)), "t": torch.empty((0, rows), **kind),
-            "h": torch.empty((0, rows), **kind), "segment": segment.new_empty((0, rows)),
-            "lands": torch.empty((0, rows), dtype=torch.bool, device=y0.device), "extra": torch.empty((0, len(idle), rows), **kind),
-        }  # fmt: skip
-    accepted = torch.stack([k[0] for k in kept])
-    place = torch.where(accepted, accepted.cumsum(0) - 1, most)
-    attempt = torch.arange(len(kept), device=y0.device).unsqueeze(-1).expand_as(place)
-    index = place.new_full((most + 1, rows), len(kept)).scatter_(0, place, attempt)[:most]
-
-    def pick(values: list[Tensor], behind: Tensor, row_dim: int) -> Tensor:
-        every = torch.stack([*values, behind]).movedim(row_dim + 1, 1)
-        where = index.reshape(most, rows, *[1] * (every.dim() - 2))
-        return every.gather(0, where.expand(most, *every.shape[1:])).movedim(1, row_dim + 1)
-
-    columns = list(zip(*kept, strict=True))
-    last = pick(list(columns[5]), torch.zeros_like(y0), 0)
-    filled = torch.arange(most, device=y0.device).unsqueeze(-1) < counts
-    # behind the last step the state stays
-    end = torch.where(counts.unsqueeze(-1) > 0, last.gather(0, (counts - 1).clamp(min=0).reshape(1, -1, 1).expand(1, -1, n))[0], y0)
-    states = torch.cat([y0.unsqueeze(0), torch.where(filled.unsqueeze(-1), last, end)])
-    return {
-        "states": states,
-        "stages": pick(list(columns[6]), torch.zeros_like(columns[6][0]), 1),
-        "t": pick(list(columns[1]), t, 0),
-        "h": pick(list(columns[2]), torch.zeros_like(t), 0),
-        "segment": pick(list(columns[3]), torch.zeros_like(segment), 0),
-        "lands": pick(list(columns[4]), torch.zeros_like(columns[4][0]), 0),
-        "extra": pick(list(columns[7]), idle.unsqueeze(-1).expand(-1, rows), 1),
-    }
+    ended = Ended(t, last, scaled, step, segment, attempts, accepted_count, status, running)
+    found = no_events(y0) if events is None else events.record()
+    return record_of(plan, ended, (sampler.out, sampler.step), kept, y0, torch.zeros_like(attempts), False, found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,35 +12,36 @@ from torch import Tensor
 from .columns import layout
 from .plan import Plan, Record
 
-__all__ = ["Kept", "evaluations_of_attempt", "record_of"]
-
-
-class Attempted(Protocol):
-    """What is looked at of an `Attempt`."""
-
-    @property
-    def t(self) -> Tensor: ...
-    @property
-    def h(self) -> Tensor: ...
-    @property
-    def segment(self) -> Tensor: ...
-    @property
-    def lands(self) -> Tensor: ...
-    @property
-    def accepted(self) -> Tensor: ...
+__all__ = ["Ended", "Kept", "evaluations_of_attempt", "record_of"]
 
 
 @dataclass(frozen=True)
 class Kept:
     """One entry for each attempt: what it did; the state at its start and its stages, where they are wanted (else nothing).
 
-    ``columns``: states are ``(n, B)``.
+    ``columns``: states are ``(n, B)``. ``extra``: what a multistep method records beside, ``(E, B)``; ``idle`` (E,): that of no step.
     """
 
-    attempts: Sequence[Attempted]
-    states: Sequence[Tensor]
-    stages: Sequence[Tensor]
+    attempts: list[Any]
+    states: list[Tensor]
+    stages: list[Tensor]
     columns: bool = False
+    extra: list[Tensor] | None = None
+    idle: Tensor | None = None
+
+
+class Ended(NamedTuple):
+    """Where a loop came to: what `record_of` looks at of a `Carry`."""
+
+    t: Tensor
+    y: Tensor
+    scaled: Tensor
+    step: Tensor
+    segment: Tensor
+    attempts: Tensor
+    n_accepted: Tensor
+    status: Tensor
+    running: Tensor
 
 
 def evaluations_of_attempt(plan: Plan, dense: bool, jumps: bool) -> int:
@@ -82,7 +83,7 @@ def record_of(
         next_step=carry.step,
         **found,
         **_linear_work(plan, carry.attempts),
-        **_packed(kept.attempts, kept.states, kept.stages, carry, y0, len(plan.method.nodes), plain, kept.columns),
+        **_packed(kept, carry, y0, len(plan.method.nodes), plain),
     )
 
 
@@ -93,24 +94,19 @@ def _linear_work(plan: Plan, attempts: Tensor) -> dict[str, Tensor]:
     return {"n_jac": each, "n_factorizations": each, "n_solves": each * plan.method.n_stages, "n_newton": none}
 
 
-def _packed(
-    attempts: Sequence[Attempted],
-    states: Sequence[Tensor],
-    stages: Sequence[Tensor],
-    carry: Any,
-    y0: Tensor,
-    n_all: int,
-    plain: bool,
-    columns: bool,
-) -> dict[str, Tensor]:
+def _packed(kept: Kept, carry: Any, y0: Tensor, n_all: int, plain: bool) -> dict[str, Tensor]:
     """Move the accepted steps of every trajectory to the front, padded with steps of size zero at its end.
 
     ``plain``: there is one segment, at whose end the last step lands.
     """
     rows, n = y0.shape
+    attempts, states, stages, columns = kept.attempts, kept.states, kept.stages, kept.columns
+    extra = {}
+    if kept.idle is not None:
+        extra["extra"] = kept.idle.new_empty((0, len(kept.idle), rows))
     if not attempts:
         kind = {"dtype": torch.float64, "device": y0.device}
-        return {
+        return extra | {
             "states": y0.unsqueeze(0),
             "stages": y0.new_empty((0, n_all, rows, n)),
             "t": torch.empty((0, rows), **kind),
@@ -161,7 +157,10 @@ def _packed(
     else:
         segment = pick([a.segment for a in attempts], torch.zeros_like(carry.segment), most)
         lands = pick([a.lands for a in attempts], torch.zeros_like(attempts[0].lands), most) != 0
-    return {
+    if kept.idle is not None:
+        assert kept.extra is not None
+        extra["extra"] = pick([x.t() for x in kept.extra], kept.idle.expand(rows, -1), most).transpose(1, 2)
+    return extra | {
         "states": all_states,
         "stages": all_stages,
         "t": pick([a.t for a in attempts], carry.t, most),
