@@ -35,6 +35,7 @@ __all__ = [
     "functorch_active",
     "has_tangent",
     "is_differentiable",
+    "jvp_active",
     "leads_to",
     "listed",
     "moves",
@@ -63,6 +64,12 @@ def vmap_active() -> bool:
     """Whether a ``torch.vmap`` is running, directly or inside of a transform such as `torch.func.jacfwd`."""
     stack = torch._C._functorch.get_interpreter_stack()
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack or ())
+
+
+def jvp_active() -> bool:
+    """Whether a `torch.func.jvp` is running, and no ``torch.vmap``."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) and not vmap_active()
 
 
 def readable(x: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .ownership import owning
-from .rewriting import naming_writes
+from .rewriting import naming_faults
 from .untraced import untraced
 
 __all__ = ["full_precision"]
@@ -37,7 +37,7 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
             given, named = cast(Any, tree_map(_single, (args, kwargs)))
             return cast(Any, function)(*given, **named)
 
-    return untraced(owning(naming_writes(call)))
+    return untraced(owning(naming_faults(call)))
 
 
 def _single(x: Any) -> Any:

@@ -22,7 +22,7 @@ from .ownership import owning
 from .progress import root_monitor
 from .realification import suited_to_jacobians
 from .relaxation import relax
-from .rewriting import naming_writes
+from .rewriting import naming_faults
 from .root_arguments import AutomaticJacobian, RootChoice, check_bounds, choose
 from .root_examination import Examination
 from .root_failures import raise_root_failure
@@ -38,7 +38,7 @@ __all__ = ["solve_root"]
 
 @untraced
 @owning
-@naming_writes
+@naming_faults
 def solve_root(
     fun: Callable[..., Any],
     x0: Any,

@@ -167,3 +167,35 @@ def test_quadrature_and_dense_output_under_transforms(gradient):
     assert torch.allclose(jacrev(values)(P), want, rtol=1e-8)
     assert torch.allclose(jacfwd(values)(P), want, rtol=1e-8)
     assert torch.allclose(jacfwd(jacrev(values))(P), jacrev(jacfwd(values))(P), rtol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["tsit5", pytest.param("rodas5p", marks=pytest.mark.slow), pytest.param("bdf", marks=pytest.mark.slow)])
+def test_forward_mode_through_a_gradient_is_a_second_sweep_of_plain_steps(method, gradient):
+    """Along parameter, first state, end of the span and sample times at once; ``fun`` runs on plain tensors but where the solve begins."""
+    seen = []
+
+    def loss(p, y0, end):
+        def fun(t, y):
+            seen.append(torch._C._functorch.is_functorch_wrapped_tensor(y))
+            return -p * y**2
+
+        # y = y0 / (1 + p y0 t)
+        span, times = torch.stack([0.0 * end, end]), torch.stack([0.5 * end, end])
+        return solve_ivp(fun, span, y0, t_eval=times, method=method, gradient=gradient, rtol=1e-8, atol=1e-10).y.square().sum()
+
+    def exact(p, y0, end):
+        return sum((y0 / (1 + p * y0 * t)).square().sum() for t in (0.5 * end, end))
+
+    z = torch.tensor(1.3, dtype=torch.float64), torch.tensor([1.0, 0.7], dtype=torch.float64), torch.tensor(0.8, dtype=torch.float64)
+    v = torch.tensor(0.4, dtype=torch.float64), torch.tensor([-0.3, 1.0], dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64)
+    found = jvp(grad(loss, argnums=(0, 1, 2)), z, v)
+    wanted = jvp(grad(exact, argnums=(0, 1, 2)), z, v)
+    for a, b in zip(itertools.chain(*found), itertools.chain(*wanted), strict=True):
+        # second derivatives in times are those of the interpolant
+        assert torch.allclose(a, b, rtol=1e-2 if method == "bdf" else 1e-3, atol=1e-4), (a, b)
+    # beside the look at the start and one for tensors that fun meets late, once a step
+    assert isinstance(gradient, Backprop) or method != "tsit5" or sum(seen) <= 0.1 * len(seen)
+    # a third derivative goes through the same node
+    third = grad(lambda p: jvp(grad(lambda q: loss(q, *z[1:])), (p,), (v[0],))[1])(z[0])
+    true = grad(lambda p: jvp(grad(lambda q: exact(q, *z[1:])), (p,), (v[0],))[1])(z[0])
+    assert torch.allclose(third, true, rtol=2e-2 if method == "bdf" else 1e-4)

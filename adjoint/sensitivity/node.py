@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture import alive, below_jvp, below_vmap, functorch_active
+from ..capture import alive, below_jvp, below_vmap, functorch_active, jvp_active
 from ..linalg.forward_mode import unviewed
 from ..ownership import owned
 from ..rewriting import naming_writes
@@ -21,6 +21,7 @@ from .late import check_strangers, naming_strangers
 from .linearize import check_known
 from .problem import Outputs, Problem
 from .sweep import functional_sweep, tangents
+from .sweep_node import swept
 
 __all__ = ["SolveNode", "unpack"]
 
@@ -72,7 +73,8 @@ class SolveNode(torch.autograd.Function):
         if not differentiable and ctx.own:
             # saved tensors come back as new objects: the functions that captured the old ones need those
             inputs = problem.system.inputs
-        sweep = functional_sweep if differentiable else problem.sweep or eager_sweep
+        again = swept if jvp_active() else functional_sweep
+        sweep = again if differentiable else problem.sweep or eager_sweep
         with torch.autocast(grid["states"].device.type, enabled=False):
             if differentiable:
                 check_known(problem.system, grid, inputs)

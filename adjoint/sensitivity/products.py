@@ -7,19 +7,59 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..autograd_graph import unknown_leaves
+from ..capture import ask, functorch_active
 
 __all__ = ["tangent", "vjp"]
 
 
 def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
-    """`torch.func.vjp` without auxiliary output: the value and the pullback."""
-    value, pullback, *_ = torch.func.vjp(function, *primals)
+    """The value and the pullback, as `torch.func.vjp` gives them. Outside of transforms by plain autograd, which is much faster."""
+    if functorch_active():
+        value, pullback, *_ = torch.func.vjp(function, *primals)
+        return value, pullback
+    value, pullback, _ = _recorded(function, primals)
     return value, pullback
+
+
+def _recorded(function: Callable[..., Any], primals: Sequence[Tensor], known: bool | None = None) -> tuple[Any, Callable[..., Any], bool]:
+    """As `vjp`, and whether what it gives can be differentiated in anything (``known``: the answer, where it is known)."""
+    with torch.enable_grad():
+        # others in their places: the pullback is to stop there, but derivatives of what it gives go on to them
+        own = [x.view_as(x) if x.requires_grad else ask(x) for x in primals]
+        value = function(*own)
+    outputs, tree = tree_flatten(value)
+    again = known if known is not None else any(x.requires_grad for x in primals) or any(unknown_leaves(x, own) for x in outputs)
+
+    def pullback(bars: Any) -> tuple[Tensor, ...]:
+        weights = tree_flatten(bars)[0]
+        return tuple(_pull(outputs, own, weights, torch.is_grad_enabled() and (again or any(x.requires_grad for x in weights))))
+
+    return tree_unflatten(outputs if again and torch.is_grad_enabled() else [x.detach() for x in outputs], tree), pullback, again
+
+
+def _pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], bars: Sequence[Tensor], again: bool) -> list[Tensor]:
+    """Cotangents of the inputs, zero where nothing depends on them."""
+    live = [(x, bar) for x, bar in zip(outputs, bars, strict=True) if x.requires_grad]
+    if not live:
+        return [torch.zeros_like(x) for x in inputs]
+    values, weights = zip(*live, strict=True)
+    found = torch.autograd.grad(values, inputs, weights, create_graph=again, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
 
 
 def tangent(function: Callable[..., Any], primals: Sequence[Tensor], dots: Sequence[Tensor]) -> Any:
     """Tangent of a function by two reverse sweeps: it nests with a user's dual level, where `torch.func.jvp` does not."""
-    out, pull = vjp(function, *primals)
-    zeros = tuple(torch.zeros_like(x) for x in out) if isinstance(out, tuple) else torch.zeros_like(out)
-    _, push = vjp(pull, zeros)
-    return push(tuple(dots))[0]
+    transformed, again = functorch_active(), False
+    if transformed:
+        out, pull = vjp(function, *primals)
+    else:
+        out, pull, again = _recorded(function, primals)
+    many = isinstance(out, tuple)
+    zeros = [torch.zeros_like(x) for x in (out if many else (out,))]
+    pulled = lambda *bars: pull(bars if many else bars[0])  # noqa: E731
+    push = vjp(pulled, *zeros)[1] if transformed else _recorded(pulled, zeros, again)[1]
+    found = push(tuple(dots))
+    return found if many else found[0]

@@ -1,0 +1,179 @@
+"""The sweep back through the recorded steps as a node of its own, for forward mode through gradients (``jvp(grad(...))``).
+
+Below all transforms it runs on plain tensors. Its tangent is a second reverse sweep, not forward mode through the operators of the first:
+PyTorch takes a millisecond there for every sum or product of a tensor that moves and one that does not, as it asks Python for the shape of
+their zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capture import functorch_active
+from ..linalg.forward_mode import below_jvp
+from ..ownership import owned
+from .discrete import eager_sweep
+from .problem import Problem
+from .products import vjp
+from .sweep import functional_sweep
+
+__all__ = ["swept"]
+
+#: cotangents that a sweep is given: of `Outputs`' final, samples, states and stages
+_BARS = 4
+
+
+class _Layout:
+    """Which tensors a sweep has, in the order of the arguments of the node: record, anchors, sample times, inputs, cotangents."""
+
+    def __init__(self, grid: dict[str, Tensor], t_eval: Tensor | None, bars: Sequence[Tensor | None], wants: Sequence[bool]) -> None:
+        self.names = tuple(grid)
+        self.sampled, self.wants = t_eval is not None, tuple(wants)
+        self.given = [i for i, bar in enumerate(bars) if bar is not None]
+
+    def flat(
+        self, grid: dict[str, Tensor], anchors: Tensor, t_eval: Tensor | None, inputs: Sequence[Tensor], bars: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """The tensors one after another."""
+        samples = [] if t_eval is None else [t_eval]
+        return [*grid.values(), anchors, *samples, *inputs, *(x for x in bars if x is not None)]
+
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor | None, list[Tensor], list[Tensor | None]]:
+        """The reverse of `flat`."""
+        grid = dict(zip(self.names, tensors, strict=False))
+        anchors, *rest = tensors[len(self.names) :]
+        t_eval = rest.pop(0) if self.sampled else None
+        count = len(rest) - len(self.given)
+        bars: list[Tensor | None] = [None] * _BARS
+        for i, bar in zip(self.given, rest[count:], strict=True):
+            bars[i] = bar
+        return grid, anchors, t_eval, rest[:count], bars
+
+    def sweep_places(self, tensors: Sequence[Tensor]) -> list[int | None]:
+        """Where what a sweep gives is among the tensors: cotangents of anchors, sample times, first state (None: it is none of them) and
+        inputs."""
+        first = len(self.names)
+        rest = first + 1 + self.sampled
+        return [first, first + 1 if self.sampled else None, None, *range(rest, len(tensors) - len(self.given))]
+
+
+class _SweepNode(torch.autograd.Function):
+    """``apply(problem, layout, *tensors)``: zeros in the place of what is not wanted."""
+
+    @staticmethod
+    def forward(problem: Problem, layout: _Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_full(layout, tensors, _eager(problem, layout, *layout.arguments(tensors))))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        problem, ctx.layout, *tensors = inputs
+        ctx.problem = owned(problem)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *bars: Tensor | None) -> tuple[Any, ...]:
+        problem, layout, tensors = ctx.problem(), ctx.layout, list(ctx.saved_tensors)
+        smooth = [i for i, x in enumerate(tensors) if x.is_floating_point() or x.is_complex()]
+
+        def sweep(*some: Tensor) -> tuple[Tensor, ...]:
+            merged = list(tensors)
+            for i, x in zip(smooth, some, strict=True):
+                merged[i] = x
+            return tuple(_full(layout, merged, functional_sweep(problem, *layout.arguments(merged), layout.wants)))
+
+        value, pull = vjp(sweep, *(tensors[i] for i in smooth))
+        weights = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(value, bars, strict=True))
+        found: list[Tensor | None] = [None] * len(tensors)
+        for i, bar in zip(smooth, pull(weights), strict=True):
+            found[i] = bar
+        return (None, None, *found)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, __: None, *dots: Tensor | None) -> tuple[Tensor, ...]:
+        problem, layout = ctx.problem(), ctx.layout
+        with below_jvp() as (lower, raise_):
+            tensors = [lower(x) for x in ctx.saved_tensors]
+            found = _moved(problem, layout, tensors, [None if d is None else lower(d) for d in dots])
+        return tuple(raise_(x) for x in found)
+
+
+def _eager(
+    problem: Problem,
+    layout: _Layout,
+    grid: dict[str, Tensor],
+    anchors: Tensor,
+    t_eval: Tensor | None,
+    inputs: Sequence[Tensor],
+    bars: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    inputs = [x.detach().requires_grad_(True) if want else x for x, want in zip(inputs, layout.wants[3:], strict=True)]
+    return eager_sweep(problem, grid, anchors, t_eval, inputs, bars, layout.wants)
+
+
+def _full(layout: _Layout, tensors: Sequence[Tensor], found: Sequence[Tensor | None]) -> list[Tensor]:
+    grid, anchors, t_eval, inputs, _ = layout.arguments(tensors)
+    like = [anchors, anchors if t_eval is None else t_eval, grid["states"][0], *inputs]
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(like, found, strict=True)]
+
+
+def _moved(problem: Problem, layout: _Layout, tensors: list[Tensor], dots: list[Tensor | None]) -> list[Tensor]:
+    """The tangent of what a sweep gives.
+
+    That is the gradient ``g`` of a sum of outputs, weighed by the cotangents, in times, first state and inputs ``z``; second derivatives
+    are symmetric, so its tangent along ``z'`` is the gradient of ``<g, z'>``, and what the sweep gives for the cotangents' own tangents.
+    The first gradient takes the recorded states as independent: what it gives for them goes back through the steps, with the latter.
+    """
+    grid, anchors, t_eval, inputs, _ = layout.arguments(tensors)
+    grid_dot, anchors_dot, t_eval_dot, inputs_dot, bars_dot = layout.arguments(dots)  # type: ignore[arg-type]
+    states_dot = grid_dot["states"]
+    along = [anchors_dot, t_eval_dot, None if states_dot is None else states_dot[0], *inputs_dot]
+    wants = [want or dot is not None for want, dot in zip(layout.wants, along, strict=True)]
+
+    def sweep(states: Tensor, *some: Tensor) -> tuple[Tensor, ...]:
+        merged = list(tensors)
+        merged[layout.names.index("states")] = states
+        for place, x in zip(places, some, strict=True):
+            merged[place] = x
+        found = functional_sweep(problem, *layout.arguments(merged), wants)
+        return tuple(g for g, d in zip(_full(layout, merged, found), along, strict=True) if d is not None)
+
+    where = layout.sweep_places(tensors)
+    smooth = [i for i, (place, want) in enumerate(zip(where, layout.wants, strict=True)) if place is not None and want]
+    places = [place for i in smooth if (place := where[i]) is not None]
+    states_bar, direct = None, [None] * len(where)
+    if any(d is not None for d in along):
+        _, pull = vjp(sweep, grid["states"], *(tensors[i] for i in places))
+        states_bar, *rest = pull(tuple(d for d in along if d is not None))
+        for i, g in zip(smooth, rest, strict=True):
+            direct[i] = g
+    moved = list(bars_dot)
+    if states_bar is not None:
+        moved[2] = states_bar if moved[2] is None else moved[2] + states_bar
+    if functorch_active() or any(x is not None and x.requires_grad for x in (*tensors, *moved)):
+        through = functional_sweep(problem, grid, anchors, t_eval, inputs, moved, layout.wants)
+    else:
+        with torch.no_grad():
+            through = _eager(problem, layout, grid, anchors, t_eval, inputs, moved)
+    through = _full(layout, tensors, through)
+    return [b if a is None else a + b for a, b in zip(direct, through, strict=True)]
+
+
+def swept(
+    problem: Problem,
+    grid: dict[str, Tensor],
+    anchors: Tensor,
+    t_eval: Tensor | None,
+    inputs: Sequence[Tensor],
+    bars: Sequence[Tensor | None],
+    wants: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """As `sweep.functional_sweep`."""
+    layout = _Layout(grid, t_eval, bars, wants)
+    found = _SweepNode.apply(problem, layout, *layout.flat(grid, anchors, t_eval, inputs, bars))
+    return tuple(g if want else None for g, want in zip(found, wants, strict=True))
