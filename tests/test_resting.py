@@ -172,3 +172,23 @@ def test_ordinary_solves_take_the_steps_that_they_take_without_derivatives():
                 sol = adjoint.solve_ivp(volterra, (0.0, 10.0), y0, args=(p,), method=method, rtol=1e-4, batched=batched)
                 steps.append(int(torch.as_tensor(sol.stats.n_steps).max()))
         assert len(set(steps)) == 1, (method, steps)
+
+
+def test_oscillators_whose_components_differ_in_size_are_not_taken_for_stiff():
+    """A round of power iteration is far from the size of complex eigenvalues there: up in one, down in the next."""
+
+    def turning(t, y):
+        return torch.stack([0.7 * y[..., 1], -(y[..., 0] ** 3) + torch.sin(t), 0 * y[..., 0]], -1)
+
+    def decaying(t, y):
+        return torch.stack([0 * y[..., 0], -0.1 * y[..., 1], 30 * (torch.cos(y[..., 0]) - y[..., 2])], -1)
+
+    fun = adjoint.SplitFunction(turning, decaying)
+    for batched in (False, True):
+        steps = []
+        for wanted in (False, True):
+            y0 = torch.tensor([1.0, 0.3, 0.5], requires_grad=wanted)
+            y0 = y0.expand(2, -1) if batched else y0
+            sol = adjoint.solve_ivp(fun, (0.0, 1.0), y0, method="kencarp4", rtol=1e-4, atol=1e-6, batched=batched)
+            steps.append(int(torch.as_tensor(sol.stats.n_steps).max()))
+        assert steps[0] == steps[1]

@@ -246,11 +246,13 @@ class Companion:
         # the size of the Jacobian in a direction that comes nearer and nearer to that of its largest eigenvalue
         self._n_fun += 1
         point = torch.addcmul(y, self._probe, unit)
+        explicit, at = self.f, k1
         if self._split is None:
-            change = whole = (self._slope(self.f, times[0], point) - k1) / unit
+            change = whole = (self._slope(explicit, times[0], point) - at) / unit
         else:
             # of both parts where stillness is in question, of the explicit one where stability is
-            at, there = (self._slope(self._split[0], times[0], x) for x in (y, point))
+            explicit = self._split[0]
+            at, there = (self._slope(explicit, times[0], x) for x in (y, point))
             change, whole = (there - at) / unit, (there + self._slope(self._split[1], times[0], point) - k1) / unit
         if resting is None:
             error = scaled.abs()
@@ -262,7 +264,14 @@ class Companion:
         rate = _where(usable, size / self._probed, 0.0)
         if not self._switching:
             self._rate = rate
-        limit = (rate * longest_of(h) > _EDGE * self._interval) & taken & (not self._switching)
+        far = (rate * longest_of(h) > _EDGE * self._interval) & taken & (not self._switching)
+        limit = far
+        if _any(far):
+            # the mean of two rounds: with complex eigenvalues, and components of different sizes, one alone goes up and down
+            self._n_fun += 1
+            again = self._slope(explicit, times[0], torch.addcmul(y, change / _column(_where(usable, size, 1.0)), unit)) - at
+            further = _numbers(quiet, (again / unit).abs().amax(-1))[0]
+            limit = far & ((rate * further) ** 0.5 * longest_of(h) > _EDGE * self._interval)
         length = _where(moved < math.inf, moved / self._probed, 0.0) * longest_of(h)
         # steps that are short enough for any mode are so for the next one, if not for the one behind it
         still, short = (quiet | (some > 0)) & taken, self._tol ** (1.0 / (self.plan.method.error_order + 1))
