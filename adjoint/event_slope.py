@@ -65,7 +65,8 @@ class _Guarded(torch.autograd.Function):
         (sloping,) = alive(ctx.saved_tensors)
         with below_jvp() as (lower, raise_):
             own, sloping = lower(dot), lower(sloping)
-            moving = torch.stack([lower(d).detach().abs().sum().double() for d in (dot, *dots) if d is not None]).sum()
+            # whether anything moves, in the type of the tangent: a NaN of one trajectory shall stay its own
+            moving = torch.stack([(lower(d).detach() != 0).any() for d in (dot, *dots) if d is not None]).any().to(own.dtype.to_real())
             out = own + 0 * _Demanded.apply(moving.expand_as(sloping), sloping, ctx.why)
         return raise_(out)
 

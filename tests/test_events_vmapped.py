@@ -292,3 +292,20 @@ def test_quadrature_stops_at_the_event():
     g = torch.tensor([9.81, 4.0, 1.0])
     assert torch.allclose(vmap(fallen)(g), torch.tensor([1.0, 1.0, 0.5]), rtol=1e-9)
     assert torch.allclose(vmap(grad(fallen))(g), torch.tensor([0.0, 0.0, 0.5]), atol=1e-9)
+
+
+def test_forward_mode_in_single_precision():
+    """Tangents have the type of what they are of."""
+    grounds = torch.tensor([0.3, 0.5], dtype=torch.float32)
+
+    def when(ground):
+        event = lambda t, y: y[0] - ground  # noqa: E731
+        event.terminal = True
+        sol = solve_ivp(lambda t, y: -y, (0.0, 5.0), torch.ones(1, dtype=torch.float32), events=event, rtol=1e-4, atol=1e-6)
+        return sol.events[0].t[0], sol.y[-1, 0]
+
+    with torch.autograd.forward_ad.dual_level():
+        found = vmap(when)(torch.autograd.forward_ad.make_dual(grounds, torch.ones_like(grounds)))
+        times, states = (torch.autograd.forward_ad.unpack_dual(x).tangent for x in found)
+    assert torch.allclose(times.float(), -1 / grounds, rtol=1e-3)
+    assert torch.allclose(states.float(), torch.ones(2, dtype=torch.float32), rtol=1e-3)

@@ -44,7 +44,7 @@ class Case:
     layout: str
     style: str
     pieces: tuple[Piece, ...]
-    #: "ends", "list", "tensor", "list of tensors", "by row", "dense", "steps"
+    #: "ends", "list", "tensor", "list of tensors", "by row", "dense", "steps"; "root" where nothing is integrated
     times: str
     #: whether the span is given in tensors that are differentiated
     span_active: bool
@@ -70,6 +70,8 @@ class Case:
     #: which rows count in the loss, and which cross
     alive: tuple[bool, ...] = (True,)
     crosses: tuple[bool, ...] = ()
+    #: another strategy whose derivatives of first order must be the same ones
+    other: str = ""
 
     @property
     def rows(self) -> int:
@@ -92,6 +94,7 @@ class Case:
         """One line."""
         parts = [self.door, self.detail, self.method, self.form, self.strategy or "default strategy", self.derivative, self.equations.name]
         parts += [self.layout, self.style, "+".join(x.way for x in self.pieces), f"times: {self.times}", self.dtype, f"rtol {self.rtol:g}"]
+        parts += [f"beside {self.other}"] * bool(self.other)
         parts += [f"event {self.event}"] * bool(self.event) + [f"dead {self.dead}"] * bool(self.dead)
         flags = ("span_active", "quadrature", "ragged", "empty", "compiled")
         parts += [name.replace("_", " ") for name in flags if getattr(self, name)]

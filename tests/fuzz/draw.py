@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adjoint import nonlinear
 from adjoint.methods import DAE_METHODS, IMEX_METHODS, METHODS, SWITCHING_METHODS
 
 from .case import Case, Piece
@@ -35,6 +37,13 @@ STRATEGIES = [
 ]  # fmt: skip
 DERIVATIVES = [("backward", 9), ("second", 3), ("jvp", 3), ("dual", 1), ("grad", 2), ("hvp", 1.5), ("none", 1)]
 WAYS = ["argument", "closure", "helper", "default", "attribute", "module", "buffer", "tree"]
+
+
+#: strategies that differentiate the computed steps: they agree but for rounding and iterations
+OF_STEPS = [
+    "adjoint.DiscreteAdjoint(keep_bytes=0)", "adjoint.DiscreteAdjoint(checkpoints=3)", "adjoint.Backprop()",
+    "adjoint.ForwardSensitivity()",
+]  # fmt: skip
 
 
 def weighted(rng: Random, pairs: Sequence[tuple[Any, float]]) -> Any:
@@ -72,6 +81,42 @@ def draw(seed: int, compiled: float = 0.0, cheap: bool | None = None) -> Case:
     ``compiled``: share of cases that are compiled where that is possible. ``cheap``: short spans, loose tolerances, few rows, and less of
     what takes long; by default most cases are.
     """
+    case, rng = draw_solve(seed, compiled, cheap), Random(f"{seed} beside")
+    if case.door == "solve_ivp" and rng.random() < 0.1:
+        return root_of(case, rng)
+    if native(case) and case.derivative not in ("none", "inner grad") and rng.random() < 0.25:
+        others = [x for x in OF_STEPS if x != case.strategy and not doubtful(x, case.door, case.form, case.method, case.event, case.times)]
+        return replace(case, other=rng.choice(others))
+    return case
+
+
+def native(case: Case) -> bool:
+    """Whether the case has a strategy, and that is one of the computed steps."""
+    return case.door in ("solve_ivp", "solve_ivp split", "mass matrix", "solve_dae") and case.strategy in ("", *OF_STEPS)
+
+
+def root_of(case: Case, rng: Random) -> Case:
+    """The root of a step of the implicit Euler method with the case's equations, from a guess beside the initial state.
+
+    Steps are so small that the root is the only one nearby, but for equations that are linear where they are stiff.
+    """
+    start = case.values["t0"]
+    size = round(case.equations.span * rng.uniform(0.05, 0.3), 3)
+    derivative = case.derivative if case.derivative == "inner grad" else weighted(rng, DERIVATIVES)
+    if case.style in ("reused buffer", "autograd.grad") and derivative != "none":
+        derivative = "inner grad" if derivative == "inner grad" else "backward"
+    shape = (1, case.rows, case.equations.n)
+    return replace(
+        case, door="solve_root", method=rng.choice([*sorted(nonlinear.METHODS), "time_integration"]), strategy="", derivative=derivative,
+        times="root", span_active=False, event="", quadrature=False, dead="", ragged=False, empty=False, compiled=False, step=None,
+        rtol=1e-4 if case.dtype == "float32" else 1e-8, alive=(True,) * case.rows, crosses=(),
+        values={"y0": case.values["y0"], "p": case.values["p"], "t0": start, "t1": start + size},
+        directions={name: case.directions[name] for name in ("y0", "p")}, weights={"samples": numbers(rng, *shape)},
+    )  # fmt: skip
+
+
+def draw_solve(seed: int, compiled: float = 0.0, cheap: bool | None = None) -> Case:
+    """A solve over a span."""
     rng = Random(seed)
     cheap = rng.random() < 0.7 if cheap is None else cheap
     equations, door = draw_equations(rng), weighted(rng, DOORS)

@@ -98,6 +98,9 @@ def refined(case: Case) -> Case:
     return replace(case, rtol=max(case.rtol * 1e-2, 1e-11), atol=case.atol * 1e-2, step=None if case.step is None else case.step / 4)
 
 
+#: what derivatives of the same computed steps may differ by; iterations of implicit methods come beside
+SAME = 1e-8
+
 NAMES = ("value", "first derivative", "second derivative")
 
 
@@ -109,7 +112,7 @@ def difference(case: Case, want: Truth) -> tuple[str, str, str]:
     judged = 3 if case.equations.smooth else 2
     wrong = [i for i in range(judged) if not off[i] <= allowed[i]]
     if not wrong:
-        return "right", "", ""
+        return beside(case, got, want)
     i = wrong[0]
     numbers = f"{NAMES[i]} {got[i]} for {(want.value, want.first, want.second)[i]} (off by {off[i]:.2e}, allowed {allowed[i]:.2e})"
     if math.isfinite(off[i]):
@@ -119,6 +122,28 @@ def difference(case: Case, want: Truth) -> tuple[str, str, str]:
         if again <= max(off[i] / SHRINKS, FLOORS[i] * 10 * want.size):
             return "loose", f"{NAMES[i]}: {case.method}", numbers
     return "failed", f"wrong {NAMES[i]}" if math.isfinite(off[i]) else f"not finite: {NAMES[i]}", numbers
+
+
+def beside(case: Case, got: tuple[float | None, ...], want: Truth) -> tuple[str, str, str]:
+    """Of a case that is right: whether the other strategy's first derivative, if there is one, is the same."""
+    if not case.other or got[1] is None:
+        return "right", "", ""
+    try:
+        other = run(replace(case, strategy=case.other, derivative="backward"))[1]
+    except AdjointError:
+        return "right", "", ""
+    assert other is not None
+    size = want.first_size + 0.1 * want.size
+    allowed = (1e-3 if case.dtype == "float32" else SAME + 0.1 * case.rtol * (not case.equations.smooth or implicit(case))) * size
+    if abs(got[1] - other) <= allowed:
+        return "right", "", ""
+    return "failed", "strategies differ", f"{got[1]} and {other} with {case.other} (allowed {allowed:.2e})"
+
+
+def implicit(case: Case) -> bool:
+    from .draw import ALL
+
+    return ALL[case.method].implicit
 
 
 def words(error: BaseException) -> str:

@@ -272,6 +272,8 @@ def door_lines(case: Case, call: dict[str, str]) -> list[str]:
         fun += [f"def event(t, y{call['stars']}):", f"    return flat(y)[..., {case.component}] - level"]
         if case.door != "odeint_event":
             fun.append(f"event.terminal = {case.event == 'terminal'}")
+    if case.door == "solve_root":
+        return fun + root_lines(case)
     return fun + (dropin_lines(case) if case.door in ("odeint", "odeint_adjoint", "twin", "odeint_event") else native_lines(case))
 
 
@@ -289,6 +291,19 @@ def dropin_lines(case: Case) -> list[str]:
         ]
     extra = ", adjoint_params=()" if case.door == "twin" and case.detail == "none" else ""
     return [f"states = {doors[case.door]}(fun, shaped(y0), ts, {common}{extra})", "return {'samples': flat(states)}"]
+
+
+def root_lines(case: Case) -> list[str]:
+    start, size = float(case.values["t0"][0]), float(case.values["t1"][0] - case.values["t0"][0])
+    options = [f"method={case.method!r}"] + ["batched=True"] * (case.form == "batched")
+    return [
+        "def equation(x, base, *args):",
+        f"    t = torch.full(flat(x).shape[:-1], {start}, dtype=base.dtype)",
+        # as a tendency, which methods that follow a flow ask for
+        f"    return shaped(base + {size} * flat(fun(t, x, *args)) - flat(x))",
+        f"sol = adjoint.solve_root(equation, shaped(y0.detach() + 0.02), (y0, *args), {', '.join(options)})",
+        "return {'samples': flat(sol.x)[None]}",
+    ]
 
 
 def native_lines(case: Case) -> list[str]:

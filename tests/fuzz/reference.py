@@ -110,6 +110,8 @@ class Truth:
 def outputs(case: Case) -> dict[str, Tensor]:
     """What the loss is made of, at the five points: the point leads."""
     x, pure = points(case), pure_form(case)
+    if case.door == "solve_root":
+        return {"samples": root(pure, x)[:, None]}
     flow = Flow(pure, x["p"])
     now, y = x["t0"], torch.cat([x["y0"], torch.zeros_like(x["y0"][..., :1])], -1)
     if case.times in ("ends", "steps"):
@@ -134,6 +136,23 @@ def outputs(case: Case) -> dict[str, Tensor]:
     if case.quadrature:
         out["integral"] = flow(now, stop, y)[..., -1]
     return out
+
+
+def root(pure: Pure, x: dict[str, Tensor]) -> Tensor:
+    """``y = y0 + (t1 - t0) f(t0, y)`` by Newton's iteration."""
+    size, y = (x["t1"] - x["t0"])[..., None], x["y0"] + 0.02
+
+    def residual(y: Tensor) -> Tensor:
+        return y - x["y0"] - size * pure.rate(x["t0"], y, x["p"])
+
+    for _ in range(30):
+        at = y.detach().requires_grad_()
+        value = residual(at)
+        rows = [torch.autograd.grad(value[..., i].sum(), at, retain_graph=True, materialize_grads=True)[0] for i in range(y.shape[-1])]
+        y = y - torch.linalg.solve(torch.stack(rows, -2), value.detach())
+    if float(residual(y).detach().abs().max()) > 1e-12:
+        raise Unsharp("the reference found no root")
+    return y
 
 
 def crossing(case: Case, flow: Flow, x: dict[str, Tensor], now: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
