@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["cut_apart", "leads_to", "made_here", "saved_bytes", "unknown_leaves"]
+__all__ = ["alive", "cut_apart", "leads_to", "listed", "made_here", "readable", "saved_bytes", "unknown_leaves"]
 
 #: on leaves that a function has made itself
 _OWN = "_adjoint_made_here"
@@ -113,3 +113,29 @@ def cut_apart(inputs: Sequence[Tensor]) -> list[Tensor]:
         return list(inputs)
     others = {id(x): [p for p in inputs if p is not x and p.requires_grad] for x in made}
     return [x.detach().requires_grad_(True) if id(x) in others and leads_to(x, others[id(x)]) else x for x in inputs]
+
+
+def alive(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Saved tensors without the wrappers of transforms that have ended.
+
+    The pullback of `torch.func.vjp` runs when its transform is over. What it saved then still carries the number of that transform, which
+    the next one will be given too: nested nodes would take the one for the other.
+    """
+    return [torch._C._functorch.unwrap_if_dead(x) for x in tensors]
+
+
+def listed(x: Tensor) -> list[Any]:
+    """``x.tolist()``, which some versions of PyTorch refuse inside of a transform."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x) and not torch._C._functorch.is_batchedtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    with torch._C._DisableFuncTorch():
+        return x.tolist()
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at: not where ``torch.vmap`` maps over it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return True

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .autograd_graph import cut_apart, leads_to, saved_bytes, unknown_leaves
+from .autograd_graph import alive, cut_apart, leads_to, listed, readable, saved_bytes, unknown_leaves
 from .errors import AdjointError, CapturedTensorLost, UnsupportedCombination
 from .homes import Home
 from .linalg.forward_mode import below_jvp
@@ -72,23 +72,6 @@ def jvp_active() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) and not vmap_active()
 
 
-def readable(x: Tensor) -> bool:
-    """Whether the values of a tensor can be looked at: not where ``torch.vmap`` maps over it."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if torch._C._functorch.is_batchedtensor(x):
-            return False
-        x = torch._C._functorch.get_unwrapped(x)
-    return True
-
-
-def listed(x: Tensor) -> list[Any]:
-    """``x.tolist()``, which some versions of PyTorch refuse inside of a transform."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x) and not torch._C._functorch.is_batchedtensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    with torch._C._DisableFuncTorch():
-        return x.tolist()
-
-
 def unwrapped(x: Tensor) -> Tensor:
     """What holds the values of ``x``, those of all copies where ``torch.vmap`` maps over it, for use below all transforms."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
@@ -139,15 +122,6 @@ def has_tangent(x: Tensor) -> bool:
         return False
     with torch._C._DisableFuncTorch():
         return forward_ad.unpack_dual(x).tangent is not None
-
-
-def alive(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Saved tensors without the wrappers of transforms that have ended.
-
-    The pullback of `torch.func.vjp` runs when its transform is over. What it saved then still carries the number of that transform, which
-    the next one will be given too: nested nodes would take the one for the other.
-    """
-    return [torch._C._functorch.unwrap_if_dead(x) for x in tensors]
 
 
 def _functorch_level() -> int:
@@ -252,6 +226,8 @@ class _Watch(TorchFunctionMode):
         self.made: list[weakref.ref[Tensor]] = []
         self.transforms = self.inner_grad = self.asked = False
         self.begun, self.traced = torch.autograd._get_sequence_nr(), _written_down()
+        #: of solves around this one: operators are given what they put in
+        self.outer = _substitutes()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -300,6 +276,11 @@ class _Watch(TorchFunctionMode):
                 self._meet(list(_layers(x, self.level)))
 
     def _meet(self, layers: list[Tensor]) -> None:
+        for x in layers if self.outer else ():
+            put_in = next((mode.table[id(x)][1] for mode in self.outer if id(x) in mode.table), None)
+            if put_in is not None and self.wanted(put_in) and not any(id(layer) in self.known for layer in layers):
+                self.captured[id(x)] = self.known[id(x)] = x
+                return
         x = layers[-1]
         if not any(id(layer) in self.known for layer in layers) and self.wanted(x) and not (self.transforms and self._made_here(x)):
             self.captured[id(x)] = self.known[id(x)] = x
@@ -488,6 +469,24 @@ class Substitute(TorchFunctionMode):
                 return _wrapped_like(pair[1], wrappers)
             wrappers.append(layer)
         return x
+
+
+def stood_in_for() -> set[int]:
+    """Identities of the tensors that operators are given others for, by solves around this place."""
+    return {key for mode in _substitutes() for key in mode.table}
+
+
+def _substitutes() -> list[Substitute]:
+    """Those that are at work, from the innermost on."""
+    return [mode for mode in reversed(torch.overrides._get_current_function_mode_stack()) if isinstance(mode, Substitute)]
+
+
+def stand_ins(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors, or what stands in their places where ``fun`` of another solve runs, which a node within it is to be given: it sees what
+    it captured itself, and a node is no operator that would be given the others."""
+    if not _substitutes():
+        return tuple(tensors)
+    return tuple(x.view_as(x) for x in tensors)
 
 
 def depends_on_others(x: Tensor, only: Sequence[Tensor] | None = None) -> bool:

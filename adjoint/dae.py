@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .arguments import Times, check_controller, check_precision, check_times, flat_norm, flat_tolerance, method_for, positive
-from .capture import elsewhere, find_captured, needs_derivatives
+from .capture import elsewhere, find_captured, needs_derivatives, stand_ins
 from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_bounds, initial_values, residual_algebra
 from .errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
 from .event_jumps import jumps_refused
@@ -155,7 +155,7 @@ def solve_dae(
         user_spec = user_spec.in_parts() if spec.split else user_spec
     watched = event_list(events)
     system = _system(residual, fun, quadrature, watched, spec, times, state, slope, args)
-    inputs = system.inputs
+    inputs = stand_ins(system.inputs)
     y_flat, slope_flat = spec.taken(state), spec.taken(slope)
 
     real = spec.real_dtype

@@ -21,7 +21,7 @@ from .arguments import (
     method_for,
     positive,
 )
-from .capture import elsewhere, find_captured, needs_derivatives, transforming, vmap_active
+from .capture import elsewhere, find_captured, needs_derivatives, stand_ins, transforming, vmap_active
 from .dae import solve_dae
 from .dae_arguments import dae_failure
 from .errors import InvalidInput, UnsupportedCombination
@@ -251,7 +251,7 @@ def solve_ivp(
         system = replace(system, captured=tuple(captured), parameter_names=names, homes=homes, **found.flags)
     if mass is not None:
         system = replace(system, mass=sum(isinstance(x, Tensor) for x in leaves) - 1)
-    inputs = system.inputs
+    inputs = stand_ins(system.inputs)
     derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])
 
     recorded = chosen.implicit or multistep

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .arguments import flat_tolerance
-from .capture import elsewhere, find_captured, needs_derivatives
+from .capture import elsewhere, find_captured, needs_derivatives, stand_ins
 from .errors import InvalidInput
 from .homes import parameter_homes
 from .lending import check_unchanged, copied, remembering
@@ -204,7 +204,7 @@ def prepare(
         system = conditions = check_conserved(conserved, system, flat0, least_squares)
     if least_squares:
         conditions = StationarySystem(system)
-    inputs = conditions.inputs
+    inputs = stand_ins(conditions.inputs)
     real = spec.real_dtype
     single = real.itemsize < 8
     log = Log() if log is None else log

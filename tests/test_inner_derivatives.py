@@ -398,3 +398,19 @@ def test_linearize_is_refused(where):
     ask = root if where == "root" else lambda: end(lambda t, y: -2 * pushed[where](y))
     with pytest.raises(UnsupportedCombination, match=r"torch\.func\.jvp"):
         ask()
+
+
+@pytest.mark.parametrize("mode", ["grad", "jvp"])
+@pytest.mark.parametrize("given", ["captured", "argument"])
+@pytest.mark.parametrize("inner", ["root", pytest.param("solve", marks=pytest.mark.slow)])
+def test_a_solve_in_the_function_of_another_one_is_differentiated(inner, given, mode):
+    # the inner root is 2 k y, the end of the inner solve exp(-2 k)
+    def fun(k):
+        args = (k,) if given == "argument" else ()
+        root = lambda y: solve_root(lambda x, *a: x - 2 * (a or (k,))[0] * y, torch.zeros(2), args=args).x  # noqa: E731
+        rate = lambda: solve_ivp(lambda s, x, *a: -2 * (a or (k,))[0] * x, (0.0, 1.0), torch.ones(1), args=args).y[-1].log()  # noqa: E731
+        return lambda t, y: -root(y) if inner == "root" else rate() * y
+
+    value, k = lambda k: end(fun(k), method="bosh3"), torch.tensor(K)
+    found = torch.func.grad(value)(k) if mode == "grad" else torch.func.jvp(value, (k,), (torch.ones(()),))[1]
+    assert close(found, FIRST, 5e-3)

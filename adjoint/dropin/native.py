@@ -20,6 +20,7 @@ from ..capture import (
     leads_to,
     listed,
     needs_derivatives,
+    stand_ins,
     transforming,
     vmap_active,
 )
@@ -80,7 +81,7 @@ def prepare(request: Request, only: Sequence[Tensor] | None, event: Callable[...
         used.tensors.extend([p for p in only or () if id(p) not in found and is_differentiable(p)])
     homes = tuple(parameter_homes([request.fun], used.tensors))
     system = System(request.fun, spec, tree, (), tuple(used.tensors), homes=homes, **used.flags)
-    inputs = system.inputs
+    inputs = stand_ins(system.inputs)
     if only is not None:
         inputs = tuple(x if _kept(x, only) else x.detach() for x in inputs)
     return Prepared(system, inputs, needs_derivatives([request.t, *tree_leaves(y0), *inputs]))

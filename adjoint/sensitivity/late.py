@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ..capture import stood_in_for
 from ..errors import CapturedTensorLost
 from ..homes import closed_over
 from ..integrate import Record
@@ -56,7 +57,7 @@ def check_strangers(system: System | VmappedSystem, record: Record, inputs: Sequ
         base = base.base
     if not isinstance(base, System):
         return
-    known = {id(x) for x in base.inputs}
+    known = {id(x) for x in base.inputs} | stood_in_for()
     strangers = {id(x): x for x in _in_reach(base.fun) if id(x) not in known and _moving(x)}
     if not strangers or base.residual is not None:
         return
