@@ -17,6 +17,7 @@ from .companion import Beside, rests
 from .controller import IController, PIController, PIDController
 from .multistep import MultistepSolver, integrate_multistep
 from .multistep_alone import integrate_multistep_alone
+from .paired import integrate_paired, too_long
 from .plan import Event, Monitor, Plan, Record, Status, rms_norm, shifted_times
 from .recording import Recording
 from .residual import ResidualSolver
@@ -71,6 +72,11 @@ def integrate(
             record = integrate_single(f, plan, anchors, t_eval, y0, inputs, carried, None, beside)
         else:
             record = integrate_batched(f, plan, anchors, t_eval, y0, inputs, beside)
+        if isinstance(f, MultistepSolver) and beside is not None and bool((record.status >= 0).all()):
+            doubtful, count = too_long(beside(False), plan, record, y0)
+            record = replace(record, n_fun=record.n_fun + count)
+            if doubtful:
+                record = integrate_paired(f, plan, anchors, t_eval, y0, beside, record)
         work = f.work
         # where the iteration failed to the last, its NaN are its own
         failed = f.stuck & (record.status == int(Status.NON_FINITE))

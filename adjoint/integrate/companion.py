@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .plan import Plan, Record
 
-__all__ = ["QUIET", "Beside", "Companion", "companion_of", "displaced", "rests"]
+__all__ = ["QUIET", "Beside", "Companion", "companion_of", "displaced", "drawn", "rests"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 #: a right-hand side, for implicit methods with its equations; displaced or not
@@ -216,7 +216,7 @@ class Companion:
         """Numbers of size one, away from zero: what must not be negative stays so."""
         if self._pattern is None:
             # the same for every row, whoever else is there
-            self._pattern = _drawn(y.shape[-1:]).to(device=y.device, dtype=self.plan.real).expand(y.shape)
+            self._pattern = drawn(y.shape[-1:]).to(device=y.device, dtype=self.plan.real).expand(y.shape)
         # minus zero counts as zero
         return torch.copysign(self._pattern, y.real + 0.0)
 
@@ -441,7 +441,7 @@ def longest_of(h: float | Tensor) -> float | Tensor:
     return h.abs().squeeze(-1) if isinstance(h, Tensor) else abs(h)
 
 
-def _drawn(shape: torch.Size) -> Tensor:
+def drawn(shape: torch.Size) -> Tensor:
     """Numbers between a half and three halves, the same for every solve."""
     known = _PATTERNS.get(shape)
     if known is not None:

@@ -102,13 +102,14 @@ class Problem:
     def beside(self, inputs: Sequence[Tensor], rows: int) -> Beside | None:
         """See `Companion`: where derivatives are wanted, and every state near that of the solve has a slope."""
         plan, constrained = self.plan, self.system.residual is not None or self.system.mass is not None
-        if not self.derivatives or not (plan.keep_states or plan.keep_grid) or constrained or getattr(plan.method, "multistep", False):
+        if not self.derivatives or not (plan.keep_states or plan.keep_grid) or constrained:
             return None
 
         def made(moved: bool) -> Any:
             given = [displaced(x) for x in inputs] if moved else inputs
             f = self.system.bind(given)
-            return f if self.algebra is None else self._equations(f, given, rows, lambda system, x: system.bind(x), _FINE)
+            multistep = getattr(plan.method, "multistep", False)
+            return f if self.algebra is None or multistep else self._equations(f, given, rows, lambda system, x: system.bind(x), _FINE)
 
         return made
 

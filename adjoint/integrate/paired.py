@@ -1,0 +1,210 @@
+"""Multistep solves whose steps are small enough for derivatives too, see `companion`: solved once more, with a displaced solution beside.
+
+The history of a multistep method cannot be begun in the middle. So it is looked at the steps of a solve that has ended whether the state
+rested or steps were longer than the Jacobian allows; where they were, everything is solved again with twice the rows. The steps of a row
+and those of its displaced one are the same: their errors go together in norms.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..jacobians import DenseJacobian
+from ..linalg import DenseLU
+from .adams import AdamsSolver
+from .bdf import BdfSolver
+from .companion import Beside, drawn
+from .multistep import MultistepSolver, Trial, integrate_multistep
+from .plan import Plan, Record
+from .stages import StageWork
+
+__all__ = ["integrate_paired", "too_long"]
+
+Flat = Callable[[Tensor, Tensor], Tensor]
+
+#: steps at which it is looked whether the state rests, and one in so many at which the Jacobian is looked at
+_FIRST, _EVERY = 8, 24
+#: lengths of the intervals of stability of predict-evaluate-correct-evaluate on the negative axis, by the order of the prediction from 1 on
+_INTERVALS = (2.0, 2.39, 1.93, 1.4, 1.04, 0.77, 0.58, 0.44, 0.33, 0.26, 0.21, 0.06)
+#: the part of these intervals from which on one step in four is too long
+_NEARLY = 0.7
+#: how much faster modes are that say nothing about the solution: steps of all solves go beyond these intervals now and then
+_FASTER = 4.0
+#: products of whose growth the size of the Jacobian is the mean
+_MEAN = 4
+#: dimension up to which Jacobians of the second solve are dense ones
+_LARGEST = 512
+
+
+@dataclass(frozen=True)
+class _PairedPlan(Plan):
+    """A plan for rows ``(2 B, n)``, whose second half is displaced: of these the error is that of the distance, in units of ``tangent``
+    times the distance; what is measured of a row and its displaced one is the larger of both."""
+
+    tangent: float = 1e-6
+
+    @property
+    def shift_size(self) -> float:
+        return torch.finfo(self.real).eps ** 0.4
+
+    def halves(self, x: Any, rows: int) -> Any:
+        """What is given by row, of the first half."""
+        return x[:rows] if isinstance(x, Tensor) and x.dim() > 1 and x.shape[0] == 2 * rows else x
+
+    def unit(self, size: Tensor) -> Tensor:
+        """The displacement (B, n) of states of this size."""
+        rtol, atol = (self.halves(x, len(size)) for x in (self.rtol, self.atol))
+        unit = size * (rtol + self.shift_size) + atol
+        return torch.where(unit > 0, unit, self.shift_size)
+
+    def scaled(self, error: Tensor, size: Tensor) -> Tensor:
+        """See `Plan.scaled`."""
+        rows = len(error) // 2
+        rtol, atol = (self.halves(x, rows) for x in (self.rtol, self.atol))
+        own, distance = size[:rows], torch.maximum(self.unit(size[:rows]), (size[rows:] - size[:rows]).abs())
+        between = (error[rows:] - error[:rows]).abs() - 8 * torch.finfo(self.real).eps * own
+        return torch.cat([error[:rows].abs() / (own * rtol + atol), between.clamp(min=0.0) / (self.tangent * distance)])
+
+
+def _together(norm: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def both(x: Tensor) -> Tensor:
+        rows = len(x) // 2
+        larger = torch.maximum(norm(x[:rows]), x[rows:].abs().amax(-1))
+        return torch.cat([larger, larger])
+
+    return both
+
+
+class _PairedAdams(AdamsSolver):
+    """Displaced rows never come nearer than the error test sees: so they find modes that have died away and would grow in longer steps."""
+
+    def accept(self, trial: Trial, passed: Tensor, restart: Tensor, after: Tensor) -> None:
+        """See `MultistepSolver.accept`."""
+        super().accept(trial, passed, restart, after)
+        rows, plan = len(passed) // 2, self.plan
+        assert isinstance(plan, _PairedPlan)
+        y = self.D[0, :rows]
+        floor = 0.5 * plan.tangent * plan.unit(y.abs()) * _pattern(y, plan)
+        moved = torch.where(passed[:rows].unsqueeze(-1), floor, 0.0)
+        self.D = torch.cat([torch.cat([self.D[:1, :rows], self.D[:1, rows:] + moved], 1), self.D[1:]])
+
+
+def _pattern(y: Tensor, plan: Plan) -> Tensor:
+    return torch.copysign(drawn(y.shape[-1:]).to(device=y.device, dtype=plan.real), y.real + 0.0)
+
+
+def _tangent(plan: Plan) -> float:
+    rtol = plan.rtol if isinstance(plan.rtol, float) else float(plan.rtol.detach().max())
+    return max(rtol, torch.finfo(plan.real).eps ** 0.45)
+
+
+def too_long(f: Flat, plan: Plan, record: Record, y0: Tensor) -> tuple[bool, int]:
+    """Whether steps of a solve were too long for derivatives, and how often ``f`` was evaluated to see it."""
+    states, eps = record.states if len(record.states) else torch.stack([y0, record.last]), torch.finfo(plan.real).eps
+    if len(states) < 2 or not y0.numel():
+        return False, 0
+    begun, explicit, pair = states[: _FIRST + 1], not plan.method.implicit, _paired(plan)
+    still = ((begun[1:] - begun[:-1]).abs() <= 8 * eps * begun[:-1].abs()).all(0)
+    if not explicit and not bool(still.any()):
+        return False, 0
+    every = torch.arange(len(y0), device=y0.device)
+    level, places = torch.zeros_like(record.h), [torch.zeros_like(every)]
+    if explicit and record.extra.numel():
+        bounds = torch.tensor(_INTERVALS, dtype=torch.float64, device=y0.device)
+        level = record.h.abs() / bounds[record.extra[:, 0].long().clamp(1, len(_INTERVALS)) - 1]
+        if len(record.states):
+            # of every window a long step, but not the longest: single ones are far beyond in solves of all kinds
+            windows = zip(range(0, len(level), _EVERY), level.split(_EVERY), strict=True)
+            places += [k + x.kthvalue((3 * len(x) + 3) // 4, 0).indices for k, x in windows]
+    probe, grown, count = _pattern(y0, plan), [], 0
+    for k in places:
+        y, t = states[k, every], record.t[k, every].to(plan.real)
+        unit, slope = pair.unit(y.abs()), f(t, y)
+        # components that pass through zero would count a thousand times as much as the others
+        unit = torch.maximum(unit, 1e-2 * unit.amax(-1, keepdim=True))
+        # in units of the tolerance a single product may be anything, several in a row are the size of an eigenvalue
+        for _ in range(_MEAN if explicit and not grown else 1):
+            change = (f(t, y + probe * unit) - slope) / unit
+            if not grown:
+                reach = change.abs().amax(-1) / probe.abs().amax(-1) * record.h.abs().amax(0)
+                if bool(((still & (change != 0)).any(-1) & (reach >= _tangent(plan) ** 0.5)).any()):
+                    return True, 2
+            size = change.abs().amax(-1)
+            usable = torch.isfinite(size) & (size > 0)
+            grown = [*grown, torch.where(usable, size / probe.abs().amax(-1), 0.0)][-_MEAN:]
+            probe = torch.where(usable.unsqueeze(-1), change / torch.where(usable, size, 1.0).unsqueeze(-1), _pattern(y, plan))
+            count += 1
+        count += 1
+        if explicit and len(record.states) > 2:
+            rate = torch.stack(grown).log().mean(0).exp()
+            slow = rate > _FASTER * _pace(record, k.clamp(1, len(record.h) - 1), every, unit)
+            if bool(((rate * level[k, every] > _NEARLY) & slow).any()):
+                return True, count
+    return False, count
+
+
+def _pace(record: Record, k: Tensor, every: Tensor, unit: Tensor) -> Tensor:
+    """How fast the solution itself changes its direction in steps ``k`` (B,): ``|y''| / |y'|``."""
+    y, h = record.states, record.h
+    before, after = ((y[i + 1, every] - y[i, every]) / h[i, every].to(unit.dtype).unsqueeze(-1) / unit for i in (k - 1, k))
+    pace = 2 * (after - before).abs().amax(-1) / (h[k, every] + h[k - 1, every]).abs() / torch.maximum(before.abs(), after.abs()).amax(-1)
+    return torch.where(pace.isnan(), 0.0, pace)
+
+
+def _paired(plan: Plan) -> _PairedPlan:
+    """The plan for twice the rows."""
+
+    def twice(x: Any) -> Any:
+        return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() > 1 and x.shape[0] > 1 else x
+
+    given = {x.name: getattr(plan, x.name) for x in fields(Plan)}
+    return _PairedPlan(**given | {"rtol": twice(plan.rtol), "atol": twice(plan.atol), "norm": _together(plan.norm)}, tangent=_tangent(plan))
+
+
+def integrate_paired(
+    solver: MultistepSolver, plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, beside: Beside, record: Record
+) -> Record:
+    """The solve of ``record`` with steps that are small enough; ``beside``: see `Companion`."""
+    rows, pair = len(y0), _paired(plan)
+    if plan.events or y0.shape[-1] > _LARGEST:
+        what = "with events" if plan.events else f"of more than {_LARGEST} numbers"
+        warnings.warn(
+            f"the state rests, or moves slowly beside what is fast: steps of {plan.method.name!r} {what} go by the state alone there, and "
+            "derivatives may be those of unstable steps: choose a one-step method such as 'tsit5' or 'kvaerno5', or bound max_step",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return record
+    f, g = beside(False), beside(True)
+
+    def both(t: Tensor, y: Tensor) -> Tensor:
+        t = t.expand(2 * rows)
+        return torch.cat([f(t[:rows], y[:rows]), g(t[rows:], y[rows:])])
+
+    begin = torch.cat([y0, y0 + pair.unit(y0.abs()) * _pattern(y0, plan)])
+    work = StageWork.zero(2 * rows, y0.device)
+    if isinstance(solver, BdfSolver):
+        twice: MultistepSolver = replace(solver, f=both, plan=pair, jacobian=DenseJacobian(), linear_solver=DenseLU(), work=work)
+    else:
+        twice = _PairedAdams(both, pair, 2 * rows, y0.device)
+    times = None if t_eval is None else torch.cat([t_eval, t_eval], 1)
+    found = integrate_multistep(twice, pair, torch.cat([anchors, anchors], 1), times, begin)
+    counts = {name: getattr(record, name) + getattr(found, name)[:rows] for name in ("n_steps", "n_rejected")}
+    for name in ("n_fun", "n_jac", "n_factorizations", "n_solves", "n_newton"):
+        done = getattr(twice.work, name)
+        counts[name] = getattr(record, name) + done[:rows] + done[rows:]
+    return replace(_first_half(found, rows), **counts)
+
+
+def _first_half(record: Record, rows: int) -> Record:
+    """Without the displaced rows."""
+    by_row = {name: getattr(record, name)[:rows] for name in (
+        "final", "last", "scaled_error", "n_accepted", "status", "t_final")}  # fmt: skip
+    by_column = {name: getattr(record, name)[:, :rows] for name in ("states", "samples", "t", "h", "segment", "lands", "sample_step")}
+    return replace(record, **by_row, **by_column, stages=record.stages[:, :, :rows], extra=record.extra[:, :, :rows])
