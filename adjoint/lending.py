@@ -24,7 +24,9 @@ _storage_uses: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Cou
 
 def copied(state: Any) -> Any:
     """A pytree with tensors of its own in the place of its tensors."""
-    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, state)
+    # a copy of a tensor of inference mode counts as changed once, its alias does not
+    copy = lambda x: x.clone().data if x.is_inference() else x.clone()  # noqa: E731
+    return tree_map(lambda x: copy(x) if isinstance(x, Tensor) else x, state)
 
 
 def remembering(function: Callable[..., Any], found: list[Any]) -> Callable[..., Any]:

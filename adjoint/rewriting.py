@@ -31,6 +31,10 @@ _HOOKED = (
     "use_reentrant=False, save_on_cpu), which PyTorch refuses: use gradient=DiscreteAdjoint(), whose checkpoints= saves memory itself, or "
     "use_reentrant=True"
 )
+_INFERENCE = (
+    "fun uses tensors that were made in torch.inference_mode(), which autograd refuses, and Jacobians are taken by it: make them under "
+    "torch.no_grad() instead, or .clone() them outside of inference mode"
+)
 #: how PyTorch says so: its transforms, and autograd
 _WRITTEN = {
     "would mutate a captured Tensor": _WRITES,
@@ -41,6 +45,7 @@ _WRITTEN = {
 _SAID = _WRITTEN | {
     "does not require grad and does not have a grad_fn": _NOT_RECORDED,
     "One of the differentiated Tensors does not require grad": _NOT_RECORDED,
+    "Inference tensors cannot be saved for backward": _INFERENCE,
     "Nested forward mode AD is not supported": _NESTED,
     "don't yet support saved tensor hooks": _HOOKED,
 }

@@ -414,3 +414,12 @@ def test_a_solve_in_the_function_of_another_one_is_differentiated(inner, given, 
     value, k = lambda k: end(fun(k), method="bosh3"), torch.tensor(K)
     found = torch.func.grad(value)(k) if mode == "grad" else torch.func.jvp(value, (k,), (torch.ones(()),))[1]
     assert close(found, FIRST, 5e-3)
+
+
+def test_tensors_of_inference_mode():
+    with torch.inference_mode():
+        y0, k = torch.ones(1), torch.tensor(1.3)
+    found = solve_dae(lambda t, y, yp: yp + 1.3 * y, (0.0, 1.0), y0, method="radau", rtol=1e-4).y[-1]
+    assert close(found, math.exp(-1.3))
+    with pytest.raises(UnsupportedCombination, match="inference_mode"):
+        solve_root(lambda x: 1 - k * x, torch.ones(1))
