@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .case import Case
 
-__all__ = ["Pure", "Truth", "Unsharp", "pure_form", "truth"]
+__all__ = ["SPACING", "Pure", "Truth", "Unsharp", "pure_form", "truth"]
 
 #: the five points, in units of `SPACING`
 POINTS = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0], dtype=torch.float64)
@@ -86,11 +86,11 @@ class Flow:
         return torch.from_numpy(sol.y.T.copy()).reshape(len(at), *y.shape)
 
 
-def points(case: Case) -> dict[str, Tensor]:
+def points(case: Case, spacing: float) -> dict[str, Tensor]:
     """All numbers at the five points: a leading dimension of five."""
     out = {}
     for name, value in case.values.items():
-        move = (SPACING * POINTS).reshape(-1, *[1] * value.dim())
+        move = (spacing * POINTS).reshape(-1, *[1] * value.dim())
         out[name] = value + move * case.directions.get(name, torch.zeros_like(value))
     return out
 
@@ -107,9 +107,9 @@ class Truth:
     second_size: float
 
 
-def outputs(case: Case) -> dict[str, Tensor]:
+def outputs(case: Case, spacing: float) -> dict[str, Tensor]:
     """What the loss is made of, at the five points: the point leads."""
-    x, pure = points(case), pure_form(case)
+    x, pure = points(case, spacing), pure_form(case)
     if case.door == "solve_root":
         return {"samples": root(pure, x)[:, None]}
     flow = Flow(pure, x["p"])
@@ -169,9 +169,9 @@ def crossing(case: Case, flow: Flow, x: dict[str, Tensor], now: Tensor, y: Tenso
     return when, state
 
 
-def truth(case: Case) -> Truth:
+def truth(case: Case, spacing: float = SPACING) -> Truth:
     """Raises `Unsharp` where differences of two orders disagree."""
-    out = outputs(case)
+    out = outputs(case, spacing)
     total, size, first_size = torch.zeros(5, dtype=torch.float64), 0.0, 0.0
     second_size = 0.0
     alive = torch.tensor(case.alive)
@@ -183,17 +183,17 @@ def truth(case: Case) -> Truth:
         terms = linear + 0.25 * linear * value
         dims = tuple(range(1, terms.dim()))
         total = total + terms.sum(dims)
-        slopes = (8 * (terms[3] - terms[1]) - (terms[4] - terms[0])) / (12 * SPACING)
-        bends = (16 * (terms[1] + terms[3]) - 30 * terms[2] - terms[0] - terms[4]) / (12 * SPACING**2)
+        slopes = (8 * (terms[3] - terms[1]) - (terms[4] - terms[0])) / (12 * spacing)
+        bends = (16 * (terms[1] + terms[3]) - 30 * terms[2] - terms[0] - terms[4]) / (12 * spacing**2)
         size, first_size, second_size = (
             size + float(terms[2].abs().sum()),
             first_size + float(slopes.abs().sum()),
             second_size + float(bends.abs().sum()),
         )
     low2, low, mid, high, high2 = total.tolist()
-    first = (8 * (high - low) - (high2 - low2)) / (12 * SPACING)
-    coarse = (high - low) / (2 * SPACING)
-    second = (16 * (high + low) - 30 * mid - high2 - low2) / (12 * SPACING**2)
+    first = (8 * (high - low) - (high2 - low2)) / (12 * spacing)
+    coarse = (high - low) / (2 * spacing)
+    second = (16 * (high + low) - 30 * mid - high2 - low2) / (12 * spacing**2)
     if not np.isfinite([mid, first, second]).all():
         raise Unsharp("not finite")
     if abs(first - coarse) > 0.02 * (first_size + 1e-3 * size):
