@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from adjoint.errors import AdjointError, SolveError
+from adjoint.errors import AdjointError, BacksolveDiverged, SolveError
 
 from .case import Case
 from .draw import draw
@@ -172,6 +172,9 @@ def judge(seed: int, compiled: float = 0.0, cheap: bool | None = None) -> Verdic
                 return verdict(*difference(case, want))
         except Unsharp as error:
             return verdict("unsharp", str(error).split(":")[0])
+        except BacksolveDiverged as error:
+            # what that strategy does on stiff problems
+            return verdict("refused", words(error), str(error))
         except SolveError as error:
             return verdict("failed", f"gave up, {words(error)}", str(error))
         except AdjointError as error:
