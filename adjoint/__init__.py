@@ -2,8 +2,18 @@
 
 from . import linalg, methods, nn, nonlinear
 from ._version import __version__
-from .branches import BranchSolution, FoldPoint, continuation
-from .dae import solve_dae
+from .doors.branches import BranchSolution, FoldPoint, continuation
+from .doors.dae import solve_dae
+from .doors.index_reduction import ReducedDAE, reduce_index
+from .doors.ivp import solve_ivp
+from .doors.laplace import Laplace
+from .doors.mechanics import MechanicalState, Mechanics, mechanics
+from .doors.objective import SteadyStateObjective
+from .doors.parameters import Parameter, ParameterSpace
+from .doors.root_solution import RootSolution, RootStats
+from .doors.solution import EventRecord, Solution, Stats
+from .doors.steady import solve_root
+from .dropin.odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
 from .errors import (
     AdjointError,
     BacksolveDiverged,
@@ -23,15 +33,7 @@ from .errors import (
     StepSizeTooSmall,
     UnsupportedCombination,
 )
-from .index_reduction import ReducedDAE, reduce_index
 from .integrate import IController, PIController, PIDController
-from .ivp import solve_ivp
-from .laplace import Laplace
-from .mechanics import MechanicalState, Mechanics, mechanics
-from .objective import SteadyStateObjective
-from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
-from .parameters import Parameter, ParameterSpace
-from .root_solution import RootSolution, RootStats
 from .sensitivity import (
     Backprop,
     BacksolveAdjoint,
@@ -41,9 +43,7 @@ from .sensitivity import (
     InterpolatingAdjoint,
     QuadratureAdjoint,
 )
-from .solution import EventRecord, Solution, Stats
-from .split import SplitFunction
-from .steady import solve_root
+from .system.split import SplitFunction
 
 __all__ = [
     "AdjointError",

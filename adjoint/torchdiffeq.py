@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .odeint import odeint, odeint_dense, odeint_event, solve_with_adjoint
-from .precision import full_precision
+from .dropin.odeint import odeint, odeint_dense, odeint_event, solve_with_adjoint
+from .system.precision import full_precision
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]
 

@@ -178,8 +178,8 @@ class Methods:
         import scipy.sparse as sp
         import scipy.sparse.linalg as spla
 
-        from adjoint.jacobians_sparse import SparseJacobian
         from adjoint.linalg.sparsity import detect_pattern
+        from adjoint.system.jacobians_sparse import SparseJacobian
 
         torch, N = self.torch, self.n**2
         jacobian = SparseJacobian(detect_pattern(lambda x: self.F(x, self.p), self.state), differentiable=False)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import adjoint
-from adjoint.jacobians_sparse import SparseJacobian, choose_jacobian
+from adjoint.system.jacobians_sparse import SparseJacobian, choose_jacobian
 
 RATES = torch.tensor([1.0, 3.4, 0.1], dtype=torch.float64)  # A, B, D
 JUMP, END = 1.1, 11.5

@@ -6,8 +6,8 @@ import torch
 
 import adjoint
 from adjoint.errors import UnsupportedCombination
-from adjoint.jacobians import complex_differentiable
 from adjoint.nonlinear import METHODS
+from adjoint.system.jacobians import complex_differentiable
 
 Z = torch.complex128
 P = torch.tensor([1.0 + 2.0j, -0.3 + 0.5j], dtype=Z)

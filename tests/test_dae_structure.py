@@ -16,7 +16,7 @@ from adjoint import (
     UnsupportedCombination,
     solve_dae,
 )
-from adjoint.structure import analyse
+from adjoint.system.structure import analyse
 
 from .dae_problems import (
     AKZO_Y0,

@@ -7,12 +7,12 @@ import warnings
 import pytest
 import torch
 
-from adjoint import jacobians_sparse
 from adjoint.errors import InvalidInput, UnsupportedCombination
-from adjoint.jacobians import DenseJacobian, jacobian_operator, jvp
-from adjoint.jacobians_sparse import GivenJacobian, SparseJacobian, choose_jacobian
 from adjoint.linalg import SparseMatrix
 from adjoint.linalg.sparsity import SparsityPattern, detect_pattern
+from adjoint.system import jacobians_sparse
+from adjoint.system.jacobians import DenseJacobian, jacobian_operator, jvp
+from adjoint.system.jacobians_sparse import GivenJacobian, SparseJacobian, choose_jacobian
 
 from .jacobian_functions import PATTERN, RAD, points, rad, rad_jacobian, wave, wave_jacobian
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from adjoint.errors import InvalidInput, UnsupportedCombination
-from adjoint.jacobians import DenseJacobian, forward_products, jacobian_operator, jvp, reverse_products, vjp
-from adjoint.jacobians_sparse import GivenJacobian, SparseJacobian, choose_jacobian
 from adjoint.linalg import LinearOperator, SparseMatrix
 from adjoint.linalg.coloring import Coloring, color_columns, color_rows
 from adjoint.linalg.sparsity import SparsityPattern, detect_pattern
+from adjoint.system.jacobians import DenseJacobian, forward_products, jacobian_operator, jvp, reverse_products, vjp
+from adjoint.system.jacobians_sparse import GivenJacobian, SparseJacobian, choose_jacobian
 
 from .jacobian_functions import PATTERN, RAD, B, N, points, rad, rad_jacobian, wave, wave_jacobian
 

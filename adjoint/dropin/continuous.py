@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..capture import elsewhere, find_captured, leads_to, unknown_leaves
 from ..errors import InvalidInput
-from ..lending import copied
 from ..sensitivity.backsolve import Backsolve, backsolve
 from ..sensitivity.witness import Witness
+from ..system.capture import elsewhere, find_captured, leads_to, unknown_leaves
+from ..system.lending import copied
 from .event_gradient import through_event
 from .native import start_event
 from .request import Request, family_of, mixed_norm, rms

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..event_slope import signed, with_slope
+from ..doors.event_slope import signed, with_slope
 from ..sensitivity.backsolve import Refuse
 from ..sensitivity.sweep import tangent
 

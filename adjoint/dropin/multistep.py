@@ -18,13 +18,13 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from ..capture import functorch_active, listed, needs_derivatives
 from ..errors import InvalidInput, NonFiniteState
 from ..integrate import Monitor, shifted_times
 from ..methods import METHODS
 from ..methods.adams import MAX_ORDER, adams_weights, differentiable_weights, starter
 from ..sensitivity import Gradient
 from ..sensitivity.sweep import tangent
+from ..system.capture import functorch_active, listed, needs_derivatives
 from .interpolants import check_interp, fixed_grid, hermite, step_size_of
 from .native import evaluated, prepare, start_event
 from .request import Request

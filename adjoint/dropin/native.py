@@ -10,8 +10,19 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from ..arguments import Times, positive
-from ..capture import (
+from ..doors.arguments import Times, positive
+from ..doors.event_slope import signed
+from ..doors.event_times import event_records
+from ..doors.failures import raise_failure
+from ..doors.parts import Parts, flat_event, interpolant_of
+from ..doors.solution import BackwardStats
+from ..doors.stage_arguments import stage_algebra
+from ..errors import InvalidInput, UnsupportedCombination
+from ..integrate import Event, PIDController, Plan, Record, shifted_times
+from ..methods import METHODS
+from ..sensitivity import DiscreteAdjoint, Gradient, Problem
+from ..sensitivity.evaluation import Evaluation
+from ..system.capture import (
     Captured,
     elsewhere,
     find_captured,
@@ -24,21 +35,10 @@ from ..capture import (
     transforming,
     vmap_active,
 )
-from ..errors import InvalidInput, UnsupportedCombination
-from ..event_slope import signed
-from ..event_times import event_records
-from ..failures import raise_failure
-from ..homes import parameter_homes
-from ..integrate import Event, PIDController, Plan, Record, shifted_times
-from ..lending import copied
-from ..methods import METHODS
-from ..parts import Parts, flat_event, interpolant_of
-from ..realification import suited_to_jacobians
-from ..sensitivity import DiscreteAdjoint, Gradient, Problem
-from ..sensitivity.evaluation import Evaluation
-from ..solution import BackwardStats
-from ..stage_arguments import stage_algebra
-from ..system import System
+from ..system.homes import parameter_homes
+from ..system.lending import copied
+from ..system.realification import suited_to_jacobians
+from ..system.system import System
 from .interpolants import check_interp, fixed_grid, fixed_method, hermite, step_size_of
 from .request import Request
 

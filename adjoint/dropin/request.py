@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..arguments import check_precision, flat_tolerance
+from ..doors.arguments import check_precision, flat_tolerance
 from ..errors import InvalidInput
 from ..integrate import Monitor, rms_norm
-from ..lending import changed
 from ..methods.adams import ADAMS_NAMES
-from ..system import StateSpec
+from ..system.lending import changed
+from ..system.system import StateSpec
 
 __all__ = ["ADAMS", "ADAPTIVE", "FIXED", "IMPLICIT", "CallbackMonitor", "InvalidType", "Request", "make_request"]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..capture import is_differentiable
 from ..errors import SolveError, UnsupportedCombination
 from ..sensitivity.backsolve import Refuse
+from ..system.capture import is_differentiable
 from .request import Request
 
 __all__ = ["scipy_samples"]

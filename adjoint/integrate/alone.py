@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..jacobians import dense_with_time, jvp
 from ..linalg import Factorization, LinearOperator, LinearSolver, Log, Matrix
 from ..linalg.dense import SmallFactors, as_numpy, factor_one
 from ..methods.tableaux_implicit import CollocationTableau, Mode
 from ..methods.tableaux_rosenbrock import RosenbrockTableau
+from ..system.jacobians import dense_with_time, jvp
 from .coupled import MOST as MOST_COUPLED
 from .coupled import MOST_CONSTANT, solve_modes
 from .guesses import LoneGuess

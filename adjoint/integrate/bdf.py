@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..linalg import Factorization, LinearOperator, LinearSolver, Matrix, SparseMatrix
+from ..linalg.pencil import Pencil, ScaledFactors, scaled_factors, split
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling
 from .initial_step import initial_step
 from .matrices import jacobian_at, shifted
 from .multistep import Decision, MultistepSolver, Trial
 from .newton import iterate
 from .numbers import less
-from .pencil import Pencil, ScaledFactors, scaled_factors, split
 from .plan import Plan
 from .residual import ResidualSolver
 from .stages import tolerances_of_stages

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..jacobians import DenseJacobian
 from ..linalg import DenseLU
+from ..system.jacobians import DenseJacobian
 from .adams import AdamsSolver
 from .bdf import BdfSolver
 from .companion import Beside, drawn

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..capture import saved_bytes
+from ..system.capture import saved_bytes
 
 __all__ = ["Recording"]
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..linalg import LinearSolver, Matrix
+from ..linalg.pencil import Pencil, ScaledFactors, scaled_factors, split
 from ..methods.tableaux_implicit import CollocationTableau, Mode
 from .coupled import solve_coupled
 from .guesses import StageGuess
-from .pencil import Pencil, ScaledFactors, scaled_factors, split
 from .plan import Plan
 from .work import StageWork
 

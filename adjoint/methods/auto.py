@@ -85,7 +85,7 @@ class AutoSwitch:
         return torch.where(size > 0, slope / size, 0.0)
 
     def step(self, *args: object) -> None:
-        """There is none: see `adjoint.switching`."""
+        """There is none: see `adjoint.doors.switching`."""
         raise NotImplementedError("a switched solve is taken by its two methods")
 
     def dense_weights(self, *args: object) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..capture import functorch_active
+from ..doors.root_solution import RootSolution
+from ..doors.steady import solve_root
 from ..errors import InvalidInput, UnsupportedCombination
-from ..root_solution import RootSolution
-from ..steady import solve_root
+from ..system.capture import functorch_active
 from .deq_backward import ITERATIONS, Guarded, backward_solver
 
 __all__ = ["DEQ"]

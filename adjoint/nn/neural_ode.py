@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from ..doors.ivp import solve_ivp
+from ..doors.solution import Solution
 from ..errors import InvalidInput
-from ..ivp import solve_ivp
-from ..ownership import as_part, owning
-from ..solution import Solution
+from ..system.ownership import as_part, owning
 
 __all__ = ["NeuralODE"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..integrate.matrices import jacobian_at, shifted
 from ..linalg import Factorization, Matrix, SparseMatrix
-from ..system import System, VmappedSystem
+from ..system.system import System, VmappedSystem
 from .linearize import Pullback
 from .problem import Problem, StageAlgebra
 from .stages import RecordedStages, StageLinearizer

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..capture import functorch_active
 from ..errors import BacksolveDiverged, UnsupportedCombination
-from ..ownership import owned
-from ..rewriting import naming_writes
+from ..system.capture import functorch_active
+from ..system.ownership import owned
+from ..system.rewriting import naming_writes
 
 __all__ = ["Backsolve", "Refuse", "backsolve"]
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture import cut_apart, functorch_active, has_tangent
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import Monitor, integrate, rms_norm
 from ..methods import METHODS, Method
-from ..system import System
+from ..system.capture import cut_apart, functorch_active, has_tangent
+from ..system.system import System
 from .backsolve import Backsolve, backsolve
 from .linearize import Linearizer
 from .node import SolveNode

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..integrate.bdf import SIZE, update_matrix
 from ..integrate.matrices import jacobian_at, shifted
-from ..integrate.pencil import scaled_factors, split
-from ..jacobians import DenseJacobian
 from ..linalg import Log, Matrix
+from ..linalg.pencil import scaled_factors, split
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling, rescaling_slopes
 from ..methods.runge_kutta import row_dot
 from ..nonlinear import RootRecord
-from ..system import Flat, System, VmappedSystem
+from ..system.jacobians import DenseJacobian
+from ..system.system import Flat, System, VmappedSystem
 from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions
 from .linearize import Linearizer
 from .multistep_step import Schedule, StepBack, StepBars, StepTime

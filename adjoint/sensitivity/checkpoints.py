@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture import alive, functorch_active
 from ..errors import SolveError
 from ..integrate import LoneStages, Monitor, StageSolver, integrate
 from ..integrate.columns import widened
-from ..ownership import owned
-from ..rewriting import naming_writes
-from ..system import System
+from ..system.capture import alive, functorch_active
+from ..system.ownership import owned
+from ..system.rewriting import naming_writes
+from ..system.system import System
 from .discrete import eager_sweep
 from .finite import check_finite
 from .node import SolveNode

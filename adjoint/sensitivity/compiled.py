@@ -14,7 +14,7 @@ from torch import Tensor
 from ..integrate import Plan
 from ..integrate.compiled import compiled
 from ..methods.runge_kutta import StepCotangents
-from ..system import Flat, System, VmappedSystem
+from ..system.system import Flat, System, VmappedSystem
 from .direct import DirectLinearizer
 from .linearize import Linearizer, vjp
 from .problem import Problem

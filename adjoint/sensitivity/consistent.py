@@ -12,12 +12,12 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 from ..errors import InconsistentInitialCondition, UnsupportedCombination
-from ..integrate.pencil import Pencil, split
-from ..jacobians import DenseJacobian
 from ..linalg import DenseLU, LinearSolver, Log, Matrix
+from ..linalg.pencil import Pencil, split
 from ..nonlinear import Newton, RootProblem, RootRecord, RootStatus
-from ..structure import Structure
-from ..system import Flat, System, VmappedSystem
+from ..system.jacobians import DenseJacobian
+from ..system.structure import Structure
+from ..system.system import Flat, System, VmappedSystem
 from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions
 from .problem import Problem, StageAlgebra
 from .products import tangent

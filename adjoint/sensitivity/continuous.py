@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..capture import cut_apart
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import Monitor, Plan, rms_norm
 from ..methods import DAE_METHODS, METHODS, Method
+from ..system.capture import cut_apart
 from .discrete import eager_sweep
 from .implicit_adjoint import ImplicitBack
 from .linearize import Linearizer

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..integrate.pencil import Pencil, regular_size, split
 from ..linalg import LinearOperator, Log, Matrix, SparseMatrix
+from ..linalg.pencil import Pencil, regular_size, split
 from ..nonlinear import RootRecord
-from ..system import Flat, System, VmappedSystem
+from ..system.system import Flat, System, VmappedSystem
 from .implicit import RootNode, RootOutputs, RootTask, SystemConditions
 from .problem import StageAlgebra
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..integrate.direct import StartMatrix, start_jacobian
 from ..methods.runge_kutta import row_dot
-from ..system import Flat
+from ..system.system import Flat
 
 __all__ = ["DirectLinearizer"]
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..capture import cut_apart
 from ..integrate import Monitor
 from ..integrate.columns import widened
 from ..methods.runge_kutta import row_dot
-from ..system import System
+from ..system.capture import cut_apart
+from ..system.system import System
 from .additive import AdditiveLinearizer
 from .compiled import CompiledAdjoint, named
 from .equations import recorded_adjoint

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture import cut_apart
 from ..errors import SolveError
-from ..ownership import owned
-from ..rewriting import naming_writes
-from ..system import System
+from ..system.capture import cut_apart
+from ..system.ownership import owned
+from ..system.rewriting import naming_writes
+from ..system.system import System
 from .linearize import Linearizer
 from .witness import CHANGED, differs
 

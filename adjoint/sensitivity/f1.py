@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..jacobians import is_vmap_failure
+from ..system.jacobians import is_vmap_failure
 
 __all__ = ["Expansion", "Functions", "Solves"]
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture import functorch_active
 from ..errors import NonFiniteDerivative
-from ..finite import REWRITE, bad_component
 from ..integrate import Record
 from ..methods.runge_kutta import combine
-from ..system import Flat, System
+from ..system.capture import functorch_active
+from ..system.finite import REWRITE, bad_component
+from ..system.system import Flat, System
 from .problem import Problem
 
 __all__ = ["check_finite", "guarded"]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture import functorch_active
 from ..errors import CapturedTensorLost, InvalidInput, UnsupportedCombination
 from ..integrate import Record
+from ..system.capture import functorch_active
 from .discrete import eager_sweep
 from .linearize import LOST
 from .node import SolveNode

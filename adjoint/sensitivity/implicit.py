@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..capture import alive, below_jvp, functorch_active
 from ..linalg import Factorization, LinearSolver, Log, Matrix
 from ..nonlinear import RootRecord
-from ..ownership import owned
-from ..rewriting import naming_writes
-from ..system import Flat, StateSpec, System, VmappedSystem
+from ..system.capture import alive, below_jvp, functorch_active
+from ..system.ownership import owned
+from ..system.rewriting import naming_writes
+from ..system.system import Flat, StateSpec, System, VmappedSystem
 from .fingerprint import RootWitness
 from .products import tangent, vjp
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ..integrate import Plan, ResidualSolver, integrate
-from ..integrate.pencil import Pencil, scaled_factors, split
 from ..linalg import LinearSolver, Log, Matrix, SparseMatrix
-from ..structure import Structure, analyse
-from ..system import Flat
+from ..linalg.pencil import Pencil, scaled_factors, split
+from ..system.structure import Structure, analyse
+from ..system.system import Flat
 from .consistent import completion
 from .linearize import Linearizer, vjp
 from .problem import Problem

@@ -20,12 +20,12 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..capture import stood_in_for
 from ..errors import CapturedTensorLost
-from ..homes import closed_over
 from ..integrate import Record
-from ..ownership import under_transform
-from ..system import System, VmappedSystem
+from ..system.capture import stood_in_for
+from ..system.homes import closed_over
+from ..system.ownership import under_transform
+from ..system.system import System, VmappedSystem
 from .linearize import LOST
 
 __all__ = ["check_strangers", "naming_strangers"]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.variable import Variable
 
-from ..capture import depends_on_others, unknown_leaves
 from ..errors import CapturedTensorLost
-from ..system import Flat, System, VmappedSystem
+from ..system.capture import depends_on_others, unknown_leaves
+from ..system.system import Flat, System, VmappedSystem
 
 __all__ = ["LOST", "Linearizer", "Pullback", "check_known", "vjp"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..methods.runge_kutta import StepCotangents
-from ..system import Flat
+from ..system.system import Flat
 from .linearize import Linearizer
 from .problem import Problem
 from .replay import hands_on

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture import cut_apart
+from ..system.capture import cut_apart
 from .adams import AdamsAdjoint
 from .bdf import BdfAdjoint
 from .linearize import Linearizer

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture import cut_apart
 from ..integrate.bdf import SIZE, update_matrix
 from ..linalg import Log
 from ..linalg.dense import factor_one
 from ..methods.bdf import MAX_ORDER, coefficients
 from ..methods.runge_kutta import row_dot
+from ..system.capture import cut_apart
 from .bdf import Formula
 from .linearize import Linearizer, vjp
 from .problem import Problem

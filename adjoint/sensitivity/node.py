@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture import alive, below_jvp, below_vmap, functorch_active, jvp_active
 from ..linalg.forward_mode import unviewed
-from ..ownership import owned
-from ..rewriting import naming_writes
-from ..system import System, VmappedSystem
+from ..system.capture import alive, below_jvp, below_vmap, functorch_active, jvp_active
+from ..system.ownership import owned
+from ..system.rewriting import naming_writes
+from ..system.system import System, VmappedSystem
 from .discrete import eager_sweep
 from .finite import check_finite
 from .late import check_strangers, naming_strangers

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..integrate import Plan, Record, StageSolver, integrate
-from ..jacobians import DenseJacobian
 from ..linalg import DenseLU, LinearOperator, LinearSolver, Matrix, SparseMatrix
-from ..system import Flat
+from ..system.jacobians import DenseJacobian
+from ..system.system import Flat
 from .linearize import Linearizer, vjp
 from .problem import Problem
 from .way_back import Trajectory, carried_step, check_way_back, in_units_of

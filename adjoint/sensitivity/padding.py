@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..capture import functorch_active, readable
-from ..system import System, VmappedSystem
+from ..system.capture import functorch_active, readable
+from ..system.system import System, VmappedSystem
 from .problem import Problem
 
 __all__ = ["Padding", "Shelter", "in_shelter", "padding", "shelter"]

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..capture import is_differentiable, listed
 from ..integrate import (
     AdamsSolver,
     AdditiveStageSolver,
@@ -25,10 +24,11 @@ from ..integrate import (
 from ..integrate.columns import column_major, takes_columns
 from ..integrate.companion import Beside, displaced
 from ..integrate.work import StageWork
-from ..jacobians import DenseJacobian
 from ..linalg import DenseLU, LinearSolver, Matrix
-from ..structure import Structure
-from ..system import System, VmappedSystem
+from ..system.capture import is_differentiable, listed
+from ..system.jacobians import DenseJacobian
+from ..system.structure import Structure
+from ..system.system import System, VmappedSystem
 from .witness import Witness
 
 __all__ = [

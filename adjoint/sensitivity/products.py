@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..autograd_graph import unknown_leaves
-from ..capture import ask, functorch_active
+from ..system.autograd_graph import unknown_leaves
+from ..system.capture import ask, functorch_active
 
 __all__ = ["tangent", "vjp"]
 

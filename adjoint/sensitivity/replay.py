@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..integrate import Plan
 from ..integrate.columns import layout
-from ..system import Flat
+from ..system.system import Flat
 from .padding import padding
 from .problem import Outputs, interpolate, kept_steps, stage_times, step_times
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..integrate.matrices import jacobian_at, mass_product, shifted
-from ..integrate.pencil import scaled_factors, split
 from ..linalg import Factorization, Log, Matrix
+from ..linalg.pencil import scaled_factors, split
 from ..methods.runge_kutta import row_dot
 from ..methods.tableaux_implicit import CollocationTableau
 from ..nonlinear import RootRecord
-from ..system import Flat, System, VmappedSystem
+from ..system.system import Flat, System, VmappedSystem
 from .coupled import coupled_matrix, coupled_pencils, coupled_root
 from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions, linear
 from .linearize import Linearizer, Pullback, vjp

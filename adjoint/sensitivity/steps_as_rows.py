@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.variable import Variable
 
-from ..capture import saved_bytes
 from ..integrate import Plan
 from ..methods.runge_kutta import combine, row_dot
-from ..system import Flat
+from ..system.capture import saved_bytes
+from ..system.system import Flat
 from .linearize import Linearizer, Pullback, vjp
 from .replay import hands_on
 

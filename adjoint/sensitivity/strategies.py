@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..capture import functorch_active
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import Monitor, Record, Recording, integrate
-from ..ownership import owned
+from ..system.capture import functorch_active
+from ..system.ownership import owned
 from .checkpoints import CheckpointNode
 from .equations import equations
 from .finite import guarded

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture import functorch_active
 from ..linalg.forward_mode import below_jvp
-from ..ownership import owned
+from ..system.capture import functorch_active
+from ..system.ownership import owned
 from .discrete import eager_sweep
 from .problem import Problem
 from .products import vjp

@@ -12,7 +12,7 @@ from ..integrate.compiled import compiled_loop
 from ..integrate.plan import Monitor, Plan
 from ..integrate.whole import MOST_BYTES, ROOM, handed_on, takes_whole
 from ..methods.runge_kutta import powers
-from ..system import Flat, System
+from ..system.system import Flat, System
 from .compiled import named
 from .direct import DirectLinearizer
 from .linearize import Linearizer

@@ -1,0 +1,1 @@
+"""Arguments in, solutions out: the functions that users call, their checks, and what solutions are put together from."""

@@ -1,0 +1,283 @@
+"""Checks and conversions of the arguments that the front doors share. Bad input ends here, with an error that quotes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isnan
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from ..errors import InvalidInput, UnsupportedCombination
+from ..integrate import PIDController, rms_norm
+from ..methods import IMEX_METHODS, METHODS, SWITCHING_METHODS, Method
+from ..methods.adams import ADAMS_NAMES
+from ..system.capture import moves, unwrapped
+from ..system.system import StateSpec
+
+__all__ = [
+    "Times",
+    "as_times",
+    "check_controller",
+    "check_method",
+    "check_precision",
+    "check_times",
+    "flat_norm",
+    "flat_tolerance",
+    "method_for",
+    "positive",
+    "snapped",
+]
+
+
+def positive(value: Any, name: str, *, zero: bool = False) -> float:
+    """A positive (or with ``zero`` non-negative) number as a float."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInput(f"{name} must be a number, got {value!r}") from error
+    if isnan(number) or number < 0 or (number == 0 and not zero):
+        raise InvalidInput(f"{name} must be {'at least' if zero else 'greater than'} zero, got {value!r}")
+    return number
+
+
+def check_method(method: str | Method) -> Method:
+    """A method by its name, or a method object as it is.
+
+    Raises
+    ------
+    UnsupportedCombination : an Adams method of fixed steps, which only ``odeint`` has
+    InvalidInput : any other unknown method
+    """
+    if isinstance(method, str):
+        if method in ADAMS_NAMES:
+            raise UnsupportedCombination(
+                f"method={method!r} takes given steps of one size or grid: use "
+                f"adjoint.odeint(fun, y0, t, method={method!r}, options={{'step_size': ...}}), or here method='abm', "
+                "Adams-Bashforth-Moulton formulas with error control"
+            )
+        known = METHODS | IMEX_METHODS | SWITCHING_METHODS
+        if method not in known:
+            raise InvalidInput(f"there is no method {method!r}; choose one of {', '.join(sorted(known))}")
+        return known[method]
+    if not (hasattr(method, "step") and hasattr(method, "dense_weights")):
+        raise InvalidInput(f"method must be a name or a method object, got a {type(method).__name__}")
+    return method
+
+
+def check_controller(method: Method, controller: PIDController | None) -> None:
+    """Raise `UnsupportedCombination` for a controller that the method would not ask."""
+    if controller is not None and getattr(method, "multistep", False):
+        raise UnsupportedCombination(
+            f"controller= with {method.name!r}, which chooses its order and steps together, is not supported: leave it out"
+        )
+
+
+def flat_tolerance(value: Any, name: str, spec: StateSpec, default: float) -> float | Tensor:
+    """A tolerance as a float, or as ``(B, n)`` for one that is shaped like the state."""
+    if value is None:
+        return default
+    leaves, tree = tree_flatten(value)
+    if len(leaves) == 1 and tree.is_leaf() and (not isinstance(value, Tensor) or value.dim() == 0):
+        return positive(value, name, zero=True)
+    if tree.is_leaf():
+        leaves = leaves * len(spec.shapes)
+    elif tree != spec.tree:
+        raise InvalidInput(f"{name} has the structure {tree}, expected a number, a tensor, or the structure of y0, {spec.tree}")
+    try:
+        full = [
+            torch.broadcast_to(torch.as_tensor(leaf, dtype=spec.real_dtype, device=spec.device), shape)
+            for leaf, shape in zip(leaves, spec.shapes, strict=True)
+        ]
+    except RuntimeError as error:
+        raise InvalidInput(f"{name} does not broadcast to the shape of y0: {error}") from error
+    flat = spec.spread(full).detach()
+    if not bool((flat >= 0).all()):
+        raise InvalidInput(f"{name} has negative or NaN entries")
+    return flat
+
+
+def check_precision(spec: StateSpec, rtol: Any) -> None:
+    """Raise `InvalidInput` for states whose numbers are too coarse for error control, and for an ``rtol`` below what rounding leaves."""
+    kind, eps = spec.real_dtype, torch.finfo(spec.real_dtype).eps
+    if kind.itemsize < 4:
+        raise InvalidInput(
+            f"y0 has dtype {spec.dtype}, whose numbers are too coarse for step size control and gradients: give y0.float(), and convert "
+            "inside of fun where that shall compute in half precision (or use torch.autocast there)"
+        )
+    given = [x for x in tree_leaves(rtol) if isinstance(x, (int, float)) or (isinstance(x, Tensor) and _concrete(x))]
+    # a tenth: some defaults in use are just below the spacing of single precision
+    small = [float(x[x > 0].min()) for x in map(torch.as_tensor, given) if bool((x > 0).any())]
+    if small and min(small) < 0.1 * eps:
+        raise InvalidInput(
+            f"rtol = {min(small):.3g} is below the resolution of {kind}, {eps:.1e}: the error of a step would be rounding. Solve in double "
+            "precision (y0.double(), parameters too), or give a larger rtol"
+        )
+
+
+def flat_norm(norm: Any, spec: StateSpec) -> Callable[[Tensor], Tensor]:
+    """The error norm on ``(B, n)``: "rms", "max", or a function of a state pytree of scaled errors (0-d, or ``(B,)`` when batched)."""
+    if norm is None or norm == "rms":
+        return rms_norm
+    if norm == "max":
+        return lambda x: x.abs().amax(-1) if x.shape[-1] else x.abs().sum(-1)
+    if not callable(norm):
+        raise InvalidInput(f'norm must be "rms", "max" or a function of the scaled error, got {norm!r}')
+
+    def custom(x: Tensor) -> Tensor:
+        value = norm(spec.unflatten(x.to(spec.dtype)))
+        want = () if spec.batch is None else (spec.batch,)
+        if not isinstance(value, Tensor) or value.shape != want:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InvalidInput(f"norm must return a tensor of shape {want}, got {got}")
+        return value.reshape(spec.rows).abs()
+
+    return custom
+
+
+@dataclass(frozen=True)
+class Times:
+    """The times of a solve as float64 tensors, differentiable in what the user gave.
+
+    ``anchors`` (A, B): start, times to land on, end. ``samples`` (T, B) or None. ``shown``: ``sol.t`` for given or default times.
+    """
+
+    anchors: Tensor
+    samples: Tensor | None
+    shown: Tensor | None
+    steps: bool
+
+
+def _concrete(x: Tensor) -> bool:
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def as_times(value: Any, name: str, device: torch.device | None = None) -> Tensor:
+    """Times as one tensor: a tensor as it is, anything else in float64. Sequences of tensors, however deep, keep their derivatives."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+            return torch.stack([as_times(v, name, device).to(device=device, dtype=torch.float64) for v in value])
+        return torch.as_tensor(value, dtype=torch.float64, device=device)
+    except InvalidInput:
+        raise
+    except Exception as error:
+        raise InvalidInput(f"{name} must be numbers or tensors, got {value!r}") from error
+
+
+def snapped(times: Tensor, first: Tensor, last: Tensor, *given: Any) -> Tensor:
+    """Times that are the ends ``first`` or ``last`` but for the rounding of the numbers ``given`` are these ends; derivatives stay."""
+    kinds = [x.dtype for x in tree_leaves(given) if hasattr(x, "dtype")]
+    floats = [k if isinstance(k, torch.dtype) else getattr(torch, str(k), torch.float64) for k in kinds]
+    eps = max((torch.finfo(k).eps for k in floats if k.is_floating_point), default=torch.finfo(torch.float64).eps)
+    first, last, at = first.detach(), last.detach(), times.detach()
+    slack = torch.minimum(2 * eps * torch.maximum(first.abs(), last.abs()), 1e-3 * (last - first).abs())
+    end = torch.where((at - first).abs() <= slack, first, torch.where((at - last).abs() <= slack, last, at))
+    return times + (end - at)
+
+
+def _time(value: Any, name: str, spec: StateSpec, ndim: tuple[int, ...]) -> Tensor:
+    value = as_times(value, name, spec.device)
+    if value.is_complex() or value.dtype == torch.bool:
+        raise InvalidInput(f"{name} must be real, got dtype {value.dtype}")
+    value = value.to(device=spec.device, dtype=torch.float64)
+    if value.dim() not in ndim:
+        raise InvalidInput(f"{name} has {value.dim()} dimensions, expected {' or '.join(map(str, ndim))}")
+    if _concrete(value) and not bool(torch.isfinite(value).all()):
+        until = ""
+        if name == "t_span's end" and not bool(value.isnan().any()):
+            until = ": for a solve until a terminal event give an end that is never reached, such as 1e30; steady states are for solve_root"
+        raise InvalidInput(f"{name} has non-finite entries{until}")
+    if value.dim() == 2 and value.shape[1] != spec.rows:
+        raise InvalidInput(f"{name} has {value.shape[1]} columns for {spec.rows} trajectories")
+    return value
+
+
+def check_times(t_span: Any, t_eval: Any, step_ts: Any, spec: StateSpec) -> Times:
+    """Parse the time arguments of an initial value problem."""
+    batched = spec.batch is not None
+    try:
+        start, end = t_span
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"t_span must be a pair (start, end), got {t_span!r}") from error
+    each = (0, 1) if batched else (0,)
+    ends = []
+    for name, value in (("start", start), ("end", end)):
+        value = _time(value, f"t_span's {name}", spec, each)
+        if value.dim() == 1 and value.shape[0] != spec.rows:
+            raise InvalidInput(f"t_span's {name} has {value.shape[0]} entries for {spec.rows} trajectories")
+        ends.append(value)
+    own = any(x.dim() == 1 for x in ends)
+    first, last = (x.expand(spec.rows) for x in ends)
+    concrete = _concrete(first) and _concrete(last)
+    rows = [first.unsqueeze(0), last.unsqueeze(0)]
+    if step_ts is not None:
+        inner = _time(step_ts, "step_ts", spec, (1, 2) if batched else (1,))
+        inner = inner.unsqueeze(-1).expand(-1, spec.rows) if inner.dim() == 1 else inner
+        inner = snapped(inner, first, last, step_ts, start, end)
+        backwards = first > last
+        inner = torch.where(backwards, inner.sort(0, descending=True).values, inner.sort(0).values)
+        inner = torch.minimum(torch.maximum(inner, torch.minimum(first, last)), torch.maximum(first, last))
+        if not batched and _concrete(inner) and concrete:
+            inside = ((inner != first) & (inner != last))[:, 0]
+            inner = inner[inside]
+            inner = inner[torch.cat([inner.new_ones(min(1, inner.shape[0])), (inner[1:] != inner[:-1])[:, 0]]).bool()]
+        rows.insert(1, inner)
+    anchors = torch.cat(rows)
+    steps = isinstance(t_eval, str)
+    if steps:
+        if t_eval != "steps":
+            raise InvalidInput(f't_eval must be None, "steps" or times, got {t_eval!r}')
+        return Times(anchors, None, None, True)
+    if t_eval is None:
+        shown = torch.stack([first, last]) if own else torch.stack(ends)
+        return Times(anchors, None, _as_given(shown, t_span, spec), False)
+    times = _time(t_eval, "t_eval", spec, (1, 2) if batched else (1,))
+    if times.shape[0] == 0:
+        raise InvalidInput('t_eval is empty; leave it out for the two ends, or give "steps"')
+    full = times.unsqueeze(-1).expand(-1, spec.rows) if times.dim() == 1 else times
+    full = snapped(full, first, last, t_eval, start, end)
+    if concrete and _concrete(full):
+        low, high = torch.minimum(first, last), torch.maximum(first, last)
+        outside = (full < low) | (full > high)
+        if bool(outside.any()):
+            raise InvalidInput(f"t_eval has times outside of t_span, for example {float(full[outside][0]):.10g}")
+        change = full.diff(dim=0)
+        if not bool(((change >= 0).all(0) | (change <= 0).all(0)).all()):
+            raise InvalidInput("t_eval is not monotonic: sort it (repeated times are allowed)")
+    return Times(anchors, full, _as_given(times, (t_eval,), spec), False)
+
+
+def method_for(times: Times, chosen: Method, one_step: Method, explicit: bool = True) -> Method:
+    """The method, or ``one_step`` in the place of a multistep one over a span of no length: that takes the step of no length that gives
+    the derivatives in the times. ``explicit``: whether ``fun`` is the slope, which is known then though no step is taken."""
+    multistep = getattr(chosen, "multistep", False)
+    moving = any(moves(x) for x in (times.anchors, times.samples) if x is not None)
+    if not (multistep or (moving and not explicit)):
+        return chosen
+    empty = unwrapped(times.anchors[0].detach() == times.anchors[-1].detach())
+    with torch._C._DisableFuncTorch():
+        some, every = bool(empty.any()), bool(empty.all())
+    if moving and some and not explicit:
+        raise UnsupportedCombination(
+            "derivatives in the ends or sample times of a span of no length are not supported by solve_dae and with mass_matrix=: no step "
+            "is taken there that tells the slope. Give the span some length, or detach its times"
+        )
+    if multistep and every:
+        return one_step
+    if moving and some:
+        raise UnsupportedCombination(
+            "derivatives in the ends or sample times of spans of which some have no length are not supported with "
+            f"{chosen.name!r}: choose a one-step method such as {one_step.name!r}"
+        )
+    return chosen
+
+
+def _as_given(shown: Tensor, given: Sequence[Any], spec: StateSpec) -> Tensor:
+    """In the dtype of the user's tensors, else in that of the state's times."""
+    dtypes = [x.dtype for x in given if isinstance(x, Tensor) and x.is_floating_point()]
+    return shown.to(dtypes[0] if dtypes else spec.real_dtype)

@@ -1,0 +1,301 @@
+"""``solve_dae``: initial value problems of implicit differential-algebraic equations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from ..errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
+from ..integrate import PIDController, Plan, Record
+from ..methods import DAE_METHODS, Method
+from ..sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
+from ..sensitivity.consistent import Initial
+from ..sensitivity.problem import interpolate_slopes, step_times
+from ..system.capture import elsewhere, find_captured, needs_derivatives, stand_ins
+from ..system.homes import parameter_homes
+from ..system.lending import check_unchanged, copied, remembering
+from ..system.precision import full_precision
+from ..system.realification import suited_to_jacobians
+from ..system.system import StateSpec, System
+from .arguments import Times, check_controller, check_precision, check_times, flat_norm, flat_tolerance, method_for, positive
+from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_bounds, initial_values, residual_algebra
+from .event_jumps import jumps_refused
+from .event_times import event_records
+from .parts import NO_EVENTS, Parts, event_list, flat_event, solution_of
+from .progress import progress_monitor
+from .quadrature import first_rate
+from .solution import BackwardStats, Solution
+
+__all__ = ["solve_dae"]
+
+
+@full_precision
+def solve_dae(
+    fun: Callable[..., Any],
+    t_span: Any,
+    y0: Any,
+    yp0: Any = None,
+    args: Any = (),
+    *,
+    t_eval: Any = None,
+    method: str | Method = "radau",
+    rtol: Any = None,
+    atol: Any = None,
+    gradient: Gradient | None = None,
+    batched: bool = False,
+    events: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] | None = None,
+    dense_output: bool = False,
+    quadrature: Callable[..., Any] | None = None,
+    controller: PIDController | None = None,
+    norm: str | Callable[[Any], Tensor] | None = None,
+    first_step: float | None = None,
+    max_step: float = float("inf"),
+    min_step: float = 0.0,
+    max_steps: int = 100_000,
+    step_ts: Any = None,
+    compile: bool = False,
+    throw: bool = True,
+    progress: bool = False,
+    consistent: str = "auto",
+    y0_bounds: Any = None,
+    differential: Any = None,
+    suppress_algebraic: bool = False,
+    jac_sparsity: Any = None,
+    linear_solver: Any = None,
+) -> Solution:
+    """Solve ``fun(t, y, y', *args) = 0`` with derivatives in everything that the solution depends on.
+
+    Of index 0 or 1 in any form (also fully implicit, with a singular matrix in front of the derivatives), and of index 2 where the
+    constraints of the index-2 variables hold differential variables only (Hessenberg form). What is higher raises `HigherIndexDAE`.
+
+    Parameters
+    ----------
+    fun : callable
+        ``fun(t, y, yp, *args) -> residual``; ``yp`` is shaped like the state ``y``, and the residual has as many entries, in any
+        structure. ``t`` is 0-d (``(B,)`` with ``batched=True``). ``args``, parameters of modules and captured tensors are differentiated.
+    t_span, t_eval, rtol, atol, gradient, batched, events, dense_output, controller, norm, first_step, max_step, min_step, max_steps
+        And ``step_ts``, ``throw``, ``progress``: as for `solve_ivp`.
+    y0, yp0 : Tensor or pytree of tensors
+        Initial state and slope. See ``consistent`` for what is done with them. ``yp0=None``: unknown. Derivatives in ``y0`` are those in
+        its differential part; the algebraic part is a guess on which the solution does not depend.
+    method : "radau", "radau3" or a method object
+        Radau IIA of order 5 (three stages; the default) or 3 (Hairer & Wanner, Solving ordinary differential equations II, chapter VII).
+        Constraints hold at the ends of steps to the tolerance of the iteration.
+    consistent : "auto", "solve", "slopes", "check" or "trust"
+        "solve": keep what is differentiated in ``y0`` and solve for algebraic variables and slopes. "auto": the same, but raise if both
+        ``y0`` and ``yp0`` were given and an algebraic variable would move by much. "slopes": keep ``yp0``, which must be given, and solve
+        for all of ``y0`` (``yp0 = 0``: a steady start; index 0 and 1). "check": raise unless they satisfy the equations (to a thousand
+        times the tolerance). "trust": take them as they are.
+    y0_bounds : pair (lower, upper)
+        Numbers, or like the state, or None: what the search for initial values must stay within (algebraic variables; with
+        ``consistent="slopes"`` all).
+    differential : mask like the state
+        Which variables are differential; default: found from ``dF/dy'`` at the start. A mask that contradicts it raises.
+    quadrature : callable
+        ``g(t, y, *args)``, integrated along the solution under the same error control.
+    suppress_algebraic : bool
+        Leave algebraic variables out of the error test.
+    jac_sparsity : pair of patterns
+        Where ``dF/dy`` and ``dF/dy'`` may be non-zero. Found from ``fun`` if it is not given and the state is large.
+    linear_solver : LinearSolver
+        ``adjoint.linalg.DenseLU()``, ``SparseLU()``, ...
+
+    Returns
+    -------
+    Solution
+        With ``yp``, the slopes at ``t``.
+
+    Raises
+    ------
+    InvalidInput, UnsupportedCombination, InconsistentInitialCondition, HigherIndexDAE, SingularJacobian, MaxStepsReached,
+    StepSizeTooSmall, NonFiniteState
+    """
+    chosen = check_dae_method(method)
+    check_controller(chosen, controller)
+    if compile:
+        raise UnsupportedCombination("compile=True in solve_dae is not supported yet: leave compile out")
+    check_flags(consistent, max_steps)
+    if not callable(fun):
+        raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}")
+    args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
+    user_spec = StateSpec.of(y0, batched)
+    check_precision(user_spec, rtol)
+    for name, value in (("y0", y0), ("yp0", yp0)):
+        for leaf in [] if value is None else tree_leaves(value):
+            wrapped = torch._C._functorch.is_functorch_wrapped_tensor(leaf)
+            if not wrapped and not batched and not bool(torch.isfinite(leaf).all()):
+                raise InvalidInput(f"{name} has non-finite entries")
+    if yp0 is not None:
+        user_spec.check(yp0, "yp0", "y0")
+    times = check_times(t_span, t_eval, step_ts, user_spec)
+    chosen = method_for(times, chosen, DAE_METHODS["radau"], False)
+    guessed = yp0 is None
+    if guessed and consistent == "slopes":
+        raise InvalidInput("consistent='slopes' keeps yp0 and solves for y0: give yp0")
+    if quadrature is not None and consistent == "slopes":
+        raise UnsupportedCombination(
+            "quadrature= with consistent='slopes' is not supported: find y0 by solve_root(lambda y: fun(t0, y, yp0, *args), y0) first"
+        )
+    slope = tree_map(lambda x: torch.zeros_like(x.detach()), y0) if yp0 is None else yp0
+    residual, state, integrand = fun, y0, None
+    if quadrature is not None:
+        if not callable(quadrature):
+            raise InvalidInput(f"quadrature must be callable, got a {type(quadrature).__name__}")
+        residual, state, slope, integrand = _with_quadrature(fun, quadrature, user_spec, times, y0, slope, args)
+    spec = StateSpec.of(state, batched)
+    if spec.holds_complex:
+        first = times.anchors[0].detach().to(spec.real_dtype)
+        time = first if batched else first.reshape(())
+        spec = suited_to_jacobians(spec, lambda y, yp: residual(time, y, yp, *args), state, slope)
+        user_spec = user_spec.in_parts() if spec.split else user_spec
+    watched = event_list(events)
+    system = _system(residual, fun, quadrature, watched, spec, times, state, slope, args)
+    inputs = stand_ins(system.inputs)
+    y_flat, slope_flat = spec.taken(state), spec.taken(slope)
+
+    real = spec.real_dtype
+    single = real.itemsize < 8
+    tolerances: dict[str, Any] = {
+        "rtol": flat_tolerance(rtol, "rtol", spec, 1e-4 if single else 1e-6),
+        "atol": flat_tolerance(atol, "atol", spec, 1e-6 if single else 1e-9),
+    }
+    algebra = residual_algebra(system, inputs, spec, times, y_flat, slope_flat, jac_sparsity, linear_solver)
+    start, algebra = initial_values(
+        system,
+        algebra,
+        times.anchors[0],
+        Initial(y_flat, slope_flat),
+        inputs,
+        consistent="solve" if consistent == "auto" and guessed else consistent,
+        differential=differential,
+        user_spec=user_spec,
+        skip=suppress_algebraic,
+        tolerances=tolerances,
+        bounds=initial_bounds(y0_bounds, user_spec, y0, sum(spec.sizes), consistent),
+    )
+    if getattr(chosen, "multistep", False) and algebra.structure is not None and algebra.structure.index > 1:
+        raise HigherIndexDAE(
+            f"{chosen.name!r} is for equations of index 0 and 1, and these are of index {algebra.structure.index} at the start: give "
+            "method='radau', or adjoint.reduce_index makes one of index 1 of them"
+        )
+    derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])
+    plan = Plan(
+        method=chosen,
+        real=real,
+        controller=controller,
+        norm=flat_norm(norm, spec),
+        first_step=None if first_step is None else positive(first_step, "first_step"),
+        max_step=positive(max_step, "max_step"),
+        min_step=positive(min_step, "min_step", zero=True),
+        max_steps=int(max_steps),
+        keep_states=True,
+        # slopes are part of the solution, and derivatives are taken at them
+        keep_stages=True,
+        events=tuple(flat_event(e, system, user_spec, integrand is not None) for e in watched),
+        results_of_steps=True,
+        monitor=progress_monitor(progress),
+        **tolerances,
+    )
+    backward = BackwardStats()
+
+    def report(record: Record) -> None:
+        plan.monitor.close()
+        if throw:
+            dae_failure(record, plan, system, inputs)
+
+    def backward_report(n_fun: int, n_steps: int) -> None:
+        backward.n_fun += n_fun
+        backward.n_steps += n_steps
+
+    problem = Problem(system, plan, batched, report, backward_report, algebra=algebra)
+    strategy = gradient if gradient is not None else DiscreteAdjoint()
+    if not hasattr(strategy, "solve"):
+        raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")
+    out = strategy.solve(problem, times.anchors, times.samples, start.y, inputs)
+    parts = Parts(out, problem, times, user_spec, spec, integrand, start.y, watched, args, backward, derivatives, dense_output)
+    parts = jumps_refused(parts) if watched else parts
+    found = event_records(parts, parts.out) if watched else NO_EVENTS
+    return replace(solution_of(parts, found), yp=parts.state(_slopes(parts, parts.out, start.yp, found.slope)))
+
+
+def _system(
+    residual: Callable[..., Any],
+    fun: Callable[..., Any],
+    quadrature: Callable[..., Any] | None,
+    events: Sequence[Callable[..., Tensor]],
+    spec: StateSpec,
+    times: Times,
+    state: Any,
+    slope: Any,
+    args: tuple[Any, ...],
+) -> System:
+    """The flat system, with the tensors that the user's functions captured."""
+    leaves, tree = tree_flatten(args)
+    t = times.anchors[0].detach().to(spec.real_dtype, copy=True)
+    t = t if spec.batch is not None else t.reshape(())
+    # aliases, so that a tensor that is both an argument and captured is seen in both roles
+    alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
+    probe = [copied(state), copied(slope), tree_map(alias, args)]
+    found: list[Any] = []
+    calls: list[Callable[..., Any]] = [remembering(residual, found)]
+    calls += [lambda t, y, yp, *rest, e=e: e(t, y if quadrature is None else y[0], *rest) for e in events]
+    end = (times.anchors[-1].detach().to(t, copy=True).reshape(t.shape), elsewhere(state), elsewhere(slope), *probe[2])
+    used = find_captured(calls, (t, probe[0], probe[1], *probe[2]), [fun, *events], end)
+    check_unchanged(probe[:2], "fun")
+    layout = StateSpec.of(found[0], spec.batch is not None, "what fun returned")
+    layout = layout.in_parts() if spec.split else layout
+    if sum(layout.sizes) != sum(spec.sizes) or layout.batch != spec.batch:
+        many = f" for each of {spec.batch} trajectories" if spec.batch is not None else ""
+        raise InvalidInput(
+            f"fun returned {sum(layout.sizes)} residuals in shapes {[tuple(s) for s in layout.shapes]}, but the state has "
+            f"{sum(spec.sizes)} entries{many}: there must be as many equations as unknowns"
+        )
+    if layout.dtype != spec.dtype or layout.device != spec.device:
+        raise InvalidInput(f"fun returned {layout.dtype} on {layout.device}, but the state is {spec.dtype} on {spec.device}")
+    homes = tuple(parameter_homes([fun, *events, *([] if quadrature is None else [quadrature])], used.tensors))
+    return System(residual, spec, tree, tuple(leaves), tuple(used.tensors), homes=homes, residual=layout, **used.flags)
+
+
+def _with_quadrature(
+    fun: Callable[..., Any], g: Callable[..., Any], spec: StateSpec, times: Times, y0: Any, yp0: Any, args: tuple[Any, ...]
+) -> tuple[Callable[..., Any], Any, Any, StateSpec]:
+    """State and slope extended by the running integral, which starts at zero."""
+    first, integrand = first_rate(g, spec, times, y0, args)
+
+    def both(t: Tensor, state: tuple[Any, Any], slope: tuple[Any, Any], *rest: Any) -> tuple[Any, Any]:
+        value = g(t, state[0], *rest)
+        integrand.check(value, "what quadrature returned", "its first result")
+        return fun(t, state[0], slope[0], *rest), tree_map(lambda a, b: a - b, slope[1], value)
+
+    start = tree_map(lambda x: torch.zeros_like(x.detach()), first)
+    return both, (y0, start), (yp0, tree_map(lambda x: x.detach(), first)), integrand
+
+
+def _slopes(parts: Parts, out: Outputs, yp0: Tensor, stop: Tensor | None) -> Tensor:
+    """``y'`` at the times of ``sol.t``: of the dense output, and at the start the consistent one; ``stop``: at events that ended it."""
+    times, plan = parts.times, parts.problem.plan
+    grid = step_times(out.t, out.h, out.segment, out.lands, times.anchors, plan.shift)
+    n_steps = out.t.shape[0]
+    if times.steps or times.samples is None:
+        # ends of steps
+        weights = plan.method.dense_slopes(torch.ones((), dtype=torch.float64, device=out.t.device)).to(out.stages.dtype)
+        ends = torch.cat([yp0.unsqueeze(0), torch.einsum("s,ksbn->kbn", weights, out.stages)]) if n_steps else yp0.unsqueeze(0)
+        if times.steps:
+            beyond = torch.arange(n_steps + 1, device=out.t.device).unsqueeze(-1) > out.n_accepted
+            if stop is not None:
+                final = (torch.arange(n_steps + 1, device=out.t.device).unsqueeze(-1) == out.n_accepted) & (out.status > 0)
+                ends = torch.where(final.unsqueeze(-1), stop, ends)
+            return torch.where(beyond.unsqueeze(-1), float("nan"), ends)
+        place = out.n_accepted.reshape(1, -1, 1).expand(1, -1, ends.shape[-1])
+        last = torch.where((out.status >= 0).unsqueeze(-1), ends.gather(0, place)[0], float("nan"))
+        last = last if stop is None else torch.where((out.status > 0).unsqueeze(-1), stop, last)
+        return torch.stack([yp0, last])
+    if n_steps == 0:
+        return yp0.expand(times.samples.shape[0], *yp0.shape)
+    slopes = interpolate_slopes(plan, out.stages, grid.t, grid.h, times.samples, out.sample_step)
+    return torch.where((times.samples == times.anchors[0]).detach().unsqueeze(-1), yp0, slopes)

@@ -1,0 +1,140 @@
+"""Times and states of events as differentiable functions of everything the solution and the event function depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..methods import Method
+from ..sensitivity import Outputs
+from ..sensitivity.problem import StepTimes, step_times
+from ..sensitivity.sweep import tangent
+from ..system.capture import listed
+from .event_slope import signed, with_slope
+from .parts import Found, Parts
+from .solution import EventRecord
+
+__all__ = ["event_records", "step_around"]
+
+
+#: ``between(t0, h, y0, y1)`` is the state as a function of the time, ``(B,)``, in the steps from ``t0, y0``
+Between = Callable[[Tensor, Tensor, Tensor, Tensor], Callable[[Tensor], Tensor]]
+
+
+def event_records(parts: Parts, out: Outputs, between: Between | None = None) -> Found:
+    """The events of a solve; ``between``: to be taken in place of the dense output, from which it differs by little.
+
+    The event time is a root of ``r(t, y(t), *args)`` on the dense output. Two Newton steps with differentiable slope, begun at the
+    located root, have the root's first, second and third derivatives (each full Newton step doubles the order; one alone would
+    give wrong second derivatives). Its value is the located one whether or not anything is differentiated. Where the event function has
+    no slope there are no derivatives: see `with_slope`.
+    """
+    plan, batched = parts.problem.plan, parts.problem.batched
+    anchors = parts.times.anchors
+    grid = step_times(out.t, out.h, out.segment, out.lands, anchors, plan.shift)
+    rows, real = out.t.shape[1], parts.spec.real_dtype
+    ends, states_there, slopes_there = anchors[-1], out.final, out.final
+    any_stop = False
+    records = []
+    kinds = listed(out.event_id)
+    for which, event in enumerate(plan.events):
+        times, states = [], []
+        for k, line in enumerate(i for i, kind in enumerate(kinds) if kind == which):
+            found = out.event_step[line] >= 0
+            t, y, slope = _located(parts, out, grid, which, line, found, between)
+            if event.terminal == k + 1:
+                any_stop = True
+                ends = torch.where(found, t, ends)
+                states_there = torch.where(found.unsqueeze(-1), y, states_there)
+                slopes_there = torch.where(found.unsqueeze(-1), slope, slopes_there)
+            times.append(torch.where(found, t, float("nan")))
+            states.append(torch.where(found.unsqueeze(-1), y, float("nan")))
+        t_all = torch.stack(times) if times else out.t.new_empty((0, rows))
+        flat = torch.stack(states) if states else parts.y0.new_empty((0, *parts.y0.shape))
+        records.append(EventRecord((t_all if batched else t_all[:, 0]).to(real), parts.state(flat)))
+    if not any_stop:
+        return Found(tuple(records), None, None, None)
+    return Found(tuple(records), ends, states_there, slopes_there)
+
+
+class Around(NamedTuple):
+    """The steps ``(B,)`` in which trajectories have an event: start, size, state ``(B, n)`` at the start, stages ``(S, B, n)``."""
+
+    t: Tensor
+    h: Tensor
+    y: Tensor
+    stages: Tensor
+    method: Method
+
+    def state(self, t: Tensor) -> Tensor:
+        """The dense output ``(B, n)`` at ``t`` (B,)."""
+        weights = (self.method.dense_weights((t - self.t) / self.h) * self.h.unsqueeze(-1)).to(self.y.dtype)
+        return self.y + torch.einsum("bs,sbn->bn", weights, self.stages)
+
+    def slope(self, t: Tensor) -> Tensor:
+        """Its derivative."""
+        weights = self.method.dense_slopes((t - self.t) / self.h).to(self.y.dtype)
+        return torch.einsum("bs,sbn->bn", weights, self.stages)
+
+
+def step_around(parts: Parts, out: Outputs, grid: StepTimes, line: int, found: Tensor) -> Around:
+    """The steps with the events of one line of the table, in the rows that have it (``found``)."""
+    n = parts.y0.shape[-1]
+    step = out.event_step[line].clamp(min=0).unsqueeze(0)
+    y0 = out.states.gather(0, step.unsqueeze(-1).expand(1, -1, n))[0]
+    t0, h = grid.t.gather(0, step)[0], grid.h.gather(0, step)[0]
+    # a trajectory that took no step has no event either
+    h = torch.where(found, h, 1.0)
+    kept = step
+    if not parts.problem.plan.keep_stages:
+        # of one trajectory, which has all lines of the table
+        kept = torch.searchsorted(torch.unique(out.event_step), step)
+    ks = out.stages.gather(0, kept.reshape(1, 1, -1, 1).expand(1, out.stages.shape[1], -1, n))[0]
+    # others are looked at where one that has the event is: whatever they are is summed with the rest, and zero times NaN is NaN
+    other = y0.detach().gather(0, found.to(torch.int64).argmax().expand(1, n)).nan_to_num(1.0, 1.0, 1.0)
+    y0, ks = torch.where(found.unsqueeze(-1), y0, other), torch.where(found.unsqueeze(-1), ks, 0.0)
+    return Around(t0, h, y0, ks, parts.problem.plan.method)
+
+
+def _located(
+    parts: Parts, out: Outputs, grid: StepTimes, which: int, line: int, found: Tensor, between: Between | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Times ``(B,)``, states and slopes ``(B, n)`` of one line of the table in the rows that have it."""
+    batched = parts.problem.batched
+    around = step_around(parts, out, grid, line, found)
+    t0, h, y0, ks, state = around.t, around.h, around.y, around.stages, around.state
+
+    def residual(t: Tensor) -> Tensor:
+        flat = state(t)
+        time = t.to(flat.dtype.to_real())
+        value = parts.events[which](time if batched else time.reshape(()), parts.state(flat), *parts.args)
+        return signed(value).reshape(-1).to(torch.float64)
+
+    t = at = torch.where(found, out.event_t[line], t0.detach())
+    if between is not None:
+        step = out.event_step[line].clamp(min=0)
+        y1 = out.states.gather(0, (step + 1).reshape(1, -1, 1).expand(1, -1, y0.shape[-1]))[0]
+        state = between(t0, h, y0, y1)
+        for _ in range(3):
+            # what is differentiated below has its root there, where there is a slope to find it by
+            with torch.no_grad():
+                move = residual(at) / tangent(residual, (at,), (torch.ones_like(at),))
+            at = torch.where(found & (move.abs() <= 0.1 * h.abs()), at - move, at).detach()
+        t = at
+    if parts.derivatives:
+        sloping = torch.ones_like(found)
+        for k in range(2):
+            rate, value = tangent(residual, (t,), (torch.ones_like(t),)), residual(t)
+            if k == 0:
+                # at a jump there is a slope perhaps, but no root
+                close = (value / rate).abs() <= 1e-3 * h.abs() + torch.finfo(parts.spec.real_dtype).eps ** 0.5 * t.abs()
+                sloping = (~found | (torch.isfinite(rate) & (rate != 0) & close)).detach()
+            usable = found & sloping
+            t = torch.where(usable, t - torch.where(usable, value, 0.0) / torch.where(usable, rate, 1.0), t)
+        # the value stays what it is without derivatives
+        causes = [x for x in (t0, y0, ks, *parts.problem.system.inputs) if x.is_floating_point() or x.is_complex()]
+        t = with_slope(at + (t - t.detach()), sloping, *causes)
+    return t, state(t), around.slope(t)

@@ -1,0 +1,345 @@
+"""``solve_ivp``: initial value problems of ordinary differential equations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from ..errors import InvalidInput, UnsupportedCombination
+from ..integrate import PIDController, Plan, Record
+from ..integrate.compiled import compile_key
+from ..methods import METHODS, Method
+from ..sensitivity import DiscreteAdjoint, Gradient, Problem
+from ..system.capture import elsewhere, find_captured, needs_derivatives, stand_ins, transforming, vmap_active
+from ..system.homes import parameter_homes
+from ..system.lending import copied
+from ..system.ownership import as_part
+from ..system.precision import full_precision
+from ..system.realification import refuse_parts, suited_to_jacobians
+from ..system.split import SplitFunction
+from ..system.system import StateSpec, System
+from .arguments import (
+    check_controller,
+    check_method,
+    check_precision,
+    check_times,
+    flat_norm,
+    flat_tolerance,
+    method_for,
+    positive,
+)
+from .dae import solve_dae
+from .dae_arguments import dae_failure
+from .event_jumps import jumps_refused
+from .event_times import event_records
+from .failures import raise_failure
+from .mass_matrix import consistent_start, implicit_method, in_step, with_mass, with_matrix, without_last
+from .parts import NO_EVENTS, Parts, event_list, flat_event, solution_of
+from .progress import progress_monitor
+from .quadrature import with_integral
+from .solution import BackwardStats, Solution
+from .stage_arguments import check_compiled, check_jumps, stage_algebra, warn_of_lost_time
+from .switching import solve_switching
+
+__all__ = ["solve_ivp"]
+
+
+@full_precision
+def solve_ivp(
+    fun: Callable[..., Any],
+    t_span: Any,
+    y0: Any,
+    args: Any = (),
+    *,
+    t_eval: Any = None,
+    method: str | Method = "tsit5",
+    rtol: Any = None,
+    atol: Any = None,
+    gradient: Gradient | None = None,
+    batched: bool = False,
+    events: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] | None = None,
+    dense_output: bool = False,
+    quadrature: Callable[..., Any] | None = None,
+    controller: PIDController | None = None,
+    norm: str | Callable[[Any], Tensor] | None = None,
+    first_step: float | None = None,
+    max_step: float = float("inf"),
+    min_step: float = 0.0,
+    max_steps: int = 100_000,
+    step_ts: Any = None,
+    compile: bool = False,
+    throw: bool = True,
+    progress: bool = False,
+    jac: Callable[..., Any] | None = None,
+    jac_sparsity: Any = None,
+    linear_solver: Any = None,
+    mass_matrix: Any = None,
+) -> Solution:
+    """Solve ``y' = fun(t, y, *args)``, ``y(t_span[0]) = y0``, with derivatives in everything that the solution depends on.
+
+    Parameters
+    ----------
+    fun : callable
+        ``fun(t, y, *args) -> dy/dt``, with the structure, shapes and dtypes of ``y0``. ``t`` is 0-d (``(B,)`` with ``batched=True``) in
+        the real dtype of the state. ``args``, parameters of an ``nn.Module`` and tensors that a plain function captured are all
+        differentiated. An `adjoint.SplitFunction` for the implicit-explicit methods of ``adjoint.methods.IMEX_METHODS``; other methods
+        integrate its sum.
+    t_span : pair of numbers or 0-d tensors
+        Start and end; the end may be the smaller one. They may require grad; with ``batched=True`` they may be ``(B,)``.
+    y0 : Tensor or pytree of tensors
+        Initial state: any shape, float or complex. Leaves of several dtypes are integrated in their common dtype.
+    args : tuple or pytree
+        Further arguments of ``fun``, ``events`` and ``quadrature``. A single tensor is taken as ``(tensor,)``.
+    t_eval : None, "steps", or times
+        None: the two ends. "steps": the solver's own steps (NaN-padded when batched or vmapped). Else ``(T,)``, or ``(T, B)`` when
+        batched, increasing or decreasing, within ``t_span``; may require grad.
+    method : str or method object
+        See ``adjoint.methods.METHODS`` and ``IMEX_METHODS``; "auto" changes between "tsit5" and "kvaerno5" as each trajectory becomes stiff
+        and ceases to be (other pairs: ``adjoint.methods.AutoSwitch``).
+        Methods without an error estimate take constant steps of ``first_step``. "abm" (lower orders: ``adjoint.methods.Adams``) and "bdf"
+        choose their order too, from step to step.
+    rtol, atol : number, tensor, or pytree like the state
+        A step is accepted when the norm of ``error / (atol + rtol max(|y0|, |y1|))`` is at most one. Default 1e-6 and 1e-9 for double
+        precision, 1e-4 and 1e-6 for single.
+    gradient : strategy object
+        Default `DiscreteAdjoint()`; see also `Backprop`.
+    batched : bool
+        The leading dimension of ``y0`` counts independent trajectories, each with its own steps, end and status.
+    events : callable or sequence of callables
+        ``event(t, y, *args) -> 0-d tensor`` (``(B,)`` when batched), with SciPy's attributes ``terminal`` (bool or count) and
+        ``direction``. Located on the dense output; times and states are differentiable. When batched, records are ``(E, B)``, padded
+        with NaN for trajectories with fewer events, and a terminal event ends its own trajectory; so under ``torch.vmap``, for each copy.
+        A comparison or count is found where it changes, but its time has no derivative: asking for one raises. See docs/scipy.md.
+    dense_output : bool
+        Give the solution ``sol(t)``. Keeps all stages of all steps.
+    quadrature : callable
+        ``g(t, y, *args)``: a tensor (or pytree) to be integrated along the solution, under the same error control.
+    controller : PIDController
+        Default `IController()`, with implicit methods `PIDController(shrink_accepted=True, predictive=True)`. Not for "abm" and "bdf",
+        which choose order and step size together.
+    norm : "rms", "max" or callable
+        Norm of the scaled error; a callable takes a state pytree and gives 0-d (``(B,)`` when batched).
+    first_step, max_step, min_step, max_steps
+        Sizes are positive in either direction of time. Default first step: Hairer's. ``max_steps`` counts attempts.
+    step_ts : times
+        Times at which a step must end, where ``fun`` may jump: the stages on either side see ``t`` from within their own step.
+    compile : bool
+        Compile the step and its adjoint with ``torch.compile``; of small solves the whole loop, and the one back (docs/choosing.md).
+    throw : bool
+        Raise a named error on failure. False: look at ``status``; failed trajectories are NaN from the failure on, and so are their
+        derivatives in forward mode and in their own initial values; parameters that all trajectories share get none from them.
+    progress : bool
+        Show a progress bar (needs tqdm).
+    jac : callable
+        For implicit methods: ``jac(t, y, *args)``, the Jacobian in ``y`` of a tensor state, dense ``(n, n)`` (``(B, n, n)`` when batched)
+        or sparse; of the implicit part for implicit-explicit methods. Held against ``fun`` at the first call; derivatives of derivatives
+        do not use it. Default: automatic differentiation, compressed by colouring where the pattern is sparse.
+    jac_sparsity : sparse tensor, SciPy matrix, dense mask or SparsityPattern
+        For implicit methods: where the Jacobian may be non-zero. Found from ``fun`` itself if it is not given and the state is large.
+    linear_solver : LinearSolver
+        For implicit methods: ``adjoint.linalg.DenseLU()``, ``SparseLU()``, ... By default by kind and size of the Jacobian.
+    mass_matrix : Tensor or callable
+        Solve ``M y' = fun(t, y, *args)``: ``M`` a tensor ``(n, n)`` (when batched also ``(B, n, n)``) on the flattened state, or
+        ``M(t, y, *args)``; it may be singular (of index 1 or 2, see `solve_dae`) and is differentiated. With method "radau5",
+        "radauIIA3" or "bdf"; a tensor of index 0 or 1 also with "rodas3p", "rodas4" or "rodas5p", and gradients `DiscreteAdjoint`,
+        `Backprop` and `ForwardSensitivity`. Algebraic variables in ``y0`` are guesses: they are solved for.
+
+    Returns
+    -------
+    Solution
+
+    Raises
+    ------
+    InvalidInput, UnsupportedCombination, MaxStepsReached, StepSizeTooSmall, NonFiniteState, CapturedTensorLost
+    """
+    mass = mass_matrix if in_step(method, mass_matrix) else None
+    if mass_matrix is not None and mass is None:
+        refused = {"jac": jac, "jac_sparsity": jac_sparsity, "compile": compile or None}
+        implicit = implicit_method(method, refused)
+        args = args if isinstance(args, (tuple, list)) else (args,)
+        residual, extra = with_mass(fun, mass_matrix, y0, batched)
+        integrand = quadrature if quadrature is None or not extra else lambda t, y, *rest: quadrature(t, y, *rest[:-1])
+        return as_part(
+            solve_dae,
+            residual,
+            t_span,
+            y0,
+            args=(*args, *extra),
+            t_eval=t_eval,
+            method=implicit,
+            rtol=rtol,
+            atol=atol,
+            gradient=gradient,
+            batched=batched,
+            events=without_last(events) if extra else events,
+            dense_output=dense_output,
+            quadrature=integrand,
+            controller=controller,
+            norm=norm,
+            first_step=first_step,
+            max_step=max_step,
+            min_step=min_step,
+            max_steps=max_steps,
+            step_ts=step_ts,
+            throw=throw,
+            progress=progress,
+            linear_solver=linear_solver,
+        )
+    chosen = check_method(method)
+    implicit_options = {"jac": jac, "jac_sparsity": jac_sparsity, "linear_solver": linear_solver}
+    _check_options(chosen, implicit_options, first_step, max_steps)
+    check_controller(chosen, controller)
+    args = args if isinstance(args, (tuple, list)) else (args,)
+    if not callable(fun):
+        given = "SplitFunction(explicit, implicit) instead of a tuple" if isinstance(fun, (tuple, list)) else "a function"
+        raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}: give {given}")
+    if getattr(chosen, "additive", False) and not isinstance(fun, SplitFunction):
+        raise InvalidInput(
+            f"method={chosen.name!r} treats one part of the right-hand side explicitly and the other one implicitly: give "
+            "fun=adjoint.SplitFunction(explicit, implicit), or choose a method for a fun in one piece, such as 'kvaerno5'"
+        )
+    user_spec = StateSpec.of(y0, batched)
+    check_precision(user_spec, rtol)
+    _check_finite(y0, user_spec)
+    if mass is not None:
+        if callable(quadrature):
+            quadrature = with_matrix(quadrature, mass, y0, batched)
+        fun, args, events = with_matrix(fun, mass, y0, batched), (*args, mass), without_last(events)
+    right_hand_side, state, integrand = fun, y0, None
+    times = check_times(t_span, t_eval, step_ts, user_spec)
+    check_jumps(chosen, step_ts)
+    chosen = method_for(times, chosen, METHODS["kvaerno5" if chosen.implicit else "tsit5"], mass is None)
+    if quadrature is not None:
+        if not callable(quadrature):
+            raise InvalidInput(f"quadrature must be callable, got a {type(quadrature).__name__}")
+        right_hand_side, state, integrand = with_integral(fun, quadrature, user_spec, times, y0, tuple(args))
+    spec = StateSpec.of(state, batched)
+    if chosen.implicit and spec.holds_complex:
+        first = times.anchors[0].detach().to(spec.real_dtype)
+        spec = suited_to_jacobians(spec, lambda y: right_hand_side(first if batched else first.reshape(()), y, *args), state)
+        if mass is not None:
+            refuse_parts(f"mass_matrix= with {chosen.name!r}", spec)
+    watched = event_list(events)
+    multistep = getattr(chosen, "multistep", False)
+    if compile and (chosen.implicit or multistep):
+        check_compiled(chosen, spec, implicit_options | {"mass_matrix": mass})
+
+    real = spec.real_dtype
+    leaves, tree = tree_flatten(tuple(args))
+    y_flat = spec.taken(state)
+    probe_t = times.anchors[0].detach().to(real, copy=True)
+    probe_t = probe_t if batched else probe_t.reshape(())
+    system = System(right_hand_side, spec, tree, tuple(leaves))
+    if torch.is_grad_enabled() or transforming():
+        # aliases, so that a tensor that is both an argument and captured is seen in both roles
+        alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
+        probe_y, probe_args = copied(state), tree_map(alias, tuple(args))
+        calls = [right_hand_side]
+        calls += [lambda t, y, *rest, e=e: e(t, y if quadrature is None else y[0], *rest) for e in watched]
+        end_t = times.anchors[-1].detach().to(real, copy=True).reshape(probe_t.shape)
+        end = (end_t, elsewhere(state), *probe_args)
+        found = find_captured(calls, (probe_t, probe_y, *probe_args), [*_pieces(fun), *watched], end)
+        captured = found.tensors
+        homes = tuple(parameter_homes([fun, *watched, *([] if quadrature is None else [quadrature])], captured))
+        names = _parameter_names(right_hand_side, captured)
+        system = replace(system, captured=tuple(captured), parameter_names=names, homes=homes, **found.flags)
+    if mass is not None:
+        system = replace(system, mass=sum(isinstance(x, Tensor) for x in leaves) - 1)
+    inputs = stand_ins(system.inputs)
+    derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])
+
+    recorded = chosen.implicit or multistep
+    single = real == torch.float32 or real.itemsize < 4
+    many = batched or vmap_active()
+    plan = Plan(
+        method=chosen,
+        real=real,
+        controller=controller,
+        rtol=flat_tolerance(rtol, "rtol", spec, 1e-4 if single else 1e-6),
+        atol=flat_tolerance(atol, "atol", spec, 1e-6 if single else 1e-9),
+        norm=flat_norm(norm, spec),
+        first_step=None if first_step is None else positive(first_step, "first_step"),
+        max_step=positive(max_step, "max_step"),
+        min_step=positive(min_step, "min_step", zero=True),
+        max_steps=int(max_steps),
+        keep_states=derivatives or times.steps or dense_output or bool(watched),
+        # the slopes of implicit stages are recorded, and what multistep methods went by: derivatives are taken at them
+        keep_stages=dense_output or (derivatives and recorded) or (bool(watched) and (many or recorded)),
+        results_of_steps=times.steps or dense_output or bool(watched),
+        events=tuple(flat_event(e, system, user_spec, integrand is not None) for e in watched),
+        monitor=progress_monitor(progress),
+        compile=(compile_key(fun), chosen) if compile else None,
+    )
+    backward = BackwardStats()
+    implicit_system = None
+    if mass is not None:
+        y_flat, implicit_system = consistent_start(system, times, y_flat, user_spec, {"rtol": plan.rtol, "atol": plan.atol})
+
+    def report(record: Record) -> None:
+        plan.monitor.close()
+        if throw and implicit_system is not None:
+            dae_failure(record, plan, implicit_system, inputs)
+        elif throw:
+            raise_failure(record, plan, system, inputs)
+
+    def backward_report(n_fun: int, n_steps: int) -> None:
+        backward.n_fun += n_fun
+        backward.n_steps += n_steps
+
+    algebra = (
+        stage_algebra(system, inputs, spec, **implicit_options, exact=getattr(chosen, "needs_time_slope", False), mass=mass)
+        if chosen.implicit
+        else None
+    )
+    problem = Problem(system, plan, batched, report, backward_report, algebra=algebra, derivatives=derivatives)
+    strategy = gradient if gradient is not None else DiscreteAdjoint()
+    if not hasattr(strategy, "solve"):
+        raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")
+    if getattr(chosen, "switching", False):
+        dense = dense_output or bool(watched)
+        out, problem = solve_switching(strategy, problem, times.anchors, times.samples, y_flat, inputs, dense)
+    else:
+        out = strategy.solve(problem, times.anchors, times.samples, y_flat, inputs)
+    warn_of_lost_time(problem, inputs, (times.anchors[0], out.t_final), (y_flat, out.final), out.n_steps)
+    parts = Parts(out, problem, times, user_spec, spec, integrand, y_flat, watched, tuple(args), backward, derivatives, dense_output)
+    parts = jumps_refused(parts) if watched else parts
+    return solution_of(parts, event_records(parts, parts.out) if watched else NO_EVENTS)
+
+
+def _pieces(fun: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+    """The functions of the user that a right-hand side is made of."""
+    return (fun.explicit, fun.implicit) if isinstance(fun, SplitFunction) else (fun,)
+
+
+def _parameter_names(fun: Callable[..., Any], captured: Sequence[Tensor]) -> tuple[str, ...] | None:
+    """The names of the captured tensors, if fun is a module and they are all its parameters."""
+    if not isinstance(fun, torch.nn.Module):
+        return None
+    names = {id(p): name for name, p in fun.named_parameters()}
+    return tuple(names[id(x)] for x in captured) if all(id(x) in names for x in captured) else None
+
+
+def _check_options(method: Method, implicit: dict[str, Any], first_step: Any, max_steps: Any) -> None:
+    for name, value in implicit.items():
+        if value is not None and not method.implicit:
+            raise UnsupportedCombination(f"{name}= is for implicit methods; {method.name!r} solves no linear systems")
+    if not method.adaptive and first_step is None:
+        raise InvalidInput(
+            f"{method.name!r} takes constant steps: give their size as first_step=, or choose an adaptive method such as 'tsit5'"
+        )
+    if not isinstance(max_steps, Integral) or max_steps < 1:
+        raise InvalidInput(f"max_steps must be a positive integer, got {max_steps!r}")
+
+
+def _check_finite(y0: Any, spec: StateSpec) -> None:
+    for leaf, path in zip(tree_leaves(y0), spec.paths, strict=True):
+        if not torch._C._functorch.is_functorch_wrapped_tensor(leaf) and spec.batch is None and not bool(torch.isfinite(leaf).all()):
+            raise InvalidInput(f"All components of the initial state `y0` must be finite: y0{path} has non-finite entries")
+
+

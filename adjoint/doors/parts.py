@@ -1,0 +1,185 @@
+"""What a solution is put together from, and how: the part that doors of initial value problems share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidInput
+from ..integrate import Event
+from ..sensitivity import Outputs, Problem
+from ..sensitivity.problem import interpolate, step_times
+from ..system.capture import readable, vmap_active
+from ..system.lending import lending
+from ..system.system import StateSpec, System
+from .arguments import Times, snapped
+from .event_slope import signed
+from .solution import BackwardStats, EventRecord, Solution, Stats
+
+__all__ = ["NO_EVENTS", "Found", "Parts", "event_list", "flat_event", "interpolant_of", "solution_of"]
+
+
+class Found(NamedTuple):
+    """One record for each event function; ends ``(B,)``, flat states and slopes ``(B, n)`` there, if a terminal event stopped anything.
+
+    Trajectories that no event stopped have the end of the span and their final state there; their slopes mean nothing.
+    """
+
+    records: tuple[EventRecord, ...]
+    t: Tensor | None
+    y: Tensor | None
+    slope: Tensor | None
+
+
+NO_EVENTS = Found((), None, None, None)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that the solution is put together from."""
+
+    out: Outputs
+    problem: Problem
+    times: Times
+    user_spec: StateSpec
+    spec: StateSpec
+    integrand: StateSpec | None
+    y0: Tensor
+    events: list[Callable[..., Tensor]]
+    args: tuple[Any, ...]
+    backward: BackwardStats
+    derivatives: bool
+    dense_output: bool = False
+
+    def state(self, flat: Tensor) -> Any:
+        """``(*lead, B, n)`` as the user's state."""
+        tree = self.spec.unflatten(flat)
+        return tree if self.integrand is None else tree[0]
+
+
+def solution_of(parts: Parts, found: Found) -> Solution:
+    out, times, batched = parts.out, parts.times, parts.problem.batched
+    records, stop_t, stop_y, _ = found
+    final = out.final if stop_y is None else stop_y
+    shown = times.shown
+    if times.steps:
+        shown, flat = _steps(parts, stop_t, stop_y)
+    elif times.samples is None:
+        flat = torch.stack([parts.y0, final])
+        if stop_t is not None:
+            assert shown is not None
+            shown = torch.stack([shown[0].expand_as(stop_t), stop_t.to(shown.dtype)])
+            shown = shown if batched else shown[:, 0]
+    else:
+        flat = out.samples
+    assert shown is not None
+    quadrature = None if parts.integrand is None else parts.spec.unflatten(final)[1]
+    status: int | Tensor = out.status
+    counts = [out.n_steps, out.n_accepted, out.n_rejected, out.n_fun, out.n_jac, out.n_factorizations, out.n_solves, out.n_newton]
+    if not batched and not torch._C._functorch.is_functorch_wrapped_tensor(out.status):
+        status = int(out.status)
+        counts = [int(c) for c in counts]  # type: ignore[misc]
+    elif not batched:
+        status = out.status.squeeze(0)
+        counts = [c.squeeze(0) for c in counts]
+    return Solution(
+        t=shown,
+        y=parts.state(flat),
+        status=status,
+        stats=Stats(*counts, backward=parts.backward),
+        events=records,
+        quadrature=quadrature,
+        interpolant=interpolant_of(parts) if parts.dense_output else None,
+    )
+
+
+def _steps(parts: Parts, stop_t: Tensor | None, stop_y: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Times and states of the solver's own steps."""
+    out, anchors = parts.out, parts.times.anchors
+    grid = step_times(out.t, out.h, out.segment, out.lands, anchors)
+    end = anchors[-1] if stop_t is None else stop_t
+    t = torch.cat([grid.t, out.t_final.unsqueeze(0) + (end - end.detach())])
+    states = out.states
+    place = torch.arange(t.shape[0], device=t.device).unsqueeze(-1)
+    if stop_y is not None:
+        states = torch.where((place == out.n_accepted).unsqueeze(-1), stop_y, states)
+    real = parts.spec.real_dtype
+    if not parts.problem.batched and not vmap_active():
+        return t[:, 0].to(real), states
+    beyond = place > out.n_accepted
+    t = torch.where(place == out.n_accepted, out.t_final + (end - end.detach()), t)
+    t, states = torch.where(beyond, float("nan"), t).to(real), torch.where(beyond.unsqueeze(-1), float("nan"), states)
+    return t if parts.problem.batched else t[:, 0], states
+
+
+def interpolant_of(parts: Parts) -> Callable[[Tensor], Any]:
+    out, plan, batched = parts.out, parts.problem.plan, parts.problem.batched
+    grid = step_times(out.t, out.h, out.segment, out.lands, parts.times.anchors)
+    rows, sign = parts.spec.rows, grid.sign
+
+    def at(t: Tensor) -> Any:
+        if t.dim() > (2 if batched else 1) or (t.dim() == 2 and t.shape[1] != rows):
+            raise InvalidInput(f"sol(t) takes t of shape () or (T,){' or (T, B)' if batched else ''}, got {tuple(t.shape)}")
+        times = t.to(device=out.t.device, dtype=torch.float64)
+        full = times.reshape(-1, 1).expand(-1, rows) if times.dim() < 2 else times
+        full = snapped(full, parts.times.anchors[0], parts.times.anchors[-1], t)
+        start, reached = parts.times.anchors[0].detach(), out.t_final
+        last = torch.where(out.status < 0, parts.times.anchors[-1].detach(), reached)
+        # the located time of an event and its differentiable value are the same to rounding
+        slack = torch.where(out.status > 0, 1e-14 * torch.maximum(start.abs(), last.abs()), 0.0)
+        within = (full >= torch.minimum(start, last) - slack) & (full <= torch.maximum(start, last) + slack)
+        if readable(within) and not bool(within.all()):
+            raise InvalidInput("sol(t): t lies outside of what was integrated")
+        ahead = (sign * (full.detach().unsqueeze(1) - out.t)) > 0  # (T, K, B)
+        inside = torch.arange(out.t.shape[0], device=t.device).unsqueeze(-1) < out.n_accepted
+        index = ((ahead & inside).sum(1) - 1).clamp(min=0)
+        index = torch.where((out.status != 0) & (sign * (full.detach() - reached) > slack), -1, index)
+        flat = interpolate(plan, out.states, out.stages, grid.t, grid.h, full, index)
+        return parts.state(flat[0] if times.dim() == 0 else flat)
+
+    return at
+
+
+def event_list(events: Any) -> list[Callable[..., Tensor]]:
+    listed = [] if events is None else list(events) if isinstance(events, (tuple, list)) else [events]
+    for event in listed:
+        if not callable(event):
+            raise InvalidInput(f"events must be callables, got a {type(event).__name__}")
+    return listed
+
+
+def flat_event(event: Callable[..., Tensor], system: System, user_spec: StateSpec, has_quadrature: bool) -> Event:
+    """The event as a function of flat states, for any inputs."""
+    spec = system.spec
+
+    def bind(inputs: Sequence[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        args, whole = system.arguments(inputs), system.substituted(event, inputs)
+
+        def call(t: Tensor, y: Tensor) -> Tensor:
+            state = spec.unflatten(y)
+            state = state[0] if has_quadrature else state
+            time = t if spec.batch is not None else t.reshape(())
+            return whole(time, state, *args)
+
+        lent = lending(call, "an event function")
+
+        def value(t: Tensor, y: Tensor) -> Tensor:
+            out = lent(t, y)
+            rows = 1 if spec.batch is None else spec.batch
+            if not isinstance(out, Tensor) or out.numel() != rows:
+                got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+                each = "one element" if spec.batch is None else f"one element for each of {rows} trajectories"
+                raise InvalidInput(f"an event function must return a tensor with {each}, got {got}")
+            return signed(out).reshape(rows)
+
+        return value
+
+    terminal = getattr(event, "terminal", None) or 0
+    if not isinstance(terminal, Real) or terminal % 1 != 0 or terminal < 0:
+        raise InvalidInput(f"The `terminal` attribute of each event must be a boolean or positive integer, got {terminal!r}")
+    return Event(bind, float(getattr(event, "direction", 0.0)), int(float(terminal)))

@@ -1,0 +1,170 @@
+"""What comes back from a solve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..integrate import Status
+from ..system.capture import functorch_active
+from .arguments import as_times
+
+__all__ = ["BackwardStats", "EventRecord", "Solution", "Stats"]
+
+_MESSAGES = {
+    Status.SUCCESS: "the solver reached the end of t_span",
+    Status.TERMINAL_EVENT: "a terminal event occurred",
+    Status.MAX_STEPS: "max_steps was reached before the end of t_span",
+    Status.STEP_TOO_SMALL: "the step size became too small",
+    Status.NON_FINITE: "fun or the state became non-finite",
+    Status.NEWTON_FAILED: "Newton's iteration for the stages did not converge",
+}
+
+
+@dataclass
+class BackwardStats:
+    """Work of the backward sweeps made so far: evaluations of ``fun`` (each with one vector-Jacobian product) and steps."""
+
+    n_fun: int = 0
+    n_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Work of the forward solve: integers, or one per trajectory in a ``(B,)`` tensor when batched.
+
+    ``n_steps`` counts attempted steps. The counters of Jacobians, factorisations and solves are zero for explicit methods.
+    """
+
+    n_steps: int | Tensor
+    n_accepted: int | Tensor
+    n_rejected: int | Tensor
+    n_fun: int | Tensor
+    n_jac: int | Tensor = 0
+    n_factorizations: int | Tensor = 0
+    n_solves: int | Tensor = 0
+    n_newton: int | Tensor = 0
+    backward: BackwardStats = field(default_factory=BackwardStats)
+
+
+@dataclass(frozen=True)
+class EventRecord:
+    """Where one event function was zero: times ``(E,)`` and states ``(E, *state)``, both differentiable.
+
+    When batched ``(E, B)`` and ``(E, *state)``, in the order of time for each trajectory, with NaN behind its last event. Under
+    ``torch.vmap`` every copy has ``E`` for the one with most events (``method="auto"``: perhaps more), and NaN behind its last.
+    """
+
+    t: Tensor
+    y: Any
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The solution of an initial value problem.
+
+    Attributes
+    ----------
+    t : Tensor
+        ``(T,)``, or ``(T, B)`` where trajectories have their own times.
+    y : Tensor or pytree
+        The state at ``t``: ``(T, *y0.shape)`` for every leaf. NaN from a failure or a terminal event on.
+    status : int or Tensor
+        0 success, 1 terminal event, negative a failure (see `message`); ``(B,)`` when batched.
+    stats : Stats
+        Work counters; those of backward passes under ``stats.backward``.
+    events : tuple of EventRecord
+        One for each function in ``events=``.
+    quadrature : Tensor, pytree or None
+        The integral of ``quadrature=`` over the span.
+    yp : Tensor, pytree or None
+        Of `solve_dae`: the slopes at ``t``, shaped like ``y``.
+    """
+
+    t: Tensor
+    y: Any
+    status: int | Tensor
+    stats: Stats
+    events: tuple[EventRecord, ...] = ()
+    quadrature: Any = None
+    yp: Any = None
+    interpolant: Callable[[Tensor], Any] | None = None
+
+    @property
+    def success(self) -> bool | Tensor:
+        """Whether the end, or a terminal event, was reached."""
+        return self.status >= 0
+
+    @property
+    def message(self) -> str | list[str]:
+        """The status in words; a list, one per trajectory, when batched."""
+        if isinstance(self.status, int):
+            return _MESSAGES[Status(self.status)]
+        return [_MESSAGES[Status(s)] for s in self.status.reshape(-1).tolist()]
+
+    def __call__(self, t: float | Tensor) -> Any:
+        """The state at any times within the span, from the dense output; differentiable in ``t`` too.
+
+        ``t`` of shape ``()`` or ``(T,)``, when batched also ``(T, B)``, gives leaves of shape ``(*t.shape[:1], *leaf.shape)``.
+        """
+        if self.interpolant is None:
+            raise RuntimeError("this solution has no dense output: solve with dense_output=True")
+        return self.interpolant(as_times(t, "t"))
+
+    def with_tensors(self, function: Callable[[Any], Any]) -> Solution:
+        """The same with ``function`` of everything that may be differentiated: states, times, what gives the dense output."""
+        events = tuple(EventRecord(function(e.t), function(e.y)) for e in self.events)
+        return replace(
+            self,
+            t=function(self.t),
+            y=function(self.y),
+            events=events,
+            quadrature=function(self.quadrature),
+            yp=function(self.yp),
+            interpolant=function(self.interpolant),
+        )
+
+    @property
+    def nfev(self) -> int | Tensor:
+        """SciPy's name of ``stats.n_fun``."""
+        return self.stats.n_fun
+
+    @property
+    def t_events(self) -> list[Tensor]:
+        """SciPy's name of the event times."""
+        return [e.t for e in self.events]
+
+    @property
+    def y_events(self) -> list[Any]:
+        """SciPy's name of the event states."""
+        return [e.y for e in self.events]
+
+    def __repr__(self) -> str:
+        def shape(y: Any) -> str:
+            if isinstance(y, Tensor):
+                return f"{tuple(y.shape)} {str(y.dtype).removeprefix('torch.')}"
+            return str(torch.utils._pytree.tree_map(lambda x: tuple(x.shape), y))
+
+        lines = [f"  t: {tuple(self.t.shape)}", f"  y: {shape(self.y)}"]
+        if functorch_active():
+            return "Solution(\n" + "\n".join(lines) + "\n)"
+        if isinstance(self.status, int):
+            lines.insert(0, f"  status: {self.status} ({self.message})")
+            work = f"{self.stats.n_accepted} accepted, {self.stats.n_rejected} rejected, {self.stats.n_fun} evaluations of fun"
+        else:
+            failed = int((self.status < 0).sum())
+            lines.insert(0, f"  status: {self.status.numel() - failed} trajectories succeeded, {failed} failed")
+            steps = torch.as_tensor(self.stats.n_accepted)
+            work = f"{int(steps.min())} to {int(steps.max())} accepted a trajectory" if steps.numel() else "none"
+        lines.append(f"  steps: {work}")
+        if self.events:
+            lines.append(f"  events: {', '.join(str(int((~e.t.isnan()).sum())) for e in self.events)}")
+        if self.quadrature is not None:
+            lines.append(f"  quadrature: {shape(self.quadrature)}")
+        if self.interpolant is not None:
+            lines.append("  dense output: yes")
+        return "Solution(\n" + "\n".join(lines) + "\n)"

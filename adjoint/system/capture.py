@@ -1,0 +1,494 @@
+"""Differentiable tensors that a plain function captured: finding them, and running the function with others in their place."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..errors import AdjointError, CapturedTensorLost, UnsupportedCombination
+from ..linalg.forward_mode import below_jvp
+from .autograd_graph import alive, cut_apart, leads_to, listed, readable, saved_bytes, unknown_leaves
+from .homes import Home
+
+__all__ = [
+    "Captured",
+    "Substitute",
+    "alive",
+    "ask",
+    "asking",
+    "asks_for_gradients",
+    "below_jvp",
+    "below_vmap",
+    "cut_apart",
+    "depends_on_others",
+    "elsewhere",
+    "find_captured",
+    "find_constants",
+    "functorch_active",
+    "has_tangent",
+    "is_differentiable",
+    "jvp_active",
+    "leads_to",
+    "listed",
+    "moves",
+    "needs_derivatives",
+    "readable",
+    "saved_bytes",
+    "transforming",
+    "unknown_leaves",
+    "unmapped",
+    "unwrapped",
+    "vmap_active",
+]
+
+
+def functorch_active() -> bool:
+    """Whether a ``torch.func`` transform (or its vmap) is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def transforming() -> bool:
+    """Whether a transform of ``torch.func`` or forward mode is running."""
+    return functorch_active() or forward_ad._current_level >= 0
+
+
+def vmap_active() -> bool:
+    """Whether a ``torch.vmap`` is running, directly or inside of a transform such as `torch.func.jacfwd`."""
+    stack = torch._C._functorch.get_interpreter_stack()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack or ())
+
+
+def jvp_active() -> bool:
+    """Whether a `torch.func.jvp` is running, and no ``torch.vmap``."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) and not vmap_active()
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """What holds the values of ``x``, those of all copies where ``torch.vmap`` maps over it, for use below all transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def below_vmap(x: Tensor, size: int) -> Tensor:
+    """``(size, *x.shape)``: what ``x`` is for each copy, as the vmap rule of a node sees it, which runs below the vmap itself."""
+    level, mapped = _functorch_level(), False
+    while torch._C._functorch.maybe_get_level(x) > level:
+        dim = torch._C._functorch.maybe_get_bdim(x)
+        x = torch._C._functorch.get_unwrapped(x)
+        if dim >= 0:
+            x, mapped = x.movedim(dim, 0), True
+    return x if mapped else x.expand(size, *x.shape)
+
+
+def is_differentiable(x: Any) -> bool:
+    """Whether some derivative may be asked of ``x``: reverse mode, forward mode or a ``torch.func`` transform."""
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
+        return False
+    return x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x) or has_tangent(x)
+
+
+def moves(x: Tensor) -> bool:
+    """As `is_differentiable`, but not for what is only mapped over by ``torch.vmap``, nor where no gradients are recorded."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        # a transform wraps what depends on the arguments that it differentiates in; forward mode does not say so by `requires_grad`
+        if torch._C._functorch.is_gradtrackingtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return (torch.is_grad_enabled() and x.requires_grad) or has_tangent(x)
+
+
+def needs_derivatives(tensors: Iterable[Tensor]) -> bool:
+    """Whether a solve that depends on these tensors must keep what derivatives need."""
+    if functorch_active():
+        return any(is_differentiable(x) for x in tensors)
+    grad = torch.is_grad_enabled()
+    return any((grad and x.requires_grad) or has_tangent(x) for x in tensors)
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether ``x`` is a dual tensor of forward mode."""
+    # unpack_dual raises outside of a dual level, and sees none inside of a transform
+    if forward_ad._current_level < 0:
+        return False
+    with torch._C._DisableFuncTorch():
+        return forward_ad.unpack_dual(x).tangent is not None
+
+
+def _functorch_level() -> int:
+    stack = torch._C._functorch.peek_interpreter_stack()
+    return 0 if stack is None else stack.level()
+
+
+def _functorch_wrapped(x: Tensor, level: int) -> bool:
+    """Whether ``x`` carries wrappers of a transform that began after ``level``, or of one that has ended."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x) and not 0 < torch._C._functorch.maybe_get_level(x) <= level
+
+
+def _layers(x: Tensor, level: int) -> Iterator[Tensor]:
+    """``x`` and what lies in it below the wrappers of transforms that began after ``level``: those that ``fun`` uses itself.
+
+    Every layer counts. A node runs its function below the transform that called for it, and the next one which ``fun`` begins gets the
+    same number: a captured tensor of the one, wrapped by the other, looks like one that is wrapped twice.
+    """
+    yield x
+    while torch._C._functorch.maybe_get_level(x) > level:
+        x = torch._C._functorch.get_unwrapped(x)
+        yield x
+
+
+def _wrapped_like(x: Tensor, like: Sequence[Tensor]) -> Tensor:
+    """``x`` in wrappers as those of ``like``, from the outermost one to the innermost one."""
+    for wrapper in reversed(like):
+        level = torch._C._functorch.maybe_get_level(wrapper)
+        if torch._C._functorch.is_batchedtensor(wrapper):
+            x = torch._C._functorch._add_batch_dim(x, torch._C._functorch.maybe_get_bdim(wrapper), level)
+        elif torch._C._functorch.is_gradtrackingtensor(wrapper):
+            x = torch._C._functorch._wrap_for_grad(x, level)
+        else:
+            raise UnsupportedCombination(
+                "fun hands a tensor that it captured to a transform which is neither of torch.func.grad, vjp, jvp, jacrev, jacfwd, "
+                "hessian nor torch.vmap: pass the tensor through args="
+            )
+    return x
+
+
+_SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+
+
+#: what a function may branch by: a node's tensors answer otherwise than those of the user
+_QUESTIONS = frozenset((Tensor.requires_grad.__get__, Tensor.is_leaf.__get__))  # type: ignore[attr-defined]
+
+
+def asks_for_gradients(func: Callable) -> bool:
+    """Whether an operator makes a tensor one that requires grad."""
+    return func is Tensor.requires_grad_ or func == _SET_REQUIRES_GRAD
+
+
+def _written_down() -> bool:
+    """Whether operators are traced by `make_fx`."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+_NOT_MAPPED = "torch.vmap cannot see through torch.autograd.grad, which fun calls: use torch.func.grad there, which every transform can"
+
+
+@contextmanager
+def unmapped() -> Iterator[None]:
+    """Names what PyTorch fails on where ``fun`` calls `torch.autograd.grad` under vmap."""
+    try:
+        yield
+    except RuntimeError as error:
+        if vmap_active() and not isinstance(error, AdjointError):
+            raise UnsupportedCombination(_NOT_MAPPED) from error
+        raise
+
+
+def ask(x: Any) -> Any:
+    """``x`` as a tensor that derivatives can be taken in, another one where it is not."""
+    if not isinstance(x, Tensor) or x.requires_grad or not (x.is_floating_point() or x.is_complex()):
+        return x
+    if torch._C._functorch.is_batchedtensor(x):
+        raise UnsupportedCombination(_NOT_MAPPED)
+    with asking():
+        return x.view_as(x).requires_grad_(True)
+
+
+@contextmanager
+def asking() -> Iterator[None]:
+    """Transforms refuse to let a tensor require grad that did not; here they do not."""
+    allowed = torch._C._functorch.get_inplace_requires_grad_allowed()
+    torch._C._functorch.set_inplace_requires_grad_allowed(True)
+    try:
+        yield
+    finally:
+        torch._C._functorch.set_inplace_requires_grad_allowed(allowed)
+
+
+class _Watch(TorchFunctionMode):
+    """Records the (differentiable) tensors that enter operators without having come out of one, and whether ``fun`` differentiates."""
+
+    def __init__(self, known: Iterable[Any], wanted: Callable[[Any], bool] = is_differentiable) -> None:
+        super().__init__()
+        self.wanted, self.level = wanted, _functorch_level()
+        self.known = {id(x): x for x in known if isinstance(x, Tensor)}
+        self.captured: dict[int, Tensor] = {}
+        #: tensors with derivatives that came out of operators, for `left`
+        self.made: list[weakref.ref[Tensor]] = []
+        self.transforms = self.inner_grad = self.asked = False
+        self.begun, self.traced = torch.autograd._get_sequence_nr(), _written_down()
+        #: of solves around this one: operators are given what they put in
+        self.outer = _substitutes()
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.traced and _written_down():
+            raise UnsupportedCombination(
+                "fun calls torch.func.linearize (or make_fx), whose result has no derivatives: what it depends on is written down as "
+                "constants. Use torch.func.jvp there"
+            )
+        if func in _QUESTIONS:
+            self.asked = True
+        if _functorch_level() > self.level:
+            self.transforms = True
+        elif func is Tensor.backward:
+            raise UnsupportedCombination(
+                "fun calls backward(), whose result has no derivatives: take torch.autograd.grad or torch.func.grad, or solve under "
+                "torch.no_grad()"
+            )
+        elif func is torch.autograd.grad:
+            # pullbacks of torch.func.vjp call it too, on what their transform has left
+            self.inner_grad |= not any(isinstance(x, Tensor) and _functorch_wrapped(x, self.level) for x in tree_leaves(args[:1]))
+        elif asks_for_gradients(func):
+            self.inner_grad = True
+        out = func(*args, **kwargs)
+        produced = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if produced:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor) and id(leaf) not in self.known:
+                    self._meet(list(_layers(leaf, self.level)))
+            # kept alive here, so that no identity is given twice; with what lies in them, which is left when a transform ends
+            for x in produced:
+                self.known.update((id(layer), layer) for layer in _layers(x, self.level))
+                if is_differentiable(x):
+                    self.made.append(weakref.ref(x))
+        return out
+
+    def left(self) -> dict[int, Tensor]:
+        """The tensors with derivatives that were made while this watched and that somebody keeps; it forgets all others itself."""
+        self.known.clear()
+        alive = [x for x in (made() for made in self.made) if x is not None]
+        return {id(x): x for x in alive}
+
+    def returned(self, results: Any) -> None:
+        """What a function gives back may be a captured tensor itself, that enters no operator."""
+        for x in tree_leaves(results):
+            if isinstance(x, Tensor) and not (self.transforms and torch._C._functorch.is_functorch_wrapped_tensor(x)):
+                self._meet(list(_layers(x, self.level)))
+
+    def _meet(self, layers: list[Tensor]) -> None:
+        for x in layers if self.outer else ():
+            put_in = next((mode.table[id(x)][1] for mode in self.outer if id(x) in mode.table), None)
+            if put_in is not None and self.wanted(put_in) and not any(id(layer) in self.known for layer in layers):
+                self.captured[id(x)] = self.known[id(x)] = x
+                return
+        x = layers[-1]
+        if not any(id(layer) in self.known for layer in layers) and self.wanted(x) and not (self.transforms and self._made_here(x)):
+            self.captured[id(x)] = self.known[id(x)] = x
+
+    def _made_here(self, x: Tensor) -> bool:
+        """Whether ``x`` was computed since the watch began: results of a transform leave it by no operator that is seen."""
+        return x.grad_fn is not None and x.grad_fn._sequence_nr() >= self.begun
+
+
+class Captured(NamedTuple):
+    """What functions use beside their arguments, and whether they take derivatives themselves: by `torch.func` or vmap
+    (``transforms``), by `torch.autograd.grad` (``inner_grad``)."""
+
+    tensors: list[Tensor]
+    transforms: bool = False
+    inner_grad: bool = False
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """As fields of a `System`."""
+        return {"transforms": self.transforms, "inner_grad": self.inner_grad}
+
+
+def find_captured(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], owners: Iterable[Any] = (), end: Any = None) -> Captured:
+    """Differentiable tensors that ``call(*point)`` uses beside that, leaf or not, in order of first use.
+
+    ``point`` holds pytrees. ``owners`` are the functions themselves: where one is (bound to) an ``nn.Module``, its parameters count even if
+    this call does not reach them, because another time may. What a function computes in this first call and keeps for later ones counts
+    too (weights that are made when first asked for); ``end`` is another point, at which that is seen.
+
+    Raises `CapturedTensorLost` where a function keeps what it has computed for each point by itself: most of that is made within the
+    solve, where no derivatives are recorded.
+    """
+    watch = _watched(calls, point)
+    found = dict(watch.captured)
+    flags = watch.transforms, watch.inner_grad or (watch.asked and _branches(calls, point, list(found.values())))
+    kept = watch.left()
+    if kept and end is not None:
+        found.update(_used_again(calls, kept, end))
+    inputs = {id(x) for x in tree_leaves(point) if isinstance(x, Tensor)}
+    for owner in owners:
+        module = owner if isinstance(owner, torch.nn.Module) else getattr(owner, "__self__", None)
+        if isinstance(module, torch.nn.Module):
+            found.update((id(p), p) for p in module.parameters() if id(p) not in inputs and is_differentiable(p))
+    return Captured(list(found.values()), *flags)
+
+
+def _watched(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...]) -> _Watch:
+    known = [x for x in tree_leaves(point) if isinstance(x, Tensor)]
+    watch = _Watch(known)
+    try:
+        with torch.enable_grad(), watch:
+            for call in calls:
+                watch.returned(call(*point))
+    except RuntimeError:
+        if not watch.inner_grad:
+            raise
+        # the state does not require grad here, or a transform refuses to let it: again with one that does
+        with unmapped():
+            asked = [ask(x) for x in known]
+            watch = _Watch([*known, *asked])
+            with torch.enable_grad(), asking(), watch, Substitute(known, asked, answers=False):
+                for call in calls:
+                    watch.returned(call(*point))
+    return watch
+
+
+def _branches(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], captured: Sequence[Tensor]) -> bool:
+    """Whether functions that look at ``requires_grad`` take derivatives themselves where all that they see requires grad, as on the way
+    back."""
+    known = [*(x for x in tree_leaves(point) if isinstance(x, Tensor)), *captured]
+    asked = [x if torch._C._functorch.is_batchedtensor(x) else ask(x) for x in known]
+    watch = _Watch([*known, *asked])
+    with torch.enable_grad(), asking(), watch, Substitute(known, asked, answers=False):
+        for call in calls:
+            call(*point)
+    return watch.inner_grad
+
+
+def elsewhere(state: Any) -> Any:
+    """A state that is another one than the given one, in every entry, and not far from it."""
+    return tree_map(lambda x: 1.0009765625 * x + 0.0009765625 if isinstance(x, Tensor) else x, state)
+
+
+def _used_again(calls: Sequence[Callable[..., Any]], kept: dict[int, Tensor], end: tuple[Any, ...]) -> dict[int, Tensor]:
+    """Those of the tensors kept from a first call that another one uses, at another point."""
+    watch = _watched(calls, end)
+    used = {i: x for i, x in watch.captured.items() if i in kept}
+    more = watch.left()
+    if more:
+        # at this point once more, by tensors of other identities
+        again = _watched(calls, tree_map(lambda x: x.view_as(x) if isinstance(x, Tensor) else x, end))
+        if any(i in more for i in again.captured):
+            raise CapturedTensorLost(
+                "fun keeps tensors that it has computed from differentiable ones, and uses them when it is called with the same arguments "
+                "again (a cache by time or state). Those that it makes within the solve have no derivatives, and a gradient would be "
+                "missing: compute them in every call, or all of them before the solve."
+            )
+    return used
+
+
+def find_constants(calls: Sequence[Callable[[], Any]], known: Iterable[Any]) -> list[Tensor]:
+    """All tensors, differentiable or not, that the calls use and that are not among ``known``."""
+    watch = _Watch(known, lambda x: isinstance(x, Tensor))
+    with torch.no_grad(), watch:
+        for call in calls:
+            call()
+    return list(watch.captured.values())
+
+
+class Substitute(TorchFunctionMode):
+    """Runs operators with other tensors in the place of captured ones (needed where a transform wraps the node's inputs).
+
+    A captured tensor that ``fun`` hands to a transform of its own comes to the operators in that transform's wrappers: it is known by what
+    lies in them, and its replacement is wrapped in the same way.
+
+    ``homes``: see `parameter_homes`; what lies there now is replaced too. ``answers``: whether captured tensors themselves say if they
+    require grad, so that a function which branches by that takes the same way in every call, whatever stands in their place.
+    """
+
+    def __init__(
+        self, captured: Sequence[Tensor], replacements: Sequence[Tensor], homes: Sequence[Home | None] = (), answers: bool = True
+    ) -> None:
+        super().__init__()
+        self.answers = answers
+        # with the tensors themselves: what a transform wraps is alive no longer than they are
+        self.table = {id(x): (x, r) for x, r in zip(captured, replacements, strict=True)}
+        for x, r in list(self.table.values()):
+            # a transform puts into its wrappers what is left of those of transforms that have ended
+            inner = torch._C._functorch.unwrap_if_dead(x)
+            self.table.setdefault(id(inner), (inner, r))
+        for home, r in zip(homes, replacements, strict=False):
+            if home is not None:
+                present = home[0]._parameters.get(home[1])
+                if present is not None:
+                    self.table[id(present)] = (present, r)
+        self.level = 0
+        #: wrappers that a transform of ``fun`` differentiates by, with the ones that do so in their place
+        self.variables: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __enter__(self) -> Substitute:
+        self.level = _functorch_level()
+        return super().__enter__()
+
+    def __exit__(self, *what: Any) -> None:
+        self.variables.clear()
+        super().__exit__(*what)
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if asks_for_gradients(func):
+            return self._ask(func, args, kwargs or {})
+        if self.answers and func in _QUESTIONS and id(args[0]) in self.table and id(args[0]) not in self.variables:
+            return func(*args, **(kwargs or {}))
+        swap = self._swap if _functorch_level() == self.level and not self.variables else self._swap_wrapped
+        return func(*tree_map(swap, args), **tree_map(swap, kwargs or {}))
+
+    def run(self, call: Callable[..., Any], *a: Any) -> Any:
+        """``call(*a)`` with the replacements, also where it returns a captured tensor as it is."""
+        with self:
+            return tree_map(self._swap_wrapped, call(*a))
+
+    def _ask(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        x = args[0]
+        other = self._swap_wrapped(x)
+        if not other.requires_grad:
+            # else there is nothing to do, and a transform would refuse it
+            func(other, *args[1:], **kwargs)
+        if other is not x:
+            self.variables[id(x)] = (x, other)
+        return x
+
+    def _swap(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        pair = self.table.get(id(x))
+        return x if pair is None else pair[1]
+
+    def _swap_wrapped(self, x: Any) -> Any:
+        """As `_swap`, while a transform of ``fun`` runs, or after one has left its pullback."""
+        if not isinstance(x, Tensor):
+            return x
+        wrappers: list[Tensor] = []
+        for layer in _layers(x, self.level):
+            pair = self.variables.get(id(layer)) or self.table.get(id(layer))
+            if pair is not None:
+                return _wrapped_like(pair[1], wrappers)
+            wrappers.append(layer)
+        return x
+
+
+def stood_in_for() -> set[int]:
+    """Identities of the tensors that operators are given others for, by solves around this place."""
+    return {key for mode in _substitutes() for key in mode.table}
+
+
+def _substitutes() -> list[Substitute]:
+    """Those that are at work, from the innermost on."""
+    return [mode for mode in reversed(torch.overrides._get_current_function_mode_stack()) if isinstance(mode, Substitute)]
+
+
+def stand_ins(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors, or what stands in their places where ``fun`` of another solve runs, which a node within it is to be given: it sees what
+    it captured itself, and a node is no operator that would be given the others."""
+    if not _substitutes():
+        return tuple(tensors)
+    return tuple(x.view_as(x) for x in tensors)
+
+
+def depends_on_others(x: Tensor, only: Sequence[Tensor] | None = None) -> bool:
+    """Whether ``x``, computed from constants, has a graph nevertheless, at the level of any transform; ``only``: one that leads there."""
+    return any(layer.requires_grad and (only is None or leads_to(layer, only)) for layer in _layers(x, 0))

@@ -1,0 +1,381 @@
+"""Products with the Jacobian of a user's function, the dense Jacobian, and the Jacobian as an operator.
+
+Everything has rows: ``f`` maps ``(B, n)`` to ``(B, m)`` with independent rows, so one direction serves all rows at once.
+``jacobians_sparse`` has the sparse strategies and the choice between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.variable import Variable
+
+from ..errors import InvalidInput, UnsupportedCombination
+from ..linalg.protocol import LinearOperator, Matrix
+
+__all__ = [
+    "DenseJacobian",
+    "JacobianStrategy",
+    "complex_differentiable",
+    "dense_with_time",
+    "forward_products",
+    "is_vmap_failure",
+    "jacobian_operator",
+    "jvp",
+    "reverse_products",
+    "vjp",
+]
+
+Function = Callable[[Tensor], Tensor]
+
+
+class JacobianStrategy(Protocol):
+    """How the Jacobian of ``f`` is had; may be called as often as you like."""
+
+    def __call__(self, f: Function, x: Tensor) -> Matrix:
+        """The ``B`` matrices ``df/dx`` at ``x`` (B, n)."""
+        ...
+
+
+def transforms_active() -> bool:
+    """Whether a ``torch.func`` transform or a level of forward-mode AD is around us: then plain autograd is not enough."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def must_differentiate(differentiable: bool | None) -> bool:
+    """None means: as the surroundings want it."""
+    return torch.is_grad_enabled() or transforms_active() if differentiable is None else differentiable
+
+
+def jvp(f: Function, x: Tensor, v: Tensor, differentiable: bool | None = None) -> Tensor:
+    """``J v`` for ``v`` (B, n): (B, m). Where forward mode cannot be used, the transpose of a vjp serves."""
+    if not must_differentiate(differentiable):
+        found = _plain_push(f, x, v.unsqueeze(0), None)
+        if found is not None:
+            return found[0]
+    try:
+        return torch.func.jvp(f, (x,), (v,))[1]
+    except RuntimeError as error:
+        if not _lacks_forward(error):
+            raise
+        return _linearized(f, x)(v)
+
+
+def complex_differentiable(f: Function, x: Tensor) -> bool:
+    """Whether ``f`` of complex ``x`` (B, n) is linear over the complex numbers to first order: ``J (i d) = i J d`` for one direction ``d``
+    at a point near ``x`` (where ``abs`` is not at its corner). Derivatives that are not finite are passed over.
+    """
+    k = torch.arange(2 * x.shape[1], dtype=x.dtype.to_real(), device=x.device).reshape(2, -1) + 1
+    wave = torch.cos(k * k)  # not random numbers, which `torch.vmap` refuses
+    d = torch.complex(wave[0], wave[1]).expand_as(x)
+    point = x.detach() + 1e-3 * (1 + x.detach().abs()) * d
+    # PyTorch promises the conjugate of what others define for vjps: products forward are the same in every convention
+    along, turned = jvp(f, point, d), jvp(f, point, 1j * d)
+    off = (turned - 1j * along).abs() > torch.finfo(x.dtype).eps ** 0.5 * (turned.abs() + along.abs())
+    while torch._C._functorch.is_functorch_wrapped_tensor(off):
+        off = torch._C._functorch.get_unwrapped(off)
+    with torch._C._DisableFuncTorch():
+        return not bool(off.any())
+
+
+def vjp(f: Function, x: Tensor, w: Tensor) -> Tensor:
+    """``J^T w`` (not conjugated) for ``w`` (B, m): (B, n), differentiable."""
+    out, pull = _vjp(f, x)
+    _same_field(out, x)
+    return pull(w.conj())[0].conj() if out.is_complex() else pull(w)[0]
+
+
+def _vjp(f: Function, x: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]:
+    found: Any = torch.func.vjp(f, x)
+    return found[0], found[1]
+
+
+def _lacks_forward(error: RuntimeError) -> bool:
+    """An operator without forward mode, or a ``forward_ad`` level around us, which PyTorch does not nest."""
+    return isinstance(error, NotImplementedError) or "Nested forward mode" in str(error)
+
+
+def _linearized(f: Function, x: Tensor) -> Function:
+    """``v -> J v`` as the transpose of the vjp, which is linear."""
+    out, pull = _vjp(f, x)
+    _same_field(out, x)
+    _, transpose = _vjp(lambda w: pull(w)[0], torch.zeros_like(out))
+    return lambda v: transpose(v)[0]
+
+
+def _same_field(out: Tensor, x: Tensor) -> None:
+    if out.is_complex() != x.is_complex():
+        raise InvalidInput(
+            f"f maps {x.dtype} to {out.dtype}: reverse mode needs both real or both complex (and f holomorphic); "
+            "use forward mode for real x, or write f on real tensors"
+        )
+
+
+def forward_products(f: Function, x: Tensor, seeds: Tensor, chunk_size: int | None = None, differentiable: bool | None = None) -> Tensor:
+    """``J s`` for the ``k`` directions ``seeds`` (k, n), the same for all rows: (k, B, m).
+
+    If it need not be differentiable, the transpose of a recorded vjp is taken: 2 to 5 times as quick as a vmapped ``torch.func.jvp`` for
+    up to some ten thousand unknowns (whose very first use in a process costs a second more).
+    """
+    seeds = seeds.to(x.dtype)
+    if not must_differentiate(differentiable):
+        found = _plain_push(f, x, seeds.unsqueeze(1).expand(-1, *x.shape), chunk_size)
+        if found is not None:
+            return found
+    try:
+        return _mapped(lambda s: torch.func.jvp(f, (x,), (s.expand_as(x),))[1], seeds, chunk_size)
+    except RuntimeError as error:
+        if not _lacks_forward(error):
+            raise
+        push = _linearized(f, x)
+        return _mapped(lambda s: push(s.expand_as(x)), seeds, chunk_size)
+
+
+def reverse_products(f: Function, x: Tensor, seeds: Tensor, chunk_size: int | None = None, differentiable: bool | None = None) -> Tensor:
+    """``J^T s`` for the ``k`` directions ``seeds`` (k, m), the same for all rows: (k, B, n).
+
+    If it need not be differentiable, plain autograd with a batched backward is taken: it costs a half of ``torch.func`` for small systems.
+    """
+    pull, out = _pullback(f, x, must_differentiate(differentiable))
+    _same_field(out, x)
+    if out.shape != (x.shape[0], seeds.shape[-1]):
+        raise InvalidInput(f"f maps {tuple(x.shape)} to {tuple(out.shape)}, but ({x.shape[0]}, {seeds.shape[-1]}) is expected")
+    return pull(seeds.to(out.dtype), chunk_size)
+
+
+def _pullback(f: Function, x: Tensor, differentiable: bool) -> tuple[Callable[[Tensor, int | None], Tensor], Tensor]:
+    """``(seeds, chunk_size) -> J^T seeds`` and ``f(x)``."""
+    if differentiable or transforms_active():
+        out, back = _vjp(f, x)
+        if out.is_complex():
+            return lambda seeds, chunk: _mapped(lambda s: back(s.expand_as(out).conj())[0].conj(), seeds, chunk), out
+        return lambda seeds, chunk: _mapped(lambda s: back(s.expand_as(out))[0], seeds, chunk), out
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        out = f(leaf)
+
+    def pull(seeds: Tensor, chunk: int | None) -> Tensor:
+        weights = seeds.unsqueeze(1).expand(-1, *out.shape)
+        if not out.is_complex():
+            return _plain_grads(out, leaf, weights, chunk)
+        return _plain_grads(out, leaf, weights.conj(), chunk).conj()
+
+    return pull, out
+
+
+def _record(f: Function, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``f(x)``, its leaf, a probe ``u = 0`` and ``J^H u`` with a graph; None where ``f`` does not depend on ``x``."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        out = f(leaf)
+        probe = torch.zeros_like(out, requires_grad=True)
+        turned = torch.autograd.grad(out, leaf, probe, create_graph=True, allow_unused=True)[0] if out.requires_grad else None
+    return out, leaf, probe, turned
+
+
+def _plain_push(f: Function, x: Tensor, seeds: Tensor, chunk: int | None) -> Tensor | None:
+    """``J s`` for ``seeds`` (k, B, n) as the transpose of the recorded vjp, or None where that cannot be had (complex results of real
+    arguments, a backward that cannot be differentiated)."""
+    if transforms_active():
+        return None
+    try:
+        out, _, probe, turned = _record(f, x)
+        if out.is_complex() != x.is_complex():
+            return None
+        if turned is None:
+            return out.new_zeros(seeds.shape[0], *out.shape)
+        return _plain_grads(turned, probe, seeds, chunk)
+    except RuntimeError:  # a fault of f shows again in the way that is taken instead
+        return None
+
+
+#: elements of one direction beyond which a loop is quicker than a batched backward (the tangents of all leave the cache)
+_BATCHED_UP_TO = 20_000
+
+
+def _plain_grads(out: Tensor, leaf: Tensor, weights: Tensor, chunk: int | None) -> Tensor:
+    """Vector-Jacobian products of plain autograd with ``weights`` (k, *out.shape): (k, *leaf.shape)."""
+    if not out.requires_grad:
+        return leaf.new_zeros(weights.shape[0], *leaf.shape)
+
+    def grad(w: Tensor, batched: bool) -> Tensor:
+        (found,) = _batched_grads(out, (leaf,), w) if batched else torch.autograd.grad(out, leaf, w, retain_graph=True, allow_unused=True)
+        return leaf.new_zeros(*(w.shape[:1] if batched else ()), *leaf.shape) if found is None else found
+
+    if out.numel() <= _BATCHED_UP_TO:
+        try:
+            parts = [grad(part, True) for part in weights.split(chunk or max(weights.shape[0], 1))]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        except RuntimeError as error:
+            if not is_vmap_failure(error):
+                raise
+    return torch.stack([grad(w, False) for w in weights])
+
+
+def _batched_grads(out: Tensor, leaves: tuple[Tensor, ...], weights: Tensor) -> Sequence[Tensor | None]:
+    """``torch.autograd.grad`` with ``is_grads_batched`` and ``retain_graph``, without its checks: they take longer than small Jacobians."""
+    level = torch._C._vmapmode_increment_nesting()
+    try:
+        found = Variable._execution_engine.run_backward(
+            (out,), (torch._add_batch_dim(weights, 0, level),), True, False, leaves, allow_unreachable=True, accumulate_grad=False
+        )
+        return [None if g is None else torch._remove_batch_dim(g, level, weights.shape[0], 0) for g in found]
+    finally:
+        torch._C._vmapmode_decrement_nesting()
+
+
+def is_vmap_failure(error: Exception) -> bool:
+    """Whether an operator could not be mapped (sparse matrices among them: their backward expands what cannot be expanded)."""
+    text = str(error).lower()
+    return any(word in text for word in ("vmap", "batching", "sparse"))
+
+
+def _mapped(one: Function, seeds: Tensor, chunk_size: int | None) -> Tensor:
+    """``vmap``, or a loop for functions that it cannot map (in-place writes into fresh tensors, operators without a rule)."""
+    try:
+        return torch.vmap(one, chunk_size=chunk_size)(seeds)
+    except RuntimeError as error:
+        if isinstance(error, NotImplementedError) or not is_vmap_failure(error):
+            raise
+        return torch.stack([one(s) for s in seeds])
+
+
+@dataclass(frozen=True)
+class DenseJacobian:
+    """All entries, one product for each column or row of the matrix: ``(f, x) -> (B, m, n)``.
+
+    ``mode``: ``"forward"`` (columns), ``"reverse"`` (rows), ``"auto"`` (reverse unless ``m > 2 n``; quicker for small systems and not in
+    need of forward-mode rules), or ``"rows"``: ``f`` is run once on ``m`` copies of every row, which is the quickest for small systems but
+    allowed only if ``f`` takes any number of rows (and holds no tensor that belongs to certain rows).
+    ``chunk_size``: how many products at once (None: all). ``differentiable``: whether derivatives through the entries are wanted; None: if
+    grad mode is on or a transform is active. Complex functions must be holomorphic.
+    """
+
+    mode: str = "auto"
+    chunk_size: int | None = None
+    differentiable: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("auto", "forward", "reverse", "rows"):
+            raise InvalidInput(f"mode={self.mode!r}: use 'auto', 'forward', 'reverse' or 'rows'")
+
+        if self.mode == "rows" and self.chunk_size is not None:
+            raise UnsupportedCombination(f"mode='rows' takes one call of f, so chunk_size={self.chunk_size} cannot be; use mode='reverse'")
+
+    def __call__(self, f: Function, x: Tensor) -> Tensor:
+        differentiable = must_differentiate(self.differentiable)
+        if self.mode == "forward":
+            return self._forward(f, x, differentiable)
+        if self.mode == "rows":
+            return _dense_by_rows(f, x, differentiable)
+        pull, out = _pullback(f, x, differentiable)
+        check_rows(out, x)
+        m = out.shape[-1]
+        if self.mode == "auto" and (m > 2 * x.shape[-1] or (out.is_complex() and not x.is_complex())):
+            return self._forward(f, x, differentiable)
+        _same_field(out, x)
+        return pull(torch.eye(m, dtype=out.dtype, device=x.device), self.chunk_size).movedim(0, 1)
+
+    def _forward(self, f: Function, x: Tensor, differentiable: bool) -> Tensor:
+        eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+            products = forward_products(f, x, eye, self.chunk_size, differentiable)
+        check_rows(products[0], x)
+        return products.movedim(0, -1)
+
+
+def dense_with_time(f: Callable[[Tensor, Tensor], Tensor], t: Tensor, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """``f_x`` (B, m, n) and ``f_t`` (B, m) of ``f(t, x)`` at times (B,) from one run, not differentiable; None where plain autograd with a
+    batched backward cannot give them."""
+    if transforms_active() or x.is_complex():
+        return None
+    with torch.enable_grad():
+        time, leaf = t.detach().requires_grad_(), x.detach().requires_grad_()
+        out = check_rows(f(time, leaf), x)
+    m = out.shape[1]
+    rows = slopes = None
+    if out.requires_grad:
+        seeds = torch.eye(m, dtype=out.dtype, device=out.device).unsqueeze(1).expand(-1, *out.shape)
+        try:
+            rows, slopes = _batched_grads(out, (leaf, time), seeds)
+        except RuntimeError as error:
+            if not is_vmap_failure(error):
+                raise
+            return None
+    matrix = x.new_zeros(x.shape[0], m, x.shape[1]) if rows is None else rows.movedim(0, 1)
+    return matrix, torch.zeros_like(out, requires_grad=False) if slopes is None else slopes.movedim(0, 1)
+
+
+def check_rows(out: Tensor, x: Tensor) -> Tensor:
+    if out.dim() != 2 or out.shape[0] != x.shape[0]:
+        raise InvalidInput(f"f must map (B, n) to (B, m), but it maps {tuple(x.shape)} to {tuple(out.shape)}")
+    return out
+
+
+def _dense_by_rows(f: Function, x: Tensor, differentiable: bool) -> Tensor:
+    b, n = x.shape
+    copies = x.repeat_interleave(n, 0)
+    if differentiable or transforms_active():
+        out, back = _vjp(f, copies)
+    else:
+        with torch.enable_grad():
+            copies = copies.detach().requires_grad_()
+            out, back = f(copies), None
+    if out.shape != copies.shape:
+        raise InvalidInput(f"mode='rows' is for square Jacobians, but f maps {tuple(copies.shape)} to {tuple(out.shape)}; use mode='auto'")
+    _same_field(out, x)
+    seeds = torch.eye(n, dtype=out.dtype, device=x.device).repeat(b, 1)
+    if back is not None:
+        found = back(seeds)[0]
+    else:
+        found = torch.autograd.grad(out, copies, seeds, allow_unused=True)[0] if out.requires_grad else None
+        found = torch.zeros_like(x).repeat_interleave(n, 0) if found is None else found
+    return (found.conj() if out.is_complex() else found).reshape(b, n, n)
+
+
+def jacobian_operator(f: Function, x: Tensor) -> LinearOperator:
+    """The square Jacobian of ``f`` at ``x`` (B, n) as an operator: ``matvec`` is ``J v`` and ``rmatvec`` is ``J^T w``, both (B, n) to (B,
+    n).
+
+    ``f`` runs once: products are taken from the recorded graph (``J v`` as the transpose of the vjp). Where the graph cannot be
+    differentiated twice, each ``matvec`` runs ``f`` anew in forward mode. Under ``torch.func`` transforms the products are those of
+    ``torch.func`` and differentiable; otherwise they are not.
+    """
+    if transforms_active():
+        out, pull = _vjp(f, x)
+        _check_square(out, x)
+        return _operator(x, _linearized(f, x), lambda w: pull(w.conj())[0].conj() if out.is_complex() else pull(w)[0])
+    out, leaf, probe, turned = _record(f, x)
+    _check_square(out, x)
+    if turned is None:
+        return _operator(x, torch.zeros_like, torch.zeros_like)
+
+    def rmatvec(w: Tensor) -> Tensor:
+        w = w.detach()
+        found = torch.autograd.grad(out, leaf, w.conj() if out.is_complex() else w, retain_graph=True)[0]
+        return found.conj() if out.is_complex() else found
+
+    def matvec(v: Tensor) -> Tensor:
+        try:
+            return torch.autograd.grad(turned, probe, v.detach(), retain_graph=True)[0]
+        except RuntimeError as error:
+            if turned.requires_grad and "once_differentiable" not in str(error):
+                raise
+            with torch.no_grad():  # a backward that cannot be differentiated
+                return torch.func.jvp(f, (x.detach(),), (v.detach(),))[1]
+
+    return _operator(x, matvec, rmatvec)
+
+
+def _check_square(out: Tensor, x: Tensor) -> None:
+    if out.shape != x.shape:
+        raise InvalidInput(f"an operator needs a square Jacobian, but f maps {tuple(x.shape)} to {tuple(out.shape)}")
+    _same_field(out, x)
+
+
+def _operator(x: Tensor, matvec: Function, rmatvec: Function) -> LinearOperator:
+    return LinearOperator(x.shape[1], x.shape[0], x.dtype, x.device, matvec, rmatvec)

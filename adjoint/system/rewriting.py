@@ -1,0 +1,84 @@
+"""Named errors in the place of PyTorch's own, for what functions of the user do that cannot be differentiated there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+from ..errors import UnsupportedCombination
+
+__all__ = ["naming_faults", "naming_writes"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_WRITES = (
+    "fun (or an event function, jac, quadrature) keeps a tensor from call to call that it writes into, or computed in another call, and "
+    "its derivative is asked for, which goes through each call on its own: return a new tensor, and make the one it writes into anew in "
+    "every call"
+)
+_NOT_RECORDED = (
+    "fun takes derivatives itself where nothing is recorded, under torch.no_grad() or of tensors that do not require grad: use "
+    "torch.func.grad there, or enter torch.enable_grad() in fun and let what it differentiates by require grad"
+)
+_NESTED = (
+    "fun uses forward mode itself (torch.func.jvp, jacfwd, hessian), and the solve is within forward_ad.dual_level(), which PyTorch does "
+    "not nest: take torch.func.jvp around the solve, which nests, or torch.func.grad or vjp in fun"
+)
+_HOOKED = (
+    "torch.func is used by the solve (ForwardSensitivity) or by fun where hooks on saved tensors are active (torch.utils.checkpoint with "
+    "use_reentrant=False, save_on_cpu), which PyTorch refuses: use gradient=DiscreteAdjoint(), whose checkpoints= saves memory itself, or "
+    "use_reentrant=True"
+)
+_INFERENCE = (
+    "fun uses tensors that were made in torch.inference_mode(), which autograd refuses, and Jacobians are taken by it: make them under "
+    "torch.no_grad() instead, or .clone() them outside of inference mode"
+)
+#: how PyTorch says so: its transforms, and autograd
+_WRITTEN = {
+    "would mutate a captured Tensor": _WRITES,
+    "requires grad is being used in an in-place operation": _WRITES,
+    "modified by an inplace operation": _WRITES,
+    "backward through the graph a second time": _WRITES,
+}
+_SAID = _WRITTEN | {
+    "does not require grad and does not have a grad_fn": _NOT_RECORDED,
+    "One of the differentiated Tensors does not require grad": _NOT_RECORDED,
+    "Inference tensors cannot be saved for backward": _INFERENCE,
+    "Nested forward mode AD is not supported": _NESTED,
+    "don't yet support saved tensor hooks": _HOOKED,
+}
+
+
+def naming_writes(function: Callable[P, R]) -> Callable[P, R]:
+    """``function``, with a named error in the place of PyTorch's own for writes into kept tensors."""
+    return _naming(function, _WRITTEN)
+
+
+def naming_faults(function: Callable[P, R]) -> Callable[P, R]:
+    """As `naming_writes`; a front door, in which functions of the user may also ask for derivatives of nothing."""
+    return _naming(function, _SAID)
+
+
+def _naming(function: Callable[P, R], said: dict[str, str]) -> Callable[P, R]:
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            named = next((ours for words, ours in said.items() if words in str(error)), None)
+            if type(error) is RuntimeError and named is not None and not (args and _freed(args[0])):
+                raise UnsupportedCombination(named) from error
+            raise
+
+    return call
+
+
+def _freed(context: object) -> bool:
+    """Whether this is the context of a node that was gone back through before: then the error is about that, and not about ``fun``."""
+    try:
+        getattr(context, "saved_tensors", None)
+    except RuntimeError as error:
+        return "second time" in str(error)
+    return False
