@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ class Kept:
     states: list[Tensor]
     stages: list[Tensor]
     columns: bool = False
-    extra: list[Tensor] | None = None
+    extra: list[Tensor] = field(default_factory=list)
     idle: Tensor | None = None
 
 
@@ -158,7 +158,6 @@ def _packed(kept: Kept, carry: Any, y0: Tensor, n_all: int, plain: bool) -> dict
         segment = pick([a.segment for a in attempts], torch.zeros_like(carry.segment), most)
         lands = pick([a.lands for a in attempts], torch.zeros_like(attempts[0].lands), most) != 0
     if kept.idle is not None:
-        assert kept.extra is not None
         extra["extra"] = pick([x.t() for x in kept.extra], kept.idle.expand(rows, -1), most).transpose(1, 2)
     return extra | {
         "states": all_states,
