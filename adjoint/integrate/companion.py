@@ -22,16 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .numbers import Decision, Measure, any_of, any_of_each, choose, column, negated, read
 from .plan import Plan, Record
 
-__all__ = ["QUIET", "Beside", "Companion", "companion_of", "displaced", "drawn", "rests"]
+__all__ = ["QUIET", "Beside", "Companion", "companion_of", "displaced", "drawn", "rests", "unit_of"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 #: a right-hand side, for implicit methods with its equations; displaced or not
 Beside = Callable[[bool], Any]
-#: by row, ``(B,)``; of one trajectory Python's own, which cost no tensor operators
-_Mask = Tensor | bool
-_Number = Tensor | float
 
 #: errors, in units of the tolerance, of a state and of a component that are at rest
 QUIET, _STILL = 1e-8, 1e-10
@@ -98,19 +96,19 @@ class Companion:
         #: whether steps of an explicit method may be handed over to another one
         self._switching = plan.switch is not None and not method.implicit
         #: size of the Jacobian, by power iteration, the largest of all rows, and what of it speaks for the other method
-        self._rate: _Number = 0.0
+        self._rate: Measure = 0.0
         self._fastest = 0.0
         self.rate: float | Tensor = 0.0
         #: displacement in units of `_unit`, and that behind the step that was asked for
-        self._distance: _Number = 0.0
-        self._proposed: _Number = 0.0
+        self._distance: Measure = 0.0
+        self._proposed: Measure = 0.0
         #: whose displacement is known, and who is followed
-        self._known: _Mask = False
-        self._with: _Mask = False
+        self._known: Decision = False
+        self._with: Decision = False
         self._pattern: Tensor | None = None
         #: direction of power iteration, and its size
         self._probe: Tensor | None = None
-        self._probed: _Number = 1.0
+        self._probed: Measure = 1.0
         self._refused: Tensor | int = 0
         self._calm, self._nap = 0, _NAP
         self._index, self._reach = 0, 0.0
@@ -140,12 +138,12 @@ class Companion:
         y: Tensor,
         k1: Tensor,
         scaled: Tensor,
-        taken: _Mask,
-        quiet: _Mask,
+        taken: Decision,
+        quiet: Decision,
         longest: float,
         end: Tensor,
         slopes: Sequence[Tensor] | None = None,
-    ) -> _Number | None:
+    ) -> Measure | None:
         """The error of the companion's step, in units of the tolerance, or None: ``(B,)``, or a number where ``taken`` and ``quiet`` are.
 
         ``h``: a number, or (B, 1); ``scaled`` (B, n): the error of the state; ``taken`` (B,): who takes a step that would be accepted;
@@ -161,28 +159,28 @@ class Companion:
                 moved, size, end = (self._constant(end) - y).abs(), y.abs(), self._constant(end)
                 still = (moved <= _STANDING * (size * self.plan.rtol + self.plan.atol)).all(-1)
                 resting = moved <= 8 * torch.finfo(self.plan.real).eps * size
-                still, some = (taken & (x > 0) for x in _numbers(quiet, still, resting.any(-1)))
+                still, some = (taken & (x > 0) for x in read(quiet, still, resting.any(-1)))
                 quiet = quiet & still
-                if self._split is None and not self.on and not _any(some):
+                if self._split is None and not self.on and not any_of(some):
                     self._look_later(longest)
                     return None
             bound = self._bound(times, h, y, k1, unit, taken) if self._switching else 0.0
             if not self.on:
                 self._with = False
-            if not self.on or _any(quiet & _not(self._with)):
+            if not self.on or any_of(quiet & negated(self._with)):
                 self._consider(times, h, y, k1, unit, scaled, taken, quiet, longest, resting)
                 if not self.on:
                     return bound if self._switching else None
             found = self._step(times, h, y, k1, unit, taken & self._with, end, slopes)
-            calm = not _any(quiet | (found > 0.1))
+            calm = not any_of(quiet | (found > 0.1))
             self._calm = self._calm + 1 if calm else 0
             self._reach = max(self._reach, _STRETCH * longest)
             if self._calm >= _CALM:
                 self.on, self._calm = False, 0
                 self._look, self._nap = self._index + self._nap, min(2 * self._nap, _LONGEST_NAP)
             if self._switching:
-                self.rate = _where(taken & self._with, self._rate, self.rate)
-                found = _where(found > bound, found, bound)
+                self.rate = choose(taken & self._with, self._rate, self.rate)
+                found = choose(found > bound, found, bound)
             return found
 
     def error_of_one(
@@ -197,20 +195,16 @@ class Companion:
         self.moved(value <= 1.0)
         return value
 
-    def moved(self, accepted: _Mask) -> None:
+    def moved(self, accepted: Decision) -> None:
         """The step that was asked for was accepted, or refused for the companion's sake, by row."""
-        self._distance = _where(_column(accepted), self._proposed, self._distance)
+        self._distance = choose(column(accepted), self._proposed, self._distance)
 
     def _unit(self, y: Tensor) -> Tensor:
         """The displacement of every component: well within the tolerance, and well above rounding."""
         size = y.abs()
         if self._plain:
             return size * (self.plan.rtol + self._shift) + self.plan.atol
-        unit = size * self._shift + torch.minimum(size * self.plan.rtol + self.plan.atol, (size + 1.0) * _WIDEST)
-        # without an absolute tolerance a component that is zero has no size of its own
-        whole = size.amax(-1, keepdim=True) * self._shift
-        unit = torch.where(unit > 0, unit, whole)
-        return torch.where(unit > 0, unit, self._shift)
+        return unit_of(size, self.plan.rtol, self.plan.atol, self._shift)
 
     def _random(self, y: Tensor) -> Tensor:
         """Numbers of size one, away from zero: what must not be negative stays so."""
@@ -233,8 +227,8 @@ class Companion:
         k1: Tensor,
         unit: Tensor,
         scaled: Tensor,
-        taken: _Mask,
-        quiet: _Mask,
+        taken: Decision,
+        quiet: Decision,
         longest: float,
         resting: Tensor | None,
     ) -> None:
@@ -259,24 +253,24 @@ class Companion:
             resting = error <= _STILL * error.amax(-1, keepdim=True)
         # what nothing moves may rest
         some = (resting & (whole != 0)).any(-1)
-        size, moved, some = _numbers(quiet, change.abs().amax(-1), whole.abs().amax(-1), some)
+        size, moved, some = read(quiet, change.abs().amax(-1), whole.abs().amax(-1), some)
         usable = (size > 0) & (size < math.inf)
-        rate = _where(usable, size / self._probed, 0.0)
+        rate = choose(usable, size / self._probed, 0.0)
         if not self._switching:
             self._rate = rate
         far = (rate * longest_of(h) > _EDGE * self._interval) & taken & (not self._switching)
         limit = far
-        if _any(far):
+        if any_of(far):
             # the mean of two rounds: with complex eigenvalues, and components of different sizes, one alone goes up and down
             self._n_fun += 1
-            again = self._slope(explicit, times[0], torch.addcmul(y, change / _column(_where(usable, size, 1.0)), unit)) - at
-            further = _numbers(quiet, (again / unit).abs().amax(-1))[0]
+            again = self._slope(explicit, times[0], torch.addcmul(y, change / column(choose(usable, size, 1.0)), unit)) - at
+            further = read(quiet, (again / unit).abs().amax(-1))[0]
             limit = far & ((rate * further) ** 0.5 * longest_of(h) > _EDGE * self._interval)
-        length = _where(moved < math.inf, moved / self._probed, 0.0) * longest_of(h)
+        length = choose(moved < math.inf, moved / self._probed, 0.0) * longest_of(h)
         # steps that are short enough for any mode are so for the next one, if not for the one behind it
         still, short = (quiet | (some > 0)) & taken, self._tol ** (1.0 / (self.plan.method.error_order + 1))
         early, still = still & (length < short), still & (length >= short)
-        rests, stiff, soon, lost = _any_of(still, limit, early, _not(usable))
+        rests, stiff, soon, lost = any_of_each(still, limit, early, negated(usable))
         self._turn_probe(y, change, size, usable, lost)
         self._look_later(longest, soon)
         self._first = first and soon
@@ -285,8 +279,8 @@ class Companion:
         self.on, self._calm, self._with = True, 0, self._with | still | limit
         # of modes that were resolved before only their stability is at stake
         implicit = self.plan.method.implicit
-        anew = ((still & (quiet | first | implicit)) | (limit & (rate * self._elapsed < _SETTLED))) & _not(self._known)
-        begun = _any(anew)
+        anew = ((still & (quiet | first | implicit)) | (limit & (rate * self._elapsed < _SETTLED))) & negated(self._known)
+        begun = any_of(anew)
         if begun or (implicit and self._base is self.f):
             self._displaced = self._beside(True)
             if implicit:
@@ -296,7 +290,7 @@ class Companion:
             distance = self._random(y).to(y.dtype)
             if implicit and self.plan.switch is not None:
                 distance = self._slowed(times, h, y, k1, unit, distance)
-            self._distance = _where(_column(anew), distance, self._distance)
+            self._distance = choose(column(anew), distance, self._distance)
 
     def _slowed(self, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor, unit: Tensor, distance: Tensor) -> Tensor:
         """The distance without what is fast, by long steps of a stable method: that was damped before the other method handed over."""
@@ -318,10 +312,10 @@ class Companion:
         y: Tensor,
         k1: Tensor,
         unit: Tensor,
-        which: _Mask,
+        which: Decision,
         end: Tensor,
         slopes: Sequence[Tensor] | None,
-    ) -> _Number:
+    ) -> Measure:
         """Take the companion along; the error of its distance."""
         method = self.plan.method
         if slopes is None or method.implicit:
@@ -343,14 +337,14 @@ class Companion:
         # less what may be rounding
         difference = (error_there - error).abs() - 8 * torch.finfo(self.plan.real).eps * torch.maximum(y.abs(), y1.abs())
         after = after / unit
-        found, largest = _numbers(which, (difference.clamp(min=0.0) / (self._tol * size)).amax(-1), after.abs().amax(-1))
+        found, largest = read(which, (difference.clamp(min=0.0) / (self._tol * size)).amax(-1), after.abs().amax(-1))
         # where it cannot be followed it says nothing, but for steps out of all proportion
         usable, wild = (found < math.inf) & (largest < math.inf), self._rate * longest_of(h) > self._interval
-        after = after / _column(_where(largest > 1e3, largest, 1.0))
-        self._proposed = _where(_column(usable), after, 0.0)
-        found = _where(usable & which, found, _where(which & wild, _HUGE, 0.0))
-        self._refused = _where(which, _where(found > 1.0, self._refused + 1, 0), self._refused)
-        return _where(self._refused <= _FUTILE, found, 0.0)
+        after = after / column(choose(largest > 1e3, largest, 1.0))
+        self._proposed = choose(column(usable), after, 0.0)
+        found = choose(usable & which, found, choose(which & wild, _HUGE, 0.0))
+        self._refused = choose(which, choose(found > 1.0, self._refused + 1, 0), self._refused)
+        return choose(self._refused <= _FUTILE, found, 0.0)
 
     def _attempt(self, f: Any, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, Tensor]:
         method, shape = self.plan.method, self._shape
@@ -361,21 +355,21 @@ class Companion:
             ks = [*ks, f(times[method.n_stages], y1)]
         return y1.reshape(self._flat), method.error(h, ks).reshape(self._flat)
 
-    def _probe_anew(self, y: Tensor, kind: _Mask) -> None:
+    def _probe_anew(self, y: Tensor, kind: Decision) -> None:
         self._probe = self._random(y)
         assert self._pattern is not None
-        self._probed = _numbers(kind, self._pattern.amax(-1))[0]
+        self._probed = read(kind, self._pattern.amax(-1))[0]
 
-    def _turn_probe(self, y: Tensor, change: Tensor, size: _Number, usable: _Mask, lost: bool) -> None:
+    def _turn_probe(self, y: Tensor, change: Tensor, size: Measure, usable: Decision, lost: bool) -> None:
         """Go on from ``change``, of this ``size``; ``lost``: somewhere it is not ``usable``."""
-        probe = change / _column(_where(usable, size, 1.0))
+        probe = change / column(choose(usable, size, 1.0))
         if lost:
             self._probe_anew(y, usable)
-            self._probe, self._probed = _where(_column(usable), probe, self._probe), _where(usable, 1.0, self._probed)
+            self._probe, self._probed = choose(column(usable), probe, self._probe), choose(usable, 1.0, self._probed)
         else:
             self._probe, self._probed = probe, 1.0
 
-    def _bound(self, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor, unit: Tensor, taken: _Mask) -> _Number:
+    def _bound(self, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor, unit: Tensor, taken: Decision) -> Measure:
         """An error of steps beyond the stability of an explicit method that could hand over, by row: such steps are no better than none,
         and short ones speak for the other method. The size of the Jacobian is that at the start, and anew wherever it would be a bound."""
         first, length = self._probe is None, longest_of(h)
@@ -386,28 +380,28 @@ class Companion:
             for _ in range(_PRODUCTS):
                 rate = rate * self._product(times[0], y, k1, unit, taken, True) ** (1 / _PRODUCTS)
             self._rate = rate
-        elif _any(near):
+        elif any_of(near):
             # in units of the tolerance a single product may be anything, several in a row are the size of an eigenvalue
             size = self._product(times[0], y, k1, unit, taken, near)
             part = 1 / _PRODUCTS
-            self._rate = _where(near, self._rate ** (1 - part) * size**part, self._rate)
+            self._rate = choose(near, self._rate ** (1 - part) * size**part, self._rate)
         self._fastest = float(torch.as_tensor(self._rate).max())
         level = self._rate * length / self._interval
         bound = taken & (level > 1.0)
-        self.rate = _where(bound, self._rate, self.rate)
-        return _where(bound, level ** (self.plan.method.error_order + 1), 0.0)
+        self.rate = choose(bound, self._rate, self.rate)
+        return choose(bound, level ** (self.plan.method.error_order + 1), 0.0)
 
-    def _product(self, t: Tensor, y: Tensor, k1: Tensor, unit: Tensor, kind: _Mask, which: _Mask) -> _Number:
+    def _product(self, t: Tensor, y: Tensor, k1: Tensor, unit: Tensor, kind: Decision, which: Decision) -> Measure:
         """A step of power iteration for the rows of ``which``: by how much the probe grew."""
         assert self._probe is not None
         self._n_fun += 1
         probe, probed = self._probe, self._probed
         change = (self._slope(self.f, t, torch.addcmul(y, probe, unit)) - k1) / unit
-        (size,) = _numbers(kind, change.abs().amax(-1))
+        (size,) = read(kind, change.abs().amax(-1))
         usable = (size > 0) & (size < math.inf)
-        grown = _where(usable, size / probed, 0.0)
-        self._turn_probe(y, change, size, usable, _any(_not(usable)))
-        self._probe, self._probed = _where(_column(which), self._probe, probe), _where(which, self._probed, probed)
+        grown = choose(usable, size / probed, 0.0)
+        self._turn_probe(y, change, size, usable, any_of(negated(usable)))
+        self._probe, self._probed = choose(column(which), self._probe, probe), choose(which, self._probed, probed)
         return grown
 
     def _slope(self, f: Flat, t: Tensor, y: Tensor) -> Tensor:
@@ -441,6 +435,15 @@ def longest_of(h: float | Tensor) -> float | Tensor:
     return h.abs().squeeze(-1) if isinstance(h, Tensor) else abs(h)
 
 
+def unit_of(size: Tensor, rtol: float | Tensor, atol: float | Tensor, shift: float) -> Tensor:
+    """The displacement of components of this ``size`` ``(B, n)``: within the tolerance, however wide that is, and ``shift`` of it more."""
+    unit = size * shift + torch.minimum(size * rtol + atol, (size + 1.0) * _WIDEST)
+    # without an absolute tolerance a component that is zero has no size of its own
+    whole = size.amax(-1, keepdim=True) * shift
+    unit = torch.where(unit > 0, unit, whole)
+    return torch.where(unit > 0, unit, shift)
+
+
 def drawn(shape: torch.Size) -> Tensor:
     """Numbers between a half and three halves, the same for every solve."""
     known = _PATTERNS.get(shape)
@@ -452,38 +455,3 @@ def drawn(shape: torch.Size) -> Tensor:
     if drawn.numel() <= _SMALL and len(_PATTERNS) < _MANY and not passing:
         _PATTERNS[shape] = drawn
     return drawn
-
-
-# The rules are written once, for masks and numbers of either kind.
-
-
-def _numbers(kind: _Mask, *values: Any) -> Any:
-    """Tensors ``(B,)`` as they are, or as numbers where ``kind`` is one, all read at once."""
-    if isinstance(kind, Tensor):
-        return values
-    return torch.cat(values).tolist()
-
-
-def _not(mask: _Mask) -> _Mask:
-    return ~mask if isinstance(mask, Tensor) else not mask
-
-
-def _any(mask: _Mask) -> bool:
-    return bool(mask.any()) if isinstance(mask, Tensor) else mask
-
-
-def _any_of(*masks: _Mask) -> list[bool]:
-    """`_any` of each, read at once."""
-    tensors = [m.any() for m in masks if isinstance(m, Tensor)]
-    return torch.stack(tensors).tolist() if len(tensors) == len(masks) else [_any(m) for m in masks]
-
-
-def _where(mask: _Mask, yes: Any, no: Any) -> Any:
-    if isinstance(mask, Tensor):
-        return torch.where(mask, yes, no)
-    return yes if mask else no
-
-
-def _column(x: _Number) -> Any:
-    """``(B, 1)`` of ``(B,)``."""
-    return x.unsqueeze(-1) if isinstance(x, Tensor) else x

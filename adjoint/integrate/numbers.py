@@ -12,7 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Decision", "Measure", "any_of", "at_least", "at_most", "choose", "finite", "larger", "less", "negated"]
+__all__ = [
+    "Decision",
+    "Measure",
+    "any_of",
+    "any_of_each",
+    "at_least",
+    "at_most",
+    "choose",
+    "column",
+    "finite",
+    "larger",
+    "less",
+    "negated",
+    "read",
+]
 
 #: a flag, or a mask ``(B,)``
 Decision = Any
@@ -38,6 +52,22 @@ def finite(x: Measure) -> Decision:
 def any_of(x: Decision) -> bool:
     """Whether one of them is so: waits for the device."""
     return bool(x.any()) if isinstance(x, Tensor) else bool(x)
+
+
+def any_of_each(*decisions: Decision) -> list[bool]:
+    """`any_of` each, read at once."""
+    tensors = [x.any() for x in decisions if isinstance(x, Tensor)]
+    return torch.stack(tensors).tolist() if len(tensors) == len(decisions) else [any_of(x) for x in decisions]
+
+
+def read(like: Decision, *values: Tensor) -> Any:
+    """Tensors ``(B,)`` as they are, or as numbers where ``like`` is a flag, all read at once."""
+    return values if isinstance(like, Tensor) else torch.cat(values).tolist()
+
+
+def column(x: Measure) -> Any:
+    """``(B, 1)`` of ``(B,)``; numbers are for every shape."""
+    return x.unsqueeze(-1) if isinstance(x, Tensor) else x
 
 
 def at_least(x: Measure, low: float) -> Measure:

@@ -19,10 +19,10 @@ from ..linalg import DenseLU
 from ..system.jacobians import DenseJacobian
 from .adams import AdamsSolver
 from .bdf import BdfSolver
-from .companion import Beside, drawn
+from .companion import Beside, drawn, unit_of
 from .multistep import MultistepSolver, Trial, integrate_multistep
 from .plan import Plan, Record
-from .stages import StageWork
+from .work import StageWork
 
 __all__ = ["integrate_paired", "too_long"]
 
@@ -60,8 +60,7 @@ class _PairedPlan(Plan):
     def unit(self, size: Tensor) -> Tensor:
         """The displacement (B, n) of states of this size."""
         rtol, atol = (self.halves(x, len(size)) for x in (self.rtol, self.atol))
-        unit = size * (rtol + self.shift_size) + atol
-        return torch.where(unit > 0, unit, self.shift_size)
+        return unit_of(size, rtol, atol, self.shift_size)
 
     def scaled(self, error: Tensor, size: Tensor) -> Tensor:
         """See `Plan.scaled`."""
@@ -173,13 +172,7 @@ def integrate_paired(
     """The solve of ``record`` with steps that are small enough; ``beside``: see `Companion`."""
     rows, pair = len(y0), _paired(plan)
     if plan.events or y0.shape[-1] > _LARGEST:
-        what = "with events" if plan.events else f"of more than {_LARGEST} numbers"
-        warnings.warn(
-            f"the state rests, or moves slowly beside what is fast: steps of {plan.method.name!r} {what} go by the state alone there, and "
-            "derivatives may be those of unstable steps: choose a one-step method such as 'tsit5' or 'kvaerno5', or bound max_step",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        _warn(plan, "with events" if plan.events else f"of more than {_LARGEST} numbers")
         return record
     f, g = beside(False), beside(True)
 
@@ -195,11 +188,23 @@ def integrate_paired(
         twice = _PairedAdams(both, pair, 2 * rows, y0.device)
     times = None if t_eval is None else torch.cat([t_eval, t_eval], 1)
     found = integrate_multistep(twice, pair, torch.cat([anchors, anchors], 1), times, begin)
+    if bool((found.status < 0).any()):
+        _warn(plan, "that are short enough were not found, and those that were taken")
+        return record
     counts = {name: getattr(record, name) + getattr(found, name)[:rows] for name in ("n_steps", "n_rejected")}
     for name in ("n_fun", "n_jac", "n_factorizations", "n_solves", "n_newton"):
         done = getattr(twice.work, name)
         counts[name] = getattr(record, name) + done[:rows] + done[rows:]
     return replace(_first_half(found, rows), **counts)
+
+
+def _warn(plan: Plan, what: str) -> None:
+    warnings.warn(
+        f"the state rests, or moves slowly beside what is fast: steps of {plan.method.name!r} {what} go by the state alone there, and "
+        "derivatives may be those of unstable steps: choose a one-step method such as 'tsit5' or 'kvaerno5', or bound max_step",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _first_half(record: Record, rows: int) -> Record:
