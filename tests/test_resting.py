@@ -226,3 +226,28 @@ def test_oscillators_whose_components_differ_in_size_are_not_taken_for_stiff():
             sol = adjoint.solve_ivp(fun, (0.0, 1.0), y0, method="kencarp4", rtol=1e-4, atol=1e-6, batched=batched)
             steps.append(int(torch.as_tensor(sol.stats.n_steps).max()))
         assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("method", ["abm", "bdf"])
+def test_rows_of_multistep_solves_do_not_know_of_each_other(method):
+    """One at rest, which is solved again, beside one that is not, and one that fails."""
+
+    def fun(t, y):
+        return torch.where(y[..., :1].abs() > 5, torch.nan, y @ OSCILLATOR.T)
+
+    def solve(y0, end, batched):
+        y0 = y0.clone().requires_grad_()
+        times = torch.linspace(0.0, 1.0, 4)[:, None] * end if batched else None
+        sol = adjoint.solve_ivp(fun, (0.0, end), y0, method=method, batched=batched, t_eval=times, throw=False)
+        return sol, torch.autograd.grad(sol.y[-1].nan_to_num().sin().sum(), y0)[0]
+
+    starts, ends = torch.tensor([[0.0, 0.0], [1.0, -0.5], [6.0, 0.0]]), torch.tensor([20.0, 7.0, 3.0])
+    together, bars = solve(starts, ends, True)
+    assert (together.status >= 0).tolist() == [True, True, False]
+    for i in range(2):
+        one, bar = solve(starts[i], ends[i], False)
+        assert together.stats.n_accepted[i] == one.stats.n_accepted
+        assert torch.allclose(together.y[-1, i], one.y[-1], rtol=1e-9, atol=1e-12)
+        assert torch.allclose(bars[i], bar, rtol=1e-7, atol=1e-9)
+    truth = torch.linalg.matrix_exp(20.0 * OSCILLATOR).sum(0)
+    assert torch.allclose(bars[0], truth, atol=1e-3)

@@ -72,11 +72,11 @@ def integrate(
             record = integrate_single(f, plan, anchors, t_eval, y0, inputs, carried, None, beside)
         else:
             record = integrate_batched(f, plan, anchors, t_eval, y0, inputs, beside)
-        if isinstance(f, MultistepSolver) and beside is not None and bool((record.status >= 0).all()):
+        if isinstance(f, MultistepSolver) and beside is not None:
             doubtful, count = too_long(beside(False), plan, record, y0)
             record = replace(record, n_fun=record.n_fun + count)
-            if doubtful:
-                record = integrate_paired(f, plan, anchors, t_eval, y0, beside, record)
+            if bool(doubtful.any()):
+                record = integrate_paired(f, plan, anchors, t_eval, y0, beside, record, doubtful)
         work = f.work
         # where the iteration failed to the last, its NaN are its own
         failed = f.stuck & (record.status == int(Status.NON_FINITE))

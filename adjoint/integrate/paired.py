@@ -103,49 +103,61 @@ def _tangent(plan: Plan) -> float:
     return max(rtol, torch.finfo(plan.real).eps ** 0.45)
 
 
-def too_long(f: Flat, plan: Plan, record: Record, y0: Tensor) -> tuple[bool, int]:
-    """Whether steps of a solve were too long for derivatives, and how often ``f`` was evaluated to see it."""
+def too_long(f: Flat, plan: Plan, record: Record, y0: Tensor) -> tuple[Tensor, Tensor]:
+    """Whose steps ``(B,)`` were too long for derivatives, and how often ``f`` was evaluated for each to see it."""
     states, eps = record.states if len(record.states) else torch.stack([y0, record.last]), torch.finfo(plan.real).eps
+    found, count = torch.zeros_like(record.status, dtype=torch.bool), torch.zeros_like(record.status)
     if len(states) < 2 or not y0.numel():
-        return False, 0
+        return found, count
     begun, explicit, pair = states[: _FIRST + 1], not plan.method.implicit, _paired(plan)
     still = ((begun[1:] - begun[:-1]).abs() <= 8 * eps * begun[:-1].abs()).all(0)
-    if not explicit and not bool(still.any()):
-        return False, 0
+    taken = record.n_accepted
+    looked = (record.status >= 0) & (taken > 0)
+    looked = looked if explicit else looked & still.any(-1)
+    if not bool(looked.any()):
+        return found, count
     every = torch.arange(len(y0), device=y0.device)
-    level, places = torch.zeros_like(record.h), [torch.zeros_like(every)]
+    level, places = torch.zeros_like(record.h), [(0, torch.zeros_like(every))]
     if explicit and record.extra.numel():
         bounds = torch.tensor(_INTERVALS, dtype=torch.float64, device=y0.device)
         level = record.h.abs() / bounds[record.extra[:, 0].long().clamp(1, len(_INTERVALS)) - 1]
         if len(record.states):
-            # of every window a long step, but not the longest: single ones are far beyond in solves of all kinds
-            windows = zip(range(0, len(level), _EVERY), level.split(_EVERY), strict=True)
-            places += [k + x.kthvalue((3 * len(x) + 3) // 4, 0).indices for k, x in windows]
-    probe, grown, count = _pattern(y0, plan), [], 0
-    for k in places:
+            places += [(k, k + _late(x, taken - k)) for k, x in zip(range(0, len(level), _EVERY), level.split(_EVERY), strict=True)]
+    probe, grown = _pattern(y0, plan), []
+    for begin, k in places:
+        asked = looked & ~found & (taken > begin)
+        if not bool(asked.any()):
+            continue
         y, t = states[k, every], record.t[k, every].to(plan.real)
         unit, slope = pair.unit(y.abs()), f(t, y)
         # components that pass through zero would count a thousand times as much as the others
         unit = torch.maximum(unit, 1e-2 * unit.amax(-1, keepdim=True))
+        count = count + asked
         # in units of the tolerance a single product may be anything, several in a row are the size of an eigenvalue
         for _ in range(_MEAN if explicit and not grown else 1):
             change = (f(t, y + probe * unit) - slope) / unit
+            count = count + (asked & ~found)
             if not grown:
                 reach = change.abs().amax(-1) / probe.abs().amax(-1) * record.h.abs().amax(0)
-                if bool(((still & (change != 0)).any(-1) & (reach >= _tangent(plan) ** 0.5)).any()):
-                    return True, 2
+                found = found | (asked & (still & (change != 0)).any(-1) & (reach >= _tangent(plan) ** 0.5))
             size = change.abs().amax(-1)
             usable = torch.isfinite(size) & (size > 0)
             grown = [*grown, torch.where(usable, size / probe.abs().amax(-1), 0.0)][-_MEAN:]
             probe = torch.where(usable.unsqueeze(-1), change / torch.where(usable, size, 1.0).unsqueeze(-1), _pattern(y, plan))
-            count += 1
-        count += 1
         if explicit and len(record.states) > 2:
             rate = torch.stack(grown).log().mean(0).exp()
-            slow = rate > _FASTER * _pace(record, k.clamp(1, len(record.h) - 1), every, unit)
-            if bool(((rate * level[k, every] > _NEARLY) & slow).any()):
-                return True, count
-    return False, count
+            slow = rate > _FASTER * _pace(record, torch.minimum(k.clamp(min=1), (taken - 1).clamp(min=1)), every, unit)
+            found = found | (asked & (taken > 1) & (rate * level[k, every] > _NEARLY) & slow)
+    return found, count
+
+
+def _late(level: Tensor, count: Tensor) -> Tensor:
+    """Of every window ``(W, B)``, the first ``count`` of whose steps were taken, a long step, but not the longest: single ones are far
+    beyond in solves of all kinds."""
+    count = count.clamp(1, len(level))
+    place = torch.arange(len(level), device=level.device).unsqueeze(-1)
+    order = torch.where(place < count, level, torch.inf).sort(dim=0, stable=True).indices
+    return order.gather(0, ((3 * count + 3) // 4 - 1).unsqueeze(0))[0]
 
 
 def _pace(record: Record, k: Tensor, every: Tensor, unit: Tensor) -> Tensor:
@@ -167,9 +179,9 @@ def _paired(plan: Plan) -> _PairedPlan:
 
 
 def integrate_paired(
-    solver: MultistepSolver, plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, beside: Beside, record: Record
+    solver: MultistepSolver, plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, beside: Beside, record: Record, which: Tensor
 ) -> Record:
-    """The solve of ``record`` with steps that are small enough; ``beside``: see `Companion`."""
+    """The solve of ``record`` with steps that are small enough in the rows ``which`` (B,); ``beside``: see `Companion`."""
     rows, pair = len(y0), _paired(plan)
     if plan.events or y0.shape[-1] > _LARGEST:
         _warn(plan, "with events" if plan.events else f"of more than {_LARGEST} numbers")
@@ -187,15 +199,17 @@ def integrate_paired(
     else:
         twice = _PairedAdams(both, pair, 2 * rows, y0.device)
     times = None if t_eval is None else torch.cat([t_eval, t_eval], 1)
-    found = integrate_multistep(twice, pair, torch.cat([anchors, anchors], 1), times, begin)
-    if bool((found.status < 0).any()):
+    # the others have nothing to do
+    ends = torch.where(which, anchors, anchors[:1])
+    found = integrate_multistep(twice, pair, torch.cat([ends, ends], 1), times, begin)
+    failed = which & (found.status[:rows] < 0)
+    if bool(failed.any()):
         _warn(plan, "that are short enough were not found, and those that were taken")
-        return record
-    counts = {name: getattr(record, name) + getattr(found, name)[:rows] for name in ("n_steps", "n_rejected")}
+    counts = {name: getattr(record, name) + which * getattr(found, name)[:rows] for name in ("n_steps", "n_rejected")}
     for name in ("n_fun", "n_jac", "n_factorizations", "n_solves", "n_newton"):
         done = getattr(twice.work, name)
-        counts[name] = getattr(record, name) + done[:rows] + done[rows:]
-    return replace(_first_half(found, rows), **counts)
+        counts[name] = getattr(record, name) + which * (done[:rows] + done[rows:])
+    return replace(_merged(record, found, which & ~failed, twice.idle), **counts)
 
 
 def _warn(plan: Plan, what: str) -> None:
@@ -207,9 +221,36 @@ def _warn(plan: Plan, what: str) -> None:
     )
 
 
-def _first_half(record: Record, rows: int) -> Record:
-    """Without the displaced rows."""
-    by_row = {name: getattr(record, name)[:rows] for name in (
-        "final", "last", "scaled_error", "n_accepted", "status", "t_final")}  # fmt: skip
-    by_column = {name: getattr(record, name)[:, :rows] for name in ("states", "samples", "t", "h", "segment", "lands", "sample_step")}
-    return replace(record, **by_row, **by_column, stages=record.stages[:, :, :rows], extra=record.extra[:, :, :rows])
+def _merged(record: Record, other: Record, which: Tensor, idle: Tensor) -> Record:
+    """``record``, in the rows ``which`` the first half of ``other``; what has fewer steps goes on with steps of size zero."""
+    rows = len(which)
+    out: dict[str, Tensor] = {}
+    for name in ("final", "last", "scaled_error"):
+        out[name] = torch.where(which.unsqueeze(-1), getattr(other, name)[:rows], getattr(record, name))
+    for name in ("n_accepted", "status", "t_final"):
+        out[name] = torch.where(which, getattr(other, name)[:rows], getattr(record, name))
+    out["samples"] = torch.where(which.unsqueeze(-1), other.samples[:, :rows], record.samples)
+    out["sample_step"] = torch.where(which, other.sample_step[:, :rows], record.sample_step)
+    most = max(len(record.h), len(other.h))
+    kinds = {
+        "t": lambda x: x.t_final,
+        "h": lambda x: torch.zeros_like(x.t_final),
+        "segment": lambda x: torch.zeros_like(x.status),
+        "lands": lambda x: torch.zeros_like(x.status, dtype=torch.bool),
+        "states": lambda x: x.last,
+        "stages": lambda x: x.stages.new_zeros(x.stages.shape[1:]),
+        "extra": lambda x: idle.unsqueeze(-1).expand(-1, len(x.status)),
+    }
+    for name, behind in kinds.items():
+        one, two = (_padded(getattr(x, name), behind(x), most + (name == "states")) for x in (record, other))
+        two = two.narrow(2 if name in ("stages", "extra") else 1, 0, rows)
+        mask = which.unsqueeze(-1) if name in ("states", "stages") else which
+        out[name] = torch.where(mask, two, one) if len(one) else one
+    return replace(record, **out)
+
+
+def _padded(x: Tensor, behind: Tensor, count: int) -> Tensor:
+    """``count`` entries, or none where there were none; those behind are all the same."""
+    if not len(x) or len(x) == count:
+        return x
+    return torch.cat([x, behind.unsqueeze(0).expand(count - len(x), *behind.shape)])
