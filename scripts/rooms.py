@@ -126,11 +126,11 @@ def draw(path: Path) -> None:
             # everybody's, and it would hide the rest
             continue
         start, end = place[above], place[below]
-        reach = 0.42 * (start - end) ** 0.85
-        style = f"arc3,rad={-0.9 * min(1.0, reach / max(start - end, 1) + 0.35)}"
         ax.annotate(
             "", xy=(4.62, end + 0.12), xytext=(4.62, start - 0.12), annotation_clip=False,
-            arrowprops={"arrowstyle": "->", "connectionstyle": style, "lw": 0.5 + 0.35 * count**0.5, "color": "#7a5195", "alpha": 0.75},
+            arrowprops={
+                "arrowstyle": "->", "connectionstyle": "arc3,rad=-0.65", "lw": 0.5 + 0.35 * count**0.5, "color": "#7a5195", "alpha": 0.75,
+            },
         )  # fmt: skip
     ax.set_xlim(-0.1, 6.8)
     ax.set_ylim(min(place.values()) - 0.6, 0.6)

@@ -30,6 +30,7 @@ __all__ = [
     "method_for",
     "positive",
     "snapped",
+    "spread_leaves",
 ]
 
 
@@ -76,6 +77,17 @@ def check_controller(method: Method, controller: PIDController | None) -> None:
         )
 
 
+def spread_leaves(leaves: Sequence[Any], spec: StateSpec, otherwise: str) -> list[Tensor]:
+    """Numbers or tensors in the shapes of the leaves of a state; raises `InvalidInput` that says ``otherwise``."""
+    try:
+        return [
+            torch.broadcast_to(torch.as_tensor(leaf, dtype=spec.real_dtype, device=spec.device), shape)
+            for leaf, shape in zip(leaves, spec.shapes, strict=True)
+        ]
+    except RuntimeError as error:
+        raise InvalidInput(f"{otherwise}: {error}") from error
+
+
 def flat_tolerance(value: Any, name: str, spec: StateSpec, default: float) -> float | Tensor:
     """A tolerance as a float, or as ``(B, n)`` for one that is shaped like the state."""
     if value is None:
@@ -87,13 +99,7 @@ def flat_tolerance(value: Any, name: str, spec: StateSpec, default: float) -> fl
         leaves = leaves * len(spec.shapes)
     elif tree != spec.tree:
         raise InvalidInput(f"{name} has the structure {tree}, expected a number, a tensor, or the structure of y0, {spec.tree}")
-    try:
-        full = [
-            torch.broadcast_to(torch.as_tensor(leaf, dtype=spec.real_dtype, device=spec.device), shape)
-            for leaf, shape in zip(leaves, spec.shapes, strict=True)
-        ]
-    except RuntimeError as error:
-        raise InvalidInput(f"{name} does not broadcast to the shape of y0: {error}") from error
+    full = spread_leaves(leaves, spec, f"{name} does not broadcast to the shape of y0")
     flat = spec.spread(full).detach()
     if not bool((flat >= 0).all()):
         raise InvalidInput(f"{name} has negative or NaN entries")

@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from ..errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
 from ..integrate import PIDController, Plan, Record
 from ..methods import DAE_METHODS, Method
-from ..sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
+from ..sensitivity import Gradient, Outputs, Problem
 from ..sensitivity.consistent import Initial
 from ..sensitivity.problem import interpolate_slopes, step_times
 from ..system.capture import elsewhere, find_captured, needs_derivatives, stand_ins
 from ..system.homes import parameter_homes
-from ..system.lending import check_unchanged, copied, remembering
+from ..system.lending import aliased, check_unchanged, copied, remembering
 from ..system.precision import full_precision
 from ..system.realification import suited_to_jacobians
 from ..system.system import StateSpec, System
@@ -26,7 +26,7 @@ from .arguments import Times, check_controller, check_precision, check_times, fl
 from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_bounds, initial_values, residual_algebra
 from .event_jumps import jumps_refused
 from .event_times import event_records
-from .parts import NO_EVENTS, Parts, event_list, flat_event, solution_of
+from .parts import NO_EVENTS, Parts, event_list, flat_event, solution_of, strategy_of
 from .progress import progress_monitor
 from .quadrature import first_rate
 from .solution import BackwardStats, Solution
@@ -208,14 +208,8 @@ def solve_dae(
         if throw:
             dae_failure(record, plan, system, inputs)
 
-    def backward_report(n_fun: int, n_steps: int) -> None:
-        backward.n_fun += n_fun
-        backward.n_steps += n_steps
-
-    problem = Problem(system, plan, batched, report, backward_report, algebra=algebra)
-    strategy = gradient if gradient is not None else DiscreteAdjoint()
-    if not hasattr(strategy, "solve"):
-        raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")
+    problem = Problem(system, plan, batched, report, backward.add, algebra=algebra)
+    strategy = strategy_of(gradient)
     out = strategy.solve(problem, times.anchors, times.samples, start.y, inputs)
     parts = Parts(out, problem, times, user_spec, spec, integrand, start.y, watched, args, backward, derivatives, dense_output)
     parts = jumps_refused(parts) if watched else parts
@@ -238,9 +232,7 @@ def _system(
     leaves, tree = tree_flatten(args)
     t = times.anchors[0].detach().to(spec.real_dtype, copy=True)
     t = t if spec.batch is not None else t.reshape(())
-    # aliases, so that a tensor that is both an argument and captured is seen in both roles
-    alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
-    probe = [copied(state), copied(slope), tree_map(alias, args)]
+    probe = [copied(state), copied(slope), aliased(args)]
     found: list[Any] = []
     calls: list[Callable[..., Any]] = [remembering(residual, found)]
     calls += [lambda t, y, yp, *rest, e=e: e(t, y if quadrature is None else y[0], *rest) for e in events]

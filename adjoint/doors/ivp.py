@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import PIDController, Plan, Record
 from ..integrate.compiled import compile_key
 from ..methods import METHODS, Method
-from ..sensitivity import DiscreteAdjoint, Gradient, Problem
+from ..sensitivity import Gradient, Problem
 from ..system.capture import elsewhere, find_captured, needs_derivatives, stand_ins, transforming, vmap_active
 from ..system.homes import parameter_homes
-from ..system.lending import copied
+from ..system.lending import aliased, copied
 from ..system.ownership import as_part
 from ..system.precision import full_precision
 from ..system.realification import refuse_parts, suited_to_jacobians
@@ -40,7 +40,7 @@ from .event_jumps import jumps_refused
 from .event_times import event_records
 from .failures import raise_failure
 from .mass_matrix import consistent_start, implicit_method, in_step, with_mass, with_matrix, without_last
-from .parts import NO_EVENTS, Parts, event_list, flat_event, solution_of
+from .parts import NO_EVENTS, Parts, event_list, flat_event, solution_of, strategy_of
 from .progress import progress_monitor
 from .quadrature import with_integral
 from .solution import BackwardStats, Solution
@@ -237,9 +237,7 @@ def solve_ivp(
     probe_t = probe_t if batched else probe_t.reshape(())
     system = System(right_hand_side, spec, tree, tuple(leaves))
     if torch.is_grad_enabled() or transforming():
-        # aliases, so that a tensor that is both an argument and captured is seen in both roles
-        alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
-        probe_y, probe_args = copied(state), tree_map(alias, tuple(args))
+        probe_y, probe_args = copied(state), aliased(tuple(args))
         calls = [right_hand_side]
         calls += [lambda t, y, *rest, e=e: e(t, y if quadrature is None else y[0], *rest) for e in watched]
         end_t = times.anchors[-1].detach().to(real, copy=True).reshape(probe_t.shape)
@@ -288,19 +286,13 @@ def solve_ivp(
         elif throw:
             raise_failure(record, plan, system, inputs)
 
-    def backward_report(n_fun: int, n_steps: int) -> None:
-        backward.n_fun += n_fun
-        backward.n_steps += n_steps
-
     algebra = (
         stage_algebra(system, inputs, spec, **implicit_options, exact=getattr(chosen, "needs_time_slope", False), mass=mass)
         if chosen.implicit
         else None
     )
-    problem = Problem(system, plan, batched, report, backward_report, algebra=algebra, derivatives=derivatives)
-    strategy = gradient if gradient is not None else DiscreteAdjoint()
-    if not hasattr(strategy, "solve"):
-        raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")
+    problem = Problem(system, plan, batched, report, backward.add, algebra=algebra, derivatives=derivatives)
+    strategy = strategy_of(gradient)
     if getattr(chosen, "switching", False):
         dense = dense_output or bool(watched)
         out, problem = solve_switching(strategy, problem, times.anchors, times.samples, y_flat, inputs, dense)

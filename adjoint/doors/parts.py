@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InvalidInput
 from ..integrate import Event
-from ..sensitivity import Outputs, Problem
+from ..sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
 from ..sensitivity.problem import interpolate, step_times
 from ..system.capture import readable, vmap_active
 from ..system.lending import lending
@@ -21,7 +21,7 @@ from .arguments import Times, snapped
 from .event_slope import signed
 from .solution import BackwardStats, EventRecord, Solution, Stats
 
-__all__ = ["NO_EVENTS", "Found", "Parts", "event_list", "flat_event", "interpolant_of", "solution_of"]
+__all__ = ["NO_EVENTS", "Found", "Parts", "event_list", "flat_event", "interpolant_of", "solution_of", "strategy_of"]
 
 
 class Found(NamedTuple):
@@ -37,6 +37,14 @@ class Found(NamedTuple):
 
 
 NO_EVENTS = Found((), None, None, None)
+
+
+def strategy_of(gradient: Gradient | None) -> Gradient:
+    """The strategy that was given, or the default one."""
+    strategy = gradient if gradient is not None else DiscreteAdjoint()
+    if not hasattr(strategy, "solve"):
+        raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")
+    return strategy
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ..system.jacobians_sparse import SparseJacobian, choose_jacobian
 from ..system.lending import own
 from ..system.realification import given_pattern, refuse_parts
 from ..system.system import StateSpec, System
+from .arguments import spread_leaves
 from .root_systems import ConservedSystem
 
 __all__ = ["RootChoice", "check_bounds", "choose"]
@@ -255,13 +256,7 @@ def check_bounds(bounds: Any, spec: StateSpec, x0: Tensor, what: str = "x0") -> 
             leaves = leaves * len(spec.shapes)
         elif tree != spec.tree:
             raise InvalidInput(f"the {name} bound must be a number, a tensor, or like the state")
-        try:
-            full = [
-                torch.broadcast_to(torch.as_tensor(v, dtype=spec.real_dtype, device=spec.device), s)
-                for v, s in zip(leaves, spec.shapes, strict=True)
-            ]
-        except RuntimeError as error:
-            raise InvalidInput(f"the {name} bound does not broadcast to the state: {error}") from error
+        full = spread_leaves(leaves, spec, f"the {name} bound does not broadcast to the state")
         flat.append(torch.cat([v.reshape(spec.rows, -1) for v in full], 1))
     lower, upper = flat
     if spec.holds_complex:

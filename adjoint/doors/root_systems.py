@@ -20,17 +20,10 @@ __all__ = ["ConservedSystem", "StationarySystem", "check_conserved"]
 
 
 @dataclass(frozen=True)
-class ConservedSystem:
-    """``base`` with some equations replaced by ``weights x = totals``.
+class _Derived:
+    """A system made of another one, with its states."""
 
-    Where ``weights fun = 0`` identically, the equations at ``pivots`` follow from the others and may be left out. ``totals`` (B, k) is one
-    more differentiable input, the last.
-    """
-
-    base: System
-    weights: Tensor
-    pivots: Tensor
-    totals: Tensor
+    base: Any
 
     @property
     def spec(self) -> StateSpec:
@@ -39,6 +32,19 @@ class ConservedSystem:
     @property
     def rows(self) -> int:
         return self.base.rows
+
+
+@dataclass(frozen=True)
+class ConservedSystem(_Derived):
+    """``base`` with some equations replaced by ``weights x = totals``.
+
+    Where ``weights fun = 0`` identically, the equations at ``pivots`` follow from the others and may be left out. ``totals`` (B, k) is one
+    more differentiable input, the last.
+    """
+
+    weights: Tensor
+    pivots: Tensor
+    totals: Tensor
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -58,18 +64,8 @@ class ConservedSystem:
 
 
 @dataclass(frozen=True)
-class StationarySystem:
+class StationarySystem(_Derived):
     """``J* r = 0``, the condition of a minimum of ``|r|^2``, for a base that gives ``r``."""
-
-    base: Any
-
-    @property
-    def spec(self) -> StateSpec:
-        return self.base.spec
-
-    @property
-    def rows(self) -> int:
-        return self.base.rows
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:

@@ -32,6 +32,11 @@ class BackwardStats:
     n_fun: int = 0
     n_steps: int = 0
 
+    def add(self, n_fun: int, n_steps: int) -> None:
+        """One more sweep."""
+        self.n_fun += n_fun
+        self.n_steps += n_steps
+
 
 @dataclass(frozen=True)
 class Stats:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..errors import InvalidInput
 from ..linalg import LinearSolver, Log
@@ -18,7 +18,7 @@ from ..sensitivity.fingerprint import RootWitness
 from ..sensitivity.implicit import JacobianRule, RootNode, RootOutputs, RootTask
 from ..system.capture import elsewhere, find_captured, needs_derivatives, stand_ins
 from ..system.homes import parameter_homes
-from ..system.lending import check_unchanged, copied, remembering
+from ..system.lending import aliased, check_unchanged, copied, remembering
 from ..system.ownership import owning
 from ..system.realification import suited_to_jacobians
 from ..system.rewriting import naming_faults
@@ -183,9 +183,7 @@ def prepare(
     def timed(_: Tensor, x: Any, *rest: Any) -> Any:
         return fun(x, *rest)
 
-    # aliases, so that a tensor that is both an argument and captured is seen in both roles
-    alias = lambda x: x.view_as(x) if isinstance(x, Tensor) else x  # noqa: E731
-    probe_x, probe_args = copied(x0), tree_map(alias, args)
+    probe_x, probe_args = copied(x0), aliased(args)
     probed: list[Any] = []
     used = find_captured([remembering(fun, probed)], (probe_x, *probe_args), [fun], (elsewhere(x0), *probe_args))
     check_unchanged(probe_x, "fun")

@@ -197,14 +197,10 @@ def _solve(
     def report(record: Record) -> None:
         raise_failure(record, plan, system, system.inputs)
 
-    def backward_report(n_fun: int, n_steps: int) -> None:
-        backward.n_fun += n_fun
-        backward.n_steps += n_steps
-
     algebra = None
     if request.family == "implicit":
         algebra = stage_algebra(system, system.inputs, spec, jac=None, jac_sparsity=None, linear_solver=None)
-    problem = Problem(system, plan, False, report, backward_report, algebra=algebra, derivatives=derivatives)
+    problem = Problem(system, plan, False, report, backward.add, algebra=algebra, derivatives=derivatives)
     y_flat = spec.taken(request.y0)
     out = gradient.solve(problem, anchors, samples, y_flat, ready.inputs)
     listed = [] if event is None else [event]

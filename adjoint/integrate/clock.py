@@ -78,9 +78,8 @@ def judge_step(
 ) -> Verdict:
     """The error test of a step of ``length`` (positive) from ``t``, and the size of the next one.
 
-    ``size``, ``lands``: of its `Aim`, as far as it ended on an anchor;
-    ``rejected_last``: the attempt before was rejected; ``memory``: of the controller; ``stalled``: there is no error because the iteration
-    for the stages did not converge, which says less than an infinite one.
+    ``size``: of its `Aim`; ``lands``: it ended on an anchor; ``rejected_last``: the attempt before was rejected; ``memory``: of the
+    controller; ``stalled``: there is no error because the iteration for the stages did not converge, which says less than an infinite one.
     """
     controller, order = plan.control, plan.method.error_order + 1
     bad = negated(finite(error))

@@ -262,9 +262,8 @@ class Companion:
         limit = far
         if any_of(far):
             # the mean of two rounds: with complex eigenvalues, and components of different sizes, one alone goes up and down
-            self._n_fun += 1
-            again = self._slope(explicit, times[0], torch.addcmul(y, change / column(choose(usable, size, 1.0)), unit)) - at
-            further = read(quiet, (again / unit).abs().amax(-1))[0]
+            again = self._change(explicit, times[0], y, at, change / column(choose(usable, size, 1.0)), unit)
+            further = read(quiet, again.abs().amax(-1))[0]
             limit = far & ((rate * further) ** 0.5 * longest_of(h) > _EDGE * self._interval)
         length = choose(moved < math.inf, moved / self._probed, 0.0) * longest_of(h)
         # steps that are short enough for any mode are so for the next one, if not for the one behind it
@@ -394,15 +393,19 @@ class Companion:
     def _product(self, t: Tensor, y: Tensor, k1: Tensor, unit: Tensor, kind: Decision, which: Decision) -> Measure:
         """A step of power iteration for the rows of ``which``: by how much the probe grew."""
         assert self._probe is not None
-        self._n_fun += 1
         probe, probed = self._probe, self._probed
-        change = (self._slope(self.f, t, torch.addcmul(y, probe, unit)) - k1) / unit
+        change = self._change(self.f, t, y, k1, probe, unit)
         (size,) = read(kind, change.abs().amax(-1))
         usable = (size > 0) & (size < math.inf)
         grown = choose(usable, size / probed, 0.0)
         self._turn_probe(y, change, size, usable, any_of(negated(usable)))
         self._probe, self._probed = choose(column(which), self._probe, probe), choose(which, self._probed, probed)
         return grown
+
+    def _change(self, f: Flat, t: Tensor, y: Tensor, at: Tensor, probe: Tensor, unit: Tensor) -> Tensor:
+        """The product of the Jacobian of ``f``, whose value is ``at``, with a direction, both in units of the displacement."""
+        self._n_fun += 1
+        return (self._slope(f, t, torch.addcmul(y, probe, unit)) - at) / unit
 
     def _slope(self, f: Flat, t: Tensor, y: Tensor) -> Tensor:
         return f(t, y.reshape(self._shape)).reshape(self._flat)

@@ -16,10 +16,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InvalidInput
 
-__all__ = ["changed", "check_unchanged", "copied", "lending", "own", "remembering"]
+__all__ = ["aliased", "changed", "check_unchanged", "copied", "lending", "own", "remembering"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 _storage_uses: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def aliased(args: Any) -> Any:
+    """A pytree with aliases in the place of its tensors: one that is both an argument and captured is then seen in both roles."""
+    return tree_map(lambda x: x.view_as(x) if isinstance(x, Tensor) else x, args)
 
 
 def copied(state: Any) -> Any:
