@@ -19,6 +19,7 @@ ROOMS = {
     "dropin": "torchdiffeq's functions",
     "doors": "arguments in, solutions out",
     "sensitivity": "how derivatives of a solve are taken",
+    "native": "the user's function as scalar code",
     "integrate": "loops, steps, events, samples",
     "nonlinear": "solvers for roots",
     "methods": "tableaux, one step, its adjoint",

@@ -1,0 +1,16 @@
+"""How elements of the results of ATen operators follow from elements of their arguments: all readers, by the name of the operator."""
+
+from __future__ import annotations
+
+from . import operators_indexing, operators_pointwise, operators_products, operators_reductions, operators_views
+from .elements import Reader
+
+__all__ = ["READERS"]
+
+READERS: dict[str, Reader] = {
+    **operators_pointwise.READERS,
+    **operators_views.READERS,
+    **operators_indexing.READERS,
+    **operators_reductions.READERS,
+    **operators_products.READERS,
+}

@@ -1,0 +1,277 @@
+"""The user's function, element by element, as scalar expressions.
+
+The function is traced into a graph of ATen operators. Of its result single elements are asked for; every operator answers for one element
+by asking for elements of its arguments (`operators.py`), down to elements of the state, the inputs and constants. Views, concatenations
+and writes by index vanish on the way. Rows of a batch are read all at once, by an index along them (`rows.py`), which proves that they are
+independent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .elements import Call, Constant, Elements, Place, Refused, Tables
+from .expressions import Graph
+from .operators import READERS
+from .rows import Along, Index, Unlike, flat, strides
+from .tracing import Trace, Untraceable, trace
+
+__all__ = ["MOST_NODES", "Reading", "Unreadable", "read"]
+
+#: larger graphs are not read: matrix products are better left to libraries
+MOST_NODES = 400_000
+_DEPTH = 50_000
+
+
+class Unreadable(Exception):
+    """A function cannot be read: because of an ATen operator (or ""), at a line of the user's code (or ""), for a reason in plain words."""
+
+    def __init__(self, operator: str, line: str, reason: str) -> None:
+        place = f" ({line})" if line else ""
+        super().__init__(f"{operator + ': ' if operator else ''}{reason}{place}")
+        self.operator, self.line, self.reason = operator, line, reason
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a function computes of one trajectory.
+
+    Attributes:
+        graph: expressions of leaves ("t",), ("y", i), ("a", k, j), ("k", k, j). All leaves are floats: inputs of integers and truth values
+            are to be passed as numbers of the type of the state.
+        outputs: the elements of the result for one trajectory, or of all of it.
+        strides: of every input, how many numbers lie between one trajectory's elements and the next's; 0: all share them. Leaf
+            ("a", k, j) is element j counted from the start of the trajectory's own.
+        tables: constants too large for text, or looked up by a computed index: leaf ("k", k, j), flat and in the type of the state.
+        operators: names of the ATen operators that were read.
+    """
+
+    graph: Graph
+    outputs: tuple[int, ...]
+    strides: tuple[int, ...]
+    tables: tuple[Tensor, ...]
+    operators: frozenset[str]
+
+
+def read(function: Callable[..., Tensor], t: Tensor, y: Tensor, inputs: Sequence[Tensor], batched: bool) -> Reading:
+    """Read ``function(t, y, *inputs)``.
+
+    Args:
+        function: flat: ``t`` is () or (B,), ``y`` (B, m), and the result (B, n) or (B,).
+        t: the time, of the type of ``y``, or of any other that the function is to get.
+        y: the state; its values do not matter, but are computed with once.
+        inputs: whatever else the function depends on.
+        batched: the B rows are trajectories. That they are independent and treated alike is proved: otherwise this raises. When false,
+            everything is one trajectory.
+
+    Raises:
+        Unreadable: an operator, or a use of one, that is not read; a value that decides what is done; rows that depend on each other.
+    """
+    try:
+        traced = trace(function, [t, y, *inputs], frozenset(READERS))
+    except Untraceable as error:
+        raise Unreadable("", error.line, error.reason) from error
+    reader = _Reader(traced, t, y, inputs, batched)
+    with _deep():
+        outputs = reader.outputs()
+    steps = tuple(reader.steps.get(k, 0) for k in range(len(inputs)))
+    return Reading(reader.graph, outputs, steps, reader.tables.arrays(), frozenset(reader.operators))
+
+
+@contextlib.contextmanager
+def _deep() -> Iterator[None]:
+    """Elements ask for elements: as deep as the function is long."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, _DEPTH))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
+
+
+class _Reader:
+    """One function as it is read."""
+
+    def __init__(self, traced: Trace, t: Tensor, y: Tensor, inputs: Sequence[Tensor], batched: bool) -> None:
+        self.graph = Graph()
+        self.tables = Tables(y.dtype)
+        self.operators: set[str] = set()
+        self.steps: dict[int, int] = {}
+        self._trace, self._dtype = traced, y.dtype
+        self._rows = y.shape[0] if batched else 1
+        self._batched = batched
+        self._width = prod(y.shape[1:])
+        self._known: dict[Node, Any] = {}
+        given = iter([self._time(t), self._state(y), *(self._input(k, x) for k, x in enumerate(inputs))])
+        for node in traced.module.graph.nodes:
+            self._known[node] = next(given) if node.op == "placeholder" else self._made(node)
+
+    def outputs(self) -> tuple[int, ...]:
+        """Nodes of the result, of one trajectory or of all."""
+        (result,) = (node for node in self._trace.module.graph.nodes if node.op == "output")
+        out = self._known[result]
+        if not isinstance(out, Elements):
+            raise Unreadable("", "", "the result is not one tensor")
+        if out.dtype != self._dtype:
+            raise Unreadable("", "", f"the result is of {out.dtype}, the state of {self._dtype}")
+        steps = strides(out.shape)
+        if not self._batched:
+            places = [tuple((i // step) % size for step, size in zip(steps, out.shape, strict=True)) for i in range(prod(out.shape))]
+        else:
+            if not out.shape or out.shape[0] != self._rows:
+                raise Unreadable("", "", f"the result is of shape {out.shape}, for {self._rows} trajectories")
+            first: Index = Along(0, 1, self._rows) if self._rows > 1 else 0
+            inner = list(zip(steps[1:], out.shape[1:], strict=True))
+            places = [(first, *((i // step) % size for step, size in inner)) for i in range(prod(out.shape[1:]))]
+        return tuple(out.at(place) for place in places)
+
+    # leaves
+
+    def _time(self, t: Tensor) -> Elements:
+        def get(place: Place) -> int:
+            if self._batched and self._rows > 1 and place and not (isinstance(place[0], Along) and place[0] == Along(0, 1, self._rows)):
+                raise Unlike("one row of the batch reads the time of another")
+            return self.graph.leaf("t")
+
+        return Elements(t.shape, t.dtype, get)
+
+    def _state(self, y: Tensor) -> Elements:
+        steps, width = strides(y.shape), self._width
+
+        def get(place: Place) -> int:
+            where = flat(place, steps)
+            if not self._batched:
+                return self.graph.leaf("y", where)  # type: ignore[arg-type]
+            if isinstance(where, Along):
+                if where.step != width or not 0 <= where.start < width:
+                    raise Unlike("one row of the batch reads the state of another")
+                return self.graph.leaf("y", where.start)
+            if self._rows > 1:
+                raise Unlike(f"every row of the batch reads the state of row {where // width}")
+            return self.graph.leaf("y", where)
+
+        return Elements(y.shape, y.dtype, get)
+
+    def _input(self, k: int, x: Tensor) -> Elements:
+        steps = strides(x.shape)
+
+        def get(place: Place) -> int:
+            where = flat(place, steps)
+            start, step = (where.start, where.step) if isinstance(where, Along) else (where, 0)
+            if self.steps.setdefault(k, step) != step:
+                raise Unlike(f"input {k} is used by rows of the batch in one place, and otherwise in another")
+            if step < 0 or (step and not 0 <= start < step):
+                raise Unlike(f"input {k} is read out of the order of the rows")
+            leaf = self.graph.leaf("a", k, start)
+            if x.dtype == torch.bool:
+                return self.graph.as_bool(leaf)
+            return leaf if x.is_floating_point() else self.graph.as_int(leaf)
+
+        return Elements(x.shape, x.dtype, get)
+
+    # operators
+
+    def _made(self, node: Node) -> Any:
+        """What a node of the trace stands for."""
+        if node.op == "get_attr":
+            return Constant(self.graph, self.tables, operator.attrgetter(str(node.target))(self._trace.module))
+        if node.op == "output":
+            return self._known_of(node.args[0])
+        if node.target is operator.getitem:
+            source = self._known[node.args[0]]  # type: ignore[index]
+            return source[int(node.args[1])] if isinstance(source, list) else source  # type: ignore[arg-type]
+        return self._constant(node) or self._called(node)
+
+    def _known_of(self, x: Any) -> Any:
+        if isinstance(x, Node):
+            return self._known[x]
+        if isinstance(x, (list, tuple)):
+            return [self._known_of(i) for i in x]
+        return x
+
+    def _constant(self, node: Node) -> Any:
+        """Results of operators on constants are computed, whatever the operator."""
+        if not all(_is_constant(self._known[n]) for n in node.all_input_nodes):
+            return None
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            return None
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: _value(self._known[n]))
+        with torch.no_grad():
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+        if isinstance(result, Tensor):
+            return Constant(self.graph, self.tables, result)
+        if isinstance(result, (list, tuple)):
+            return [Constant(self.graph, self.tables, x) if isinstance(x, Tensor) else x for x in result]
+        return None
+
+    def _called(self, node: Node) -> Any:
+        """Results of an operator; what goes wrong is told when an element is asked for, for much of a trace is not needed."""
+        meta = node.meta.get("val")
+        parts = [x for x in meta if isinstance(x, Tensor)] if isinstance(meta, (list, tuple)) else [meta]
+        schema = getattr(node.target, "_schema", None)
+        name = schema.name.split("::")[-1] if schema is not None else getattr(node.target, "__name__", str(node.target))
+        line = self._trace.lines.get(node, "")
+        tensors = [x for x in parts if isinstance(x, Tensor)]
+        if len(tensors) != len(parts):
+            return None
+        reader = READERS.get(name)
+        call = Call(self.graph, self.tables, tuple(tuple(x.shape) for x in tensors), tuple(x.dtype for x in tensors))
+
+        def refused(reason: str) -> list[Elements]:
+            def get(place: Place) -> int:
+                raise Unreadable(name, line, reason)
+
+            return [call.made(get, which) for which in range(len(parts))]
+
+        if reader is None:
+            made: Any = refused("there is no scalar form of this operator")
+        else:
+            try:
+                made = reader(call, *map(self._known_of, node.args), **{k: self._known_of(x) for k, x in node.kwargs.items()})
+            except (Refused, Unlike) as error:
+                made = refused(str(error))
+            except (TypeError, NotImplementedError) as error:
+                made = refused(f"this way of calling it is not read ({error})")
+        results = [self._watched(x, name, line, node in self._trace.stopped) for x in (made if isinstance(made, list) else [made])]
+        return results if isinstance(meta, (list, tuple)) else results[0]
+
+    def _watched(self, made: Elements, name: str, line: str, stopped: bool) -> Elements:
+        """Elements with what every operator has in common: its name noted, errors with its line, its type checked."""
+        graph = self.graph
+        foreign = made.dtype.is_floating_point and made.dtype != self._dtype
+
+        def get(place: Place) -> int:
+            try:
+                node = made.at(place)
+            except (Refused, Unlike) as error:
+                raise Unreadable(name, line, str(error)) from error
+            except TypeError as error:
+                raise Unreadable(name, line, f"rows of the batch cannot be told apart ({error})") from error
+            except RecursionError as error:
+                raise Unreadable(name, line, "the function is too long") from error
+            if len(graph) > MOST_NODES:
+                raise Unreadable(name, line, f"more than {MOST_NODES} scalar operations")
+            self.operators.add(name)
+            if foreign and graph.names[node] != "constant":
+                raise Unreadable(name, line, f"it computes in {made.dtype}, where the state is of {self._dtype}")
+            return graph.op("stop", node) if stopped else node
+
+        return Elements(made.shape, made.dtype, get)
+
+
+def _is_constant(x: Any) -> bool:
+    return isinstance(x, Constant) or (isinstance(x, list) and bool(x) and all(map(_is_constant, x)))
+
+
+def _value(x: Any) -> Any:
+    return [_value(i) for i in x] if isinstance(x, list) else x.tensor

@@ -1,0 +1,1 @@
+"""The user's function read into scalar expressions: values, derivatives, rows, text."""
