@@ -1,0 +1,127 @@
+"""What the engine is called with: the fields of its structures, which are written into its text and filled from Python."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+__all__ = ["BACKWARD", "FORWARD", "declarations", "filled"]
+
+#: ``R`` is the real type of the state; B rows (trajectories), A anchors, T samples, n numbers in a state, K steps, S stages
+FORWARD: tuple[tuple[str, str], ...] = (
+    ("void*", "fun"),
+    ("void*", "vjp"),
+    ("const R* const*", "inputs"),
+    ("const R* const*", "tables"),
+    ("long", "rows"),
+    ("long", "block"),  # rows that one thread takes at a time
+    ("long", "threads"),
+    ("const double*", "anchors"),  # (A, B)
+    ("long", "n_anchors"),
+    ("const double*", "t_eval"),  # (T, B)
+    ("const long*", "order"),  # (T, B): samples by time, or nothing where they are
+    ("long", "n_samples"),
+    ("const R*", "y0"),  # (B, n)
+    ("const R*", "rtol"),
+    ("long", "rtol_row"),  # strides
+    ("long", "rtol_column"),
+    ("const R*", "atol"),
+    ("long", "atol_row"),
+    ("long", "atol_column"),
+    ("const double*", "first_step"),  # (1 or B,), or nothing
+    ("long", "first_step_row"),
+    ("double", "max_step"),
+    ("double", "min_step"),
+    ("long", "max_steps"),
+    ("long", "accept_smallest"),
+    ("long", "adaptive"),
+    ("double", "safety"),
+    ("double", "min_factor"),
+    ("double", "max_factor"),
+    ("double", "pcoeff"),
+    ("double", "icoeff"),
+    ("double", "dcoeff"),
+    ("long", "shrink_accepted"),
+    ("long", "predictive"),
+    ("long", "remembers"),
+    ("long", "single_powers"),
+    ("long", "shift"),  # 0: no jumps, 1: at inner anchors, 2: at all
+    ("long", "keep_grid"),
+    ("long", "keep_states"),
+    ("long", "keep_stages"),
+    ("long", "room"),  # steps for which there is memory
+    ("R*", "states"),  # (room + 1, B, n)
+    ("R*", "stages"),  # (room, S, B, n)
+    ("double*", "t"),  # (room, B)
+    ("double*", "h"),
+    ("long*", "segment"),
+    ("unsigned char*", "lands"),
+    ("R*", "samples"),  # (T, B, n)
+    ("long*", "sample_step"),  # (T, B)
+    ("R*", "final"),  # (B, n)
+    ("R*", "last"),
+    ("R*", "scaled"),
+    ("long*", "n_steps"),  # (B,)
+    ("long*", "n_accepted"),
+    ("long*", "n_fun"),
+    ("long*", "status"),
+    ("double*", "t_final"),
+    ("double*", "next_step"),
+)
+
+BACKWARD: tuple[tuple[str, str], ...] = (
+    ("void*", "fun"),
+    ("void*", "vjp"),
+    ("const R* const*", "inputs"),
+    ("const R* const*", "tables"),
+    ("long", "rows"),
+    ("long", "block"),
+    ("long", "threads"),
+    ("const double*", "anchors"),
+    ("long", "n_anchors"),
+    ("long", "n_steps"),
+    ("const double*", "t"),  # (K, B)
+    ("const double*", "h"),
+    ("const long*", "segment"),
+    ("const unsigned char*", "lands"),
+    ("const R*", "states"),  # (K + 1, B, n)
+    ("const R*", "stages"),  # (K, S, B, n), or nothing
+    ("const long*", "status"),
+    ("const double*", "t_eval"),
+    ("const long*", "order"),
+    ("const long*", "sample_step"),
+    ("long", "n_samples"),
+    ("long", "jumps"),
+    ("long", "timed"),  # cotangents of times are wanted
+    ("const R*", "final_bar"),  # (B, n), or nothing
+    ("const R*", "samples_bar"),  # (T, B, n), or nothing
+    ("const R*", "states_bar"),  # (K + 1, B, n), or nothing
+    ("const R*", "stages_bar"),  # (K, S, B, n), or nothing
+    ("R*", "y0_bar"),  # (B, n)
+    ("R* const*", "input_bars"),
+    ("double*", "t_bar"),  # (K, B)
+    ("double*", "h_bar"),
+    ("double*", "t_eval_bar"),  # (T, B)
+)
+
+
+def declarations() -> str:
+    """The structures as C++."""
+
+    def one(name: str, fields: tuple[tuple[str, str], ...]) -> str:
+        return f"struct {name} {{ " + " ".join(f"{kind} {field};" for kind, field in fields) + " };"
+
+    return "\n".join([one("Forward", FORWARD), one("Backward", BACKWARD)])
+
+
+def _structure(fields: tuple[tuple[str, str], ...]) -> type[ctypes.Structure]:
+    kinds = {"long": ctypes.c_long, "double": ctypes.c_double}
+    return type("Call", (ctypes.Structure,), {"_fields_": [(name, kinds.get(kind, ctypes.c_void_p)) for kind, name in fields]})
+
+
+_KINDS = {id(fields): _structure(fields) for fields in (FORWARD, BACKWARD)}
+
+
+def filled(fields: tuple[tuple[str, str], ...], **values: Any) -> ctypes.Structure:
+    """A structure with these values; fields that are not given are zero or no pointer."""
+    return _KINDS[id(fields)](**{name: value for name, value in values.items() if value is not None})

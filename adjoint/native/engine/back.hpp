@@ -1,0 +1,201 @@
+// The way back through the recorded steps: W trajectories side by side, each from its own last step; the formulas of `sensitivity/discrete.py`.
+
+struct Back_ {
+  const Backward& q; const Functions f;
+  long from, to, waiting;
+  Own own; Ctx c; S* memory; S* own_bars; S* bars[INPUTS + 1];
+  S *y, *bar, *start, *ybar, *ks, *kbar;
+  double t[W], h[W], sign[W];
+  long row[W], k[W], first[W], sampled[W], behind[W];
+  bool live[W], jump[W], jumps_end[W];
+
+  // totals (SHARED): where the cotangents of shared inputs are added up in this block
+  Back_(const Backward& q, long from, long to, S* totals) : q(q), f{(decltype(f.fun))q.fun, (decltype(f.vjp))q.vjp}, from(from), to(to), waiting(from) {
+    const long size = (4 + 2 * ALL) * (long)N;
+    memory = lanes_of(size);
+    S* at = memory;
+    y = at; bar = (at += N); start = (at += N); ybar = (at += N); ks = (at += N); kbar = (at += ALL * N);
+    for (long i = 0; i < size; i++) memory[i] = K(0);
+    long mine = 0;
+    for (int i = 0; i < INPUTS; i++) mine += OWN[i];
+    own_bars = lanes_of(mine);
+    S* next = own_bars;
+    for (int i = 0; i < INPUTS; i++) {
+      if (OWN[i]) { bars[i] = next; for (long e = 0; e < OWN[i]; e++) next[e] = K(0); next += OWN[i]; }
+      else { bars[i] = totals; totals += NUMBERS[i]; }
+    }
+    c = {q.inputs, own.a, q.tables, bars};
+    for (int l = 0; l < W; l++) { live[l] = false; row[l] = from; t[l] = q.n_steps ? q.t[from] : 0; h[l] = 0; jump[l] = jumps_end[l] = false; sign[l] = 1; own.load(q.inputs, l, from);
+      for (int n = 0; n < N; n++) put(y[n], l, q.states[from * N + n]); }
+  }
+  ~Back_() { free(memory); free(own_bars); }
+
+  long sample(int l, long i) const { return (q.order ? q.order[i * q.rows + row[l]] : i) * q.rows + row[l]; }
+  bool weighs(int l, const R* x) const { for (int n = 0; n < N; n++) if (x[n] != 0) return true; return false; }
+  void add(S* to, int l, const R* x) const { for (int n = 0; n < N; n++) put(to[n], l, get(to[n], l) + x[n]); }
+
+  void refill() {
+    for (int l = 0; l < W; l++) {
+      while (!live[l] && waiting < to) {
+        const long r = row[l] = waiting++;
+        live[l] = true;
+        own.load(q.inputs, l, r);
+        for (int i = 0; i < INPUTS; i++) for (long e = 0; e < OWN[i]; e++) put(bars[i][e], l, R(0));
+        for (int n = 0; n < N; n++) { put(bar[n], l, R(0)); put(ybar[n], l, R(0)); }
+        if (q.final_bar && q.status[r] >= 0) add(bar, l, q.final_bar + r * N);
+        sign[l] = q.anchors[(q.n_anchors - 1) * q.rows + r] >= q.anchors[r] ? 1.0 : -1.0;
+        sampled[l] = q.samples_bar ? q.n_samples - 1 : -1;
+        while (sampled[l] >= 0 && q.sample_step[sample(l, sampled[l])] < 0) sampled[l]--;
+        k[l] = q.n_steps - 1;
+        while (k[l] >= 0 && q.h[k[l] * q.rows + r] == 0) {
+          if (q.states_bar) add(bar, l, q.states_bar + ((k[l] + 1) * q.rows + r) * N);
+          k[l]--;
+        }
+        while (k[l] < 0 && sampled[l] >= 0) add(bar, l, q.samples_bar + sample(l, sampled[l]--) * N);
+        // where nothing comes back there is nothing to multiply with derivatives, which may be no numbers
+        if (!q.states_bar && !q.stages_bar) while (k[l] >= 0) {
+          bool any = false;
+          for (int n = 0; n < N; n++) any |= get(bar[n], l) != 0;
+          for (long s = sampled[l]; s >= 0 && q.sample_step[sample(l, s)] >= k[l]; s--) any |= weighs(l, q.samples_bar + sample(l, s) * N);
+          if (any) break;
+          while (sampled[l] >= 0 && q.sample_step[sample(l, sampled[l])] >= k[l]) sampled[l]--;
+          k[l]--;
+        }
+        if (k[l] < 0) done(l);
+      }
+    }
+  }
+  void done(int l) {
+    const long r = row[l];
+    live[l] = false;
+    for (int n = 0; n < N; n++) {
+      R x = get(bar[n], l);
+      if (q.states_bar) x += q.states_bar[r * N + n];
+      q.y0_bar[r * N + n] = x;
+      put(bar[n], l, R(0));
+    }
+    for (int i = 0; i < INPUTS; i++) if (OWN[i]) for (long e = 0; e < OWN[i]; e++) q.input_bars[i][r * OWN[i] + e] = get(bars[i][e], l);
+  }
+
+  R moved(R x, bool on, double toward) const { return on ? beside(x, toward) : x; }
+  void stage_times(S* times) const {
+    if (!TIMED) return;
+    for (int i = 0; i < ALL; i++) for (int l = 0; l < W; l++) {
+      const R x = (R)(t[l] + h[l] * C[i]);
+      put(times[i], l, C[i] == 0 ? moved(x, jump[l], sign[l] * __builtin_inf()) : C[i] == 1 ? moved(x, jumps_end[l], -sign[l] * __builtin_inf()) : x);
+    }
+  }
+  // lanes without a trajectory stand where another one does: zero times a derivative that is no number would be none in their sums
+  void rest() {
+    int other = -1;
+    for (int l = 0; l < W; l++) if (live[l]) other = l;
+    for (int l = 0; l < W; l++) if (!live[l]) {
+      if (row[l] != row[other]) { row[l] = row[other]; own.load(q.inputs, l, row[l]); }
+      t[l] = t[other];
+      for (int n = 0; n < N; n++) put(y[n], l, get(y[n], other));
+    }
+  }
+
+  void run() {
+    S times[ALL + 1], hs = K(0);
+    for (int i = 0; i <= ALL; i++) times[i] = K(0);
+    refill();
+    for (;;) {
+      bool any = false, dense = q.stages_bar != nullptr;
+      for (int l = 0; l < W; l++) any |= live[l];
+      if (!any) return;
+      for (int n = 0; n < N; n++) start[n] = K(0);
+      bool clear = false;
+      if (dense) { for (int n = 0; n < ALL * N; n++) kbar[n] = K(0); clear = true; }
+      for (int l = 0; l < W; l++) {
+        h[l] = 0;
+        if (!live[l]) continue;
+        const long i = k[l] * q.rows + row[l];
+        t[l] = q.t[i]; h[l] = q.h[i];
+        if (q.jumps) {
+          jump[l] = q.jumps == 2 || (k[l] && q.segment[i] > q.segment[i - q.rows]);
+          jumps_end[l] = q.jumps == 2 || (q.lands[i] && q.segment[i] < q.n_anchors - 2);
+        }
+        for (int n = 0; n < N; n++) put(y[n], l, q.states[i * N + n]);
+        if (q.states_bar) add(bar, l, q.states_bar + (i + q.rows) * N);
+        if (q.stages_bar) for (int s = 0; s < ALL; s++) add(kbar + s * N, l, q.stages_bar + ((k[l] * ALL + s) * q.rows + row[l]) * N);
+        first[l] = sampled[l];
+        for (; sampled[l] >= 0 && q.sample_step[sample(l, sampled[l])] == k[l]; sampled[l]--) {
+          const long at = sample(l, sampled[l]);
+          const R* v = q.samples_bar + at * N;
+          const double theta = (q.t_eval[at] - t[l]) / h[l];
+          if (theta == 1.0 && !q.timed) { add(bar, l, v); continue; }
+          add(start, l, v);
+          if (theta == 0.0 && !q.timed) continue;
+          if (!clear) { clear = true; for (int n = 0; n < ALL * N; n++) kbar[n] = K(0); }
+          dense = true;
+          double w[ALL];
+          dense_weights(theta, w);
+          for (int s = 0; s < ALL; s++) if (w[s]) {
+            const R x = (R)(w[s] * h[l]);
+            for (int n = 0; n < N; n++) put(kbar[s * N + n], l, get(kbar[s * N + n], l) + x * v[n]);
+          }
+        }
+      }
+      if (W > 1) rest();
+      for (int l = 0; l < W; l++) put(hs, l, (R)h[l]);
+      stage_times(times);
+      S tbar = K(0), hbar = K(0);
+      if (dense) step_back<ALL>(f, c, times, hs, y, bar, kbar, ybar, ks, q.timed, tbar, hbar);
+      else step_back<STAGES - FSAL>(f, c, times, hs, y, bar, nullptr, ybar, ks, q.timed, tbar, hbar);
+      bool ended = false;
+      for (int l = 0; l < W; l++) {
+        if (!live[l]) continue;
+        const long i = k[l] * q.rows + row[l];
+        if (q.timed) {
+          double t_bar = get(tbar, l), h_bar = get(hbar, l);
+          for (long s = first[l]; s > sampled[l]; s--) {
+            const long at = sample(l, s);
+            const double theta = (q.t_eval[at] - t[l]) / h[l];
+            double w[ALL], d[ALL], slope = 0, size = 0;
+            dense_weights(theta, w);
+            dense_slopes(theta, d);
+            for (int a = 0; a < ALL; a++) {
+              double product = 0;
+              for (int n = 0; n < N; n++) product += get(ks[a * N + n], l) * q.samples_bar[at * N + n];
+              slope += d[a] * product; size += w[a] * product;
+            }
+            q.t_eval_bar[at] = slope;
+            t_bar -= slope; h_bar += size - theta * slope;
+          }
+          q.t_bar[i] = t_bar; q.h_bar[i] = h_bar;
+        }
+        for (int n = 0; n < N; n++) put(bar[n], l, get(ybar[n], l) + get(start[n], l));
+        if (--k[l] < 0) { done(l); ended = true; }
+      }
+      if (ended) refill();
+    }
+  }
+};
+
+struct Sweep { const Backward* q; S* totals; long shared; };
+static void block_back(void* p, long b) {
+  Sweep& s = *(Sweep*)p;
+  const long from = b * s.q->block, to = least(from + s.q->block, s.q->rows);
+  Back_ back(*s.q, from, to, s.totals + b * s.shared);
+  back.run();
+}
+extern "C" void backward(const Backward* q) {
+  long shared = 0;
+  for (int i = 0; i < INPUTS; i++) if (!OWN[i]) shared += NUMBERS[i];
+  const long blocks = (q->rows + q->block - 1) / q->block;
+  S* totals = lanes_of(blocks * shared);
+  for (long e = 0; e < blocks * shared; e++) totals[e] = K(0);
+  Sweep s{q, totals, shared};
+  together(q->threads, blocks, block_back, &s);
+  long at = 0;
+  for (int i = 0; i < INPUTS; i++) if (!OWN[i]) {
+    for (long e = 0; e < NUMBERS[i]; e++) {
+      R total = 0;
+      for (long b = 0; b < blocks; b++) for (int l = 0; l < W; l++) total += get(totals[b * shared + at + e], l);
+      q->input_bars[i][e] = total;
+    }
+    at += NUMBERS[i];
+  }
+  free(totals);
+}

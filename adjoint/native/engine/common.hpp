@@ -1,0 +1,69 @@
+// What the loop forward and the one back share: lanes, memory, threads. N: numbers in a state; INPUTS, and which of them every trajectory has
+// for itself, with how many numbers (OWN[k], else 0); W lanes, each of which holds one trajectory; R a number, S one of every lane.
+#if W == 1
+FN R get(const S& x, int) { return x; }
+FN void put(S& x, int, R v) { x = v; }
+#else
+FN R get(const S& x, int l) { return x[l]; }
+FN void put(S& x, int l, R v) { x[l] = v; }
+#endif
+FN double least(double a, double b) { return a < b ? a : b; }
+FN double most(double a, double b) { return a > b ? a : b; }
+FN bool finite(double x) { return __builtin_fabs(x) <= 1.7976931348623157e308; }
+#ifdef SINGLE
+FN R beside(R x, double toward) { return __builtin_nextafterf(x, (R)toward); }
+#else
+FN R beside(R x, double toward) { return __builtin_nextafter(x, toward); }
+#endif
+FN double power(double x, double p, int single) { return single ? (double)__builtin_powf((float)x, (float)p) : __builtin_pow(x, p); }
+
+struct Ctx { const R* const* u; const S* const* a; const R* const* k; S* const* b; };
+struct Functions {
+  void (*fun)(const Ctx*, const S* t, const S* y, S* out);
+  void (*vjp)(const Ctx*, const S* t, const S* y, const S* v, S* ybar, S* tbar);
+};
+
+extern "C" { void* malloc(size_t); void* calloc(size_t, size_t); void free(void*); void* aligned_alloc(size_t, size_t); void* memcpy(void*, const void*, size_t); }
+static inline S* lanes_of(long n) { return (S*)aligned_alloc(64, (n * sizeof(S) + 63) / 64 * 64 + 64); }
+
+// the inputs that each trajectory has for itself, one for every lane
+struct Own {
+  S* memory; const S* a[INPUTS + 1];
+  Own() : memory(nullptr) {
+    if (W == 1) return;
+    long total = 0;
+    for (int k = 0; k < INPUTS; k++) total += OWN[k];
+    memory = lanes_of(total);
+    S* at = memory;
+    for (long e = 0; e < total; e++) at[e] = K(0);
+    for (int k = 0; k < INPUTS; k++) { a[k] = at; at += OWN[k]; }
+  }
+  ~Own() { free(memory); }
+  void load(const R* const* inputs, int lane, long row) {
+    for (int k = 0; k < INPUTS; k++) if (OWN[k]) {
+      const R* from = inputs[k] + row * OWN[k];
+      if (W == 1) a[k] = (const S*)from;
+      else for (long e = 0; e < OWN[k]; e++) put(((S*)a[k])[e], lane, from[e]);
+    }
+  }
+};
+
+// work in blocks of rows, each done by one thread, whatever their number: sums do not depend on it
+struct Crew { long blocks; volatile long next; void (*work)(void*, long); void* with; };
+static void* member(void* p) {
+  Crew* crew = (Crew*)p;
+  for (;;) {
+    long b = __atomic_fetch_add(&crew->next, 1, __ATOMIC_RELAXED);
+    if (b >= crew->blocks) return nullptr;
+    crew->work(crew->with, b);
+  }
+}
+static void together(long threads, long blocks, void (*work)(void*, long), void* with) {
+  Crew crew{blocks, 0, work, with};
+  if (threads > blocks) threads = blocks;
+  pthread_t others[64];
+  long started = 0;
+  for (long i = 1; i < threads && started < 64; i++) if (!pthread_create(&others[started], nullptr, member, &crew)) started++;
+  member(&crew);
+  for (long i = 0; i < started; i++) pthread_join(others[i], nullptr);
+}

@@ -1,0 +1,397 @@
+// The adaptive loop: W trajectories side by side; a lane whose trajectory has ended takes the next one. The rules are those of
+// `integrate/clock.py`, `controller.py`, `initial_step.py` and the samplers.
+
+// steps behind those for which there was room at first, of all trajectories
+struct Chunk { long from; R* states; R* stages; double *t, *h; long* segment; unsigned char* lands; Chunk* next; };
+struct Tape { Chunk* first; pthread_mutex_t lock; long length; };
+struct Place { R *state, *stages; double *t, *h; long* segment; unsigned char* lands; };
+
+static Chunk* chunk_at(const Forward& q, Tape& tape, long k) {
+  pthread_mutex_lock(&tape.lock);
+  Chunk** at = &tape.first; long from = q.room;
+  while (*at && k >= (*at)->from + tape.length) { from = (*at)->from + tape.length; at = &(*at)->next; }
+  while (!*at) {
+    const long n = tape.length * q.rows;
+    Chunk* c = (Chunk*)calloc(1, sizeof(Chunk));
+    c->from = from;
+    if (q.keep_states) c->states = (R*)malloc(n * N * sizeof(R));
+    if (q.keep_stages) c->stages = (R*)malloc(n * ALL * N * sizeof(R));
+    c->t = (double*)malloc(n * sizeof(double)); c->h = (double*)malloc(n * sizeof(double));
+    c->segment = (long*)malloc(n * sizeof(long)); c->lands = (unsigned char*)malloc(n);
+    *at = c;
+    if (k < from + tape.length) break;
+    from += tape.length; at = &c->next;
+  }
+  Chunk* found = *at;
+  pthread_mutex_unlock(&tape.lock);
+  return found;
+}
+// where step k of a row is written, and the state at its end
+static Place place_of(const Forward& q, Tape& tape, long k, long row) {
+  const long B_ = q.rows;
+  if (k < q.room) {
+    const long i = k * B_ + row;
+    return {q.keep_states ? q.states + (i + B_) * N : nullptr, q.keep_stages ? q.stages + (k * ALL * B_ + row) * N : nullptr, q.t + i, q.h + i, q.segment + i, q.lands + i};
+  }
+  Chunk* c = chunk_at(q, tape, k);
+  const long j = k - c->from, i = j * B_ + row;
+  return {q.keep_states ? c->states + i * N : nullptr, q.keep_stages ? c->stages + (j * ALL * B_ + row) * N : nullptr, c->t + i, c->h + i, c->segment + i, c->lands + i};
+}
+
+static void scaled_norm(const S* e, const S* size, const S* rtol, const S* atol, S* out) {
+  S total = K(0);
+  if (N == 1) { *out = m_abs(e[0] / (size[0] * rtol[0] + atol[0])); return; }
+  for (int n = 0; n < N; n++) { S x = e[n] / (size[n] * rtol[n] + atol[n]); total += x * x; }
+  *out = m_sqrt(total) * K(R(ROOT));
+}
+
+struct Loop {
+  const Forward& q; Tape& tape; const Functions f;
+  long from, to, waiting;
+  Own own; Ctx c; S* memory;
+  S *y, *y1, *k1, *ks, *rtol, *atol, *size, *error;
+  double t[W], step[W], wanted[W], target[W], end[W], h[W], error1[W], error2[W], sign[W];
+  long row[W], segment[W], attempts[W], accepted[W], n_fun[W], next[W];
+  bool live[W], lands[W], rejected[W], bad[W], jump[W], jumps_end[W];
+
+  Loop(const Forward& q, Tape& tape, long from, long to) : q(q), tape(tape), f{(decltype(f.fun))q.fun, (decltype(f.vjp))q.vjp}, from(from), to(to), waiting(from) {
+    memory = lanes_of((8 + ALL) * (long)N);
+    S* at = memory;
+    y = at; y1 = (at += N); k1 = (at += N); rtol = (at += N); atol = (at += N); size = (at += N); error = (at += N); ks = (at += N);
+    for (long i = 0; i < (8 + ALL) * (long)N; i++) memory[i] = K(0);
+    c = {q.inputs, own.a, q.tables, nullptr};
+    for (int l = 0; l < W; l++) { live[l] = false; row[l] = from; t[l] = q.anchors[from]; h[l] = 0; jump[l] = jumps_end[l] = false; sign[l] = 1; fill(l, from); }
+  }
+  ~Loop() { free(memory); }
+
+  void fill(int l, long r) {
+    own.load(q.inputs, l, r);
+    for (int n = 0; n < N; n++) {
+      put(y[n], l, q.y0[r * N + n]);
+      put(rtol[n], l, q.rtol[r * q.rtol_row + n * q.rtol_column]);
+      put(atol[n], l, q.atol[r * q.atol_row + n * q.atol_column]);
+    }
+  }
+  double anchor(int l, long i) const { return q.anchors[i * q.rows + row[l]]; }
+  long sample(int l, long i) const { return q.order ? q.order[i * q.rows + row[l]] : i; }
+  double sample_time(int l, long i) const { return q.t_eval[sample(l, i) * q.rows + row[l]]; }
+  void write_sample(int l, const S* v, long in_step) {
+    const long i = sample(l, next[l]++) * q.rows + row[l];
+    for (int n = 0; n < N; n++) q.samples[i * N + n] = get(v[n], l);
+    q.sample_step[i] = in_step;
+  }
+
+  void finish(int l, long status) {
+    const long r = row[l];
+    live[l] = false;
+    for (; next[l] < q.n_samples;) {
+      const long i = sample(l, next[l]++) * q.rows + r;
+      for (int n = 0; n < N; n++) q.samples[i * N + n] = R(__builtin_nan(""));
+      q.sample_step[i] = -1;
+    }
+    for (int n = 0; n < N; n++) {
+      q.last[r * N + n] = get(y[n], l);
+      q.final[r * N + n] = status < 0 ? R(__builtin_nan("")) : get(y[n], l);
+      q.scaled[r * N + n] = __builtin_fabs(get(error[n], l) / (get(size[n], l) * get(rtol[n], l) + get(atol[n], l)));
+    }
+    q.n_steps[r] = attempts[l]; q.n_accepted[r] = accepted[l]; q.n_fun[r] = n_fun[l]; q.status[r] = status;
+    q.t_final[r] = t[l]; q.next_step[r] = step[l];
+  }
+
+  R moved(R x, bool on, double toward) const { return on ? beside(x, toward) : x; }
+  // times of the stages; at jumps from within the step
+  void stage_times(S* times) const {
+    if (!TIMED) return;
+    for (int i = 0; i < ALL; i++) for (int l = 0; l < W; l++) {
+      const R x = (R)(t[l] + h[l] * C[i]);
+      put(times[i], l, C[i] == 0 ? moved(x, jump[l], sign[l] * __builtin_inf()) : C[i] == 1 ? moved(x, jumps_end[l], -sign[l] * __builtin_inf()) : x);
+    }
+  }
+
+  // lanes without a trajectory take one; slopes and first steps are computed for all lanes at once and kept for the new ones
+  void refill() {
+    bool fresh[W], some = false;
+    for (int l = 0; l < W; l++) {
+      fresh[l] = !live[l] && waiting < to;
+      if (!fresh[l]) continue;
+      some = live[l] = true;
+      row[l] = waiting++;
+      fill(l, row[l]);
+      t[l] = anchor(l, 0);
+      sign[l] = anchor(l, q.n_anchors - 1) >= t[l] ? 1.0 : -1.0;
+      attempts[l] = accepted[l] = next[l] = segment[l] = 0;
+      n_fun[l] = 1;
+      rejected[l] = bad[l] = jump[l] = jumps_end[l] = false;
+      error1[l] = error2[l] = 1;
+      for (int n = 0; n < N; n++) { put(error[n], l, R(0)); put(size[n], l, R(1)); }
+      while (segment[l] < q.n_anchors - 2 && anchor(l, segment[l] + 1) == t[l]) segment[l]++;
+      for (int n = 0; n < N && q.keep_states; n++) q.states[row[l] * N + n] = get(y[n], l);
+    }
+    if (!some) return;
+    S now, there_, *f0 = y1, *z = lanes_of(2 * N), *f1 = z + N, room_, h0_;
+    for (int l = 0; l < W; l++) put(now, l, moved((R)t[l], q.shift == 2, sign[l] * __builtin_inf()));
+    f.fun(&c, &now, y, f0);
+    double h0[W], d1[W];
+    bool guess = q.adaptive && !q.first_step;
+    if (guess) {
+      S a0, a1;
+      S* s = f1;
+      for (int n = 0; n < N; n++) s[n] = m_abs(y[n]);
+      scaled_norm(y, s, rtol, atol, &a0);
+      scaled_norm(f0, s, rtol, atol, &a1);
+      for (int l = 0; l < W; l++) {
+        double nearest = 0, room = __builtin_inf();
+        for (long i = 1; i < q.n_anchors; i++) {
+          const double ahead = anchor(l, i) - anchor(l, 0);
+          if (sign[l] * ahead > 0 && __builtin_fabs(ahead) < room) { room = __builtin_fabs(ahead); nearest = anchor(l, i); }
+        }
+        if (!finite(room)) { room = 0; nearest = anchor(l, q.n_anchors > 1 ? 1 : 0); }
+        const double d0 = get(a0, l);
+        d1[l] = get(a1, l);
+        double g = (d0 < 1e-5 || d1[l] < 1e-5) ? 1e-6 : 0.01 * d0 / d1[l];
+        g = least(finite(g) ? g : 1e-6, q.max_step);
+        put(there_, l, (R)(g < room ? anchor(l, 0) + sign[l] * g : nearest));
+        h0[l] = least(g, room);
+        put(h0_, l, (R)(sign[l] * h0[l]));
+      }
+      for (int n = 0; n < N; n++) z[n] = y[n] + h0_ * f0[n];
+      f.fun(&c, &there_, z, f1);
+      for (int n = 0; n < N; n++) f1[n] = f1[n] - f0[n];
+      for (int n = 0; n < N; n++) z[n] = m_abs(y[n]);
+      scaled_norm(f1, z, rtol, atol, &room_);
+    }
+    for (int l = 0; l < W; l++) if (fresh[l]) {
+      if (guess) {
+        const double worst = most(d1[l], (double)get(room_, l) / h0[l]);
+        const double next_guess = worst <= 1e-15 ? most(h0[l] * 1e-3, 1e-6) : power(0.01 / worst, 1.0 / (ERROR_ORDER + 1), 0);
+        const double x = least(100 * h0[l], next_guess);
+        step[l] = finite(x) && x > 0 ? x : h0[l];
+        if (!(step[l] >= q.min_step)) step[l] = step[l] != step[l] ? step[l] : q.min_step;
+        n_fun[l]++;
+      } else step[l] = q.first_step ? q.first_step[q.first_step_row * row[l]] : __builtin_inf();
+      for (int n = 0; n < N; n++) {
+        put(k1[n], l, get(f0[n], l));
+        // nothing goes on from a state that is not finite: a step of no size says so at once
+        if (!finite(get(y[n], l))) { step[l] = 0; bad[l] = true; }
+      }
+    }
+    free(z);
+  }
+
+  // where the coming step of a lane ends; false: it has none
+  bool aim(int l) {
+    h[l] = 0; jumps_end[l] = false;
+    if (!live[l]) return false;
+    target[l] = anchor(l, segment[l] + 1);
+    double s = step[l];
+    if (q.max_step < __builtin_inf()) s = least(s, q.max_step);
+    if (q.accept_smallest) s = most(s, q.min_step);
+    const double remaining = __builtin_fabs(target[l] - t[l]);
+    bool on = q.adaptive ? s * 1.01 >= remaining : s >= remaining * (1 - 1e-10);
+    if (q.adaptive && q.max_step < __builtin_inf()) on = on && remaining <= q.max_step;
+    bool tiny = s <= 16 * 2.220446049250313e-16 * __builtin_fabs(t[l]);
+    if (q.min_step) tiny = tiny || s < q.min_step;
+    const bool spent = attempts[l] >= q.max_steps;
+    if (spent || (tiny && !on)) { finish(l, spent ? -1 : bad[l] ? -3 : -2); return false; }
+    wanted[l] = s; lands[l] = on;
+    h[l] = on ? target[l] - t[l] : sign[l] * s;
+    end[l] = on ? target[l] : t[l] + h[l];
+    jumps_end[l] = q.shift == 2 || (q.shift == 1 && on && segment[l] < q.n_anchors - 2);
+    attempts[l]++;
+    return true;
+  }
+
+  // the error test, and the size of the next step; true: accepted
+  bool judge(int l, double e) {
+    const double length = __builtin_fabs(h[l]);
+    const bool smallest = q.accept_smallest && length <= q.min_step;
+    bad[l] = !finite(e);
+    const bool passed = e <= 1.0 || (!bad[l] && smallest);
+    const double level = bad[l] ? 1e30 : least(most(e, 1e-10), 1e30);
+    const double order = ERROR_ORDER + 1;
+    double up, down;
+    down = least(most(q.safety * power(level, -1.0 / order, q.single_powers), q.min_factor), q.safety);
+    if (!q.remembers && q.icoeff == 1.0) up = q.safety * power(level, -1.0 / order, q.single_powers);
+    else {
+      up = q.safety * power(level, -(q.pcoeff + q.icoeff + q.dcoeff) / order, q.single_powers);
+      if (q.predictive && error2[l] < 0) up *= least(1.0, length / -error2[l] * power(error1[l] / level, 1.0 / order, q.single_powers));
+      if (q.pcoeff || q.dcoeff) up *= power(error1[l], (q.pcoeff + 2 * q.dcoeff) / order, q.single_powers);
+      if (q.dcoeff) up *= power(error2[l], -q.dcoeff / order, q.single_powers);
+    }
+    up = least(most(up, q.shrink_accepted ? q.min_factor : 1.0), q.max_factor);
+    if (rejected[l]) up = least(up, 1.0);
+    double proposal = length * up;
+    if (lands[l] && !rejected[l]) proposal = most(proposal, wanted[l]);
+    step[l] = passed ? proposal : length * (bad[l] ? q.min_factor : down);
+    if (passed && q.remembers) {
+      const double before = error1[l];
+      error1[l] = q.predictive ? most(level, 1e-2) : level;
+      error2[l] = q.predictive ? -length : before;
+    }
+    const bool hopeless = bad[l] && (step[l] <= 16 * 2.220446049250313e-16 * __builtin_fabs(t[l]) || smallest);
+    rejected[l] = !passed;
+    if (hopeless) finish(l, -3);
+    return passed;
+  }
+
+  void run() {
+    S times[ALL + 1], hs = K(0);
+    for (int i = 0; i <= ALL; i++) times[i] = K(0);
+    refill();
+    for (;;) {
+      bool any = false;
+      for (int l = 0; l < W; l++) any |= aim(l);
+      if (!any) {
+        refill();
+        bool some = false;
+        for (int l = 0; l < W; l++) some |= live[l];
+        if (!some) return;
+        continue;
+      }
+      for (int l = 0; l < W; l++) put(hs, l, (R)h[l]);
+      stage_times(times);
+      for (int n = 0; n < N; n++) ks[n] = k1[n];
+      step_forward(f, c, times, hs, y, ks, y1);
+      bool end_known = FSAL, passed[W], dense = q.keep_stages;
+      S* k_end = FSAL ? ks + (STAGES - 1) * N : NEXT_FIRST ? ks + STAGES * N : memory + (7 + ALL) * N;
+      S level = K(0);
+      if (ERROR_USES_END) { f.fun(&c, times + STAGES, y1, k_end); end_known = true; }
+      if (q.adaptive) {
+        step_error(hs, ks, error);
+        for (int n = 0; n < N; n++) size[n] = m_max(m_abs(y[n]), m_abs(y1[n]));
+        scaled_norm(error, size, rtol, atol, &level);
+      }
+      any = false;
+      for (int l = 0; l < W; l++) {
+        passed[l] = false;
+        if (!live[l]) continue;
+        n_fun[l] += STAGES - 1 + ERROR_USES_END;
+        if (q.adaptive) passed[l] = judge(l, get(level, l));
+        else {
+          passed[l] = true;
+          for (int n = 0; n < N; n++) if (!finite(get(y1[n], l))) passed[l] = false;
+          if (!passed[l]) { bad[l] = true; finish(l, -3); }
+        }
+        if (!passed[l]) continue;
+        any = true;
+        if (next[l] < q.n_samples && sign[l] * (sample_time(l, next[l]) - end[l]) <= 0) {
+          for (long i = next[l]; i < q.n_samples && sign[l] * (sample_time(l, i) - end[l]) <= 0; i++)
+            if (sample_time(l, i) != end[l]) { dense = true; break; }
+        }
+      }
+      if (any) accept(passed, times, hs, k_end, end_known, dense);
+    }
+  }
+
+  void accept(const bool* passed, S* times, const S& hs, S* k_end, bool end_known, bool dense) {
+    bool going = false;
+    for (int l = 0; l < W; l++) going |= passed[l] && !(lands[l] && segment[l] >= q.n_anchors - 2);
+    if (!end_known && (going || (dense && NEXT_FIRST))) {
+      S at = K(0);
+      if (TIMED) for (int l = 0; l < W; l++) put(at, l, moved((R)(t[l] + h[l]), jumps_end[l], -sign[l] * __builtin_inf()));
+      f.fun(&c, &at, y1, k_end);
+      for (int l = 0; l < W; l++) n_fun[l] += passed[l];
+    }
+    if (dense && ALL > STAGES) {
+      dense_stages<STAGES>(f, c, times, hs, y, ks);
+      for (int l = 0; l < W; l++) if (passed[l]) n_fun[l] += ALL - STAGES - NEXT_FIRST;
+    }
+    bool ended = false, jumped = false;
+    for (int l = 0; l < W; l++) {
+      if (!passed[l]) continue;
+      while (next[l] < q.n_samples && sign[l] * (sample_time(l, next[l]) - end[l]) <= 0) {
+        const double when = sample_time(l, next[l]);
+        if (when == end[l]) { write_sample(l, y1, accepted[l]); continue; }
+        double w[ALL];
+        dense_weights((when - t[l]) / h[l], w);
+        const long i = sample(l, next[l]) * q.rows + row[l];
+        for (int n = 0; n < N; n++) {
+          R v = get(y[n], l);
+          for (int s = 0; s < ALL; s++) if (w[s]) v += (R)(w[s] * h[l]) * get(ks[s * N + n], l);
+          q.samples[i * N + n] = v;
+        }
+        q.sample_step[i] = accepted[l];
+        next[l]++;
+      }
+      if (q.keep_grid) {
+        Place p = place_of(q, tape, accepted[l], row[l]);
+        *p.t = t[l]; *p.h = h[l]; *p.segment = segment[l]; *p.lands = lands[l];
+        if (q.keep_states) for (int n = 0; n < N; n++) p.state[n] = get(y1[n], l);
+        if (q.keep_stages) for (int s = 0; s < ALL; s++) for (int n = 0; n < N; n++) p.stages[s * q.rows * N + n] = get(ks[s * N + n], l);
+      }
+      accepted[l]++;
+      t[l] = end[l];
+      jump[l] = jumps_end[l];
+      jumped |= jump[l];
+      for (int n = 0; n < N; n++) { put(y[n], l, get(y1[n], l)); put(k1[n], l, get(k_end[n], l)); }
+      if (!lands[l]) continue;
+      segment[l]++;
+      while (segment[l] < q.n_anchors - 1 && anchor(l, segment[l] + 1) == t[l]) segment[l]++;
+      if (segment[l] >= q.n_anchors - 1) { finish(l, 0); ended = true; }
+    }
+    if (jumped) {
+      // after a discontinuity the first stage is taken anew, from the far side of it
+      S at = K(0), *anew = lanes_of(N);
+      for (int l = 0; l < W; l++) put(at, l, moved((R)t[l], jump[l], sign[l] * __builtin_inf()));
+      f.fun(&c, &at, y, anew);
+      for (int l = 0; l < W; l++) if (passed[l] && jump[l]) {
+        n_fun[l]++;
+        for (int n = 0; n < N; n++) put(k1[n], l, get(anew[n], l));
+      }
+      free(anew);
+    }
+    if (ended) refill();
+  }
+};
+
+struct Whole { const Forward* q; Tape* tape; };
+static void block_forward(void* p, long b) {
+  Whole& w = *(Whole*)p;
+  const long from = b * w.q->block, to = least(from + w.q->block, w.q->rows);
+  Loop loop(*w.q, *w.tape, from, to);
+  loop.run();
+}
+extern "C" void* forward(const Forward* q) {
+  Tape* tape = (Tape*)calloc(1, sizeof(Tape));
+  pthread_mutex_init(&tape->lock, nullptr);
+  tape->length = q->room > 32 ? q->room : 32;
+  Whole w{q, tape};
+  together(q->threads, (q->rows + q->block - 1) / q->block, block_forward, &w);
+  return tape;
+}
+// from what was written as the solve went to tensors of ``steps`` steps; rows with fewer go on with steps of size zero. ``to`` has room for all
+struct Sealing { const Forward* q; const Forward* to; Tape* tape; long steps; };
+static void block_seal(void* p, long b) {
+  Sealing& s = *(Sealing*)p;
+  const Forward &q = *s.q, &to = *s.to;
+  const long end = least((b + 1) * q.block, q.rows);
+  for (long r = b * q.block; r < end; r++) for (long k = q.n_accepted[r]; k < s.steps; k++) {
+    const long i = k * q.rows + r;
+    to.t[i] = q.t_final[r]; to.h[i] = 0; to.segment[i] = 0; to.lands[i] = 0;
+    if (q.keep_states) for (int n = 0; n < N; n++) to.states[(i + q.rows) * N + n] = q.last[r * N + n];
+    if (q.keep_stages) for (int a = 0; a < ALL; a++) for (int n = 0; n < N; n++) to.stages[((k * ALL + a) * q.rows + r) * N + n] = 0;
+  }
+}
+extern "C" void seal(void* p, const Forward* q, const Forward* to, long steps) {
+  Tape* tape = (Tape*)p;
+  if (to != q) {
+    const long n = q->room * q->rows;
+    memcpy(to->t, q->t, n * 8); memcpy(to->h, q->h, n * 8); memcpy(to->segment, q->segment, n * 8); memcpy(to->lands, q->lands, n);
+    if (q->keep_states) memcpy(to->states, q->states, (n + q->rows) * N * sizeof(R));
+    if (q->keep_stages) memcpy(to->stages, q->stages, n * ALL * N * sizeof(R));
+  }
+  for (Chunk* c = tape->first; c; c = c->next) {
+    const long count = least(tape->length, steps - c->from), n = count * q->rows, at = c->from * q->rows;
+    if (count <= 0) break;
+    memcpy(to->t + at, c->t, n * 8); memcpy(to->h + at, c->h, n * 8); memcpy(to->segment + at, c->segment, n * 8); memcpy(to->lands + at, c->lands, n);
+    if (q->keep_states) memcpy(to->states + (at + q->rows) * N, c->states, n * N * sizeof(R));
+    if (q->keep_stages) memcpy(to->stages + at * ALL * N, c->stages, n * ALL * N * sizeof(R));
+  }
+  if (q->keep_grid) {
+    Sealing s{q, to, tape, steps};
+    together(q->threads, (q->rows + q->block - 1) / q->block, block_seal, &s);
+  }
+  for (Chunk* c = tape->first; c;) { Chunk* next = c->next; free(c->states); free(c->stages); free(c->t); free(c->h); free(c->segment); free(c->lands); free(c); c = next; }
+  pthread_mutex_destroy(&tape->lock);
+  free(tape);
+}

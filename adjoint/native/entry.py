@@ -1,0 +1,107 @@
+"""One solve and its way back by compiled code, where that can be; where not, a remark says why."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import SolveError
+from ..integrate.controller import PIDController
+from ..integrate.plan import Monitor, Plan, Record, rms_norm
+from ..methods.runge_kutta import ExplicitRungeKutta
+from ..system.system import System
+from .back import Cotangents, sweep_native
+from .build import NoCompiler
+from .reading import Unreadable
+from .recognise import Recognised, recognise
+from .solve import run_native
+
+__all__ = ["NativeSolve", "suits"]
+
+_remarked: set[tuple[Hashable, str]] = set()
+
+
+def suits(plan: Plan, system: object, y0: Tensor) -> str | None:
+    """Why a solve cannot be one of compiled code, as far as its plan tells; None where it can."""
+    if type(plan.method) is not ExplicitRungeKutta:
+        return f"method={plan.method.name!r} has no compiled form"
+    if not isinstance(system, System) or system.residual is not None or system.mass is not None or system.inner_grad or system.transforms:
+        return "fun is under a transform, or takes derivatives itself"
+    if plan.events:
+        return "there are events"
+    if plan.norm is not rms_norm or type(plan.control) is not PIDController:
+        return "norm= or controller= is one of the user's own"
+    if type(plan.monitor) is not Monitor:
+        return "each step is reported (progress=)"
+    if y0.device.type != "cpu" or y0.is_complex():
+        return f"the state is {'complex' if y0.is_complex() else 'on ' + y0.device.type}"
+    if y0.dtype not in (torch.float32, torch.float64) or not y0.numel():
+        return f"the state is of {y0.dtype}" if y0.numel() else "the state is empty"
+    return None
+
+
+@dataclass
+class NativeSolve:
+    """What a solve by compiled code leaves for its way back: the program, with the tensors that it read."""
+
+    recognised: Recognised | None = None
+
+    def forward(
+        self,
+        key: Hashable,
+        plan: Plan,
+        system: System,
+        batched: bool,
+        inputs: Sequence[Tensor],
+        y0: Tensor,
+        anchors: Tensor,
+        t_eval: Tensor | None,
+    ) -> Record | None:
+        """The solve, or None where the eager engine is to make it."""
+        reason = suits(plan, system, y0)
+        if reason is not None:
+            return None
+        try:
+            found = recognise(key, system, plan.method, anchors[0].detach().to(plan.real), y0.detach(), inputs, batched)
+            record = run_native(found.program, plan, anchors, t_eval, y0, found.tensors, not batched)
+        except (Unreadable, NoCompiler) as error:
+            reason = str(error)
+        except Exception as error:  # tracers raise whatever they like: the eager engine says what is wrong, if anything is
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if reason is not None:
+            if (key, reason) not in _remarked:  # once for each right-hand side
+                _remarked.add((key, reason))
+                warnings.warn(f"compile=True: this solve runs uncompiled, because {reason}", RuntimeWarning, stacklevel=2)
+            return None
+        self.recognised = found
+        return record
+
+    def backward(
+        self,
+        plan: Plan,
+        grid: dict[str, Tensor],
+        anchors: Tensor,
+        t_eval: Tensor | None,
+        n_inputs: int,
+        bars: Sequence[Tensor | None],
+        timed: bool,
+    ) -> tuple[Cotangents, list[Tensor | None]] | None:
+        """Cotangents, and those of the inputs of the system in their order; None where the solve was not by compiled code."""
+        found = self.recognised
+        if found is None:
+            return None
+        if any(x._version != v for x, v in zip(found.tensors, found.versions, strict=True)):
+            raise SolveError(
+                "a tensor that fun uses was changed in place between the solve and its way back, which would be that of another function: "
+                "call backward() before anything changes"
+            )
+        cotangents = sweep_native(found.program, plan, grid, anchors, t_eval, found.tensors, bars, timed)
+        of_inputs: list[Tensor | None] = [None] * n_inputs
+        for slot, x, bar in zip(found.slots, found.tensors, cotangents.inputs, strict=True):
+            if slot is not None and x.is_floating_point():
+                of_inputs[slot] = bar.reshape(x.shape)
+        return cotangents, of_inputs
