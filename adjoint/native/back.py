@@ -52,13 +52,11 @@ def sweep_native(
         n_samples = t_eval.shape[0]
     names = ("final_bar", "samples_bar", "states_bar", "stages_bar")
     keep |= {name: bar.detach().contiguous() for name, bar in zip(names, bars, strict=True) if bar is not None and bar.numel()}
-    real = states.dtype
     t_bar = torch.zeros((n_steps, rows) if timed else (0, rows), dtype=torch.float64)
     out = {"y0_bar": states.new_empty(states.shape[1:]), "t_bar": t_bar, "h_bar": torch.zeros_like(t_bar)}
     out["t_eval_bar"] = torch.zeros((n_samples, rows) if timed else (0, rows), dtype=torch.float64)
-    given = [x.detach().to(real).contiguous() for x in inputs]
-    found = [torch.zeros_like(x) for x in given]
-    input_pointers, table_pointers, bar_pointers = pointers(given), pointers(program.tables), pointers(found)
+    found = [torch.zeros_like(x) for x in inputs]
+    input_pointers, table_pointers, bar_pointers = pointers(inputs), pointers(program.tables), pointers(found)
     block = block_of(rows)
     call = filled(
         BACKWARD,

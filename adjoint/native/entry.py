@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import SolveError
 from ..integrate.controller import PIDController
 from ..integrate.plan import Monitor, Plan, Record, rms_norm
 from ..methods.runge_kutta import ExplicitRungeKutta
@@ -31,8 +30,8 @@ def suits(plan: Plan, system: object, y0: Tensor) -> str | None:
         return f"method={plan.method.name!r} has no compiled form"
     if not isinstance(system, System) or system.residual is not None or system.mass is not None or system.inner_grad or system.transforms:
         return "fun is under a transform, or takes derivatives itself"
-    if plan.events:
-        return "there are events"
+    if plan.events or plan.switch is not None:
+        return "there are events, or a choice of methods"
     if plan.norm is not rms_norm or type(plan.control) is not PIDController:
         return "norm= or controller= is one of the user's own"
     if type(plan.monitor) is not Monitor:
@@ -49,6 +48,8 @@ class NativeSolve:
     """What a solve by compiled code leaves for its way back: the program, with the tensors that it read."""
 
     recognised: Recognised | None = None
+    #: what the tensors held: gradients are those of the solve, whatever happens to them later
+    values: tuple[Tensor, ...] = ()
 
     def forward(
         self,
@@ -60,14 +61,22 @@ class NativeSolve:
         y0: Tensor,
         anchors: Tensor,
         t_eval: Tensor | None,
+        derivatives: bool,
     ) -> Record | None:
-        """The solve, or None where the eager engine is to make it."""
+        """The solve, or None where the eager engine is to make it. ``derivatives``: a way back may follow."""
         reason = suits(plan, system, y0)
-        if reason is not None:
+        own = isinstance(system, System) and all(x is y for x, y in zip(inputs, system.inputs, strict=True))
+        if reason is not None or not own:
             return None
         try:
             found = recognise(key, system, plan.method, anchors[0].detach().to(plan.real), y0.detach(), inputs, batched)
-            record = run_native(found.program, plan, anchors, t_eval, y0, found.tensors, not batched)
+            if derivatives and any(slot is None and x.requires_grad for slot, x in zip(found.slots, found.tensors, strict=True)):
+                # the solve does not know of it: the eager engine says so by name
+                return None
+            values = [x.detach().to(y0.dtype).contiguous() for x in found.tensors]
+            if derivatives:
+                values = [v.clone() if v.data_ptr() == x.data_ptr() else v for v, x in zip(values, found.tensors, strict=True)]
+            record = run_native(found.program, plan, anchors, t_eval, y0, values, not batched)
         except (Unreadable, NoCompiler) as error:
             reason = str(error)
         except Exception as error:  # tracers raise whatever they like: the eager engine says what is wrong, if anything is
@@ -77,7 +86,7 @@ class NativeSolve:
                 _remarked.add((key, reason))
                 warnings.warn(f"compile=True: this solve runs uncompiled, because {reason}", RuntimeWarning, stacklevel=2)
             return None
-        self.recognised = found
+        self.recognised, self.values = found, tuple(values)
         return record
 
     def backward(
@@ -94,12 +103,7 @@ class NativeSolve:
         found = self.recognised
         if found is None:
             return None
-        if any(x._version != v for x, v in zip(found.tensors, found.versions, strict=True)):
-            raise SolveError(
-                "a tensor that fun uses was changed in place between the solve and its way back, which would be that of another function: "
-                "call backward() before anything changes"
-            )
-        cotangents = sweep_native(found.program, plan, grid, anchors, t_eval, found.tensors, bars, timed)
+        cotangents = sweep_native(found.program, plan, grid, anchors, t_eval, self.values, bars, timed)
         of_inputs: list[Tensor | None] = [None] * n_inputs
         for slot, x, bar in zip(found.slots, found.tensors, cotangents.inputs, strict=True):
             if slot is not None and x.is_floating_point():

@@ -75,7 +75,6 @@ class Recognised:
     program: Program
     tensors: tuple[Tensor, ...]
     slots: tuple[int | None, ...]
-    versions: tuple[int, ...]
 
 
 def recognise(key: Hashable, system: System, method: Method, t: Tensor, y0: Tensor, inputs: Sequence[Tensor], batched: bool) -> Recognised:
@@ -110,7 +109,8 @@ def recognise(key: Hashable, system: System, method: Method, t: Tensor, y0: Tens
             results.append(known[id(x)])
         else:
             raise Unreadable("fun", None, "its result is made outside of what was traced")
-    slot = {id(x): k for k, x in enumerate(inputs)}
+    # a tensor that is an input twice gets its whole cotangent the first time
+    slot = {id(x): k for k, x in reversed(list(enumerate(inputs)))}
     layout = (tuple(places), tuple(results), method, batched, tuple(y0.shape), y0.dtype, spec.shapes, spec.tree)
     found = graph.programs.get(layout)
     if found is None:
@@ -121,7 +121,7 @@ def recognise(key: Hashable, system: System, method: Method, t: Tensor, y0: Tens
         graph.programs[layout] = found
     if isinstance(found, Exception):
         raise found
-    return Recognised(found, tuple(given), tuple(slot.get(id(x)) for x in given), tuple(x._version for x in given))
+    return Recognised(found, tuple(given), tuple(slot.get(id(x)) for x in given))
 
 
 def _program(

@@ -59,7 +59,8 @@ def _controller(plan: Plan, lone: bool) -> dict[str, Any]:
 
 
 def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor], lone: bool) -> Record:
-    """Solve; the arguments are those of the eager loops. ``lone``: powers of errors are taken as for one trajectory."""
+    """Solve; the arguments are those of the eager loops. ``inputs``: contiguous, in the dtype of the state. ``lone``: powers of errors are
+    taken as for one trajectory."""
     rows, n = y0.shape
     everything = len(program.method.nodes)
     engine = program.engine(program.lanes(rows))
@@ -92,7 +93,6 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
     out |= {"t_final": double(rows), "next_step": double(rows), "samples": y0.new_empty(n_samples, rows, n), "sample_step": whole(n_samples, rows)}
     rtol, atol = _tolerance(plan.rtol, y0), _tolerance(plan.atol, y0)
     first = None if plan.first_step is None else torch.as_tensor(plan.first_step, dtype=torch.float64).reshape(-1).contiguous()
-    given = [x.detach().to(y0.dtype).contiguous() for x in inputs]
 
     def call(steps: dict[str, Tensor], room: int) -> Any:
         return filled(
@@ -132,7 +132,7 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
             **{name: x.data_ptr() for name, x in out.items()},
         )
 
-    input_pointers, table_pointers = pointers(given), pointers(program.tables)
+    input_pointers, table_pointers = pointers(inputs), pointers(program.tables)
     made = steps = grid(room)
     asked = call(made, room)
     tape = engine.forward(ctypes.byref(asked))

@@ -29,7 +29,7 @@ from .whole import sweeps_whole, whole_sweep
 if TYPE_CHECKING:
     from .checkpoints import Recall
 
-__all__ = ["eager_sweep"]
+__all__ = ["anchors_bar", "eager_sweep", "mapped"]
 
 
 class _Samples:
@@ -127,7 +127,7 @@ def eager_sweep(
     if getattr(problem.plan.method, "multistep", False):
         moving = bool(wants[0] or wants[1])
         samples = _Samples(problem, grid, t_eval, bars[1], moving)
-        found = None if _mapped(bars) else multistep_by_rows(problem, grid, anchors, t_eval, inputs, bars, wants, samples)
+        found = None if mapped(bars) else multistep_by_rows(problem, grid, anchors, t_eval, inputs, bars, wants, samples)
         return found if found is not None else multistep_eager(problem, grid, anchors, t_eval, inputs, bars, wants, samples)
     final_bar, samples_bar, states_bar, stages_bar = bars
     system, plan = problem.system, problem.plan
@@ -197,7 +197,7 @@ def eager_sweep(
         compiled_step = CompiledAdjoint(problem, f, linearize, grid["states"])
         starts, lengths = (x.unbind() if shape is None else x[:, 0].unbind() for x in (grid["t"], grid["h"]))
     watched = rows == 1 and type(plan.monitor).adjoint is not Monitor.adjoint
-    if recall is None and not watched and not _mapped(bars) and goes_by_rows(problem, n_steps, times.jump_end is not None):
+    if recall is None and not watched and not mapped(bars) and goes_by_rows(problem, n_steps, times.jump_end is not None):
         plain = Linearizer(f, inputs, wants[3:], time_bars)
         tensors = (states, slopes, grid["t"], grid["h"])
         lone = LoneSweep.make(problem, f, plain, tensors, inputs, lambda k: _both(samples.stages_bar(k), kept.get(k)))
@@ -265,11 +265,11 @@ def eager_sweep(
     if use_compiled:
         compiled_step.finish()
     problem.backward_report(linearize.n_fun, n_steps)
-    anchors_bar = _anchors_bar(anchors, grid, t_bars, h_bars) if wants[0] else None
-    return (anchors_bar, samples.t_eval_bar if wants[1] else None, outer(bar) if wants[2] else None, *linearize.bars)
+    of_anchors = anchors_bar(anchors, grid, t_bars, h_bars) if wants[0] else None
+    return (of_anchors, samples.t_eval_bar if wants[1] else None, outer(bar) if wants[2] else None, *linearize.bars)
 
 
-def _mapped(bars: Sequence[Tensor | None]) -> bool:
+def mapped(bars: Sequence[Tensor | None]) -> bool:
     """Whether there are many cotangents at once (``is_grads_batched``), for which PyTorch has few operators."""
     return any(bar is not None and torch._C._functorch.is_legacy_batchedtensor(bar) for bar in bars)
 
@@ -295,16 +295,16 @@ def _by_rows(
     )
     if states_bar is not None:
         bar = bar + states_bar[0]
-    anchors_bar = None
+    of_anchors = None
     if t_bars is not None and h_bars is not None:
         for k in range(n_steps):
             samples.add_time_bars(k, list(grid["stages"][k].unbind()), t_bars[k], h_bars[k])
-        anchors_bar = _anchors_bar(anchors, grid, t_bars, h_bars) if wants[0] else None
+        of_anchors = anchors_bar(anchors, grid, t_bars, h_bars) if wants[0] else None
     problem.backward_report(lone.linearize.n_fun, n_steps)
-    return (anchors_bar, samples.t_eval_bar if wants[1] else None, bar if wants[2] else None, *lone.linearize.bars)
+    return (of_anchors, samples.t_eval_bar if wants[1] else None, bar if wants[2] else None, *lone.linearize.bars)
 
 
-def _anchors_bar(anchors: Tensor, grid: dict[str, Tensor], t_bars: Tensor, h_bars: Tensor) -> Tensor:
+def anchors_bar(anchors: Tensor, grid: dict[str, Tensor], t_bars: Tensor, h_bars: Tensor) -> Tensor:
     """Cotangents of steps to those of the anchors: see `step_times`."""
     landed = torch.where(grid["lands"], h_bars, 0.0)
     out = torch.zeros_like(anchors)

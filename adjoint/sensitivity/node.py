@@ -15,10 +15,10 @@ from ..system.capture import alive, below_jvp, below_vmap, functorch_active, jvp
 from ..system.ownership import owned
 from ..system.rewriting import naming_writes
 from ..system.system import System, VmappedSystem
-from .discrete import eager_sweep
 from .finite import check_finite
 from .late import check_strangers, naming_strangers
 from .linearize import check_known
+from .native_sweep import first_sweep
 from .problem import Outputs, Problem
 from .sweep import functional_sweep, tangents
 from .sweep_node import swept
@@ -74,7 +74,7 @@ class SolveNode(torch.autograd.Function):
             # saved tensors come back as new objects: the functions that captured the old ones need those
             inputs = problem.system.inputs
         again = swept if jvp_active() else functional_sweep
-        sweep = again if differentiable else problem.sweep or eager_sweep
+        sweep = again if differentiable else problem.sweep or first_sweep
         with torch.autocast(grid["states"].device.type, enabled=False):
             if differentiable:
                 check_known(problem.system, grid, inputs)

@@ -22,9 +22,10 @@ from ..integrate import (
     shifted_times,
 )
 from ..integrate.columns import column_major, takes_columns
-from ..integrate.companion import Beside, displaced
+from ..integrate.companion import Beside, displaced, rests
 from ..integrate.work import StageWork
 from ..linalg import DenseLU, LinearSolver, Matrix
+from ..native.entry import NativeSolve
 from ..system.capture import is_differentiable, listed
 from ..system.jacobians import DenseJacobian
 from ..system.structure import Structure
@@ -85,11 +86,17 @@ class Problem:
     witness: Witness = field(default_factory=Witness)
     #: whether somebody may differentiate; states may be kept for other reasons
     derivatives: bool = True
+    #: the solve by compiled code, and what its way back needs
+    native: NativeSolve = field(default_factory=NativeSolve)
     replayed: bool = False
 
     def run(self, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor, t_eval: Tensor | None) -> Record:
         """The solve itself, some of whose evaluations the witness remembers."""
         plan, seen = self.plan, self.plan.keep_states or self.witness.wanted
+        if plan.compile is not None:
+            record = self._by_native(inputs, y0, anchors, t_eval)
+            if record is not None:
+                return record
         f = self.solver(self.laid_out(inputs, y0), y0.shape[0], seen)
         shape = self.system.natural_shape
         record = integrate(f, plan, anchors, t_eval, y0, self.batched, inputs, shape, beside=self.beside(inputs, y0.shape[0]))
@@ -97,6 +104,18 @@ class Problem:
             # all of it was compiled code
             self._watched(self.system, inputs)(record.t_final.to(plan.real), record.last)
         self.witness.settle()
+        return record
+
+    def _by_native(self, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor, t_eval: Tensor | None) -> Record | None:
+        """The solve by compiled code; None where it cannot be, or where steps have to be looked after (see `Companion`)."""
+        derivatives = self.derivatives and (self.plan.keep_states or self.plan.keep_grid)
+        system = self.system
+        if not isinstance(system, System):
+            return None
+        record = self.native.forward(self.plan.compile, self.plan, system, self.batched, inputs, y0, anchors, t_eval, derivatives)
+        if record is None or (derivatives and rests(record)):
+            self.native.recognised = None
+            return None
         return record
 
     def beside(self, inputs: Sequence[Tensor], rows: int) -> Beside | None:

@@ -22,7 +22,6 @@ from .node import SolveNode
 from .padding import shelter
 from .problem import Outputs, Problem
 from .replay import replay
-from .whole import sweeps_whole
 
 __all__ = ["Backprop", "DiscreteAdjoint"]
 
@@ -87,9 +86,7 @@ class DiscreteAdjoint:
             return Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
         observed = type(plan.monitor).adjoint is not Monitor.adjoint
         budget = KEEP_BYTES if self.keep_bytes is None else self.keep_bytes
-        small = budget > 0 and not plan.keep_stages and not plan.events and not observed
-        # a compiled loop there and another one back take less than a recorded graph
-        small = small and not (anchors.shape[0] == 2 and sweeps_whole(problem, y0, t_eval, inputs))
+        small = budget > 0 and not plan.keep_stages and not plan.events and not observed and plan.compile is None
         if small and _recordable(problem, anchors, t_eval, y0, inputs):
             recording = Recording(budget, plan.method.evaluations, inputs)
             record = _recorded(problem, anchors, t_eval, y0, inputs, recording)

@@ -1,0 +1,44 @@
+"""First derivatives: by compiled code where the solve was, else by the eager sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..system.system import System
+from .discrete import anchors_bar, eager_sweep, mapped
+from .problem import Problem
+
+__all__ = ["first_sweep"]
+
+
+def first_sweep(
+    problem: Problem,
+    grid: dict[str, Tensor],
+    anchors: Tensor,
+    t_eval: Tensor | None,
+    inputs: Sequence[Tensor],
+    bars: Sequence[Tensor | None],
+    wants: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The arguments and results of `eager_sweep`."""
+    system, plan = problem.system, problem.plan
+    timed = bool(wants[0] or wants[1])
+    own = isinstance(system, System) and all(x is y for x, y in zip(inputs, system.inputs, strict=True))
+    # a span of no length has a step of no length, whose derivatives in the times are those of any step
+    empty = timed and bool((anchors[0] == anchors[-1]).any())
+    if not own or empty or mapped(bars):
+        return eager_sweep(problem, grid, anchors, t_eval, inputs, bars, wants)
+    found = problem.native.backward(plan, grid, anchors, t_eval, len(inputs), bars, timed)
+    if found is None:
+        return eager_sweep(problem, grid, anchors, t_eval, inputs, bars, wants)
+    bar, of_inputs = found
+    n_steps = grid["t"].shape[0]
+    problem.backward_report(n_steps * len(plan.method.nodes), n_steps)
+    return (
+        anchors_bar(anchors, grid, bar.t, bar.h) if wants[0] else None,
+        bar.t_eval if wants[1] and len(bar.t_eval) else None,
+        bar.y0 if wants[2] else None,
+        *(x if want else None for x, want in zip(of_inputs, wants[3:], strict=True)),
+    )
