@@ -44,6 +44,8 @@ def sweep_native(
     engine = program.engine(program.lanes(rows))
     keep = {name: grid[name].detach().contiguous() for name in ("t", "h", "segment", "lands", "status", "sample_step")}
     keep |= {"states": states.contiguous(), "anchors": anchors.detach().contiguous()}
+    if program.method.implicit:
+        keep["stages"] = grid["stages"].detach().contiguous()
     n_samples = 0
     if t_eval is not None and bars[1] is not None:
         keep["t_eval"] = t_eval.detach().contiguous()

@@ -11,6 +11,8 @@ __all__ = ["BACKWARD", "FORWARD", "declarations", "filled"]
 FORWARD: tuple[tuple[str, str], ...] = (
     ("void*", "fun"),
     ("void*", "vjp"),
+    ("void*", "jac"),
+    ("void*", "bend"),
     ("const R* const*", "inputs"),
     ("const R* const*", "tables"),
     ("long", "rows"),
@@ -72,6 +74,8 @@ FORWARD: tuple[tuple[str, str], ...] = (
 BACKWARD: tuple[tuple[str, str], ...] = (
     ("void*", "fun"),
     ("void*", "vjp"),
+    ("void*", "jac"),
+    ("void*", "bend"),
     ("const R* const*", "inputs"),
     ("const R* const*", "tables"),
     ("long", "rows"),

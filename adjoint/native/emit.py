@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from ..methods.rosenbrock import Rosenbrock
 from ..methods.runge_kutta import ExplicitRungeKutta
 from .calls import declarations
+from .text import header
 
-__all__ = ["engine_text", "prologue", "source"]
+__all__ = ["Compiled", "engine_text", "prologue", "takes"]
+
+#: methods that have a text
+Compiled = ExplicitRungeKutta | Rosenbrock
 
 _FOLDER = Path(__file__).parent / "engine"
 
@@ -38,59 +43,73 @@ def _matrix(name: str, rows: Sequence[Sequence[float]], width: int) -> str:
 
 def prologue(real: torch.dtype, lanes: int) -> str:
     """The types and elementary functions: numbers ``R``, and ``S``, of which there is one for every lane."""
-    lines = ["#include <pthread.h>", f"#define W {lanes}"]
-    if real == torch.float32:
-        lines.append("#define SINGLE")
-    return "\n".join([*lines, source("vector.hpp" if lanes > 1 else "scalar.hpp")])
+    head = header(real == torch.float32, lanes if lanes > 1 else 0)
+    return "\n".join(["#include <pthread.h>", head, *(["#define W 1"] if lanes == 1 else [])])
 
 
-def explicit_text(method: ExplicitRungeKutta) -> str:
+def takes(method: object) -> bool:
+    """Whether a method has a text."""
+    return type(method) in (ExplicitRungeKutta, Rosenbrock)
+
+
+def _flags(**values: int | bool) -> str:
+    return "enum { " + ", ".join(f"{name} = {int(value)}" for name, value in values.items()) + " };"
+
+
+def _integers(name: str, values: Sequence[int]) -> str:
+    return f"static constexpr long {name}[] = {{{', '.join(map(str, [*values, 0]))}}};"
+
+
+def _explicit(method: ExplicitRungeKutta) -> list[str]:
     """The constants of an explicit Runge-Kutta method, and its step."""
     tab = method.tableau
-    everything = len(method.nodes)
     error = tab.error or (0.0,)
-    flags = {
-        "STAGES": tab.n_stages,
-        "ALL": everything,
-        "ERRORS": len(error),
-        "DEGREE": len(tab.dense[0]),
-        "FSAL": int(tab.fsal),
-        "NEXT_FIRST": int(tab.extra_is_next_first),
-        "ERROR_USES_END": int(method.error_uses_end),
-        "ERROR_ORDER": method.error_order,
-    }
-    return "\n".join(
-        [
-            "enum { " + ", ".join(f"{name} = {value}" for name, value in flags.items()) + " };",
-            _matrix("A", (*tab.a, *tab.extra_a), everything),
-            _array("B", tab.b),
-            _array("C", method.nodes),
-            _array("E", error),
-            _matrix("DENSE", tab.dense, len(tab.dense[0])),
-            source("explicit.hpp"),
-        ]
-    )
+    return [
+        _flags(FSAL=tab.fsal, NEXT_FIRST=tab.extra_is_next_first, ERROR_USES_END=method.error_uses_end, ERRORS=len(error)),
+        _matrix("A", (*tab.a, *tab.extra_a), len(method.nodes)),
+        _array("B", tab.b),
+        _array("EMBEDDED", error),
+    ]
 
 
-def engine_text(method: ExplicitRungeKutta, width: int, timed: bool, own: Sequence[int], numbers: Sequence[int]) -> str:
+def _rosenbrock(method: Rosenbrock, width: int, nonzero: Collection[tuple[int, int]]) -> list[str]:
+    """The constants of a Rosenbrock method; ``nonzero``: the entries of the Jacobian that are not always zero."""
+    tab, s = method.tableau, method.n_stages
+    return [
+        _flags(FSAL=False, NEXT_FIRST=False, ERROR_USES_END=False),
+        _matrix("A", tab.a, s),
+        _matrix("COUPLING", tab.coupling, s),
+        *(_array(name, values) for name, values in (("B", tab.b), ("D", tab.d), ("EMBEDDED", tab.error))),
+        f"static constexpr double GAMMA = {number(tab.gamma)};",
+        _integers("SAME", tab.same_as),
+        _integers("NONZERO", [int((i, j) in nonzero) for i in range(width) for j in range(width)]),
+    ]
+
+
+def engine_text(
+    method: Compiled, width: int, timed: bool, own: Sequence[int], numbers: Sequence[int], nonzero: Collection[tuple[int, int]] = ()
+) -> str:
     """All but the functions of the user and `prologue`, for states of ``width`` numbers.
 
     ``timed``: whether these functions look at the time. ``own``: how many numbers of each input belong to one trajectory, 0 where all
-    share it; ``numbers``: how many cotangents shared ones have.
+    share it; ``numbers``: how many cotangents shared ones have. ``nonzero``: see `_rosenbrock`.
     """
-
-    def integers(name: str, values: Sequence[int]) -> str:
-        return f"static constexpr long {name}[] = {{{', '.join(map(str, [*values, 0]))}}};"
-
+    everything, dense = len(method.nodes), method.tableau.dense
+    explicit = isinstance(method, ExplicitRungeKutta)
     return "\n".join(
         [
-            f"enum {{ N = {width}, INPUTS = {len(own)}, TIMED = {int(timed)} }};",
+            _flags(N=width, INPUTS=len(own), TIMED=timed, STAGES=method.n_stages, ALL=everything, DEGREE=len(dense[0])),
+            _flags(ERROR_ORDER=method.error_order, EVALUATIONS=method.evaluations),
             f"static constexpr double ROOT = {number(width**-0.5)};",
-            integers("OWN", own),
-            integers("NUMBERS", numbers),
+            _integers("OWN", own),
+            _integers("NUMBERS", numbers),
+            _array("C", method.nodes),
+            _matrix("DENSE", dense, len(dense[0])),
             declarations(),
             source("common.hpp"),
-            explicit_text(method),
+            *([] if explicit else [source("linear.hpp")]),
+            *(_explicit(method) if explicit else _rosenbrock(method, width, nonzero)),
+            source("explicit.hpp" if explicit else "rosenbrock.hpp"),
             source("loop.hpp"),
             source("back.hpp"),
         ]

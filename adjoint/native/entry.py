@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..integrate.controller import PIDController
 from ..integrate.plan import Monitor, Plan, Record, rms_norm
-from ..methods.runge_kutta import ExplicitRungeKutta
 from ..system.system import System
 from .back import Cotangents, sweep_native
 from .build import NoCompiler
+from .emit import takes
 from .reading import Unreadable
 from .recognise import Recognised, recognise
 from .solve import run_native
@@ -26,7 +26,7 @@ _remarked: set[tuple[Hashable, str]] = set()
 
 def suits(plan: Plan, system: object, y0: Tensor) -> str | None:
     """Why a solve cannot be one of compiled code, as far as its plan tells; None where it can."""
-    if type(plan.method) is not ExplicitRungeKutta:
+    if not takes(plan.method):
         return f"method={plan.method.name!r} has no compiled form"
     if not isinstance(system, System) or system.residual is not None or system.mass is not None or system.inner_grad or system.transforms:
         return "fun is under a transform, or takes derivatives itself"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.runge_kutta import ExplicitRungeKutta
 from .build import library
-from .emit import engine_text, prologue
+from .emit import Compiled, engine_text, prologue
 from .reading import Reading
-from .reverse import cotangents
-from .text import statements
+from .reverse import cotangents, jacobian
+from .text import Scatter, Target, statements, vector_library
 
 __all__ = ["Engine", "Program", "program_of"]
 
@@ -44,7 +43,7 @@ class Program:
     """
 
     reading: Reading
-    method: ExplicitRungeKutta
+    method: Compiled
     real: torch.dtype
     width: int
     own: tuple[int, ...]
@@ -63,34 +62,69 @@ class Program:
         found = self._engines.get(lanes)
         if found is None:
             start = prologue(self.real, lanes)
-            users = library("\n".join([start, _CONTEXT, *self.functions()]), False, links(lanes))
-            loop = library("\n".join([start, engine_text(self.method, self.width, self.timed, self.own, self.numbers)]), True, links(lanes))
-            addresses = {name: _address(users, name) for name in ("fun", "vjp")}
+            texts = self.functions()
+            users = library("\n".join([start, _CONTEXT, *texts.values()]), False, links(lanes))
+            nonzero = self._jacobian()[0] if self.method.implicit else ()
+            engine = engine_text(self.method, self.width, self.timed, self.own, self.numbers, nonzero)
+            loop = library("\n".join([start, engine]), True, links(lanes))
+            addresses = {name: _address(users, name) for name in texts}
             loop.forward.restype = ctypes.c_void_p
             loop.seal.restype = loop.backward.restype = None
             found = self._engines[lanes] = Engine(loop.forward, loop.seal, loop.backward, addresses)
         return found
 
-    def functions(self) -> list[str]:
-        """The user's function and its derivatives as text."""
+    def functions(self) -> dict[str, str]:
+        """The user's function and its derivatives, as text."""
         graph, outputs = self.reading.graph, self.reading.outputs
-        shared = {k for k, own in enumerate(self.own) if not own}
-        graph_seeds = [graph.leaf("v", i) for i in range(len(outputs))]
         seeds: dict[int, int] = {}
-        for node, v in zip(outputs, graph_seeds, strict=True):
+        for i, node in enumerate(outputs):
+            v = graph.leaf("v", i)
             seeds[node] = graph.op("add", seeds[node], v) if node in seeds else v
         found = cotangents(graph, seeds, ("t", "y", "a"))
         zero = graph.constant(0.0)
-        targets = [(f"yb[{i}]", found.pop(graph.leaf("y", i), zero), "=") for i in range(self.width)]
-        for place, node in found.items():
-            targets.append((self._target(place), node, "+="))
-        head = f"const S t = *tp; {self._names()}"
-        fun, _ = statements(graph, [(f"o[{i}]", node, "=") for i, node in enumerate(outputs)], self._leaf, shared)
-        vjp, _ = statements(graph, targets, self._leaf, shared)
-        return [
-            f'extern "C" void fun(const Ctx* c, const S* tp, const S* y, S* o) {{ {head}\n{fun}\n}}',
-            f'extern "C" void vjp(const Ctx* c, const S* tp, const S* y, const S* v, S* yb, S* tb) {{ {head}\n{vjp}\n}}',
-        ]
+        of_state = [(f"yb[{i}]", found.pop(graph.leaf("y", i), zero), "=") for i in range(self.width)]
+        texts = {
+            "fun": self._function("fun", "const S* y, S* o", [(f"o[{i}]", node, "=") for i, node in enumerate(outputs)]),
+            "vjp": self._function("vjp", "const S* y, const S* v, S* yb, S* tb", of_state + self._added(found)),
+        }
+        if self.method.implicit:
+            entries, slopes = self._jacobian()
+            targets = [(f"J[{i * self.width + j}]", node, "=") for (i, j), node in entries.items()]
+            targets += [(f"slope[{i}]", slopes.get(i, zero), "=") for i in range(self.width)]
+            texts["jac"] = self._function("jac", "const S* y, S* J, S* slope", targets)
+            phi = zero
+            for (i, j), node in entries.items():
+                phi = graph.op("add", phi, graph.op("mul", node, graph.leaf("w", i * self.width + j)))
+            for i, node in slopes.items():
+                phi = graph.op("add", phi, graph.op("mul", node, graph.leaf("x", i)))
+            found = cotangents(graph, {phi: graph.constant(1.0)}, ("t", "y", "a"))
+            signature = "const S* y, const S* w, const S* x, S* yb, S* tb, S* phi"
+            texts["bend"] = self._function("bend", signature, [("*phi", phi, "="), *self._added(found)])
+        return texts
+
+    def _jacobian(self) -> tuple[dict[tuple[int, int], int], dict[int, int]]:
+        """Nodes of ``f_y`` by row and column and of ``f_t`` by row, those that are not always zero."""
+        graph, outputs = self.reading.graph, self.reading.outputs
+        slopes = jacobian(graph, outputs, "t") if self.timed else {}
+        return jacobian(graph, outputs, "y"), {place[0]: node for place, node in slopes.items()}
+
+    def _function(self, name: str, signature: str, targets: list[Target | Scatter]) -> str:
+        shared = {k for k, own in enumerate(self.own) if not own}
+        body, _ = statements(self.reading.graph, targets, self._leaf, shared)
+        return f'extern "C" void {name}(const Ctx* c, const S* tp, {signature}) {{ const S t = *tp; {self._names()}\n{body}\n}}'
+
+    def _added(self, found: Mapping[Any, int]) -> list[Target | Scatter]:
+        """Cotangents that are added to what is there already."""
+        graph = self.reading.graph
+        out: list[Target | Scatter] = []
+        for node, value in found.items():
+            kind, *index = graph.data[node]
+            if graph.names[node] == "look":
+                out.append(Scatter(f"c->b[{index[0]}]", node, value))
+            else:
+                name = "*tb" if kind == "t" else f"yb[{index[0]}]" if kind == "y" else f"c->b[{index[0]}][{index[1]}]"
+                out.append((name, value, "+="))
+        return out
 
     def _names(self) -> str:
         inputs = "".join(f"const S* a{k} = c->a[{k}]; " if own else f"const R* a{k} = c->u[{k}]; " for k, own in enumerate(self.own))
@@ -105,14 +139,10 @@ class Program:
             return f"{kind}{index[0]}" + (f"[{index[1]}]" if len(index) > 1 and index[1] is not None else "")
         return f"{kind}[{index[0]}]"
 
-    def _target(self, place: Any) -> str:
-        kind, *index = self.reading.graph.data[place]
-        return "*tb" if kind == "t" else f"c->b[{index[0]}][{index[1]}]"
-
 
 def links(lanes: int) -> tuple[str, ...]:
-    """Libraries that vectors need."""
-    return ("-lmvec", "-lm") if lanes > 1 else ()
+    """Flags that vectors need."""
+    return vector_library() if lanes > 1 else ()
 
 
 def _address(loaded: ctypes.CDLL, name: str) -> int:
@@ -121,13 +151,11 @@ def _address(loaded: ctypes.CDLL, name: str) -> int:
     return address
 
 
-def program_of(reading: Reading, method: ExplicitRungeKutta, y0: Tensor, inputs: Sequence[Tensor], batched: bool) -> Program:
+def program_of(reading: Reading, method: Compiled, y0: Tensor, inputs: Sequence[Tensor], batched: bool) -> Program:
     """The program of a right-hand side for states like ``y0`` (B, n) and inputs like these."""
     own = tuple(prod(x.shape[1:]) if stride else 0 for stride, x in zip(reading.strides, inputs, strict=True))
     numbers = tuple(x.numel() if not stride and x.is_floating_point() else 0 for stride, x in zip(reading.strides, inputs, strict=True))
-    graph = reading.graph
     timed = uses(reading, "t")
-    del graph
     return Program(reading, method, y0.dtype, y0.shape[1], own, numbers, timed, tuple(x.contiguous().to(y0.dtype) for x in reading.tables))
 
 

@@ -81,14 +81,14 @@ def recognise(key: Hashable, system: System, method: Method, t: Tensor, y0: Tens
     """The program of a system's right-hand side; raises `Unreadable` where there is none, or what the tracer raises."""
     spec = system.spec
     if spec.holds_complex or spec.split or any(d != spec.dtype for d in spec.dtypes):
-        raise Unreadable("state", None, "it is complex, or its leaves differ in dtype")
+        raise Unreadable("", "", "it is complex, or its leaves differ in dtype")
     time = t if batched else t.reshape(())
     state = spec.unflatten(y0)
     _ear.heard = []
     with torch.no_grad():
         result = _tracer(key)(system.fun, time, state, system.arguments(inputs))
     if len(_ear.heard) != 1:
-        raise Unreadable("fun", None, "it is no single graph")
+        raise Unreadable("", "", "it is no single graph")
     graph, tensors, stand_ins = _ear.heard.pop()
     leaves = tree_flatten(state)[0]
     known = {id(time): ("t", 0)} | {id(x): ("y", i) for i, x in enumerate(leaves)}
@@ -108,7 +108,7 @@ def recognise(key: Hashable, system: System, method: Method, t: Tensor, y0: Tens
         elif id(x) in known:
             results.append(known[id(x)])
         else:
-            raise Unreadable("fun", None, "its result is made outside of what was traced")
+            raise Unreadable("", "", "its result is made outside of what was traced")
     # a tensor that is an input twice gets its whole cotangent the first time
     slot = {id(x): k for k, x in reversed(list(enumerate(inputs)))}
     layout = (tuple(places), tuple(results), method, batched, tuple(y0.shape), y0.dtype, spec.shapes, spec.tree)
@@ -137,7 +137,7 @@ def _program(
 ) -> Program:
     for x in given:
         if x.is_complex() or (x.is_floating_point() and x.dtype != y0.dtype):
-            raise Unreadable("input", None, f"a tensor of dtype {x.dtype} beside a state of {y0.dtype}")
+            raise Unreadable("", "", f"a tensor of dtype {x.dtype} beside a state of {y0.dtype}")
 
     def flat(t: Tensor, y: Tensor, *inputs: Tensor) -> Tensor:
         leaves = tree_flatten(spec.unflatten(y))[0]

@@ -4,17 +4,17 @@ struct Back_ {
   const Backward& q; const Functions f;
   long from, to, waiting;
   Own own; Ctx c; S* memory; S* own_bars; S* bars[INPUTS + 1];
-  S *y, *bar, *start, *ybar, *ks, *kbar;
+  S *y, *bar, *start, *ybar, *ks, *kbar, *work;
   double t[W], h[W], sign[W];
   long row[W], k[W], first[W], sampled[W], behind[W];
   bool live[W], jump[W], jumps_end[W];
 
   // totals (SHARED): where the cotangents of shared inputs are added up in this block
-  Back_(const Backward& q, long from, long to, S* totals) : q(q), f{(decltype(f.fun))q.fun, (decltype(f.vjp))q.vjp}, from(from), to(to), waiting(from) {
-    const long size = (4 + 2 * ALL) * (long)N;
+  Back_(const Backward& q, long from, long to, S* totals) : q(q), f(functions_of(q)), from(from), to(to), waiting(from) {
+    const long size = (4 + 2 * ALL) * (long)N + ROOM_OF_STEP;
     memory = lanes_of(size);
     S* at = memory;
-    y = at; bar = (at += N); start = (at += N); ybar = (at += N); ks = (at += N); kbar = (at += ALL * N);
+    y = at; bar = (at += N); start = (at += N); ybar = (at += N); ks = (at += N); kbar = (at += ALL * N); work = (at += ALL * N);
     for (long i = 0; i < size; i++) memory[i] = K(0);
     long mine = 0;
     for (int i = 0; i < INPUTS; i++) mine += OWN[i];
@@ -93,6 +93,7 @@ struct Back_ {
       if (row[l] != row[other]) { row[l] = row[other]; own.load(q.inputs, l, row[l]); }
       t[l] = t[other];
       for (int n = 0; n < N; n++) put(y[n], l, get(y[n], other));
+      if (RECORDED) for (int n = 0; n < ALL * N; n++) put(ks[n], l, get(ks[n], other));
     }
   }
 
@@ -117,6 +118,7 @@ struct Back_ {
           jumps_end[l] = q.jumps == 2 || (q.lands[i] && q.segment[i] < q.n_anchors - 2);
         }
         for (int n = 0; n < N; n++) put(y[n], l, q.states[i * N + n]);
+        if (RECORDED) for (int s = 0; s < ALL; s++) for (int n = 0; n < N; n++) put(ks[s * N + n], l, q.stages[((k[l] * ALL + s) * q.rows + row[l]) * N + n]);
         if (q.states_bar) add(bar, l, q.states_bar + (i + q.rows) * N);
         if (q.stages_bar) for (int s = 0; s < ALL; s++) add(kbar + s * N, l, q.stages_bar + ((k[l] * ALL + s) * q.rows + row[l]) * N);
         first[l] = sampled[l];
@@ -141,8 +143,8 @@ struct Back_ {
       for (int l = 0; l < W; l++) put(hs, l, (R)h[l]);
       stage_times(times);
       S tbar = K(0), hbar = K(0);
-      if (dense) step_back<ALL>(f, c, times, hs, y, bar, kbar, ybar, ks, q.timed, tbar, hbar);
-      else step_back<STAGES - FSAL>(f, c, times, hs, y, bar, nullptr, ybar, ks, q.timed, tbar, hbar);
+      if (dense) step_back<true>(f, c, times, hs, y, bar, kbar, ybar, ks, q.timed, tbar, hbar, work);
+      else step_back<false>(f, c, times, hs, y, bar, nullptr, ybar, ks, q.timed, tbar, hbar, work);
       bool ended = false;
       for (int l = 0; l < W; l++) {
         if (!live[l]) continue;

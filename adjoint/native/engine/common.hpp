@@ -17,11 +17,34 @@ FN R beside(R x, double toward) { return __builtin_nextafter(x, toward); }
 #endif
 FN double power(double x, double p, int single) { return single ? (double)__builtin_powf((float)x, (float)p) : __builtin_pow(x, p); }
 
+// b_i(theta) of the dense output, and their slopes
+FN void dense_weights(double theta, double* w) {
+  for (int i = 0; i < ALL; i++) {
+    double total = 0;
+    for (int m = DEGREE - 1; m >= 0; m--) total = (total + DENSE[i][m]) * theta;
+    w[i] = total;
+  }
+}
+FN void dense_slopes(double theta, double* w) {
+  for (int i = 0; i < ALL; i++) {
+    double total = 0;
+    for (int m = DEGREE - 1; m >= 0; m--) total = total * theta + (m + 1) * DENSE[i][m];
+    w[i] = total;
+  }
+}
+
 struct Ctx { const R* const* u; const S* const* a; const R* const* k; S* const* b; };
 struct Functions {
   void (*fun)(const Ctx*, const S* t, const S* y, S* out);
   void (*vjp)(const Ctx*, const S* t, const S* y, const S* v, S* ybar, S* tbar);
+  // those entries of the Jacobian (n, n) that are not always zero, and the slope in time
+  void (*jac)(const Ctx*, const S* t, const S* y, S* J, S* slope);
+  // of phi = sum weights_ij J_ij + sum of_slope_i slope_i: itself, and its gradient added to ybar and tbar
+  void (*bend)(const Ctx*, const S* t, const S* y, const S* weights, const S* of_slope, S* ybar, S* tbar, S* phi);
 };
+template <class Q> static Functions functions_of(const Q& q) {
+  return {(decltype(Functions::fun))q.fun, (decltype(Functions::vjp))q.vjp, (decltype(Functions::jac))q.jac, (decltype(Functions::bend))q.bend};
+}
 
 extern "C" { void* malloc(size_t); void* calloc(size_t, size_t); void free(void*); void* aligned_alloc(size_t, size_t); void* memcpy(void*, const void*, size_t); }
 static inline S* lanes_of(long n) { return (S*)aligned_alloc(64, (n * sizeof(S) + 63) / 64 * 64 + 64); }

@@ -1,5 +1,7 @@
+#define ROOM_OF_STEP 0
+#define RECORDED 0
 // One step of an explicit Runge-Kutta method and its adjoint (docs/theory.md, section 1). Of the tableau come, as constants: STAGES of the
-// step, ALL with those of the dense output, A, B, C, E (error) and DENSE, and how the last stages relate to the next step.
+// step, ALL with those of the dense output, A, B, C, EMBEDDED (of the error) and DENSE, and how the last stages relate to the next step.
 
 // sum_j A[I][j] k_j, component n
 template <int I, int J = 0> FN S row_sum(const S* ks, int n, S total) {
@@ -16,7 +18,7 @@ template <int J = 0> FN S weighted(const S* ks, int n, S total) {
 }
 template <int J = 0> FN S error_sum(const S* ks, int n, S total) {
   if constexpr (J < ERRORS) {
-    if constexpr (E[J] != 0) total += K(R(E[J])) * ks[J * N + n];
+    if constexpr (EMBEDDED[J] != 0) total += K(R(EMBEDDED[J])) * ks[J * N + n];
     return error_sum<J + 1>(ks, n, total);
   } else return total;
 }
@@ -31,7 +33,9 @@ template <int I> FN void further_stages(const Functions& f, const Ctx& c, const 
     further_stages<I + 1>(f, c, times, h, y, ks, y1);
   }
 }
-FN void step_forward(const Functions& f, const Ctx& c, const S* times, const S h, const S* y, S* ks, S* y1) {
+// from y, where the slope is k1: all stages and the new state
+FN void step_forward(const Functions& f, const Ctx& c, const S* times, const S h, const S* y, const S* k1, S* ks, S* y1, S*) {
+  for (int n = 0; n < N; n++) ks[n] = k1[n];
   further_stages<1>(f, c, times, h, y, ks, y1);
   // where the last stage is the end of the step, its state is there already
   if (!FSAL) for (int n = 0; n < N; n++) y1[n] = y[n] + h * weighted<0>(ks, n, K(0));
@@ -50,21 +54,6 @@ template <int I> FN void dense_stages(const Functions& f, const Ctx& c, const S*
     dense_stages<I + 1>(f, c, times, h, y, ks);
   }
 }
-FN void dense_weights(double theta, double* w) {
-  for (int i = 0; i < ALL; i++) {
-    double total = 0;
-    for (int m = DEGREE - 1; m >= 0; m--) total = (total + DENSE[i][m]) * theta;
-    w[i] = total;
-  }
-}
-FN void dense_slopes(double theta, double* w) {
-  for (int i = 0; i < ALL; i++) {
-    double total = 0;
-    for (int m = DEGREE - 1; m >= 0; m--) total = total * theta + (m + 1) * DENSE[i][m];
-    w[i] = total;
-  }
-}
-
 // ---- the adjoint: v_i = h (b_i l1 + sum_j a_ji u_j) + kbar_i, u_i = f_y(Y_i)* v_i, l0 = l1 + sum_i u_i
 template <int I, int J, int USED> FN S from_later(const S* us, int n, S total) {
   if constexpr (J < USED) {
@@ -97,8 +86,10 @@ template <int I, int USED> FN void stages_back(const Functions& f, const Ctx& c,
   }
 }
 // ybar: of the state at the start, from bar, that of the end, and kbar (ALL), those of the stages or nothing; ks: the stages, where timed
-template <int USED> FN void step_back(const Functions& f, const Ctx& c, const S* times, const S h, const S* y, const S* bar, const S* kbar, S* ybar,
-                                      S* ks, bool timed, S& tbar, S& hbar) {
+template <bool DENSE_OUTPUT>
+FN void step_back(const Functions& f, const Ctx& c, const S* times, const S h, const S* y, const S* bar, const S* kbar, S* ybar, S* ks, bool timed,
+                  S& tbar, S& hbar, S*) {
+  enum { USED = DENSE_OUTPUT ? ALL : STAGES - FSAL };
   S zs[USED * N], us[USED * N];
   stages_again<0, USED>(f, c, times, h, y, zs, ks, timed);
   for (int n = 0; n < N; n++) ybar[n] = bar[n];

@@ -49,16 +49,18 @@ struct Loop {
   const Forward& q; Tape& tape; const Functions f;
   long from, to, waiting;
   Own own; Ctx c; S* memory;
-  S *y, *y1, *k1, *ks, *rtol, *atol, *size, *error;
+  S *y, *y1, *k1, *ks, *rtol, *atol, *size, *error, *other, *work;
   double t[W], step[W], wanted[W], target[W], end[W], h[W], error1[W], error2[W], sign[W];
   long row[W], segment[W], attempts[W], accepted[W], n_fun[W], next[W];
   bool live[W], lands[W], rejected[W], bad[W], jump[W], jumps_end[W];
 
-  Loop(const Forward& q, Tape& tape, long from, long to) : q(q), tape(tape), f{(decltype(f.fun))q.fun, (decltype(f.vjp))q.vjp}, from(from), to(to), waiting(from) {
-    memory = lanes_of((8 + ALL) * (long)N);
+  Loop(const Forward& q, Tape& tape, long from, long to) : q(q), tape(tape), f(functions_of(q)), from(from), to(to), waiting(from) {
+    const long numbers = (8 + ALL) * (long)N + ROOM_OF_STEP;
+    memory = lanes_of(numbers);
     S* at = memory;
-    y = at; y1 = (at += N); k1 = (at += N); rtol = (at += N); atol = (at += N); size = (at += N); error = (at += N); ks = (at += N);
-    for (long i = 0; i < (8 + ALL) * (long)N; i++) memory[i] = K(0);
+    y = at; y1 = (at += N); k1 = (at += N); rtol = (at += N); atol = (at += N); size = (at += N); error = (at += N); other = (at += N);
+    ks = (at += N); work = (at += ALL * N);
+    for (long i = 0; i < numbers; i++) memory[i] = K(0);
     c = {q.inputs, own.a, q.tables, nullptr};
     for (int l = 0; l < W; l++) { live[l] = false; row[l] = from; t[l] = q.anchors[from]; h[l] = 0; jump[l] = jumps_end[l] = false; sign[l] = 1; fill(l, from); }
   }
@@ -250,10 +252,9 @@ struct Loop {
       }
       for (int l = 0; l < W; l++) put(hs, l, (R)h[l]);
       stage_times(times);
-      for (int n = 0; n < N; n++) ks[n] = k1[n];
-      step_forward(f, c, times, hs, y, ks, y1);
+      step_forward(f, c, times, hs, y, k1, ks, y1, work);
       bool end_known = FSAL, passed[W], dense = q.keep_stages;
-      S* k_end = FSAL ? ks + (STAGES - 1) * N : NEXT_FIRST ? ks + STAGES * N : memory + (7 + ALL) * N;
+      S* k_end = FSAL ? ks + (STAGES - 1) * N : NEXT_FIRST ? ks + STAGES * N : other;
       S level = K(0);
       if (ERROR_USES_END) { f.fun(&c, times + STAGES, y1, k_end); end_known = true; }
       if (q.adaptive) {
@@ -265,7 +266,7 @@ struct Loop {
       for (int l = 0; l < W; l++) {
         passed[l] = false;
         if (!live[l]) continue;
-        n_fun[l] += STAGES - 1 + ERROR_USES_END;
+        n_fun[l] += EVALUATIONS;
         if (q.adaptive) passed[l] = judge(l, get(level, l));
         else {
           passed[l] = true;

@@ -1,0 +1,104 @@
+// One step of a Rosenbrock method and its adjoint, see `Rosenbrock` in `methods/rosenbrock.py`. Constants: STAGES, ALL (as many), A, COUPLING,
+// B, C, D, EMBEDDED (of the error), GAMMA, and SAME, which of the evaluations of fun a stage uses. Stages are recorded: the way back needs the Jacobian alone.
+#define RECORDED 1
+#define ROOM_OF_STEP (2 * N * N + EXCHANGES + (2 * STAGES + 3) * N)
+struct Room {
+  S *J, *LU, *P, *values, *slope, *z, *us, *spare;
+  Room(S* at) : J(at), LU(J + N * N), P(LU + N * N), values(P + EXCHANGES), slope(values + STAGES * N), z(slope + N), us(z + N), spare(us + STAGES * N) {}
+};
+template <int I, int J = 0> FN S row_sum(const S* ks, int n, S total) {
+  if constexpr (J < I) { if constexpr (A[I][J] != 0) total += K(R(A[I][J])) * ks[J * N + n]; return row_sum<I, J + 1>(ks, n, total); } else return total;
+}
+template <int I, int J = 0> FN S coupled(const S* ks, int n, S total) {
+  if constexpr (J < I) { if constexpr (COUPLING[I][J] != 0) total += K(R(COUPLING[I][J])) * ks[J * N + n]; return coupled<I, J + 1>(ks, n, total); } else return total;
+}
+template <int J = 0> FN S weighted(const double* w, const S* ks, int n) {
+  S total = K(0);
+  for (int j = 0; j < STAGES; j++) if (w[j] != 0) total += K(R(w[j])) * ks[j * N + n];
+  return total;
+}
+template <int I> FN void further_stages(const Functions& f, const Ctx& c, const S* times, const S h, const S* y, S* ks, Room& r) {
+  if constexpr (I < STAGES) {
+    if constexpr (I > 0 && SAME[I] == I) {
+      for (int n = 0; n < N; n++) r.z[n] = y[n] + h * row_sum<I>(ks, n, K(0));
+      f.fun(&c, times + I, r.z, r.values + I * N);
+    }
+    S* k = ks + I * N;
+    for (int n = 0; n < N; n++) {
+      S side = coupled<I>(ks, n, r.values[SAME[I] * N + n]);
+      if constexpr (D[I] != 0) side += h * K(R(D[I])) * r.slope[n];
+      k[n] = side * K(R(GAMMA));
+    }
+    solve_lu(r.LU, r.P, k);
+    further_stages<I + 1>(f, c, times, h, y, ks, r);
+  }
+}
+FN void step_forward(const Functions& f, const Ctx& c, const S* times, const S h, const S* y, const S* k1, S* ks, S* y1, S* work) {
+  Room r(work);
+  f.jac(&c, times, y, r.J, r.slope);
+  shifted_matrix(r.J, h * K(R(GAMMA)), r.LU, r.P);
+  for (int n = 0; n < N; n++) r.values[n] = k1[n];
+  further_stages<0>(f, c, times, h, y, ks, r);
+  for (int n = 0; n < N; n++) y1[n] = y[n] + h * weighted(B, ks, n);
+}
+FN void step_error(const S h, const S* ks, S* error) {
+  for (int n = 0; n < N; n++) error[n] = h * weighted(EMBEDDED, ks, n);
+}
+template <int I> FN void dense_stages(const Functions&, const Ctx&, const S*, const S, const S*, S*) {}
+
+// ---- the adjoint: v_i = gamma W*^-1 (kbar_i + sum gamma_ji v_j + h (b_i l1 + sum a_ji u_j)), u_j = f_y(Y_j)* v_j
+template <int I, int J> FN void later(const S* us, const S* vs, int n, S& w, S& v) {
+  if constexpr (J < STAGES) {
+    if constexpr (A[J][I] != 0 && SAME[J] == J) w += K(R(A[J][I])) * us[J * N + n];
+    if constexpr (COUPLING[J][I] != 0) v += K(R(COUPLING[J][I])) * vs[J * N + n];
+    later<I, J + 1>(us, vs, n, w, v);
+  }
+}
+template <int I> FN void stages_back(const Functions& f, const Ctx& c, const S* times, const S h, const S* y, const S* ks, const S* bar, const S* kbar, S* vs,
+                                     S* us, S* ybar, bool timed, S& tbar, S& hbar, Room& r) {
+  if constexpr (I >= 0) {
+    S* v = vs + I * N;
+    for (int n = 0; n < N; n++) {
+      S w = K(R(B[I])) * bar[n], x = kbar ? kbar[I * N + n] : K(0);
+      later<I, I + 1>(us, vs, n, w, x);
+      if (timed) hbar += ks[I * N + n] * w;
+      v[n] = x + h * w;
+    }
+    solve_transposed(r.LU, r.P, v);
+    for (int n = 0; n < N; n++) v[n] *= K(R(GAMMA));
+    if constexpr (SAME[I] == I) {
+      S tb = K(0);
+      for (int n = 0; n < N; n++) {
+        S total = v[n];
+        for (int j = I + 1; j < STAGES; j++) if (SAME[j] == I) total += vs[j * N + n];
+        r.slope[n] = total;
+        r.z[n] = y[n] + h * row_sum<I>(ks, n, K(0));
+      }
+      f.vjp(&c, times + I, r.z, r.slope, us + I * N, &tb);
+      for (int n = 0; n < N; n++) ybar[n] += us[I * N + n];
+      if (timed) { tbar += tb; hbar += K(R(C[I])) * tb; }
+    }
+    stages_back<I - 1>(f, c, times, h, y, ks, bar, kbar, vs, us, ybar, timed, tbar, hbar, r);
+  }
+}
+template <bool DENSE_OUTPUT>
+FN void step_back(const Functions& f, const Ctx& c, const S* times, const S h, const S* y, const S* bar, const S* kbar, S* ybar, S* ks, bool timed,
+                  S& tbar, S& hbar, S* work) {
+  Room r(work);
+  f.jac(&c, times, y, r.J, r.slope);
+  shifted_matrix(r.J, h * K(R(GAMMA)), r.LU, r.P);
+  for (int n = 0; n < N; n++) ybar[n] = bar[n];
+  S* vs = r.values;
+  stages_back<STAGES - 1>(f, c, times, h, y, ks, bar, kbar, vs, r.us, ybar, timed, tbar, hbar, r);
+  // the Jacobian is an input of the step like any other
+  S* weights = r.LU;
+  for (int i = 0; i < N; i++) for (int j = 0; j < N; j++) {
+    S total = K(0);
+    if (NONZERO[i * N + j]) for (int s = 0; s < STAGES; s++) total += vs[s * N + i] * ks[s * N + j];
+    weights[i * N + j] = h * total;
+  }
+  for (int n = 0; n < N; n++) r.slope[n] = h * weighted(D, vs, n);
+  S tb = K(0), phi = K(0);
+  f.bend(&c, times, y, weights, r.slope, ybar, &tb, &phi);
+  if (timed) { tbar += tb; hbar += phi / h; }
+}
