@@ -227,8 +227,6 @@ def solve_ivp(
             refuse_parts(f"mass_matrix= with {chosen.name!r}", spec)
     watched = event_list(events)
     multistep = getattr(chosen, "multistep", False)
-    if compile and (chosen.implicit or multistep):
-        check_compiled(chosen, spec, implicit_options | {"mass_matrix": mass})
 
     real = spec.real_dtype
     leaves, tree = tree_flatten(tuple(args))

@@ -37,6 +37,7 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("long", "max_steps"),
     ("long", "accept_smallest"),
     ("long", "adaptive"),
+    ("double", "least_rtol"),  # of iterations for stages
     ("double", "safety"),
     ("double", "min_factor"),
     ("double", "max_factor"),
@@ -66,6 +67,7 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("long*", "n_steps"),  # (B,)
     ("long*", "n_accepted"),
     ("long*", "n_fun"),
+    ("long*", "work"),  # (4, B): Jacobians, factorisations, solves, iterations
     ("long*", "status"),
     ("double*", "t_final"),
     ("double*", "next_step"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..methods.dirk import DiagonallyImplicitRungeKutta
 from ..methods.rosenbrock import Rosenbrock
 from ..methods.runge_kutta import ExplicitRungeKutta
 from .calls import declarations
@@ -16,7 +17,7 @@ from .text import header
 __all__ = ["Compiled", "engine_text", "prologue", "takes"]
 
 #: methods that have a text
-Compiled = ExplicitRungeKutta | Rosenbrock
+Compiled = ExplicitRungeKutta | Rosenbrock | DiagonallyImplicitRungeKutta
 
 _FOLDER = Path(__file__).parent / "engine"
 
@@ -49,7 +50,7 @@ def prologue(real: torch.dtype, lanes: int) -> str:
 
 def takes(method: object) -> bool:
     """Whether a method has a text."""
-    return type(method) in (ExplicitRungeKutta, Rosenbrock)
+    return type(method) in (ExplicitRungeKutta, Rosenbrock, DiagonallyImplicitRungeKutta)
 
 
 def _flags(**values: int | bool) -> str:
@@ -86,6 +87,28 @@ def _rosenbrock(method: Rosenbrock, width: int, nonzero: Collection[tuple[int, i
     ]
 
 
+def _dirk(method: DiagonallyImplicitRungeKutta) -> list[str]:
+    """The constants of a diagonally implicit method."""
+    tab, s = method.tableau, method.n_stages
+    flags = {"FSAL": method.hands_on, "HANDS_ON": method.hands_on, "STIFFLY_ACCURATE": tab.stiffly_accurate}
+    return [
+        _flags(NEXT_FIRST=False, ERROR_USES_END=False, **flags),
+        _matrix("A", tab.a, s),
+        _matrix("GUESSES", method.guesses, s),
+        _array("B", tab.b),
+        _array("EMBEDDED", tab.error or [0.0] * s),
+    ]
+
+
+def _family(method: Compiled, width: int, nonzero: Collection[tuple[int, int]]) -> list[str]:
+    """A method's constants, and the step of its family."""
+    if isinstance(method, ExplicitRungeKutta):
+        return [*_explicit(method), source("explicit.hpp")]
+    if isinstance(method, Rosenbrock):
+        return [source("linear.hpp"), *_rosenbrock(method, width, nonzero), source("rosenbrock.hpp")]
+    return [source("linear.hpp"), source("newton.hpp"), *_dirk(method), source("dirk.hpp")]
+
+
 def engine_text(
     method: Compiled, width: int, timed: bool, own: Sequence[int], numbers: Sequence[int], nonzero: Collection[tuple[int, int]] = ()
 ) -> str:
@@ -95,7 +118,6 @@ def engine_text(
     share it; ``numbers``: how many cotangents shared ones have. ``nonzero``: see `_rosenbrock`.
     """
     everything, dense = len(method.nodes), method.tableau.dense
-    explicit = isinstance(method, ExplicitRungeKutta)
     return "\n".join(
         [
             _flags(N=width, INPUTS=len(own), TIMED=timed, STAGES=method.n_stages, ALL=everything, DEGREE=len(dense[0])),
@@ -107,9 +129,7 @@ def engine_text(
             _matrix("DENSE", dense, len(dense[0])),
             declarations(),
             source("common.hpp"),
-            *([] if explicit else [source("linear.hpp")]),
-            *(_explicit(method) if explicit else _rosenbrock(method, width, nonzero)),
-            source("explicit.hpp" if explicit else "rosenbrock.hpp"),
+            *_family(method, width, nonzero),
             source("loop.hpp"),
             source("back.hpp"),
         ]

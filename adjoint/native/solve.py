@@ -19,6 +19,9 @@ __all__ = ["SHIFTS", "block_of", "pointers", "run_native", "sample_order"]
 
 #: steps for which there is room at first, and bytes of a record whose room is cut to what was needed
 _ROOM, _LARGE = 64, 2**20
+_WORK = ("n_jac", "n_factorizations", "n_solves", "n_newton")
+#: of the iterations for stages, in units of the tolerances of the steps; see `StageSolver`
+STAGE_TOLERANCE = 1e-3
 SHIFTS = {"none": 0, "inner": 1, "all": 2}
 
 
@@ -90,6 +93,7 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
 
     out = {name: y0.new_empty(y0.shape) for name in ("final", "last", "scaled")}
     out |= {name: whole(rows) for name in ("n_steps", "n_accepted", "n_fun", "status")}
+    out["work"] = whole(len(_WORK), rows)
     out |= {"t_final": double(rows), "next_step": double(rows), "samples": y0.new_empty(n_samples, rows, n), "sample_step": whole(n_samples, rows)}
     rtol, atol = _tolerance(plan.rtol, y0), _tolerance(plan.atol, y0)
     first = None if plan.first_step is None else torch.as_tensor(plan.first_step, dtype=torch.float64).reshape(-1).contiguous()
@@ -122,6 +126,7 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
             max_steps=plan.max_steps,
             accept_smallest=plan.accept_smallest,
             adaptive=plan.method.adaptive,
+            least_rtol=4 * torch.finfo(y0.dtype).eps / STAGE_TOLERANCE,
             **_controller(plan, lone),
             shift=SHIFTS[plan.shift] if plan.shift == "all" or anchors.shape[0] > 2 else 0,
             keep_grid=keep_grid,
@@ -148,15 +153,12 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
         steps = {name: x[: most + (name == "states")] if x.shape[0] else x for name, x in steps.items()}
         if 2 * most < room and sum(x.nbytes for x in steps.values()) > _LARGE:
             steps = {name: x.clone() for name, x in steps.items()}
-    zero = torch.zeros_like(out["status"])
+    work = out.pop("work")
     return Record(
         scaled_error=out.pop("scaled"),
         **out,
         **steps,
         n_rejected=out["n_steps"] - out["n_accepted"],
         **no_events(y0),
-        n_jac=zero,
-        n_factorizations=zero,
-        n_solves=zero,
-        n_newton=zero,
+        **dict(zip(_WORK, work.unbind(), strict=True)),
     )

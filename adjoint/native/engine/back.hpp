@@ -4,17 +4,17 @@ struct Back_ {
   const Backward& q; const Functions f;
   long from, to, waiting;
   Own own; Ctx c; S* memory; S* own_bars; S* bars[INPUTS + 1];
-  S *y, *bar, *start, *ybar, *ks, *kbar, *work;
+  S *y, *bar, *start, *ybar, *ks, *kbar, *first_bar, *handed, *work;
   double t[W], h[W], sign[W];
   long row[W], k[W], first[W], sampled[W], behind[W];
   bool live[W], jump[W], jumps_end[W];
 
   // totals (SHARED): where the cotangents of shared inputs are added up in this block
   Back_(const Backward& q, long from, long to, S* totals) : q(q), f(functions_of(q)), from(from), to(to), waiting(from) {
-    const long size = (4 + 2 * ALL) * (long)N + ROOM_OF_STEP;
+    const long size = (6 + 2 * ALL) * (long)N + ROOM_OF_STEP;
     memory = lanes_of(size);
     S* at = memory;
-    y = at; bar = (at += N); start = (at += N); ybar = (at += N); ks = (at += N); kbar = (at += ALL * N); work = (at += ALL * N);
+    y = at; bar = (at += N); start = (at += N); ybar = (at += N); ks = (at += N); kbar = (at += ALL * N); first_bar = (at += ALL * N); handed = (at += N); work = (at += N);
     for (long i = 0; i < size; i++) memory[i] = K(0);
     long mine = 0;
     for (int i = 0; i < INPUTS; i++) mine += OWN[i];
@@ -41,7 +41,7 @@ struct Back_ {
         live[l] = true;
         own.load(q.inputs, l, r);
         for (int i = 0; i < INPUTS; i++) for (long e = 0; e < OWN[i]; e++) put(bars[i][e], l, R(0));
-        for (int n = 0; n < N; n++) { put(bar[n], l, R(0)); put(ybar[n], l, R(0)); }
+        for (int n = 0; n < N; n++) { put(bar[n], l, R(0)); put(ybar[n], l, R(0)); put(handed[n], l, R(0)); }
         if (q.final_bar && q.status[r] >= 0) add(bar, l, q.final_bar + r * N);
         sign[l] = q.anchors[(q.n_anchors - 1) * q.rows + r] >= q.anchors[r] ? 1.0 : -1.0;
         sampled[l] = q.samples_bar ? q.n_samples - 1 : -1;
@@ -97,6 +97,21 @@ struct Back_ {
     }
   }
 
+  // of the slope that the step began with: what the step before handed on, or at the start and behind a jump f itself
+  void handed_back(Return& r) {
+    bool anew[W], some = false;
+    for (int l = 0; l < W; l++) some |= anew[l] = live[l] && (k[l] == 0 || jump[l]);
+    const M on = mask_of(anew);
+    for (int n = 0; n < N; n++) handed[n] = m_sel(on, K(0), first_bar[n]);
+    if (!some) return;
+    S *v = lanes_of(2 * N), *u = v + N, tb = K(0);
+    for (int n = 0; n < N; n++) v[n] = m_sel(on, first_bar[n], K(0));
+    f.vjp(&c, r.times, y, v, u, &tb);
+    for (int n = 0; n < N; n++) ybar[n] += u[n];
+    if (q.timed) r.tbar += tb;
+    free(v);
+  }
+
   void run() {
     S times[ALL + 1], hs = K(0);
     for (int i = 0; i <= ALL; i++) times[i] = K(0);
@@ -107,7 +122,8 @@ struct Back_ {
       if (!any) return;
       for (int n = 0; n < N; n++) start[n] = K(0);
       bool clear = false;
-      if (dense) { for (int n = 0; n < ALL * N; n++) kbar[n] = K(0); clear = true; }
+      if (dense || HANDS_ON) { for (int n = 0; n < ALL * N; n++) kbar[n] = K(0); clear = true; }
+      if (HANDS_ON) for (int n = 0; n < N; n++) kbar[(STAGES - 1) * N + n] = handed[n];
       for (int l = 0; l < W; l++) {
         h[l] = 0;
         if (!live[l]) continue;
@@ -142,9 +158,11 @@ struct Back_ {
       if (W > 1) rest();
       for (int l = 0; l < W; l++) put(hs, l, (R)h[l]);
       stage_times(times);
-      S tbar = K(0), hbar = K(0);
-      if (dense) step_back<true>(f, c, times, hs, y, bar, kbar, ybar, ks, q.timed, tbar, hbar, work);
-      else step_back<false>(f, c, times, hs, y, bar, nullptr, ybar, ks, q.timed, tbar, hbar, work);
+      Return r{f, c, times, hs, y, bar, clear ? kbar : nullptr, ks, ybar, first_bar, work, (bool)q.timed, K(0), K(0)};
+      if (dense) step_back<true>(r);
+      else step_back<false>(r);
+      if (HANDS_ON) handed_back(r);
+      const S tbar = r.tbar, hbar = r.hbar;
       bool ended = false;
       for (int l = 0; l < W; l++) {
         if (!live[l]) continue;

@@ -46,6 +46,30 @@ template <class Q> static Functions functions_of(const Q& q) {
   return {(decltype(Functions::fun))q.fun, (decltype(Functions::vjp))q.vjp, (decltype(Functions::jac))q.jac, (decltype(Functions::bend))q.bend};
 }
 
+// an attempted step of the trajectories ``on``, from y, where the slope is k1: what it is given, and where its results go
+enum { JACOBIANS, FACTORISATIONS, SOLVES, ITERATIONS, EVALUATED, COUNTS };
+struct Attempt {
+  const Functions& f; const Ctx& c; const S* times; S h;
+  const S *y, *k1, *rtol, *atol;  // tolerances of an iteration for stages
+  S *ks, *y1, *error, *work;
+  bool adaptive, on[W], again[W], stuck[W];  // again: from the same place as the attempt before; stuck: the iteration did not converge
+  long counts[COUNTS][W];
+  void count(int what, long n = 1) { for (int l = 0; l < W; l++) counts[what][l] += on[l] * n; }
+};
+// a step taken back, from bar, the cotangent of the state at its end, and kbar, those of its stages or nothing: ybar, that of y
+struct Return {
+  const Functions& f; const Ctx& c; const S* times; S h;
+  const S *y, *bar, *kbar;
+  S *ks, *ybar, *first, *work;  // first: of a first stage that was handed on by the step before
+  bool timed;
+  S tbar, hbar;
+};
+#if W == 1
+FN M mask_of(const bool* b) { return b[0]; }
+#else
+FN M mask_of(const bool* b) { M r; for (int l = 0; l < W; l++) r[l] = b[l] ? -1 : 0; return r; }
+#endif
+
 extern "C" { void* malloc(size_t); void* calloc(size_t, size_t); void free(void*); void* aligned_alloc(size_t, size_t); void* memcpy(void*, const void*, size_t); }
 static inline S* lanes_of(long n) { return (S*)aligned_alloc(64, (n * sizeof(S) + 63) / 64 * 64 + 64); }
 

@@ -1,5 +1,6 @@
 #define ROOM_OF_STEP 0
 #define RECORDED 0
+#define HANDS_ON 0
 // One step of an explicit Runge-Kutta method and its adjoint (docs/theory.md, section 1). Of the tableau come, as constants: STAGES of the
 // step, ALL with those of the dense output, A, B, C, EMBEDDED (of the error) and DENSE, and how the last stages relate to the next step.
 
@@ -33,15 +34,14 @@ template <int I> FN void further_stages(const Functions& f, const Ctx& c, const 
     further_stages<I + 1>(f, c, times, h, y, ks, y1);
   }
 }
-// from y, where the slope is k1: all stages and the new state
-FN void step_forward(const Functions& f, const Ctx& c, const S* times, const S h, const S* y, const S* k1, S* ks, S* y1, S*) {
-  for (int n = 0; n < N; n++) ks[n] = k1[n];
-  further_stages<1>(f, c, times, h, y, ks, y1);
+FN void step_forward(Attempt& a) {
+  for (int n = 0; n < N; n++) a.ks[n] = a.k1[n];
+  further_stages<1>(a.f, a.c, a.times, a.h, a.y, a.ks, a.y1);
   // where the last stage is the end of the step, its state is there already
-  if (!FSAL) for (int n = 0; n < N; n++) y1[n] = y[n] + h * weighted<0>(ks, n, K(0));
+  if (!FSAL) for (int n = 0; n < N; n++) a.y1[n] = a.y[n] + a.h * weighted<0>(a.ks, n, K(0));
 }
-FN void step_error(const S h, const S* ks, S* error) {
-  for (int n = 0; n < N; n++) error[n] = h * error_sum<0>(ks, n, K(0));
+FN void step_error(Attempt& a) {
+  for (int n = 0; n < N; n++) a.error[n] = a.h * error_sum<0>(a.ks, n, K(0));
 }
 // the stages that only the dense output needs; where the first of them is the slope at the end, it is there already
 template <int I> FN void dense_stages(const Functions& f, const Ctx& c, const S* times, const S h, const S* y, S* ks) {
@@ -85,13 +85,11 @@ template <int I, int USED> FN void stages_back(const Functions& f, const Ctx& c,
     stages_back<I - 1, USED>(f, c, times, h, zs, ks, bar, kbar, us, ybar, timed, tbar, hbar);
   }
 }
-// ybar: of the state at the start, from bar, that of the end, and kbar (ALL), those of the stages or nothing; ks: the stages, where timed
-template <bool DENSE_OUTPUT>
-FN void step_back(const Functions& f, const Ctx& c, const S* times, const S h, const S* y, const S* bar, const S* kbar, S* ybar, S* ks, bool timed,
-                  S& tbar, S& hbar, S*) {
+// ks: the stages, where times count
+template <bool DENSE_OUTPUT> FN void step_back(Return& r) {
   enum { USED = DENSE_OUTPUT ? ALL : STAGES - FSAL };
   S zs[USED * N], us[USED * N];
-  stages_again<0, USED>(f, c, times, h, y, zs, ks, timed);
-  for (int n = 0; n < N; n++) ybar[n] = bar[n];
-  stages_back<USED - 1, USED>(f, c, times, h, zs, ks, bar, kbar, us, ybar, timed, tbar, hbar);
+  stages_again<0, USED>(r.f, r.c, r.times, r.h, r.y, zs, r.ks, r.timed);
+  for (int n = 0; n < N; n++) r.ybar[n] = r.bar[n];
+  stages_back<USED - 1, USED>(r.f, r.c, r.times, r.h, zs, r.ks, r.bar, r.kbar, us, r.ybar, r.timed, r.tbar, r.hbar);
 }

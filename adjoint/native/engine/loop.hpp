@@ -49,20 +49,22 @@ struct Loop {
   const Forward& q; Tape& tape; const Functions f;
   long from, to, waiting;
   Own own; Ctx c; S* memory;
-  S *y, *y1, *k1, *ks, *rtol, *atol, *size, *error, *other, *work;
+  S *y, *y1, *k1, *ks, *rtol, *atol, *size, *error, *other, *srtol, *satol;
+  Attempt a;
   double t[W], step[W], wanted[W], target[W], end[W], h[W], error1[W], error2[W], sign[W];
   long row[W], segment[W], attempts[W], accepted[W], n_fun[W], next[W];
   bool live[W], lands[W], rejected[W], bad[W], jump[W], jumps_end[W];
 
-  Loop(const Forward& q, Tape& tape, long from, long to) : q(q), tape(tape), f(functions_of(q)), from(from), to(to), waiting(from) {
-    const long numbers = (8 + ALL) * (long)N + ROOM_OF_STEP;
+  Loop(const Forward& q, Tape& tape, long from, long to) : q(q), tape(tape), f(functions_of(q)), from(from), to(to), waiting(from), a{f, c} {
+    const long numbers = (10 + ALL) * (long)N + ROOM_OF_STEP;
     memory = lanes_of(numbers);
     S* at = memory;
     y = at; y1 = (at += N); k1 = (at += N); rtol = (at += N); atol = (at += N); size = (at += N); error = (at += N); other = (at += N);
-    ks = (at += N); work = (at += ALL * N);
+    srtol = (at += N); satol = (at += N); ks = (at += N);
+    a.y = y; a.k1 = k1; a.rtol = srtol; a.atol = satol; a.ks = ks; a.y1 = y1; a.error = error; a.work = at + ALL * N; a.adaptive = q.adaptive;
     for (long i = 0; i < numbers; i++) memory[i] = K(0);
     c = {q.inputs, own.a, q.tables, nullptr};
-    for (int l = 0; l < W; l++) { live[l] = false; row[l] = from; t[l] = q.anchors[from]; h[l] = 0; jump[l] = jumps_end[l] = false; sign[l] = 1; fill(l, from); }
+    for (int l = 0; l < W; l++) { live[l] = false; row[l] = from; t[l] = q.anchors[from]; h[l] = 0; jump[l] = jumps_end[l] = a.on[l] = a.again[l] = a.stuck[l] = false; sign[l] = 1; fill(l, from); }
   }
   ~Loop() { free(memory); }
 
@@ -72,6 +74,9 @@ struct Loop {
       put(y[n], l, q.y0[r * N + n]);
       put(rtol[n], l, q.rtol[r * q.rtol_row + n * q.rtol_column]);
       put(atol[n], l, q.atol[r * q.atol_row + n * q.atol_column]);
+      // however loose those of the steps are, stages are roots, and no tighter than rounding allows
+      put(srtol[n], l, most(least(get(rtol[n], l), 1e-5), q.least_rtol));
+      put(satol[n], l, least(get(atol[n], l), 1e-8));
     }
   }
   double anchor(int l, long i) const { return q.anchors[i * q.rows + row[l]]; }
@@ -86,6 +91,7 @@ struct Loop {
   void finish(int l, long status) {
     const long r = row[l];
     live[l] = false;
+    if (status == -3 && a.stuck[l]) status = -4;
     for (; next[l] < q.n_samples;) {
       const long i = sample(l, next[l]++) * q.rows + r;
       for (int n = 0; n < N; n++) q.samples[i * N + n] = R(__builtin_nan(""));
@@ -96,8 +102,9 @@ struct Loop {
       q.final[r * N + n] = status < 0 ? R(__builtin_nan("")) : get(y[n], l);
       q.scaled[r * N + n] = __builtin_fabs(get(error[n], l) / (get(size[n], l) * get(rtol[n], l) + get(atol[n], l)));
     }
-    q.n_steps[r] = attempts[l]; q.n_accepted[r] = accepted[l]; q.n_fun[r] = n_fun[l]; q.status[r] = status;
+    q.n_steps[r] = attempts[l]; q.n_accepted[r] = accepted[l]; q.n_fun[r] = n_fun[l] + a.counts[EVALUATED][l]; q.status[r] = status;
     q.t_final[r] = t[l]; q.next_step[r] = step[l];
+    for (int i = 0; i < EVALUATED; i++) q.work[i * q.rows + r] = a.counts[i][l];
   }
 
   R moved(R x, bool on, double toward) const { return on ? beside(x, toward) : x; }
@@ -123,7 +130,8 @@ struct Loop {
       sign[l] = anchor(l, q.n_anchors - 1) >= t[l] ? 1.0 : -1.0;
       attempts[l] = accepted[l] = next[l] = segment[l] = 0;
       n_fun[l] = 1;
-      rejected[l] = bad[l] = jump[l] = jumps_end[l] = false;
+      rejected[l] = bad[l] = jump[l] = jumps_end[l] = a.stuck[l] = false;
+      for (int i = 0; i < COUNTS; i++) a.counts[i][l] = 0;
       error1[l] = error2[l] = 1;
       for (int n = 0; n < N; n++) { put(error[n], l, R(0)); put(size[n], l, R(1)); }
       while (segment[l] < q.n_anchors - 2 && anchor(l, segment[l] + 1) == t[l]) segment[l]++;
@@ -224,7 +232,7 @@ struct Loop {
     if (rejected[l]) up = least(up, 1.0);
     double proposal = length * up;
     if (lands[l] && !rejected[l]) proposal = most(proposal, wanted[l]);
-    step[l] = passed ? proposal : length * (bad[l] ? q.min_factor : down);
+    step[l] = passed ? proposal : length * (!bad[l] ? down : a.stuck[l] ? most(q.min_factor, 0.5) : q.min_factor);
     if (passed && q.remembers) {
       const double before = error1[l];
       error1[l] = q.predictive ? most(level, 1e-2) : level;
@@ -239,10 +247,11 @@ struct Loop {
   void run() {
     S times[ALL + 1], hs = K(0);
     for (int i = 0; i <= ALL; i++) times[i] = K(0);
+    a.times = times;
     refill();
     for (;;) {
       bool any = false;
-      for (int l = 0; l < W; l++) any |= aim(l);
+      for (int l = 0; l < W; l++) { a.again[l] = rejected[l]; any |= a.on[l] = aim(l); }
       if (!any) {
         refill();
         bool some = false;
@@ -252,13 +261,15 @@ struct Loop {
       }
       for (int l = 0; l < W; l++) put(hs, l, (R)h[l]);
       stage_times(times);
-      step_forward(f, c, times, hs, y, k1, ks, y1, work);
+      a.h = hs;
+      for (int l = 0; l < W; l++) if (a.on[l]) a.stuck[l] = false;
+      step_forward(a);
       bool end_known = FSAL, passed[W], dense = q.keep_stages;
       S* k_end = FSAL ? ks + (STAGES - 1) * N : NEXT_FIRST ? ks + STAGES * N : other;
       S level = K(0);
       if (ERROR_USES_END) { f.fun(&c, times + STAGES, y1, k_end); end_known = true; }
       if (q.adaptive) {
-        step_error(hs, ks, error);
+        step_error(a);
         for (int n = 0; n < N; n++) size[n] = m_max(m_abs(y[n]), m_abs(y1[n]));
         scaled_norm(error, size, rtol, atol, &level);
       }

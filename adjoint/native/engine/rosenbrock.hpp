@@ -1,6 +1,7 @@
 // One step of a Rosenbrock method and its adjoint, see `Rosenbrock` in `methods/rosenbrock.py`. Constants: STAGES, ALL (as many), A, COUPLING,
 // B, C, D, EMBEDDED (of the error), GAMMA, and SAME, which of the evaluations of fun a stage uses. Stages are recorded: the way back needs the Jacobian alone.
 #define RECORDED 1
+#define HANDS_ON 0
 #define ROOM_OF_STEP (2 * N * N + EXCHANGES + (2 * STAGES + 3) * N)
 struct Room {
   S *J, *LU, *P, *values, *slope, *z, *us, *spare;
@@ -33,16 +34,19 @@ template <int I> FN void further_stages(const Functions& f, const Ctx& c, const 
     further_stages<I + 1>(f, c, times, h, y, ks, r);
   }
 }
-FN void step_forward(const Functions& f, const Ctx& c, const S* times, const S h, const S* y, const S* k1, S* ks, S* y1, S* work) {
-  Room r(work);
-  f.jac(&c, times, y, r.J, r.slope);
-  shifted_matrix(r.J, h * K(R(GAMMA)), r.LU, r.P);
-  for (int n = 0; n < N; n++) r.values[n] = k1[n];
-  further_stages<0>(f, c, times, h, y, ks, r);
-  for (int n = 0; n < N; n++) y1[n] = y[n] + h * weighted(B, ks, n);
+FN void step_forward(Attempt& a) {
+  Room r(a.work);
+  a.f.jac(&a.c, a.times, a.y, r.J, r.slope);
+  shifted_matrix(r.J, a.h * K(R(GAMMA)), r.LU, r.P);
+  for (int n = 0; n < N; n++) r.values[n] = a.k1[n];
+  further_stages<0>(a.f, a.c, a.times, a.h, a.y, a.ks, r);
+  for (int n = 0; n < N; n++) a.y1[n] = a.y[n] + a.h * weighted(B, a.ks, n);
+  for (int l = 0; l < W; l++) a.counts[JACOBIANS][l] += a.on[l] && !a.again[l];
+  a.count(FACTORISATIONS);
+  a.count(SOLVES, STAGES);
 }
-FN void step_error(const S h, const S* ks, S* error) {
-  for (int n = 0; n < N; n++) error[n] = h * weighted(EMBEDDED, ks, n);
+FN void step_error(Attempt& a) {
+  for (int n = 0; n < N; n++) a.error[n] = a.h * weighted(EMBEDDED, a.ks, n);
 }
 template <int I> FN void dense_stages(const Functions&, const Ctx&, const S*, const S, const S*, S*) {}
 
@@ -81,15 +85,14 @@ template <int I> FN void stages_back(const Functions& f, const Ctx& c, const S* 
     stages_back<I - 1>(f, c, times, h, y, ks, bar, kbar, vs, us, ybar, timed, tbar, hbar, r);
   }
 }
-template <bool DENSE_OUTPUT>
-FN void step_back(const Functions& f, const Ctx& c, const S* times, const S h, const S* y, const S* bar, const S* kbar, S* ybar, S* ks, bool timed,
-                  S& tbar, S& hbar, S* work) {
-  Room r(work);
-  f.jac(&c, times, y, r.J, r.slope);
+template <bool DENSE_OUTPUT> FN void step_back(Return& a) {
+  Room r(a.work);
+  const S h = a.h, *ks = a.ks;
+  a.f.jac(&a.c, a.times, a.y, r.J, r.slope);
   shifted_matrix(r.J, h * K(R(GAMMA)), r.LU, r.P);
-  for (int n = 0; n < N; n++) ybar[n] = bar[n];
+  for (int n = 0; n < N; n++) a.ybar[n] = a.bar[n];
   S* vs = r.values;
-  stages_back<STAGES - 1>(f, c, times, h, y, ks, bar, kbar, vs, r.us, ybar, timed, tbar, hbar, r);
+  stages_back<STAGES - 1>(a.f, a.c, a.times, h, a.y, ks, a.bar, a.kbar, vs, r.us, a.ybar, a.timed, a.tbar, a.hbar, r);
   // the Jacobian is an input of the step like any other
   S* weights = r.LU;
   for (int i = 0; i < N; i++) for (int j = 0; j < N; j++) {
@@ -99,6 +102,6 @@ FN void step_back(const Functions& f, const Ctx& c, const S* times, const S h, c
   }
   for (int n = 0; n < N; n++) r.slope[n] = h * weighted(D, vs, n);
   S tb = K(0), phi = K(0);
-  f.bend(&c, times, y, weights, r.slope, ybar, &tb, &phi);
-  if (timed) { tbar += tb; hbar += phi / h; }
+  a.f.bend(&a.c, a.times, a.y, weights, r.slope, a.ybar, &tb, &phi);
+  if (a.timed) { a.tbar += tb; a.hbar += phi / h; }
 }
