@@ -49,6 +49,7 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("long", "remembers"),
     ("long", "single_powers"),
     ("long", "shift"),  # 0: no jumps, 1: at inner anchors, 2: at all
+    ("long", "guesses"),  # whether iterations may begin with the step before
     ("long", "keep_grid"),
     ("long", "keep_states"),
     ("long", "keep_stages"),

@@ -6,8 +6,10 @@ from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from ..methods.collocation import FullyImplicitRungeKutta
 from ..methods.dirk import DiagonallyImplicitRungeKutta
 from ..methods.rosenbrock import Rosenbrock
 from ..methods.runge_kutta import ExplicitRungeKutta
@@ -17,7 +19,7 @@ from .text import header
 __all__ = ["Compiled", "engine_text", "prologue", "takes"]
 
 #: methods that have a text
-Compiled = ExplicitRungeKutta | Rosenbrock | DiagonallyImplicitRungeKutta
+Compiled = ExplicitRungeKutta | Rosenbrock | DiagonallyImplicitRungeKutta | FullyImplicitRungeKutta
 
 _FOLDER = Path(__file__).parent / "engine"
 
@@ -50,6 +52,8 @@ def prologue(real: torch.dtype, lanes: int) -> str:
 
 def takes(method: object) -> bool:
     """Whether a method has a text."""
+    if isinstance(method, FullyImplicitRungeKutta):
+        return not method.residual
     return type(method) in (ExplicitRungeKutta, Rosenbrock, DiagonallyImplicitRungeKutta)
 
 
@@ -100,28 +104,55 @@ def _dirk(method: DiagonallyImplicitRungeKutta) -> list[str]:
     ]
 
 
-def _family(method: Compiled, width: int, nonzero: Collection[tuple[int, int]]) -> list[str]:
+def _collocation(method: FullyImplicitRungeKutta, real: torch.dtype) -> list[str]:
+    """The constants of a fully implicit method."""
+    tab, s = method.tableau, method.n_stages
+    modes = tab.distinct(False)
+    shared = [m for m in modes if m.value.imag == 0]
+    gamma = shared[0].value.real if shared else tab.gamma or 0.0
+
+    def pairs(values: Sequence[complex]) -> list[float]:
+        return [part for x in values for part in (x.real, x.imag)]
+
+    return [
+        _flags(FSAL=False, NEXT_FIRST=False, ERROR_USES_END=False, MODES=len(modes)),
+        _flags(FILTERED=tab.error is not None, SHARED_FILTER=bool(shared)),
+        _matrix("A", tab.a, s),
+        _array("B", tab.b),
+        _array("EMBEDDED", tab.error or [0.0] * s),
+        f"static constexpr double GAMMA = {number(gamma)}, EPSILON = {number(torch.finfo(real).eps)};",
+        _matrix("LAGRANGE", np.linalg.inv(np.vander(tab.c, increasing=True)).tolist(), s),
+        _matrix("VALUE", [pairs([m.value]) for m in modes], 2),
+        _matrix("OUT_OF", [pairs(m.out_of) for m in modes], 2 * s),
+        _matrix("INTO", [pairs(m.into) for m in modes], 2 * s),
+    ]
+
+
+def _family(method: Compiled, real: torch.dtype, width: int, nonzero: Collection[tuple[int, int]]) -> list[str]:
     """A method's constants, and the step of its family."""
     if isinstance(method, ExplicitRungeKutta):
         return [*_explicit(method), source("explicit.hpp")]
     if isinstance(method, Rosenbrock):
         return [source("linear.hpp"), *_rosenbrock(method, width, nonzero), source("rosenbrock.hpp")]
-    return [source("linear.hpp"), source("newton.hpp"), *_dirk(method), source("dirk.hpp")]
+    shared = [source("linear.hpp"), source("newton.hpp")]
+    if isinstance(method, FullyImplicitRungeKutta):
+        return [*shared, *_collocation(method, real), source("collocation.hpp")]
+    return [*shared, *_dirk(method), source("dirk.hpp")]
 
 
 def engine_text(
-    method: Compiled, width: int, timed: bool, own: Sequence[int], numbers: Sequence[int], nonzero: Collection[tuple[int, int]] = ()
+    method: Compiled, real: torch.dtype, width: int, timed: bool, own: Sequence[int], numbers: Sequence[int], nonzero: Collection[tuple[int, int]] = ()
 ) -> str:
     """All but the functions of the user and `prologue`, for states of ``width`` numbers.
 
     ``timed``: whether these functions look at the time. ``own``: how many numbers of each input belong to one trajectory, 0 where all
     share it; ``numbers``: how many cotangents shared ones have. ``nonzero``: see `_rosenbrock`.
     """
-    everything, dense = len(method.nodes), method.tableau.dense
+    dense = method.tableau.dense
     return "\n".join(
         [
-            _flags(N=width, INPUTS=len(own), TIMED=timed, STAGES=method.n_stages, ALL=everything, DEGREE=len(dense[0])),
-            _flags(ERROR_ORDER=method.error_order, EVALUATIONS=method.evaluations),
+            _flags(N=width, INPUTS=len(own), TIMED=timed, STAGES=method.n_stages, ALL=len(dense)),
+            _flags(DEGREE=len(dense[0]), TIMES=len(method.nodes), ERROR_ORDER=method.error_order, EVALUATIONS=method.evaluations),
             f"static constexpr double ROOT = {number(width**-0.5)};",
             _integers("OWN", own),
             _integers("NUMBERS", numbers),
@@ -129,7 +160,7 @@ def engine_text(
             _matrix("DENSE", dense, len(dense[0])),
             declarations(),
             source("common.hpp"),
-            *_family(method, width, nonzero),
+            *_family(method, real, width, nonzero),
             source("loop.hpp"),
             source("back.hpp"),
         ]

@@ -65,7 +65,7 @@ class Program:
             texts = self.functions()
             users = library("\n".join([start, _CONTEXT, *texts.values()]), False, links(lanes))
             nonzero = self._jacobian()[0] if self.method.implicit else ()
-            engine = engine_text(self.method, self.width, self.timed, self.own, self.numbers, nonzero)
+            engine = engine_text(self.method, self.real, self.width, self.timed, self.own, self.numbers, nonzero)
             loop = library("\n".join([start, engine]), True, links(lanes))
             addresses = {name: _address(users, name) for name in texts}
             loop.forward.restype = ctypes.c_void_p

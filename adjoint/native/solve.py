@@ -65,7 +65,7 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
     """Solve; the arguments are those of the eager loops. ``inputs``: contiguous, in the dtype of the state. ``lone``: powers of errors are
     taken as for one trajectory."""
     rows, n = y0.shape
-    everything = len(program.method.nodes)
+    everything = len(program.method.tableau.dense)
     engine = program.engine(program.lanes(rows))
     anchors, y0 = anchors.detach().contiguous(), y0.detach().contiguous()
     t_eval = None if t_eval is None else t_eval.detach().contiguous()
@@ -129,6 +129,7 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
             least_rtol=4 * torch.finfo(y0.dtype).eps / STAGE_TOLERANCE,
             **_controller(plan, lone),
             shift=SHIFTS[plan.shift] if plan.shift == "all" or anchors.shape[0] > 2 else 0,
+            guesses=not plan.keep_grid,
             keep_grid=keep_grid,
             keep_states=plan.keep_states,
             keep_stages=plan.keep_stages,

@@ -80,7 +80,7 @@ struct Back_ {
   R moved(R x, bool on, double toward) const { return on ? beside(x, toward) : x; }
   void stage_times(S* times) const {
     if (!TIMED) return;
-    for (int i = 0; i < ALL; i++) for (int l = 0; l < W; l++) {
+    for (int i = 0; i < TIMES; i++) for (int l = 0; l < W; l++) {
       const R x = (R)(t[l] + h[l] * C[i]);
       put(times[i], l, C[i] == 0 ? moved(x, jump[l], sign[l] * __builtin_inf()) : C[i] == 1 ? moved(x, jumps_end[l], -sign[l] * __builtin_inf()) : x);
     }
@@ -113,8 +113,8 @@ struct Back_ {
   }
 
   void run() {
-    S times[ALL + 1], hs = K(0);
-    for (int i = 0; i <= ALL; i++) times[i] = K(0);
+    S times[TIMES], hs = K(0);
+    for (int i = 0; i < TIMES; i++) times[i] = K(0);
     refill();
     for (;;) {
       bool any = false, dense = q.stages_bar != nullptr;

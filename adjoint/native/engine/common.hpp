@@ -50,7 +50,8 @@ template <class Q> static Functions functions_of(const Q& q) {
 enum { JACOBIANS, FACTORISATIONS, SOLVES, ITERATIONS, EVALUATED, COUNTS };
 struct Attempt {
   const Functions& f; const Ctx& c; const S* times; S h;
-  const S *y, *k1, *rtol, *atol;  // tolerances of an iteration for stages
+  const S *y, *k1, *rtol, *atol, *step_rtol, *step_atol;  // tolerances of an iteration for stages, and of the step
+  S* last_ks; double last_h[W]; bool guesses;  // the step before, and whether iterations may begin with it
   S *ks, *y1, *error, *work;
   bool adaptive, on[W], again[W], stuck[W];  // again: from the same place as the attempt before; stuck: the iteration did not converge
   long counts[COUNTS][W];

@@ -1,66 +1,83 @@
-// Dense linear systems (N, N), factorised with row exchanges by size, which every lane does for itself. LU (N * N) and the exchanges P.
+// Dense linear systems (D, D) of real or complex numbers, factorised with row exchanges by size, which every lane does for itself. The factors
+// stand in the place of the matrix; P tells of the exchanges, and has room_of_exchanges(D) numbers (twice that of complex ones).
+struct Complex { S re, im; };
+FN Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
+FN Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
+FN Complex operator*(Complex a, Complex b) { return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re}; }
+FN S inverse(S a) { return K(1) / a; }
+FN Complex inverse(Complex a) {
+  // scaled, so that squares stay numbers
+  const S size = m_max(m_abs(a.re), m_abs(a.im)), x = a.re / size, y = a.im / size, d = (x * x + y * y) * size;
+  return {x / d, -y / d};
+}
+FN S modulus(S a) { return m_abs(a); }
+FN S modulus(Complex a) { return m_abs(a.re) + m_abs(a.im); }
+FN Complex m_sel(M on, Complex a, Complex b) { return {m_sel(on, a.re, b.re), m_sel(on, a.im, b.im)}; }
+FN bool nothing(S a) { for (int l = 0; l < W; l++) if (get(a, l) != 0) return false; return true; }
+FN bool nothing(Complex a) { return nothing(a.re) && nothing(a.im); }
+
 #if W == 1
-static void factorise(S* LU, S* P) {
-  for (int k = 0; k < N; k++) {
+constexpr long room_of_exchanges(int d) { return d; }
+
+template <int D, class V> static void factorise(V* LU, V* P) {
+  for (int k = 0; k < D; k++) {
     int p = k;
-    for (int i = k + 1; i < N; i++) if (m_abs(LU[i * N + k]) > m_abs(LU[p * N + k])) p = i;
-    P[k] = p;
-    if (p != k) for (int j = 0; j < N; j++) { const S x = LU[k * N + j]; LU[k * N + j] = LU[p * N + j]; LU[p * N + j] = x; }
-    const S pivot = LU[k * N + k];
-    for (int i = k + 1; i < N; i++) if (LU[i * N + k] != 0) {
-      const S x = LU[i * N + k] /= pivot;
-      for (int j = k + 1; j < N; j++) LU[i * N + j] -= x * LU[k * N + j];
+    for (int i = k + 1; i < D; i++) if (modulus(LU[i * D + k]) > modulus(LU[p * D + k])) p = i;
+    *(R*)(P + k) = p;
+    if (p != k) for (int j = 0; j < D; j++) { const V x = LU[k * D + j]; LU[k * D + j] = LU[p * D + j]; LU[p * D + j] = x; }
+    const V one = LU[k * D + k] = inverse(LU[k * D + k]);
+    for (int i = k + 1; i < D; i++) if (!nothing(LU[i * D + k])) {
+      const V x = LU[i * D + k] = LU[i * D + k] * one;
+      for (int j = k + 1; j < D; j++) LU[i * D + j] = LU[i * D + j] - x * LU[k * D + j];
     }
   }
 }
-static void solve_lu(const S* LU, const S* P, S* x) {
-  for (int k = 0; k < N; k++) { const int p = (int)P[k]; if (p != k) { const S v = x[k]; x[k] = x[p]; x[p] = v; } }
-  for (int i = 1; i < N; i++) { S v = x[i]; for (int j = 0; j < i; j++) v -= LU[i * N + j] * x[j]; x[i] = v; }
-  for (int i = N - 1; i >= 0; i--) { S v = x[i]; for (int j = i + 1; j < N; j++) v -= LU[i * N + j] * x[j]; x[i] = v / LU[i * N + i]; }
+template <int D, class V> FN void rows_exchanged(const V* P, V* x, bool back) {
+  for (int i = 0; i < D; i++) {
+    const int k = back ? D - 1 - i : i, p = (int)*(const R*)(P + k);
+    if (p != k) { const V v = x[k]; x[k] = x[p]; x[p] = v; }
+  }
 }
-static void solve_transposed(const S* LU, const S* P, S* x) {
-  for (int i = 0; i < N; i++) { const S v = x[i] / LU[i * N + i]; x[i] = v; for (int j = i + 1; j < N; j++) x[j] -= LU[i * N + j] * v; }
-  for (int i = N - 1; i > 0; i--) { const S v = x[i]; for (int j = 0; j < i; j++) x[j] -= LU[i * N + j] * v; }
-  for (int k = N - 1; k >= 0; k--) { const int p = (int)P[k]; if (p != k) { const S v = x[k]; x[k] = x[p]; x[p] = v; } }
-}
-#define EXCHANGES N
 #else
-// the largest entry comes up by exchanges with each row below: P[k, i] says whether k and i were exchanged, P[k, k] is one over the pivot
-static void factorise(S* LU, S* P) {
-  for (int k = 0; k < N; k++) {
-    for (int i = k + 1; i < N; i++) {
-      const M larger = (M)(m_abs(LU[i * N + k]) > m_abs(LU[k * N + k]));
-      P[k * N + i] = m_sel(larger, K(1), K(0));
-      for (int j = 0; j < N; j++) { const S a = LU[k * N + j], b = LU[i * N + j]; LU[k * N + j] = m_sel(larger, b, a); LU[i * N + j] = m_sel(larger, a, b); }
+constexpr long room_of_exchanges(int d) { return (long)d * d; }
+// the largest entry comes up by exchanges with each row below: P[k, i] says whether k and i were exchanged
+template <int D, class V> static void factorise(V* LU, V* P) {
+  for (int k = 0; k < D; k++) {
+    for (int i = k + 1; i < D; i++) {
+      const M larger = (M)(modulus(LU[i * D + k]) > modulus(LU[k * D + k]));
+      *(S*)(P + k * D + i) = m_sel(larger, K(1), K(0));
+      for (int j = 0; j < D; j++) { const V a = LU[k * D + j], b = LU[i * D + j]; LU[k * D + j] = m_sel(larger, b, a); LU[i * D + j] = m_sel(larger, a, b); }
     }
-    const S inverse = K(1) / LU[k * N + k];
-    P[k * N + k] = inverse;
-    for (int i = k + 1; i < N; i++) {
-      const S x = LU[i * N + k] * inverse;
-      LU[i * N + k] = x;
-      for (int j = k + 1; j < N; j++) LU[i * N + j] -= x * LU[k * N + j];
+    const V one = LU[k * D + k] = inverse(LU[k * D + k]);
+    for (int i = k + 1; i < D; i++) {
+      if (nothing(LU[i * D + k])) continue;
+      const V x = LU[i * D + k] = LU[i * D + k] * one;
+      for (int j = k + 1; j < D; j++) LU[i * D + j] = LU[i * D + j] - x * LU[k * D + j];
     }
   }
 }
-static void exchange(const S* P, S* x, int k, int i) {
-  const M on = (M)(P[k * N + i] > K(R(0.5)));
-  const S a = x[k], b = x[i];
-  x[k] = m_sel(on, b, a); x[i] = m_sel(on, a, b);
+template <int D, class V> FN void rows_exchanged(const V* P, V* x, bool back) {
+  for (int a = 0; a < D; a++) for (int b = 0; b < (back ? a : D - 1 - a); b++) {
+    const int k = back ? D - 1 - a : a, i = back ? D - 1 - b : a + 1 + b;
+    const M on = (M)(*(const S*)(P + k * D + i) > K(R(0.5)));
+    const V u = x[k], v = x[i];
+    x[k] = m_sel(on, v, u); x[i] = m_sel(on, u, v);
+  }
 }
-static void solve_lu(const S* LU, const S* P, S* x) {
-  for (int k = 0; k < N; k++) for (int i = k + 1; i < N; i++) exchange(P, x, k, i);
-  for (int i = 1; i < N; i++) { S v = x[i]; for (int j = 0; j < i; j++) v -= LU[i * N + j] * x[j]; x[i] = v; }
-  for (int i = N - 1; i >= 0; i--) { S v = x[i]; for (int j = i + 1; j < N; j++) v -= LU[i * N + j] * x[j]; x[i] = v * P[i * N + i]; }
-}
-static void solve_transposed(const S* LU, const S* P, S* x) {
-  for (int i = 0; i < N; i++) { const S v = x[i] * P[i * N + i]; x[i] = v; for (int j = i + 1; j < N; j++) x[j] -= LU[i * N + j] * v; }
-  for (int i = N - 1; i > 0; i--) { const S v = x[i]; for (int j = 0; j < i; j++) x[j] -= LU[i * N + j] * v; }
-  for (int k = N - 1; k >= 0; k--) for (int i = N - 1; i > k; i--) exchange(P, x, k, i);
-}
-#define EXCHANGES (N * N)
 #endif
-// I - hd J in place of the factors, with J at (t, y)
+template <int D, class V> static void solve_lu(const V* LU, const V* P, V* x) {
+  rows_exchanged<D>(P, x, false);
+  for (int i = 1; i < D; i++) { V v = x[i]; for (int j = 0; j < i; j++) v = v - LU[i * D + j] * x[j]; x[i] = v; }
+  for (int i = D - 1; i >= 0; i--) { V v = x[i]; for (int j = i + 1; j < D; j++) v = v - LU[i * D + j] * x[j]; x[i] = v * LU[i * D + i]; }
+}
+template <int D, class V> static void solve_transposed(const V* LU, const V* P, V* x) {
+  for (int i = 0; i < D; i++) { const V v = x[i] * LU[i * D + i]; x[i] = v; for (int j = i + 1; j < D; j++) x[j] = x[j] - LU[i * D + j] * v; }
+  for (int i = D - 1; i > 0; i--) { const V v = x[i]; for (int j = 0; j < i; j++) x[j] = x[j] - LU[i * D + j] * v; }
+  rows_exchanged<D>(P, x, true);
+}
+// the factors of I - hd J
 static void shifted_matrix(const S* J, const S hd, S* LU, S* P) {
   for (int i = 0; i < N; i++) for (int j = 0; j < N; j++) LU[i * N + j] = (i == j ? K(1) : K(0)) - hd * J[i * N + j];
-  factorise(LU, P);
+  factorise<N>(LU, P);
 }
+#define EXCHANGES room_of_exchanges(N)

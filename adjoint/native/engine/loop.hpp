@@ -56,12 +56,13 @@ struct Loop {
   bool live[W], lands[W], rejected[W], bad[W], jump[W], jumps_end[W];
 
   Loop(const Forward& q, Tape& tape, long from, long to) : q(q), tape(tape), f(functions_of(q)), from(from), to(to), waiting(from), a{f, c} {
-    const long numbers = (10 + ALL) * (long)N + ROOM_OF_STEP;
+    const long numbers = (10 + 2 * ALL) * (long)N + ROOM_OF_STEP;
     memory = lanes_of(numbers);
     S* at = memory;
     y = at; y1 = (at += N); k1 = (at += N); rtol = (at += N); atol = (at += N); size = (at += N); error = (at += N); other = (at += N);
     srtol = (at += N); satol = (at += N); ks = (at += N);
-    a.y = y; a.k1 = k1; a.rtol = srtol; a.atol = satol; a.ks = ks; a.y1 = y1; a.error = error; a.work = at + ALL * N; a.adaptive = q.adaptive;
+    a.y = y; a.k1 = k1; a.rtol = srtol; a.atol = satol; a.ks = ks; a.y1 = y1; a.error = error; a.step_rtol = rtol; a.step_atol = atol;
+    a.last_ks = at + ALL * N; a.work = at + 2 * ALL * N; a.guesses = q.guesses; a.adaptive = q.adaptive;
     for (long i = 0; i < numbers; i++) memory[i] = K(0);
     c = {q.inputs, own.a, q.tables, nullptr};
     for (int l = 0; l < W; l++) { live[l] = false; row[l] = from; t[l] = q.anchors[from]; h[l] = 0; jump[l] = jumps_end[l] = a.on[l] = a.again[l] = a.stuck[l] = false; sign[l] = 1; fill(l, from); }
@@ -111,7 +112,7 @@ struct Loop {
   // times of the stages; at jumps from within the step
   void stage_times(S* times) const {
     if (!TIMED) return;
-    for (int i = 0; i < ALL; i++) for (int l = 0; l < W; l++) {
+    for (int i = 0; i < TIMES; i++) for (int l = 0; l < W; l++) {
       const R x = (R)(t[l] + h[l] * C[i]);
       put(times[i], l, C[i] == 0 ? moved(x, jump[l], sign[l] * __builtin_inf()) : C[i] == 1 ? moved(x, jumps_end[l], -sign[l] * __builtin_inf()) : x);
     }
@@ -132,6 +133,7 @@ struct Loop {
       n_fun[l] = 1;
       rejected[l] = bad[l] = jump[l] = jumps_end[l] = a.stuck[l] = false;
       for (int i = 0; i < COUNTS; i++) a.counts[i][l] = 0;
+      a.last_h[l] = 0;
       error1[l] = error2[l] = 1;
       for (int n = 0; n < N; n++) { put(error[n], l, R(0)); put(size[n], l, R(1)); }
       while (segment[l] < q.n_anchors - 2 && anchor(l, segment[l] + 1) == t[l]) segment[l]++;
@@ -245,8 +247,8 @@ struct Loop {
   }
 
   void run() {
-    S times[ALL + 1], hs = K(0);
-    for (int i = 0; i <= ALL; i++) times[i] = K(0);
+    S times[TIMES], hs = K(0);
+    for (int i = 0; i < TIMES; i++) times[i] = K(0);
     a.times = times;
     refill();
     for (;;) {
@@ -333,6 +335,7 @@ struct Loop {
       }
       accepted[l]++;
       t[l] = end[l];
+      if (RECORDED && a.guesses) { a.last_h[l] = h[l]; for (int n = 0; n < ALL * N; n++) put(a.last_ks[n], l, get(ks[n], l)); }
       jump[l] = jumps_end[l];
       jumped |= jump[l];
       for (int n = 0; n < N; n++) { put(y[n], l, get(y1[n], l)); put(k1[n], l, get(k_end[n], l)); }

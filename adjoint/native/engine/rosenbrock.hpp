@@ -30,7 +30,7 @@ template <int I> FN void further_stages(const Functions& f, const Ctx& c, const 
       if constexpr (D[I] != 0) side += h * K(R(D[I])) * r.slope[n];
       k[n] = side * K(R(GAMMA));
     }
-    solve_lu(r.LU, r.P, k);
+    solve_lu<N>(r.LU, r.P, k);
     further_stages<I + 1>(f, c, times, h, y, ks, r);
   }
 }
@@ -68,7 +68,7 @@ template <int I> FN void stages_back(const Functions& f, const Ctx& c, const S* 
       if (timed) hbar += ks[I * N + n] * w;
       v[n] = x + h * w;
     }
-    solve_transposed(r.LU, r.P, v);
+    solve_transposed<N>(r.LU, r.P, v);
     for (int n = 0; n < N; n++) v[n] *= K(R(GAMMA));
     if constexpr (SAME[I] == I) {
       S tb = K(0);
