@@ -140,7 +140,8 @@ def advance(
             k_end = f.behind_jumps(jumped, time, y_next, k_end, sign, room)
         else:
             k_end = torch.where(spread(jumped), f(time, y_next), k_end)
-        jump = torch.where(alive, jumped, carry.jump)
+        # a step that is tried again still begins behind the jump
+        jump = torch.where(accepted, jumped, carry.jump)
     else:
         jump = carry.jump
     new = Carry(

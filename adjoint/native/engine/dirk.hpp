@@ -82,7 +82,10 @@ template <bool DENSE_OUTPUT> static void step_back(Return& a) {
     }
     a.f.vjp(&a.c, a.times + i, r.point, v, u, &tb);
     // a product with f_y* would magnify the rounding of v by the stiffness
-    if (A[i][i] != 0) for (int n = 0; n < N; n++) u[n] = (v[n] - arrived[n]) / hd;
+    if (A[i][i] != 0) {
+      const S one = m_sel((M)(hd == K(0)), K(1), hd);
+      for (int n = 0; n < N; n++) u[n] = (v[n] - arrived[n]) / one;
+    }
     dot = K(0);
     for (int n = 0; n < N; n++) { a.ybar[n] += u[n]; dot += a.ks[i * N + n] * u[n]; }
     if (a.timed) { a.tbar += tb; a.hbar += K(R(C[i])) * tb + K(R(A[i][i])) * dot; }

@@ -1,0 +1,139 @@
+"""Solves by compiled code against those of the eager engine: the same steps, values and first derivatives."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import adjoint
+from adjoint.methods import METHODS
+from adjoint.native.build import NoCompiler, compiler
+from adjoint.native.emit import takes
+
+try:
+    compiler()
+except NoCompiler:
+    pytest.skip("there is no C++ compiler", allow_module_level=True)
+
+NATIVE = sorted(name for name, method in METHODS.items() if takes(method))
+QUICK = ("dopri5", "dopri8", "rk4", "rodas5p", "kvaerno5", "radau5")
+
+
+def swings(t, y, p):
+    """Non-linear, depends on time, parameters by trajectory or shared."""
+    a, b = p.unbind(-1)
+    x, v = y.unbind(-1)
+    return torch.stack([v, -a * x - b * v * x * x + 0.3 * torch.sin(t)], -1)
+
+
+def solve(compile, method, *, rows=0, dtype=torch.float64, shared=False, fun=swings, **options):
+    """Values and all first derivatives of one solve."""
+    rows_ = max(rows, 1)
+    y0 = torch.tensor([1.0, 0.2], dtype=dtype).repeat(rows_, 1) * torch.linspace(1, 1.3, rows_, dtype=dtype).unsqueeze(-1)
+    p = torch.tensor([1.1, 0.4], dtype=dtype).repeat(rows_, 1) * torch.linspace(1, 1.2, rows_, dtype=dtype).unsqueeze(-1)
+    y0, p = (y0, p[0] if shared else p) if rows else (y0[0], p[0])
+    y0, p = y0.requires_grad_(), p.requires_grad_()
+    times = {name: x.clone().requires_grad_() for name, x in options.items() if isinstance(x, torch.Tensor) and name.startswith("t_")}
+    fixed = {} if METHODS[method].adaptive else {"first_step": 0.05}
+    with warnings.catch_warnings():
+        if compile:
+            warnings.simplefilter("error", RuntimeWarning)
+        given = {"t_span": (0.0, 2.0), "rtol": 1e-5, "atol": 1e-7, **options, **times, **fixed}
+        sol = adjoint.solve_ivp(fun, y0=y0, args=(p,), method=method, batched=bool(rows), compile=compile, **given)
+    values = sol.y.nan_to_num()
+    weights = torch.cos(torch.arange(values.numel(), dtype=dtype)).reshape(values.shape)
+    grads = torch.autograd.grad((values * weights).sum(), [y0, p, *times.values()])
+    return sol, grads
+
+
+def check(method, tolerance=1e-8, **options):
+    native, eager = (solve(x, method, **options) for x in (True, False))
+    if native[0].y.dtype == torch.float64:
+        # where a solve fails it closes in on a point, by ever smaller differences
+        counts = [torch.where(torch.as_tensor(x.status) >= 0, torch.as_tensor(x.stats.n_steps), -1) for x, _ in (native, eager)]
+        assert torch.equal(*counts)
+    torch.testing.assert_close(native[0].y, eager[0].y, rtol=tolerance, atol=tolerance, equal_nan=True)
+    for mine, theirs in zip(native[1], eager[1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=10 * tolerance, atol=10 * tolerance * float(theirs.abs().max()) + 1e-300)
+    return native[0], eager[0]
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in QUICK else [pytest.mark.slow]) for m in NATIVE])
+def test_every_method(method):
+    times = torch.linspace(0, 2, 6, dtype=torch.float64)
+    check(method, rows=0, t_eval=times)
+    check(method, rows=3, t_eval=times)
+    check(method, rows=18, t_eval=times, shared=True)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "kvaerno5"])
+class TestForms:
+    def test_repeated_samples_and_backwards(self, method):
+        times = torch.tensor([0.0, 0.4, 0.4, 1.1, 1.7, 2.0, 2.0], dtype=torch.float64)
+        check(method, rows=18, t_eval=times)
+        check(method, rows=0, t_eval=2 - times, t_span=(2.0, 0.0))
+
+    def test_derivatives_in_times(self, method):
+        times = torch.tensor([0.3, 1.1, 1.9], dtype=torch.float64)
+        span = torch.tensor([0.1, 2.1], dtype=torch.float64)
+        check(method, rows=0, t_eval=times, t_span=span)
+        check(method, rows=18, t_eval=times, t_span=span)
+
+    def test_a_span_for_each_trajectory(self, method):
+        ends = torch.linspace(0.5, 2, 18, dtype=torch.float64)
+        check(method, rows=18, t_span=torch.stack([torch.zeros_like(ends), ends]))
+
+    def test_jumps(self, method):
+        def kicked(t, y, p):
+            push = 1 - 3 * (t > 0.7).to(t.dtype) + 3 * (t > 1.3).to(t.dtype)
+            return swings(t, y, p) + torch.stack([torch.zeros_like(push), push], -1)
+
+        times = torch.tensor([0.5, 0.7, 1.0, 2.0], dtype=torch.float64)
+        for rows in (0, 18):
+            check(method, rows=rows, fun=kicked, t_eval=times, step_ts=[0.7, 1.3])
+
+    def test_all_steps_and_dense_output(self, method):
+        for rows in (0, 18):
+            check(method, 1e-5, rows=rows, t_eval="steps")
+            mine, theirs = (solve(x, method, rows=rows, dense_output=True)[0] for x in (True, False))
+            torch.testing.assert_close(mine(1.234), theirs(1.234), rtol=1e-9, atol=1e-9)
+
+    def test_single_precision(self, method):
+        check(method, 5e-3, rows=18, dtype=torch.float32, rtol=1e-3, atol=1e-4)
+
+    def test_limits_of_steps(self, method):
+        check(method, rows=18, max_step=0.05)
+        check(method, rows=0, first_step=0.01)
+
+    def test_failures(self, method):
+        def ends(t, y, p):
+            fine = 1 - ((t > 1) & (p[..., 0] > 1.25)).to(y.dtype).unsqueeze(-1)
+            return swings(t, y, p) / fine + 0 / fine
+
+        mine, theirs = check(method, rows=18, fun=ends, throw=False)
+        assert torch.equal(mine.status, theirs.status) and bool((mine.status < 0).any()) and bool((mine.status == 0).any())
+        mine, theirs = (solve(x, method, rows=18, max_steps=12, throw=False)[0] for x in (True, False))
+        assert torch.equal(mine.status, theirs.status) and bool((mine.status == -1).any())
+
+
+def test_second_derivatives_and_forward_mode_go_on_from_the_record():
+    y0, p = torch.tensor([1.0, 0.2], dtype=torch.float64), torch.tensor([1.1, 0.4], dtype=torch.float64)
+
+    def end(p, compile):
+        return adjoint.solve_ivp(swings, (0.0, 2.0), y0, args=(p,), method="dopri5", rtol=1e-5, compile=compile).y[-1].square().sum()
+
+    for transform in (torch.func.hessian, lambda f: torch.func.jacfwd(f), lambda f: torch.func.jacrev(f)):
+        mine, theirs = (transform(lambda p, x=x: end(p, x))(p) for x in (True, False))
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(solve(True, "dopri5", rows=300, shared=True)[1])
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
