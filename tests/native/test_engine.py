@@ -114,7 +114,7 @@ class TestForms:
 
         mine, theirs = check(method, rows=18, fun=ends, throw=False)
         assert torch.equal(mine.status, theirs.status) and bool((mine.status < 0).any()) and bool((mine.status == 0).any())
-        mine, theirs = (solve(x, method, rows=18, max_steps=12, throw=False)[0] for x in (True, False))
+        mine, theirs = (solve(x, method, rows=18, max_steps=9 if method == "dopri5" else 6, throw=False)[0] for x in (True, False))
         assert torch.equal(mine.status, theirs.status) and bool((mine.status == -1).any())
 
 
