@@ -18,6 +18,53 @@ def event(f, terminal=False, direction=0.0):
     return g
 
 
+# --- steps whose dense output is a straight line ---
+
+
+def decayed(p, method, at=lambda t, y, p: y[..., 0] - 0.5, **options):
+    """When ``y = exp(-p t)`` is a half: ``log 2 / p``."""
+    y0 = torch.ones(1, dtype=torch.float64)
+    return solve_ivp(lambda t, y, p: -p * y, (0.0, 2.0), y0, (p,), method=method, events=event(at), **options)
+
+
+TWICE = {
+    "double backward": lambda f, p: torch.func.grad(torch.func.grad(f))(p),
+    "forward over reverse": lambda f, p: torch.func.jvp(torch.func.grad(f), (p,), (torch.ones_like(p),)),
+    "forward twice": lambda f, p: torch.func.jacfwd(torch.func.jacfwd(f))(p),
+    "mapped": lambda f, p: torch.func.vmap(torch.func.grad(torch.func.grad(f)))(p.expand(2)),
+}
+
+
+@pytest.mark.parametrize("twice", TWICE)
+@pytest.mark.parametrize("method", ["euler", "implicit_euler", "implicit_midpoint"])
+def test_straight_lines_have_no_second_derivatives_of_event_times(method, twice):
+    """First derivatives are as good as the steps are; second ones, which would be off by a third whatever the steps are, are refused."""
+    p = torch.tensor(1.3, dtype=torch.float64)
+    when = lambda p: decayed(p, method, first_step=0.1, rtol=1e-2).events[0].t[0]  # noqa: E731
+    (value,), dot = torch.func.jvp(lambda p: when(p).reshape(1), (p,), (torch.ones_like(p),))
+    assert float(value) == pytest.approx(math.log(2) / 1.3, rel=0.1) and float(dot) == pytest.approx(-math.log(2) / 1.3**2, rel=0.1)
+    assert torch.allclose(torch.func.grad(when)(p), dot, rtol=1e-9)
+    with pytest.raises(InvalidInput, match=f"the dense output of '{method}' is a straight line"):
+        TWICE[twice](when, p)
+
+
+def test_first_steps_of_bdf_have_no_second_derivatives_of_event_times():
+    p = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    times = [decayed(p, "bdf", at=lambda t, y, p, c=c: y[..., 0] - c, first_step=0.02, rtol=1e-4).events[0].t[0] for c in (0.99, 0.5)]
+    (early,), (late,) = (torch.autograd.grad(t, p, create_graph=True) for t in times)
+    assert float(torch.autograd.grad(late, p)[0]) == pytest.approx(2 * math.log(2) / 1.3**3, rel=0.02)
+    with pytest.raises(InvalidInput, match="straight line"):
+        torch.autograd.grad(early, p)
+
+
+@pytest.mark.parametrize("method", ["euler", "implicit_midpoint"])
+def test_states_at_a_given_time_have_second_derivatives_along_straight_lines_too(method):
+    p = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    state = decayed(p, method, at=lambda t, y, p: t - 0.7, first_step=0.05).events[0].y[0, 0]
+    (first,) = torch.autograd.grad(state, p, create_graph=True)
+    assert float(torch.autograd.grad(first, p)[0]) == pytest.approx(0.49 * math.exp(-0.91), rel=0.05)
+
+
 # --- fun switches where the event is ---
 
 

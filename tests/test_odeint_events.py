@@ -175,3 +175,20 @@ def test_errors():
         odeint(lambda t, y: -y, y0, t, event_fn=event, options={"max_num_steps": 50})
     with pytest.raises(RuntimeError):
         odeint(lambda t, y: -y, y0, t, event_fn=event, method="euler", options={"step_size": 1.0})
+
+
+FIRST_ORDER = {"euler": {}, "implicit_euler": {}, "explicit_adams": {"max_order": 1}}
+
+
+@pytest.mark.parametrize("interp", ["linear", "cubic"])
+@pytest.mark.parametrize("method", FIRST_ORDER)
+def test_second_derivatives_of_event_times_by_methods_of_first_order(method, interp):
+    """The cubic through the ends of their steps would have twice the second derivative, or none at all, however small the steps are."""
+    p = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    t, y0 = torch.tensor([0.0, 9.0], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    options = {"step_size": 0.03, "interp": interp, **FIRST_ORDER[method]}
+    when = odeint(lambda t, y: -p * y, y0, t, method=method, options=options, event_fn=lambda t, y: y[0] - 0.5)[0]
+    (first,) = torch.autograd.grad(when, p, create_graph=True)
+    (second,) = torch.autograd.grad(first, p)
+    torch.testing.assert_close(first, -torch.log(torch.tensor(2.0, dtype=torch.float64)) / p**2, rtol=0.05, atol=0)
+    torch.testing.assert_close(second, 2 * torch.log(torch.tensor(2.0, dtype=torch.float64)) / p**3, rtol=0.05, atol=0)

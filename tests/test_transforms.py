@@ -199,3 +199,19 @@ def test_forward_mode_through_a_gradient_is_a_second_sweep_of_plain_steps(method
     third = grad(lambda p: jvp(grad(lambda q: loss(q, *z[1:])), (p,), (v[0],))[1])(z[0])
     true = grad(lambda p: jvp(grad(lambda q: exact(q, *z[1:])), (p,), (v[0],))[1])(z[0])
     assert torch.allclose(third, true, rtol=2e-2 if method == "bdf" else 1e-4)
+
+
+@pytest.mark.parametrize("method", ["trapezoid", "trbdf2", "kvaerno3"])
+def test_forward_mode_through_a_gradient_sees_the_slopes_that_steps_hand_on(method, gradient):
+    """A step of these methods begins with the last slope of the step before: a second way from one to the next beside the state."""
+    ends = torch.tensor([1.0, 0.4], dtype=torch.float64)
+
+    def loss(p):
+        more = {"method": method, "gradient": gradient, "step_ts": [0.3], "batched": True, "rtol": 1e-3}
+        return solve_ivp(lambda t, y: -p * y**2, (0.0, ends), Y0.abs().unsqueeze(-1), **more).y[-1].sum()
+
+    found = jvp(grad(loss), (P[0],), (torch.ones_like(P[0]),))[1]
+    assert torch.allclose(found, grad(grad(loss))(P[0]), rtol=1e-10)
+    # y = y0 / (1 + p y0 t)
+    y0 = Y0.abs()
+    assert torch.allclose(found, (2 * y0**3 * ends**2 / (1 + P[0] * y0 * ends) ** 3).sum(), rtol=0.05)

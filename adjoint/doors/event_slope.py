@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import InvalidInput
 from ..system.capture import alive, below_jvp, readable
 
-__all__ = ["NO_SLOPE", "refused", "signed", "with_slope"]
+__all__ = ["NO_SLOPE", "once", "refused", "signed", "with_slope"]
 
 NO_SLOPE = (
     "the time of an event was to be differentiated, but its event function has no slope there: it is piecewise constant "
@@ -41,6 +41,17 @@ def refused(x: Tensor, wrong: Tensor, why: str, *causes: Tensor) -> Tensor:
     if readable(wrong) and not bool(wrong.any()):
         return x
     out: Tensor = _Guarded.apply(x, ~wrong, why, *causes)
+    return out
+
+
+def once(x: Tensor, only: Tensor, why: str, *causes: Tensor) -> Tensor:
+    """``x`` as it is; whoever differentiates it twice gets InvalidInput, which says ``why``, if there is an entry in ``only``.
+
+    ``causes``: what ``x`` depends on. A second derivative is refused whatever its value, since it is not known where it would be zero.
+    """
+    if readable(only) and not bool(only.any()):
+        return x
+    out: Tensor = _Once.apply(x, ~only, why, *causes)
     return out
 
 
@@ -109,3 +120,66 @@ class _Demanded(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, sloping: Tensor, why: str) -> tuple[Tensor, int]:
         return _Demanded.apply(*_copies(info.batch_size, in_dims[:2], x, sloping), why), 0  # type: ignore[return-value]
+
+
+class _Once(torch.autograd.Function):
+    """Passes a tensor on. Its derivative goes through a node that has none, tied to the causes: the cotangent may well be a constant."""
+
+    @staticmethod
+    def forward(x: Tensor, free: Tensor, why: str, *causes: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, free, ctx.why, *causes = inputs
+        ctx.save_for_backward(free, *causes)
+        ctx.save_for_forward(free, *causes)
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
+        free, *causes = ctx.saved_tensors
+        return (_Never.apply(bar, free, ctx.why, *causes), *[None] * (2 + len(causes)))
+
+    @staticmethod
+    def jvp(ctx: Any, dot: Tensor, _: None, __: None, *dots: Tensor | None) -> Tensor:
+        with below_jvp() as (lower, raise_):
+            free, *causes = (lower(x) for x in alive(ctx.saved_tensors))
+            out = _Never.apply(lower(dot), free, ctx.why, *causes)
+        return raise_(out)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, free: Tensor, why: str, *causes: Tensor) -> tuple[Tensor, int]:
+        x, free = _copies(info.batch_size, in_dims[:2], x, free)
+        return _Once.apply(x, free, why, *causes), 0  # type: ignore[return-value]
+
+
+class _Never(torch.autograd.Function):
+    """Passes a derivative on that may not be differentiated."""
+
+    @staticmethod
+    def forward(bar: Tensor, free: Tensor, why: str, *causes: Tensor) -> Tensor:
+        return bar.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+        ctx.why, ctx.count = inputs[2], len(inputs) - 3
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
+        (free,) = ctx.saved_tensors
+        return (bar + 0 * _Demanded.apply(torch.ones_like(bar), free, ctx.why), *[None] * (2 + ctx.count))
+
+    @staticmethod
+    def jvp(ctx: Any, dot: Tensor | None, _: None, __: None, *dots: Tensor | None) -> Tensor:
+        with below_jvp() as (lower, raise_):
+            (free,) = (lower(x) for x in alive(ctx.saved_tensors))
+            own = torch.zeros_like(free, dtype=torch.float64) if dot is None else lower(dot)
+            out = own + 0 * _Demanded.apply(torch.ones_like(own), free, ctx.why)
+        return raise_(out)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], bar: Tensor, free: Tensor, why: str, *causes: Tensor) -> tuple[Tensor, int]:
+        bar, free = _copies(info.batch_size, in_dims[:2], bar, free)
+        return _Never.apply(bar, free, why, *causes), 0  # type: ignore[return-value]

@@ -7,18 +7,26 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ..methods import Method
+from ..methods import Bdf, Method
 from ..sensitivity import Outputs
 from ..sensitivity.problem import StepTimes, step_times
 from ..sensitivity.sweep import tangent
-from ..system.capture import listed
-from .event_slope import signed, with_slope
+from ..system.capture import functorch_active, listed
+from .event_slope import once, signed, with_slope
 from .parts import Found, Parts
 from .solution import EventRecord
 
 __all__ = ["event_records", "step_around"]
 
+
+_STRAIGHT = (
+    "the time of an event was to be differentiated twice, but in the step where it is the dense output of {0!r} is a straight line, which "
+    "has first derivatives only. Use another method: 'midpoint', 'heun2' or 'rk4' for 'euler', 'trapezoid' or 'sdirk2' for "
+    "'implicit_euler', 'gl4' for 'implicit_midpoint'; 'bdf' is of first order in its first steps, which a smaller rtol or first_step moves "
+    "away from the event"
+)
 
 #: ``between(t0, h, y0, y1)`` is the state as a function of the time, ``(B,)``, in the steps from ``t0, y0``
 Between = Callable[[Tensor, Tensor, Tensor, Tensor], Callable[[Tensor], Tensor]]
@@ -79,6 +87,16 @@ class Around(NamedTuple):
         weights = self.method.dense_slopes((t - self.t) / self.h).to(self.y.dtype)
         return torch.einsum("bs,sbn->bn", weights, self.stages)
 
+    def straight(self) -> Tensor:
+        """The rows ``(B,)`` whose dense output is a straight line by the method, and not because the solution is one."""
+        ends = self.method.dense_slopes(torch.tensor([0.0, 1.0], dtype=torch.float64, device=self.t.device))
+        curving = ends[0] != ends[1]
+        if not isinstance(self.method, Bdf):
+            return (~curving).all().expand_as(self.t)
+        # of order one: it corrects what it predicted, but keeps no more than one difference
+        moved = (self.stages.detach() != 0).any(-1)
+        return moved[-1] & ~(moved & curving.unsqueeze(-1)).any(0)
+
 
 def step_around(parts: Parts, out: Outputs, grid: StepTimes, line: int, found: Tensor) -> Around:
     """The steps with the events of one line of the table, in the rows that have it (``found``)."""
@@ -136,5 +154,8 @@ def _located(
             t = torch.where(usable, t - torch.where(usable, value, 0.0) / torch.where(usable, rate, 1.0), t)
         # the value stays what it is without derivatives
         causes = [x for x in (t0, y0, ks, *parts.problem.system.inputs) if x.is_floating_point() or x.is_complex()]
+        moving = t.requires_grad or functorch_active() or forward_ad._current_level >= 0
         t = with_slope(at + (t - t.detach()), sloping, *causes)
+        if between is None and moving:
+            t = once(t, found & around.straight(), _STRAIGHT.format(around.method.name), *causes)
     return t, state(t), around.slope(t)

@@ -13,12 +13,15 @@ from ..errors import InvalidInput
 from ..methods import METHODS, DiagonallyImplicitRungeKutta, ExplicitRungeKutta, FullyImplicitRungeKutta, Method, Tableau
 from .request import IMPLICIT, Request
 
-__all__ = ["fixed_grid", "fixed_method", "hermite"]
+__all__ = ["fixed_grid", "fixed_method", "hermite", "parabola"]
 
 
 @cache
 def fixed_method(name: str, interp: str) -> Method:
-    """The method ``name`` without error estimate, its dense output replaced: "linear", or "cubic" (Hermite).
+    """The method ``name`` without error estimate, its dense output replaced: "linear", "cubic" (Hermite), or "event".
+
+    The last is the cubic, but for methods of first order a parabola with the change of slope of the step: the ends of their steps are off
+    by as much as a second derivative moves them, so that the cubic through these has second derivatives of order one everywhere.
 
     Implicit methods have no stages at both ends of a step, so with "cubic" they keep the polynomial of their own: it serves events, which
     are at the end of a step; samples are `between` grid points.
@@ -29,6 +32,8 @@ def fixed_method(name: str, interp: str) -> Method:
     if not isinstance(method, ExplicitRungeKutta):
         raise InvalidInput(f"{name!r} has no tableau")
     base = replace(method.tableau, error=None, error_order=None)
+    if interp == "event" and base.order == 1:
+        return ExplicitRungeKutta(_parabolic(base))
     return ExplicitRungeKutta(_linear(base) if interp == "linear" else _cubic(base))
 
 
@@ -63,6 +68,11 @@ def _cubic(base: Tableau) -> Tableau:
         dense=tuple(tuple(row) for row in rows),
         dense_order=min(3, base.order),
     )
+
+
+def _parabolic(base: Tableau) -> Tableau:
+    """`parabola` in powers of theta, of a method whose only stage is ``f(t, y)``."""
+    return replace(base, extra_a=(base.b,), extra_c=(1.0,), dense=((1.5, -0.5), (-0.5, 0.5)), dense_order=1)
 
 
 def check_interp(request: Request) -> str:
@@ -112,3 +122,8 @@ def hermite(theta: Tensor, y0: Tensor, y1: Tensor, hf0: Tensor, hf1: Tensor) -> 
     """The cubic through ``y0, y1`` with slopes ``hf0, hf1`` at ``theta`` in [0, 1]."""
     blend = theta * theta * (3 - 2 * theta)
     return y0 + blend * (y1 - y0) + theta * (1 - theta) ** 2 * hf0 + theta * theta * (theta - 1) * hf1
+
+
+def parabola(theta: Tensor, y0: Tensor, y1: Tensor, hf0: Tensor, hf1: Tensor) -> Tensor:
+    """That through ``y0, y1`` whose slope changes from one to the other by ``hf1 - hf0``."""
+    return y0 + theta * (y1 - y0) - 0.5 * theta * (1 - theta) * (hf1 - hf0)

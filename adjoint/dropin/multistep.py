@@ -25,7 +25,7 @@ from ..methods.adams import MAX_ORDER, adams_weights, differentiable_weights, st
 from ..sensitivity import Gradient
 from ..sensitivity.sweep import tangent
 from ..system.capture import functorch_active, listed, needs_derivatives
-from .interpolants import check_interp, fixed_grid, hermite, step_size_of
+from .interpolants import check_interp, fixed_grid, hermite, parabola, step_size_of
 from .native import evaluated, prepare, start_event
 from .request import Request
 
@@ -162,7 +162,8 @@ def _between(solver: _Adams, interp: str, step: _Step, t: Tensor, following: Ten
         return step.y + theta * (step.y1 - step.y)
     h = step.h.to(solver.real)
     end_slope = solver.f(solver._time(step.t + step.h, 1.0), step.y1) if following is None else following
-    return hermite(theta, step.y, step.y1, h * step.slope, h * end_slope)
+    curve = parabola if interp == "parabola" else hermite
+    return curve(theta, step.y, step.y1, h * step.slope, h * end_slope)
 
 
 def _check_finite(steps: list[_Step]) -> None:
@@ -177,7 +178,7 @@ def adams_event(request: Request, gradient: Gradient, only: Any = None) -> tuple
     """Time of the first event, and the states at the start and there; see `native.solve_event`."""
     # as with all methods on a grid; see `native.solve_event`
     check_interp(request)
-    interp, size = "cubic", step_size_of(request)
+    size = step_size_of(request)
     event, at_start = start_event(request)
     spec = request.spec
     y = start = spec.taken(request.y0)
@@ -186,6 +187,7 @@ def adams_event(request: Request, gradient: Gradient, only: Any = None) -> tuple
     if size is None:
         raise InvalidInput("Event handling for fixed step solvers currently requires `step_size` to be provided in options.")
     solver = _Adams(request, gradient, only, event)
+    interp = "parabola" if solver.order == 1 else "cubic"
     t = request.t[0].to(torch.float64)
 
     def value(t: Tensor, y: Tensor) -> float:

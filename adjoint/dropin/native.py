@@ -39,7 +39,7 @@ from ..system.homes import parameter_homes
 from ..system.lending import copied
 from ..system.realification import suited_to_jacobians
 from ..system.system import System
-from .interpolants import check_interp, fixed_grid, fixed_method, hermite, step_size_of
+from .interpolants import check_interp, fixed_grid, fixed_method, hermite, parabola, step_size_of
 from .request import Request
 
 __all__ = ["Prepared", "combined_event", "evaluated", "prepare", "solve_dense", "solve_event", "solve_samples", "start_event"]
@@ -120,7 +120,7 @@ def _plan(request: Request, derivatives: bool, dense: bool, events: tuple[Event,
     if request.family in ("fixed", "implicit"):
         return Plan(
             # the end of the last step is all that events ask for: see `solve_event`
-            method=fixed_method(request.method, "cubic" if events else check_interp(request)),
+            method=fixed_method(request.method, "event" if events else check_interp(request)),
             controller=PIDController(),
             first_step=step_size_of(request) if events else None,
             max_steps=20_000 if events else 2**62,
@@ -225,7 +225,7 @@ def _between(request: Request, gradient: Gradient, ready: Prepared, anchors: Ten
     place = torch.searchsorted(request.sign * grid.detach(), request.sign * times.detach()).clamp(min=1)
     parts = _solve(request, gradient, ready, anchors, torch.cat([grid[place - 1], grid[place]]).unsqueeze(-1))
     before, after = parts.out.samples.chunk(2)
-    cubic = _cubic_steps(request, evaluated(ready, gradient))
+    cubic = _steps(request, evaluated(ready, gradient), hermite)
     # at a grid point nothing is between
     exact = listed(times.detach() == grid.detach()[place])
     out = [parts.y0]
@@ -271,8 +271,9 @@ def start_event(request: Request) -> tuple[Callable[..., Tensor], bool]:
 def solve_event(request: Request, gradient: Gradient, only: Sequence[Tensor] | None = None) -> tuple[Tensor, Any]:
     """Time of the first event, 0-d, and the states at the start and there, ``(2, *shape)`` each; differentiable, the time included.
 
-    On a fixed grid the last step is a short one that ends at the event, just beyond which the cubic through its ends is taken, whatever
-    ``interp`` is: along a straight line the time would have derivatives that are off by the order of a step.
+    On a fixed grid the last step is a short one that ends at the event, just beyond which the cubic through its ends is taken (of
+    methods of first order a parabola), whatever ``interp`` is: along a straight line the time would have derivatives that are off by the
+    order of a step, and no second ones.
     """
     event, at_start = start_event(request)
     if at_start:
@@ -283,14 +284,17 @@ def solve_event(request: Request, gradient: Gradient, only: Sequence[Tensor] | N
     request = _realified(request)
     ready = prepare(request, only, event)
     parts = _solve(request, gradient, ready, _anchors(request, True), None, event=event)
-    between = _cubic_steps(request, evaluated(ready, gradient)) if request.family == "implicit" else None
+    curve = parabola if parts.problem.plan.method.order == 1 else hermite
+    between = _steps(request, evaluated(ready, gradient), curve) if request.family == "implicit" else None
     _, when, flat, _ = event_records(parts, parts.out, between)
     assert when is not None and flat is not None
     return when[0].to(request.t.dtype), parts.state(torch.stack([parts.y0, flat]))
 
 
-def _cubic_steps(request: Request, f: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Callable[[Tensor], Tensor]]:
-    """For `event_records`: the cubic through the ends of one trajectory's step, with the slopes of ``func`` there."""
+def _steps(
+    request: Request, f: Callable[[Tensor, Tensor], Tensor], curve: Callable[..., Tensor]
+) -> Callable[..., Callable[[Tensor], Tensor]]:
+    """For `event_records`: the ``curve`` through the ends of one trajectory's step, with the slopes of ``func`` there."""
     real, perturb = request.spec.real_dtype, bool(request.options.get("perturb"))
 
     def between(t0: Tensor, h: Tensor, y0: Tensor, y1: Tensor) -> Callable[[Tensor], Tensor]:
@@ -298,6 +302,6 @@ def _cubic_steps(request: Request, f: Callable[[Tensor, Tensor], Tensor]) -> Cal
         times = [start.to(real), (start + size).to(real)]
         times = shifted_times(times, [0.0, 1.0], perturb, perturb, request.sign) if perturb else times
         slopes = [size.to(real) * f(when, y) for when, y in zip(times, (y0, y1), strict=True)]
-        return lambda t: hermite(((t - t0) / h).to(real).unsqueeze(-1), y0, y1, *slopes)
+        return lambda t: curve(((t - t0) / h).to(real).unsqueeze(-1), y0, y1, *slopes)
 
     return between

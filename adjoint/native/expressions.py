@@ -50,8 +50,8 @@ class Graph:
     made of it.
 
     Nodes without arguments: ``constant`` (data: the value) and ``leaf`` (data: kind and indices). Besides functions and arithmetic there
-    are ``sel`` (condition, value if true, value if false), ``stop`` (its argument, but without a derivative), ``toint``, ``tofloat``,
-    ``look`` (see `look`) and ``search`` (see `search`).
+    are ``sel`` (condition, value if true, value if false), ``stop`` (its argument, but without a derivative), ``given`` (see `given`),
+    ``toint``, ``tofloat``, ``look`` (see `look`) and ``search`` (see `search`).
     """
 
     def __init__(self) -> None:
@@ -63,6 +63,10 @@ class Graph:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def equals(self, other: Graph) -> bool:
+        """Whether two graphs have the same nodes in the same order."""
+        return list(self._known) == list(other._known)
 
     def _node(self, name: str, arguments: tuple[int, ...], data: tuple, type: Type, key: object = None) -> int:
         known = (name, arguments, data if key is None else key)
@@ -95,6 +99,14 @@ class Graph:
         """Where ``value`` belongs among the sorted leaves ``(kind, k, base + i)``, i < count: how many of them are below it (``right``: or
         equal to it); all of them for NaN, as for ``torch.searchsorted``."""
         return self._node("search", (value,), (kind, k, base, count, right), "int")
+
+    def given(self, value: int, slopes: Iterable[tuple[int, int]]) -> int:
+        """``value``, with derivatives that are told: by every x of the pairs (x, slope) its slope."""
+        return self.op("given", value, *(x for pair in slopes for x in pair))
+
+    def parts(self, node: int) -> tuple[int, ...]:
+        """What the value of a node is made of: its arguments, but not told slopes."""
+        return self.arguments[node][:1] if self.names[node] == "given" else self.arguments[node]
 
     def value(self, node: int) -> Number | None:
         """The value of a constant, None for others."""
@@ -226,31 +238,12 @@ class Graph:
                         return y if truth == (name == "and") else x
                 if first == last:
                     return first
+            case "given" if len(nodes) == 1 or names[first] == "constant":
+                return first
             case "not" if names[first] == "not":
                 return self.arguments[first][0]
-            case "pow":
-                return self._power(first, value(last))
+            case "pow" if value(last) in (0, 1):
+                return first if value(last) == 1 else self.constant(1.0)
             case "floor" | "ceil" | "trunc" | "round" if self.types[first] == "int":
                 return first
         return None
-
-    def _power(self, x: int, exponent: Number | None) -> int | None:
-        """Powers that are written as products, roots and quotients, as ATen does."""
-        if exponent is None or exponent != exponent:
-            return None
-        if exponent == 0:
-            return self.constant(1.0)
-        if exponent == 0.5:
-            return self.op("sqrt", x)
-        if abs(exponent) > 8 or (exponent != int(exponent) and exponent != -0.5):
-            return None
-        if exponent < 0:
-            return self.op("div", self.constant(1.0), self.op("pow", x, self.constant(-float(exponent))))
-        result, square, left = None, x, int(exponent)
-        while left:
-            if left & 1:
-                result = square if result is None else self.op("mul", result, square)
-            left >>= 1
-            if left:
-                square = self.op("mul", square, square)
-        return result

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 
 from .elements import Call, Computed, Constant, Elements, Place, Reader, Refused, numbered, registering
-from .rows import Index
+from .rows import Index, strides, unflat
 
-__all__ = ["READERS"]
+__all__ = ["READERS", "without_masks"]
 
 READERS: dict[str, Reader] = {}
 _reads = registering(READERS)
@@ -70,6 +71,7 @@ def _wrapped(i: Index, size: int) -> Index:
 
 @_reads("index", "_unsafe_index")
 def _index(call: Call, x: Elements, indices: Sequence[Elements | None]) -> Elements:
+    indices = without_masks(call, indices)
     where = [d for d, i in enumerate(indices) if i is not None]
     tensors = {d: i for d, i in enumerate(indices) if i is not None}
     if any(i.dtype == torch.bool for i in tensors.values()):
@@ -84,6 +86,17 @@ def _index(call: Call, x: Elements, indices: Sequence[Elements | None]) -> Eleme
         return picked(call, x, [_position(call, tensors[d], inner) if d in tensors else next(left) for d in range(len(x.shape))])
 
     return call.made(get)
+
+
+def without_masks(call: Call, indices: Sequence[Elements | None]) -> list[Elements | None]:
+    """Constant masks as the indices of what they let through."""
+    found: list[Elements | None] = []
+    for i in indices:
+        if isinstance(i, Constant) and i.dtype == torch.bool:
+            found += [Constant(call.graph, call.tables, q) for q in i.tensor.nonzero(as_tuple=True)]
+        else:
+            found.append(i)
+    return found
 
 
 def _position(call: Call, x: Elements, place: Place) -> Index | Computed:
@@ -154,3 +167,10 @@ def _searchsorted(
 @_reads("bucketize")
 def _bucketize(call: Call, values: Any, table: Elements, *, out_int32: bool = False, right: bool = False) -> Elements:
     return call.elementwise(lambda value: _sought(call, table, value, right), values)
+
+
+@_reads("take")
+def _take(call: Call, x: Elements, index: Elements) -> Elements:
+    steps = strides(x.shape)
+    whole = Elements((prod(x.shape),), x.dtype, lambda place: x.at(unflat(place[0], steps)))
+    return call.made(lambda place: picked(call, whole, [index.position(call.graph, place)]))

@@ -26,7 +26,7 @@ def _binary(name: str) -> Reader:
 
 
 READERS.update({name: _unary(name) for name in FUNCTIONS if name not in ("round", "softplus", "trigamma")})
-READERS.update({"neg": _unary("neg"), "special_expit": _unary("sigmoid"), "special_erfinv": _unary("erfinv")})
+READERS.update({"neg": _unary("neg"), "sgn": _unary("sign"), "special_expit": _unary("sigmoid"), "special_erfinv": _unary("erfinv")})
 READERS.update({name: _binary(name) for name in ("atan2", "hypot", "lt", "le", "gt", "ge", "eq", "ne")})
 READERS.update({"maximum": _binary("max"), "minimum": _binary("min")})
 
@@ -151,11 +151,6 @@ def _square(g: Graph, a: int) -> int:
     return g.op("mul", a, a)
 
 
-@_each("relu")
-def _relu(g: Graph, a: int) -> int:
-    return g.op("sel", g.op("le", a, g.constant(0.0)), g.constant(0.0), a)
-
-
 @_each("frac")
 def _frac(g: Graph, a: int) -> int:
     return g.op("sub", a, g.op("trunc", a))
@@ -184,76 +179,6 @@ def _isposinf(g: Graph, a: int) -> int:
 @_each("isneginf")
 def _isneginf(g: Graph, a: int) -> int:
     return g.op("eq", a, g.constant(-math.inf))
-
-
-@_each("silu")
-def _silu(g: Graph, a: int) -> int:
-    return g.op("mul", a, g.op("sigmoid", a))
-
-
-@_each("mish")
-def _mish(g: Graph, a: int) -> int:
-    return g.op("mul", a, g.op("tanh", g.op("softplus", a)))
-
-
-@_each("log_sigmoid")
-def _log_sigmoid(g: Graph, a: int) -> int:
-    return g.op("neg", g.op("softplus", g.op("neg", a)))
-
-
-@_reads("log_sigmoid_forward")
-def _log_sigmoid_forward(call: Call, x: Elements) -> list[Elements]:
-    return [call.elementwise(lambda a: _log_sigmoid(call.graph, a), x), Elements(call.shapes[1], call.dtypes[1], x.at)]
-
-
-@_reads("softplus")
-def _softplus(call: Call, x: Elements, beta: float = 1.0, threshold: float = 20.0) -> Elements:
-    g = call.graph
-    scale, bound = g.constant(float(beta)), g.constant(float(threshold))
-
-    def element(a: int) -> int:
-        scaled = g.op("mul", a, scale)
-        return g.op("sel", g.op("gt", scaled, bound), a, g.op("div", g.op("softplus", scaled), scale))
-
-    return call.elementwise(element, x)
-
-
-@_reads("elu")
-def _elu(call: Call, x: Elements, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Elements:
-    g = call.graph
-    below, above, inner = g.constant(float(alpha * scale)), g.constant(float(scale)), g.constant(float(input_scale))
-
-    def element(a: int) -> int:
-        negative = g.op("mul", g.op("expm1", g.op("mul", a, inner)), below)
-        return g.op("sel", g.op("le", a, g.constant(0.0)), negative, g.op("mul", a, above))
-
-    return call.elementwise(element, x)
-
-
-@_reads("celu")
-def _celu(call: Call, x: Elements, alpha: float = 1.0) -> Elements:
-    return _elu(call, x, alpha, 1.0, 1.0 / alpha)
-
-
-@_reads("leaky_relu")
-def _leaky_relu(call: Call, x: Elements, slope: float = 0.01) -> Elements:
-    g = call.graph
-    return call.elementwise(lambda a: g.op("sel", g.op("gt", a, g.constant(0.0)), a, g.op("mul", a, g.constant(float(slope)))), x)
-
-
-@_reads("gelu")
-def _gelu(call: Call, x: Elements, *, approximate: str = "none") -> Elements:
-    g = call.graph
-    half, one = g.constant(0.5), g.constant(1.0)
-
-    def exact(a: int) -> int:
-        return g.op("mul", g.op("mul", a, half), g.op("add", one, g.op("erf", g.op("mul", a, g.constant(math.sqrt(0.5))))))
-
-    def by_tanh(a: int) -> int:
-        inner = g.op("add", a, g.op("mul", g.constant(0.044715), g.op("pow", a, g.constant(3.0))))
-        return g.op("mul", g.op("mul", a, half), g.op("add", one, g.op("tanh", g.op("mul", g.constant(math.sqrt(2 / math.pi)), inner))))
-
-    return call.elementwise(exact if approximate == "none" else by_tanh, x)
 
 
 @_reads("where")
@@ -296,13 +221,7 @@ READERS["clamp_min"] = lambda call, x, min: _clamp(call, x, min)
 READERS["clamp_max"] = lambda call, x, max: _clamp(call, x, None, max)
 
 
-@_reads("hardtanh")
-def _hardtanh(call: Call, x: Elements, min_val: float = -1.0, max_val: float = 1.0) -> Elements:
-    """At a bound the derivative is zero, unlike that of clamp."""
-    g, low, high = call.graph, call.graph.constant(float(min_val)), call.graph.constant(float(max_val))
-    return call.elementwise(lambda a: g.op("sel", g.op("le", a, low), low, g.op("sel", g.op("ge", a, high), high, a)), x)
-
-
+@_reads("conj_physical", "_conj", "resolve_conj", "resolve_neg", "positive")
 @_reads("clone", "alias", "detach", "contiguous", "lift_fresh_copy", "lift_fresh", "_to_copy", "to", "view_copy_", "type_as")
 def _copied(call: Call, x: Elements, *_: Any, **__: Any) -> Elements:
     g = call.graph
@@ -322,6 +241,12 @@ def _copy(call: Call, x: Elements, source: Elements, *_: Any) -> Elements:
     return _copied(call, call.elementwise(lambda a: a, source))
 
 
+@_reads("fill")
+def _fill(call: Call, x: Elements, value: Any) -> Elements:
+    getter = Call(call.graph, call.tables, ((),), call.dtypes).operand(value)
+    return call.made(lambda place: getter(()))
+
+
 @_reads("lerp")
 def _lerp(call: Call, x: Any, y: Any, weight: Any) -> Elements:
     g = call.graph
@@ -338,3 +263,130 @@ def _addcmul(call: Call, x: Any, a: Any, b: Any, *, value: float = 1) -> Element
 def _addcdiv(call: Call, x: Any, a: Any, b: Any, *, value: float = 1) -> Elements:
     g = call.graph
     return call.elementwise(lambda p, q, r: g.op("add", p, g.op("mul", g.constant(float(value)), g.op("div", q, r))), x, a, b)
+
+
+@_each("fmax")
+def _fmax(g: Graph, a: int, b: int) -> int:
+    """The greater one, or the one which is a number; equal ones: the first has the derivative."""
+    return g.op("sel", g.op("or", g.op("ge", a, b), g.op("ne", b, b)), a, b)
+
+
+@_each("fmin")
+def _fmin(g: Graph, a: int, b: int) -> int:
+    return g.op("sel", g.op("or", g.op("le", a, b), g.op("ne", b, b)), a, b)
+
+
+@_each("copysign")
+def _copysign(g: Graph, a: int, b: int) -> int:
+    size, negative = g.op("abs", a), g.op("lt", g.op("atan2", b, g.constant(-1.0)), g.constant(0.0))
+    return g.op("sel", negative, g.op("neg", size), size)
+
+
+@_each("signbit")
+def _signbit(g: Graph, a: int) -> int:
+    # the angle of (-1, -0.0) is -pi
+    return g.op("lt", g.op("atan2", a, g.constant(-1.0)), g.constant(0.0))
+
+
+@_each("heaviside")
+def _heaviside(g: Graph, a: int, b: int) -> int:
+    zero = g.constant(0.0)
+    return g.op("sel", g.op("eq", a, zero), b, g.as_float(g.op("gt", a, zero)))
+
+
+@_each("xlogy", "special_xlogy")
+def _xlogy(g: Graph, a: int, b: int) -> int:
+    """Zero for a = 0, and so is its derivative, whatever the logarithm is of, unless it is of NaN."""
+    nothing = g.op("and", g.op("eq", a, g.constant(0.0)), g.op("eq", b, b))
+    return g.op("sel", nothing, g.constant(0.0), g.op("mul", a, g.op("log", g.op("sel", nothing, g.constant(1.0), b))))
+
+
+@_each("special_xlog1py")
+def _xlog1py(g: Graph, a: int, b: int) -> int:
+    """Zero for a = 0 where the logarithm is not finite, and so is its derivative."""
+    bad = g.op("or", g.op("le", b, g.constant(-1.0)), g.op("eq", b, g.constant(math.inf)))
+    nothing = g.op("and", g.op("eq", a, g.constant(0.0)), bad)
+    return g.op("sel", nothing, g.constant(0.0), g.op("mul", a, g.op("log1p", g.op("sel", nothing, g.constant(1.0), b))))
+
+
+@_each("special_entr")
+def _entr(g: Graph, a: int) -> int:
+    zero = g.constant(0.0)
+    inside = g.op("neg", g.op("mul", a, g.op("log", a)))
+    outside = g.op("sel", g.op("lt", a, zero), g.constant(-math.inf), a)
+    return g.op("sel", g.op("gt", a, zero), inside, g.op("sel", g.op("eq", a, zero), zero, outside))
+
+
+@_each("sinc")
+def _sinc(g: Graph, a: int) -> int:
+    none, one, pi = g.op("eq", a, g.constant(0.0)), g.constant(1.0), g.constant(math.pi)
+    angle = g.op("mul", g.op("sel", none, one, a), pi)
+    return g.op("sel", none, one, g.op("div", g.op("sin", angle), angle))
+
+
+@_each("logaddexp")
+def _logaddexp(g: Graph, a: int, b: int) -> int:
+    return _logarithm_of_sum(g, a, b, "exp", lambda x: g.op("log1p", g.op("exp", x)))
+
+
+@_each("logaddexp2")
+def _logaddexp2(g: Graph, a: int, b: int) -> int:
+    scale = g.constant(1 / math.log(2))
+    return _logarithm_of_sum(g, a, b, "exp2", lambda x: g.op("mul", g.op("log1p", g.op("exp2", x)), scale))
+
+
+def _logarithm_of_sum(g: Graph, a: int, b: int, power: str, rest: Callable[[int], int]) -> int:
+    """The greater one and a rest; infinities that are equal stay. Derivatives are the shares of either in the sum."""
+    low, high = g.op("min", a, b), g.op("max", a, b)
+    infinite = g.op("and", g.op("eq", a, b), g.op("eq", g.op("abs", a), g.constant(math.inf)))
+    value = g.op("sel", infinite, a, g.op("add", high, rest(g.op("sub", low, high))))
+    one = g.constant(1.0)
+    shares = [g.op("div", one, g.op("add", one, g.op(power, g.op("sub", other, x)))) for x, other in ((a, b), (b, a))]
+    return g.given(value, zip((a, b), shares, strict=True))
+
+
+@_reads("nan_to_num")
+def _nan_to_num(call: Call, x: Elements, nan: float | None = None, posinf: float | None = None, neginf: float | None = None) -> Elements:
+    g, most = call.graph, torch.finfo(call.dtype).max if call.dtype.is_floating_point else 0
+    if not most:
+        return call.made(x.at)
+    replaced = ((math.inf, most if posinf is None else posinf), (-math.inf, -most if neginf is None else neginf))
+
+    def element(a: int) -> int:
+        out = g.op("sel", g.op("ne", a, a), g.constant(float(nan or 0.0)), a)
+        for what, by in replaced:
+            out = g.op("sel", g.op("eq", a, g.constant(what)), g.constant(float(by)), out)
+        return out
+
+    return call.elementwise(element, x)
+
+
+@_reads("logit", "special_logit")
+def _logit(call: Call, x: Elements, eps: float | None = None) -> Elements:
+    g, one = call.graph, call.graph.constant(1.0)
+    if eps is not None:
+        x = _clamp(call, x, eps, 1 - eps)
+    return call.elementwise(lambda a: g.op("log", g.op("div", a, g.op("sub", one, a))), x)
+
+
+@_reads("polygamma")
+def _polygamma(call: Call, n: int, x: Elements) -> Elements:
+    if n > 1:
+        raise Refused("polygamma above the first")
+    return call.elementwise(lambda a: call.graph.op("trigamma" if n else "digamma", a), x)
+
+
+@_reads("ldexp")
+def _ldexp(call: Call, x: Elements, power: Any) -> Elements:
+    g = call.graph
+    return call.elementwise(lambda a, n: g.op("mul", a, g.op("pow", g.constant(2.0), n)), x, power)
+
+
+@_reads("deg2rad")
+def _deg2rad(call: Call, x: Elements) -> Elements:
+    return call.elementwise(lambda a: call.graph.op("mul", a, call.graph.constant(math.pi / 180)), x)
+
+
+@_reads("rad2deg")
+def _rad2deg(call: Call, x: Elements) -> Elements:
+    return call.elementwise(lambda a: call.graph.op("mul", a, call.graph.constant(180 / math.pi)), x)

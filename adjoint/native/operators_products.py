@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 
-from .elements import Call, Elements, Reader, registering
+from .elements import Call, Elements, Place, Reader, numbered, registering
 from .expressions import Graph
+from .rows import Along, Index, Unlike
 
 __all__ = ["READERS", "inner"]
 
@@ -26,7 +28,7 @@ def _mm(call: Call, a: Elements, b: Elements) -> Elements:
 
 @_reads("bmm")
 def _bmm(call: Call, a: Elements, b: Elements) -> Elements:
-    def get(place) -> int:
+    def get(place: Place) -> int:
         n, i, j = place
         return inner(call.graph, [(a.at((n, i, k)), b.at((n, k, j))) for k in range(a.shape[2])])
 
@@ -50,7 +52,7 @@ def _added(product: Reader) -> Reader:
         g, made, added = call.graph, product(call, a, b), call.operand(c)
         assert isinstance(made, Elements)
 
-        def get(place) -> int:
+        def get(place: Place) -> int:
             part = made.at(place)
             part = part if alpha == 1 else g.op("mul", part, g.constant(float(alpha)))
             if beta == 0:
@@ -64,3 +66,92 @@ def _added(product: Reader) -> Reader:
 
 
 READERS.update({"addmm": _added(_mm), "baddbmm": _added(_bmm), "addmv": _added(_mv)})
+
+
+@_reads("linalg_cross")
+def _cross(call: Call, x: Elements, y: Elements, *, dim: int = -1) -> Elements:
+    g, dim = call.graph, numbered(dim, len(call.shape))
+
+    def get(place: Place) -> int:
+        first, second = ((place[dim] + n) % 3 for n in (1, 2))
+
+        def product(i: Index, j: Index) -> int:
+            return g.op("mul", x.spread((*place[:dim], i, *place[dim + 1 :])), y.spread((*place[:dim], j, *place[dim + 1 :])))
+
+        return g.op("sub", product(first, second), product(second, first))
+
+    return call.made(get)
+
+
+@_reads("_trilinear")
+def _trilinear(
+    call: Call, x: Elements, y: Elements, z: Elements, expand1: Sequence[int], expand2: Sequence[int], expand3: Sequence[int],
+    sumdim: Sequence[int], unroll_dim: int = 1,
+) -> Elements:  # fmt: skip
+    g = call.graph
+
+    def expanded(q: Elements, dims: Sequence[int], place: Place) -> int:
+        return q.spread(tuple([i for d, i in enumerate(place) if d not in dims]))
+
+    rank = len(x.shape) + len(expand1)
+    sizes = [0] * rank
+    for q, dims in ((x, expand1), (y, expand2), (z, expand3)):
+        left = iter(q.shape)
+        for d in range(rank):
+            if d not in dims:
+                sizes[d] = max(sizes[d], next(left))
+
+    def get(place: Place) -> int:
+        left = iter(place)
+        ranges = [range(sizes[d]) if d in sumdim else (next(left),) for d in range(rank)]
+        products = []
+        for p in itertools.product(*ranges):
+            a, b, c = (expanded(q, dims, p) for q, dims in ((x, expand1), (y, expand2), (z, expand3)))
+            products.append(g.op("mul", g.op("mul", a, b), c))
+        return g.total("add", products)
+
+    return call.made(get)
+
+
+@_reads("convolution", "_convolution")
+def _convolution(
+    call: Call, x: Elements, weight: Elements, bias: Elements | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    transposed: bool, output_padding: Sequence[int], groups: int, *_: object,
+) -> Elements:  # fmt: skip
+    """In any number of dimensions: x (B, in, ...), weight (out, in / groups, ...), or (in, out / groups, ...) where transposed."""
+    g = call.graph
+    kernel, spatial = weight.shape[2:], x.shape[2:]
+    stride, padding, dilation = (list(q) * (len(kernel) if len(q) == 1 else 1) for q in (stride, padding, dilation))
+    inputs, outputs = x.shape[1] // groups, call.shape[1] // groups
+
+    def source(out: Sequence[int], tap: Sequence[int]) -> tuple[int, ...] | None:
+        """The element of x that a tap of the kernel meets, if there is one."""
+        found = []
+        for o, k, s, p, d, size in zip(out, tap, stride, padding, dilation, spatial, strict=True):
+            at = o * s - p + k * d
+            if transposed:
+                at, rest = divmod(o + p - k * d, s)
+                if rest:
+                    return None
+            if not 0 <= at < size:
+                return None
+            found.append(at)
+        return tuple(found)
+
+    def get(place: Place) -> int:
+        row, channel, *out = place
+        if isinstance(channel, Along) or any(isinstance(i, Along) for i in out):
+            raise Unlike("the rows of the batch lie along the kernel of a convolution")
+        group = channel // outputs
+        pairs = []
+        for c in range(inputs):
+            first, second = (group * inputs + c, channel % outputs) if transposed else (channel, c)
+            for tap in itertools.product(*map(range, kernel)):
+                at = source(out, tap)  # type: ignore[arg-type]
+                if at is not None:
+                    pairs.append((x.at((row, group * inputs + c, *at)), weight.at((first, second, *tap))))
+        total = inner(g, pairs)
+        return total if bias is None else g.op("add", total, bias.at((channel,)))
+
+    return call.made(get)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .elements import Call, Elements, Place, Reader, Refused, numbered, registering
@@ -15,7 +15,9 @@ _reads = registering(READERS)
 
 
 @_reads("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", "flatten", "unflatten")
-def _view(call: Call, x: Elements, *_: Any) -> Elements:
+def _view(call: Call, x: Elements, size: Any, *_: Any) -> Elements:
+    if x.dtype != call.dtype:
+        raise Refused("bits taken for those of another type")
     outer, inner = strides(call.shape), strides(x.shape)
     return call.made(lambda place: x.at(unflat(flat(place, outer), inner)))
 
@@ -165,6 +167,36 @@ def _constant_pad(call: Call, x: Elements, pad: Sequence[int], value: float = 0)
     return call.made(get)
 
 
+def _padded(inner: Callable[[int, int], int]) -> Reader:
+    """Padding that takes elements from within."""
+
+    def reader(call: Call, x: Elements, padding: Sequence[int]) -> Elements:
+        rank = len(x.shape)
+        before = {rank - 1 - n: padding[2 * n] for n in range(len(padding) // 2)}
+
+        def get(place: Place) -> int:
+            found = []
+            for d, i in enumerate(place):
+                if d in before and not isinstance(i, int):
+                    raise Refused("rows of the batch are padded")
+                found.append(inner(i - before[d], x.shape[d]) if d in before else i)  # type: ignore[arg-type]
+            return x.at(tuple(found))
+
+        return call.made(get)
+
+    return reader
+
+
+def _reflected(i: int, size: int) -> int:
+    i = abs(i)
+    return i if i < size else 2 * (size - 1) - i
+
+
+for _n in (1, 2, 3):
+    READERS[f"reflection_pad{_n}d"] = _padded(_reflected)
+    READERS[f"replication_pad{_n}d"] = _padded(lambda i, size: min(max(i, 0), size - 1))
+
+
 @_reads("select_scatter")
 def _select_scatter(call: Call, x: Elements, source: Elements, dim: int, index: int) -> Elements:
     dim = numbered(dim, len(x.shape))
@@ -205,3 +237,83 @@ READERS.update(
     dict.fromkeys(("zeros_like", "zeros", "new_zeros", "empty", "empty_like", "new_empty", "empty_strided", "empty_permuted"), _filled(0))
 )
 READERS.update(dict.fromkeys(("ones_like", "ones", "new_ones"), _filled(1)))
+
+
+@_reads("diagonal", "diagonal_copy")
+def _diagonal(call: Call, x: Elements, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Elements:
+    rank = len(x.shape)
+    first, second = numbered(dim1, rank), numbered(dim2, rank)
+    down, right = max(-offset, 0), max(offset, 0)
+
+    def get(place: Place) -> int:
+        left = iter(place[:-1])
+        return x.at(tuple([place[-1] + down if d == first else place[-1] + right if d == second else next(left) for d in range(rank)]))
+
+    return call.made(get)
+
+
+@_reads("diagonal_scatter")
+def _diagonal_scatter(call: Call, x: Elements, source: Elements, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Elements:
+    rank = len(x.shape)
+    first, second = numbered(dim1, rank), numbered(dim2, rank)
+    down, right = max(-offset, 0), max(offset, 0)
+
+    def get(place: Place) -> int:
+        on = place[first] - down
+        if not isinstance(on, int) or not isinstance(place[second], int):
+            raise Refused("a diagonal along the rows of the batch is written")
+        if on >= 0 and place[second] - right == on:
+            return source.at((*[i for d, i in enumerate(place) if d not in (first, second)], on))
+        return x.at(place)
+
+    return call.made(get)
+
+
+@_reads("diag_embed")
+def _diag_embed(call: Call, x: Elements, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Elements:
+    rank = len(call.shape)
+    first, second = numbered(dim1, rank), numbered(dim2, rank)
+    down, right = max(-offset, 0), max(offset, 0)
+    zero = call.graph.constant(0.0 if call.dtype.is_floating_point else 0)
+
+    def get(place: Place) -> int:
+        on = place[first] - down
+        if not isinstance(on, int) or not isinstance(place[second], int):
+            raise Refused("a diagonal along the rows of the batch is made")
+        if on < 0 or place[second] - right != on:
+            return zero
+        return x.at((*[i for d, i in enumerate(place) if d not in (first, second)], on))
+
+    return call.made(get)
+
+
+@_reads("tril")
+def _tril(call: Call, x: Elements, diagonal: int = 0) -> Elements:
+    return _triangle(call, x, lambda i, j: j - i <= diagonal)
+
+
+@_reads("triu")
+def _triu(call: Call, x: Elements, diagonal: int = 0) -> Elements:
+    return _triangle(call, x, lambda i, j: j - i >= diagonal)
+
+
+def _triangle(call: Call, x: Elements, inside: Callable[[Index, Index], bool]) -> Elements:
+    zero = call.graph.constant(0.0 if call.dtype.is_floating_point else 0)
+    return call.made(lambda place: x.at(place) if inside(place[-2], place[-1]) else zero)
+
+
+@_reads("unfold", "unfold_copy")
+def _unfold(call: Call, x: Elements, dimension: int, size: int, step: int) -> Elements:
+    dim = numbered(dimension, len(x.shape))
+    return call.made(lambda place: x.at((*place[:dim], place[dim] * step + place[-1], *place[dim + 1 : -1])))
+
+
+@_reads("repeat")
+def _repeat(call: Call, x: Elements, repeats: Sequence[int]) -> Elements:
+    times = repeats[len(repeats) - len(x.shape) :]
+
+    def get(place: Place) -> int:
+        inner = place[len(place) - len(x.shape) :]
+        return x.at(tuple([i if n == 1 else i % size for i, size, n in zip(inner, x.shape, times, strict=True)]))
+
+    return call.made(get)

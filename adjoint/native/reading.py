@@ -9,7 +9,6 @@ independent.
 from __future__ import annotations
 
 import contextlib
-import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,19 +17,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from .elements import Call, Constant, Elements, Place, Refused, Tables
 from .expressions import Graph
 from .operators import READERS
 from .rows import Along, Index, Unlike, flat, strides
-from .tracing import Trace, Untraceable, trace
+from .tracing import Node, Result, Trace, Untraceable, trace
 
 __all__ = ["MOST_NODES", "Reading", "Unreadable", "read"]
 
 #: larger graphs are not read: matrix products are better left to libraries
 MOST_NODES = 400_000
 _DEPTH = 50_000
+_READ = frozenset(READERS)
 
 
 class Unreadable(Exception):
@@ -78,14 +77,24 @@ def read(function: Callable[..., Tensor], t: Tensor, y: Tensor, inputs: Sequence
         Unreadable: an operator, or a use of one, that is not read; a value that decides what is done; rows that depend on each other.
     """
     try:
-        traced = trace(function, [t, y, *inputs], frozenset(READERS))
+        traced = trace(function, [t, y, *inputs], _READ)
+        reader, outputs = _read(traced, t, y, inputs, batched)
+        if traced.plain:
+            # PyTorch's own derivatives may hide numbers: they must come out the same for others
+            others = [x + torch.rand_like(x) if x.is_floating_point() else x for x in (t, y, *inputs)]
+            again, same = _read(trace(function, others, _READ), t, y, inputs, batched)
+            if same != outputs or not reader.graph.equals(again.graph):
+                raise Unreadable("", "", "derivatives by torch.autograd inside of it hide numbers: use torch.func.grad")
     except Untraceable as error:
         raise Unreadable("", error.line, error.reason) from error
-    reader = _Reader(traced, t, y, inputs, batched)
-    with _deep():
-        outputs = reader.outputs()
     steps = tuple(reader.steps.get(k, 0) for k in range(len(inputs)))
     return Reading(reader.graph, outputs, steps, reader.tables.arrays(), frozenset(reader.operators))
+
+
+def _read(traced: Trace, t: Tensor, y: Tensor, inputs: Sequence[Tensor], batched: bool) -> tuple[_Reader, tuple[int, ...]]:
+    reader = _Reader(traced, t, y, inputs, batched)
+    with _deep():
+        return reader, reader.outputs()
 
 
 @contextlib.contextmanager
@@ -111,15 +120,17 @@ class _Reader:
         self._rows = y.shape[0] if batched else 1
         self._batched = batched
         self._width = prod(y.shape[1:])
-        self._known: dict[Node, Any] = {}
-        given = iter([self._time(t), self._state(y), *(self._input(k, x) for k, x in enumerate(inputs))])
-        for node in traced.module.graph.nodes:
-            self._known[node] = next(given) if node.op == "placeholder" else self._made(node)
+        self._known: dict[Node, list[Elements]] = {}
+        self._constants: dict[int, Constant] = {}
+        given = [self._time(t), self._state(y), *(self._input(k, x) for k, x in enumerate(inputs))]
+        for node, elements in zip(traced.inputs, given, strict=True):
+            self._known[node] = [elements]
+        for node in traced.nodes:
+            self._known[node] = self._made(node)
 
     def outputs(self) -> tuple[int, ...]:
         """Nodes of the result, of one trajectory or of all."""
-        (result,) = (node for node in self._trace.module.graph.nodes if node.op == "output")
-        out = self._known[result]
+        out = self._elements(self._trace.result)
         if not isinstance(out, Elements):
             raise Unreadable("", "", "the result is not one tensor")
         if out.dtype != self._dtype:
@@ -181,69 +192,37 @@ class _Reader:
 
     # operators
 
-    def _made(self, node: Node) -> Any:
-        """What a node of the trace stands for."""
-        if node.op == "get_attr":
-            return Constant(self.graph, self.tables, operator.attrgetter(str(node.target))(self._trace.module))
-        if node.op == "output":
-            return self._known_of(node.args[0])
-        if node.target is operator.getitem:
-            source = self._known[node.args[0]]  # type: ignore[index]
-            return source[int(node.args[1])] if isinstance(source, list) else source  # type: ignore[arg-type]
-        return self._constant(node) or self._called(node)
+    def _elements(self, x: Any) -> Any:
+        """An argument of an operator: tensors as their elements."""
+        if isinstance(x, Result):
+            return self._known[x.node][x.which]
+        if isinstance(x, Tensor):
+            known = self._constants.get(id(x))
+            if known is None:
+                known = self._constants[id(x)] = Constant(self.graph, self.tables, x)
+            return known
+        return [self._elements(i) for i in x] if isinstance(x, (list, tuple)) else x
 
-    def _known_of(self, x: Any) -> Any:
-        if isinstance(x, Node):
-            return self._known[x]
-        if isinstance(x, (list, tuple)):
-            return [self._known_of(i) for i in x]
-        return x
-
-    def _constant(self, node: Node) -> Any:
-        """Results of operators on constants are computed, whatever the operator."""
-        if not all(_is_constant(self._known[n]) for n in node.all_input_nodes):
-            return None
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            return None
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: _value(self._known[n]))
-        with torch.no_grad():
-            result = node.target(*args, **kwargs)  # type: ignore[operator]
-        if isinstance(result, Tensor):
-            return Constant(self.graph, self.tables, result)
-        if isinstance(result, (list, tuple)):
-            return [Constant(self.graph, self.tables, x) if isinstance(x, Tensor) else x for x in result]
-        return None
-
-    def _called(self, node: Node) -> Any:
+    def _made(self, node: Node) -> list[Elements]:
         """Results of an operator; what goes wrong is told when an element is asked for, for much of a trace is not needed."""
-        meta = node.meta.get("val")
-        parts = [x for x in meta if isinstance(x, Tensor)] if isinstance(meta, (list, tuple)) else [meta]
-        schema = getattr(node.target, "_schema", None)
-        name = schema.name.split("::")[-1] if schema is not None else getattr(node.target, "__name__", str(node.target))
-        line = self._trace.lines.get(node, "")
-        tensors = [x for x in parts if isinstance(x, Tensor)]
-        if len(tensors) != len(parts):
-            return None
-        reader = READERS.get(name)
-        call = Call(self.graph, self.tables, tuple(tuple(x.shape) for x in tensors), tuple(x.dtype for x in tensors))
+        call = Call(self.graph, self.tables, node.shapes, node.dtypes)
+        reader = READERS.get(node.name)
 
         def refused(reason: str) -> list[Elements]:
             def get(place: Place) -> int:
-                raise Unreadable(name, line, reason)
+                raise Unreadable(node.name, node.line, reason)
 
-            return [call.made(get, which) for which in range(len(parts))]
+            return [call.made(get, which) for which in range(len(node.shapes))]
 
         if reader is None:
-            made: Any = refused("there is no scalar form of this operator")
-        else:
-            try:
-                made = reader(call, *map(self._known_of, node.args), **{k: self._known_of(x) for k, x in node.kwargs.items()})
-            except (Refused, Unlike) as error:
-                made = refused(str(error))
-            except (TypeError, NotImplementedError) as error:
-                made = refused(f"this way of calling it is not read ({error})")
-        results = [self._watched(x, name, line, node in self._trace.stopped) for x in (made if isinstance(made, list) else [made])]
-        return results if isinstance(meta, (list, tuple)) else results[0]
+            return refused("there is no scalar form of this operator")
+        try:
+            made = reader(call, *map(self._elements, node.args), **{k: self._elements(x) for k, x in node.kwargs.items()})
+        except (Refused, Unlike) as error:
+            return refused(str(error))
+        except (TypeError, NotImplementedError) as error:
+            return refused(f"this way of calling it is not read ({error})")
+        return [self._watched(x, node.name, node.line, node.stopped) for x in (made if isinstance(made, list) else [made])]
 
     def _watched(self, made: Elements, name: str, line: str, stopped: bool) -> Elements:
         """Elements with what every operator has in common: its name noted, errors with its line, its type checked."""
@@ -262,16 +241,8 @@ class _Reader:
             if len(graph) > MOST_NODES:
                 raise Unreadable(name, line, f"more than {MOST_NODES} scalar operations")
             self.operators.add(name)
-            if foreign and graph.names[node] != "constant":
+            if foreign and graph.names[node] not in ("constant", "leaf", "look"):
                 raise Unreadable(name, line, f"it computes in {made.dtype}, where the state is of {self._dtype}")
             return graph.op("stop", node) if stopped else node
 
         return Elements(made.shape, made.dtype, get)
-
-
-def _is_constant(x: Any) -> bool:
-    return isinstance(x, Constant) or (isinstance(x, list) and bool(x) and all(map(_is_constant, x)))
-
-
-def _value(x: Any) -> Any:
-    return [_value(i) for i in x] if isinstance(x, list) else x.tensor

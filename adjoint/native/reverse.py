@@ -90,12 +90,20 @@ def _sel(g: Graph, node: int, args: tuple[int, ...], v: int) -> list[int | None]
 
 def _atan2(g: Graph, node: int, args: tuple[int, ...], v: int) -> list[int]:
     y, x = args
-    share = _over(g, v, g.op("add", _square(g, x), _square(g, y)))
+    size, zero = g.op("add", _square(g, x), _square(g, y)), g.constant(0.0)
+    share = g.op("sel", g.op("eq", size, zero), zero, _over(g, v, size))
     return [times(g, share, x), g.op("neg", times(g, share, y))]
 
 
 def _hypot(g: Graph, node: int, args: tuple[int, ...], v: int) -> list[int]:
     return [times(g, v, g.op("div", x, node)) for x in args]
+
+
+def _given(g: Graph, node: int, args: tuple[int, ...], v: int) -> list[int | None]:
+    found: list[int | None] = [None]
+    for slope in args[2::2]:
+        found += [times(g, v, slope), None]
+    return found
 
 
 RULES: dict[str, Rule] = {
@@ -108,6 +116,7 @@ RULES: dict[str, Rule] = {
     "max": _extreme("lt"),
     "min": _extreme("gt"),
     "sel": _sel,
+    "given": _given,
     "atan2": _atan2,
     "hypot": _hypot,
     "fmod": lambda g, node, args, v: [v, g.op("neg", times(g, v, g.op("trunc", g.op("div", *args))))],
@@ -166,11 +175,12 @@ class _Leading:
             elif name in _FLAT or g.types[n] != "float":
                 known[n] = False
             else:
-                new = [x for x in g.arguments[n] if x not in known]
+                arguments = g.arguments[n][1::2] if name == "given" else g.arguments[n]
+                new = [x for x in arguments if x not in known]
                 if new:
                     waiting += new
                     continue
-                known[n] = any(known[x] for x in g.arguments[n])
+                known[n] = any(known[x] for x in arguments)
             waiting.pop()
         return known[node]
 

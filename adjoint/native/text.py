@@ -98,7 +98,7 @@ class _Writer:
             node = waiting.pop()
             if node not in found:
                 found.add(node)
-                waiting += self._graph.arguments[node]
+                waiting += self._graph.parts(node)
         return sorted(found)
 
     def own(self, node: int) -> str:
@@ -109,14 +109,14 @@ class _Writer:
         """The statement of a node; "" for one that is written where it is used."""
         g = self._graph
         name, data = g.names[node], g.data[node]
-        self._is_shared[node] = all(self._is_shared[x] for x in g.arguments[node]) and self._given(name, data)
+        self._is_shared[node] = all(self._is_shared[x] for x in g.parts(node)) and self._given(name, data)
         if name == "constant":
             self._names[node] = _literal(data[0])
             return ""
         if name == "leaf":
             self._names[node] = self._leaf_name(data)
             return ""
-        if name == "stop":
+        if name in ("stop", "given"):
             self._names[node] = self._names[g.arguments[node][0]]
             return ""
         text = self._names[node] = f"{self._prefix}{node}"
@@ -153,6 +153,8 @@ class _Writer:
             case "search":
                 kind, k, base, count, right = data
                 return f"m_search({self._leaf_name((kind, k))},{base},{count},{'true' if right else 'false'},{alike[0]})"
+        if name == "pow" and (power := _power(g.value(arguments[1]))):
+            return power.format(names[0])
         if name in FUNCTIONS:
             return f"m_{name}({names[0]})"
         if name in _CALLED:
@@ -180,3 +182,15 @@ def _literal(value: float | int | bool) -> str:
     if math.isfinite(value):
         return f"R({value!r})"
     return "NOT_A_NUMBER" if value != value else "INFINITE" if value > 0 else "(-INFINITE)"
+
+
+def _power(exponent: float | int | bool | None) -> str:
+    """A constant exponent by products, roots and quotients, as ATen does; "" for others."""
+    if exponent == 0.5:
+        return "m_sqrt({})"
+    if exponent == -0.5:
+        return "(R(1)/m_sqrt({}))"
+    if exponent is None or exponent not in range(-8, 9):
+        return ""
+    product = f"m_pow{int(abs(exponent))}({{}})" if abs(exponent) > 1 else "{}"
+    return product if exponent > 0 else f"(R(1)/{product})"

@@ -1,4 +1,9 @@
-"""A function of tensors as a graph of ATen operators, with the line of the user's code at each of them."""
+"""A function of tensors as a list of ATen operators, with the line of the user's code at each of them.
+
+The function runs once, with real tensors, and what it does is written down below `torch.func.functionalize`, which makes writes in place
+vanish. What does not depend on its inputs is not written down: such tensors are constants. (``make_fx`` does as much and more, but imports
+compilers first, which takes seconds.)
+"""
 
 from __future__ import annotations
 
@@ -6,19 +11,25 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Trace", "Untraceable", "trace"]
+__all__ = ["Node", "Result", "Trace", "Untraceable", "trace"]
 
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_VALUE = "what is done depends on the value of a tensor (if, while, float(), .item()): use torch.where"
+#: methods that take numbers out of tensors
+_OUTWARD = frozenset(
+    {"tolist", "numpy", "item", "is_nonzero", "equal", "data_ptr", "untyped_storage", "storage", "__array__", "__dlpack__", "__reduce_ex__"}
+    | {"__float__", "__bool__", "__int__", "__index__", "__complex__"}
+)
 
 
 class Untraceable(Exception):
@@ -29,27 +40,53 @@ class Untraceable(Exception):
         self.reason, self.line = reason, line
 
 
-@dataclass
+class _Depends(Exception):
+    """A value decides what is done."""
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One call of an operator. Among its arguments stand `Result`s of earlier ones, and tensors, which are constants.
+
+    ``several``: it gives a list of tensors. ``stopped``: no derivative goes through it. An input has no ``target``.
+    """
+
+    name: str
+    target: Any
+    args: Any
+    kwargs: dict[str, Any]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    several: bool = False
+    line: str = ""
+    stopped: bool = False
+
+
+class Result(NamedTuple):
+    """One tensor that a node gives."""
+
+    node: Node
+    which: int = 0
+
+
+@dataclass(frozen=True)
 class Trace:
-    """Graph of a function; ``lines`` tells of its nodes where the user wrote them, and ``stopped`` which have no derivative."""
+    """Inputs and further nodes of a function in their order, and its result; ``plain``: not traced below `functionalize`."""
 
-    module: GraphModule
-    lines: dict[Node, str] = field(default_factory=dict)
-    stopped: set[Node] = field(default_factory=set)
-
-
-@functools.lru_cache(maxsize=4)
-def _decompositions(read: frozenset[str]) -> dict[Any, Callable[..., Any]]:
-    """Operators made of simpler ones, but for those that are read as they are."""
-    from torch._decomp import core_aten_decompositions
-
-    table = core_aten_decompositions()
-    return {op: table[op] for op in table if _name(op) not in read}
+    inputs: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+    result: Any
+    plain: bool
 
 
-def _name(op: Any) -> str:
-    schema = getattr(op, "_schema", None)
-    return "" if schema is None else schema.name.removeprefix("aten::")
+@functools.lru_cache(maxsize=1)
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Operators made of simpler ones."""
+    from torch._decomp import core_aten_decompositions, get_decompositions
+
+    aten = torch.ops.aten
+    more = get_decompositions([aten.native_batch_norm, aten.addr, aten._euclidean_dist])
+    return {**core_aten_decompositions(), **more}
 
 
 def _is_ours(path: str) -> bool:
@@ -75,88 +112,188 @@ def _line_of_error(error: BaseException) -> str:
     return line
 
 
-def _has_integer(index: Any) -> bool:
-    parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(i, Tensor) and i.dim() == 0 and i.dtype in (torch.int64, torch.int32) for i in parts)
+class _Recorder(TorchDispatchMode):
+    """Writes down operators on tensors that depend on the inputs."""
+
+    def __init__(self, read: frozenset[str]) -> None:
+        super().__init__()
+        self.nodes: list[Node] = []
+        self.line, self.stopped = "", False
+        self._read = read
+        self._known: dict[int, Result] = {}
+        self._kept: list[Tensor] = []  # a tensor that is gone could lend its number to another
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Newer PyTorch would import its compiler only to keep it away from here."""
+        return False
+
+    def given(self, x: Tensor) -> Node:
+        """An input."""
+        node = Node("", None, (), {}, (tuple(x.shape),), (x.dtype,))
+        self._note(x, Result(node))
+        return node
+
+    def _note(self, x: Tensor, result: Result) -> None:
+        self._known[id(x)] = result
+        self._kept.append(x)
+
+    def result_of(self, x: Any) -> Any:
+        """What a tensor is a result of; itself, if it is a constant or no tensor."""
+        return self._known.get(id(x), x)
+
+    def depends(self, *parts: Any) -> bool:
+        """Whether any tensor among parts depends on the inputs."""
+        return any(id(_inmost(x)) in self._known for x in tree_leaves(parts) if isinstance(x, Tensor))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[-1]
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        if not random and not self.depends(args, kwargs):
+            return func(*args, **kwargs)
+        if name in ("_local_scalar_dense", "item", "is_nonzero", "equal"):
+            raise _Depends(_VALUE)
+        if name.rstrip("_") not in self._read and not random:
+            with self:
+                out = _made_of_simpler(func, args, kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        self.write(name, func, args, kwargs, out)
+        return out
+
+    def write(self, name: str, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Write down a call whose result is known."""
+        several = isinstance(out, (list, tuple))
+        tensors = [x for x in (out if several else [out]) if isinstance(x, Tensor)]
+        if not tensors:
+            return
+        node = Node(
+            name, func, tree_map(self.result_of, args), tree_map(self.result_of, kwargs),
+            tuple(tuple(x.shape) for x in tensors), tuple(x.dtype for x in tensors), several, self.line, self.stopped,
+        )  # fmt: skip
+        self.nodes.append(node)
+        for which, x in enumerate(tensors):
+            self._note(x, Result(node, which))
+
+
+def _inmost(x: Tensor) -> Tensor:
+    """The tensor inside of the wrappers of function transforms."""
+    while True:
+        if torch._is_functional_tensor(x):
+            torch._sync(x)
+            x = torch._from_functional_tensor(x)
+        elif torch._C._functorch.is_functorch_wrapped_tensor(x):
+            x = torch._C._functorch.get_unwrapped(x)
+        else:
+            return x
+
+
+def _made_of_simpler(func: Any, args: Any, kwargs: Any) -> Any:
+    rule = _decompositions().get(func)
+    if rule is not None:
+        out = rule(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+    return func.decompose(*args, **kwargs)
+
+
+def _is_integer(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dim() == 0 and index.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 class _Lines(TorchFunctionMode):
-    """Writes down, for the operators that each call of the user's makes, its line and whether a derivative goes through it."""
+    """Tells the recorder, at each call of the user's, its line, and whether a derivative goes through it."""
 
-    def __init__(self) -> None:
+    def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
-        self.lines: dict[str, str] = {}
-        self.stopped: set[str] = set()
-        self._last: Node | None = None
+        self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # one number picked by a computed integer: indexing would ask for the value of the integer
-        if func is Tensor.__getitem__ and _has_integer(args[1]):
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            out = args[0][tuple(i.reshape(1) if _has_integer(i) else i for i in index)]
-            first = next(n for n, i in enumerate(index) if _has_integer(i))
-            out = _without_ones(out, index, first)
-        else:
-            out = func(*args, **(kwargs or {}))
-        mode = get_proxy_mode()
-        if mode is None:
-            return out
-        stops = func in _DETACHING or not torch.is_grad_enabled()
-        line = ""
-        for node in reversed(mode.tracer.graph.nodes):
-            if node is self._last or node.name in self.lines:
-                break
-            line = line or _line_of_frame()
-            self.lines[node.name] = line
-            if stops:
-                self.stopped.add(node.name)
-        return out
-
-
-def _without_ones(out: Tensor, index: tuple[Any, ...], first: int) -> Tensor:
-    """What advanced indexing by vectors of one element gives, without their dimension."""
-    if any(isinstance(i, Tensor) and i.dim() > 0 for i in index):
-        return out  # broadcast against longer ones
-    before = 0
-    for i in index[:first]:
-        if i is Ellipsis:
-            raise NotImplementedError("an index by ... and a computed integer")
-        before += not isinstance(i, int) or i is None
-    return out.squeeze(before)
+        kwargs = kwargs or {}
+        recorder = self._recorder
+        if getattr(func, "__name__", "") in _OUTWARD and recorder.depends(args, kwargs):
+            raise _Depends(_VALUE)
+        before = recorder.line, recorder.stopped
+        recorder.line = _line_of_frame() or recorder.line
+        recorder.stopped = func in _DETACHING or not torch.is_grad_enabled()
+        try:
+            if func is Tensor.__getitem__ and any(map(_is_integer, args[1] if isinstance(args[1], tuple) else args[1:])):
+                return _picked(*args)
+            return func(*args, **kwargs)
+        finally:
+            recorder.line, recorder.stopped = before
 
 
 _DETACHING = {Tensor.detach, Tensor.detach_, torch.detach, torch.detach_, Tensor.data.__get__}
 
 
+def _picked(x: Tensor, index: Any) -> Tensor:
+    """Indexing by computed integers, for which Python would ask for their value."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(i, Tensor) and i.dim() > 0 for i in parts) or Ellipsis in [i for i in parts if not isinstance(i, Tensor)]:
+        parts = tuple(i.reshape(1) if _is_integer(i) else i for i in parts)
+        return x[parts].squeeze(0) if all(_is_integer(i) or not isinstance(i, Tensor) for i in parts) else x[parts]
+    dim = 0
+    for i in parts:
+        if i is None:
+            x, dim = x.unsqueeze(dim), dim + 1
+        elif isinstance(i, slice):
+            x, dim = x[(slice(None),) * dim + (i,)], dim + 1
+        elif isinstance(i, Tensor):
+            x = x.index_select(dim, torch.where(i < 0, i + x.shape[dim], i).reshape(1)).squeeze(dim)
+        else:
+            x = x.select(dim, int(i))
+    return x
+
+
 def _traced(function: Callable[..., Any], tensors: Sequence[Tensor], read: frozenset[str], functional: bool) -> Trace:
-    lines = _Lines()
+    recorder = _Recorder(read)
+    inputs = tuple(recorder.given(x) for x in tensors)
 
-    def watched(*inputs: Tensor) -> Any:
-        with torch.enable_grad(), lines:
-            return function(*inputs)
+    def watched(*given: Tensor) -> Any:
+        with torch.enable_grad(), _Lines(recorder):
+            return function(*given)
 
-    whole = torch.func.functionalize(watched) if functional else watched
-    module = make_fx(whole, decomposition_table=_decompositions(read))(*tensors)
-    nodes = {node.name: node for node in module.graph.nodes}
-    return Trace(
-        module,
-        {nodes[name]: line for name, line in lines.lines.items() if name in nodes},
-        {nodes[name] for name in lines.stopped if name in nodes},
-    )
-
-
-def _with_grad(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function whose inputs require gradients, as those of a solve may."""
-    return lambda *inputs: function(*[x.requires_grad_() if x.is_floating_point() else x for x in inputs])
+    with recorder:
+        out = (torch.func.functionalize(watched) if functional else watched)(*tensors)
+    found = Trace(inputs, tuple(recorder.nodes), tree_map(recorder.result_of, out), not functional)
+    # what operators are made of may write in place in its turn
+    return _rewritten(found, tensors, read) if any(map(_writes, found.nodes)) and functional else found
 
 
 def _writes(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+    return node.target._schema.is_mutable
+
+
+def _rewritten(before: Trace, tensors: Sequence[Tensor], read: frozenset[str]) -> Trace:
+    """A trace without the writes in place of another: its operators once more."""
+    recorder = _Recorder(read)
+    inputs = tuple(recorder.given(x) for x in tensors)
+
+    def again(*given: Tensor) -> Any:
+        known: dict[Node, Any] = dict(zip(before.inputs, ([x] for x in given), strict=True))
+
+        def value(x: Any) -> Any:
+            return known[x.node][x.which] if isinstance(x, Result) else x
+
+        def values(x: Any) -> Any:
+            return tree_map(value, x, is_leaf=lambda q: isinstance(q, Result))
+
+        for node in before.nodes:
+            recorder.line, recorder.stopped = node.line, node.stopped
+            out = node.target(*values(node.args), **values(node.kwargs))
+            known[node] = list(out) if node.several else [out]
+        return values(before.result)
+
+    with recorder, torch.no_grad():
+        out = torch.func.functionalize(again)(*tensors)
+    return Trace(inputs, tuple(recorder.nodes), tree_map(recorder.result_of, out), before.plain)
 
 
 def trace(function: Callable[..., Any], tensors: Sequence[Tensor], read: frozenset[str]) -> Trace:
-    """The graph of ``function(*tensors)``, without writes in place; operators named in ``read`` are not made of simpler ones.
+    """The operators of ``function(*tensors)``, without writes in place; those named in ``read`` are not made of simpler ones.
 
     Raises:
         Untraceable: a value decides what is done (``if y[0] > 0``), or an operator cannot be traced.
@@ -165,18 +302,25 @@ def trace(function: Callable[..., Any], tensors: Sequence[Tensor], read: frozens
     try:
         return _traced(function, tensors, read, functional=True)
     except Exception as error:
-        try:
+        if "requires_grad" in str(error):
             # inner derivatives by torch.autograd cannot be taken inside of functionalize
-            plain = _traced(_with_grad(function), tensors, read, functional=False)
-        except Exception:
-            plain = None
-        if plain is not None and not any(map(_writes, plain.module.graph.nodes)):
-            return plain
+            plain = _plain(function, tensors, read)
+            if plain is not None:
+                return plain
         raise Untraceable(_reason(error), _line_of_error(error)) from error
+
+
+def _plain(function: Callable[..., Any], tensors: Sequence[Tensor], read: frozenset[str]) -> Trace | None:
+    """A trace of a function that takes derivatives by `torch.autograd`, if it writes nothing in place."""
+    try:
+        found = _traced(function, [x.requires_grad_() if x.is_floating_point() else x for x in tensors], read, functional=False)
+    except Exception:
+        return None
+    return None if any(map(_writes, found.nodes)) else found
 
 
 def _reason(error: Exception) -> str:
     text = str(error)
-    if "trying to get a value out of" in text or "item()" in text or "data-dependent" in text.lower():
-        return "what is done depends on the value of a tensor (if, while, float(), .item()): use torch.where"
+    if isinstance(error, _Depends) or "item()" in text or "data-dependent" in text.lower() or "data pointer" in text:
+        return _VALUE
     return f"it cannot be traced: {type(error).__name__}: {text.splitlines()[0][:200] if text else ''}"

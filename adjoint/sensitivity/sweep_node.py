@@ -19,6 +19,7 @@ from ..system.ownership import owned
 from .discrete import eager_sweep
 from .problem import Problem
 from .products import vjp
+from .replay import hands_on
 from .sweep import functional_sweep
 
 __all__ = ["swept"]
@@ -127,7 +128,8 @@ def _moved(problem: Problem, layout: _Layout, tensors: list[Tensor], dots: list[
 
     That is the gradient ``g`` of a sum of outputs, weighed by the cotangents, in times, first state and inputs ``z``; second derivatives
     are symmetric, so its tangent along ``z'`` is the gradient of ``<g, z'>``, and what the sweep gives for the cotangents' own tangents.
-    The first gradient takes the recorded states as independent: what it gives for them goes back through the steps, with the latter.
+    The first gradient takes the recorded states as independent, and the slopes that steps hand on: what it gives for them goes back
+    through the steps, with the latter.
     """
     grid, anchors, t_eval, inputs, _ = layout.arguments(tensors)
     grid_dot, anchors_dot, t_eval_dot, inputs_dot, bars_dot = layout.arguments(dots)  # type: ignore[arg-type]
@@ -135,10 +137,11 @@ def _moved(problem: Problem, layout: _Layout, tensors: list[Tensor], dots: list[
     along = [anchors_dot, t_eval_dot, None if states_dot is None else states_dot[0], *inputs_dot]
     wants = [want or dot is not None for want, dot in zip(layout.wants, along, strict=True)]
 
-    def sweep(states: Tensor, *some: Tensor) -> tuple[Tensor, ...]:
+    links = [layout.names.index(name) for name in (("states", "stages") if hands_on(problem.plan) else ("states",))]
+
+    def sweep(*some: Tensor) -> tuple[Tensor, ...]:
         merged = list(tensors)
-        merged[layout.names.index("states")] = states
-        for place, x in zip(places, some, strict=True):
+        for place, x in zip([*links, *places], some, strict=True):
             merged[place] = x
         found = functional_sweep(problem, *layout.arguments(merged), wants)
         return tuple(g for g, d in zip(_full(layout, merged, found), along, strict=True) if d is not None)
@@ -146,15 +149,17 @@ def _moved(problem: Problem, layout: _Layout, tensors: list[Tensor], dots: list[
     where = layout.sweep_places(tensors)
     smooth = [i for i, (place, want) in enumerate(zip(where, layout.wants, strict=True)) if place is not None and want]
     places = [place for i in smooth if (place := where[i]) is not None]
-    states_bar, direct = None, [None] * len(where)
-    if any(d is not None for d in along):
-        _, pull = vjp(sweep, grid["states"], *(tensors[i] for i in places))
-        states_bar, *rest = pull(tuple(d for d in along if d is not None))
-        for i, g in zip(smooth, rest, strict=True):
-            direct[i] = g
+    direct: list[Tensor | None] = [None] * len(where)
     moved = list(bars_dot)
-    if states_bar is not None:
-        moved[2] = states_bar if moved[2] is None else moved[2] + states_bar
+    if any(d is not None for d in along):
+        _, pull = vjp(sweep, *(tensors[i] for i in (*links, *places)))
+        found = pull(tuple(d for d in along if d is not None))
+        for i, g in zip(smooth, found[len(links) :], strict=True):
+            direct[i] = g
+        moved[2] = found[0] if moved[2] is None else moved[2] + found[0]
+        if len(links) > 1:
+            handed = _handed(found[1])
+            moved[3] = handed if moved[3] is None else moved[3] + handed
     if functorch_active() or any(x is not None and x.requires_grad for x in (*tensors, *moved)):
         through = functional_sweep(problem, grid, anchors, t_eval, inputs, moved, layout.wants)
     else:
@@ -162,6 +167,12 @@ def _moved(problem: Problem, layout: _Layout, tensors: list[Tensor], dots: list[
             through = _eager(problem, layout, grid, anchors, t_eval, inputs, moved)
     through = _full(layout, tensors, through)
     return [b if a is None else a + b for a, b in zip(direct, through, strict=True)]
+
+
+def _handed(bars: Tensor) -> Tensor:
+    """Cotangents ``(K, S, B, n)`` of the slopes with which steps begin as those of the last slopes of the steps before."""
+    last = torch.cat([bars[1:, :1], torch.zeros_like(bars[:1, :1])])
+    return torch.cat([torch.zeros_like(bars[:, :-1]), last], 1)
 
 
 def swept(

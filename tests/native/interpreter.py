@@ -1,4 +1,4 @@
-"""Scalar expressions computed by PyTorch, number by number."""
+"""Scalar expressions computed by PyTorch, all trajectories at once."""
 
 from __future__ import annotations
 
@@ -15,71 +15,71 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "neg": torch.neg, "pow": torch.pow,
     "max": torch.maximum, "min": torch.minimum, "fmod": torch.fmod, "remainder": torch.remainder, "floordiv": torch.floor_divide,
     "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge, "eq": torch.eq, "ne": torch.ne,
-    "and": torch.logical_and, "or": torch.logical_or, "not": torch.logical_not, "sel": torch.where, "stop": operator.pos,
-    "toint": lambda x: x.long(), "trigamma": lambda x: torch.polygamma(1, x), "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+    "and": torch.logical_and, "or": torch.logical_or, "not": torch.logical_not, "sel": torch.where,
+    "stop": operator.pos, "given": operator.pos, "toint": lambda x: x.long(), "trigamma": lambda x: torch.polygamma(1, x),
+    "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
 }  # fmt: skip
 
 
-def evaluated(graph: Graph, nodes: Sequence[int], leaf: Callable[[tuple], Tensor], array: Callable[[tuple], Tensor]) -> list[Tensor]:
-    """Values of nodes, from those of leaves (by their data) and of arrays (by kind and number)."""
+def evaluated(
+    graph: Graph, nodes: Sequence[int], dtype: torch.dtype, leaf: Callable[[tuple], Tensor], array: Callable[[tuple], Tensor]
+) -> list[Tensor]:
+    """Values of nodes, from those of leaves (by their data), and of arrays (by kind and number) with trajectories in front."""
     known: dict[int, Tensor] = {}
-    waiting = list(nodes)
-    needed: set[int] = set()
+    waiting, needed = list(nodes), set()
     while waiting:
         node = waiting.pop()
         if node not in needed:
             needed.add(node)
-            waiting += graph.arguments[node]
-    like = leaf(("like",))
+            waiting += graph.parts(node)
     for node in sorted(needed):
         name, data = graph.names[node], graph.data[node]
-        arguments = [known[x] for x in graph.arguments[node]]
+        parts = [known[x] for x in graph.parts(node)]
         if name == "constant":
-            dtype = {"float": like.dtype, "int": torch.int64, "bool": torch.bool}[graph.types[node]]
-            known[node] = torch.tensor(data[0], dtype=dtype)
+            known[node] = torch.tensor(data[0], dtype={"float": dtype, "int": torch.int64, "bool": torch.bool}[graph.types[node]])
         elif name == "leaf":
             known[node] = leaf(data)
         elif name == "look":
             kind, k, base, step, count = data
-            i = int(arguments[0])
-            known[node] = array((kind, k))[base + step * i] if 0 <= i < count else torch.tensor(torch.nan, dtype=like.dtype)
+            rows, i = torch.broadcast_tensors(array((kind, k)), parts[0].reshape(-1, 1))[0], parts[0].reshape(-1, 1)
+            found = rows.gather(1, (base + step * i.clamp(0, count - 1)).expand(len(rows), 1))
+            known[node] = torch.where((i >= 0) & (i < count), found, torch.nan)[:, 0]
         elif name == "search":
             kind, k, base, count, right = data
-            known[node] = torch.searchsorted(array((kind, k))[base : base + count].contiguous(), arguments[0], right=right)
+            rows = array((kind, k))[:, base : base + count]
+            values = parts[0].reshape(-1, 1).expand(max(len(rows), parts[0].numel()), 1)
+            known[node] = torch.searchsorted(rows.expand(len(values), -1).contiguous(), values.contiguous(), right=right)[:, 0]
+        elif name == "pow" and (exponent := graph.value(graph.arguments[node][1])) is not None:
+            known[node] = parts[0] ** float(exponent)
         elif name == "tofloat":
-            known[node] = arguments[0].to(like.dtype)
+            known[node] = parts[0].to(dtype)
         else:
-            known[node] = (_OPERATIONS.get(name) or getattr(torch, name))(*arguments)
+            known[node] = (_OPERATIONS.get(name) or getattr(torch, name))(*parts)
     return [known[node] for node in nodes]
 
 
-def value_of_row(
-    reading: Reading,
-    nodes: Sequence[int],
-    row: int,
-    t: Tensor,
-    y: Tensor,
-    inputs: Sequence[Tensor],
-    others: Mapping[str, Tensor] | None = None,
+def values(
+    reading: Reading, nodes: Sequence[int], t: Tensor, y: Tensor, inputs: Sequence[Tensor], others: Mapping[str, Tensor] | None = None
 ) -> Tensor:
-    """Nodes of one trajectory: ``t`` () or (B,), ``y`` (B, m); ``others``: leaves of other kinds, by their last index."""
-    flat = [x.reshape(-1) for x in inputs]
+    """Nodes of all trajectories, (B, nodes): ``t`` () or (B,), ``y`` (B, m); ``others``: leaves of other kinds, by their last index."""
+    rows = y.shape[0]
 
     def array(data: tuple) -> Tensor:
         kind, k = data
-        return reading.tables[k] if kind == "k" else flat[k][reading.strides[k] * row :]
+        if kind == "k":
+            return reading.tables[k][None]
+        return inputs[k].reshape(rows if reading.strides[k] else 1, -1).to(y.dtype)
 
     def leaf(data: tuple) -> Tensor:
         match data:
-            case ("like",):
-                return y
             case ("t",):
-                return (t if t.dim() == 0 else t[row]).to(y.dtype)
+                return t.to(y.dtype)
             case ("y", i):
-                return y.reshape(y.shape[0], -1)[row, i]
+                return y.reshape(rows, -1)[:, i]
             case ("a" | "k", _, j):
-                return array(data[:2])[j].to(y.dtype)
+                return array(data[:2])[:, j]
         assert others is not None
-        return others[data[0]][data[-1]]
+        return others[data[0]][..., data[-1]]
 
-    return torch.stack([x.to(y.dtype) for x in evaluated(reading.graph, nodes, leaf, array)])
+    found = evaluated(reading.graph, nodes, y.dtype, leaf, array)
+    return torch.stack([x.to(y.dtype).expand(rows) for x in found], -1)

@@ -8,7 +8,7 @@ import torch
 from adjoint.native.reading import Unreadable, read
 from adjoint.native.reverse import cotangents, jacobian
 
-from .interpreter import value_of_row
+from .interpreter import values
 
 torch.manual_seed(0)
 F64 = torch.float64
@@ -37,17 +37,19 @@ def test_values_and_derivatives(function, shape, stride):
     g = reading.graph
     slopes = cotangents(g, {node: g.leaf("v", i) for i, node in enumerate(reading.outputs)}, ("y", "a"))
     entries = jacobian(g, reading.outputs)
-    for row in (0, 3, 4):
-        assert torch.equal(value_of_row(reading, reading.outputs, row, t, y, [p]), out[row])
+    plain = (t, y.detach(), [p.detach()])
+    assert torch.equal(values(reading, reading.outputs, *plain), out)
+    found = values(reading, list(slopes.values()), *plain, {"v": v})
+    entry = dict(zip(entries, values(reading, list(entries.values()), *plain).T, strict=True))
+    for row in range(5):
         wanted = torch.autograd.grad((out[row] * v).sum(), [y, p], retain_graph=True)
-        got = dict(zip(slopes, value_of_row(reading, list(slopes.values()), row, t, y, [p], {"v": v}), strict=True))
-        for leaf, value in got.items():
+        for leaf, value in zip(slopes, found[row], strict=True):
             kind, *index = g.data[leaf]
             truth = wanted[0][row, index[0]] if kind == "y" else wanted[1].reshape(-1)[stride * row + index[1]]
             torch.testing.assert_close(value, truth)
         full = torch.autograd.functional.jacobian(lambda z, n=row: function(t, z, p)[n], y)[:, row]
-        for (i, j), node in entries.items():
-            torch.testing.assert_close(value_of_row(reading, [node], row, t, y, [p])[0], full[i, j])
+        for (i, j), value in entry.items():
+            torch.testing.assert_close(value[row], full[i, j])
             full[i, j] = 0
         assert not full.any()
 

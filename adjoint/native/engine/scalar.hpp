@@ -125,6 +125,15 @@ FN I m_search(const R* p, I base, I count, bool right, R v) {
   }
   return low;
 }
+#define POWERS(T) \
+  FN T m_pow2(T x) { return x * x; } \
+  FN T m_pow3(T x) { return x * x * x; } \
+  FN T m_pow4(T x) { return m_pow2(x * x); } \
+  FN T m_pow5(T x) { return m_pow2(x * x) * x; } \
+  FN T m_pow6(T x) { return m_pow3(x * x); } \
+  FN T m_pow7(T x) { return m_pow3(x * x) * x; } \
+  FN T m_pow8(T x) { return m_pow4(x * x); }
+POWERS(R)
 #ifndef W
 typedef R S;
 typedef I J;

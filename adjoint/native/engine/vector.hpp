@@ -13,6 +13,7 @@ FN J KI(I x) { return J{} + E(x); }
 FN J KI(J x) { return x; }
 FN M KM(bool x) { return M{} - E(x); }
 FN M KM(M x) { return x; }
+POWERS(S)
 FN S m_sel(M m, S a, S b) { return (S)((m & (M)a) | (~m & (M)b)); }
 FN J m_sel(M m, J a, J b) { return (m & a) | (~m & b); }
 FN S m_sel(bool m, S a, S b) { return m ? a : b; }

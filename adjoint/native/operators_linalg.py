@@ -1,0 +1,229 @@
+"""Readers of linear algebra with small matrices, by elimination written out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .elements import Call, Elements, Place, Reader, Refused, registering
+from .expressions import Graph
+
+__all__ = ["READERS"]
+
+READERS: dict[str, Reader] = {}
+_reads = registering(READERS)
+#: larger matrices are better left to libraries
+_LARGEST = 8
+#: determinants of matrices up to this size are written out, which has a derivative where they are zero
+_EXPANDED = 4
+Matrix = list[list[int]]
+
+
+def _matrix(x: Elements, batch: Place) -> Matrix:
+    rows, columns = x.shape[-2:]
+    return [[x.at((*batch, i, j)) for j in range(columns)] for i in range(rows)]
+
+
+def _check_size(n: int) -> None:
+    if n > _LARGEST:
+        raise Refused(f"linear algebra with a matrix of size {n} (at most {_LARGEST})")
+
+
+def _swap(g: Graph, first: Sequence[int], second: Sequence[int], swaps: int) -> tuple[list[int], list[int]]:
+    pairs = list(zip(first, second, strict=True))
+    return [g.op("sel", swaps, b, a) for a, b in pairs], [g.op("sel", swaps, a, b) for a, b in pairs]
+
+
+def eliminated(g: Graph, a: Matrix, b: Matrix) -> tuple[Matrix, Matrix, int]:
+    """Upper triangle, right-hand sides and sign of the permutation after elimination with pivots, which are chosen as numbers come."""
+    n = len(a)
+    rows = [[*x, *y] for x, y in zip(a, b, strict=True)]
+    sign, minus = g.constant(1.0), g.constant(-1.0)
+    for k in range(n):
+        for i in range(k + 1, n):
+            swaps = g.op("gt", g.op("abs", rows[i][k]), g.op("abs", rows[k][k]))
+            first, second = _swap(g, rows[k][k:], rows[i][k:], swaps)
+            rows[k][k:], rows[i][k:] = first, second
+            sign = g.op("sel", swaps, g.op("mul", sign, minus), sign)
+        for i in range(k + 1, n):
+            factor = g.op("div", rows[i][k], rows[k][k])
+            for j in range(k + 1, len(rows[i])):
+                rows[i][j] = g.op("sub", rows[i][j], g.op("mul", factor, rows[k][j]))
+    return [row[:n] for row in rows], [row[n:] for row in rows], sign
+
+
+def _substituted(g: Graph, u: Matrix, b: Matrix, upper: bool = True, unit: bool = False) -> Matrix:
+    """Solution of a triangular system."""
+    n = len(u)
+    x: Matrix = [[] for _ in range(n)]
+    for i in reversed(range(n)) if upper else range(n):
+        known = range(i + 1, n) if upper else range(i)
+        for c, right in enumerate(b[i]):
+            for j in known:
+                right = g.op("sub", right, g.op("mul", u[i][j], x[j][c]))
+            x[i].append(right if unit else g.op("div", right, u[i][i]))
+    return x
+
+
+def solved(g: Graph, a: Matrix, b: Matrix) -> Matrix:
+    """Solution of ``a x = b``."""
+    upper, right, _ = eliminated(g, a, b)
+    return _substituted(g, upper, right)
+
+
+def _expanded(g: Graph, a: Matrix) -> int:
+    """A determinant by its first row."""
+    if len(a) == 1:
+        return a[0][0]
+    if len(a) == 2:
+        return g.op("sub", g.op("mul", a[0][0], a[1][1]), g.op("mul", a[0][1], a[1][0]))
+    total = None
+    for j, head in enumerate(a[0]):
+        part = g.op("mul", head, _expanded(g, [row[:j] + row[j + 1 :] for row in a[1:]]))
+        total = part if total is None else g.op("sub" if j % 2 else "add", total, part)
+    assert total is not None
+    return total
+
+
+def _determinant(g: Graph, a: Matrix) -> int:
+    if len(a) <= _EXPANDED:
+        return _expanded(g, a)
+    upper, _, sign = eliminated(g, a, [[] for _ in a])
+    return g.total("mul", [sign, *(upper[i][i] for i in range(len(a)))])
+
+
+def _by_matrix(call: Call, x: Elements, function, rank: int = 2) -> Elements:
+    """Elements of the last ``rank`` dimensions from a function of the matrix before them, which is computed once."""
+    known: dict[Place, object] = {}
+
+    def get(place: Place) -> int:
+        batch = place[: len(place) - rank]
+        if batch not in known:
+            known[batch] = function(batch)
+        found = known[batch]
+        for i in place[len(place) - rank :]:
+            found = found[i]  # type: ignore[index]
+        return found  # type: ignore[return-value]
+
+    return call.made(get)
+
+
+def _identity(g: Graph, n: int) -> Matrix:
+    return [[g.constant(float(i == j)) for j in range(n)] for i in range(n)]
+
+
+def _with_info(call: Call, result: Elements, count: int) -> list[Elements]:
+    """A result and others that are not read."""
+
+    def refused(place: Place) -> int:
+        raise Refused("this result of a factorisation")
+
+    return [result, *(Elements(call.shapes[n], call.dtypes[n], refused) for n in range(1, count))]
+
+
+@_reads("linalg_inv_ex")
+def _inv(call: Call, x: Elements, *, check_errors: bool = False) -> list[Elements]:
+    n = x.shape[-1]
+    _check_size(n)
+    g = call.graph
+    return _with_info(call, _by_matrix(call, x, lambda batch: solved(g, _matrix(x, batch), _identity(g, n))), 2)
+
+
+@_reads("_linalg_det")
+def _det(call: Call, x: Elements) -> list[Elements]:
+    _check_size(x.shape[-1])
+    return _with_info(call, call.made(lambda place: _determinant(call.graph, _matrix(x, place))), 3)
+
+
+@_reads("_linalg_slogdet")
+def _slogdet(call: Call, x: Elements) -> list[Elements]:
+    g = call.graph
+    _check_size(x.shape[-1])
+
+    def sign(place: Place) -> int:
+        return g.op("sign", _determinant(g, _matrix(x, place)))
+
+    def size(place: Place) -> int:
+        return g.op("log", g.op("abs", _determinant(g, _matrix(x, place))))
+
+    return [call.made(sign), call.made(size, 1), *_with_info(call, call.made(sign), 4)[2:]]
+
+
+@_reads("_linalg_solve_ex")
+def _solve(call: Call, a: Elements, b: Elements, *, left: bool = True, check_errors: bool = False) -> list[Elements]:
+    g, n = call.graph, a.shape[-1]
+    _check_size(n)
+    vector = len(b.shape) == 1 or (len(b.shape) == len(a.shape) - 1 and b.shape == call.shape and call.shape[-1] == n)
+    vector = vector and len(call.shape) == len(a.shape) - 1
+
+    def by_batch(batch: Place) -> list:
+        matrix = [[a.spread((*batch, i, j)) for j in range(n)] for i in range(n)]
+        if vector:
+            return [row[0] for row in solved(g, matrix, [[b.spread((*batch, i))] for i in range(n)])]
+        rows, columns = b.shape[-2:]
+        right = [[b.spread((*batch, i, j)) for j in range(columns)] for i in range(rows)]
+        if left:
+            return solved(g, matrix, right)
+        return _turned(solved(g, _turned(matrix), _turned(right)))
+
+    return _with_info(call, _by_matrix(call, a, by_batch, 1 if vector else 2), 4)
+
+
+def _turned(a: Matrix) -> Matrix:
+    return [list(column) for column in zip(*a, strict=True)]
+
+
+@_reads("linalg_cholesky_ex")
+def _cholesky(call: Call, x: Elements, *, upper: bool = False, check_errors: bool = False) -> list[Elements]:
+    """The derivative is spread over both triangles, as ATen has it."""
+    g, n = call.graph, x.shape[-1]
+    _check_size(n)
+    half, zero = g.constant(0.5), g.constant(0.0)
+
+    def by_batch(batch: Place) -> Matrix:
+        a = _matrix(x, batch)
+        # values of the triangle that is asked for, derivatives of the symmetric part
+        pairs = [[(a[j][i], a[i][j]) if upper else (a[i][j], a[j][i]) for j in range(n)] for i in range(n)]
+        a = [[p if p == q else g.given(p, [(p, half), (q, half)]) for p, q in row] for row in pairs]
+        low: Matrix = [[zero] * n for _ in range(n)]
+        for j in range(n):
+            rest = a[j][j]
+            for k in range(j):
+                rest = g.op("sub", rest, g.op("mul", low[j][k], low[j][k]))
+            low[j][j] = g.op("sqrt", rest)
+            for i in range(j + 1, n):
+                rest = a[i][j]
+                for k in range(j):
+                    rest = g.op("sub", rest, g.op("mul", low[i][k], low[j][k]))
+                low[i][j] = g.op("div", rest, low[j][j])
+        return _turned(low) if upper else low
+
+    return _with_info(call, _by_matrix(call, x, by_batch), 2)
+
+
+@_reads("linalg_solve_triangular")
+def _solve_triangular(call: Call, a: Elements, b: Elements, *, upper: bool, left: bool = True, unitriangular: bool = False) -> Elements:
+    g, n = call.graph, a.shape[-1]
+    _check_size(n)
+
+    def by_batch(batch: Place) -> Matrix:
+        matrix = [[a.spread((*batch, i, j)) for j in range(n)] for i in range(n)]
+        right = [[b.spread((*batch, i, j)) for j in range(b.shape[-1])] for i in range(b.shape[-2])]
+        if left:
+            return _substituted(g, matrix, right, upper, unitriangular)
+        return _turned(_substituted(g, _turned(matrix), _turned(right), not upper, unitriangular))
+
+    return _by_matrix(call, a, by_batch)
+
+
+@_reads("cholesky_solve")
+def _cholesky_solve(call: Call, b: Elements, factor: Elements, upper: bool = False) -> Elements:
+    g, n = call.graph, factor.shape[-1]
+    _check_size(n)
+
+    def by_batch(batch: Place) -> Matrix:
+        matrix = [[factor.spread((*batch, i, j)) for j in range(n)] for i in range(n)]
+        low = _turned(matrix) if upper else matrix
+        right = [[b.spread((*batch, i, j)) for j in range(b.shape[-1])] for i in range(n)]
+        return _substituted(g, _turned(low), _substituted(g, low, right, upper=False), upper=True)
+
+    return _by_matrix(call, b, by_batch)
