@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..integrate.controller import PIDController
 from ..integrate.plan import Monitor, Plan, Record, rms_norm
-from ..system.system import System
+from ..system.system import System, VmappedSystem
 from .back import Cotangents, sweep_native
 from .build import NoCompiler
 from .emit import takes
@@ -24,11 +24,14 @@ __all__ = ["NativeSolve", "suits"]
 _remarked: set[tuple[Hashable, str]] = set()
 
 
-def suits(plan: Plan, system: object, y0: Tensor) -> str | None:
+def suits(plan: Plan, system: System | VmappedSystem, y0: Tensor) -> str | None:
     """Why a solve cannot be one of compiled code, as far as its plan tells; None where it can."""
     if not takes(plan.method):
         return f"method={plan.method.name!r} has no compiled form"
-    if not isinstance(system, System) or system.residual is not None or system.mass is not None or system.inner_grad or system.transforms:
+    base = system
+    while isinstance(base, VmappedSystem):
+        base = base.base
+    if base.residual is not None or base.mass is not None or base.inner_grad or base.transforms:
         return "fun is under a transform, or takes derivatives itself"
     if plan.events or plan.switch is not None:
         return "there are events, or a choice of methods"
@@ -55,7 +58,7 @@ class NativeSolve:
         self,
         key: Hashable,
         plan: Plan,
-        system: System,
+        system: System | VmappedSystem,
         batched: bool,
         inputs: Sequence[Tensor],
         y0: Tensor,
@@ -65,8 +68,7 @@ class NativeSolve:
     ) -> Record | None:
         """The solve, or None where the eager engine is to make it. ``derivatives``: a way back may follow."""
         reason = suits(plan, system, y0)
-        own = isinstance(system, System) and all(x is y for x, y in zip(inputs, system.inputs, strict=True))
-        if reason is not None or not own:
+        if reason is not None:
             return None
         try:
             found = recognise(key, system, plan.method, anchors[0].detach().to(plan.real), y0.detach(), inputs, batched)

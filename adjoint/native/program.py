@@ -151,7 +151,7 @@ def _address(loaded: ctypes.CDLL, name: str) -> int:
     return address
 
 
-def program_of(reading: Reading, method: Compiled, y0: Tensor, inputs: Sequence[Tensor], batched: bool) -> Program:
+def program_of(reading: Reading, method: Compiled, y0: Tensor, inputs: Sequence[Tensor]) -> Program:
     """The program of a right-hand side for states like ``y0`` (B, n) and inputs like these."""
     own = tuple(prod(x.shape[1:]) if stride else 0 for stride, x in zip(reading.strides, inputs, strict=True))
     numbers = tuple(x.numel() if not stride and x.is_floating_point() else 0 for stride, x in zip(reading.strides, inputs, strict=True))

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..methods import Method
-from ..system.system import StateSpec, System
+from ..system.system import StateSpec, System, VmappedSystem
+from .emit import Compiled
 from .program import Program, program_of
 from .reading import Unreadable, read
 
@@ -67,84 +67,124 @@ def _tracer(key: Hashable) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Recognised:
-    """A program with the tensors that it reads now.
-
-    ``slots``: for each of them its place among the inputs of the system, or None for a captured tensor that has none.
-    """
+    """A program with the tensors that it reads now, and for each of them its place among the inputs of the system; None: it has none, as
+    a captured tensor of which no derivative is known to be wanted."""
 
     program: Program
     tensors: tuple[Tensor, ...]
     slots: tuple[int | None, ...]
 
 
-def recognise(key: Hashable, system: System, method: Method, t: Tensor, y0: Tensor, inputs: Sequence[Tensor], batched: bool) -> Recognised:
-    """The program of a system's right-hand side; raises `Unreadable` where there is none, or what the tracer raises."""
-    spec = system.spec
+def recognise(
+    key: Hashable, system: System | VmappedSystem, method: Compiled, t: Tensor, y0: Tensor, inputs: Sequence[Tensor], batched: bool
+) -> Recognised:
+    """The program of a system's right-hand side.
+
+    ``t`` (B,) and ``y0`` (B, n) are those of all trajectories. Raises `Unreadable` where there is none, or what the tracer raises.
+    """
+    base, levels = _unmapped(system)
+    spec = base.spec
     if spec.holds_complex or spec.split or any(d != spec.dtype for d in spec.dtypes):
-        raise Unreadable("", "", "it is complex, or its leaves differ in dtype")
-    time = t if batched else t.reshape(())
-    state = spec.unflatten(y0)
+        raise Unreadable("", "", "the state is complex, or its leaves differ in dtype")
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in base.captured):
+        raise Unreadable("", "", "fun captures a tensor of a transform around the solve (pass it through args=)")
+    # of one copy
+    given = [_first(x, [dims[k] for _, dims in levels]) for k, x in enumerate(inputs)]
+    time = t[: base.rows] if base.spec.batch is not None else t[0]
+    state = spec.unflatten(y0[: base.rows])
     _ear.heard = []
     with torch.no_grad():
-        result = _tracer(key)(system.fun, time, state, system.arguments(inputs))
+        result = _tracer(key)(base.fun, time, state, base.arguments(given))
     if len(_ear.heard) != 1:
         raise Unreadable("", "", "it is no single graph")
     graph, tensors, stand_ins = _ear.heard.pop()
-    leaves = tree_flatten(state)[0]
-    known = {id(time): ("t", 0)} | {id(x): ("y", i) for i, x in enumerate(leaves)}
-    places, given = [], []
-    for x in tensors:
-        if id(x) in known:
-            places.append(known[id(x)])
-        else:
-            known[id(x)] = ("input", len(given))
-            places.append(known[id(x)])
-            given.append(x)
-    results = []
-    for x in tree_flatten(result)[0]:
-        index = next((i for i, made in enumerate(stand_ins) if made is x), None)
-        if index is not None:
-            results.append(("out", index))
-        elif id(x) in known:
-            results.append(known[id(x)])
-        else:
-            raise Unreadable("", "", "its result is made outside of what was traced")
+    captured = len(inputs) - len(base.captured)
     # a tensor that is an input twice gets its whole cotangent the first time
-    slot = {id(x): k for k, x in reversed(list(enumerate(inputs)))}
-    layout = (tuple(places), tuple(results), method, batched, tuple(y0.shape), y0.dtype, spec.shapes, spec.tree)
+    slot = {id(x): captured + k for k, x in reversed(list(enumerate(base.captured)))}
+    slot |= {id(x): k for k, x in reversed(list(enumerate(given[:captured])))}
+    known = {id(time): ("t", 0)} | {id(x): ("y", i) for i, x in enumerate(tree_flatten(state)[0])}
+    places: list[tuple[str, int]] = []
+    read_from: list[Tensor] = []
+    for x in tensors:
+        if id(x) not in known:
+            known[id(x)] = ("input", len(read_from))
+            read_from.append(x)
+        places.append(known[id(x)])
+    results = [_place(x, stand_ins, known) for x in tree_flatten(result)[0]]
+    slots = tuple(slot.get(id(x)) for x in read_from)
+    values = [x if k is None else inputs[k] for k, x in zip(slots, read_from, strict=True)]
+    dims = [(size, tuple(None if k is None else of[k] for k in slots)) for size, of in levels]
+    layout = (tuple(places), tuple(results), method, batched, tuple(y0.shape), spec, tuple(dims), tuple((x.shape, x.dtype) for x in values))
     found = graph.programs.get(layout)
     if found is None:
+        flat = _mapped(_flat(graph.module, places, results, spec), dims, base)
         try:
-            found = _program(graph.module, places, results, spec, method, time, y0, given, batched)
+            found = _program(flat, method, t if batched else t[0], y0, values, batched)
         except Unreadable as error:
             found = error
         graph.programs[layout] = found
     if isinstance(found, Exception):
         raise found
-    return Recognised(found, tuple(given), tuple(slot.get(id(x)) for x in given))
+    return Recognised(found, tuple(values), slots)
+
+
+def _unmapped(system: System | VmappedSystem) -> tuple[System, list[tuple[int, tuple[int | None, ...]]]]:
+    """The system of one copy, and sizes and mapped inputs of the ``torch.vmap`` around, the outermost first."""
+    levels = []
+    while isinstance(system, VmappedSystem):
+        levels.append((system.size, system.in_dims))
+        system = system.base
+    return system, levels
+
+
+def _first(x: Tensor, dims: Sequence[int | None]) -> Tensor:
+    """An input of the first copy."""
+    for dim in dims:
+        x = x if dim is None else x.select(dim, 0)
+    return x
+
+
+def _place(x: Any, stand_ins: Sequence[Tensor], known: dict[int, tuple[str, int]]) -> tuple[str, int]:
+    """Where a tensor of the result comes from."""
+    for i, made in enumerate(stand_ins):
+        if made is x:
+            return "out", i
+    if id(x) not in known:
+        raise Unreadable("", "", "its result is made outside of what was traced")
+    return known[id(x)]
+
+
+def _flat(module: GraphModule, places: Sequence[tuple[str, int]], results: Sequence[tuple[str, int]], spec: StateSpec) -> Callable[..., Tensor]:
+    """``f(t, y, *inputs)`` with ``y`` (rows, n), of a traced function."""
+
+    def flat(t: Tensor, y: Tensor, *inputs: Tensor) -> Tensor:
+        values: dict[str, Sequence[Tensor]] = {"t": [t], "y": tree_flatten(spec.unflatten(y))[0], "input": inputs}
+        values["out"] = module(*(values[kind][i] for kind, i in places))
+        return spec.flatten(tree_unflatten([values[kind][i] for kind, i in results], spec.tree))
+
+    return flat
+
+
+def _mapped(flat: Callable[..., Tensor], levels: Sequence[tuple[int, tuple[int | None, ...]]], base: System) -> Callable[..., Tensor]:
+    """The same of all copies at once."""
+    if not levels:
+        return flat
+    rows, lone = base.rows, base.spec.batch is None
+    inner = (lambda t, y, *xs: flat(t.reshape(()), y, *xs)) if lone else flat
+    for _, dims in reversed(levels):
+        inner = torch.vmap(inner, in_dims=(0, 0, *dims))
+    sizes = [size for size, _ in levels]
+
+    def every(t: Tensor, y: Tensor, *xs: Tensor) -> Tensor:
+        return inner(t.reshape(*sizes, rows), y.reshape(*sizes, rows, -1), *xs).flatten(0, len(sizes))
+
+    return every
 
 
 def _program(
-    module: GraphModule,
-    places: Sequence[tuple[str, int]],
-    results: Sequence[tuple[str, int]],
-    spec: StateSpec,
-    method: Method,
-    t: Tensor,
-    y0: Tensor,
-    given: Sequence[Tensor],
-    batched: bool,
+    flat: Callable[..., Tensor], method: Compiled, t: Tensor, y0: Tensor, given: Sequence[Tensor], batched: bool
 ) -> Program:
     for x in given:
         if x.is_complex() or (x.is_floating_point() and x.dtype != y0.dtype):
-            raise Unreadable("", "", f"a tensor of dtype {x.dtype} beside a state of {y0.dtype}")
-
-    def flat(t: Tensor, y: Tensor, *inputs: Tensor) -> Tensor:
-        leaves = tree_flatten(spec.unflatten(y))[0]
-        values = {"t": [t], "y": leaves, "input": inputs}
-        outs = module(*(values[kind][i] for kind, i in places))
-        values["out"] = outs
-        return spec.flatten(tree_unflatten([values[kind][i] for kind, i in results], spec.tree))
-
-    reading = read(flat, t, y0, given, batched)
-    return program_of(reading, method, y0, given, batched)  # type: ignore[arg-type]
+            raise Unreadable("", "", f"it uses a tensor of {x.dtype} beside a state of {y0.dtype}")
+    return program_of(read(flat, t, y0, given, batched), method, y0, given)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..system.system import System
 from .discrete import anchors_bar, eager_sweep, mapped
 from .problem import Problem
 
@@ -23,12 +22,11 @@ def first_sweep(
     wants: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """The arguments and results of `eager_sweep`."""
-    system, plan = problem.system, problem.plan
+    plan = problem.plan
     timed = bool(wants[0] or wants[1])
-    own = isinstance(system, System) and all(x is y for x, y in zip(inputs, system.inputs, strict=True))
     # a span of no length has a step of no length, whose derivatives in the times are those of any step
     empty = timed and bool((anchors[0] == anchors[-1]).any())
-    if not own or empty or mapped(bars):
+    if empty or mapped(bars):
         return eager_sweep(problem, grid, anchors, t_eval, inputs, bars, wants)
     found = problem.native.backward(plan, grid, anchors, t_eval, len(inputs), bars, timed)
     if found is None:

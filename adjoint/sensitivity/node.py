@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..integrate import rms_norm
 from ..linalg.forward_mode import unviewed
+from ..native.entry import NativeSolve
 from ..system.capture import alive, below_jvp, below_vmap, functorch_active, jvp_active
 from ..system.ownership import owned
 from ..system.rewriting import naming_writes
@@ -130,11 +132,12 @@ class SolveNode(torch.autograd.Function):
             plan,
             rtol=spread(plan.rtol),
             atol=spread(plan.atol),
-            norm=lambda x: torch.vmap(norm)(x.reshape(size, rows, -1)).reshape(-1),
+            # that of rows is the same for any number of them
+            norm=norm if norm is rms_norm else lambda x: torch.vmap(norm)(x.reshape(size, rows, -1)).reshape(-1),
             events=tuple(replace(event, bind=partial(system.mapped, event.bind)) for event in plan.events),
             event_counts=None if counts is None else columns(counts, 0),
         )
-        mapped = replace(problem, system=system, plan=plan, batched=True)
+        mapped = replace(problem, system=system, plan=plan, batched=True, native=NativeSolve())
         out = SolveNode.apply(
             mapped,
             columns(anchors, anchors_dim),

@@ -109,10 +109,7 @@ class Problem:
     def _by_native(self, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor, t_eval: Tensor | None) -> Record | None:
         """The solve by compiled code; None where it cannot be, or where steps have to be looked after (see `Companion`)."""
         derivatives = self.derivatives and (self.plan.keep_states or self.plan.keep_grid)
-        system = self.system
-        if not isinstance(system, System):
-            return None
-        record = self.native.forward(self.plan.compile, self.plan, system, self.batched, inputs, y0, anchors, t_eval, derivatives)
+        record = self.native.forward(self.plan.compile, self.plan, self.system, self.batched, inputs, y0, anchors, t_eval, derivatives)
         if record is None or (derivatives and rests(record)):
             self.native.recognised = None
             return None
