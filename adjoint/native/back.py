@@ -42,7 +42,8 @@ def sweep_native(
     states = grid["states"].detach()
     n_steps, rows = grid["t"].shape
     engine = program.engine(program.lanes(rows))
-    keep = {name: grid[name].detach().contiguous() for name in ("t", "h", "segment", "lands", "status", "sample_step")}
+    names = ("t", "h", "status", "sample_step", *(("segment", "lands") if anchors.shape[0] > 2 else ()))
+    keep = {name: grid[name].detach().contiguous() for name in names}
     keep |= {"states": states.contiguous(), "anchors": anchors.detach().contiguous()}
     if program.method.implicit:
         keep["stages"] = grid["stages"].detach().contiguous()

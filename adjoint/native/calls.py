@@ -47,7 +47,6 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("long", "shrink_accepted"),
     ("long", "predictive"),
     ("long", "remembers"),
-    ("long", "single_powers"),
     ("long", "shift"),  # 0: no jumps, 1: at inner anchors, 2: at all
     ("long", "guesses"),  # whether iterations may begin with the step before
     ("long", "keep_grid"),

@@ -78,7 +78,7 @@ class NativeSolve:
             values = [x.detach().to(y0.dtype).contiguous() for x in found.tensors]
             if derivatives:
                 values = [v.clone() if v.data_ptr() == x.data_ptr() else v for v, x in zip(values, found.tensors, strict=True)]
-            record = run_native(found.program, plan, anchors, t_eval, y0, values, not batched)
+            record = run_native(found.program, plan, anchors, t_eval, y0, values)
         except (Unreadable, NoCompiler) as error:
             reason = str(error)
         except Exception as error:  # tracers raise whatever they like: the eager engine says what is wrong, if anything is

@@ -21,7 +21,7 @@ __all__ = ["Engine", "Program", "program_of"]
 
 _CONTEXT = "struct Ctx { const R* const* u; const S* const* a; const R* const* k; S* const* b; };"
 #: bytes of a vector of trajectories, and fewest trajectories for which there are vectors
-_VECTOR, _FEWEST = 32, 16
+_VECTOR, _FEWEST = 64, 16
 
 
 @dataclass(frozen=True)

@@ -55,15 +55,16 @@ def _tolerance(x: float | Tensor, y0: Tensor) -> tuple[Tensor, int, int]:
     return spread, y0.shape[1], 1
 
 
-def _controller(plan: Plan, lone: bool) -> dict[str, Any]:
+def _controller(plan: Plan) -> dict[str, Any]:
     c: PIDController = plan.control
     names = ("safety", "min_factor", "max_factor", "pcoeff", "icoeff", "dcoeff", "shrink_accepted", "predictive", "remembers")
-    return {name: getattr(c, name) for name in names} | {"single_powers": not lone}
+    return {name: getattr(c, name) for name in names}
 
 
-def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor], lone: bool) -> Record:
-    """Solve; the arguments are those of the eager loops. ``inputs``: contiguous, in the dtype of the state. ``lone``: powers of errors are
-    taken as for one trajectory."""
+def run_native(
+    program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]
+) -> Record:
+    """Solve; the arguments are those of the eager loops. ``inputs``: contiguous, in the dtype of the state."""
     rows, n = y0.shape
     everything = len(program.method.tableau.dense)
     engine = program.engine(program.lanes(rows))
@@ -74,6 +75,8 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
     keep_grid = plan.keep_states or plan.keep_grid or plan.keep_stages
     room = program.room.get(rows, _ROOM) if keep_grid else 0
     room = min(room, plan.max_steps)
+
+    several = anchors.shape[0] > 2
 
     def whole(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int64)
@@ -87,8 +90,9 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
             "stages": y0.new_empty((steps, everything, rows, n) if plan.keep_stages else (0, everything, rows, n)),
             "t": double(steps, rows),
             "h": double(steps, rows),
-            "segment": whole(steps, rows),
-            "lands": torch.empty((steps, rows), dtype=torch.bool),
+            # of one segment there is nothing to tell
+            "segment": whole(steps, rows) if several else whole(0, rows),
+            "lands": torch.empty((steps if several else 0, rows), dtype=torch.bool),
         }
 
     out = {name: y0.new_empty(y0.shape) for name in ("final", "last", "scaled")}
@@ -127,7 +131,7 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
             accept_smallest=plan.accept_smallest,
             adaptive=plan.method.adaptive,
             least_rtol=4 * torch.finfo(y0.dtype).eps / STAGE_TOLERANCE,
-            **_controller(plan, lone),
+            **_controller(plan),
             shift=SHIFTS[plan.shift] if plan.shift == "all" or anchors.shape[0] > 2 else 0,
             guesses=not plan.keep_grid,
             keep_grid=keep_grid,
@@ -154,6 +158,11 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
         steps = {name: x[: most + (name == "states")] if x.shape[0] else x for name, x in steps.items()}
         if 2 * most < room and sum(x.nbytes for x in steps.values()) > _LARGE:
             steps = {name: x.clone() for name, x in steps.items()}
+    if not several:
+        steps["segment"] = torch.zeros((1, 1), dtype=torch.int64).expand(most, rows)
+        # at its end the last step lands
+        ends = torch.where(out["status"] >= 0, out["n_accepted"] - 1, -1)
+        steps["lands"] = torch.arange(most).unsqueeze(-1) == ends
     work = out.pop("work")
     return Record(
         scaled_error=out.pop("scaled"),

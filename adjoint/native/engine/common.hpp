@@ -15,7 +15,6 @@ FN R beside(R x, double toward) { return __builtin_nextafterf(x, (R)toward); }
 #else
 FN R beside(R x, double toward) { return __builtin_nextafter(x, toward); }
 #endif
-FN double power(double x, double p, int single) { return single ? (double)__builtin_powf((float)x, (float)p) : __builtin_pow(x, p); }
 
 // b_i(theta) of the dense output, and their slopes
 FN void dense_weights(double theta, double* w) {

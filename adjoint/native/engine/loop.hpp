@@ -52,6 +52,7 @@ struct Loop {
   S *y, *y1, *k1, *ks, *rtol, *atol, *size, *error, *other, *srtol, *satol;
   Attempt a;
   double t[W], step[W], wanted[W], target[W], end[W], h[W], error1[W], error2[W], sign[W];
+  double due[W];  // the time of the next sample, in the direction of integration
   long row[W], segment[W], attempts[W], accepted[W], n_fun[W], next[W];
   bool live[W], lands[W], rejected[W], bad[W], jump[W], jumps_end[W];
 
@@ -83,10 +84,16 @@ struct Loop {
   double anchor(int l, long i) const { return q.anchors[i * q.rows + row[l]]; }
   long sample(int l, long i) const { return q.order ? q.order[i * q.rows + row[l]] : i; }
   double sample_time(int l, long i) const { return q.t_eval[sample(l, i) * q.rows + row[l]]; }
+  void to_next_sample(int l) { due[l] = next[l] < q.n_samples ? sign[l] * sample_time(l, next[l]) : __builtin_inf(); }
+  void to_next_anchor(int l) {
+    while (segment[l] < q.n_anchors - 1 && anchor(l, segment[l] + 1) == t[l] && (accepted[l] || segment[l] < q.n_anchors - 2)) segment[l]++;
+    if (segment[l] < q.n_anchors - 1) target[l] = anchor(l, segment[l] + 1);
+  }
   void write_sample(int l, const S* v, long in_step) {
     const long i = sample(l, next[l]++) * q.rows + row[l];
     for (int n = 0; n < N; n++) q.samples[i * N + n] = get(v[n], l);
     q.sample_step[i] = in_step;
+    to_next_sample(l);
   }
 
   void finish(int l, long status) {
@@ -136,7 +143,8 @@ struct Loop {
       a.last_h[l] = 0;
       error1[l] = error2[l] = 1;
       for (int n = 0; n < N; n++) { put(error[n], l, R(0)); put(size[n], l, R(1)); }
-      while (segment[l] < q.n_anchors - 2 && anchor(l, segment[l] + 1) == t[l]) segment[l]++;
+      to_next_anchor(l);
+      to_next_sample(l);
       for (int n = 0; n < N && q.keep_states; n++) q.states[row[l] * N + n] = get(y[n], l);
     }
     if (!some) return;
@@ -175,7 +183,7 @@ struct Loop {
     for (int l = 0; l < W; l++) if (fresh[l]) {
       if (guess) {
         const double worst = most(d1[l], (double)get(room_, l) / h0[l]);
-        const double next_guess = worst <= 1e-15 ? most(h0[l] * 1e-3, 1e-6) : power(0.01 / worst, 1.0 / (ERROR_ORDER + 1), 0);
+        const double next_guess = worst <= 1e-15 ? most(h0[l] * 1e-3, 1e-6) : __builtin_pow(0.01 / worst, 1.0 / (ERROR_ORDER + 1));
         const double x = least(100 * h0[l], next_guess);
         step[l] = finite(x) && x > 0 ? x : h0[l];
         if (!(step[l] >= q.min_step)) step[l] = step[l] != step[l] ? step[l] : q.min_step;
@@ -194,7 +202,6 @@ struct Loop {
   bool aim(int l) {
     h[l] = 0; jumps_end[l] = false;
     if (!live[l]) return false;
-    target[l] = anchor(l, segment[l] + 1);
     double s = step[l];
     if (q.max_step < __builtin_inf()) s = least(s, q.max_step);
     if (q.accept_smallest) s = most(s, q.min_step);
@@ -213,6 +220,8 @@ struct Loop {
     return true;
   }
 
+  // powers of doubles are slow: of many trajectories they are taken in single precision
+  static double power(double x, double p) { return W == 1 ? __builtin_pow(x, p) : (double)__builtin_powf((float)x, (float)p); }
   // the error test, and the size of the next step; true: accepted
   bool judge(int l, double e) {
     const double length = __builtin_fabs(h[l]);
@@ -221,14 +230,14 @@ struct Loop {
     const bool passed = e <= 1.0 || (!bad[l] && smallest);
     const double level = bad[l] ? 1e30 : least(most(e, 1e-10), 1e30);
     const double order = ERROR_ORDER + 1;
-    double up, down;
-    down = least(most(q.safety * power(level, -1.0 / order, q.single_powers), q.min_factor), q.safety);
-    if (!q.remembers && q.icoeff == 1.0) up = q.safety * power(level, -1.0 / order, q.single_powers);
-    else {
-      up = q.safety * power(level, -(q.pcoeff + q.icoeff + q.dcoeff) / order, q.single_powers);
-      if (q.predictive && error2[l] < 0) up *= least(1.0, length / -error2[l] * power(error1[l] / level, 1.0 / order, q.single_powers));
-      if (q.pcoeff || q.dcoeff) up *= power(error1[l], (q.pcoeff + 2 * q.dcoeff) / order, q.single_powers);
-      if (q.dcoeff) up *= power(error2[l], -q.dcoeff / order, q.single_powers);
+    const double factor = q.safety * power(level, -1.0 / order);
+    double up = factor;
+    const double down = least(most(factor, q.min_factor), q.safety);
+    if (q.remembers || q.icoeff != 1.0) {
+      up = q.safety * power(level, -(q.pcoeff + q.icoeff + q.dcoeff) / order);
+      if (q.predictive && error2[l] < 0) up *= least(1.0, length / -error2[l] * power(error1[l] / level, 1.0 / order));
+      if (q.pcoeff || q.dcoeff) up *= power(error1[l], (q.pcoeff + 2 * q.dcoeff) / order);
+      if (q.dcoeff) up *= power(error2[l], -q.dcoeff / order);
     }
     up = least(most(up, q.shrink_accepted ? q.min_factor : 1.0), q.max_factor);
     if (rejected[l]) up = least(up, 1.0);
@@ -288,10 +297,7 @@ struct Loop {
         }
         if (!passed[l]) continue;
         any = true;
-        if (next[l] < q.n_samples && sign[l] * (sample_time(l, next[l]) - end[l]) <= 0) {
-          for (long i = next[l]; i < q.n_samples && sign[l] * (sample_time(l, i) - end[l]) <= 0; i++)
-            if (sample_time(l, i) != end[l]) { dense = true; break; }
-        }
+        if (due[l] < sign[l] * end[l]) dense = true;
       }
       if (any) accept(passed, times, hs, k_end, end_known, dense);
     }
@@ -311,9 +317,10 @@ struct Loop {
       for (int l = 0; l < W; l++) if (passed[l]) n_fun[l] += ALL - STAGES - NEXT_FIRST;
     }
     bool ended = false, jumped = false;
+    const M on = mask_of(passed);
     for (int l = 0; l < W; l++) {
       if (!passed[l]) continue;
-      while (next[l] < q.n_samples && sign[l] * (sample_time(l, next[l]) - end[l]) <= 0) {
+      while (due[l] <= sign[l] * end[l]) {
         const double when = sample_time(l, next[l]);
         if (when == end[l]) { write_sample(l, y1, accepted[l]); continue; }
         double w[ALL];
@@ -326,10 +333,11 @@ struct Loop {
         }
         q.sample_step[i] = accepted[l];
         next[l]++;
+        to_next_sample(l);
       }
       if (q.keep_grid) {
         Place p = place_of(q, tape, accepted[l], row[l]);
-        *p.t = t[l]; *p.h = h[l]; *p.segment = segment[l]; *p.lands = lands[l];
+        *p.t = t[l]; *p.h = h[l]; if (q.n_anchors > 2) { *p.segment = segment[l]; *p.lands = lands[l]; }
         if (q.keep_states) for (int n = 0; n < N; n++) p.state[n] = get(y1[n], l);
         if (q.keep_stages) for (int s = 0; s < ALL; s++) for (int n = 0; n < N; n++) p.stages[s * q.rows * N + n] = get(ks[s * N + n], l);
       }
@@ -338,12 +346,12 @@ struct Loop {
       if (RECORDED && a.guesses) { a.last_h[l] = h[l]; for (int n = 0; n < ALL * N; n++) put(a.last_ks[n], l, get(ks[n], l)); }
       jump[l] = jumps_end[l];
       jumped |= jump[l];
-      for (int n = 0; n < N; n++) { put(y[n], l, get(y1[n], l)); put(k1[n], l, get(k_end[n], l)); }
       if (!lands[l]) continue;
       segment[l]++;
-      while (segment[l] < q.n_anchors - 1 && anchor(l, segment[l] + 1) == t[l]) segment[l]++;
-      if (segment[l] >= q.n_anchors - 1) { finish(l, 0); ended = true; }
+      to_next_anchor(l);
     }
+    for (int n = 0; n < N; n++) { y[n] = m_sel(on, y1[n], y[n]); k1[n] = m_sel(on, k_end[n], k1[n]); }
+    for (int l = 0; l < W; l++) if (passed[l] && segment[l] >= q.n_anchors - 1) { finish(l, 0); ended = true; }
     if (jumped) {
       // after a discontinuity the first stage is taken anew, from the far side of it
       S at = K(0), *anew = lanes_of(N);
@@ -382,7 +390,8 @@ static void block_seal(void* p, long b) {
   const long end = least((b + 1) * q.block, q.rows);
   for (long r = b * q.block; r < end; r++) for (long k = q.n_accepted[r]; k < s.steps; k++) {
     const long i = k * q.rows + r;
-    to.t[i] = q.t_final[r]; to.h[i] = 0; to.segment[i] = 0; to.lands[i] = 0;
+    to.t[i] = q.t_final[r]; to.h[i] = 0;
+    if (q.n_anchors > 2) { to.segment[i] = 0; to.lands[i] = 0; }
     if (q.keep_states) for (int n = 0; n < N; n++) to.states[(i + q.rows) * N + n] = q.last[r * N + n];
     if (q.keep_stages) for (int a = 0; a < ALL; a++) for (int n = 0; n < N; n++) to.stages[((k * ALL + a) * q.rows + r) * N + n] = 0;
   }
@@ -391,14 +400,16 @@ extern "C" void seal(void* p, const Forward* q, const Forward* to, long steps) {
   Tape* tape = (Tape*)p;
   if (to != q) {
     const long n = q->room * q->rows;
-    memcpy(to->t, q->t, n * 8); memcpy(to->h, q->h, n * 8); memcpy(to->segment, q->segment, n * 8); memcpy(to->lands, q->lands, n);
+    memcpy(to->t, q->t, n * 8); memcpy(to->h, q->h, n * 8);
+    if (q->n_anchors > 2) { memcpy(to->segment, q->segment, n * 8); memcpy(to->lands, q->lands, n); }
     if (q->keep_states) memcpy(to->states, q->states, (n + q->rows) * N * sizeof(R));
     if (q->keep_stages) memcpy(to->stages, q->stages, n * ALL * N * sizeof(R));
   }
   for (Chunk* c = tape->first; c; c = c->next) {
     const long count = least(tape->length, steps - c->from), n = count * q->rows, at = c->from * q->rows;
     if (count <= 0) break;
-    memcpy(to->t + at, c->t, n * 8); memcpy(to->h + at, c->h, n * 8); memcpy(to->segment + at, c->segment, n * 8); memcpy(to->lands + at, c->lands, n);
+    memcpy(to->t + at, c->t, n * 8); memcpy(to->h + at, c->h, n * 8);
+    if (q->n_anchors > 2) { memcpy(to->segment + at, c->segment, n * 8); memcpy(to->lands + at, c->lands, n); }
     if (q->keep_states) memcpy(to->states + (at + q->rows) * N, c->states, n * N * sizeof(R));
     if (q->keep_stages) memcpy(to->stages + at * ALL * N, c->stages, n * ALL * N * sizeof(R));
   }
