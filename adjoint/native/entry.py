@@ -25,28 +25,43 @@ _remarked: set[tuple[Hashable, str]] = set()
 
 
 def suits(plan: Plan, system: object, y0: Tensor) -> str | None:
-    """Why a solve cannot be one of compiled code, as far as its plan tells; None where it can."""
+    """Why a solve cannot be one of compiled code, as far as its plan tells, and what to do about it; None where it can."""
+    if not isinstance(system, System):
+        return "the solve is under torch.vmap: give batched=True instead"
+    if system.residual is not None or system.mass is not None:
+        return "its equations are implicit (solve_dae, mass_matrix=): leave compile out"
     if not takes(plan.method):
-        return f"method={plan.method.name!r} has no compiled form"
-    if not isinstance(system, System) or system.residual is not None or system.mass is not None or system.inner_grad or system.transforms:
-        return "fun is under a transform, or takes derivatives itself"
-    if plan.events or plan.switch is not None:
-        return "there are events, or a choice of methods"
+        return f"method={plan.method.name!r} has no native form: choose an explicit method ('tsit5') or, for stiff equations, 'rodas5p'"
+    if system.inner_grad or system.transforms:
+        return "fun takes derivatives itself: write them out, or leave compile out"
+    if plan.switch is not None:
+        return "method='auto' chooses between two methods: name one of them"
+    if plan.events:
+        return "there are events=: leave one of the two out"
     if plan.norm is not rms_norm or type(plan.control) is not PIDController:
-        return "norm= or controller= is one of the user's own"
+        return f"{'norm' if plan.norm is not rms_norm else 'controller'}= is one of your own: leave one of the two out"
     if type(plan.monitor) is not Monitor:
-        return "each step is reported (progress=)"
+        return "each step is reported: leave progress= out"
     if y0.device.type != "cpu" or y0.is_complex():
-        return f"the state is {'complex' if y0.is_complex() else 'on ' + y0.device.type}"
+        return f"the state is {'complex: integrate real and imaginary parts' if y0.is_complex() else 'on ' + y0.device.type}"
     if y0.dtype not in (torch.float32, torch.float64) or not y0.numel():
-        return f"the state is of {y0.dtype}" if y0.numel() else "the state is empty"
+        return f"the state is of {y0.dtype}: take float32 or float64" if y0.numel() else "the state is empty"
     return None
+
+
+def _remark(key: Hashable, reason: str) -> None:
+    """Say why a solve is not compiled, once for each right-hand side and reason."""
+    if (key, reason) not in _remarked:
+        _remarked.add((key, reason))
+        warnings.warn(f"compile=True: this solve runs uncompiled, because {reason}", RuntimeWarning, stacklevel=3)
 
 
 @dataclass
 class NativeSolve:
     """What a solve by compiled code leaves for its way back: the program, with the tensors that it read."""
 
+    #: why it cannot be one, where the front door knows that already
+    refused: str | None = None
     recognised: Recognised | None = None
     #: what the tensors held: gradients are those of the solve, whatever happens to them later
     values: tuple[Tensor, ...] = ()
@@ -55,7 +70,7 @@ class NativeSolve:
         self,
         key: Hashable,
         plan: Plan,
-        system: System,
+        system: object,
         batched: bool,
         inputs: Sequence[Tensor],
         y0: Tensor,
@@ -64,10 +79,12 @@ class NativeSolve:
         derivatives: bool,
     ) -> Record | None:
         """The solve, or None where the eager engine is to make it. ``derivatives``: a way back may follow."""
-        reason = suits(plan, system, y0)
-        own = isinstance(system, System) and all(x is y for x, y in zip(inputs, system.inputs, strict=True))
-        if reason is not None or not own:
-            return None
+        reason = self.refused or suits(plan, system, y0)
+        if reason is not None:
+            return _remark(key, reason)
+        assert isinstance(system, System)
+        if not all(x is y for x, y in zip(inputs, system.inputs, strict=True)):
+            return _remark(key, "it is under a transform of torch.func, or within the function of another solve: leave compile out there")
         try:
             found = recognise(key, system, plan.method, anchors[0].detach().to(plan.real), y0.detach(), inputs, batched)
             if derivatives and any(slot is None and x.requires_grad for slot, x in zip(found.slots, found.tensors, strict=True)):
@@ -82,10 +99,7 @@ class NativeSolve:
         except Exception as error:  # tracers raise whatever they like: the eager engine says what is wrong, if anything is
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if reason is not None:
-            if (key, reason) not in _remarked:  # once for each right-hand side
-                _remarked.add((key, reason))
-                warnings.warn(f"compile=True: this solve runs uncompiled, because {reason}", RuntimeWarning, stacklevel=2)
-            return None
+            return _remark(key, reason)
         self.recognised, self.values = found, tuple(values)
         return record
 

@@ -24,11 +24,17 @@ from ..system.system import StateSpec, System
 from .program import Program, program_of
 from .reading import Unreadable, read
 
-__all__ = ["Recognised", "recognise"]
+__all__ = ["Recognised", "compile_key", "recognise"]
 
 _ear = threading.local()
 #: graphs of one piece of code (shapes, dtypes, constants) before recognising costs more than it brings
 _MOST_GRAPHS = 64
+
+
+def compile_key(fun: Callable[..., Any]) -> Hashable:
+    """What makes two right-hand sides share compiled code: their Python code, or for other callables their type."""
+    code = getattr(fun, "__code__", None) or getattr(getattr(fun, "__func__", None), "__code__", None)
+    return code if code is not None else type(fun)
 
 
 @dataclass(eq=False)
