@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ def suits(plan: Plan, system: object, y0: Tensor) -> str | None:
     if system.residual is not None or system.mass is not None:
         return "its equations are implicit (solve_dae, mass_matrix=): leave compile out"
     if not takes(plan.method):
-        return f"method={plan.method.name!r} has no native form: choose an explicit method ('tsit5') or, for stiff equations, 'rodas5p'"
+        return f"method={plan.method.name!r} has no native form: choose a one-step method ('tsit5'; 'rodas5p' for stiff equations)"
     if system.inner_grad or system.transforms:
         return "fun takes derivatives itself: write them out, or leave compile out"
     if plan.switch is not None:
@@ -50,10 +52,15 @@ def suits(plan: Plan, system: object, y0: Tensor) -> str | None:
 
 
 def _remark(key: Hashable, reason: str) -> None:
-    """Say why a solve is not compiled, once for each right-hand side and reason."""
-    if (key, reason) not in _remarked:
-        _remarked.add((key, reason))
-        warnings.warn(f"compile=True: this solve runs uncompiled, because {reason}", RuntimeWarning, stacklevel=3)
+    """Say why a solve is not compiled, once for each right-hand side and reason, at the place of the user's call."""
+    if (key, reason) in _remarked:
+        return
+    _remarked.add((key, reason))
+    inside = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"compile=True: this solve runs uncompiled, because {reason}", RuntimeWarning, stacklevel=level)
 
 
 @dataclass

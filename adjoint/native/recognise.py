@@ -44,12 +44,16 @@ class _Graph:
     module: GraphModule
     programs: dict[Hashable, Program | Exception] = field(default_factory=dict)
     kinds: list[tuple[torch.Size, torch.dtype]] | None = None
+    #: whether it changes tensors in place that it is given
+    writes: bool = False
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         if self.kinds is None:
-            with torch.no_grad():
-                outs = self.module(*tensors)
+            with torch.inference_mode(False), torch.no_grad():
+                copies = [x.clone() for x in tensors]
+                outs = self.module(*copies)
             self.kinds = [(x.shape, x.dtype) for x in outs]
+            self.writes = any(x._version for x in copies)
         stand_ins = [torch.empty(shape, dtype=dtype) for shape, dtype in self.kinds]
         _ear.heard.append((self, tensors, stand_ins))
         return stand_ins
@@ -96,6 +100,8 @@ def recognise(key: Hashable, system: System, method: Method, t: Tensor, y0: Tens
     if len(_ear.heard) != 1:
         raise Unreadable("", "", "it is no single graph")
     graph, tensors, stand_ins = _ear.heard.pop()
+    if graph.writes:
+        raise Unreadable("", "", "it changes the state, or a tensor that it captured, in place")
     leaves = tree_flatten(state)[0]
     known = {id(time): ("t", 0)} | {id(x): ("y", i) for i, x in enumerate(leaves)}
     places, given = [], []
