@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ def _set_up_process(threads: int, device: str) -> None:
     if threads == 1:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     os.environ["JAX_ENABLE_X64"] = "1"  # float32 cases keep their dtype: their data say so
-    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # first calls compile, whatever earlier runs left on disk
+    os.environ["ADJOINT_CACHE"] = tempfile.mkdtemp(prefix="adjoint-benchmarks-")  # first calls compile, whatever earlier runs left on disk
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -119,7 +120,7 @@ def run_case(case: Case, peers: dict[str, ModuleType], args: argparse.Namespace)
     from .measure import time_runners
     from .references import reference
 
-    torch.compiler.reset()  # or earlier cases would make shapes dynamic, and then exhaust the recompilation limit
+    torch.compiler.reset()  # or traces of earlier cases would serve, and then exhaust their limit
     runners, results = _build(case, peers, args.device)
     out: dict[str, Any] = {"name": case.name, "workload": case.workload, "memory_only": case.memory_only}
     out |= {"description": _describe(case), "results": results}

@@ -77,7 +77,7 @@ def solvers(problem: OdeProblem, p: np.ndarray) -> dict[str, Callable[[float], C
             table[f"ours {method}"] = partial(_by_tolerance, stiff_peers.ours, problem, p, method=method)
     if many:
         table["ours kvaerno3"] = partial(_by_tolerance, stiff_peers.ours, problem, p, method="kvaerno3")
-    if problem.sparsity is None:  # compiled steps have dense Jacobians
+    if problem.sparsity is None:  # native code has dense Jacobians
         table["ours rodas5p compiled"] = partial(_by_tolerance, stiff_peers.ours, problem, p, method="rodas5p", compile=True)
     for method in ("BDF", "Radau", "LSODA"):
         if problem.sparsity is None or method != "LSODA":  # LSODA knows dense and banded Jacobians

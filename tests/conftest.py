@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from adjoint.methods import METHODS
+from adjoint.native.build import NoCompiler, compiler
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_native_code(tmp_path_factory):
+    """What is compiled serves the tests of one run, in all of its processes, and no later ones."""
+    if "ADJOINT_CACHE" in os.environ:
+        return
+    base = tmp_path_factory.getbasetemp()
+    os.environ["ADJOINT_CACHE"] = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "native")
+
+
+def _has_compiler() -> bool:
+    try:
+        return bool(compiler())
+    except NoCompiler:
+        return False
 
 
 @pytest.fixture(autouse=True)
@@ -29,22 +48,6 @@ def _sweeps(request, monkeypatch):
         monkeypatch.setattr("adjoint.sensitivity.strategies.KEEP_BYTES", 0)
 
 
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """The code of compiled steps and loops, run as it is: that takes no seconds."""
-
-    def loop(cond, body, carried):
-        while bool(cond(*carried)):
-            carried = body(*carried)
-        return carried
-
-    for module in ("integrate.batched", "integrate.single", "sensitivity.compiled"):
-        monkeypatch.setattr(f"adjoint.{module}.compiled", lambda function, key, columns=False: function)
-    for module in ("integrate.whole", "sensitivity.whole"):
-        monkeypatch.setattr(f"adjoint.{module}.compiled_loop", lambda function, key, device, width: function)
-    monkeypatch.setattr(torch, "while_loop", loop)
-
-
 #: the shared matrices of tests run these implicit methods always, the other ones in the slow run: each has tests of its own
 QUICK_IMPLICIT = {"kvaerno3", "rodas4"}
 MATRICES = {"test_batched", "test_gradients", "test_order", "test_quadrature", "test_solution", "test_transforms", "test_memory"}
@@ -59,3 +62,5 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "compile" in item.keywords and not _has_compiler():
+            item.add_marker(pytest.mark.skip(reason="needs a C++ compiler: g++, clang++, or the package ziglang"))

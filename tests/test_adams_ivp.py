@@ -354,7 +354,6 @@ def test_one_trajectory_fails_alone():
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"compile": True}, "dopri8"),
         ({"controller": PIDController()}, "controller"),
         ({"jac": lambda t, y: -torch.ones(1, 1)}, "jac"),
         ({"mass_matrix": torch.eye(1)}, "radau5"),

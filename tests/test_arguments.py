@@ -129,7 +129,7 @@ def test_bad_argument_is_named_batched(pattern, options):
 @pytest.mark.parametrize(
     ("pattern", "options"),
     [
-        ("compile", {"method": "kvaerno5", "compile": True}),
+        ("jac_sparsity", {"jac_sparsity": torch.eye(2)}),
         ("linear_solver", {"linear_solver": object()}),
     ],
 )

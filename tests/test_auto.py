@@ -180,8 +180,6 @@ def test_what_is_refused():
         k = torch.tensor(1.0, requires_grad=True)
         with pytest.raises(UnsupportedCombination, match="auto"):
             solve_ivp(relax, (0.0, 1.0), torch.ones(1), (k,), method="auto", gradient=strategy).y.sum().backward()
-    with pytest.raises(UnsupportedCombination, match="compile"):
-        solve_ivp(relax, (0.0, 1.0), torch.ones(1), (torch.tensor(1.0),), method="auto", compile=True)
 
 
 def test_failures_have_names():

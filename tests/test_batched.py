@@ -127,3 +127,15 @@ def test_pytree_batch():
     assert torch.allclose(sol.y["a"][-1], torch.exp(torch.tensor(-1.0)).expand(4), rtol=1e-7)
     assert torch.allclose(sol.y["b"][0][-1], torch.full((4, 2, 2), 0.5), atol=1e-9)
     assert METHODS["tsit5"].adaptive
+
+
+def test_many_samples_in_a_step():
+    """More samples than steps, repeated ones and both ends among them: each lies on the solution."""
+    t = torch.cat([torch.zeros(2), torch.linspace(0.0, 3.0, 200), torch.full((2,), 3.0)])
+    rate = torch.rand(5, 1) + 0.5
+    for first, last in ((0.0, 3.0), (3.0, 0.0)):
+        times = t if last > first else t.flip(0)
+        sol = solve_ivp(lambda s, y: -rate * y, (first, last), torch.ones(5, 1), t_eval=times, batched=True, rtol=1e-9, atol=1e-12)
+        exact = torch.exp(-rate * (times[:, None, None] - first))
+        assert sol.stats.n_steps.max() < 150
+        assert torch.allclose(sol.y, exact, rtol=1e-6)

@@ -9,7 +9,7 @@ from scipy.integrate import solve_ivp as scipy_solve
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import adjoint
-from adjoint import Backprop, DiscreteAdjoint, ForwardSensitivity, InterpolatingAdjoint, UnsupportedCombination, solve_dae, solve_ivp
+from adjoint import Backprop, DiscreteAdjoint, ForwardSensitivity, InterpolatingAdjoint, solve_dae, solve_ivp
 from adjoint.methods.bdf import rescaling
 
 from .dae_problems import (
@@ -241,12 +241,6 @@ def test_one_trajectory_fails_alone():
         solve_ivp(f, (0.0, 0.9), tensor(1.0), method="bdf", max_steps=5)
     with pytest.raises(adjoint.NonFiniteState):
         solve_ivp(lambda t, y: torch.log(0.5 - t) * y, (0.0, 1.0), tensor(1.0), method="bdf")
-
-
-@pytest.mark.parametrize("option", [{"compile": True}])
-def test_what_is_not_there_says_so(option):
-    with pytest.raises(UnsupportedCombination):
-        solve_ivp(lambda t, y: -y, (0.0, 1.0), tensor(1.0), method="bdf", **option)
 
 
 def test_large_sparse_systems():

@@ -13,7 +13,6 @@ from adjoint import (
     InvalidInput,
     MaxStepsReached,
     SingularJacobian,
-    UnsupportedCombination,
     solve_dae,
 )
 from adjoint.system.structure import analyse
@@ -215,12 +214,6 @@ def test_a_residual_of_the_wrong_length_or_dtype():
         solve_dae(lambda t, y, yp: (yp - y)[:2], (0.0, 1.0), ROBERTSON_Y0)
     with pytest.raises(InvalidInput, match="float32"):
         solve_dae(lambda t, y, yp: (yp - y).float(), (0.0, 1.0), ROBERTSON_Y0)
-
-
-@pytest.mark.parametrize("option", [{"compile": True}])
-def test_what_is_not_there_says_so(option):
-    with pytest.raises(UnsupportedCombination):
-        solve_dae(robertson, (0.0, 1.0), ROBERTSON_Y0, args=(ROBERTSON_P,), **option)
 
 
 def test_akzo_start_is_made_consistent_to_rounding():

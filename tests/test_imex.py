@@ -322,8 +322,6 @@ def test_refusals():
         run(split, method="no such method")
     with pytest.raises(InvalidInput, match="shape"):
         run(SplitFunction(lambda t, y: y[:1], lambda t, y: -y))
-    with pytest.raises(UnsupportedCombination, match="compile"):
-        run(split, compile=True)
     with pytest.raises(UnsupportedCombination, match="two parts"):
         run(split, gradient=adjoint.InterpolatingAdjoint(method=IMEX_METHODS["kencarp4"]), method="kvaerno5", t_eval="steps")
     assert not set(METHODS) & set(IMEX_METHODS)

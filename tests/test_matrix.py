@@ -1,4 +1,4 @@
-"""Every gradient strategy with every method of `solve_ivp`, for one trajectory, batches, a map, and compiled.
+"""Every gradient strategy with every method of `solve_ivp`, for one trajectory, batches, a map, and natively.
 
 Strategies that differentiate the computed steps are held against plain autograd through them, which is itself held against differences;
 continuous adjoints against the true derivative, at two tolerances. What the library refuses is in one table: refusals that come or go
@@ -33,9 +33,10 @@ from adjoint.methods import IMEX_METHODS, METHODS, SWITCHING_METHODS, FullyImpli
 KNOWN: dict[str, Any] = METHODS | IMEX_METHODS | SWITCHING_METHODS
 pytestmark = pytest.mark.users_defaults
 
-#: one trajectory, two in a batch, two mapped by ``torch.vmap``, the batch compiled, one trajectory compiled, and a batch so large that it
-#: is computed by columns where it can be
-FORMS = ["eager", "batched", "vmapped", "compiled", "compiled one", "many"]
+#: one trajectory, two in a batch, two mapped by ``torch.vmap``, the batch compiled, one trajectory compiled, and a batch so large
+#: that vectors of trajectories are compiled
+FORMS = ["eager", "batched", "vmapped", "compiled", "compiled one", "compiled many"]
+BATCHES = ("batched", "compiled", "compiled many")
 COPIES = 66
 
 #: of these it is plain autograd through the same steps that they must equal
@@ -81,12 +82,10 @@ class Case(NamedTuple):
 
 #: what is refused, in the order in which it is found out, and the words that say so
 REFUSED: list[tuple[str, Callable[[Case], bool]]] = [
-    ("stages are found by iteration", lambda c: c.compiles and c.has("implicit", "switching") and not c.has("direct")),
-    ("steps go by a history", lambda c: c.compiles and c.has("multistep")),
     ("takes steps again one by one", lambda c: c.strategy == "checkpoints" and c.has("multistep")),
-    ("batched=True with BacksolveAdjoint", lambda c: c.strategy.startswith("backsolve") and c.form in ("batched", "compiled", "many")),
+    ("batched=True with BacksolveAdjoint", lambda c: c.strategy.startswith("backsolve") and c.form in BATCHES),
     ("method='auto' with", lambda c: c.strategy in CONTINUOUS and c.has("switching")),
-    ("compile=True with", lambda c: c.compiles and c.strategy not in ("discrete", "sweep", "backprop")),
+    ("compile=True with", lambda c: c.compiles and c.strategy in ("checkpoints", "forward", "backsolve", "backsolve by tsit5")),
     ("on the way back of BacksolveAdjoint", lambda c: c.strategy == "backsolve" and (c.has("implicit") or not c.has("adaptive"))),
     ("mode cannot see through BacksolveAdjoint", lambda c: c.strategy.startswith("backsolve") and c.form == "vmapped"),
 ]
@@ -104,7 +103,6 @@ def cases(strategies: Iterable[str]) -> list[Any]:
             continue
         compiles = case.compiles and refusal(case) is None
         slow = compiles and (case.method not in COMPILED_ALWAYS or case.strategy != "discrete" or case.form != "compiled")
-        slow = slow or (case.form == "many" and refusal(case) is None and case.strategy != "discrete")
         marks = [pytest.mark.compile] * compiles + [pytest.mark.slow] * slow
         out.append(pytest.param(case, marks=marks, id="-".join(case)))
     return out
@@ -142,7 +140,7 @@ def constant(method: str) -> dict[str, Any]:
 
 def gradients(form: str, strategy: Any, options: dict[str, Any], rows: Sequence[int] = (0, 1)) -> tuple[Tensor, ...]:
     """The loss of some trajectories, and its gradients in initial states, arguments, and the captured tensor; one by one if "eager"."""
-    one, copies = form in ("eager", "compiled one"), COPIES if form == "many" else 1
+    one, copies = form in ("eager", "compiled one"), COPIES if form == "compiled many" else 1
     y0, p, c = (x.clone().requires_grad_() for x in (Y0[list(rows)].repeat(copies, 1), P[list(rows)].repeat(copies, 1), C))
     fun = system(options["method"], c)
 
@@ -155,9 +153,9 @@ def gradients(form: str, strategy: Any, options: dict[str, Any], rows: Sequence[
     elif form == "vmapped":
         total = torch.vmap(value)(y0, p).sum()
     else:
-        total = value(y0, p, batched=True, compile=form == "compiled")
+        total = value(y0, p, batched=True, compile=form != "batched")
     y_bar, p_bar, c_bar = torch.autograd.grad(total, (y0, p, c))
-    if form == "many":
+    if copies > 1:
         # all copies have the gradient of the first ones
         y_bar, p_bar = (x.unflatten(0, (copies, len(rows))) for x in (y_bar, p_bar))
         assert distance([y_bar, p_bar], [x[:1].expand_as(x) for x in (y_bar, p_bar)]) < 1e-9

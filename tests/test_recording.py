@@ -43,18 +43,6 @@ def test_same_gradients(problem, method):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.compile
-@pytest.mark.parametrize("budget", [2**24, pytest.param(80_000, marks=pytest.mark.slow)])
-def test_compiled_steps_are_recorded_too(problem, budget, monkeypatch):
-    """All of them, or the first ones only and then dropped, where they are no compiled loop."""
-    monkeypatch.setattr(strategies, "sweeps_whole", lambda *a: False)
-    one, recorded = _gradients(problem, DiscreteAdjoint(keep_bytes=budget), compile=True)
-    other, swept = _gradients(problem, SWEEP)
-    assert (one.stats.backward.n_fun == 0) == (budget == 2**24)
-    for a, b in zip([one.y, *recorded], [other.y, *swept], strict=True):
-        assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
-
-
 @pytest.mark.parametrize("steps", [1, 3])
 def test_what_grows_beyond_the_budget_is_swept(problem, steps, monkeypatch):
     """Recording stops after some steps: the values go on unchanged, and the gradient is the sweep's."""

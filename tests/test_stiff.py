@@ -246,8 +246,6 @@ def test_explicit_methods_fail_where_these_do_not():
 
 def test_unsupported_combinations():
     run = lambda **o: solve_ivp(lambda t, y: -y, (0.0, 1.0), torch.ones(2), **({"method": "kvaerno3"} | o))  # noqa: E731
-    with pytest.raises(UnsupportedCombination, match="compile"):
-        run(compile=True)
     with pytest.raises(UnsupportedCombination, match="jac_sparsity="):
         run(method="tsit5", jac_sparsity=torch.eye(2))
     with pytest.raises(InvalidInput, match="linear_solver"):

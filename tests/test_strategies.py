@@ -249,8 +249,6 @@ def test_options_that_do_not_go_together(strategy):
     event = lambda t, y: y[0] - 0.5  # noqa: E731
     with pytest.raises(UnsupportedCombination, match="events="):
         solve_ivp(f, (0.0, 1.0), y0, events=event, gradient=strategy)
-    with pytest.raises(UnsupportedCombination, match="compile"):
-        solve_ivp(f, (0.0, 1.0), y0, compile=True, gradient=strategy)
 
 
 def test_losses_on_steps_and_dense_output_go_through_the_steps():

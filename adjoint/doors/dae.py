@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from ..errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
 from ..integrate import PIDController, Plan, Record
 from ..methods import DAE_METHODS, Method
+from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Outputs, Problem
 from ..sensitivity.consistent import Initial
 from ..sensitivity.problem import interpolate_slopes, step_times
@@ -79,7 +80,7 @@ def solve_dae(
         ``fun(t, y, yp, *args) -> residual``; ``yp`` is shaped like the state ``y``, and the residual has as many entries, in any
         structure. ``t`` is 0-d (``(B,)`` with ``batched=True``). ``args``, parameters of modules and captured tensors are differentiated.
     t_span, t_eval, rtol, atol, gradient, batched, events, dense_output, controller, norm, first_step, max_step, min_step, max_steps
-        And ``step_ts``, ``throw``, ``progress``: as for `solve_ivp`.
+        And ``step_ts``, ``compile``, ``throw``, ``progress``: as for `solve_ivp`.
     y0, yp0 : Tensor or pytree of tensors
         Initial state and slope. See ``consistent`` for what is done with them. ``yp0=None``: unknown. Derivatives in ``y0`` are those in
         its differential part; the algebraic part is a guess on which the solution does not depend.
@@ -117,8 +118,6 @@ def solve_dae(
     """
     chosen = check_dae_method(method)
     check_controller(chosen, controller)
-    if compile:
-        raise UnsupportedCombination("compile=True in solve_dae is not supported yet: leave compile out")
     check_flags(consistent, max_steps)
     if not callable(fun):
         raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}")
@@ -199,6 +198,7 @@ def solve_dae(
         events=tuple(flat_event(e, system, user_spec, integrand is not None) for e in watched),
         results_of_steps=True,
         monitor=progress_monitor(progress),
+        compile=compile_key(fun) if compile else None,
         **tolerances,
     )
     backward = BackwardStats()

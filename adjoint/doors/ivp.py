@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import PIDController, Plan, Record
-from ..integrate.compiled import compile_key
 from ..methods import METHODS, Method
+from ..native.entry import NativeSolve
+from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Problem
 from ..system.capture import elsewhere, find_captured, needs_derivatives, stand_ins, transforming, vmap_active
 from ..system.homes import parameter_homes
@@ -44,7 +45,7 @@ from .parts import NO_EVENTS, Parts, event_list, flat_event, solution_of, strate
 from .progress import progress_monitor
 from .quadrature import with_integral
 from .solution import BackwardStats, Solution
-from .stage_arguments import check_compiled, check_jumps, stage_algebra, warn_of_lost_time
+from .stage_arguments import check_jumps, stage_algebra, warn_of_lost_time
 from .switching import solve_switching
 
 __all__ = ["solve_ivp"]
@@ -130,7 +131,9 @@ def solve_ivp(
     step_ts : times
         Times at which a step must end, where ``fun`` may jump: the stages on either side see ``t`` from within their own step.
     compile : bool
-        Compile the step and its adjoint with ``torch.compile``; of small solves the whole loop, and the one back (docs/choosing.md).
+        Run the solve and its first derivatives as native code, where that can be: one-step methods, real states on a CPU, no events.
+        The first solve of a ``fun`` calls a C++ compiler (g++, clang++, or that of ``pip install ziglang``), which takes seconds; what it
+        makes is kept on disk. All else runs as without ``compile=``, after one warning that says why (docs/choosing.md).
     throw : bool
         Raise a named error on failure. False: look at ``status``; failed trajectories are NaN from the failure on, and so are their
         derivatives in forward mode and in their own initial values; parameters that all trajectories share get none from them.
@@ -160,8 +163,7 @@ def solve_ivp(
     """
     mass = mass_matrix if in_step(method, mass_matrix) else None
     if mass_matrix is not None and mass is None:
-        refused = {"jac": jac, "jac_sparsity": jac_sparsity, "compile": compile or None}
-        implicit = implicit_method(method, refused)
+        implicit = implicit_method(method, {"jac": jac, "jac_sparsity": jac_sparsity})
         args = args if isinstance(args, (tuple, list)) else (args,)
         residual, extra = with_mass(fun, mass_matrix, y0, batched)
         integrand = quadrature if quadrature is None or not extra else lambda t, y, *rest: quadrature(t, y, *rest[:-1])
@@ -187,6 +189,7 @@ def solve_ivp(
             min_step=min_step,
             max_steps=max_steps,
             step_ts=step_ts,
+            compile=compile,
             throw=throw,
             progress=progress,
             linear_solver=linear_solver,
@@ -270,7 +273,7 @@ def solve_ivp(
         results_of_steps=times.steps or dense_output or bool(watched),
         events=tuple(flat_event(e, system, user_spec, integrand is not None) for e in watched),
         monitor=progress_monitor(progress),
-        compile=(compile_key(fun), chosen) if compile else None,
+        compile=compile_key(fun) if compile else None,
     )
     backward = BackwardStats()
     implicit_system = None
@@ -289,7 +292,9 @@ def solve_ivp(
         if chosen.implicit
         else None
     )
-    problem = Problem(system, plan, batched, report, backward.add, algebra=algebra, derivatives=derivatives)
+    own = [f"{name}=" for name, value in implicit_options.items() if value is not None]
+    native = NativeSolve(f"native code takes and factorises Jacobians itself: leave {own[0]} or compile out" if own else None)
+    problem = Problem(system, plan, batched, report, backward.add, algebra=algebra, derivatives=derivatives, native=native)
     strategy = strategy_of(gradient)
     if getattr(chosen, "switching", False):
         dense = dense_output or bool(watched)

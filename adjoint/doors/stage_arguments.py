@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..errors import InvalidInput, UnsupportedCombination
-from ..integrate.direct import MOST
 from ..linalg import Factorization, LinearSolver, Log, Matrix, SparseMatrix
 from ..linalg.choice import default_solver
 from ..linalg.sparsity import SparsityPattern
@@ -25,7 +24,7 @@ from ..system.realification import given_pattern, refuse_parts
 from ..system.stage_jacobian import GivenStageJacobian
 from ..system.system import StateSpec, System
 
-__all__ = ["check_compiled", "check_jumps", "stage_algebra", "warn_of_lost_time"]
+__all__ = ["check_jumps", "stage_algebra", "warn_of_lost_time"]
 
 #: attempted steps from which a solve is looked at for what may have made it long
 _LONG = 300
@@ -163,31 +162,6 @@ def stage_algebra(
     return StageAlgebra(strategy, linear_solver if linear_solver is not None else _ByKind())
 
 
-def check_compiled(method: Method, spec: StateSpec, given: dict[str, Any]) -> None:
-    """Implicit steps are compiled where their work is fixed, for real states and dense Jacobians; ``given``: options of the user."""
-    what = f"compile=True with {method.name!r}"
-    if getattr(method, "multistep", False) and not method.implicit:
-        raise UnsupportedCombination(
-            f"{what}, whose steps go by a history of changing length, is not supported: leave compile out, or choose a one-step method "
-            "such as 'dopri8'"
-        )
-    if not getattr(method, "direct", False):
-        raise UnsupportedCombination(
-            f"{what}, whose stages are found by iteration, is not supported: leave compile out, or choose a Rosenbrock method "
-            "('rodas5p', 'rodas4', 'rodas3p'), whose steps are compiled"
-        )
-    for name, value in given.items():
-        if value is not None:
-            raise UnsupportedCombination(f"{what} takes dense Jacobians of fun and factorises them itself: leave out {name}=, or compile")
-    n = sum(spec.sizes)
-    if n > MOST:
-        raise UnsupportedCombination(
-            f"{what} takes dense Jacobians, of up to {MOST} unknowns, and these are {n}: leave compile out, so that sparsity is made use of"
-        )
-    if spec.holds_complex:
-        raise UnsupportedCombination(f"{what} is for real states: leave compile out, or integrate real and imaginary parts")
-
-
 def warn_of_lost_time(
     problem: Problem, inputs: Sequence[Tensor], ends: Sequence[Tensor], states: Sequence[Tensor], n_steps: Tensor
 ) -> None:
@@ -196,7 +170,7 @@ def warn_of_lost_time(
     So it is where ``fun`` reads the time as a number (``t.item()``, a table of NumPy's). ``ends`` (B,) and ``states`` (B, n): two places at
     which to look, start and end of the solve.
     """
-    if not getattr(problem.plan.method, "needs_time_slope", False) or problem.plan.compile is not None or functorch_active():
+    if not getattr(problem.plan.method, "needs_time_slope", False) or problem.native.recognised is not None or functorch_active():
         return
     if not n_steps.numel() or int(n_steps.max()) < _LONG:
         return

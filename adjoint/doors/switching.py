@@ -79,6 +79,8 @@ def _phase_problem(
         method=auto.stiff if stiff else auto.nonstiff,  # type: ignore[arg-type]
         first_step=plan.first_step if first else None,
         keep_stages=dense or (stiff and plan.keep_states),
+        # which of the phases may change method: the last one alone is no solve of its own
+        compile=None if final else plan.compile,
         switch=None if final else Switch(auto, not stiff),
         event_counts=counts,
     )

@@ -13,7 +13,7 @@ from .additive import AdditiveStageSolver
 from .alone import LoneStages
 from .batched import integrate_batched
 from .bdf import BdfSolver
-from .companion import Beside, rests
+from .companion import Beside
 from .controller import IController, PIController, PIDController
 from .multistep import MultistepSolver, integrate_multistep
 from .multistep_alone import integrate_multistep_alone
@@ -23,7 +23,6 @@ from .recording import Recording
 from .residual import ResidualSolver
 from .single import integrate_single
 from .stages import StageSolver
-from .whole import integrate_whole, takes_whole
 
 __all__ = [
     "AdamsSolver",
@@ -89,18 +88,6 @@ def integrate(
             n_solves=work.n_solves,
             n_newton=work.n_newton,
         )
-    if plan.compile is not None:
-        # numbers would be compiled in, and every other tolerance compile anew
-        rtol, atol = (
-            torch.full((), x, dtype=torch.float64, device=y0.device) if isinstance(x, float) else x for x in (plan.rtol, plan.atol)
-        )
-        plan = replace(plan, rtol=rtol, atol=atol)
-    n_samples = 0 if t_eval is None else t_eval.shape[0]
-    # what autograd records is the steps themselves, one by one
-    if not torch.is_grad_enabled() and takes_whole(plan, y0.shape[0], y0.shape[1], n_samples):
-        record = integrate_whole(f, plan, anchors, t_eval, y0)
-        if record is not None and (beside is None or not rests(record)):
-            return record
-    if batched or plan.direct:
+    if batched:
         return integrate_batched(f, plan, anchors, t_eval, y0, inputs, beside)
     return integrate_single(f, plan, anchors, t_eval, y0, inputs, shape, recording, beside)

@@ -34,8 +34,8 @@ class BatchSampler:
     where a search for the end of the step leads. The stretches of all trajectories are evaluated at once.
     """
 
-    def __init__(self, plan: Plan, t_eval: Tensor | None, anchors: Tensor, sign: Tensor, y0: Tensor, columns: bool) -> None:
-        self.plan, self.columns = plan, columns
+    def __init__(self, plan: Plan, t_eval: Tensor | None, anchors: Tensor, sign: Tensor, y0: Tensor) -> None:
+        self.plan = plan
         rows, n = y0.shape
         times = t_eval if t_eval is not None else anchors.new_empty((0, rows))
         self.out = y0.new_full((times.shape[0], rows, n), float("nan"))
@@ -69,16 +69,13 @@ class BatchSampler:
         h = step.h[rows]
         theta = (self.ordered[rows, which] * self.sign[rows] - step.t[rows]) / h
         weights = (self.plan.method.dense_weights(theta) * h.unsqueeze(-1)).to(y.dtype)
-        value = self._rows(y, rows)
+        value = y.index_select(0, rows)
         for i, k in enumerate(step.stages):
-            value = torch.addcmul(value, weights[:, i : i + 1], self._rows(k, rows))
+            value = torch.addcmul(value, weights[:, i : i + 1], k.index_select(0, rows))
         place = self.place[rows, which]
         self.out[place, rows] = value
         self.step[place, rows] = n_accepted[rows]
         self.filled = behind
-
-    def _rows(self, x: Tensor, rows: Tensor) -> Tensor:
-        return x.index_select(1, rows).t() if self.columns else x.index_select(0, rows)
 
     def finish(self, reached: Tensor, n_accepted: Tensor, final: Tensor) -> None:
         """Samples at the end of the span, of the rows that ``reached`` it."""

@@ -11,16 +11,14 @@ from torch import Tensor
 from .batch_events import BatchEventWatch, ends_at, next_aim, no_events
 from .batch_sampling import BatchSampler
 from .clock import aim_step, judge_step, why_stuck
-from .columns import layout, takes_columns
 from .companion import QUIET, Beside, Companion, companion_of
-from .compiled import compiled
 from .controller import tamed
 from .defect import inner_error
-from .direct import DirectStages
 from .initial_step import initial_step
 from .packing import Kept, evaluations_of_attempt, record_of
 from .plan import Monitor, Plan, Record, Status, shifted_times
 from .residual import ResidualSolver
+from .spread import widened
 from .stages import StageSolver
 from .stiffness import SwitchWatch
 
@@ -28,7 +26,7 @@ __all__ = ["Attempt", "Carry", "advance", "integrate_batched", "start_carry"]
 
 
 class Carry(NamedTuple):
-    """The loop's state; all ``(B,)`` but ``y``, ``k1`` and ``scaled``, which are ``(B, n)``, or ``(n, B)`` when carried as columns."""
+    """The loop's state; all ``(B,)`` but ``y``, ``k1`` and ``scaled``, which are ``(B, n)``."""
 
     t: Tensor
     y: Tensor
@@ -60,18 +58,19 @@ class Attempt(NamedTuple):
 
 
 def advance(
-    f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor, sign: Tensor, carry: Carry, dense: bool, columns: bool = False
+    f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor, sign: Tensor, carry: Carry, dense: bool
 ) -> tuple[Carry, Attempt]:
     """Attempt one step of every running trajectory. Pure: no host synchronisation, no branch on data.
 
     ``stops`` (A, B): the anchors in the direction of integration; ``sign`` (B,): that direction. ``dense``: also compute the stages
-    that only the dense output needs. ``columns``: states and stages are ``(n, B)``.
+    that only the dense output needs.
     """
-    one_by_one = plan.compile is None and not plan.method.implicit
-    f, spread, turned = layout(f, columns, carry.y.shape[-1] if one_by_one else 0)
-    if plan.direct:
-        f = DirectStages(f, 0 if columns else 1)
     method = plan.method
+    width = 0 if method.implicit else carry.y.shape[-1]
+
+    def spread(x: Tensor) -> Tensor:
+        return widened(x.unsqueeze(-1), width)
+
     t, y, k1, running = carry.t, carry.y, carry.k1, carry.running
     real = plan.real
     last = stops.shape[0] - 2
@@ -99,13 +98,13 @@ def advance(
     if method.adaptive:
         estimate = method.error(hr, [*ks, k_end] if method.error_uses_end else ks)
         size = torch.maximum(y.abs(), y1.abs())
-        scaled = plan.scaled(turned(estimate), turned(size)).abs()
+        scaled = plan.scaled(estimate, size).abs()
         if getattr(f, "constrained", False):
             span = (stops[-1] - stops[0]).abs()
             scaled = torch.maximum(scaled, inner_error(f, plan, lambda c: (t + h * c).to(real), hr, span, y, size, ks))  # type: ignore[arg-type]
         error = plan.norm(scaled)
         # kept for the message of a failure, which is found when the next attempt would be made
-        scaled = torch.where(spread(alive), turned(scaled), carry.scaled)
+        scaled = torch.where(spread(alive), scaled, carry.scaled)
         memory = (carry.error1, carry.error2)
         verdict = judge_step(plan, error, t, h.abs(), aimed.size, lands, carry.rejected_last, memory, getattr(f, "stuck", None))
         bad, accepted, rejected = verdict.bad, alive & verdict.passed, alive & ~verdict.passed
@@ -117,7 +116,7 @@ def advance(
             error1, error2 = torch.where(accepted, verdict.memory[0], error1), torch.where(accepted, verdict.memory[1], error2)
     else:
         # without an error estimate the state itself says when it stops being finite
-        bad = ~torch.isfinite(turned(y1)).all(-1)
+        bad = ~torch.isfinite(y1).all(-1)
         accepted, rejected = alive & ~bad, alive & bad
         hopeless = rejected
         step, error1, error2, scaled = carry.step, carry.error1, carry.error2, carry.scaled
@@ -164,33 +163,7 @@ def advance(
     return new, Attempt(t, end, h, carry.segment, lands, accepted, stages)
 
 
-def advance_by_numbers(
-    f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor, sign: Tensor, carry: Carry, dense: bool, columns: bool
-) -> tuple[Carry, Attempt]:
-    """As `advance`, with numbers in the place of flags: compiled code loads and stores flags one by one."""
-    new, attempt = advance(f, plan, stops, sign, with_flags(carry), dense, columns)
-    lands, accepted = attempt.lands.to(torch.float32), attempt.accepted.to(torch.float32)
-    return with_numbers(new), Attempt(attempt.t, attempt.end, attempt.h, attempt.segment, lands, accepted, attempt.stages)
-
-
-_FLAGS = ("rejected_last", "bad_last", "jump", "running")
-# by place and not by `_replace`, which the compilers of older versions do not follow
-_CARRY_FLAGS = [name in _FLAGS for name in Carry._fields]
-
-
-def with_numbers(carry: Carry) -> Carry:
-    """The state of the loop with numbers for flags."""
-    return Carry(*[x.to(torch.float32) if flag else x for flag, x in zip(_CARRY_FLAGS, carry, strict=True)])
-
-
-def with_flags(carry: Carry) -> Carry:
-    """The state of the loop with flags again."""
-    return Carry(*[x != 0 if flag else x for flag, x in zip(_CARRY_FLAGS, carry, strict=True)])
-
-
-def start_carry(
-    f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor, sign: Tensor, y0: Tensor, columns: bool
-) -> tuple[Carry, int]:
+def start_carry(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor, sign: Tensor, y0: Tensor) -> tuple[Carry, int]:
     """The loop's first state from ``y0`` (B, n), and how often ``fun`` was evaluated for it."""
     t0 = stops[0]
     proposed = None
@@ -217,23 +190,21 @@ def start_carry(
     level = torch.ones_like(t0, dtype=torch.float32)
     zero = torch.zeros_like(t0, dtype=torch.int64)
     no = torch.zeros_like(t0, dtype=torch.bool)
-    # every field its own tensor: compiled steps are specialised on which of their inputs are the same
-    y = y0.t().contiguous() if columns else y0
     carry = Carry(
-        t=t0.clone(),
-        y=y,
-        k1=k1.t().contiguous() if columns else k1,
-        scaled=torch.zeros_like(y, dtype=plan.real),
+        t=t0,
+        y=y0,
+        k1=k1,
+        scaled=torch.zeros_like(y0, dtype=plan.real),
         step=step,
         error1=level,
-        error2=level.clone(),
+        error2=level,
         segment=first_segment(stops, zero),
         rejected_last=no,
         bad_last=broken,
-        jump=no.clone(),
-        attempts=zero.clone(),
-        n_accepted=zero.clone(),
-        status=zero.clone(),
+        jump=no,
+        attempts=zero,
+        n_accepted=zero,
+        status=zero,
         running=~no,
     )
     return carry, n_fun
@@ -266,13 +237,9 @@ def integrate_batched(
     beside : see `Companion`
     """
     monitor = plan.monitor
-    columns = takes_columns(plan.compile is not None, *y0.shape)
-    step = advance if plan.compile is None else compiled(advance_by_numbers, plan.compile, columns)
     sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0).to(torch.float64)
-    carry, n_fun = start_carry(f, plan, anchors, sign, y0, columns)
-    if plan.compile is not None:
-        carry = with_numbers(carry)
-    sampler = BatchSampler(plan, t_eval, anchors, sign, y0, columns)
+    carry, n_fun = start_carry(f, plan, anchors, sign, y0)
+    sampler = BatchSampler(plan, t_eval, anchors, sign, y0)
     events = BatchEventWatch(plan, inputs, anchors[0], y0) if plan.events else None
     watch = None if plan.switch is None else SwitchWatch(plan.switch, plan, len(y0), y0.device)
     dense = plan.keep_stages or sampler.wanted or events is not None or watch is not None
@@ -281,41 +248,36 @@ def integrate_batched(
     stages: list[Tensor] = []
     span = (anchors[-1] - anchors[0]).abs()
     watched = type(monitor).advanced is not Monitor.advanced
-    turned = layout(f, columns)[2]
     companion = companion_of(f, plan, beside, y0)
     #: (B,) where the next step is to end, just before a terminal event, NaN for anywhere; None: none is near
     aim: Tensor | None = None
     while bool(carry.running.any()):
         stops = anchors if aim is None else ends_at(aim, anchors, carry.segment)
-        new, attempt = step(f, plan, stops, sign, carry, dense, columns)
-        if plan.compile is not None:
-            attempt = attempt._replace(accepted=attempt.accepted != 0)
+        new, attempt = advance(f, plan, stops, sign, carry, dense)
         if companion is not None:
-            new, attempt = _accompanied(companion, plan, stops, sign, carry, new, attempt, columns)
+            new, attempt = _accompanied(companion, plan, stops, sign, carry, new, attempt)
         seen = attempt
         if events is not None:
-            values = [turned(k) for k in attempt.stages]
             aimed = None
             if aim is not None:
                 aiming = ~aim.isnan()
-                aimed = aiming & attempt.accepted & (attempt.lands != 0)
+                aimed = aiming & attempt.accepted & attempt.lands
                 attempt = attempt._replace(lands=torch.where(aiming, torch.zeros_like(attempt.lands), attempt.lands))
                 new = _on_the_way(carry, new, aimed, plan.shift)
             found = events.after_step(
-                attempt.accepted, attempt.t, attempt.h, attempt.end, turned(carry.y), turned(new.y), values, carry.n_accepted, aimed
+                attempt.accepted, attempt.t, attempt.h, attempt.end, carry.y, new.y, attempt.stages, carry.n_accepted, aimed
             )
             if found is not None:
                 aim = next_aim(aim, found, aimed)
                 attempt = attempt._replace(accepted=attempt.accepted & ~found.again)
                 step_again = torch.maximum(carry.step, (found.aim - carry.t).abs())
-                new = _stopped(_once_more(carry, new, found.again, step_again, columns), found.stop)
+                new = _stopped(_once_more(carry, new, found.again, step_again), found.stop)
             seen = attempt
             if found is not None:
                 seen = attempt._replace(end=torch.where(found.stop.isnan(), attempt.end, found.stop))
         if watch is not None:
-            lands = attempt.lands != 0
             rate = 0.0 if companion is None else companion.rate
-            over = watch.after_step(f, attempt.accepted & ~lands & (new.status == 0), attempt.h, turned(carry.y), attempt.stages, rate)
+            over = watch.after_step(f, attempt.accepted & ~attempt.lands & (new.status == 0), attempt.h, carry.y, attempt.stages, rate)
             if over is not None:
                 status = torch.where(over, int(Status.SWITCHED), new.status)
                 new = new._replace(status=status, running=torch.where(over, torch.zeros_like(new.running), new.running))
@@ -330,12 +292,11 @@ def integrate_batched(
         carry = new
         if watched:
             monitor.advanced(float(((carry.t - anchors[0]).abs() / span).min()))
-    carry = with_flags(carry)
-    final = torch.where((carry.status >= 0).unsqueeze(-1), turned(carry.y), float("nan"))
+    final = torch.where((carry.status >= 0).unsqueeze(-1), carry.y, float("nan"))
     sampler.finish((carry.status == 0) | ((carry.status == 1) & (carry.t == anchors[-1])), carry.n_accepted, final)
     found = no_events(y0) if events is None else events.record()
     plain = anchors.shape[0] == 2 and events is None and watch is None
-    kept = Kept(attempts, states, stages, columns)
+    kept = Kept(attempts, states, stages)
     counts = n_fun + evaluations_of_attempt(plan, dense, anchors.shape[0] > 2) * carry.attempts
     if companion is not None:
         counts = counts + companion.n_fun
@@ -351,7 +312,7 @@ def _on_the_way(before: Carry, new: Carry, aimed: Tensor, shift: str) -> Carry:
 
 
 def _accompanied(
-    companion: Companion, plan: Plan, stops: Tensor, sign: Tensor, carry: Carry, new: Carry, attempt: Attempt, columns: bool
+    companion: Companion, plan: Plan, stops: Tensor, sign: Tensor, carry: Carry, new: Carry, attempt: Attempt
 ) -> tuple[Carry, Attempt]:
     """The attempt with steps that are too long for the companion refused, and those that follow bounded by its error."""
     controller, size = plan.control, attempt.h * sign
@@ -360,17 +321,15 @@ def _accompanied(
     ahead, longest = torch.stack([grown, size]).amax(-1).tolist()
     if not companion.due(ahead >= 0, longest):
         return new, attempt
-    turned = layout(lambda t, y: y, columns)[2]
     taken = attempt.accepted
     times = [(attempt.t + attempt.h * c).to(plan.real) for c in plan.method.nodes]
     if plan.shift == "all" or (plan.shift == "inner" and stops.shape[0] > 2):
-        lands = attempt.lands != 0
-        end = lands if plan.shift == "all" else lands & (carry.segment < stops.shape[0] - 2)
-        times = shifted_times(times, plan.method.nodes, carry.jump != 0, end, sign)
-    h, scaled = attempt.h.to(plan.real).unsqueeze(-1), turned(new.scaled)
+        end = attempt.lands if plan.shift == "all" else attempt.lands & (carry.segment < stops.shape[0] - 2)
+        times = shifted_times(times, plan.method.nodes, carry.jump, end, sign)
+    h, scaled = attempt.h.to(plan.real).unsqueeze(-1), new.scaled
     # of a step that was cut short a small error says nothing
-    quiet = taken & (plan.norm(scaled) <= QUIET) & ~((attempt.lands != 0) & (size < 0.5 * carry.step))
-    found = companion.error(times, h, turned(carry.y), turned(carry.k1), scaled, taken, quiet, longest, turned(new.y))
+    quiet = taken & (plan.norm(scaled) <= QUIET) & ~(attempt.lands & (size < 0.5 * carry.step))
+    found = companion.error(times, h, carry.y, carry.k1, scaled, taken, quiet, longest, new.y)
     if found is None:
         return new, attempt
     assert isinstance(found, Tensor)
@@ -379,16 +338,16 @@ def _accompanied(
     up, down = controller.both(plan.method.error_order + 1, tamed(found), (carry.error1, carry.error2), size)
     new = new._replace(step=torch.where(passed, torch.minimum(new.step, size * up), new.step))
     refused = taken & ~passed
-    back = _once_more(carry, new, refused, size * down, columns)
+    back = _once_more(carry, new, refused, size * down)
     back = back._replace(rejected_last=torch.where(refused, torch.ones_like(new.rejected_last), new.rejected_last))
     return back, attempt._replace(accepted=passed)
 
 
-def _once_more(before: Carry, new: Carry, again: Tensor, step: Tensor, columns: bool) -> Carry:
+def _once_more(before: Carry, new: Carry, again: Tensor, step: Tensor) -> Carry:
     """The rows ``again`` are where they were, and are to take a step of this size."""
 
     def kept(old: Tensor, x: Tensor) -> Tensor:
-        return torch.where(again if x.dim() == 1 or columns else again.unsqueeze(-1), old, x)
+        return torch.where(again if x.dim() == 1 else again.unsqueeze(-1), old, x)
 
     back = Carry(*(kept(old, x) for old, x in zip(before, new, strict=True)))
     return back._replace(attempts=new.attempts, step=torch.where(again, step, new.step))

@@ -118,7 +118,6 @@ def PIController(**options: Any) -> PIDController:
     return PIDController(0.4, 0.3, 0.0, shrink_accepted=True, **options)
 
 
-# made once: compiled loops ask for them
 _PLAIN, _PREDICTIVE = IController(), PIDController(shrink_accepted=True, predictive=True)
 
 

@@ -98,7 +98,7 @@ def integrate_multistep(
     # nothing goes on from a state that is not finite: a step of no size says so at once
     bad_last, scaled = ~torch.isfinite(y0).all(-1), torch.zeros_like(y0, dtype=real)
     step = torch.where(bad_last, 0.0, step)
-    sampler = BatchSampler(plan, t_eval, anchors, sign, y0, False)
+    sampler = BatchSampler(plan, t_eval, anchors, sign, y0)
     events = BatchEventWatch(plan, inputs, t, y0) if plan.events else None
     kept = Kept([], [], [], extra=[], idle=solver.idle)
     monitor, watched = plan.monitor, type(plan.monitor).advanced is not Monitor.advanced

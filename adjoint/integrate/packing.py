@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .columns import layout
 from .plan import Plan, Record
 
 __all__ = ["Ended", "Kept", "evaluations_of_attempt", "record_of"]
@@ -19,13 +18,12 @@ __all__ = ["Ended", "Kept", "evaluations_of_attempt", "record_of"]
 class Kept:
     """One entry for each attempt: what it did; the state at its start and its stages, where they are wanted (else nothing).
 
-    ``columns``: states are ``(n, B)``. ``extra``: what a multistep method records beside, ``(E, B)``; ``idle`` (E,): that of no step.
+    ``extra``: what a multistep method records beside, ``(E, B)``; ``idle`` (E,): that of no step.
     """
 
     attempts: list[Any]
     states: list[Tensor]
     stages: list[Tensor]
-    columns: bool = False
     extra: list[Tensor] = field(default_factory=list)
     idle: Tensor | None = None
 
@@ -66,12 +64,10 @@ def record_of(
     found: dict[str, Tensor],
 ) -> Record:
     """The record of a solve that ended with ``carry``; ``samples``: values and steps; ``found``: its events; ``plain``: see `_packed`."""
-    turned = layout(lambda t, y: y, kept.columns)[2]
-    last = turned(carry.y)
     return Record(
-        final=torch.where((carry.status >= 0).unsqueeze(-1), last, float("nan")),
-        last=last,
-        scaled_error=turned(carry.scaled),
+        final=torch.where((carry.status >= 0).unsqueeze(-1), carry.y, float("nan")),
+        last=carry.y,
+        scaled_error=carry.scaled,
         samples=samples[0],
         sample_step=samples[1],
         n_steps=carry.attempts,
@@ -82,16 +78,9 @@ def record_of(
         t_final=carry.t,
         next_step=carry.step,
         **found,
-        **_linear_work(plan, carry.attempts),
+        **dict.fromkeys(("n_jac", "n_factorizations", "n_solves", "n_newton"), torch.zeros_like(carry.attempts)),
         **_packed(kept, carry, y0, len(plan.method.nodes), plain),
     )
-
-
-def _linear_work(plan: Plan, attempts: Tensor) -> dict[str, Tensor]:
-    """Counts of linear algebra, where the equations do not count their own."""
-    none = torch.zeros_like(attempts)
-    each = attempts if plan.direct else none
-    return {"n_jac": each, "n_factorizations": each, "n_solves": each * plan.method.n_stages, "n_newton": none}
 
 
 def _packed(kept: Kept, carry: Any, y0: Tensor, n_all: int, plain: bool) -> dict[str, Tensor]:
@@ -100,7 +89,7 @@ def _packed(kept: Kept, carry: Any, y0: Tensor, n_all: int, plain: bool) -> dict
     ``plain``: there is one segment, at whose end the last step lands.
     """
     rows, n = y0.shape
-    attempts, states, stages, columns = kept.attempts, kept.states, kept.stages, kept.columns
+    attempts, states, stages = kept.attempts, kept.states, kept.stages
     extra = {}
     if kept.idle is not None:
         extra["extra"] = kept.idle.new_empty((0, len(kept.idle), rows))
@@ -137,15 +126,9 @@ def _packed(kept: Kept, carry: Any, y0: Tensor, n_all: int, plain: bool) -> dict
     zero = torch.zeros_like(carry.t)
     if not states:
         all_states = y0.new_empty((0, rows, n))
-    elif columns:
-        where = index.unsqueeze(1).expand(-1, n, -1)
-        all_states = torch.stack([*states, carry.y]).gather(0, where).transpose(1, 2)
     else:
         all_states = pick(states, carry.y, most + 1)
-    if stages and columns:
-        where = index[:most, None, None].expand(-1, *stages[0].shape[:2], -1)
-        all_stages = torch.stack([*stages, torch.zeros_like(stages[0])]).gather(0, where).transpose(2, 3)
-    elif stages:
+    if stages:
         # (I, S, B, n) with the trajectories in front of the stages, as `pick` wants them
         turned = [x.movedim(0, 1) for x in stages]
         all_stages = pick(turned, torch.zeros_like(turned[0]), most).movedim(2, 1)
@@ -156,7 +139,7 @@ def _packed(kept: Kept, carry: Any, y0: Tensor, n_all: int, plain: bool) -> dict
         lands = (torch.arange(most, device=y0.device).unsqueeze(-1) == carry.n_accepted - 1) & ~carry.running & (carry.status >= 0)
     else:
         segment = pick([a.segment for a in attempts], torch.zeros_like(carry.segment), most)
-        lands = pick([a.lands for a in attempts], torch.zeros_like(attempts[0].lands), most) != 0
+        lands = pick([a.lands for a in attempts], torch.zeros_like(attempts[0].lands), most)
     if kept.idle is not None:
         extra["extra"] = pick([x.t() for x in kept.extra], kept.idle.expand(rows, -1), most).transpose(1, 2)
     return extra | {

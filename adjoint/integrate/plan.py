@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
@@ -33,7 +33,6 @@ class Status(IntEnum):
 def rms_norm(x: Tensor) -> Tensor:
     """Root mean square of every row: ``(B, n) -> (B,)``."""
     if x.shape[-1] == 1:
-        # compiled, the norm over one number keeps its dimension in some versions of PyTorch
         return x.abs().squeeze(-1)
     return torch.linalg.vector_norm(x, dim=-1) * (max(x.shape[-1], 1) ** -0.5)
 
@@ -78,7 +77,7 @@ class Plan:
 
     ``rtol`` and ``atol`` are numbers or tensors that broadcast to ``(B, n)``; ``norm`` maps scaled errors ``(B, n)`` to ``(B,)``.
     ``controller``: None for that of the method. ``real`` is the real dtype of the state.
-    ``compile``: None for eager steps, else what compiled steps are kept under.
+    ``compile``: None for eager steps, else what compiled code of ``fun`` is kept under.
     ``keep_states``: whether the states of all steps are wanted; ``keep_stages``: also all stages, for the dense output.
     ``keep_grid``: starts and sizes of all steps are wanted even where their states are not. ``results_of_steps``: states or stages of the
     steps are themselves part of what the user gets.
@@ -114,16 +113,6 @@ class Plan:
     def control(self) -> PIDController:
         """The controller; where none was given, that for methods like this one."""
         return self.controller if self.controller is not None else default_controller(self.method.implicit)
-
-    @property
-    def direct(self) -> bool:
-        """Whether the linear systems of the stages are part of the compiled step."""
-        return self.compile is not None and getattr(self.method, "direct", False)
-
-    @property
-    def of_steps(self) -> Plan:
-        """Without what steps are chosen by, on which taking them again or back does not depend: a compiler would look at it."""
-        return replace(self, rtol=1.0, atol=1.0, norm=rms_norm, first_step=None, max_step=float("inf"), min_step=0.0, max_steps=0)
 
     def scaled(self, error: Tensor, size: Tensor) -> Tensor:
         """Error in units of the tolerance; ``size`` is ``max(|y0|, |y1|)``."""

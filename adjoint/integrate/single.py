@@ -12,7 +12,6 @@ from torch import Tensor
 from ..methods import Method
 from .clock import aim_step, judge_step, why_stuck
 from .companion import QUIET, Beside, Companion, companion_of
-from .compiled import compiled
 from .events import EventWatch
 from .initial_step import initial_step
 from .plan import Plan, Record, Status, shifted_times
@@ -63,14 +62,6 @@ def _attempt(
         scaled = plan.scaled(estimate, torch.maximum(size, size1)).reshape(flat)
         error = plan.norm(scaled)
     return y1, ks, k_end, size1, scaled, error
-
-
-def _timed_attempt(
-    f: Callable[[Tensor, Tensor], Tensor], plan: Plan, th: Tensor, y: Tensor, k1: Tensor, size: Tensor, flat: Sequence[int]
-) -> _Attempted:
-    """`_attempt` with start and size of the step in a float64 tensor, for the compiler."""
-    times = [(th[0] + th[1] * c).to(plan.real) for c in plan.method.nodes]
-    return _attempt(f, plan, times, th[1].to(plan.real), y, k1, size, flat)
 
 
 def _accompanied(
@@ -161,7 +152,6 @@ def integrate_single(
     scaled: Tensor | None = None
 
     companion = companion_of(f, plan, beside, y0, flat)
-    fast = None if plan.compile is None else compiled(_timed_attempt, plan.compile)
     while segment < len(stops) - 1:
         target = stops[segment + 1]
         # a span of no length is one step of no length, whose derivatives in the times are those of any step
@@ -184,13 +174,9 @@ def integrate_single(
         inner = plan.shift == "inner" and lands and segment < len(stops) - 2
         jump = (True, True) if plan.shift == "all" else (jump_start, inner)
         times = _times(plan, t, h, y, jump, sign)
-        if fast is None or any(jump):
-            # recorded steps of implicit methods are taken again with tensors: to the same bits, or stiffness blows their difference up
-            length = torch.full((), h, dtype=plan.real, device=device) if method.implicit else h
-            y1, ks, k_end, size1, scaled, norm = _attempt(f, plan, times, length, y, k1, size, flat)
-        else:
-            th = torch.tensor([t, h], dtype=torch.float64, device=device)
-            y1, ks, k_end, size1, scaled, norm = fast(f, plan, th, y, k1, size, flat)
+        # recorded steps of implicit methods are taken again with tensors: to the same bits, or stiffness blows their difference up
+        length = torch.full((), h, dtype=plan.real, device=device) if method.implicit else h
+        y1, ks, k_end, size1, scaled, norm = _attempt(f, plan, times, length, y, k1, size, flat)
         n_fun += method.evaluations
         if norm is not None:
             error: float = float(norm)

@@ -65,8 +65,6 @@ class Rosenbrock:
     needs_time_slope: ClassVar[bool] = True
     #: steps of ``M y' = f(t, y)`` are the method's own
     takes_mass: ClassVar[bool] = True
-    #: stages are linear systems: a step is a fixed amount of work
-    direct: ClassVar[bool] = True
     _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .tableau import Tableau
 
-__all__ = ["ExplicitRungeKutta", "StepCotangents", "combine", "powers", "stability_interval"]
+__all__ = ["ExplicitRungeKutta", "StepCotangents", "combine", "stability_interval"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 #: ``linearize(t, y) -> (f(t, y), pullback)`` with ``pullback(v) -> (f_y* v, f_t* v or None)``
@@ -22,7 +22,7 @@ Linearize = Callable[[Tensor, Tensor], tuple[Tensor, Callable[[Tensor], tuple[Te
 def combine(y: Tensor, h: float | Tensor, weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:
     """``y + h sum_j weights_j ks_j``; ``h`` is a number, or a tensor that broadcasts against ``y``."""
     if isinstance(h, float):
-        for w, k in _pairs(weights, ks):
+        for w, k in zip(weights, ks, strict=False):
             if w:
                 y = torch.add(y, k, alpha=h * w)
         return y
@@ -47,19 +47,13 @@ def _plus(y: Tensor, h: float | Tensor, total: Tensor) -> Tensor:
 def weighted_sum(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor | None:
     """``sum_j weights_j ks_j``, or None when all weights are zero."""
     total: Tensor | None = None
-    for w, k in _pairs(weights, ks):
+    for w, k in zip(weights, ks, strict=False):
         if w:
             total = k * w if total is None else torch.add(total, k, alpha=w)
     return total
 
 
-def _pairs(weights: Sequence[float], ks: Sequence[Tensor]) -> Iterator[tuple[float, Tensor]]:
-    """Weights and what they weigh, of which there may be more or fewer; older compilers follow ``zip`` only where lengths agree."""
-    count = min(len(weights), len(ks))
-    return zip(weights[:count], ks[:count], strict=True)
-
-
-def powers(theta: Tensor, count: int) -> Tensor:
+def _powers(theta: Tensor, count: int) -> Tensor:
     """``theta, theta**2, ...``, ``(*theta.shape, count)``, by products: powers of doubles are slow."""
     found = [theta]
     for _ in range(count - 1):
@@ -101,15 +95,13 @@ class ExplicitRungeKutta:
     """An explicit Runge-Kutta method, defined by its tableau.
 
     Every function takes the stage times as a sequence ``times`` (one tensor a stage, ``()`` or ``(B,)``) and the step ``h`` as a
-    Python float or a tensor that broadcasts against the ``(B, n)`` state, so that eager, compiled, vmapped and differentiated
+    Python float or a tensor that broadcasts against the ``(B, n)`` state, so that eager, vmapped and differentiated
     code share one formula. Nothing here waits for the device.
     """
 
     tableau: Tableau
     #: whether stages are equations to be solved
     implicit: bool = field(default=False, init=False)
-    #: whether those can be part of the compiled step
-    direct: bool = field(default=False, init=False)
     #: nodes of all stages, extra ones included
     nodes: tuple[float, ...] = field(init=False)
     _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)
@@ -200,7 +192,7 @@ class ExplicitRungeKutta:
     def dense_weights(self, theta: Tensor) -> Tensor:
         """``b_i(theta)``: shape ``(*theta.shape, S)`` with ``S`` the number of stages, extra ones included."""
         matrix = self.dense_matrix(theta.dtype, theta.device)
-        return powers(theta, matrix.shape[1]) @ matrix.T
+        return _powers(theta, matrix.shape[1]) @ matrix.T
 
     def dense_numbers(self, theta: float) -> list[float]:
         """``b_i(theta)`` of every stage, for one theta, by Horner's rule."""

@@ -63,7 +63,6 @@ class Tableau:
     extra_is_next_first: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        # plain attributes, not cached properties: their lock stops torch.compile
         object.__setattr__(self, "n_stages", len(self.b))
         ends = len(self.b) > 1 and self.c[-1] == 1.0 and self.b[-1] == 0.0 and self.a[-1] == self.b[:-1]
         object.__setattr__(self, "fsal", ends)

@@ -36,7 +36,7 @@ def compiler() -> tuple[str, ...]:
     try:
         import ziglang  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise NoCompiler("no C++ compiler was found (CXX, g++, clang++): install one, or `pip install adjoint[native]`") from None
+        raise NoCompiler("no C++ compiler was found (CXX, g++, clang++): install one, or `pip install torch-adjoint[native]`") from None
     return (sys.executable, "-m", "ziglang", "c++")
 
 

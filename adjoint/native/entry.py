@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,31 +27,49 @@ _remarked: set[tuple[Hashable, str]] = set()
 
 
 def suits(plan: Plan, system: System | VmappedSystem, y0: Tensor) -> str | None:
-    """Why a solve cannot be one of compiled code, as far as its plan tells; None where it can."""
-    if not takes(plan.method):
-        return f"method={plan.method.name!r} has no compiled form"
+    """Why a solve cannot be one of compiled code, as far as its plan tells, and what to do about it; None where it can."""
     base = system
     while isinstance(base, VmappedSystem):
         base = base.base
-    if base.residual is not None or base.mass is not None or base.inner_grad or base.transforms:
-        return "fun is under a transform, or takes derivatives itself"
-    if plan.events or plan.switch is not None:
-        return "there are events, or a choice of methods"
+    if base.residual is not None or base.mass is not None:
+        return "its equations are implicit (solve_dae, mass_matrix=): leave compile out"
+    if not takes(plan.method):
+        return f"method={plan.method.name!r} has no native form: choose a one-step method ('tsit5'; 'rodas5p' for stiff equations)"
+    if base.inner_grad or base.transforms:
+        return "fun takes derivatives itself: write them out, or leave compile out"
+    if plan.switch is not None:
+        return "method='auto' chooses between two methods: name one of them"
+    if plan.events:
+        return "there are events=: leave one of the two out"
     if plan.norm is not rms_norm or type(plan.control) is not PIDController:
-        return "norm= or controller= is one of the user's own"
+        return f"{'norm' if plan.norm is not rms_norm else 'controller'}= is one of your own: leave one of the two out"
     if type(plan.monitor) is not Monitor:
-        return "each step is reported (progress=)"
+        return "each step is reported: leave progress= out"
     if y0.device.type != "cpu" or y0.is_complex():
-        return f"the state is {'complex' if y0.is_complex() else 'on ' + y0.device.type}"
+        return f"the state is {'complex: integrate real and imaginary parts' if y0.is_complex() else 'on ' + y0.device.type}"
     if y0.dtype not in (torch.float32, torch.float64) or not y0.numel():
-        return f"the state is of {y0.dtype}" if y0.numel() else "the state is empty"
+        return f"the state is of {y0.dtype}: take float32 or float64" if y0.numel() else "the state is empty"
     return None
+
+
+def _remark(key: Hashable, reason: str) -> None:
+    """Say why a solve is not compiled, once for each right-hand side and reason, at the place of the user's call."""
+    if (key, reason) in _remarked:
+        return
+    _remarked.add((key, reason))
+    inside = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"compile=True: this solve runs uncompiled, because {reason}", RuntimeWarning, stacklevel=level)
 
 
 @dataclass
 class NativeSolve:
     """What a solve by compiled code leaves for its way back: the program, with the tensors that it read."""
 
+    #: why it cannot be one, where the front door knows that already
+    refused: str | None = None
     recognised: Recognised | None = None
     #: what the tensors held: gradients are those of the solve, whatever happens to them later
     values: tuple[Tensor, ...] = ()
@@ -67,9 +87,9 @@ class NativeSolve:
         derivatives: bool,
     ) -> Record | None:
         """The solve, or None where the eager engine is to make it. ``derivatives``: a way back may follow."""
-        reason = suits(plan, system, y0)
+        reason = self.refused or suits(plan, system, y0)
         if reason is not None:
-            return None
+            return _remark(key, reason)
         try:
             found = recognise(key, system, plan.method, anchors[0].detach().to(plan.real), y0.detach(), inputs, batched)
             if derivatives and any(slot is None and x.requires_grad for slot, x in zip(found.slots, found.tensors, strict=True)):
@@ -84,10 +104,7 @@ class NativeSolve:
         except Exception as error:  # tracers raise whatever they like: the eager engine says what is wrong, if anything is
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if reason is not None:
-            if (key, reason) not in _remarked:  # once for each right-hand side
-                _remarked.add((key, reason))
-                warnings.warn(f"compile=True: this solve runs uncompiled, because {reason}", RuntimeWarning, stacklevel=2)
-            return None
+            return _remark(key, reason)
         self.recognised, self.values = found, tuple(values)
         return record
 

@@ -24,11 +24,17 @@ from .emit import Compiled
 from .program import Program, program_of
 from .reading import Unreadable, read
 
-__all__ = ["Recognised", "recognise"]
+__all__ = ["Recognised", "compile_key", "recognise"]
 
 _ear = threading.local()
 #: graphs of one piece of code (shapes, dtypes, constants) before recognising costs more than it brings
 _MOST_GRAPHS = 64
+
+
+def compile_key(fun: Callable[..., Any]) -> Hashable:
+    """What makes two right-hand sides share compiled code: their Python code, or for other callables their type."""
+    code = getattr(fun, "__code__", None) or getattr(getattr(fun, "__func__", None), "__code__", None)
+    return code if code is not None else type(fun)
 
 
 @dataclass(eq=False)
@@ -38,12 +44,16 @@ class _Graph:
     module: GraphModule
     programs: dict[Hashable, Program | Exception] = field(default_factory=dict)
     kinds: list[tuple[torch.Size, torch.dtype]] | None = None
+    #: whether it changes tensors in place that it is given
+    writes: bool = False
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         if self.kinds is None:
-            with torch.no_grad():
-                outs = self.module(*tensors)
+            with torch.inference_mode(False), torch.no_grad():
+                copies = [x.clone() for x in tensors]
+                outs = self.module(*copies)
             self.kinds = [(x.shape, x.dtype) for x in outs]
+            self.writes = any(x._version for x in copies)
         stand_ins = [torch.empty(shape, dtype=dtype) for shape, dtype in self.kinds]
         _ear.heard.append((self, tensors, stand_ins))
         return stand_ins
@@ -98,6 +108,8 @@ def recognise(
     if len(_ear.heard) != 1:
         raise Unreadable("", "", "it is no single graph")
     graph, tensors, stand_ins = _ear.heard.pop()
+    if graph.writes:
+        raise Unreadable("", "", "it changes the state, or a tensor that it captured, in place")
     captured = len(inputs) - len(base.captured)
     # a tensor that is an input twice gets its whole cotangent the first time
     slot = {id(x): captured + k for k, x in reversed(list(enumerate(base.captured)))}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import SolveError
 from ..integrate import LoneStages, Monitor, StageSolver, integrate
-from ..integrate.columns import widened
+from ..integrate.spread import widened
 from ..system.capture import alive, functorch_active
 from ..system.ownership import owned
 from ..system.rewriting import naming_writes

@@ -68,8 +68,6 @@ class _Continuous:
             )
         if plan.events:
             raise UnsupportedCombination(f"events= with {name} is not supported: use gradient=DiscreteAdjoint()")
-        if plan.compile is not None:
-            raise UnsupportedCombination(f"compile=True with {name} is not supported: leave compile out, or use DiscreteAdjoint()")
         if anchors.shape[0] > 2:
             raise UnsupportedCombination(f"step_ts= with {name} is not supported: use gradient=DiscreteAdjoint()")
         if y0.is_complex():
@@ -125,6 +123,7 @@ class _Continuous:
             keep_states=True,
             keep_stages=True,
             monitor=Monitor(),
+            compile=None,
         )
 
 

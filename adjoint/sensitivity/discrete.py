@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from ..integrate import Monitor
-from ..integrate.columns import widened
+from ..integrate.spread import widened
 from ..methods.runge_kutta import row_dot
 from ..system.capture import cut_apart
 from ..system.system import System
 from .additive import AdditiveLinearizer
-from .compiled import CompiledAdjoint, named
 from .equations import recorded_adjoint
 from .linearize import Linearizer
 from .lone_sweep import LoneSweep, goes_by_rows
@@ -24,7 +23,6 @@ from .multistep_rows import multistep_by_rows
 from .padding import in_shelter
 from .problem import Problem, kept_steps, stage_times, step_times
 from .stages import StageLinearizer
-from .whole import sweeps_whole, whole_sweep
 
 if TYPE_CHECKING:
     from .checkpoints import Recall
@@ -145,32 +143,22 @@ def eager_sweep(
         linearize = AdditiveLinearizer(problem, slopes, inputs, wants[3:], time_bars)
     elif implicit:
         linearize = StageLinearizer(problem, slopes, f, inputs, wants[3:], time_bars)
-    plain = recall is None and not time_bars and n_steps > 0 and anchors.shape[0] == 2 and (stages_bar is None or not len(stages_bar))
-    if plain and sweeps_whole(problem, states[0], t_eval, inputs):
-        first = Linearizer(f, inputs, wants[3:], False)
-        y_bar = whole_sweep(problem, grid, t_eval, first, bars)
-        if y_bar is not None:
-            problem.backward_report(first.n_fun, n_steps)
-            return (None, None, y_bar if wants[2] else None, *first.bars)
     samples = _Samples(problem, grid, t_eval, samples_bar, time_bars)
     times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors.detach(), plan.shift)
     kept: dict[int, Tensor] = {}
     if stages_bar is not None and len(stages_bar):
         kept = dict(zip(kept_steps(plan, grid["event_step"], n_steps), stages_bar, strict=True))
-    # compiled steps know nothing of jumps, and those with linear systems nothing of captured tensors
-    use_compiled = plan.compile is not None and times.jump_end is None and (not implicit or named(system))
     # of few rows all at once, which takes few operators; of many step by step, which takes little memory
-    stage_t = stage_times(plan, times, plan.real) if rows == 1 and not use_compiled else None
+    stage_t = stage_times(plan, times, plan.real) if rows == 1 else None
     shape = None if implicit else system.natural_shape
     flat = states.shape[1:]
-    columns = use_compiled and problem.columns(states)
 
     def inner(x: Tensor) -> Tensor:
         """``(..., B, n)`` as the steps carry it."""
-        return x.reshape((*x.shape[:-2], *shape)) if shape is not None else x.transpose(-1, -2) if columns else x
+        return x.reshape((*x.shape[:-2], *shape)) if shape is not None else x
 
     def outer(x: Tensor) -> Tensor:
-        return x.transpose(-1, -2) if columns else x.reshape(flat)
+        return x.reshape(flat)
 
     states = inner(states).contiguous()
     state_at = states if recall is None else recall
@@ -193,9 +181,6 @@ def eager_sweep(
         return [] if out is None else list(inner(out).unbind())
 
     checked = isinstance(system, System)
-    if use_compiled:
-        compiled_step = CompiledAdjoint(problem, f, linearize, grid["states"])
-        starts, lengths = (x.unbind() if shape is None else x[:, 0].unbind() for x in (grid["t"], grid["h"]))
     watched = rows == 1 and type(plan.monitor).adjoint is not Monitor.adjoint
     if recall is None and not watched and not mapped(bars) and goes_by_rows(problem, n_steps, times.jump_end is not None):
         plain = Linearizer(f, inputs, wants[3:], time_bars)
@@ -218,24 +203,20 @@ def eager_sweep(
                 k_bar[0] = first if handed is None else handed if first is None else first + handed
             else:
                 k_bar = [handed]
-        # one graph for the step and its pullback hides what fun reaches: there an evaluation of its own looks, at both ends
-        linearize.check_next = checked and (not use_compiled or k in (0, n_steps - 1))
+        linearize.check_next = checked
         y = state_at[k].reshape(flat) if implicit and recall is not None else state_at[k]
         if watched:
             plan.monitor.adjoint(float(grid["t"][k, 0]), y, float(grid["h"][k, 0]), bar)
-        if use_compiled:
-            result = compiled_step(starts[k], lengths[k], y, bar, k_bar, time_bars, inner(slopes[k]) if implicit else None)
+        at = stage_times(plan, times.step(k), plan.real)[0] if stage_t is None else stage_t[k]
+        if implicit:
+            linearize.begin_step(k, at, sizes[k])
+        size = sizes[k]
+        if rows > 1 and not implicit:
+            size = widened(size, y.shape[-1])
+        if hasattr(method, "adjoint_step"):
+            result = method.adjoint_step(linearize, at, size, y, bar, k_bar, time_bars)
         else:
-            at = stage_times(plan, times.step(k), plan.real)[0] if stage_t is None else stage_t[k]
-            if implicit:
-                linearize.begin_step(k, at, sizes[k])
-            size = sizes[k]
-            if rows > 1 and not implicit:
-                size = widened(size, y.shape[-1])
-            if hasattr(method, "adjoint_step"):
-                result = method.adjoint_step(linearize, at, size, y, bar, k_bar, time_bars)
-            else:
-                result = recorded_adjoint(problem, linearize, at, size, y, bar, k_bar, time_bars)
+            result = recorded_adjoint(problem, linearize, at, size, y, bar, k_bar, time_bars)
         start = samples.at_start(k)
         bar = result.y if start is None else result.y + inner(start)
         if result.first is not None:
@@ -262,8 +243,6 @@ def eager_sweep(
         bar = bar + inner(states_bar[0])
     if n_steps == 0 and samples_bar is not None:
         bar = bar + inner(samples_bar.sum(0))
-    if use_compiled:
-        compiled_step.finish()
     problem.backward_report(linearize.n_fun, n_steps)
     of_anchors = anchors_bar(anchors, grid, t_bars, h_bars) if wants[0] else None
     return (of_anchors, samples.t_eval_bar if wants[1] else None, outer(bar) if wants[2] else None, *linearize.bars)

@@ -21,7 +21,6 @@ from ..integrate import (
     integrate,
     shifted_times,
 )
-from ..integrate.columns import column_major, takes_columns
 from ..integrate.companion import Beside, displaced, rests
 from ..integrate.work import StageWork
 from ..linalg import DenseLU, LinearSolver, Matrix
@@ -97,12 +96,9 @@ class Problem:
             record = self._by_native(inputs, y0, anchors, t_eval)
             if record is not None:
                 return record
-        f = self.solver(self.laid_out(inputs, y0), y0.shape[0], seen)
+        f = self.solver(inputs, y0.shape[0], seen)
         shape = self.system.natural_shape
         record = integrate(f, plan, anchors, t_eval, y0, self.batched, inputs, shape, beside=self.beside(inputs, y0.shape[0]))
-        if seen and self.witness.empty and plan.compile is not None:
-            # all of it was compiled code
-            self._watched(self.system, inputs)(record.t_final.to(plan.real), record.last)
         self.witness.settle()
         return record
 
@@ -135,7 +131,7 @@ class Problem:
         f = bound(self.system, inputs)
         if self.algebra is None and getattr(self.plan.method, "multistep", False):
             return AdamsSolver(f, self.plan, rows, self.system.spec.device)
-        if self.algebra is None or self.plan.direct:
+        if self.algebra is None:
             return f
         a, device = self.algebra, self.system.spec.device
         implicit = self.system.residual is not None
@@ -169,7 +165,7 @@ class Problem:
         if self.algebra is None or not self.for_one:
             return self.for_one
         method = self.plan.method
-        special = getattr(method, "multistep", False) or getattr(method, "additive", False) or self.plan.direct
+        special = getattr(method, "multistep", False) or getattr(method, "additive", False)
         return not special and self.system.mass is None
 
     @property
@@ -182,17 +178,6 @@ class Problem:
         assert self.algebra is not None
         bound = getattr(self.algebra.jacobian, "bound", None)
         return self.algebra.jacobian if bound is None else bound(self.system, inputs, forward)
-
-    def columns(self, y0: Tensor) -> bool:
-        """Whether the steps carry states as ``(n, B)``."""
-        return self.batched and takes_columns(self.plan.compile is not None, *y0.shape[-2:])
-
-    def laid_out(self, inputs: Sequence[Tensor], y0: Tensor) -> Sequence[Tensor]:
-        """The inputs as these steps read them best; captured tensors stay as they are."""
-        if not self.columns(y0) or not isinstance(self.system, System):
-            return inputs
-        given = len(inputs) - len(self.system.captured)
-        return [column_major(x, y0.shape[-2]) if i < given else x for i, x in enumerate(inputs)]
 
 
 class Outputs(NamedTuple):

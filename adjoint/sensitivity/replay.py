@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..integrate import Plan
-from ..integrate.columns import layout
 from ..system.system import Flat
 from .padding import padding
 from .problem import Outputs, interpolate, kept_steps, stage_times, step_times
@@ -23,17 +22,15 @@ def replay_step(
     h: Tensor,
     y: Tensor,
     dense: bool,
-    columns: bool = False,
     handed: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step as a pure function: the new state ``(B, n)`` and, with ``dense``, all stages ``(S, B, n)``.
 
-    ``h`` is float64, ``(B,)``, or 0-d for a single trajectory in any shape. ``columns``: states are ``(n, B)``. ``handed``: the last slope
+    ``h`` is float64, ``(B,)``, or 0-d for a single trajectory in any shape. ``handed``: the last slope
     ``(B, n)`` of the step before, for methods whose first it is, and the rows ``(B,)`` that begin anew (None: none does).
     """
-    f, spread, _ = layout(f, columns)
     column = h.to(plan.real)
-    column = spread(column) if h.dim() else column
+    column = column.unsqueeze(-1) if h.dim() else column
     y1, ks = plan.method.step(f, times, column, y, first_slope(f, times[0], y, handed))
     if not dense:
         return y1, y.new_empty(0)

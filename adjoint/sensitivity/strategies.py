@@ -103,13 +103,13 @@ class Backprop:
     """Plain automatic differentiation through the accepted steps (step sizes held fixed).
 
     Memory: everything that ``fun`` saves, for every stage of every step. For one trajectory and reverse mode the steps are recorded as
-    they are taken. For batches, for derivatives in times and under transforms they are found by a first solve without derivatives, then
-    taken again with them, so ``fun`` is evaluated about twice as often as in a plain solve.
+    they are taken. For batches, for derivatives in times, with ``compile=True`` and under transforms they are found by a first solve
+    without derivatives, then taken again with them, so ``fun`` is evaluated about twice as often as in a plain solve.
     """
 
     def solve(self, problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Outputs:
         """See `Gradient.solve`."""
-        if _recordable(problem, anchors, t_eval, y0, inputs):
+        if problem.plan.compile is None and _recordable(problem, anchors, t_eval, y0, inputs):
             record = _recorded(problem, anchors, t_eval, y0, inputs)
             problem.report(record)
             return Outputs.of(record)

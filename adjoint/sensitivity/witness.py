@@ -43,8 +43,6 @@ class Witness:
         again = (lambda: f) if anew is None else anew
 
         def call(t: Tensor, y: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return f(t, y)
             k = f(t, y)
             if self._calls >= self._next:
                 self._note(again, t, y, k)
@@ -60,11 +58,6 @@ class Witness:
             self._notes.append(_copied(*self._last))
         self._last = None
         self._next = self._calls
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing was seen, as where all of a solve is compiled."""
-        return not self._notes and self._last is None
 
     def _note(self, f: Any, t: Any, y: Any, k: Any) -> None:
         self._notes.append(_copied(f, t, y, k))

@@ -73,15 +73,6 @@ def own(f: Callable[..., Any], *args: Any) -> Any:
     Python happens to make the call. A graph that autograd records holds results too, and never writes into them: there only objects
     count.
     """
-    if torch.compiler.is_compiling():
-        # a compiler leaves a copy out where nobody writes
-        x = f(*args)
-        return x.clone() if isinstance(x, Tensor) else x
-    return _owned(f, *args)
-
-
-def _owned(f: Callable[..., Any], *args: Any) -> Any:
-    """`own` outside of compilers."""
     x = f(*args)
     if _storage_uses is None:
         return x.clone() if isinstance(x, Tensor) else x
@@ -108,19 +99,17 @@ def _owned(f: Callable[..., Any], *args: Any) -> Any:
 def lending(f: Flat, what: str = "fun") -> Flat:
     """A flat function of time and state that changes neither, and whose results are `own`.
 
-    Raises `InvalidInput` where ``f`` changes its arguments in place; where that cannot be seen (inference mode, code that is being
-    compiled) it gets copies. It stands around every evaluation of a solve: a microsecond here is 2 % of a small network.
+    Raises `InvalidInput` where ``f`` changes its arguments in place; where that cannot be seen (inference mode) it gets copies. It stands
+    around every evaluation of a solve: a microsecond here is 2 % of a small network.
     """
 
     def call(t: Tensor, y: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return own(f, t.clone(), y.clone())
         try:
             state, time = y._version, t._version
         except RuntimeError:
             # tensors of inference mode have no versions
-            return _owned(f, t.clone(), y.clone())
-        out = _owned(f, t, y)
+            return own(f, t.clone(), y.clone())
+        out = own(f, t, y)
         if y._version != state or t._version != time:
             changed(what, "the state" if y._version != state else "time")
         return out

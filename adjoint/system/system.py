@@ -267,16 +267,10 @@ class System:
         if self.parameter_names and not self.inner_grad:
             given = self._given(inputs)
             if any(x is not c for x, c in zip(given, self.captured, strict=True)) or not self._at_home(given):
-                return self.bind_module(inputs)
+                assert isinstance(self.fun, torch.nn.Module)
+                module, parameters = self.fun, dict(zip(self.parameter_names, given, strict=True))
+                return self._flat(lambda *a: torch.func.functional_call(module, parameters, a), inputs)
         return self._flat(self.substituted(self.fun, inputs), inputs)
-
-    def bind_module(self, inputs: Sequence[Tensor]) -> Flat:
-        """As `bind`, for a module with other parameters or a function that captured nothing; a compiler can follow it."""
-        if not self.captured:
-            return self._flat(self.fun, inputs)
-        assert isinstance(self.fun, torch.nn.Module) and self.parameter_names is not None
-        module, parameters = self.fun, dict(zip(self.parameter_names, self._given(inputs), strict=True))
-        return self._flat(lambda *a: torch.func.functional_call(module, parameters, a), inputs)
 
     def _given(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         return inputs[len(inputs) - len(self.captured) :] if self.captured else ()

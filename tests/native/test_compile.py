@@ -1,0 +1,350 @@
+"""``compile=True``: the native engine gives the numbers of the eager one, derivatives included; where it cannot, a remark says why."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import adjoint
+from adjoint import Backprop, DiscreteAdjoint, GaussAdjoint, InterpolatingAdjoint, QuadratureAdjoint, SplitFunction, solve_dae, solve_ivp
+from adjoint.methods import METHODS
+from adjoint.native import build
+
+from ..problems import ADAPTIVE, FIXED, lotka_volterra, options
+
+pytestmark = [pytest.mark.compile, pytest.mark.users_defaults]
+
+#: engines take a compiler a second or more each: the other methods are for the slow run
+QUICK = {("dopri5", 0), ("dopri5", 3), ("dopri5", 40), ("rodas4", 3), ("rk4", 0)}
+ONE_STEP = [m for m in (*ADAPTIVE, *FIXED) if hasattr(METHODS[m], "tableau")]
+
+
+@pytest.fixture(autouse=True)
+def _no_fallback(request):
+    """Solves that are compiled say nothing."""
+    with warnings.catch_warnings():
+        if "remark" not in request.node.name:
+            warnings.filterwarnings("error", message="compile=True", category=RuntimeWarning)
+        yield
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """How often the compiler was called."""
+    calls, compile = [], build._compile
+
+    def counted(*args):
+        calls.append(args[2:])
+        compile(*args)
+
+    monkeypatch.setattr(build, "_compile", counted)
+    return calls
+
+
+def data(rows):
+    """Parameters and initial states, of one trajectory for no rows."""
+    p = torch.tensor([1.5, 1.0, 3.0, 1.0]) * (1 + 0.1 * torch.rand(max(rows, 1), 4))
+    y0 = torch.tensor([1.0, 0.7]).repeat(max(rows, 1), 1)
+    p, y0 = (p, y0) if rows else (p[0], y0[0])
+    return p.requires_grad_(), y0.requires_grad_()
+
+
+def agree(solve, rtol=1e-9):
+    """``solve(compile)`` gives a solution and tensors: the same ones to rounding, by the same steps."""
+    (eager, first), (native, second) = solve(False), solve(True)
+    assert torch.equal(torch.as_tensor(eager.stats.n_steps), torch.as_tensor(native.stats.n_steps))
+    assert torch.equal(torch.as_tensor(eager.status), torch.as_tensor(native.status))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(b, a, rtol=rtol, atol=rtol * float(a.detach().nan_to_num().abs().max()), equal_nan=True)
+
+
+def of_volterra(rows, span=(0.0, 2.0), fun=lotka_volterra, **kwargs):
+    """Values and gradients in everything, of a loss of all that is given."""
+    p, y0 = data(rows)
+
+    def solve(compile):
+        given = () if fun is not lotka_volterra else (p,)
+        sol = solve_ivp(fun if given else fun(p), span, y0, given, batched=rows > 0, compile=compile, **kwargs)
+        loss = sol.y.nan_to_num().square().sum()
+        return sol, [sol.t.detach(), sol.y.detach(), *torch.autograd.grad(loss, (p, y0))]
+
+    return solve
+
+
+@pytest.mark.parametrize(
+    "method, rows",
+    [pytest.param(m, rows, marks=[] if (m, rows) in QUICK else pytest.mark.slow) for m in ONE_STEP for rows in (0, 3, 40)],
+)
+def test_every_method(method, rows):
+    """One trajectory, some of them, and so many that vectors of them are taken; samples inside and at the ends, one of them twice."""
+    iterated = METHODS[method].implicit and not getattr(METHODS[method], "needs_time_slope", False)
+    tolerances = {} if not iterated else {"rtol": 1e-7, "atol": 1e-9}
+    t_eval = torch.tensor([0.0, 0.4, 0.4, 1.3, 2.0])
+    agree(of_volterra(rows, t_eval=t_eval, **options(method, steps=70, span=2.0, **tolerances)), 1e-6 if iterated else 1e-9)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"t_eval": [2.0]},
+        {"t_eval": [1.3, 0.2, 0.0], "span": (2.0, 0.0)},
+        {"t_eval": "steps"},
+        {"t_eval": "steps", "span": (2.0, 0.0)},
+        {"first_step": 0.1},
+        {"max_step": 0.05},
+        {"rtol": torch.tensor([1e-4, 1e-8]), "atol": 1e-9},
+        {"step_ts": [0.5, 1.25], "t_eval": [0.7, 2.0]},
+        {"gradient": Backprop(), "t_eval": [0.7, 2.0]},
+        {"gradient": DiscreteAdjoint(keep_bytes=0)},
+        {"controller": adjoint.PIController()},
+    ],
+    ids=lambda x: "-".join(x) or "plain",
+)
+def test_options(rows, kwargs):
+    # sizes of steps of a batch are chosen in single precision, so that its steps end at other places by that
+    loose = rows and kwargs.get("t_eval") == "steps"
+    agree(of_volterra(rows, **{"method": "dopri5", **kwargs}), 1e-5 if loose else 1e-9)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_derivatives_in_times(rows):
+    p, y0 = data(rows)
+
+    def solve(compile):
+        end, middle = torch.tensor(2.0, requires_grad=True), torch.tensor(0.7, requires_grad=True)
+        options = {"method": "dopri5", "batched": rows > 0, "compile": compile}
+        sol = solve_ivp(lotka_volterra, (0.0, end), y0, (p,), t_eval=torch.stack([middle, end]), **options)
+        return sol, [sol.y.detach(), *torch.autograd.grad(sol.y.square().sum(), (p, y0, end, middle))]
+
+    agree(solve)
+
+
+@pytest.mark.parametrize("gradient", [None, InterpolatingAdjoint(), GaussAdjoint(), QuadratureAdjoint()], ids=lambda g: type(g).__name__)
+def test_dense_output_and_the_way_back_of_continuous_adjoints(gradient):
+    p, y0 = data(0)
+
+    def solve(compile):
+        dense = {"dense_output": True} if gradient is None else {"t_eval": [0.5, 2.0]}
+        sol = solve_ivp(lotka_volterra, (0.0, 2.0), y0, (p,), gradient=gradient, compile=compile, method="dopri5", **dense)
+        value = (sol(torch.linspace(0.0, 2.0, 9)) if gradient is None else sol.y).square().sum()
+        return sol, [value.detach(), *torch.autograd.grad(value, (p, y0))]
+
+    agree(solve)
+
+
+def test_quadrature():
+    p, y0 = data(0)
+
+    def solve(compile):
+        options = {"compile": compile, "method": "rk4", "first_step": 0.1}
+        sol = solve_ivp(lotka_volterra, (0.0, 2.0), y0, (p,), quadrature=lambda t, u, p: u.prod(-1), **options)
+        return sol, [sol.quadrature.detach(), *torch.autograd.grad(sol.quadrature + sol.y.sum(), (p, y0))]
+
+    agree(solve)
+
+
+def test_own_spans_and_rows_that_end_early():
+    ends = torch.tensor([2.0, 0.5, 0.0])
+    agree(of_volterra(3, span=(0.0, ends), t_eval=torch.linspace(0.0, 1.0, 4).unsqueeze(-1) * ends, method="dopri5"))
+
+
+class _Rate(torch.nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.p = torch.nn.Parameter(p)
+
+    def forward(self, t, u):
+        return lotka_volterra(t, u, self.p)
+
+
+def test_captured_tensors_and_modules(built):
+    """They are inputs like any other: code that was compiled for arguments serves for them."""
+    agree(of_volterra(0, method="dopri5"))
+    agree(of_volterra(0, fun=lambda p: lambda t, u: lotka_volterra(t, u, p), method="dopri5"))
+    p, y0 = data(0)
+    rate, before = _Rate(p.detach()), len(built)
+
+    def solve(compile):
+        sol = solve_ivp(rate, (0.0, 2.0), y0, compile=compile, method="dopri5")
+        return sol, [sol.y.detach(), *torch.autograd.grad(sol.y.square().sum(), (rate.p, y0))]
+
+    agree(solve)
+    assert len(built) == before
+
+
+def test_network():
+    """A batch of rows as one state, with parameters that all rows share."""
+    torch.manual_seed(1)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2))
+    y0 = torch.randn(3, 2)
+
+    def solve(compile):
+        sol = solve_ivp(lambda t, y: net(y) * torch.cos(t), (0.0, 1.0), y0, compile=compile, method="dopri5", rtol=1e-6)
+        return sol, [sol.y.detach(), *torch.autograd.grad(sol.y[-1].square().sum(), list(net.parameters()))]
+
+    agree(solve)
+
+
+def test_other_values_compile_nothing(built):
+    """The code of a solve serves for all tolerances, spans, values and objects."""
+
+    def solve(scale, end, tolerance):
+        p = torch.full((3, 4), scale, requires_grad=True)
+        options = {"rtol": tolerance, "atol": tolerance, "method": "dopri5", "compile": True}
+        y = solve_ivp(lambda t, u: -p[:, :1] * u, (0.0, end), torch.ones(3, 2), batched=True, **options).y[-1]
+        return y, torch.autograd.grad(y.sum(), p)[0]
+
+    solve(0.5, 1.0, 1e-4)
+    before = len(built)
+    for scale, end, tolerance in ((0.9, 1.0, 1e-9), (0.9, -1.0, 1e-8)):
+        y, bar = solve(scale, end, tolerance)
+        exact = torch.exp(torch.tensor(-scale * end))
+        torch.testing.assert_close(y, exact.expand(3, 2), rtol=1e-6, atol=0)
+        torch.testing.assert_close(bar, (-2 * end * exact * torch.eye(4)[0]).expand(3, 4), rtol=1e-6, atol=0)
+    assert len(built) == before
+
+
+def test_another_constant_of_python_is_another_function():
+    p, y0 = (x.detach() for x in data(0))
+    for scale in (1.0, 0.5):
+        fun = lambda t, u, p: scale * lotka_volterra(t, u, p)  # noqa: E731, B023
+        a, b = (solve_ivp(fun, (0.0, 1.0), y0, (p,), compile=compile, method="dopri5").y for compile in (False, True))
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=0)
+
+
+def test_failures_stay_alone_and_are_reported_alike():
+    p = torch.tensor([1.0, 0.25, -1.0]).unsqueeze(-1).repeat(1, 4).requires_grad_()
+
+    ones = torch.ones(3, 2)
+
+    def solve(compile, y0=ones, **kwargs):
+        fun = lambda t, u, p: p[:, :2] * u * u  # noqa: E731
+        return solve_ivp(fun, (0.0, 2.0), y0, (p,), batched=True, method="dopri5", compile=compile, **kwargs)
+
+    def found(compile):
+        sol = solve(compile, throw=False)
+        # y(2) = 1 / (1 - 2 p)
+        return sol, [sol.y.detach(), torch.autograd.grad(sol.y[-1, 1:].sum(), p)[0][1:]]
+
+    agree(found)
+    assert solve(True, throw=False).status.lt(0).tolist() == [True, False, False]
+    dead = solve(True, torch.tensor([[1.0], [float("nan")], [1.0]]).repeat(1, 2), throw=False)
+    assert dead.status.lt(0).tolist() == [True, True, False]
+    messages = []
+    for compile in (False, True):
+        for kwargs in ({}, {"max_steps": 3, "rtol": 1e-10}):
+            with pytest.raises(adjoint.AdjointError) as error:
+                solve(compile, **kwargs)
+            messages.append((type(error.value), str(error.value)))
+    assert messages[:2] == messages[2:]
+
+
+def test_second_derivatives_and_forward_mode():
+    p, y0 = (x.detach() for x in data(0))
+
+    def value(p, compile):
+        return solve_ivp(lotka_volterra, (0.0, 1.0), y0, (p,), compile=compile, method="dopri5").y[-1].square().sum()
+
+    hessians, tangents = [], []
+    for compile in (False, True):
+        q = p.clone().requires_grad_()
+        first = torch.autograd.grad(value(q, compile), q, create_graph=True)[0]
+        hessians.append(torch.autograd.grad(first.square().sum(), q)[0])
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(p, torch.ones(4))
+            tangents.append(torch.autograd.forward_ad.unpack_dual(value(dual, compile)).tangent)
+    torch.testing.assert_close(*hessians, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(*tangents, rtol=1e-9, atol=1e-12)
+
+
+# ---- what runs uncompiled, and what is said about it
+
+
+def _square(t, y):
+    return -y * y
+
+
+def _reads_numbers(t, y):
+    return y if float(y.sum()) > 1e9 else -y * y
+
+
+UNCOMPILED = {
+    "method": ("'abm' has no native form", {"method": "abm"}),
+    "several steps": ("'bdf' has no native form", {"method": "bdf"}),
+    "auto": ("name one of them", {"method": "auto"}),
+    "split": ("'kencarp4' has no native form", {"fun": SplitFunction(_square, _square), "method": "kencarp4"}),
+    "jac": ("leave jac= or compile out", {"method": "rodas4", "jac": lambda t, y: torch.diag(-2 * y)}),
+    "linear_solver": ("leave linear_solver= or compile out", {"method": "rodas4", "linear_solver": adjoint.linalg.DenseLU()}),
+    "mass_matrix": ("leave compile out", {"method": "rodas4", "mass_matrix": torch.eye(2, dtype=torch.float64)}),
+    "variable mass_matrix": ("leave compile out", {"method": "radau5", "mass_matrix": lambda t, y: torch.eye(2)}),
+    "events": ("events=", {"events": lambda t, y: y[0] - 0.7}),
+    "norm": ("norm= is", {"norm": lambda y: y.abs().amax()}),
+    "complex": ("real and imaginary parts", {"y0": torch.ones(2, dtype=torch.complex128)}),
+    "numbers": ("", {"fun": _reads_numbers}),
+}
+
+
+@pytest.mark.filterwarnings("error:compile=True")
+@pytest.mark.parametrize("name", UNCOMPILED)
+def test_remark(name):
+    """One for a right-hand side and reason, and the solution of the eager engine."""
+    words, given = UNCOMPILED[name]
+    # code of its own: what was said before is not said again
+    scope: dict = {"inner": given.get("fun", _square)}
+    exec("def fun(t, y):\n    return inner(t, y)", scope)
+    fun = given["fun"] if isinstance(given.get("fun"), SplitFunction) else scope["fun"]
+    kwargs = {"method": "dopri5"} | {k: v for k, v in given.items() if k not in ("fun", "y0")}
+
+    def solve(compile):
+        return solve_ivp(fun, (0.0, 1.0), given.get("y0", torch.ones(2, dtype=torch.float64)), compile=compile, **kwargs)
+
+    with pytest.warns(RuntimeWarning, match=f"compile=True: this solve runs uncompiled, because .*({words})"):
+        first = solve(True)
+    assert torch.equal(first.y, solve(False).y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert torch.equal(solve(True).y, first.y)
+
+
+def test_remark_of_implicit_equations_and_transforms():
+    residual = lambda t, y, yp: yp + y  # noqa: E731
+    with pytest.warns(RuntimeWarning, match="leave compile out"):
+        y = solve_dae(residual, (0.0, 1.0), torch.ones(2), compile=True).y[-1]
+    assert torch.equal(y, solve_dae(residual, (0.0, 1.0), torch.ones(2)).y[-1])
+    fun = lambda t, y, p: -p * y  # noqa: E731
+
+    def value(p, compile):
+        return solve_ivp(fun, (0.0, 1.0), torch.ones(2), (p,), compile=compile).y[-1].sum()
+
+    p = torch.tensor([0.5, 1.5])
+    with pytest.warns(RuntimeWarning, match="batched=True"):
+        values = torch.vmap(lambda p: value(p, True))(p)
+    assert torch.equal(values, torch.vmap(lambda p: value(p, False))(p))
+    with pytest.warns(RuntimeWarning, match="transform"):
+        slope = torch.func.grad(lambda p: value(p, True))(p[0])
+    assert torch.equal(slope, torch.func.grad(lambda p: value(p, False))(p[0]))
+
+
+def test_remark_without_a_compiler(monkeypatch):
+    def none():
+        raise build.NoCompiler("no C++ compiler was found")
+
+    monkeypatch.setattr(build, "compiler", none)
+    fun = lambda t, y: -y * torch.tensor([1.0, 2.0, 3.0])  # noqa: E731
+    with pytest.warns(RuntimeWarning, match="no C\\+\\+ compiler"):
+        y = solve_ivp(fun, (0.0, 1.0), torch.ones(3), compile=True, method="heun2", first_step=0.1).y
+    assert torch.equal(y, solve_ivp(fun, (0.0, 1.0), torch.ones(3), method="heun2", first_step=0.1).y)
+
+
+def test_remark_of_changes_in_place():
+    """The eager engine refuses them; a buffer that ``fun`` writes its result to it copies."""
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="in place"), pytest.raises(adjoint.InvalidInput, match="in place"):
+        solve_ivp(lambda t, y: -y.sub_(0.1), (0.0, 1.0), torch.ones(2), compile=True, method="dopri5")
+    kept = torch.zeros(2)
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="in place"):
+        y = solve_ivp(lambda t, y: torch.mul(y, -1.0, out=kept), (0.0, 1.0), torch.ones(2), compile=True, method="dopri5", rtol=1e-8).y[-1]
+    torch.testing.assert_close(y, torch.exp(torch.tensor(-1.0)).expand(2), rtol=1e-6, atol=0)
