@@ -310,23 +310,37 @@ def test_remark(name):
         assert torch.equal(solve(True).y, first.y)
 
 
-def test_remark_of_implicit_equations_and_transforms():
+def test_remark_of_implicit_equations():
     residual = lambda t, y, yp: yp + y  # noqa: E731
     with pytest.warns(RuntimeWarning, match="leave compile out"):
         y = solve_dae(residual, (0.0, 1.0), torch.ones(2), compile=True).y[-1]
     assert torch.equal(y, solve_dae(residual, (0.0, 1.0), torch.ones(2)).y[-1])
-    fun = lambda t, y, p: -p * y  # noqa: E731
 
-    def value(p, compile):
-        return solve_ivp(fun, (0.0, 1.0), torch.ones(2), (p,), compile=compile).y[-1].sum()
 
-    p = torch.tensor([0.5, 1.5])
-    with pytest.warns(RuntimeWarning, match="batched=True"):
-        values = torch.vmap(lambda p: value(p, True))(p)
-    assert torch.equal(values, torch.vmap(lambda p: value(p, False))(p))
-    with pytest.warns(RuntimeWarning, match="transform"):
-        slope = torch.func.grad(lambda p: value(p, True))(p[0])
-    assert torch.equal(slope, torch.func.grad(lambda p: value(p, False))(p[0]))
+def damped(t, y, p, q):
+    return torch.stack([y[..., 1], -p * y[..., 0] - q * y[..., 1] + torch.sin(t)], -1)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("dims", [(0, 0), (0, None), (None, 0)])
+def test_mapped_solves(dims):
+    """``torch.vmap`` over any of the arguments, and derivatives inside and outside of it."""
+    p, q = torch.linspace(0.5, 1.5, 5, dtype=torch.float64), torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    p, q = (x if dim == 0 else x[2] for x, dim in zip((p, q), dims, strict=True))
+    y0 = torch.tensor([1.0, 0.0], dtype=torch.float64)
+
+    def value(p, q, compile):
+        return solve_ivp(damped, (0.0, 1.0), y0, (p, q), method="dopri8", rtol=1e-10, atol=1e-12, compile=compile).y[-1].square().sum()
+
+    def outside(p, q, compile):
+        return torch.vmap(lambda p, q: value(p, q, compile), in_dims=dims)(p, q).sum()
+
+    for call in (
+        lambda c: torch.vmap(lambda p, q: value(p, q, c), in_dims=dims)(p, q),
+        lambda c: torch.vmap(torch.func.grad(lambda p, q: value(p, q, c)), in_dims=dims)(p, q),
+        lambda c: torch.func.grad(outside, argnums=1)(p, q, c),
+    ):
+        torch.testing.assert_close(call(True), call(False), rtol=1e-8, atol=1e-9)
 
 
 def test_remark_without_a_compiler(monkeypatch):
