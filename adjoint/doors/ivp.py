@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import PIDController, Plan, Record
 from ..methods import METHODS, Method
-from ..native.entry import NativeSolve
+from ..native.entry import NativeSolve, heard_by
 from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Problem
 from ..system.capture import elsewhere, find_captured, needs_derivatives, stand_ins, transforming, vmap_active
@@ -237,13 +237,20 @@ def solve_ivp(
     probe_t = times.anchors[0].detach().to(real, copy=True)
     probe_t = probe_t if batched else probe_t.reshape(())
     system = System(right_hand_side, spec, tree, tuple(leaves))
+    heard = None
     if torch.is_grad_enabled() or transforming():
         probe_y, probe_args = copied(state), aliased(tuple(args))
         calls = [right_hand_side]
         calls += [lambda t, y, *rest, e=e: e(t, y if quadrature is None else y[0], *rest) for e in watched]
         end_t = times.anchors[-1].detach().to(real, copy=True).reshape(probe_t.shape)
         end = (end_t, elsewhere(state), *probe_args)
-        found = find_captured(calls, (probe_t, probe_y, *probe_args), [*_pieces(fun), *watched], end)
+        plain = compile and not (watched or transforming() or quadrature is not None or mass is not None or y_flat.is_complex())
+        heard = heard_by(system, times.anchors, y_flat) if plain else None
+        found = None if heard is None else heard.captured
+        if found is None:
+            found = find_captured(calls, (probe_t, probe_y, *probe_args), [*_pieces(fun), *watched], end)
+            if heard is not None:
+                heard.remember(found)
         captured = found.tensors
         homes = tuple(parameter_homes([fun, *watched, *([] if quadrature is None else [quadrature])], captured))
         names = _parameter_names(right_hand_side, captured)
@@ -293,7 +300,7 @@ def solve_ivp(
         else None
     )
     own = [f"{name}=" for name, value in implicit_options.items() if value is not None]
-    native = NativeSolve(f"native code takes and factorises Jacobians itself: leave {own[0]} or compile out" if own else None)
+    native = NativeSolve(f"native code takes and factorises Jacobians itself: leave {own[0]} or compile out" if own else None, heard)
     problem = Problem(system, plan, batched, report, backward.add, algebra=algebra, derivatives=derivatives, native=native)
     strategy = strategy_of(gradient)
     if getattr(chosen, "switching", False):

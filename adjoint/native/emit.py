@@ -141,7 +141,13 @@ def _family(method: Compiled, real: torch.dtype, width: int, nonzero: Collection
 
 
 def engine_text(
-    method: Compiled, real: torch.dtype, width: int, timed: bool, own: Sequence[int], numbers: Sequence[int], nonzero: Collection[tuple[int, int]] = ()
+    method: Compiled,
+    real: torch.dtype,
+    width: int,
+    timed: bool,
+    own: Sequence[int],
+    numbers: Sequence[int],
+    nonzero: Collection[tuple[int, int]] = (),
 ) -> str:
     """All but the functions of the user and `prologue`, for states of ``width`` numbers.
 

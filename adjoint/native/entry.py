@@ -18,10 +18,10 @@ from .back import Cotangents, sweep_native
 from .build import NoCompiler
 from .emit import takes
 from .reading import Unreadable
-from .recognise import Recognised, recognise
+from .recognise import Heard, Recognised, compile_key, hear, recognise
 from .solve import run_native
 
-__all__ = ["NativeSolve", "suits"]
+__all__ = ["NativeSolve", "heard_by", "suits"]
 
 _remarked: set[tuple[Hashable, str]] = set()
 
@@ -64,12 +64,22 @@ def _remark(key: Hashable, reason: str) -> None:
     warnings.warn(f"compile=True: this solve runs uncompiled, because {reason}", RuntimeWarning, stacklevel=level)
 
 
+def heard_by(system: System, anchors: Tensor, y0: Tensor) -> Heard | None:
+    """Which graph the right-hand side is, asked before what it captures is known; None where it cannot say."""
+    try:
+        return hear(compile_key(system.fun), system, anchors[0].detach().to(y0.dtype), y0.detach(), system.inputs)
+    except Exception:  # the solve itself will say what is wrong
+        return None
+
+
 @dataclass
 class NativeSolve:
     """What a solve by compiled code leaves for its way back: the program, with the tensors that it read."""
 
     #: why it cannot be one, where the front door knows that already
     refused: str | None = None
+    #: which graph fun is, where the front door has asked it
+    heard: Heard | None = None
     recognised: Recognised | None = None
     #: what the tensors held: gradients are those of the solve, whatever happens to them later
     values: tuple[Tensor, ...] = ()
@@ -91,7 +101,7 @@ class NativeSolve:
         if reason is not None:
             return _remark(key, reason)
         try:
-            found = recognise(key, system, plan.method, anchors[0].detach().to(plan.real), y0.detach(), inputs, batched)
+            found = recognise(key, system, plan.method, anchors[0].detach().to(plan.real), y0.detach(), inputs, batched, self.heard)
             if derivatives and any(slot is None and x.requires_grad for slot, x in zip(found.slots, found.tensors, strict=True)):
                 # the solve does not know of it: the eager engine says so by name
                 return None

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..system.capture import Captured
 from ..system.system import StateSpec, System, VmappedSystem
 from .emit import Compiled
 from .program import Program, program_of
 from .reading import Unreadable, read
 
-__all__ = ["Recognised", "compile_key", "recognise"]
+__all__ = ["Heard", "Recognised", "compile_key", "hear", "recognise"]
 
 _ear = threading.local()
 #: graphs of one piece of code (shapes, dtypes, constants) before recognising costs more than it brings
@@ -46,6 +47,8 @@ class _Graph:
     kinds: list[tuple[torch.Size, torch.dtype]] | None = None
     #: whether it changes tensors in place that it is given
     writes: bool = False
+    #: places, among the tensors of a call, of what `find_captured` found, with its flags
+    captured: tuple[tuple[int, ...], tuple[bool, bool]] | None = None
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         if self.kinds is None:
@@ -76,6 +79,58 @@ def _tracer(key: Hashable) -> Callable[..., Any]:
 
 
 @dataclass(frozen=True)
+class Heard:
+    """A call of ``fun`` that only said which graph it is: with these tensors, of one copy. ``known``: what the tensors of the call are."""
+
+    graph: _Graph
+    tensors: tuple[Tensor, ...]
+    arguments: tuple[Tensor, ...]
+    known: dict[int, tuple[str, int]]
+    results: tuple[tuple[str, int], ...]
+
+    @property
+    def captured(self) -> Captured | None:
+        """What `find_captured` found for this graph, or None: it has not been asked."""
+        if self.graph.captured is None:
+            return None
+        places, flags = self.graph.captured
+        return Captured([self.tensors[i] for i in places], *flags)
+
+    def remember(self, found: Captured) -> None:
+        """Answer with what was found from now on: the guards of the graph see to it that it is the same."""
+        place = {id(x): i for i, x in enumerate(self.tensors)}
+        if all(id(x) in place for x in found.tensors):
+            self.graph.captured = tuple(place[id(x)] for x in found.tensors), (found.transforms, found.inner_grad)
+
+
+def hear(key: Hashable, base: System, t: Tensor, y0: Tensor, arguments: Sequence[Tensor]) -> Heard:
+    """Ask ``fun`` which graph it is. ``t`` (B,), ``y0`` (B, n); ``arguments``: the tensors among its ``args``.
+
+    Raises `Unreadable`, or what the tracer raises.
+    """
+    spec = base.spec
+    if spec.holds_complex or spec.split or any(d != spec.dtype for d in spec.dtypes):
+        raise Unreadable("", "", "the state is complex, or its leaves differ in dtype")
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in base.captured):
+        raise Unreadable("", "", "fun captures a tensor of a transform around the solve (pass it through args=)")
+    time = t[: base.rows] if spec.batch is not None else t[0]
+    state = spec.unflatten(y0[: base.rows])
+    _ear.heard = []
+    with torch.no_grad():
+        result = _tracer(key)(base.fun, time, state, base.arguments(arguments))
+    if len(_ear.heard) != 1:
+        raise Unreadable("", "", "it is no single graph")
+    graph, tensors, stand_ins = _ear.heard.pop()
+    if graph.writes:
+        raise Unreadable("", "", "it changes the state, or a tensor that it captured, in place")
+    known = {id(time): ("t", 0)} | {id(x): ("y", i) for i, x in enumerate(tree_flatten(state)[0])}
+    given = {id(x): k for k, x in reversed(list(enumerate(arguments)))}
+    known |= {i: ("argument", k) for i, k in given.items()}
+    results = tuple(_place(x, stand_ins, known) for x in tree_flatten(result)[0])
+    return Heard(graph, tensors, tuple(arguments), known, results)
+
+
+@dataclass(frozen=True)
 class Recognised:
     """A program with the tensors that it reads now, and for each of them its place among the inputs of the system; None: it has none, as
     a captured tensor of which no derivative is known to be wanted."""
@@ -86,47 +141,48 @@ class Recognised:
 
 
 def recognise(
-    key: Hashable, system: System | VmappedSystem, method: Compiled, t: Tensor, y0: Tensor, inputs: Sequence[Tensor], batched: bool
+    key: Hashable,
+    system: System | VmappedSystem,
+    method: Compiled,
+    t: Tensor,
+    y0: Tensor,
+    inputs: Sequence[Tensor],
+    batched: bool,
+    heard: Heard | None = None,
 ) -> Recognised:
     """The program of a system's right-hand side.
 
-    ``t`` (B,) and ``y0`` (B, n) are those of all trajectories. Raises `Unreadable` where there is none, or what the tracer raises.
+    ``t`` (B,) and ``y0`` (B, n) are those of all trajectories; ``heard``: where ``fun`` was asked already. Raises `Unreadable` where there
+    is none, or what the tracer raises.
     """
     base, levels = _unmapped(system)
-    spec = base.spec
-    if spec.holds_complex or spec.split or any(d != spec.dtype for d in spec.dtypes):
-        raise Unreadable("", "", "the state is complex, or its leaves differ in dtype")
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in base.captured):
-        raise Unreadable("", "", "fun captures a tensor of a transform around the solve (pass it through args=)")
-    # of one copy
-    given = [_first(x, [dims[k] for _, dims in levels]) for k, x in enumerate(inputs)]
-    time = t[: base.rows] if base.spec.batch is not None else t[0]
-    state = spec.unflatten(y0[: base.rows])
-    _ear.heard = []
-    with torch.no_grad():
-        result = _tracer(key)(base.fun, time, state, base.arguments(given))
-    if len(_ear.heard) != 1:
-        raise Unreadable("", "", "it is no single graph")
-    graph, tensors, stand_ins = _ear.heard.pop()
-    if graph.writes:
-        raise Unreadable("", "", "it changes the state, or a tensor that it captured, in place")
     captured = len(inputs) - len(base.captured)
-    # a tensor that is an input twice gets its whole cotangent the first time
-    slot = {id(x): captured + k for k, x in reversed(list(enumerate(base.captured)))}
-    slot |= {id(x): k for k, x in reversed(list(enumerate(given[:captured])))}
-    known = {id(time): ("t", 0)} | {id(x): ("y", i) for i, x in enumerate(tree_flatten(state)[0])}
+    if heard is None:
+        heard = hear(key, base, t, y0, [_first(x, [dims[k] for _, dims in levels]) for k, x in enumerate(inputs[:captured])])
+    # of every tensor that is read: what it is, or its place among those that are inputs of the program
+    own = {id(x): captured + k for k, x in reversed(list(enumerate(base.captured)))}
     places: list[tuple[str, int]] = []
-    read_from: list[Tensor] = []
-    for x in tensors:
-        if id(x) not in known:
-            known[id(x)] = ("input", len(read_from))
-            read_from.append(x)
-        places.append(known[id(x)])
-    results = [_place(x, stand_ins, known) for x in tree_flatten(result)[0]]
-    slots = tuple(slot.get(id(x)) for x in read_from)
-    values = [x if k is None else inputs[k] for k, x in zip(slots, read_from, strict=True)]
+    read_from: dict[int, tuple[Tensor, int | None]] = {}
+    for x in heard.tensors:
+        kind, k = heard.known.get(id(x), ("captured", 0))
+        if kind in ("t", "y"):
+            places.append((kind, k))
+            continue
+        read_from.setdefault(id(x), (x, k if kind == "argument" else own.get(id(x))))
+        places.append(("input", list(read_from).index(id(x))))
+    results = []
+    for kind, k in heard.results:
+        if kind == "argument":
+            x = heard.arguments[k]
+            read_from.setdefault(id(x), (x, k))
+            kind, k = "input", list(read_from).index(id(x))
+        results.append((kind, k))
+    slots = tuple(k for _, k in read_from.values())
+    values = [x if k is None else inputs[k] for x, k in read_from.values()]
     dims = [(size, tuple(None if k is None else of[k] for k in slots)) for size, of in levels]
+    spec = base.spec
     layout = (tuple(places), tuple(results), method, batched, tuple(y0.shape), spec, tuple(dims), tuple((x.shape, x.dtype) for x in values))
+    graph = heard.graph
     found = graph.programs.get(layout)
     if found is None:
         flat = _mapped(_flat(graph.module, places, results, spec), dims, base)
@@ -166,7 +222,9 @@ def _place(x: Any, stand_ins: Sequence[Tensor], known: dict[int, tuple[str, int]
     return known[id(x)]
 
 
-def _flat(module: GraphModule, places: Sequence[tuple[str, int]], results: Sequence[tuple[str, int]], spec: StateSpec) -> Callable[..., Tensor]:
+def _flat(
+    module: GraphModule, places: Sequence[tuple[str, int]], results: Sequence[tuple[str, int]], spec: StateSpec
+) -> Callable[..., Tensor]:
     """``f(t, y, *inputs)`` with ``y`` (rows, n), of a traced function."""
 
     def flat(t: Tensor, y: Tensor, *inputs: Tensor) -> Tensor:
@@ -193,9 +251,7 @@ def _mapped(flat: Callable[..., Tensor], levels: Sequence[tuple[int, tuple[int |
     return every
 
 
-def _program(
-    flat: Callable[..., Tensor], method: Compiled, t: Tensor, y0: Tensor, given: Sequence[Tensor], batched: bool
-) -> Program:
+def _program(flat: Callable[..., Tensor], method: Compiled, t: Tensor, y0: Tensor, given: Sequence[Tensor], batched: bool) -> Program:
     for x in given:
         if x.is_complex() or (x.is_floating_point() and x.dtype != y0.dtype):
             raise Unreadable("", "", f"it uses a tensor of {x.dtype} beside a state of {y0.dtype}")

@@ -61,9 +61,7 @@ def _controller(plan: Plan) -> dict[str, Any]:
     return {name: getattr(c, name) for name in names}
 
 
-def run_native(
-    program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]
-) -> Record:
+def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Record:
     """Solve; the arguments are those of the eager loops. ``inputs``: contiguous, in the dtype of the state."""
     rows, n = y0.shape
     everything = len(program.method.tableau.dense)
@@ -98,7 +96,12 @@ def run_native(
     out = {name: y0.new_empty(y0.shape) for name in ("final", "last", "scaled")}
     out |= {name: whole(rows) for name in ("n_steps", "n_accepted", "n_fun", "status")}
     out["work"] = whole(len(_WORK), rows)
-    out |= {"t_final": double(rows), "next_step": double(rows), "samples": y0.new_empty(n_samples, rows, n), "sample_step": whole(n_samples, rows)}
+    out |= {
+        "t_final": double(rows),
+        "next_step": double(rows),
+        "samples": y0.new_empty(n_samples, rows, n),
+        "sample_step": whole(n_samples, rows),
+    }
     rtol, atol = _tolerance(plan.rtol, y0), _tolerance(plan.atol, y0)
     first = None if plan.first_step is None else torch.as_tensor(plan.first_step, dtype=torch.float64).reshape(-1).contiguous()
 
