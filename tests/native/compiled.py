@@ -26,11 +26,11 @@ def leaf_name(data: tuple) -> str:
     return array if len(index) == 1 else f"{array}[{index[1]}]"
 
 
-def compiled(folder: Path, body: str, dtype: torch.dtype, lanes: int) -> ctypes.CDLL:
+def compiled(folder: Path, body: str, dtype: torch.dtype, lanes: int, before: str = "") -> ctypes.CDLL:
     """A library with ``body`` as its function ``f``."""
     number = len(list(folder.glob("*.so")))  # a name of its own, for libraries are known by their names
     source, library = folder / f"f{number}.cpp", folder / f"f{number}.so"
-    text = header(dtype == torch.float32, lanes)
+    text = header(dtype == torch.float32, lanes) + before
     source.write_text(text + f'extern "C" void f{SIGNATURE} {{\n{body}\n}}\n')
     flags = ["-O1", "-march=native", "-fno-math-errno", "-std=c++17", "-Wall", "-Werror", "-Wno-unused-function", "-Wno-unused-variable"]
     flags += [*vector_library()] if lanes else []
