@@ -1,5 +1,7 @@
 """Trajectories that are done, or failed, beside others: derivatives of the others are as if they were alone."""
 
+import math
+
 import pytest
 import torch
 
@@ -139,6 +141,16 @@ def test_so_under_vmap_and_in_second_derivatives(kind, k):
     torch.testing.assert_close(got, want, rtol=1e-3, atol=0.0)
     got, want, *_ = spoiled(kind, k, second=True)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_multistep_methods_do_not_look_at_initial_values_that_are_none(second):
+    """Where the slope at the start is the first of the differences that steps hand on."""
+    k, y0 = torch.tensor(0.5, dtype=torch.float64, requires_grad=True), torch.tensor([[1.0], [NAN], [1.5]], dtype=torch.float64)
+    y = adjoint.solve_ivp(lambda t, y: -k * y, (0.0, 1.0), y0, method="abm", batched=True, throw=False, rtol=1e-5).y[-1]
+    (got,) = torch.autograd.grad(y[[0, 2]].sum(), k, create_graph=second)
+    want = torch.full_like(k, 2.5 * math.exp(-0.5)).detach()
+    torch.testing.assert_close(torch.autograd.grad(got, k)[0] if second else -got, want, rtol=1e-3, atol=0.0)
 
 
 def test_a_loss_on_a_trajectory_that_failed_has_no_gradient_there(k):
