@@ -163,6 +163,29 @@ def test_a_loss_on_a_trajectory_that_failed_has_no_gradient_there(k):
     assert float(after[0]) == pytest.approx(float(torch.exp(-k.detach())), rel=1e-6) and bool(after[1].isnan())
 
 
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    "strategy", [adjoint.DiscreteAdjoint(), adjoint.InterpolatingAdjoint(), adjoint.GaussAdjoint(), adjoint.QuadratureAdjoint(), "implicit"]
+)
+def test_a_cotangent_that_is_not_a_number_comes_out_as_none(strategy, place):
+    """Of the trajectory's own state and parameter, and of what all share; the others' are what they are without it."""
+    y0 = torch.tensor([[1.0], [2.0]], dtype=torch.float64, requires_grad=True)
+    a, k = torch.tensor([0.4, 0.6], dtype=torch.float64, requires_grad=True), torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    options = {"t_eval": torch.tensor([0.5, 1.0], dtype=torch.float64), "batched": True, "args": (a, k), "rtol": 1e-7, "atol": 1e-9}
+    rate = lambda y, a, k: -k * a.unsqueeze(-1) * y  # noqa: E731
+    if strategy == "implicit":
+        options["gradient"] = adjoint.InterpolatingAdjoint()
+        y = adjoint.solve_dae(lambda t, y, yp, a, k: yp - rate(y, a, k), (0.0, 1.0), y0, **options).y
+    else:
+        y = adjoint.solve_ivp(lambda t, y, a, k: rate(y, a, k), (0.0, 1.0), y0, gradient=strategy, **options).y
+    bar = torch.ones_like(y)
+    bar[place, 1] = NAN
+    y0_bar, a_bar, k_bar = torch.autograd.grad(y, (y0, a, k), bar)
+    assert bool(y0_bar[1].isnan()) and bool(a_bar[1].isnan()) and bool(k_bar.isnan())
+    assert float(y0_bar[0]) == pytest.approx(math.exp(-0.2) + math.exp(-0.4), rel=1e-4)
+    assert float(a_bar[0]) == pytest.approx(-0.5 * math.exp(-0.2) - math.exp(-0.4), rel=1e-4)
+
+
 def test_a_shared_tensor_of_the_length_of_the_batch_is_no_trajectories_own():
     # the rows of the matrix are summed for every trajectory: none may be replaced, though there are as many as trajectories
     weight = torch.tensor([[0.3, 0.1], [0.2, 0.4]], dtype=torch.float64, requires_grad=True)
