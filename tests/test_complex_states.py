@@ -198,3 +198,16 @@ def test_complex_states_by_bdf(door):
     true = torch.autograd.grad((y0 * torch.exp(1j * w * end)).real.sum(), (w, end), create_graph=True)
     assert torch.allclose(torch.stack(first), torch.stack(true), rtol=1e-5)
     assert torch.allclose(*(torch.autograd.grad(g[0], w)[0] for g in (first, true)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [None, lambda state: state[0].abs().max() + state[1].abs().max()], ids=["mixed", "own"])
+@pytest.mark.parametrize("rtol", [1e-7, (1e-7, torch.full((3,), 1e-7))], ids=["number", "by entry"])
+def test_norms_and_tolerances_of_states_in_parts(norm, rtol):
+    """Implicit steps of the drop-in, for a state of complex and real tensors: the norm sees the state, tolerances hold for both parts."""
+    y0 = (torch.tensor([1.0 + 0.5j, 0.2], dtype=Z), torch.ones(3, dtype=torch.float64))
+    f = lambda t, y: (-0.3 * y[0].conj(), -y[1])  # noqa: E731
+    options = {"step_size": 0.1} | ({} if norm is None else {"norm": norm})
+    z, y = adjoint.odeint(f, y0, torch.tensor([0.0, 1.0], dtype=torch.float64), method="gl4", options=options, rtol=rtol)
+    decay = torch.exp(torch.tensor([-0.3, 0.3, -1.0], dtype=torch.float64))
+    assert torch.allclose(z[-1], torch.complex(y0[0].real * decay[0], y0[0].imag * decay[1]), rtol=1e-6)
+    assert torch.allclose(y[-1], decay[2].expand(3), rtol=1e-6)
