@@ -179,3 +179,35 @@ def test_implicit_steps_of_the_drop_in_and_of_implicit_equations(reference):
     y = adjoint.solve_dae(lambda t, y, yp, a: yp - flow(t, y, a), (0.0, 0.5), y0, args=(a,), rtol=1e-7, atol=1e-9).y[-1]
     for got, want in zip(torch.autograd.grad(measure(y), (y0, a)), reference, strict=True):
         assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("door", ["batch", "implicit equations", "mass matrix"])
+def test_complex_states_by_bdf(door):
+    """``y' = i w y``, complex-differentiable: value, first and second derivatives in the real ``w``, and those in the end time."""
+    w, end = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (1.3, 0.8))
+    y0, options = torch.tensor([1.0, 0.5j], dtype=Z), {"method": "bdf", "rtol": 1e-8, "atol": 1e-10}
+    if door == "batch":
+        y = adjoint.solve_ivp(lambda t, y: 1j * w * y, (0.0, end), torch.stack([y0, 2 * y0]), batched=True, **options).y[-1, 0]
+    elif door == "mass matrix":
+        mass = torch.diag(torch.tensor([2.0, 1.0 + 1.0j], dtype=Z))
+        y = adjoint.solve_ivp(lambda t, y: mass @ (1j * w * y), (0.0, end), y0, mass_matrix=mass, **options).y[-1]
+    else:
+        y = adjoint.solve_dae(lambda t, y, yp: yp - 1j * w * y, (0.0, end), y0, **options).y[-1]
+    assert torch.allclose(y, y0 * torch.exp(1j * w * end), rtol=1e-6)
+    first = torch.autograd.grad(y.real.sum(), (w, end), create_graph=True)
+    true = torch.autograd.grad((y0 * torch.exp(1j * w * end)).real.sum(), (w, end), create_graph=True)
+    assert torch.allclose(torch.stack(first), torch.stack(true), rtol=1e-5)
+    assert torch.allclose(*(torch.autograd.grad(g[0], w)[0] for g in (first, true)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [None, lambda state: state[0].abs().max() + state[1].abs().max()], ids=["mixed", "own"])
+@pytest.mark.parametrize("rtol", [1e-7, (1e-7, torch.full((3,), 1e-7))], ids=["number", "by entry"])
+def test_norms_and_tolerances_of_states_in_parts(norm, rtol):
+    """Implicit steps of the drop-in, for a state of complex and real tensors: the norm sees the state, tolerances hold for both parts."""
+    y0 = (torch.tensor([1.0 + 0.5j, 0.2], dtype=Z), torch.ones(3, dtype=torch.float64))
+    f = lambda t, y: (-0.3 * y[0].conj(), -y[1])  # noqa: E731
+    options = {"step_size": 0.1} | ({} if norm is None else {"norm": norm})
+    z, y = adjoint.odeint(f, y0, torch.tensor([0.0, 1.0], dtype=torch.float64), method="gl4", options=options, rtol=rtol)
+    decay = torch.exp(torch.tensor([-0.3, 0.3, -1.0], dtype=torch.float64))
+    assert torch.allclose(z[-1], torch.complex(y0[0].real * decay[0], y0[0].imag * decay[1]), rtol=1e-6)
+    assert torch.allclose(y[-1], decay[2].expand(3), rtol=1e-6)

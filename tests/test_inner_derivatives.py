@@ -416,6 +416,35 @@ def test_a_solve_in_the_function_of_another_one_is_differentiated(inner, given, 
     assert close(found, FIRST, 5e-3)
 
 
+def cubic(x):
+    return 2 * x**3 + x - 0.1 * x.roll(1, -1) - 1
+
+
+@pytest.mark.parametrize(
+    "solve",
+    [
+        lambda x0: solve_root(cubic, x0).x,
+        lambda x0: solve_root(lambda x: x - 0.1 * cubic(x), x0, method="anderson").x,
+        lambda x0: solve_root(cubic, x0.repeat(2, 1), batched=True).x,
+        lambda x0: solve_root(cubic, x0.repeat(20)).x,
+        lambda x0: solve_dae(lambda t, y, yp: torch.stack([yp[0] + cubic(y)[0], cubic(y)[1] - yp[0]]), (0.0, 1.0), x0).y[-1],
+        lambda x0: solve_ivp(lambda t, y: -1e3 * cubic(y), (0.0, 1.0), x0, method="bdf").y[-1],
+        lambda x0: adjoint.odeint(
+            lambda t, y: -cubic(y), x0, torch.tensor([0.0, 1.0]), method="implicit_midpoint", options={"step_size": 0.5}
+        ),
+    ],
+    ids=["root", "fixed point", "roots", "sparse root", "dae", "stiff", "grid"],
+)
+def test_jacobians_in_inference_mode(solve):
+    """Nothing is recorded there, so that plain autograd would give zeros: singular equations, and iterations that stall."""
+    x0 = torch.full((2,), 0.5, dtype=torch.float64)
+    with torch.no_grad():
+        want = solve(x0)
+    with torch.inference_mode():
+        found = solve(x0.clone())
+    assert torch.allclose(found, want, rtol=1e-9)
+
+
 def test_tensors_of_inference_mode():
     with torch.inference_mode():
         y0, k = torch.ones(1), torch.tensor(1.3)

@@ -1,5 +1,7 @@
 """Trajectories that are done, or failed, beside others: derivatives of the others are as if they were alone."""
 
+import math
+
 import pytest
 import torch
 
@@ -141,6 +143,16 @@ def test_so_under_vmap_and_in_second_derivatives(kind, k):
     torch.testing.assert_close(got, want, rtol=1e-3, atol=0.0)
 
 
+@pytest.mark.parametrize("second", [False, True])
+def test_multistep_methods_do_not_look_at_initial_values_that_are_none(second):
+    """Where the slope at the start is the first of the differences that steps hand on."""
+    k, y0 = torch.tensor(0.5, dtype=torch.float64, requires_grad=True), torch.tensor([[1.0], [NAN], [1.5]], dtype=torch.float64)
+    y = adjoint.solve_ivp(lambda t, y: -k * y, (0.0, 1.0), y0, method="abm", batched=True, throw=False, rtol=1e-5).y[-1]
+    (got,) = torch.autograd.grad(y[[0, 2]].sum(), k, create_graph=second)
+    want = torch.full_like(k, 2.5 * math.exp(-0.5)).detach()
+    torch.testing.assert_close(torch.autograd.grad(got, k)[0] if second else -got, want, rtol=1e-3, atol=0.0)
+
+
 def test_a_loss_on_a_trajectory_that_failed_has_no_gradient_there(k):
     y0 = torch.tensor([[1.0], [2.0]], dtype=torch.float64, requires_grad=True)
     fun = lambda t, y: -k * y * torch.where((t.unsqueeze(-1) > 0.5) & (y > 1.02), NAN, 1.0)  # noqa: E731
@@ -149,6 +161,29 @@ def test_a_loss_on_a_trajectory_that_failed_has_no_gradient_there(k):
     before, after = (torch.autograd.grad(y[i].sum(), y0, retain_graph=True)[0][:, 0] for i in range(2))
     torch.testing.assert_close(before, torch.exp(-k.detach() * ts[0]).expand(2))
     assert float(after[0]) == pytest.approx(float(torch.exp(-k.detach())), rel=1e-6) and bool(after[1].isnan())
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    "strategy", [adjoint.DiscreteAdjoint(), adjoint.InterpolatingAdjoint(), adjoint.GaussAdjoint(), adjoint.QuadratureAdjoint(), "implicit"]
+)
+def test_a_cotangent_that_is_not_a_number_comes_out_as_none(strategy, place):
+    """Of the trajectory's own state and parameter, and of what all share; the others' are what they are without it."""
+    y0 = torch.tensor([[1.0], [2.0]], dtype=torch.float64, requires_grad=True)
+    a, k = torch.tensor([0.4, 0.6], dtype=torch.float64, requires_grad=True), torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    options = {"t_eval": torch.tensor([0.5, 1.0], dtype=torch.float64), "batched": True, "args": (a, k), "rtol": 1e-7, "atol": 1e-9}
+    rate = lambda y, a, k: -k * a.unsqueeze(-1) * y  # noqa: E731
+    if strategy == "implicit":
+        options["gradient"] = adjoint.InterpolatingAdjoint()
+        y = adjoint.solve_dae(lambda t, y, yp, a, k: yp - rate(y, a, k), (0.0, 1.0), y0, **options).y
+    else:
+        y = adjoint.solve_ivp(lambda t, y, a, k: rate(y, a, k), (0.0, 1.0), y0, gradient=strategy, **options).y
+    bar = torch.ones_like(y)
+    bar[place, 1] = NAN
+    y0_bar, a_bar, k_bar = torch.autograd.grad(y, (y0, a, k), bar)
+    assert bool(y0_bar[1].isnan()) and bool(a_bar[1].isnan()) and bool(k_bar.isnan())
+    assert float(y0_bar[0]) == pytest.approx(math.exp(-0.2) + math.exp(-0.4), rel=1e-4)
+    assert float(a_bar[0]) == pytest.approx(-0.5 * math.exp(-0.2) - math.exp(-0.4), rel=1e-4)
 
 
 def test_a_shared_tensor_of_the_length_of_the_batch_is_no_trajectories_own():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from adjoint import (
+    Backprop,
     BacksolveAdjoint,
     DiscreteAdjoint,
     ForwardSensitivity,
@@ -337,3 +338,11 @@ def test_a_loss_that_is_not_followed_back_has_derivatives_of_zero(gradient, door
         by_p, by_y0 = torch.autograd.grad(loss, (p, y0), retain_graph=True)
         assert float(by_p) == 0.0
         assert float(by_y0) == want
+
+
+@pytest.mark.parametrize("method", ["tsit5", "kvaerno3", "bdf"])
+def test_backprop_of_nothing(method):
+    """All steps are asked for, but no derivative: there is nothing to take again."""
+    y0 = torch.ones(1, dtype=torch.float64)
+    steps = lambda gradient: solve_ivp(lambda t, y: -y, (0.0, 1.0), y0, method=method, t_eval="steps", gradient=gradient).y  # noqa: E731
+    assert torch.equal(steps(Backprop()), steps(DiscreteAdjoint()))

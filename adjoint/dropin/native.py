@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -175,7 +175,7 @@ def _realified(request: Request) -> Request:
     if request.family != "implicit" or not request.spec.holds_complex:
         return request
     first = request.t[0].detach().to(request.spec.real_dtype)
-    return replace(request, spec=suited_to_jacobians(request.spec, lambda y: request.fun(first, y), request.y0))
+    return request.laid_out(suited_to_jacobians(request.spec, lambda y: request.fun(first, y), request.y0))
 
 
 def _solve(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,14 @@ class Request:
     def sign(self) -> float:
         """The direction of time."""
         return -1.0 if self.t.shape[0] > 1 and bool(self.t[0] > self.t[1]) else 1.0
+
+    def laid_out(self, spec: StateSpec) -> Request:
+        """The request for states in another layout: that of ``spec``, which may hold real and imaginary parts side by side."""
+        if spec is self.spec:
+            return self
+        norm = _norm(self.options.get("norm"), self.y0, spec)
+        rtol, atol = (_laid_out(x, self.spec, spec) for x in (self.rtol, self.atol))
+        return replace(self, spec=spec, norm=norm, rtol=rtol, atol=atol)
 
     @property
     def n_intervals(self) -> int:
@@ -280,6 +288,14 @@ def _tolerance(value: Any, name: str, y0: Any, spec: StateSpec) -> float | Tenso
     elif isinstance(value, (tuple, list)):
         value = torch.as_tensor(value)
     return flat_tolerance(value, name, spec, 0.0)
+
+
+def _laid_out(tolerance: float | Tensor, old: StateSpec, new: StateSpec) -> float | Tensor:
+    """A tolerance of every entry for its parts."""
+    if not isinstance(tolerance, Tensor) or tolerance.shape[-1:] != (sum(old.sizes),):
+        return tolerance
+    parts = [after // before for before, after in zip(old.sizes, new.sizes, strict=True) for _ in range(before)]
+    return tolerance.repeat_interleave(torch.tensor(parts, device=tolerance.device), -1)
 
 
 def _norm(norm: Any, y0: Any, spec: StateSpec) -> Callable[[Tensor], Tensor]:

@@ -113,7 +113,7 @@ class BdfSolver(MultistepSolver):
         D, order, real = self.D, self.order, self.plan.real
         self._size = h.abs()
         low = (torch.arange(SIZE, device=D.device) <= order.unsqueeze(-1)).to(real)
-        predicted = torch.einsum("bi,ibn->bn", low, D)
+        predicted = torch.einsum("bi,ibn->bn", low.to(D.dtype), D)
         weights = torch.nn.functional.pad(self.gamma, (0, SIZE - self.gamma.shape[0])) * low / self.alpha[order].unsqueeze(-1)
         psi = torch.einsum("bi,ibn->bn", weights.to(D.dtype), D)
         c = (h / self.alpha[order]).to(real).unsqueeze(-1)

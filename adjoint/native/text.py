@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from .expressions import FUNCTIONS, Graph
 
-__all__ = ["Scatter", "header", "statements", "vector_library"]
+__all__ = ["LeafName", "Scatter", "Target", "header", "statements", "vector_library"]
 
 _SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 _CALLED = {"max", "min", "pow", "atan2", "fmod", "remainder", "floordiv", "hypot"}
@@ -65,7 +65,7 @@ def statements(
         targets: what is assigned to, the node, and "=" or "+="; or a `Scatter`.
         leaf_name: how a leaf is called, by its data: ("y", 3) may be "y[3]". An array that is looked up, (kind, k), must come out as a
             pointer: to R for tables and shared inputs, to S for others.
-        shared: inputs k that all trajectories share; leaves ("a", k, j) of them, and tables, are R.
+        shared: inputs k that all trajectories share; leaves ("a", k, j) of them, tables, and leaves of kind "c" (constants) are R.
         prefix: of the names of values.
 
     Returns:
@@ -127,7 +127,7 @@ class _Writer:
         """Whether what a node reads of itself is shared."""
         if name not in ("leaf", "look", "search"):
             return True
-        return data[0] == "k" or (data[0] == "a" and data[1] in self._inputs)
+        return data[0] in ("c", "k") or (data[0] == "a" and data[1] in self._inputs)
 
     def _expression(self, node: int, name: str, data: tuple) -> str:
         g = self._graph

@@ -88,7 +88,8 @@ class FactorStore:
         """What tells this tensor's present values from any other's while it lives."""
         while torch._C._functorch.is_functorch_wrapped_tensor(x):
             x = torch._C._functorch.get_unwrapped(x)
-        return (x.data_ptr(), tuple(x.shape), x._version)
+        # tensors of inference mode have no versions
+        return (x.data_ptr(), tuple(x.shape), 0 if x.is_inference() else x._version)
 
     def put(self, x: Tensor, factors: Factorization | None, examined: bool = False) -> None:
         """Keep factors of the Jacobian at ``x``; ``examined``: see `Examiner`."""

@@ -137,6 +137,13 @@ class ImplicitBack:
         assert isinstance(E, Tensor)
         return (E.mH @ self.adjoint.unsqueeze(-1)).squeeze(-1), self.point.yp
 
+    def lose(self, rows: Tensor) -> None:
+        """See `WayBack.lose`."""
+        point = self.point
+        _, pull = self.linearize(point.t, torch.cat([point.y, point.yp], -1))
+        pull(torch.where(rows.unsqueeze(-1), float("nan"), torch.zeros_like(point.y)))
+        self.adjoint = torch.where(rows.unsqueeze(-1), float("nan"), self.adjoint)
+
     def to(self, t: Tensor) -> None:
         """Integrate the adjoint from the present time to ``t`` (B,)."""
         if bool((t == self.t).all()):

@@ -100,6 +100,13 @@ class OdeBack:
         self.adjoint = self.adjoint + bar
         return self._slope()
 
+    def lose(self, rows: Tensor) -> None:
+        """See `WayBack.lose`."""
+        y = self.trajectory.state(self.t)
+        _, pull = self.linearize(self.t.to(y.dtype.to_real()), y)
+        pull(torch.where(rows.unsqueeze(-1), float("nan"), torch.zeros_like(y)))
+        self.adjoint = torch.where(rows.unsqueeze(-1), float("nan"), self.adjoint)
+
     def to(self, t: Tensor) -> None:
         """See `WayBack.to`."""
         if bool((t == self.t).all()):

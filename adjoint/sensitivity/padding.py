@@ -100,7 +100,7 @@ def shelter(problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None, in
     """A record and inputs with which steps can be taken again, or back, without harm from trajectories that are done or have failed.
 
     One-step methods are evaluated at the start of a step, of which only the last of ``states`` (K + 1, B, n) is none; multistep
-    methods at its end, so there all but the first of them are ends.
+    methods at its end, of which only the first of them is none, and at the start of the first one.
 
     Where trajectories failed, their own parts of the inputs (those with an entry for each trajectory) are replaced by those of another
     one if they are not finite, or if ``fun`` is not finite with them: see `_replacements`.
@@ -154,8 +154,8 @@ def _moved_grid(problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None
     if states.shape[0] == h.shape[0] + 1:
         column = moved.unsqueeze(-1)
         if multistep:
-            # the table of differences begins at the first state, wherever that is
-            out["states"] = torch.cat([states[:1], torch.where(column, pad.first(states[1]), states[1:])])
+            # the table of differences begins at the first state, where one has been moved from
+            out["states"] = torch.cat([pad.start(states[0]).unsqueeze(0), torch.where(column, pad.first(states[1]), states[1:])])
         else:
             out["states"] = torch.cat([torch.where(column, pad.first(states[0]), states[:-1]), states[-1:]])
     elif states.shape[0] == 1:

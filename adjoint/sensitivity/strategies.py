@@ -114,7 +114,7 @@ class Backprop:
             problem.report(record)
             return Outputs.of(record)
         grid = Outputs(*SolveNode.apply(replace(problem, replayed=True), anchors, t_eval, y0, *inputs))
-        if not problem.plan.keep_states:
+        if not problem.plan.keep_states or not problem.derivatives:
             return grid
         if getattr(problem.plan.method, "multistep", False):
             return multistep_outputs(problem, grid, anchors, t_eval, y0, inputs)

@@ -63,6 +63,10 @@ class WayBack(Protocol):
         """Cotangent of the state, and its slope, at the present time."""
         ...
 
+    def lose(self, rows: Tensor) -> None:
+        """The adjoint of these ``rows`` (B,) is NaN, and so is what has a part in them."""
+        ...
+
 
 def in_units_of(plan: Plan, adjoint: Tensor) -> Plan:
     """The plan with its absolute tolerance times the largest entry: an adjoint has the units of the loss."""
@@ -107,26 +111,35 @@ def walk(
     bars: Sequence[Tensor | None],
     wants: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Cotangents of ``(anchors, t_eval, y0, *inputs)`` from those of ``(final, samples)``; ``back`` starts at the end."""
+    """Cotangents of ``(anchors, t_eval, y0, *inputs)`` from those of ``(final, samples)``; ``back`` starts at the end.
+
+    A trajectory with a cotangent that is not finite is not followed with it, where its error would be everybody's: what it has a part in
+    is NaN at the end.
+    """
     final_bar, samples_bar, *_ = bars
     sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0)
     ok = (grid["status"] >= 0).unsqueeze(-1)
     t_eval_bar = None if t_eval is None else torch.zeros_like(t_eval)
     end_bar = torch.zeros_like(anchors[0])
+    lost = torch.zeros_like(grid["status"], dtype=torch.bool)
     if final_bar is not None:
-        bar = torch.where(ok, final_bar, 0.0)
-        end_bar = _dot(bar, back.jump(bar))
+        bar, lost = _finite(torch.where(ok, final_bar, 0.0))
+        end_bar = torch.where(lost, float("nan"), _dot(bar, back.jump(bar)))
     if samples_bar is not None and t_eval is not None and t_eval_bar is not None:
         order = (t_eval * sign).argsort(0, descending=True)
         for place in order.unbind():
             index = place.unsqueeze(0)
             bar = samples_bar.gather(0, index.unsqueeze(-1).expand(1, *samples_bar.shape[1:]))[0]
-            bar = torch.where(ok & torch.isfinite(bar), bar, 0.0)
+            bar = torch.where(ok, bar, 0.0)
             if not bool((bar != 0).any()):
                 continue
+            bar, bad = _finite(bar)
+            lost = lost | bad
             back.to(t_eval.gather(0, index)[0])
-            t_eval_bar.scatter_(0, index, _dot(bar, back.jump(bar)).unsqueeze(0))
+            t_eval_bar.scatter_(0, index, torch.where(bad, float("nan"), _dot(bar, back.jump(bar))).unsqueeze(0))
     back.to(anchors[0])
+    if bool(lost.any()):
+        back.lose(lost)
     y0_bar, start = back.boundary()
     anchors_bar = torch.stack([-_dot(y0_bar, start), end_bar])
     problem.backward_report(back.linearize.n_fun, back.n_steps)
@@ -136,6 +149,12 @@ def walk(
         y0_bar if wants[2] else None,
         *back.linearize.bars,
     )
+
+
+def _finite(bar: Tensor) -> tuple[Tensor, Tensor]:
+    """A cotangent ``(B, n)`` with zeros in the rows where it is not finite, and these rows."""
+    lost = ~torch.isfinite(bar).all(-1)
+    return torch.where(lost.unsqueeze(-1), 0.0, bar), lost
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

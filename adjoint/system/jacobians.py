@@ -41,9 +41,14 @@ class JacobianStrategy(Protocol):
         ...
 
 
-def transforms_active() -> bool:
-    """Whether a ``torch.func`` transform or a level of forward-mode AD is around us: then plain autograd is not enough."""
+def in_transform() -> bool:
+    """Whether a ``torch.func`` transform or a level of forward-mode AD is around us."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def transforms_active() -> bool:
+    """As `in_transform`, or inference mode, where nothing is recorded: then plain autograd is not enough, and ``torch.func`` is used."""
+    return in_transform() or torch.is_inference_mode_enabled()
 
 
 def must_differentiate(differentiable: bool | None) -> bool:

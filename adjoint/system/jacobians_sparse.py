@@ -20,10 +20,10 @@ from .jacobians import (
     JacobianStrategy,
     check_rows,
     forward_products,
+    in_transform,
     jvp,
     must_differentiate,
     reverse_products,
-    transforms_active,
 )
 
 __all__ = ["GivenJacobian", "SparseJacobian", "agrees", "choose_jacobian"]
@@ -153,7 +153,7 @@ class GivenJacobian:
         if pattern.shape != shape:
             raise InvalidInput(f"the pattern has shape {pattern.shape}, but the Jacobian has shape {shape}")
         rows, columns = pattern.indices.to(found.device)
-        if not self._checked and not transforms_active():
+        if not self._checked and not in_transform():
             outside = found.detach().clone()
             outside[:, rows, columns] = 0
             if bool((outside != 0).any()):

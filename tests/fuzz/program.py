@@ -11,6 +11,8 @@ from .case import Case, Piece
 
 __all__ = ["leaves", "program", "with_driver"]
 
+#: how far from the start a trajectory fails that fails later
+DEATH = 0.05
 LAYOUTS = {
     "vector": ("return y", "return x"),
     "matrix": ("return y.flatten(-2)", "return x.unflatten(-1, (-1, 2))"),
@@ -186,7 +188,7 @@ def rate_lines(case: Case, inner: str, passed: str) -> list[str]:
     if case.door == "mass matrix" and case.detail != "singular":
         lines.append(f"rate = rate @ torch.tensor({mixing(n + case.algebraic)}, dtype=y.dtype).mT")
     if case.dead == "later":
-        death = [1e9 if ok else 0.05 for ok in case.alive]
+        death = [1e9 if ok else DEATH for ok in case.alive]
         lines.append(f"over = (t - {float(case.values['t0'][0])}).abs() > torch.tensor({death}, dtype=t.dtype)")
         lines.append("rate = rate * torch.where(over, float('nan'), 1.0).to(y.dtype)[:, None]")
     style = STYLES.get(case.style, STYLES["plain"])
@@ -461,7 +463,9 @@ def with_driver(case: Case) -> str:
         elif parameter:
             text += "x.requires_grad_(False)\n"
     text += f"POSITIONS = {positions}\n"
-    if case.dead == "start" and case.directions.get("y0") is not None:
+    # with steps that do not shrink a trajectory may fail in its first one
+    at_once = case.dead == "start" or (case.dead == "later" and case.step is not None and case.step > DEATH)
+    if at_once and case.directions.get("y0") is not None:
         # with respect to the state that a trajectory failed at the derivative is NaN: it moves nothing that is looked at
         alive, place = [i for i, ok in enumerate(case.alive) if ok], positions.index(list(given).index("y0"))
         text += "\ndef alive(x, i):\n" + f"    return x[{alive}] if i == {place} else x\n"

@@ -9,6 +9,14 @@
 #define FN static inline
 #endif
 #endif
+// TABLE: what stands before arrays of constants
+#ifndef TABLE
+#ifdef __CUDACC__
+#define TABLE static __device__ const
+#else
+#define TABLE static const
+#endif
+#endif
 #ifdef SINGLE
 typedef float R;
 #ifdef __CUDACC__

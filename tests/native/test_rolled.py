@@ -1,0 +1,105 @@
+"""Loops over tables of indices compute what the written-out text does, and are short."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from adjoint.native.reading import read
+from adjoint.native.reverse import jacobian
+from adjoint.native.rolled import rolled
+
+from .compiled import called, compiled, leaf_name
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+def heat(t, y, p, q):
+    """Both ends held."""
+    inner = y[:, 2:] - 2 * y[:, 1:-1] + y[:, :-2]
+    return torch.nn.functional.pad(p[0] * inner, (1, 1)) + q[:, :1] * y
+
+
+def brusselator(t, y, p, q):
+    u, v = y.view(-1, 2, 8, 8).unbind(1)
+
+    def laplace(w):
+        return w.roll(1, 1) + w.roll(-1, 1) + w.roll(1, 2) + w.roll(-1, 2) - 4 * w
+
+    first = p[0] + u * u * v - (p[1] + 1) * u + p[2] * laplace(u)
+    return torch.stack([first, p[1] * u - u**2 * v + q[:, :1, None] * laplace(v)], 1).reshape(y.shape)
+
+
+def network(t, y, p, q):
+    """Hidden units are kept."""
+    hidden = torch.tanh(y @ p[:768].view(32, 24))
+    return hidden @ p[768:].view(24, 32) * q[:, :1]
+
+
+def bodies(t, y, p, q):
+    x, v = y.view(-1, 2, 6, 3).unbind(1)
+    gap = x[:, None] - x[:, :, None]
+    pull = (p[:6, None] * gap * ((gap**2).sum(-1, keepdim=True) + 0.1) ** -1.5).sum(2)
+    return torch.stack([v, pull], 1).reshape(y.shape)
+
+
+def lorenz(t, y, p, q):
+    return (y.roll(-1, 1) - y.roll(2, 1)) * y.roll(1, 1) - y + torch.linspace(7, 9, 40)
+
+
+CASES = [(heat, 256), (brusselator, 128), (network, 32), (bodies, 36), (lorenz, 40)]
+
+
+def cotangent_name(data):
+    kind, *index = data
+    return f"o[{2 * N}+{index[0]}]" if kind == "y" else {0: f"o[{3 * N}+{index[1]}]", 1: f"o[{2 * N + N}+{P}+{index[1]}]"}[index[0]]
+
+
+N, P = 256, 1536
+
+
+@needs_compiler
+@pytest.mark.parametrize("function, n", CASES, ids=[f.__name__ for f, _ in CASES])
+@pytest.mark.parametrize("lanes", [0, 4])
+def test_functions(tmp_path, function, n, lanes):
+    g = torch.Generator().manual_seed(0)
+    y, p, q, v = (torch.rand(*shape, generator=g) for shape in ((4, n), (P,), (4, 1), (4, n)))
+    reading = read(function, torch.zeros(()), y, [p, q], batched=True)
+    made = rolled(reading.graph, reading.outputs, leaf_name, cotangent_name, shared={0}, entry_name=f"o[{3 * N + P + 1}+{{}}]".format)
+    assert made is not None and made.loops < 10 and made.size < 800
+    count = 3 * N + P + 1 + len(made.pattern)
+    library = compiled(tmp_path, f"{{{made.fun}}}\n{{{made.vjp}}}\n{{{made.jac}}}", torch.float64, lanes, made.tables)
+    found = called(library, lanes, count, y, p, q, v)
+    inputs = [x.clone().requires_grad_() for x in (y, p, q)]
+    truth = function(None, *inputs)
+    torch.testing.assert_close(found[:, :n], truth.detach())
+    wanted = torch.autograd.grad((truth * v).sum(), inputs, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(found[:, 2 * N : 2 * N + n], wanted[0])
+    torch.testing.assert_close(found[:, 3 * N : 3 * N + P].sum(0), wanted[1])
+    torch.testing.assert_close(found[:, 3 * N + P : 3 * N + P + 1], wanted[2])
+    if not made.jac:
+        assert function is bodies
+        return
+    assert set(made.pattern) == set(jacobian(reading.graph, reading.outputs))
+    full = torch.func.vmap(torch.func.jacrev(lambda x, q: function(None, x[None], p, q[None])[0]))(y, q)
+    rows, columns = zip(*made.pattern, strict=True)
+    torch.testing.assert_close(found[:, 3 * N + P + 1 :], full[:, rows, columns])
+
+
+def test_few_or_unlike_outputs_are_written_out():
+    few = read(lambda t, y: y.sin(), torch.zeros(()), torch.rand(3, 5), [], batched=True)
+    assert rolled(few.graph, few.outputs, leaf_name, leaf_name) is None
+    functions = [torch.sin, torch.cos, torch.exp, torch.tanh, torch.sqrt]
+
+    def unlike(t, y):
+        out = []
+        for i, x in enumerate(y.unbind(1)):
+            for n in range(i // 5 + 1):
+                x = functions[(i + n) % 5](x)
+            out.append(x)
+        return torch.stack(out, 1)
+
+    reading = read(unlike, torch.zeros(()), torch.rand(3, 30), [], batched=True)
+    assert rolled(reading.graph, reading.outputs, leaf_name, leaf_name) is None
