@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .build import library
 from .emit import Compiled, engine_text, prologue
-from .reading import Reading
-from .reverse import cotangents, jacobian
-from .text import Scatter, Target, statements, vector_library
+from .functions import UserFunctions, depends, user_functions
+from .reading import Reading, Unreadable
+from .text import vector_library
 
 __all__ = ["Engine", "Program", "program_of"]
 
@@ -52,6 +50,19 @@ class Program:
     tables: tuple[Tensor, ...]
     room: dict[int, int] = field(default_factory=dict)
     _engines: dict[int, Engine] = field(default_factory=dict)
+    _functions: UserFunctions | Unreadable | None = None
+
+    @property
+    def functions(self) -> UserFunctions:
+        """The user's function and its derivatives as text. Raises `Unreadable` where that would be too long."""
+        if self._functions is None:
+            try:
+                self._functions = user_functions(self.reading, self.width, self.own, self.timed, self.method)
+            except Unreadable as error:
+                self._functions = error
+        if isinstance(self._functions, Unreadable):
+            raise self._functions
+        return self._functions
 
     def lanes(self, rows: int) -> int:
         """How many trajectories go side by side."""
@@ -61,83 +72,15 @@ class Program:
         """The compiled code, made when it is first asked for. Raises `NoCompiler`."""
         found = self._engines.get(lanes)
         if found is None:
-            start = prologue(self.real, lanes)
-            texts = self.functions()
-            users = library("\n".join([start, _CONTEXT, *texts.values()]), False, links(lanes))
-            nonzero = self._jacobian()[0] if self.method.implicit else ()
-            engine = engine_text(self.method, self.real, self.width, self.timed, self.own, self.numbers, nonzero)
+            start, theirs = prologue(self.real, lanes), self.functions
+            users = library("\n".join([start, _CONTEXT, theirs.tables, *theirs.texts.values()]), False, links(lanes))
+            engine = engine_text(self.method, self.real, self.width, self.timed, self.own, self.numbers, theirs.nonzero)
             loop = library("\n".join([start, engine]), True, links(lanes))
-            addresses = {name: _address(users, name) for name in texts}
+            addresses = {name: _address(users, name) for name in theirs.texts}
             loop.forward.restype = ctypes.c_void_p
             loop.seal.restype = loop.backward.restype = None
             found = self._engines[lanes] = Engine(loop.forward, loop.seal, loop.backward, addresses)
         return found
-
-    def functions(self) -> dict[str, str]:
-        """The user's function and its derivatives, as text."""
-        graph, outputs = self.reading.graph, self.reading.outputs
-        seeds: dict[int, int] = {}
-        for i, node in enumerate(outputs):
-            v = graph.leaf("v", i)
-            seeds[node] = graph.op("add", seeds[node], v) if node in seeds else v
-        found = cotangents(graph, seeds, ("t", "y", "a"))
-        zero = graph.constant(0.0)
-        of_state = [(f"yb[{i}]", found.pop(graph.leaf("y", i), zero), "=") for i in range(self.width)]
-        texts = {
-            "fun": self._function("fun", "const S* y, S* o", [(f"o[{i}]", node, "=") for i, node in enumerate(outputs)]),
-            "vjp": self._function("vjp", "const S* y, const S* v, S* yb, S* tb", of_state + self._added(found)),
-        }
-        if self.method.implicit:
-            entries, slopes = self._jacobian()
-            targets = [(f"J[{i * self.width + j}]", node, "=") for (i, j), node in entries.items()]
-            targets += [(f"slope[{i}]", slopes.get(i, zero), "=") for i in range(self.width)]
-            texts["jac"] = self._function("jac", "const S* y, S* J, S* slope", targets)
-            phi = zero
-            for (i, j), node in entries.items():
-                phi = graph.op("add", phi, graph.op("mul", node, graph.leaf("w", i * self.width + j)))
-            for i, node in slopes.items():
-                phi = graph.op("add", phi, graph.op("mul", node, graph.leaf("x", i)))
-            found = cotangents(graph, {phi: graph.constant(1.0)}, ("t", "y", "a"))
-            signature = "const S* y, const S* w, const S* x, S* yb, S* tb, S* phi"
-            texts["bend"] = self._function("bend", signature, [("*phi", phi, "="), *self._added(found)])
-        return texts
-
-    def _jacobian(self) -> tuple[dict[tuple[int, int], int], dict[int, int]]:
-        """Nodes of ``f_y`` by row and column and of ``f_t`` by row, those that are not always zero."""
-        graph, outputs = self.reading.graph, self.reading.outputs
-        slopes = jacobian(graph, outputs, "t") if self.timed else {}
-        return jacobian(graph, outputs, "y"), {place[0]: node for place, node in slopes.items()}
-
-    def _function(self, name: str, signature: str, targets: list[Target | Scatter]) -> str:
-        shared = {k for k, own in enumerate(self.own) if not own}
-        body, _ = statements(self.reading.graph, targets, self._leaf, shared)
-        return f'extern "C" void {name}(const Ctx* c, const S* tp, {signature}) {{ const S t = *tp; {self._names()}\n{body}\n}}'
-
-    def _added(self, found: Mapping[Any, int]) -> list[Target | Scatter]:
-        """Cotangents that are added to what is there already."""
-        graph = self.reading.graph
-        out: list[Target | Scatter] = []
-        for node, value in found.items():
-            kind, *index = graph.data[node]
-            if graph.names[node] == "look":
-                out.append(Scatter(f"c->b[{index[0]}]", node, value))
-            else:
-                name = "*tb" if kind == "t" else f"yb[{index[0]}]" if kind == "y" else f"c->b[{index[0]}][{index[1]}]"
-                out.append((name, value, "+="))
-        return out
-
-    def _names(self) -> str:
-        inputs = "".join(f"const S* a{k} = c->a[{k}]; " if own else f"const R* a{k} = c->u[{k}]; " for k, own in enumerate(self.own))
-        tables = "".join(f"const R* k{k} = c->k[{k}]; " for k in range(len(self.tables)))
-        return inputs + tables
-
-    def _leaf(self, place: tuple[Any, ...]) -> str:
-        kind, *index = place
-        if kind == "t":
-            return "t"
-        if kind in ("a", "k"):
-            return f"{kind}{index[0]}" + (f"[{index[1]}]" if len(index) > 1 and index[1] is not None else "")
-        return f"{kind}[{index[0]}]"
 
 
 def links(lanes: int) -> tuple[str, ...]:
@@ -155,19 +98,5 @@ def program_of(reading: Reading, method: Compiled, y0: Tensor, inputs: Sequence[
     """The program of a right-hand side for states like ``y0`` (B, n) and inputs like these."""
     own = tuple(prod(x.shape[1:]) if stride else 0 for stride, x in zip(reading.strides, inputs, strict=True))
     numbers = tuple(x.numel() if not stride and x.is_floating_point() else 0 for stride, x in zip(reading.strides, inputs, strict=True))
-    timed = uses(reading, "t")
+    timed = depends(reading, "t")
     return Program(reading, method, y0.dtype, y0.shape[1], own, numbers, timed, tuple(x.contiguous().to(y0.dtype) for x in reading.tables))
-
-
-def uses(reading: Reading, kind: str) -> bool:
-    """Whether the outputs depend on a leaf of this kind."""
-    graph, seen, todo = reading.graph, set(), list(reading.outputs)
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if graph.names[node] == "leaf" and graph.data[node][0] == kind:
-            return True
-        todo.extend(graph.arguments[node])
-    return False

@@ -27,7 +27,7 @@ from .tracing import Node, Result, Trace, Untraceable, trace
 __all__ = ["MOST_NODES", "Reading", "Unreadable", "read"]
 
 #: larger graphs are not read: matrix products are better left to libraries
-MOST_NODES = 400_000
+MOST_NODES = 30_000
 _DEPTH = 50_000
 _READ = frozenset(READERS)
 

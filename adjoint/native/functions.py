@@ -1,0 +1,170 @@
+"""The user's function and its derivatives as C++ functions, which an engine calls by address."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..methods.rosenbrock import Rosenbrock
+from .emit import Compiled
+from .reading import Reading, Unreadable
+from .reverse import cotangents, jacobian
+from .rolled import Rolled, rolled
+from .text import Scatter, Target, statements
+
+__all__ = ["MOST_VALUES", "UserFunctions", "depends", "user_functions"]
+
+#: values that text may compute: compilers take minutes for more, and libraries multiply matrices better than text does
+MOST_VALUES = 6_000
+
+
+@dataclass(frozen=True)
+class UserFunctions:
+    """Text by the name of the function: "fun" and "vjp", for implicit methods "jac", for those whose steps hold the Jacobian "bend"; what
+    has to stand before; and rows and columns of the entries of the Jacobian that are not always zero."""
+
+    texts: dict[str, str]
+    tables: str
+    nonzero: Collection[tuple[int, int]]
+
+
+def user_functions(reading: Reading, width: int, own: Sequence[int], timed: bool, method: Compiled) -> UserFunctions:
+    """For states of ``width`` numbers; ``own``: how many numbers of each input belong to one trajectory, 0 where all share it; ``timed``:
+    whether the function looks at the time. Raises `Unreadable` where text would be too long."""
+    writer = _Writer(reading, width, own, timed)
+    loops = rolled(reading.graph, reading.outputs, _leaf, _cotangent, writer.shared, ("t", "y", "a"), entry_name="J[PATTERN[{}]]".format)
+    texts = writer.straight() if loops is None else writer.loops(loops)
+    tables = "" if loops is None else loops.tables
+    nonzero: Collection[tuple[int, int]] = ()
+    if method.implicit:
+        texts["jac"], nonzero = writer.jacobian(loops)
+        if loops is not None and loops.jac:
+            tables += f"static const int PATTERN[] = {{{', '.join(str(i * width + j) for i, j in loops.pattern)}}};\n"
+    if isinstance(method, Rosenbrock):
+        texts["bend"] = writer.bend()
+    return UserFunctions(texts, tables, nonzero)
+
+
+class _Writer:
+    """The functions of one reading."""
+
+    def __init__(self, reading: Reading, width: int, own: Sequence[int], timed: bool) -> None:
+        self.reading, self.width, self.own, self.timed = reading, width, own, timed
+        self.graph = reading.graph
+        self.shared = {k for k, n in enumerate(own) if not n}
+        self._entries: tuple[dict[tuple[int, int], int], dict[int, int]] | None = None
+
+    def straight(self) -> dict[str, str]:
+        """``fun`` and ``vjp``, written out."""
+        graph, outputs = self.graph, self.reading.outputs
+        seeds: dict[int, int] = {}
+        for i, node in enumerate(outputs):
+            v = graph.leaf("v", i)
+            seeds[node] = graph.op("add", seeds[node], v) if node in seeds else v
+        found = cotangents(graph, seeds, ("t", "y", "a"))
+        zero = graph.constant(0.0)
+        of_state: list[Target | Scatter] = [(f"yb[{i}]", found.pop(graph.leaf("y", i), zero), "=") for i in range(self.width)]
+        return {
+            "fun": self._written("fun", "const S* y, S* o", [(f"o[{i}]", node, "=") for i, node in enumerate(outputs)]),
+            "vjp": self._written("vjp", "const S* y, const S* v, S* yb, S* tb", of_state + self._added(found)),
+        }
+
+    def loops(self, loops: Rolled) -> dict[str, str]:
+        """``fun`` and ``vjp``, in loops."""
+        if loops.size > MOST_VALUES:
+            raise _too_long(loops.size)
+        clear = f"for (int i = 0; i < {self.width}; i++) yb[i] = K(R(0));\n"
+        return {
+            "fun": self._function("fun", "const S* y, S* o", loops.fun),
+            "vjp": self._function("vjp", "const S* y, const S* v, S* yb, S* tb", clear + loops.vjp),
+        }
+
+    def jacobian(self, loops: Rolled | None) -> tuple[str, Collection[tuple[int, int]]]:
+        """``jac``, and rows and columns of its entries."""
+        zero, signature = self.graph.constant(0.0), "const S* y, S* J, S* slope"
+        if loops is not None and loops.jac and not self.timed:
+            clear = f"for (int i = 0; i < {self.width}; i++) slope[i] = K(R(0));\n"
+            return self._function("jac", signature, clear + loops.jac), loops.pattern
+        entries, slopes = self._slopes()
+        targets: list[Target | Scatter] = [(f"J[{i * self.width + j}]", node, "=") for (i, j), node in entries.items()]
+        targets += [(f"slope[{i}]", slopes.get(i, zero), "=") for i in range(self.width)]
+        return self._written("jac", signature, targets), entries
+
+    def bend(self) -> str:
+        """``phi = sum w_ij J_ij + sum x_i slope_i`` with its gradient."""
+        graph = self.graph
+        phi = graph.constant(0.0)
+        entries, slopes = self._slopes()
+        for (i, j), node in entries.items():
+            phi = graph.op("add", phi, graph.op("mul", node, graph.leaf("w", i * self.width + j)))
+        for i, node in slopes.items():
+            phi = graph.op("add", phi, graph.op("mul", node, graph.leaf("x", i)))
+        found = cotangents(graph, {phi: graph.constant(1.0)}, ("t", "y", "a"))
+        signature = "const S* y, const S* w, const S* x, S* yb, S* tb, S* phi"
+        return self._written("bend", signature, [("*phi", phi, "="), *self._added(found)])
+
+    def _slopes(self) -> tuple[dict[tuple[int, int], int], dict[int, int]]:
+        """Nodes of ``f_y`` by row and column and of ``f_t`` by row, those that are not always zero."""
+        if self._entries is None:
+            graph, outputs = self.graph, self.reading.outputs
+            slopes = jacobian(graph, outputs, "t") if self.timed else {}
+            self._entries = jacobian(graph, outputs, "y"), {place[0]: node for place, node in slopes.items()}
+        return self._entries
+
+    def _written(self, name: str, signature: str, targets: Sequence[Target | Scatter]) -> str:
+        body, size = statements(self.graph, targets, _leaf, self.shared)
+        if size > MOST_VALUES:
+            raise _too_long(size)
+        return self._function(name, signature, body)
+
+    def _function(self, name: str, signature: str, body: str) -> str:
+        inputs = "".join(f"const S* a{k} = c->a[{k}]; " if own else f"const R* a{k} = c->u[{k}]; " for k, own in enumerate(self.own))
+        tables = "".join(f"const R* k{k} = c->k[{k}]; " for k in range(len(self.reading.tables)))
+        head = f"const S t = *tp; {inputs}{tables}"
+        return f'extern "C" void {name}(const Ctx* c, const S* tp, {signature}) {{ {head}\n{body}\n}}'
+
+    def _added(self, found: Mapping[int, int]) -> list[Target | Scatter]:
+        """Cotangents that are added to what is there already."""
+        graph = self.graph
+        out: list[Target | Scatter] = []
+        for node, value in found.items():
+            if graph.names[node] == "look":
+                out.append(Scatter(_cotangent(graph.data[node][:2]), node, value))
+            else:
+                out.append((_cotangent(graph.data[node]), value, "+="))
+        return out
+
+
+def _too_long(size: int) -> Unreadable:
+    return Unreadable("", "", f"its text would compute {size} values, more than {MOST_VALUES}: what is as large runs better uncompiled")
+
+
+def _leaf(place: tuple[Any, ...]) -> str:
+    kind, *index = place
+    if kind == "t":
+        return "t"
+    if kind in ("a", "k"):
+        return f"{kind}{index[0]}" + (f"[{index[1]}]" if len(index) > 1 else "")
+    return f"{kind}[{index[0]}]"
+
+
+def _cotangent(place: tuple[Any, ...]) -> str:
+    kind, *index = place
+    if kind == "t":
+        return "*tb"
+    return f"yb[{index[0]}]" if kind == "y" else f"c->b[{index[0]}]" + (f"[{index[1]}]" if len(index) > 1 else "")
+
+
+def depends(reading: Reading, kind: str) -> bool:
+    """Whether the outputs depend on a leaf of this kind."""
+    graph, seen, todo = reading.graph, set(), list(reading.outputs)
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if graph.names[node] == "leaf" and graph.data[node][0] == kind:
+            return True
+        todo.extend(graph.arguments[node])
+    return False
