@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def prologue(real: torch.dtype, lanes: int) -> str:
     return "\n".join(["#include <pthread.h>", head, *(["#define W 1"] if lanes == 1 else [])])
 
 
-def takes(method: object) -> bool:
+def takes(method: object) -> TypeGuard[Compiled]:
     """Whether a method has a text."""
     if isinstance(method, FullyImplicitRungeKutta):
         return not method.residual

@@ -100,6 +100,7 @@ class NativeSolve:
         reason = self.refused or suits(plan, system, y0)
         if reason is not None:
             return _remark(key, reason)
+        assert takes(plan.method)
         try:
             found = recognise(key, system, plan.method, anchors[0].detach().to(plan.real), y0.detach(), inputs, batched, self.heard)
             if derivatives and any(slot is None and x.requires_grad for slot, x in zip(found.slots, found.tensors, strict=True)):

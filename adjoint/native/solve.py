@@ -43,7 +43,7 @@ def sample_order(t_eval: Tensor | None, anchors: Tensor) -> Tensor | None:
     ordered = t_eval * sign
     if bool((ordered[1:] >= ordered[:-1]).all()):
         return None
-    return ordered.argsort(0, stable=True).contiguous()
+    return torch.sort(ordered, dim=0, stable=True).indices.contiguous()
 
 
 def _tolerance(x: float | Tensor, y0: Tensor) -> tuple[Tensor, int, int]:
