@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .build import library
 from .emit import Compiled, engine_text, prologue
-from .reading import Reading
+from .reading import Reading, Unreadable
 from .reverse import cotangents, jacobian
 from .text import Scatter, Target, statements, vector_library
 
@@ -22,6 +22,8 @@ __all__ = ["Engine", "Program", "program_of"]
 _CONTEXT = "struct Ctx { const R* const* u; const S* const* a; const R* const* k; S* const* b; };"
 #: bytes of a vector of trajectories, and fewest trajectories for which there are vectors
 _VECTOR, _FEWEST = 64, 16
+#: most characters of formulas: a compiler takes ten seconds or more for so many
+_LONGEST = 500_000
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,26 @@ class Program:
     tables: tuple[Tensor, ...]
     room: dict[int, int] = field(default_factory=dict)
     _engines: dict[int, Engine] = field(default_factory=dict)
+    #: why it is not compiled
+    refusal: Unreadable | None = None
 
     def lanes(self, rows: int) -> int:
         """How many trajectories go side by side."""
         return _VECTOR // self.real.itemsize if rows >= _FEWEST else 1
 
     def engine(self, lanes: int) -> Engine:
-        """The compiled code, made when it is first asked for. Raises `NoCompiler`."""
+        """The compiled code, made when it is first asked for. Raises `NoCompiler`, and `Unreadable` where it would take minutes."""
         found = self._engines.get(lanes)
+        if self.refusal is not None:
+            raise self.refusal
         if found is None:
             start = prologue(self.real, lanes)
             texts = self.functions()
+            length = sum(map(len, texts.values()))
+            if length > _LONGEST:
+                reason = f"fun is {length // 1024} KiB of formulas, one by one, which compilers take minutes for: leave compile out"
+                self.refusal = Unreadable("", "", reason)
+                raise self.refusal
             users = library("\n".join([start, _CONTEXT, *texts.values()]), False, links(lanes))
             nonzero = self._jacobian()[0] if self.method.implicit else ()
             engine = engine_text(self.method, self.real, self.width, self.timed, self.own, self.numbers, nonzero)

@@ -10,7 +10,7 @@ import torch
 
 import adjoint
 from adjoint import Backprop, DiscreteAdjoint, GaussAdjoint, InterpolatingAdjoint, QuadratureAdjoint, SplitFunction, solve_dae, solve_ivp
-from adjoint.native import build
+from adjoint.native import build, program
 
 from ..problems import lotka_volterra
 
@@ -306,3 +306,13 @@ def test_remark_of_changes_in_place():
     with torch.no_grad(), pytest.warns(RuntimeWarning, match="in place"):
         y = solve_ivp(lambda t, y: torch.mul(y, -1.0, out=kept), (0.0, 1.0), torch.ones(2), compile=True, method="dopri5", rtol=1e-8).y[-1]
     torch.testing.assert_close(y, torch.exp(torch.tensor(-1.0)).expand(2), rtol=1e-6, atol=0)
+
+
+def test_remark_of_too_many_formulas(built, monkeypatch):
+    monkeypatch.setattr(program, "_LONGEST", 1000)
+    w = torch.rand(5, 5)
+    fun = lambda t, y: torch.tanh(w @ y)  # noqa: E731
+    with pytest.warns(RuntimeWarning, match="KiB of formulas"):
+        y = solve_ivp(fun, (0.0, 0.1), torch.ones(5), compile=True, method="dopri5").y
+    assert torch.equal(y, solve_ivp(fun, (0.0, 0.1), torch.ones(5), method="dopri5").y)
+    assert not built
