@@ -38,7 +38,7 @@ _FOLDED: dict[str, Callable[..., Number]] = {
     "lt": lambda x, y: x < y, "le": lambda x, y: x <= y, "gt": lambda x, y: x > y, "ge": lambda x, y: x >= y,
     "eq": lambda x, y: x == y, "ne": lambda x, y: x != y,
     "and": lambda x, y: x and y, "or": lambda x, y: x or y, "not": lambda x: not x,
-    "neg": lambda x: -x, "tofloat": float, "stop": lambda x: x,
+    "neg": lambda x: -x, "tofloat": float, "stop": lambda x: x, "single": np.float32,
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ class Graph:
 
     Nodes without arguments: ``constant`` (data: the value) and ``leaf`` (data: kind and indices). Besides functions and arithmetic there
     are ``sel`` (condition, value if true, value if false), ``stop`` (its argument, but without a derivative), ``given`` (see `given`),
-    ``toint``, ``tofloat``, ``look`` (see `look`) and ``search`` (see `search`).
+    ``toint``, ``tofloat``, ``single`` (rounded to single precision), ``look`` (see `look`) and ``search`` (see `search`).
     """
 
     def __init__(self) -> None:
@@ -238,6 +238,8 @@ class Graph:
                         return y if truth == (name == "and") else x
                 if first == last:
                     return first
+            case "single" if names[first] == "single" or self.types[first] != "float":
+                return first
             case "given" if len(nodes) == 1 or names[first] == "constant":
                 return first
             case "not" if names[first] == "not":

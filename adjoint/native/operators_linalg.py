@@ -11,8 +11,10 @@ __all__ = ["READERS"]
 
 READERS: dict[str, Reader] = {}
 _reads = registering(READERS)
-#: larger matrices are better left to libraries
+#: larger matrices are better left to libraries, and so are solutions that need more operations
 _LARGEST = 8
+_LARGEST_SOLVED = 64
+_MOST_WORK = 6000
 #: determinants of matrices up to this size are written out, which has a derivative where they are zero
 _EXPANDED = 4
 Matrix = list[list[int]]
@@ -23,9 +25,9 @@ def _matrix(x: Elements, batch: Place) -> Matrix:
     return [[x.at((*batch, i, j)) for j in range(columns)] for i in range(rows)]
 
 
-def _check_size(n: int) -> None:
-    if n > _LARGEST:
-        raise Refused(f"linear algebra with a matrix of size {n} (at most {_LARGEST})")
+def _check_size(n: int, most: int = _LARGEST) -> None:
+    if n > most:
+        raise Refused(f"linear algebra with a matrix of size {n} (at most {most})")
 
 
 def _swap(g: Graph, first: Sequence[int], second: Sequence[int], swaps: int) -> tuple[list[int], list[int]]:
@@ -34,20 +36,26 @@ def _swap(g: Graph, first: Sequence[int], second: Sequence[int], swaps: int) -> 
 
 
 def eliminated(g: Graph, a: Matrix, b: Matrix) -> tuple[Matrix, Matrix, int]:
-    """Upper triangle, right-hand sides and sign of the permutation after elimination with pivots, which are chosen as numbers come."""
-    n = len(a)
+    """Upper triangle, right-hand sides and sign of the permutation after elimination with pivots, which are chosen as numbers come.
+
+    Zeros that are constants cost nothing: matrices of narrow bands may be larger than others.
+    """
+    n, before = len(a), len(g)
     rows = [[*x, *y] for x, y in zip(a, b, strict=True)]
     sign, minus = g.constant(1.0), g.constant(-1.0)
     for k in range(n):
-        for i in range(k + 1, n):
+        below = [i for i in range(k + 1, n) if not g.is_zero(rows[i][k])]
+        for i in below:
             swaps = g.op("gt", g.op("abs", rows[i][k]), g.op("abs", rows[k][k]))
-            first, second = _swap(g, rows[k][k:], rows[i][k:], swaps)
-            rows[k][k:], rows[i][k:] = first, second
+            rows[k][k:], rows[i][k:] = _swap(g, rows[k][k:], rows[i][k:], swaps)
             sign = g.op("sel", swaps, g.op("mul", sign, minus), sign)
-        for i in range(k + 1, n):
+        right = [j for j in range(k + 1, len(rows[k])) if not g.is_zero(rows[k][j])]
+        for i in below:
             factor = g.op("div", rows[i][k], rows[k][k])
-            for j in range(k + 1, len(rows[i])):
+            for j in right:
                 rows[i][j] = g.op("sub", rows[i][j], g.op("mul", factor, rows[k][j]))
+        if len(g) - before > _MOST_WORK:
+            raise Refused(f"linear algebra with a matrix of size {n}")
     return [row[:n] for row in rows], [row[n:] for row in rows], sign
 
 
@@ -56,7 +64,7 @@ def _substituted(g: Graph, u: Matrix, b: Matrix, upper: bool = True, unit: bool 
     n = len(u)
     x: Matrix = [[] for _ in range(n)]
     for i in reversed(range(n)) if upper else range(n):
-        known = range(i + 1, n) if upper else range(i)
+        known = [j for j in (range(i + 1, n) if upper else range(i)) if not g.is_zero(u[i][j])]
         for c, right in enumerate(b[i]):
             for j in known:
                 right = g.op("sub", right, g.op("mul", u[i][j], x[j][c]))
@@ -123,21 +131,21 @@ def _with_info(call: Call, result: Elements, count: int) -> list[Elements]:
 @_reads("linalg_inv_ex")
 def _inv(call: Call, x: Elements, *, check_errors: bool = False) -> list[Elements]:
     n = x.shape[-1]
-    _check_size(n)
+    _check_size(n, _LARGEST_SOLVED)
     g = call.graph
     return _with_info(call, _by_matrix(call, x, lambda batch: solved(g, _matrix(x, batch), _identity(g, n))), 2)
 
 
 @_reads("_linalg_det")
 def _det(call: Call, x: Elements) -> list[Elements]:
-    _check_size(x.shape[-1])
+    _check_size(x.shape[-1], _LARGEST_SOLVED)
     return _with_info(call, call.made(lambda place: _determinant(call.graph, _matrix(x, place))), 3)
 
 
 @_reads("_linalg_slogdet")
 def _slogdet(call: Call, x: Elements) -> list[Elements]:
     g = call.graph
-    _check_size(x.shape[-1])
+    _check_size(x.shape[-1], _LARGEST_SOLVED)
 
     def sign(place: Place) -> int:
         return g.op("sign", _determinant(g, _matrix(x, place)))
@@ -151,7 +159,7 @@ def _slogdet(call: Call, x: Elements) -> list[Elements]:
 @_reads("_linalg_solve_ex")
 def _solve(call: Call, a: Elements, b: Elements, *, left: bool = True, check_errors: bool = False) -> list[Elements]:
     g, n = call.graph, a.shape[-1]
-    _check_size(n)
+    _check_size(n, _LARGEST_SOLVED)
     vector = len(b.shape) == 1 or (len(b.shape) == len(a.shape) - 1 and b.shape == call.shape and call.shape[-1] == n)
     vector = vector and len(call.shape) == len(a.shape) - 1
 

@@ -76,6 +76,8 @@ def read(function: Callable[..., Tensor], t: Tensor, y: Tensor, inputs: Sequence
     Raises:
         Unreadable: an operator, or a use of one, that is not read; a value that decides what is done; rows that depend on each other.
     """
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise Unreadable("", "", "it is called inside of a function transform (vmap, jvp, grad)")
     try:
         traced = trace(function, [t, y, *inputs], _READ)
         reader, outputs = _read(traced, t, y, inputs, batched)
@@ -144,7 +146,10 @@ class _Reader:
             first: Index = Along(0, 1, self._rows) if self._rows > 1 else 0
             inner = list(zip(steps[1:], out.shape[1:], strict=True))
             places = [(first, *((i // step) % size for step, size in inner)) for i in range(prod(out.shape[1:]))]
-        return tuple(out.at(place) for place in places)
+        try:
+            return tuple(out.at(place) for place in places)
+        except (Refused, Unlike) as error:
+            raise Unreadable("", "", str(error)) from error
 
     # leaves
 
@@ -197,6 +202,8 @@ class _Reader:
         if isinstance(x, Result):
             return self._known[x.node][x.which]
         if isinstance(x, Tensor):
+            if type(x) not in (Tensor, torch.nn.Parameter) or x.layout != torch.strided:
+                raise Refused(f"a constant is a {type(x).__name__} of layout {x.layout}")
             known = self._constants.get(id(x))
             if known is None:
                 known = self._constants[id(x)] = Constant(self.graph, self.tables, x)
@@ -228,6 +235,7 @@ class _Reader:
         """Elements with what every operator has in common: its name noted, errors with its line, its type checked."""
         graph = self.graph
         foreign = made.dtype.is_floating_point and made.dtype != self._dtype
+        single = foreign and (made.dtype, self._dtype) == (torch.float32, torch.float64)
 
         def get(place: Place) -> int:
             try:
@@ -241,7 +249,9 @@ class _Reader:
             if len(graph) > MOST_NODES:
                 raise Unreadable(name, line, f"more than {MOST_NODES} scalar operations")
             self.operators.add(name)
-            if foreign and graph.names[node] not in ("constant", "leaf", "look"):
+            if single:
+                node = graph.op("single", node)
+            elif foreign and graph.names[node] not in ("constant", "leaf", "look"):
                 raise Unreadable(name, line, f"it computes in {made.dtype}, where the state is of {self._dtype}")
             return graph.op("stop", node) if stopped else node
 

@@ -111,6 +111,7 @@ RULES: dict[str, Rule] = {
     "sub": lambda g, node, args, v: [v, g.op("neg", v)],
     "mul": lambda g, node, args, v: [times(g, v, args[1]), times(g, v, args[0])],
     "div": _div,
+    "single": lambda g, node, args, v: [v],
     "neg": lambda g, node, args, v: [g.op("neg", v)],
     "pow": _pow,
     "max": _extreme("lt"),

@@ -145,6 +145,8 @@ class _Writer:
                 return f"m_sel({names[0]},{alike[1]},{alike[2]})"
             case "tofloat":
                 return f"m_float({names[0]})"
+            case "single":
+                return f"m_single({names[0]})"
             case "toint":
                 return f"m_int({names[0]})"
             case "look":

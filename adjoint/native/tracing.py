@@ -215,12 +215,16 @@ class _Lines(TorchFunctionMode):
         recorder = self._recorder
         if getattr(func, "__name__", "") in _OUTWARD and recorder.depends(args, kwargs):
             raise _Depends(_VALUE)
+        if func == Tensor.data.__set__:
+            raise NotImplementedError("the numbers of a tensor are replaced (.data = ..., or a module is moved to another type)")
         before = recorder.line, recorder.stopped
         recorder.line = _line_of_frame() or recorder.line
         recorder.stopped = func in _DETACHING or not torch.is_grad_enabled()
         try:
             if func is Tensor.__getitem__ and any(map(_is_integer, args[1] if isinstance(args[1], tuple) else args[1:])):
                 return _picked(*args)
+            if func == Tensor.data.__get__:
+                return args[0].detach()  # which is seen below
             return func(*args, **kwargs)
         finally:
             recorder.line, recorder.stopped = before
@@ -302,7 +306,7 @@ def trace(function: Callable[..., Any], tensors: Sequence[Tensor], read: frozens
     try:
         return _traced(function, tensors, read, functional=True)
     except Exception as error:
-        if "requires_grad" in str(error):
+        if "requires_grad" in str(error) or "does not require grad" in str(error):
             # inner derivatives by torch.autograd cannot be taken inside of functionalize
             plain = _plain(function, tensors, read)
             if plain is not None:
@@ -312,10 +316,19 @@ def trace(function: Callable[..., Any], tensors: Sequence[Tensor], read: frozens
 
 def _plain(function: Callable[..., Any], tensors: Sequence[Tensor], read: frozenset[str]) -> Trace | None:
     """A trace of a function that takes derivatives by `torch.autograd`, if it writes nothing in place."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError("a derivative of its own, by torch.autograd.Function")
+
+    # the operators of such a function do not tell its derivative; below functionalize it is refused by PyTorch
+    apply = torch.autograd.Function.__dict__["apply"]
     try:
+        torch.autograd.Function.apply = refuse
         found = _traced(function, [x.requires_grad_() if x.is_floating_point() else x for x in tensors], read, functional=False)
     except Exception:
         return None
+    finally:
+        torch.autograd.Function.apply = apply
     return None if any(map(_writes, found.nodes)) else found
 
 

@@ -16,7 +16,8 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "max": torch.maximum, "min": torch.minimum, "fmod": torch.fmod, "remainder": torch.remainder, "floordiv": torch.floor_divide,
     "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge, "eq": torch.eq, "ne": torch.ne,
     "and": torch.logical_and, "or": torch.logical_or, "not": torch.logical_not, "sel": torch.where,
-    "stop": operator.pos, "given": operator.pos, "toint": lambda x: x.long(), "trigamma": lambda x: torch.polygamma(1, x),
+    "stop": operator.pos, "single": lambda x: x.float().to(x.dtype), "given": operator.pos,
+    "toint": lambda x: x.long(), "trigamma": lambda x: torch.polygamma(1, x),
     "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
 }  # fmt: skip
 

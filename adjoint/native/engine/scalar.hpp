@@ -120,6 +120,7 @@ FN R m_sel(bool m, R a, R b) { return m ? a : b; }
 FN I m_sel(bool m, I a, I b) { return m ? a : b; }
 FN bool m_sel(bool m, bool a, bool b) { return m ? a : b; }
 FN bool m_not(bool x) { return !x; }
+FN R m_single(R x) { return R(float(x)); }
 FN R m_float(I x) { return R(x); }
 FN I m_int(R x) { return x == x && x > R(-9e18) && x < R(9e18) ? I(x) : I(-1) - I(0x7ffffffffffffffeLL); }
 // an element of an array at a computed index; NaN outside of it

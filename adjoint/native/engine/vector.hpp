@@ -29,7 +29,7 @@ FN J m_int(S x) {
 #define EACH(name) FN S m_##name(S x) { S r; for (int l = 0; l < W; l++) r[l] = m_##name(x[l]); return r; }
 #define EACH2(name) FN S m_##name(S x, S y) { S r; for (int l = 0; l < W; l++) r[l] = m_##name(x[l], y[l]); return r; }
 #define INTEGER2(name) FN J m_##name(J x, J y) { J r; for (int l = 0; l < W; l++) r[l] = E(m_##name(I(x[l]), I(y[l]))); return r; }
-EACH(exp2) EACH(tan) EACH(floor) EACH(ceil) EACH(trunc) EACH(round) EACH(sqrt) EACH(lgamma) EACH(digamma) EACH(trigamma) EACH(erfinv)
+EACH(single) EACH(exp2) EACH(tan) EACH(floor) EACH(ceil) EACH(trunc) EACH(round) EACH(sqrt) EACH(lgamma) EACH(digamma) EACH(trigamma) EACH(erfinv)
 EACH2(fmod) EACH2(remainder) EACH2(floordiv)
 INTEGER2(fmod) INTEGER2(remainder) INTEGER2(floordiv)
 
