@@ -190,4 +190,5 @@ def flat_event(event: Callable[..., Tensor], system: System, user_spec: StateSpe
     terminal = getattr(event, "terminal", None) or 0
     if not isinstance(terminal, Real) or terminal % 1 != 0 or terminal < 0:
         raise InvalidInput(f"The `terminal` attribute of each event must be a boolean or positive integer, got {terminal!r}")
-    return Event(bind, float(getattr(event, "direction", 0.0)), int(float(terminal)))
+    alone = (lambda t, y, *args: event(t, y[0], *args)) if has_quadrature else event
+    return Event(bind, float(getattr(event, "direction", 0.0)), int(float(terminal)), alone)

@@ -63,12 +63,13 @@ class Monitor:
 class Event:
     """A flat event function ``bind(inputs)(t, y)``, with SciPy's ``direction`` (0 both, > 0 rising, < 0 falling) and ``terminal``.
 
-    ``terminal`` 0 never stops the solve, m does so at the m-th time.
+    ``terminal`` 0 never stops the solve, m does so at the m-th time. ``function``: the user's, of time, state and arguments.
     """
 
     bind: Callable[[Sequence[Tensor]], Callable[[Tensor, Tensor], Tensor]]
     direction: float = 0.0
     terminal: int = 0
+    function: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("void*", "vjp"),
     ("void*", "jac"),
     ("void*", "bend"),
+    ("void*", "events"),
+    ("const double*", "directions"),  # (E,)
+    ("const long*", "terminal"),
     ("const R* const*", "inputs"),
     ("const R* const*", "tables"),
     ("long", "rows"),

@@ -149,6 +149,7 @@ def engine_text(
     own: Sequence[int],
     numbers: Sequence[int],
     nonzero: Collection[tuple[int, int]] = (),
+    n_events: int = 0,
 ) -> str:
     """All but the functions of the user and `prologue`, for states of ``width`` numbers.
 
@@ -168,6 +169,9 @@ def engine_text(
             declarations(),
             source("common.hpp"),
             *_family(method, real, width, nonzero),
+            f"#define EVENTS {n_events}",
+            f"static constexpr double FARTHEST = {number(max(1.0, *method.nodes))}, REAL_EPSILON = {number(torch.finfo(real).eps)};",
+            *([source("events.hpp")] if n_events else []),
             source("loop.hpp"),
             source("back.hpp"),
         ]

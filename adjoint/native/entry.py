@@ -39,8 +39,8 @@ def suits(plan: Plan, system: System | VmappedSystem, y0: Tensor) -> str | None:
         return "fun takes derivatives itself: write them out, or leave compile out"
     if plan.switch is not None:
         return "method='auto' chooses between two methods: name one of them"
-    if plan.events:
-        return "there are events=: leave one of the two out"
+    if plan.event_counts is not None or any(e.function is None for e in plan.events):
+        return "there are events of another solve"
     if plan.norm is not rms_norm or type(plan.control) is not PIDController:
         return f"{'norm' if plan.norm is not rms_norm else 'controller'}= is one of your own: leave one of the two out"
     if type(plan.monitor) is not Monitor:
@@ -101,8 +101,9 @@ class NativeSolve:
         if reason is not None:
             return _remark(key, reason)
         assert takes(plan.method)
+        events = [e.function for e in plan.events if e.function is not None]
         try:
-            found = recognise(key, system, plan.method, anchors[0].detach().to(plan.real), y0.detach(), inputs, batched, self.heard)
+            found = recognise(key, system, plan.method, anchors[0].detach().to(plan.real), y0.detach(), inputs, batched, self.heard, events)
             if derivatives and any(slot is None and x.requires_grad for slot, x in zip(found.slots, found.tensors, strict=True)):
                 # the solve does not know of it: the eager engine says so by name
                 return None
@@ -128,11 +129,10 @@ class NativeSolve:
         n_inputs: int,
         bars: Sequence[Tensor | None],
         timed: bool,
-    ) -> tuple[Cotangents, list[Tensor | None]] | None:
-        """Cotangents, and those of the inputs of the system in their order; None where the solve was not by compiled code."""
+    ) -> tuple[Cotangents, list[Tensor | None]]:
+        """Cotangents, and those of the inputs of the system in their order, after a solve by compiled code."""
         found = self.recognised
-        if found is None:
-            return None
+        assert found is not None
         cotangents = sweep_native(found.program, plan, grid, anchors, t_eval, self.values, bars, timed)
         of_inputs: list[Tensor | None] = [None] * n_inputs
         for slot, x, bar in zip(found.slots, found.tensors, cotangents.inputs, strict=True):

@@ -29,7 +29,9 @@ class UserFunctions:
     nonzero: Collection[tuple[int, int]]
 
 
-def user_functions(reading: Reading, width: int, own: Sequence[int], timed: bool, method: Compiled) -> UserFunctions:
+def user_functions(
+    reading: Reading, events: Sequence[Reading], width: int, own: Sequence[int], timed: bool, method: Compiled
+) -> UserFunctions:
     """For states of ``width`` numbers; ``own``: how many numbers of each input belong to one trajectory, 0 where all share it; ``timed``:
     whether the function looks at the time. Raises `Unreadable` where text would be too long."""
     writer = _Writer(reading, width, own, timed)
@@ -43,13 +45,34 @@ def user_functions(reading: Reading, width: int, own: Sequence[int], timed: bool
             tables += f"static const int PATTERN[] = {{{', '.join(str(i * width + j) for i, j in loops.pattern)}}};\n"
     if isinstance(method, Rosenbrock):
         texts["bend"] = writer.bend()
+    if events:
+        texts["events"] = _events(reading, events, width, own)
     return UserFunctions(texts, tables, nonzero)
+
+
+def _events(reading: Reading, events: Sequence[Reading], width: int, own: Sequence[int]) -> str:
+    """The values of all functions of events."""
+    bodies, before = [], len(reading.tables)
+    for i, event in enumerate(events):
+        writer = _Writer(event, width, own, True)
+
+        def leaf(place: tuple[Any, ...], before: int = before) -> str:
+            # tables of all functions stand in one list
+            return _leaf(("k", place[1] + before, *place[2:])) if place[0] == "k" else _leaf(place)
+
+        body, size = statements(event.graph, [(f"g[{i}]", event.outputs[0], "=")], leaf, writer.shared, prefix=f"e{i}v")
+        if size > MOST_VALUES:
+            raise _too_long(size)
+        bodies.append(body)
+        before += len(event.tables)
+    return _Writer(reading, width, own, True, before).function("events", "const S* y, S* g", "\n".join(bodies))
 
 
 class _Writer:
     """The functions of one reading."""
 
-    def __init__(self, reading: Reading, width: int, own: Sequence[int], timed: bool) -> None:
+    def __init__(self, reading: Reading, width: int, own: Sequence[int], timed: bool, n_tables: int | None = None) -> None:
+        self.n_tables = len(reading.tables) if n_tables is None else n_tables
         self.reading, self.width, self.own, self.timed = reading, width, own, timed
         self.graph = reading.graph
         self.shared = {k for k, n in enumerate(own) if not n}
@@ -76,8 +99,8 @@ class _Writer:
             raise _too_long(loops.size)
         clear = f"for (int i = 0; i < {self.width}; i++) yb[i] = K(R(0));\n"
         return {
-            "fun": self._function("fun", "const S* y, S* o", loops.fun),
-            "vjp": self._function("vjp", "const S* y, const S* v, S* yb, S* tb", clear + loops.vjp),
+            "fun": self.function("fun", "const S* y, S* o", loops.fun),
+            "vjp": self.function("vjp", "const S* y, const S* v, S* yb, S* tb", clear + loops.vjp),
         }
 
     def jacobian(self, loops: Rolled | None) -> tuple[str, Collection[tuple[int, int]]]:
@@ -85,7 +108,7 @@ class _Writer:
         zero, signature = self.graph.constant(0.0), "const S* y, S* J, S* slope"
         if loops is not None and loops.jac and not self.timed:
             clear = f"for (int i = 0; i < {self.width}; i++) slope[i] = K(R(0));\n"
-            return self._function("jac", signature, clear + loops.jac), loops.pattern
+            return self.function("jac", signature, clear + loops.jac), loops.pattern
         entries, slopes = self._slopes()
         targets: list[Target | Scatter] = [(f"J[{i * self.width + j}]", node, "=") for (i, j), node in entries.items()]
         targets += [(f"slope[{i}]", slopes.get(i, zero), "=") for i in range(self.width)]
@@ -116,11 +139,12 @@ class _Writer:
         body, size = statements(self.graph, targets, _leaf, self.shared)
         if size > MOST_VALUES:
             raise _too_long(size)
-        return self._function(name, signature, body)
+        return self.function(name, signature, body)
 
-    def _function(self, name: str, signature: str, body: str) -> str:
+    def function(self, name: str, signature: str, body: str) -> str:
+        """Of the time and these arguments."""
         inputs = "".join(f"const S* a{k} = c->a[{k}]; " if own else f"const R* a{k} = c->u[{k}]; " for k, own in enumerate(self.own))
-        tables = "".join(f"const R* k{k} = c->k[{k}]; " for k in range(len(self.reading.tables)))
+        tables = "".join(f"const R* k{k} = c->k[{k}]; " for k in range(self.n_tables))
         head = f"const S t = *tp; {inputs}{tables}"
         return f'extern "C" void {name}(const Ctx* c, const S* tp, {signature}) {{ {head}\n{body}\n}}'
 
@@ -158,13 +182,23 @@ def _cotangent(place: tuple[Any, ...]) -> str:
 
 def depends(reading: Reading, kind: str) -> bool:
     """Whether the outputs depend on a leaf of this kind."""
-    graph, seen, todo = reading.graph, set(), list(reading.outputs)
+    return any(data[0] == kind for data in _leaves(reading))
+
+
+def inputs_of(reading: Reading) -> set[int]:
+    """The inputs on which the outputs depend."""
+    return {data[1] for data in _leaves(reading) if data[0] == "a"}
+
+
+def _leaves(reading: Reading) -> list[tuple[Any, ...]]:
+    """Leaves, and what is looked up, of which the outputs are made."""
+    graph, seen, todo, found = reading.graph, set(), list(reading.outputs), []
     while todo:
         node = todo.pop()
         if node in seen:
             continue
         seen.add(node)
-        if graph.names[node] == "leaf" and graph.data[node][0] == kind:
-            return True
+        if graph.names[node] in ("leaf", "look", "search"):
+            found.append(graph.data[node])
         todo.extend(graph.arguments[node])
-    return False
+    return found

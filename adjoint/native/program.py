@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .build import library
 from .emit import Compiled, engine_text, prologue
-from .functions import UserFunctions, depends, user_functions
+from .functions import UserFunctions, depends, inputs_of, user_functions
 from .reading import Reading, Unreadable
 from .text import vector_library
 
@@ -31,6 +31,9 @@ class Engine:
     seal: Callable[..., None]
     backward: Callable[..., None]
     functions: dict[str, int]
+    #: how many events were found, and what they are
+    count_events: Callable[..., int] | None = None
+    take_events: Callable[..., None] | None = None
 
 
 @dataclass(eq=False)
@@ -49,6 +52,8 @@ class Program:
     numbers: tuple[int, ...]
     timed: bool
     tables: tuple[Tensor, ...]
+    #: functions of events
+    events: tuple[Reading, ...] = ()
     room: dict[int, int] = field(default_factory=dict)
     _engines: dict[int, Engine] = field(default_factory=dict)
     _functions: UserFunctions | Unreadable | None = None
@@ -58,7 +63,7 @@ class Program:
         """The user's function and its derivatives as text. Raises `Unreadable` where that would be too long."""
         if self._functions is None:
             try:
-                self._functions = user_functions(self.reading, self.width, self.own, self.timed, self.method)
+                self._functions = user_functions(self.reading, self.events, self.width, self.own, self.timed, self.method)
             except Unreadable as error:
                 self._functions = error
         if isinstance(self._functions, Unreadable):
@@ -75,12 +80,16 @@ class Program:
         if found is None:
             start, theirs = prologue(self.real, lanes), self.functions
             users = library("\n".join([start, _CONTEXT, theirs.tables, *theirs.texts.values()]), False, links(lanes))
-            engine = engine_text(self.method, self.real, self.width, self.timed, self.own, self.numbers, theirs.nonzero)
+            engine = engine_text(self.method, self.real, self.width, self.timed, self.own, self.numbers, theirs.nonzero, len(self.events))
             loop = library("\n".join([start, engine]), True, links(lanes))
             addresses = {name: _address(users, name) for name in theirs.texts}
             loop.forward.restype = ctypes.c_void_p
             loop.seal.restype = loop.backward.restype = None
-            found = self._engines[lanes] = Engine(loop.forward, loop.seal, loop.backward, addresses)
+            events = []
+            if self.events:
+                loop.count_events.restype, loop.take_events.restype = ctypes.c_long, None
+                events = [loop.count_events, loop.take_events]
+            found = self._engines[lanes] = Engine(loop.forward, loop.seal, loop.backward, addresses, *events)
         return found
 
 
@@ -95,9 +104,20 @@ def _address(loaded: ctypes.CDLL, name: str) -> int:
     return address
 
 
-def program_of(reading: Reading, method: Compiled, y0: Tensor, inputs: Sequence[Tensor]) -> Program:
-    """The program of a right-hand side for states like ``y0`` (B, n) and inputs like these."""
-    own = tuple(prod(x.shape[1:]) if stride else 0 for stride, x in zip(reading.strides, inputs, strict=True))
-    numbers = tuple(x.numel() if not stride and x.is_floating_point() else 0 for stride, x in zip(reading.strides, inputs, strict=True))
-    timed = depends(reading, "t")
-    return Program(reading, method, y0.dtype, y0.shape[1], own, numbers, timed, tuple(x.contiguous().to(y0.dtype) for x in reading.tables))
+def program_of(readings: Sequence[Reading], method: Compiled, y0: Tensor, inputs: Sequence[Tensor]) -> Program:
+    """The program of a right-hand side, behind which functions of events may stand, for states like ``y0`` (B, n) and inputs like these.
+
+    Raises `Unreadable` where one of them shares an input among trajectories that another one does not.
+    """
+    used = [inputs_of(reading) for reading in readings]
+    steps: list[int] = []
+    for k in range(len(inputs)):
+        found = {reading.strides[k] for reading, of in zip(readings, used, strict=True) if k in of}
+        if len(found) > 1:
+            raise Unreadable("", "", "an event and fun use one argument in different ways")
+        steps.append(found.pop() if found else 0)
+    own = tuple(prod(x.shape[1:]) if step else 0 for step, x in zip(steps, inputs, strict=True))
+    numbers = tuple(x.numel() if not step and x.is_floating_point() else 0 for step, x in zip(steps, inputs, strict=True))
+    timed = any(depends(reading, "t") for reading in readings)
+    tables = tuple(x.contiguous().to(y0.dtype) for reading in readings for x in reading.tables)
+    return Program(readings[0], method, y0.dtype, y0.shape[1], own, numbers, timed, tables, tuple(readings[1:]))

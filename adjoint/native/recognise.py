@@ -103,8 +103,17 @@ class Heard:
             self.graph.captured = tuple(place[id(x)] for x in found.tensors), (found.transforms, found.inner_grad)
 
 
-def hear(key: Hashable, base: System, t: Tensor, y0: Tensor, arguments: Sequence[Tensor]) -> Heard:
-    """Ask ``fun`` which graph it is. ``t`` (B,), ``y0`` (B, n); ``arguments``: the tensors among its ``args``.
+def hear(
+    key: Hashable,
+    base: System,
+    t: Tensor,
+    y0: Tensor,
+    arguments: Sequence[Tensor],
+    function: Callable[..., Any] | None = None,
+) -> Heard:
+    """Ask ``fun``, or another ``function`` of the same arguments, which graph it is.
+
+    ``t`` (B,), ``y0`` (B, n); ``arguments``: the tensors among its ``args``.
 
     Raises `Unreadable`, or what the tracer raises.
     """
@@ -117,7 +126,7 @@ def hear(key: Hashable, base: System, t: Tensor, y0: Tensor, arguments: Sequence
     state = spec.unflatten(y0[: base.rows])
     _ear.heard = []
     with torch.no_grad():
-        result = _tracer(key)(base.fun, time, state, base.arguments(arguments))
+        result = _tracer(key)(base.fun if function is None else function, time, state, base.arguments(arguments))
     if len(_ear.heard) != 1:
         raise Unreadable("", "", "it is no single graph")
     graph, tensors, stand_ins = _ear.heard.pop()
@@ -149,51 +158,61 @@ def recognise(
     inputs: Sequence[Tensor],
     batched: bool,
     heard: Heard | None = None,
+    events: Sequence[Callable[..., Any]] = (),
 ) -> Recognised:
-    """The program of a system's right-hand side.
+    """The program of a system's right-hand side, and of functions of events.
 
     ``t`` (B,) and ``y0`` (B, n) are those of all trajectories; ``heard``: where ``fun`` was asked already. Raises `Unreadable` where there
     is none, or what the tracer raises.
     """
     base, levels = _unmapped(system)
     captured = len(inputs) - len(base.captured)
-    if heard is None:
-        heard = hear(key, base, t, y0, [_first(x, [dims[k] for _, dims in levels]) for k, x in enumerate(inputs[:captured])])
-    # of every tensor that is read: what it is, or its place among those that are inputs of the program
+    given = [_first(x, [dims[k] for _, dims in levels]) for k, x in enumerate(inputs[:captured])] if heard is None or events else []
+    parts = [hear(key, base, t, y0, given) if heard is None else heard]
+    parts += [hear((key, compile_key(e)), base, t, y0, given, e) for e in events]
     own = {id(x): captured + k for k, x in reversed(list(enumerate(base.captured)))}
-    places: list[tuple[str, int]] = []
+    #: tensors that are read, each with its place among the inputs of the system, and their order
     read_from: dict[int, tuple[Tensor, int | None]] = {}
-    for x in heard.tensors:
-        kind, k = heard.known.get(id(x), ("captured", 0))
-        if kind in ("t", "y"):
-            places.append((kind, k))
-            continue
-        read_from.setdefault(id(x), (x, k if kind == "argument" else own.get(id(x))))
-        places.append(("input", list(read_from).index(id(x))))
-    results = []
-    for kind, k in heard.results:
-        if kind == "argument":
-            x = heard.arguments[k]
-            read_from.setdefault(id(x), (x, k))
-            kind, k = "input", list(read_from).index(id(x))
-        results.append((kind, k))
+    layouts = [_layout(part, own, read_from) for part in parts]
     slots = tuple(k for _, k in read_from.values())
     values = [x if k is None else inputs[k] for x, k in read_from.values()]
     dims = [(size, tuple(None if k is None else of[k] for k in slots)) for size, of in levels]
-    spec = base.spec
-    layout = (tuple(places), tuple(results), method, batched, tuple(y0.shape), spec, tuple(dims), tuple((x.shape, x.dtype) for x in values))
-    graph = heard.graph
-    found = graph.programs.get(layout)
+    kinds = tuple((x.shape, x.dtype) for x in values)
+    graphs = tuple(part.graph for part in parts)
+    layout = (graphs[1:], tuple(layouts), method, batched, tuple(y0.shape), base.spec, tuple(dims), kinds)
+    known = graphs[0].programs
+    found = known.get(layout)
     if found is None:
-        flat = _mapped(_flat(graph.module, places, results, spec), dims, base)
+        flats = [_flat(graph.module, *where, base.spec, k > 0) for k, (graph, where) in enumerate(zip(graphs, layouts, strict=True))]
         try:
-            found = _program(flat, method, t if batched else t[0], y0, values, batched)
+            found = _program([_mapped(flat, dims, base) for flat in flats], method, t if batched else t[0], y0, values, batched)
         except Unreadable as error:
             found = error
-        graph.programs[layout] = found
+        known[layout] = found
     if isinstance(found, Exception):
         raise found
     return Recognised(found, tuple(values), slots)
+
+
+_Places = tuple[tuple[str, int], ...]
+
+
+def _layout(heard: Heard, own: dict[int, int], read_from: dict[int, tuple[Tensor, int | None]]) -> tuple[_Places, _Places]:
+    """What the tensors of a call and its results are: the time, a leaf of the state, or an input of the program.
+
+    ``own``: places of captured tensors among the inputs of the system; ``read_from`` gets those that are new.
+    """
+
+    def read(x: Tensor, slot: int | None) -> tuple[str, int]:
+        read_from.setdefault(id(x), (x, slot))
+        return "input", list(read_from).index(id(x))
+
+    places = []
+    for x in heard.tensors:
+        kind, k = heard.known.get(id(x), ("captured", 0))
+        places.append((kind, k) if kind in ("t", "y") else read(x, k if kind == "argument" else own.get(id(x))))
+    results = [read(heard.arguments[k], k) if kind == "argument" else (kind, k) for kind, k in heard.results]
+    return tuple(places), tuple(results)
 
 
 def _unmapped(system: System | VmappedSystem) -> tuple[System, list[tuple[int, tuple[int | None, ...]]]]:
@@ -222,15 +241,14 @@ def _place(x: Any, stand_ins: Sequence[Tensor], known: dict[int, tuple[str, int]
     return known[id(x)]
 
 
-def _flat(
-    module: GraphModule, places: Sequence[tuple[str, int]], results: Sequence[tuple[str, int]], spec: StateSpec
-) -> Callable[..., Tensor]:
-    """``f(t, y, *inputs)`` with ``y`` (rows, n), of a traced function."""
+def _flat(module: GraphModule, places: _Places, results: _Places, spec: StateSpec, event: bool) -> Callable[..., Tensor]:
+    """``f(t, y, *inputs)`` with ``y`` (rows, n), of a traced function; of one of an ``event`` the result is (rows,)."""
 
     def flat(t: Tensor, y: Tensor, *inputs: Tensor) -> Tensor:
         values: dict[str, Sequence[Tensor]] = {"t": [t], "y": tree_flatten(spec.unflatten(y))[0], "input": inputs}
         values["out"] = module(*(values[kind][i] for kind, i in places))
-        return spec.flatten(tree_unflatten([values[kind][i] for kind, i in results], spec.tree))
+        found = [values[kind][i] for kind, i in results]
+        return found[0].reshape(spec.rows) if event else spec.flatten(tree_unflatten(found, spec.tree))
 
     return flat
 
@@ -251,8 +269,10 @@ def _mapped(flat: Callable[..., Tensor], levels: Sequence[tuple[int, tuple[int |
     return every
 
 
-def _program(flat: Callable[..., Tensor], method: Compiled, t: Tensor, y0: Tensor, given: Sequence[Tensor], batched: bool) -> Program:
+def _program(
+    flats: Sequence[Callable[..., Tensor]], method: Compiled, t: Tensor, y0: Tensor, given: Sequence[Tensor], batched: bool
+) -> Program:
     for x in given:
         if x.is_complex() or (x.is_floating_point() and x.dtype != y0.dtype):
             raise Unreadable("", "", f"it uses a tensor of {x.dtype} beside a state of {y0.dtype}")
-    return program_of(read(flat, t, y0, given, batched), method, y0, given)
+    return program_of([read(flat, t, y0, given, batched) for flat in flats], method, y0, given)

@@ -13,7 +13,7 @@ from ..integrate.batch_events import no_events
 from ..integrate.controller import PIDController
 from ..integrate.plan import Plan, Record
 from .calls import FORWARD, filled
-from .program import Program
+from .program import Engine, Program
 
 __all__ = ["SHIFTS", "block_of", "pointers", "run_native", "sample_order"]
 
@@ -70,7 +70,10 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
     t_eval = None if t_eval is None else t_eval.detach().contiguous()
     n_samples = 0 if t_eval is None else t_eval.shape[0]
     order = sample_order(t_eval, anchors)
-    keep_grid = plan.keep_states or plan.keep_grid or plan.keep_stages
+    # of one trajectory by explicit methods, the stages of steps with events
+    few = bool(plan.events) and not plan.keep_stages
+    keep_stages = plan.keep_stages or few
+    keep_grid = plan.keep_states or plan.keep_grid or keep_stages
     room = program.room.get(rows, _ROOM) if keep_grid else 0
     room = min(room, plan.max_steps)
 
@@ -85,7 +88,7 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
     def grid(steps: int) -> dict[str, Tensor]:
         return {
             "states": y0.new_empty((steps + 1, rows, n) if plan.keep_states else (0, rows, n)),
-            "stages": y0.new_empty((steps, everything, rows, n) if plan.keep_stages else (0, everything, rows, n)),
+            "stages": y0.new_empty((steps, everything, rows, n) if keep_stages else (0, everything, rows, n)),
             "t": double(steps, rows),
             "h": double(steps, rows),
             # of one segment there is nothing to tell
@@ -109,6 +112,8 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
         return filled(
             FORWARD,
             **engine.functions,
+            directions=directions.data_ptr(),
+            terminal=terminal.data_ptr(),
             inputs=ctypes.addressof(input_pointers),
             tables=ctypes.addressof(table_pointers),
             rows=rows,
@@ -139,16 +144,19 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
             guesses=not plan.keep_grid,
             keep_grid=keep_grid,
             keep_states=plan.keep_states,
-            keep_stages=plan.keep_stages,
+            keep_stages=keep_stages,
             room=room,
             **{name: x.data_ptr() for name, x in steps.items()},
             **{name: x.data_ptr() for name, x in out.items()},
         )
 
+    directions = torch.tensor([e.direction for e in plan.events], dtype=torch.float64)
+    terminal = torch.tensor([e.terminal for e in plan.events], dtype=torch.int64)
     input_pointers, table_pointers = pointers(inputs), pointers(program.tables)
     made = steps = grid(room)
     asked = call(made, room)
     tape = engine.forward(ctypes.byref(asked))
+    found = _events(engine, tape) if plan.events else no_events(y0)
     most = int(out["n_accepted"].max()) if rows and keep_grid else 0
     to = asked
     if most > room:
@@ -161,10 +169,13 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
         steps = {name: x[: most + (name == "states")] if x.shape[0] else x for name, x in steps.items()}
         if 2 * most < room and sum(x.nbytes for x in steps.values()) > _LARGE:
             steps = {name: x.clone() for name, x in steps.items()}
+    if few:
+        with_events = torch.unique(found["event_step"])
+        steps["stages"] = steps["stages"][with_events]
     if not several:
         steps["segment"] = torch.zeros((1, 1), dtype=torch.int64).expand(most, rows)
         # at its end the last step lands
-        ends = torch.where(out["status"] >= 0, out["n_accepted"] - 1, -1)
+        ends = torch.where(out["status"] == 0, out["n_accepted"] - 1, -1)
         steps["lands"] = torch.arange(most).unsqueeze(-1) == ends
     work = out.pop("work")
     return Record(
@@ -172,6 +183,17 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
         **out,
         **steps,
         n_rejected=out["n_steps"] - out["n_accepted"],
-        **no_events(y0),
+        **found,
         **dict(zip(_WORK, work.unbind(), strict=True)),
     )
+
+
+def _events(engine: Engine, tape: int) -> dict[str, Tensor]:
+    """The fields of a record about events, in the order of trajectories, and of time for each."""
+    assert engine.count_events is not None and engine.take_events is not None
+    count = engine.count_events(ctypes.c_void_p(tape))
+    names = ("event_id", "event_row", "event_step")
+    found = {name: torch.empty(count, dtype=torch.int64) for name in names} | {"event_t": torch.empty(count, dtype=torch.float64)}
+    engine.take_events(ctypes.c_void_p(tape), *(ctypes.c_void_p(x.data_ptr()) for x in found.values()))
+    order = torch.sort(found["event_row"], stable=True).indices
+    return {name: x[order] for name, x in found.items()}

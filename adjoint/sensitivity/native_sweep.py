@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .discrete import anchors_bar, eager_sweep, mapped
-from .problem import Problem
+from .problem import Problem, kept_steps
 
 __all__ = ["first_sweep"]
 
@@ -26,13 +27,16 @@ def first_sweep(
     timed = bool(wants[0] or wants[1])
     # a span of no length has a step of no length, whose derivatives in the times are those of any step
     empty = timed and bool((anchors[0] == anchors[-1]).any())
-    if empty or mapped(bars):
+    if problem.native.recognised is None or empty or mapped(bars):
         return eager_sweep(problem, grid, anchors, t_eval, inputs, bars, wants)
-    found = problem.native.backward(plan, grid, anchors, t_eval, len(inputs), bars, timed)
-    if found is None:
-        return eager_sweep(problem, grid, anchors, t_eval, inputs, bars, wants)
-    bar, of_inputs = found
     n_steps = grid["t"].shape[0]
+    stages_bar = bars[3]
+    if stages_bar is not None and 0 < len(stages_bar) < n_steps:
+        # of the steps with events alone
+        kept = torch.tensor(kept_steps(plan, grid["event_step"], n_steps), device=stages_bar.device)
+        bars = (*bars[:3], stages_bar.new_zeros(n_steps, *stages_bar.shape[1:]).index_copy(0, kept, stages_bar.detach()))
+    found = problem.native.backward(plan, grid, anchors, t_eval, len(inputs), bars, timed)
+    bar, of_inputs = found
     problem.backward_report(n_steps * len(plan.method.nodes), n_steps)
     return (
         anchors_bar(anchors, grid, bar.t, bar.h) if wants[0] else None,

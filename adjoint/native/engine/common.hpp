@@ -41,6 +41,8 @@ struct Functions {
   // of phi = sum weights_ij J_ij + sum of_slope_i slope_i: itself, and its gradient added to ybar and tbar
   void (*bend)(const Ctx*, const S* t, const S* y, const S* weights, const S* of_slope, S* ybar, S* tbar, S* phi);
 };
+// of the state of every lane: the values of all event functions
+typedef void (*EventFunctions)(const Ctx*, const S* t, const S* y, S* values);
 template <class Q> static Functions functions_of(const Q& q) {
   return {(decltype(Functions::fun))q.fun, (decltype(Functions::vjp))q.vjp, (decltype(Functions::jac))q.jac, (decltype(Functions::bend))q.bend};
 }

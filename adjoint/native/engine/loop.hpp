@@ -3,7 +3,12 @@
 
 // steps behind those for which there was room at first, of all trajectories
 struct Chunk { long from; R* states; R* stages; double *t, *h; long* segment; unsigned char* lands; Chunk* next; };
-struct Tape { Chunk* first; pthread_mutex_t lock; long length; };
+struct Tape {
+  Chunk* first; pthread_mutex_t lock; long length;
+#if EVENTS > 0
+  Log log;
+#endif
+};
 struct Place { R *state, *stages; double *t, *h; long* segment; unsigned char* lands; };
 
 static Chunk* chunk_at(const Forward& q, Tape& tape, long k) {
@@ -54,6 +59,12 @@ struct Loop {
   double t[W], step[W], wanted[W], target[W], end[W], h[W], error1[W], error2[W], sign[W];
   double due[W];  // the time of the next sample, in the direction of integration
   long row[W], segment[W], attempts[W], accepted[W], n_fun[W], next[W];
+#if EVENTS > 0
+  Watch watch[W];
+  EventFunctions events;
+#endif
+  double stop[W];  // where a terminal event ends a trajectory in this step
+  bool aiming[W];  // the step is to end just before a terminal event
   bool live[W], lands[W], rejected[W], bad[W], jump[W], jumps_end[W];
 
   Loop(const Forward& q, Tape& tape, long from, long to) : q(q), tape(tape), f(functions_of(q)), from(from), to(to), waiting(from), a{f, c} {
@@ -66,7 +77,11 @@ struct Loop {
     a.last_ks = at + ALL * N; a.work = at + 2 * ALL * N; a.guesses = q.guesses; a.adaptive = q.adaptive;
     for (long i = 0; i < numbers; i++) memory[i] = K(0);
     c = {q.inputs, own.a, q.tables, nullptr};
-    for (int l = 0; l < W; l++) { live[l] = false; row[l] = from; t[l] = q.anchors[from]; h[l] = 0; jump[l] = jumps_end[l] = a.on[l] = a.again[l] = a.stuck[l] = false; sign[l] = 1; fill(l, from); }
+#if EVENTS > 0
+    events = (EventFunctions)q.events;
+    for (int l = 0; l < W; l++) watch[l].begin();
+#endif
+    for (int l = 0; l < W; l++) { live[l] = aiming[l] = false; row[l] = from; t[l] = q.anchors[from]; h[l] = 0; jump[l] = jumps_end[l] = a.on[l] = a.again[l] = a.stuck[l] = false; sign[l] = 1; fill(l, from); }
   }
   ~Loop() { free(memory); }
 
@@ -148,6 +163,14 @@ struct Loop {
       for (int n = 0; n < N && q.keep_states; n++) q.states[row[l] * N + n] = get(y[n], l);
     }
     if (!some) return;
+#if EVENTS > 0
+    {
+      S at, g[EVENTS];
+      for (int l = 0; l < W; l++) put(at, l, (R)t[l]);
+      events(&c, &at, y, g);
+      for (int l = 0; l < W; l++) if (fresh[l]) { watch[l].begin(); for (int i = 0; i < EVENTS; i++) watch[l].values[i] = get(g[i], l); }
+    }
+#endif
     S now, there_, *f0 = y1, *z = lanes_of(2 * N), *f1 = z + N, room_, h0_;
     for (int l = 0; l < W; l++) put(now, l, moved((R)t[l], q.shift == 2, sign[l] * __builtin_inf()));
     f.fun(&c, &now, y, f0);
@@ -205,16 +228,23 @@ struct Loop {
     double s = step[l];
     if (q.max_step < __builtin_inf()) s = least(s, q.max_step);
     if (q.accept_smallest) s = most(s, q.min_step);
-    const double remaining = __builtin_fabs(target[l] - t[l]);
+    double end_at = target[l];
+#if EVENTS > 0
+    aiming[l] = watch[l].aim == watch[l].aim;
+    if (aiming[l]) end_at = watch[l].aim;
+#endif
+    const double remaining = __builtin_fabs(end_at - t[l]);
     bool on = q.adaptive ? s * 1.01 >= remaining : s >= remaining * (1 - 1e-10);
     if (q.adaptive && q.max_step < __builtin_inf()) on = on && remaining <= q.max_step;
     bool tiny = s <= 16 * 2.220446049250313e-16 * __builtin_fabs(t[l]);
     if (q.min_step) tiny = tiny || s < q.min_step;
     const bool spent = attempts[l] >= q.max_steps;
     if (spent || (tiny && !on)) { finish(l, spent ? -1 : bad[l] ? -3 : -2); return false; }
-    wanted[l] = s; lands[l] = on;
-    h[l] = on ? target[l] - t[l] : sign[l] * s;
-    end[l] = on ? target[l] : t[l] + h[l];
+    wanted[l] = s;
+    h[l] = on ? end_at - t[l] : sign[l] * s;
+    end[l] = on ? end_at : t[l] + h[l];
+    on = on && !aiming[l];
+    lands[l] = on;
     jumps_end[l] = q.shift == 2 || (q.shift == 1 && on && segment[l] < q.n_anchors - 2);
     attempts[l]++;
     return true;
@@ -297,15 +327,88 @@ struct Loop {
         }
         if (!passed[l]) continue;
         any = true;
-        if (due[l] < sign[l] * end[l]) dense = true;
+        if (EVENTS > 0 || due[l] < sign[l] * end[l]) dense = true;
       }
       if (any) accept(passed, times, hs, k_end, end_known, dense);
     }
   }
 
-  void accept(const bool* passed, S* times, const S& hs, S* k_end, bool end_known, bool dense) {
+#if EVENTS > 0
+  // the state within the step of a lane, in the place of that lane in z
+  void within(int l, double theta, S* z) const {
+    double w[ALL];
+    dense_weights(theta, w);
+    for (int n = 0; n < N; n++) {
+      R v = get(y[n], l);
+      for (int s = 0; s < ALL; s++) if (w[s]) v += (R)(w[s] * h[l]) * get(ks[s * N + n], l);
+      put(z[n], l, v);
+    }
+  }
+  // the events of the steps that passed, whose stages are all known: where trajectories stop, and which steps are to be taken again
+  void events_of(bool* passed, bool* again) {
+    S *z = lanes_of(N), at = K(0), g[3][EVENTS];
+    double inner[2][ALL];
+    const double grid[2] = {1.0 / 3, 2.0 / 3};
+    for (int p = 0; p < 2; p++) {
+      dense_weights(grid[p], inner[p]);
+      for (int l = 0; l < W; l++) put(at, l, (R)(t[l] + grid[p] * h[l]));
+      for (int n = 0; n < N; n++) {
+        S v = K(0);
+        for (int s = 0; s < ALL; s++) v += K(R(inner[p][s])) * ks[s * N + n];
+        z[n] = y[n] + a.h * v;
+      }
+      events(&c, &at, z, g[p]);
+    }
+    for (int l = 0; l < W; l++) put(at, l, (R)end[l]);
+    events(&c, &at, y1, g[2]);
+    for (int n = 0; n < N; n++) z[n] = y[n];
+    for (int l = 0; l < W; l++) {
+      again[l] = false;
+      stop[l] = NONE;
+      if (!passed[l]) continue;
+      Watch& w = watch[l];
+      const bool aimed = end[l] == w.aim;
+      if (aimed) w.aim = NONE;
+      double values[EVENTS][5], places[5] = {0, grid[0], grid[1], 1, 1}, before[EVENTS];
+      bool possible = aimed;
+      for (int i = 0; i < EVENTS; i++) {
+        values[i][0] = before[i] = w.values[i];
+        for (int p = 0; p < 3; p++) values[i][p + 1] = get(g[p][i], l);
+        w.values[i] = values[i][3];
+        possible |= may_cross(values[i], 4);
+      }
+      if (!possible) continue;
+      auto value = [&](int i, double theta) {
+        S e[EVENTS], when = K(0);
+        put(when, l, (R)(theta == 1 ? end[l] : t[l] + theta * h[l]));
+        if (theta == 0 || theta == 1) for (int n = 0; n < N; n++) put(z[n], l, get(theta == 0 ? y[n] : y1[n], l));
+        else within(l, theta, z);
+        events(&c, &when, z, e);
+        return (double)get(e[i], l);
+      };
+      int count = 4;
+      if (aimed) {
+        // how far beyond its end the dense output is searched
+        places[4] = FARTHEST * (1 + 4 * w.margin / (1 - w.margin));
+        for (int i = 0; i < EVENTS; i++) values[i][4] = value(i, places[4]);
+        count = 5;
+      }
+      const Outcome out = locate(value, w, values, places, count, aimed, accepted[l] == 0, t[l], h[l], end[l], q.adaptive, q.directions, q.terminal, row[l],
+                                 accepted[l], tape.log);
+      stop[l] = out.stop;
+      if (!out.again) continue;
+      again[l] = true;
+      passed[l] = false;
+      for (int i = 0; i < EVENTS; i++) w.values[i] = before[i];
+      step[l] = most(step[l], __builtin_fabs(w.aim - t[l]));
+    }
+    free(z);
+  }
+#endif
+
+  void accept(bool* passed, S* times, const S& hs, S* k_end, bool end_known, bool dense) {
     bool going = false;
-    for (int l = 0; l < W; l++) going |= passed[l] && !(lands[l] && segment[l] >= q.n_anchors - 2);
+    for (int l = 0; l < W; l++) going |= passed[l] && (EVENTS > 0 || !(lands[l] && segment[l] >= q.n_anchors - 2));
     if (!end_known && (going || (dense && NEXT_FIRST))) {
       S at = K(0);
       if (TIMED) for (int l = 0; l < W; l++) put(at, l, moved((R)(t[l] + h[l]), jumps_end[l], -sign[l] * __builtin_inf()));
@@ -317,10 +420,17 @@ struct Loop {
       for (int l = 0; l < W; l++) if (passed[l]) n_fun[l] += ALL - STAGES - NEXT_FIRST;
     }
     bool ended = false, jumped = false;
+#if EVENTS > 0
+    bool again[W];
+    events_of(passed, again);
+#else
+    for (int l = 0; l < W; l++) stop[l] = __builtin_nan("");
+#endif
     const M on = mask_of(passed);
     for (int l = 0; l < W; l++) {
       if (!passed[l]) continue;
-      while (due[l] <= sign[l] * end[l]) {
+      const bool stops = stop[l] == stop[l];
+      while (due[l] <= sign[l] * (stops ? stop[l] : end[l])) {
         const double when = sample_time(l, next[l]);
         if (when == end[l]) { write_sample(l, y1, accepted[l]); continue; }
         double w[ALL];
@@ -342,16 +452,16 @@ struct Loop {
         if (q.keep_stages) for (int s = 0; s < ALL; s++) for (int n = 0; n < N; n++) p.stages[s * q.rows * N + n] = get(ks[s * N + n], l);
       }
       accepted[l]++;
-      t[l] = end[l];
+      t[l] = stops ? stop[l] : end[l];
       if (RECORDED && a.guesses) { a.last_h[l] = h[l]; for (int n = 0; n < ALL * N; n++) put(a.last_ks[n], l, get(ks[n], l)); }
       jump[l] = jumps_end[l];
       jumped |= jump[l];
-      if (!lands[l]) continue;
+      if (!lands[l] || stops) continue;
       segment[l]++;
       to_next_anchor(l);
     }
     for (int n = 0; n < N; n++) { y[n] = m_sel(on, y1[n], y[n]); k1[n] = m_sel(on, k_end[n], k1[n]); }
-    for (int l = 0; l < W; l++) if (passed[l] && segment[l] >= q.n_anchors - 1) { finish(l, 0); ended = true; }
+    for (int l = 0; l < W; l++) if (passed[l] && (stop[l] == stop[l] || segment[l] >= q.n_anchors - 1)) { finish(l, stop[l] == stop[l] ? 1 : 0); ended = true; }
     if (jumped) {
       // after a discontinuity the first stage is taken anew, from the far side of it
       S at = K(0), *anew = lanes_of(N);
@@ -377,11 +487,22 @@ static void block_forward(void* p, long b) {
 extern "C" void* forward(const Forward* q) {
   Tape* tape = (Tape*)calloc(1, sizeof(Tape));
   pthread_mutex_init(&tape->lock, nullptr);
+#if EVENTS > 0
+  pthread_mutex_init(&tape->log.lock, nullptr);
+#endif
   tape->length = q->room > 32 ? q->room : 32;
   Whole w{q, tape};
   together(q->threads, (q->rows + q->block - 1) / q->block, block_forward, &w);
   return tape;
 }
+#if EVENTS > 0
+extern "C" long count_events(void* p) { return ((Tape*)p)->log.n; }
+extern "C" void take_events(void* p, long* id, long* row, long* step, double* t) {
+  Log& log = ((Tape*)p)->log;
+  for (long i = 0; i < log.n; i++) { id[i] = log.found[i].id; row[i] = log.found[i].row; step[i] = log.found[i].step; t[i] = log.found[i].t; }
+  free(log.found);
+}
+#endif
 // from what was written as the solve went to tensors of ``steps`` steps; rows with fewer go on with steps of size zero. ``to`` has room for all
 struct Sealing { const Forward* q; const Forward* to; Tape* tape; long steps; };
 static void block_seal(void* p, long b) {
