@@ -255,7 +255,7 @@ class _Reader:
             except (Refused, Unlike) as error:
                 raise Unreadable(name, line, str(error)) from error
             except TypeError as error:
-                raise Unreadable(name, line, f"rows of the batch cannot be told apart ({error})") from error
+                raise Unreadable(name, line, f"rows of the batch are taken apart, or put together, one by one ({error})") from error
             except RecursionError as error:
                 raise Unreadable(name, line, "the function is too long") from error
             if len(graph) > MOST_NODES:

@@ -227,6 +227,7 @@ PRODUCTS: dict[str, Case] = {
     "bilinear": lambda y, p: F.bilinear(y[:, :2], y[:, 2:4], p.view(2, 2, 2)),
     "kron": lambda y, p: y[:, :4] * torch.kron(p[:2], p[2:4]),
     "trace": lambda y, p: y.view(-1, 2, 3)[:, :, :2].diagonal(dim1=1, dim2=2).sum(-1),
+    "attention causal": lambda y, p: F.scaled_dot_product_attention(*(y.view(-1, 1, 3, 2),) * 3, is_causal=True, scale=0.7),
     "attention": lambda y, p: F.scaled_dot_product_attention(*(y.view(-1, 3, 2),) * 3),
     "conv1d": lambda y, p: F.conv1d(y.view(-1, 2, 3), p[:4].view(2, 1, 2), p[:2], stride=1, padding=1, groups=2),
     "conv1d dilated": lambda y, p: F.conv1d(y.view(-1, 1, 6), p[:6].view(2, 1, 3), stride=2, padding=2, dilation=2),
