@@ -8,14 +8,19 @@ compilers first, which takes seconds.)
 from __future__ import annotations
 
 import functools
+import linecache
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -94,13 +99,31 @@ def _is_ours(path: str) -> bool:
 
 
 def _line_of_frame() -> str:
-    """The innermost line that is neither ours nor PyTorch's."""
+    """The innermost line that is neither ours nor PyTorch's; of a traced graph, that which its node was traced from."""
     frame = sys._getframe(1)
     while frame is not None:
         if not _is_ours(frame.f_code.co_filename):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        if isinstance(module := frame.f_locals.get("self"), GraphModule) and (line := _line_of_node(module, frame)):
+            return line
         frame = frame.f_back
     return ""
+
+
+_lines_of: WeakKeyDictionary[GraphModule, dict[str, str]] = WeakKeyDictionary()
+
+
+def _line_of_node(module: GraphModule, frame: FrameType) -> str:
+    """The user's line of the node that a traced graph is at."""
+    lines = _lines_of.get(module)
+    if lines is None:
+        lines = _lines_of[module] = {node.name: _last_line(node.stack_trace or "") for node in module.graph.nodes}
+    return lines.get(linecache.getline(frame.f_code.co_filename, frame.f_lineno).split("=")[0].split(":")[0].strip(), "")
+
+
+def _last_line(stack: str) -> str:
+    own = [f"{path}:{line}" for path, line in re.findall(r'File "(.+?)", line (\d+)', stack) if not _is_ours(path)]
+    return own[-1] if own else ""
 
 
 def _line_of_error(error: BaseException) -> str:

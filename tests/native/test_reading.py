@@ -167,6 +167,24 @@ def test_hidden_numbers_are_refused(function):
         read(function, torch.zeros((), dtype=F64), torch.rand(2, 3, dtype=F64), [], batched=True)
 
 
+def test_the_line_of_a_graph_that_was_traced_before():
+    graphs = []
+
+    def keep(module, _):
+        graphs.append(module)
+        return module.forward
+
+    def function(t, y):
+        z = y.sin()
+        return z + torch.special.bessel_j0(y)
+
+    y = torch.rand(2, 3, dtype=F64)
+    torch.compile(function, backend=keep)(torch.zeros((), dtype=F64), y)
+    with pytest.raises(Unreadable) as caught:
+        read(lambda t, y: graphs[0](y)[0], torch.zeros((), dtype=F64), y, [], batched=True)
+    assert caught.value.line == f"{__file__}:{function.__code__.co_firstlineno + 2}"
+
+
 def test_what_is_given_is_not_written():
     held = torch.zeros(2, 3, dtype=F64)
     y = torch.rand(2, 3, dtype=F64)
