@@ -14,9 +14,11 @@ from adjoint import (
     InvalidInput,
     MaxStepsReached,
     NonFiniteState,
+    RootError,
     SolveError,
     StepSizeTooSmall,
     solve_ivp,
+    solve_root,
 )
 from adjoint.methods import METHODS
 
@@ -289,3 +291,18 @@ def test_a_trajectory_that_begins_with_nan_makes_no_attempts(method):
     assert sol.status.tolist() == [0, -3, -3]
     assert float(sol.y[-1, 0]) == pytest.approx(math.exp(-1.0), rel=1e-3)
     assert bool(torch.isnan(sol.y[-1, 1:]).all())
+
+
+@pytest.mark.parametrize("method", ["tsit5", "kvaerno5"])
+def test_a_function_that_gives_other_values_each_time_is_called_that(method):
+    """Dropout in train mode: neither stiff nor without a root, as the usual advice has it."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2))
+    with pytest.raises(SolveError, match="another value when it is called again"):
+        solve_ivp(lambda t, y: net(y), (0.0, 1.0), torch.ones(2), method=method, max_steps=60)
+    with pytest.raises(RootError, match="another value when it is called again"):
+        solve_root(lambda x: x - net(x), torch.ones(2), max_steps=5)
+    net.eval()
+    with pytest.raises(SolveError) as failure:
+        solve_ivp(lambda t, y: net(y), (0.0, 1.0), torch.ones(2), method=method, max_steps=1)
+    assert "another value" not in str(failure.value)

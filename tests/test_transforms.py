@@ -215,3 +215,16 @@ def test_forward_mode_through_a_gradient_sees_the_slopes_that_steps_hand_on(meth
     # y = y0 / (1 + p y0 t)
     y0 = Y0.abs()
     assert torch.allclose(found, (2 * y0**3 * ends**2 / (1 + P[0] * y0 * ends) ** 3).sum(), rtol=0.05)
+
+
+@pytest.mark.parametrize("outer", [jacfwd, jacrev])
+def test_second_order_in_times_by_bdf(gradient, outer):
+    """Its table is brought to other step sizes by products of which factors are zero: forward mode twice had twice the derivative."""
+
+    def loss(end):
+        y0 = torch.ones(1, dtype=torch.float64)
+        return solve_ivp(lambda t, y: -y * y, (0.0, end), y0, method="bdf", gradient=gradient, rtol=1e-4, atol=1e-6).y[-1, 0]
+
+    end = torch.tensor(0.6, dtype=torch.float64)
+    # y = 1 / (1 + t)
+    assert float(outer(jacfwd(loss))(end)) == pytest.approx(2 / 1.6**3, rel=0.05)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import MaxStepsReached, NonFiniteDerivative, NonFiniteState, SolveError, StagesDidNotConverge, StepSizeTooSmall
 from ..integrate import Plan, Record, Status
-from ..system.finite import REWRITE, bad_component
+from ..system.finite import REWRITE, WAVERS, bad_component, wavers
 from ..system.system import Flat, System
 
 __all__ = ["raise_failure"]
@@ -27,12 +27,15 @@ def raise_failure(record: Record, plan: Plan, system: System, inputs: Sequence[T
     y = record.last[b]
     rows = record.status.shape[0]
     rate = beyond = None
+    advice = _ADVICE[status]
     if rows == spec.rows and system.residual is None:
         with torch.no_grad():
             f = system.bind(inputs)
             rate = f(record.t_final.to(spec.real_dtype), record.last)[b]
             if status == Status.NON_FINITE:
                 beyond = _ahead(f, record, plan, b)
+            elif wavers(lambda: f(record.t_final.to(spec.real_dtype), record.last)):
+                advice = f"The cause: {WAVERS}, or take constant steps (rk4 and others), which follow one draw"
             culprit = None
             if plan.method.implicit and status != Status.MAX_STEPS and bool(torch.isfinite(rate).all()):
                 culprit = bad_component(f, record.t_final.to(spec.real_dtype), record.last, b)
@@ -62,7 +65,7 @@ def raise_failure(record: Record, plan: Plan, system: System, inputs: Sequence[T
             component=component,
         )
     error, text = _explain(status, plan, y, rate)
-    raise error(f"{text} {where}, {steps}. {_ADVICE[status]}", t=t, trajectory=b if rows > 1 else None, component=component)
+    raise error(f"{text} {where}, {steps}. {advice}", t=t, trajectory=b if rows > 1 else None, component=component)
 
 
 def _ahead(f: Flat, record: Record, plan: Plan, b: int) -> Tensor | None:

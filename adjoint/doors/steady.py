@@ -17,6 +17,7 @@ from ..nonlinear import RootProblem, RootRecord, RootStatus, explain
 from ..sensitivity.fingerprint import RootWitness
 from ..sensitivity.implicit import JacobianRule, RootNode, RootOutputs, RootTask
 from ..system.capture import elsewhere, find_captured, needs_derivatives, stand_ins
+from ..system.finite import WAVERS, wavers
 from ..system.homes import parameter_homes
 from ..system.lending import aliased, check_unchanged, copied, remembering
 from ..system.ownership import owning
@@ -271,6 +272,8 @@ def prepare(
                 "the minimum lies at a bound, and derivatives of the minimiser there are not supported: leave bounds out, or minimise over "
                 "the free unknowns alone with the others held at their bounds (args=)"
             )
+        if throw and bool((record.status < 0).any()) and wavers(lambda: r(torch.nan_to_num(record.x))):
+            record = replace(record, note="; ".join(part for part in (f"The cause: {WAVERS}", record.note) if part))
         singular = record.status == int(RootStatus.SINGULAR)
         if throw and bool(singular.any()):
             row = int(singular.nonzero()[0, 0])

@@ -7,6 +7,7 @@ quasi-constant step form of Shampine & Reichelt (The MATLAB ODE suite, 1997, sec
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -31,10 +32,12 @@ def coefficients(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tens
     return tuple(torch.tensor(x, dtype=dtype, device=device) for x in (gamma, alpha, error))  # type: ignore[return-value]
 
 
-def rescaling(order: Tensor, factor: Tensor, size: int) -> Tensor:
+def rescaling(order: Tensor, factor: Tensor, size: int, differentiable: bool = False) -> Tensor:
     """``(B, size, size)``: the matrix that takes differences at distance ``h`` to those at ``factor h`` of the same polynomial.
 
     Of the first ``order + 1`` differences; others are left alone (Shampine & Reichelt 1997, section 2.2; Byrne & Hindmarsh 1975).
+    ``differentiable``: in ``factor``, to any order and in every mode. (Forward mode twice through PyTorch's cumulative product is wrong
+    where a factor of it is zero, as it is here.)
     """
     i = torch.arange(1, size, dtype=factor.dtype, device=factor.device).unsqueeze(-1)
     j = torch.arange(1, size, dtype=factor.dtype, device=factor.device)
@@ -43,7 +46,7 @@ def rescaling(order: Tensor, factor: Tensor, size: int) -> Tensor:
         inner = (i - 1 - f.reshape(-1, 1, 1) * j) / i
         full = torch.nn.functional.pad(inner, (1, 0, 1, 0))
         full[:, 0, :] = 1.0
-        return full.cumprod(1)
+        return torch.stack(list(accumulate(full.unbind(1), torch.mul)), 1) if differentiable else full.cumprod(1)
 
     place = torch.arange(size, device=factor.device)
     inside = place <= order.unsqueeze(-1)

@@ -13,7 +13,7 @@ from .expressions import Graph, Number
 from .rows import Along, Index, Unlike, flat, strides
 
 __all__ = [
-    "LARGE", "Call", "Computed", "Constant", "Elements", "Getter", "Place", "Reader", "Refused", "Tables", "dimensions", "numbered",
+    "LARGE", "Call", "Computed", "Constant", "Elements", "Getter", "Pair", "Place", "Reader", "Refused", "Tables", "dimensions", "numbered",
     "registering",
 ]  # fmt: skip
 
@@ -31,6 +31,13 @@ class Computed(NamedTuple):
     """A component of an index which is not known before the function runs: the integer that a node stands for."""
 
     node: int
+
+
+class Pair(NamedTuple):
+    """An element of a tensor of complex numbers: the nodes of its real and imaginary part."""
+
+    re: int
+    im: int
 
 
 class Elements:
@@ -111,6 +118,9 @@ class Constant(Elements):
             if not bool(((values == values[0]) | ((values != values) & (values[0] != values[0]))).all()):
                 raise Unlike("a constant tensor has other numbers in one row than in another: pass it by args, or as a captured tensor")
             where = where.start
+        if self.tensor.is_complex():
+            z = self._flat()[where].item()
+            return Pair(self._graph.constant(z.real), self._graph.constant(z.imag))  # type: ignore[return-value]
         if self._large:
             return self._graph.leaf("k", self._tables.number(self.tensor), where)
         return self._graph.constant(self.value(where))

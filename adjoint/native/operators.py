@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import (
     operators_activations,
+    operators_complex,
     operators_indexing,
     operators_linalg,
     operators_pointwise,
@@ -14,7 +15,7 @@ from . import (
 )
 from .elements import Reader
 
-__all__ = ["READERS"]
+__all__ = ["COMPLEX", "READERS"]
 
 READERS: dict[str, Reader] = {
     **operators_pointwise.READERS,
@@ -26,3 +27,5 @@ READERS: dict[str, Reader] = {
     **operators_products.READERS,
     **operators_linalg.READERS,
 }
+#: where complex numbers are among arguments or results
+COMPLEX: dict[str, Reader] = {**operators_complex.MOVING, **operators_complex.READERS}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from .elements import Call, Elements, Place, Reader, numbered, registering
 from .expressions import Graph
 
-__all__ = ["READERS"]
+__all__ = ["READERS", "exponentials"]
 
 READERS: dict[str, Reader] = {}
 _reads = registering(READERS)

@@ -20,7 +20,7 @@ _MOST_CHOICES = 64
 _MOST_LOOKED_AT = 65536
 
 
-def picked(call: Call, x: Elements, place: Sequence[Index | Computed]) -> int:
+def _picked(call: Call, x: Elements, place: Sequence[Index | Computed]) -> int:
     """The element of ``x`` at a place, of which components may be computed."""
     g = call.graph
     computed = [d for d, i in enumerate(place) if isinstance(i, Computed)]
@@ -83,7 +83,7 @@ def _index(call: Call, x: Elements, indices: Sequence[Elements | None]) -> Eleme
     def get(place: Place) -> int:
         inner = place[front : front + rank]
         left = iter(place[:front] + place[front + rank :])
-        return picked(call, x, [_position(call, tensors[d], inner) if d in tensors else next(left) for d in range(len(x.shape))])
+        return _picked(call, x, [_position(call, tensors[d], inner) if d in tensors else next(left) for d in range(len(x.shape))])
 
     return call.made(get)
 
@@ -111,18 +111,18 @@ def _gather(call: Call, x: Elements, dim: int, index: Elements, **_: Any) -> Ele
     if not x.shape:
         return call.made(lambda place: x.at(()))
     dim = numbered(dim, len(x.shape))
-    return call.made(lambda place: picked(call, x, [*place[:dim], index.position(call.graph, place), *place[dim + 1 :]]))
+    return call.made(lambda place: _picked(call, x, [*place[:dim], index.position(call.graph, place), *place[dim + 1 :]]))
 
 
 @_reads("index_select")
 def _index_select(call: Call, x: Elements, dim: int, index: Elements) -> Elements:
     dim = numbered(dim, len(x.shape))
-    return call.made(lambda place: picked(call, x, [*place[:dim], index.position(call.graph, (place[dim],)), *place[dim + 1 :]]))
+    return call.made(lambda place: _picked(call, x, [*place[:dim], index.position(call.graph, (place[dim],)), *place[dim + 1 :]]))
 
 
 @_reads("embedding")
 def _embedding(call: Call, weight: Elements, index: Elements, *_: Any, **__: Any) -> Elements:
-    return call.made(lambda place: picked(call, weight, [index.position(call.graph, place[:-1]), place[-1]]))
+    return call.made(lambda place: _picked(call, weight, [index.position(call.graph, place[:-1]), place[-1]]))
 
 
 def _sought(call: Call, table: Elements, value: int, right: bool) -> int:
@@ -173,4 +173,4 @@ def _bucketize(call: Call, values: Any, table: Elements, *, out_int32: bool = Fa
 def _take(call: Call, x: Elements, index: Elements) -> Elements:
     steps = strides(x.shape)
     whole = Elements((prod(x.shape),), x.dtype, lambda place: x.at(unflat(place[0], steps)))
-    return call.made(lambda place: picked(call, whole, [index.position(call.graph, place)]))
+    return call.made(lambda place: _picked(call, whole, [index.position(call.graph, place)]))

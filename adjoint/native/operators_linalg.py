@@ -35,7 +35,7 @@ def _swap(g: Graph, first: Sequence[int], second: Sequence[int], swaps: int) -> 
     return [g.op("sel", swaps, b, a) for a, b in pairs], [g.op("sel", swaps, a, b) for a, b in pairs]
 
 
-def eliminated(g: Graph, a: Matrix, b: Matrix) -> tuple[Matrix, Matrix, int]:
+def _eliminated(g: Graph, a: Matrix, b: Matrix) -> tuple[Matrix, Matrix, int]:
     """Upper triangle, right-hand sides and sign of the permutation after elimination with pivots, which are chosen as numbers come.
 
     Zeros that are constants cost nothing: matrices of narrow bands may be larger than others.
@@ -72,9 +72,9 @@ def _substituted(g: Graph, u: Matrix, b: Matrix, upper: bool = True, unit: bool 
     return x
 
 
-def solved(g: Graph, a: Matrix, b: Matrix) -> Matrix:
+def _solved(g: Graph, a: Matrix, b: Matrix) -> Matrix:
     """Solution of ``a x = b``."""
-    upper, right, _ = eliminated(g, a, b)
+    upper, right, _ = _eliminated(g, a, b)
     return _substituted(g, upper, right)
 
 
@@ -95,7 +95,7 @@ def _expanded(g: Graph, a: Matrix) -> int:
 def _determinant(g: Graph, a: Matrix) -> int:
     if len(a) <= _EXPANDED:
         return _expanded(g, a)
-    upper, _, sign = eliminated(g, a, [[] for _ in a])
+    upper, _, sign = _eliminated(g, a, [[] for _ in a])
     return g.total("mul", [sign, *(upper[i][i] for i in range(len(a)))])
 
 
@@ -133,7 +133,7 @@ def _inv(call: Call, x: Elements, *, check_errors: bool = False) -> list[Element
     n = x.shape[-1]
     _check_size(n, _LARGEST_SOLVED)
     g = call.graph
-    return _with_info(call, _by_matrix(call, x, lambda batch: solved(g, _matrix(x, batch), _identity(g, n))), 2)
+    return _with_info(call, _by_matrix(call, x, lambda batch: _solved(g, _matrix(x, batch), _identity(g, n))), 2)
 
 
 @_reads("_linalg_det")
@@ -166,12 +166,12 @@ def _solve(call: Call, a: Elements, b: Elements, *, left: bool = True, check_err
     def by_batch(batch: Place) -> list:
         matrix = [[a.spread((*batch, i, j)) for j in range(n)] for i in range(n)]
         if vector:
-            return [row[0] for row in solved(g, matrix, [[b.spread((*batch, i))] for i in range(n)])]
+            return [row[0] for row in _solved(g, matrix, [[b.spread((*batch, i))] for i in range(n)])]
         rows, columns = b.shape[-2:]
         right = [[b.spread((*batch, i, j)) for j in range(columns)] for i in range(rows)]
         if left:
-            return solved(g, matrix, right)
-        return _turned(solved(g, _turned(matrix), _turned(right)))
+            return _solved(g, matrix, right)
+        return _turned(_solved(g, _turned(matrix), _turned(right)))
 
     return _with_info(call, _by_matrix(call, a, by_batch, 1 if vector else 2), 4)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
-from .elements import Call, Elements, Place, Reader, numbered, registering
+from .elements import Call, Elements, Place, Reader, Refused, numbered, registering
 from .expressions import Graph
+from .operators_activations import exponentials
 from .rows import Along, Index, Unlike
 
-__all__ = ["READERS", "inner"]
+__all__ = ["READERS"]
 
 READERS: dict[str, Reader] = {}
 _reads = registering(READERS)
@@ -155,3 +156,42 @@ def _convolution(
         return total if bias is None else g.op("add", total, bias.at((channel,)))
 
     return call.made(get)
+
+
+@_reads("_scaled_dot_product_flash_attention_for_cpu")
+def _attention(
+    call: Call, query: Elements, key: Elements, value: Elements, dropout_p: float = 0.0, is_causal: bool = False, *,
+    attn_mask: Elements | None = None, scale: float | None = None,
+) -> list[Elements]:  # fmt: skip
+    """Sums of values by the softmax of products of queries with keys; (..., places, width)."""
+    g = call.graph
+    if dropout_p:
+        raise Refused("attention with dropout")
+    width = query.shape[-1]
+    factor = g.constant(float(width**-0.5 if scale is None else scale))
+    places = key.shape[-2]
+    known: dict[Place, list[int]] = {}
+
+    def shares(batch: Place, i: Index) -> list[int]:
+        here = (*batch, i)
+        if here not in known:
+            if is_causal and not isinstance(i, int):
+                raise Refused("causal attention along the rows of the batch")
+            scores = []
+            for j in range(i + 1 if is_causal else places):  # type: ignore[operator]
+                score = inner(g, [(query.at((*batch, i, e)), key.at((*batch, j, e))) for e in range(width)])
+                score = g.op("mul", score, factor)
+                scores.append(score if attn_mask is None else g.op("add", score, attn_mask.spread((*batch, i, j))))
+            _, powers = exponentials(g, scores)
+            total = g.total("add", powers)
+            known[here] = [g.op("div", x, total) for x in powers]
+        return known[here]
+
+    def get(place: Place) -> int:
+        *batch, i, e = place
+        return inner(g, [(share, value.at((*batch, j, e))) for j, share in enumerate(shares(tuple(batch), i))])
+
+    def refused(place: Place) -> int:
+        raise Refused("statistics of attention")
+
+    return [call.made(get), call.made(refused, 1)]

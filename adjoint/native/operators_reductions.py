@@ -13,14 +13,14 @@ from .elements import Call, Elements, Place, Reader, Refused, dimensions, number
 from .expressions import Graph
 from .rows import Along, Unlike
 
-__all__ = ["READERS", "joined", "rooted"]
+__all__ = ["READERS"]
 
 READERS: dict[str, Reader] = {}
 _reads = registering(READERS)
 Dims = int | Sequence[int] | None
 
 
-def joined(call: Call, x: Elements, dims: Dims, keepdim: bool, join: Callable[[list[int]], int]) -> Elements:
+def _joined(call: Call, x: Elements, dims: Dims, keepdim: bool, join: Callable[[list[int]], int]) -> Elements:
     """Elements of a result from lists of the elements that it is reduced from."""
     rank = len(x.shape)
     reduced = set(dimensions(dims, rank))
@@ -49,35 +49,35 @@ def _folded(call: Call, name: str, empty: float | bool) -> Callable[[list[int]],
 
 @_reads("sum")
 def _sum(call: Call, x: Elements, dim: Dims = None, keepdim: bool = False, **_: Any) -> Elements:
-    return joined(call, x, dim, keepdim, _folded(call, "add", 0))
+    return _joined(call, x, dim, keepdim, _folded(call, "add", 0))
 
 
 @_reads("nansum")
 def _nansum(call: Call, x: Elements, dim: Dims = None, keepdim: bool = False, **_: Any) -> Elements:
     g, total = call.graph, _folded(call, "add", 0)
     zero = g.constant(0.0)
-    return joined(call, x, dim, keepdim, lambda nodes: total([g.op("sel", g.op("ne", a, a), zero, a) for a in nodes]))
+    return _joined(call, x, dim, keepdim, lambda nodes: total([g.op("sel", g.op("ne", a, a), zero, a) for a in nodes]))
 
 
 @_reads("mean")
 def _mean(call: Call, x: Elements, dim: Dims = None, keepdim: bool = False, **_: Any) -> Elements:
     g, total = call.graph, _folded(call, "add", 0)
-    return joined(call, x, dim, keepdim, lambda nodes: g.op("div", total(nodes), g.constant(float(len(nodes)))))
+    return _joined(call, x, dim, keepdim, lambda nodes: g.op("div", total(nodes), g.constant(float(len(nodes)))))
 
 
 @_reads("prod")
 def _prod(call: Call, x: Elements, dim: Dims = None, keepdim: bool = False, **_: Any) -> Elements:
-    return joined(call, x, dim, keepdim, _folded(call, "mul", 1))
+    return _joined(call, x, dim, keepdim, _folded(call, "mul", 1))
 
 
 @_reads("any")
 def _any(call: Call, x: Elements, dim: Dims = None, keepdim: bool = False) -> Elements:
-    return joined(call, x, dim, keepdim, _folded(call, "or", False))
+    return _joined(call, x, dim, keepdim, _folded(call, "or", False))
 
 
 @_reads("all")
 def _all(call: Call, x: Elements, dim: Dims = None, keepdim: bool = False) -> Elements:
-    return joined(call, x, dim, keepdim, _folded(call, "and", True))
+    return _joined(call, x, dim, keepdim, _folded(call, "and", True))
 
 
 @_reads("cumsum")
@@ -112,7 +112,7 @@ def _running(call: Call, x: Elements, dim: int, name: str) -> Elements:
     return call.made(get)
 
 
-def rooted(call: Call, total: int) -> int:
+def _rooted(call: Call, total: int) -> int:
     """The square root of a sum of squares, with derivative zero where it is zero, as norms have it."""
     g = call.graph
     zero, one = g.constant(0.0), g.constant(1.0)
@@ -127,7 +127,7 @@ def _vector_norm(call: Call, x: Elements, ord: float | None = 2, dim: Dims = Non
 
     def join(nodes: list[int]) -> int:
         if order == 2:
-            return rooted(call, g.total("add", [g.op("mul", a, a) for a in nodes]))
+            return _rooted(call, g.total("add", [g.op("mul", a, a) for a in nodes]))
         sizes = [g.op("abs", a) for a in nodes]
         if abs(order) == math.inf:
             return _shared_extreme(g, "max" if order > 0 else "min", sizes)
@@ -138,7 +138,7 @@ def _vector_norm(call: Call, x: Elements, ord: float | None = 2, dim: Dims = Non
         total = g.total("add", [_power(g, a, order) for a in sizes])
         return _power(g, total, 1 / order)
 
-    return joined(call, x, dim, keepdim, join)
+    return _joined(call, x, dim, keepdim, join)
 
 
 def _power(g: Graph, a: int, exponent: float) -> int:
@@ -170,12 +170,12 @@ def _first_extreme(g: Graph, beyond: str, nodes: Sequence[int]) -> tuple[int, in
 
 @_reads("amax")
 def _amax(call: Call, x: Elements, dim: Dims = None, keepdim: bool = False) -> Elements:
-    return joined(call, x, dim, keepdim, lambda nodes: _shared_extreme(call.graph, "max", nodes))
+    return _joined(call, x, dim, keepdim, lambda nodes: _shared_extreme(call.graph, "max", nodes))
 
 
 @_reads("amin")
 def _amin(call: Call, x: Elements, dim: Dims = None, keepdim: bool = False) -> Elements:
-    return joined(call, x, dim, keepdim, lambda nodes: _shared_extreme(call.graph, "min", nodes))
+    return _joined(call, x, dim, keepdim, lambda nodes: _shared_extreme(call.graph, "min", nodes))
 
 
 @_reads("aminmax")
@@ -189,7 +189,7 @@ def _extreme(reduced: Reader, beyond: str) -> Reader:
     def reader(call: Call, x: Elements, dim: int | None = None, keepdim: bool = False) -> Elements | list[Elements]:
         if dim is None:
             return reduced(call, x)
-        both = [joined(call, x, dim, keepdim, lambda nodes, n=n: _first_extreme(call.graph, beyond, nodes)[n]) for n in range(2)]
+        both = [_joined(call, x, dim, keepdim, lambda nodes, n=n: _first_extreme(call.graph, beyond, nodes)[n]) for n in range(2)]
         return [both[0], Elements(call.shapes[1], call.dtypes[1], both[1].at)]
 
     return reader
@@ -200,7 +200,7 @@ READERS.update({"max": _extreme(_amax, "gt"), "min": _extreme(_amin, "lt")})
 
 def _index_of_extreme(beyond: str) -> Reader:
     def reader(call: Call, x: Elements, dim: int | None = None, keepdim: bool = False) -> Elements:
-        return joined(call, x, dim, keepdim, lambda nodes: _first_extreme(call.graph, beyond, nodes)[1])
+        return _joined(call, x, dim, keepdim, lambda nodes: _first_extreme(call.graph, beyond, nodes)[1])
 
     return reader
 
@@ -211,7 +211,7 @@ READERS.update({"argmax": _index_of_extreme("gt"), "argmin": _index_of_extreme("
 @_reads("count_nonzero")
 def _count_nonzero(call: Call, x: Elements, dim: Dims = None) -> Elements:
     g = call.graph
-    return joined(call, x, dim, False, lambda nodes: g.total("add", [g.as_int(g.as_bool(a)) for a in nodes]))
+    return _joined(call, x, dim, False, lambda nodes: g.total("add", [g.as_int(g.as_bool(a)) for a in nodes]))
 
 
 def _moments(g: Graph, nodes: Sequence[int], correction: float) -> tuple[int, int]:
@@ -223,17 +223,17 @@ def _moments(g: Graph, nodes: Sequence[int], correction: float) -> tuple[int, in
 
 @_reads("var")
 def _var(call: Call, x: Elements, dim: Dims = None, *, correction: float | None = 1, keepdim: bool = False) -> Elements:
-    return joined(call, x, dim, keepdim, lambda nodes: _moments(call.graph, nodes, _corrected(correction))[0])
+    return _joined(call, x, dim, keepdim, lambda nodes: _moments(call.graph, nodes, _corrected(correction))[0])
 
 
 @_reads("std")
 def _std(call: Call, x: Elements, dim: Dims = None, *, correction: float | None = 1, keepdim: bool = False) -> Elements:
-    return joined(call, x, dim, keepdim, lambda nodes: rooted(call, _moments(call.graph, nodes, _corrected(correction))[0]))
+    return _joined(call, x, dim, keepdim, lambda nodes: _rooted(call, _moments(call.graph, nodes, _corrected(correction))[0]))
 
 
 @_reads("var_mean")
 def _var_mean(call: Call, x: Elements, dim: Dims = None, *, correction: float | None = 1, keepdim: bool = False) -> list[Elements]:
-    return [joined(call, x, dim, keepdim, lambda nodes, n=n: _moments(call.graph, nodes, _corrected(correction))[n]) for n in range(2)]
+    return [_joined(call, x, dim, keepdim, lambda nodes, n=n: _moments(call.graph, nodes, _corrected(correction))[n]) for n in range(2)]
 
 
 def _corrected(correction: float | None) -> float:
@@ -249,7 +249,7 @@ def _logsumexp(call: Call, x: Elements, dim: Dims, keepdim: bool = False) -> Ele
         most = g.op("sel", g.op("eq", g.op("abs", most), g.constant(math.inf)), g.constant(0.0), most)
         return g.op("add", g.op("log", g.total("add", [g.op("exp", g.op("sub", a, most)) for a in nodes])), most)
 
-    return joined(call, x, dim, keepdim, join)
+    return _joined(call, x, dim, keepdim, join)
 
 
 @_reads("dist")

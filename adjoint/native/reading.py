@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .elements import Call, Constant, Elements, Place, Refused, Tables
 from .expressions import Graph
-from .operators import READERS
+from .operators import COMPLEX, READERS
 from .rows import Along, Index, Unlike, flat, strides
 from .tracing import Node, Result, Trace, Untraceable, trace
 
@@ -29,7 +29,7 @@ __all__ = ["MOST_NODES", "Reading", "Unreadable", "read"]
 #: larger graphs are not read: matrix products are better left to libraries
 MOST_NODES = 30_000
 _DEPTH = 50_000
-_READ = frozenset(READERS)
+_READ = frozenset(READERS) | frozenset(COMPLEX)
 
 
 class Unreadable(Exception):
@@ -108,6 +108,17 @@ def _deep() -> Iterator[None]:
         yield
     finally:
         sys.setrecursionlimit(before)
+
+
+def _dtypes(x: Any) -> Iterator[torch.dtype]:
+    """Types of tensors among arguments."""
+    if isinstance(x, Result):
+        yield x.node.dtypes[x.which]
+    elif isinstance(x, Tensor):
+        yield x.dtype
+    elif isinstance(x, (list, tuple)):
+        for part in x:
+            yield from _dtypes(part)
 
 
 class _Reader:
@@ -213,7 +224,8 @@ class _Reader:
     def _made(self, node: Node) -> list[Elements]:
         """Results of an operator; what goes wrong is told when an element is asked for, for much of a trace is not needed."""
         call = Call(self.graph, self.tables, node.shapes, node.dtypes)
-        reader = READERS.get(node.name)
+        is_complex = any(x.is_complex for x in (*node.dtypes, *_dtypes(node.args)))
+        reader = (COMPLEX if is_complex else READERS).get(node.name)
 
         def refused(reason: str) -> list[Elements]:
             def get(place: Place) -> int:
@@ -222,7 +234,7 @@ class _Reader:
             return [call.made(get, which) for which in range(len(node.shapes))]
 
         if reader is None:
-            return refused("there is no scalar form of this operator")
+            return refused("there is no scalar form of this operator" + " for complex numbers" * is_complex)
         try:
             made = reader(call, *map(self._elements, node.args), **{k: self._elements(x) for k, x in node.kwargs.items()})
         except (Refused, Unlike) as error:
@@ -243,12 +255,15 @@ class _Reader:
             except (Refused, Unlike) as error:
                 raise Unreadable(name, line, str(error)) from error
             except TypeError as error:
-                raise Unreadable(name, line, f"rows of the batch cannot be told apart ({error})") from error
+                raise Unreadable(name, line, f"rows of the batch are taken apart, or put together, one by one ({error})") from error
             except RecursionError as error:
                 raise Unreadable(name, line, "the function is too long") from error
             if len(graph) > MOST_NODES:
                 raise Unreadable(name, line, f"more than {MOST_NODES} scalar operations")
             self.operators.add(name)
+            if made.dtype.is_complex:
+                # a pair of nodes, which moves like one
+                return type(node)(*(graph.op("stop", x) for x in node)) if stopped else node  # type: ignore[attr-defined]
             if single:
                 node = graph.op("single", node)
             elif foreign and graph.names[node] not in ("constant", "leaf", "look"):

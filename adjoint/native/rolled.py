@@ -16,8 +16,14 @@ from .text import LeafName, Scatter, Target, statements
 
 __all__ = ["LEAST", "Rolled", "rolled"]
 
-#: fewer outputs are written out
+#: fewer outputs are written out, unless they are made of this many values
 LEAST = 24
+_LONG = 2000
+#: expressions of the Jacobian, each of one output by itself, are looked for if they are not longer
+_MOST_OF_JACOBIAN = 60_000
+_LONGEST_JACOBIAN = 3000
+#: so many rows of it are computed one by one, all columns of them
+_MOST_ROWS = 128
 #: a value is computed once and kept if it is used more than once and costs as much as this
 _KEPT_COST = 6
 _FUNCTION_COST = 8
@@ -32,7 +38,8 @@ class Rolled:
         tables: constants that have to stand before the functions.
         fun: writes the outputs.
         vjp: adds derivatives of ``sum(v * outputs)`` to those by leaves, which have to be set before.
-        jac: writes the entries of the Jacobian by "y", in the order of ``pattern``; "" where that is longer than is sensible.
+        jac: writes the entries of the Jacobian by "y", in the order of ``pattern``; "" where that is longer than is sensible. Where outputs
+            are few, and made of kept values, it is computed row by row, and all entries are in the pattern.
         pattern: row and column of every entry.
         loops: how many loops the outputs have become.
         size: how many values are computed in the text of ``fun`` and ``vjp``.
@@ -83,34 +90,59 @@ def rolled(
         kinds: of leaves that derivatives are wanted by.
         output_name, seed_name, entry_name: how outputs, their cotangents and entries of the Jacobian are called, by index.
     """
-    if len(outputs) < LEAST:
+    straight = len(_cone(graph, outputs))
+    if len(outputs) < LEAST and straight < _LONG:
         return None
     kept = _kept(graph, outputs)
     levels = _groups(graph, outputs, kept)
-    straight = _size(graph, outputs)
     length = sum(len(group.graph) for level in levels for group in level)
     if 2 * length > straight:
         return None
-    writer = _Loops(leaf_name, cotangent_name, shared, kinds)
+    writer = _Loops(leaf_name, shared)
     forward = [writer.values(group, "w[{}]".format) for level in levels[:-1] for group in level]
     results = [writer.values(group, output_name) for group in levels[-1]]
-    backward = [writer.derivatives(group, seed_name) for group in levels[-1]]
-    backward += [writer.derivatives(group, "wb[{}]".format) for level in reversed(levels[:-1]) for group in level]
-    room = f"  S w[{len(kept)}];\n" if kept else ""
-    cleared = f"  S wb[{len(kept)}];\n  for (int i = 0; i < {len(kept)}; i++) wb[i] = K(R(0));\n" if kept else ""
+
+    def backward(seed: Callable[[str], str], by: LeafName, wanted: Collection[str]) -> str:
+        found = [writer.derivatives(group, seed, by, wanted) for group in levels[-1]]
+        found += [writer.derivatives(group, "wb[{}]".format, by, wanted, True) for level in reversed(levels[:-1]) for group in level]
+        return "\n".join(found)
+
+    room = f"  S w[{len(kept)}], wb[{len(kept)}];\n" if kept else ""
+    cleared = f"  for (int i = 0; i < {len(kept)}; i++) wb[i] = K(R(0));\n" if kept else ""
+    vjp = backward(seed_name, cotangent_name, kinds)
     size = writer.size
-    whole = _groups(graph, outputs, {}) if kept else levels
-    sensible = sum(len(group.graph) for level in whole for group in level) <= straight
-    jac, pattern = writer.jacobian(whole[-1], entry_name) if sensible and len(whole) == 1 else ("", ())
+    jac, pattern = "", []
+    if sum(_lengths(graph, outputs)) <= _MOST_OF_JACOBIAN:
+        (whole,) = _groups(graph, outputs, {}) if kept else levels
+        if sum(len(group.graph) for group in whole) <= min(straight, _LONGEST_JACOBIAN):
+            jac, pattern = writer.jacobian(whole, entry_name)
+    if not jac and len(outputs) <= _MOST_ROWS:
+        states = [data[1] for name, data in zip(graph.names, graph.data, strict=True) if name == "leaf" and data[0] == "y"]
+        columns = 1 + max(states, default=0)
+        rows = _ROWS.format(
+            forward="\n".join(forward), cleared=cleared, outputs=len(outputs), columns=columns, entry=entry_name(f"r*{columns}+i"),
+            row=backward("seed[{}]".format, lambda data: f"row[{data[1]}]", ("y",)),
+        )  # fmt: skip
+        jac, pattern = room + rows, [(i, j) for i in range(len(outputs)) for j in range(columns)]
     return Rolled(
         "".join(writer.tables),
         room + "\n".join([*forward, *results]),
-        room + cleared + "\n".join([*forward, *backward]),
+        room + cleared + "\n".join([*forward, vjp]),
         jac,
         tuple(pattern),
         sum(map(len, levels)),
         size,
     )
+
+
+_ROWS = """{forward}
+  S seed[{outputs}], row[{columns}];
+  for (int r = 0; r < {outputs}; r++) {{
+{cleared}  for (int i = 0; i < {outputs}; i++) seed[i] = K(R(i == r));
+  for (int i = 0; i < {columns}; i++) row[i] = K(R(0));
+{row}
+  for (int i = 0; i < {columns}; i++) {entry} = row[i];
+  }}"""
 
 
 def _cone(graph: Graph, nodes: Sequence[int]) -> list[int]:
@@ -124,8 +156,12 @@ def _cone(graph: Graph, nodes: Sequence[int]) -> list[int]:
     return sorted(found)
 
 
-def _size(graph: Graph, outputs: Sequence[int]) -> int:
-    return len(_cone(graph, outputs))
+def _lengths(graph: Graph, outputs: Sequence[int]) -> list[int]:
+    """How many values each output is made of, those that are used more than once counted as often."""
+    length: dict[int, int] = {}
+    for node in _cone(graph, outputs):
+        length[node] = min(1 + sum(length[x] for x in graph.arguments[node]), _MOST_OF_JACOBIAN)
+    return [length[node] for node in outputs]
 
 
 def _kept(graph: Graph, outputs: Sequence[int]) -> dict[int, int]:
@@ -283,9 +319,8 @@ def _without_equal_constants(group: _Group) -> _Group:
 class _Loops:
     """Text of loops, and the tables that they go through."""
 
-    def __init__(self, leaf_name: LeafName, cotangent_name: LeafName, shared: Collection[int], kinds: Collection[str]) -> None:
-        self._leaf_name, self._cotangent_name = leaf_name, cotangent_name
-        self._shared, self._kinds = frozenset(shared), (*kinds, "w")
+    def __init__(self, leaf_name: LeafName, shared: Collection[int]) -> None:
+        self._leaf_name, self._shared = leaf_name, frozenset(shared)
         self.tables: list[str] = []
         self.size = 0
         self._columns: dict[tuple, str] = {}
@@ -323,8 +358,8 @@ class _Loops:
 
         return index, name
 
-    def _loop(self, group: _Group, targets: Sequence[Target | Scatter], name: LeafName) -> str:
-        body, size = statements(group.graph, targets, name, self._shared)
+    def _loop(self, group: _Group, targets: Sequence[Target | Scatter], name: LeafName, known: str = "") -> str:
+        body, size = statements(group.graph, targets, name, self._shared, known={group.root: known} if known else None)
         self.size += size
         return f"  for (int q = 0; q < {len(group.members)}; q++) {{\n{body}\n  }}"
 
@@ -333,26 +368,19 @@ class _Loops:
         _, name = self._names(group)
         return self._loop(group, [(target(self._index(group.targets)), group.root, "=")], name)
 
-    def derivatives(self, group: _Group, seed: Callable[[str], str]) -> str:
-        """A loop that adds to the derivatives by the leaves of the members."""
+    def derivatives(
+        self, group: _Group, seed: Callable[[str], str], cotangent_name: LeafName, kinds: Collection[str], kept: bool = False
+    ) -> str:
+        """A loop that adds to the derivatives by the leaves of the members; ``kept``: their values are."""
         index, name = self._names(group)
         g = group.graph
-        slopes = cotangents(g, {group.root: g.leaf("seed")}, self._kinds)
+        slopes = cotangents(g, {group.root: g.leaf("seed")}, (*kinds, "w"))
         if not slopes:
             return ""
         at = seed(self._index(group.targets))
-        targets = list(self._added(g, slopes, index))
-        return self._loop(group, targets, lambda data: at if data == ("seed",) else name(data))
-
-    def _added(self, g: Graph, slopes: dict[int, int], index: list[str]) -> Iterator[Target | Scatter]:
-        for leaf, node in slopes.items():
-            data = g.data[leaf]
-            if g.names[leaf] == "look":
-                yield Scatter(self._cotangent_name(data[:2]), leaf, node)
-            elif data[0] == "w":
-                yield f"wb[{index[data[1]]}]", node, "+="
-            else:
-                yield self._cotangent_name(data if len(data) == 1 else (*data[:-1], index[data[-1]])), node, "+="
+        value = f"w[{self._index(group.targets)}]" if kept else ""
+        targets = list(_added(g, slopes, index, cotangent_name))
+        return self._loop(group, targets, lambda data: at if data == ("seed",) else name(data), value)
 
     def jacobian(self, groups: Sequence[_Group], entry: Callable[[str], str]) -> tuple[str, list[tuple[int, int]]]:
         """Loops that write entries of the Jacobian, and the rows and columns of these."""
@@ -370,3 +398,15 @@ class _Loops:
             if targets:
                 loops.append(self._loop(group, targets, name))
         return "\n".join(loops), pattern
+
+
+def _added(g: Graph, slopes: dict[int, int], index: list[str], cotangent_name: LeafName) -> Iterator[Target | Scatter]:
+    """What is added to which derivatives."""
+    for leaf, node in slopes.items():
+        data = g.data[leaf]
+        if g.names[leaf] == "look":
+            yield Scatter(cotangent_name(data[:2]), leaf, node)
+        elif data[0] == "w":
+            yield f"wb[{index[data[1]]}]", node, "+="
+        else:
+            yield cotangent_name(data if len(data) == 1 else (*data[:-1], index[data[-1]])), node, "+="

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +56,12 @@ def vector_library() -> tuple[str, ...]:
 
 
 def statements(
-    graph: Graph, targets: Sequence[Target | Scatter], leaf_name: LeafName, shared: Collection[int] = (), prefix: str = "v"
+    graph: Graph,
+    targets: Sequence[Target | Scatter],
+    leaf_name: LeafName,
+    shared: Collection[int] = (),
+    prefix: str = "v",
+    known: Mapping[int, str] | None = None,
 ) -> tuple[str, int]:
     """Statements that compute nodes, every common part once.
 
@@ -67,11 +72,12 @@ def statements(
             pointer: to R for tables and shared inputs, to S for others.
         shared: inputs k that all trajectories share; leaves ("a", k, j) of them, tables, and leaves of kind "c" (constants) are R.
         prefix: of the names of values.
+        known: nodes whose values, of each trajectory, are there already, and how they are called.
 
     Returns:
         The statements, a line each, and how many values they compute.
     """
-    writer = _Writer(graph, leaf_name, shared, prefix)
+    writer = _Writer(graph, leaf_name, shared, prefix, known or {})
     needed = writer.needed([x for target in targets for x in ((target[1],) if not isinstance(target, Scatter) else target[1:])])
     lines = [line for node in needed if (line := writer.line(node))]
     for target in targets:
@@ -85,7 +91,8 @@ def statements(
 class _Writer:
     """Names of nodes as they are written."""
 
-    def __init__(self, graph: Graph, leaf_name: LeafName, shared: Collection[int], prefix: str) -> None:
+    def __init__(self, graph: Graph, leaf_name: LeafName, shared: Collection[int], prefix: str, known: Mapping[int, str]) -> None:
+        self._known = known
         self._graph, self._leaf_name, self._inputs, self._prefix = graph, leaf_name, frozenset(shared), prefix
         self._names: dict[int, str] = {}
         self._is_shared: dict[int, bool] = {}
@@ -98,7 +105,7 @@ class _Writer:
             node = waiting.pop()
             if node not in found:
                 found.add(node)
-                waiting += self._graph.parts(node)
+                waiting += () if node in self._known else self._graph.parts(node)
         return sorted(found)
 
     def own(self, node: int) -> str:
@@ -109,6 +116,9 @@ class _Writer:
         """The statement of a node; "" for one that is written where it is used."""
         g = self._graph
         name, data = g.names[node], g.data[node]
+        if node in self._known:
+            self._names[node], self._is_shared[node] = self._known[node], False
+            return ""
         self._is_shared[node] = all(self._is_shared[x] for x in g.parts(node)) and self._given(name, data)
         if name == "constant":
             self._names[node] = _literal(data[0])

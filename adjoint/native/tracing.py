@@ -8,14 +8,19 @@ compilers first, which takes seconds.)
 from __future__ import annotations
 
 import functools
+import linecache
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -94,13 +99,31 @@ def _is_ours(path: str) -> bool:
 
 
 def _line_of_frame() -> str:
-    """The innermost line that is neither ours nor PyTorch's."""
+    """The innermost line that is neither ours nor PyTorch's; of a traced graph, that which its node was traced from."""
     frame = sys._getframe(1)
     while frame is not None:
         if not _is_ours(frame.f_code.co_filename):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        if isinstance(module := frame.f_locals.get("self"), GraphModule) and (line := _line_of_node(module, frame)):
+            return line
         frame = frame.f_back
     return ""
+
+
+_lines_of: WeakKeyDictionary[GraphModule, dict[str, str]] = WeakKeyDictionary()
+
+
+def _line_of_node(module: GraphModule, frame: FrameType) -> str:
+    """The user's line of the node that a traced graph is at."""
+    lines = _lines_of.get(module)
+    if lines is None:
+        lines = _lines_of[module] = {node.name: _last_line(node.stack_trace or "") for node in module.graph.nodes}
+    return lines.get(linecache.getline(frame.f_code.co_filename, frame.f_lineno).split("=")[0].split(":")[0].strip(), "")
+
+
+def _last_line(stack: str) -> str:
+    own = [f"{path}:{line}" for path, line in re.findall(r'File "(.+?)", line (\d+)', stack) if not _is_ours(path)]
+    return own[-1] if own else ""
 
 
 def _line_of_error(error: BaseException) -> str:
@@ -113,14 +136,15 @@ def _line_of_error(error: BaseException) -> str:
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down operators on tensors that depend on the inputs."""
+    """Writes down operators on tensors that depend on the inputs; ``everything``: all operators, as they are."""
 
-    def __init__(self, read: frozenset[str]) -> None:
+    def __init__(self, read: frozenset[str], everything: bool = False) -> None:
         super().__init__()
         self.nodes: list[Node] = []
         self.line, self.stopped = "", False
-        self._read = read
+        self._read, self._everything = read, everything
         self._known: dict[int, Result] = {}
+        self._dependent: set[int] = set()
         self._kept: list[Tensor] = []  # a tensor that is gone could lend its number to another
 
     @classmethod
@@ -131,12 +155,14 @@ class _Recorder(TorchDispatchMode):
     def given(self, x: Tensor) -> Node:
         """An input."""
         node = Node("", None, (), {}, (tuple(x.shape),), (x.dtype,))
-        self._note(x, Result(node))
+        self._note(x, Result(node), True)
         return node
 
-    def _note(self, x: Tensor, result: Result) -> None:
+    def _note(self, x: Tensor, result: Result, dependent: bool) -> None:
         self._known[id(x)] = result
         self._kept.append(x)
+        if dependent:
+            self._dependent.add(id(x))
 
     def result_of(self, x: Any) -> Any:
         """What a tensor is a result of; itself, if it is a constant or no tensor."""
@@ -144,26 +170,27 @@ class _Recorder(TorchDispatchMode):
 
     def depends(self, *parts: Any) -> bool:
         """Whether any tensor among parts depends on the inputs."""
-        return any(id(_inmost(x)) in self._known for x in tree_leaves(parts) if isinstance(x, Tensor))
+        return any(id(_inmost(x)) in self._dependent for x in tree_leaves(parts) if isinstance(x, Tensor))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[-1]
         random = torch.Tag.nondeterministic_seeded in func.tags
-        if not random and not self.depends(args, kwargs):
+        dependent = random or self.depends(args, kwargs)
+        if not dependent and not self._everything:
             return func(*args, **kwargs)
-        if name in ("_local_scalar_dense", "item", "is_nonzero", "equal"):
+        if dependent and name in ("_local_scalar_dense", "item", "is_nonzero", "equal"):
             raise _Depends(_VALUE)
-        if name.rstrip("_") not in self._read and not random:
+        if name.rstrip("_") not in self._read and not random and not self._everything:
             with self:
                 out = _made_of_simpler(func, args, kwargs)
             if out is not NotImplemented:
                 return out
         out = func(*args, **kwargs)
-        self.write(name, func, args, kwargs, out)
+        self._write(name, func, args, kwargs, out, dependent)
         return out
 
-    def write(self, name: str, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _write(self, name: str, func: Any, args: Any, kwargs: Any, out: Any, dependent: bool) -> None:
         """Write down a call whose result is known."""
         several = isinstance(out, (list, tuple))
         tensors = [x for x in (out if several else [out]) if isinstance(x, Tensor)]
@@ -175,7 +202,7 @@ class _Recorder(TorchDispatchMode):
         )  # fmt: skip
         self.nodes.append(node)
         for which, x in enumerate(tensors):
-            self._note(x, Result(node, which))
+            self._note(x, Result(node, which), dependent or id(x) in self._dependent)
 
 
 def _inmost(x: Tensor) -> Tensor:
@@ -253,7 +280,7 @@ def _picked(x: Tensor, index: Any) -> Tensor:
 
 
 def _traced(function: Callable[..., Any], tensors: Sequence[Tensor], read: frozenset[str], functional: bool) -> Trace:
-    recorder = _Recorder(read)
+    recorder = _Recorder(read, everything=not functional)
     inputs = tuple(recorder.given(x) for x in tensors)
 
     def watched(*given: Tensor) -> Any:
@@ -264,26 +291,34 @@ def _traced(function: Callable[..., Any], tensors: Sequence[Tensor], read: froze
         out = (torch.func.functionalize(watched) if functional else watched)(*tensors)
     found = Trace(inputs, tuple(recorder.nodes), tree_map(recorder.result_of, out), not functional)
     # what operators are made of may write in place in its turn
-    return _rewritten(found, tensors, read) if any(map(_writes, found.nodes)) and functional else found
+    return _rewritten(found, tensors, read) if not functional or any(map(_writes, found.nodes)) else found
 
 
 def _writes(node: Node) -> bool:
     return node.target._schema.is_mutable
 
 
+def _is_result(x: Any) -> bool:
+    return isinstance(x, Result)
+
+
 def _rewritten(before: Trace, tensors: Sequence[Tensor], read: frozenset[str]) -> Trace:
     """A trace without the writes in place of another: its operators once more."""
+    parts = tree_leaves([(n.args, n.kwargs) for n in before.nodes] + [before.result], is_leaf=_is_result)
+    constants = list({id(x): x for x in parts if isinstance(x, Tensor)}.values())
     recorder = _Recorder(read)
+    tensors = [x.detach().clone() for x in tensors]
     inputs = tuple(recorder.given(x) for x in tensors)
 
     def again(*given: Tensor) -> Any:
-        known: dict[Node, Any] = dict(zip(before.inputs, ([x] for x in given), strict=True))
+        known: dict[Node, Any] = dict(zip(before.inputs, ([x] for x in given), strict=False))
+        wrapped = dict(zip(map(id, constants), given[len(before.inputs) :], strict=True))
 
         def value(x: Any) -> Any:
-            return known[x.node][x.which] if isinstance(x, Result) else x
+            return known[x.node][x.which] if isinstance(x, Result) else wrapped.get(id(x), x)
 
         def values(x: Any) -> Any:
-            return tree_map(value, x, is_leaf=lambda q: isinstance(q, Result))
+            return tree_map(value, x, is_leaf=_is_result)
 
         for node in before.nodes:
             recorder.line, recorder.stopped = node.line, node.stopped
@@ -291,8 +326,11 @@ def _rewritten(before: Trace, tensors: Sequence[Tensor], read: frozenset[str]) -
             known[node] = list(out) if node.several else [out]
         return values(before.result)
 
+    copies = [x.detach().clone() for x in constants]
     with recorder, torch.no_grad():
-        out = torch.func.functionalize(again)(*tensors)
+        out = torch.func.functionalize(again)(*tensors, *copies)
+    if any(x._version for x in (*copies, *tensors)):
+        raise Untraceable(_CHANGES, "")
     return Trace(inputs, tuple(recorder.nodes), tree_map(recorder.result_of, out), before.plain)
 
 
@@ -302,38 +340,47 @@ def trace(function: Callable[..., Any], tensors: Sequence[Tensor], read: frozens
     Raises:
         Untraceable: a value decides what is done (``if y[0] > 0``), or an operator cannot be traced.
     """
-    tensors = [x.detach() for x in tensors]
+    tensors = [x.detach().clone() for x in tensors]
     try:
-        return _traced(function, tensors, read, functional=True)
+        found = _traced(function, tensors, read, functional=True)
+        if any(x._version for x in tensors):
+            raise Untraceable(_CHANGES, "")
+        return found
     except Exception as error:
-        if "requires_grad" in str(error) or "does not require grad" in str(error):
-            # inner derivatives by torch.autograd cannot be taken inside of functionalize
+        if any(text in str(error) for text in _NOT_FUNCTIONAL):
             plain = _plain(function, tensors, read)
             if plain is not None:
                 return plain
-        raise Untraceable(_reason(error), _line_of_error(error)) from error
+        raise error if isinstance(error, Untraceable) else Untraceable(_reason(error), _line_of_error(error)) from error
+
+
+_CHANGES = "it writes into a tensor that it is given, or has captured"
+#: inner derivatives by torch.autograd, and some operators of many parts, are at odds with functionalize
+_NOT_FUNCTIONAL = ("requires_grad", "does not require grad", "mutating a non-functional tensor", _CHANGES)
 
 
 def _plain(function: Callable[..., Any], tensors: Sequence[Tensor], read: frozenset[str]) -> Trace | None:
-    """A trace of a function that takes derivatives by `torch.autograd`, if it writes nothing in place."""
+    """A trace which is not made below functionalize, and is put through it later."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise NotImplementedError("a derivative of its own, by torch.autograd.Function")
 
     # the operators of such a function do not tell its derivative; below functionalize it is refused by PyTorch
     apply = torch.autograd.Function.__dict__["apply"]
+    tensors = [x.detach().clone() for x in tensors]
     try:
         torch.autograd.Function.apply = refuse
-        found = _traced(function, [x.requires_grad_() if x.is_floating_point() else x for x in tensors], read, functional=False)
+        return _traced(function, [x.requires_grad_() if x.is_floating_point() else x for x in tensors], read, functional=False)
     except Exception:
         return None
     finally:
         torch.autograd.Function.apply = apply
-    return None if any(map(_writes, found.nodes)) else found
 
 
 def _reason(error: Exception) -> str:
     text = str(error)
     if isinstance(error, _Depends) or "item()" in text or "data-dependent" in text.lower() or "data pointer" in text:
         return _VALUE
+    if "mutating a non-functional tensor" in text:
+        return _CHANGES
     return f"it cannot be traced: {type(error).__name__}: {text.splitlines()[0][:200] if text else ''}"

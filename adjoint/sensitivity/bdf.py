@@ -150,7 +150,7 @@ def _moved(grid: dict[str, Tensor], h: Tensor) -> tuple[Tensor, Tensor]:
         return recorded, T
     size = recorded + (h - grid["h"])
     factor, order = (size / recorded).flatten(), grid["extra"][:, 0].flatten().long()
-    change = rescaling(order, factor, SIZE) - rescaling(order, torch.ones_like(factor), SIZE)
+    change = rescaling(order, factor, SIZE, True) - rescaling(order, torch.ones_like(factor), SIZE, True)
     return size, T + change.unflatten(0, size.shape) @ T
 
 

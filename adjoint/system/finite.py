@@ -1,4 +1,4 @@
-"""Derivatives that are not finite where the function is: where they are."""
+"""What is looked for behind a failure: derivatives that are not finite where the function is, and values that are others each time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from torch import Tensor
 
 from .jacobians import jvp
 
-__all__ = ["REWRITE", "bad_component"]
+__all__ = ["REWRITE", "WAVERS", "bad_component", "wavers"]
 
 #: what to do about it, for messages
 REWRITE = (
     "Likely causes: sqrt, a power below one, or a norm at zero; clamp, abs or where do not help, as 0 * inf is NaN. Keep the argument "
     "itself away from there (torch.sqrt(torch.clamp(x, min=1e-30)), or torch.where around the argument as well as the result)"
+)
+
+WAVERS = (
+    "fun gives another value when it is called again with the same arguments (dropout in train mode, random numbers, a counter), which "
+    "nothing can be solved with to a tolerance: call .eval(), or draw before and hand over what was drawn through args="
 )
 
 #: components up to which each is asked by itself
@@ -55,3 +60,9 @@ def bad_component(f: Callable[[Tensor, Tensor], Tensor], t: Tensor, y: Tensor, r
 
 def _finite(x: Tensor | None, row: int) -> bool:
     return x is None or bool(torch.isfinite(x[row]).all())
+
+
+def wavers(call: Callable[[], Tensor]) -> bool:
+    """Whether two calls differ."""
+    with torch.no_grad():
+        return not bool(torch.isclose(call(), call(), rtol=0.0, atol=0.0, equal_nan=True).all())

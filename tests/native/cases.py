@@ -227,6 +227,7 @@ PRODUCTS: dict[str, Case] = {
     "bilinear": lambda y, p: F.bilinear(y[:, :2], y[:, 2:4], p.view(2, 2, 2)),
     "kron": lambda y, p: y[:, :4] * torch.kron(p[:2], p[2:4]),
     "trace": lambda y, p: y.view(-1, 2, 3)[:, :, :2].diagonal(dim1=1, dim2=2).sum(-1),
+    "attention causal": lambda y, p: F.scaled_dot_product_attention(*(y.view(-1, 1, 3, 2),) * 3, is_causal=True, scale=0.7),
     "attention": lambda y, p: F.scaled_dot_product_attention(*(y.view(-1, 3, 2),) * 3),
     "conv1d": lambda y, p: F.conv1d(y.view(-1, 2, 3), p[:4].view(2, 1, 2), p[:2], stride=1, padding=1, groups=2),
     "conv1d dilated": lambda y, p: F.conv1d(y.view(-1, 1, 6), p[:6].view(2, 1, 3), stride=2, padding=2, dilation=2),
@@ -247,4 +248,43 @@ PRODUCTS: dict[str, Case] = {
     "inner hessian": lambda y, p: torch.func.vmap(torch.func.hessian(lambda x: (x**3).sum() * x[0].tanh()))(y),
     "inner jvp": lambda y, p: torch.func.jvp(lambda x: x.tanh() * x.sum(-1, keepdim=True), (y,), (y * 2,))[1],
 }
-GROUPS = {"pointwise": POINTWISE, "pairs": PAIRS, "views": VIEWS, "reductions": REDUCTIONS, "products": PRODUCTS}
+
+
+def _complex(y: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.view_as_complex(y.view(-1, 3, 2)), torch.complex(y[:, 1:4], y[:, 3:])
+
+
+def _of_complex(function: Callable[[Tensor, Tensor], Tensor]) -> Case:
+    def case(y: Tensor, p: Tensor) -> Tensor:
+        out = function(*_complex(y))
+        return torch.view_as_real(out.resolve_conj()) if out.is_complex() else out
+
+    return case
+
+
+def _first(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda z, w: getattr(torch, name)(z)
+
+
+_COMPLEX: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    **{name: _first(name) for name in ["exp", "sin", "cos", "abs", "angle", "sqrt", "reciprocal", "square"]},
+    "add": lambda z, w: z + w * 2, "sub": lambda z, w: torch.sub(z, w, alpha=2) - 1j, "mul": torch.mul, "div": lambda z, w: z / (w + 3),
+    "by real": lambda z, w: z * w.real - w.imag / z.real, "log": lambda z, w: torch.log(z + 0.1), "conj": lambda z, w: z * w.conj(),
+    "pow": lambda z, w: z**3 + z**-2, "pow of pairs": lambda z, w: (z + 2) ** w, "polar": lambda z, w: torch.polar(w.abs(), w.imag),
+    "sum": lambda z, w: z.sum(-1) + w.mean(-1), "stack": lambda z, w: torch.stack([z, w], 1), "index": lambda z, w: z[:, [2, 0]],
+    "cat": lambda z, w: torch.cat([z.flip(1), w.roll(1, 1), w.real], 1), "views": lambda z, w: z[:, None, 1:].expand(-1, 2, 2).mT,
+    "where": lambda z, w: torch.where(z.abs() > 1, z, w), "eq": lambda z, w: (z == w) | (z != z.conj()),
+    "mm": lambda z, w: z @ torch.tensor([[1j, 2], [0, 1 - 1j], [1, 1]], dtype=z.dtype), "bmm": lambda z, w: z[:, :, None] @ w[:, None],
+    "written": lambda z, w: _complex_written(z), "dot": lambda z, w: torch.linalg.vecdot(z, w),
+}  # fmt: skip
+COMPLEX = {f"complex {name}": _of_complex(f) for name, f in _COMPLEX.items()}
+
+
+def _complex_written(z: Tensor) -> Tensor:
+    out = torch.zeros_like(z)
+    out[:, 1] = z[:, 0] * 1j
+    out[:, 2] += 2
+    return out
+
+
+GROUPS = {"pointwise": POINTWISE, "pairs": PAIRS, "views": VIEWS, "reductions": REDUCTIONS, "products": PRODUCTS, "complex": COMPLEX}

@@ -32,7 +32,8 @@ def compiled(folder: Path, body: str, dtype: torch.dtype, lanes: int, before: st
     source, library = folder / f"f{number}.cpp", folder / f"f{number}.so"
     text = header(dtype == torch.float32, lanes) + before
     source.write_text(text + f'extern "C" void f{SIGNATURE} {{\n{body}\n}}\n')
-    flags = ["-O1", "-march=native", "-fno-math-errno", "-std=c++17", "-Wall", "-Werror", "-Wno-unused-function", "-Wno-unused-variable"]
+    flags = ["-O0", "-march=native", "-fno-math-errno", "-std=c++17", "-Wall", "-Werror", "-Wno-unused-function"]
+    flags += ["-Wno-unused-variable", "-Wno-unused-but-set-variable"]
     flags += [*vector_library()] if lanes else []
     assert COMPILER is not None
     subprocess.run([COMPILER, "-shared", "-fPIC", str(source), "-o", str(library), *flags], check=True)

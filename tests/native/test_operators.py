@@ -79,7 +79,12 @@ def test_values_and_derivatives(group, name, dtype):
     truth = flat(GROUPS[group][name], y, p)
     rtol = 1e-7 if name in LOOSE else 1e-10 if dtype == torch.float64 else 2e-4
     near = functools.partial(torch.testing.assert_close, rtol=rtol, atol=rtol / 10, equal_nan=True)
-    counts = y.isfinite().all(1) if name in FINITE_ONLY else torch.ones(len(y), dtype=torch.bool)
+    counts = torch.ones(len(y), dtype=torch.bool)
+    if name in FINITE_ONLY:
+        counts = y.isfinite().all(1)
+    elif group == "complex":
+        # infinite parts, and quotients by zero, come out in many ways
+        counts = y.isfinite().all(1) & (y != 0).all(1)
     near(values(reading, outputs, t, y.detach(), [p.detach()])[counts], truth.detach()[counts])
     if not truth.requires_grad or name in NO_DERIVATIVE:
         return

@@ -167,6 +167,45 @@ def test_hidden_numbers_are_refused(function):
         read(function, torch.zeros((), dtype=F64), torch.rand(2, 3, dtype=F64), [], batched=True)
 
 
+def test_the_line_of_a_graph_that_was_traced_before():
+    graphs = []
+
+    def keep(module, _):
+        graphs.append(module)
+        return module.forward
+
+    def function(t, y):
+        z = y.sin()
+        return z + torch.special.bessel_j0(y)
+
+    y = torch.rand(2, 3, dtype=F64)
+    torch.compile(function, backend=keep)(torch.zeros((), dtype=F64), y)
+    with pytest.raises(Unreadable) as caught:
+        read(lambda t, y: graphs[0](y)[0], torch.zeros((), dtype=F64), y, [], batched=True)
+    assert caught.value.line == f"{__file__}:{function.__code__.co_firstlineno + 2}"
+
+
+def test_what_is_given_is_not_written():
+    held = torch.zeros(2, 3, dtype=F64)
+    y = torch.rand(2, 3, dtype=F64)
+    before = y.clone()
+    for function in (lambda t, y: y.mul_(2), lambda t, y: held.copy_(y) + 1):
+        with pytest.raises(Unreadable, match="writes"):
+            read(function, torch.zeros((), dtype=F64), y, [], batched=True)
+    assert torch.equal(y, before)
+    reading = read(lambda t, y: torch.nn.functional.silu(y * 1, inplace=True), torch.zeros((), dtype=F64), y, [], batched=True)
+    torch.testing.assert_close(values(reading, reading.outputs, torch.zeros((), dtype=F64), y, []), torch.nn.functional.silu(y))
+
+
+def test_operators_whose_pieces_write_in_place():
+    cell, attention = torch.nn.GRUCell(6, 3).double(), torch.nn.TransformerEncoderLayer(2, 1, 4, batch_first=True).double().eval()
+    y = torch.rand(4, 6, dtype=F64)
+    for function in (lambda t, y: cell(y), lambda t, y: attention(y.view(4, 3, 2)).reshape(4, 6)):
+        reading = read(function, torch.zeros((), dtype=F64), y, [], batched=True)
+        truth = function(None, y).detach()
+        torch.testing.assert_close(values(reading, reading.outputs, torch.zeros((), dtype=F64), y, []), truth)
+
+
 def test_inside_of_a_transform():
     def end(y):
         read(lambda t, y: y, torch.zeros(()), y[None], [], batched=False)
