@@ -248,6 +248,8 @@ def _flat(module: GraphModule, places: _Places, results: _Places, spec: StateSpe
         values: dict[str, Sequence[Tensor]] = {"t": [t], "y": tree_flatten(spec.unflatten(y))[0], "input": inputs}
         values["out"] = module(*(values[kind][i] for kind, i in places))
         found = [values[kind][i] for kind, i in results]
+        if event and not found[0].is_floating_point():
+            raise Unreadable("", "", "an event is a flag or a whole number, whose change is looked for by bisection")
         return found[0].reshape(spec.rows) if event else spec.flatten(tree_unflatten(found, spec.tree))
 
     return flat

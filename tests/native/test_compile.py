@@ -225,7 +225,7 @@ UNCOMPILED = {
     "linear_solver": ("leave linear_solver= or compile out", {"method": "rodas4", "linear_solver": adjoint.linalg.DenseLU()}),
     "mass_matrix": ("leave compile out", {"method": "rodas4", "mass_matrix": torch.eye(2, dtype=torch.float64)}),
     "variable mass_matrix": ("leave compile out", {"method": "radau5", "mass_matrix": lambda t, y: torch.eye(2)}),
-    "events": ("events=", {"events": lambda t, y: y[0] - 0.7}),
+    "event of a sign": ("an event", {"events": lambda t, y: y[0] > 0.7}),
     "norm": ("norm= is", {"norm": lambda y: y.abs().amax()}),
     "complex": ("real and imaginary parts", {"y0": torch.ones(2, dtype=torch.complex128)}),
     "numbers": ("", {"fun": _reads_numbers}),

@@ -118,6 +118,53 @@ class TestForms:
         assert torch.equal(mine.status, theirs.status) and bool((mine.status == -1).any())
 
 
+def crosses(t, y, p):
+    return y[..., 0] - 0.1 * p[..., 1]
+
+
+def third(t, y, p):
+    return y[..., 1] + 0.01 * torch.sin(t)
+
+
+third.terminal = 3
+
+
+def rises(t, y, p):
+    return y[..., 0] - 0.3
+
+
+rises.direction = 1
+
+
+@pytest.mark.parametrize("method", [*QUICK[:2], "rodas5p", "kvaerno5"])
+@pytest.mark.parametrize("rows", [0, 18])
+def test_events(method, rows):
+    """Times, states and their derivatives, of events that are recorded and of one that ends the solve, with samples before and after it."""
+    found = []
+    for compile in (True, False):
+        options = {"events": [crosses, third, rises], "t_span": (0.0, 12.0), "t_eval": torch.linspace(0, 12, 7, dtype=torch.float64)}
+        sol, _ = solve(compile, method, rows=rows, **options)
+        again = events_and_slopes(compile, method, rows, options)
+        found.append((sol, *again))
+    mine, theirs = found
+    assert torch.equal(torch.as_tensor(mine[0].status), torch.as_tensor(theirs[0].status))
+    assert [x.shape for x in mine[1]] == [x.shape for x in theirs[1]] and sum(x.numel() for x in mine[1]) >= 5
+    torch.testing.assert_close(mine[0].y, theirs[0].y, rtol=1e-7, atol=1e-7, equal_nan=True)
+    for a, b in zip((*mine[1], *mine[2]), (*theirs[1], *theirs[2]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-6, equal_nan=True)
+
+
+def events_and_slopes(compile, method, rows, options):
+    """Times and states of events, and the derivatives of their sum."""
+    scale = torch.linspace(1, 1.2, max(rows, 1), dtype=torch.float64).unsqueeze(-1)
+    y0, p = (torch.tensor(x, dtype=torch.float64) * scale for x in ([1.0, 0.2], [1.1, 0.1]))
+    y0, p = (x.requires_grad_() for x in ((y0, p) if rows else (y0[0], p[0])))
+    sol = adjoint.solve_ivp(swings, y0=y0, args=(p,), method=method, batched=bool(rows), compile=compile, rtol=1e-7, atol=1e-9, **options)
+    found = [*sol.t_events, *sol.y_events]
+    total = sum(x.nan_to_num().sum() for x in found)
+    return [x.detach() for x in found], torch.autograd.grad(total, (y0, p))
+
+
 def test_second_derivatives_and_forward_mode_go_on_from_the_record():
     y0, p = torch.tensor([1.0, 0.2], dtype=torch.float64), torch.tensor([1.1, 0.4], dtype=torch.float64)
 
