@@ -51,6 +51,8 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("long", "predictive"),
     ("long", "remembers"),
     ("long", "shift"),  # 0: no jumps, 1: at inner anchors, 2: at all
+    ("long", "watched"),  # whether steps are looked after for derivatives: see Loop::look
+    ("long*", "unstable"),  # (B,)
     ("long", "guesses"),  # whether iterations may begin with the step before
     ("long", "keep_grid"),
     ("long", "keep_states"),

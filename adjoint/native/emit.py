@@ -169,6 +169,9 @@ def engine_text(
             declarations(),
             source("common.hpp"),
             *_family(method, real, width, nonzero),
+            # only explicit steps have to be looked after
+            f"static constexpr double INTERVAL = {number(getattr(method, 'interval', 1e300))}, SHIFT = {number(torch.finfo(real).eps ** 0.4)};",
+            f"static constexpr double TINIEST = {number(torch.finfo(real).tiny)};",
             f"#define EVENTS {n_events}",
             f"static constexpr double FARTHEST = {number(max(1.0, *method.nodes))}, REAL_EPSILON = {number(torch.finfo(real).eps)};",
             *([source("events.hpp")] if n_events else []),

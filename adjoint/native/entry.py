@@ -110,13 +110,16 @@ class NativeSolve:
             values = [x.detach().to(y0.dtype).contiguous() for x in found.tensors]
             if derivatives:
                 values = [v.clone() if v.data_ptr() == x.data_ptr() else v for v, x in zip(values, found.tensors, strict=True)]
-            record = run_native(found.program, plan, anchors, t_eval, y0, values)
+            record = run_native(found.program, plan, anchors, t_eval, y0, values, derivatives and not plan.method.implicit)
         except (Unreadable, NoCompiler) as error:
             reason = str(error)
         except Exception as error:  # tracers raise whatever they like: the eager engine says what is wrong, if anything is
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if reason is not None:
             return _remark(key, reason)
+        if record is None:
+            # the eager engine has a way to choose steps that are
+            return None
         self.recognised, self.values = found, tuple(values)
         return record
 

@@ -126,7 +126,14 @@ def hear(
     state = spec.unflatten(y0[: base.rows])
     _ear.heard = []
     with torch.no_grad():
-        result = _tracer(key)(base.fun if function is None else function, time, state, base.arguments(arguments))
+        call = (base.fun if function is None else function, time, state, base.arguments(arguments))
+        try:
+            result = _tracer(key)(*call)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            # shapes, and numbers of Python that fun depends on, have a graph each
+            with torch._dynamo.config.patch(cache_size_limit=_MOST_GRAPHS):
+                _ear.heard = []
+                result = _tracer(key)(*call)
     if len(_ear.heard) != 1:
         raise Unreadable("", "", "it is no single graph")
     graph, tensors, stand_ins = _ear.heard.pop()
@@ -277,4 +284,10 @@ def _program(
     for x in given:
         if x.is_complex() or (x.is_floating_point() and x.dtype != y0.dtype):
             raise Unreadable("", "", f"it uses a tensor of {x.dtype} beside a state of {y0.dtype}")
+        if (
+            not x.is_floating_point()
+            and x.numel()
+            and 2 ** (24 if y0.dtype == torch.float32 else 53) < int(x.abs().max() if x.dtype != torch.bool else 0)
+        ):
+            raise Unreadable("", "", "it uses whole numbers that are too large for the type of the state")
     return program_of([read(flat, t, y0, given, batched) for flat in flats], method, y0, given)

@@ -19,6 +19,8 @@ __all__ = ["SHIFTS", "block_of", "pointers", "run_native", "sample_order"]
 
 #: steps for which there is room at first, and bytes of a record whose room is cut to what was needed
 _ROOM, _LARGE = 64, 2**20
+#: bytes of that room
+_MOST_ROOM = 2**26
 _WORK = ("n_jac", "n_factorizations", "n_solves", "n_newton")
 #: of the iterations for stages, in units of the tolerances of the steps; see `StageSolver`
 STAGE_TOLERANCE = 1e-3
@@ -61,8 +63,20 @@ def _controller(plan: Plan) -> dict[str, Any]:
     return {name: getattr(c, name) for name in names}
 
 
-def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Record:
-    """Solve; the arguments are those of the eager loops. ``inputs``: contiguous, in the dtype of the state."""
+def run_native(
+    program: Program,
+    plan: Plan,
+    anchors: Tensor,
+    t_eval: Tensor | None,
+    y0: Tensor,
+    inputs: Sequence[Tensor],
+    watched: bool,
+) -> Record | None:
+    """Solve; the arguments are those of the eager loops.
+
+    ``inputs``: contiguous, in the dtype of the state. ``watched``: whether derivatives are wanted, for which explicit steps must be stable
+    whatever the error of the state is; None where they are not.
+    """
     rows, n = y0.shape
     everything = len(program.method.tableau.dense)
     engine = program.engine(program.lanes(rows))
@@ -74,7 +88,8 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
     few = bool(plan.events) and not plan.keep_stages
     keep_stages = plan.keep_stages or few
     keep_grid = plan.keep_states or plan.keep_grid or keep_stages
-    room = program.room.get(rows, _ROOM) if keep_grid else 0
+    step = rows * (n * y0.element_size() * (1 + (everything if keep_stages else 0)) + 16)
+    room = program.room.get(rows, max(1, min(_ROOM, _MOST_ROOM // max(step, 1)))) if keep_grid else 0
     room = min(room, plan.max_steps)
 
     several = anchors.shape[0] > 2
@@ -98,6 +113,7 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
 
     out = {name: y0.new_empty(y0.shape) for name in ("final", "last", "scaled")}
     out |= {name: whole(rows) for name in ("n_steps", "n_accepted", "n_fun", "status")}
+    out["unstable"] = whole(rows)
     out["work"] = whole(len(_WORK), rows)
     out |= {
         "t_final": double(rows),
@@ -142,6 +158,7 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
             **_controller(plan),
             shift=SHIFTS[plan.shift] if plan.shift == "all" or anchors.shape[0] > 2 else 0,
             guesses=not plan.keep_grid,
+            watched=watched,
             keep_grid=keep_grid,
             keep_states=plan.keep_states,
             keep_stages=keep_stages,
@@ -178,6 +195,8 @@ def run_native(program: Program, plan: Plan, anchors: Tensor, t_eval: Tensor | N
         ends = torch.where(out["status"] == 0, out["n_accepted"] - 1, -1)
         steps["lands"] = torch.arange(most).unsqueeze(-1) == ends
     work = out.pop("work")
+    if bool(out.pop("unstable").any()):
+        return None
     return Record(
         scaled_error=out.pop("scaled"),
         **out,

@@ -119,7 +119,7 @@ static void step_forward(Attempt& a) {
   for (int n = 0; n < N; n++) a.error[n] = estimate[n];
 }
 FN void step_error(Attempt&) {}
-template <int I> FN void dense_stages(const Functions&, const Ctx&, const S*, const S, const S*, S*) {}
+template <int I> FN void dense_stages(Attempt&) {}
 
 // ---- the adjoint: v_i - h sum_j a_ji J_j* v_j = kbar_i + h b_i l1, l0 = l1 + sum_i J_i* v_i
 template <bool DENSE_OUTPUT> static void step_back(Return& a) {

@@ -1,4 +1,4 @@
-#define ROOM_OF_STEP 0
+#define ROOM_OF_STEP ((2 * ALL + 1) * N)
 #define RECORDED 0
 #define HANDS_ON 0
 // One step of an explicit Runge-Kutta method and its adjoint (docs/theory.md, section 1). Of the tableau come, as constants: STAGES of the
@@ -44,14 +44,13 @@ FN void step_error(Attempt& a) {
   for (int n = 0; n < N; n++) a.error[n] = a.h * error_sum<0>(a.ks, n, K(0));
 }
 // the stages that only the dense output needs; where the first of them is the slope at the end, it is there already
-template <int I> FN void dense_stages(const Functions& f, const Ctx& c, const S* times, const S h, const S* y, S* ks) {
+template <int I> FN void dense_stages(Attempt& a) {
   if constexpr (I < ALL) {
     if constexpr (!(I == STAGES && NEXT_FIRST)) {
-      S z[N];
-      stage_state<I>(h, y, ks, z);
-      f.fun(&c, times + I, z, ks + I * N);
+      stage_state<I>(a.h, a.y, a.ks, a.work);
+      a.f.fun(&a.c, a.times + I, a.work, a.ks + I * N);
     }
-    dense_stages<I + 1>(f, c, times, h, y, ks);
+    dense_stages<I + 1>(a);
   }
 }
 // ---- the adjoint: v_i = h (b_i l1 + sum_j a_ji u_j) + kbar_i, u_i = f_y(Y_i)* v_i, l0 = l1 + sum_i u_i
@@ -69,9 +68,9 @@ template <int I, int USED> FN void stages_again(const Functions& f, const Ctx& c
   }
 }
 template <int I, int USED> FN void stages_back(const Functions& f, const Ctx& c, const S* times, const S h, const S* zs, const S* ks, const S* bar,
-                                               const S* kbar, S* us, S* ybar, bool timed, S& tbar, S& hbar) {
+                                               const S* kbar, S* us, S* v, S* ybar, bool timed, S& tbar, S& hbar) {
   if constexpr (I >= 0) {
-    S v[N], tb = K(0);
+    S tb = K(0);
     for (int n = 0; n < N; n++) {
       S w = K(0);
       if constexpr (I < STAGES) { if constexpr (B[I] != 0) w = K(R(B[I])) * bar[n]; }
@@ -82,14 +81,15 @@ template <int I, int USED> FN void stages_back(const Functions& f, const Ctx& c,
     f.vjp(&c, times + I, zs + I * N, v, us + I * N, &tb);
     for (int n = 0; n < N; n++) ybar[n] += us[I * N + n];
     if (timed) { tbar += tb; hbar += K(R(C[I])) * tb; }
-    stages_back<I - 1, USED>(f, c, times, h, zs, ks, bar, kbar, us, ybar, timed, tbar, hbar);
+    stages_back<I - 1, USED>(f, c, times, h, zs, ks, bar, kbar, us, v, ybar, timed, tbar, hbar);
   }
 }
 // ks: the stages, where times count
 template <bool DENSE_OUTPUT> FN void step_back(Return& r) {
   enum { USED = DENSE_OUTPUT ? ALL : STAGES - FSAL };
-  S zs[USED * N], us[USED * N];
+  // in memory of their own: states may be large
+  S *zs = r.work, *us = zs + ALL * N, *v = us + ALL * N;
   stages_again<0, USED>(r.f, r.c, r.times, r.h, r.y, zs, r.ks, r.timed);
   for (int n = 0; n < N; n++) r.ybar[n] = r.bar[n];
-  stages_back<USED - 1, USED>(r.f, r.c, r.times, r.h, zs, r.ks, r.bar, r.kbar, us, r.ybar, r.timed, r.tbar, r.hbar);
+  stages_back<USED - 1, USED>(r.f, r.c, r.times, r.h, zs, r.ks, r.bar, r.kbar, us, v, r.ybar, r.timed, r.tbar, r.hbar);
 }

@@ -2,9 +2,9 @@
 // `integrate/clock.py`, `controller.py`, `initial_step.py` and the samplers.
 
 // steps behind those for which there was room at first, of all trajectories
-struct Chunk { long from; R* states; R* stages; double *t, *h; long* segment; unsigned char* lands; Chunk* next; };
+struct Chunk { long from, length; R* states; R* stages; double *t, *h; long* segment; unsigned char* lands; Chunk* next; };
 struct Tape {
-  Chunk* first; pthread_mutex_t lock; long length;
+  Chunk* first; pthread_mutex_t lock;
 #if EVENTS > 0
   Log log;
 #endif
@@ -14,18 +14,19 @@ struct Place { R *state, *stages; double *t, *h; long* segment; unsigned char* l
 static Chunk* chunk_at(const Forward& q, Tape& tape, long k) {
   pthread_mutex_lock(&tape.lock);
   Chunk** at = &tape.first; long from = q.room;
-  while (*at && k >= (*at)->from + tape.length) { from = (*at)->from + tape.length; at = &(*at)->next; }
+  while (*at && k >= (*at)->from + (*at)->length) { from = (*at)->from + (*at)->length; at = &(*at)->next; }
   while (!*at) {
-    const long n = tape.length * q.rows;
+    // each as long as all that is there already
+    const long length = from > 0 ? from : 1, n = length * q.rows;
     Chunk* c = (Chunk*)calloc(1, sizeof(Chunk));
-    c->from = from;
+    c->from = from; c->length = length;
     if (q.keep_states) c->states = (R*)malloc(n * N * sizeof(R));
     if (q.keep_stages) c->stages = (R*)malloc(n * ALL * N * sizeof(R));
     c->t = (double*)malloc(n * sizeof(double)); c->h = (double*)malloc(n * sizeof(double));
     c->segment = (long*)malloc(n * sizeof(long)); c->lands = (unsigned char*)malloc(n);
     *at = c;
-    if (k < from + tape.length) break;
-    from += tape.length; at = &c->next;
+    if (k < from + length) break;
+    from += length; at = &c->next;
   }
   Chunk* found = *at;
   pthread_mutex_unlock(&tape.lock);
@@ -63,16 +64,20 @@ struct Loop {
   Watch watch[W];
   EventFunctions events;
 #endif
+  S *probe, *beside_;
+  double looked[W];  // the longest step, a little more, that was looked at, and how long ago
+  long since[W];
+  bool unstable[W];
   double stop[W];  // where a terminal event ends a trajectory in this step
   bool aiming[W];  // the step is to end just before a terminal event
   bool live[W], lands[W], rejected[W], bad[W], jump[W], jumps_end[W];
 
   Loop(const Forward& q, Tape& tape, long from, long to) : q(q), tape(tape), f(functions_of(q)), from(from), to(to), waiting(from), a{f, c} {
-    const long numbers = (10 + 2 * ALL) * (long)N + ROOM_OF_STEP;
+    const long numbers = (12 + 2 * ALL) * (long)N + ROOM_OF_STEP;
     memory = lanes_of(numbers);
     S* at = memory;
     y = at; y1 = (at += N); k1 = (at += N); rtol = (at += N); atol = (at += N); size = (at += N); error = (at += N); other = (at += N);
-    srtol = (at += N); satol = (at += N); ks = (at += N);
+    srtol = (at += N); satol = (at += N); probe = (at += N); beside_ = (at += N); ks = (at += N);
     a.y = y; a.k1 = k1; a.rtol = srtol; a.atol = satol; a.ks = ks; a.y1 = y1; a.error = error; a.step_rtol = rtol; a.step_atol = atol;
     a.last_ks = at + ALL * N; a.work = at + 2 * ALL * N; a.guesses = q.guesses; a.adaptive = q.adaptive;
     for (long i = 0; i < numbers; i++) memory[i] = K(0);
@@ -127,6 +132,7 @@ struct Loop {
     }
     q.n_steps[r] = attempts[l]; q.n_accepted[r] = accepted[l]; q.n_fun[r] = n_fun[l] + a.counts[EVALUATED][l]; q.status[r] = status;
     q.t_final[r] = t[l]; q.next_step[r] = step[l];
+    q.unstable[r] = unstable[l];
     for (int i = 0; i < EVALUATED; i++) q.work[i * q.rows + r] = a.counts[i][l];
   }
 
@@ -156,6 +162,8 @@ struct Loop {
       rejected[l] = bad[l] = jump[l] = jumps_end[l] = a.stuck[l] = false;
       for (int i = 0; i < COUNTS; i++) a.counts[i][l] = 0;
       a.last_h[l] = 0;
+      looked[l] = 0; since[l] = 0; unstable[l] = false;
+      for (int n = 0; n < N; n++) put(probe[n], l, (R)__builtin_copysign(1.5 + __builtin_cos((n + 1.0) * (n + 1.0)), get(y[n], l)));
       error1[l] = error2[l] = 1;
       for (int n = 0; n < N; n++) { put(error[n], l, R(0)); put(size[n], l, R(1)); }
       to_next_anchor(l);
@@ -406,17 +414,63 @@ struct Loop {
   }
 #endif
 
+  // Steps go by the error of the state. Where that moves along a slow manifold they may be longer than a displacement bears: derivatives
+  // would be those of unstable steps. A few products with the Jacobian, by differences, tell its size (Sommeijer, Shampine & Verwer 1997),
+  // at steps longer than any before and once in a while.
+  void look(const bool* passed) {
+    bool due_[W], some = false;
+    for (int l = 0; l < W; l++) {
+      const double size = __builtin_fabs(h[l]);
+      some |= due_[l] = passed[l] && !unstable[l] && (size > looked[l] || ++since[l] >= 32);
+      if (due_[l]) { looked[l] = most(looked[l], 1.25 * size); since[l] = 0; }
+    }
+    if (!some) return;
+    const M on = mask_of(due_);
+    S at = K(0), *v = lanes_of(2 * (long)N), *f1 = v + N, rate = K(0);
+    for (int l = 0; l < W; l++) put(at, l, (R)t[l]);
+    for (int n = 0; n < N; n++) v[n] = probe[n];
+    for (int k = 0; k < 3; k++) {
+      S before = K(0), after = K(0);
+      for (int n = 0; n < N; n++) {
+        const S unit = m_abs(y[n]) * (rtol[n] + K(R(SHIFT))) + atol[n] + K(R(1e-300 > TINIEST ? 1e-300 : TINIEST));
+        before += v[n] * v[n];
+        beside_[n] = y[n] + unit * v[n];
+      }
+      f.fun(&c, &at, beside_, f1);
+      for (int n = 0; n < N; n++) {
+        const S unit = m_abs(y[n]) * (rtol[n] + K(R(SHIFT))) + atol[n] + K(R(1e-300 > TINIEST ? 1e-300 : TINIEST));
+        v[n] = (f1[n] - k1[n]) / unit;
+        after += v[n] * v[n];
+      }
+      rate = m_sqrt(after / before);
+      const S scale = m_sqrt(K(R(N)) / after);
+      for (int n = 0; n < N; n++) v[n] = v[n] * scale;
+    }
+    for (int l = 0; l < W; l++) if (due_[l]) {
+      n_fun[l] += 3;
+      // not a number: beside the state there is none, or nothing moves
+      if (__builtin_fabs(h[l]) * get(rate, l) > 1.5 * INTERVAL) unstable[l] = true;
+      bool fine = true;
+      for (int n = 0; n < N; n++) fine = fine && finite(get(v[n], l));
+      due_[l] = fine;
+    }
+    const M kept = mask_of(due_);
+    for (int n = 0; n < N; n++) probe[n] = m_sel(kept, v[n], probe[n]);
+    free(v);
+  }
+
   void accept(bool* passed, S* times, const S& hs, S* k_end, bool end_known, bool dense) {
     bool going = false;
     for (int l = 0; l < W; l++) going |= passed[l] && (EVENTS > 0 || !(lands[l] && segment[l] >= q.n_anchors - 2));
-    if (!end_known && (going || (dense && NEXT_FIRST))) {
+    if (!end_known && (going || q.watched || (dense && NEXT_FIRST))) {
+      end_known = true;
       S at = K(0);
       if (TIMED) for (int l = 0; l < W; l++) put(at, l, moved((R)(t[l] + h[l]), jumps_end[l], -sign[l] * __builtin_inf()));
       f.fun(&c, &at, y1, k_end);
       for (int l = 0; l < W; l++) n_fun[l] += passed[l];
     }
     if (dense && ALL > STAGES) {
-      dense_stages<STAGES>(f, c, times, hs, y, ks);
+      dense_stages<STAGES>(a);
       for (int l = 0; l < W; l++) if (passed[l]) n_fun[l] += ALL - STAGES - NEXT_FIRST;
     }
     bool ended = false, jumped = false;
@@ -461,6 +515,8 @@ struct Loop {
       to_next_anchor(l);
     }
     for (int n = 0; n < N; n++) { y[n] = m_sel(on, y1[n], y[n]); k1[n] = m_sel(on, k_end[n], k1[n]); }
+    // where a solve ends at once its end is its only step
+    if (q.watched && end_known) look(passed);
     for (int l = 0; l < W; l++) if (passed[l] && (stop[l] == stop[l] || segment[l] >= q.n_anchors - 1)) { finish(l, stop[l] == stop[l] ? 1 : 0); ended = true; }
     if (jumped) {
       // after a discontinuity the first stage is taken anew, from the far side of it
@@ -490,7 +546,6 @@ extern "C" void* forward(const Forward* q) {
 #if EVENTS > 0
   pthread_mutex_init(&tape->log.lock, nullptr);
 #endif
-  tape->length = q->room > 32 ? q->room : 32;
   Whole w{q, tape};
   together(q->threads, (q->rows + q->block - 1) / q->block, block_forward, &w);
   return tape;
@@ -527,7 +582,7 @@ extern "C" void seal(void* p, const Forward* q, const Forward* to, long steps) {
     if (q->keep_stages) memcpy(to->stages, q->stages, n * ALL * N * sizeof(R));
   }
   for (Chunk* c = tape->first; c; c = c->next) {
-    const long count = least(tape->length, steps - c->from), n = count * q->rows, at = c->from * q->rows;
+    const long count = least(c->length, steps - c->from), n = count * q->rows, at = c->from * q->rows;
     if (count <= 0) break;
     memcpy(to->t + at, c->t, n * 8); memcpy(to->h + at, c->h, n * 8);
     if (q->n_anchors > 2) { memcpy(to->segment + at, c->segment, n * 8); memcpy(to->lands + at, c->lands, n); }

@@ -48,7 +48,7 @@ FN void step_forward(Attempt& a) {
 FN void step_error(Attempt& a) {
   for (int n = 0; n < N; n++) a.error[n] = a.h * weighted(EMBEDDED, a.ks, n);
 }
-template <int I> FN void dense_stages(const Functions&, const Ctx&, const S*, const S, const S*, S*) {}
+template <int I> FN void dense_stages(Attempt&) {}
 
 // ---- the adjoint: v_i = gamma W*^-1 (kbar_i + sum gamma_ji v_j + h (b_i l1 + sum a_ji u_j)), u_j = f_y(Y_j)* v_j
 template <int I, int J> FN void later(const S* us, const S* vs, int n, S& w, S& v) {
