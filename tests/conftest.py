@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from adjoint.methods import METHODS
-from adjoint.native.build import NoCompiler, compiler
+from adjoint.native.build import LEVELS, NoCompiler, compiler
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _cache_of_native_code(tmp_path_factory):
-    """What is compiled serves the tests of one run, in all of its processes, and no later ones."""
+    """What is compiled serves the tests of one run, in all of its processes, and no later ones; compiled so often, it is optimised less."""
+    LEVELS.update({False: "-O0", True: "-O1"})
     if "ADJOINT_CACHE" in os.environ:
         return
     base = tmp_path_factory.getbasetemp()

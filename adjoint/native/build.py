@@ -14,11 +14,11 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-__all__ = ["NoCompiler", "cache_folder", "compiler", "library"]
+__all__ = ["LEVELS", "NoCompiler", "cache_folder", "compiler", "library"]
 
 _FLAGS = ("-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w", "-pthread")
 #: of functions that are inlined into nothing, and of the engine
-_LEVELS = {False: "-O1", True: "-O2"}
+LEVELS = {False: "-O1", True: "-O2"}
 
 
 class NoCompiler(Exception):
@@ -81,7 +81,7 @@ def _ours(path: Path) -> bool:
 @cache
 def library(text: str, optimised: bool, links: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The compiled ``text``, from the folder where it was made before. Raises `NoCompiler`."""
-    flags = (*_FLAGS, _LEVELS[optimised], "-march=native", *links)
+    flags = (*_FLAGS, LEVELS[optimised], "-march=native", *links)
     key = hashlib.sha256("\n".join([text, *flags, _identity()]).encode()).hexdigest()[:32]
     folder = cache_folder()
     target = folder / f"{key}.so"

@@ -170,7 +170,8 @@ def engine_text(
             source("common.hpp"),
             *_family(method, real, width, nonzero),
             # only explicit steps have to be looked after
-            f"static constexpr double INTERVAL = {number(getattr(method, 'interval', 1e300))}, SHIFT = {number(torch.finfo(real).eps ** 0.4)};",
+            f"static constexpr double INTERVAL = {number(getattr(method, 'interval', 1e300))};",
+            f"static constexpr double SHIFT = {number(torch.finfo(real).eps ** 0.4)};",
             f"static constexpr double TINIEST = {number(torch.finfo(real).tiny)};",
             f"#define EVENTS {n_events}",
             f"static constexpr double FARTHEST = {number(max(1.0, *method.nodes))}, REAL_EPSILON = {number(torch.finfo(real).eps)};",
