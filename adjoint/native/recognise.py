@@ -47,6 +47,8 @@ class _Graph:
     kinds: list[tuple[torch.Size, torch.dtype]] | None = None
     #: whether it changes tensors in place that it is given
     writes: bool = False
+    #: whether a `torch.autograd.Function` in it has a derivative that its operators do not tell
+    own_derivative: bool = False
     #: places, among the tensors of a call, of what `find_captured` found, with its flags
     captured: tuple[tuple[int, ...], tuple[bool, bool]] | None = None
 
@@ -63,7 +65,16 @@ class _Graph:
 
 
 def _hear(module: GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
-    return _Graph(module)
+    graph = _Graph(module)
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, GraphModule) else ():
+            # what the tracer writes for y.data, which hides from a reader that it has no derivative
+            if node.target is getattr(torch._C._autograd, "_get_data_attr", ""):
+                node.target = torch.detach
+            graph.own_derivative |= getattr(node.target, "__name__", "") == "autograd_function_apply"
+        if isinstance(part, GraphModule):
+            part.recompile()
+    return graph
 
 
 def _evaluate(fun: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> Any:
@@ -123,15 +134,18 @@ def hear(
     if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in base.captured):
         raise Unreadable("", "", "fun captures a tensor of a transform around the solve (pass it through args=)")
     time = t[: base.rows] if spec.batch is not None else t[0]
-    state = spec.unflatten(y0[: base.rows])
     _ear.heard = []
-    with torch.no_grad():
+    # where no gradient is wanted anyway, the tracer leaves out that fun turns gradients off, and that it has derivatives of its own
+    with torch.enable_grad():
+        state = spec.unflatten(y0[: base.rows].detach().requires_grad_().clone())
         result = _tracer(key)(base.fun if function is None else function, time, state, base.arguments(arguments))
     if len(_ear.heard) != 1:
         raise Unreadable("", "", "it is no single graph")
     graph, tensors, stand_ins = _ear.heard.pop()
     if graph.writes:
         raise Unreadable("", "", "it changes the state, or a tensor that it captured, in place")
+    if graph.own_derivative:
+        raise Unreadable("", "", "a torch.autograd.Function in it has a derivative of its own")
     known = {id(time): ("t", 0)} | {id(x): ("y", i) for i, x in enumerate(tree_flatten(state)[0])}
     given = {id(x): k for k, x in reversed(list(enumerate(arguments)))}
     known |= {i: ("argument", k) for i, k in given.items()}
