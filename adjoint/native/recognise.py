@@ -8,6 +8,7 @@ which tensors.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -24,6 +25,7 @@ from ..system.system import StateSpec, System, VmappedSystem
 from .emit import Compiled
 from .program import Program, program_of
 from .reading import Unreadable, read
+from .tracing import PickedByNumbers
 
 __all__ = ["Heard", "Recognised", "compile_key", "hear", "recognise"]
 
@@ -89,6 +91,37 @@ def _tracer(key: Hashable) -> Callable[..., Any]:
     return torch.compile(copy, backend=_hear, dynamic=False, fullgraph=True)
 
 
+#: code that picks numbers from tables by a computed integer
+_picking: set[Hashable] = set()
+
+
+def _asked(key: Hashable, *arguments: Any) -> Any:
+    """A call of the tracer, by whose own means indices of one number are known beforehand or not at all."""
+    if key not in _picking:
+        try:
+            return _traced(key, arguments)
+        except Exception as error:
+            if "integer from data-dependent" not in str(error):
+                raise
+            _picking.add(key)
+            _ear.heard = []
+    with PickedByNumbers():
+        return _traced(key, arguments)
+
+
+def _traced(key: Hashable, arguments: Sequence[Any]) -> Any:
+    """A call of the tracer, also where warnings are errors: it asks tensors for their gradients, and then hides what is said to that."""
+    try:
+        return _tracer(key)(*arguments)
+    except Exception as error:
+        if "The .grad attribute" not in str(error):
+            raise
+    _ear.heard = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The .grad attribute")
+        return _tracer(key)(*arguments)
+
+
 @dataclass(frozen=True)
 class Heard:
     """A call of ``fun`` that only said which graph it is: with these tensors, of one copy. ``known``: what the tensors of the call are."""
@@ -138,7 +171,7 @@ def hear(
     # where no gradient is wanted anyway, the tracer leaves out that fun turns gradients off, and that it has derivatives of its own
     with torch.enable_grad():
         state = spec.unflatten(y0[: base.rows].detach().requires_grad_().clone())
-        result = _tracer(key)(base.fun if function is None else function, time, state, base.arguments(arguments))
+        result = _asked(key, base.fun if function is None else function, time, state, base.arguments(arguments))
     if len(_ear.heard) != 1:
         raise Unreadable("", "", "it is no single graph")
     graph, tensors, stand_ins = _ear.heard.pop()
