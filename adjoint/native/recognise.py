@@ -8,6 +8,7 @@ which tensors.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -24,6 +25,7 @@ from ..system.system import StateSpec, System, VmappedSystem
 from .emit import Compiled
 from .program import Program, program_of
 from .reading import Unreadable, read
+from .tracing import PickedByNumbers
 
 __all__ = ["Heard", "Recognised", "compile_key", "hear", "recognise"]
 
@@ -47,6 +49,8 @@ class _Graph:
     kinds: list[tuple[torch.Size, torch.dtype]] | None = None
     #: whether it changes tensors in place that it is given
     writes: bool = False
+    #: whether a `torch.autograd.Function` in it has a derivative that its operators do not tell
+    own_derivative: bool = False
     #: places, among the tensors of a call, of what `find_captured` found, with its flags
     captured: tuple[tuple[int, ...], tuple[bool, bool]] | None = None
 
@@ -63,7 +67,16 @@ class _Graph:
 
 
 def _hear(module: GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
-    return _Graph(module)
+    graph = _Graph(module)
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, GraphModule) else ():
+            # what the tracer writes for y.data, which hides from a reader that it has no derivative
+            if node.target is getattr(torch._C._autograd, "_get_data_attr", ""):
+                node.target = torch.detach
+            graph.own_derivative |= getattr(node.target, "__name__", "") == "autograd_function_apply"
+        if isinstance(part, GraphModule):
+            part.recompile()
+    return graph
 
 
 def _evaluate(fun: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> Any:
@@ -76,6 +89,42 @@ def _tracer(key: Hashable) -> Callable[..., Any]:
     f = _evaluate
     copy = FunctionType(f.__code__.replace(co_name="fun"), f.__globals__, "fun", f.__defaults__, f.__closure__)
     return torch.compile(copy, backend=_hear, dynamic=False, fullgraph=True)
+
+
+#: code that picks numbers from tables by a computed integer
+_picking: set[Hashable] = set()
+
+
+def _asked(key: Hashable, *arguments: Any) -> Any:
+    """A call of the tracer, by whose own means indices of one number are known beforehand or not at all."""
+    if key not in _picking:
+        try:
+            return _traced(key, arguments)
+        except Exception as error:
+            if "integer from data-dependent" not in str(error):
+                raise
+            _picking.add(key)
+            _ear.heard = []
+    with PickedByNumbers():
+        return _traced(key, arguments)
+
+
+def _traced(key: Hashable, arguments: Sequence[Any]) -> Any:
+    """A call of the tracer, also where warnings are errors: it asks tensors for their gradients, and then hides what is said to that."""
+    try:
+        return _tracer(key)(*arguments)
+    except Exception as error:
+        limit = "LimitHit" in type(error).__name__
+        if not limit and "The .grad attribute" not in str(error):
+            raise
+    _ear.heard = []
+    if limit:
+        # shapes, and numbers of Python that fun depends on, have a graph each
+        with torch._dynamo.config.patch(cache_size_limit=_MOST_GRAPHS):
+            return _tracer(key)(*arguments)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The .grad attribute")
+        return _tracer(key)(*arguments)
 
 
 @dataclass(frozen=True)
@@ -123,22 +172,18 @@ def hear(
     if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in base.captured):
         raise Unreadable("", "", "fun captures a tensor of a transform around the solve (pass it through args=)")
     time = t[: base.rows] if spec.batch is not None else t[0]
-    state = spec.unflatten(y0[: base.rows])
     _ear.heard = []
-    with torch.no_grad():
-        call = (base.fun if function is None else function, time, state, base.arguments(arguments))
-        try:
-            result = _tracer(key)(*call)
-        except torch._dynamo.exc.FailOnRecompileLimitHit:
-            # shapes, and numbers of Python that fun depends on, have a graph each
-            with torch._dynamo.config.patch(cache_size_limit=_MOST_GRAPHS):
-                _ear.heard = []
-                result = _tracer(key)(*call)
+    # where no gradient is wanted anyway, the tracer leaves out that fun turns gradients off, and that it has derivatives of its own
+    with torch.enable_grad():
+        state = spec.unflatten(y0[: base.rows].detach().requires_grad_().clone())
+        result = _asked(key, base.fun if function is None else function, time, state, base.arguments(arguments))
     if len(_ear.heard) != 1:
         raise Unreadable("", "", "it is no single graph")
     graph, tensors, stand_ins = _ear.heard.pop()
     if graph.writes:
         raise Unreadable("", "", "it changes the state, or a tensor that it captured, in place")
+    if graph.own_derivative:
+        raise Unreadable("", "", "a torch.autograd.Function in it has a derivative of its own")
     known = {id(time): ("t", 0)} | {id(x): ("y", i) for i, x in enumerate(tree_flatten(state)[0])}
     given = {id(x): k for k, x in reversed(list(enumerate(arguments)))}
     known |= {i: ("argument", k) for i, k in given.items()}

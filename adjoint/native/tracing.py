@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Node", "Result", "Trace", "Untraceable", "trace"]
+__all__ = ["Node", "PickedByNumbers", "Result", "Trace", "Untraceable", "trace"]
 
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -258,6 +258,15 @@ class _Lines(TorchFunctionMode):
 
 
 _DETACHING = {Tensor.detach, Tensor.detach_, torch.detach, torch.detach_, Tensor.data.__get__}
+
+
+class PickedByNumbers(TorchFunctionMode):
+    """Indexing by tensors of one integer as an operator, for tracers that would ask for its value."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and any(map(_is_integer, args[1] if isinstance(args[1], tuple) else args[1:])):
+            return _picked(*args)
+        return func(*args, **(kwargs or {}))
 
 
 def _picked(x: Tensor, index: Any) -> Tensor:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import shutil
+import subprocess
 
 import pytest
 import torch
 
+from adjoint.native.expressions import FUNCTIONS, Graph
 from adjoint.native.reading import read
 from adjoint.native.reverse import cotangents
-from adjoint.native.text import Scatter, statements
+from adjoint.native.text import Scatter, header, statements
 
 from .cases import GROUPS
-from .compiled import called, compiled, leaf_name
+from .compiled import SIGNATURE, called, compiled, leaf_name
 from .interpreter import values
 from .test_operators import PARAMETERS, group_read, states
 
@@ -91,3 +93,18 @@ def test_shared_values_are_numbers():
     reading = read(lambda t, y, p: y * (p[0].exp() + p[1]).sqrt(), torch.zeros(()), torch.rand(3, 2), [torch.rand(2)], batched=True)
     body, _ = statements(reading.graph, [("o[0]", reading.outputs[0], "="), ("o[1]", reading.outputs[1], "=")], leaf_name, shared={0})
     assert body.count("const R ") == 3 and body.count("const S ") == 2
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_the_same_text_is_cuda(tmp_path):
+    """All functions that text may call, as a kernel."""
+    g = Graph()
+    x, y = g.leaf("y", 0), g.leaf("y", 1)
+    nodes = [g.op(name, x) for name in FUNCTIONS]
+    nodes += [g.op(name, x, y) for name in ("add", "max", "min", "pow", "atan2", "fmod", "remainder", "floordiv", "hypot")]
+    nodes += [g.op("sel", g.op("not", g.op("lt", x, y)), x, g.look("a", 0, 0, 1, 4, g.as_int(y)))]
+    body, _ = statements(g, [(f"o[{i}]", node, "=") for i, node in enumerate(nodes)], leaf_name, shared={0})
+    source = tmp_path / "f.cu"
+    source.write_text(header(single=False) + f'extern "C" __global__ void f{SIGNATURE} {{\n{body}\n}}\n')
+    subprocess.run(["nvcc", "-ptx", "-w", str(source), "-o", str(tmp_path / "f.ptx")], check=True)
+    assert ".entry f" in (tmp_path / "f.ptx").read_text()
