@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -198,3 +199,34 @@ def test_fun_that_differentiates(gradient, batched):
             weight[0, 0] -= sign * step
     assert float(got[0, 0]) == pytest.approx(float((ends[0] - ends[1]) / (2 * step)), rel=1e-5)
     assert not y0.requires_grad
+
+
+ORDERS = {
+    "reverse twice": lambda f, p: torch.func.grad(torch.func.grad(f))(p),
+    "forward over reverse": lambda f, p: torch.func.jvp(torch.func.grad(f), (p,), (torch.ones_like(p),))[1],
+    "forward twice": lambda f, p: torch.func.jacfwd(torch.func.jacfwd(f))(p),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("method", ["tsit5", "trbdf2"])
+def test_masks_and_indices_made_within_a_transform(method, gradient, order):
+    """They wear its wrapper, though nothing is differentiated in them: ``fun``, which runs below it, is given others in their place."""
+
+    def loss(p):
+        index, mask = torch.tensor([1, 0]), torch.tensor([True, False])
+        rate = lambda t, y: -torch.stack([p, 2 * p])[index] * y * torch.where(mask & (t < 9.0), 1.0, 0.5)  # noqa: E731
+        y0 = torch.ones(2, dtype=torch.float64)
+        return solve_ivp(rate, (0.0, 1.0), y0, method=method, gradient=gradient, rtol=1e-4).y[-1].sum()
+
+    # y = exp(-2 p t), exp(-p t / 2)
+    p = torch.tensor(0.7, dtype=torch.float64)
+    true = 4 * math.exp(-1.4) + 0.25 * math.exp(-0.35)
+    assert float(ORDERS[order](loss, p)) == pytest.approx(true, rel=2e-2)
+
+
+def test_mapped_indices_are_captured(gradient):
+    table = torch.tensor([[1.0, 2.0], [0.5, 1.5]], dtype=torch.float64)
+    y0 = torch.ones(2, dtype=torch.float64)
+    solve = lambda i: solve_ivp(lambda t, y: -table[i] * y, (0.0, 1.0), y0, gradient=gradient).y[-1]  # noqa: E731
+    assert torch.allclose(torch.vmap(solve)(torch.arange(2)), torch.exp(-table), rtol=1e-5)

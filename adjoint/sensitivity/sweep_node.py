@@ -96,12 +96,13 @@ class _SweepNode(torch.autograd.Function):
         return (None, None, *found)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, __: None, *dots: Tensor | None) -> tuple[Tensor, ...]:
+    def jvp(ctx: Any, _: None, __: None, *dots: Tensor | None) -> tuple[Tensor | None, ...]:
         problem, layout = ctx.problem(), ctx.layout
         with below_jvp() as (lower, raise_):
             tensors = [lower(x) for x in ctx.saved_tensors]
             found = _moved(problem, layout, tensors, [None if d is None else lower(d) for d in dots])
-        return tuple(raise_(x) for x in found)
+        # integers, which are not differentiated, are among the inputs too
+        return tuple(raise_(x) if x.is_floating_point() or x.is_complex() else None for x in found)
 
 
 def _eager(

@@ -97,6 +97,11 @@ def is_differentiable(x: Any) -> bool:
     return x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x) or has_tangent(x)
 
 
+def _put_in(x: Any) -> bool:
+    """Whether ``fun`` of a node, which runs below all transforms, needs another one for ``x``: also for masks and indices made within."""
+    return is_differentiable(x) or (isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x))
+
+
 def moves(x: Tensor) -> bool:
     """As `is_differentiable`, but not for what is only mapped over by ``torch.vmap``, nor where no gradients are recorded."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
@@ -217,7 +222,7 @@ def asking() -> Iterator[None]:
 class _Watch(TorchFunctionMode):
     """Records the (differentiable) tensors that enter operators without having come out of one, and whether ``fun`` differentiates."""
 
-    def __init__(self, known: Iterable[Any], wanted: Callable[[Any], bool] = is_differentiable) -> None:
+    def __init__(self, known: Iterable[Any], wanted: Callable[[Any], bool] = _put_in) -> None:
         super().__init__()
         self.wanted, self.level = wanted, _functorch_level()
         self.known = {id(x): x for x in known if isinstance(x, Tensor)}
