@@ -24,7 +24,7 @@ TIMES = torch.tensor([0.25, 0.6, 1.0], dtype=torch.float64)
 
 def _loss(gradient, method="dopri5", **more):
     def loss(p, y0=Y0, times=TIMES, end=1.0):
-        return solve_ivp(driven, (0.0, end), y0, (p,), t_eval=times, gradient=gradient, **options(method), **more).y.sin().sum()
+        return solve_ivp(driven, (0.0, end), y0, (p,), t_eval=times, gradient=gradient, **{**options(method), **more}).y.sin().sum()
 
     return loss
 
@@ -36,7 +36,8 @@ def _reference_gradient(loss, p):
 
 @pytest.mark.parametrize("method", ALL)
 def test_first_order(gradient, method):
-    loss = _loss(gradient, method)
+    # the same steps, however few they are
+    loss = _loss(gradient, method, rtol=1e-4, atol=1e-6)
     want = _reference_gradient(loss, P)
     for got in (grad(loss)(P), jacrev(loss)(P), jacfwd(loss)(P), vjp(loss, P)[1](torch.tensor(1.0))[0]):
         assert torch.allclose(got, want, rtol=1e-10)
