@@ -4,6 +4,7 @@ from . import linalg, methods, nn, nonlinear
 from ._version import __version__
 from .doors.branches import BranchSolution, FoldPoint, continuation
 from .doors.dae import solve_dae
+from .doors.explain import Explanation, explain
 from .doors.index_reduction import ReducedDAE, reduce_index
 from .doors.ivp import solve_ivp
 from .doors.laplace import Laplace
@@ -54,6 +55,7 @@ __all__ = [
     "CapturedTensorLost",
     "DiscreteAdjoint",
     "EventRecord",
+    "Explanation",
     "FoldPoint",
     "ForwardSensitivity",
     "GaussAdjoint",
@@ -90,6 +92,7 @@ __all__ = [
     "UnsupportedCombination",
     "__version__",
     "continuation",
+    "explain",
     "linalg",
     "mechanics",
     "methods",

@@ -1,0 +1,35 @@
+"""`adjoint.explain`."""
+
+from __future__ import annotations
+
+import torch
+
+import adjoint
+
+
+def decay(t, y, k):
+    return torch.stack([-k[..., 0] * y[..., 0], k[..., 1] * y[..., 0] - torch.tanh(y[..., 1])], -1)
+
+
+def test_what_would_be_compiled():
+    y0, k = torch.ones(4, 2, dtype=torch.float64), torch.rand(4, 2, dtype=torch.float64)
+    found = adjoint.explain(decay, y0, (k,), method="rodas5p", batched=True)
+    assert found.native and found.unknowns == 2 and found.inputs == (((4, 2), "own"),) and found.jacobian == 3
+    assert set(found.sources) == {"fun", "vjp", "jac", "bend"} and "m_tanh" in found.sources["fun"]
+    assert "native code for 2 unknowns" in str(found) and "3 of 4 entries" in str(found)
+    assert adjoint.explain(decay, y0, (k[0],), batched=True).inputs == (((2,), "share"),)
+
+
+def test_why_not():
+    def branches(t, y):
+        return y if float(y.sum()) > 0 else -y
+
+    def sorts(t, y):
+        return torch.sort(y).values
+
+    y0 = torch.ones(3, dtype=torch.float64)
+    assert "bdf" in str(adjoint.explain(decay, y0, (), method="bdf"))
+    for fun, word in ((branches, ""), (sorts, "sort")):
+        found = adjoint.explain(fun, y0)
+        assert not found.native and word in found.reason and found.reason in str(found)
+    assert not adjoint.explain(sorts, y0.to(torch.complex128)).native
