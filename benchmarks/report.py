@@ -38,7 +38,7 @@ def _version(package: str) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         try:
             return str(__import__(package).__version__)
-        except Exception:
+        except Exception:  # packages fail in any way when they are imported
             return None
 
 

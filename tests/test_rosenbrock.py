@@ -16,6 +16,7 @@ from adjoint import Backprop, DiscreteAdjoint, solve_ivp
 from adjoint.methods import METHODS
 from adjoint.methods.tableaux_rosenbrock import ROSENBROCK_TABLEAUX
 
+from .problems import HEAT_POINTS, check_drawn_to_a_cosine, heat_by_scipy, heat_with_source
 from .rooted_trees import density, trees
 
 NAMES = sorted(ROSENBROCK_TABLEAUX)
@@ -427,48 +428,17 @@ def test_complex_states(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_single_precision_and_pytrees(name):
-    rate = torch.tensor(100.0, dtype=torch.float32, requires_grad=True)
-
-    def fun(t, y, rate):
-        return {"a": -rate * (y["a"] - torch.cos(t)), "b": (y["a"].sum() - y["b"][0],)}
-
-    y0 = {"a": torch.zeros(2, 2, dtype=torch.float32), "b": (torch.ones((), dtype=torch.float32),)}
-    sol = solve_ivp(fun, (0.0, 1.0), y0, (rate,), method=name)
-    assert sol.y["a"].dtype == torch.float32 and sol.y["a"].shape == (2, 2, 2)
-    k, t = 100.0, 1.0
-    truth = k * (k * np.cos(t) + np.sin(t)) / (k * k + 1) - k * k / (k * k + 1) * np.exp(-k * t)
-    torch.testing.assert_close(sol.y["a"][-1], torch.full((2, 2), truth, dtype=torch.float32), rtol=2e-4, atol=1e-5)
-    (found,) = torch.autograd.grad(sol.y["a"][-1, 0, 0], rate)
-    # d/dk of k (k cos + sin) / (k^2 + 1); the transient is gone
-    slope = ((2 * k * np.cos(t) + np.sin(t)) * (k * k + 1) - k * (k * np.cos(t) + np.sin(t)) * 2 * k) / (k * k + 1) ** 2
-    torch.testing.assert_close(found, torch.tensor(slope, dtype=torch.float32), rtol=5e-2, atol=1e-6)
+    check_drawn_to_a_cosine(lambda *problem: solve_ivp(*problem, method=name))
 
 
 def test_sparse_systems():
     """The heat equation with a source, on enough points for the sparse path; truth from SciPy."""
     pytest.importorskip("scipy")
-    from scipy.integrate import solve_ivp as scipy_ivp
-
-    n = 100
-
-    def fun(t, u, c):
-        left = torch.cat([torch.zeros_like(u[..., :1]), u[..., :-1]], -1)
-        right = torch.cat([u[..., 1:], torch.zeros_like(u[..., :1])], -1)
-        return c * n * n * (left - 2 * u + right) + torch.exp(-u)
-
     c = torch.tensor(0.5, requires_grad=True)
-    sol = solve_ivp(fun, (0.0, 0.3), torch.zeros(n), (c,), method="rodas4", rtol=1e-6, atol=1e-9)
-
-    def reference(c):
-        side = torch.tensor(c)
-        return scipy_ivp(
-            lambda t, u: fun(t, torch.as_tensor(u), side).numpy(), (0.0, 0.3), np.zeros(n), method="LSODA", lband=1, uband=1,
-            rtol=1e-10, atol=1e-12,
-        ).y[:, -1]  # fmt: skip
-
-    torch.testing.assert_close(sol.y[-1], torch.tensor(reference(0.5)), rtol=1e-5, atol=1e-7)
+    sol = solve_ivp(heat_with_source, (0.0, 0.3), torch.zeros(HEAT_POINTS), (c,), method="rodas4", rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(sol.y[-1], torch.tensor(heat_by_scipy(0.5)), rtol=1e-5, atol=1e-7)
     (found,) = torch.autograd.grad(sol.y[-1].sum(), c)
-    expected = (reference(0.501).sum() - reference(0.499).sum()) / 0.002
+    expected = (heat_by_scipy(0.501).sum() - heat_by_scipy(0.499).sum()) / 0.002
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=0)
 
 

@@ -63,9 +63,7 @@ class _Guarded(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
-        ctx.why, ctx.count = inputs[2], len(inputs) - 3
+        _keep(ctx, inputs)
 
     @staticmethod
     def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
@@ -87,6 +85,13 @@ class _Guarded(torch.autograd.Function):
         return _Guarded.apply(t, sloping, why, *causes), 0  # type: ignore[return-value]
 
 
+def _keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    """Which entries are free to be differentiated, what to say where one is not, and how many causes there are."""
+    ctx.save_for_backward(inputs[1])
+    ctx.save_for_forward(inputs[1])
+    ctx.why, ctx.count = inputs[2], len(inputs) - 3
+
+
 def _copies(size: int, in_dims: tuple[int | None, ...], *tensors: Tensor) -> list[Tensor]:
     """Tensors under ``torch.vmap`` with the copies in front."""
     return [x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in zip(tensors, in_dims, strict=True)]
@@ -103,9 +108,7 @@ class _Demanded(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
-        ctx.why = inputs[2]
+        _keep(ctx, inputs)
 
     @staticmethod
     def backward(ctx: Any, bar: Tensor) -> tuple[Tensor, None, None]:
@@ -162,9 +165,7 @@ class _Never(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
-        ctx.why, ctx.count = inputs[2], len(inputs) - 3
+        _keep(ctx, inputs)
 
     @staticmethod
     def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:

@@ -100,8 +100,6 @@ def explain(
         functions = found.program.functions
     except (Unreadable, NoCompiler) as error:
         return Explanation(False, str(error), chosen.name)
-    except Exception as error:  # tracers raise whatever they like
-        return Explanation(False, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__, chosen.name)
     nonzero = len(functions.nonzero) if chosen.implicit else None
     operators = tuple(sorted(found.program.reading.operators))
     return Explanation(True, "", chosen.name, y.shape[1], operators, _inputs(found), nonzero, dict(functions.texts))

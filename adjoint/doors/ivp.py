@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import PIDController, Plan, Record
 from ..methods import METHODS, Method
-from ..native.entry import NativeSolve, heard_by
+from ..native.entry import NativeSolve
 from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Problem
 from ..system.capture import elsewhere, find_captured, needs_derivatives, stand_ins, transforming, vmap_active
@@ -237,7 +237,8 @@ def solve_ivp(
     probe_t = times.anchors[0].detach().to(real, copy=True)
     probe_t = probe_t if batched else probe_t.reshape(())
     system = System(right_hand_side, spec, tree, tuple(leaves))
-    heard = None
+    own = [f"{name}=" for name, value in implicit_options.items() if value is not None]
+    native = NativeSolve(f"native code takes and factorises Jacobians itself: leave {own[0]} or compile out" if own else None)
     if torch.is_grad_enabled() or transforming():
         probe_y, probe_args = copied(state), aliased(tuple(args))
         calls = [right_hand_side]
@@ -245,7 +246,7 @@ def solve_ivp(
         end_t = times.anchors[-1].detach().to(real, copy=True).reshape(probe_t.shape)
         end = (end_t, elsewhere(state), *probe_args)
         plain = compile and not (watched or transforming() or quadrature is not None or mass is not None or y_flat.is_complex())
-        heard = heard_by(system, times.anchors, y_flat) if plain else None
+        heard = native.hear(system, chosen, times.anchors, y_flat) if plain else None
         found = None if heard is None else heard.captured
         if found is None:
             found = find_captured(calls, (probe_t, probe_y, *probe_args), [*_pieces(fun), *watched], end)
@@ -299,8 +300,6 @@ def solve_ivp(
         if chosen.implicit
         else None
     )
-    own = [f"{name}=" for name, value in implicit_options.items() if value is not None]
-    native = NativeSolve(f"native code takes and factorises Jacobians itself: leave {own[0]} or compile out" if own else None, heard)
     problem = Problem(system, plan, batched, report, backward.add, algebra=algebra, derivatives=derivatives, native=native)
     strategy = strategy_of(gradient)
     if getattr(chosen, "switching", False):

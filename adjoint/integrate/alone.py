@@ -21,7 +21,7 @@ from .matrices import complex_shifted, jacobian_at, shifted
 from .newton import iterate
 from .numbers import less
 from .plan import Plan, rms_norm
-from .stages import MOST, tolerances_of_stages
+from .stages import MOST, TOLERANCE, tolerances_of_stages
 from .work import StageWork
 
 __all__ = ["LoneStages", "row_norm", "solved"]
@@ -60,7 +60,7 @@ class LoneStages:
         jacobian: Callable[[Callable[[Tensor], Tensor], Tensor], Matrix],
         linear_solver: LinearSolver,
         device: torch.device,
-        tolerance: float = 1e-3,
+        tolerance: float = TOLERANCE,
     ) -> None:
         self.f, self.plan, self.jacobian, self.linear_solver, self.tolerance = f, plan, jacobian, linear_solver, tolerance
         self.rtol, self.atol = tolerances_of_stages(plan, tolerance)

@@ -17,10 +17,12 @@ from .numbers import less
 from .plan import Plan
 from .work import StageWork
 
-__all__ = ["StageSolver", "tolerances_of_stages"]
+__all__ = ["LOOSEST", "MOST", "TOLERANCE", "StageSolver", "tolerances_of_stages"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 
+#: of the iteration, in units of the tolerances of the steps
+TOLERANCE = 1e-3
 #: iterations before a stage counts as failed; the convergence test ends most of them after two to four
 MOST = 10
 #: the loosest rtol and atol by which iterations are measured
@@ -73,7 +75,7 @@ class StageSolver:
         linear_solver: LinearSolver,
         rows: int,
         device: torch.device,
-        tolerance: float = 1e-3,
+        tolerance: float = TOLERANCE,
         mass_matrix: Tensor | None = None,
     ) -> None:
         self.f, self.plan, self.jacobian, self.linear_solver, self.tolerance = f, plan, jacobian, linear_solver, tolerance

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..integrate.plan import Plan
 from .calls import BACKWARD, filled
 from .program import Program
-from .solve import SHIFTS, block_of, pointers, sample_order
+from .solve import block_of, pointers, sample_order, shift_of, threads_for
 
 __all__ = ["Cotangents", "sweep_native"]
 
@@ -60,7 +60,6 @@ def sweep_native(
     out["t_eval_bar"] = torch.zeros((n_samples, rows) if timed else (0, rows), dtype=torch.float64)
     found = [torch.zeros_like(x) for x in inputs]
     input_pointers, table_pointers, bar_pointers = pointers(inputs), pointers(program.tables), pointers(found)
-    block = block_of(rows)
     call = filled(
         BACKWARD,
         **engine.functions,
@@ -68,12 +67,12 @@ def sweep_native(
         tables=ctypes.addressof(table_pointers),
         input_bars=ctypes.addressof(bar_pointers),
         rows=rows,
-        block=block,
-        threads=torch.get_num_threads() if rows > block else 1,
+        block=block_of(rows),
+        threads=threads_for(rows),
         n_anchors=anchors.shape[0],
         n_steps=n_steps,
         n_samples=n_samples,
-        jumps=SHIFTS[plan.shift] if plan.shift == "all" or anchors.shape[0] > 2 else 0,
+        jumps=shift_of(plan, anchors),
         timed=timed,
         **{name: x.data_ptr() for name, x in (keep | out).items()},
     )

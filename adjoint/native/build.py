@@ -28,6 +28,8 @@ class NoCompiler(Exception):
 @cache
 def compiler() -> tuple[str, ...]:
     """The command of a C++ compiler: that of the environment variable ``CXX``, g++, clang++, or the one of the package ``ziglang``."""
+    if os.name != "posix":
+        raise NoCompiler("native code is for Linux and macOS: long integers and threads are others here")
     given = os.environ.get("CXX")
     for name in (given, "g++", "clang++"):
         found = shutil.which(name) if name else None

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-__all__ = ["BACKWARD", "FORWARD", "declarations", "filled"]
+__all__ = ["BACKWARD", "CONTEXT", "FORWARD", "declarations", "filled"]
+
+#: what functions of the user get: inputs that all share, those of each lane, tables, and where cotangents of inputs are added
+CONTEXT = "struct Ctx { const R* const* u; const S* const* a; const R* const* k; S* const* b; };"
 
 #: ``R`` is the real type of the state; B rows (trajectories), A anchors, T samples, n numbers in a state, K steps, S stages
 FORWARD: tuple[tuple[str, str], ...] = (
@@ -122,7 +125,7 @@ def declarations() -> str:
     def one(name: str, fields: tuple[tuple[str, str], ...]) -> str:
         return f"struct {name} {{ " + " ".join(f"{kind} {field};" for kind, field in fields) + " };"
 
-    return "\n".join([one("Forward", FORWARD), one("Backward", BACKWARD)])
+    return "\n".join([CONTEXT, one("Forward", FORWARD), one("Backward", BACKWARD)])
 
 
 def _structure(fields: tuple[tuple[str, str], ...]) -> type[ctypes.Structure]:

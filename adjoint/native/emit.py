@@ -10,6 +10,7 @@ from typing import TypeGuard
 import numpy as np
 import torch
 
+from ..integrate import coupled, stages
 from ..methods.collocation import FullyImplicitRungeKutta
 from ..methods.dirk import DiagonallyImplicitRungeKutta
 from ..methods.rosenbrock import Rosenbrock
@@ -92,6 +93,12 @@ def _rosenbrock(method: Rosenbrock, width: int, nonzero: Collection[tuple[int, i
     ]
 
 
+def _iteration() -> str:
+    """The constants of iterations for stages; see `StageSolver` and `solve_coupled`."""
+    rounds = _flags(MOST=stages.MOST, MOST_COUPLED=coupled.MOST, MOST_CONSTANT=coupled.MOST_CONSTANT)
+    return f"{rounds}\nstatic constexpr double TOLERANCE = {number(stages.TOLERANCE)};"
+
+
 def _dirk(method: DiagonallyImplicitRungeKutta) -> list[str]:
     """The constants of a diagonally implicit method."""
     tab, s = method.tableau, method.n_stages
@@ -135,7 +142,7 @@ def _family(method: Compiled, real: torch.dtype, width: int, nonzero: Collection
         return [*_explicit(method), source("explicit.hpp")]
     if isinstance(method, Rosenbrock):
         return [source("linear.hpp"), *_rosenbrock(method, width, nonzero), source("rosenbrock.hpp")]
-    shared = [source("linear.hpp"), source("newton.hpp")]
+    shared = [_iteration(), source("linear.hpp"), source("newton.hpp")]
     if isinstance(method, FullyImplicitRungeKutta):
         return [*shared, *_collocation(method, real), source("collocation.hpp")]
     return [*shared, *_dirk(method), source("dirk.hpp")]
@@ -172,7 +179,8 @@ def engine_text(
             # only explicit steps have to be looked after
             f"static constexpr double INTERVAL = {number(getattr(method, 'interval', 1e300))};",
             f"static constexpr double SHIFT = {number(torch.finfo(real).eps ** 0.4)};",
-            f"static constexpr double TINIEST = {number(torch.finfo(real).tiny)};",
+            f"static constexpr double SMALLEST = {number(max(1e-300, torch.finfo(real).tiny))};",
+            f"static constexpr double LOOSEST_RTOL = {number(stages.LOOSEST[0])}, LOOSEST_ATOL = {number(stages.LOOSEST[1])};",
             f"#define EVENTS {n_events}",
             f"static constexpr double FARTHEST = {number(max(1.0, *method.nodes))}, REAL_EPSILON = {number(torch.finfo(real).eps)};",
             *([source("events.hpp")] if n_events else []),

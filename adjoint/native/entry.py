@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..integrate.controller import PIDController
 from ..integrate.plan import Monitor, Plan, Record, rms_norm
+from ..methods import Method
 from ..system.system import System, VmappedSystem
 from .back import Cotangents, sweep_native
 from .build import NoCompiler
@@ -21,7 +22,7 @@ from .reading import Unreadable
 from .recognise import Heard, Recognised, compile_key, hear, recognise
 from .solve import run_native
 
-__all__ = ["NativeSolve", "heard_by", "suits"]
+__all__ = ["NativeSolve", "suits"]
 
 _remarked: set[tuple[Hashable, str]] = set()
 
@@ -64,25 +65,27 @@ def _remark(key: Hashable, reason: str) -> None:
     warnings.warn(f"compile=True: this solve runs uncompiled, because {reason}", RuntimeWarning, stacklevel=level)
 
 
-def heard_by(system: System, anchors: Tensor, y0: Tensor) -> Heard | None:
-    """Which graph the right-hand side is, asked before what it captures is known; None where it cannot say."""
-    try:
-        return hear(compile_key(system.fun), system, anchors[0].detach().to(y0.dtype), y0.detach(), system.inputs)
-    except Exception:  # the solve itself will say what is wrong
-        return None
-
-
 @dataclass
 class NativeSolve:
-    """What a solve by compiled code leaves for its way back: the program, with the tensors that it read."""
+    """What a solve by compiled code leaves for its way back: the program, with the tensors that it read.
 
-    #: why it cannot be one, where the front door knows that already
+    ``refused``: why it cannot be one, where that is known already; ``heard``: which graph ``fun`` is, where that is.
+    """
+
     refused: str | None = None
-    #: which graph fun is, where the front door has asked it
     heard: Heard | None = None
     recognised: Recognised | None = None
     #: what the tensors held: gradients are those of the solve, whatever happens to them later
     values: tuple[Tensor, ...] = ()
+
+    def hear(self, system: System, method: Method, anchors: Tensor, y0: Tensor) -> Heard | None:
+        """Ask ``fun`` which graph it is, before what it captures is known; None where there will be no native code."""
+        if self.refused is None and takes(method):
+            try:
+                self.heard = hear(compile_key(system.fun), system, anchors[0].detach().to(y0.dtype), y0.detach(), system.inputs)
+            except Unreadable as error:
+                self.refused = str(error)
+        return self.heard
 
     def forward(
         self,
@@ -107,20 +110,15 @@ class NativeSolve:
             if derivatives and any(slot is None and x.requires_grad for slot, x in zip(found.slots, found.tensors, strict=True)):
                 # the solve does not know of it: the eager engine says so by name
                 return None
-            values = [x.detach().to(y0.dtype).contiguous() for x in found.tensors]
+            values = found.values()
             if derivatives:
                 values = [v.clone() if v.data_ptr() == x.data_ptr() else v for v, x in zip(values, found.tensors, strict=True)]
             record = run_native(found.program, plan, anchors, t_eval, y0, values, derivatives and not plan.method.implicit)
         except (Unreadable, NoCompiler) as error:
-            reason = str(error)
-        except Exception as error:  # tracers raise whatever they like: the eager engine says what is wrong, if anything is
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if reason is not None:
-            return _remark(key, reason)
-        if record is None:
-            # the eager engine has a way to choose steps that are
-            return None
-        self.recognised, self.values = found, tuple(values)
+            return _remark(key, str(error))
+        if record is not None:
+            # else steps were too long for derivatives: the eager engine has a way to choose those that are not
+            self.recognised, self.values = found, tuple(values)
         return record
 
     def backward(

@@ -104,6 +104,17 @@ class Graph:
         """``value``, with derivatives that are told: by every x of the pairs (x, slope) its slope."""
         return self.op("given", value, *(x for pair in slopes for x in pair))
 
+    def cone(self, nodes: Iterable[int], parts: Callable[[int], Iterable[int]] | None = None) -> list[int]:
+        """Nodes and what they are made of, arguments first; ``parts``: those of a node, by default its arguments."""
+        found: set[int] = set()
+        waiting = list(nodes)
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found.add(node)
+                waiting += self.arguments[node] if parts is None else parts(node)
+        return sorted(found)
+
     def parts(self, node: int) -> tuple[int, ...]:
         """What the value of a node is made of: its arguments, but not told slopes."""
         return self.arguments[node][:1] if self.names[node] == "given" else self.arguments[node]

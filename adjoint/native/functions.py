@@ -34,7 +34,14 @@ def user_functions(
 ) -> UserFunctions:
     """For states of ``width`` numbers; ``own``: how many numbers of each input belong to one trajectory, 0 where all share it; ``timed``:
     whether the function looks at the time. Raises `Unreadable` where text would be too long."""
-    writer = _Writer(reading, width, own, timed)
+    try:
+        return _texts(_Writer(reading, width, own, timed), events, method)
+    except NotImplementedError as error:
+        raise Unreadable("", "", f"{error} is not known as a formula") from error
+
+
+def _texts(writer: _Writer, events: Sequence[Reading], method: Compiled) -> UserFunctions:
+    reading, width, own = writer.reading, writer.width, writer.own
     loops = rolled(reading.graph, reading.outputs, _leaf, _cotangent, writer.shared, ("t", "y", "a"), entry_name="J[PATTERN[{}]]".format)
     texts = writer.straight() if loops is None else writer.loops(loops)
     tables = "" if loops is None else loops.tables
@@ -192,13 +199,5 @@ def inputs_of(reading: Reading) -> set[int]:
 
 def _leaves(reading: Reading) -> list[tuple[Any, ...]]:
     """Leaves, and what is looked up, of which the outputs are made."""
-    graph, seen, todo, found = reading.graph, set(), list(reading.outputs), []
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if graph.names[node] in ("leaf", "look", "search"):
-            found.append(graph.data[node])
-        todo.extend(graph.arguments[node])
-    return found
+    graph = reading.graph
+    return [graph.data[node] for node in graph.cone(reading.outputs) if graph.names[node] in ("leaf", "look", "search")]

@@ -10,7 +10,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .build import library
+from .build import NoCompiler, library
+from .calls import CONTEXT
 from .emit import Compiled, engine_text, prologue
 from .functions import UserFunctions, depends, inputs_of, user_functions
 from .reading import Reading, Unreadable
@@ -18,7 +19,6 @@ from .text import vector_library
 
 __all__ = ["Engine", "Program", "program_of"]
 
-_CONTEXT = "struct Ctx { const R* const* u; const S* const* a; const R* const* k; S* const* b; };"
 #: bytes of a vector of trajectories, and fewest trajectories for which there are vectors
 _VECTOR, _FEWEST = 64, 16
 
@@ -55,7 +55,8 @@ class Program:
     #: functions of events
     events: tuple[Reading, ...] = ()
     room: dict[int, int] = field(default_factory=dict)
-    _engines: dict[int, Engine] = field(default_factory=dict)
+    #: by the number of lanes; what could not be made is not tried again
+    _engines: dict[int, Engine | NoCompiler] = field(default_factory=dict)
     _functions: UserFunctions | Unreadable | None = None
 
     @property
@@ -76,21 +77,29 @@ class Program:
 
     def engine(self, lanes: int) -> Engine:
         """The compiled code, made when it is first asked for. Raises `NoCompiler`."""
-        found = self._engines.get(lanes)
-        if found is None:
-            start, theirs = prologue(self.real, lanes), self.functions
-            users = library("\n".join([start, _CONTEXT, theirs.tables, *theirs.texts.values()]), False, links(lanes))
-            engine = engine_text(self.method, self.real, self.width, self.timed, self.own, self.numbers, theirs.nonzero, len(self.events))
-            loop = library("\n".join([start, engine]), True, links(lanes))
-            addresses = {name: _address(users, name) for name in theirs.texts}
-            loop.forward.restype = ctypes.c_void_p
-            loop.seal.restype = loop.backward.restype = None
-            events = []
-            if self.events:
-                loop.count_events.restype, loop.take_events.restype = ctypes.c_long, None
-                events = [loop.count_events, loop.take_events]
-            found = self._engines[lanes] = Engine(loop.forward, loop.seal, loop.backward, addresses, *events)
+        if lanes not in self._engines:
+            try:
+                self._engines[lanes] = self._made(lanes)
+            except NoCompiler as error:
+                self._engines[lanes] = error
+        found = self._engines[lanes]
+        if isinstance(found, NoCompiler):
+            raise found
         return found
+
+    def _made(self, lanes: int) -> Engine:
+        start, theirs = prologue(self.real, lanes), self.functions
+        users = library("\n".join([start, CONTEXT, theirs.tables, *theirs.texts.values()]), False, links(lanes))
+        engine = engine_text(self.method, self.real, self.width, self.timed, self.own, self.numbers, theirs.nonzero, len(self.events))
+        loop = library("\n".join([start, engine]), True, links(lanes))
+        addresses = {name: _address(users, name) for name in theirs.texts}
+        loop.forward.restype = ctypes.c_void_p
+        loop.seal.restype = loop.backward.restype = None
+        events = []
+        if self.events:
+            loop.count_events.restype, loop.take_events.restype = ctypes.c_long, None
+            events = [loop.count_events, loop.take_events]
+        return Engine(loop.forward, loop.seal, loop.backward, addresses, *events)
 
 
 def links(lanes: int) -> tuple[str, ...]:

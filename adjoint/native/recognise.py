@@ -91,6 +91,8 @@ def _tracer(key: Hashable) -> Callable[..., Any]:
     return torch.compile(copy, backend=_hear, dynamic=False, fullgraph=True)
 
 
+#: why code was not traced, by its key and the kinds of what it is called with: trying takes as long as a small solve, and is done once
+_refusals: dict[Hashable, str] = {}
 #: code that picks numbers from tables by a computed integer
 _picking: set[Hashable] = set()
 
@@ -164,7 +166,7 @@ def hear(
 
     ``t`` (B,), ``y0`` (B, n); ``arguments``: the tensors among its ``args``.
 
-    Raises `Unreadable`, or what the tracer raises.
+    Raises `Unreadable`.
     """
     spec = base.spec
     if spec.holds_complex or spec.split or any(d != spec.dtype for d in spec.dtypes):
@@ -176,7 +178,14 @@ def hear(
     # where no gradient is wanted anyway, the tracer leaves out that fun turns gradients off, and that it has derivatives of its own
     with torch.enable_grad():
         state = spec.unflatten(y0[: base.rows].detach().requires_grad_().clone())
-        result = _asked(key, base.fun if function is None else function, time, state, base.arguments(arguments))
+        kinds = (key, spec, base.args_tree, *((x.shape, x.dtype, x.requires_grad) for x in arguments))
+        if kinds in _refusals:
+            raise Unreadable("", "", _refusals[kinds])
+        try:
+            result = _asked(key, base.fun if function is None else function, time, state, base.arguments(arguments))
+        except Exception as error:  # tracers, and fun where it is traced, raise whatever they like
+            reason = _refusals[kinds] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise Unreadable("", "", reason) from error
     if len(_ear.heard) != 1:
         raise Unreadable("", "", "it is no single graph")
     graph, tensors, stand_ins = _ear.heard.pop()
@@ -200,6 +209,14 @@ class Recognised:
     tensors: tuple[Tensor, ...]
     slots: tuple[int | None, ...]
 
+    def values(self) -> list[Tensor]:
+        """The tensors as the program takes them: contiguous, in the dtype of the state. Raises `Unreadable` for whole numbers beyond it."""
+        found = [x.detach().to(self.program.real).contiguous() for x in self.tensors]
+        for x, value in zip(self.tensors, found, strict=True):
+            if not x.is_floating_point() and not torch.equal(value.to(x.dtype), x):
+                raise Unreadable("", "", f"it uses whole numbers that {self.program.real} has not")
+        return found
+
 
 def recognise(
     key: Hashable,
@@ -215,7 +232,7 @@ def recognise(
     """The program of a system's right-hand side, and of functions of events.
 
     ``t`` (B,) and ``y0`` (B, n) are those of all trajectories; ``heard``: where ``fun`` was asked already. Raises `Unreadable` where there
-    is none, or what the tracer raises.
+    is none.
     """
     base, levels = _unmapped(system)
     captured = len(inputs) - len(base.captured)
@@ -329,10 +346,4 @@ def _program(
     for x in given:
         if x.is_complex() or (x.is_floating_point() and x.dtype != y0.dtype):
             raise Unreadable("", "", f"it uses a tensor of {x.dtype} beside a state of {y0.dtype}")
-        if (
-            not x.is_floating_point()
-            and x.numel()
-            and 2 ** (24 if y0.dtype == torch.float32 else 53) < int(x.abs().max() if x.dtype != torch.bool else 0)
-        ):
-            raise Unreadable("", "", "it uses whole numbers that are too large for the type of the state")
     return program_of([read(flat, t, y0, given, batched) for flat in flats], method, y0, given)

@@ -90,7 +90,7 @@ def rolled(
         kinds: of leaves that derivatives are wanted by.
         output_name, seed_name, entry_name: how outputs, their cotangents and entries of the Jacobian are called, by index.
     """
-    straight = len(_cone(graph, outputs))
+    straight = len(graph.cone(outputs))
     if len(outputs) < LEAST and straight < _LONG:
         return None
     kept = _kept(graph, outputs)
@@ -145,28 +145,17 @@ _ROWS = """{forward}
   }}"""
 
 
-def _cone(graph: Graph, nodes: Sequence[int]) -> list[int]:
-    found: set[int] = set()
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += graph.arguments[node]
-    return sorted(found)
-
-
 def _lengths(graph: Graph, outputs: Sequence[int]) -> list[int]:
     """How many values each output is made of, those that are used more than once counted as often."""
     length: dict[int, int] = {}
-    for node in _cone(graph, outputs):
+    for node in graph.cone(outputs):
         length[node] = min(1 + sum(length[x] for x in graph.arguments[node]), _MOST_OF_JACOBIAN)
     return [length[node] for node in outputs]
 
 
 def _kept(graph: Graph, outputs: Sequence[int]) -> dict[int, int]:
     """Nodes that are computed once and kept, with their places in ``w``."""
-    cone = _cone(graph, outputs)
+    cone = graph.cone(outputs)
     uses = dict.fromkeys(cone, 0)
     for node in cone:
         for x in set(graph.arguments[node]):
@@ -189,7 +178,7 @@ def _groups(graph: Graph, outputs: Sequence[int], kept: dict[int, int]) -> list[
     shapes = _shapes(graph, outputs)
     level: dict[int, int] = {}
     height: dict[int, int] = {}
-    for node in _cone(graph, outputs):
+    for node in graph.cone(outputs):
         below = [level[x] + 1 if x in kept else height[x] for x in graph.arguments[node]]
         height[node] = max(below, default=0)
         if node in kept:
@@ -207,7 +196,7 @@ def _shapes(graph: Graph, outputs: Sequence[int]) -> dict[int, int]:
     """A number for every node that is the same for nodes alike but for indices and constants."""
     numbers: dict[tuple, int] = {}
     shapes: dict[int, int] = {}
-    for node in _cone(graph, outputs):
+    for node in graph.cone(outputs):
         name, data = graph.names[node], graph.data[node]
         kind = data[:-1] if name == "leaf" and len(data) > 1 else () if name == "constant" else data
         below = [shapes[x] for x in graph.arguments[node]]

@@ -12,19 +12,18 @@ from torch import Tensor
 from ..integrate.batch_events import no_events
 from ..integrate.controller import PIDController
 from ..integrate.plan import Plan, Record
+from ..integrate.stages import TOLERANCE
 from .calls import FORWARD, filled
 from .program import Engine, Program
 
-__all__ = ["SHIFTS", "block_of", "pointers", "run_native", "sample_order"]
+__all__ = ["block_of", "pointers", "run_native", "sample_order", "shift_of", "threads_for"]
 
 #: steps for which there is room at first, and bytes of a record whose room is cut to what was needed
 _ROOM, _LARGE = 64, 2**20
 #: bytes of that room
 _MOST_ROOM = 2**26
 _WORK = ("n_jac", "n_factorizations", "n_solves", "n_newton")
-#: of the iterations for stages, in units of the tolerances of the steps; see `StageSolver`
-STAGE_TOLERANCE = 1e-3
-SHIFTS = {"none": 0, "inner": 1, "all": 2}
+_SHIFTS = {"none": 0, "inner": 1, "all": 2}
 
 
 def pointers(tensors: Sequence[Tensor | None]) -> Any:
@@ -35,6 +34,16 @@ def pointers(tensors: Sequence[Tensor | None]) -> Any:
 def block_of(rows: int) -> int:
     """Rows that one thread takes at a time: sums over rows go by blocks, so these must not depend on the number of threads."""
     return max(64, -(-rows // 32))
+
+
+def threads_for(rows: int) -> int:
+    """How many of them one block is not."""
+    return torch.get_num_threads() if rows > block_of(rows) else 1
+
+
+def shift_of(plan: Plan, anchors: Tensor) -> int:
+    """See `Plan.shift`: 0 where there are no jumps."""
+    return _SHIFTS[plan.shift] if plan.shift == "all" or anchors.shape[0] > 2 else 0
 
 
 def sample_order(t_eval: Tensor | None, anchors: Tensor) -> Tensor | None:
@@ -52,9 +61,7 @@ def _tolerance(x: float | Tensor, y0: Tensor) -> tuple[Tensor, int, int]:
     """Its numbers, and the strides of rows and columns."""
     if not isinstance(x, Tensor):
         return torch.tensor([x], dtype=y0.dtype), 0, 0
-    spread = x.detach().to(y0.dtype).expand(y0.shape) if x.dim() else x.detach().to(y0.dtype).reshape(1, 1).expand(y0.shape)
-    spread = spread.contiguous()
-    return spread, y0.shape[1], 1
+    return x.detach().to(y0.dtype).expand(y0.shape).contiguous(), y0.shape[1], 1
 
 
 def _controller(plan: Plan) -> dict[str, Any]:
@@ -91,7 +98,6 @@ def run_native(
     step = rows * (n * y0.element_size() * (1 + (everything if keep_stages else 0)) + 16)
     room = program.room.get(rows, max(1, min(_ROOM, _MOST_ROOM // max(step, 1)))) if keep_grid else 0
     room = min(room, plan.max_steps)
-
     several = anchors.shape[0] > 2
 
     def whole(*shape: int) -> Tensor:
@@ -107,7 +113,7 @@ def run_native(
             "t": double(steps, rows),
             "h": double(steps, rows),
             # of one segment there is nothing to tell
-            "segment": whole(steps, rows) if several else whole(0, rows),
+            "segment": whole(steps if several else 0, rows),
             "lands": torch.empty((steps if several else 0, rows), dtype=torch.bool),
         }
 
@@ -134,7 +140,7 @@ def run_native(
             tables=ctypes.addressof(table_pointers),
             rows=rows,
             block=block_of(rows),
-            threads=torch.get_num_threads() if rows > block_of(rows) else 1,
+            threads=threads_for(rows),
             anchors=anchors.data_ptr(),
             n_anchors=anchors.shape[0],
             t_eval=None if t_eval is None else t_eval.data_ptr(),
@@ -154,9 +160,9 @@ def run_native(
             max_steps=plan.max_steps,
             accept_smallest=plan.accept_smallest,
             adaptive=plan.method.adaptive,
-            least_rtol=4 * torch.finfo(y0.dtype).eps / STAGE_TOLERANCE,
+            least_rtol=4 * torch.finfo(y0.dtype).eps / TOLERANCE,
             **_controller(plan),
-            shift=SHIFTS[plan.shift] if plan.shift == "all" or anchors.shape[0] > 2 else 0,
+            shift=shift_of(plan, anchors),
             guesses=not plan.keep_grid,
             watched=watched,
             keep_grid=keep_grid,
@@ -187,8 +193,7 @@ def run_native(
         if 2 * most < room and sum(x.nbytes for x in steps.values()) > _LARGE:
             steps = {name: x.clone() for name, x in steps.items()}
     if few:
-        with_events = torch.unique(found["event_step"])
-        steps["stages"] = steps["stages"][with_events]
+        steps["stages"] = steps["stages"][torch.unique(found["event_step"])]
     if not several:
         steps["segment"] = torch.zeros((1, 1), dtype=torch.int64).expand(most, rows)
         # at its end the last step lands

@@ -99,14 +99,7 @@ class _Writer:
 
     def needed(self, nodes: Sequence[int]) -> list[int]:
         """Nodes and what they are made of, arguments first."""
-        found: set[int] = set()
-        waiting = list(nodes)
-        while waiting:
-            node = waiting.pop()
-            if node not in found:
-                found.add(node)
-                waiting += () if node in self._known else self._graph.parts(node)
-        return sorted(found)
+        return self._graph.cone(nodes, lambda node: () if node in self._known else self._graph.parts(node))
 
     def own(self, node: int) -> str:
         """The name of a node, as a value of each trajectory."""

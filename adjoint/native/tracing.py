@@ -12,6 +12,7 @@ import linecache
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -371,16 +372,19 @@ _NOT_FUNCTIONAL = ("requires_grad", "does not require grad", "mutating a non-fun
 def _plain(function: Callable[..., Any], tensors: Sequence[Tensor], read: frozenset[str]) -> Trace | None:
     """A trace which is not made below functionalize, and is put through it later."""
 
-    def refuse(*_: Any, **__: Any) -> Any:
+    apply, here = torch.autograd.Function.__dict__["apply"], threading.get_ident()
+
+    def refuse(cls: Any, *arguments: Any, **named: Any) -> Any:
+        if threading.get_ident() != here:
+            return apply.__get__(None, cls)(*arguments, **named)
         raise NotImplementedError("a derivative of its own, by torch.autograd.Function")
 
     # the operators of such a function do not tell its derivative; below functionalize it is refused by PyTorch
-    apply = torch.autograd.Function.__dict__["apply"]
     tensors = [x.detach().clone() for x in tensors]
     try:
-        torch.autograd.Function.apply = refuse
+        torch.autograd.Function.apply = classmethod(refuse)
         return _traced(function, [x.requires_grad_() if x.is_floating_point() else x for x in tensors], read, functional=False)
-    except Exception:
+    except Exception:  # what the first trace raised is what the user reads
         return None
     finally:
         torch.autograd.Function.apply = apply

@@ -23,11 +23,9 @@ def first_sweep(
     wants: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """The arguments and results of `eager_sweep`."""
-    plan = problem.plan
-    timed = bool(wants[0] or wants[1])
-    # a span of no length has a step of no length, whose derivatives in the times are those of any step
-    empty = timed and bool((anchors[0] == anchors[-1]).any())
-    if problem.native.recognised is None or empty or mapped(bars):
+    plan, timed = problem.plan, bool(wants[0] or wants[1])
+    if problem.native.recognised is None or mapped(bars) or (timed and bool((anchors[0] == anchors[-1]).any())):
+        # a span of no length has a step of no length, whose derivatives in the times are those of any step
         return eager_sweep(problem, grid, anchors, t_eval, inputs, bars, wants)
     n_steps = grid["t"].shape[0]
     stages_bar = bars[3]
@@ -35,8 +33,7 @@ def first_sweep(
         # of the steps with events alone
         kept = torch.tensor(kept_steps(plan, grid["event_step"], n_steps), device=stages_bar.device)
         bars = (*bars[:3], stages_bar.new_zeros(n_steps, *stages_bar.shape[1:]).index_copy(0, kept, stages_bar.detach()))
-    found = problem.native.backward(plan, grid, anchors, t_eval, len(inputs), bars, timed)
-    bar, of_inputs = found
+    bar, of_inputs = problem.native.backward(plan, grid, anchors, t_eval, len(inputs), bars, timed)
     problem.backward_report(n_steps * len(plan.method.nodes), n_steps)
     return (
         anchors_bar(anchors, grid, bar.t, bar.h) if wants[0] else None,

@@ -22,6 +22,7 @@ from ..integrate import (
     shifted_times,
 )
 from ..integrate.companion import Beside, displaced, rests
+from ..integrate.stages import TOLERANCE
 from ..integrate.work import StageWork
 from ..linalg import DenseLU, LinearSolver, Matrix
 from ..native.entry import NativeSolve
@@ -144,7 +145,7 @@ class Problem:
             return BdfSolver(f, self.plan, jacobian, a.linear_solver, implicit, work, starter, a.skipped)
         return ResidualSolver(f, self.plan, jacobian, a.linear_solver, rows, device, a.index, a.skipped)
 
-    def _equations(self, f: Any, inputs: Sequence[Tensor], rows: int, bound: Callable[..., Any], tolerance: float = 1e-3) -> Any:
+    def _equations(self, f: Any, inputs: Sequence[Tensor], rows: int, bound: Callable[..., Any], tolerance: float = TOLERANCE) -> Any:
         """Those of the stages of an implicit one-step method; ``bound``: how systems are bound to inputs."""
         assert self.algebra is not None
         device = self.system.spec.device

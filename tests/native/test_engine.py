@@ -74,6 +74,7 @@ class TestForms:
         times = torch.tensor([0.0, 0.4, 0.4, 1.1, 1.7, 2.0, 2.0], dtype=torch.float64)
         check(method, rows=18, t_eval=times)
         check(method, rows=0, t_eval=2 - times, t_span=(2.0, 0.0))
+        check(method, rows=18, t_eval=2 - times)
 
     def test_derivatives_in_times(self, method):
         times = torch.tensor([0.3, 1.1, 1.9], dtype=torch.float64)

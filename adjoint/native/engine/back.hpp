@@ -77,14 +77,6 @@ struct Back_ {
     for (int i = 0; i < INPUTS; i++) if (OWN[i]) for (long e = 0; e < OWN[i]; e++) q.input_bars[i][r * OWN[i] + e] = get(bars[i][e], l);
   }
 
-  R moved(R x, bool on, double toward) const { return on ? beside(x, toward) : x; }
-  void stage_times(S* times) const {
-    if (!TIMED) return;
-    for (int i = 0; i < TIMES; i++) for (int l = 0; l < W; l++) {
-      const R x = (R)(t[l] + h[l] * C[i]);
-      put(times[i], l, C[i] == 0 ? moved(x, jump[l], sign[l] * __builtin_inf()) : C[i] == 1 ? moved(x, jumps_end[l], -sign[l] * __builtin_inf()) : x);
-    }
-  }
   // lanes without a trajectory stand where another one does: zero times a derivative that is no number would be none in their sums
   void rest() {
     int other = -1;
@@ -157,7 +149,7 @@ struct Back_ {
       }
       if (W > 1) rest();
       for (int l = 0; l < W; l++) put(hs, l, (R)h[l]);
-      stage_times(times);
+      stage_times(t, h, sign, jump, jumps_end, times);
       Return r{f, c, times, hs, y, bar, clear ? kbar : nullptr, ks, ybar, first_bar, work, (bool)q.timed, K(0), K(0)};
       if (dense) step_back<true>(r);
       else step_back<false>(r);

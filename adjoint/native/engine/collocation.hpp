@@ -70,9 +70,9 @@ static void step_forward(Attempt& a) {
   }
   for (int n = 0; n < N; n++) {
     const S size = m_abs(a.y[n]);
-    r.bound[n] = m_max(K(R(1e-3)) * (size * a.step_rtol[n] + a.step_atol[n]), K(R(10 * EPSILON)) * size);
+    r.bound[n] = m_max(K(R(TOLERANCE)) * (size * a.step_rtol[n] + a.step_atol[n]), K(R(10 * EPSILON)) * size);
   }
-  Newton newton(a, 1.0, a.adaptive ? 10 : 50);
+  Newton newton(a, 1.0, a.adaptive ? MOST_COUPLED : MOST_CONSTANT);
   while (newton.round < newton.most && newton.any()) {
     for (int l = 0; l < W; l++) { const long n = newton.running[l]; a.counts[EVALUATED][l] += n * STAGES; a.counts[ITERATIONS][l] += n; a.counts[SOLVES][l] += n * MODES; }
     for (int i = 0; i < STAGES; i++) {

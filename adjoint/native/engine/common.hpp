@@ -32,7 +32,6 @@ FN void dense_slopes(double theta, double* w) {
   }
 }
 
-struct Ctx { const R* const* u; const S* const* a; const R* const* k; S* const* b; };
 struct Functions {
   void (*fun)(const Ctx*, const S* t, const S* y, S* out);
   void (*vjp)(const Ctx*, const S* t, const S* y, const S* v, S* ybar, S* tbar);
@@ -96,6 +95,16 @@ struct Own {
     }
   }
 };
+
+// Times of the stages of steps from t of size h, at jumps from within the step. sign: the direction of time
+FN R moved(R x, bool on, double toward) { return on ? beside(x, toward) : x; }
+static void stage_times(const double* t, const double* h, const double* sign, const bool* jump, const bool* jumps_end, S* times) {
+  if (!TIMED) return;
+  for (int i = 0; i < TIMES; i++) for (int l = 0; l < W; l++) {
+    const R x = (R)(t[l] + h[l] * C[i]);
+    put(times[i], l, C[i] == 0 ? moved(x, jump[l], sign[l] * __builtin_inf()) : C[i] == 1 ? moved(x, jumps_end[l], -sign[l] * __builtin_inf()) : x);
+  }
+}
 
 // work in blocks of rows, each done by one thread, whatever their number: sums do not depend on it
 struct Crew { long blocks; volatile long next; void (*work)(void*, long); void* with; };

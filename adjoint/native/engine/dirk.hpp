@@ -13,7 +13,7 @@ FN S weighted(const double* w, int count, const S* ks, int n) {
 }
 // k = f(t, base + hd k), from a guess in k: NaN in lanes where the iteration fails
 static void implicit_stage(Attempt& a, const S& t, const S hd, const Room& r, S* k) {
-  Newton newton(a, 1e-3, 10);
+  Newton newton(a, TOLERANCE, MOST);
   S* value = r.spare;
   while (newton.round < newton.most && newton.any()) {
     for (int l = 0; l < W; l++) { const long n = newton.running[l]; a.counts[EVALUATED][l] += n; a.counts[ITERATIONS][l] += n; a.counts[SOLVES][l] += n; }

@@ -64,7 +64,7 @@ struct Loop {
   Watch watch[W];
   EventFunctions events;
 #endif
-  S *probe, *beside_;
+  S *probe, *inside;
   double looked[W];  // the longest step, a little more, that was looked at, and how long ago
   long since[W];
   bool unstable[W];
@@ -77,7 +77,7 @@ struct Loop {
     memory = lanes_of(numbers);
     S* at = memory;
     y = at; y1 = (at += N); k1 = (at += N); rtol = (at += N); atol = (at += N); size = (at += N); error = (at += N); other = (at += N);
-    srtol = (at += N); satol = (at += N); probe = (at += N); beside_ = (at += N); ks = (at += N);
+    srtol = (at += N); satol = (at += N); probe = (at += N); inside = (at += N); ks = (at += N);
     a.y = y; a.k1 = k1; a.rtol = srtol; a.atol = satol; a.ks = ks; a.y1 = y1; a.error = error; a.step_rtol = rtol; a.step_atol = atol;
     a.last_ks = at + ALL * N; a.work = at + 2 * ALL * N; a.guesses = q.guesses; a.adaptive = q.adaptive;
     for (long i = 0; i < numbers; i++) memory[i] = K(0);
@@ -97,8 +97,8 @@ struct Loop {
       put(rtol[n], l, q.rtol[r * q.rtol_row + n * q.rtol_column]);
       put(atol[n], l, q.atol[r * q.atol_row + n * q.atol_column]);
       // however loose those of the steps are, stages are roots, and no tighter than rounding allows
-      put(srtol[n], l, most(least(get(rtol[n], l), 1e-5), q.least_rtol));
-      put(satol[n], l, least(get(atol[n], l), 1e-8));
+      put(srtol[n], l, most(least(get(rtol[n], l), LOOSEST_RTOL), q.least_rtol));
+      put(satol[n], l, least(get(atol[n], l), LOOSEST_ATOL));
     }
   }
   double anchor(int l, long i) const { return q.anchors[i * q.rows + row[l]]; }
@@ -136,15 +136,6 @@ struct Loop {
     for (int i = 0; i < EVALUATED; i++) q.work[i * q.rows + r] = a.counts[i][l];
   }
 
-  R moved(R x, bool on, double toward) const { return on ? beside(x, toward) : x; }
-  // times of the stages; at jumps from within the step
-  void stage_times(S* times) const {
-    if (!TIMED) return;
-    for (int i = 0; i < TIMES; i++) for (int l = 0; l < W; l++) {
-      const R x = (R)(t[l] + h[l] * C[i]);
-      put(times[i], l, C[i] == 0 ? moved(x, jump[l], sign[l] * __builtin_inf()) : C[i] == 1 ? moved(x, jumps_end[l], -sign[l] * __builtin_inf()) : x);
-    }
-  }
 
   // lanes without a trajectory take one; slopes and first steps are computed for all lanes at once and kept for the new ones
   void refill() {
@@ -309,7 +300,7 @@ struct Loop {
         continue;
       }
       for (int l = 0; l < W; l++) put(hs, l, (R)h[l]);
-      stage_times(times);
+      stage_times(t, h, sign, jump, jumps_end, times);
       a.h = hs;
       for (int l = 0; l < W; l++) if (a.on[l]) a.stuck[l] = false;
       step_forward(a);
@@ -341,7 +332,6 @@ struct Loop {
     }
   }
 
-#if EVENTS > 0
   // the state within the step of a lane, in the place of that lane in z
   void within(int l, double theta, S* z) const {
     double w[ALL];
@@ -352,9 +342,11 @@ struct Loop {
       put(z[n], l, v);
     }
   }
-  // the events of the steps that passed, whose stages are all known: where trajectories stop, and which steps are to be taken again
-  void events_of(bool* passed, bool* again) {
-    S *z = lanes_of(N), at = K(0), g[3][EVENTS];
+
+#if EVENTS > 0
+  // the events of the steps that passed, whose stages are all known: where trajectories stop, and which did not pass after all, as they are to be taken again
+  void events_of(bool* passed) {
+    S *z = inside, at = K(0), g[3][EVENTS];
     double inner[2][ALL];
     const double grid[2] = {1.0 / 3, 2.0 / 3};
     for (int p = 0; p < 2; p++) {
@@ -371,7 +363,6 @@ struct Loop {
     events(&c, &at, y1, g[2]);
     for (int n = 0; n < N; n++) z[n] = y[n];
     for (int l = 0; l < W; l++) {
-      again[l] = false;
       stop[l] = NONE;
       if (!passed[l]) continue;
       Watch& w = watch[l];
@@ -405,12 +396,10 @@ struct Loop {
                                  accepted[l], tape.log);
       stop[l] = out.stop;
       if (!out.again) continue;
-      again[l] = true;
       passed[l] = false;
       for (int i = 0; i < EVENTS; i++) w.values[i] = before[i];
       step[l] = most(step[l], __builtin_fabs(w.aim - t[l]));
     }
-    free(z);
   }
 #endif
 
@@ -421,25 +410,25 @@ struct Loop {
     bool due_[W], some = false;
     for (int l = 0; l < W; l++) {
       const double size = __builtin_fabs(h[l]);
-      some |= due_[l] = passed[l] && !unstable[l] && (size > looked[l] || ++since[l] >= 32);
+      // behind a jump the slope is still that before it
+      some |= due_[l] = passed[l] && !unstable[l] && !(q.shift == 1 && jump[l]) && (size > looked[l] || ++since[l] >= 32);
       if (due_[l]) { looked[l] = most(looked[l], 1.25 * size); since[l] = 0; }
     }
     if (!some) return;
-    const M on = mask_of(due_);
     S at = K(0), *v = lanes_of(2 * (long)N), *f1 = v + N, rate = K(0);
     for (int l = 0; l < W; l++) put(at, l, (R)t[l]);
     for (int n = 0; n < N; n++) v[n] = probe[n];
+    // well within the tolerance, and well above rounding
+    auto unit = [&](int n) { return m_abs(y[n]) * (rtol[n] + K(R(SHIFT))) + atol[n] + K(R(SMALLEST)); };
     for (int k = 0; k < 3; k++) {
       S before = K(0), after = K(0);
       for (int n = 0; n < N; n++) {
-        const S unit = m_abs(y[n]) * (rtol[n] + K(R(SHIFT))) + atol[n] + K(R(1e-300 > TINIEST ? 1e-300 : TINIEST));
         before += v[n] * v[n];
-        beside_[n] = y[n] + unit * v[n];
+        inside[n] = y[n] + unit(n) * v[n];
       }
-      f.fun(&c, &at, beside_, f1);
+      f.fun(&c, &at, inside, f1);
       for (int n = 0; n < N; n++) {
-        const S unit = m_abs(y[n]) * (rtol[n] + K(R(SHIFT))) + atol[n] + K(R(1e-300 > TINIEST ? 1e-300 : TINIEST));
-        v[n] = (f1[n] - k1[n]) / unit;
+        v[n] = (f1[n] - k1[n]) / unit(n);
         after += v[n] * v[n];
       }
       rate = m_sqrt(after / before);
@@ -475,8 +464,7 @@ struct Loop {
     }
     bool ended = false, jumped = false;
 #if EVENTS > 0
-    bool again[W];
-    events_of(passed, again);
+    events_of(passed);
 #else
     for (int l = 0; l < W; l++) stop[l] = __builtin_nan("");
 #endif
@@ -486,22 +474,13 @@ struct Loop {
       const bool stops = stop[l] == stop[l];
       while (due[l] <= sign[l] * (stops ? stop[l] : end[l])) {
         const double when = sample_time(l, next[l]);
-        if (when == end[l]) { write_sample(l, y1, accepted[l]); continue; }
-        double w[ALL];
-        dense_weights((when - t[l]) / h[l], w);
-        const long i = sample(l, next[l]) * q.rows + row[l];
-        for (int n = 0; n < N; n++) {
-          R v = get(y[n], l);
-          for (int s = 0; s < ALL; s++) if (w[s]) v += (R)(w[s] * h[l]) * get(ks[s * N + n], l);
-          q.samples[i * N + n] = v;
-        }
-        q.sample_step[i] = accepted[l];
-        next[l]++;
-        to_next_sample(l);
+        if (when != end[l]) within(l, (when - t[l]) / h[l], inside);
+        write_sample(l, when == end[l] ? y1 : inside, accepted[l]);
       }
       if (q.keep_grid) {
         Place p = place_of(q, tape, accepted[l], row[l]);
-        *p.t = t[l]; *p.h = h[l]; if (q.n_anchors > 2) { *p.segment = segment[l]; *p.lands = lands[l]; }
+        *p.t = t[l]; *p.h = h[l];
+        if (q.n_anchors > 2) { *p.segment = segment[l]; *p.lands = lands[l]; }
         if (q.keep_states) for (int n = 0; n < N; n++) p.state[n] = get(y1[n], l);
         if (q.keep_stages) for (int s = 0; s < ALL; s++) for (int n = 0; n < N; n++) p.stages[s * q.rows * N + n] = get(ks[s * N + n], l);
       }

@@ -1,4 +1,4 @@
-// The iteration for implicit stages: the rule of `integrate/newton.py`, every lane by itself. TOLERANCE, of the iteration; MOST of its rounds.
+// The iteration for implicit stages: the rule of `integrate/newton.py`, every lane by itself. It ends at bound, or after so many rounds.
 struct Newton {
   bool running[W], failed[W];
   double before[W], rate[W], size[W];
