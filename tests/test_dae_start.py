@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from adjoint import DiscreteAdjoint, InconsistentInitialCondition, InterpolatingAdjoint, InvalidInput, UnsupportedCombination, solve_dae
+from adjoint import (
+    DiscreteAdjoint,
+    InconsistentInitialCondition,
+    InterpolatingAdjoint,
+    InvalidInput,
+    UnsupportedCombination,
+    solve_dae,
+    solve_ivp,
+)
 
 from .dae_problems import ROBERTSON_P, ROBERTSON_Y0, robertson
 
@@ -108,3 +116,26 @@ def test_continuous_adjoint_at_the_tolerances_of_the_solve():
     exact = gradient(1e-10, DiscreteAdjoint())
     errors = [float((gradient(rtol, InterpolatingAdjoint()) / exact - 1).abs().max()) for rtol in (1e-5, 1e-7, 1e-8)]
     assert errors[0] < 1e-5 and errors[1] < 1e-7 and errors[2] < 1e-8
+
+
+@pytest.mark.parametrize("method", ["radau", "rodas5p"])
+def test_a_first_step_does_not_depend_on_the_other_trajectories(method):
+    """Of a batch some rows have found the size of their first step before others: they keep it, and count no work that is not theirs."""
+    rate = torch.tensor([1.0, 3e7, 0.0, 50.0], dtype=torch.float64)
+
+    def residual(t, y, yp, k):
+        return torch.stack([yp[..., 0] + k * y[..., 0], y[..., 1] - y[..., 0] ** 2 - torch.sin(t)], -1)
+
+    def solve(k):
+        y0 = torch.ones(len(k), 2, dtype=torch.float64)
+        if method == "radau":
+            return solve_dae(residual, (0.0, 1.0), y0, args=(k,), batched=True, t_eval="steps")
+        mass = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
+        fun = lambda t, y, k: -residual(t, y, torch.zeros_like(y), k)  # noqa: E731
+        return solve_ivp(fun, (0.0, 1.0), y0, args=(k,), batched=True, t_eval="steps", method=method, mass_matrix=mass)
+
+    whole = solve(rate)
+    for row in range(len(rate)):
+        alone = solve(rate[row : row + 1])
+        torch.testing.assert_close(whole.t[1, row], alone.t[1, 0], rtol=1e-14, atol=0)
+        torch.testing.assert_close(whole.stats.n_factorizations[row], alone.stats.n_factorizations[0])

@@ -20,14 +20,14 @@ from ..methods import Method
 from ..methods.runge_kutta import weighted_sum
 from .plan import Plan
 
-__all__ = ["Constrained", "inner_error"]
+__all__ = ["NARROW", "NOISE", "Constrained", "Point", "inner_error", "points_of"]
 
 #: where methods are looked at whose stages are no points of their dense output
 _THIRDS = (1 / 3, 2 / 3)
 #: part of the span below which nothing is resolved: the error of such a step counts as the square of its size
-_NARROW = 1e-7
+NARROW = 1e-7
 #: times the tolerance of the iteration: what is taken for noise in the defect of a constraint, and in its slope
-_NOISE = 10.0
+NOISE = 10.0
 
 
 class Constrained(Protocol):
@@ -56,7 +56,7 @@ class Constrained(Protocol):
         ...
 
 
-class _Point(NamedTuple):
+class Point(NamedTuple):
     """A place in the step: weights of the dense output and of its slope; ``rate``: how much faster the error of the polynomial changes
     at the end of the step, for a step of size one, than it is large here."""
 
@@ -67,7 +67,7 @@ class _Point(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _points(method: Method) -> tuple[_Point, ...]:
+def points_of(method: Method) -> tuple[Point, ...]:
     """Between the nodes of a collocation polynomial, where its error is largest; at thirds of the step else."""
     dense = method.tableau.dense  # type: ignore[attr-defined]
     collocated = method.nodes[1:] if method.nodes[-1] == 1.0 and hasattr(method.tableau, "modes") else None  # type: ignore[attr-defined]
@@ -80,7 +80,7 @@ def _points(method: Method) -> tuple[_Point, ...]:
         middles = [(a + b) / 2 for a, b in pairwise(collocated)] or [collocated[0] / 2]
         places = [(theta, end / math.prod(theta - c for c in zeros)) for theta in middles]
     return tuple(
-        _Point(
+        Point(
             theta,
             [sum(w * theta ** (m + 1) for m, w in enumerate(row)) for row in dense],
             [sum((m + 1) * w * theta**m for m, w in enumerate(row)) for row in dense],
@@ -110,9 +110,9 @@ def inner_error(
     g = method.tableau.gamma  # type: ignore[attr-defined]
     stages, hg = ks[: method.n_stages], h * g
     # a step over a jump of an algebraic variable that nobody named: it shall be small, and no more can be asked
-    narrow = (h.squeeze(-1).abs() / (_NARROW * span).to(h.dtype).clamp(min=torch.finfo(h.dtype).tiny)).clamp(max=1.0) ** 2
+    narrow = (h.squeeze(-1).abs() / (NARROW * span).to(h.dtype).clamp(min=torch.finfo(h.dtype).tiny)).clamp(max=1.0) ** 2
     worst: Tensor | None = None
-    for point in _points(method):
+    for point in points_of(method):
         moved, slope = weighted_sum(point.values, stages), weighted_sum(point.slopes, stages)
         assert moved is not None and slope is not None
         defect = f.residual(start(point.theta), y + h * moved, slope)
@@ -133,7 +133,7 @@ def _of_index_two(f: Constrained, plan: Plan, hg: Tensor, rest: float, error: Te
     assert f.power is not None
     high = f.power > 0
     left = f.tolerance * (size * plan.rtol + plan.atol)
-    noise = plan.norm(plan.scaled(_NOISE * torch.maximum(left, 10 * torch.finfo(size.dtype).eps * size), size))
+    noise = plan.norm(plan.scaled(NOISE * torch.maximum(left, 10 * torch.finfo(size.dtype).eps * size), size))
     seen = plan.norm(torch.where(high, 0.0, plan.scaled(error, size)).abs()).clamp(min=torch.finfo(size.dtype).tiny)
     whole = error + f.filtered(hg, rest * f.mass(torch.where(high, 0.0, error)))
     share = 1.0 + (noise / seen).unsqueeze(-1) * plan.scaled(whole, size).abs()

@@ -13,14 +13,15 @@ from ..methods.tableaux_implicit import CollocationTableau, Mode
 from .coupled import solve_coupled
 from .guesses import StageGuess
 from .plan import Plan
+from .stages import SEARCHES
 from .work import StageWork
 
-__all__ = ["ResidualSolver"]
+__all__ = ["NEWTON", "ResidualSolver"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 
-#: rounds of the search for the slope at the start, and Newton steps in each
-_ROUNDS, _NEWTON = 6, 8
+#: Newton steps in each round of the search for the slope at the start
+NEWTON = 8
 
 
 class ResidualSolver:
@@ -104,30 +105,33 @@ class ResidualSolver:
         """The slope of an implicit Euler step so small that nothing changes by more than a hundredth of its tolerance. Algebraic variables
         have one too, which the equations themselves do not give. ``wanted`` (B,): the rows that are asked for; all by default."""
         plan = self.plan
-        asked: Tensor | int = 1 if wanted is None else wanted
-        others: Tensor | bool = False if wanted is None else ~wanted
+        # rows that are through stay as they are, so that none depends on the others
+        going = torch.ones_like(width, dtype=torch.bool) if wanted is None else wanted
         size = y.abs() * plan.rtol + plan.atol
         slope, speed = torch.zeros_like(y), torch.zeros_like(width, dtype=plan.real)
-        for _ in range(_ROUNDS):
+        for _ in range(SEARCHES):
             step = (sign * width).to(plan.real).unsqueeze(-1)
             end = t.to(plan.real) + step.squeeze(-1)
-            for _ in range(_NEWTON):
+            moving = going
+            for _ in range(NEWTON):
                 pencil = self._take(end, y + step * slope, slope)
                 factors = scaled_factors(self.linear_solver, pencil.at(step), self.work.log)
                 change = factors.solve(self.residual(end, y + step * slope, slope))
                 change = torch.where(torch.isfinite(change).all(-1, keepdim=True), change, 0.0)
-                slope = slope - change
+                slope = torch.where(moving.unsqueeze(-1), slope - change, slope)
                 for count in (self.work.n_fun, self.work.n_jac, self.work.n_factorizations, self.work.n_solves, self.work.n_newton):
-                    count += asked
-                if bool(((plan.norm(step * change / size) <= 1e-4) | others).all()):
+                    count += moving
+                moving = moving & ~(plan.norm(step * change / size) <= 1e-4)
+                if not bool(moving.any()):
                     break
-            speed = plan.norm(self.weigh(slope, step, True) / size)
+            found = plan.norm(self.weigh(slope, step, True) / size)
             # a state that is not finite says nothing of sizes
-            speed = torch.where(torch.isfinite(speed), speed, 0.0)
+            speed = torch.where(going, torch.where(torch.isfinite(found), found, 0.0), speed)
             narrow = torch.minimum(width, 1e-2 / speed.clamp(min=1e-300).double())
-            if bool(((narrow >= 0.5 * width) | others).all()):
+            going = going & ~(narrow >= 0.5 * width)
+            if not bool(going.any()):
                 break
-            width = narrow
+            width = torch.where(going, narrow, width)
         return slope, speed
 
     # ---- a step

@@ -17,7 +17,7 @@ from .numbers import less
 from .plan import Plan
 from .work import StageWork
 
-__all__ = ["LOOSEST", "MOST", "TOLERANCE", "StageSolver", "tolerances_of_stages"]
+__all__ = ["LOOSEST", "MOST", "SEARCHES", "TOLERANCE", "StageSolver", "tolerances_of_stages"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 
@@ -28,7 +28,7 @@ MOST = 10
 #: the loosest rtol and atol by which iterations are measured
 LOOSEST = (1e-5, 1e-8)
 #: rounds of the search for the first step
-_ROUNDS = 6
+SEARCHES = 6
 
 
 def tolerances_of_stages(plan: Plan, tolerance: float) -> tuple[float | Tensor, float | Tensor]:
@@ -176,16 +176,19 @@ class StageSolver:
         span = (stops[-1] - stops[0]).abs()
         size = y0.abs() * plan.rtol + plan.atol
         width = speed = 1e-3 * span
-        for _ in range(_ROUNDS):
-            step = (sign * width).to(plan.real).unsqueeze(-1)
+        # rows that are through stay as they are, so that none depends on the others
+        going = torch.ones_like(span, dtype=torch.bool)
+        for _ in range(SEARCHES):
+            step = torch.where(going, sign * width, 0.0).to(plan.real).unsqueeze(-1)
             self.begin(t0, y0)
             slope = self.solve(t0, y0, step, self.f(t0 + step.squeeze(-1), y0))
-            self.work.n_fun += 1
-            speed = plan.norm(slope / size).double()
+            self.work.n_fun += going
+            speed = torch.where(going, plan.norm(slope / size).double(), speed)
             wanted = torch.minimum(width, 1e-2 / speed.clamp(min=1e-300))
-            if bool((~(wanted < 0.5 * width)).all()):
+            going = going & (wanted < 0.5 * width)
+            if not bool(going.any()):
                 break
-            width = torch.where(torch.isfinite(wanted), wanted, width)
+            width = torch.where(going & torch.isfinite(wanted), wanted, width)
         first = torch.minimum(1e-3 * span, 0.5 / speed.clamp(min=1e-300))
         return torch.where(torch.isfinite(first), first, 1e-6 * span)
 

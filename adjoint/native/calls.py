@@ -16,6 +16,8 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("void*", "vjp"),
     ("void*", "jac"),
     ("void*", "bend"),
+    ("void*", "mass"),
+    ("void*", "mass_vjp"),
     ("void*", "events"),
     ("const double*", "directions"),  # (E,)
     ("const long*", "terminal"),
@@ -44,6 +46,8 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("long", "accept_smallest"),
     ("long", "adaptive"),
     ("double", "least_rtol"),  # of iterations for stages
+    ("const R*", "power"),  # (n,): see `ResidualSolver`, or nothing
+    ("const unsigned char*", "skipped"),  # (n,): variables that the error test leaves out, or nothing
     ("double", "safety"),
     ("double", "min_factor"),
     ("double", "max_factor"),
@@ -86,6 +90,8 @@ BACKWARD: tuple[tuple[str, str], ...] = (
     ("void*", "vjp"),
     ("void*", "jac"),
     ("void*", "bend"),
+    ("void*", "mass"),
+    ("void*", "mass_vjp"),
     ("const R* const*", "inputs"),
     ("const R* const*", "tables"),
     ("long", "rows"),

@@ -10,7 +10,7 @@ from typing import TypeGuard
 import numpy as np
 import torch
 
-from ..integrate import coupled, stages
+from ..integrate import coupled, defect, stages
 from ..methods.collocation import FullyImplicitRungeKutta
 from ..methods.dirk import DiagonallyImplicitRungeKutta
 from ..methods.rosenbrock import Rosenbrock
@@ -99,6 +99,18 @@ def _iteration() -> str:
     return f"{rounds}\nstatic constexpr double TOLERANCE = {number(stages.TOLERANCE)};"
 
 
+def _constraints(method: Compiled) -> list[str]:
+    """The constants of the defect of constraints, see `defect.inner_error`, and of how a solve begins."""
+    points = defect.points_of(method)
+    return [
+        _flags(POINTS=len(points), SEARCHES=stages.SEARCHES),
+        f"static constexpr double NARROW = {number(defect.NARROW)}, NOISE = {number(defect.NOISE)};",
+        *(_array(name, [getattr(p, name.lower()) for p in points]) for name in ("THETA", "RATE")),
+        *(_matrix(name, [getattr(p, name.lower()) for p in points], method.n_stages) for name in ("VALUES", "SLOPES")),
+        source("constraints.hpp"),
+    ]
+
+
 def _dirk(method: DiagonallyImplicitRungeKutta) -> list[str]:
     """The constants of a diagonally implicit method."""
     tab, s = method.tableau, method.n_stages
@@ -140,9 +152,10 @@ def _family(method: Compiled, real: torch.dtype, width: int, nonzero: Collection
     """A method's constants, and the step of its family."""
     if isinstance(method, ExplicitRungeKutta):
         return [*_explicit(method), source("explicit.hpp")]
+    shared = [_iteration(), source("linear.hpp")]
     if isinstance(method, Rosenbrock):
-        return [source("linear.hpp"), *_rosenbrock(method, width, nonzero), source("rosenbrock.hpp")]
-    shared = [_iteration(), source("linear.hpp"), source("newton.hpp")]
+        return [*shared, *_rosenbrock(method, width, nonzero), source("rosenbrock.hpp")]
+    shared.append(source("newton.hpp"))
     if isinstance(method, FullyImplicitRungeKutta):
         return [*shared, *_collocation(method, real), source("collocation.hpp")]
     return [*shared, *_dirk(method), source("dirk.hpp")]
@@ -157,11 +170,13 @@ def engine_text(
     numbers: Sequence[int],
     nonzero: Collection[tuple[int, int]] = (),
     n_events: int = 0,
+    mass: bool = False,
 ) -> str:
     """All but the functions of the user and `prologue`, for states of ``width`` numbers.
 
     ``timed``: whether these functions look at the time. ``own``: how many numbers of each input belong to one trajectory, 0 where all
-    share it; ``numbers``: how many cotangents shared ones have. ``nonzero``: see `_rosenbrock`.
+    share it; ``numbers``: how many cotangents shared ones have. ``nonzero``: see `_rosenbrock`. ``mass``:
+    whether there is a matrix in front of the slopes.
     """
     dense = method.tableau.dense
     return "\n".join(
@@ -174,6 +189,7 @@ def engine_text(
             _array("C", method.nodes),
             _matrix("DENSE", dense, len(dense[0])),
             declarations(),
+            f"#define MASS {int(mass)}\n#define CONSTRAINED {int(mass)}",
             source("common.hpp"),
             *_family(method, real, width, nonzero),
             # only explicit steps have to be looked after
@@ -184,6 +200,7 @@ def engine_text(
             f"#define EVENTS {n_events}",
             f"static constexpr double FARTHEST = {number(max(1.0, *method.nodes))}, REAL_EPSILON = {number(torch.finfo(real).eps)};",
             *([source("events.hpp")] if n_events else []),
+            *(_constraints(method) if mass else []),
             source("loop.hpp"),
             source("back.hpp"),
         ]

@@ -32,8 +32,8 @@ def suits(plan: Plan, system: System | VmappedSystem, y0: Tensor) -> str | None:
     base = system
     while isinstance(base, VmappedSystem):
         base = base.base
-    if base.residual is not None or base.mass is not None:
-        return "its equations are implicit (solve_dae, mass_matrix=): leave compile out"
+    if base.residual is not None:
+        return "its equations are implicit (solve_dae): leave compile out"
     if not takes(plan.method):
         return f"method={plan.method.name!r} has no native form: choose a one-step method ('tsit5'; 'rodas5p' for stiff equations)"
     if base.inner_grad or base.transforms:

@@ -21,8 +21,9 @@ MOST_VALUES = 6_000
 
 @dataclass(frozen=True)
 class UserFunctions:
-    """Text by the name of the function: "fun" and "vjp", for implicit methods "jac", for those whose steps hold the Jacobian "bend"; what
-    has to stand before; and rows and columns of the entries of the Jacobian that are not always zero."""
+    """Text by the name of the function: "fun" and "vjp", for implicit methods "jac", for those whose steps hold the Jacobian "bend", with a
+    matrix in front of the slopes "mass" and "mass_vjp", with events "events"; what has to stand before; and rows and columns of the
+    entries of the Jacobian that are not always zero."""
 
     texts: dict[str, str]
     tables: str
@@ -30,17 +31,24 @@ class UserFunctions:
 
 
 def user_functions(
-    reading: Reading, events: Sequence[Reading], width: int, own: Sequence[int], timed: bool, method: Compiled
+    reading: Reading,
+    events: Sequence[Reading],
+    width: int,
+    own: Sequence[int],
+    timed: bool,
+    method: Compiled,
+    mass: Reading | None = None,
 ) -> UserFunctions:
     """For states of ``width`` numbers; ``own``: how many numbers of each input belong to one trajectory, 0 where all share it; ``timed``:
-    whether the function looks at the time. Raises `Unreadable` where text would be too long."""
+    whether the function looks at the time; ``mass``: the matrix in front of the slopes, row by row. Raises `Unreadable` where text would
+    be too long."""
     try:
-        return _texts(_Writer(reading, width, own, timed), events, method)
+        return _texts(_Writer(reading, width, own, timed), events, method, mass)
     except NotImplementedError as error:
         raise Unreadable("", "", f"{error} is not known as a formula") from error
 
 
-def _texts(writer: _Writer, events: Sequence[Reading], method: Compiled) -> UserFunctions:
+def _texts(writer: _Writer, events: Sequence[Reading], method: Compiled, mass: Reading | None) -> UserFunctions:
     reading, width, own = writer.reading, writer.width, writer.own
     loops = rolled(reading.graph, reading.outputs, _leaf, _cotangent, writer.shared, ("t", "y", "a"), entry_name="J[PATTERN[{}]]".format)
     texts = writer.straight() if loops is None else writer.loops(loops)
@@ -54,6 +62,9 @@ def _texts(writer: _Writer, events: Sequence[Reading], method: Compiled) -> User
         texts["bend"] = writer.bend()
     if events:
         texts["events"] = _events(reading, events, width, own)
+    if mass is not None:
+        before = len(reading.tables) + sum(len(event.tables) for event in events)
+        texts |= _Writer(mass, 0, own, False, before).straight(("mass", "mass_vjp"))
     return UserFunctions(texts, tables, nonzero)
 
 
@@ -61,32 +72,31 @@ def _events(reading: Reading, events: Sequence[Reading], width: int, own: Sequen
     """The values of all functions of events."""
     bodies, before = [], len(reading.tables)
     for i, event in enumerate(events):
-        writer = _Writer(event, width, own, True)
-
-        def leaf(place: tuple[Any, ...], before: int = before) -> str:
-            # tables of all functions stand in one list
-            return _leaf(("k", place[1] + before, *place[2:])) if place[0] == "k" else _leaf(place)
-
-        body, size = statements(event.graph, [(f"g[{i}]", event.outputs[0], "=")], leaf, writer.shared, prefix=f"e{i}v")
+        writer = _Writer(event, width, own, True, before)
+        body, size = statements(event.graph, [(f"g[{i}]", event.outputs[0], "=")], writer.leaf, writer.shared, prefix=f"e{i}v")
         if size > MOST_VALUES:
             raise _too_long(size)
         bodies.append(body)
         before += len(event.tables)
-    return _Writer(reading, width, own, True, before).function("events", "const S* y, S* g", "\n".join(bodies))
+    return _Writer(reading, width, own, True, before - len(reading.tables)).function("events", "const S* y, S* g", "\n".join(bodies))
 
 
 class _Writer:
-    """The functions of one reading."""
+    """The functions of one reading; ``before``: so many tables stand before its own, in the one list of those of all functions."""
 
-    def __init__(self, reading: Reading, width: int, own: Sequence[int], timed: bool, n_tables: int | None = None) -> None:
-        self.n_tables = len(reading.tables) if n_tables is None else n_tables
+    def __init__(self, reading: Reading, width: int, own: Sequence[int], timed: bool, before: int = 0) -> None:
+        self.before, self.n_tables = before, before + len(reading.tables)
         self.reading, self.width, self.own, self.timed = reading, width, own, timed
         self.graph = reading.graph
         self.shared = {k for k, n in enumerate(own) if not n}
         self._entries: tuple[dict[tuple[int, int], int], dict[int, int]] | None = None
 
-    def straight(self) -> dict[str, str]:
-        """``fun`` and ``vjp``, written out."""
+    def leaf(self, place: tuple[Any, ...]) -> str:
+        """The name of a leaf."""
+        return _leaf(("k", place[1] + self.before, *place[2:])) if place[0] == "k" else _leaf(place)
+
+    def straight(self, names: tuple[str, str] = ("fun", "vjp")) -> dict[str, str]:
+        """The function and its vjp, written out."""
         graph, outputs = self.graph, self.reading.outputs
         seeds: dict[int, int] = {}
         for i, node in enumerate(outputs):
@@ -96,8 +106,8 @@ class _Writer:
         zero = graph.constant(0.0)
         of_state: list[Target | Scatter] = [(f"yb[{i}]", found.pop(graph.leaf("y", i), zero), "=") for i in range(self.width)]
         return {
-            "fun": self._written("fun", "const S* y, S* o", [(f"o[{i}]", node, "=") for i, node in enumerate(outputs)]),
-            "vjp": self._written("vjp", "const S* y, const S* v, S* yb, S* tb", of_state + self._added(found)),
+            names[0]: self._written(names[0], "const S* y, S* o", [(f"o[{i}]", node, "=") for i, node in enumerate(outputs)]),
+            names[1]: self._written(names[1], "const S* y, const S* v, S* yb, S* tb", of_state + self._added(found)),
         }
 
     def loops(self, loops: Rolled) -> dict[str, str]:
@@ -143,7 +153,7 @@ class _Writer:
         return self._entries
 
     def _written(self, name: str, signature: str, targets: Sequence[Target | Scatter]) -> str:
-        body, size = statements(self.graph, targets, _leaf, self.shared)
+        body, size = statements(self.graph, targets, self.leaf, self.shared)
         if size > MOST_VALUES:
             raise _too_long(size)
         return self.function(name, signature, body)

@@ -54,6 +54,8 @@ class Program:
     tables: tuple[Tensor, ...]
     #: functions of events
     events: tuple[Reading, ...] = ()
+    #: the matrix in front of the slopes, row by row
+    mass: Reading | None = None
     room: dict[int, int] = field(default_factory=dict)
     #: by the number of lanes; what could not be made is not tried again
     _engines: dict[int, Engine | NoCompiler] = field(default_factory=dict)
@@ -64,7 +66,7 @@ class Program:
         """The user's function and its derivatives as text. Raises `Unreadable` where that would be too long."""
         if self._functions is None:
             try:
-                self._functions = user_functions(self.reading, self.events, self.width, self.own, self.timed, self.method)
+                self._functions = user_functions(self.reading, self.events, self.width, self.own, self.timed, self.method, self.mass)
             except Unreadable as error:
                 self._functions = error
         if isinstance(self._functions, Unreadable):
@@ -90,7 +92,8 @@ class Program:
     def _made(self, lanes: int) -> Engine:
         start, theirs = prologue(self.real, lanes), self.functions
         users = library("\n".join([start, CONTEXT, theirs.tables, *theirs.texts.values()]), False, links(lanes))
-        engine = engine_text(self.method, self.real, self.width, self.timed, self.own, self.numbers, theirs.nonzero, len(self.events))
+        sizes = self.width, self.timed, self.own, self.numbers, theirs.nonzero, len(self.events), self.mass is not None
+        engine = engine_text(self.method, self.real, *sizes)
         loop = library("\n".join([start, engine]), True, links(lanes))
         addresses = {name: _address(users, name) for name in theirs.texts}
         loop.forward.restype = ctypes.c_void_p
@@ -113,8 +116,9 @@ def _address(loaded: ctypes.CDLL, name: str) -> int:
     return address
 
 
-def program_of(readings: Sequence[Reading], method: Compiled, y0: Tensor, inputs: Sequence[Tensor]) -> Program:
-    """The program of a right-hand side, behind which functions of events may stand, for states like ``y0`` (B, n) and inputs like these.
+def program_of(readings: Sequence[Reading], method: Compiled, y0: Tensor, inputs: Sequence[Tensor], mass: bool = False) -> Program:
+    """The program of a right-hand side, behind which functions of events may stand, and with ``mass`` the matrix in front of the slopes as
+    the last one, for states like ``y0`` (B, n) and inputs like these.
 
     Raises `Unreadable` where one of them shares an input among trajectories that another one does not.
     """
@@ -129,4 +133,5 @@ def program_of(readings: Sequence[Reading], method: Compiled, y0: Tensor, inputs
     numbers = tuple(x.numel() if not step and x.is_floating_point() else 0 for step, x in zip(steps, inputs, strict=True))
     timed = any(depends(reading, "t") for reading in readings)
     tables = tuple(x.contiguous().to(y0.dtype) for reading in readings for x in reading.tables)
-    return Program(readings[0], method, y0.dtype, y0.shape[1], own, numbers, timed, tables, tuple(readings[1:]))
+    events, matrix = (readings[1:-1], readings[-1]) if mass else (readings[1:], None)
+    return Program(readings[0], method, y0.dtype, y0.shape[1], own, numbers, timed, tables, tuple(events), matrix)

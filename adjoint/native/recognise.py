@@ -236,25 +236,29 @@ def recognise(
     """
     base, levels = _unmapped(system)
     captured = len(inputs) - len(base.captured)
-    given = [_first(x, [dims[k] for _, dims in levels]) for k, x in enumerate(inputs[:captured])] if heard is None or events else []
+    asked = heard is None or bool(events) or base.mass is not None
+    given = [_first(x, [dims[k] for _, dims in levels]) for k, x in enumerate(inputs[:captured])] if asked else []
     parts = [hear(key, base, t, y0, given) if heard is None else heard]
     parts += [hear((key, compile_key(e)), base, t, y0, given, e) for e in events]
     own = {id(x): captured + k for k, x in reversed(list(enumerate(base.captured)))}
     #: tensors that are read, each with its place among the inputs of the system, and their order
     read_from: dict[int, tuple[Tensor, int | None]] = {}
     layouts = [_layout(part, own, read_from) for part in parts]
+    mass = None if base.mass is None else _read_of(read_from, given[base.mass], base.mass)
     slots = tuple(k for _, k in read_from.values())
     values = [x if k is None else inputs[k] for x, k in read_from.values()]
     dims = [(size, tuple(None if k is None else of[k] for k in slots)) for size, of in levels]
     kinds = tuple((x.shape, x.dtype) for x in values)
     graphs = tuple(part.graph for part in parts)
-    layout = (graphs[1:], tuple(layouts), method, batched, tuple(y0.shape), base.spec, tuple(dims), kinds)
+    layout = (graphs[1:], tuple(layouts), mass, method, batched, tuple(y0.shape), base.spec, tuple(dims), kinds)
     known = graphs[0].programs
     found = known.get(layout)
     if found is None:
         flats = [_flat(graph.module, *where, base.spec, k > 0) for k, (graph, where) in enumerate(zip(graphs, layouts, strict=True))]
+        flats += [] if mass is None else [_matrix(base, mass)]
+        flats = [_mapped(flat, dims, base) for flat in flats]
         try:
-            found = _program([_mapped(flat, dims, base) for flat in flats], method, t if batched else t[0], y0, values, batched)
+            found = _program(flats, method, t if batched else t[0], y0, values, batched, mass is not None)
         except Unreadable as error:
             found = error
         known[layout] = found
@@ -273,8 +277,7 @@ def _layout(heard: Heard, own: dict[int, int], read_from: dict[int, tuple[Tensor
     """
 
     def read(x: Tensor, slot: int | None) -> tuple[str, int]:
-        read_from.setdefault(id(x), (x, slot))
-        return "input", list(read_from).index(id(x))
+        return "input", _read_of(read_from, x, slot)
 
     places = []
     for x in heard.tensors:
@@ -282,6 +285,12 @@ def _layout(heard: Heard, own: dict[int, int], read_from: dict[int, tuple[Tensor
         places.append((kind, k) if kind in ("t", "y") else read(x, k if kind == "argument" else own.get(id(x))))
     results = [read(heard.arguments[k], k) if kind == "argument" else (kind, k) for kind, k in heard.results]
     return tuple(places), tuple(results)
+
+
+def _read_of(read_from: dict[int, tuple[Tensor, int | None]], x: Tensor, slot: int | None) -> int:
+    """The place of a tensor among those that are read, where it gets one if it has none."""
+    read_from.setdefault(id(x), (x, slot))
+    return list(read_from).index(id(x))
 
 
 def _unmapped(system: System | VmappedSystem) -> tuple[System, list[tuple[int, tuple[int | None, ...]]]]:
@@ -324,6 +333,17 @@ def _flat(module: GraphModule, places: _Places, results: _Places, spec: StateSpe
     return flat
 
 
+def _matrix(base: System, place: int) -> Callable[..., Tensor]:
+    """The matrix in front of the slopes, ``(rows, n * n)``, as a function like those of `_flat`."""
+
+    def flat(t: Tensor, y: Tensor, *inputs: Tensor) -> Tensor:
+        matrix = base.mass_matrix([*([inputs[place]] * ((base.mass or 0) + 1))])
+        assert matrix is not None
+        return matrix.expand(base.rows, -1, -1).flatten(1)
+
+    return flat
+
+
 def _mapped(flat: Callable[..., Tensor], levels: Sequence[tuple[int, tuple[int | None, ...]]], base: System) -> Callable[..., Tensor]:
     """The same of all copies at once."""
     if not levels:
@@ -341,9 +361,15 @@ def _mapped(flat: Callable[..., Tensor], levels: Sequence[tuple[int, tuple[int |
 
 
 def _program(
-    flats: Sequence[Callable[..., Tensor]], method: Compiled, t: Tensor, y0: Tensor, given: Sequence[Tensor], batched: bool
+    flats: Sequence[Callable[..., Tensor]],
+    method: Compiled,
+    t: Tensor,
+    y0: Tensor,
+    given: Sequence[Tensor],
+    batched: bool,
+    mass: bool,
 ) -> Program:
     for x in given:
         if x.is_complex() or (x.is_floating_point() and x.dtype != y0.dtype):
             raise Unreadable("", "", f"it uses a tensor of {x.dtype} beside a state of {y0.dtype}")
-    return program_of([read(flat, t, y0, given, batched) for flat in flats], method, y0, given)
+    return program_of([read(flat, t, y0, given, batched) for flat in flats], method, y0, given, mass)

@@ -107,15 +107,20 @@ class Problem:
         """The solve by compiled code; None where it cannot be, or where steps have to be looked after (see `Companion`)."""
         derivatives = self.derivatives and (self.plan.keep_states or self.plan.keep_grid)
         record = self.native.forward(self.plan.compile, self.plan, self.system, self.batched, inputs, y0, anchors, t_eval, derivatives)
-        if record is None or (derivatives and rests(record)):
+        if record is None or (derivatives and not self._constrained and rests(record)):
             self.native.recognised = None
             return None
         return record
 
+    @property
+    def _constrained(self) -> bool:
+        """Whether not every state near that of the solve has a slope."""
+        return self.system.residual is not None or self.system.mass is not None
+
     def beside(self, inputs: Sequence[Tensor], rows: int) -> Beside | None:
         """See `Companion`: where derivatives are wanted, and every state near that of the solve has a slope."""
-        plan, constrained = self.plan, self.system.residual is not None or self.system.mass is not None
-        if not self.derivatives or not (plan.keep_states or plan.keep_grid) or constrained:
+        plan = self.plan
+        if not self.derivatives or not (plan.keep_states or plan.keep_grid) or self._constrained:
             return None
 
         def made(moved: bool) -> Any:

@@ -225,7 +225,6 @@ UNCOMPILED = {
     "split": ("'kencarp4' has no native form", {"fun": SplitFunction(_square, _square), "method": "kencarp4"}),
     "jac": ("leave jac= or compile out", {"method": "rodas4", "jac": lambda t, y: torch.diag(-2 * y)}),
     "linear_solver": ("leave linear_solver= or compile out", {"method": "rodas4", "linear_solver": adjoint.linalg.DenseLU()}),
-    "mass_matrix": ("leave compile out", {"method": "rodas4", "mass_matrix": torch.eye(2, dtype=torch.float64)}),
     "variable mass_matrix": ("leave compile out", {"method": "radau5", "mass_matrix": lambda t, y: torch.eye(2)}),
     "event of a sign": ("an event", {"events": lambda t, y: y[0] > 0.7}),
     "norm": ("norm= is", {"norm": lambda y: y.abs().amax()}),

@@ -77,13 +77,14 @@ struct Back_ {
     for (int i = 0; i < INPUTS; i++) if (OWN[i]) for (long e = 0; e < OWN[i]; e++) q.input_bars[i][r * OWN[i] + e] = get(bars[i][e], l);
   }
 
-  // lanes without a trajectory stand where another one does: zero times a derivative that is no number would be none in their sums
+  // lanes without a trajectory take the step of another one: zero times a derivative that is no number, or the inverse of a singular matrix,
+  // would be none in their sums
   void rest() {
     int other = -1;
     for (int l = 0; l < W; l++) if (live[l]) other = l;
     for (int l = 0; l < W; l++) if (!live[l]) {
       if (row[l] != row[other]) { row[l] = row[other]; own.load(q.inputs, l, row[l]); }
-      t[l] = t[other];
+      t[l] = t[other]; h[l] = h[other];
       for (int n = 0; n < N; n++) put(y[n], l, get(y[n], other));
       if (RECORDED) for (int n = 0; n < ALL * N; n++) put(ks[n], l, get(ks[n], other));
     }

@@ -35,15 +35,20 @@ FN void dense_slopes(double theta, double* w) {
 struct Functions {
   void (*fun)(const Ctx*, const S* t, const S* y, S* out);
   void (*vjp)(const Ctx*, const S* t, const S* y, const S* v, S* ybar, S* tbar);
-  // those entries of the Jacobian (n, n) that are not always zero, and the slope in time
+  // those entries of the Jacobian (n, n) that are not always zero, and the slope in time. Of implicit equations F(t, y, y') = 0 y stands for
+  // y and y' side by side, 2 n numbers, and the Jacobian is (n, 2 n)
   void (*jac)(const Ctx*, const S* t, const S* y, S* J, S* slope);
+  // the matrix in front of the slopes (n, n), and from its cotangent those of the inputs
+  void (*mass)(const Ctx*, const S* t, const S* y, S* matrix);
+  void (*mass_vjp)(const Ctx*, const S* t, const S* y, const S* v, S*, S*);
   // of phi = sum weights_ij J_ij + sum of_slope_i slope_i: itself, and its gradient added to ybar and tbar
   void (*bend)(const Ctx*, const S* t, const S* y, const S* weights, const S* of_slope, S* ybar, S* tbar, S* phi);
 };
 // of the state of every lane: the values of all event functions
 typedef void (*EventFunctions)(const Ctx*, const S* t, const S* y, S* values);
 template <class Q> static Functions functions_of(const Q& q) {
-  return {(decltype(Functions::fun))q.fun, (decltype(Functions::vjp))q.vjp, (decltype(Functions::jac))q.jac, (decltype(Functions::bend))q.bend};
+  return {(decltype(Functions::fun))q.fun, (decltype(Functions::vjp))q.vjp, (decltype(Functions::jac))q.jac, (decltype(Functions::mass))q.mass, (decltype(Functions::mass_vjp))q.mass_vjp,
+          (decltype(Functions::bend))q.bend};
 }
 
 // an attempted step of the trajectories ``on``, from y, where the slope is k1: what it is given, and where its results go
@@ -52,7 +57,7 @@ struct Attempt {
   const Functions& f; const Ctx& c; const S* times; S h;
   const S *y, *k1, *rtol, *atol, *step_rtol, *step_atol;  // tolerances of an iteration for stages, and of the step
   S* last_ks; double last_h[W]; bool guesses;  // the step before, and whether iterations may begin with it
-  S *ks, *y1, *error, *work;
+  S *ks, *y1, *error, *work, *beside;  // beside: of the defect, see constraints.hpp
   bool adaptive, on[W], again[W], stuck[W];  // again: from the same place as the attempt before; stuck: the iteration did not converge
   long counts[COUNTS][W];
   void count(int what, long n = 1) { for (int l = 0; l < W; l++) counts[what][l] += on[l] * n; }

@@ -75,9 +75,13 @@ template <int D, class V> static void solve_transposed(const V* LU, const V* P, 
   for (int i = D - 1; i > 0; i--) { const V v = x[i]; for (int j = 0; j < i; j++) x[j] = x[j] - LU[i * D + j] * v; }
   rows_exchanged<D>(P, x, true);
 }
-// the factors of I - hd J
-static void shifted_matrix(const S* J, const S hd, S* LU, S* P) {
-  for (int i = 0; i < N; i++) for (int j = 0; j < N; j++) LU[i * N + j] = (i == j ? K(1) : K(0)) - hd * J[i * N + j];
+// the factors of I - hd J, or with a matrix of mass - hd J; of I where hd is zero
+static void shifted_matrix(const S* J, const S hd, S* LU, S* P, const S* mass = nullptr) {
+  for (int i = 0; i < N; i++) for (int j = 0; j < N; j++) {
+    S one = i == j ? K(1) : K(0);
+    if (mass) one = m_sel((M)(hd == K(0)), one, mass[i * N + j]);
+    LU[i * N + j] = one - hd * J[i * N + j];
+  }
   factorise<N>(LU, P);
 }
 #define EXCHANGES room_of_exchanges(N)

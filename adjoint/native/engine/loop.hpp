@@ -58,6 +58,7 @@ struct Loop {
   S *y, *y1, *k1, *ks, *rtol, *atol, *size, *error, *other, *srtol, *satol;
   Attempt a;
   double t[W], step[W], wanted[W], target[W], end[W], h[W], error1[W], error2[W], sign[W];
+  double span[W];
   double due[W];  // the time of the next sample, in the direction of integration
   long row[W], segment[W], attempts[W], accepted[W], n_fun[W], next[W];
 #if EVENTS > 0
@@ -73,20 +74,20 @@ struct Loop {
   bool live[W], lands[W], rejected[W], bad[W], jump[W], jumps_end[W];
 
   Loop(const Forward& q, Tape& tape, long from, long to) : q(q), tape(tape), f(functions_of(q)), from(from), to(to), waiting(from), a{f, c} {
-    const long numbers = (12 + 2 * ALL) * (long)N + ROOM_OF_STEP;
+    const long numbers = (12 + 2 * ALL + 4 * CONSTRAINED) * (long)N + ROOM_OF_STEP;
     memory = lanes_of(numbers);
     S* at = memory;
     y = at; y1 = (at += N); k1 = (at += N); rtol = (at += N); atol = (at += N); size = (at += N); error = (at += N); other = (at += N);
     srtol = (at += N); satol = (at += N); probe = (at += N); inside = (at += N); ks = (at += N);
     a.y = y; a.k1 = k1; a.rtol = srtol; a.atol = satol; a.ks = ks; a.y1 = y1; a.error = error; a.step_rtol = rtol; a.step_atol = atol;
-    a.last_ks = at + ALL * N; a.work = at + 2 * ALL * N; a.guesses = q.guesses; a.adaptive = q.adaptive;
+    a.last_ks = at + ALL * N; a.work = at + 2 * ALL * N; a.beside = a.work + ROOM_OF_STEP; a.guesses = q.guesses; a.adaptive = q.adaptive;
     for (long i = 0; i < numbers; i++) memory[i] = K(0);
     c = {q.inputs, own.a, q.tables, nullptr};
 #if EVENTS > 0
     events = (EventFunctions)q.events;
     for (int l = 0; l < W; l++) watch[l].begin();
 #endif
-    for (int l = 0; l < W; l++) { live[l] = aiming[l] = false; row[l] = from; t[l] = q.anchors[from]; h[l] = 0; jump[l] = jumps_end[l] = a.on[l] = a.again[l] = a.stuck[l] = false; sign[l] = 1; fill(l, from); }
+    for (int l = 0; l < W; l++) { live[l] = aiming[l] = false; row[l] = from; t[l] = q.anchors[from]; h[l] = span[l] = 0; jump[l] = jumps_end[l] = a.on[l] = a.again[l] = a.stuck[l] = false; sign[l] = 1; fill(l, from); }
   }
   ~Loop() { free(memory); }
 
@@ -148,6 +149,7 @@ struct Loop {
       fill(l, row[l]);
       t[l] = anchor(l, 0);
       sign[l] = anchor(l, q.n_anchors - 1) >= t[l] ? 1.0 : -1.0;
+      span[l] = __builtin_fabs(anchor(l, q.n_anchors - 1) - t[l]);
       attempts[l] = accepted[l] = next[l] = segment[l] = 0;
       n_fun[l] = 1;
       rejected[l] = bad[l] = jump[l] = jumps_end[l] = a.stuck[l] = false;
@@ -170,52 +172,63 @@ struct Loop {
       for (int l = 0; l < W; l++) if (fresh[l]) { watch[l].begin(); for (int i = 0; i < EVENTS; i++) watch[l].values[i] = get(g[i], l); }
     }
 #endif
-    S now, there_, *f0 = y1, *z = lanes_of(2 * N), *f1 = z + N, room_, h0_;
+    S now, *f0 = y1;
     for (int l = 0; l < W; l++) put(now, l, moved((R)t[l], q.shift == 2, sign[l] * __builtin_inf()));
     f.fun(&c, &now, y, f0);
-    double h0[W], d1[W];
-    bool guess = q.adaptive && !q.first_step;
+    double first[W];
+    const bool guess = q.adaptive && !q.first_step;
     if (guess) {
-      S a0, a1;
-      S* s = f1;
-      for (int n = 0; n < N; n++) s[n] = m_abs(y[n]);
-      scaled_norm(y, s, rtol, atol, &a0);
-      scaled_norm(f0, s, rtol, atol, &a1);
-      for (int l = 0; l < W; l++) {
-        double nearest = 0, room = __builtin_inf();
-        for (long i = 1; i < q.n_anchors; i++) {
-          const double ahead = anchor(l, i) - anchor(l, 0);
-          if (sign[l] * ahead > 0 && __builtin_fabs(ahead) < room) { room = __builtin_fabs(ahead); nearest = anchor(l, i); }
-        }
-        if (!finite(room)) { room = 0; nearest = anchor(l, q.n_anchors > 1 ? 1 : 0); }
-        const double d0 = get(a0, l);
-        d1[l] = get(a1, l);
-        double g = (d0 < 1e-5 || d1[l] < 1e-5) ? 1e-6 : 0.01 * d0 / d1[l];
-        g = least(finite(g) ? g : 1e-6, q.max_step);
-        put(there_, l, (R)(g < room ? anchor(l, 0) + sign[l] * g : nearest));
-        h0[l] = least(g, room);
-        put(h0_, l, (R)(sign[l] * h0[l]));
-      }
-      for (int n = 0; n < N; n++) z[n] = y[n] + h0_ * f0[n];
-      f.fun(&c, &there_, z, f1);
-      for (int n = 0; n < N; n++) f1[n] = f1[n] - f0[n];
-      for (int n = 0; n < N; n++) z[n] = m_abs(y[n]);
-      scaled_norm(f1, z, rtol, atol, &room_);
+#if MASS
+      first_steps(a, t, sign, span, fresh, first);
+#else
+      hairer(f0, fresh, first);
+#endif
     }
     for (int l = 0; l < W; l++) if (fresh[l]) {
-      if (guess) {
-        const double worst = most(d1[l], (double)get(room_, l) / h0[l]);
-        const double next_guess = worst <= 1e-15 ? most(h0[l] * 1e-3, 1e-6) : __builtin_pow(0.01 / worst, 1.0 / (ERROR_ORDER + 1));
-        const double x = least(100 * h0[l], next_guess);
-        step[l] = finite(x) && x > 0 ? x : h0[l];
-        if (!(step[l] >= q.min_step)) step[l] = step[l] != step[l] ? step[l] : q.min_step;
-        n_fun[l]++;
-      } else step[l] = q.first_step ? q.first_step[q.first_step_row * row[l]] : __builtin_inf();
+      if (guess) step[l] = first[l] >= q.min_step || first[l] != first[l] ? first[l] : q.min_step;
+      else step[l] = q.first_step ? q.first_step[q.first_step_row * row[l]] : __builtin_inf();
       for (int n = 0; n < N; n++) {
         put(k1[n], l, get(f0[n], l));
         // nothing goes on from a state that is not finite: a step of no size says so at once
         if (!finite(get(y[n], l))) { step[l] = 0; bad[l] = true; }
       }
+    }
+  }
+
+  // the sizes of first steps, from the slopes at their start: `integrate/initial_step.py`
+  void hairer(const S* f0, const bool* fresh, double* first) {
+    S there_, *z = lanes_of(2 * N), *f1 = z + N, room_, h0_, a0, a1;
+    double h0[W], d1[W];
+    S* s = f1;
+    for (int n = 0; n < N; n++) s[n] = m_abs(y[n]);
+    scaled_norm(y, s, rtol, atol, &a0);
+    scaled_norm(f0, s, rtol, atol, &a1);
+    for (int l = 0; l < W; l++) {
+      double nearest = 0, room = __builtin_inf();
+      for (long i = 1; i < q.n_anchors; i++) {
+        const double ahead = anchor(l, i) - anchor(l, 0);
+        if (sign[l] * ahead > 0 && __builtin_fabs(ahead) < room) { room = __builtin_fabs(ahead); nearest = anchor(l, i); }
+      }
+      if (!finite(room)) { room = 0; nearest = anchor(l, q.n_anchors > 1 ? 1 : 0); }
+      const double d0 = get(a0, l);
+      d1[l] = get(a1, l);
+      double g = (d0 < 1e-5 || d1[l] < 1e-5) ? 1e-6 : 0.01 * d0 / d1[l];
+      g = least(finite(g) ? g : 1e-6, q.max_step);
+      put(there_, l, (R)(g < room ? anchor(l, 0) + sign[l] * g : nearest));
+      h0[l] = least(g, room);
+      put(h0_, l, (R)(sign[l] * h0[l]));
+    }
+    for (int n = 0; n < N; n++) z[n] = y[n] + h0_ * f0[n];
+    f.fun(&c, &there_, z, f1);
+    for (int n = 0; n < N; n++) f1[n] = f1[n] - f0[n];
+    for (int n = 0; n < N; n++) z[n] = m_abs(y[n]);
+    scaled_norm(f1, z, rtol, atol, &room_);
+    for (int l = 0; l < W; l++) if (fresh[l]) {
+      const double worst = most(d1[l], (double)get(room_, l) / h0[l]);
+      const double next_guess = worst <= 1e-15 ? most(h0[l] * 1e-3, 1e-6) : __builtin_pow(0.01 / worst, 1.0 / (ERROR_ORDER + 1));
+      const double x = least(100 * h0[l], next_guess);
+      first[l] = finite(x) && x > 0 ? x : h0[l];
+      n_fun[l]++;
     }
     free(z);
   }
@@ -311,6 +324,9 @@ struct Loop {
       if (q.adaptive) {
         step_error(a);
         for (int n = 0; n < N; n++) size[n] = m_max(m_abs(y[n]), m_abs(y1[n]));
+#if CONSTRAINED
+        inner_error(a, t, h, span, size, q.power, q.skipped);
+#endif
         scaled_norm(error, size, rtol, atol, &level);
       }
       any = false;

@@ -1,0 +1,218 @@
+"""Equations with constraints by compiled code: the steps, values and first derivatives of the eager engine, and closed forms."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+
+import adjoint
+from adjoint.native.build import NoCompiler, compiler
+
+try:
+    compiler()
+except NoCompiler:
+    pytest.skip("there is no C++ compiler", allow_module_level=True)
+
+pytestmark = [pytest.mark.compile, pytest.mark.users_defaults]
+F64 = torch.float64
+MASS = torch.tensor([[1.2, 0.3, 0.0], [-0.2, 0.8, 0.0], [0.0, 0.0, 0.0]], dtype=F64)
+
+
+@pytest.fixture(autouse=True)
+def _no_fallback():
+    """Solves that are compiled say nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="compile=True", category=RuntimeWarning)
+        yield
+
+
+def driven(t, y, p):
+    """Of ``M y'``: two differential variables and one that a constraint fixes, non-linear in it."""
+    a, b, z = y.unbind(-1)
+    k, c = p.unbind(-1)
+    return torch.stack([-k * a + z * b, torch.sin(t) - b * z, z + 0.2 * z**3 - c * a * torch.cos(t) - 0.1 * b], -1)
+
+
+def given(rows, dtype=F64):
+    """Initial states, parameters and matrices; of one trajectory for no rows."""
+    scale = torch.linspace(1, 1.3, max(rows, 1), dtype=dtype)
+    y0, p = (torch.tensor(x, dtype=dtype) * scale.unsqueeze(-1) for x in ([0.9, 0.4, 0.3], [0.7, 1.1]))
+    mass = MASS.to(dtype) * scale[:, None, None]
+    return [x.requires_grad_() for x in ((y0, p, mass) if rows else (y0[0], p[0], mass[0]))]
+
+
+def by_matrix(compile, y0, p, mass, span=(0.0, 2.0), fun=driven, **options):
+    return adjoint.solve_ivp(fun, span, y0, (p,), mass_matrix=mass, batched=y0.dim() == 2, compile=compile, **options)
+
+
+def found(solve, compile, rows, dtype=F64, shared=False, **options):
+    """A solution, and the gradients of a sum of all that it holds in all that it depends on."""
+    xs = given(rows, dtype)
+    if shared:
+        xs[2] = xs[2][0].detach().requires_grad_()
+    times = [options[name].clone().requires_grad_() for name in ("t_eval", "span") if isinstance(options.get(name), torch.Tensor)]
+    names = [name for name in ("t_eval", "span") if isinstance(options.get(name), torch.Tensor)]
+    options = options | dict(zip(names, times, strict=True))
+    sol = solve(compile, *xs, **({"rtol": 1e-5, "atol": 1e-7} | options))
+    values = [sol.y, *([] if sol.yp is None else [sol.yp]), *([] if sol.quadrature is None else [sol.quadrature])]
+    values += [x for e in sol.events for x in (e.t, e.y)]
+    total = sum((x.nan_to_num() * torch.cos(torch.arange(x.numel(), dtype=x.dtype)).reshape(x.shape)).sum() for x in values)
+    grads = torch.autograd.grad(total, [*xs, *times], allow_unused=True)
+    return sol, [x.detach() for x in values], grads
+
+
+def agree(solve, tolerance=1e-7, rows=0, **options):
+    (mine, values, slopes), (theirs, other_values, other_slopes) = (found(solve, x, rows, **options) for x in (True, False))
+    assert torch.equal(torch.as_tensor(mine.stats.n_steps), torch.as_tensor(theirs.stats.n_steps))
+    assert torch.equal(torch.as_tensor(mine.status), torch.as_tensor(theirs.status))
+    for a, b in zip(values, other_values, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+    for a, b in zip(slopes, other_slopes, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=10 * tolerance * float(b.abs().max()) + 1e-300)
+    return mine, theirs
+
+
+def rises(t, y, p):
+    return y[..., 2] - 0.35
+
+
+def ends(t, y, p):
+    return t - 1.4 + 0.01 * y[..., 0]
+
+
+ends.terminal = True
+SOLVES = [pytest.param((by_matrix, name), id=name) for name in ("rodas3p", "rodas5p")]
+
+
+@pytest.mark.parametrize("form", SOLVES)
+class TestAgainstEager:
+    @pytest.mark.parametrize("rows, shared", [(0, False), (3, False), (18, False), (18, True)])
+    def test_samples(self, form, rows, shared):
+        solve, method = form
+        agree(solve, rows=rows, shared=shared, method=method, t_eval=torch.linspace(0.1, 1.9, 5, dtype=F64))
+        agree(solve, rows=rows, shared=shared, method=method)
+
+    @pytest.mark.parametrize("rows", [0, 18])
+    def test_the_same_steps_to_rounding(self, form, rows):
+        # with sizes that no error decides there is no difference but that of rounding, and of iterations
+        solve, method = form
+        fixed = {"first_step": 0.1, "max_step": 0.1, "rtol": 1e3, "atol": 1e3}
+        agree(solve, 1e-10, rows=rows, method=method, t_eval=torch.tensor([0.33, 1.1, 2.0], dtype=F64), **fixed)
+
+    @pytest.mark.parametrize("rows", [0, 18])
+    def test_derivatives_in_times(self, form, rows):
+        solve, method = form
+        options = {"t_eval": torch.tensor([0.4, 1.1, 1.9], dtype=F64), "span": torch.tensor([0.1, 2.0], dtype=F64)}
+        agree(solve, 1e-6, rows=rows, method=method, **options)
+        options = {"t_eval": torch.tensor([1.9, 0.2], dtype=F64), "span": torch.tensor([2.0, 0.1], dtype=F64)}
+        agree(solve, 1e-6, rows=rows, method=method, **options)
+
+    @pytest.mark.parametrize("rows", [0, 18])
+    def test_own_spans_and_one_of_no_length(self, form, rows):
+        solve, method = form
+        end = torch.linspace(0.0, 2.0, rows, dtype=F64) if rows else torch.tensor(0.0, dtype=F64)
+        agree(solve, rows=rows, method=method, span=(0.0, end))
+
+    @pytest.mark.parametrize("rows", [0, 18])
+    def test_jumps(self, form, rows):
+        def kicked(t, y, p):
+            push = 1 - 3 * (t > 0.7).to(t.dtype) + 3 * (t > 1.3).to(t.dtype)
+            return driven(t, y, p) + torch.stack([0 * push, push, 0 * push], -1)
+
+        solve, method = form
+        agree(solve, 1e-6, rows=rows, method=method, fun=kicked, step_ts=[0.7, 1.3], t_eval=torch.tensor([0.5, 0.9, 2.0], dtype=F64))
+
+    @pytest.mark.parametrize("rows", [0, 18])
+    def test_events_quadrature_all_steps_and_dense_output(self, form, rows):
+        solve, method = form
+        mine, _ = agree(solve, 1e-6, rows=rows, method=method, events=[rises, ends], quadrature=lambda t, y, p: y[..., 0] * y[..., 2])
+        assert bool((torch.as_tensor(mine.status) == 1).all()) and mine.events[1].t.numel() == max(rows, 1)
+        agree(solve, 1e-6, rows=rows, method=method, t_eval="steps")
+        mine, theirs = agree(solve, rows=rows, method=method, dense_output=True)
+        torch.testing.assert_close(mine(1.234), theirs(1.234), rtol=1e-7, atol=1e-7)
+
+    def test_single_precision(self, form):
+        solve, method = form
+        mine, theirs = (found(solve, x, 18, torch.float32, method=method, rtol=1e-3, atol=1e-4) for x in (True, False))
+        for a, b in zip((*mine[1], *mine[2]), (*theirs[1], *theirs[2]), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3 * float(b.abs().max()))
+
+    def test_failures_stay_alone(self, form):
+        def stops(t, y, p):
+            fine = 1 - ((t > 1) & (p[..., 0] > 0.85)).to(y.dtype).unsqueeze(-1)
+            return driven(t, y, p) / fine + 0 / fine
+
+        solve, method = form
+        xs = [given(18) for _ in range(2)]
+        mine, theirs = (solve(c, *x, fun=stops, method=method, throw=False) for c, x in zip((True, False), xs, strict=True))
+        assert torch.equal(mine.status, theirs.status) and 0 < int((mine.status < 0).sum()) < 18
+        for sol, x in zip((mine, theirs), xs, strict=True):
+            sol.y[-1, mine.status == 0].sum().backward()
+            x.append(sol)
+        for a, b in zip(xs[0][:3], xs[1][:3], strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-6)
+        dead = given(18)[0].detach()
+        dead[4] = math.nan
+        mine = solve(True, dead, *given(18)[1:], method=method, throw=False)
+        assert int(mine.status[4]) < 0 and int((mine.status < 0).sum()) == 1
+
+    def test_second_derivatives_and_forward_mode_go_on_from_the_record(self, form):
+        solve, method = form
+        y0, p, mass = (x.detach() for x in given(0))
+        end = lambda p, compile: solve(compile, y0, p, mass, method=method, rtol=1e-5, atol=1e-7).y[-1].square().sum()  # noqa: E731
+        for transform in (torch.func.hessian, torch.func.jacfwd, torch.func.jacrev):
+            mine, theirs = (transform(lambda p, x=x: end(p, x))(p) for x in (True, False))
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
+
+    @pytest.mark.parametrize("dims", [(0, 0, 0), (None, 0, None), (None, None, 0)])
+    def test_mapped(self, form, dims):
+        solve, method = form
+        xs = [x.detach() if d == 0 else x[0].detach() for x, d in zip(given(5), dims, strict=True)]
+
+        def value(y0, p, mass, compile):
+            return solve(compile, y0, p, mass, method=method, rtol=1e-7, atol=1e-9).y[-1].square().sum()
+
+        def total(p, compile):
+            return torch.vmap(lambda *x: value(*x, compile), in_dims=dims)(xs[0], p, xs[2]).sum()
+
+        mine, theirs = (torch.func.grad_and_value(total)(xs[1], x) for x in (True, False))
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
+
+
+def curve(t, y, p):
+    """``y1' = y2 z``, ``y2' = -y1 z``, ``0 = z - p (1 + sin(t) / 2) (y1^2 + y2^2)``: an angle of ``p (t + (1 - cos t) / 2)``."""
+    a, b, z = y.unbind(-1)
+    return torch.stack([b * z, -a * z, p * (1 + torch.sin(t) / 2) * (a**2 + b**2) - z], -1)
+
+
+@pytest.mark.parametrize("rows", [0, 18])
+def test_a_closed_form(rows):
+    p = torch.linspace(0.9, 1.4, max(rows, 1), dtype=F64)
+    y0 = torch.tensor([0.0, 1.0, 0.5], dtype=F64).repeat(len(p), 1)
+    p, y0 = (p, y0) if rows else (p[0], y0[0])
+    p.requires_grad_()
+    options = {"method": "rodas5p", "mass_matrix": torch.diag(torch.tensor([1.0, 1.0, 0.0], dtype=F64)), "compile": True}
+    sol = adjoint.solve_ivp(curve, (0.0, 2.0), y0, (p,), batched=bool(rows), rtol=1e-9, atol=1e-11, **options)
+    speed = 2 + (1 - math.cos(2.0)) / 2
+    exact = torch.stack([torch.sin(speed * p), torch.cos(speed * p), p * (1 + math.sin(2.0) / 2)], -1)
+    torch.testing.assert_close(sol.y[-1], exact, rtol=1e-7, atol=1e-8)
+    (slope,) = torch.autograd.grad(sol.y[-1].sum(), p)
+    wanted = speed * (torch.cos(speed * p) - torch.sin(speed * p)) + 1 + math.sin(2.0) / 2
+    torch.testing.assert_close(slope, wanted.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_matrix_that_fun_uses_too():
+    """It is an input once, and gets one cotangent: m y' = -m y does not depend on m."""
+    mass = torch.diag(torch.tensor([2.0, 3.0], dtype=F64)).requires_grad_()
+    fun = lambda t, y, m: -m.diagonal(dim1=-2, dim2=-1) * y  # noqa: E731
+    for compile in (True, False):
+        options = {"method": "rodas5p", "rtol": 1e-9, "atol": 1e-11, "compile": compile}
+        y = adjoint.solve_ivp(fun, (0.0, 1.0), torch.ones(2, dtype=F64), (mass,), mass_matrix=mass, **options).y[-1]
+        torch.testing.assert_close(y, torch.full((2,), math.exp(-1), dtype=F64), rtol=1e-8, atol=0)
+        slope = torch.autograd.grad(y.sum(), mass)[0].diagonal()
+        torch.testing.assert_close(slope, torch.zeros(2, dtype=F64), rtol=0, atol=1e-7)
