@@ -37,10 +37,12 @@ STRATEGIES = {
 }
 #: methods whose steps are met by every strategy
 REPRESENTATIVES = ("tsit5", "rk4", "kvaerno5", "rodas5p", "radau5", "bdf", "abm")
+#: what the loops must get right beside ordinary steps: ends of steps that are given, time that runs back, failures, events that count
+EDGES = ("stops", "back", "nan", "few", "twice")
 LOW_ORDER = ("adaptive_heun", "implicit_euler", "trapezoid", "sdirk2", "trbdf2", "radau3", "bosh3")
 
 
-def solved(method: str, kind: str, form: str, gradient: Any = None) -> list[Tensor]:
+def solved(method: str, kind: str, form: str, gradient: Any = None, edge: str = "") -> list[Tensor]:
     """Of a stiff oscillator with a slow part: times, states, counters, events, and gradients in all that it depends on."""
     rows = form in ("many", "eventful")
     p = torch.tensor([0.7, 30.0], dtype=torch.float64, requires_grad=True)
@@ -50,7 +52,8 @@ def solved(method: str, kind: str, form: str, gradient: Any = None) -> list[Tens
     end.requires_grad_()
 
     def slow(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
-        return torch.stack([p[0] * y[..., 1], -y[..., 0] ** 3 + torch.sin(t), 0 * y[..., 0]], -1)
+        force = torch.sin(t) + (torch.where(t > 0.3, torch.nan, 0.0) if edge == "nan" else 0.0)
+        return torch.stack([p[0] * y[..., 1], -y[..., 0] ** 3 + force, 0 * y[..., 0]], -1)
 
     def fast(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
         return torch.stack([0 * y[..., 0], -0.1 * y[..., 1], p[1] * (torch.cos(y[..., 0]) - y[..., 2])], -1)
@@ -68,19 +71,47 @@ def solved(method: str, kind: str, form: str, gradient: Any = None) -> list[Tens
         event.terminal = form == "event"  # type: ignore[attr-defined]
         options["events"] = event
         options["t_eval"] = None
-    if kind == "fixed":
+    if kind == "fixed" or (kind == "split" and not IMEX_METHODS[method].adaptive):
         options["first_step"] = 0.02
+    if gradient is STRATEGIES["checkpoints"]:
+        options["t_eval"] = torch.tensor([0.0, 0.1, 0.21, 0.35])
+    if edge:
+        options |= {"t_eval": torch.tensor([0.0, 0.07, 0.1, 0.25, 0.33]), "step_ts": torch.tensor([0.1, 0.2, 0.3]), "throw": False}
+    if edge == "few":
+        options["max_steps"] = 4
+    if edge == "twice":
+
+        def turn(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
+            return torch.sin(20 * t) - 0.3
+
+        turn.terminal = 2  # type: ignore[attr-defined]
+        options["events"] = [event, turn]
+        if rows or kind == "dae":
+            del options["step_ts"]
     if kind == "dae":
         y0 = torch.cat([y0[..., :2], torch.cos(y0[..., :1])], -1).detach().requires_grad_()
-        sol = solve_dae(residual, (0.0, end), y0, (p,), **options)
+        sol = solve_dae(residual, (0.0, end), y0, args=(p,), **options)
+    elif edge == "back":
+        options["t_eval"] = None if rows else torch.tensor([1.0, 0.9, 0.5, 0.35])
+        options["step_ts"] = torch.tensor([0.2, 0.1] if rows else [0.7, 0.4])
+        sol = solve_ivp(lambda t, y, p: -slow(t, y, p), (end, 0.0), y0, (p,), **options)
     else:
         fun = SplitFunction(slow, fast) if kind == "split" else lambda t, y, p: slow(t, y, p) + fast(t, y, p)
         sol = solve_ivp(fun, (0.0, end), y0, (p,), **options)
     shown = torch.nan_to_num(sol.y)
     found = [torch.nan_to_num(x) for record in sol.events or () for x in (record.t, record.y)]
-    grads = torch.autograd.grad(sum(x.sin().sum() for x in (shown, *found)), (y0, p, end), allow_unused=True, materialize_grads=True)
+    loss, grads = sum(x.sin().sum() for x in (shown, *found)), ()
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss, (y0, p, end), allow_unused=True, materialize_grads=True)
     counts = [torch.as_tensor(getattr(sol.stats, name)) for name in ("n_steps", "n_accepted", "n_rejected", "n_fun", "n_jac", "n_newton")]
-    return [sol.t, shown, *found, *counts, *grads]
+    edges = [torch.as_tensor(sol.status)] if edge else []
+    return [sol.t, shown, *found, *counts, *grads, *edges]
+
+
+def plain(method: str, kind: str, form: str, edge: str) -> list[Tensor]:
+    """As `solved`, of a solve of which nobody wants derivatives."""
+    with torch.no_grad():
+        return solved(method, kind, form, None, edge)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -92,6 +123,12 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     for method, form, name in product(REPRESENTATIVES, FORMS[:2], STRATEGIES):
         kind = "ode" if METHODS[method].adaptive else "fixed"
         yield f"{kind}-{method}-{form}-{name}", partial(solved, method, kind, form, STRATEGIES[name])
+    for method, form, edge in product((*REPRESENTATIVES, "trapezoid", *SWITCHING_METHODS), FORMS[:2], EDGES):
+        kind = "fixed" if method in METHODS and not METHODS[method].adaptive else "ode"
+        yield f"{kind}-{method}-{form}-{edge}", partial(solved, method, kind, form, edge=edge)
+        yield f"{kind}-{method}-{form}-{edge}-plain", partial(plain, method, kind, form, edge)
+    for method, form, edge in product(DAE_METHODS, FORMS[:2], ("stops", "few", "twice")):
+        yield f"dae-{method}-{form}-{edge}", partial(solved, method, "dae", form, edge=edge)
     for param in forms.cases():
         case = param.values[0]
         if not param.marks and not case.second_order:
