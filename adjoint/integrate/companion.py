@@ -419,7 +419,9 @@ class Companion:
 def rests(record: Record) -> bool:
     """Whether a component of a trajectory was the same after all of its steps."""
     states = record.states
-    return bool((states[1:] == states[:1]).all(0).any())
+    # few are where they began after the last one
+    returned = states[-1] == states[0]
+    return bool(returned.any()) and bool((states[1:, returned] == states[0, returned]).all(0).any())
 
 
 def displaced(x: Tensor) -> Tensor:

@@ -190,6 +190,7 @@ def engine_text(
             _matrix("DENSE", dense, len(dense[0])),
             declarations(),
             f"#define MASS {int(mass)}\n#define CONSTRAINED {int(mass)}",
+            source("lanes.hpp"),
             source("common.hpp"),
             *_family(method, real, width, nonzero),
             # only explicit steps have to be looked after
@@ -201,7 +202,7 @@ def engine_text(
             f"static constexpr double FARTHEST = {number(max(1.0, *method.nodes))}, REAL_EPSILON = {number(torch.finfo(real).eps)};",
             *([source("events.hpp")] if n_events else []),
             *(_constraints(method) if mass else []),
-            source("loop.hpp"),
+            *(source(f"{name}.hpp") for name in ("tape", "starts", "loop")),
             source("back.hpp"),
         ]
     )

@@ -122,6 +122,12 @@ struct Back_ {
         if (!live[l]) continue;
         const long i = k[l] * q.rows + row[l];
         t[l] = q.t[i]; h[l] = q.h[i];
+        // the steps before lie far apart in memory
+        if (k[l] > 1) {
+          const long before = i - 2 * q.rows;
+          __builtin_prefetch(q.t + before); __builtin_prefetch(q.h + before);
+          for (int n = 0; n < N && n < 64; n += 64 / sizeof(R)) __builtin_prefetch(q.states + before * N + n);
+        }
         if (q.jumps) {
           jump[l] = q.jumps == 2 || (k[l] && q.segment[i] > q.segment[i - q.rows]);
           jumps_end[l] = q.jumps == 2 || (q.lands[i] && q.segment[i] < q.n_anchors - 2);
@@ -157,6 +163,8 @@ struct Back_ {
       if (HANDS_ON) handed_back(r);
       const S tbar = r.tbar, hbar = r.hbar;
       bool ended = false;
+      const M going = mask_of(live);
+      for (int n = 0; n < N; n++) bar[n] = m_sel(going, ybar[n] + start[n], K(0));
       for (int l = 0; l < W; l++) {
         if (!live[l]) continue;
         const long i = k[l] * q.rows + row[l];
@@ -178,8 +186,7 @@ struct Back_ {
           }
           q.t_bar[i] = t_bar; q.h_bar[i] = h_bar;
         }
-        for (int n = 0; n < N; n++) put(bar[n], l, get(ybar[n], l) + get(start[n], l));
-        if (--k[l] < 0) { done(l); ended = true; }
+                if (--k[l] < 0) { done(l); ended = true; }
       }
       if (ended) refill();
     }

@@ -71,9 +71,9 @@ struct Return {
   S tbar, hbar;
 };
 #if W == 1
-FN M mask_of(const bool* b) { return b[0]; }
+template <class B> FN M mask_of(const B& b) { return b[0]; }
 #else
-FN M mask_of(const bool* b) { M r; for (int l = 0; l < W; l++) r[l] = b[l] ? -1 : 0; return r; }
+template <class B> FN M mask_of(const B& b) { M r; for (int l = 0; l < W; l++) r[l] = b[l] ? -1 : 0; return r; }
 #endif
 
 extern "C" { void* malloc(size_t); void* calloc(size_t, size_t); void free(void*); void* aligned_alloc(size_t, size_t); void* memcpy(void*, const void*, size_t); }

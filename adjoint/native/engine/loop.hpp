@@ -1,84 +1,36 @@
 // The adaptive loop: W trajectories side by side; a lane whose trajectory has ended takes the next one. The rules are those of
-// `integrate/clock.py`, `controller.py`, `initial_step.py` and the samplers.
-
-// steps behind those for which there was room at first, of all trajectories
-struct Chunk { long from, length; R* states; R* stages; double *t, *h; long* segment; unsigned char* lands; Chunk* next; };
-struct Tape {
-  Chunk* first; pthread_mutex_t lock;
-#if EVENTS > 0
-  Log log;
-#endif
-};
-struct Place { R *state, *stages; double *t, *h; long* segment; unsigned char* lands; };
-
-static Chunk* chunk_at(const Forward& q, Tape& tape, long k) {
-  pthread_mutex_lock(&tape.lock);
-  Chunk** at = &tape.first; long from = q.room;
-  while (*at && k >= (*at)->from + (*at)->length) { from = (*at)->from + (*at)->length; at = &(*at)->next; }
-  while (!*at) {
-    // each as long as all that is there already
-    const long length = from > 0 ? from : 1, n = length * q.rows;
-    Chunk* c = (Chunk*)calloc(1, sizeof(Chunk));
-    c->from = from; c->length = length;
-    if (q.keep_states) c->states = (R*)malloc(n * N * sizeof(R));
-    if (q.keep_stages) c->stages = (R*)malloc(n * ALL * N * sizeof(R));
-    c->t = (double*)malloc(n * sizeof(double)); c->h = (double*)malloc(n * sizeof(double));
-    c->segment = (long*)malloc(n * sizeof(long)); c->lands = (unsigned char*)malloc(n);
-    *at = c;
-    if (k < from + length) break;
-    from += length; at = &c->next;
-  }
-  Chunk* found = *at;
-  pthread_mutex_unlock(&tape.lock);
-  return found;
-}
-// where step k of a row is written, and the state at its end
-static Place place_of(const Forward& q, Tape& tape, long k, long row) {
-  const long B_ = q.rows;
-  if (k < q.room) {
-    const long i = k * B_ + row;
-    return {q.keep_states ? q.states + (i + B_) * N : nullptr, q.keep_stages ? q.stages + (k * ALL * B_ + row) * N : nullptr, q.t + i, q.h + i, q.segment + i, q.lands + i};
-  }
-  Chunk* c = chunk_at(q, tape, k);
-  const long j = k - c->from, i = j * B_ + row;
-  return {q.keep_states ? c->states + i * N : nullptr, q.keep_stages ? c->stages + (j * ALL * B_ + row) * N : nullptr, c->t + i, c->h + i, c->segment + i, c->lands + i};
-}
-
-static void scaled_norm(const S* e, const S* size, const S* rtol, const S* atol, S* out) {
-  S total = K(0);
-  if (N == 1) { *out = m_abs(e[0] / (size[0] * rtol[0] + atol[0])); return; }
-  for (int n = 0; n < N; n++) { S x = e[n] / (size[n] * rtol[n] + atol[n]); total += x * x; }
-  *out = m_sqrt(total) * K(R(ROOT));
-}
+// `integrate/clock.py`, `controller.py` and the samplers.
 
 struct Loop {
   const Forward& q; Tape& tape; const Functions f;
   long from, to, waiting;
   Own own; Ctx c; S* memory;
   S *y, *y1, *k1, *ks, *rtol, *atol, *size, *error, *other, *srtol, *satol;
+  Starts starts;
   Attempt a;
-  double t[W], step[W], wanted[W], target[W], end[W], h[W], error1[W], error2[W], sign[W];
-  double span[W];
-  double due[W];  // the time of the next sample, in the direction of integration
-  long row[W], segment[W], attempts[W], accepted[W], n_fun[W], next[W];
+  Doubles t, step, wanted, target, end, h, error1, error2, sign, span;
+  Doubles due;  // the time of the next sample, in the direction of integration
+  Longs segment, attempts, accepted, n_fun;
+  long row[W], next[W];
 #if EVENTS > 0
   Watch watch[W];
   EventFunctions events;
 #endif
-  S *probe, *inside;
-  double looked[W];  // the longest step, a little more, that was looked at, and how long ago
-  long since[W];
-  bool unstable[W];
+  S *probe, *inside, *direction;  // of the first lane: where probes begin
+  Doubles looked;  // the longest step, a little more, that was looked at, and how long ago
+  Longs since;
+  Flags unstable;
   double stop[W];  // where a terminal event ends a trajectory in this step
   bool aiming[W];  // the step is to end just before a terminal event
-  bool live[W], lands[W], rejected[W], bad[W], jump[W], jumps_end[W];
+  Flags live, lands, rejected, bad, on;
+  bool jump[W], jumps_end[W];
 
-  Loop(const Forward& q, Tape& tape, long from, long to) : q(q), tape(tape), f(functions_of(q)), from(from), to(to), waiting(from), a{f, c} {
-    const long numbers = (12 + 2 * ALL + 4 * CONSTRAINED) * (long)N + ROOM_OF_STEP;
+  Loop(const Forward& q, Tape& tape, long from, long to) : q(q), tape(tape), f(functions_of(q)), from(from), to(to), waiting(from), starts(q, f), a{f, c} {
+    const long numbers = (13 + 2 * ALL + 4 * CONSTRAINED) * (long)N + ROOM_OF_STEP;
     memory = lanes_of(numbers);
     S* at = memory;
     y = at; y1 = (at += N); k1 = (at += N); rtol = (at += N); atol = (at += N); size = (at += N); error = (at += N); other = (at += N);
-    srtol = (at += N); satol = (at += N); probe = (at += N); inside = (at += N); ks = (at += N);
+    srtol = (at += N); satol = (at += N); probe = (at += N); inside = (at += N); direction = (at += N); ks = (at += N);
     a.y = y; a.k1 = k1; a.rtol = srtol; a.atol = satol; a.ks = ks; a.y1 = y1; a.error = error; a.step_rtol = rtol; a.step_atol = atol;
     a.last_ks = at + ALL * N; a.work = at + 2 * ALL * N; a.beside = a.work + ROOM_OF_STEP; a.guesses = q.guesses; a.adaptive = q.adaptive;
     for (long i = 0; i < numbers; i++) memory[i] = K(0);
@@ -87,17 +39,25 @@ struct Loop {
     events = (EventFunctions)q.events;
     for (int l = 0; l < W; l++) watch[l].begin();
 #endif
-    for (int l = 0; l < W; l++) { live[l] = aiming[l] = false; row[l] = from; t[l] = q.anchors[from]; h[l] = span[l] = 0; jump[l] = jumps_end[l] = a.on[l] = a.again[l] = a.stuck[l] = false; sign[l] = 1; fill(l, from); }
+    live.v = lands.v = rejected.v = bad.v = unstable.v = on.v = flag(false);
+    h.v = span.v = wanted.v = target.v = end.v = error1.v = error2.v = looked.v = due.v = DV{};
+    segment.v = attempts.v = accepted.v = n_fun.v = since.v = LV{};
+    step.v = sign.v = d_all(1);
+    for (int l = 0; l < W; l++) {
+      row[l] = from; t[l] = q.anchors[from]; next[l] = 0; stop[l] = __builtin_nan("");
+      aiming[l] = jump[l] = jumps_end[l] = a.on[l] = a.again[l] = a.stuck[l] = false;
+      own.load(q.inputs, l, from);
+      load_tolerances(q, rtol, atol, l, from);
+      of_stages(l);
+      for (int n = 0; n < N; n++) put(y[n], l, q.y0[from * N + n]);
+    }
+    if (q.watched) for (int n = 0; n < N; n++) put(direction[n], 0, (R)(1.5 + __builtin_cos((n + 1.0) * (n + 1.0))));
   }
   ~Loop() { free(memory); }
 
-  void fill(int l, long r) {
-    own.load(q.inputs, l, r);
+  // however loose the tolerances of the steps are, stages are roots, and no tighter than rounding allows
+  void of_stages(int l) {
     for (int n = 0; n < N; n++) {
-      put(y[n], l, q.y0[r * N + n]);
-      put(rtol[n], l, q.rtol[r * q.rtol_row + n * q.rtol_column]);
-      put(atol[n], l, q.atol[r * q.atol_row + n * q.atol_column]);
-      // however loose those of the steps are, stages are roots, and no tighter than rounding allows
       put(srtol[n], l, most(least(get(rtol[n], l), LOOSEST_RTOL), q.least_rtol));
       put(satol[n], l, least(get(atol[n], l), LOOSEST_ATOL));
     }
@@ -119,7 +79,7 @@ struct Loop {
 
   void finish(int l, long status) {
     const long r = row[l];
-    live[l] = false;
+    live.set(l, false);
     if (status == -3 && a.stuck[l]) status = -4;
     for (; next[l] < q.n_samples;) {
       const long i = sample(l, next[l]++) * q.rows + r;
@@ -138,213 +98,151 @@ struct Loop {
   }
 
 
-  // lanes without a trajectory take one; slopes and first steps are computed for all lanes at once and kept for the new ones
+  // lanes without a trajectory take one
   void refill() {
-    bool fresh[W], some = false;
     for (int l = 0; l < W; l++) {
-      fresh[l] = !live[l] && waiting < to;
-      if (!fresh[l]) continue;
-      some = live[l] = true;
-      row[l] = waiting++;
-      fill(l, row[l]);
+      if (live[l] || waiting >= to) continue;
+      if (waiting >= starts.to) starts.take(waiting, to);
+      const long r = row[l] = waiting, j = waiting++ - starts.from;
+      live.set(l, true);
+      own.load(q.inputs, l, r);
+      if (q.rtol_row || q.atol_row) {
+        load_tolerances(q, rtol, atol, l, r);
+        of_stages(l);
+      }
       t[l] = anchor(l, 0);
       sign[l] = anchor(l, q.n_anchors - 1) >= t[l] ? 1.0 : -1.0;
       span[l] = __builtin_fabs(anchor(l, q.n_anchors - 1) - t[l]);
-      attempts[l] = accepted[l] = next[l] = segment[l] = 0;
-      n_fun[l] = 1;
-      rejected[l] = bad[l] = jump[l] = jumps_end[l] = a.stuck[l] = false;
-      for (int i = 0; i < COUNTS; i++) a.counts[i][l] = 0;
-      a.last_h[l] = 0;
-      looked[l] = 0; since[l] = 0; unstable[l] = false;
-      for (int n = 0; n < N; n++) put(probe[n], l, (R)__builtin_copysign(1.5 + __builtin_cos((n + 1.0) * (n + 1.0)), get(y[n], l)));
+      step[l] = starts.step[j];
+      attempts[l] = accepted[l] = next[l] = segment[l] = since[l] = 0;
+      n_fun[l] = 1 + (starts.guessed && !MASS);
+      rejected.set(l, false); bad.set(l, step[l] == 0); unstable.set(l, false);
+      jump[l] = jumps_end[l] = a.stuck[l] = false;
+      for (int i = 0; i < COUNTS; i++) a.counts[i][l] = starts.a.counts[i][j];
+      a.last_h[l] = looked[l] = 0;
       error1[l] = error2[l] = 1;
-      for (int n = 0; n < N; n++) { put(error[n], l, R(0)); put(size[n], l, R(1)); }
+      for (int n = 0; n < N; n++) {
+        put(y[n], l, get(starts.y[n], j)); put(k1[n], l, get(starts.slope[n], j));
+        put(error[n], l, R(0)); put(size[n], l, R(1));
+        if (q.watched) put(probe[n], l, (R)__builtin_copysign((double)get(direction[n], 0), (double)get(y[n], l)));
+        if (q.keep_states) q.states[r * N + n] = get(y[n], l);
+      }
       to_next_anchor(l);
       to_next_sample(l);
-      for (int n = 0; n < N && q.keep_states; n++) q.states[row[l] * N + n] = get(y[n], l);
-    }
-    if (!some) return;
 #if EVENTS > 0
-    {
-      S at, g[EVENTS];
-      for (int l = 0; l < W; l++) put(at, l, (R)t[l]);
-      events(&c, &at, y, g);
-      for (int l = 0; l < W; l++) if (fresh[l]) { watch[l].begin(); for (int i = 0; i < EVENTS; i++) watch[l].values[i] = get(g[i], l); }
-    }
+      watch[l].begin();
+      for (int i = 0; i < EVENTS; i++) watch[l].values[i] = get(starts.events[i], j);
 #endif
-    S now, *f0 = y1;
-    for (int l = 0; l < W; l++) put(now, l, moved((R)t[l], q.shift == 2, sign[l] * __builtin_inf()));
-    f.fun(&c, &now, y, f0);
-    double first[W];
-    const bool guess = q.adaptive && !q.first_step;
-    if (guess) {
-#if MASS
-      first_steps(a, t, sign, span, fresh, first);
-#else
-      hairer(f0, fresh, first);
-#endif
-    }
-    for (int l = 0; l < W; l++) if (fresh[l]) {
-      if (guess) step[l] = first[l] >= q.min_step || first[l] != first[l] ? first[l] : q.min_step;
-      else step[l] = q.first_step ? q.first_step[q.first_step_row * row[l]] : __builtin_inf();
-      for (int n = 0; n < N; n++) {
-        put(k1[n], l, get(f0[n], l));
-        // nothing goes on from a state that is not finite: a step of no size says so at once
-        if (!finite(get(y[n], l))) { step[l] = 0; bad[l] = true; }
-      }
     }
   }
 
-  // the sizes of first steps, from the slopes at their start: `integrate/initial_step.py`
-  void hairer(const S* f0, const bool* fresh, double* first) {
-    S there_, *z = lanes_of(2 * N), *f1 = z + N, room_, h0_, a0, a1;
-    double h0[W], d1[W];
-    S* s = f1;
-    for (int n = 0; n < N; n++) s[n] = m_abs(y[n]);
-    scaled_norm(y, s, rtol, atol, &a0);
-    scaled_norm(f0, s, rtol, atol, &a1);
-    for (int l = 0; l < W; l++) {
-      double nearest = 0, room = __builtin_inf();
-      for (long i = 1; i < q.n_anchors; i++) {
-        const double ahead = anchor(l, i) - anchor(l, 0);
-        if (sign[l] * ahead > 0 && __builtin_fabs(ahead) < room) { room = __builtin_fabs(ahead); nearest = anchor(l, i); }
-      }
-      if (!finite(room)) { room = 0; nearest = anchor(l, q.n_anchors > 1 ? 1 : 0); }
-      const double d0 = get(a0, l);
-      d1[l] = get(a1, l);
-      double g = (d0 < 1e-5 || d1[l] < 1e-5) ? 1e-6 : 0.01 * d0 / d1[l];
-      g = least(finite(g) ? g : 1e-6, q.max_step);
-      put(there_, l, (R)(g < room ? anchor(l, 0) + sign[l] * g : nearest));
-      h0[l] = least(g, room);
-      put(h0_, l, (R)(sign[l] * h0[l]));
-    }
-    for (int n = 0; n < N; n++) z[n] = y[n] + h0_ * f0[n];
-    f.fun(&c, &there_, z, f1);
-    for (int n = 0; n < N; n++) f1[n] = f1[n] - f0[n];
-    for (int n = 0; n < N; n++) z[n] = m_abs(y[n]);
-    scaled_norm(f1, z, rtol, atol, &room_);
-    for (int l = 0; l < W; l++) if (fresh[l]) {
-      const double worst = most(d1[l], (double)get(room_, l) / h0[l]);
-      const double next_guess = worst <= 1e-15 ? most(h0[l] * 1e-3, 1e-6) : __builtin_pow(0.01 / worst, 1.0 / (ERROR_ORDER + 1));
-      const double x = least(100 * h0[l], next_guess);
-      first[l] = finite(x) && x > 0 ? x : h0[l];
-      n_fun[l]++;
-    }
-    free(z);
-  }
-
-  // where the coming step of a lane ends; false: it has none
-  bool aim(int l) {
-    h[l] = 0; jumps_end[l] = false;
-    if (!live[l]) return false;
-    double s = step[l];
-    if (q.max_step < __builtin_inf()) s = least(s, q.max_step);
-    if (q.accept_smallest) s = most(s, q.min_step);
-    double end_at = target[l];
+  // where the coming steps end, of the lanes that are on
+  void aim() {
+    DV s = step.v, end_at = target.v;
+    if (q.max_step < __builtin_inf()) s = d_least(s, d_all(q.max_step));
+    if (q.accept_smallest) s = d_most(s, d_all(q.min_step));
 #if EVENTS > 0
-    aiming[l] = watch[l].aim == watch[l].aim;
-    if (aiming[l]) end_at = watch[l].aim;
+    Doubles ends = target;
+    for (int l = 0; l < W; l++) if ((aiming[l] = watch[l].aim == watch[l].aim)) ends[l] = watch[l].aim;
+    end_at = ends.v;
 #endif
-    const double remaining = __builtin_fabs(end_at - t[l]);
-    bool on = q.adaptive ? s * 1.01 >= remaining : s >= remaining * (1 - 1e-10);
-    if (q.adaptive && q.max_step < __builtin_inf()) on = on && remaining <= q.max_step;
-    bool tiny = s <= 16 * 2.220446049250313e-16 * __builtin_fabs(t[l]);
-    if (q.min_step) tiny = tiny || s < q.min_step;
-    const bool spent = attempts[l] >= q.max_steps;
-    if (spent || (tiny && !on)) { finish(l, spent ? -1 : bad[l] ? -3 : -2); return false; }
-    wanted[l] = s;
-    h[l] = on ? end_at - t[l] : sign[l] * s;
-    end[l] = on ? end_at : t[l] + h[l];
-    on = on && !aiming[l];
-    lands[l] = on;
-    jumps_end[l] = q.shift == 2 || (q.shift == 1 && on && segment[l] < q.n_anchors - 2);
-    attempts[l]++;
-    return true;
+    const DV remaining = d_abs(end_at - t.v);
+    LV there = q.adaptive ? THAT(s * 1.01 >= remaining) : THAT(s >= remaining * (1 - 1e-10));
+    if (q.adaptive && q.max_step < __builtin_inf()) there = there & THAT(remaining <= d_all(q.max_step));
+    LV tiny = THAT(s <= 16 * 2.220446049250313e-16 * d_abs(t.v));
+    if (q.min_step) tiny = tiny | THAT(s < d_all(q.min_step));
+    const LV spent = THAT(attempts.v >= l_all(q.max_steps)), none = live.v & (spent | (tiny & ~there));
+    if (some(none)) for (int l = 0; l < W; l++) if (((Flags&)none)[l]) finish(l, ((Flags&)spent)[l] ? -1 : bad[l] ? -3 : -2);
+    on = live;
+    wanted.v = s;
+    h.v = d_sel(on.v, d_sel(there, end_at - t.v, sign.v * s), DV{});
+    end.v = d_sel(there, end_at, t.v + h.v);
+    lands.v = there;
+#if EVENTS > 0
+    for (int l = 0; l < W; l++) if (aiming[l]) lands.set(l, false);
+#endif
+    if (q.shift) for (int l = 0; l < W; l++) jumps_end[l] = on[l] && (q.shift == 2 || (lands[l] && segment[l] < q.n_anchors - 2));
+    attempts.v -= on.v;
   }
 
-  // powers of doubles are slow: of many trajectories they are taken in single precision
-  static double power(double x, double p) { return W == 1 ? __builtin_pow(x, p) : (double)__builtin_powf((float)x, (float)p); }
-  // the error test, and the size of the next step; true: accepted
-  bool judge(int l, double e) {
-    const double length = __builtin_fabs(h[l]);
-    const bool smallest = q.accept_smallest && length <= q.min_step;
-    bad[l] = !finite(e);
-    const bool passed = e <= 1.0 || (!bad[l] && smallest);
-    const double level = bad[l] ? 1e30 : least(most(e, 1e-10), 1e30);
+  // the error test, and the sizes of the next steps; true: accepted
+  LV judge(DV e) {
+    const DV length = d_abs(h.v), one = d_all(1);
+    const LV smallest = q.accept_smallest ? THAT(length <= d_all(q.min_step)) : flag(false);
     const double order = ERROR_ORDER + 1;
-    const double factor = q.safety * power(level, -1.0 / order);
-    double up = factor;
-    const double down = least(most(factor, q.min_factor), q.safety);
+    bad.v = ~d_finite(e);
+    const LV passed = THAT(e <= one) | (~bad.v & smallest);
+    const DV level = d_sel(bad.v, d_all(1e30), d_least(d_most(e, d_all(1e-10)), d_all(1e30)));
+    const DV factor = q.safety * d_power(level, -1.0 / order);
+    DV up = factor, down = d_least(d_most(factor, d_all(q.min_factor)), d_all(q.safety));
     if (q.remembers || q.icoeff != 1.0) {
-      up = q.safety * power(level, -(q.pcoeff + q.icoeff + q.dcoeff) / order);
-      if (q.predictive && error2[l] < 0) up *= least(1.0, length / -error2[l] * power(error1[l] / level, 1.0 / order));
-      if (q.pcoeff || q.dcoeff) up *= power(error1[l], (q.pcoeff + 2 * q.dcoeff) / order);
-      if (q.dcoeff) up *= power(error2[l], -q.dcoeff / order);
+      up = q.safety * d_power(level, -(q.pcoeff + q.icoeff + q.dcoeff) / order);
+      if (q.predictive) {
+        const DV less = d_least(one, length / -error2.v * d_power(error1.v / level, 1.0 / order));
+        up *= d_sel(THAT(error2.v < DV{}), less, one);
+      }
+      if (q.pcoeff || q.dcoeff) up *= d_power(error1.v, (q.pcoeff + 2 * q.dcoeff) / order);
+      if (q.dcoeff) up *= d_power(error2.v, -q.dcoeff / order);
     }
-    up = least(most(up, q.shrink_accepted ? q.min_factor : 1.0), q.max_factor);
-    if (rejected[l]) up = least(up, 1.0);
-    double proposal = length * up;
-    if (lands[l] && !rejected[l]) proposal = most(proposal, wanted[l]);
-    step[l] = passed ? proposal : length * (!bad[l] ? down : a.stuck[l] ? most(q.min_factor, 0.5) : q.min_factor);
-    if (passed && q.remembers) {
-      const double before = error1[l];
-      error1[l] = q.predictive ? most(level, 1e-2) : level;
-      error2[l] = q.predictive ? -length : before;
+    up = d_least(d_most(up, d_all(q.shrink_accepted ? q.min_factor : 1.0)), d_all(q.max_factor));
+    up = d_sel(rejected.v, d_least(up, one), up);
+    DV proposal = length * up;
+    proposal = d_sel(lands.v & ~rejected.v, d_most(proposal, wanted.v), proposal);
+    Doubles shorter;
+    shorter.v = d_sel(bad.v, d_all(q.min_factor), down);
+    for (int l = 0; RECORDED && l < W; l++) if (bad[l] && a.stuck[l]) shorter[l] = most(q.min_factor, 0.5);
+    step.v = d_sel(passed, proposal, length * shorter.v);
+    if (q.remembers) {
+      const DV before = error1.v;
+      error1.v = d_sel(passed, q.predictive ? d_most(level, d_all(1e-2)) : level, error1.v);
+      error2.v = d_sel(passed, q.predictive ? -length : before, error2.v);
     }
-    const bool hopeless = bad[l] && (step[l] <= 16 * 2.220446049250313e-16 * __builtin_fabs(t[l]) || smallest);
-    rejected[l] = !passed;
-    if (hopeless) finish(l, -3);
-    return passed;
+    const LV hopeless = on.v & bad.v & (THAT(step.v <= 16 * 2.220446049250313e-16 * d_abs(t.v)) | smallest);
+    rejected.v = ~passed;
+    if (some(hopeless)) for (int l = 0; l < W; l++) if (((Flags&)hopeless)[l]) finish(l, -3);
+    return passed & on.v;
   }
 
   void run() {
-    S times[TIMES], hs = K(0);
+    S times[TIMES];
     for (int i = 0; i < TIMES; i++) times[i] = K(0);
     a.times = times;
     refill();
     for (;;) {
-      bool any = false;
-      for (int l = 0; l < W; l++) { a.again[l] = rejected[l]; any |= a.on[l] = aim(l); }
-      if (!any) {
+      for (int l = 0; RECORDED && l < W; l++) a.again[l] = rejected[l];
+      aim();
+      if (!some(on.v)) {
         refill();
-        bool some = false;
-        for (int l = 0; l < W; l++) some |= live[l];
-        if (!some) return;
+        if (!some(live.v)) return;
         continue;
       }
-      for (int l = 0; l < W; l++) put(hs, l, (R)h[l]);
-      stage_times(t, h, sign, jump, jumps_end, times);
-      a.h = hs;
-      for (int l = 0; l < W; l++) if (a.on[l]) a.stuck[l] = false;
+      a.h = narrow(h.v);
+      stage_times(&t[0], &h[0], &sign[0], jump, jumps_end, times);
+      for (int l = 0; RECORDED && l < W; l++) { a.on[l] = on[l]; a.stuck[l] = a.stuck[l] && !on[l]; }
       step_forward(a);
-      bool end_known = FSAL, passed[W], dense = q.keep_stages;
+      bool end_known = FSAL, dense = q.keep_stages;
+      Flags passed;
       S* k_end = FSAL ? ks + (STAGES - 1) * N : NEXT_FIRST ? ks + STAGES * N : other;
-      S level = K(0);
       if (ERROR_USES_END) { f.fun(&c, times + STAGES, y1, k_end); end_known = true; }
+      n_fun.v += on.v & (l_all(EVALUATIONS));
       if (q.adaptive) {
+        S level = K(0);
         step_error(a);
         for (int n = 0; n < N; n++) size[n] = m_max(m_abs(y[n]), m_abs(y1[n]));
 #if CONSTRAINED
-        inner_error(a, t, h, span, size, q.power, q.skipped);
+        inner_error(a, &t[0], &h[0], &span[0], size, q.power, q.skipped);
 #endif
         scaled_norm(error, size, rtol, atol, &level);
-      }
-      any = false;
-      for (int l = 0; l < W; l++) {
-        passed[l] = false;
-        if (!live[l]) continue;
-        n_fun[l] += EVALUATIONS;
-        if (q.adaptive) passed[l] = judge(l, get(level, l));
-        else {
-          passed[l] = true;
-          for (int n = 0; n < N; n++) if (!finite(get(y1[n], l))) passed[l] = false;
-          if (!passed[l]) { bad[l] = true; finish(l, -3); }
+        passed.v = judge(d_of(level));
+      } else {
+        passed = on;
+        for (int l = 0; l < W; l++) if (on[l]) {
+          for (int n = 0; n < N; n++) if (!finite(get(y1[n], l))) passed.set(l, false);
+          if (!passed[l]) { bad.set(l, true); finish(l, -3); }
         }
-        if (!passed[l]) continue;
-        any = true;
-        if (EVENTS > 0 || due[l] < sign[l] * end[l]) dense = true;
       }
-      if (any) accept(passed, times, hs, k_end, end_known, dense);
+      dense = dense || EVENTS > 0 || some(passed.v & THAT(due.v < sign.v * end.v));
+      if (some(passed.v)) accept(passed, times, k_end, end_known, dense);
     }
   }
 
@@ -361,7 +259,7 @@ struct Loop {
 
 #if EVENTS > 0
   // the events of the steps that passed, whose stages are all known: where trajectories stop, and which did not pass after all, as they are to be taken again
-  void events_of(bool* passed) {
+  void events_of(Flags& passed) {
     S *z = inside, at = K(0), g[3][EVENTS];
     double inner[2][ALL];
     const double grid[2] = {1.0 / 3, 2.0 / 3};
@@ -412,7 +310,7 @@ struct Loop {
                                  accepted[l], tape.log);
       stop[l] = out.stop;
       if (!out.again) continue;
-      passed[l] = false;
+      passed.set(l, false);
       for (int i = 0; i < EVENTS; i++) w.values[i] = before[i];
       step[l] = most(step[l], __builtin_fabs(w.aim - t[l]));
     }
@@ -422,17 +320,18 @@ struct Loop {
   // Steps go by the error of the state. Where that moves along a slow manifold they may be longer than a displacement bears: derivatives
   // would be those of unstable steps. A few products with the Jacobian, by differences, tell its size (Sommeijer, Shampine & Verwer 1997),
   // at steps longer than any before and once in a while.
-  void look(const bool* passed) {
-    bool due_[W], some = false;
-    for (int l = 0; l < W; l++) {
-      const double size = __builtin_fabs(h[l]);
-      // behind a jump the slope is still that before it
-      some |= due_[l] = passed[l] && !unstable[l] && !(q.shift == 1 && jump[l]) && (size > looked[l] || ++since[l] >= 32);
-      if (due_[l]) { looked[l] = most(looked[l], 1.25 * size); since[l] = 0; }
-    }
-    if (!some) return;
-    S at = K(0), *v = lanes_of(2 * (long)N), *f1 = v + N, rate = K(0);
-    for (int l = 0; l < W; l++) put(at, l, (R)t[l]);
+  void look(const Flags& passed) {
+    Flags due_;
+    due_.v = passed.v & ~unstable.v;
+    // behind a jump the slope is still that before it
+    if (q.shift == 1) for (int l = 0; l < W; l++) if (jump[l]) due_.set(l, false);
+    const DV length = d_abs(h.v);
+    since.v -= due_.v;
+    // all at once, as a look costs the same for one lane and for all
+    if (!some(due_.v & (THAT(length > looked.v) | THAT(since.v >= l_all(32))))) return;
+    looked.v = d_sel(due_.v, d_most(looked.v, 1.25 * length), looked.v);
+    since.v = since.v & ~due_.v;
+    S at = narrow(t.v), *v = lanes_of(2 * (long)N), *f1 = v + N, rate = K(0);
     for (int n = 0; n < N; n++) v[n] = probe[n];
     // well within the tolerance, and well above rounding
     auto unit = [&](int n) { return m_abs(y[n]) * (rtol[n] + K(R(SHIFT))) + atol[n] + K(R(SMALLEST)); };
@@ -454,65 +353,67 @@ struct Loop {
     for (int l = 0; l < W; l++) if (due_[l]) {
       n_fun[l] += 3;
       // not a number: beside the state there is none, or nothing moves
-      if (__builtin_fabs(h[l]) * get(rate, l) > 1.5 * INTERVAL) unstable[l] = true;
+      if (__builtin_fabs(h[l]) * get(rate, l) > 1.5 * INTERVAL) unstable.set(l, true);
       bool fine = true;
       for (int n = 0; n < N; n++) fine = fine && finite(get(v[n], l));
-      due_[l] = fine;
+      due_.set(l, fine);
     }
     const M kept = mask_of(due_);
     for (int n = 0; n < N; n++) probe[n] = m_sel(kept, v[n], probe[n]);
     free(v);
   }
 
-  void accept(bool* passed, S* times, const S& hs, S* k_end, bool end_known, bool dense) {
-    bool going = false;
-    for (int l = 0; l < W; l++) going |= passed[l] && (EVENTS > 0 || !(lands[l] && segment[l] >= q.n_anchors - 2));
+  void accept(Flags& passed, S* times, S* k_end, bool end_known, bool dense) {
+    const bool going = some(passed.v & (flag(EVENTS > 0) | ~(lands.v & THAT(segment.v >= l_all(q.n_anchors - 2)))));
     if (!end_known && (going || q.watched || (dense && NEXT_FIRST))) {
       end_known = true;
       S at = K(0);
       if (TIMED) for (int l = 0; l < W; l++) put(at, l, moved((R)(t[l] + h[l]), jumps_end[l], -sign[l] * __builtin_inf()));
       f.fun(&c, &at, y1, k_end);
-      for (int l = 0; l < W; l++) n_fun[l] += passed[l];
+      n_fun.v -= passed.v;
     }
     if (dense && ALL > STAGES) {
       dense_stages<STAGES>(a);
-      for (int l = 0; l < W; l++) if (passed[l]) n_fun[l] += ALL - STAGES - NEXT_FIRST;
+      n_fun.v += passed.v & (l_all(ALL - STAGES - NEXT_FIRST));
     }
     bool ended = false, jumped = false;
 #if EVENTS > 0
     events_of(passed);
-#else
-    for (int l = 0; l < W; l++) stop[l] = __builtin_nan("");
 #endif
-    const M on = mask_of(passed);
+    const M taken = mask_of(passed);
     for (int l = 0; l < W; l++) {
       if (!passed[l]) continue;
-      const bool stops = stop[l] == stop[l];
+      const bool stops = EVENTS > 0 && stop[l] == stop[l];
       while (due[l] <= sign[l] * (stops ? stop[l] : end[l])) {
         const double when = sample_time(l, next[l]);
         if (when != end[l]) within(l, (when - t[l]) / h[l], inside);
         write_sample(l, when == end[l] ? y1 : inside, accepted[l]);
       }
       if (q.keep_grid) {
-        Place p = place_of(q, tape, accepted[l], row[l]);
+        const Place p = place_of(q, tape, accepted[l], row[l]);
         *p.t = t[l]; *p.h = h[l];
         if (q.n_anchors > 2) { *p.segment = segment[l]; *p.lands = lands[l]; }
         if (q.keep_states) for (int n = 0; n < N; n++) p.state[n] = get(y1[n], l);
         if (q.keep_stages) for (int s = 0; s < ALL; s++) for (int n = 0; n < N; n++) p.stages[s * q.rows * N + n] = get(ks[s * N + n], l);
       }
-      accepted[l]++;
-      t[l] = stops ? stop[l] : end[l];
       if (RECORDED && a.guesses) { a.last_h[l] = h[l]; for (int n = 0; n < ALL * N; n++) put(a.last_ks[n], l, get(ks[n], l)); }
-      jump[l] = jumps_end[l];
-      jumped |= jump[l];
-      if (!lands[l] || stops) continue;
+      jumped |= jump[l] = jumps_end[l];
+      if (stops) end[l] = stop[l];
+    }
+    accepted.v -= passed.v;
+    t.v = d_sel(passed.v, end.v, t.v);
+    for (int n = 0; n < N; n++) { y[n] = m_sel(taken, y1[n], y[n]); k1[n] = m_sel(taken, k_end[n], k1[n]); }
+    if (some(passed.v & lands.v)) for (int l = 0; l < W; l++) {
+      if (!passed[l] || !lands[l] || (EVENTS > 0 && stop[l] == stop[l])) continue;
       segment[l]++;
       to_next_anchor(l);
     }
-    for (int n = 0; n < N; n++) { y[n] = m_sel(on, y1[n], y[n]); k1[n] = m_sel(on, k_end[n], k1[n]); }
     // where a solve ends at once its end is its only step
     if (q.watched && end_known) look(passed);
-    for (int l = 0; l < W; l++) if (passed[l] && (stop[l] == stop[l] || segment[l] >= q.n_anchors - 1)) { finish(l, stop[l] == stop[l] ? 1 : 0); ended = true; }
+    if (EVENTS > 0 || some(passed.v & THAT(segment.v >= l_all(q.n_anchors - 1)))) for (int l = 0; l < W; l++) {
+      const bool stops = EVENTS > 0 && stop[l] == stop[l];
+      if (passed[l] && (stops || segment[l] >= q.n_anchors - 1)) { finish(l, stops ? 1 : 0); ended = true; }
+    }
     if (jumped) {
       // after a discontinuity the first stage is taken anew, from the far side of it
       S at = K(0), *anew = lanes_of(N);
@@ -553,42 +454,3 @@ extern "C" void take_events(void* p, long* id, long* row, long* step, double* t)
   free(log.found);
 }
 #endif
-// from what was written as the solve went to tensors of ``steps`` steps; rows with fewer go on with steps of size zero. ``to`` has room for all
-struct Sealing { const Forward* q; const Forward* to; Tape* tape; long steps; };
-static void block_seal(void* p, long b) {
-  Sealing& s = *(Sealing*)p;
-  const Forward &q = *s.q, &to = *s.to;
-  const long end = least((b + 1) * q.block, q.rows);
-  for (long r = b * q.block; r < end; r++) for (long k = q.n_accepted[r]; k < s.steps; k++) {
-    const long i = k * q.rows + r;
-    to.t[i] = q.t_final[r]; to.h[i] = 0;
-    if (q.n_anchors > 2) { to.segment[i] = 0; to.lands[i] = 0; }
-    if (q.keep_states) for (int n = 0; n < N; n++) to.states[(i + q.rows) * N + n] = q.last[r * N + n];
-    if (q.keep_stages) for (int a = 0; a < ALL; a++) for (int n = 0; n < N; n++) to.stages[((k * ALL + a) * q.rows + r) * N + n] = 0;
-  }
-}
-extern "C" void seal(void* p, const Forward* q, const Forward* to, long steps) {
-  Tape* tape = (Tape*)p;
-  if (to != q) {
-    const long n = q->room * q->rows;
-    memcpy(to->t, q->t, n * 8); memcpy(to->h, q->h, n * 8);
-    if (q->n_anchors > 2) { memcpy(to->segment, q->segment, n * 8); memcpy(to->lands, q->lands, n); }
-    if (q->keep_states) memcpy(to->states, q->states, (n + q->rows) * N * sizeof(R));
-    if (q->keep_stages) memcpy(to->stages, q->stages, n * ALL * N * sizeof(R));
-  }
-  for (Chunk* c = tape->first; c; c = c->next) {
-    const long count = least(c->length, steps - c->from), n = count * q->rows, at = c->from * q->rows;
-    if (count <= 0) break;
-    memcpy(to->t + at, c->t, n * 8); memcpy(to->h + at, c->h, n * 8);
-    if (q->n_anchors > 2) { memcpy(to->segment + at, c->segment, n * 8); memcpy(to->lands + at, c->lands, n); }
-    if (q->keep_states) memcpy(to->states + (at + q->rows) * N, c->states, n * N * sizeof(R));
-    if (q->keep_stages) memcpy(to->stages + at * ALL * N, c->stages, n * ALL * N * sizeof(R));
-  }
-  if (q->keep_grid) {
-    Sealing s{q, to, tape, steps};
-    together(q->threads, (q->rows + q->block - 1) / q->block, block_seal, &s);
-  }
-  for (Chunk* c = tape->first; c;) { Chunk* next = c->next; free(c->states); free(c->stages); free(c->t); free(c->h); free(c->segment); free(c->lands); free(c); c = next; }
-  pthread_mutex_destroy(&tape->lock);
-  free(tape);
-}

@@ -1,0 +1,67 @@
+// What the loop itself computes with for W trajectories at once: doubles (times, sizes of steps), whole numbers and flags, one of every lane.
+#if W == 1
+typedef double DV;
+typedef long LV;
+FN DV d_of(S x) { return x; }
+FN DV d_abs(DV x) { return __builtin_fabs(x); }
+FN DV d_sel(LV m, DV a, DV b) { return m ? a : b; }
+FN S narrow(DV x) { return (S)x; }
+#else
+typedef double DV __attribute__((vector_size(W * 8)));
+typedef long LV __attribute__((vector_size(W * 8)));
+FN DV d_of(S x) { return __builtin_convertvector(x, DV); }
+FN DV d_abs(DV x) { return (DV)((LV)x & ~(LV)(-DV{})); }
+FN DV d_sel(LV m, DV a, DV b) { return (DV)((m & (LV)a) | (~m & (LV)b)); }
+FN S narrow(DV x) { return __builtin_convertvector(x, S); }
+#endif
+FN DV d_all(double x) { return DV{} + x; }
+FN LV l_all(long x) { return LV{} + x; }
+// flags are 0 or -1 (all bits)
+FN LV flag(bool x) { return LV{} - (long)x; }
+#if W == 1
+FN LV flags(bool x) { return -(long)x; }
+#define THAT(comparison) flags(comparison)
+FN bool some(LV x) { return x; }
+#else
+#define THAT(comparison) ((LV)(comparison))
+FN bool some(LV x) { long r = 0; for (int l = 0; l < W; l++) r |= x[l]; return r; }
+#endif
+// where one of them is no number the second one is taken
+FN DV d_least(DV a, DV b) { return d_sel(THAT(a < b), a, b); }
+FN DV d_most(DV a, DV b) { return d_sel(THAT(a > b), a, b); }
+FN LV d_finite(DV x) { return THAT(d_abs(x) <= d_all(1.7976931348623157e308)); }
+
+struct Doubles {
+  DV v;
+  double& operator[](int l) { return ((double*)&v)[l]; }
+  double operator[](int l) const { return ((const double*)&v)[l]; }
+} __attribute__((may_alias));
+struct Longs {
+  LV v;
+  long& operator[](int l) { return ((long*)&v)[l]; }
+  long operator[](int l) const { return ((const long*)&v)[l]; }
+} __attribute__((may_alias));
+struct Flags {
+  LV v;
+  bool operator[](int l) const { return ((const long*)&v)[l]; }
+  void set(int l, bool x) { ((long*)&v)[l] = -(long)x; }
+} __attribute__((may_alias));
+
+// x to the p for positive normal x: the logarithm by the series of artanh, the power by that of exp, both by pairs of terms, as one waits for
+// the other; relative error below 1e-11. Of one trajectory, the library's.
+#if W == 1
+FN DV d_power(DV x, double p) { return __builtin_pow(x, p); }
+#else
+FN DV d_power(DV x, double p) {
+  const LV bits = (LV)x, exponent = (bits - l_all(0x3fe6a09e667f3bcdL)) >> 52;  // from the root of a half
+  const DV m = (DV)(bits - (exponent << 52)), s = (m - 1) / (m + 1), s2 = s * s, s4 = s2 * s2;
+  const DV series = ((1 + s2 * (1.0 / 3)) + s4 * (1.0 / 5 + s2 * (1.0 / 7))) + s4 * s4 * ((1.0 / 9 + s2 * (1.0 / 11)) + s4 * (1.0 / 13 + s2 * (1.0 / 15)));
+  const DV power = p * (__builtin_convertvector(exponent, DV) + 2.8853900817779268 * s * series);
+  // nearest whole number, by the sum with one whose last place is a one
+  const DV kept = d_least(d_most(power, d_all(-1000)), d_all(1000)), moved = kept + 6755399441055744.0;
+  const DV z = (kept - (moved - 6755399441055744.0)) * 0.6931471805599453, z2 = z * z, z4 = z2 * z2;
+  const DV first = (1 + z) + z2 * (0.5 + z * (1.0 / 6)), second = (1.0 / 24 + z * (1.0 / 120)) + z2 * (1.0 / 720 + z * (1.0 / 5040));
+  const DV third = (1.0 / 40320 + z * (1.0 / 362880)) + z2 * (1.0 / 3628800);
+  return (DV)((LV)(first + z4 * (second + z4 * third)) + ((LV)moved << 52));
+}
+#endif
