@@ -4,6 +4,7 @@ from . import linalg, methods, nn, nonlinear
 from ._version import __version__
 from .doors.branches import BranchSolution, FoldPoint, continuation
 from .doors.dae import solve_dae
+from .doors.event_data import Event
 from .doors.explain import Explanation, explain
 from .doors.index_reduction import ReducedDAE, reduce_index
 from .doors.ivp import solve_ivp
@@ -12,13 +13,14 @@ from .doors.mechanics import MechanicalState, Mechanics, mechanics
 from .doors.objective import SteadyStateObjective
 from .doors.parameters import Parameter, ParameterSpace
 from .doors.root_solution import RootSolution, RootStats
-from .doors.solution import EventRecord, Solution, Stats
+from .doors.solution import EventLog, EventRecord, Solution, Stats
 from .doors.steady import solve_root
 from .dropin.odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
 from .errors import (
     AdjointError,
     BacksolveDiverged,
     CapturedTensorLost,
+    EventsAccumulate,
     HigherIndexDAE,
     InconsistentInitialCondition,
     InvalidInput,
@@ -54,7 +56,10 @@ __all__ = [
     "BranchSolution",
     "CapturedTensorLost",
     "DiscreteAdjoint",
+    "Event",
+    "EventLog",
     "EventRecord",
+    "EventsAccumulate",
     "Explanation",
     "FoldPoint",
     "ForwardSensitivity",

@@ -6,6 +6,7 @@ __all__ = [
     "AdjointError",
     "BacksolveDiverged",
     "CapturedTensorLost",
+    "EventsAccumulate",
     "HigherIndexDAE",
     "InconsistentInitialCondition",
     "InvalidInput",
@@ -59,6 +60,10 @@ class SolveError(AdjointError, RuntimeError, AssertionError):
 
 class BacksolveDiverged(SolveError):
     """The state that was solved backwards is not the one that the solve passed through, so the gradient along it would be wrong."""
+
+
+class EventsAccumulate(SolveError):
+    """Events with resets came to ``max_events``, or follow each other within no time (Zeno behaviour). The message names the event."""
 
 
 class MaxStepsReached(SolveError):

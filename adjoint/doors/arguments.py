@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isnan
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ..system.capture import moves, unwrapped
 from ..system.system import StateSpec
 
 __all__ = [
+    "RoundSpan",
     "Times",
     "as_times",
     "check_controller",
@@ -144,17 +145,27 @@ def flat_norm(norm: Any, spec: StateSpec) -> Callable[[Tensor], Tensor]:
     return custom
 
 
+class RoundSpan(NamedTuple):
+    """A ``t_span`` in which the ``idle`` trajectories ``(R)`` have no length, whatever their times depend on."""
+
+    start: Tensor
+    end: Tensor
+    idle: Tensor
+
+
 @dataclass(frozen=True)
 class Times:
     """The times of a solve as float64 tensors, differentiable in what the user gave.
 
     ``anchors`` (A, B): start, times to land on, end. ``samples`` (T, B) or None. ``shown``: ``sol.t`` for given or default times.
+    ``idle`` (B): trajectories that take no part, or None.
     """
 
     anchors: Tensor
     samples: Tensor | None
     shown: Tensor | None
     steps: bool
+    idle: Tensor | None = None
 
 
 def _concrete(x: Tensor) -> bool:
@@ -206,6 +217,9 @@ def _time(value: Any, name: str, spec: StateSpec, ndim: tuple[int, ...]) -> Tens
 def check_times(t_span: Any, t_eval: Any, step_ts: Any, spec: StateSpec) -> Times:
     """Parse the time arguments of an initial value problem."""
     batched = spec.batch is not None
+    idle = None
+    if isinstance(t_span, RoundSpan):
+        t_span, idle = t_span[:2], t_span.idle.reshape(-1)
     try:
         start, end = t_span
     except (TypeError, ValueError) as error:
@@ -238,10 +252,10 @@ def check_times(t_span: Any, t_eval: Any, step_ts: Any, spec: StateSpec) -> Time
     if steps:
         if t_eval != "steps":
             raise InvalidInput(f't_eval must be None, "steps" or times, got {t_eval!r}')
-        return Times(anchors, None, None, True)
+        return Times(anchors, None, None, True, idle)
     if t_eval is None:
         shown = torch.stack([first, last]) if own else torch.stack(ends)
-        return Times(anchors, None, _as_given(shown, t_span, spec), False)
+        return Times(anchors, None, _as_given(shown, t_span, spec), False, idle)
     times = _time(t_eval, "t_eval", spec, (1, 2) if batched else (1,))
     if times.shape[0] == 0:
         raise InvalidInput('t_eval is empty; leave it out for the two ends, or give "steps"')
@@ -255,7 +269,7 @@ def check_times(t_span: Any, t_eval: Any, step_ts: Any, spec: StateSpec) -> Time
         change = full.diff(dim=0)
         if not bool(((change >= 0).all(0) | (change <= 0).all(0)).all()):
             raise InvalidInput("t_eval is not monotonic: sort it (repeated times are allowed)")
-    return Times(anchors, full, _as_given(times, (t_eval,), spec), False)
+    return Times(anchors, full, _as_given(times, (t_eval,), spec), False, idle)
 
 
 def method_for(times: Times, chosen: Method, one_step: Method, explicit: bool = True) -> Method:
@@ -265,7 +279,8 @@ def method_for(times: Times, chosen: Method, one_step: Method, explicit: bool = 
     moving = any(moves(x) for x in (times.anchors, times.samples) if x is not None)
     if not (multistep or (moving and not explicit)):
         return chosen
-    empty = unwrapped(times.anchors[0].detach() == times.anchors[-1].detach())
+    same = times.anchors[0].detach() == times.anchors[-1].detach()
+    empty = unwrapped(same if times.idle is None else same & ~times.idle)
     with torch._C._DisableFuncTorch():
         some, every = bool(empty.any()), bool(empty.all())
     if moving and some and not explicit:

@@ -44,6 +44,7 @@ from .mass_matrix import consistent_start, implicit_method, in_step, with_mass, 
 from .parts import NO_EVENTS, Parts, event_list, flat_event, solution_of, strategy_of
 from .progress import progress_monitor
 from .quadrature import with_integral
+from .rounds import in_rounds
 from .solution import BackwardStats, Solution
 from .stage_arguments import check_jumps, stage_algebra, warn_of_lost_time
 from .switching import solve_switching
@@ -52,6 +53,7 @@ __all__ = ["solve_ivp"]
 
 
 @full_precision
+@in_rounds
 def solve_ivp(
     fun: Callable[..., Any],
     t_span: Any,
@@ -65,6 +67,8 @@ def solve_ivp(
     gradient: Gradient | None = None,
     batched: bool = False,
     events: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] | None = None,
+    mode: Any = None,
+    max_events: int = 1000,
     dense_output: bool = False,
     quadrature: Callable[..., Any] | None = None,
     controller: PIDController | None = None,
@@ -112,11 +116,17 @@ def solve_ivp(
         Default `DiscreteAdjoint()`; see also `Backprop`.
     batched : bool
         The leading dimension of ``y0`` counts independent trajectories, each with its own steps, end and status.
-    events : callable or sequence of callables
+    events : callable, `Event`, or sequence of them
         ``event(t, y, *args) -> 0-d tensor`` (``(B,)`` when batched), with SciPy's attributes ``terminal`` (bool or count) and
-        ``direction``. Located on the dense output; times and states are differentiable. When batched, records are ``(E, B)``, padded
-        with NaN for trajectories with fewer events, and a terminal event ends its own trajectory; so under ``torch.vmap``, for each copy.
+        ``direction``; an `Event` may have a ``reset``, with whose state the solve goes on (docs/hybrid.md).
+        Located on the dense output; times and states are differentiable. When batched, records are ``(E, B)``, padded with NaN for
+        trajectories with fewer events, and a terminal event ends its own trajectory; so under ``torch.vmap``, for each copy.
         A comparison or count is found where it changes, but its time has no derivative: asking for one raises. See docs/scipy.md.
+    mode : number, tensor or pytree of them
+        A discrete state at the start, which resets change: ``fun``, events, resets and ``quadrature`` are called with it before ``args``,
+        ``fun(t, y, mode, *args)``, as a tensor (``(B,)`` when batched). Floating modes are differentiated.
+    max_events : int
+        Events with resets of one trajectory before `EventsAccumulate` is raised.
     dense_output : bool
         Give the solution ``sol(t)``. Keeps all stages of all steps.
     quadrature : callable
@@ -159,7 +169,7 @@ def solve_ivp(
 
     Raises
     ------
-    InvalidInput, UnsupportedCombination, MaxStepsReached, StepSizeTooSmall, NonFiniteState, CapturedTensorLost
+    InvalidInput, UnsupportedCombination, MaxStepsReached, StepSizeTooSmall, NonFiniteState, CapturedTensorLost, EventsAccumulate
     """
     mass = mass_matrix if in_step(method, mass_matrix) else None
     if mass_matrix is not None and mass is None:

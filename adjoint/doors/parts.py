@@ -19,9 +19,20 @@ from ..system.lending import lending
 from ..system.system import StateSpec, System
 from .arguments import Times, snapped
 from .event_slope import signed
-from .solution import BackwardStats, EventRecord, Solution, Stats
+from .solution import BackwardStats, EventLog, EventRecord, Solution, Stats
 
-__all__ = ["NO_EVENTS", "Found", "Parts", "event_list", "flat_event", "interpolant_of", "solution_of", "strategy_of"]
+__all__ = [
+    "NO_EVENTS",
+    "Found",
+    "Parts",
+    "event_list",
+    "event_name",
+    "flat_event",
+    "interpolant_of",
+    "solution_of",
+    "strategy_of",
+    "terminal_count",
+]
 
 
 class Found(NamedTuple):
@@ -100,7 +111,7 @@ def solution_of(parts: Parts, found: Found) -> Solution:
         y=parts.state(flat),
         status=status,
         stats=Stats(*counts, backward=parts.backward),
-        events=records,
+        events=EventLog.of(records, map(event_name, parts.events)),
         quadrature=quadrature,
         interpolant=interpolant_of(parts) if parts.dense_output else None,
     )
@@ -125,12 +136,13 @@ def _steps(parts: Parts, stop_t: Tensor | None, stop_y: Tensor | None) -> tuple[
     return t if parts.problem.batched else t[:, 0], states
 
 
-def interpolant_of(parts: Parts) -> Callable[[Tensor], Any]:
+def interpolant_of(parts: Parts) -> Callable[..., Any]:
+    """``at(t, side)``: without resets there are no two sides."""
     out, plan, batched = parts.out, parts.problem.plan, parts.problem.batched
     grid = step_times(out.t, out.h, out.segment, out.lands, parts.times.anchors)
     rows, sign = parts.spec.rows, grid.sign
 
-    def at(t: Tensor) -> Any:
+    def at(t: Tensor, _: str = "right") -> Any:
         if t.dim() > (2 if batched else 1) or (t.dim() == 2 and t.shape[1] != rows):
             raise InvalidInput(f"sol(t) takes t of shape () or (T,){' or (T, B)' if batched else ''}, got {tuple(t.shape)}")
         times = t.to(device=out.t.device, dtype=torch.float64)
@@ -187,8 +199,18 @@ def flat_event(event: Callable[..., Tensor], system: System, user_spec: StateSpe
 
         return value
 
+    alone = (lambda t, y, *args: event(t, y[0], *args)) if has_quadrature else event
+    return Event(bind, float(getattr(event, "direction", 0.0)), terminal_count(event), alone)
+
+
+def event_name(event: Any) -> str | None:
+    """The name of an event, of a plain function its own."""
+    return getattr(event, "name", None) or getattr(event, "__name__", None)
+
+
+def terminal_count(event: Any) -> int:
+    """At which of its occurrences an event ends the solve, 0 for never; raises `InvalidInput` for what is no count."""
     terminal = getattr(event, "terminal", None) or 0
     if not isinstance(terminal, Real) or terminal % 1 != 0 or terminal < 0:
         raise InvalidInput(f"The `terminal` attribute of each event must be a boolean or positive integer, got {terminal!r}")
-    alone = (lambda t, y, *args: event(t, y[0], *args)) if has_quadrature else event
-    return Event(bind, float(getattr(event, "direction", 0.0)), int(float(terminal)), alone)
+    return int(float(terminal))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import InvalidInput
 from ..integrate import Status
 from ..system.capture import functorch_active
 from .arguments import as_times
 
-__all__ = ["BackwardStats", "EventRecord", "Solution", "Stats"]
+__all__ = ["BackwardStats", "EventLog", "EventRecord", "Solution", "Stats"]
 
 _MESSAGES = {
     Status.SUCCESS: "the solver reached the end of t_span",
@@ -22,20 +23,33 @@ _MESSAGES = {
     Status.STEP_TOO_SMALL: "the step size became too small",
     Status.NON_FINITE: "fun or the state became non-finite",
     Status.NEWTON_FAILED: "Newton's iteration for the stages did not converge",
+    Status.EVENTS_ACCUMULATE: "there were max_events events, or ever more of them within no time",
 }
 
 
-@dataclass
 class BackwardStats:
-    """Work of the backward sweeps made so far: evaluations of ``fun`` (each with one vector-Jacobian product) and steps."""
+    """Work of the backward sweeps made so far, those of a solve's ``parts`` counted in."""
 
-    n_fun: int = 0
-    n_steps: int = 0
+    def __init__(self, parts: Sequence[BackwardStats] = ()) -> None:
+        self._fun, self._steps, self._parts = 0, 0, tuple(parts)
 
     def add(self, n_fun: int, n_steps: int) -> None:
         """One more sweep."""
-        self.n_fun += n_fun
-        self.n_steps += n_steps
+        self._fun += n_fun
+        self._steps += n_steps
+
+    @property
+    def n_fun(self) -> int:
+        """Evaluations of ``fun``, each with one vector-Jacobian product."""
+        return self._fun + sum(p.n_fun for p in self._parts)
+
+    @property
+    def n_steps(self) -> int:
+        """Steps taken back."""
+        return self._steps + sum(p.n_steps for p in self._parts)
+
+    def __repr__(self) -> str:
+        return f"BackwardStats(n_fun={self.n_fun}, n_steps={self.n_steps})"
 
 
 @dataclass(frozen=True)
@@ -62,10 +76,36 @@ class EventRecord:
 
     When batched ``(E, B)`` and ``(E, *state)``, in the order of time for each trajectory, with NaN behind its last event. Under
     ``torch.vmap`` every copy has ``E`` for the one with most events (``method="auto"``: perhaps more), and NaN behind its last.
+
+    ``y`` are the states before a reset, ``after`` those that it gave, of the same shapes; None for events without one.
     """
 
     t: Tensor
     y: Any
+    after: Any = None
+
+
+class EventLog(tuple[EventRecord, ...]):
+    """The records in the order of ``events=``; ``log["name"]`` is that of the event of this name (of a plain function, its own)."""
+
+    names: tuple[str | None, ...]
+
+    @classmethod
+    def of(cls, records: Iterable[EventRecord], names: Iterable[str | None]) -> EventLog:
+        """Records with the names of what they are records of."""
+        log = cls(records)
+        log.names = tuple(names)
+        return log
+
+    def __getitem__(self, which: Any) -> Any:
+        if not isinstance(which, str):
+            return super().__getitem__(which)
+        found = [record for record, name in zip(self, self.names, strict=True) if name == which]
+        if len(found) != 1:
+            known = ", ".join(repr(name) for name in self.names if name)
+            many = f"{len(found)} events have" if found else "no event has"
+            raise KeyError(f"{many} the name {which!r}: there are {known or 'none'}")
+        return found[0]
 
 
 @dataclass(frozen=True)
@@ -82,8 +122,8 @@ class Solution:
         0 success, 1 terminal event, negative a failure (see `message`); ``(B,)`` when batched.
     stats : Stats
         Work counters; those of backward passes under ``stats.backward``.
-    events : tuple of EventRecord
-        One for each function in ``events=``.
+    events : EventLog
+        A tuple of an `EventRecord` for each entry of ``events=``; ``events["name"]`` by name.
     quadrature : Tensor, pytree or None
         The integral of ``quadrature=`` over the span.
     yp : Tensor, pytree or None
@@ -94,10 +134,10 @@ class Solution:
     y: Any
     status: int | Tensor
     stats: Stats
-    events: tuple[EventRecord, ...] = ()
+    events: EventLog = field(default_factory=lambda: EventLog.of((), ()))
     quadrature: Any = None
     yp: Any = None
-    interpolant: Callable[[Tensor], Any] | None = None
+    interpolant: Callable[..., Any] | None = None
 
     @property
     def success(self) -> bool | Tensor:
@@ -111,23 +151,26 @@ class Solution:
             return _MESSAGES[Status(self.status)]
         return [_MESSAGES[Status(s)] for s in self.status.reshape(-1).tolist()]
 
-    def __call__(self, t: float | Tensor) -> Any:
+    def __call__(self, t: float | Tensor, side: str = "right") -> Any:
         """The state at any times within the span, from the dense output; differentiable in ``t`` too.
 
-        ``t`` of shape ``()`` or ``(T,)``, when batched also ``(T, B)``, gives leaves of shape ``(*t.shape[:1], *leaf.shape)``.
+        ``t`` of shape ``()`` or ``(T,)``, when batched also ``(T, B)``, gives leaves of shape ``(*t.shape[:1], *leaf.shape)``. At the
+        time of a reset ``side`` tells which state: "right" that after it, "left" that before.
         """
         if self.interpolant is None:
             raise RuntimeError("this solution has no dense output: solve with dense_output=True")
-        return self.interpolant(as_times(t, "t"))
+        if side not in ("left", "right"):
+            raise InvalidInput(f'side must be "left" or "right", got {side!r}')
+        return self.interpolant(as_times(t, "t"), side)
 
     def with_tensors(self, function: Callable[[Any], Any]) -> Solution:
         """The same with ``function`` of everything that may be differentiated: states, times, what gives the dense output."""
-        events = tuple(EventRecord(function(e.t), function(e.y)) for e in self.events)
+        events = (EventRecord(function(e.t), function(e.y), function(e.after)) for e in self.events)
         return replace(
             self,
             t=function(self.t),
             y=function(self.y),
-            events=events,
+            events=EventLog.of(events, self.events.names),
             quadrature=function(self.quadrature),
             yp=function(self.yp),
             interpolant=function(self.interpolant),

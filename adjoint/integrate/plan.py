@@ -28,6 +28,8 @@ class Status(IntEnum):
     STEP_TOO_SMALL = -2
     NON_FINITE = -3
     NEWTON_FAILED = -4
+    #: of solves with resets alone
+    EVENTS_ACCUMULATE = -5
 
 
 def rms_norm(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
-from .runge_kutta import combine
+from .runge_kutta import combine, powers
 
 __all__ = ["AutoSwitch", "Polynomial"]
 
@@ -102,14 +102,9 @@ class Polynomial:
 
     def dense_weights(self, theta: Tensor) -> Tensor:
         """``theta^j``, j = 1 ... degree."""
-        powers = [theta]
-        for _ in range(self.degree - 1):
-            powers.append(powers[-1] * theta)
-        return torch.stack(powers, dim=-1)
+        return powers(theta, self.degree)
 
     def dense_slopes(self, theta: Tensor) -> Tensor:
         """``j theta^(j - 1)``."""
-        powers = [torch.ones_like(theta)]
-        for _ in range(self.degree - 1):
-            powers.append(powers[-1] * theta)
-        return torch.stack([(j + 1) * x for j, x in enumerate(powers)], dim=-1)
+        exponent = torch.arange(self.degree, device=theta.device, dtype=theta.dtype)
+        return powers(theta, self.degree, 0) * (exponent + 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .dirk_tableau import DirkTableau
-from .runge_kutta import StepCotangents, added, combine, over, row_dot, update, weighted_sum
+from .runge_kutta import StepCotangents, added, combine, over, powers, row_dot, update, weighted_sum
 
 __all__ = ["DiagonallyImplicitRungeKutta", "ImplicitLinearize", "StageEquations"]
 
@@ -225,8 +225,7 @@ class DiagonallyImplicitRungeKutta:
     def dense_weights(self, theta: Tensor) -> Tensor:
         """``b_i(theta)``: shape ``(*theta.shape, S)``."""
         matrix = self.dense_matrix(theta.dtype, theta.device)
-        powers = theta.unsqueeze(-1) ** torch.arange(1, matrix.shape[1] + 1, device=theta.device, dtype=theta.dtype)
-        return powers @ matrix.T
+        return powers(theta, matrix.shape[1]) @ matrix.T
 
     def dense_numbers(self, theta: float) -> list[float]:
         """`dense_weights` of one number."""
@@ -236,7 +235,7 @@ class DiagonallyImplicitRungeKutta:
         """``db_i/dtheta``, shaped as `dense_weights`."""
         matrix = self.dense_matrix(theta.dtype, theta.device)
         exponent = torch.arange(matrix.shape[1], device=theta.device, dtype=theta.dtype)
-        return (theta.unsqueeze(-1) ** exponent * (exponent + 1)) @ matrix.T
+        return (powers(theta, matrix.shape[1], 0) * (exponent + 1)) @ matrix.T
 
     def dense_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Coefficients of ``b_i(theta)``, ``(S, D)``: of ``theta, theta**2, ...``."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .dirk import StageEquations
-from .runge_kutta import StepCotangents, added, combine, row_dot, update, weighted_sum
+from .runge_kutta import StepCotangents, added, combine, powers, row_dot, update, weighted_sum
 from .tableaux_rosenbrock import RosenbrockTableau
 
 __all__ = ["Rosenbrock", "StartLinearize"]
@@ -205,8 +205,7 @@ class Rosenbrock:
     def dense_weights(self, theta: Tensor) -> Tensor:
         """``b_i(theta)``: shape ``(*theta.shape, S)``."""
         matrix = self.dense_matrix(theta.dtype, theta.device)
-        powers = theta.unsqueeze(-1) ** torch.arange(1, matrix.shape[1] + 1, device=theta.device, dtype=theta.dtype)
-        return powers @ matrix.T
+        return powers(theta, matrix.shape[1]) @ matrix.T
 
     def dense_numbers(self, theta: float) -> list[float]:
         """`dense_weights` of one number."""
@@ -216,7 +215,7 @@ class Rosenbrock:
         """``db_i/dtheta``, shaped as `dense_weights`."""
         matrix = self.dense_matrix(theta.dtype, theta.device)
         exponent = torch.arange(matrix.shape[1], device=theta.device, dtype=theta.dtype)
-        return (theta.unsqueeze(-1) ** exponent * (exponent + 1)) @ matrix.T
+        return (powers(theta, matrix.shape[1], 0) * (exponent + 1)) @ matrix.T
 
     def dense_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Coefficients of ``b_i(theta)``, ``(S, D)``: of ``theta, theta**2, ...``."""

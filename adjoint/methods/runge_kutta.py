@@ -53,9 +53,10 @@ def weighted_sum(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor | Non
     return total
 
 
-def _powers(theta: Tensor, count: int) -> Tensor:
-    """``theta, theta**2, ...``, ``(*theta.shape, count)``, by products: powers of doubles are slow."""
-    found = [theta]
+def powers(theta: Tensor, count: int, lowest: int = 1) -> Tensor:
+    """``count`` powers of ``theta`` from the ``lowest`` (0 or 1) on, ``(*theta.shape, count)``, by products: powers of doubles are slow,
+    and second derivatives of PyTorch's at zero are NaN."""
+    found = [theta if lowest else torch.ones_like(theta)]
     for _ in range(count - 1):
         found.append(found[-1] * theta)
     return torch.stack(found, dim=-1)
@@ -192,7 +193,7 @@ class ExplicitRungeKutta:
     def dense_weights(self, theta: Tensor) -> Tensor:
         """``b_i(theta)``: shape ``(*theta.shape, S)`` with ``S`` the number of stages, extra ones included."""
         matrix = self.dense_matrix(theta.dtype, theta.device)
-        return _powers(theta, matrix.shape[1]) @ matrix.T
+        return powers(theta, matrix.shape[1]) @ matrix.T
 
     def dense_numbers(self, theta: float) -> list[float]:
         """``b_i(theta)`` of every stage, for one theta, by Horner's rule."""

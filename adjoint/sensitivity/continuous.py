@@ -43,6 +43,7 @@ class _Continuous:
     atol: float | None = None
     max_steps: int = 100_000
     _integral: ClassVar[str] = "gauss"
+    takes_events: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
@@ -147,6 +148,7 @@ class GaussAdjoint(_Continuous):
     however many parameters (Norcliffe & Deisenroth 2023)."""
 
     _integral: ClassVar[str] = "gauss"
+    takes_events: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,11 @@ class DiscreteAdjoint:
         if count is not None and self.keep_bytes:
             raise InvalidInput("checkpoints= bounds the memory of a solve, keep_bytes= spends it: give one of the two")
 
+    @property
+    def takes_events(self) -> bool:
+        """Whether a solve may have ``events=``."""
+        return self.checkpoints is None
+
     def solve(self, problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Outputs:
         """See `Gradient.solve`."""
         plan = problem.plan

@@ -1,0 +1,92 @@
+"""Rounds whose strategy cannot stop at events: they are looked for first, and the solve that is differentiated ends there by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..errors import UnsupportedCombination
+from ..sensitivity.products import tangent
+from .arguments import RoundSpan
+from .event_slope import signed, with_slope
+from .round_rules import Rule
+from .rows import chosen, forward_fill, wide
+from .solution import EventLog, EventRecord, Solution
+
+__all__ = ["check_rules", "ended_before", "takes_events", "with_events"]
+
+
+def takes_events(gradient: Any) -> bool:
+    """Whether the strategy differentiates solves with events."""
+    return bool(getattr(gradient, "takes_events", True))
+
+
+def check_rules(rules: Sequence[Rule], gradient: Any) -> None:
+    """Raise `UnsupportedCombination` for events that end no round."""
+    for rule in rules:
+        if not rule.ends:
+            raise UnsupportedCombination(
+                f"{rule.title} is only recorded, which {type(gradient).__name__} does not differentiate: give it a reset "
+                "(lambda t, y, *args: y) or terminal=, or take gradient=DiscreteAdjoint()"
+            )
+
+
+def ended_before(first: Solution, span: RoundSpan) -> RoundSpan:
+    """The span up to the events of a solve without derivatives."""
+    end = span.end
+    for record in first.events:
+        if record.t.shape[0]:
+            found = ~record.t[0].isnan()
+            end = chosen(found, record.t[0].detach().to(end.dtype), end)
+    return RoundSpan(span.start, end, span.idle)
+
+
+def with_events(
+    rules: Sequence[Rule],
+    first: Solution,
+    sol: Solution,
+    last: Any,
+    span: RoundSpan,
+    args: tuple[Any, ...],
+    slope: Callable[[Tensor, Any], Any] | None,
+    real: torch.dtype,
+) -> Solution:
+    """``sol`` with the events of ``first`` at its end, where the state is ``last``; their times and states are differentiable.
+
+    ``span`` is that of ``sol``. The time of an event is a root of the event function on the solution continued beyond its end, to second
+    order where the equations tell the slope: two of Newton's steps have its first and second derivatives (docs/theory.md, events).
+    """
+    ending = None if sol.yp is None else tree_map(lambda x: x[-1], sol.yp)
+
+    def one(rule: Rule, record: EventRecord) -> EventRecord:
+        if not record.t.shape[0]:
+            return record
+        hit = ~record.t[0].detach().isnan()
+        end, y = forward_fill(hit, (span.end, last))
+
+        def moved(h: Tensor, rate: Any) -> Any:
+            return tree_map(lambda a, k: a + wide(h, a).to(a.dtype) * k, y, rate)
+
+        def state(d: Tensor) -> Any:
+            return moved(d, ending if slope is None else slope(end + d / 2, moved(d / 2, slope(end, y))))
+
+        def residual(d: Tensor) -> Tensor:
+            return signed(rule.function((end + d).to(real), state(d), *args)).reshape(end.shape).to(torch.float64)
+
+        d, sloping = torch.zeros_like(end), hit
+        for k in range(2):
+            rate, value = tangent(residual, (d,), (torch.ones_like(d),)), residual(d)
+            sloping = (torch.isfinite(rate) & (rate != 0)).detach() if k == 0 else sloping
+            d = d - torch.where(sloping, value, 0.0) / torch.where(sloping, rate, 1.0)
+        d = with_slope(d - d.detach(), sloping | ~hit, *causes)
+        t = torch.where(hit, end + d, float("nan")).to(record.t.dtype).unsqueeze(0)
+        return EventRecord(t, tree_map(lambda x: torch.where(wide(hit, x), x, float("nan")).unsqueeze(0), state(d)))
+
+    causes = [x for x in tree_leaves((last, args)) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
+    records = [one(rule, record) for rule, record in zip(rules, first.events, strict=True)]
+    return replace(sol, events=EventLog.of(records, (rule.name for rule in rules)))

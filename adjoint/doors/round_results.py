@@ -1,0 +1,193 @@
+"""The rounds of a solve with resets, joined to one solution: samples, steps, dense output, events, integrals, work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ..errors import InvalidInput
+from ..system.capture import readable
+from .arguments import Times
+from .round_rules import Boundary, Rule
+from .rows import anywhere, chosen, gathered, wide
+from .solution import BackwardStats, EventLog, EventRecord, Solution, Stats
+
+__all__ = ["Piece", "Taken", "joined"]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Which of the sample times a round was asked for, ``low`` to ``high``; of these those ``inside`` of it, ``(T, R)``. ``along``
+    ``(R)``: whether they are in the order of the solve."""
+
+    low: int
+    high: int
+    inside: Tensor
+    along: Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A round: its solution, whose it was ``(R)``, from when to when ``(R)``, from which state, what there was at its end before and after
+    the resets, which rules were applied to which trajectories, and the states that each gave."""
+
+    sol: Solution
+    going: Tensor
+    start: Tensor
+    stop: Tensor
+    y0: Any
+    left: Boundary
+    right: Boundary
+    hits: Sequence[Tensor]
+    states: Sequence[Any]
+    taken: Taken | None
+
+
+def joined(times: Times, rules: Sequence[Rule], pieces: Sequence[Piece], last: Boundary, status: Tensor, batched: bool) -> Solution:
+    """One solution. ``last``: where the trajectories ended, after all resets; ``status`` (R)."""
+    first = pieces[0]
+    ragged = batched or not readable(status)
+    if times.steps:
+        t, y = _steps(pieces, ragged)
+    elif times.samples is None:
+        assert times.shown is not None
+        ends = first.start.to(times.shown.dtype), last.t.to(times.shown.dtype)
+        own = times.shown.dim() == 2 or any(rule.terminal != 0 for rule in rules)
+        t = torch.stack(ends) if own or not batched else times.shown
+        y = tree_map(lambda a, b: torch.stack([a[0], b]), first.sol.y, last.y)
+    else:
+        assert times.shown is not None
+        t, y = times.shown, _samples(times, pieces, batched)
+    whole = isinstance(first.sol.status, int)
+    quadrature = None
+    if first.sol.quadrature is not None:
+        quadrature = first.sol.quadrature
+        for piece in pieces[1:]:
+            quadrature = tree_map(lambda a, b, on=piece.going: a + chosen(on, b, torch.zeros_like(b)), quadrature, piece.sol.quadrature)
+    return Solution(
+        t=t,
+        y=y,
+        status=int(status) if whole else status,
+        stats=_work(pieces),
+        events=_events(rules, pieces, ragged),
+        quadrature=quadrature,
+        interpolant=_interpolant(times, pieces, last, batched) if first.sol.interpolant is not None else None,
+    )
+
+
+def _samples(times: Times, pieces: Sequence[Piece], batched: bool) -> Any:
+    """The states at the sample times: at the time of a reset that after it."""
+    every = times.samples
+    assert every is not None
+    every = every if batched else every[:, 0]
+    end = times.anchors[-1] if batched else times.anchors[-1, 0]
+    sign = torch.where(end >= (times.anchors[0] if batched else times.anchors[0, 0]), 1.0, -1.0)
+    out: Any = None
+    for k, piece in enumerate(pieces):
+        taken = piece.taken
+        assert taken is not None
+        here = every[taken.low : taken.high]
+        more = torch.zeros_like(piece.going) if k + 1 == len(pieces) else pieces[k + 1].going
+        ahead = sign * (here - piece.stop).detach()
+        at_end = ahead.abs() <= 8 * torch.finfo(torch.float64).eps * here.detach().abs()
+        # what is at the end of a round is that of the next one; of the last one, it has gone through its resets
+        mine = taken.inside & ((ahead <= 0) | at_end) & ~(at_end & more)
+        moved = at_end & torch.stack([*piece.hits, torch.zeros_like(piece.going)]).any(0)
+        values = tree_map(lambda x: x[1:-1], piece.sol.y)
+        values = tree_map(lambda x, y, on=moved: chosen(on, y.expand_as(x), x), values, piece.right.y) if anywhere(moved) else values
+        if out is None:
+            out = tree_map(lambda x: x.new_full((len(every), *x.shape[1:]), float("nan")), values)
+        out = tree_map(
+            lambda old, new, on=mine, t=taken: torch.cat(
+                [old[: t.low], torch.where(wide(on, new), new, old[t.low : t.high]), old[t.high :]]
+            ),
+            out,
+            values,
+        )
+    return out
+
+
+def _steps(pieces: Sequence[Piece], ragged: bool) -> tuple[Tensor, Any]:
+    """The steps of all rounds; the time of a reset is there twice, with the states on both sides of it."""
+    parts, gone = [], []
+    for k, piece in enumerate(pieces):
+        t, y = piece.sol.t, piece.sol.y
+        more = torch.zeros_like(piece.going) if k + 1 == len(pieces) else pieces[k + 1].going
+        ends = piece.going & torch.stack([*piece.hits, torch.zeros_like(piece.going)]).any(0) & ~more
+        if anywhere(ends):
+            t = torch.cat([t, chosen(ends, piece.stop.to(t.dtype), torch.full_like(piece.stop, float("nan"), dtype=t.dtype)).unsqueeze(0)])
+            y = tree_map(lambda a, b: torch.cat([a, b.unsqueeze(0)]), y, piece.right.y)
+        parts.append((t, y))
+        gone.append(t.detach().isnan() | ~piece.going)
+    t, y = gathered(parts, gone, ragged)
+    return t, y
+
+
+def _events(rules: Sequence[Rule], pieces: Sequence[Piece], ragged: bool) -> EventLog:
+    """The records of every event, of all rounds."""
+    records = []
+    for i, rule in enumerate(rules):
+        parts, gone = [], []
+        for piece in pieces:
+            record, state = piece.sol.events[i], piece.states[i]
+            tree = [record.t, record.y]
+            if rule.reset is not None:
+                lines = record.t.shape[0]
+                tree.append(
+                    tree_map(lambda x: x[:0], record.y) if state is None else tree_map(lambda x, n=lines: x.unsqueeze(0)[:n], state)
+                )
+            parts.append(tuple(tree))
+            gone.append(record.t.detach().isnan() | ~piece.going)
+        records.append(EventRecord(*gathered(parts, gone, ragged)))
+    return EventLog.of(records, (rule.name for rule in rules))
+
+
+def _work(pieces: Sequence[Piece]) -> Stats:
+    """The sums of all counts, of trajectories in the rounds that were theirs."""
+    counts = {}
+    for f in fields(Stats):
+        if f.name != "backward":
+            each = [(getattr(p.sol.stats, f.name), p.going) for p in pieces]
+            counts[f.name] = sum(x if isinstance(x, int) else torch.where(on, x, 0) for x, on in each)
+    return Stats(**counts, backward=BackwardStats([p.sol.stats.backward for p in pieces]))
+
+
+def _interpolant(times: Times, pieces: Sequence[Piece], last: Boundary, batched: bool) -> Callable[..., Any]:
+    """``sol(t, side)``: that of the round which a time is in."""
+    first, end = (times.anchors[i] if batched else times.anchors[i, 0] for i in (0, -1))
+    sign = torch.where(end >= first, 1.0, -1.0)
+
+    def at(t: Tensor, side: str = "right") -> Any:
+        full = t.to(device=first.device, dtype=torch.float64)
+        lone = full.dim() == 0
+        full = full.reshape(1) if lone else full
+        if full.dim() > (2 if batched else 1) or (full.dim() == 2 and full.shape[1] != first.shape[0]):
+            raise InvalidInput(f"sol(t) takes t of shape () or (T,){' or (T, B)' if batched else ''}, got {tuple(t.shape)}")
+        full = full.unsqueeze(-1).expand(-1, first.shape[0]) if batched and full.dim() == 1 else full
+        now = full.detach()
+        slack = 1e-14 * torch.maximum(first.abs(), end.abs()).detach()
+        outside = (sign * (now - first) < -slack) | (sign * (now - last.t) > slack)
+        if readable(outside) and bool(outside.any()):
+            raise InvalidInput("sol(t): t lies outside of what was integrated")
+        out: Any = None
+        for k, piece in enumerate(pieces):
+            after = sign * (now - piece.start)
+            mine = piece.going & ((after > 0) if side == "left" and k else (after >= 0)) if k else torch.ones_like(now, dtype=torch.bool)
+            if k and not anywhere(mine):
+                continue
+            start, stop = piece.start.detach(), piece.stop.detach()
+            low, high = torch.minimum(start, stop), torch.maximum(start, stop)
+            within = (now >= low) & (now <= high)
+            value = piece.sol(torch.where(mine & within, full, torch.where(now < low, low, torch.where(now > high, high, now))))
+            out = value if out is None else chosen(mine, value, out)
+        final = (sign * (now - last.t) >= 0) & torch.stack([*pieces[-1].hits, torch.zeros_like(pieces[-1].going)]).any(0)
+        if side == "right" and anywhere(final):
+            out = tree_map(lambda x, y: torch.where(wide(final, x), y.expand_as(x), x), out, last.y)
+        return tree_map(lambda x: x[0], out) if lone else out
+
+    return at
