@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from ..errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
 from ..integrate import PIDController, Plan, Record
 from ..methods import DAE_METHODS, Method
+from ..native.entry import NativeSolve, own_algebra
 from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Outputs, Problem
 from ..sensitivity.consistent import Initial
@@ -208,7 +209,8 @@ def solve_dae(
         if throw:
             dae_failure(record, plan, system, inputs)
 
-    problem = Problem(system, plan, batched, report, backward.add, algebra=algebra)
+    native = NativeSolve(own_algebra(jac_sparsity=jac_sparsity, linear_solver=linear_solver))
+    problem = Problem(system, plan, batched, report, backward.add, algebra=algebra, derivatives=derivatives, native=native)
     strategy = strategy_of(gradient)
     out = strategy.solve(problem, times.anchors, times.samples, start.y, inputs)
     parts = Parts(out, problem, times, user_spec, spec, integrand, start.y, watched, args, backward, derivatives, dense_output)

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from ..errors import InvalidInput
-from ..methods import Method
+from ..methods import DAE_METHODS, METHODS, Method
 from ..native.build import NoCompiler, compiler
-from ..native.emit import takes
+from ..native.emit import is_residual, takes
 from ..native.reading import Unreadable
 from ..native.recognise import Recognised, compile_key, recognise
 from ..system.system import StateSpec, System
@@ -40,7 +40,9 @@ class Explanation:
         The tensors that ``fun`` uses beside time and state (arguments, then what it captures), and whether trajectories "share" them or
         each has its "own" part.
     jacobian : int or None
-        Entries of the Jacobian that are not always zero, for implicit methods.
+        Entries of the Jacobian that are not always zero, for implicit methods; of implicit equations those in ``y`` and in ``y'``.
+    entries : int
+        All entries of it.
     sources : dict of str
         The C++ text of ``fun``, of its derivatives ("vjp", and for implicit methods "jac" and "bend"), by name.
     """
@@ -53,6 +55,7 @@ class Explanation:
     inputs: tuple[tuple[tuple[int, ...], str], ...] = ()
     jacobian: int | None = None
     sources: dict[str, str] | None = None
+    entries: int = 0
 
     def __str__(self) -> str:
         if not self.native:
@@ -61,7 +64,7 @@ class Explanation:
         for shape, kind in self.inputs:
             lines.append(f"  a tensor {shape}, " + ("shared by all trajectories" if kind == "share" else "a part for each trajectory"))
         if self.jacobian is not None:
-            lines.append(f"  {self.jacobian} of {self.unknowns**2} entries of the Jacobian are not always zero")
+            lines.append(f"  {self.jacobian} of {self.entries} entries of the Jacobian are not always zero")
         for name, text in (self.sources or {}).items():
             lines.append(f"  {name}: {text.count(chr(10)) - 1} lines of C++")
         return "\n".join(lines)
@@ -76,7 +79,8 @@ def explain(
     batched: bool = False,
     t0: float = 0.0,
 ) -> Explanation:
-    """Say what ``solve_ivp(fun, (t0, ..), y0, args, method=method, batched=batched, compile=True)`` would compile, or why it would not.
+    """Say what ``solve_ivp(fun, (t0, ..), y0, args, method=method, batched=batched, compile=True)`` would compile, or why it would not;
+    with a method that is for implicit equations alone ("radau", "radau3") `solve_dae` of ``fun(t, y, yp, *args)``.
 
     ``fun`` is read, at ``t0`` and ``y0``; nothing is compiled or solved. The C++ text is in ``Explanation.sources``.
 
@@ -84,7 +88,8 @@ def explain(
     ------
     InvalidInput, UnsupportedCombination : for states and methods that `solve_ivp` does not take
     """
-    chosen = check_method(method)
+    named = DAE_METHODS.get(method) if isinstance(method, str) and method not in METHODS else None
+    chosen = named if named is not None else check_method(method)
     if not callable(fun):
         raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}")
     if not takes(chosen):
@@ -92,7 +97,7 @@ def explain(
     args = args if isinstance(args, (tuple, list)) else (args,)
     spec = StateSpec.of(y0, batched)
     leaves, tree = tree_flatten(tuple(args))
-    system = System(fun, spec, tree, tuple(leaves))
+    system = System(fun, spec, tree, tuple(leaves), residual=_layout(fun, spec, y0, args, t0) if is_residual(chosen) else None)
     y, t = spec.taken(y0).detach(), torch.full((spec.rows,), t0, dtype=spec.real_dtype, device=spec.device)
     try:
         compiler()
@@ -101,8 +106,17 @@ def explain(
     except (Unreadable, NoCompiler) as error:
         return Explanation(False, str(error), chosen.name)
     nonzero = len(functions.nonzero) if chosen.implicit else None
+    width = y.shape[1]
+    entries = width**2 * (2 if is_residual(chosen) else 1)
     operators = tuple(sorted(found.program.reading.operators))
-    return Explanation(True, "", chosen.name, y.shape[1], operators, _inputs(found), nonzero, dict(functions.texts))
+    return Explanation(True, "", chosen.name, width, operators, _inputs(found), nonzero, dict(functions.texts), entries)
+
+
+def _layout(fun: Callable[..., Any], spec: StateSpec, y0: Any, args: tuple[Any, ...], t0: float) -> StateSpec:
+    """How a residual is flat."""
+    t = torch.full((spec.rows,), t0, dtype=spec.real_dtype, device=spec.device)
+    with torch.no_grad():
+        return StateSpec.of(fun(t if spec.batch is not None else t[0], y0, y0, *args), spec.batch is not None, "what fun returned")
 
 
 def _inputs(found: Recognised) -> tuple[tuple[tuple[int, ...], str], ...]:

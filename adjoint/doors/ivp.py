@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import PIDController, Plan, Record
 from ..methods import METHODS, Method
-from ..native.entry import NativeSolve
+from ..native.entry import NativeSolve, own_algebra
 from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Problem
 from ..system.capture import elsewhere, find_captured, needs_derivatives, stand_ins, transforming, vmap_active
@@ -141,7 +141,7 @@ def solve_ivp(
     step_ts : times
         Times at which a step must end, where ``fun`` may jump: the stages on either side see ``t`` from within their own step.
     compile : bool
-        Run the solve and its first derivatives as native code, where that can be: one-step methods, real states on a CPU, no events.
+        Run the solve and its first derivatives as native code, where that can be: one-step methods, real states on a CPU.
         The first solve of a ``fun`` calls a C++ compiler (g++, clang++, or that of ``pip install ziglang``), which takes seconds; what it
         makes is kept on disk. All else runs as without ``compile=``, after one warning that says why (docs/choosing.md).
     throw : bool
@@ -247,8 +247,7 @@ def solve_ivp(
     probe_t = times.anchors[0].detach().to(real, copy=True)
     probe_t = probe_t if batched else probe_t.reshape(())
     system = System(right_hand_side, spec, tree, tuple(leaves))
-    own = [f"{name}=" for name, value in implicit_options.items() if value is not None]
-    native = NativeSolve(f"native code takes and factorises Jacobians itself: leave {own[0]} or compile out" if own else None)
+    native = NativeSolve(own_algebra(**implicit_options))
     if torch.is_grad_enabled() or transforming():
         probe_y, probe_args = copied(state), aliased(tuple(args))
         calls = [right_hand_side]

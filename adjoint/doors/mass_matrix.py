@@ -126,9 +126,15 @@ def with_mass(fun: Callable[..., Any], mass: Any, y0: Any, batched: bool) -> tup
             *args, matrix = rest
             return shaped(product(matrix, yp) - checked(fun(t, y, *args)))
 
-        return constant, (mass,)
+        return _wrapping(constant, fun), (mass,)
 
     def varying(t: Tensor, y: Any, yp: Any, *args: Any) -> Tensor:
         return shaped(product(mass(t, y, *args), yp) - checked(fun(t, y, *args)))
 
-    return varying, ()
+    return _wrapping(varying, fun), ()
+
+
+def _wrapping(residual: Callable[..., Any], fun: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that says which one it calls, as those of `functools.wraps` do: what is known of it is known by both."""
+    residual.__wrapped__ = fun  # type: ignore[attr-defined]
+    return residual

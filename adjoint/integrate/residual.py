@@ -16,12 +16,17 @@ from .plan import Plan
 from .stages import SEARCHES
 from .work import StageWork
 
-__all__ = ["NEWTON", "ResidualSolver"]
+__all__ = ["NEWTON", "ResidualSolver", "power_of"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 
 #: Newton steps in each round of the search for the slope at the start
 NEWTON = 8
+
+
+def power_of(index: Tensor | None, real: torch.dtype) -> Tensor | None:
+    """``(n,)``: the powers of ``h`` by which variables of this index count less in norms; None where all count alike."""
+    return None if index is None or not bool((index > 1).any()) else (index - 1).clamp(min=0).to(real)
 
 
 class ResidualSolver:
@@ -56,7 +61,7 @@ class ResidualSolver:
     ) -> None:
         self.f, self.plan, self.jacobian, self.linear_solver, self.tolerance = f, plan, jacobian, linear_solver, tolerance
         self.work = StageWork.zero(rows, device)
-        self.power = None if index is None or not bool((index > 1).any()) else (index - 1).clamp(min=0).to(plan.real)
+        self.power = power_of(index, plan.real)
         self.skipped = skipped
         self._at: tuple[Tensor, Tensor, Tensor] | None = None
         self._begin = torch.empty(0)

@@ -10,7 +10,7 @@ from typing import TypeGuard
 import numpy as np
 import torch
 
-from ..integrate import coupled, defect, stages
+from ..integrate import coupled, defect, residual, stages
 from ..methods.collocation import FullyImplicitRungeKutta
 from ..methods.dirk import DiagonallyImplicitRungeKutta
 from ..methods.rosenbrock import Rosenbrock
@@ -18,7 +18,7 @@ from ..methods.runge_kutta import ExplicitRungeKutta
 from .calls import declarations
 from .text import header
 
-__all__ = ["Compiled", "engine_text", "prologue", "takes"]
+__all__ = ["Compiled", "engine_text", "is_residual", "prologue", "takes"]
 
 #: methods that have a text
 Compiled = ExplicitRungeKutta | Rosenbrock | DiagonallyImplicitRungeKutta | FullyImplicitRungeKutta
@@ -54,9 +54,12 @@ def prologue(real: torch.dtype, lanes: int) -> str:
 
 def takes(method: object) -> TypeGuard[Compiled]:
     """Whether a method has a text."""
-    if isinstance(method, FullyImplicitRungeKutta):
-        return not method.residual
-    return type(method) in (ExplicitRungeKutta, Rosenbrock, DiagonallyImplicitRungeKutta)
+    return type(method) in (ExplicitRungeKutta, Rosenbrock, DiagonallyImplicitRungeKutta, FullyImplicitRungeKutta)
+
+
+def is_residual(method: Compiled) -> bool:
+    """Whether it is for implicit equations ``F(t, y, y') = 0``."""
+    return isinstance(method, FullyImplicitRungeKutta) and method.residual
 
 
 def _flags(**values: int | bool) -> str:
@@ -103,7 +106,7 @@ def _constraints(method: Compiled) -> list[str]:
     """The constants of the defect of constraints, see `defect.inner_error`, and of how a solve begins."""
     points = defect.points_of(method)
     return [
-        _flags(POINTS=len(points), SEARCHES=stages.SEARCHES),
+        _flags(POINTS=len(points), SEARCHES=stages.SEARCHES, FINDINGS=residual.NEWTON),
         f"static constexpr double NARROW = {number(defect.NARROW)}, NOISE = {number(defect.NOISE)};",
         *(_array(name, [getattr(p, name.lower()) for p in points]) for name in ("THETA", "RATE")),
         *(_matrix(name, [getattr(p, name.lower()) for p in points], method.n_stages) for name in ("VALUES", "SLOPES")),
@@ -124,7 +127,7 @@ def _dirk(method: DiagonallyImplicitRungeKutta) -> list[str]:
     ]
 
 
-def _collocation(method: FullyImplicitRungeKutta, real: torch.dtype) -> list[str]:
+def _collocation(method: FullyImplicitRungeKutta) -> list[str]:
     """The constants of a fully implicit method."""
     tab, s = method.tableau, method.n_stages
     modes = tab.distinct(False)
@@ -135,12 +138,12 @@ def _collocation(method: FullyImplicitRungeKutta, real: torch.dtype) -> list[str
         return [part for x in values for part in (x.real, x.imag)]
 
     return [
-        _flags(FSAL=False, NEXT_FIRST=False, ERROR_USES_END=False, MODES=len(modes)),
+        _flags(FSAL=method.residual, NEXT_FIRST=False, ERROR_USES_END=False, MODES=len(modes)),
         _flags(FILTERED=tab.error is not None, SHARED_FILTER=bool(shared)),
         _matrix("A", tab.a, s),
         _array("B", tab.b),
         _array("EMBEDDED", tab.error or [0.0] * s),
-        f"static constexpr double GAMMA = {number(gamma)}, EPSILON = {number(torch.finfo(real).eps)};",
+        f"static constexpr double GAMMA = {number(gamma)};",
         _matrix("LAGRANGE", np.linalg.inv(np.vander(tab.c, increasing=True)).tolist(), s),
         _matrix("VALUE", [pairs([m.value]) for m in modes], 2),
         _matrix("OUT_OF", [pairs(m.out_of) for m in modes], 2 * s),
@@ -148,7 +151,7 @@ def _collocation(method: FullyImplicitRungeKutta, real: torch.dtype) -> list[str
     ]
 
 
-def _family(method: Compiled, real: torch.dtype, width: int, nonzero: Collection[tuple[int, int]]) -> list[str]:
+def _family(method: Compiled, width: int, nonzero: Collection[tuple[int, int]]) -> list[str]:
     """A method's constants, and the step of its family."""
     if isinstance(method, ExplicitRungeKutta):
         return [*_explicit(method), source("explicit.hpp")]
@@ -157,7 +160,7 @@ def _family(method: Compiled, real: torch.dtype, width: int, nonzero: Collection
         return [*shared, *_rosenbrock(method, width, nonzero), source("rosenbrock.hpp")]
     shared.append(source("newton.hpp"))
     if isinstance(method, FullyImplicitRungeKutta):
-        return [*shared, *_collocation(method, real), source("collocation.hpp")]
+        return [*shared, *_collocation(method), source("collocation.hpp")]
     return [*shared, *_dirk(method), source("dirk.hpp")]
 
 
@@ -178,7 +181,7 @@ def engine_text(
     share it; ``numbers``: how many cotangents shared ones have. ``nonzero``: see `_rosenbrock`. ``mass``:
     whether there is a matrix in front of the slopes.
     """
-    dense = method.tableau.dense
+    dense, implicit = method.tableau.dense, is_residual(method)
     return "\n".join(
         [
             _flags(N=width, INPUTS=len(own), TIMED=timed, STAGES=method.n_stages, ALL=len(dense)),
@@ -189,19 +192,19 @@ def engine_text(
             _array("C", method.nodes),
             _matrix("DENSE", dense, len(dense[0])),
             declarations(),
-            f"#define MASS {int(mass)}\n#define CONSTRAINED {int(mass)}",
+            f"#define MASS {int(mass)}\n#define IMPLICIT {int(implicit)}\n#define CONSTRAINED {int(mass or implicit)}",
+            f"static constexpr double FARTHEST = {number(max(1.0, *method.nodes))}, REAL_EPSILON = {number(torch.finfo(real).eps)};",
             source("lanes.hpp"),
             source("common.hpp"),
-            *_family(method, real, width, nonzero),
+            *_family(method, width, nonzero),
             # only explicit steps have to be looked after
             f"static constexpr double INTERVAL = {number(getattr(method, 'interval', 1e300))};",
             f"static constexpr double SHIFT = {number(torch.finfo(real).eps ** 0.4)};",
             f"static constexpr double SMALLEST = {number(max(1e-300, torch.finfo(real).tiny))};",
             f"static constexpr double LOOSEST_RTOL = {number(stages.LOOSEST[0])}, LOOSEST_ATOL = {number(stages.LOOSEST[1])};",
             f"#define EVENTS {n_events}",
-            f"static constexpr double FARTHEST = {number(max(1.0, *method.nodes))}, REAL_EPSILON = {number(torch.finfo(real).eps)};",
             *([source("events.hpp")] if n_events else []),
-            *(_constraints(method) if mass else []),
+            *(_constraints(method) if mass or implicit else []),
             *(source(f"{name}.hpp") for name in ("tape", "starts", "loop")),
             source("back.hpp"),
         ]

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from .reading import Unreadable
 from .recognise import Heard, Recognised, compile_key, hear, recognise
 from .solve import run_native
 
-__all__ = ["NativeSolve", "suits"]
+__all__ = ["NativeSolve", "own_algebra", "suits"]
 
 _remarked: set[tuple[Hashable, str]] = set()
 
@@ -32,10 +33,9 @@ def suits(plan: Plan, system: System | VmappedSystem, y0: Tensor) -> str | None:
     base = system
     while isinstance(base, VmappedSystem):
         base = base.base
-    if base.residual is not None:
-        return "its equations are implicit (solve_dae): leave compile out"
     if not takes(plan.method):
-        return f"method={plan.method.name!r} has no native form: choose a one-step method ('tsit5'; 'rodas5p' for stiff equations)"
+        advice = "('tsit5'; 'rodas5p' for stiff equations)" if base.residual is None else "('radau')"
+        return f"method={plan.method.name!r} has no native form: choose a one-step method {advice}"
     if base.inner_grad or base.transforms:
         return "fun takes derivatives itself: write them out, or leave compile out"
     if plan.switch is not None:
@@ -51,6 +51,12 @@ def suits(plan: Plan, system: System | VmappedSystem, y0: Tensor) -> str | None:
     if y0.dtype not in (torch.float32, torch.float64) or not y0.numel():
         return f"the state is of {y0.dtype}: take float32 or float64" if y0.numel() else "the state is empty"
     return None
+
+
+def own_algebra(**options: Any) -> str | None:
+    """Why a solve with these options for Jacobians and linear systems cannot be one of compiled code; None where none is given."""
+    given = [f"{name}=" for name, value in options.items() if value is not None]
+    return f"native code takes and factorises Jacobians itself: leave {given[0]} or compile out" if given else None
 
 
 def _remark(key: Hashable, reason: str) -> None:
@@ -98,8 +104,11 @@ class NativeSolve:
         anchors: Tensor,
         t_eval: Tensor | None,
         derivatives: bool,
+        index: Tensor | None = None,
+        skipped: Tensor | None = None,
     ) -> Record | None:
-        """The solve, or None where the eager engine is to make it. ``derivatives``: a way back may follow."""
+        """The solve, or None where the eager engine is to make it. ``derivatives``: a way back may follow. ``index`` and ``skipped``, (n,):
+        those of variables of implicit equations, see `ResidualSolver`."""
         reason = self.refused or suits(plan, system, y0)
         if reason is not None:
             return _remark(key, reason)
@@ -113,7 +122,8 @@ class NativeSolve:
             values = found.values()
             if derivatives:
                 values = [v.clone() if v.data_ptr() == x.data_ptr() else v for v, x in zip(values, found.tensors, strict=True)]
-            record = run_native(found.program, plan, anchors, t_eval, y0, values, derivatives and not plan.method.implicit)
+            watched = derivatives and not plan.method.implicit
+            record = run_native(found.program, plan, anchors, t_eval, y0, values, watched, index, skipped)
         except (Unreadable, NoCompiler) as error:
             return _remark(key, str(error))
         if record is not None:

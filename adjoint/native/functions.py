@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..methods.rosenbrock import Rosenbrock
-from .emit import Compiled
+from .emit import Compiled, is_residual
 from .reading import Reading, Unreadable
 from .reverse import cotangents, jacobian
 from .rolled import Rolled, rolled
@@ -43,13 +43,15 @@ def user_functions(
     whether the function looks at the time; ``mass``: the matrix in front of the slopes, row by row. Raises `Unreadable` where text would
     be too long."""
     try:
-        return _texts(_Writer(reading, width, own, timed), events, method, mass)
+        # of implicit equations values and slopes stand side by side
+        arguments = 2 * width if is_residual(method) else width
+        return _texts(_Writer(reading, arguments, own, timed), width, events, method, mass)
     except NotImplementedError as error:
         raise Unreadable("", "", f"{error} is not known as a formula") from error
 
 
-def _texts(writer: _Writer, events: Sequence[Reading], method: Compiled, mass: Reading | None) -> UserFunctions:
-    reading, width, own = writer.reading, writer.width, writer.own
+def _texts(writer: _Writer, width: int, events: Sequence[Reading], method: Compiled, mass: Reading | None) -> UserFunctions:
+    reading, own = writer.reading, writer.own
     loops = rolled(reading.graph, reading.outputs, _leaf, _cotangent, writer.shared, ("t", "y", "a"), entry_name="J[PATTERN[{}]]".format)
     texts = writer.straight() if loops is None else writer.loops(loops)
     tables = "" if loops is None else loops.tables
@@ -57,7 +59,7 @@ def _texts(writer: _Writer, events: Sequence[Reading], method: Compiled, mass: R
     if method.implicit:
         texts["jac"], nonzero = writer.jacobian(loops)
         if loops is not None and loops.jac:
-            tables += f"static const int PATTERN[] = {{{', '.join(str(i * width + j) for i, j in loops.pattern)}}};\n"
+            tables += f"static const int PATTERN[] = {{{', '.join(str(i * writer.width + j) for i, j in loops.pattern)}}};\n"
     if isinstance(method, Rosenbrock):
         texts["bend"] = writer.bend()
     if events:
@@ -124,11 +126,11 @@ class _Writer:
         """``jac``, and rows and columns of its entries."""
         zero, signature = self.graph.constant(0.0), "const S* y, S* J, S* slope"
         if loops is not None and loops.jac and not self.timed:
-            clear = f"for (int i = 0; i < {self.width}; i++) slope[i] = K(R(0));\n"
+            clear = f"for (int i = 0; i < {len(self.reading.outputs)}; i++) slope[i] = K(R(0));\n"
             return self.function("jac", signature, clear + loops.jac), loops.pattern
         entries, slopes = self._slopes()
         targets: list[Target | Scatter] = [(f"J[{i * self.width + j}]", node, "=") for (i, j), node in entries.items()]
-        targets += [(f"slope[{i}]", slopes.get(i, zero), "=") for i in range(self.width)]
+        targets += [(f"slope[{i}]", slopes.get(i, zero), "=") for i in range(len(self.reading.outputs))]
         return self._written("jac", signature, targets), entries
 
     def bend(self) -> str:

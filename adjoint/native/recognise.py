@@ -21,8 +21,8 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..system.capture import Captured
-from ..system.system import StateSpec, System, VmappedSystem
-from .emit import Compiled
+from ..system.system import System, VmappedSystem
+from .emit import Compiled, is_residual
 from .program import Program, program_of
 from .reading import Unreadable, read
 from .tracing import PickedByNumbers
@@ -35,9 +35,12 @@ _MOST_GRAPHS = 64
 
 
 def compile_key(fun: Callable[..., Any]) -> Hashable:
-    """What makes two right-hand sides share compiled code: their Python code, or for other callables their type."""
+    """What makes two right-hand sides share compiled code: their Python code, with that of what they wrap, or for other callables their
+    type."""
     code = getattr(fun, "__code__", None) or getattr(getattr(fun, "__func__", None), "__code__", None)
-    return code if code is not None else type(fun)
+    key: Hashable = code if code is not None else type(fun)
+    inner = getattr(fun, "__wrapped__", None)
+    return (key, compile_key(inner)) if callable(inner) and inner is not fun else key
 
 
 @dataclass(eq=False)
@@ -79,8 +82,8 @@ def _hear(module: GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
     return graph
 
 
-def _evaluate(fun: Callable[..., Any], t: Tensor, y: Any, args: tuple[Any, ...]) -> Any:
-    return fun(t, y, *args)
+def _evaluate(fun: Callable[..., Any], t: Tensor, states: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    return fun(t, *states, *args)
 
 
 @lru_cache(maxsize=512)
@@ -177,12 +180,14 @@ def hear(
     _ear.heard = []
     # where no gradient is wanted anyway, the tracer leaves out that fun turns gradients off, and that it has derivatives of its own
     with torch.enable_grad():
-        state = spec.unflatten(y0[: base.rows].detach().requires_grad_().clone())
-        kinds = (key, spec, base.args_tree, *((x.shape, x.dtype, x.requires_grad) for x in arguments))
+        # of implicit equations state and slope, which events do not see
+        count = 2 if function is None and base.residual is not None else 1
+        states = tuple(spec.unflatten(y0[: base.rows].detach().requires_grad_().clone()) for _ in range(count))
+        kinds = (key, spec, count, base.args_tree, *((x.shape, x.dtype, x.requires_grad) for x in arguments))
         if kinds in _refusals:
             raise Unreadable("", "", _refusals[kinds])
         try:
-            result = _asked(key, base.fun if function is None else function, time, state, base.arguments(arguments))
+            result = _asked(key, base.fun if function is None else function, time, states, base.arguments(arguments))
         except Exception as error:  # tracers, and fun where it is traced, raise whatever they like
             reason = _refusals[kinds] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise Unreadable("", "", reason) from error
@@ -193,7 +198,7 @@ def hear(
         raise Unreadable("", "", "it changes the state, or a tensor that it captured, in place")
     if graph.own_derivative:
         raise Unreadable("", "", "a torch.autograd.Function in it has a derivative of its own")
-    known = {id(time): ("t", 0)} | {id(x): ("y", i) for i, x in enumerate(tree_flatten(state)[0])}
+    known = {id(time): ("t", 0)} | {id(x): ("y", i) for i, x in enumerate(tree_flatten(states)[0])}
     given = {id(x): k for k, x in reversed(list(enumerate(arguments)))}
     known |= {i: ("argument", k) for i, k in given.items()}
     results = tuple(_place(x, stand_ins, known) for x in tree_flatten(result)[0])
@@ -254,7 +259,7 @@ def recognise(
     known = graphs[0].programs
     found = known.get(layout)
     if found is None:
-        flats = [_flat(graph.module, *where, base.spec, k > 0) for k, (graph, where) in enumerate(zip(graphs, layouts, strict=True))]
+        flats = [_flat(graph.module, *where, base, k > 0) for k, (graph, where) in enumerate(zip(graphs, layouts, strict=True))]
         flats += [] if mass is None else [_matrix(base, mass)]
         flats = [_mapped(flat, dims, base) for flat in flats]
         try:
@@ -319,16 +324,20 @@ def _place(x: Any, stand_ins: Sequence[Tensor], known: dict[int, tuple[str, int]
     return known[id(x)]
 
 
-def _flat(module: GraphModule, places: _Places, results: _Places, spec: StateSpec, event: bool) -> Callable[..., Tensor]:
-    """``f(t, y, *inputs)`` with ``y`` (rows, n), of a traced function; of one of an ``event`` the result is (rows,)."""
+def _flat(module: GraphModule, places: _Places, results: _Places, base: System, event: bool) -> Callable[..., Tensor]:
+    """``f(t, y, *inputs)`` with ``y`` (rows, n), of implicit equations (rows, 2 n), of a traced function; of one of an ``event`` the result
+    is (rows,)."""
+    spec, n = base.spec, sum(base.spec.sizes)
+    returns = spec if base.residual is None else base.residual
 
     def flat(t: Tensor, y: Tensor, *inputs: Tensor) -> Tensor:
-        values: dict[str, Sequence[Tensor]] = {"t": [t], "y": tree_flatten(spec.unflatten(y))[0], "input": inputs}
+        states = [spec.unflatten(part) for part in y.split(n, 1)]
+        values: dict[str, Sequence[Tensor]] = {"t": [t], "y": tree_flatten(states)[0], "input": inputs}
         values["out"] = module(*(values[kind][i] for kind, i in places))
         found = [values[kind][i] for kind, i in results]
         if event and not found[0].is_floating_point():
             raise Unreadable("", "", "an event is a flag or a whole number, whose change is looked for by bisection")
-        return found[0].reshape(spec.rows) if event else spec.flatten(tree_unflatten(found, spec.tree))
+        return found[0].reshape(spec.rows) if event else returns.flatten(tree_unflatten(found, returns.tree))
 
     return flat
 
@@ -372,4 +381,7 @@ def _program(
     for x in given:
         if x.is_complex() or (x.is_floating_point() and x.dtype != y0.dtype):
             raise Unreadable("", "", f"it uses a tensor of {x.dtype} beside a state of {y0.dtype}")
-    return program_of([read(flat, t, y0, given, batched) for flat in flats], method, y0, given, mass)
+    # of implicit equations values and slopes stand side by side
+    arguments = [torch.cat([y0, y0], 1) if k == 0 and is_residual(method) else y0 for k in range(len(flats))]
+    readings = [read(flat, t, y, given, batched) for flat, y in zip(flats, arguments, strict=True)]
+    return program_of(readings, method, y0, given, mass)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..integrate.batch_events import no_events
 from ..integrate.controller import PIDController
 from ..integrate.plan import Plan, Record
+from ..integrate.residual import power_of
 from ..integrate.stages import TOLERANCE
 from .calls import FORWARD, filled
 from .program import Engine, Program
@@ -78,11 +79,13 @@ def run_native(
     y0: Tensor,
     inputs: Sequence[Tensor],
     watched: bool,
+    index: Tensor | None = None,
+    skipped: Tensor | None = None,
 ) -> Record | None:
     """Solve; the arguments are those of the eager loops.
 
     ``inputs``: contiguous, in the dtype of the state. ``watched``: whether derivatives are wanted, for which explicit steps must be stable
-    whatever the error of the state is; None where they are not.
+    whatever the error of the state is; None where they are not. ``index`` and ``skipped``: see `ResidualSolver`.
     """
     rows, n = y0.shape
     everything = len(program.method.tableau.dense)
@@ -91,6 +94,7 @@ def run_native(
     t_eval = None if t_eval is None else t_eval.detach().contiguous()
     n_samples = 0 if t_eval is None else t_eval.shape[0]
     order = sample_order(t_eval, anchors)
+    power, skipped = power_of(index, y0.dtype), None if skipped is None else skipped.contiguous()
     # of one trajectory by explicit methods, the stages of steps with events
     few = bool(plan.events) and not plan.keep_stages
     keep_stages = plan.keep_stages or few
@@ -161,6 +165,8 @@ def run_native(
             accept_smallest=plan.accept_smallest,
             adaptive=plan.method.adaptive,
             least_rtol=4 * torch.finfo(y0.dtype).eps / TOLERANCE,
+            power=None if power is None else power.data_ptr(),
+            skipped=None if skipped is None else skipped.data_ptr(),
             **_controller(plan),
             shift=shift_of(plan, anchors),
             guesses=not plan.keep_grid,

@@ -24,8 +24,10 @@ def first_sweep(
 ) -> tuple[Tensor | None, ...]:
     """The arguments and results of `eager_sweep`."""
     plan, timed = problem.plan, bool(wants[0] or wants[1])
-    if problem.native.recognised is None or mapped(bars) or (timed and bool((anchors[0] == anchors[-1]).any())):
-        # a span of no length has a step of no length, whose derivatives in the times are those of any step
+    if problem.native.recognised is None or mapped(bars):
+        return eager_sweep(problem, grid, anchors, t_eval, inputs, bars, wants)
+    if (timed or bars[3] is not None) and bool((anchors[0] == anchors[-1]).any()):
+        # a span of no length has a step of no length, whose derivatives in the times, and of its slopes, are those of any step
         return eager_sweep(problem, grid, anchors, t_eval, inputs, bars, wants)
     n_steps = grid["t"].shape[0]
     stages_bar = bars[3]

@@ -137,7 +137,7 @@ class SolveNode(torch.autograd.Function):
             events=tuple(replace(event, bind=partial(system.mapped, event.bind)) for event in plan.events),
             event_counts=None if counts is None else columns(counts, 0),
         )
-        mapped = replace(problem, system=system, plan=plan, batched=True, native=NativeSolve())
+        mapped = replace(problem, system=system, plan=plan, batched=True, native=NativeSolve(problem.native.refused))
         out = SolveNode.apply(
             mapped,
             columns(anchors, anchors_dim),

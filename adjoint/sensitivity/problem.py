@@ -106,7 +106,9 @@ class Problem:
     def _by_native(self, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor, t_eval: Tensor | None) -> Record | None:
         """The solve by compiled code; None where it cannot be, or where steps have to be looked after (see `Companion`)."""
         derivatives = self.derivatives and (self.plan.keep_states or self.plan.keep_grid)
-        record = self.native.forward(self.plan.compile, self.plan, self.system, self.batched, inputs, y0, anchors, t_eval, derivatives)
+        index, skipped = (None, None) if self.algebra is None else (self.algebra.index, self.algebra.skipped)
+        key, solve = self.plan.compile, (self.plan, self.system, self.batched, inputs, y0, anchors, t_eval)
+        record = self.native.forward(key, *solve, derivatives, index, skipped)
         if record is None or (derivatives and not self._constrained and rests(record)):
             self.native.recognised = None
             return None

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import adjoint
-from adjoint import Backprop, DiscreteAdjoint, GaussAdjoint, InterpolatingAdjoint, QuadratureAdjoint, SplitFunction, solve_dae, solve_ivp
+from adjoint import Backprop, DiscreteAdjoint, GaussAdjoint, InterpolatingAdjoint, QuadratureAdjoint, SplitFunction, solve_ivp
 from adjoint.native import build, functions
 
 from ..problems import lotka_volterra
@@ -225,7 +225,6 @@ UNCOMPILED = {
     "split": ("'kencarp4' has no native form", {"fun": SplitFunction(_square, _square), "method": "kencarp4"}),
     "jac": ("leave jac= or compile out", {"method": "rodas4", "jac": lambda t, y: torch.diag(-2 * y)}),
     "linear_solver": ("leave linear_solver= or compile out", {"method": "rodas4", "linear_solver": adjoint.linalg.DenseLU()}),
-    "variable mass_matrix": ("leave compile out", {"method": "radau5", "mass_matrix": lambda t, y: torch.eye(2)}),
     "event of a sign": ("an event", {"events": lambda t, y: y[0] > 0.7}),
     "norm": ("norm= is", {"norm": lambda y: y.abs().amax()}),
     "complex": ("real and imaginary parts", {"y0": torch.ones(2, dtype=torch.complex128)}),
@@ -253,13 +252,6 @@ def test_remark(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         assert torch.equal(solve(True).y, first.y)
-
-
-def test_remark_of_implicit_equations():
-    residual = lambda t, y, yp: yp + y  # noqa: E731
-    with pytest.warns(RuntimeWarning, match="leave compile out"):
-        y = solve_dae(residual, (0.0, 1.0), torch.ones(2), compile=True).y[-1]
-    assert torch.equal(y, solve_dae(residual, (0.0, 1.0), torch.ones(2)).y[-1])
 
 
 def damped(t, y, p, q):

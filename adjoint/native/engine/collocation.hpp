@@ -1,35 +1,76 @@
-// One step of a fully implicit Runge-Kutta method and its adjoint, see `methods/collocation.py` and `integrate/coupled.py`. Constants: STAGES,
-// ALL (as many), A, B, C (the start of the step, then the stages), EMBEDDED, GAMMA, LAGRANGE, and of A = T diag(l) T^-1 the MODES, one of each
-// conjugate pair: VALUE, OUT_OF and INTO, each with real and imaginary part. Slopes of stages are recorded.
+// One step of a fully implicit Runge-Kutta method and its adjoint, see `methods/collocation.py`, `integrate/coupled.py` and `residual.py`.
+// Constants: STAGES, ALL (as many), A, B, C (the start of the step, then the stages), EMBEDDED, GAMMA, LAGRANGE, and of A = T diag(l) T^-1 the
+// MODES, one of each conjugate pair: VALUE, OUT_OF and INTO, each with real and imaginary part. Slopes of stages are recorded.
+// The equations are F(t, y, y') = 0, E = F_y', G = F_y: with IMPLICIT fun is F of y and y' side by side, without it F = y' - fun(t, y).
 #define RECORDED 1
 #define HANDS_ON 0
 #define BIG (STAGES * N)
-#define ROOM_OF_STEP (N * N + MODES * 2 * (N * N + EXCHANGES) + N * N + EXCHANGES + (2 * STAGES + 8) * N + BIG * BIG + room_of_exchanges(BIG) + BIG)
+#define ARGUMENTS ((1 + IMPLICIT) * N)
+#define ROOM_OF_MODE (2 * (N * N + EXCHANGES) + N)
+#define ROOM_OF_STEP (N * ARGUMENTS + MODES * ROOM_OF_MODE + N * N + EXCHANGES + N + (STAGES + 8) * N + BIG * BIG + room_of_exchanges(BIG) + 2 * BIG)
 struct Room {
-  S *J, *filter, *P, *modes, *found, *last, *base, *bound, *point, *big, *bigP, *side;
-  Room(S* at) : J(at), filter(J + N * N), P(filter + N * N), modes(P + EXCHANGES), found(modes + MODES * 2 * (N * N + EXCHANGES)), last(found + BIG),
-    base(last + BIG), bound(base + 2 * N), point(bound + 2 * N), big(point + 4 * N), bigP(big + BIG * BIG), side(bigP + room_of_exchanges(BIG)) {}
-  Complex* factors(int m) const { return (Complex*)(modes + m * 2 * (N * N + EXCHANGES)); }
+  S *J, *filter, *P, *scale, *modes, *found, *base, *bound, *point, *big, *bigP, *side, *sides;
+  Room(S* at) : J(at), filter(J + N * ARGUMENTS), P(filter + N * N), scale(P + EXCHANGES), modes(scale + N), found(modes + MODES * ROOM_OF_MODE),
+    base(found + BIG), bound(base + 2 * N), point(bound + 2 * N), big(point + 4 * N), bigP(big + BIG * BIG), side(bigP + room_of_exchanges(BIG)),
+    sides(side + BIG) {}
+  Complex* factors(int m) const { return (Complex*)(modes + m * ROOM_OF_MODE); }
   Complex* exchanges(int m) const { return factors(m) + N * N; }
+  S* scales(int m) const { return modes + m * ROOM_OF_MODE + 2 * (N * N + EXCHANGES); }
 };
+FN S E_of(const S* J, int i, int j) { return IMPLICIT ? J[i * ARGUMENTS + N + j] : i == j ? K(1) : K(0); }
+FN S G_of(const S* J, int i, int j) { return IMPLICIT ? J[i * ARGUMENTS + j] : -J[i * ARGUMENTS + j]; }
 FN S weighted(const double* w, int count, const S* ks, int n) {
   S total = K(0);
   for (int j = 0; j < count; j++) total += K(R(w[j])) * ks[j * N + n];
   return total;
 }
-static void mode_matrix(const S* J, const S h, int m, Complex* LU, Complex* P) {
-  const S re = h * K(R(VALUE[m][0])), im = h * K(R(VALUE[m][1]));
-  for (int i = 0; i < N; i++) for (int j = 0; j < N; j++) LU[i * N + j] = {(i == j ? K(1) : K(0)) - re * J[i * N + j], K(0) - im * J[i * N + j]};
-  factorise<N>(LU, P);
+// E v
+FN S mass_row(const S* J, const S* v, int n) {
+  if (!IMPLICIT) return v[n];
+  S total = K(0);
+  for (int m = 0; m < N; m++) total += E_of(J, n, m) * v[m];
+  return total;
 }
-// (I (x) I - h A (x) J)^-1 of residuals (STAGES, N), in the place found
+// F(t, y, y'); pair: room for y and y' side by side
+FN void residual(const Functions& f, const Ctx& c, const S& t, const S* y, const S* slope, S* pair, S* out) {
+  if (IMPLICIT) {
+    for (int n = 0; n < N; n++) { pair[n] = y[n]; pair[N + n] = slope[n]; }
+    f.fun(&c, &t, pair, out);
+  } else {
+    f.fun(&c, &t, y, out);
+    for (int n = 0; n < N; n++) out[n] = slope[n] - out[n];
+  }
+}
+// the matrices E and G
+FN void pencil(const Functions& f, const Ctx& c, const S& t, const S* y, const S* slope, const Room& r) {
+  for (int n = 0; n < N && IMPLICIT; n++) { r.base[n] = y[n]; r.base[N + n] = slope[n]; }
+  f.jac(&c, &t, IMPLICIT ? r.base : y, r.J, r.point);
+}
+// the factors of E + h c G
+static void filter_matrix(const Room& r, const S hc) {
+  for (int i = 0; i < N; i++) for (int j = 0; j < N; j++) r.filter[i * N + j] = E_of(r.J, i, j) + hc * G_of(r.J, i, j);
+  if (IMPLICIT) factorise_scaled<N>(r.filter, r.P, r.scale);
+  else factorise<N>(r.filter, r.P);
+}
+FN void filter_solve(const Room& r, S* x) {
+  for (int n = 0; n < N && IMPLICIT; n++) x[n] = r.scale[n] * x[n];
+  solve_lu<N>(r.filter, r.P, x);
+}
+static void mode_matrix(const Room& r, const S h, int m) {
+  const S re = h * K(R(VALUE[m][0])), im = h * K(R(VALUE[m][1]));
+  Complex *LU = r.factors(m), *P = r.exchanges(m);
+  for (int i = 0; i < N; i++) for (int j = 0; j < N; j++) LU[i * N + j] = {E_of(r.J, i, j) + re * G_of(r.J, i, j), im * G_of(r.J, i, j)};
+  if (IMPLICIT) factorise_scaled<N>(LU, P, r.scales(m));
+  else factorise<N>(LU, P);
+}
+// (I (x) E + h A (x) G)^-1 of residuals (STAGES, N), in the place found
 static void solve_stages(const Room& r, const S* residuals, S* found) {
   for (int e = 0; e < BIG; e++) found[e] = K(0);
   for (int m = 0; m < MODES; m++) {
     if (VALUE[m][1] == 0) {
       S* x = r.point;
       for (int n = 0; n < N; n++) { x[n] = K(0); for (int i = 0; i < STAGES; i++) x[n] += K(R(OUT_OF[m][2 * i])) * residuals[i * N + n]; }
-      solve_lu<N>(r.filter, r.P, x);
+      filter_solve(r, x);
       for (int i = 0; i < STAGES; i++) for (int n = 0; n < N; n++) found[i * N + n] += K(R(INTO[m][2 * i])) * x[n];
     } else {
       Complex* x = (Complex*)r.point;
@@ -37,20 +78,26 @@ static void solve_stages(const Room& r, const S* residuals, S* found) {
         x[n] = {K(0), K(0)};
         for (int i = 0; i < STAGES; i++) { x[n].re += K(R(OUT_OF[m][2 * i])) * residuals[i * N + n]; x[n].im += K(R(OUT_OF[m][2 * i + 1])) * residuals[i * N + n]; }
       }
+      for (int n = 0; n < N && IMPLICIT; n++) x[n] = times(x[n], r.scales(m)[n]);
       solve_lu<N>(r.factors(m), r.exchanges(m), x);
       // the other one of the pair is the conjugate
       for (int i = 0; i < STAGES; i++) for (int n = 0; n < N; n++) found[i * N + n] += K(R(2 * INTO[m][2 * i])) * x[n].re - K(R(2 * INTO[m][2 * i + 1])) * x[n].im;
     }
   }
 }
+// changes of the state as the norm of the iteration sees them: variables of index 2 count |h| times less; and errors as the test sees them
+FN S as_seen(const Attempt& a, const S& x, const S& h, int n) { return CONSTRAINED && a.power && a.power[n] != 0 ? x * m_pow(m_abs(h), K(a.power[n])) : x; }
+FN S as_tested(const Attempt& a, const S& x, const S& h, int n) { return CONSTRAINED && a.skipped && a.skipped[n] ? K(0) : as_seen(a, x, h, n); }
 static void step_forward(Attempt& a) {
   Room r(a.work);
   S *ks = a.ks, length, *d = r.found, *residuals = r.side;
-  a.f.jac(&a.c, a.times, a.y, r.J, r.point);
+  pencil(a.f, a.c, a.times[0], a.y, a.k1, r);
   for (int l = 0; l < W; l++) a.counts[JACOBIANS][l] += a.on[l] && !a.again[l];
+  // E alone may be singular
+  const S size = IMPLICIT ? m_sel((M)(a.h == K(0)), K(1), a.h) : a.h;
   // a real eigenvalue's matrix is that of the filter of the error
-  if (FILTERED || SHARED_FILTER) { shifted_matrix(r.J, a.h * K(R(GAMMA)), r.filter, r.P); a.count(FACTORISATIONS); }
-  for (int m = 0; m < MODES; m++) if (VALUE[m][1] != 0) { mode_matrix(r.J, a.h, m, r.factors(m), r.exchanges(m)); a.count(FACTORISATIONS); }
+  if (FILTERED || SHARED_FILTER) { filter_matrix(r, size * K(R(GAMMA))); a.count(FACTORISATIONS); }
+  for (int m = 0; m < MODES; m++) if (VALUE[m][1] != 0) { mode_matrix(r, size, m); a.count(FACTORISATIONS); }
   for (int l = 0; l < W; l++) if (a.on[l]) {
     // the polynomial of the step before, where that is near
     const double ratio = a.last_h[l] != 0 ? get(a.h, l) / a.last_h[l] : 0;
@@ -70,21 +117,22 @@ static void step_forward(Attempt& a) {
   }
   for (int n = 0; n < N; n++) {
     const S size = m_abs(a.y[n]);
-    r.bound[n] = m_max(K(R(TOLERANCE)) * (size * a.step_rtol[n] + a.step_atol[n]), K(R(10 * EPSILON)) * size);
+    r.bound[n] = m_max(K(R(TOLERANCE)) * (size * a.step_rtol[n] + a.step_atol[n]), K(R(10 * REAL_EPSILON)) * size);
   }
   Newton newton(a, 1.0, a.adaptive ? MOST_COUPLED : MOST_CONSTANT);
+  // the slopes of a step of no size are known
+  for (int l = 0; l < W; l++) newton.running[l] = newton.running[l] && get(a.h, l) != 0;
   while (newton.round < newton.most && newton.any()) {
     for (int l = 0; l < W; l++) { const long n = newton.running[l]; a.counts[EVALUATED][l] += n * STAGES; a.counts[ITERATIONS][l] += n; a.counts[SOLVES][l] += n * MODES; }
     for (int i = 0; i < STAGES; i++) {
       for (int n = 0; n < N; n++) r.base[n] = a.y[n] + a.h * weighted(A[i], STAGES, ks, n);
-      a.f.fun(&a.c, a.times + i + 1, r.base, residuals + i * N);
-      for (int n = 0; n < N; n++) residuals[i * N + n] = ks[i * N + n] - residuals[i * N + n];
+      residual(a.f, a.c, a.times[i + 1], r.base, ks + i * N, r.base, residuals + i * N);
     }
     solve_stages(r, residuals, d);
     length = K(0);
     for (int i = 0; i < STAGES; i++) {
       S total = K(0);
-      for (int n = 0; n < N; n++) { const S x = a.h * weighted(A[i], STAGES, d, n) / r.bound[n]; total += x * x; }
+      for (int n = 0; n < N; n++) { const S x = as_seen(a, a.h * weighted(A[i], STAGES, d, n), a.h, n) / r.bound[n]; total += x * x; }
       length = m_max(length, total);
     }
     const M moves = newton.judge(m_sqrt(length) * K(R(ROOT)));
@@ -97,10 +145,15 @@ static void step_forward(Attempt& a) {
   // (I - h gamma J)^-1 h (gamma f(t, y) + sum e_i k_i), once more at y plus that where it is too large
   S *estimate = r.point, *from_stages = r.base, total = K(0);
   const S hg = a.h * K(R(GAMMA));
-  for (int n = 0; n < N; n++) { from_stages[n] = a.h * weighted(EMBEDDED, STAGES, ks, n); estimate[n] = from_stages[n] + hg * a.k1[n]; }
-  solve_lu<N>(r.filter, r.P, estimate);
+  for (int n = 0; n < N; n++) {
+    from_stages[n] = a.h * weighted(EMBEDDED, STAGES, ks, n);
+    if (IMPLICIT) { r.side[n] = from_stages[n]; r.side[N + n] = hg * a.k1[n]; }
+    else estimate[n] = from_stages[n] + hg * a.k1[n];
+  }
+  for (int n = 0; n < N && IMPLICIT; n++) { from_stages[n] = mass_row(r.J, r.side, n); estimate[n] = from_stages[n] + mass_row(r.J, r.side + N, n); }
+  filter_solve(r, estimate);
   a.count(SOLVES);
-  for (int n = 0; n < N; n++) { const S x = estimate[n] / (m_max(m_abs(a.y[n]), m_abs(a.y1[n])) * a.step_rtol[n] + a.step_atol[n]); total += x * x; }
+  for (int n = 0; n < N; n++) { const S x = as_tested(a, estimate[n], a.h, n) / (m_max(m_abs(a.y[n]), m_abs(a.y1[n])) * a.step_rtol[n] + a.step_atol[n]); total += x * x; }
   total = m_sqrt(total) * K(R(ROOT));
   bool large[W], some = false;
   for (int l = 0; l < W; l++) {
@@ -110,37 +163,54 @@ static void step_forward(Attempt& a) {
   if (some) {
     S *moved = r.bound, *again = r.side;
     for (int n = 0; n < N; n++) moved[n] = a.y[n] + estimate[n];
-    a.f.fun(&a.c, a.times, moved, again);
+    if (IMPLICIT) {
+      // E y' at that state, near the slope at the start
+      residual(a.f, a.c, a.times[0], moved, a.k1, moved, again);
+      for (int n = 0; n < N; n++) again[n] = mass_row(r.J, a.k1, n) - again[n];
+    } else a.f.fun(&a.c, a.times, moved, again);
     for (int n = 0; n < N; n++) again[n] = from_stages[n] + hg * again[n];
-    solve_lu<N>(r.filter, r.P, again);
+    filter_solve(r, again);
     const M on = mask_of(large);
     for (int n = 0; n < N; n++) estimate[n] = m_sel(on, again[n], estimate[n]);
   }
-  for (int n = 0; n < N; n++) a.error[n] = estimate[n];
+  for (int n = 0; n < N; n++) a.error[n] = as_tested(a, estimate[n], a.h, n);
 }
 FN void step_error(Attempt&) {}
 template <int I> FN void dense_stages(Attempt&) {}
 
-// ---- the adjoint: v_i - h sum_j a_ji J_j* v_j = kbar_i + h b_i l1, l0 = l1 + sum_i J_i* v_i
+#if CONSTRAINED
+// ---- for constraints.hpp
+FN void filtered(Attempt& a, S* x) { filter_solve(Room(a.work), x); a.count(SOLVES); }
+FN void residual(Attempt& a, const S& t, const S* y, const S* slope, S* out) { residual(a.f, a.c, t, y, slope, Room(a.work).base, out); }
+FN void mass_times(Attempt& a, const S* v, S* out) { for (int n = 0; n < N; n++) out[n] = mass_row(Room(a.work).J, v, n); }
+#endif
+
+// ---- the adjoint: E_i* v_i + h sum_j a_ji G_j* v_j = kbar_i + h b_i l1, l0 = l1 - sum_i G_i* v_i
 template <bool DENSE_OUTPUT> static void step_back(Return& a) {
   Room r(a.work);
   S *v = r.side, *u = r.point;
+  auto stage = [&](int i) {
+    for (int n = 0; n < N; n++) { r.base[n] = a.y[n] + a.h * weighted(A[i], STAGES, a.ks, n); if (IMPLICIT) r.base[N + n] = a.ks[i * N + n]; }
+  };
   for (int i = 0; i < STAGES; i++) {
+    stage(i);
     for (int n = 0; n < N; n++) {
-      r.base[n] = a.y[n] + a.h * weighted(A[i], STAGES, a.ks, n);
       v[i * N + n] = a.h * K(R(B[i])) * a.bar[n];
       if (a.kbar) v[i * N + n] += a.kbar[i * N + n];
     }
     a.f.jac(&a.c, a.times + i + 1, r.base, r.J, r.point);
     for (int n = 0; n < N; n++) for (int j = 0; j < STAGES; j++) for (int m = 0; m < N; m++)
-      r.big[(i * N + n) * BIG + j * N + m] = (i == j && n == m ? K(1) : K(0)) - a.h * K(R(A[i][j])) * r.J[n * N + m];
+      r.big[(i * N + n) * BIG + j * N + m] = (i == j ? E_of(r.J, n, m) : K(0)) + a.h * K(R(A[i][j])) * G_of(r.J, n, m);
   }
-  factorise<BIG>(r.big, r.bigP);
+  if (IMPLICIT) factorise_scaled<BIG>(r.big, r.bigP, r.sides);
+  else factorise<BIG>(r.big, r.bigP);
   solve_transposed<BIG>(r.big, r.bigP, v);
+  // the slope is one of F = 0: its derivative has the other sign
+  for (int e = 0; e < BIG && IMPLICIT; e++) v[e] = -(r.sides[e] * v[e]);
   for (int n = 0; n < N; n++) a.ybar[n] = a.bar[n];
   for (int i = 0; i < STAGES; i++) {
     S tb = K(0), dot = K(0);
-    for (int n = 0; n < N; n++) r.base[n] = a.y[n] + a.h * weighted(A[i], STAGES, a.ks, n);
+    stage(i);
     a.f.vjp(&a.c, a.times + i + 1, r.base, v + i * N, u, &tb);
     for (int n = 0; n < N; n++) {
       a.ybar[n] += u[n];

@@ -58,6 +58,7 @@ struct Attempt {
   const S *y, *k1, *rtol, *atol, *step_rtol, *step_atol;  // tolerances of an iteration for stages, and of the step
   S* last_ks; double last_h[W]; bool guesses;  // the step before, and whether iterations may begin with it
   S *ks, *y1, *error, *work, *beside;  // beside: of the defect, see constraints.hpp
+  const R* power; const unsigned char* skipped;
   bool adaptive, on[W], again[W], stuck[W];  // again: from the same place as the attempt before; stuck: the iteration did not converge
   long counts[COUNTS][W];
   void count(int what, long n = 1) { for (int l = 0; l < W; l++) counts[what][l] += on[l] * n; }

@@ -4,6 +4,8 @@ struct Complex { S re, im; };
 FN Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
 FN Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
 FN Complex operator*(Complex a, Complex b) { return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re}; }
+FN S times(S a, S b) { return a * b; }
+FN Complex times(Complex a, S b) { return {a.re * b, a.im * b}; }
 FN S inverse(S a) { return K(1) / a; }
 FN Complex inverse(Complex a) {
   // scaled, so that squares stay numbers
@@ -83,5 +85,15 @@ static void shifted_matrix(const S* J, const S hd, S* LU, S* P, const S* mass = 
     LU[i * N + j] = one - hd * J[i * N + j];
   }
   factorise<N>(LU, P);
+}
+// of the matrix with rows so scaled that the largest entry of each is one, whatever the units of the equations: x = scale * b before a solve
+template <int D, class V> static void factorise_scaled(V* LU, V* P, S* scale) {
+  for (int i = 0; i < D; i++) {
+    S largest = K(0);
+    for (int j = 0; j < D; j++) largest = m_max(largest, modulus(LU[i * D + j]));
+    scale[i] = m_sel((M)(largest > K(0)), K(1) / largest, K(1));
+    for (int j = 0; j < D; j++) LU[i * D + j] = times(LU[i * D + j], scale[i]);
+  }
+  factorise<D>(LU, P);
 }
 #define EXCHANGES room_of_exchanges(N)

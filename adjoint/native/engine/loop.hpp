@@ -32,7 +32,7 @@ struct Loop {
     y = at; y1 = (at += N); k1 = (at += N); rtol = (at += N); atol = (at += N); size = (at += N); error = (at += N); other = (at += N);
     srtol = (at += N); satol = (at += N); probe = (at += N); inside = (at += N); direction = (at += N); ks = (at += N);
     a.y = y; a.k1 = k1; a.rtol = srtol; a.atol = satol; a.ks = ks; a.y1 = y1; a.error = error; a.step_rtol = rtol; a.step_atol = atol;
-    a.last_ks = at + ALL * N; a.work = at + 2 * ALL * N; a.beside = a.work + ROOM_OF_STEP; a.guesses = q.guesses; a.adaptive = q.adaptive;
+    a.last_ks = at + ALL * N; a.work = at + 2 * ALL * N; a.beside = a.work + ROOM_OF_STEP; a.guesses = q.guesses; a.adaptive = q.adaptive; a.power = q.power; a.skipped = q.skipped;
     for (long i = 0; i < numbers; i++) memory[i] = K(0);
     c = {q.inputs, own.a, q.tables, nullptr};
 #if EVENTS > 0
@@ -115,7 +115,7 @@ struct Loop {
       span[l] = __builtin_fabs(anchor(l, q.n_anchors - 1) - t[l]);
       step[l] = starts.step[j];
       attempts[l] = accepted[l] = next[l] = segment[l] = since[l] = 0;
-      n_fun[l] = 1 + (starts.guessed && !MASS);
+      n_fun[l] = !IMPLICIT + (starts.guessed && !CONSTRAINED);
       rejected.set(l, false); bad.set(l, step[l] == 0); unstable.set(l, false);
       jump[l] = jumps_end[l] = a.stuck[l] = false;
       for (int i = 0; i < COUNTS; i++) a.counts[i][l] = starts.a.counts[i][j];
@@ -230,7 +230,7 @@ struct Loop {
         step_error(a);
         for (int n = 0; n < N; n++) size[n] = m_max(m_abs(y[n]), m_abs(y1[n]));
 #if CONSTRAINED
-        inner_error(a, &t[0], &h[0], &span[0], size, q.power, q.skipped);
+        inner_error(a, &t[0], &h[0], &span[0], size);
 #endif
         scaled_norm(error, size, rtol, atol, &level);
         passed.v = judge(d_of(level));
@@ -418,9 +418,20 @@ struct Loop {
       // after a discontinuity the first stage is taken anew, from the far side of it
       S at = K(0), *anew = lanes_of(N);
       for (int l = 0; l < W; l++) put(at, l, moved((R)t[l], jump[l], sign[l] * __builtin_inf()));
+#if IMPLICIT
+      double width[W], fast[W];
+      bool wanted[W];
+      for (int l = 0; l < W; l++) {
+        wanted[l] = passed[l] && jump[l];
+        const double room = wanted[l] ? __builtin_fabs(target[l] - t[l]) : 0;
+        width[l] = 1e-3 * (room > 0 ? room : span[l]);
+      }
+      find_slopes(a, at, &sign[0], width, wanted, anew, fast);
+#else
       f.fun(&c, &at, y, anew);
+#endif
       for (int l = 0; l < W; l++) if (passed[l] && jump[l]) {
-        n_fun[l]++;
+        n_fun[l] += !IMPLICIT;
         for (int n = 0; n < N; n++) put(k1[n], l, get(anew[n], l));
       }
       free(anew);

@@ -18,7 +18,7 @@ static void load_tolerances(const Forward& q, S* rtol, S* atol, int l, long r) {
 
 struct Starts {
   const Forward& q; const Functions& f;
-  Own own; Ctx c; S* memory; Attempt a;  // of the step that tells the size of the first one, where there is a mass matrix
+  Own own; Ctx c; S* memory; Attempt a;  // of the step that tells the size of the first one, where there are constraints
   S *y, *slope, *rtol, *atol, *beyond, *size;
   Doubles step; bool guessed;
   long from, to;  // the rows that are here
@@ -27,12 +27,13 @@ struct Starts {
 #endif
 
   Starts(const Forward& q, const Functions& f) : q(q), f(f), a{f, c}, guessed(q.adaptive && !q.first_step), from(0), to(0) {
-    const long numbers = 6 * (long)N + MASS * (4 * (long)N + ROOM_OF_STEP);
+    const long numbers = 6 * (long)N + CONSTRAINED * (4 * (long)N + ROOM_OF_STEP);
     memory = lanes_of(numbers);
     for (long i = 0; i < numbers; i++) memory[i] = K(0);
     y = memory; slope = y + N; rtol = slope + N; atol = rtol + N; beyond = atol + N; size = beyond + N;
     c = {q.inputs, own.a, q.tables, nullptr};
     a.y = y; a.step_rtol = rtol; a.step_atol = atol; a.beside = memory + 6 * (long)N; a.work = a.beside + 4 * (long)N;
+    a.power = q.power; a.skipped = q.skipped;
   }
   ~Starts() { free(memory); }
 
@@ -60,13 +61,23 @@ struct Starts {
       ((EventFunctions)q.events)(&c, &at, y, events);
     }
 #endif
-    f.fun(&c, &now, y, slope);
     for (int i = 0; i < COUNTS; i++) for (int l = 0; l < W; l++) a.counts[i][l] = 0;
+#if CONSTRAINED
+    double t[W], span[W];
+    bool every[W];
+    for (int l = 0; l < W; l++) { t[l] = anchor(row[l], 0); span[l] = __builtin_fabs(anchor(row[l], q.n_anchors - 1) - t[l]); every[l] = true; }
+#endif
+#if IMPLICIT
+    double width[W], fast[W];
+    for (int l = 0; l < W; l++) width[l] = 1e-3 * span[l];
+    find_slopes(a, now, sign, width, every, slope, fast);
+#else
+    f.fun(&c, &now, y, slope);
+#endif
     if (guessed) {
-#if MASS
-      double t[W], span[W];
-      bool every[W];
-      for (int l = 0; l < W; l++) { t[l] = anchor(row[l], 0); span[l] = __builtin_fabs(anchor(row[l], q.n_anchors - 1) - t[l]); every[l] = true; }
+#if IMPLICIT
+      for (int l = 0; l < W; l++) step[l] = least(1e-3 * span[l], 0.5 / most(fast[l], 1e-300));
+#elif MASS
       first_steps(a, t, sign, span, every, &step[0]);
 #else
       hairer(row, sign);
