@@ -4,6 +4,7 @@ from . import linalg, methods, nn, nonlinear
 from ._version import __version__
 from .doors.branches import BranchSolution, FoldPoint, continuation
 from .doors.dae import solve_dae
+from .doors.doses import Doses
 from .doors.event_data import Event
 from .doors.explain import Explanation, explain
 from .doors.index_reduction import ReducedDAE, reduce_index
@@ -56,6 +57,7 @@ __all__ = [
     "BranchSolution",
     "CapturedTensorLost",
     "DiscreteAdjoint",
+    "Doses",
     "Event",
     "EventLog",
     "EventRecord",

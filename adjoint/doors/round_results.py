@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from ..errors import InvalidInput
 from ..system.capture import readable
 from .arguments import Times
+from .doses import DoseRule
 from .round_rules import Boundary, Rule
 from .rows import anywhere, chosen, gathered, wide
 from .solution import BackwardStats, EventLog, EventRecord, Solution, Stats
@@ -34,7 +35,7 @@ class Taken:
 @dataclass(frozen=True)
 class Piece:
     """A round: its solution, whose it was ``(R)``, from when to when ``(R)``, from which state, what there was at its end before and after
-    the resets, which rules were applied to which trajectories, and the states that each gave."""
+    the resets; of every rule to which trajectories it was applied, the record of the round, and the states that it gave."""
 
     sol: Solution
     going: Tensor
@@ -44,11 +45,14 @@ class Piece:
     left: Boundary
     right: Boundary
     hits: Sequence[Tensor]
+    records: Sequence[EventRecord]
     states: Sequence[Any]
     taken: Taken | None
 
 
-def joined(times: Times, rules: Sequence[Rule], pieces: Sequence[Piece], last: Boundary, status: Tensor, batched: bool) -> Solution:
+def joined(
+    times: Times, rules: Sequence[Rule | DoseRule], pieces: Sequence[Piece], last: Boundary, status: Tensor, batched: bool
+) -> Solution:
     """One solution. ``last``: where the trajectories ended, after all resets; ``status`` (R)."""
     first = pieces[0]
     ragged = batched or not readable(status)
@@ -59,7 +63,13 @@ def joined(times: Times, rules: Sequence[Rule], pieces: Sequence[Piece], last: B
         ends = first.start.to(times.shown.dtype), last.t.to(times.shown.dtype)
         own = times.shown.dim() == 2 or any(rule.terminal != 0 for rule in rules)
         t = torch.stack(ends) if own or not batched else times.shown
-        y = tree_map(lambda a, b: torch.stack([a[0], b]), first.sol.y, last.y)
+        begun = tree_map(lambda x: x[0], first.sol.y)
+        for piece in pieces:
+            there = piece.going & (piece.stop == first.start).detach()
+            if not anywhere(there):
+                break
+            begun = chosen(there, piece.right.y, begun)
+        y = tree_map(lambda a, b: torch.stack([a, b]), begun, last.y)
     else:
         assert times.shown is not None
         t, y = times.shown, _samples(times, pieces, batched)
@@ -128,15 +138,15 @@ def _steps(pieces: Sequence[Piece], ragged: bool) -> tuple[Tensor, Any]:
     return t, y
 
 
-def _events(rules: Sequence[Rule], pieces: Sequence[Piece], ragged: bool) -> EventLog:
+def _events(rules: Sequence[Rule | DoseRule], pieces: Sequence[Piece], ragged: bool) -> EventLog:
     """The records of every event, of all rounds."""
     records = []
     for i, rule in enumerate(rules):
         parts, gone = [], []
         for piece in pieces:
-            record, state = piece.sol.events[i], piece.states[i]
+            record, state = piece.records[i], piece.states[i]
             tree = [record.t, record.y]
-            if rule.reset is not None:
+            if rule.resets:
                 lines = record.t.shape[0]
                 tree.append(
                     tree_map(lambda x: x[:0], record.y) if state is None else tree_map(lambda x, n=lines: x.unsqueeze(0)[:n], state)

@@ -18,7 +18,7 @@ from .event_slope import signed
 from .parts import event_list, event_name, terminal_count
 from .rows import anywhere, chosen, forward_fill, still, wide
 
-__all__ = ["Boundary", "Rule", "resets", "rules_of", "shifted"]
+__all__ = ["NEAR", "Boundary", "Rule", "like_mode", "listed", "rearmed", "rule_of", "shifted"]
 
 #: times that differ by less, in units of rounding of the times of the solve, are one
 NEAR = 64.0
@@ -46,6 +46,11 @@ class Rule:
     reset: Callable[..., Any] | None
     name: str | None
     title: str
+
+    @property
+    def resets(self) -> bool:
+        """Whether it changes the state."""
+        return self.reset is not None
 
     @property
     def ends(self) -> bool:
@@ -87,28 +92,27 @@ def _shown(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def rules_of(events: Any) -> list[Rule]:
-    """The events of the user; raises `InvalidInput` for what is none."""
-    rules = []
-    for i, event in enumerate(event_list(events)):
-        name = event_name(event)
-        title = f"event {name!r}" if name and name != "<lambda>" else f"events[{i}]"
-        own = event.function if isinstance(event, Event) else event
-        direction = float(getattr(event, "direction", 0.0))
-        rules.append(Rule(own, direction, terminal_count(event), getattr(event, "reset", None), name, title))
-    return rules
+def listed(events: Any) -> list[Any]:
+    """The entries of ``events=``."""
+    return [] if events is None else list(events) if isinstance(events, (tuple, list)) else [events]
 
 
-def resets(events: Any) -> bool:
-    """Whether some event has a reset."""
-    return any(getattr(e, "reset", None) is not None for e in (events if isinstance(events, (tuple, list)) else [events]))
+def rule_of(event: Any, i: int) -> Rule:
+    """An event of the user, the ``i``-th; raises `InvalidInput` for what is none."""
+    event_list(event)
+    name = event_name(event)
+    title = f"event {name!r}" if name and name != "<lambda>" else f"events[{i}]"
+    own = event.function if isinstance(event, Event) else event
+    direction = float(getattr(event, "direction", 0.0))
+    return Rule(own, direction, terminal_count(event), getattr(event, "reset", None), name, title)
 
 
-def shifted(rule: Rule, shift: Tensor) -> Callable[..., Tensor]:
-    """The event function of one round. ``shift`` (R) is added, which after a reset makes up for rounding: see `rearmed`."""
+def shifted(rule: Rule, shift: Tensor, extra: int) -> Callable[..., Tensor]:
+    """The event function of one round. ``shift`` (R) is added, which after a reset makes up for rounding: see `rearmed`. ``extra``: how
+    many of the last arguments are not the user's."""
 
     def watched(t: Tensor, y: Any, *args: Any) -> Tensor:
-        value = rule.function(t, y, *args)
+        value = rule.function(t, y, *args[: len(args) - extra])
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() != shift.numel():
             return value
         return value + shift.reshape(value.shape)

@@ -9,26 +9,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import wraps
-from numbers import Integral
 from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..errors import EventsAccumulate, InvalidInput, SolveError
+from ..errors import EventsAccumulate, SolveError
 from ..integrate import Status
 from ..system.capture import readable, unwrapped
-from ..system.split import SplitFunction
-from ..system.system import StateSpec
-from .arguments import RoundSpan, Times, check_times
+from .arguments import RoundSpan
 from .round_ends import check_rules, ended_before, takes_events, with_events
 from .round_results import Piece, Taken, joined
-from .round_rules import NEAR, Boundary, Rule, rearmed, resets, rules_of, shifted
+from .round_rules import Boundary, Rule, rearmed, shifted
+from .round_task import Progress, Task, needs_rounds, task_of
 from .rows import anywhere, chosen, still, wide
-from .solution import Solution
+from .solution import EventRecord, Solution
 
 __all__ = ["in_rounds"]
 
@@ -49,7 +46,7 @@ def in_rounds(door: Callable[P, Solution]) -> Callable[P, Solution]:
 
     @wraps(door)
     def call(*given: P.args, **named: P.kwargs) -> Solution:
-        if named.get("mode") is None and not resets(named.get("events")):
+        if named.get("mode") is None and not needs_rounds(named.get("events")):
             return door(*given, **named)
         bound = signature.bind(*given, **named)
         bound.apply_defaults()
@@ -58,81 +55,9 @@ def in_rounds(door: Callable[P, Solution]) -> Callable[P, Solution]:
     return call
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What stays the same from round to round."""
-
-    door: Callable[..., Solution]
-    fun: Any
-    args: tuple[Any, ...]
-    rules: list[Rule]
-    spec: StateSpec
-    times: Times
-    options: dict[str, Any]
-    max_events: int
-
-    @property
-    def batched(self) -> bool:
-        return self.spec.batch is not None
-
-    @property
-    def end(self) -> Tensor:
-        """``(R)``"""
-        end = self.times.anchors[-1]
-        return end if self.batched else end[0]
-
-    @property
-    def start(self) -> Tensor:
-        start = self.times.anchors[0]
-        return start if self.batched else start[0]
-
-    @property
-    def sign(self) -> Tensor:
-        """The direction of time."""
-        return torch.where(self.end >= self.start, 1.0, -1.0)
-
-    @property
-    def reach(self) -> Tensor:
-        """The largest time."""
-        return torch.maximum(self.start.detach().abs(), self.end.detach().abs())
-
-    @property
-    def resolution(self) -> Tensor:
-        """Times that differ by less are one."""
-        return NEAR * torch.finfo(self.spec.real_dtype).eps * self.reach
-
-    def slope(self) -> Callable[[Tensor, Any, tuple[Any, ...]], Any] | None:
-        """The right-hand side, where the equations tell the slope."""
-        if "yp0" in self.options or self.options.get("mass_matrix") is not None:
-            return None
-        parts = (self.fun.explicit, self.fun.implicit) if isinstance(self.fun, SplitFunction) else (self.fun,)
-
-        def rate(t: Tensor, y: Any, mode: tuple[Any, ...]) -> Any:
-            rates = [f(t.to(self.spec.real_dtype), y, *mode, *self.args) for f in parts]
-            return rates[0] if len(rates) == 1 else tree_map(torch.add, *rates)
-
-        return rate
-
-
-@dataclass
-class _Progress:
-    """Where the trajectories are; all of shape ``(R)``."""
-
-    at: Boundary
-    going: Tensor
-    status: Tensor
-    shifts: list[Tensor]
-    #: events that happened at the time where the trajectory is
-    fired: list[Tensor]
-    counts: list[Tensor]
-    happened: Tensor
-    stalled: Tensor
-    pieces: list[Piece] = field(default_factory=list)
-
-
 def _solve(door: Callable[..., Solution], arguments: dict[str, Any]) -> Solution:
     """All rounds, joined."""
-    task, first = _task(door, arguments)
+    task, first = task_of(door, arguments)
     run = first
     while True:
         _round(task, run)
@@ -140,79 +65,78 @@ def _solve(door: Callable[..., Solution], arguments: dict[str, Any]) -> Solution
             return joined(task.times, task.rules, run.pieces, run.at, run.status, task.batched)
 
 
-def _task(door: Callable[..., Solution], arguments: dict[str, Any]) -> tuple[_Task, _Progress]:
-    options = dict(arguments)
-    fun, t_span, y0, args, events, mode = (options.pop(name) for name in ("fun", "t_span", "y0", "args", "events", "mode"))
-    max_events, t_eval = options.pop("max_events"), options.pop("t_eval")
-    if not isinstance(max_events, Integral) or max_events < 1:
-        raise InvalidInput(f"max_events must be a positive integer, got {max_events!r}")
-    spec = StateSpec.of(y0, options["batched"])
-    args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
-    times = check_times(t_span, t_eval, None, spec)
-    task = _Task(door, fun, args, rules_of(events), spec, times, options, int(max_events))
-    none = torch.zeros_like(task.start, dtype=torch.bool)
-    zero = torch.zeros_like(task.start)
-    count = torch.zeros_like(task.start, dtype=torch.int64)
-    modes = () if mode is None else (_mode(mode, spec),)
-    at, n = Boundary(task.start, y0, modes), len(task.rules)
-    return task, _Progress(at, ~none, count, [zero] * n, [none] * n, [count] * n, count, count)
-
-
-def _mode(mode: Any, spec: StateSpec) -> Any:
-    """The initial mode in tensors, one for each trajectory."""
-
-    def one(x: Any) -> Tensor:
-        if not isinstance(x, (Tensor, bool, int, float)):
-            raise InvalidInput(f"mode must be a number, a tensor or a pytree of them, got a {type(x).__name__}")
-        x = torch.as_tensor(x, device=spec.device)
-        if spec.batch is None or (x.dim() and x.shape[0] == spec.batch):
-            return x
-        return x.expand(spec.batch, *x.shape)
-
-    return tree_map(one, mode)
-
-
-def _round(task: _Task, run: _Progress) -> None:
+def _round(task: Task, run: Progress) -> None:
     """One round, and the resets at its ends."""
     going, at = run.going, run.at
     resting = at.still()
-    t, end = chosen(going, at.t, resting.t), chosen(going, task.end, resting.t)
+    end = task.end
+    for rule, given in zip(task.doses, run.given, strict=True):
+        following = rule.following(given)
+        end = chosen((following < end).detach(), following, end)
+    t, end = chosen(going, at.t, resting.t), chosen(going, end, resting.t)
     # trajectories that failed are NaN, which a round of no length would take for one more failure
     y = chosen(going, at.y, chosen(run.status < 0, still(run.pieces[0].y0), resting.y) if run.pieces else at.y)
     sol, taken, last = _solved(task, run, RoundSpan(t, end, ~going), y)
-    hits = [_occurred(rule, record.t, going) for rule, record in zip(task.rules, sol.events, strict=True)]
+    hits = [_occurred(rule, record.t, going) for rule, record in zip(task.watched, sol.events, strict=True)]
     status = torch.as_tensor(sol.status, device=t.device)
     # the last ones of events that accumulate are too close for a step
     status = torch.where((status == int(Status.STEP_TOO_SMALL)) & (run.stalled > 0), int(Status.EVENTS_ACCUMULATE), status)
-    left = _left(task, sol, hits, Boundary(end, last, at.mode))
-    on, states = left, []
-    for rule, hit in zip(task.rules, hits, strict=True):
-        on, given = rule.applied(hit, on, task.args, task.spec) if rule.ends and anywhere(hit) else (on, None)
-        states.append(given)
-    counts = [count + hit for count, hit in zip(run.counts, hits, strict=True)]
-    reached = [(count >= rule.terminal) & hit for rule, count, hit in zip(task.rules, counts, hits, strict=True) if rule.terminal]
-    stop = torch.stack(reached).any(0) if reached else torch.zeros_like(going)
-    ended = torch.stack([hit for rule, hit in zip(task.rules, hits, strict=True) if rule.ends]).any(0) if hits else torch.zeros_like(going)
     failed = going & (status < 0)
-    run.pieces.append(Piece(sol, going, t, on.t, y, left, on, hits, states, taken))
+    left = _left(task, sol, hits, Boundary(end, last, at.mode))
+    on, piece = _resets(task, run, sol, hits, left, going & ~failed)
+    counts = [count + hit for count, hit in zip(run.counts, hits, strict=True)]
+    none = torch.zeros_like(going)
+    ended = torch.stack([none, *(hit for rule, hit in zip(task.watched, hits, strict=True) if rule.ends)]).any(0)
+    reached = [(count >= rule.terminal) & hit for rule, count, hit in zip(task.watched, counts, hits, strict=True) if rule.terminal]
+    stop = torch.stack([none, *reached]).any(0)
+    run.pieces.append(Piece(sol, going, t, on.t, y, left, on, *piece, taken))
     run.status = torch.where(going, torch.where(failed, status, torch.where(stop, int(Status.TERMINAL_EVENT), 0)), run.status)
     run.at = Boundary(chosen(going, on.t, at.t), chosen(going, on.y, at.y), chosen(going, on.mode, at.mode) if at.mode else ())
     # a time that a trajectory is at already is its end
-    run.going = going & ended & ~stop & ~failed & (on.t != task.end).detach()
+    run.going = going & ~stop & ~failed & (on.t != task.end).detach()
     run.counts, run.happened = counts, run.happened + ended
     short = (on.t - t).detach().abs() <= task.resolution
-    run.stalled = torch.where(short, run.stalled + 1, 0)
+    run.stalled = torch.where(short & ended, run.stalled + 1, 0)
     _check_progress(task, run, hits)
-    arguments = (task.args, task.slope(), task.sign, task.reach, torch.finfo(task.spec.real_dtype).eps)
+    arguments = (task.args, task.slope(task.infused(run.given)), task.sign, task.reach, torch.finfo(task.spec.real_dtype).eps)
     run.fired = [(now | (short & was)) & run.going for now, was in zip(_at_end(task, hits, sol, on.t, going), run.fired, strict=True)]
-    run.shifts = [rearmed(rule, fired, left, on, *arguments) for rule, fired in zip(task.rules, run.fired, strict=True)]
+    run.shifts = [rearmed(rule, fired, left, on, *arguments) for rule, fired in zip(task.watched, run.fired, strict=True)]
 
 
-def _solved(task: _Task, run: _Progress, span: RoundSpan, y: Any) -> tuple[Solution, Taken | None, Any]:
+def _resets(
+    task: Task, run: Progress, sol: Solution, hits: list[Tensor], left: Boundary, alive: Tensor
+) -> tuple[Boundary, tuple[list[Tensor], list[EventRecord], list[Any]]]:
+    """What follows after all that happens at the ends of a round, in the order of the user; and of each rule where it does, the record of
+    the round, and the states that it gave. Notes which doses are given."""
+    on, states = left, []
+    every, records = [], []
+    watched, doses = iter(zip(hits, sol.events, strict=True)), iter(range(len(task.doses)))
+    for rule in task.rules:
+        if isinstance(rule, Rule):
+            hit, record = next(watched)
+            on, given = rule.applied(hit, on, task.args, task.spec) if rule.ends and anywhere(hit) else (on, None)
+        else:
+            k = next(doses)
+            due = alive & ~run.given[k] & ((rule.stops - left.t).detach() <= task.resolution)
+            on, given = rule.applied(due, on)
+            run.given[k] = run.given[k] | due
+            hit = due.any(0)
+            lines = int(anywhere(hit))
+            nan = torch.where(hit, left.t, float("nan"))
+            record = EventRecord(nan.unsqueeze(0)[:lines], tree_map(lambda x, n=lines: x.unsqueeze(0)[:n], left.y))
+        every.append(hit)
+        records.append(record)
+        states.append(given)
+    return on, (every, records, states)
+
+
+def _solved(task: Task, run: Progress, span: RoundSpan, y: Any) -> tuple[Solution, Taken | None, Any]:
     """The solve of one round, which of the sample times it was asked for, and the states at its ends if there are no events."""
     options, mode = task.options, run.at.mode
-    args = (*mode, *task.args)
-    events = [shifted(rule, shift.to(task.spec.real_dtype)) for rule, shift in zip(task.rules, run.shifts, strict=True)]
+    infused = task.infused(run.given)
+    args = (*mode, *task.args, *infused)
+    real = task.spec.real_dtype
+    events = [shifted(rule, shift.to(real), len(infused)) for rule, shift in zip(task.watched, run.shifts, strict=True)]
 
     def solve(span: RoundSpan, y: Any, args: tuple[Any, ...], **others: Any) -> Solution:
         try:
@@ -224,23 +148,23 @@ def _solved(task: _Task, run: _Progress, span: RoundSpan, y: Any) -> tuple[Solut
                 raise
             raise EventsAccumulate(_ZENO.format("events", error.t), t=error.t, trajectory=error.trajectory) from error
 
-    if not task.rules or takes_events(options["gradient"]):
+    if not events or takes_events(options["gradient"]):
         samples, taken = _samples(task, ~span.idle, span.start, span.end)
-        sol = solve(span, y, args, events=events, t_eval="steps" if task.times.steps else samples)
+        sol = solve(span, y, args, events=events or None, t_eval="steps" if task.times.steps else samples)
         return sol, taken, _last(task, sol, taken)
-    check_rules(task.rules, options["gradient"])
+    check_rules(task.watched, options["gradient"])
     known = RoundSpan(span.start.detach(), span.end.detach(), span.idle)
     with torch.no_grad():
         first = solve(known, still(y), still(args), events=events, t_eval=None, gradient=None, quadrature=None, dense_output=False)
     span = ended_before(first, span)
     samples, taken = _samples(task, ~span.idle, span.start, span.end)
     sol = solve(span, y, args, events=None, t_eval="steps" if task.times.steps else samples)
-    last, slope = _last(task, sol, taken), task.slope()
+    last, slope = _last(task, sol, taken), task.slope(infused)
     bound = None if slope is None else lambda t, y: slope(t, y, mode)
-    return with_events(task.rules, first, sol, last, span, args, bound, task.spec.real_dtype), taken, last
+    return with_events(task.watched, first, sol, last, span, (*mode, *task.args), bound, real), taken, last
 
 
-def _samples(task: _Task, going: Tensor, t: Tensor, end: Tensor) -> tuple[Tensor | None, Taken | None]:
+def _samples(task: Task, going: Tensor, t: Tensor, end: Tensor) -> tuple[Tensor | None, Taken | None]:
     """Sample times of a round, with its end on both sides, and which of the user's they are; None for the two ends.
 
     Those that are not within the round are moved to its ends.
@@ -276,7 +200,7 @@ def _occurred(rule: Rule, t: Tensor, going: Tensor) -> Tensor:
     return going & ~t[0].detach().isnan()
 
 
-def _last(task: _Task, sol: Solution, taken: Taken | None) -> Any:
+def _last(task: Task, sol: Solution, taken: Taken | None) -> Any:
     """The states at the ends of a round in which there is no event."""
     if task.times.steps:
         place = (~sol.t.detach().isnan()).sum(0, keepdim=True) - 1
@@ -286,20 +210,20 @@ def _last(task: _Task, sol: Solution, taken: Taken | None) -> Any:
     return tree_map(lambda x: chosen(taken.along, x[-1], x[0]), sol.y)
 
 
-def _left(task: _Task, sol: Solution, hits: list[Tensor], end: Boundary) -> Boundary:
+def _left(task: Task, sol: Solution, hits: list[Tensor], end: Boundary) -> Boundary:
     """Time and state at the ends of the round, before the resets."""
     at = end
-    for rule, hit, record in reversed(list(zip(task.rules, hits, sol.events, strict=True))):
+    for rule, hit, record in reversed(list(zip(task.watched, hits, sol.events, strict=True))):
         if rule.ends and record.t.shape[0]:
             state = tree_map(lambda x: x[0], record.y)
             at = Boundary(chosen(hit, record.t[0].to(at.t.dtype), at.t), chosen(hit, state, at.y), at.mode)
     return at
 
 
-def _at_end(task: _Task, hits: list[Tensor], sol: Solution, t: Tensor, going: Tensor) -> list[Tensor]:
+def _at_end(task: Task, hits: list[Tensor], sol: Solution, t: Tensor, going: Tensor) -> list[Tensor]:
     """As ``hits``, with events that are recorded only and were at the end of the round too."""
     out = []
-    for rule, hit, record in zip(task.rules, hits, sol.events, strict=True):
+    for rule, hit, record in zip(task.watched, hits, sol.events, strict=True):
         if not rule.ends and record.t.shape[0]:
             close = (record.t - t).detach().abs() <= task.resolution
             hit = going & close.any(0)
@@ -307,7 +231,7 @@ def _at_end(task: _Task, hits: list[Tensor], sol: Solution, t: Tensor, going: Te
     return out
 
 
-def _check_progress(task: _Task, run: _Progress, hits: list[Tensor]) -> None:
+def _check_progress(task: Task, run: Progress, hits: list[Tensor]) -> None:
     """Raise `EventsAccumulate`, or give trajectories up, where there are too many events or where they lead nowhere."""
     zeno, many = run.going & (run.stalled >= _STALLED), run.going & (run.happened >= task.max_events)
     wrong = zeno | many
@@ -316,7 +240,7 @@ def _check_progress(task: _Task, run: _Progress, hits: list[Tensor]) -> None:
     if task.options["throw"]:
         flags, times = unwrapped(wrong).reshape(-1), unwrapped(run.at.t.detach())
         row = int(flags.to(torch.int64).argmax())
-        named = [rule.title for rule, hit in zip(task.rules, hits, strict=True) if readable(hit) and bool(hit.reshape(-1)[row])]
+        named = [rule.title for rule, hit in zip(task.watched, hits, strict=True) if readable(hit) and bool(hit.reshape(-1)[row])]
         t = float(times.reshape(-1)[row if times.numel() > 1 else 0])
         what = "occurrences of " + (", ".join(named) or "events")
         where = f"at t = {t:.8g}" + (f" in trajectory {row}" if flags.numel() > 1 else "")

@@ -417,10 +417,10 @@ class Companion:
 
 
 def rests(record: Record) -> bool:
-    """Whether a component of a trajectory was the same after all of its steps."""
+    """Whether a component of a trajectory was the same after all of its steps, if it took any."""
     states = record.states
     # few are where they began after the last one
-    returned = states[-1] == states[0]
+    returned = (states[-1] == states[0]) & (record.h != 0).any(0).unsqueeze(-1)
     return bool(returned.any()) and bool((states[1:, returned] == states[0, returned]).all(0).any())
 
 

@@ -1,0 +1,169 @@
+"""What a solve with resets is of, and where its trajectories are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ..errors import InvalidInput, UnsupportedCombination
+from ..system.split import SplitFunction
+from ..system.system import StateSpec
+from .arguments import Times, check_times
+from .doses import DoseRule, Doses, with_rate, without_rate
+from .round_results import Piece
+from .round_rules import NEAR, Boundary, Rule, listed, rule_of
+from .rows import anywhere
+from .solution import Solution
+
+__all__ = ["Progress", "Task", "needs_rounds", "task_of"]
+
+
+def needs_rounds(events: Any) -> bool:
+    """Whether some event has a reset, or is no function at all."""
+    return any(isinstance(e, Doses) or getattr(e, "reset", None) is not None for e in listed(events))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What stays the same from round to round."""
+
+    door: Callable[..., Solution]
+    fun: Any
+    args: tuple[Any, ...]
+    rules: list[Rule | DoseRule]
+    spec: StateSpec
+    times: Times
+    options: dict[str, Any]
+    max_events: int
+
+    @property
+    def batched(self) -> bool:
+        return self.spec.batch is not None
+
+    @property
+    def end(self) -> Tensor:
+        """``(R)``"""
+        end = self.times.anchors[-1]
+        return end if self.batched else end[0]
+
+    @property
+    def start(self) -> Tensor:
+        start = self.times.anchors[0]
+        return start if self.batched else start[0]
+
+    @property
+    def sign(self) -> Tensor:
+        """The direction of time."""
+        return torch.where(self.end >= self.start, 1.0, -1.0)
+
+    @property
+    def reach(self) -> Tensor:
+        """The largest time."""
+        return torch.maximum(self.start.detach().abs(), self.end.detach().abs())
+
+    @property
+    def resolution(self) -> Tensor:
+        """Times that differ by less are one."""
+        return NEAR * torch.finfo(self.spec.real_dtype).eps * self.reach
+
+    @property
+    def watched(self) -> list[Rule]:
+        """The events that are looked for."""
+        return [rule for rule in self.rules if isinstance(rule, Rule)]
+
+    @property
+    def doses(self) -> list[DoseRule]:
+        """Those at known times."""
+        return [rule for rule in self.rules if isinstance(rule, DoseRule)]
+
+    def infused(self, given: Sequence[Tensor]) -> tuple[Any, ...]:
+        """What infusions add to the slope, where there are any."""
+        rates = [rule.rate(g) for rule, g in zip(self.doses, given, strict=True) if rule.until is not None]
+        return (tree_map(lambda *xs: sum(xs[1:], xs[0]), *rates),) if rates else ()
+
+    def slope(self, infused: tuple[Any, ...]) -> Callable[[Tensor, Any, tuple[Any, ...]], Any] | None:
+        """The right-hand side, where the equations tell the slope, with what is `infused`."""
+        if "yp0" in self.options or self.options.get("mass_matrix") is not None:
+            return None
+        parts = (self.fun.explicit, self.fun.implicit) if isinstance(self.fun, SplitFunction) else (self.fun,)
+
+        def rate(t: Tensor, y: Any, mode: tuple[Any, ...]) -> Any:
+            rates = [f(t.to(self.spec.real_dtype), y, *mode, *self.args, *infused) for f in parts]
+            return rates[0] if len(rates) == 1 else tree_map(torch.add, *rates)
+
+        return rate
+
+
+@dataclass
+class Progress:
+    """Where the trajectories are; all of shape ``(R)``."""
+
+    at: Boundary
+    going: Tensor
+    status: Tensor
+    #: of all doses, which times are behind: (S, R)
+    given: list[Tensor]
+    #: of all events, what is added to them: see `rearmed`
+    shifts: list[Tensor]
+    #: events that happened at the time where the trajectory is
+    fired: list[Tensor]
+    #: how often each happened
+    counts: list[Tensor]
+    happened: Tensor
+    stalled: Tensor
+    pieces: list[Piece] = field(default_factory=list)
+
+
+def task_of(door: Callable[..., Solution], arguments: dict[str, Any]) -> tuple[Task, Progress]:
+    options = dict(arguments)
+    fun, t_span, y0, args, events, mode = (options.pop(name) for name in ("fun", "t_span", "y0", "args", "events", "mode"))
+    max_events, t_eval = options.pop("max_events"), options.pop("t_eval")
+    if not isinstance(max_events, Integral) or max_events < 1:
+        raise InvalidInput(f"max_events must be a positive integer, got {max_events!r}")
+    spec = StateSpec.of(y0, options["batched"])
+    args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
+    times = check_times(t_span, t_eval, None, spec)
+    start = times.anchors[0] if spec.batch is not None else times.anchors[0, 0]
+    rules: list[Rule | DoseRule] = []
+    for i, event in enumerate(listed(events)):
+        title = f"{type(event).__name__.lower()} {event.name!r}" if getattr(event, "name", None) else f"events[{i}]"
+        rules.append(event.rule(spec, start.detach(), title) if isinstance(event, Doses) else rule_of(event, i))
+    if any(isinstance(rule, DoseRule) and rule.until is not None for rule in rules):
+        if "yp0" in options or options.get("mass_matrix") is not None:
+            raise UnsupportedCombination(
+                "infusions (duration=, rate=) with solve_dae or mass_matrix= are not supported: it is not clear which equations they "
+                "enter. Add the rate in fun, as a Forcing"
+            )
+        fun = SplitFunction(with_rate(fun.explicit), without_rate(fun.implicit)) if isinstance(fun, SplitFunction) else with_rate(fun)
+        if callable(options.get("quadrature")):
+            options["quadrature"] = without_rate(options["quadrature"])
+    task = Task(door, fun, args, rules, spec, times, options, int(max_events))
+    if task.doses and anywhere(task.sign < 0):
+        raise InvalidInput("doses go forward in time, but t_span ends before it starts")
+    none = torch.zeros_like(task.start, dtype=torch.bool)
+    zero = torch.zeros_like(task.start)
+    count = torch.zeros_like(task.start, dtype=torch.int64)
+    modes = () if mode is None else (_mode(mode, spec),)
+    at, n = Boundary(task.start, y0, modes), len(task.watched)
+    given = [torch.zeros_like(rule.stops, dtype=torch.bool) for rule in task.doses]
+    return task, Progress(at, ~none, count, given, [zero] * n, [none] * n, [count] * n, count, count)
+
+
+def _mode(mode: Any, spec: StateSpec) -> Any:
+    """The initial mode in tensors, one for each trajectory."""
+
+    def one(x: Any) -> Tensor:
+        if not isinstance(x, (Tensor, bool, int, float)):
+            raise InvalidInput(f"mode must be a number, a tensor or a pytree of them, got a {type(x).__name__}")
+        x = torch.as_tensor(x, device=spec.device)
+        if spec.batch is None or (x.dim() and x.shape[0] == spec.batch):
+            return x
+        return x.expand(spec.batch, *x.shape)
+
+    return tree_map(one, mode)

@@ -1,0 +1,189 @@
+"""Doses of two compartments against the closed form: boluses, infusions, lag times, ragged schedules, every derivative."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import adjoint
+from adjoint import Doses, solve_ivp
+
+FINE = {"rtol": 1e-11, "atol": 1e-13, "method": "verner9"}
+
+
+def two(t, y, k, k12, k21):
+    a, b = y[..., 0], y[..., 1]
+    return torch.stack([-(k + k12) * a + k21 * b, k12 * a - k21 * b], -1)
+
+
+def matrix(k, k12, k21):
+    return torch.stack([torch.stack([-k - k12, k21]), torch.stack([k12, -k21])])
+
+
+def bolus(t, when, amount, place, A):
+    if float(when) > t:
+        return torch.zeros(2)
+    return torch.linalg.matrix_exp(A * (t - when))[:, place] * amount
+
+
+def infusion(t, when, until, rate, place, A):
+    """The integral of the matrix exponential over the time of the infusion."""
+    if float(when) > t:
+        return torch.zeros(2)
+    grown = lambda s: torch.linalg.solve(A, torch.linalg.matrix_exp(A * s) - torch.eye(2))[:, place] * rate  # noqa: E731
+    return grown(t - when) - (grown(t - until) if float(until) < t else 0.0)
+
+
+def values(*numbers):
+    return [torch.tensor(x, requires_grad=True) for x in numbers]
+
+
+def agree(found, wanted, inputs, tol=1e-9, second=True):
+    assert torch.allclose(found, wanted, rtol=tol, atol=tol)
+    one, other = (
+        torch.autograd.grad((x * (1 + torch.arange(2.0))).sum(), inputs, create_graph=second, retain_graph=True, materialize_grads=True)
+        for x in (found, wanted)
+    )
+    for a, b in zip(one, other, strict=True):
+        assert torch.allclose(a, b, rtol=tol, atol=tol)
+    if second:
+        one, other = (
+            torch.autograd.grad(sum(x.sum() for x in xs), inputs, retain_graph=True, materialize_grads=True) for xs in (one, other)
+        )
+        for a, b in zip(one, other, strict=True):
+            assert torch.allclose(a, b, rtol=100 * tol, atol=100 * tol)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_boluses_and_infusions(native):
+    k, k12, k21 = p = values(0.3, 0.5, 0.2)
+    times, amounts, lag, duration, start, dose = q = values([0.0, 1.0, 2.5], [1.0, 2.0, 0.5], 0.1, 0.75, [0.6, 1.9], 3.0)
+    events = [Doses(times, amounts, 0, lag=lag, name="bolus"), Doses(start, dose, [0, 1], duration=duration, name="infusion")]
+    sol = solve_ivp(two, (0.0, 4.0), torch.zeros(2), (k, k12, k21), events=events, t_eval=[2.0, 4.0], compile=native, **FINE)
+    A = matrix(*p)
+    for i, t in enumerate((2.0, 4.0)):
+        wanted = sum(bolus(t, times[j] + lag, amounts[j], 0, A) for j in range(3))
+        wanted = wanted + sum(infusion(t, start[j], start[j] + duration, dose / duration, j, A) for j in range(2))
+        agree(sol.y[i], wanted, [*p, *q])
+    assert torch.allclose(sol.events["bolus"].t, times + lag)
+    assert torch.allclose(sol.events["bolus"].after - sol.events["bolus"].y, torch.stack([amounts, 0 * amounts], -1))
+    assert torch.allclose(sol.events["infusion"].t, torch.tensor([0.6, 1.35, 1.9, 2.65]))
+
+
+def test_a_rate_in_place_of_a_duration():
+    p = values(0.3, 0.5, 0.2)
+    rate, amount = q = values(2.0, [1.0, 3.0])
+    sol = solve_ivp(two, (0.0, 4.0), torch.zeros(2), tuple(p), events=Doses([0.0, 1.0], amount, -2, rate=rate), **FINE)
+    wanted = sum(infusion(4.0, torch.tensor(float(j)), j + amount[j] / rate, rate, 0, matrix(*p)) for j in range(2))
+    agree(sol.y[-1], wanted, [*p, *q])
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "interpolating", "forward", "backprop", "checkpoints"])
+def test_strategies(gradient):
+    strategy = {
+        "discrete": adjoint.DiscreteAdjoint(),
+        "interpolating": adjoint.InterpolatingAdjoint(rtol=1e-11, atol=1e-13, method="verner9"),
+        "forward": adjoint.ForwardSensitivity(),
+        "backprop": adjoint.Backprop(),
+        "checkpoints": adjoint.DiscreteAdjoint(checkpoints=4),
+    }[gradient]
+    p = values(0.3, 0.5, 0.2)
+    times, amounts, duration = q = values([0.0, 1.0], [1.0, 2.0], 0.75)
+    events = [Doses(times, amounts, 0), Doses([0.5], 1.0, 1, duration=duration)]
+    sol = solve_ivp(two, (0.0, 3.0), torch.zeros(2), tuple(p), events=events, gradient=strategy, **FINE)
+    wanted = sum(bolus(3.0, times[j], amounts[j], 0, matrix(*p)) for j in range(2))
+    wanted = wanted + infusion(3.0, torch.tensor(0.5), 0.5 + duration, 1 / duration, 1, matrix(*p))
+    agree(sol.y[-1], wanted, [*p, *q], second=False)
+
+
+@pytest.mark.parametrize("method", ["verner9", "native tsit5", "native rodas5p", "bdf", "abm", "radau5"])
+def test_ragged_schedules(method):
+    """Patients with schedules of their own, in one call."""
+    native, method = method.startswith("native"), method.removeprefix("native ")
+    schedules = [[0.0, 1.0, 2.0], [0.5], [], [0.25, 2.25]]
+    pad = torch.nn.utils.rnn.pad_sequence([torch.tensor(s) for s in schedules], padding_value=math.nan)
+    times = pad.clone().requires_grad_(method not in ("bdf", "abm"))
+    amounts = (1.0 + torch.rand(3, 4)).requires_grad_()
+    p = [torch.tensor([x, 1.1 * x, 0.9 * x, x], requires_grad=True) for x in (0.3, 0.5, 0.2)]
+    lag = torch.tensor([0.0, 0.1, 0.0, 0.2], requires_grad=times.requires_grad)
+    tight = {"rtol": 1e-11, "atol": 1e-13} if method in ("verner9", "radau5") else {"rtol": 1e-9, "atol": 1e-11}
+    sol = solve_ivp(
+        two,
+        (0.0, 3.0),
+        torch.zeros(4, 2),
+        tuple(p),
+        events=Doses(times, amounts, 0, lag=lag),
+        batched=True,
+        compile=native,
+        method=method,
+        **tight,
+    )
+    wanted = []
+    for i, schedule in enumerate(schedules):
+        A = matrix(*(x[i] for x in p))
+        wanted.append(sum((bolus(3.0, times[j, i] + lag[i], amounts[j, i], 0, A) for j in range(len(schedule))), torch.zeros(2)))
+    assert (~sol.events["doses"].t.isnan()).sum(0).tolist() == [3, 1, 0, 2]
+    inputs = [*p, amounts, *([times, lag] if times.requires_grad else [])]
+    agree(sol.y[-1], torch.stack(wanted), inputs, {"verner9": 1e-9, "radau5": 1e-9}.get(method, 1e-6), second=method == "verner9")
+
+
+def test_vmap():
+    p = [torch.tensor(x) for x in (0.3, 0.5, 0.2)]
+
+    def end(times, amount):
+        return solve_ivp(two, (0.0, 3.0), torch.zeros(2), tuple(p), events=Doses(times, amount, 0), **FINE).y[-1]
+
+    times, amounts = torch.tensor([[0.0, 1.0], [0.5, 2.0]]), torch.tensor([1.0, 2.0])
+    found = torch.vmap(end)(times, amounts)
+    wanted = torch.stack([sum(bolus(3.0, t, a, 0, matrix(*p)) for t in ts) for ts, a in zip(times, amounts, strict=True)])
+    assert torch.allclose(found, wanted, atol=1e-9)
+    slopes = torch.vmap(torch.func.jacfwd(end))(times, amounts)
+    assert torch.allclose(slopes[1, :, 0], torch.func.jacrev(end)(times[1], amounts[1])[:, 0], atol=1e-8)
+
+
+def test_beside_events():
+    """Doses and a reset at one time, in the order of ``events=``; a jump over the zero of an event is none."""
+    still = lambda t, y: torch.zeros_like(y)  # noqa: E731
+    double = adjoint.Event(lambda t, y: t - 0.5, reset=lambda t, y: 2 * y, name="double")
+    level = adjoint.Event(lambda t, y: y[0] - 0.7, name="level")
+    dose = Doses([0.5], [1.0], 0)
+    for events, wanted in (([dose, double, level], 4.0), ([double, dose, level], 3.0)):
+        sol = solve_ivp(still, (0.0, 1.0), torch.ones(1), events=events, t_eval=[0.5, 1.0])
+        assert sol.y[:, 0].tolist() == [wanted, wanted] and sol.events["level"].t.shape == (0,)
+    assert sol.events["double"].t.tolist() == sol.events["doses"].t.tolist() == [0.5]
+
+
+def test_at_the_ends():
+    still = lambda t, y: torch.zeros_like(y)  # noqa: E731
+    sol = solve_ivp(still, (0.0, 1.0), torch.zeros(1), events=Doses([0.0, 1.0, 2.0], 1.0, 0), t_eval=[0.0, 0.5, 1.0])
+    assert sol.y[:, 0].tolist() == [1.0, 1.0, 2.0] and sol.events[0].t.tolist() == [0.0, 1.0]
+    both = solve_ivp(still, (0.0, 1.0), torch.zeros(1), events=Doses([0.0, 1.0], 1.0, 0), dense_output=True)
+    assert both.y[:, 0].tolist() == [1.0, 2.0] and both(1.0, side="left").tolist() == [1.0] and both(0.0).tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Doses([0.1], 1.0, 0, duration=1.0, rate=1.0), "leave one"),
+        (lambda: Doses([-0.1], 1.0, 0), "before the start"),
+        (lambda: Doses([0.1], 1.0, 2), "compartment"),
+        (lambda: Doses([0.1, 0.2], [1.0, 2.0, 3.0], 0), "amounts"),
+        (lambda: Doses([0.1], 1.0, 0, duration=0.0), "positive"),
+        (lambda: Doses([[0.1]], 1.0, 0), "times"),
+    ],
+)
+def test_wrong_doses(make, match):
+    with pytest.raises(adjoint.InvalidInput, match=match):
+        solve_ivp(two, (0.0, 1.0), torch.zeros(2), tuple(values(0.3, 0.5, 0.2)), events=make())
+
+
+def test_refused():
+    with pytest.raises(adjoint.InvalidInput, match="forward"):
+        solve_ivp(two, (1.0, 0.0), torch.zeros(2), tuple(values(0.3, 0.5, 0.2)), events=Doses([2.0], 1.0, 0))
+    with pytest.raises(adjoint.UnsupportedCombination, match="infusions"):
+        solve_ivp(
+            two, (0.0, 1.0), torch.zeros(2), tuple(values(0.3, 0.5, 0.2)), events=Doses([0.5], 1.0, 0, duration=0.1),
+            mass_matrix=torch.eye(2), method="radau5",
+        )  # fmt: skip
