@@ -241,7 +241,9 @@ def check_times(t_span: Any, t_eval: Any, step_ts: Any, spec: StateSpec) -> Time
         inner = snapped(inner, first, last, step_ts, start, end)
         backwards = first > last
         inner = torch.where(backwards, inner.sort(0, descending=True).values, inner.sort(0).values)
-        inner = torch.minimum(torch.maximum(inner, torch.minimum(first, last)), torch.maximum(first, last))
+        # what is beyond an end, or there, is that end, with all of its derivatives: no step is taken in between
+        low, high = torch.minimum(first, last), torch.maximum(first, last)
+        inner = torch.where(inner <= low, low, torch.where(inner >= high, high, inner))
         if not batched and _concrete(inner) and concrete:
             inside = ((inner != first) & (inner != last))[:, 0]
             inner = inner[inside]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,18 +12,19 @@ from torch import Tensor
 from .adams import AdamsSolver
 from .additive import AdditiveStageSolver
 from .alone import LoneStages
-from .batched import integrate_batched
 from .bdf import BdfSolver
+from .bdf_alone import solve_bdf_alone
 from .companion import Beside
 from .controller import IController, PIController, PIDController
-from .multistep import MultistepSolver, integrate_multistep
-from .multistep_alone import integrate_multistep_alone
+from .loop import Walk
+from .multistep import MultistepSolver, solve_multistep
+from .one_step import OneStepOfMany, OneStepOfOne
 from .paired import integrate_paired, too_long
 from .plan import Event, Monitor, Plan, Record, Status, rms_norm, shifted_times
 from .recording import Recording
 from .residual import ResidualSolver
-from .single import integrate_single
 from .stages import StageSolver
+from .timeline import TimelineOfMany, TimelineOfOne
 
 __all__ = [
     "AdamsSolver",
@@ -59,35 +61,85 @@ def integrate(
     recording: Recording | None = None,
     beside: Beside | None = None,
 ) -> Record:
-    """Run the loop that fits: float decisions for one trajectory, masks for many. ``beside``: see `Companion`; None for steps by the state
-    alone."""
-    if isinstance(f, (StageSolver, LoneStages, ResidualSolver, MultistepSolver)):
-        carried = shape if shape is not None and len(shape) == 1 else None
+    """Take the steps that fit: by numbers for one trajectory, by masks for many.
+
+    Parameters
+    ----------
+    f : flat right-hand side, for implicit methods with their equations, for multistep methods at work
+    anchors : (A, B) float64; start, times where a step must end, end; in the direction of integration
+    t_eval : (T, B) float64 or None; sample times within the span, in any order
+    y0 : (B, n)
+    inputs : of the system, for its events
+    shape : the shape in which ``f`` takes and gives states of one trajectory, ``(1, n)`` by default
+    recording : stops autograd's recording of one trajectory when it has grown too large
+    beside : see `Companion`; None for steps by the state alone
+    """
+    if isinstance(f, LoneStages):
+        record = _of_one(f, plan, anchors, t_eval, y0, inputs, _flat(shape), None, beside)
+    elif isinstance(f, MultistepSolver):
         if isinstance(f, BdfSolver) and not batched and not f.residual:
-            record = integrate_multistep_alone(f, plan, anchors, t_eval, y0, inputs, carried)
-        elif isinstance(f, MultistepSolver):
-            record = integrate_multistep(f, plan, anchors, t_eval, y0, inputs)
-        elif isinstance(f, LoneStages):
-            record = integrate_single(f, plan, anchors, t_eval, y0, inputs, carried, None, beside)
+            record = solve_bdf_alone(f, plan, anchors, t_eval, y0, inputs, _flat(shape))
         else:
-            record = integrate_batched(f, plan, anchors, t_eval, y0, inputs, beside)
-        if isinstance(f, MultistepSolver) and beside is not None:
+            record = solve_multistep(f, plan, anchors, t_eval, y0, inputs)
+        if beside is not None:
             doubtful, count = too_long(beside(False), plan, record, y0)
             record = replace(record, n_fun=record.n_fun + count)
             if bool(doubtful.any()):
                 record = integrate_paired(f, plan, anchors, t_eval, y0, beside, record, doubtful)
-        work = f.work
-        # where the iteration failed to the last, its NaN are its own
-        failed = f.stuck & (record.status == int(Status.NON_FINITE))
-        return replace(
-            record,
-            status=torch.where(failed, int(Status.NEWTON_FAILED), record.status),
-            n_fun=record.n_fun + work.n_fun,
-            n_jac=work.n_jac,
-            n_factorizations=work.n_factorizations,
-            n_solves=work.n_solves,
-            n_newton=work.n_newton,
-        )
-    if batched:
-        return integrate_batched(f, plan, anchors, t_eval, y0, inputs, beside)
-    return integrate_single(f, plan, anchors, t_eval, y0, inputs, shape, recording, beside)
+    elif batched or isinstance(f, (StageSolver, ResidualSolver)):
+        record = _of_many(f, plan, anchors, t_eval, y0, inputs, beside)
+    else:
+        return _of_one(f, plan, anchors, t_eval, y0, inputs, shape, recording, beside)
+    if not isinstance(f, (StageSolver, LoneStages, ResidualSolver, MultistepSolver)):
+        return record
+    work = f.work
+    # where the iteration failed to the last, its NaN are its own
+    failed = f.stuck & (record.status == int(Status.NON_FINITE))
+    return replace(
+        record,
+        status=torch.where(failed, int(Status.NEWTON_FAILED), record.status),
+        n_fun=record.n_fun + work.n_fun,
+        n_jac=work.n_jac,
+        n_factorizations=work.n_factorizations,
+        n_solves=work.n_solves,
+        n_newton=work.n_newton,
+    )
+
+
+def _flat(shape: Sequence[int] | None) -> Sequence[int] | None:
+    """Of the shapes of states, the one that equations of stages know beside ``(1, n)``."""
+    return shape if shape is not None and len(shape) == 1 else None
+
+
+def _of_many(
+    f: Any, plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor], beside: Beside | None
+) -> Record:
+    line = TimelineOfMany(plan, anchors)
+    walk = Walk(plan, line, t_eval, y0, inputs)
+    stepper = OneStepOfMany(f, plan, line, y0, walk.dense, beside)
+    ended = walk.run(stepper)
+    return walk.record(ended, stepper.evaluations(ended.attempts))
+
+
+def _of_one(
+    f: Any,
+    plan: Plan,
+    anchors: Tensor,
+    t_eval: Tensor | None,
+    y0: Tensor,
+    inputs: Sequence[Tensor],
+    shape: Sequence[int] | None,
+    recording: Recording | None,
+    beside: Beside | None,
+) -> Record:
+    line, start = TimelineOfOne(plan, anchors), y0 if shape is None else y0.reshape(tuple(shape))
+    walk = Walk(plan, line, t_eval, start, inputs)
+    stepper = OneStepOfOne(f, plan, line, start, y0.shape, beside, recording)
+    ended = walk.run(stepper, recording)
+    if ended.status >= 0 and not plan.method.adaptive and not bool(torch.isfinite(ended.y).all()):
+        # nobody looked at the states of constant steps: where did they cease to be finite?
+        if not plan.keep_states:
+            record = _of_one(f, replace(plan, keep_states=True), anchors, t_eval, y0, inputs, shape, None, None)
+            return replace(record, states=y0.new_empty((0, *y0.shape)))
+        ended = walk.cut_back(ended)
+    return walk.record(ended, stepper.evaluations(ended.attempts))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..methods.abm import Weights, step_weights, uniform_errors
 from .initial_step import initial_step
-from .multistep import Decision, MultistepSolver, Trial
+from .multistep import MultistepSolver, Outcome, Predicted
 from .plan import Plan
 from .work import StageWork
 
@@ -100,8 +100,8 @@ class AdamsSolver(MultistepSolver):
     def resize(self, factor: Tensor, which: Tensor) -> None:
         """The differences are those of real times: a change of the next step's size is no concern of theirs."""
 
-    def attempt(self, when: Tensor, h: Tensor, running: Tensor) -> Trial:
-        """See `MultistepSolver.attempt`."""
+    def predict(self, when: Tensor, h: Tensor, running: Tensor) -> Predicted:
+        """See `MultistepSolver.predict`."""
         nodes = self.past / torch.where(h == 0, self.sign, h).unsqueeze(-1)
         weights = step_weights(nodes, self.order)
         hr = h.to(self.plan.real).unsqueeze(-1)
@@ -114,14 +114,14 @@ class AdamsSolver(MultistepSolver):
         constant = (g * (weights.at - one_less)).sum(0).to(hr.dtype)
         extra = torch.cat([self.order.double().unsqueeze(0), nodes.t()])
         solved = torch.isfinite(y).all(-1) & torch.isfinite(delta).all(-1)
-        return Trial(y, hr * constant * delta, solved, stages, extra, (prediction, weights, h, delta))
+        return Predicted(y, hr * constant * delta, solved, stages, extra, (prediction, weights, h, delta))
 
-    def accept(self, trial: Trial, passed: Tensor, restart: Tensor, after: Tensor) -> None:
+    def accept(self, found: Predicted, passed: Tensor, restart: Tensor, after: Tensor) -> None:
         """See `MultistepSolver.accept`."""
         if not bool(passed.any()):
             return
-        prediction, _, h, _ = trial.kept
-        y = torch.where(passed.unsqueeze(-1), trial.y, self.D[0])
+        prediction, _, h, _ = found.kept
+        y = torch.where(passed.unsqueeze(-1), found.y, self.D[0])
         slope = self.f(after, y)
         self.work.n_fun += passed
         highest = torch.where(restart, 0, self.order + 1)
@@ -132,17 +132,17 @@ class AdamsSolver(MultistepSolver):
         self.last = torch.where(passed, h, self.last)
         self.fails = torch.where(passed, 0, self.fails)
 
-    def propose(self, trial: Trial, decision: Decision) -> Tensor:
+    def propose(self, found: Predicted, outcome: Outcome) -> Tensor:
         """See `MultistepSolver.propose`."""
-        _, passed, failed, rejected, restart, _, scale = decision
+        _, passed, failed, rejected, restart, _, scale = outcome
         order, most = self.order, self.most
-        here, one_less, two_less = self._estimates(trial, scale)
+        here, one_less, two_less = self._estimates(found, scale)
         lower = torch.where(order > 2, torch.maximum(one_less, two_less) <= here, (order == 2) & (one_less <= 0.5 * here))
         self.rising = self.rising & torch.where(passed, ~lower & (order < most), ~(rejected | failed))
         ready = passed & ~self.rising & ~lower & (self.equal > order) & (order < most)
         more = torch.full_like(here, float("inf"))
         if bool(ready.any()):
-            more = self._above(trial.kept[2], scale)
+            more = self._above(found.kept[2], scale)
             lower = lower | (ready & (order > 1) & (one_less <= torch.minimum(here, more)))
         higher = (passed & self.rising) | (ready & ~lower & (more < torch.where(order > 1, here, 0.5 * here)))
         level = torch.where(lower, one_less, torch.where(ready & higher, more, here)).clamp(min=1e-30)
@@ -162,16 +162,16 @@ class AdamsSolver(MultistepSolver):
     def _norm(self, estimate: Tensor, scale: Tensor) -> Tensor:
         return self.plan.norm(self.plan.scaled(estimate, scale).abs()).double()
 
-    def _estimates(self, trial: Trial, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _estimates(self, found: Predicted, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The errors (B,) at the order of the step and the two below it, as though the grid were even."""
-        prediction, weights, h, delta = trial.kept
+        prediction, weights, h, delta = found.kept
         # Phi_j at the end of the step, by the slope of the prediction: sum of the differences from j to q
         table = (prediction.low + weights.at.to(h.dtype).to(self.plan.real) * delta).flip(0).cumsum(0).flip(0)
         sizes = h.unsqueeze(-1) * self.constants[:-1].reshape(-1, 1, 1) * weights.uniform
         scaled: Any = table * sizes.to(self.plan.real)
         rows = torch.arange(len(h), device=h.device)
-        found = [self._norm(scaled[(self.order - k).clamp(min=0), rows], scale) for k in range(3)]
-        return found[0], found[1], found[2]
+        norms = [self._norm(scaled[(self.order - k).clamp(min=0), rows], scale) for k in range(3)]
+        return norms[0], norms[1], norms[2]
 
     def _above(self, h: Tensor, scale: Tensor) -> Tensor:
         """The error (B,) of an order more, after steps of equal size."""

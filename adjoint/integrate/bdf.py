@@ -13,7 +13,7 @@ from ..linalg.pencil import Pencil, ScaledFactors, scaled_factors, split
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling
 from .initial_step import initial_step
 from .matrices import jacobian_at, shifted
-from .multistep import Decision, MultistepSolver, Trial
+from .multistep import MultistepSolver, Outcome, Predicted
 from .newton import iterate
 from .numbers import less
 from .plan import Plan
@@ -108,8 +108,8 @@ class BdfSolver(MultistepSolver):
         self.T = matrix @ self.T
         self.equal = torch.where(which, 0, self.equal)
 
-    def attempt(self, when: Tensor, h: Tensor, running: Tensor) -> Trial:
-        """See `MultistepSolver.attempt`."""
+    def predict(self, when: Tensor, h: Tensor, running: Tensor) -> Predicted:
+        """See `MultistepSolver.predict`."""
         D, order, real = self.D, self.order, self.plan.real
         self._size = h.abs()
         low = (torch.arange(SIZE, device=D.device) <= order.unsqueeze(-1)).to(real)
@@ -126,19 +126,19 @@ class BdfSolver(MultistepSolver):
         extra = torch.cat([order.double().unsqueeze(0), self.T.permute(1, 2, 0).reshape(SIZE * SIZE, -1)])
         estimate = self._shown(self.constants[order].to(real).unsqueeze(-1) * d)
         estimate = torch.where(self._settling.unsqueeze(-1), 0.0, estimate)
-        return Trial(predicted + d, estimate, converged, stages, extra, (new, counts))
+        return Predicted(predicted + d, estimate, converged, stages, extra, (new, counts))
 
-    def accept(self, trial: Trial, passed: Tensor, restart: Tensor, after: Tensor) -> None:
+    def accept(self, found: Predicted, passed: Tensor, restart: Tensor, after: Tensor) -> None:
         """See `MultistepSolver.accept`."""
-        self.D = torch.where(passed.reshape(1, -1, 1), trial.kept[0], self.D)
+        self.D = torch.where(passed.reshape(1, -1, 1), found.kept[0], self.D)
         self.T = torch.where(passed.reshape(-1, 1, 1), self.eye, self.T)
         self.equal = torch.where(passed, self.equal + 1, self.equal)
         self._now = after.double()
 
-    def propose(self, trial: Trial, decision: Decision) -> Tensor:
+    def propose(self, found: Predicted, outcome: Outcome) -> Tensor:
         """See `MultistepSolver.propose`."""
-        running, passed, failed, rejected, restart, error, scale = decision
-        safety = SAFETY * (2 * NEWTON + 1) / (2 * NEWTON + trial.kept[1].to(torch.float64))
+        running, passed, failed, rejected, restart, error, scale = outcome
+        safety = SAFETY * (2 * NEWTON + 1) / (2 * NEWTON + found.kept[1].to(torch.float64))
         shrink = (safety * error.double().clamp(min=1e-30) ** (-1 / (self.order + 1))).clamp(min=SMALLEST, max=1.0)
         ready = passed & running & (self.equal > self.order) & ~restart
         factor = torch.where(failed, 0.5, torch.where(rejected, shrink, 1.0))

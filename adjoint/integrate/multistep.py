@@ -1,42 +1,40 @@
-"""The loop of multistep methods: variable order and step for every trajectory, in lock step."""
+"""What the loop asks of multistep methods for many trajectories: variable order and step for each, in lock step."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .batch_events import BatchEventWatch, ends_at, next_aim, no_events
-from .batch_sampling import BatchSampler
-from .batched import Attempt, first_segment
-from .clock import aim_step, why_stuck
-from .packing import Ended, Kept, record_of
-from .plan import Monitor, Plan, Record, Status, shifted_times
+from .loop import Attempt, Walk
+from .numbers import Decision, Measure
+from .plan import Plan, Record, shifted_times
+from .timeline import TimelineOfMany
 from .work import StageWork
 
-__all__ = ["Decision", "MultistepSolver", "Trial", "integrate_multistep"]
+__all__ = ["MultistepSolver", "Outcome", "Predicted", "solve_multistep"]
 
 
-class Trial(NamedTuple):
+class Predicted(NamedTuple):
     """An attempted step: state at its end and error estimate (B, n), whether there are any (B,), stages (S, B, n), what is recorded
     beside them (E, B), and what its solver wants to know of it later."""
 
     y: Tensor
     estimate: Tensor
     solved: Tensor
-    stages: Tensor
+    slopes: Tensor
     extra: Tensor
     kept: Any
 
 
-class Decision(NamedTuple):
-    """What became of a `Trial`: masks (B,), but for ``error`` (B,), its norm, and ``scale`` (B, n), the size of the state.
+class Outcome(NamedTuple):
+    """What became of a step: masks (B,), but for ``error`` (B,), its norm, and ``scale`` (B, n), the size of the state.
 
-    ``passed`` and ``failed`` (there was no estimate) and ``rejected`` exclude each other; ``landed`` has reached its anchor, ``restart``
-    begins anew from there; ``running`` goes on.
+    ``passed`` and ``failed`` (there was no estimate) and ``rejected`` exclude each other; ``restart`` begins anew from an anchor;
+    ``running`` goes on.
     """
 
     running: Tensor
@@ -48,12 +46,33 @@ class Decision(NamedTuple):
     scale: Tensor
 
 
+class _Trial:
+    """See `Trial`; ``found``: what the solver says of the step."""
+
+    __slots__ = ("bad", "error", "extra", "found", "hopeless", "passed", "scale", "y")
+
+    def __init__(self, found: Predicted, error: Tensor, scale: Tensor) -> None:
+        self.found, self.error, self.scale, self.y, self.extra = found, error, scale, found.y, found.extra
+        self.bad, self.passed, self.hopeless = ~found.solved, found.solved & (error <= 1.0), False
+
+    def stages(self) -> Sequence[Tensor]:
+        """See `Trial.stages`."""
+        return self.found.slopes.unbind()
+
+    def detach(self) -> None:
+        """See `Trial.detach`: no solve of many is recorded."""
+
+
 class MultistepSolver(ABC):
     """A multistep method at work: it holds the history of every trajectory, the first row of the table ``D`` (M, B, n) its state."""
 
+    f: Callable[[Tensor, Tensor], Tensor]
+    plan: Plan
     D: Tensor
     work: StageWork
     stuck: Tensor
+    #: see `Stepper.rate`
+    rate = 0.0
 
     @abstractmethod
     def start(self, anchors: Tensor, sign: Tensor, y0: Tensor) -> Tensor:
@@ -64,15 +83,15 @@ class MultistepSolver(ABC):
         """The next step of some rows is to be ``factor`` as long as was said last."""
 
     @abstractmethod
-    def attempt(self, when: Tensor, h: Tensor, running: Tensor) -> Trial:
+    def predict(self, when: Tensor, h: Tensor, running: Tensor) -> Predicted:
         """A step of the ``running`` rows by ``h`` to where ``fun`` sees the time ``when``."""
 
     @abstractmethod
-    def accept(self, trial: Trial, passed: Tensor, restart: Tensor, after: Tensor) -> None:
+    def accept(self, found: Predicted, passed: Tensor, restart: Tensor, after: Tensor) -> None:
         """Take over the ``passed`` rows; ``after``: the time that ``fun`` sees at the start of the next step."""
 
     @abstractmethod
-    def propose(self, trial: Trial, decision: Decision) -> Tensor:
+    def propose(self, found: Predicted, outcome: Outcome) -> Tensor:
         """Choose the next orders; the factors (B,) of the next sizes."""
 
     @property
@@ -80,102 +99,79 @@ class MultistepSolver(ABC):
     def idle(self) -> Tensor:
         """``extra`` (E,) of no step."""
 
+    # ---- a `Stepper`
 
-def integrate_multistep(
+    def enter(self, line: TimelineOfMany, y0: Tensor) -> None:
+        """What is to be solved, from ``y0`` (B, n)."""
+        self._line, self._y0 = line, y0
+        self.scaled = torch.zeros_like(y0, dtype=self.plan.real)
+        self._first = self.start(line.anchors, line.sign, y0)
+
+    @property
+    def y(self) -> Tensor:
+        """See `Stepper.y`."""
+        return self.D[0]
+
+    def begin(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Stepper.begin`: nothing is done over a span of no length."""
+        # nothing goes on from a state that is not finite: a step of no size says so at once
+        broken = ~torch.isfinite(self._y0).all(-1)
+        return torch.where(broken, 0.0, self._first), self._line.start != self._line.end, broken
+
+    def fit(self, step: Tensor, size: Tensor, running: Tensor) -> Tensor:
+        """See `Stepper.fit`."""
+        differs = running & (size != step)
+        if not bool(differs.any()):
+            return step
+        self.resize(size / step, differs)
+        return torch.where(differs, size, step)
+
+    def attempt(self, step: Attempt) -> _Trial:
+        """See `Stepper.attempt`."""
+        plan, before = self.plan, self._line.jumps
+        end = step.end.to(plan.real)
+        when = shifted_times([end], [1.0], False, step.before, self._line.sign)[0] if before else end
+        y, found = self.D[0], self.predict(when, step.h, step.running)
+        scale = torch.maximum(found.y.abs(), y.abs())
+        self.scaled = torch.where(step.running.unsqueeze(-1), plan.scaled(found.estimate, scale).abs(), self.scaled)
+        return _Trial(found, plan.norm(self.scaled), scale)
+
+    def follow(
+        self,
+        step: Attempt,
+        trial: _Trial,
+        size: Tensor,
+        accepted: Tensor,
+        again: Decision,
+        aim: Tensor | None,
+        going: Tensor,
+        restart: Tensor,
+    ) -> Measure:
+        """See `Stepper.follow`."""
+        end, line = step.end.to(self.plan.real), self._line
+        after = shifted_times([end], [0.0], step.before, False, line.sign)[0] if line.jumps else end
+        self.accept(trial.found, accepted, restart, after)
+        solved = trial.found.solved
+        failed, rejected = step.running & ~solved, step.running & solved & ~trial.passed
+        outcome = Outcome(going, accepted, failed, rejected, restart, trial.error, trial.scale)
+        factor = self.propose(trial.found, outcome)
+        changed = (factor != 1.0) & (going | restart)
+        if not bool(changed.any()):
+            return size
+        self.resize(factor, changed)
+        return torch.where(changed, size * factor, size)
+
+    def evaluations(self, attempts: Tensor) -> Tensor:
+        """See `Stepper.evaluations`: they are all in `work`."""
+        return torch.zeros_like(attempts)
+
+
+def solve_multistep(
     solver: MultistepSolver, plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor] = ()
 ) -> Record:
-    """Solve B trajectories; arguments as for `integrate_batched`."""
-    rows = y0.shape[0]
-    device, real = y0.device, plan.real
-    sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0).to(torch.float64)
-    last_segment = anchors.shape[0] - 2
-    t = anchors[0].clone()
-    step = solver.start(anchors, sign, y0)
-    segment = first_segment(anchors, torch.zeros(rows, dtype=torch.int64, device=device))
-    attempts, accepted_count, status = (torch.zeros_like(segment) for _ in range(3))
-    # nothing is done over a span of no length
-    running = anchors[-1] != anchors[0]
-    # nothing goes on from a state that is not finite: a step of no size says so at once
-    bad_last, scaled = ~torch.isfinite(y0).all(-1), torch.zeros_like(y0, dtype=real)
-    step = torch.where(bad_last, 0.0, step)
-    sampler = BatchSampler(plan, t_eval, anchors, sign, y0)
-    events = BatchEventWatch(plan, inputs, t, y0) if plan.events else None
-    kept = Kept([], [], [], extra=[], idle=solver.idle)
-    monitor, watched = plan.monitor, type(plan.monitor).advanced is not Monitor.advanced
-    span = (anchors[-1] - anchors[0]).abs()
-    shifts = plan.shift != "none" and last_segment > 0
-    aim: Tensor | None = None
-    while bool(running.any()):
-        stops = anchors if aim is None else ends_at(aim, anchors, segment)
-        target = stops.gather(0, segment.clamp(max=last_segment).unsqueeze(0) + 1).squeeze(0)
-        remaining = (target - t).abs()
-        aimed_at = aim_step(plan, step, t, remaining, attempts)
-        status = torch.where(running & aimed_at.stuck, why_stuck(aimed_at, bad_last), status)
-        running = running & ~aimed_at.stuck
-        lands = running & aimed_at.lands
-        size = torch.where(lands, remaining, aimed_at.size)
-        if not bool(running.any()):
-            break
-        differs = running & (size != step)
-        if bool(differs.any()):
-            solver.resize(size / step, differs)
-            step = torch.where(differs, size, step)
-        attempts = attempts + running
-        h = torch.where(running, sign * step, 0.0)
-        end = torch.where(lands, target, t + h)
-        aimed = None if aim is None else lands & ~aim.isnan()
-        lands = lands if aim is None else lands & aim.isnan()
-        inner = lands & (segment < last_segment)
-        when = shifted_times([end.to(real)], [1.0], False, inner, sign)[0] if shifts else end.to(real)
-        y, trial = solver.D[0], solver.attempt(when, h, running)
-        scale = torch.maximum(trial.y.abs(), y.abs())
-        scaled = torch.where(running.unsqueeze(-1), plan.scaled(trial.estimate, scale).abs(), scaled)
-        error = plan.norm(scaled)
-        failed = running & ~trial.solved
-        passed = running & trial.solved & (error <= 1.0)
-        rejected = running & trial.solved & ~passed
-        bad_last = torch.where(running, failed, bad_last)
-        # ---- accepted rows
-        stages = torch.where(passed.reshape(1, -1, 1), trial.stages, 0.0)
-        stop = None
-        if events is not None:
-            aimed = None if aimed is None else aimed & passed
-            found = events.after_step(passed, t, h, end, y, trial.y, stages.unbind(), accepted_count, aimed)
-            if found is not None:
-                aim, stop = next_aim(aim, found, aimed), found.stop
-                # a step over a terminal event is taken again, to end before it
-                passed = passed & ~found.again
-        if sampler.wanted:
-            upto = end if stop is None else torch.where(stop.isnan(), end, stop)
-            sampler.take(Attempt(t, upto, h, segment, lands, passed, list(stages.unbind())), y, accepted_count)
-        if plan.keep_states or plan.keep_stages:
-            kept.attempts.append(Attempt(t, end, h, segment, lands, passed, []))
-            kept.states.append(y)
-            kept.stages.append(stages)
-            kept.extra.append(trial.extra)
-        landed = passed & lands
-        finished = landed & (segment >= last_segment)
-        restart = landed & ~finished
-        after = shifted_times([end.to(real)], [0.0], inner, False, sign)[0] if shifts else end.to(real)
-        solver.accept(trial, passed, restart, after)
-        t = torch.where(passed, end, t)
-        accepted_count = accepted_count + passed
-        segment = segment + landed
-        running = running & ~finished
-        if stop is not None:
-            ends = ~stop.isnan()
-            t, running = torch.where(ends, stop, t), running & ~ends
-            status = torch.where(ends, int(Status.TERMINAL_EVENT), status)
-        factor = solver.propose(trial, Decision(running, passed, failed, rejected, restart, error, scale))
-        changed = (factor != 1.0) & (running | restart)
-        if bool(changed.any()):
-            solver.resize(factor, changed)
-            step = torch.where(changed, step * factor, step)
-        if watched:
-            monitor.advanced(float(((t - anchors[0]).abs() / span).min()))
-    last = solver.D[0]
-    final = torch.where((status >= 0).unsqueeze(-1), last, float("nan"))
-    sampler.finish((status == 0) | ((status > 0) & (t == anchors[-1])), accepted_count, final)
-    ended = Ended(t, last, scaled, step, segment, attempts, accepted_count, status, running)
-    found = no_events(y0) if events is None else events.record()
-    return record_of(plan, ended, (sampler.out, sampler.step), kept, y0, torch.zeros_like(attempts), False, found)
+    """Solve B trajectories; arguments as for `integrate`."""
+    line = TimelineOfMany(plan, anchors)
+    solver.enter(line, y0)
+    walk = Walk(plan, line, t_eval, y0, inputs, solver.idle)
+    ended = walk.run(solver)
+    return walk.record(ended, solver.evaluations(ended.attempts))

@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "Decision",
     "Measure",
+    "absent",
     "any_of",
     "any_of_each",
     "at_least",
@@ -24,8 +25,10 @@ __all__ = [
     "finite",
     "larger",
     "less",
+    "lost",
     "negated",
     "read",
+    "unset",
 ]
 
 #: a flag, or a mask ``(B,)``
@@ -47,6 +50,16 @@ def negated(x: Decision) -> Decision:
 def finite(x: Measure) -> Decision:
     """Neither infinite nor NaN."""
     return torch.isfinite(x) if isinstance(x, Tensor) else math.isfinite(x)
+
+
+def unset(x: Measure) -> Decision:
+    """NaN, which stands for no number."""
+    return torch.isnan(x) if isinstance(x, Tensor) else x != x
+
+
+def absent(x: Decision) -> bool:
+    """Whether it is known without waiting for a device that there is none."""
+    return x is False
 
 
 def any_of(x: Decision) -> bool:
@@ -90,3 +103,10 @@ def less(x: Tensor, change: Tensor, on: Decision) -> Tensor:
     if isinstance(on, Tensor):
         return torch.where(on.unsqueeze(-1), x - change, x)
     return x - change if on else x
+
+
+def lost(on: Decision, x: Tensor) -> Tensor:
+    """States ``x``, in the trajectories ``on`` NaN."""
+    if isinstance(on, Tensor):
+        return torch.where(on.unsqueeze(-1), math.nan, x)
+    return torch.full_like(x, math.nan) if on else x

@@ -20,7 +20,7 @@ from ..system.jacobians import DenseJacobian
 from .adams import AdamsSolver
 from .bdf import BdfSolver
 from .companion import Beside, drawn, unit_of
-from .multistep import MultistepSolver, Trial, integrate_multistep
+from .multistep import MultistepSolver, Predicted, solve_multistep
 from .plan import Plan, Record
 from .work import StageWork
 
@@ -83,9 +83,9 @@ def _together(norm: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 class _PairedAdams(AdamsSolver):
     """Displaced rows never come nearer than the error test sees: so they find modes that have died away and would grow in longer steps."""
 
-    def accept(self, trial: Trial, passed: Tensor, restart: Tensor, after: Tensor) -> None:
+    def accept(self, found: Predicted, passed: Tensor, restart: Tensor, after: Tensor) -> None:
         """See `MultistepSolver.accept`."""
-        super().accept(trial, passed, restart, after)
+        super().accept(found, passed, restart, after)
         rows, plan = len(passed) // 2, self.plan
         assert isinstance(plan, _PairedPlan)
         y = self.D[0, :rows]
@@ -201,7 +201,7 @@ def integrate_paired(
     times = None if t_eval is None else torch.cat([t_eval, t_eval], 1)
     # the others have nothing to do
     ends = torch.where(which, anchors, anchors[:1])
-    found = integrate_multistep(twice, pair, torch.cat([ends, ends], 1), times, begin)
+    found = solve_multistep(twice, pair, torch.cat([ends, ends], 1), times, begin)
     failed = which & (found.status[:rows] < 0)
     if bool(failed.any()):
         _warn(plan, "that are short enough were not found, and those that were taken")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..linalg import Matrix, SparseMatrix
 from ..methods.auto import AutoSwitch
+from .numbers import Decision, Measure
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -51,10 +52,20 @@ class SwitchWatch:
         self.misses = torch.zeros_like(self.hits)
 
     def after_step(
-        self, f: Any, accepted: Tensor, h: Tensor, y: Tensor, stages: Sequence[Tensor], rate: float | Tensor = 0.0
+        self, f: Any, accepted: Decision, h: Measure, y: Tensor, stages: Sequence[Tensor], rate: float | Tensor = 0.0
+    ) -> Decision | None:
+        """Rows ``(B,)``, or whether the one, to be handed over after this step, None if there are none. ``accepted``: those that may be;
+        ``rate``: what is known of the size of the Jacobian besides, see `Companion`."""
+        if isinstance(accepted, Tensor):
+            return self._after_step(f, accepted, h, y, stages, rate)
+        if not accepted:
+            return None
+        every, size, flat = torch.ones_like(self.hits, dtype=torch.bool), torch.full_like(self.hits, h, dtype=torch.float64), (1, -1)
+        return self._after_step(f, every, size, y.reshape(flat), [k.reshape(flat) for k in stages], rate) is not None or None
+
+    def _after_step(
+        self, f: Any, accepted: Tensor, h: Tensor, y: Tensor, stages: Sequence[Tensor], rate: float | Tensor
     ) -> Tensor | None:
-        """Rows ``(B,)`` to be handed over after this step, None if there are none. ``accepted``: those that may be; ``rate``: what is known
-        of the size of the Jacobian besides, see `Companion`."""
         plan, auto = self.plan, self.switch.auto
         with torch.no_grad():
             y = y.detach()

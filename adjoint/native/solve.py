@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..integrate.batch_events import no_events
 from ..integrate.controller import PIDController
+from ..integrate.events import no_events
 from ..integrate.plan import Plan, Record
 from ..integrate.residual import power_of
 from ..integrate.stages import TOLERANCE

@@ -73,7 +73,7 @@ class Recall:
         # as in the first solve: the iterations of a step begin without what the steps before it left behind
         self.f = replace(problem, plan=replace(plan, keep_grid=True)).solver(inputs, y0.shape[0])
         if self.alone and problem.algebra is not None:
-            # as the loop has them: see `integrate_single`
+            # as the loop has them: see `OneStepOfOne`
             self.sizes: Any = grid["h"][:, 0].to(plan.real).unbind()
         elif self.alone:
             self.sizes = grid["h"][:, 0].tolist()

@@ -1,0 +1,232 @@
+"""The loop over steps: one, for one trajectory and for many, for methods of one step and of many.
+
+What a step is, is the affair of a `Stepper`; where it ends, what lies in it, who ends with it, and what is kept of it stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .clock import aim_step, why_stuck
+from .events import BatchEventWatch, EventWatch
+from .numbers import Decision, Measure, absent, any_of, choose, negated, unset
+from .plan import Monitor, Plan, Record, Status
+from .record import Ended, LogOfMany, LogOfOne, record_of
+from .recording import Recording
+from .sampling import BatchSampler, Sampler
+from .stiffness import SwitchWatch
+from .timeline import Timeline
+
+__all__ = ["Attempt", "Stepper", "Trial", "Walk"]
+
+_SILENT = Monitor()
+
+
+class Attempt(NamedTuple):
+    """A step that is to be attempted: numbers, or ``(B,)`` each.
+
+    From ``t`` by ``h`` to ``end``, in a ``segment`` at whose anchor it ``lands``, of the ``running`` trajectories; others take part with a
+    size of zero. ``cut``: it is shorter than ``size``, which was wanted, or a little longer, to end where it does. ``behind``, ``before``:
+    ``fun`` jumps at its start, or its end, and is seen from within.
+    """
+
+    t: Measure
+    h: Measure
+    end: Measure
+    segment: Any
+    lands: Decision
+    running: Decision
+    size: Measure
+    cut: Decision
+    behind: Decision
+    before: Decision
+
+
+class Trial(Protocol):
+    """What came of an attempt."""
+
+    #: the new state
+    y: Tensor
+    #: whether its error is small enough; whether there is none that is a number; whether, with this, there is no way to go on
+    passed: Decision
+    bad: Decision
+    hopeless: Decision
+    #: what is to be recorded beside, if anything
+    extra: Any
+
+    def stages(self) -> Sequence[Tensor]:
+        """All that the dense output weighs."""
+        ...
+
+    def detach(self) -> None:
+        """Let go of what autograd has recorded."""
+        ...
+
+
+class Stepper(Protocol):
+    """A method at work, which knows the present state and what it needs of those before."""
+
+    @property
+    def f(self) -> Any:
+        """The right-hand side, with the equations of its stages."""
+        ...
+
+    @property
+    def y(self) -> Tensor:
+        """The present state."""
+        ...
+
+    @property
+    def scaled(self) -> Tensor | None:
+        """The error of the last attempt, in units of the tolerance; None before the first."""
+        ...
+
+    @property
+    def rate(self) -> float | Tensor:
+        """What is known of the size of the Jacobian, see `SwitchWatch`."""
+        ...
+
+    def begin(self) -> tuple[Measure, Decision, Decision]:
+        """The size (positive) of the first step; who has a way to go; who cannot because its state is not finite."""
+        ...
+
+    def fit(self, step: Measure, size: Measure, running: Decision) -> Measure:
+        """The next step is not to have the size ``step``, as was said, but ``size``."""
+        ...
+
+    def attempt(self, step: Attempt) -> Any:
+        """A `Trial`."""
+        ...
+
+    def follow(
+        self, step: Attempt, trial: Any, size: Measure, accepted: Decision, again: Decision, aim: Any, going: Decision, restart: Decision
+    ) -> Measure:
+        """Take over what was ``accepted``; the size of the next step, after one of this ``size``. ``again``: those that are taken once
+        more, up to ``aim``, which is no fault of theirs; ``going``: who has a way to go; ``restart``: who stands on an inner anchor."""
+        ...
+
+    def evaluations(self, attempts: Any) -> Any:
+        """How often ``fun`` was evaluated, but for what is counted elsewhere, in so many attempts."""
+        ...
+
+
+class Walk:
+    """A solve by steps: its parts, and where it came to.
+
+    Parameters
+    ----------
+    t_eval : (T, B) float64 or None; sample times within the span, in any order
+    y0 : (B, n), or for one trajectory a state as the stepper has it
+    inputs : of the system, for its events
+    idle : what a stepper records beside, of no step; None: nothing
+    """
+
+    def __init__(
+        self, plan: Plan, line: Timeline, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor], idle: Tensor | None = None
+    ) -> None:
+        self.plan, self.line = plan, line
+        alone = line.rows is None
+        sampler, events, log = (Sampler, EventWatch, LogOfOne) if alone else (BatchSampler, BatchEventWatch, LogOfMany)
+        self.sampler: Any = sampler(plan, line, t_eval, y0)
+        self.events: Any = events(plan, inputs, line.start, y0) if plan.events else None
+        self.watch = None if plan.switch is None else SwitchWatch(plan.switch, plan, 1 if alone else len(y0), y0.device)
+        self.log: Any = log(plan, y0, idle)
+        #: whether somebody looks at the stages of every step
+        self.dense = plan.keep_stages or self.sampler.wanted or self.events is not None or self.watch is not None
+
+    def run(self, stepper: Stepper, recording: Recording | None = None) -> Ended:
+        """Take steps to the end. ``recording``: what stops autograd's when it has grown too large."""
+        plan, line, sampler, events, watch, log = self.plan, self.line, self.sampler, self.events, self.watch, self.log
+        jumps, monitor = line.jumps, plan.monitor
+        # what is told of single steps is told in numbers
+        each = monitor if line.rows is None else _SILENT
+        watched = type(monitor).advanced is not Monitor.advanced or recording is not None
+        t, segment, behind = line.start, line.first, line.every
+        attempts, n_accepted, status = line.count(), line.count(), line.count()
+        step, running, bad = stepper.begin()
+        while True:
+            target, aiming = line.target(segment), None
+            if events is not None and events.aim is not None:
+                # a step that went over a terminal event is taken again, up to it
+                aiming = negated(unset(events.aim))
+                target = choose(aiming, events.aim, target)
+            aimed = aim_step(plan, step, t, abs(target - t), attempts)
+            stuck = running & aimed.stuck
+            if not absent(stuck):
+                status = choose(stuck, why_stuck(aimed, bad), status)
+                running = running & negated(stuck)
+            if not any_of(running):
+                break
+            cut = aimed.lands
+            # the steps of finished trajectories have size zero: inert, and finite wherever the state is
+            h = choose(running, choose(cut, target - t, line.sign * aimed.size), 0.0)
+            end = choose(cut & running, target, t + h)
+            lands = cut if aiming is None else cut & negated(aiming)
+            before = (line.every or lands & line.inner(segment)) if jumps else False
+            step = stepper.fit(step, abs(h), running)
+            attempts = attempts + running
+            y, attempt = stepper.y, Attempt(t, h, end, segment, lands, running, aimed.size, cut, behind, before)
+            each.step(t, y, h)
+            trial = stepper.attempt(attempt)
+            bad, accepted, hopeless = trial.bad, running & trial.passed, trial.hopeless
+            again, found, over, upto = False, None, None, end
+            if events is not None and not absent(accepted):
+                found = events.after_step(attempt, trial, accepted, aiming, n_accepted, y)
+                if found is not None:
+                    stop, again = found
+                    stopped, accepted = negated(unset(stop)), accepted & negated(again)
+                    upto = choose(stopped, stop, end)
+            if absent(accepted):
+                each.rejected(t, y, h)
+            else:
+                each.accepted(t, y, h)
+                if watch is not None:
+                    staying = accepted & negated(lands) if found is None else accepted & negated(lands | stopped)
+                    over = watch.after_step(stepper.f, staying, h, y, trial.stages(), stepper.rate)
+                if sampler.wanted:
+                    sampler.take(attempt, trial, accepted, upto, n_accepted, y)
+                log.add(attempt, trial, accepted, y, events is not None and events.found_in(n_accepted))
+            landed = accepted & lands
+            segment, done = line.behind(segment, landed)
+            t = choose(accepted, end, t)
+            if not absent(hopeless):
+                hopeless = running & hopeless
+                done, status = done | hopeless, choose(hopeless, int(Status.NON_FINITE), status)
+            if found is not None:
+                t, done, status = choose(stopped, stop, t), done | stopped, choose(stopped, int(Status.TERMINAL_EVENT), status)
+            if over is not None:
+                done, status = done | over, choose(over, int(Status.SWITCHED), status)
+            running = running & negated(done)
+            if jumps:
+                behind = choose(accepted, before, behind)
+            if watched and not absent(accepted):
+                fraction = line.fraction(t)
+                monitor.advanced(fraction)
+                if recording is not None and not status and recording.accepted(n_accepted, fraction):
+                    # the graph goes, the values stay
+                    for part in (trial, sampler, log):
+                        part.detach()
+            n_accepted = n_accepted + accepted
+            aim = None if events is None else events.aim
+            step = stepper.follow(attempt, trial, step, accepted, again, aim, running, landed & running)
+        return Ended(t, stepper.y, stepper.scaled, step, segment, attempts, n_accepted, status, running)
+
+    def cut_back(self, ended: Ended) -> Ended:
+        """Of one trajectory that went on with states that are no numbers: where it ceased to be finite."""
+        states = self.log.states
+        good = next((k for k, y in enumerate(states[1:]) if not bool(torch.isfinite(y).all())), len(states) - 1)
+        for part in (self.sampler, self.events):
+            if part is not None:
+                part.lose(good)
+        y = states[good]
+        t = self.log.lose(good)
+        return ended._replace(t=t, y=y, attempts=good + 1, n_accepted=good, status=int(Status.NON_FINITE))
+
+    def record(self, ended: Ended, n_fun: Any) -> Record:
+        """The record of the solve that ended so, with so many evaluations of ``fun``."""
+        plain = self.line.last == 0 and self.events is None and self.watch is None
+        return record_of(self.plan, self.line, ended, self.sampler, self.log, self.events, n_fun, plain)

@@ -1,0 +1,363 @@
+"""Methods of one step at work: of one trajectory, with states in any shape and numbers for decisions, and of many, with masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..methods import Method
+from .clock import Verdict, judge_step
+from .companion import QUIET, Beside, companion_of
+from .controller import tamed
+from .defect import inner_error
+from .initial_step import initial_step
+from .loop import Attempt
+from .numbers import Decision, Measure, absent, choose, larger
+from .plan import Plan, shifted_times
+from .record import evaluations_of_attempt
+from .recording import Recording
+from .residual import ResidualSolver
+from .spread import widened
+from .stages import StageSolver
+from .timeline import TimelineOfMany, TimelineOfOne
+
+__all__ = ["OneStepOfMany", "OneStepOfOne"]
+
+Flat = Callable[[Tensor, Tensor], Tensor]
+
+
+class _Trial:
+    """See `Trial`; stages of the dense output are computed when they are first asked for.
+
+    ``slopes``: those of the step itself; ``end``: ``f(t + h, y1)``, where it is known; ``size``: that of the new state.
+    """
+
+    __slots__ = (
+        *("_dense", "_f", "_method", "bad", "end", "extra", "h", "hopeless", "memory", "n_fun", "passed", "size"),
+        *("slopes", "start", "step", "times", "y"),
+    )
+
+    def __init__(
+        self, f: Flat, method: Method, times: Sequence[Tensor], h: float | Tensor, start: Tensor, y: Tensor, slopes: list[Tensor]
+    ) -> None:
+        self._f, self._method, self.times, self.h, self.start, self.y, self.slopes = f, method, times, h, start, y, slopes
+        self.end: Any = None
+        self._dense: list[Tensor] | None = None
+        self.size, self.extra = y, None
+        self.passed: Decision = True
+        self.bad = self.hopeless = False
+        self.n_fun = 0
+
+    def judged(self, verdict: Verdict) -> None:
+        """Take over what a verdict says."""
+        self.passed, self.bad, self.hopeless, self.step, self.memory = verdict
+
+    def stages(self) -> list[Tensor]:
+        """See `Trial.stages`."""
+        if self._dense is None:
+            method = self._method
+            if self.end is None and method.end_index == method.n_stages:
+                self.end = self._f(self.times[method.n_stages], self.y)
+                self.n_fun += 1
+            self._dense = method.dense_stages(self._f, self.times, self.h, self.start, self.slopes, self.end)
+            self.n_fun += method.extra_evaluations
+        return self._dense
+
+    def detach(self) -> None:
+        """See `Trial.detach`."""
+        self.y, self.slopes = self.y.detach(), [k.detach() for k in self.slopes]
+        self.end = None if self.end is None else self.end.detach()
+
+
+class _OneStep:
+    """What both have in common: the state ``y``, the slope ``k1`` there, and what the controller remembers."""
+
+    def __init__(self, f: Any, plan: Plan, y0: Tensor, beside: Beside | None, flat: Sequence[int] | None) -> None:
+        self.f, self.plan, self.y = f, plan, y0
+        self.scaled: Tensor | None = None
+        self.companion = companion_of(f, plan, beside, y0, flat)
+        self._memory: tuple[Measure, Measure] = (1.0, 1.0)
+        self._rejected: Decision = False
+
+    @property
+    def rate(self) -> float | Tensor:
+        """See `Stepper.rate`."""
+        return 0.0 if self.companion is None else self.companion.rate
+
+    def fit(self, step: Measure, size: Measure, running: Decision) -> Measure:
+        """See `Stepper.fit`: every step stands for itself."""
+        return step
+
+
+class OneStepOfOne(_OneStep):
+    """A `Stepper` for one trajectory.
+
+    With gradients enabled the steps are recorded by autograd (their sizes as constants).
+
+    Parameters
+    ----------
+    f : right-hand side on states in the shape of ``y0``, for implicit methods with their equations
+    flat : ``(1, n)``
+    beside : see `Companion`
+    recording : watches what autograd saves
+    """
+
+    def __init__(
+        self, f: Any, plan: Plan, line: TimelineOfOne, y0: Tensor, flat: Sequence[int], beside: Beside | None, recording: Recording | None
+    ) -> None:
+        super().__init__(f, plan, y0, beside, flat)
+        self._line, self._flat, self._recording = line, flat, recording
+        self._n_fun = 0
+        method = plan.method
+        # asked for in every step
+        self._adaptive, self._implicit, self._nodes = method.adaptive, method.implicit, method.nodes
+        self._cost, self._asks_end, self._n_stages = method.evaluations, method.error_uses_end, method.n_stages
+        self._ends_stages = method.end_index == method.n_stages - 1
+        self._iterates = hasattr(f, "stuck")
+
+    def begin(self) -> tuple[float, bool, bool]:
+        """See `Stepper.begin`."""
+        plan, line, y0, f = self.plan, self._line, self.y, self.f
+        self._size = y0.detach().abs()
+        time = self._time(line.start, line.every)
+        self._k1: Tensor = f(time, y0) if self._recording is None else self._recording.first(f, time, y0)
+        self._n_fun = 1
+        if plan.first_step is not None:
+            return float(plan.first_step), True, False
+        if not self._adaptive:
+            # a grid of anchors is the whole discretisation
+            return math.inf, True, False
+        toward = torch.full((1,), line.sign, dtype=torch.float64, device=y0.device)
+        with torch.no_grad():
+            g = lambda t, x: f(t, x.reshape(y0.shape)).reshape(self._flat)  # noqa: E731
+            step = float(initial_step(g, plan, line.anchors.detach(), y0.reshape(self._flat), self._k1.reshape(self._flat), toward))
+        self._n_fun += 1
+        return max(step, plan.min_step), True, False
+
+    def _time(self, t: float, jump: bool) -> Tensor:
+        """The time at the start of a step, where not every method has a stage."""
+        time = torch.tensor(t, dtype=self.plan.real, device=self.y.device)
+        return shifted_times([time], [0.0], True, False, self._line.sign)[0] if jump else time
+
+    def attempt(self, step: Attempt) -> _Trial:
+        """See `Stepper.attempt`."""
+        plan, f, y, k1, h = self.plan, self.f, self.y, self._k1, step.h
+        method, t = plan.method, step.t
+        times: Sequence[Tensor] = torch.tensor([t + c * h for c in self._nodes], dtype=plan.real, device=y.device).unbind()
+        if step.behind or step.before:
+            times = shifted_times(times, self._nodes, step.behind, step.before, self._line.sign)
+        # recorded steps of implicit methods are taken again with tensors: to the same bits, or stiffness blows their difference up
+        length = torch.full((), h, dtype=plan.real, device=y.device) if self._implicit else h
+        y1, ks = method.step(f, times, length, y, k1)
+        self._n_fun += self._cost
+        trial = _Trial(f, method, times, h, y, y1, ks)
+        recorded = torch.is_grad_enabled()
+        trial.size = (y1.detach() if recorded else y1).abs()
+        if not self._adaptive:
+            # stages without a solution: no step that follows would have one
+            if self._implicit and not bool(torch.isfinite(y1).all()):
+                trial.passed, trial.hopeless = False, True
+            return trial
+        if self._asks_end:
+            trial.end = f(times[self._n_stages], y1)
+        parts = ks if trial.end is None else [*ks, trial.end]
+        # a recorded solve holds step sizes fixed: their choice is not part of its graph
+        estimate = method.error(length, [k.detach() for k in parts] if recorded else parts)
+        scaled = self.scaled = plan.scaled(estimate, torch.maximum(self._size, trial.size)).reshape(self._flat)
+        error = float(plan.norm(scaled))
+        companion = self.companion
+        if companion is not None and error <= 1.0:
+            # of a step that was cut short a small error says nothing
+            quiet = error <= QUIET and not (step.cut and abs(h) < 0.5 * step.size)
+            if companion.due(quiet, abs(h)):
+                error = max(error, companion.error_of_one(times, h, y, k1, y1, parts, scaled, quiet))
+        stalled = f.stuck if self._iterates else None
+        trial.judged(judge_step(plan, error, t, abs(h), step.size, step.cut, self._rejected, self._memory, stalled))
+        return trial
+
+    def follow(
+        self, step: Attempt, trial: _Trial, size: float, accepted: bool, again: bool, aim: float | None, going: bool, restart: bool
+    ) -> float:
+        """See `Stepper.follow`."""
+        self._n_fun += trial.n_fun
+        if again:
+            assert aim is not None
+            return max(size, abs(aim - step.t))
+        if accepted:
+            self.y, self._size = trial.y, trial.size
+            if going and (step.before or (trial.end is None and not self._ends_stages)):
+                self._k1 = self.f(self._time(step.end, bool(step.before)), trial.y)
+                self._n_fun += 1
+            else:
+                self._k1 = trial.slopes[-1] if trial.end is None else trial.end
+        if not self._adaptive:
+            return size
+        self._rejected = not accepted
+        if accepted:
+            self._memory = trial.memory
+        return trial.step
+
+    def evaluations(self, attempts: int) -> int:
+        """See `Stepper.evaluations`."""
+        return self._n_fun + (0 if self.companion is None else self.companion.n_fun)
+
+
+class OneStepOfMany(_OneStep):
+    """A `Stepper` for many trajectories: no wait for the device, no branch on data.
+
+    Parameters
+    ----------
+    f : flat right-hand side, for implicit methods with their equations
+    y0 : (B, n)
+    dense : compute the stages of the dense output in every attempt
+    beside : see `Companion`
+    """
+
+    def __init__(self, f: Any, plan: Plan, line: TimelineOfMany, y0: Tensor, dense: bool, beside: Beside | None) -> None:
+        super().__init__(f, plan, y0, beside, None)
+        self._line, self._dense = line, dense
+        self._width = 0 if plan.method.implicit else y0.shape[-1]
+        self._constrained = bool(getattr(f, "constrained", False))
+        self._span = (line.end - line.start).abs()
+        self._begun = 0
+
+    def _spread(self, x: Tensor) -> Tensor:
+        return widened(x.unsqueeze(-1), self._width)
+
+    def begin(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Stepper.begin`."""
+        plan, line, y0, f = self.plan, self._line, self.y, self.f
+        t0, stops, sign, adaptive = line.start, line.anchors, line.sign, plan.method.adaptive
+        proposed = None
+        if isinstance(f, ResidualSolver):
+            self._k1, proposed = f.start(stops, sign, y0)
+        else:
+            self._k1 = f(shifted_times([t0.to(plan.real)], [0.0], plan.shift == "all", False, sign)[0], y0)
+            self._begun = 1
+        if plan.first_step is not None:
+            step = torch.zeros_like(t0) + plan.first_step
+        elif adaptive and proposed is not None:
+            step = proposed.clamp(min=plan.min_step)
+        elif adaptive and isinstance(f, StageSolver) and f.mass_matrix is not None:
+            step = f.first_step(stops, sign, y0).clamp(min=plan.min_step)
+        elif adaptive:
+            step = initial_step(f, plan, stops, y0, self._k1, sign).clamp(min=plan.min_step)
+            self._begun += 1
+        else:
+            step = torch.full_like(t0, float("inf"))
+        level = torch.ones_like(t0, dtype=torch.float32)
+        self._memory = level, level
+        self._rejected = torch.zeros_like(t0, dtype=torch.bool)
+        self.scaled = torch.zeros_like(y0, dtype=plan.real)
+        # nothing goes on from a state that is not finite: a step of no size says so at once
+        broken = ~torch.isfinite(y0).all(-1)
+        return torch.where(broken, 0.0, step), ~self._rejected, broken
+
+    def attempt(self, step: Attempt) -> _Trial:
+        """See `Stepper.attempt`."""
+        plan, f, y, k1 = self.plan, self.f, self.y, self._k1
+        method, real, t, h = plan.method, plan.real, step.t, step.h
+        hr = self._spread(h.to(real))
+        at = {c: (t + h * c).to(real) for c in method.nodes}
+        times = [at[c] for c in method.nodes]
+        if self._line.jumps:
+            times = shifted_times(times, method.nodes, step.behind, step.before, self._line.sign)
+        y1, ks = method.step(f, times, hr, y, k1)
+        trial = _Trial(f, method, times, hr, y, y1, ks)
+        inside = method.end_index is not None and method.end_index < method.n_stages
+        if not inside:
+            trial.end = f(times[method.n_stages] if method.end_index is not None else (t + h).to(real), y1)
+        if method.adaptive:
+            estimate = method.error(hr, [*ks, trial.end] if method.error_uses_end else ks)
+            size = torch.maximum(y.abs(), y1.abs())
+            scaled = plan.scaled(estimate, size).abs()
+            if self._constrained:
+                scaled = torch.maximum(scaled, inner_error(f, plan, lambda c: (t + h * c).to(real), hr, self._span, y, size, ks))
+            error = plan.norm(scaled)
+            # kept for the message of a failure, which is found when the next attempt would be made
+            assert self.scaled is not None
+            self.scaled = torch.where(self._spread(step.running), scaled, self.scaled)
+            verdict = judge_step(plan, error, t, h.abs(), step.size, step.cut, self._rejected, self._memory, getattr(f, "stuck", None))
+            trial.judged(verdict if self.companion is None else self._accompanied(step, times, y1, verdict))
+        else:
+            # without an error estimate the state itself says when it stops being finite
+            trial.bad = trial.hopeless = ~torch.isfinite(y1).all(-1)
+            trial.passed = ~trial.bad
+        if self._dense:
+            trial.stages()
+        return trial
+
+    def _accompanied(self, step: Attempt, times: Sequence[Tensor], y1: Tensor, verdict: Verdict) -> Verdict:
+        """Steps that are too long for the companion refused, and those that follow bounded by its error."""
+        companion, controller, plan, scaled, y = self.companion, self.plan.control, self.plan, self.scaled, self.y
+        assert companion is not None and scaled is not None
+        size = step.h * self._line.sign
+        # as far as the controller lets it grow: the error was next to nothing
+        grown = torch.sub(verdict.step, size, alpha=0.99 * controller.max_factor)
+        ahead, longest = torch.stack([grown, size]).amax(-1).tolist()
+        if not companion.due(ahead >= 0, longest):
+            return verdict
+        taken = step.running & verdict.passed
+        # of a step that was cut short a small error says nothing
+        quiet = taken & (plan.norm(scaled) <= QUIET) & ~(step.cut & (size < 0.5 * step.size))
+        end = torch.where(self._spread(taken), y1, y)
+        found = companion.error(times, step.h.to(plan.real).unsqueeze(-1), y, self._k1, scaled, taken, quiet, longest, end)
+        if found is None:
+            return verdict
+        assert isinstance(found, Tensor)
+        passed = taken & (found <= 1.0)
+        companion.moved(passed)
+        up, down = controller.both(plan.method.error_order + 1, tamed(found), self._memory, size)
+        bounded = torch.where(passed, torch.minimum(verdict.step, size * up), verdict.step)
+        return verdict._replace(passed=passed, step=torch.where(taken & ~passed, size * down, bounded))
+
+    def follow(
+        self,
+        step: Attempt,
+        trial: _Trial,
+        size: Tensor,
+        accepted: Tensor,
+        again: Decision,
+        aim: Tensor | None,
+        going: Tensor,
+        restart: Tensor,
+    ) -> Tensor:
+        """See `Stepper.follow`."""
+        plan, f, line = self.plan, self.f, self._line
+        column = self._spread(accepted)
+        y = torch.where(column, trial.y, self.y)
+        slope = trial.slopes[plan.method.end_index] if trial.end is None else trial.end  # type: ignore[index]
+        if line.jumps:
+            # after a discontinuity the first stage is taken anew, from the far side of it
+            jumped = accepted & step.before
+            end = torch.where(accepted, step.end, step.t)
+            time = shifted_times([end.to(plan.real)], [0.0], jumped, False, line.sign)[0]
+            if isinstance(f, ResidualSolver):
+                segment = line.behind(step.segment, accepted & step.lands)[0]
+                room = (line.target(segment) - end).abs()
+                slope = f.behind_jumps(jumped, time, y, slope, line.sign, torch.where(room > 0, room, self._span))
+            else:
+                slope = torch.where(self._spread(jumped), f(time, y), slope)
+        self._k1 = torch.where(column, slope, self._k1)
+        self.y = y
+        if not plan.method.adaptive:
+            return self._once_more(step, size, size, again, aim)
+        rejected = step.running & ~trial.passed
+        self._rejected = rejected if absent(again) else torch.where(again, self._rejected, rejected)
+        if plan.control.remembers:
+            before, now = self._memory, trial.memory
+            self._memory = torch.where(accepted, now[0], before[0]), torch.where(accepted, now[1], before[1])
+        return self._once_more(step, trial.step, size, again, aim)
+
+    @staticmethod
+    def _once_more(step: Attempt, following: Tensor, size: Tensor, again: Decision, aim: Tensor | None) -> Tensor:
+        return following if absent(again) or aim is None else choose(again, larger(size, (aim - step.t).abs()), following)
+
+    def evaluations(self, attempts: Tensor) -> Tensor:
+        """See `Stepper.evaluations`."""
+        found = self._begun + evaluations_of_attempt(self.plan, self._dense, self._line.last > 0) * attempts
+        return found if self.companion is None else found + self.companion.n_fun
