@@ -25,7 +25,7 @@ from .stiff_problems import spread
 
 #: trajectories of a batch that are checked, and of those that a peer takes one by one
 CHECKED, ONE_BY_ONE = 2, 20
-OURS, IDAS, PEERS = "ours radau", "CasADi idas adjoint", ("CasADi idas adjoint", "CasADi idas forward")
+OURS, COMPILED, IDAS, PEERS = "ours radau", "ours radau compiled", "CasADi idas adjoint", ("CasADi idas adjoint", "CasADi idas forward")
 
 
 def reference(problem: DaeProblem, count: int) -> dict[str, np.ndarray]:
@@ -51,6 +51,9 @@ def solvers(problem: DaeProblem, p: np.ndarray, start: dict[str, np.ndarray]) ->
     for method in ("radau", "bdf"):
         if method in DAE_METHODS:
             add(f"ours {method}", dae_peers.ours, method=method)
+    if len(p) == 1 or not problem.vector:
+        # native code has dense matrices, and writes formulas out: larger systems run without it
+        add(COMPILED, dae_peers.ours, method="radau", compile=True)
     if importlib.util.find_spec("casadi"):
         add("CasADi idas adjoint", dae_peers.casadi_idas, most=most, sensitivities="adjoint")
         add("CasADi idas forward", dae_peers.casadi_idas, most=most, sensitivities="forward")
@@ -83,10 +86,10 @@ class Compared:
         return f"{self.error:.0e}: {digits(self.ours * scale)} / {digits(self.theirs * scale)}, {ratio:.2g}{mark}"
 
 
-def compare(rows: Sequence[Row], problem: str, count: int, peer: str, value: str, by: str) -> list[Compared]:
+def compare(rows: Sequence[Row], problem: str, count: int, peer: str, value: str, by: str, ours: str = OURS) -> list[Compared]:
     """At the powers of ten up to 1e-3 that both reach."""
     found = []
-    own, theirs = (_of(rows, problem, count, name) for name in (OURS, peer))
+    own, theirs = (_of(rows, problem, count, name) for name in (ours, peer))
     for error in 10.0 ** np.arange(-3, -13, -1):
         a, b = (precision.at_equal_error(r, error, value, by, loosest=True) for r in (own, theirs))
         strict = [precision.at_equal_error(r, error, value, by) for r in (own, theirs)]
@@ -108,6 +111,19 @@ def step_verdict(rows: Sequence[Row]) -> list[str]:
         lines.append(
             f"- **Steps of a single trajectory at most 1.5 times those of IDAS at equal error: {verdict}, largest ratio {max(worst):.2f}**"
         )
+    return lines
+
+
+def native_verdict(rows: Sequence[Row]) -> list[str]:
+    """Time of native code against CasADi at equal error: forward by that of the state, with the gradient by that of the gradient."""
+    lines = []
+    for problem, count in dict.fromkeys((r.problem, r.count) for r in rows):
+        for peer in PEERS:
+            for value, by, label in (("forward_ms", "error", "forward"), ("gradient_ms", "gradient_error", "forward + gradient")):
+                found = compare(rows, problem, count, peer, value, by, COMPILED)
+                text = "; ".join(c.text(1e3 / count, c.theirs / c.ours) for c in found)
+                if text:
+                    lines.append(f"- {problem} x{count}, {label}, error: us a trajectory of native code / of {peer}, ratio: {text}")
     return lines
 
 
@@ -145,6 +161,7 @@ def main() -> None:
     verdicts = step_verdict(rows) if 1 in chosen.count else []
     for problem in chosen.problem:
         verdicts += batch_verdict(rows, problem)
+    verdicts += native_verdict(rows)
     for line in verdicts:
         print(line)
     name = "dae" + ("-batches" if max(chosen.count) > 1 else "")

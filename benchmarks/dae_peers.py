@@ -39,8 +39,8 @@ def _objective(problem: DaeProblem) -> Any:
     return objective
 
 
-def ours(problem: DaeProblem, p: np.ndarray, rtol: float, method: str) -> Calls:
-    """`adjoint.solve_dae`, eager, with its default gradient; ``batched=True`` for more than one trajectory."""
+def ours(problem: DaeProblem, p: np.ndarray, rtol: float, method: str, compile: bool = False) -> Calls:
+    """`adjoint.solve_dae`, eager or as native code, with its default gradient; ``batched=True`` for more than one trajectory."""
     import torch
 
     from adjoint import solve_dae
@@ -48,7 +48,7 @@ def ours(problem: DaeProblem, p: np.ndarray, rtol: float, method: str) -> Calls:
     many = len(p) > 1
     pars, y0 = torch.tensor(p if many else p[0]), torch.tensor(_start(problem))
     y0 = y0.expand(len(p), -1).contiguous() if many else y0
-    settings: dict[str, Any] = {"method": method, "rtol": rtol, "atol": rtol * problem.small, "batched": many}
+    settings: dict[str, Any] = {"method": method, "rtol": rtol, "atol": rtol * problem.small, "batched": many, "compile": compile}
     f, objective = torch_function(residual(problem), problem.vector), _objective(problem)
     backward = [0.0]
 

@@ -14,11 +14,11 @@ from ..errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
 from ..integrate import PIDController, Plan, Record
 from ..methods import DAE_METHODS, Method
 from ..native.entry import NativeSolve, own_algebra
-from ..native.recognise import compile_key
+from ..native.recognise import Heard, compile_key
 from ..sensitivity import Gradient, Outputs, Problem
 from ..sensitivity.consistent import Initial
 from ..sensitivity.problem import interpolate_slopes, step_times
-from ..system.capture import elsewhere, find_captured, needs_derivatives, stand_ins
+from ..system.capture import Captured, elsewhere, find_captured, needs_derivatives, stand_ins, transforming
 from ..system.homes import parameter_homes
 from ..system.lending import aliased, check_unchanged, copied, remembering
 from ..system.precision import full_precision
@@ -154,7 +154,9 @@ def solve_dae(
         spec = suited_to_jacobians(spec, lambda y, yp: residual(time, y, yp, *args), state, slope)
         user_spec = user_spec.in_parts() if spec.split else user_spec
     watched = event_list(events)
-    system = _system(residual, fun, quadrature, watched, spec, times, state, slope, args)
+    native = NativeSolve(own_algebra(jac_sparsity=jac_sparsity, linear_solver=linear_solver))
+    heard = _heard(native, chosen, residual, spec, times, state, args) if compile and not watched and quadrature is None else None
+    system = _system(residual, fun, quadrature, watched, spec, times, state, slope, args, heard)
     inputs = stand_ins(system.inputs)
     y_flat, slope_flat = spec.taken(state), spec.taken(slope)
 
@@ -209,7 +211,6 @@ def solve_dae(
         if throw:
             dae_failure(record, plan, system, inputs)
 
-    native = NativeSolve(own_algebra(jac_sparsity=jac_sparsity, linear_solver=linear_solver))
     problem = Problem(system, plan, batched, report, backward.add, algebra=algebra, derivatives=derivatives, native=native)
     strategy = strategy_of(gradient)
     out = strategy.solve(problem, times.anchors, times.samples, start.y, inputs)
@@ -229,19 +230,19 @@ def _system(
     state: Any,
     slope: Any,
     args: tuple[Any, ...],
+    heard: Heard | None,
 ) -> System:
-    """The flat system, with the tensors that the user's functions captured."""
+    """The flat system, with the tensors that the user's functions captured, and whose layout the residual has; ``heard``: see `_heard`."""
     leaves, tree = tree_flatten(args)
-    t = times.anchors[0].detach().to(spec.real_dtype, copy=True)
-    t = t if spec.batch is not None else t.reshape(())
-    probe = [copied(state), copied(slope), aliased(args)]
-    found: list[Any] = []
-    calls: list[Callable[..., Any]] = [remembering(residual, found)]
-    calls += [lambda t, y, yp, *rest, e=e: e(t, y if quadrature is None else y[0], *rest) for e in events]
-    end = (times.anchors[-1].detach().to(t, copy=True).reshape(t.shape), elsewhere(state), elsewhere(slope), *probe[2])
-    used = find_captured(calls, (t, probe[0], probe[1], *probe[2]), [fun, *events], end)
-    check_unchanged(probe[:2], "fun")
-    layout = StateSpec.of(found[0], spec.batch is not None, "what fun returned")
+    used = None if heard is None else heard.captured
+    if used is None:
+        used, result = _probed(residual, fun, quadrature, events, spec, times, state, slope, args)
+        if heard is not None:
+            heard.remember(used)
+    else:
+        assert heard is not None
+        result = heard.result
+    layout = StateSpec.of(result, spec.batch is not None, "what fun returned")
     layout = layout.in_parts() if spec.split else layout
     if sum(layout.sizes) != sum(spec.sizes) or layout.batch != spec.batch:
         many = f" for each of {spec.batch} trajectories" if spec.batch is not None else ""
@@ -253,6 +254,41 @@ def _system(
         raise InvalidInput(f"fun returned {layout.dtype} on {layout.device}, but the state is {spec.dtype} on {spec.device}")
     homes = tuple(parameter_homes([fun, *events, *([] if quadrature is None else [quadrature])], used.tensors))
     return System(residual, spec, tree, tuple(leaves), tuple(used.tensors), homes=homes, residual=layout, **used.flags)
+
+
+def _heard(
+    native: NativeSolve, method: Method, residual: Callable[..., Any], spec: StateSpec, times: Times, state: Any, args: tuple[Any, ...]
+) -> Heard | None:
+    """Which graph the residual is, if it is compiled: what it captured is known then after its first solve."""
+    if transforming() or spec.holds_complex:
+        return None
+    leaves, tree = tree_flatten(args)
+    # its layout is not known yet, and does not matter here
+    return native.hear(System(residual, spec, tree, tuple(leaves), residual=spec), method, times.anchors, spec.taken(state))
+
+
+def _probed(
+    residual: Callable[..., Any],
+    fun: Callable[..., Any],
+    quadrature: Callable[..., Any] | None,
+    events: Sequence[Callable[..., Tensor]],
+    spec: StateSpec,
+    times: Times,
+    state: Any,
+    slope: Any,
+    args: tuple[Any, ...],
+) -> tuple[Captured, Any]:
+    """What the user's functions captured, and what the residual returned."""
+    t = times.anchors[0].detach().to(spec.real_dtype, copy=True)
+    t = t if spec.batch is not None else t.reshape(())
+    probe = [copied(state), copied(slope), aliased(args)]
+    found: list[Any] = []
+    calls: list[Callable[..., Any]] = [remembering(residual, found)]
+    calls += [lambda t, y, yp, *rest, e=e: e(t, y if quadrature is None else y[0], *rest) for e in events]
+    end = (times.anchors[-1].detach().to(t, copy=True).reshape(t.shape), elsewhere(state), elsewhere(slope), *probe[2])
+    used = find_captured(calls, (t, probe[0], probe[1], *probe[2]), [fun, *events], end)
+    check_unchanged(probe[:2], "fun")
+    return used, found[0]
 
 
 def _with_quadrature(

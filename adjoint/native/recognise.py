@@ -134,13 +134,15 @@ def _traced(key: Hashable, arguments: Sequence[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Heard:
-    """A call of ``fun`` that only said which graph it is: with these tensors, of one copy. ``known``: what the tensors of the call are."""
+    """A call of ``fun`` that only said which graph it is: with these tensors, of one copy. ``known``: what the tensors of the call are;
+    ``result``: tensors that stand for what it returned, of its structure, shapes and dtypes."""
 
     graph: _Graph
     tensors: tuple[Tensor, ...]
     arguments: tuple[Tensor, ...]
     known: dict[int, tuple[str, int]]
     results: tuple[tuple[str, int], ...]
+    result: Any = None
 
     @property
     def captured(self) -> Captured | None:
@@ -202,7 +204,7 @@ def hear(
     given = {id(x): k for k, x in reversed(list(enumerate(arguments)))}
     known |= {i: ("argument", k) for i, k in given.items()}
     results = tuple(_place(x, stand_ins, known) for x in tree_flatten(result)[0])
-    return Heard(graph, tensors, tuple(arguments), known, results)
+    return Heard(graph, tensors, tuple(arguments), known, results, result)
 
 
 @dataclass(frozen=True)

@@ -339,3 +339,23 @@ def test_what_says_why_it_is_not_compiled():
     assert found.native and found.unknowns == 2 and found.jacobian == 4 and set(found.sources) == {"fun", "vjp", "jac"}
     assert "4 of 8 entries" in str(found)
     assert "bdf" in str(adjoint.explain(residual, y0, method="bdf"))
+
+
+def test_what_was_captured_is_known_at_the_next_solve():
+    """And is another tensor there: it is the one that counts."""
+    y0 = torch.tensor([1.0, 0.0], dtype=F64)
+
+    def solved(k, compile):
+        residual = lambda t, y, yp: torch.stack([yp[0] + k * y[0], y[1] - k * y[0] ** 2])  # noqa: E731
+        y = adjoint.solve_dae(residual, (0.0, 1.0), y0, compile=compile, rtol=1e-9, atol=1e-11).y[-1]
+        return y, torch.autograd.grad(y.sum(), k)[0]
+
+    for value in (0.5, 0.8, 1.1):
+        k = torch.tensor(value, dtype=F64, requires_grad=True)
+        (mine, slope), (theirs, other) = solved(k, True), solved(k, False)
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=0)
+        torch.testing.assert_close(slope, other, rtol=1e-8, atol=0)
+    with pytest.raises(adjoint.InvalidInput, match="as many equations as unknowns"):
+        adjoint.solve_dae(lambda t, y, yp: (yp + y)[:1], (0.0, 1.0), y0, compile=True)
+    with pytest.raises(adjoint.InvalidInput, match="returned torch.float32"):
+        adjoint.solve_dae(lambda t, y, yp: (yp + y).float(), (0.0, 1.0), y0, compile=True)
