@@ -19,7 +19,7 @@ from ..system.capture import functorch_active
 from ..system.ownership import as_part, owning
 from ..system.system import StateSpec
 from .dae import solve_dae
-from .solution import Solution
+from .solution import EventLog, Solution
 
 __all__ = ["ReducedDAE", "reduce_index"]
 
@@ -167,8 +167,8 @@ class ReducedDAE:
             sol,
             y=self.original(sol.y),
             yp=None if sol.yp is None else self.original(sol.yp),
-            events=tuple(replace(e, y=self.original(e.y)) for e in sol.events),
-            interpolant=None if inner is None else lambda t: self.original(inner(t)),
+            events=EventLog.of((replace(e, y=self.original(e.y)) for e in sol.events), sol.events.names),
+            interpolant=None if inner is None else lambda t, side: self.original(inner(t, side)),
         )
 
     def _piece(self, t_span: Any, z0: Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> Solution:

@@ -357,5 +357,5 @@ def test_what_was_captured_is_known_at_the_next_solve():
         torch.testing.assert_close(slope, other, rtol=1e-8, atol=0)
     with pytest.raises(adjoint.InvalidInput, match="as many equations as unknowns"):
         adjoint.solve_dae(lambda t, y, yp: (yp + y)[:1], (0.0, 1.0), y0, compile=True)
-    with pytest.raises(adjoint.InvalidInput, match="returned torch.float32"):
+    with pytest.raises(adjoint.InvalidInput, match=r"returned torch\.float32"):
         adjoint.solve_dae(lambda t, y, yp: (yp + y).float(), (0.0, 1.0), y0, compile=True)
