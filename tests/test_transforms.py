@@ -229,3 +229,18 @@ def test_second_order_in_times_by_bdf(gradient, outer):
     end = torch.tensor(0.6, dtype=torch.float64)
     # y = 1 / (1 + t)
     assert float(outer(jacfwd(loss))(end)) == pytest.approx(2 / 1.6**3, rel=0.05)
+
+
+@pytest.mark.parametrize("method", ALL)
+@pytest.mark.parametrize("batched", [False, True], ids=["one", "many"])
+def test_many_cotangents_at_once(gradient, method, batched):
+    """``is_grads_batched=True``, which is how ``torch.autograd.functional.jacobian(vectorize=True)`` asks."""
+    y0, p, times = Y0.clone().requires_grad_(), P.clone().requires_grad_(), TIMES.clone().requires_grad_()
+    state = torch.stack([y0, 2 * y0]) if batched else y0
+    more = {**options(method), "gradient": gradient, "batched": batched, "rtol": 1e-4, "atol": 1e-6}
+    y = solve_ivp(driven, (0.0, 1.0), state, (p,), t_eval=times, **more).y[1].reshape(-1)
+    bars = torch.eye(y.numel(), dtype=y.dtype)
+    found = torch.autograd.grad(y, [y0, p, times], bars, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, [y0, p, times], bar, retain_graph=True) for bar in bars]
+    for name, x, rows in zip(("y0", "p", "times"), found, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(x, torch.stack(rows), rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")

@@ -42,6 +42,7 @@ from .event_times import event_records
 from .failures import raise_failure
 from .mass_matrix import consistent_start, implicit_method, in_step, with_mass, with_matrix, without_last
 from .parts import NO_EVENTS, Parts, event_list, flat_event, solution_of, strategy_of
+from .prepared import asked
 from .progress import progress_monitor
 from .quadrature import with_integral
 from .rounds import in_rounds
@@ -171,6 +172,15 @@ def solve_ivp(
     ------
     InvalidInput, UnsupportedCombination, MaxStepsReached, StepSizeTooSmall, NonFiniteState, CapturedTensorLost, EventsAccumulate
     """
+    known = None
+    if compile is True and all(x is None for x in (events, quadrature, step_ts, mass_matrix, norm, jac, jac_sparsity, linear_solver)):
+        args = args if isinstance(args, (tuple, list)) else (args,)
+        shape = {"t_eval": t_eval, "gradient": gradient, "batched": batched}
+        numbers = {"rtol": rtol, "atol": atol, "first_step": first_step, "max_step": max_step, "min_step": min_step, "max_steps": max_steps}
+        known = None if dense_output or progress else asked(fun, t_span, y0, args, method, controller, **shape, numbers=numbers)
+        done = None if known is None else known.solution(solve_ivp)
+        if done is not None:
+            return done
     mass = mass_matrix if in_step(method, mass_matrix) else None
     if mass_matrix is not None and mass is None:
         implicit = implicit_method(method, {"jac": jac, "jac_sparsity": jac_sparsity})
@@ -316,6 +326,8 @@ def solve_ivp(
         out, problem = solve_switching(strategy, problem, times.anchors, times.samples, y_flat, inputs, dense)
     else:
         out = strategy.solve(problem, times.anchors, times.samples, y_flat, inputs)
+    if known is not None:
+        known.remember(problem, [x for x in leaves if isinstance(x, Tensor)])
     warn_of_lost_time(problem, inputs, (times.anchors[0], out.t_final), (y_flat, out.final), out.n_steps)
     parts = Parts(out, problem, times, user_spec, spec, integrand, y_flat, watched, tuple(args), backward, derivatives, dense_output)
     parts = jumps_refused(parts) if watched else parts

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdjointError, InvalidInput
+from .copies import copy_by_copy
 from .forward_mode import below_jvp
 
 __all__ = ["DegenerateEigenvalue", "eigenpair"]
@@ -57,6 +58,7 @@ class _Pair(torch.autograd.Function):
         ctx.save_for_forward(inputs[0], *output)
 
     @staticmethod
+    @copy_by_copy
     def backward(ctx: Any, gv: Tensor, gu: Tensor, _: Any) -> tuple:  # pyright: ignore
         a, value, u, e = ctx.saved_tensors
         w = _inverse(a, value, u, e).mH @ torch.cat([gu, gv[..., None]], -1)[..., None]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput, UnsupportedCombination
+from .copies import copy_by_copy
 from .forward_mode import below_jvp
 
 __all__ = ["discrete_lyapunov", "lstsq", "lyapunov", "sylvester"]
@@ -88,6 +89,7 @@ class _Sylvester(torch.autograd.Function):
         ctx.save_for_forward(*inputs[:2], output)
 
     @staticmethod
+    @copy_by_copy
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         a, b, x = ctx.saved_tensors
         w = sylvester(a.mH, b.mH, grad)

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from ..errors import InvalidInput, UnsupportedCombination
 from .choice import default_solver
+from .copies import copy_by_copy
 from .forward_mode import below_jvp
 from .protocol import Factorization, LinearOperator, LinearSolver, Log, SparseMatrix
 
@@ -81,6 +82,7 @@ class _Solve(torch.autograd.Function):
         ctx.save_for_forward(output, values)
 
     @staticmethod
+    @copy_by_copy
     def backward(ctx: Any, bar: Tensor | None) -> tuple[Any, ...]:
         if bar is None:
             return None, None, None, None, None

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from ..integrate.plan import Plan
-from .calls import BACKWARD, filled
-from .program import Program
-from .solve import block_of, pointers, sample_order, shift_of, threads_for
+from .calls import BACKWARD_CALL
+from .program import Program, pointers
+from .solve import block_of, sample_order, shift_of, threads_for
 
 __all__ = ["Cotangents", "sweep_native"]
+
+
+_BARS = ("final_bar", "samples_bar", "states_bar", "stages_bar")
 
 
 class Cotangents(NamedTuple):
@@ -39,42 +42,38 @@ def sweep_native(
     timed: bool,
 ) -> Cotangents:
     """Cotangents from those of ``(final, samples, states, stages)``, each of them a tensor or None; ``timed``: those of times as well."""
-    states = grid["states"].detach()
+    states = grid["states"].detach().contiguous()
     n_steps, rows = grid["t"].shape
     engine = program.engine(program.lanes(rows))
+    call = BACKWARD_CALL.from_buffer_copy(program.backward_call(engine))
     names = ("t", "h", "status", "sample_step", *(("segment", "lands") if anchors.shape[0] > 2 else ()))
     keep = {name: grid[name].detach().contiguous() for name in names}
-    keep |= {"states": states.contiguous(), "anchors": anchors.detach().contiguous()}
+    keep["states"], keep["anchors"] = states, anchors.detach().contiguous()
     if program.method.implicit:
         keep["stages"] = grid["stages"].detach().contiguous()
     n_samples = 0
     if t_eval is not None and bars[1] is not None:
         keep["t_eval"] = t_eval.detach().contiguous()
         order = sample_order(keep["t_eval"], keep["anchors"])
-        keep |= {} if order is None else {"order": order}
+        if order is not None:
+            keep["order"] = order
         n_samples = t_eval.shape[0]
-    names = ("final_bar", "samples_bar", "states_bar", "stages_bar")
-    keep |= {name: bar.detach().contiguous() for name, bar in zip(names, bars, strict=True) if bar is not None and bar.numel()}
-    t_bar = torch.zeros((n_steps, rows) if timed else (0, rows), dtype=torch.float64)
-    out = {"y0_bar": states.new_empty(states.shape[1:]), "t_bar": t_bar, "h_bar": torch.zeros_like(t_bar)}
-    out["t_eval_bar"] = torch.zeros((n_samples, rows) if timed else (0, rows), dtype=torch.float64)
+    for name, bar in zip(_BARS, bars, strict=True):
+        if bar is not None and bar.numel():
+            keep[name] = bar.detach().contiguous()
+    keep["y0_bar"] = y0_bar = torch.empty_like(states[0])
+    none = torch.zeros(0, rows, dtype=torch.float64)
+    times = [none] * 3
+    if timed:
+        times = [torch.zeros((k, rows), dtype=torch.float64) for k in (n_steps, n_steps, n_samples)]
+        keep |= dict(zip(("t_bar", "h_bar", "t_eval_bar"), times, strict=True))
     found = [torch.zeros_like(x) for x in inputs]
-    input_pointers, table_pointers, bar_pointers = pointers(inputs), pointers(program.tables), pointers(found)
-    call = filled(
-        BACKWARD,
-        **engine.functions,
-        inputs=ctypes.addressof(input_pointers),
-        tables=ctypes.addressof(table_pointers),
-        input_bars=ctypes.addressof(bar_pointers),
-        rows=rows,
-        block=block_of(rows),
-        threads=threads_for(rows),
-        n_anchors=anchors.shape[0],
-        n_steps=n_steps,
-        n_samples=n_samples,
-        jumps=shift_of(plan, anchors),
-        timed=timed,
-        **{name: x.data_ptr() for name, x in (keep | out).items()},
-    )
+    given, wanted = pointers(inputs), pointers(found)
+    call.inputs, call.input_bars = ctypes.addressof(given), ctypes.addressof(wanted)
+    call.rows, call.block, call.threads = rows, block_of(rows), threads_for(rows)
+    call.n_anchors, call.n_steps, call.n_samples = anchors.shape[0], n_steps, n_samples
+    call.jumps, call.timed = shift_of(plan, anchors), timed
+    for name, x in keep.items():
+        setattr(call, name, x.data_ptr())
     engine.backward(ctypes.byref(call))
-    return Cotangents(out["y0_bar"], found, out["t_bar"], out["h_bar"], out["t_eval_bar"])
+    return Cotangents(y0_bar, found, *times)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-__all__ = ["BACKWARD", "CONTEXT", "FORWARD", "declarations", "filled"]
+__all__ = ["BACKWARD", "BACKWARD_CALL", "CONTEXT", "FORWARD", "FORWARD_CALL", "declarations", "filled"]
 
 #: what functions of the user get: inputs that all share, those of each lane, tables, and where cotangents of inputs are added
 CONTEXT = "struct Ctx { const R* const* u; const S* const* a; const R* const* k; S* const* b; };"
@@ -139,9 +139,9 @@ def _structure(fields: tuple[tuple[str, str], ...]) -> type[ctypes.Structure]:
     return type("Call", (ctypes.Structure,), {"_fields_": [(name, kinds.get(kind, ctypes.c_void_p)) for kind, name in fields]})
 
 
-_KINDS = {id(fields): _structure(fields) for fields in (FORWARD, BACKWARD)}
+FORWARD_CALL, BACKWARD_CALL = _structure(FORWARD), _structure(BACKWARD)
 
 
-def filled(fields: tuple[tuple[str, str], ...], **values: Any) -> ctypes.Structure:
+def filled(kind: type[ctypes.Structure], **values: Any) -> Any:
     """A structure with these values; fields that are not given are zero or no pointer."""
-    return _KINDS[id(fields)](**{name: value for name, value in values.items() if value is not None})
+    return kind(**{name: value for name, value in values.items() if value is not None})

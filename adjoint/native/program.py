@@ -5,19 +5,21 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .build import NoCompiler, library
-from .calls import CONTEXT
+from .calls import BACKWARD_CALL, CONTEXT, filled
 from .emit import Compiled, engine_text, prologue
 from .functions import UserFunctions, depends, inputs_of, user_functions
 from .reading import Reading, Unreadable
 from .text import vector_library
 
-__all__ = ["Engine", "Program", "program_of"]
+__all__ = ["Engine", "Program", "pointers", "program_of"]
 
 #: bytes of a vector of trajectories, and fewest trajectories for which there are vectors
 _VECTOR, _FEWEST = 64, 16
@@ -60,6 +62,7 @@ class Program:
     #: by the number of lanes; what could not be made is not tried again
     _engines: dict[int, Engine | NoCompiler] = field(default_factory=dict)
     _functions: UserFunctions | Unreadable | None = None
+    _calls: dict[int, Any] = field(default_factory=dict)
 
     @property
     def functions(self) -> UserFunctions:
@@ -76,6 +79,29 @@ class Program:
     def lanes(self, rows: int) -> int:
         """How many trajectories go side by side."""
         return _VECTOR // self.real.itemsize if rows >= _FEWEST else 1
+
+    def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Its inputs as it takes them: contiguous, in the dtype of the state. Raises `Unreadable` for whole numbers beyond that."""
+        found = []
+        for x in tensors:
+            value = x.detach().resolve_neg().to(self.real).contiguous()
+            if not x.is_floating_point() and not torch.equal(value.to(x.dtype), x):
+                raise Unreadable("", "", f"it uses whole numbers that {self.real} has not")
+            found.append(value)
+        return found
+
+    @cached_property
+    def table_pointers(self) -> Any:
+        """Addresses of the tables."""
+        return pointers(self.tables)
+
+    def backward_call(self, engine: Engine) -> Any:
+        """The call of a way back, but for all that differs by solve."""
+        found = self._calls.get(id(engine))
+        if found is None:
+            tables = ctypes.addressof(self.table_pointers)
+            found = self._calls[id(engine)] = filled(BACKWARD_CALL, **engine.functions, tables=tables)
+        return found
 
     def engine(self, lanes: int) -> Engine:
         """The compiled code, made when it is first asked for. Raises `NoCompiler`."""
@@ -103,6 +129,11 @@ class Program:
             loop.count_events.restype, loop.take_events.restype = ctypes.c_long, None
             events = [loop.count_events, loop.take_events]
         return Engine(loop.forward, loop.seal, loop.backward, addresses, *events)
+
+
+def pointers(tensors: Sequence[Tensor]) -> Any:
+    """An array of addresses."""
+    return (ctypes.c_void_p * max(len(tensors), 1))(*[x.data_ptr() for x in tensors])
 
 
 def links(lanes: int) -> tuple[str, ...]:

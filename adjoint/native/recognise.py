@@ -38,9 +38,17 @@ def compile_key(fun: Callable[..., Any]) -> Hashable:
     """What makes two right-hand sides share compiled code: their Python code, with that of what they wrap, or for other callables their
     type."""
     code = getattr(fun, "__code__", None) or getattr(getattr(fun, "__func__", None), "__code__", None)
-    key: Hashable = code if code is not None else type(fun)
     inner = getattr(fun, "__wrapped__", None)
+    key: Hashable = code if code is not None else _kind_of(fun)
     return (key, compile_key(inner)) if callable(inner) and inner is not fun else key
+
+
+def _kind_of(fun: Callable[..., Any]) -> Hashable:
+    """Of an object, its type with the methods of its classes, and those of a module's parts: tracers do not look whether a class has got
+    another method."""
+    kinds = dict.fromkeys(type(m) for m in fun.modules()) if isinstance(fun, torch.nn.Module) else [type(fun)]
+    owners = dict.fromkeys(c for kind in kinds for c in kind.__mro__ if c.__module__.split(".")[0] not in ("torch", "builtins"))
+    return type(fun), tuple(x for c in owners for x in c.__dict__.values() if isinstance(x, FunctionType))
 
 
 @dataclass(eq=False)
@@ -217,12 +225,8 @@ class Recognised:
     slots: tuple[int | None, ...]
 
     def values(self) -> list[Tensor]:
-        """The tensors as the program takes them: contiguous, in the dtype of the state. Raises `Unreadable` for whole numbers beyond it."""
-        found = [x.detach().to(self.program.real).contiguous() for x in self.tensors]
-        for x, value in zip(self.tensors, found, strict=True):
-            if not x.is_floating_point() and not torch.equal(value.to(x.dtype), x):
-                raise Unreadable("", "", f"it uses whole numbers that {self.program.real} has not")
-        return found
+        """See `Program.values`."""
+        return self.program.values(self.tensors)
 
 
 def recognise(

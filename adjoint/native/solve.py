@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,22 +15,19 @@ from ..integrate.events import no_events
 from ..integrate.plan import Plan, Record
 from ..integrate.residual import power_of
 from ..integrate.stages import TOLERANCE
-from .calls import FORWARD, filled
-from .program import Engine, Program
+from .calls import FORWARD_CALL, filled
+from .program import Engine, Program, pointers
 
-__all__ = ["block_of", "pointers", "run_native", "sample_order", "shift_of", "threads_for"]
+__all__ = ["COUNTS", "Frame", "Solved", "block_of", "frame_of", "run_native", "sample_order", "shift_of", "solved", "threads_for"]
 
 #: steps for which there is room at first, and bytes of a record whose room is cut to what was needed
 _ROOM, _LARGE = 64, 2**20
 #: bytes of that room
 _MOST_ROOM = 2**26
-_WORK = ("n_jac", "n_factorizations", "n_solves", "n_newton")
+#: what is counted for every trajectory, the work of implicit methods last
+COUNTS = ("n_steps", "n_accepted", "n_fun", "status", "unstable", "n_jac", "n_factorizations", "n_solves", "n_newton")
+_FIRST_OF_WORK = 5
 _SHIFTS = {"none": 0, "inner": 1, "all": 2}
-
-
-def pointers(tensors: Sequence[Tensor | None]) -> Any:
-    """An array of addresses."""
-    return (ctypes.c_void_p * max(len(tensors), 1))(*[None if x is None else x.data_ptr() for x in tensors])
 
 
 def block_of(rows: int) -> int:
@@ -71,6 +69,163 @@ def _controller(plan: Plan) -> dict[str, Any]:
     return {name: getattr(c, name) for name in names}
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What all solves of one program by one plan for so many trajectories share: their call, but for the tensors of each.
+
+    ``kept``: what the call points to. ``few``: of one trajectory by explicit methods, the stages of steps with events are wanted.
+    """
+
+    engine: Engine
+    call: Any
+    kept: tuple[Any, ...]
+    keep_grid: bool
+    keep_states: bool
+    keep_stages: bool
+    few: bool
+    #: bytes of one recorded step
+    size: int
+
+
+def frame_of(
+    program: Program, plan: Plan, y0: Tensor, watched: bool, index: Tensor | None = None, skipped: Tensor | None = None
+) -> Frame:
+    """``y0`` (B, n). ``watched``: whether derivatives are wanted, for which explicit steps must be stable whatever the error of the state
+    is. ``index`` and ``skipped``: see `ResidualSolver`."""
+    rows, n = y0.shape
+    engine = program.engine(program.lanes(rows))
+    few = bool(plan.events) and not plan.keep_stages
+    keep_stages = plan.keep_stages or few
+    keep_grid = plan.keep_states or plan.keep_grid or keep_stages
+    size = rows * (n * y0.element_size() * (1 + (len(program.method.tableau.dense) if keep_stages else 0)) + 16)
+    rtol, atol = _tolerance(plan.rtol, y0), _tolerance(plan.atol, y0)
+    first = None if plan.first_step is None else torch.as_tensor(plan.first_step, dtype=torch.float64).reshape(-1).contiguous()
+    power, skipped = power_of(index, y0.dtype), None if skipped is None else skipped.contiguous()
+    directions = torch.tensor([e.direction for e in plan.events], dtype=torch.float64)
+    terminal = torch.tensor([e.terminal for e in plan.events], dtype=torch.int64)
+    call = filled(
+        FORWARD_CALL,
+        **engine.functions,
+        directions=directions.data_ptr(),
+        terminal=terminal.data_ptr(),
+        tables=ctypes.addressof(program.table_pointers),
+        rows=rows,
+        block=block_of(rows),
+        rtol=rtol[0].data_ptr(),
+        rtol_row=rtol[1],
+        rtol_column=rtol[2],
+        atol=atol[0].data_ptr(),
+        atol_row=atol[1],
+        atol_column=atol[2],
+        first_step=None if first is None else first.data_ptr(),
+        first_step_row=0 if first is None or first.numel() == 1 else 1,
+        max_step=plan.max_step,
+        min_step=plan.min_step,
+        max_steps=plan.max_steps,
+        accept_smallest=plan.accept_smallest,
+        adaptive=plan.method.adaptive,
+        least_rtol=4 * torch.finfo(y0.dtype).eps / TOLERANCE,
+        power=None if power is None else power.data_ptr(),
+        skipped=None if skipped is None else skipped.data_ptr(),
+        **_controller(plan),
+        guesses=not plan.keep_grid,
+        watched=watched,
+        keep_grid=keep_grid,
+        keep_states=plan.keep_states,
+        keep_stages=keep_stages,
+    )
+    kept = (rtol[0], atol[0], first, power, skipped, directions, terminal, program)
+    return Frame(engine, call, kept, keep_grid, plan.keep_states, keep_stages, few, size)
+
+
+class Solved(NamedTuple):
+    """What the compiled code wrote. ``steps``: tensors of `Record` by name; of one span without ``segment`` and ``lands``.
+
+    ``counts`` (9, B) int64 in the order of `COUNTS`; ``times`` (2, B): where trajectories ended, and the step that would follow; ``ends``
+    (3, B, n): the final state, the last one, the scaled error.
+    """
+
+    counts: Tensor
+    times: Tensor
+    ends: Tensor
+    samples: Tensor
+    sample_step: Tensor
+    steps: dict[str, Tensor]
+    events: dict[str, Tensor] | None
+
+
+def solved(
+    program: Program, frame: Frame, plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]
+) -> Solved:
+    """A solve; all tensors contiguous and without derivatives, ``inputs`` in the dtype of the state."""
+    rows, n = y0.shape
+    n_anchors = anchors.shape[0]
+    n_samples = 0 if t_eval is None else t_eval.shape[0]
+    order = sample_order(t_eval, anchors)
+    room = program.room.get(rows, max(1, min(_ROOM, _MOST_ROOM // max(frame.size, 1)))) if frame.keep_grid else 0
+    room = min(room, plan.max_steps)
+    stages = len(program.method.tableau.dense)
+
+    def grid(steps: int) -> dict[str, Tensor]:
+        made = {
+            "states": y0.new_empty((steps + 1, rows, n) if frame.keep_states else (0, rows, n)),
+            "stages": y0.new_empty((steps, stages, rows, n) if frame.keep_stages else (0, stages, rows, n)),
+            "t": torch.empty((steps, rows), dtype=torch.float64),
+            "h": torch.empty((steps, rows), dtype=torch.float64),
+        }
+        if n_anchors > 2:
+            made["segment"] = torch.empty((steps, rows), dtype=torch.int64)
+            made["lands"] = torch.empty((steps, rows), dtype=torch.bool)
+        return made
+
+    def point(call: Any, steps: dict[str, Tensor], room: int) -> None:
+        call.room = room
+        for name, x in steps.items():
+            setattr(call, name, x.data_ptr())
+
+    made = steps = grid(room)
+    counts, times = torch.empty((len(COUNTS), rows), dtype=torch.int64), torch.empty((2, rows), dtype=torch.float64)
+    ends = y0.new_empty((3, rows, n))
+    samples, sample_step = y0.new_empty((n_samples, rows, n)), torch.empty((n_samples, rows), dtype=torch.int64)
+    given = pointers(inputs)
+    call = FORWARD_CALL.from_buffer_copy(frame.call)
+    call.inputs = ctypes.addressof(given)
+    call.threads = threads_for(rows)
+    call.anchors, call.n_anchors, call.shift = anchors.data_ptr(), n_anchors, shift_of(plan, anchors)
+    call.t_eval, call.n_samples = None if t_eval is None else t_eval.data_ptr(), n_samples
+    call.order = None if order is None else order.data_ptr()
+    call.y0 = y0.data_ptr()
+    at, row = counts.data_ptr(), 8 * rows
+    for k, name in enumerate(COUNTS[:_FIRST_OF_WORK]):
+        setattr(call, name, at + k * row)
+    call.work = at + _FIRST_OF_WORK * row
+    call.t_final = times.data_ptr()
+    call.next_step = call.t_final + row
+    at, row = ends.data_ptr(), y0.nbytes
+    call.final, call.last, call.scaled = at, at + row, at + 2 * row
+    call.samples, call.sample_step = samples.data_ptr(), sample_step.data_ptr()
+    point(call, made, room)
+    tape = frame.engine.forward(ctypes.byref(call))
+    found = _events(frame.engine, tape) if plan.events else None
+    most = int(counts[1].max()) if rows and frame.keep_grid else 0
+    to = call
+    if most > room:
+        steps = grid(most)
+        to = FORWARD_CALL.from_buffer_copy(call)
+        point(to, steps, most)
+    frame.engine.seal(ctypes.c_void_p(tape), ctypes.byref(call), ctypes.byref(to), ctypes.c_long(most))
+    if frame.keep_grid:
+        program.room[rows] = most + most // 4 + 8
+    if most < room:
+        steps = {name: x[: most + (name == "states")] if x.shape[0] else x for name, x in steps.items()}
+        if 2 * most < room and sum(x.nbytes for x in steps.values()) > _LARGE:
+            steps = {name: x.clone() for name, x in steps.items()}
+    if frame.few:
+        assert found is not None
+        steps["stages"] = steps["stages"][torch.unique(found["event_step"])]
+    return Solved(counts, times, ends, samples, sample_step, steps, found)
+
+
 def run_native(
     program: Program,
     plan: Plan,
@@ -84,137 +239,36 @@ def run_native(
 ) -> Record | None:
     """Solve; the arguments are those of the eager loops.
 
-    ``inputs``: contiguous, in the dtype of the state. ``watched``: whether derivatives are wanted, for which explicit steps must be stable
-    whatever the error of the state is; None where they are not. ``index`` and ``skipped``: see `ResidualSolver`.
+    ``inputs``: contiguous, in the dtype of the state. ``watched``: see `frame_of`; None where explicit steps are not stable. ``index`` and
+    ``skipped``: see `ResidualSolver`.
     """
-    rows, n = y0.shape
-    everything = len(program.method.tableau.dense)
-    engine = program.engine(program.lanes(rows))
     anchors, y0 = anchors.detach().contiguous(), y0.detach().contiguous()
     t_eval = None if t_eval is None else t_eval.detach().contiguous()
-    n_samples = 0 if t_eval is None else t_eval.shape[0]
-    order = sample_order(t_eval, anchors)
-    power, skipped = power_of(index, y0.dtype), None if skipped is None else skipped.contiguous()
-    # of one trajectory by explicit methods, the stages of steps with events
-    few = bool(plan.events) and not plan.keep_stages
-    keep_stages = plan.keep_stages or few
-    keep_grid = plan.keep_states or plan.keep_grid or keep_stages
-    step = rows * (n * y0.element_size() * (1 + (everything if keep_stages else 0)) + 16)
-    room = program.room.get(rows, max(1, min(_ROOM, _MOST_ROOM // max(step, 1)))) if keep_grid else 0
-    room = min(room, plan.max_steps)
-    several = anchors.shape[0] > 2
-
-    def whole(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int64)
-
-    def double(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float64)
-
-    def grid(steps: int) -> dict[str, Tensor]:
-        return {
-            "states": y0.new_empty((steps + 1, rows, n) if plan.keep_states else (0, rows, n)),
-            "stages": y0.new_empty((steps, everything, rows, n) if keep_stages else (0, everything, rows, n)),
-            "t": double(steps, rows),
-            "h": double(steps, rows),
-            # of one segment there is nothing to tell
-            "segment": whole(steps if several else 0, rows),
-            "lands": torch.empty((steps if several else 0, rows), dtype=torch.bool),
-        }
-
-    out = {name: y0.new_empty(y0.shape) for name in ("final", "last", "scaled")}
-    out |= {name: whole(rows) for name in ("n_steps", "n_accepted", "n_fun", "status")}
-    out["unstable"] = whole(rows)
-    out["work"] = whole(len(_WORK), rows)
-    out |= {
-        "t_final": double(rows),
-        "next_step": double(rows),
-        "samples": y0.new_empty(n_samples, rows, n),
-        "sample_step": whole(n_samples, rows),
-    }
-    rtol, atol = _tolerance(plan.rtol, y0), _tolerance(plan.atol, y0)
-    first = None if plan.first_step is None else torch.as_tensor(plan.first_step, dtype=torch.float64).reshape(-1).contiguous()
-
-    def call(steps: dict[str, Tensor], room: int) -> Any:
-        return filled(
-            FORWARD,
-            **engine.functions,
-            directions=directions.data_ptr(),
-            terminal=terminal.data_ptr(),
-            inputs=ctypes.addressof(input_pointers),
-            tables=ctypes.addressof(table_pointers),
-            rows=rows,
-            block=block_of(rows),
-            threads=threads_for(rows),
-            anchors=anchors.data_ptr(),
-            n_anchors=anchors.shape[0],
-            t_eval=None if t_eval is None else t_eval.data_ptr(),
-            order=None if order is None else order.data_ptr(),
-            n_samples=n_samples,
-            y0=y0.data_ptr(),
-            rtol=rtol[0].data_ptr(),
-            rtol_row=rtol[1],
-            rtol_column=rtol[2],
-            atol=atol[0].data_ptr(),
-            atol_row=atol[1],
-            atol_column=atol[2],
-            first_step=None if first is None else first.data_ptr(),
-            first_step_row=0 if first is None or first.numel() == 1 else 1,
-            max_step=plan.max_step,
-            min_step=plan.min_step,
-            max_steps=plan.max_steps,
-            accept_smallest=plan.accept_smallest,
-            adaptive=plan.method.adaptive,
-            least_rtol=4 * torch.finfo(y0.dtype).eps / TOLERANCE,
-            power=None if power is None else power.data_ptr(),
-            skipped=None if skipped is None else skipped.data_ptr(),
-            **_controller(plan),
-            shift=shift_of(plan, anchors),
-            guesses=not plan.keep_grid,
-            watched=watched,
-            keep_grid=keep_grid,
-            keep_states=plan.keep_states,
-            keep_stages=keep_stages,
-            room=room,
-            **{name: x.data_ptr() for name, x in steps.items()},
-            **{name: x.data_ptr() for name, x in out.items()},
-        )
-
-    directions = torch.tensor([e.direction for e in plan.events], dtype=torch.float64)
-    terminal = torch.tensor([e.terminal for e in plan.events], dtype=torch.int64)
-    input_pointers, table_pointers = pointers(inputs), pointers(program.tables)
-    made = steps = grid(room)
-    asked = call(made, room)
-    tape = engine.forward(ctypes.byref(asked))
-    found = _events(engine, tape) if plan.events else no_events(y0)
-    most = int(out["n_accepted"].max()) if rows and keep_grid else 0
-    to = asked
-    if most > room:
-        steps = grid(most)
-        to = call(steps, most)
-    engine.seal(ctypes.c_void_p(tape), ctypes.byref(asked), ctypes.byref(to), ctypes.c_long(most))
-    if keep_grid:
-        program.room[rows] = most + most // 4 + 8
-    if most < room:
-        steps = {name: x[: most + (name == "states")] if x.shape[0] else x for name, x in steps.items()}
-        if 2 * most < room and sum(x.nbytes for x in steps.values()) > _LARGE:
-            steps = {name: x.clone() for name, x in steps.items()}
-    if few:
-        steps["stages"] = steps["stages"][torch.unique(found["event_step"])]
-    if not several:
-        steps["segment"] = torch.zeros((1, 1), dtype=torch.int64).expand(most, rows)
-        # at its end the last step lands
-        ends = torch.where(out["status"] == 0, out["n_accepted"] - 1, -1)
-        steps["lands"] = torch.arange(most).unsqueeze(-1) == ends
-    work = out.pop("work")
-    if bool(out.pop("unstable").any()):
+    frame = frame_of(program, plan, y0, watched, index, skipped)
+    found = solved(program, frame, plan, anchors, t_eval, y0, inputs)
+    counts = dict(zip(COUNTS, found.counts.unbind(), strict=True))
+    if bool(counts.pop("unstable").any()):
         return None
+    steps, most = found.steps, found.steps["t"].shape[0]
+    if "segment" not in steps:
+        steps["segment"] = torch.zeros((1, 1), dtype=torch.int64).expand(most, y0.shape[0])
+        # at its end the last step lands
+        last = torch.where(counts["status"] == 0, counts["n_accepted"] - 1, -1)
+        steps["lands"] = torch.arange(most).unsqueeze(-1) == last
+    final, last, scaled = found.ends.unbind()
+    t_final, next_step = found.times.unbind()
     return Record(
-        scaled_error=out.pop("scaled"),
-        **out,
+        final=final,
+        last=last,
+        scaled_error=scaled,
+        samples=found.samples,
+        sample_step=found.sample_step,
+        t_final=t_final,
+        next_step=next_step,
+        n_rejected=counts["n_steps"] - counts["n_accepted"],
+        **counts,
         **steps,
-        n_rejected=out["n_steps"] - out["n_accepted"],
-        **found,
-        **dict(zip(_WORK, work.unbind(), strict=True)),
+        **(no_events(y0) if found.events is None else found.events),
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import BacksolveDiverged, UnsupportedCombination
+from ..linalg.copies import copy_by_copy
 from ..system.capture import functorch_active
 from ..system.ownership import owned
 from ..system.rewriting import naming_writes
@@ -93,6 +94,7 @@ class _Node(torch.autograd.Function):
         ctx.save_for_backward(times, states, *params)
 
     @staticmethod
+    @copy_by_copy
     @naming_writes
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         if functorch_active():

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import SolveError
 from ..integrate import LoneStages, Monitor, StageSolver, integrate
 from ..integrate.spread import widened
+from ..linalg.copies import copy_by_copy
 from ..system.capture import alive, functorch_active
 from ..system.ownership import owned
 from ..system.rewriting import naming_writes
@@ -222,6 +223,7 @@ class CheckpointNode(torch.autograd.Function):
         ctx.save_for_backward(out.final, *grid, y0, anchors, *([t_eval] if t_eval is not None else []), *rest)
 
     @staticmethod
+    @copy_by_copy
     @naming_writes
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         problem = ctx.problem()

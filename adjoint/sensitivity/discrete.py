@@ -27,7 +27,7 @@ from .stages import StageLinearizer
 if TYPE_CHECKING:
     from .checkpoints import Recall
 
-__all__ = ["anchors_bar", "eager_sweep", "mapped"]
+__all__ = ["anchors_bar", "eager_sweep"]
 
 
 class _Samples:
@@ -125,7 +125,7 @@ def eager_sweep(
     if getattr(problem.plan.method, "multistep", False):
         moving = bool(wants[0] or wants[1])
         samples = _Samples(problem, grid, t_eval, bars[1], moving)
-        found = None if mapped(bars) else multistep_by_rows(problem, grid, anchors, t_eval, inputs, bars, wants, samples)
+        found = multistep_by_rows(problem, grid, anchors, t_eval, inputs, bars, wants, samples)
         return found if found is not None else multistep_eager(problem, grid, anchors, t_eval, inputs, bars, wants, samples)
     final_bar, samples_bar, states_bar, stages_bar = bars
     system, plan = problem.system, problem.plan
@@ -182,7 +182,7 @@ def eager_sweep(
 
     checked = isinstance(system, System)
     watched = rows == 1 and type(plan.monitor).adjoint is not Monitor.adjoint
-    if recall is None and not watched and not mapped(bars) and goes_by_rows(problem, n_steps, times.jump_end is not None):
+    if recall is None and not watched and goes_by_rows(problem, n_steps, times.jump_end is not None):
         plain = Linearizer(f, inputs, wants[3:], time_bars)
         tensors = (states, slopes, grid["t"], grid["h"])
         lone = LoneSweep.make(problem, f, plain, tensors, inputs, lambda k: _both(samples.stages_bar(k), kept.get(k)))
@@ -246,11 +246,6 @@ def eager_sweep(
     problem.backward_report(linearize.n_fun, n_steps)
     of_anchors = anchors_bar(anchors, grid, t_bars, h_bars) if wants[0] else None
     return (of_anchors, samples.t_eval_bar if wants[1] else None, outer(bar) if wants[2] else None, *linearize.bars)
-
-
-def mapped(bars: Sequence[Tensor | None]) -> bool:
-    """Whether there are many cotangents at once (``is_grads_batched``), for which PyTorch has few operators."""
-    return any(bar is not None and torch._C._functorch.is_legacy_batchedtensor(bar) for bar in bars)
 
 
 def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:

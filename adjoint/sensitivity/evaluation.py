@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
+from ..linalg.copies import copy_by_copy
 from ..system.capture import cut_apart
 from ..system.ownership import owned
 from ..system.rewriting import naming_writes
@@ -41,6 +42,7 @@ class Evaluation(torch.autograd.Function):
         ctx.save_for_backward(output, *inputs[1:])
 
     @staticmethod
+    @copy_by_copy
     @naming_writes
     def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
         system = ctx.system()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import Factorization, LinearSolver, Log, Matrix
+from ..linalg.copies import copy_by_copy
 from ..nonlinear import RootRecord
 from ..system.capture import alive, below_jvp, functorch_active
 from ..system.ownership import owned
@@ -241,6 +242,7 @@ class RootNode(torch.autograd.Function):
         ctx.save_for_forward(output[0], output[3], *rest)
 
     @staticmethod
+    @copy_by_copy
     @naming_writes
     def backward(ctx: Any, raw_bar: Tensor | None, x_bar: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         raw, status, *inputs = alive(ctx.saved_tensors)
@@ -310,6 +312,7 @@ class _LinearNode(torch.autograd.Function):
         ctx.save_for_forward(output, x, *rest)
 
     @staticmethod
+    @copy_by_copy
     @naming_writes
     def backward(ctx: Any, bar: Tensor | None) -> tuple[Tensor | None, ...]:
         u, x, *inputs = alive(ctx.saved_tensors)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.variable import Variable
 
 from ..errors import CapturedTensorLost
-from ..system.capture import depends_on_others, unknown_leaves
+from ..system.capture import depends_on_others, functorch_active, unknown_leaves
 from ..system.system import Flat, System, VmappedSystem
 
 __all__ = ["LOST", "Linearizer", "Pullback", "check_known", "vjp"]
@@ -105,8 +105,13 @@ class Linearizer:
             if total is None:
                 # copied: the cotangent may be somebody else's memory, and this sum is made in place
                 self.bars[i] = g.clone()
+            elif functorch_active():
+                # what all copies share cannot be added to in place by one of them
+                self.bars[i] = total + g
             else:
                 total.add_(g)
+        if functorch_active():
+            return
         totals = [x for x in (self.bars[i] for i in self.wanted) if x is not None]
         self._totals = totals if totals and len(totals) == len(self.wanted) else None
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .discrete import anchors_bar, eager_sweep, mapped
+from .discrete import anchors_bar, eager_sweep
 from .problem import Problem, kept_steps
 
 __all__ = ["first_sweep"]
@@ -24,7 +24,7 @@ def first_sweep(
 ) -> tuple[Tensor | None, ...]:
     """The arguments and results of `eager_sweep`."""
     plan, timed = problem.plan, bool(wants[0] or wants[1])
-    if problem.native.recognised is None or mapped(bars):
+    if problem.native.recognised is None:
         return eager_sweep(problem, grid, anchors, t_eval, inputs, bars, wants)
     if (timed or bars[3] is not None) and bool((anchors[0] == anchors[-1]).any()):
         # a span of no length has a step of no length, whose derivatives in the times, and of its slopes, are those of any step

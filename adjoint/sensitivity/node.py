@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..integrate import rms_norm
+from ..linalg.copies import copy_by_copy
 from ..linalg.forward_mode import unviewed
 from ..native.entry import NativeSolve
 from ..system.capture import alive, below_jvp, below_vmap, functorch_active, jvp_active
@@ -65,6 +66,7 @@ class SolveNode(torch.autograd.Function):
         ctx.save_for_forward(*grid, *saved)
 
     @staticmethod
+    @copy_by_copy
     @naming_writes
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         problem = ctx.problem()

@@ -76,9 +76,10 @@ def _naming(function: Callable[P, R], said: dict[str, str]) -> Callable[P, R]:
 
 
 def _freed(context: object) -> bool:
-    """Whether this is the context of a node that was gone back through before: then the error is about that, and not about ``fun``."""
+    """Whether this is the context of a node that was gone back through before, or one of whose inputs was written to since: then the error
+    is about that, and not about ``fun``."""
     try:
         getattr(context, "saved_tensors", None)
     except RuntimeError as error:
-        return "second time" in str(error)
+        return "second time" in str(error) or "modified by an inplace operation" in str(error)
     return False

@@ -1,0 +1,192 @@
+"""The way through the front door for solves like one before, by compiled code: with other numbers, nothing else is to be checked or made.
+
+What is known of a call is its key: the fingerprint of ``fun`` and of what it is called with, shapes and dtypes, and the options. A call
+whose key is new, or that has anything out of the ordinary about it, goes the general way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..errors import CapturedTensorLost
+from ..integrate import PIDController
+from ..methods import METHODS
+from ..native.build import NoCompiler
+from ..native.fingerprint import Fingerprint, fingerprint
+from ..native.reading import Unreadable
+from ..native.solve import frame_of
+from ..sensitivity import DiscreteAdjoint, Problem
+from ..sensitivity.prepared import Prepared, PreparedNode, Run, run_of
+from .solution import BackwardStats, Solution, Stats
+
+__all__ = ["Asked", "asked", "forget"]
+
+_MOST = 512
+_known: dict[Hashable, Prepared | None] = {}
+_NUMBERS = (int, float, type(None))
+_CHANGED = (
+    "fun is not the function any more that the solve went by (what it captures was replaced or changed), and derivatives of its "
+    "derivatives evaluate it again: keep it as it is until they are taken"
+)
+
+
+@dataclass(eq=False)
+class Asked:
+    """A call that may have been made before, with its arguments; ``options`` are all those by name."""
+
+    key: Hashable
+    fun: Callable[..., Any]
+    args: Sequence[Any]
+    options: dict[str, Any]
+    found: Fingerprint
+    y0: Tensor
+    span: tuple[float, float]
+    derivatives: bool
+
+    def solution(self, door: Callable[..., Solution]) -> Solution | None:
+        """What compiled code gives; None where the general way is to be gone, through ``door``."""
+        prepared = _known.get(self.key)
+        if prepared is None:
+            return None
+        rows = prepared.rows
+        t_eval: Tensor | None = self.options["t_eval"]
+        anchors = torch.tensor(self.span, dtype=torch.float64).unsqueeze(1).expand(2, rows).contiguous()
+        times = None if t_eval is None else t_eval.unsqueeze(1).expand(-1, rows).contiguous()
+        try:
+            made = run_of(prepared, anchors, times, self.y0, self.found.tensors)
+        except Unreadable:
+            return None
+        if made is None:
+            return None
+        found, values = made
+        backward = BackwardStats()
+        y0, shape = self.y0, self.y0.shape
+        if t_eval is None:
+            y = torch.stack([y0.detach(), found.ends[0].reshape(shape)])
+            t = torch.tensor(self.span, dtype=y0.dtype)
+        else:
+            y, t = found.samples.reshape(-1, *shape), t_eval
+        if self.derivatives:
+            tensors = self.found.tensors
+            wanted = [(i, tensors[k]) for i, k in enumerate(prepared.places) if tensors[k].requires_grad]
+            again = partial(self._solved_again, door)
+            run = Run(prepared, found, anchors, times, values, tuple(i for i, _ in wanted), again, backward.add, y)
+            y = PreparedNode.apply(run, y0, *(x for _, x in wanted))
+        if self.options["batched"]:
+            n_steps, n_accepted, n_fun, status, _, *work = found.counts.unbind()
+        else:
+            n_steps, n_accepted, n_fun, status, _, *work = found.counts[:, 0].tolist()
+        return Solution(t, y, status, Stats(n_steps, n_accepted, n_steps - n_accepted, n_fun, *work, backward=backward))
+
+    def _solved_again(self, door: Callable[..., Solution]) -> Tensor:
+        now = fingerprint(self.fun, self.args)
+        if now is None or now.key != self.found.key or any(x is not y for x, y in zip(now.tensors, self.found.tensors, strict=True)):
+            raise CapturedTensorLost(_CHANGED)
+        # times that are tensors go the general way
+        span = tuple(torch.tensor(t, dtype=torch.float64) for t in self.span)
+        return door(self.fun, span, self.y0, self.args, **self.options, compile=True).y
+
+    def remember(self, problem: Problem, arguments: Sequence[Tensor]) -> None:
+        """Keep what the general way has made of a call, ``arguments`` being the tensors among its ``args``."""
+        native = problem.native.recognised
+        if len(_known) >= _MOST:
+            _known.clear()
+        _known[self.key] = None
+        if native is None:
+            return
+        place = {id(x): k for k, x in enumerate(self.found.tensors)}
+        system = problem.system
+        theirs = [*arguments, *getattr(system, "captured", ())]
+        read = [x if k is None else theirs[k] for x, k in zip(native.tensors, native.slots, strict=True)]
+        if not all(id(x) in place for x in read):
+            return
+        rows = self.y0.shape[0] if self.options["batched"] else 1
+        width = self.y0.numel() // max(rows, 1)
+        like = self.y0.detach().reshape(rows, width)
+        plan = problem.plan
+        try:
+            frame = frame_of(native.program, plan, like, self.derivatives and not plan.method.implicit)
+        except NoCompiler:
+            return
+        places = tuple(place[id(x)] for x in read)
+        _known[self.key] = Prepared(native.program, plan, frame, places, rows, width, self.derivatives)
+
+
+def asked(
+    fun: Callable[..., Any],
+    t_span: Any,
+    y0: Any,
+    args: Sequence[Any],
+    method: Any,
+    controller: PIDController | None,
+    t_eval: Any,
+    gradient: Any,
+    batched: bool,
+    numbers: dict[str, Any],
+) -> Asked | None:
+    """A call by its arguments, or None where it has more to it than numbers. ``numbers``: options that may be tensors."""
+    if type(y0) not in (Tensor, torch.nn.Parameter) or y0.dtype not in (torch.float64, torch.float32) or y0.device.type != "cpu":
+        return None
+    if not y0.numel() or (batched and not y0.dim()) or any(type(x) not in _NUMBERS for x in numbers.values()):
+        return None
+    if (gradient is not None and gradient != DiscreteAdjoint()) or type(batched) is not bool:
+        return None
+    name = method if type(method) is str else getattr(method, "name", "")
+    if name not in METHODS or (name is not method and METHODS[name] is not method):
+        return None
+    around = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0
+    if around or torch._C._functorch.peek_interpreter_stack() is not None or torch.is_inference_mode_enabled() or y0.is_inference():
+        return None
+    span = _span(t_span)
+    if span is None or not _within(t_eval, span):
+        return None
+    found = fingerprint(fun, args)
+    if found is None:
+        return None
+    derivatives = torch.is_grad_enabled() and (y0.requires_grad or any(x.requires_grad for x in found.tensors))
+    key = (found.key, y0.shape, y0.dtype, batched, derivatives, t_eval is None, name, controller, *numbers.values())
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    options = {"t_eval": t_eval, "gradient": gradient, "batched": batched, "method": method, "controller": controller, **numbers}
+    return Asked(key, fun, args, options, found, y0, span, derivatives)
+
+
+def _span(given: Any) -> tuple[float, float] | None:
+    """Its two numbers, the first one being smaller."""
+    if type(given) not in (tuple, list) or len(given) != 2:
+        return None
+    a, b = given
+    if type(a) not in (float, int) or type(b) not in (float, int):
+        return None
+    a, b = float(a), float(b)
+    return (a, b) if isfinite(a) and isfinite(b) and a < b else None
+
+
+def _within(times: Any, span: tuple[float, float]) -> bool:
+    """Whether sample times are none, or double, increasing, and neither beyond the span nor beside an end of it by rounding alone."""
+    if times is None:
+        return True
+    if type(times) is not Tensor or times.dtype != torch.float64 or times.dim() != 1 or times.requires_grad or times.device.type != "cpu":
+        return False
+    if not times.numel() or times.is_inference():
+        return False
+    first, last = span
+    slack = min(4.5e-16 * max(abs(first), abs(last)), 1e-3 * (last - first))
+    low, high = float(times[0]), float(times[-1])
+    inside = (low == first or low > first + slack) and (high == last or high < last - slack)
+    return inside and bool((times[1:] >= times[:-1]).all())
+
+
+def forget() -> None:
+    """Go the general way with every call once more."""
+    _known.clear()

@@ -1,0 +1,267 @@
+"""What a function of Python depends on: its code, and all that this reads from outside, found without running or tracing it.
+
+Two functions with one fingerprint are one graph to a tracer, but for the values of tensors. Only code is taken whose dependences can be
+read off: of functions, tensors, plain numbers, texts and containers of them, and modules of PyTorch. Whatever else there is (an object of a
+class of one's own, something written to, a name looked up by its text) has no fingerprint, and tracers are to be asked.
+"""
+
+from __future__ import annotations
+
+import builtins
+import cmath
+import dis
+import functools
+import math
+import sys
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Fingerprint", "fingerprint"]
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_BUILTINS = _words(
+    "abs all any bool complex dict divmod enumerate filter float frozenset int isinstance len list map max min next pow range "
+    "reversed round slice sorted str sum super tuple zip True False None Ellipsis NotImplemented ValueError AssertionError"
+)
+#: names that look at what no fingerprint holds, or that change something; of functions, methods and attributes alike
+_REFUSED = _words(
+    "print input open exec eval compile globals locals vars setattr delattr getattr hasattr id hash iter __dict__ __class__ "
+    "requires_grad requires_grad_ is_leaf grad grad_fn retain_grad register_hook data data_ptr item tolist numpy storage "
+    "untyped_storage _version stride is_contiguous storage_offset random rand randn randint rand_like randn_like randperm bernoulli "
+    "multinomial normal poisson manual_seed get_rng_state set_rng_state is_grad_enabled get_default_dtype set_default_dtype "
+    "is_inference_mode_enabled time perf_counter environ compiler cuda backends _C ops library autograd func vmap"
+)
+#: methods that change a container
+_CHANGING = _words(
+    "append extend insert pop popitem update setdefault remove clear sort reverse discard __setitem__"
+)
+_WRITING = _words(
+    "STORE_ATTR DELETE_ATTR STORE_GLOBAL DELETE_GLOBAL STORE_NAME LOAD_NAME LOAD_CLASSDEREF LOAD_BUILD_CLASS IMPORT_NAME IMPORT_FROM "
+    "YIELD_VALUE"
+)
+#: what classes have that is not called by an expression
+_QUIET = _words(
+    "__init__ __repr__ __str__ __module__ __doc__ __qualname__ __annotations__ __init_subclass__ __dict__ __weakref__ "
+    "__firstlineno__ __static_attributes__ __parameters__ __orig_bases__ __constants__ __annotate__ __annotations_cache__"
+)
+_MODULES = (torch, torch.special, torch.linalg, torch.fft, nn.functional, math, cmath)
+_OWNERS = ("builtins", "math", "cmath", "torch", "torch._C._nn", "torch._C._special", "torch._C._linalg", "")
+_PLAIN = (bool, int, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.Size, slice)
+#: how much is looked at before a tracer is as fast, and how much code is remembered
+_MOST, _MOST_KNOWN = 2000, 4096
+_OWN_OF_MODULES = frozenset(nn.Module().__dict__) - {"training", "_parameters", "_buffers", "_modules"}
+
+
+class _Unknown(Exception):
+    """There is no fingerprint."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Facts:
+    """Of a code object with those inside of it: names of globals, of attributes, and whether it writes into containers."""
+
+    code: CodeType
+    globals: tuple[str, ...]
+    attributes: frozenset[str]
+    changing: bool
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """``key``: equal for functions that are one graph; ``tensors``: those that it reads, in the order of being found."""
+
+    key: Hashable
+    tensors: tuple[Tensor, ...]
+
+
+def _inside(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for x in code.co_consts:
+        if isinstance(x, CodeType):
+            yield from _inside(x)
+
+
+#: by the id of the code, which is kept here so that the id is no other's
+_known: dict[int, tuple[CodeType, _Facts | None]] = {}
+
+
+def _facts_of(code: CodeType) -> _Facts:
+    """Raises `_Unknown`."""
+    found = _known.get(id(code))
+    if found is None:
+        if len(_known) > _MOST_KNOWN:
+            _known.clear()
+        found = _known[id(code)] = code, _read(code)
+    if found[1] is None:
+        raise _Unknown
+    return found[1]
+
+
+def _read(code: CodeType) -> _Facts | None:
+    names: dict[str, None] = {}
+    attributes: set[str] = set()
+    changing = False
+    for part in _inside(code):
+        free = set(part.co_freevars)
+        for step in dis.get_instructions(part):
+            name = step.opname
+            if name in _WRITING or (name in ("STORE_DEREF", "DELETE_DEREF") and part is code and step.argval in free):
+                return None
+            if name == "LOAD_GLOBAL":
+                names[step.argval] = None
+            elif name in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+                attributes.add(step.argval)
+            elif name in ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"):
+                changing = True
+    if _REFUSED & (attributes | set(names)):
+        return None
+    return _Facts(code, tuple(names), frozenset(attributes), changing or bool(_CHANGING & attributes))
+
+
+class _Walk:
+    """One look at a function."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.seen: dict[int, int] = {}
+        self.attributes: set[str] = set()
+        self.classes: list[tuple[list[type], set[str]]] = []
+        self.changing = self.containers = False
+        self.left = _MOST
+
+    def value(self, x: Any) -> Hashable:
+        kind = type(x)
+        if kind in _PLAIN:
+            return kind, x
+        if kind is float or kind is complex:
+            return kind, repr(x)
+        if isinstance(x, Tensor):
+            return self.tensor(x)
+        self.left -= 1
+        if self.left < 0:
+            raise _Unknown
+        # a circle, or met before
+        if id(x) in self.seen:
+            return "again", self.seen[id(x)]
+        self.seen[id(x)] = len(self.seen)
+        if kind in (tuple, list):
+            self.containers |= kind is list
+            return kind, *map(self.value, x)
+        if kind is dict:
+            self.containers = True
+            return kind, *((self.value(k), self.value(v)) for k, v in x.items())
+        if kind is FunctionType:
+            return self.function(x)
+        if kind is MethodType and isinstance(x.__self__, nn.Module):
+            return "method", self.value(x.__self__), self.value(x.__func__)
+        if kind is functools.partial:
+            return "partial", self.value(x.func), self.value(x.args), self.value(x.keywords)
+        if isinstance(x, nn.Module):
+            return self.module(x)
+        if isinstance(x, ModuleType):
+            if x in _MODULES or x.__name__ == "numpy":
+                return "module", x.__name__
+            raise _Unknown
+        if isinstance(x, (BuiltinFunctionType, type(torch.Tensor.add))):
+            owner = getattr(x, "__module__", None) or ""
+            if owner in ("builtins", "math", "cmath", "torch", "torch._C._nn", "torch._C._special", "torch._C._linalg", "") and self.known(
+                x
+            ):
+                return "builtin", x
+        if isinstance(x, type) and x in (Tensor, int, float, tuple, list, dict, nn.Module):
+            return "class", x
+        raise _Unknown
+
+    @staticmethod
+    def known(x: Any) -> bool:
+        """Whether a function written in C is one of PyTorch's or Python's own, which keeps nothing."""
+        name = getattr(x, "__name__", "")
+        return name not in _REFUSED and any(getattr(m, name, None) is x for m in (torch, nn.functional, math, cmath, builtins))
+
+    def tensor(self, x: Tensor) -> Hashable:
+        if type(x) not in (Tensor, nn.Parameter) or x.is_inference() or x.device.type != "cpu":
+            raise _Unknown
+        if id(x) in self.seen:
+            return "again", self.seen[id(x)]
+        self.seen[id(x)] = len(self.seen)
+        self.tensors.append(x)
+        return "tensor", x.shape, x.dtype, x.requires_grad
+
+    def function(self, f: FunctionType) -> Hashable:
+        if f.__module__ is not None and f.__module__.split(".")[0] == "torch":
+            # PyTorch's own: what it does goes with its name
+            return "torch", f
+        facts = _facts_of(f.__code__)
+        self.attributes |= facts.attributes
+        self.changing |= facts.changing
+        space, read = f.__globals__, []
+        for name in facts.globals:
+            if name in space:
+                read.append(self.value(space[name]))
+            elif name not in _BUILTINS:
+                raise _Unknown
+        cells = f.__closure__
+        try:
+            held = () if cells is None else tuple([self.value(c.cell_contents) for c in cells])
+        except ValueError:  # a cell that is empty yet
+            raise _Unknown from None
+        defaults = (self.value(f.__defaults__), self.value(f.__kwdefaults__)) if f.__defaults__ or f.__kwdefaults__ else None
+        return facts, tuple(read), held, defaults
+
+    def module(self, m: nn.Module) -> Hashable:
+        kind, own = type(m), m.__dict__
+        if any(own[name] for name in _OWN_OF_MODULES if name in own and isinstance(own[name], dict)) or "forward" in own:
+            raise _Unknown  # hooks
+        parts: list[Hashable] = [kind, own["training"]]
+        for table in ("_parameters", "_buffers", "_modules"):
+            parts += [(name, self.value(x)) for name, x in own[table].items()]
+        theirs = kind.__module__.startswith("torch.nn.modules.")
+        for name, x in own.items():
+            if name not in _OWN_OF_MODULES and name not in ("training", "_parameters", "_buffers", "_modules"):
+                parts.append((name, "callable" if theirs and callable(x) else self.value(x)))
+        if not theirs:
+            mine = [c for c in kind.__mro__ if c not in (nn.Module, object)]
+            if any(name in c.__dict__ for c in mine for name in ("__getattr__", "__getattribute__", "__slots__")):
+                raise _Unknown
+            special = {name for c in mine for name in c.__dict__ if name.startswith("__")} - _QUIET
+            self.classes.append((mine, special | {"forward"}))
+        return "nn", *parts
+
+    def methods(self) -> Hashable:
+        """What classes of modules have, as far as code names it: what that names counts too."""
+        found: list[Hashable] = []
+        done: set[tuple[type, str]] = set()
+        while True:
+            todo = [(c, n) for mine, extra in self.classes for c in mine for n in sorted(self.attributes | extra) if (c, n) not in done]
+            if not todo:
+                return tuple(found)
+            for owner, name in todo:
+                done.add((owner, name))
+                x = owner.__dict__.get(name, done)
+                if x is not done:
+                    x = x.fget if isinstance(x, property) else x.__func__ if isinstance(x, (staticmethod, classmethod)) else x
+                    found.append((name, self.value(x)))
+
+
+def fingerprint(fun: Callable[..., Any], values: Any = ()) -> Fingerprint | None:
+    """That of a function, and of ``values`` that it is called with; None where there is none."""
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks or sys.gettrace() is not None:
+        return None
+    walk = _Walk()
+    try:
+        key = walk.value(fun), walk.value(values)
+        key = (*key, walk.methods()) if walk.classes else key
+    except _Unknown:
+        return None
+    if walk.changing and walk.containers:
+        return None
+    return Fingerprint((key, torch.get_default_dtype()), tuple(walk.tensors))

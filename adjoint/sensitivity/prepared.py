@@ -1,0 +1,131 @@
+"""A solve that was made before, with other numbers: compiled code is called at once, and one small node holds its way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..integrate import Plan
+from ..linalg.copies import copy_by_copy
+from ..native.back import sweep_native
+from ..native.program import Program
+from ..native.solve import Frame, Solved, solved
+from ..system.capture import functorch_active
+from ..system.rewriting import naming_writes
+
+__all__ = ["Prepared", "PreparedNode", "Run", "run_of"]
+
+
+@dataclass(eq=False)
+class Prepared:
+    """What solves of one right-hand side by one plan have in common, for states of one shape ``(B, n)``.
+
+    ``places``: of every tensor that the program reads, its place among those of the `Fingerprint`. ``derivatives``: of the first order, by
+    one plain way back, may be asked for.
+    """
+
+    program: Program
+    plan: Plan
+    frame: Frame
+    places: tuple[int, ...]
+    rows: int
+    width: int
+    derivatives: bool
+
+
+@dataclass(eq=False)
+class Run:
+    """One solve: what its way back needs. ``again`` solves once more by the general way, for all but plain first derivatives."""
+
+    prepared: Prepared
+    found: Solved
+    anchors: Tensor
+    t_eval: Tensor | None
+    values: Sequence[Tensor]
+    wanted: tuple[int, ...]
+    again: Callable[[], Tensor]
+    report: Callable[[int, int], None]
+    #: the result, until the node has it
+    y: Tensor | None = None
+
+
+def run_of(
+    prepared: Prepared, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, tensors: Sequence[Tensor]
+) -> tuple[Solved, list[Tensor]] | None:
+    """The solve and the tensors as the program takes them; None where the general way has to look: something failed, or rests.
+
+    ``tensors``: those of the fingerprint.
+    """
+    program, plan = prepared.program, prepared.plan
+    values = program.values([tensors[k] for k in prepared.places])
+    flat = y0.detach().resolve_neg().to(program.real).reshape(prepared.rows, prepared.width).contiguous()
+    found = solved(program, prepared.frame, plan, anchors, t_eval, flat, values)
+    if prepared.rows == 1:
+        counts = found.counts[:, 0].tolist()
+        if counts[3] != 0 or counts[4]:
+            return None
+    elif bool(found.counts[3:5].any()):
+        return None
+    if prepared.derivatives:
+        states = found.steps["states"]
+        if bool((states[-1] == states[0]).any()):
+            return None
+    return found, values
+
+
+class PreparedNode(torch.autograd.Function):
+    """``apply(run, y0, *inputs)`` is the result as a function of the initial state and of those tensors that require grad."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, *inputs: Tensor) -> Tensor:
+        y, run.y = run.y, None
+        assert y is not None
+        steps = run.found.steps
+        ctx.run = run
+        ctx.set_materialize_grads(False)
+        kept = [steps["states"], steps["t"], steps["h"], *([steps["stages"]] if run.prepared.plan.method.implicit else [])]
+        ctx.n_kept = len(kept)
+        ctx.save_for_backward(*kept, *inputs)
+        return y
+
+    @staticmethod
+    @copy_by_copy
+    @naming_writes
+    def backward(ctx: Any, bar: Tensor | None) -> tuple[Tensor | None, ...]:
+        run: Run = ctx.run
+        # also says so where the graph is gone, or one of the inputs was written to
+        saved = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        if bar is None:
+            return (None, *([None] * len(needed)))
+        inputs = saved[ctx.n_kept :]
+        if torch.is_grad_enabled() or functorch_active():
+            return (None, *_again(run, inputs, bar, needed))
+        prepared, found = run.prepared, run.found
+        bars = bar.reshape(-1, prepared.rows, prepared.width)
+        grid = {"states": saved[0], "t": saved[1], "h": saved[2], "status": found.counts[3], "sample_step": found.sample_step}
+        if ctx.n_kept > 3:
+            grid["stages"] = saved[3]
+        ends = (bars[1], None) if run.t_eval is None else (None, bars)
+        back = sweep_native(prepared.program, prepared.plan, grid, run.anchors, run.t_eval, run.values, (*ends, None, None), False)
+        steps = saved[1].shape[0]
+        run.report(steps * len(prepared.plan.method.nodes), steps)
+        y0_bar = back.y0 if run.t_eval is not None else back.y0 + bars[0]
+        results = [y0_bar.reshape(inputs[0].shape)] + [back.inputs[k].reshape(x.shape) for k, x in zip(run.wanted, inputs[1:], strict=True)]
+        if prepared.rows == 1 and not isfinite(sum(float(x.sum()) for x in results)):
+            # which of the user's functions it was, the general way finds out
+            return (None, *_again(run, inputs, bar, needed))
+        return (None, *(x if need else None for x, need in zip(results, needed, strict=True)))
+
+
+def _again(run: Run, inputs: Sequence[Tensor], bar: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+    with torch.enable_grad():
+        y = run.again()
+    wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, bar, create_graph=torch.is_grad_enabled(), allow_unused=True))
+    return [next(found) if need else None for need in needed]

@@ -1,0 +1,406 @@
+"""Solves like one before, whose compiled code is called at once: what they give, and what makes them go the general way again."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import adjoint
+from adjoint.doors import prepared
+from adjoint.native.build import NoCompiler, compiler
+from adjoint.native.fingerprint import fingerprint
+from adjoint.sensitivity.prepared import PreparedNode
+
+try:
+    compiler()
+except NoCompiler:
+    pytest.skip("there is no C++ compiler", allow_module_level=True)
+
+pytestmark = [pytest.mark.compile, pytest.mark.users_defaults]
+F64 = torch.float64
+RATE = 1.0
+
+
+def lotka(t, y, p):
+    a, b, c, d = p
+    u, v = y[..., 0], y[..., 1]
+    return torch.stack([a * u - b * u * v, -c * v + d * u * v], -1)
+
+
+def at_rate(t, y):
+    return -RATE * y
+
+
+def p4():
+    return torch.tensor([1.5, 1.0, 3.0, 1.0], dtype=F64, requires_grad=True)
+
+
+def start(*shape):
+    return (1 + torch.rand(*shape, 2, generator=torch.Generator().manual_seed(3), dtype=F64)).requires_grad_()
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many solves were made at once."""
+    seen = []
+    real = prepared.run_of
+
+    def spy(*args):
+        seen.append(real(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(prepared, "run_of", spy)
+    prepared.forget()
+    return seen
+
+
+def solve(fun, y0, args=(), span=(0.0, 2.0), **options):
+    return adjoint.solve_ivp(fun, span, y0, args, **({"method": "dopri5", "rtol": 1e-7, "compile": True} | options))
+
+
+class TestTheSame:
+    @pytest.mark.parametrize("method", ["dopri5", "tsit5", "rodas5p", "kvaerno5", "radau5"])
+    @pytest.mark.parametrize("rows", [0, 3, 20])
+    @pytest.mark.parametrize("sampled", [False, True])
+    def test_as_the_general_way(self, method, rows, sampled, counted):
+        results = []
+        for _ in range(3):
+            y0, p = start(*([rows] if rows else [])), p4()
+            times = torch.linspace(0, 2, 7, dtype=F64) if sampled else None
+            sol = solve(lotka, y0, (p,), method=method, batched=rows > 0, t_eval=times)
+            weights = torch.cos(torch.arange(sol.y.numel(), dtype=F64)).reshape(sol.y.shape)
+            grads = torch.autograd.grad((sol.y * weights).sum(), [y0, p])
+            results.append((sol, grads))
+        assert len(counted) == 2 and all(x is not None for x in counted)
+        (first, slopes), *others = results
+        for sol, grads in others:
+            assert torch.equal(sol.y, first.y) and torch.equal(sol.t, first.t) and sol.t.dtype == first.t.dtype
+            for name in ("n_steps", "n_accepted", "n_rejected", "n_fun", "n_jac", "n_factorizations", "n_solves", "n_newton"):
+                assert torch.equal(torch.as_tensor(getattr(sol.stats, name)), torch.as_tensor(getattr(first.stats, name))), name
+            assert vars(sol.stats.backward) == vars(first.stats.backward) and repr(sol) == repr(first) and sol.message == first.message
+            assert all(torch.equal(a, b) for a, b in zip(grads, slopes, strict=True))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, F64])
+    def test_without_derivatives(self, dtype, counted):
+        y0, p = start(5).detach().to(dtype), p4().detach().to(dtype)
+        first, second = (solve(lotka, y0, (p,), batched=True, rtol=1e-4) for _ in range(2))
+        with torch.no_grad():
+            third, fourth = (solve(lotka, y0.requires_grad_(), (p,), batched=True, rtol=1e-4) for _ in range(2))
+        assert len(counted) == 3 and not second.y.requires_grad and not fourth.y.requires_grad
+        assert all(torch.equal(x.y, first.y) for x in (second, third, fourth))
+
+    def test_other_numbers(self, counted):
+        for scale in (1.0, 1.3, 0.7):
+            y0, p = start().detach() * scale, p4().detach() / scale
+            mine, theirs = (solve(lotka, y0, (p,), (0.0, scale), compile=x) for x in (True, False))
+            torch.testing.assert_close(mine.y, theirs.y, rtol=1e-10, atol=1e-12)
+        assert len(counted) == 2
+
+    def test_one_tensor_in_many_places(self, counted):
+        w = torch.tensor([0.3, 0.8], dtype=F64, requires_grad=True)
+
+        def fun(t, y, a, b):
+            return -w * y + a * torch.sin(t) - b * y
+
+        grads = [torch.autograd.grad(solve(fun, w, (w, w), compile=x).y[-1].sum(), w)[0] for x in (True, True, False)]
+        assert len(counted) == 1 and torch.equal(grads[0], grads[1])
+        torch.testing.assert_close(grads[1], grads[2], rtol=1e-9, atol=1e-12)
+
+    def test_a_module(self, counted):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+
+        class Field(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net, self.scale = net, 0.5
+
+            def cubed(self, y):
+                return self.scale * y**3
+
+            def forward(self, t, y):
+                return self.net(self.cubed(y))
+
+        field = Field()
+
+        def grads(compile):
+            field.zero_grad()
+            solve(field, start(4), batched=True, compile=compile).y[-1].square().sum().backward()
+            return [p.grad.clone() for p in field.parameters()]
+
+        found = [grads(True), grads(True), grads(False)]
+        assert len(counted) == 1
+        for a, b, c in zip(*found, strict=True):
+            assert torch.equal(a, b)
+            torch.testing.assert_close(b, c, rtol=1e-8, atol=1e-11)
+        field.scale = 1.5
+        torch.testing.assert_close(grads(True)[0], grads(False)[0], rtol=1e-8, atol=1e-11)
+        Field.cubed = lambda self, y: y
+        torch.testing.assert_close(grads(True)[0], grads(False)[0], rtol=1e-8, atol=1e-11)
+        with torch.no_grad():
+            net[0].weight.mul_(2)
+        torch.testing.assert_close(grads(True)[0], grads(False)[0], rtol=1e-8, atol=1e-11)
+        net[0].weight = nn.Parameter(torch.ones(8, 2, dtype=F64))
+        torch.testing.assert_close(grads(True)[0], grads(False)[0], rtol=1e-8, atol=1e-11)
+
+
+class TestWhatChanges:
+    """Everything that ``fun`` reads is looked at in every call."""
+
+    def test_a_global_number(self, monkeypatch, counted):
+        for rate in (1.0, 1.0, 2.0, 0.5):
+            monkeypatch.setitem(globals(), "RATE", rate)
+            end = solve(at_rate, torch.ones(1, dtype=F64), method="dopri5", rtol=1e-9).y[-1]
+            torch.testing.assert_close(end, torch.exp(torch.tensor([-2.0 * rate], dtype=F64)), rtol=1e-7, atol=0)
+        assert len(counted) == 1
+
+    def test_a_closure_a_default_a_partial_and_an_argument(self):
+        from functools import partial
+
+        def made(k):
+            return lambda t, y: -k * y
+
+        def fun(t, y, k):
+            return -k * y
+
+        for k in (1.0, 1.0, 3, 2.0):
+            for f, args in ((made(k), ()), (lambda t, y, k=k: -k * y, ()), (partial(fun, k=k), ()), (fun, (k,))):
+                end = solve(f, torch.ones(1, dtype=F64), args, rtol=1e-9).y[-1]
+                torch.testing.assert_close(end, torch.exp(torch.tensor([-2.0 * k], dtype=F64)), rtol=1e-7, atol=1e-9)
+
+    def test_a_list_of_tensors(self, counted):
+        weights = [torch.tensor(1.0, dtype=F64), torch.tensor(0.5, dtype=F64)]
+
+        def fun(t, y):
+            total = 0.0
+            for w in weights:
+                total = total + w
+            return -total * y
+
+        ends = []
+        for _ in range(2):
+            ends.append(float(solve(fun, torch.ones(1, dtype=F64), rtol=1e-9).y[-1]))
+        weights.append(torch.tensor(0.5, dtype=F64))
+        ends.append(float(solve(fun, torch.ones(1, dtype=F64), rtol=1e-9).y[-1]))
+        weights[0].fill_(0.0)
+        ends.append(float(solve(fun, torch.ones(1, dtype=F64), rtol=1e-9).y[-1]))
+        assert ends == pytest.approx([math.exp(-3), math.exp(-3), math.exp(-4), math.exp(-2)], rel=1e-7)
+        assert len(counted) == 2
+
+    def test_training(self):
+        class Field(nn.Module):
+            def forward(self, t, y):
+                return -y if self.training else -2 * y
+
+        field = Field()
+        for mode, k in ((True, 1), (True, 1), (False, 2), (True, 1)):
+            field.train(mode)
+            assert float(solve(field, torch.ones(1, dtype=F64), rtol=1e-9).y[-1]) == pytest.approx(math.exp(-2 * k), rel=1e-7)
+
+
+class _Own:
+    rate = 1.0
+
+
+own = _Own()
+calls = []
+
+
+def counting(t, y):
+    calls.append(1)
+    return -y
+
+
+class TestFingerprint:
+    @pytest.mark.parametrize(
+        "fun",
+        [
+            lambda t, y: -own.rate * y,
+            lambda t, y: -getattr(own, "".join("rate")) * y,
+            lambda t, y: print(y) or -y,
+            lambda t, y: -y * torch.rand(1),
+            lambda t, y: -y if y.requires_grad else y,
+            lambda t, y: -y * float(torch.ones(1).item()),
+            counting,
+            own,
+        ],
+    )
+    def test_none(self, fun):
+        assert fingerprint(fun) is None
+
+    def test_hooks(self):
+        net = nn.Linear(2, 2)
+        assert fingerprint(net) is not None
+        net.register_forward_hook(lambda *_: None)
+        assert fingerprint(net) is None
+
+    def test_equal_functions(self):
+        def made(k, w):
+            return lambda t, y: -k * w * y
+
+        w = torch.ones(2, dtype=torch.float32)
+        keys = [fingerprint(made(*x)).key for x in ((1.0, w), (1.0, w + 1), (1, w), (2.0, w), (1.0, w.double()), (-0.0, w), (0.0, w))]
+        assert keys[0] == keys[1] and len(set(keys)) == 6
+
+    def test_which_tensors_are_one(self):
+        def fun(t, y, a, b):
+            return a * y + b
+
+        x, z = torch.ones(2), torch.ones(2)
+        assert fingerprint(fun, (x, x)).key != fingerprint(fun, (x, z)).key
+
+    def test_functions_that_call_each_other(self):
+        def even(n, y):
+            return y if n == 0 else odd(n - 1, y)
+
+        def odd(n, y):
+            return -y if n == 0 else even(n - 1, y)
+
+        assert fingerprint(lambda t, y: even(3, y)) is not None
+
+
+class TestDerivatives:
+    def test_second_order(self, counted):
+        def end(y0, p, compile):
+            return (solve(lotka, y0, (p,), compile=compile, rtol=1e-9).y[-1] ** 2).sum()
+
+        found = []
+        for compile in (True, True, False):
+            y0, p = start(), p4()
+            (slope,) = torch.autograd.grad(end(y0, p, compile), p, create_graph=True)
+            found.append((slope.detach(), *torch.autograd.grad((slope**2).sum(), [y0, p])))
+        assert len(counted) >= 1
+        for a, b, c in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(b, c, rtol=1e-6, atol=1e-7)
+        y0, p = start().detach(), p4().detach()
+        hessians = [torch.autograd.functional.hessian(lambda q, c=c: end(y0, q, c), p) for c in (True, True, False)]
+        torch.testing.assert_close(hessians[1], hessians[2], rtol=1e-6, atol=1e-6)
+
+    def test_many_at_once(self):
+        for _ in range(2):
+            y0, p = start(), p4()
+            y = solve(lotka, y0, (p,)).y[-1]
+            rows = [torch.autograd.grad(y[k], p, retain_graph=True)[0] for k in range(2)]
+            (found,) = torch.autograd.grad(y, p, torch.eye(2, dtype=F64), is_grads_batched=True)
+            torch.testing.assert_close(found, torch.stack(rows), rtol=1e-9, atol=1e-12)
+
+    def test_transforms_go_the_general_way(self, counted):
+        y0, p = start().detach(), p4().detach()
+        f = lambda p: solve(lotka, y0, (p,)).y[-1]  # noqa: E731
+        f(p), f(p)
+        assert len(counted) == 1
+        forward, backward = torch.func.jacfwd(f)(p), torch.func.jacrev(f)(p)
+        torch.testing.assert_close(forward, backward, rtol=1e-9, atol=1e-12)
+        assert len(counted) == 1
+
+    def test_some_of_them(self):
+        for _ in range(2):
+            y0, p = start(), p4()
+            y = solve(lotka, y0.detach(), (p,)).y
+            assert torch.autograd.grad(y[0].sum(), y0, allow_unused=True) == (None,)
+            y = solve(lotka, y0, (p.detach(),)).y
+            (bar,) = torch.autograd.grad(y[0, 0], y0)
+            assert torch.equal(bar, torch.tensor([1.0, 0.0], dtype=F64))
+
+    def test_once_only(self):
+        for _ in range(2):
+            total = solve(lotka, start(), (p4(),)).y.sum()
+            total.backward()
+            with pytest.raises(RuntimeError, match="second time"):
+                total.backward()
+
+    def test_inputs_written_to(self):
+        for _ in range(2):
+            p = p4()
+            total = solve(lotka, start(), (p,)).y.sum()
+            with torch.no_grad():
+                p.mul_(2)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                total.backward()
+
+    def test_a_function_that_has_changed(self):
+        w = [p4()]
+
+        def fun(t, y):
+            return lotka(t, y, w[0])
+
+        y0 = start()
+        for _ in range(2):
+            y = solve(fun, y0).y[-1].sum()
+        w[0] = p4()
+        with pytest.raises(adjoint.CapturedTensorLost, match="not the function any more"):
+            torch.autograd.grad(y, y0, create_graph=True)
+        torch.autograd.grad(y, y0)
+
+
+class TestFaults:
+    def test_failures(self, counted):
+        def fun(t, y):
+            return y**2
+
+        for _ in range(2):
+            sol = solve(fun, torch.full((1,), 0.4, dtype=F64))
+            assert sol.success
+            with pytest.raises(adjoint.SolveError):
+                solve(fun, torch.full((1,), 0.6, dtype=F64))
+            bad = solve(fun, torch.full((1,), 0.6, dtype=F64), throw=False)
+            assert bad.status < 0 and bool(bad.y[-1].isnan().all())
+            with pytest.raises(adjoint.InvalidInput, match="finite"):
+                solve(fun, torch.full((1,), math.nan, dtype=F64))
+
+    def test_gradients_that_are_not_finite(self):
+        def fun(t, y, k):
+            return -torch.sqrt(k) * y
+
+        y0 = torch.ones(1, dtype=F64)
+        for k in (1.0, 1.0, 0.0):
+            k = torch.tensor(k, dtype=F64, requires_grad=True)
+            y = solve(fun, y0, (k,)).y[-1].sum()
+            if float(k.detach()):
+                y.backward()
+            else:
+                with pytest.raises(adjoint.NonFiniteDerivative):
+                    y.backward()
+
+    def test_bad_times(self):
+        y0 = torch.ones(1, dtype=F64)
+        for times in ([0.0, 1.0, 2.0], [0.0, 1.0, 2.0]):
+            solve(at_rate, y0, t_eval=torch.tensor(times, dtype=F64))
+        for times in ([0.0, 3.0], [1.0, 0.5, 1.5], [0.0, math.nan]):
+            with pytest.raises(adjoint.InvalidInput):
+                solve(at_rate, y0, t_eval=torch.tensor(times, dtype=F64))
+
+    def test_negated_views(self, counted):
+        z = torch.tensor([[1.0 + 2.0j]], dtype=torch.complex128)
+        k = z.conj().imag.reshape(1)
+        assert k.is_neg()
+        ends = [float(solve(lambda t, y, k: k * y, torch.ones(1, dtype=F64), (k,), rtol=1e-9).y[-1]) for _ in range(2)]
+        assert ends == pytest.approx([math.exp(-4.0)] * 2, rel=1e-6)
+
+    def test_a_solution_on_its_module(self):
+        class Field(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.k = nn.Parameter(torch.ones(2, dtype=F64))
+
+            def forward(self, t, y):
+                return -self.k * y
+
+        for _ in range(2):
+            field = Field()
+            field.kept = solve(field, torch.ones(2, dtype=F64)).y
+            gone = weakref.ref(field)
+            del field
+            gc.collect()
+            assert gone() is None
+
+    def test_node(self):
+        for _ in range(2):
+            y = solve(lotka, start(), (p4(),)).y
+        assert isinstance(y.grad_fn, PreparedNode._backward_cls)
