@@ -46,8 +46,8 @@ def agree(found, wanted, inputs, tol=1e-9):
 @pytest.mark.parametrize("batched", [False, True])
 def test_thermostat(batched, native, recwarn):
     """The period of a relay, and its first and second derivatives."""
-    k, q, lo, hi = p = values(0.5, 4.0, 2.0, 3.0)
-    y0 = lo.reshape(1)
+    p = values(0.5, 4.0, 2.0, 3.0)
+    y0 = p[2].reshape(1)
     args = tuple(p)
     if batched:
         y0, args = torch.stack([y0, y0]), tuple(torch.stack([x, x]) for x in p)
@@ -83,7 +83,9 @@ def test_a_refractory_neuron():
 
     fires = lambda t, v, mode, tau, i, wait: (torch.zeros_like(v), {"until": t + wait})  # noqa: E731
     spike = Event(lambda t, v, mode, *a: v[0] - 1.0, direction=1, reset=fires, name="spike")
-    wake = Event(lambda t, v, mode, *a: t - mode["until"], direction=1, reset=lambda t, v, mode, *a: (v, {"until": mode["until"] - 1.0}), name="wake")
+    wake = Event(
+        lambda t, v, mode, *a: t - mode["until"], direction=1, reset=lambda t, v, mode, *a: (v, {"until": mode["until"] - 1.0}), name="wake"
+    )
     sol = solve_ivp(fun, (0.0, 4.0), torch.zeros(1), tuple(p), events=[spike, wake], mode={"until": torch.tensor(-1.0)}, **FINE)
     first = tau * (drive / (drive - 1.0)).log()
     n = sol.events["spike"].t.shape[0]
@@ -94,7 +96,9 @@ def test_a_refractory_neuron():
 def test_a_value_that_is_held():
     """A controller that sees the state at given times only: a floating mode, through which derivatives go."""
     gain, y0 = p = values(0.7, 1.0)
-    sample = Event(lambda t, y, u, gain: torch.sin(torch.pi * (t + 1e-3) / 0.5), reset=lambda t, y, u, gain: (y, -gain * y[0]), name="sample")
+    sample = Event(
+        lambda t, y, u, gain: torch.sin(torch.pi * (t + 1e-3) / 0.5), reset=lambda t, y, u, gain: (y, -gain * y[0]), name="sample"
+    )
     sol = solve_ivp(lambda t, y, u, gain: u.reshape(1), (0.0, 2.2), y0.reshape(1), (gain,), events=sample, mode=torch.zeros(()), **FINE)
     y, last, u = y0, 0.0, torch.zeros(())
     for t in (0.499, 0.999, 1.499, 1.999):

@@ -31,12 +31,14 @@ from .event_times import event_records
 from .parts import NO_EVENTS, Parts, event_list, flat_event, solution_of, strategy_of
 from .progress import progress_monitor
 from .quadrature import first_rate
+from .rounds import in_rounds
 from .solution import BackwardStats, Solution
 
 __all__ = ["solve_dae"]
 
 
 @full_precision
+@in_rounds()
 def solve_dae(
     fun: Callable[..., Any],
     t_span: Any,
@@ -51,6 +53,8 @@ def solve_dae(
     gradient: Gradient | None = None,
     batched: bool = False,
     events: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] | None = None,
+    mode: Any = None,
+    max_events: int = 1000,
     dense_output: bool = False,
     quadrature: Callable[..., Any] | None = None,
     controller: PIDController | None = None,
@@ -80,8 +84,9 @@ def solve_dae(
     fun : callable
         ``fun(t, y, yp, *args) -> residual``; ``yp`` is shaped like the state ``y``, and the residual has as many entries, in any
         structure. ``t`` is 0-d (``(B,)`` with ``batched=True``). ``args``, parameters of modules and captured tensors are differentiated.
-    t_span, t_eval, rtol, atol, gradient, batched, events, dense_output, controller, norm, first_step, max_step, min_step, max_steps
-        And ``step_ts``, ``compile``, ``throw``, ``progress``: as for `solve_ivp`.
+    t_span, t_eval, rtol, atol, gradient, batched, events, mode, max_events, dense_output, controller, norm, first_step, max_step
+        And ``min_step``, ``max_steps``, ``step_ts``, ``compile``, ``throw``, ``progress``: as for `solve_ivp`. With ``mode=`` it is
+        ``fun(t, y, yp, mode, *args)``. What a reset returns is made consistent as by ``consistent="solve"``.
     y0, yp0 : Tensor or pytree of tensors
         Initial state and slope. See ``consistent`` for what is done with them. ``yp0=None``: unknown. Derivatives in ``y0`` are those in
         its differential part; the algebraic part is a guess on which the solution does not depend.
@@ -115,7 +120,7 @@ def solve_dae(
     Raises
     ------
     InvalidInput, UnsupportedCombination, InconsistentInitialCondition, HigherIndexDAE, SingularJacobian, MaxStepsReached,
-    StepSizeTooSmall, NonFiniteState
+    StepSizeTooSmall, NonFiniteState, EventsAccumulate
     """
     chosen = check_dae_method(method)
     check_controller(chosen, controller)

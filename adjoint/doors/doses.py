@@ -121,7 +121,11 @@ class DoseRule:
     #: as `Rule`: it ends rounds, and never the solve
     ends = True
     terminal = 0
-    resets = True
+
+    @property
+    def resets(self) -> bool:
+        """Whether it changes the state."""
+        return self.until is None
 
     @property
     def stops(self) -> Tensor:
@@ -141,7 +145,7 @@ class DoseRule:
             return at, at.y
         added = self._summed(torch.where(on, self.sizes, 0.0))
         y = tree_map(torch.add, at.y, added)
-        return Boundary(at.t, y, at.mode), y
+        return Boundary(at.t, y, at.mode, at.yp), y
 
     def rate(self, given: Tensor) -> Any:
         """What infusions add to the slope, as a state."""

@@ -54,7 +54,7 @@ __all__ = ["solve_ivp"]
 
 
 @full_precision
-@in_rounds
+@in_rounds(solve_dae)
 def solve_ivp(
     fun: Callable[..., Any],
     t_span: Any,

@@ -57,22 +57,22 @@ def joined(
     first = pieces[0]
     ragged = batched or not readable(status)
     if times.steps:
-        t, y = _steps(pieces, ragged)
+        t, values = _steps(pieces, ragged)
     elif times.samples is None:
         assert times.shown is not None
         ends = first.start.to(times.shown.dtype), last.t.to(times.shown.dtype)
         own = times.shown.dim() == 2 or any(rule.terminal != 0 for rule in rules)
         t = torch.stack(ends) if own or not batched else times.shown
-        begun = tree_map(lambda x: x[0], first.sol.y)
+        begun = tree_map(lambda x: x[0], _values(first.sol))
         for piece in pieces:
             there = piece.going & (piece.stop == first.start).detach()
             if not anywhere(there):
                 break
-            begun = chosen(there, piece.right.y, begun)
-        y = tree_map(lambda a, b: torch.stack([a, b]), begun, last.y)
+            begun = chosen(there, _values(piece.right, first.sol), begun)
+        values = tree_map(lambda a, b: torch.stack([a, b]), begun, _values(last, first.sol))
     else:
         assert times.shown is not None
-        t, y = times.shown, _samples(times, pieces, batched)
+        t, values = times.shown, _samples(times, pieces, batched)
     whole = isinstance(first.sol.status, int)
     quadrature = None
     if first.sol.quadrature is not None:
@@ -81,13 +81,19 @@ def joined(
             quadrature = tree_map(lambda a, b, on=piece.going: a + chosen(on, b, torch.zeros_like(b)), quadrature, piece.sol.quadrature)
     return Solution(
         t=t,
-        y=y,
+        y=values[0],
+        yp=values[1] if len(values) > 1 else None,
         status=int(status) if whole else status,
         stats=_work(pieces),
         events=_events(rules, pieces, ragged),
         quadrature=quadrature,
         interpolant=_interpolant(times, pieces, last, batched) if first.sol.interpolant is not None else None,
     )
+
+
+def _values(of: Solution | Boundary, like: Solution | None = None) -> tuple[Any, ...]:
+    """States, and of implicit equations slopes, of a solution or at one time (``like`` what solution)."""
+    return (of.y,) if (like or of).yp is None else (of.y, of.yp)
 
 
 def _samples(times: Times, pieces: Sequence[Piece], batched: bool) -> Any:
@@ -108,8 +114,9 @@ def _samples(times: Times, pieces: Sequence[Piece], batched: bool) -> Any:
         # what is at the end of a round is that of the next one; of the last one, it has gone through its resets
         mine = taken.inside & ((ahead <= 0) | at_end) & ~(at_end & more)
         moved = at_end & torch.stack([*piece.hits, torch.zeros_like(piece.going)]).any(0)
-        values = tree_map(lambda x: x[1:-1], piece.sol.y)
-        values = tree_map(lambda x, y, on=moved: chosen(on, y.expand_as(x), x), values, piece.right.y) if anywhere(moved) else values
+        values = tree_map(lambda x: x[1:-1], _values(piece.sol))
+        if anywhere(moved):
+            values = tree_map(lambda x, y, on=moved: chosen(on, y.expand_as(x), x), values, _values(piece.right, piece.sol))
         if out is None:
             out = tree_map(lambda x: x.new_full((len(every), *x.shape[1:]), float("nan")), values)
         out = tree_map(
@@ -126,12 +133,12 @@ def _steps(pieces: Sequence[Piece], ragged: bool) -> tuple[Tensor, Any]:
     """The steps of all rounds; the time of a reset is there twice, with the states on both sides of it."""
     parts, gone = [], []
     for k, piece in enumerate(pieces):
-        t, y = piece.sol.t, piece.sol.y
+        t, y = piece.sol.t, _values(piece.sol)
         more = torch.zeros_like(piece.going) if k + 1 == len(pieces) else pieces[k + 1].going
         ends = piece.going & torch.stack([*piece.hits, torch.zeros_like(piece.going)]).any(0) & ~more
         if anywhere(ends):
             t = torch.cat([t, chosen(ends, piece.stop.to(t.dtype), torch.full_like(piece.stop, float("nan"), dtype=t.dtype)).unsqueeze(0)])
-            y = tree_map(lambda a, b: torch.cat([a, b.unsqueeze(0)]), y, piece.right.y)
+            y = tree_map(lambda a, b: torch.cat([a, b.unsqueeze(0)]), y, _values(piece.right, piece.sol))
         parts.append((t, y))
         gone.append(t.detach().isnan() | ~piece.going)
     t, y = gathered(parts, gone, ragged)
@@ -147,10 +154,10 @@ def _events(rules: Sequence[Rule | DoseRule], pieces: Sequence[Piece], ragged: b
             record, state = piece.records[i], piece.states[i]
             tree = [record.t, record.y]
             if rule.resets:
-                lines = record.t.shape[0]
-                tree.append(
-                    tree_map(lambda x: x[:0], record.y) if state is None else tree_map(lambda x, n=lines: x.unsqueeze(0)[:n], state)
-                )
+                # of implicit equations the consistent one, after all that happened there
+                state = state if state is None or piece.right.yp is None else piece.right.y
+                lines = record.t.shape[0] if state is not None else 0
+                tree.append(tree_map(lambda x, n=lines: x.unsqueeze(0)[:n], piece.right.y if state is None else state))
             parts.append(tuple(tree))
             gone.append(record.t.detach().isnan() | ~piece.going)
         records.append(EventRecord(*gathered(parts, gone, ragged)))

@@ -18,7 +18,7 @@ from .event_slope import signed
 from .parts import event_list, event_name, terminal_count
 from .rows import anywhere, chosen, forward_fill, still, wide
 
-__all__ = ["NEAR", "Boundary", "Rule", "like_mode", "listed", "rearmed", "rule_of", "shifted"]
+__all__ = ["NEAR", "Boundary", "Rule", "Scale", "like_mode", "listed", "rearmed", "rule_of", "shifted"]
 
 #: times that differ by less, in units of rounding of the times of the solve, are one
 NEAR = 64.0
@@ -26,14 +26,15 @@ NEAR = 64.0
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where rounds meet: time ``(R)``, state and mode of every trajectory, before or after the resets."""
+    """Where rounds meet: time ``(R)``, state and mode of every trajectory, before or after the resets; of implicit equations the slopes."""
 
     t: Tensor
     y: Any
     mode: tuple[Any, ...]
+    yp: Any = None
 
     def still(self) -> Boundary:
-        return Boundary(self.t.detach(), still(self.y), still(self.mode))
+        return Boundary(self.t.detach(), still(self.y), still(self.mode), None if self.yp is None else still(self.yp))
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Rule:
             given, new = given
             mode = (like_mode(new, at.mode[0], f"the mode that the reset of {self.title} returned"),)
         spec.check(given, f"what the reset of {self.title} returned")
-        return Boundary(at.t, chosen(on, given, at.y), chosen(on, mode, at.mode) if at.mode else ()), given
+        return Boundary(at.t, chosen(on, given, at.y), chosen(on, mode, at.mode) if at.mode else (), at.yp), given
 
 
 def like_mode(new: Any, old: Any, what: str) -> Any:
@@ -121,55 +122,70 @@ def shifted(rule: Rule, shift: Tensor, extra: int) -> Callable[..., Tensor]:
     return watched
 
 
+#: ``slope(t, y, mode)``
 Slope = Callable[[Tensor, Any, tuple[Any, ...]], Any]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Direction of time, largest time ``(R)`` and precision of the state's numbers."""
+
+    sign: Tensor
+    reach: Tensor
+    eps: float
 
 
 @torch.no_grad()
 def rearmed(
-    rule: Rule,
-    hit: Tensor,
-    before: Boundary,
-    after: Boundary,
-    args: tuple[Any, ...],
-    slope: Slope | None,
-    sign: Tensor,
-    reach: Tensor,
-    eps: float,
+    rule: Rule, hit: Tensor, begun: Boundary, shift: Tensor, after: Boundary, args: tuple[Any, ...], slope: Slope | None, scale: Scale
 ) -> Tensor:
     """What is added ``(R)`` to the event function in the round after its own event.
 
+    ``begun``: where the round that ended so began, with the ``shift`` that was added there; ``after``: where the next one does. ``slope``:
+    the right-hand side, None where there are slopes ``after.yp``.
+
     Where a reset leaves the function at zero, rounding decides its sign, and with it whether the event is found again at once. There it
     counts as being on the side of zero to which it moves, however little: a ball that leaves the ground is above it, and what goes on
-    through a switching surface is beyond it. Zero is what lies within `NEAR` units of rounding of the time (``reach``: the largest time,
-    ``eps``: of the state's numbers; ``sign``: the direction of time) or of the terms of the function, or was taken for zero at the event
-    itself. A function that does not move at first order moves where it is bent to; if that is on across, its event is found again, and in
-    the end `EventsAccumulate` says that nothing turns it back. One that does not move at all is where it came from.
+    through a switching surface is beyond it. Zero is what lies within `NEAR` units of rounding of the time or of the terms of the function.
+    A function that does not move at first order moves where it is bent to; if that is on across, its event is found again, and in the end
+    `EventsAccumulate` says that nothing turns it back. One that does not move at all is where it came from.
     """
-    zero = torch.zeros_like(hit, dtype=reach.dtype)
+    zero = torch.zeros_like(hit, dtype=scale.reach.dtype)
     if not anywhere(hit):
         return zero
-    before, after, args = before.still(), after.still(), still(args)
-    sides = [forward_fill(hit, (side.t, side.y, side.mode)) for side in (before, after)]
-    (left, left_slope, left_bend), (value, rate, bend) = (_along(rule, side, args, slope) for side in sides)
-    left_slope, rate, terms = sign * left_slope, sign * rate, _terms(rule, sides[1], args)
-    bound = 4 * left.abs() + NEAR * eps * (reach * torch.maximum(left_slope.abs(), rate.abs()) + terms)
-    near = hit & (value.abs() <= bound)
-    moved = torch.where(left_slope != 0, left_slope, left_bend)
-    crossed = torch.full_like(rate, rule.direction).sign() if rule.direction else moved.sign()
+    after, args = after.still(), still(args)
+    value, rate, bend = _along(rule, after, hit, args, slope)
+    terms = _terms(rule, forward_fill(hit, (after.t, after.y, after.mode)), args)
+    near = hit & (value.abs() <= NEAR * scale.eps * (scale.reach * rate.abs() + terms))
+    if rule.direction:
+        crossed = torch.full_like(rate, rule.direction).sign()
+    else:
+        start = begun.still()
+        crossed = -(_value(rule, forward_fill(hit, (start.t, start.y, start.mode)), args) + shift).sign()
+    rate = scale.sign * rate
     held = torch.where((bend != 0) & (bend.sign() != crossed), bend.sign(), -crossed)
     side = torch.where(rate != 0, rate.sign(), held)
     # more than what the same terms may differ by when they are computed in another order
-    least = torch.clamp(8 * eps * terms, min=16 * torch.finfo(torch.float32 if eps > 1e-10 else torch.float64).tiny)
+    least = torch.clamp(8 * scale.eps * terms, min=16 * torch.finfo(torch.float32 if scale.eps > 1e-10 else torch.float64).tiny)
     return torch.where(near, side * least - value, zero)
 
 
-def _terms(rule: Rule, at: tuple[Tensor, Any, tuple[Any, ...]], args: tuple[Any, ...]) -> Tensor:
+_Point = tuple[Tensor, Any, tuple[Any, ...]]
+
+
+def _value(rule: Rule, at: _Point, args: tuple[Any, ...]) -> Tensor:
+    """The event function ``(R)``."""
+    t, y, mode = at
+    return signed(rule.function(t, y, *mode, *args)).reshape(t.shape).to(t.dtype)
+
+
+def _terms(rule: Rule, at: _Point, args: tuple[Any, ...]) -> Tensor:
     """The size ``(R)`` of what the event function is made from: each variable times the derivative in it."""
     t, y, mode = at
     leaves, tree = tree_flatten(y)
 
     def value(t: Tensor, *leaves: Tensor) -> Tensor:
-        return signed(rule.function(t, tree_unflatten(list(leaves), tree), *mode, *args)).reshape(t.shape).to(t.dtype)
+        return _value(rule, (t, tree_unflatten(list(leaves), tree), mode), args)
 
     with torch.enable_grad():
         out, pull = vjp(value, t, *leaves)
@@ -178,30 +194,28 @@ def _terms(rule: Rule, at: tuple[Tensor, Any, tuple[Any, ...]], args: tuple[Any,
     return torch.stack([x.reshape(*t.shape, -1).sum(-1) for x in each]).sum(0)
 
 
-def _along(
-    rule: Rule, at: tuple[Tensor, Any, tuple[Any, ...]], args: tuple[Any, ...], slope: Slope | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The event function ``(R)``, and its first two derivatives along the solution; zero where the slope of the state is not known."""
-    t, y, mode = at
+def _along(rule: Rule, at: Boundary, hit: Tensor, args: tuple[Any, ...], slope: Slope | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The event function ``(R)``, and its first two derivatives along the solution; the second is taken for zero where there is no
+    right-hand side."""
+    t, y, mode = forward_fill(hit, (at.t, at.y, at.mode))
+    known = None if slope is not None else forward_fill(hit, at.yp)
+
+    def moved(tau: Tensor, rate: Any) -> Any:
+        return tree_map(lambda a, b: a + wide(tau, a).to(a.dtype) * b, y, rate)
 
     def value(tau: Tensor) -> Tensor:
-        if slope is None:
-            moved = y
-        else:
-            half = tree_map(lambda a, b: a + wide(tau / 2, a).to(a.dtype) * b, y, slope(t, y, mode))
-            # of second order: the derivatives of the midpoint rule are those of the solution
-            rate = slope(t + tau / 2, half, mode)
-            moved = tree_map(lambda a, b: a + wide(tau, a).to(a.dtype) * b, y, rate)
-        return signed(rule.function(t + tau, moved, *mode, *args)).reshape(t.shape).to(t.dtype)
+        # of second order: the derivatives of the midpoint rule are those of the solution
+        rate = known if slope is None else slope(t + tau / 2, moved(tau / 2, slope(t, y, mode)), mode)
+        return _value(rule, (t + tau, moved(tau, rate), mode), args)
 
     def first(tau: Tensor) -> Tensor:
         out: Tensor = tangent(value, (tau,), (torch.ones_like(tau),))
         return out
 
     start = torch.zeros_like(t)
-    if slope is None:
-        return value(start), start, start
     with torch.enable_grad():
         now, rate = value(start).detach(), first(start).detach()
-        bend = tangent(first, (start,), (torch.ones_like(start),)).detach() if anywhere(rate == 0) else start
+        bend = start
+        if slope is not None and anywhere(rate == 0):
+            bend = tangent(first, (start,), (torch.ones_like(start),)).detach()
     return now, rate, bend

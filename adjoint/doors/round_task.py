@@ -14,11 +14,12 @@ from torch.utils._pytree import tree_map
 from ..errors import InvalidInput, UnsupportedCombination
 from ..system.split import SplitFunction
 from ..system.system import StateSpec
-from .arguments import Times, check_times
+from .arguments import RoundSpan, Times, check_times
 from .doses import DoseRule, Doses, with_rate, without_rate
+from .mass_matrix import with_mass
 from .round_results import Piece
-from .round_rules import NEAR, Boundary, Rule, listed, rule_of
-from .rows import anywhere
+from .round_rules import NEAR, Boundary, Rule, Scale, listed, rule_of
+from .rows import anywhere, chosen, still
 from .solution import Solution
 
 __all__ = ["Progress", "Task", "needs_rounds", "task_of"]
@@ -41,6 +42,8 @@ class Task:
     times: Times
     options: dict[str, Any]
     max_events: int
+    #: of implicit equations: how consistent values are found
+    implicit: Callable[..., Solution] | None
 
     @property
     def batched(self) -> bool:
@@ -87,9 +90,14 @@ class Task:
         rates = [rule.rate(g) for rule, g in zip(self.doses, given, strict=True) if rule.until is not None]
         return (tree_map(lambda *xs: sum(xs[1:], xs[0]), *rates),) if rates else ()
 
+    @property
+    def scale(self) -> Scale:
+        """What rounding is measured by."""
+        return Scale(self.sign, self.reach, torch.finfo(self.spec.real_dtype).eps)
+
     def slope(self, infused: tuple[Any, ...]) -> Callable[[Tensor, Any, tuple[Any, ...]], Any] | None:
         """The right-hand side, where the equations tell the slope, with what is `infused`."""
-        if "yp0" in self.options or self.options.get("mass_matrix") is not None:
+        if self.implicit is not None:
             return None
         parts = (self.fun.explicit, self.fun.implicit) if isinstance(self.fun, SplitFunction) else (self.fun,)
 
@@ -98,6 +106,27 @@ class Task:
             return rates[0] if len(rates) == 1 else tree_map(torch.add, *rates)
 
         return rate
+
+    def settled(self, at: Boundary, changed: Tensor, lost: Tensor, otherwise: Any) -> Boundary:
+        """Consistent values with slopes, where resets have ``changed`` the state; differentiable. Those that are ``lost`` have none, and
+        ``otherwise`` is taken for them meanwhile."""
+        if self.implicit is None or not anywhere(changed):
+            return at
+        t, y = chosen(lost, self.start.detach(), at.t), chosen(lost, still(otherwise), at.y)
+        known = {name: self.options[name] for name in ("rtol", "atol", "batched", "linear_solver")}
+        known |= {name: self.options[name] for name in ("differential", "y0_bounds", "jac_sparsity", "suppress_algebraic") if self._dae}
+        fun, args = self.fun, (*at.mode, *self.args)
+        if not self._dae:
+            fun, extra = with_mass(fun, self.options["mass_matrix"], y, self.batched)
+            args = (*args, *extra)
+        none = RoundSpan(t, t, torch.ones_like(changed))
+        sol = self.implicit(fun, none, y, args=args, consistent="solve", **known)
+        y, yp = (tree_map(lambda x: x[0], part) for part in (sol.y, sol.yp))
+        return Boundary(at.t, chosen(lost, at.y, y), at.mode, yp)
+
+    @property
+    def _dae(self) -> bool:
+        return "yp0" in self.options
 
 
 @dataclass
@@ -120,8 +149,10 @@ class Progress:
     pieces: list[Piece] = field(default_factory=list)
 
 
-def task_of(door: Callable[..., Solution], arguments: dict[str, Any]) -> tuple[Task, Progress]:
+def task_of(door: Callable[..., Solution], implicit: Callable[..., Solution] | None, arguments: dict[str, Any]) -> tuple[Task, Progress]:
+    """What is to be solved by a front door, and where it begins; ``implicit``: the one for implicit equations, None for this one."""
     options = dict(arguments)
+    implicit = door if implicit is None else implicit if options["mass_matrix"] is not None else None
     fun, t_span, y0, args, events, mode = (options.pop(name) for name in ("fun", "t_span", "y0", "args", "events", "mode"))
     max_events, t_eval = options.pop("max_events"), options.pop("t_eval")
     if not isinstance(max_events, Integral) or max_events < 1:
@@ -135,7 +166,7 @@ def task_of(door: Callable[..., Solution], arguments: dict[str, Any]) -> tuple[T
         title = f"{type(event).__name__.lower()} {event.name!r}" if getattr(event, "name", None) else f"events[{i}]"
         rules.append(event.rule(spec, start.detach(), title) if isinstance(event, Doses) else rule_of(event, i))
     if any(isinstance(rule, DoseRule) and rule.until is not None for rule in rules):
-        if "yp0" in options or options.get("mass_matrix") is not None:
+        if implicit is not None:
             raise UnsupportedCombination(
                 "infusions (duration=, rate=) with solve_dae or mass_matrix= are not supported: it is not clear which equations they "
                 "enter. Add the rate in fun, as a Forcing"
@@ -143,7 +174,7 @@ def task_of(door: Callable[..., Solution], arguments: dict[str, Any]) -> tuple[T
         fun = SplitFunction(with_rate(fun.explicit), without_rate(fun.implicit)) if isinstance(fun, SplitFunction) else with_rate(fun)
         if callable(options.get("quadrature")):
             options["quadrature"] = without_rate(options["quadrature"])
-    task = Task(door, fun, args, rules, spec, times, options, int(max_events))
+    task = Task(door, fun, args, rules, spec, times, options, int(max_events), implicit)
     if task.doses and anywhere(task.sign < 0):
         raise InvalidInput("doses go forward in time, but t_span ends before it starts")
     none = torch.zeros_like(task.start, dtype=torch.bool)

@@ -40,25 +40,29 @@ _ZENO = (
 )
 
 
-def in_rounds(door: Callable[P, Solution]) -> Callable[P, Solution]:
-    """A front door that goes on after events with resets, with ``mode=`` for what they switch."""
-    signature = inspect.signature(door)
+def in_rounds(implicit: Callable[..., Solution] | None = None) -> Callable[[Callable[P, Solution]], Callable[P, Solution]]:
+    """Makes a front door go on after events with resets, with ``mode=`` for what they switch. ``implicit``: that for implicit equations,
+    if it is another one."""
 
-    @wraps(door)
-    def call(*given: P.args, **named: P.kwargs) -> Solution:
-        if named.get("mode") is None and not needs_rounds(named.get("events")):
-            return door(*given, **named)
-        bound = signature.bind(*given, **named)
-        bound.apply_defaults()
-        return _solve(door, bound.arguments)
+    def with_rounds(door: Callable[P, Solution]) -> Callable[P, Solution]:
+        signature = inspect.signature(door)
 
-    return call
+        @wraps(door)
+        def call(*given: P.args, **named: P.kwargs) -> Solution:
+            if named.get("mode") is None and not needs_rounds(named.get("events")):
+                return door(*given, **named)
+            bound = signature.bind(*given, **named)
+            bound.apply_defaults()
+            return _solve(door, implicit, bound.arguments)
+
+        return call
+
+    return with_rounds
 
 
-def _solve(door: Callable[..., Solution], arguments: dict[str, Any]) -> Solution:
+def _solve(door: Callable[..., Solution], implicit: Callable[..., Solution] | None, arguments: dict[str, Any]) -> Solution:
     """All rounds, joined."""
-    task, first = task_of(door, arguments)
-    run = first
+    task, run = task_of(door, implicit, arguments)
     while True:
         _round(task, run)
         if not anywhere(run.going):
@@ -73,17 +77,20 @@ def _round(task: Task, run: Progress) -> None:
     for rule, given in zip(task.doses, run.given, strict=True):
         following = rule.following(given)
         end = chosen((following < end).detach(), following, end)
-    t, end = chosen(going, at.t, resting.t), chosen(going, end, resting.t)
     # trajectories that failed are NaN, which a round of no length would take for one more failure
-    y = chosen(going, at.y, chosen(run.status < 0, still(run.pieces[0].y0), resting.y) if run.pieces else at.y)
+    lost, origin = run.status < 0, still(run.pieces[0].y0) if run.pieces else at.y
+    rest = chosen(lost, task.start.detach(), resting.t)
+    t, end, y = chosen(going, at.t, rest), chosen(going, end, rest), chosen(going, at.y, chosen(lost, origin, resting.y))
     sol, taken, last = _solved(task, run, RoundSpan(t, end, ~going), y)
     hits = [_occurred(rule, record.t, going) for rule, record in zip(task.watched, sol.events, strict=True)]
     status = torch.as_tensor(sol.status, device=t.device)
     # the last ones of events that accumulate are too close for a step
     status = torch.where((status == int(Status.STEP_TOO_SMALL)) & (run.stalled > 0), int(Status.EVENTS_ACCUMULATE), status)
     failed = going & (status < 0)
-    left = _left(task, sol, hits, Boundary(end, last, at.mode))
+    left = _left(task, sol, hits, Boundary(end, last, at.mode, _last(task, sol.yp, sol, taken)))
     on, piece = _resets(task, run, sol, hits, left, going & ~failed)
+    happened = torch.stack([torch.zeros_like(going), *(hit for rule, hit in zip(task.rules, piece[0], strict=True) if rule.ends)]).any(0)
+    on = task.settled(on, happened, lost | failed, origin)
     counts = [count + hit for count, hit in zip(run.counts, hits, strict=True)]
     none = torch.zeros_like(going)
     ended = torch.stack([none, *(hit for rule, hit in zip(task.watched, hits, strict=True) if rule.ends)]).any(0)
@@ -91,16 +98,19 @@ def _round(task: Task, run: Progress) -> None:
     stop = torch.stack([none, *reached]).any(0)
     run.pieces.append(Piece(sol, going, t, on.t, y, left, on, *piece, taken))
     run.status = torch.where(going, torch.where(failed, status, torch.where(stop, int(Status.TERMINAL_EVENT), 0)), run.status)
-    run.at = Boundary(chosen(going, on.t, at.t), chosen(going, on.y, at.y), chosen(going, on.mode, at.mode) if at.mode else ())
+    yp = chosen(going, on.yp, at.yp) if on.yp is not None and at.yp is not None else on.yp
+    run.at = Boundary(chosen(going, on.t, at.t), chosen(going, on.y, at.y), chosen(going, on.mode, at.mode) if at.mode else (), yp)
     # a time that a trajectory is at already is its end
     run.going = going & ~stop & ~failed & (on.t != task.end).detach()
     run.counts, run.happened = counts, run.happened + ended
     short = (on.t - t).detach().abs() <= task.resolution
     run.stalled = torch.where(short & ended, run.stalled + 1, 0)
     _check_progress(task, run, hits)
-    arguments = (task.args, task.slope(task.infused(run.given)), task.sign, task.reach, torch.finfo(task.spec.real_dtype).eps)
     run.fired = [(now | (short & was)) & run.going for now, was in zip(_at_end(task, hits, sol, on.t, going), run.fired, strict=True)]
-    run.shifts = [rearmed(rule, fired, left, on, *arguments) for rule, fired in zip(task.watched, run.fired, strict=True)]
+    begun, arguments = Boundary(t, y, at.mode), (task.args, task.slope(task.infused(run.given)), task.scale)
+    run.shifts = [
+        rearmed(rule, fired, begun, shift, on, *arguments) for rule, fired, shift in zip(task.watched, run.fired, run.shifts, strict=True)
+    ]
 
 
 def _resets(
@@ -132,7 +142,10 @@ def _resets(
 
 def _solved(task: Task, run: Progress, span: RoundSpan, y: Any) -> tuple[Solution, Taken | None, Any]:
     """The solve of one round, which of the sample times it was asked for, and the states at its ends if there are no events."""
-    options, mode = task.options, run.at.mode
+    options, mode = dict(task.options), run.at.mode
+    if run.at.yp is not None and "yp0" in options:
+        # of later rounds all values are consistent
+        options |= {"yp0": run.at.yp, "consistent": "trust", "y0_bounds": None}
     infused = task.infused(run.given)
     args = (*mode, *task.args, *infused)
     real = task.spec.real_dtype
@@ -151,7 +164,7 @@ def _solved(task: Task, run: Progress, span: RoundSpan, y: Any) -> tuple[Solutio
     if not events or takes_events(options["gradient"]):
         samples, taken = _samples(task, ~span.idle, span.start, span.end)
         sol = solve(span, y, args, events=events or None, t_eval="steps" if task.times.steps else samples)
-        return sol, taken, _last(task, sol, taken)
+        return sol, taken, _last(task, sol.y, sol, taken)
     check_rules(task.watched, options["gradient"])
     known = RoundSpan(span.start.detach(), span.end.detach(), span.idle)
     with torch.no_grad():
@@ -159,7 +172,7 @@ def _solved(task: Task, run: Progress, span: RoundSpan, y: Any) -> tuple[Solutio
     span = ended_before(first, span)
     samples, taken = _samples(task, ~span.idle, span.start, span.end)
     sol = solve(span, y, args, events=None, t_eval="steps" if task.times.steps else samples)
-    last, slope = _last(task, sol, taken), task.slope(infused)
+    last, slope = _last(task, sol.y, sol, taken), task.slope(infused)
     bound = None if slope is None else lambda t, y: slope(t, y, mode)
     return with_events(task.watched, first, sol, last, span, (*mode, *task.args), bound, real), taken, last
 
@@ -200,14 +213,16 @@ def _occurred(rule: Rule, t: Tensor, going: Tensor) -> Tensor:
     return going & ~t[0].detach().isnan()
 
 
-def _last(task: Task, sol: Solution, taken: Taken | None) -> Any:
-    """The states at the ends of a round in which there is no event."""
+def _last(task: Task, values: Any, sol: Solution, taken: Taken | None) -> Any:
+    """Of ``values`` at ``sol.t`` those at the ends of a round in which there is no event."""
+    if values is None:
+        return None
     if task.times.steps:
         place = (~sol.t.detach().isnan()).sum(0, keepdim=True) - 1
-        return tree_map(lambda x: x.take_along_dim(wide(place, x), 0)[0], sol.y)
+        return tree_map(lambda x: x.take_along_dim(wide(place, x), 0)[0], values)
     if taken is None:
-        return tree_map(lambda x: x[-1], sol.y)
-    return tree_map(lambda x: chosen(taken.along, x[-1], x[0]), sol.y)
+        return tree_map(lambda x: x[-1], values)
+    return tree_map(lambda x: chosen(taken.along, x[-1], x[0]), values)
 
 
 def _left(task: Task, sol: Solution, hits: list[Tensor], end: Boundary) -> Boundary:
@@ -216,7 +231,7 @@ def _left(task: Task, sol: Solution, hits: list[Tensor], end: Boundary) -> Bound
     for rule, hit, record in reversed(list(zip(task.watched, hits, sol.events, strict=True))):
         if rule.ends and record.t.shape[0]:
             state = tree_map(lambda x: x[0], record.y)
-            at = Boundary(chosen(hit, record.t[0].to(at.t.dtype), at.t), chosen(hit, state, at.y), at.mode)
+            at = Boundary(chosen(hit, record.t[0].to(at.t.dtype), at.t), chosen(hit, state, at.y), at.mode, at.yp)
     return at
 
 
