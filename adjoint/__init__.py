@@ -7,6 +7,7 @@ from .doors.dae import solve_dae
 from .doors.doses import Doses
 from .doors.event_data import Event
 from .doors.explain import Explanation, explain
+from .doors.forcing import Forcing
 from .doors.index_reduction import ReducedDAE, reduce_index
 from .doors.ivp import solve_ivp
 from .doors.laplace import Laplace
@@ -64,6 +65,7 @@ __all__ = [
     "EventsAccumulate",
     "Explanation",
     "FoldPoint",
+    "Forcing",
     "ForwardSensitivity",
     "GaussAdjoint",
     "HigherIndexDAE",

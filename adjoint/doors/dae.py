@@ -28,6 +28,7 @@ from .arguments import Times, check_controller, check_precision, check_times, fl
 from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_bounds, initial_values, residual_algebra
 from .event_jumps import jumps_refused
 from .event_times import event_records
+from .forcing import with_knots
 from .parts import NO_EVENTS, Parts, event_list, flat_event, solution_of, strategy_of
 from .progress import progress_monitor
 from .quadrature import first_rate
@@ -137,7 +138,7 @@ def solve_dae(
                 raise InvalidInput(f"{name} has non-finite entries")
     if yp0 is not None:
         user_spec.check(yp0, "yp0", "y0")
-    times = check_times(t_span, t_eval, step_ts, user_spec)
+    times = check_times(t_span, t_eval, with_knots(step_ts, args, [fun, quadrature], user_spec.device), user_spec)
     chosen = method_for(times, chosen, DAE_METHODS["radau"], False)
     guessed = yp0 is None
     if guessed and consistent == "slopes":

@@ -40,6 +40,7 @@ from .dae_arguments import dae_failure
 from .event_jumps import jumps_refused
 from .event_times import event_records
 from .failures import raise_failure
+from .forcing import with_knots
 from .mass_matrix import consistent_start, implicit_method, in_step, with_mass, with_matrix, without_last
 from .parts import NO_EVENTS, Parts, event_list, flat_event, solution_of, strategy_of
 from .prepared import asked
@@ -235,6 +236,7 @@ def solve_ivp(
             quadrature = with_matrix(quadrature, mass, y0, batched)
         fun, args, events = with_matrix(fun, mass, y0, batched), (*args, mass), without_last(events)
     right_hand_side, state, integrand = fun, y0, None
+    step_ts = with_knots(step_ts, args, [*_pieces(fun), quadrature], user_spec.device)
     times = check_times(t_span, t_eval, step_ts, user_spec)
     check_jumps(chosen, step_ts)
     chosen = method_for(times, chosen, METHODS["kvaerno5" if chosen.implicit else "tsit5"], mass is None)

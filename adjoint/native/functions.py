@@ -52,7 +52,7 @@ def user_functions(
 
 def _texts(writer: _Writer, width: int, events: Sequence[Reading], method: Compiled, mass: Reading | None) -> UserFunctions:
     reading, own = writer.reading, writer.own
-    loops = rolled(reading.graph, reading.outputs, _leaf, _cotangent, writer.shared, ("t", "y", "a"), entry_name="J[PATTERN[{}]]".format)
+    loops = rolled(reading.graph, reading.outputs, _leaf, _cotangent, writer.shared, ("t", "y", "a"), entry_name="jy[PATTERN[{}]]".format)
     texts = writer.straight() if loops is None else writer.loops(loops)
     tables = "" if loops is None else loops.tables
     nonzero: Collection[tuple[int, int]] = ()
@@ -124,12 +124,12 @@ class _Writer:
 
     def jacobian(self, loops: Rolled | None) -> tuple[str, Collection[tuple[int, int]]]:
         """``jac``, and rows and columns of its entries."""
-        zero, signature = self.graph.constant(0.0), "const S* y, S* J, S* slope"
+        zero, signature = self.graph.constant(0.0), "const S* y, S* jy, S* slope"
         if loops is not None and loops.jac and not self.timed:
             clear = f"for (int i = 0; i < {len(self.reading.outputs)}; i++) slope[i] = K(R(0));\n"
             return self.function("jac", signature, clear + loops.jac), loops.pattern
         entries, slopes = self._slopes()
-        targets: list[Target | Scatter] = [(f"J[{i * self.width + j}]", node, "=") for (i, j), node in entries.items()]
+        targets: list[Target | Scatter] = [(f"jy[{i * self.width + j}]", node, "=") for (i, j), node in entries.items()]
         targets += [(f"slope[{i}]", slopes.get(i, zero), "=") for i in range(len(self.reading.outputs))]
         return self._written("jac", signature, targets), entries
 

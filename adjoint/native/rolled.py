@@ -77,7 +77,7 @@ def rolled(
     kinds: Collection[str] = ("y", "a"),
     output_name: Callable[[str], str] = "o[{}]".format,
     seed_name: Callable[[str], str] = "v[{}]".format,
-    entry_name: Callable[[str], str] = "J[{}]".format,
+    entry_name: Callable[[str], str] = "jy[{}]".format,
 ) -> Rolled | None:
     """Functions that compute outputs and their derivatives in loops; None where that is not shorter.
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Home", "closed_over", "parameter_homes"]
+__all__ = ["Home", "closed_over", "held_by", "parameter_homes"]
+
+T = TypeVar("T")
 
 #: where a captured tensor was found: a module and the name of its parameter
 Home = tuple[torch.nn.Module, str]
@@ -24,7 +26,7 @@ def parameter_homes(functions: Iterable[Any], captured: Sequence[Tensor]) -> lis
     """
     wanted = {id(x): i for i, x in enumerate(captured)}
     homes: list[Home | None] = [None] * len(captured)
-    for module in _modules(functions) if wanted else ():
+    for module in held_by(functions, torch.nn.Module) if wanted else ():
         for owner in module.modules():
             for name, parameter in owner._parameters.items():
                 i = wanted.get(id(parameter))
@@ -33,15 +35,16 @@ def parameter_homes(functions: Iterable[Any], captured: Sequence[Tensor]) -> lis
     return homes
 
 
-def _modules(functions: Iterable[Any]) -> Iterator[torch.nn.Module]:
-    """Modules that functions are, are bound to, or hold: in closures, defaults, arguments of partials, attributes, and by a global name."""
+def held_by(functions: Iterable[Any], kind: type[T]) -> Iterator[T]:
+    """The objects of a kind that functions are, are bound to, or hold: in closures, defaults, arguments of partials, attributes, and by a
+    global name."""
     todo, seen = [(f, 0) for f in functions], set()
     while todo:
         thing, depth = todo.pop()
         if id(thing) in seen or depth > 3:
             continue
         seen.add(id(thing))
-        if isinstance(thing, torch.nn.Module):
+        if isinstance(thing, kind):
             yield thing
         else:
             todo.extend((part, depth + 1) for part in _parts(thing))

@@ -1,0 +1,154 @@
+"""``Forcing``: an input by a table, whose knots are ends of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import register_pytree_node, tree_leaves
+
+from ..errors import InvalidInput
+from ..system.capture import readable
+from ..system.homes import held_by
+from .arguments import as_times
+from .rows import wide
+
+__all__ = ["Forcing", "with_knots"]
+
+KINDS = ("constant", "linear", "cubic")
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Forcing:
+    """An input by a table: a function of the time for use in ``fun``, ``forcing(t)``.
+
+    Steps of a solve end at its knots, whether it is in ``args`` or captured by ``fun``, so that none goes over a jump or a kink. Knots and
+    values are differentiated, those of jumps too. Beyond the table it has its first and last values.
+
+    Parameters
+    ----------
+    times : Tensor or sequence of numbers
+        Knots ``(K,)``, increasing; of linear tables two may be equal, where it jumps. ``(K, B)``: of each trajectory its own.
+    values : Tensor or sequence
+        ``(K, ...)``, with knots of each trajectory ``(K, B, ...)``.
+    kind : "constant", "linear" or "cubic"
+        "constant" holds a value from its knot on to the next one (a schedule of switches); "cubic" is the natural spline.
+
+    Raises
+    ------
+    InvalidInput
+    """
+
+    knots: Tensor
+    levels: Tensor
+    kind: str
+    bends: Tensor | None
+
+    def __init__(self, times: Any, values: Any, kind: str = "linear") -> None:
+        if kind not in KINDS:
+            raise InvalidInput(f"kind of a Forcing must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+        values = as_times(values, "values of a Forcing")
+        times = as_times(times, "times of a Forcing", values.device)
+        least = 1 if kind == "constant" else 2
+        if times.dim() not in (1, 2) or len(times) < least or values.shape[: times.dim()] != times.shape:
+            raise InvalidInput(
+                f"times of a Forcing must be (K,) or (K, B), at least {least}, and values (K, ...) or (K, B, ...): got "
+                f"{tuple(times.shape)} and {tuple(values.shape)}"
+            )
+        gaps = times.detach().diff(dim=0)
+        if readable(gaps) and not bool((gaps >= 0 if kind == "linear" else gaps > 0).all()):
+            raise InvalidInput("times of a Forcing must increase")
+        values = values if values.is_floating_point() or values.is_complex() else values.to(torch.float64)
+        times = times.to(values.dtype.to_real())
+        self._set(*(x.movedim(1, 0) if times.dim() == 2 else x for x in (times, values)), kind, None)
+        if kind == "cubic":
+            self._set(self.knots, self.levels, kind, _bends(self.knots, self.levels))
+
+    def _set(self, knots: Tensor, levels: Tensor, kind: str, bends: Tensor | None) -> None:
+        for name, value in (("knots", knots), ("levels", levels), ("kind", kind), ("bends", bends)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def times(self) -> Tensor:
+        """The knots ``(K,)`` or ``(K, B)``."""
+        return self.knots if self.knots.dim() == 1 else self.knots.movedim(0, 1)
+
+    @property
+    def values(self) -> Tensor:
+        """The values there."""
+        return self.levels if self.knots.dim() == 1 else self.levels.movedim(0, 1)
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """The input at ``t``: of 0-d ``t`` ``(...)``, of ``(B,)`` ``(B, ...)``."""
+        last = self.knots.shape[-1] - (1 if self.kind == "constant" else 2)
+        if self.knots.dim() == 1:
+            i = (torch.searchsorted(self.knots.detach(), t.detach().contiguous(), right=True) - 1).clamp(0, last)
+        else:
+            i = ((t.detach().unsqueeze(-1) >= self.knots.detach()).sum(-1) - 1).clamp(0, last)
+
+        def at(table: Tensor, k: int) -> Tensor:
+            if self.knots.dim() == 1:
+                return table[i + k]
+            return table.gather(1, wide((i + k).unsqueeze(-1), table).expand(-1, 1, *table.shape[2:])).squeeze(1)
+
+        low = at(self.levels, 0)
+        if self.kind == "constant":
+            return low
+        start, end, high = at(self.knots, 0), at(self.knots, 1), at(self.levels, 1)
+        length = end - start
+        length = torch.where(length == 0, 1.0, length)
+        share = ((t - start) / length).clamp(0.0, 1.0)
+        s, r = wide(share, low), wide(1 - share, low)
+        line = low * r + high * s
+        if self.kind == "linear":
+            return line
+        assert self.bends is not None
+        one, other = at(self.bends, 0), at(self.bends, 1)
+        return line + wide(length, low) ** 2 / 6 * ((r**3 - r) * one + (s**3 - s) * other)
+
+
+def _bends(knots: Tensor, levels: Tensor) -> Tensor:
+    """Second derivatives of the natural spline at its knots, like the levels."""
+    along = knots.dim() - 1
+    count = knots.shape[-1]
+    if count < 3:
+        return torch.zeros_like(levels)
+    h = knots.diff(dim=-1)
+    slopes = levels.diff(dim=along) / wide(h, levels)
+    diagonal, beside = (h[..., :-1] + h[..., 1:]) / 3, h[..., 1:-1] / 6
+    matrix = torch.diag_embed(diagonal) + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
+    right = slopes.diff(dim=along)
+    found = torch.linalg.solve(matrix.to(right.dtype), right.reshape(*right.shape[: along + 1], -1)).reshape(right.shape)
+    none = torch.zeros_like(levels.narrow(along, 0, 1))
+    return torch.cat([none, found, none], along)
+
+
+def _flatten(forcing: Forcing) -> tuple[list[Any], tuple[str, bool]]:
+    parts = [forcing.knots, forcing.levels] + ([] if forcing.bends is None else [forcing.bends])
+    return parts, (forcing.kind, forcing.bends is not None)
+
+
+def _unflatten(parts: Iterable[Any], context: tuple[str, bool]) -> Forcing:
+    knots, levels, *bends = parts
+    made = object.__new__(Forcing)
+    made._set(knots, levels, context[0], bends[0] if bends else None)
+    return made
+
+
+register_pytree_node(Forcing, _flatten, _unflatten, serialized_type_name="adjoint.Forcing")
+
+
+def with_knots(step_ts: Any, args: Any, functions: Iterable[Callable[..., Any] | None], device: torch.device) -> Any:
+    """``step_ts`` with the knots of the tables that are in ``args`` or that ``functions`` hold."""
+    named = tree_leaves(args, is_leaf=lambda x: isinstance(x, Forcing))
+    tables = [x for x in (*named, *held_by(functions, Forcing)) if isinstance(x, Forcing)]
+    if not tables:
+        return step_ts
+    distinct = {id(table.knots): table.times for table in tables}
+    every = [*([] if step_ts is None else [as_times(step_ts, "step_ts", device)]), *distinct.values()]
+    every = [x.to(device=device, dtype=torch.float64) for x in every]
+    rows = max((x.shape[1] for x in every if x.dim() == 2), default=0)
+    return torch.cat([x.unsqueeze(-1).expand(-1, rows) if rows and x.dim() == 1 else x for x in every])

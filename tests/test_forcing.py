@@ -1,0 +1,185 @@
+"""Inputs by tables: values against SciPy, solves against closed forms, derivatives in knots and values, everywhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.interpolate
+import torch
+
+import adjoint
+from adjoint import Forcing, solve_dae, solve_ivp
+
+#: all native solves here are
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+
+FINE = {"rtol": 1e-11, "atol": 1e-13}
+TIMES, VALUES = [0.2, 0.5, 0.9, 1.4], [1.0, -0.5, 2.0, 0.3]
+
+
+def values(*numbers):
+    return [torch.tensor(x, requires_grad=True) for x in numbers]
+
+
+def relax(t, y, k, u):
+    return -k * y + u(t).unsqueeze(-1)
+
+
+def response(end, k, times, table, kind):
+    """``int exp(-k (end - s)) u(s) ds`` in closed form for constant and linear tables."""
+    ends = [torch.zeros(()), *times, torch.tensor(end)]
+    levels = [table[0], *table, table[-1]]
+    total = 0.0
+    for j in range(len(ends) - 1):
+        a, b = ends[j], torch.minimum(ends[j + 1], torch.tensor(end))
+        if float(a) >= end:
+            break
+        low = levels[j]
+        slope = torch.zeros(()) if kind == "constant" or j in (0, len(ends) - 2) else (levels[j + 1] - low) / (ends[j + 1] - a)
+        decayed = lambda s, a=a, low=low, slope=slope: (-k * (end - s)).exp() * ((low + slope * (s - a)) / k - slope / k**2)  # noqa: E731
+        total = total + decayed(b) - decayed(a)
+    return total
+
+
+def agree(found, wanted, inputs, tol=1e-9, second=True):
+    assert torch.allclose(found, wanted, rtol=tol, atol=tol)
+    one, other = (
+        torch.autograd.grad(x.sum(), inputs, create_graph=second, retain_graph=True, materialize_grads=True) for x in (found, wanted)
+    )
+    for a, b in zip(one, other, strict=True):
+        assert torch.allclose(a, b, rtol=tol, atol=tol), (one, other)
+    if second:
+        one, other = (
+            torch.autograd.grad(sum((x**2).sum() for x in xs), inputs, retain_graph=True, materialize_grads=True) for xs in (one, other)
+        )
+        for a, b in zip(one, other, strict=True):
+            assert torch.allclose(a, b, rtol=1000 * tol, atol=1000 * tol), (one, other)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("kind", ["constant", "linear", "cubic"])
+def test_values(kind, own):
+    """Against SciPy, within the table and beyond, of one table and of one for each trajectory."""
+    t = torch.linspace(0.0, 1.6, 33)
+    known = {
+        "constant": lambda t: np.array(VALUES)[np.clip(np.searchsorted(TIMES, t, side="right") - 1, 0, 3)],
+        "linear": lambda t: np.interp(t, TIMES, VALUES),
+        "cubic": scipy.interpolate.CubicSpline(TIMES, VALUES, bc_type="natural"),
+    }[kind]
+    wanted = torch.tensor(known(np.clip(t.numpy(), TIMES[0], TIMES[-1])))
+    times, table = torch.tensor(TIMES), torch.tensor(VALUES)
+    if own:
+        times, table = (torch.stack([x] * len(t), 1) for x in (times, table))
+    assert torch.allclose(Forcing(times, table, kind)(t), wanted, atol=1e-14)
+    pairs = torch.stack([table, 2 * table], -1)
+    assert torch.allclose(Forcing(times, pairs, kind)(t), torch.stack([wanted, 2 * wanted], -1), atol=1e-14)
+    if not own:
+        assert torch.allclose(Forcing(TIMES, VALUES, kind)(torch.tensor(0.7)), torch.tensor(float(known(0.7))))
+
+
+@pytest.mark.parametrize("method", ["dopri5", "radau5", "rodas5p", "native dopri5", "native rodas5p"])
+@pytest.mark.parametrize("kind", ["constant", "linear"])
+def test_knots_are_ends_of_steps(kind, method):
+    """Derivatives in knots and values to the second, those of jumps too."""
+    native, method = method.startswith("native"), method.removeprefix("native ")
+    k, times, table = p = values(0.8, TIMES, VALUES)
+    u = Forcing(times, table, kind)
+    sol = solve_ivp(relax, (0.0, 1.2), torch.zeros(1), (k, u), method=method, t_eval=[0.7, 1.2], compile=native, **FINE)
+    wanted = torch.stack([response(t, *p, kind) for t in (0.7, 1.2)])
+    agree(sol.y[:, 0], wanted, p)
+    steps = solve_ivp(relax, (0.0, 1.2), torch.zeros(1), (k, u), method=method, t_eval="steps", **FINE)
+    assert all(bool(((steps.t - t).abs() < 1e-12).any()) for t in TIMES[:3])
+
+
+def test_a_spline():
+    """Its differentiated knots and values, against differences of tight solves."""
+    p = values(0.8, TIMES, VALUES)
+
+    def end(k, times, table):
+        return solve_ivp(relax, (0.0, 1.2), torch.zeros(1), (k, Forcing(times, table, "cubic")), **FINE).y[-1, 0]
+
+    assert torch.autograd.gradcheck(end, p, eps=1e-4, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_tables_of_each_trajectory(native):
+    k = torch.tensor([0.8, 1.1], requires_grad=True)
+    times = torch.stack([torch.tensor(TIMES), torch.tensor(TIMES) + 0.1], 1).requires_grad_()
+    table = torch.stack([torch.tensor(VALUES), -torch.tensor(VALUES)], 1).requires_grad_()
+    fun = lambda t, y, k, u: -k.unsqueeze(-1) * y + u(t).unsqueeze(-1)  # noqa: E731
+    sol = solve_ivp(
+        fun, (0.0, 1.2), torch.zeros(2, 1), (k, Forcing(times, table, "constant")), batched=True, compile=native, method="dopri5", **FINE
+    )
+    wanted = torch.stack([response(1.2, k[i], times[:, i], table[:, i], "constant") for i in (0, 1)])
+    agree(sol.y[-1, :, 0], wanted, [k, times, table])
+
+
+def test_captured():
+    """By a closure or a module, where the times of its jumps are found as well."""
+    k, times, table = p = values(0.8, TIMES, VALUES)
+    u = Forcing(times, table, "constant")
+    agree(
+        solve_ivp(lambda t, y: relax(t, y, k, u), (0.0, 1.2), torch.zeros(1), method="dopri5", **FINE).y[-1, 0],
+        response(1.2, *p, "constant"),
+        p,
+    )
+
+    class Driven(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.input = u
+
+        def forward(self, t, y):
+            return relax(t, y, k, self.input)
+
+    agree(solve_ivp(Driven(), (0.0, 1.2), torch.zeros(1), method="dopri5", **FINE).y[-1, 0], response(1.2, *p, "constant"), p)
+
+
+def test_implicit_equations_and_mass_matrices():
+    k, times, table = p = values(0.8, TIMES, VALUES)
+    u = Forcing(times, table, "constant")
+    wanted = response(1.2, *p, "constant")
+    dae = solve_dae(lambda t, y, yp, k, u: yp - relax(t, y, k, u), (0.0, 1.2), torch.zeros(1), args=(k, u), **FINE)
+    agree(dae.y[-1, 0], wanted, p, second=False)
+    for method in ("radau5", "rodas5p"):
+        mass = solve_ivp(relax, (0.0, 1.2), torch.zeros(1), (k, u), mass_matrix=torch.eye(1), method=method, **FINE)
+        agree(mass.y[-1, 0], wanted, p, second=False)
+
+
+def test_between_events():
+    """Knots end steps in every round."""
+    k, times, table = p = values(0.8, TIMES, VALUES)
+    event = adjoint.Event(lambda t, y, k, u: t - 0.6, reset=lambda t, y, k, u: y + 1.0)
+    sol = solve_ivp(relax, (0.0, 1.2), torch.zeros(1), (k, Forcing(times, table, "constant")), events=event, method="dopri5", **FINE)
+    agree(sol.y[-1, 0], response(1.2, *p, "constant") + (-k * 0.6).exp(), p)
+
+
+def test_vmap_and_user_jumps():
+    k, times = torch.tensor(0.8), torch.tensor(TIMES)
+    tables = torch.tensor([VALUES, [1.0, 1.0, 1.0, 1.0]])
+    end = lambda v: solve_ivp(relax, (0.0, 1.2), torch.zeros(1), (k, Forcing(times, v, "constant")), step_ts=[0.3], **FINE).y[-1, 0]  # noqa: E731
+    found = torch.vmap(end)(tables)
+    assert torch.allclose(found, torch.stack([response(1.2, k, times, v, "constant") for v in tables]), atol=1e-9)
+    assert torch.allclose(torch.func.jacrev(end)(tables[0]), torch.func.jacfwd(end)(tables[0]), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Forcing([0.0, 1.0], [1.0, 2.0], "square"), "kind"),
+        (lambda: Forcing([1.0, 0.0], [1.0, 2.0]), "increase"),
+        (lambda: Forcing([0.0, 1.0], [1.0]), "values"),
+        (lambda: Forcing([0.0], [1.0]), "at least 2"),
+        (lambda: Forcing([0.0, 0.0], [1.0, 2.0], "constant"), "increase"),
+    ],
+)
+def test_wrong_tables(make, match):
+    with pytest.raises(adjoint.InvalidInput, match=match):
+        make()
+
+
+def test_a_linear_table_that_jumps():
+    u = Forcing([0.0, 0.5, 0.5, 1.0], [0.0, 1.0, 3.0, 3.0])
+    assert u(torch.tensor([0.25, 0.5, 0.75])).tolist() == [0.5, 3.0, 3.0]
+    sol = solve_ivp(lambda t, y, u: u(t).reshape(1), (0.0, 1.0), torch.zeros(1), (u,), **FINE)
+    assert abs(float(sol.y[-1, 0]) - 1.75) < 1e-12
