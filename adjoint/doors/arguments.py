@@ -72,7 +72,7 @@ def check_method(method: str | Method) -> Method:
 
 def check_controller(method: Method, controller: PIDController | None) -> None:
     """Raise `UnsupportedCombination` for a controller that the method would not ask."""
-    if controller is not None and getattr(method, "multistep", False):
+    if controller is not None and method.multistep:
         raise UnsupportedCombination(
             f"controller= with {method.name!r}, which chooses its order and steps together, is not supported: leave it out"
         )
@@ -277,7 +277,7 @@ def check_times(t_span: Any, t_eval: Any, step_ts: Any, spec: StateSpec) -> Time
 def method_for(times: Times, chosen: Method, one_step: Method, explicit: bool = True) -> Method:
     """The method, or ``one_step`` in the place of a multistep one over a span of no length: that takes the step of no length that gives
     the derivatives in the times. ``explicit``: whether ``fun`` is the slope, which is known then though no step is taken."""
-    multistep = getattr(chosen, "multistep", False)
+    multistep = chosen.multistep
     moving = any(moves(x) for x in (times.anchors, times.samples) if x is not None)
     if not (multistep or (moving and not explicit)):
         return chosen

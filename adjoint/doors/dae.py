@@ -186,7 +186,7 @@ def solve_dae(
         tolerances=tolerances,
         bounds=initial_bounds(y0_bounds, user_spec, y0, sum(spec.sizes), consistent),
     )
-    if getattr(chosen, "multistep", False) and algebra.structure is not None and algebra.structure.index > 1:
+    if chosen.multistep and algebra.structure is not None and algebra.structure.index > 1:
         raise HigherIndexDAE(
             f"{chosen.name!r} is for equations of index 0 and 1, and these are of index {algebra.structure.index} at the start: give "
             "method='radau', or adjoint.reduce_index makes one of index 1 of them"

@@ -49,7 +49,7 @@ def check_dae_method(method: str | Method) -> Method:
         if method not in DAE_METHODS:
             raise InvalidInput(f"there is no method {method!r} for implicit equations; choose one of {', '.join(sorted(DAE_METHODS))}")
         return DAE_METHODS[method]
-    if not getattr(method, "residual", False):
+    if not method.residual:
         raise InvalidInput(f"method must be one of {', '.join(sorted(DAE_METHODS))} or a method object for residuals, got {method!r}")
     return method
 

@@ -43,11 +43,11 @@ def implicit_method(method: str | Method, options: dict[str, Any]) -> str:
 def in_step(method: str | Method, mass: Any) -> bool:
     """Whether the method takes the matrix into its own steps; raises for one that varies, which it cannot take."""
     chosen = METHODS.get(method) if isinstance(method, str) else method
-    if mass is None or not getattr(chosen, "takes_mass", False):
+    if mass is None or chosen is None or not chosen.takes_mass:
         return False
     if callable(mass) and not isinstance(mass, Tensor):
         raise UnsupportedCombination(
-            f"{chosen.name!r} takes a constant mass_matrix, a tensor: for one that depends on time or state give method='radau5' or 'bdf'"  # type: ignore[union-attr]
+            f"{chosen.name!r} takes a constant mass_matrix, a tensor: for one that depends on time or state give method='radau5' or 'bdf'"
         )
     return True
 

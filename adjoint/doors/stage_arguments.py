@@ -170,7 +170,7 @@ def warn_of_lost_time(
     So it is where ``fun`` reads the time as a number (``t.item()``, a table of NumPy's). ``ends`` (B,) and ``states`` (B, n): two places at
     which to look, start and end of the solve.
     """
-    if not getattr(problem.plan.method, "needs_time_slope", False) or problem.native.recognised is not None or functorch_active():
+    if not problem.plan.method.needs_time_slope or problem.native.recognised is not None or functorch_active():
         return
     if not n_steps.numel() or int(n_steps.max()) < _LONG:
         return

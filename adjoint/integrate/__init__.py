@@ -25,6 +25,7 @@ from .recording import Recording
 from .residual import ResidualSolver
 from .stages import StageSolver
 from .timeline import TimelineOfMany, TimelineOfOne
+from .work import Equations
 
 __all__ = [
     "AdamsSolver",
@@ -86,11 +87,11 @@ def integrate(
             record = replace(record, n_fun=record.n_fun + count)
             if bool(doubtful.any()):
                 record = integrate_paired(f, plan, anchors, t_eval, y0, beside, record, doubtful)
-    elif batched or isinstance(f, (StageSolver, ResidualSolver)):
+    elif batched or isinstance(f, Equations):
         record = _of_many(f, plan, anchors, t_eval, y0, inputs, beside)
     else:
         return _of_one(f, plan, anchors, t_eval, y0, inputs, shape, recording, beside)
-    if not isinstance(f, (StageSolver, LoneStages, ResidualSolver, MultistepSolver)):
+    if not isinstance(f, Equations):
         return record
     work = f.work
     # where the iteration failed to the last, its NaN are its own

@@ -22,7 +22,7 @@ from .newton import iterate
 from .numbers import less
 from .plan import Plan, rms_norm
 from .stages import MOST, TOLERANCE, tolerances_of_stages
-from .work import StageWork
+from .work import Equations, StageWork
 
 __all__ = ["LoneStages", "row_norm", "solved"]
 
@@ -46,7 +46,7 @@ def solved(factors: Factorization, b: Tensor) -> Tensor:
     return factors.solve(b.reshape(1, -1)).reshape(b.shape)
 
 
-class LoneStages:
+class LoneStages(Equations):
     """`StageEquations` and `CoupledEquations` for one trajectory: the iterations of `StageSolver`, in the same order.
 
     States have the shape ``(n,)`` or ``(1, n)`` in which the loop carries them, and sizes of steps are floats. Arguments as for
@@ -67,7 +67,7 @@ class LoneStages:
         self.device, self.log, self.norm = device, Log(), row_norm(plan)
         self.n_fun = self.n_jac = self.n_factorizations = self.n_solves = self.n_newton = 0
         #: methods that weigh ``f_t`` get it with the Jacobian, where that is not the user's own
-        self._timed = getattr(plan.method, "needs_time_slope", False)
+        self._timed = plan.method.needs_time_slope
         self._matrix: Matrix | None = None
         #: its entries, where it is a small dense one
         self._entries: np.ndarray | None = None

@@ -113,11 +113,16 @@ class _Newton:
 class _Trial:
     """See `Trial`: the table of differences behind the step, made when it is first asked for, and the stages."""
 
-    __slots__ = ("_stages", "bad", "count", "d", "error", "extra", "h", "hopeless", "order", "passed", "scale", "size", "table", "y")
+    __slots__ = ("T", "_stages", "bad", "count", "d", "error", "h", "hopeless", "order", "passed", "scale", "size", "table", "y")
 
     def __init__(self, y: Tensor, d: Tensor, converged: bool, count: int, order: int, h: float) -> None:
         self.y, self.d, self.bad, self.count, self.order, self.h = y, d, not converged, count, order, h
         self.hopeless, self._stages = False, None
+
+    @property
+    def extra(self) -> Tensor:
+        """See `Trial`."""
+        return torch.from_numpy(np.concatenate([[self.order], self.T.ravel()]))
 
     def stages(self) -> Sequence[Tensor]:
         """(6, ...): the differences behind the state up to the order, and the correction, over ``h``."""
@@ -170,8 +175,9 @@ class LoneBdf:
         self.T = matrix @ self.T
         self.equal = 0
 
-    def fit(self, step: float, size: float, running: bool) -> float:
+    def fit(self, step: float, h: float, running: bool) -> float:
         """See `Stepper.fit`."""
+        size = abs(h)
         if size != step:
             self._change(size / step)
         return size
@@ -193,11 +199,11 @@ class LoneBdf:
         trial.passed = converged and trial.error <= 1.0
         if trial.passed:
             trial.table = torch.addr(torch.mm(S, self.D), s, trial.d)
-            trial.extra = torch.from_numpy(np.concatenate([[order], self.T.ravel()]))
+            trial.T = self.T
         return trial
 
     def follow(
-        self, step: Attempt, trial: _Trial, size: float, accepted: bool, again: bool, aim: float | None, going: bool, restart: bool
+        self, step: Attempt, trial: _Trial, size: float, accepted: bool, again: bool, aim: float | None, going: bool, landed: bool
     ) -> float:
         """See `Stepper.follow`."""
         if again:
@@ -212,7 +218,7 @@ class LoneBdf:
         else:
             self.y, self._size, self.D, self.T = trial.y, trial.size, trial.table, self._eye
             self.equal += 1
-            if restart:
+            if landed and going:
                 # behind a discontinuity the differences say nothing
                 self.D[2:], self.T = 0.0, np.diag([1.0, 1.0] + [0.0] * (SIZE - 2))
                 self.order, self.equal, factor = 1, 0, 0.1

@@ -81,7 +81,7 @@ class Companion:
         self.f, self.plan, self._beside, self._shape, self._flat = f, plan, beside, like.shape, flat
         method = plan.method
         #: the explicit part, which must not be stiff, and the implicit one
-        self._split: tuple[Flat, Flat] | None = (f.explicit, f.f) if getattr(method, "additive", False) else None
+        self._split: tuple[Flat, Flat] | None = (f.explicit, f.f) if method.additive else None
         self._interval: float = math.inf if method.implicit and self._split is None else method.interval  # type: ignore[attr-defined]
         eps = torch.finfo(plan.real).eps
         self._shift = eps**0.4

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import Factorization, LinearOperator
-from ..methods.runge_kutta import weighted_sum
+from ..methods.sums import weighted_sum
 from ..methods.tableaux_implicit import CollocationTableau, Mode
 from .guesses import StageGuess
 from .matrices import complex_shifted

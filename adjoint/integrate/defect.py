@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..methods import Method
-from ..methods.runge_kutta import weighted_sum
+from ..methods.sums import weighted_sum
 from .plan import Plan
 
 __all__ = ["NARROW", "NOISE", "Constrained", "Point", "inner_error", "points_of"]

@@ -94,8 +94,8 @@ class Stepper(Protocol):
         """The size (positive) of the first step; who has a way to go; who cannot because its state is not finite."""
         ...
 
-    def fit(self, step: Measure, size: Measure, running: Decision) -> Measure:
-        """The next step is not to have the size ``step``, as was said, but ``size``."""
+    def fit(self, step: Measure, h: Measure, running: Decision) -> Measure:
+        """The next step is not to have the size ``step``, as was said, but that of ``h``."""
         ...
 
     def attempt(self, step: Attempt) -> Any:
@@ -103,10 +103,10 @@ class Stepper(Protocol):
         ...
 
     def follow(
-        self, step: Attempt, trial: Any, size: Measure, accepted: Decision, again: Decision, aim: Any, going: Decision, restart: Decision
+        self, step: Attempt, trial: Any, size: Measure, accepted: Decision, again: Decision, aim: Any, going: Decision, landed: Decision
     ) -> Measure:
         """Take over what was ``accepted``; the size of the next step, after one of this ``size``. ``again``: those that are taken once
-        more, up to ``aim``, which is no fault of theirs; ``going``: who has a way to go; ``restart``: who stands on an inner anchor."""
+        more, up to ``aim``, which is no fault of theirs; ``going``: who has a way to go; ``landed``: who stands on an anchor."""
         ...
 
     def evaluations(self, attempts: Any) -> Any:
@@ -167,7 +167,7 @@ class Walk:
             end = choose(cut & running, target, t + h)
             lands = cut if aiming is None else cut & negated(aiming)
             before = (line.every or lands & line.inner(segment)) if jumps else False
-            step = stepper.fit(step, abs(h), running)
+            step = stepper.fit(step, h, running)
             attempts = attempts + running
             y, attempt = stepper.y, Attempt(t, h, end, segment, lands, running, aimed.size, cut, behind, before)
             each.step(t, y, h)
@@ -212,7 +212,7 @@ class Walk:
                         part.detach()
             n_accepted = n_accepted + accepted
             aim = None if events is None else events.aim
-            step = stepper.follow(attempt, trial, step, accepted, again, aim, running, landed & running)
+            step = stepper.follow(attempt, trial, step, accepted, again, aim, running, landed)
         return Ended(t, stepper.y, stepper.scaled, step, segment, attempts, n_accepted, status, running)
 
     def cut_back(self, ended: Ended) -> Ended:

@@ -13,7 +13,7 @@ from .loop import Attempt, Walk
 from .numbers import Decision, Measure
 from .plan import Plan, Record, shifted_times
 from .timeline import TimelineOfMany
-from .work import StageWork
+from .work import Equations
 
 __all__ = ["MultistepSolver", "Outcome", "Predicted", "solve_multistep"]
 
@@ -63,14 +63,12 @@ class _Trial:
         """See `Trial.detach`: no solve of many is recorded."""
 
 
-class MultistepSolver(ABC):
+class MultistepSolver(Equations, ABC):
     """A multistep method at work: it holds the history of every trajectory, the first row of the table ``D`` (M, B, n) its state."""
 
     f: Callable[[Tensor, Tensor], Tensor]
     plan: Plan
     D: Tensor
-    work: StageWork
-    stuck: Tensor
     #: see `Stepper.rate`
     rate = 0.0
 
@@ -118,8 +116,9 @@ class MultistepSolver(ABC):
         broken = ~torch.isfinite(self._y0).all(-1)
         return torch.where(broken, 0.0, self._first), self._line.start != self._line.end, broken
 
-    def fit(self, step: Tensor, size: Tensor, running: Tensor) -> Tensor:
+    def fit(self, step: Tensor, h: Tensor, running: Tensor) -> Tensor:
         """See `Stepper.fit`."""
+        size = h.abs()
         differs = running & (size != step)
         if not bool(differs.any()):
             return step
@@ -145,10 +144,10 @@ class MultistepSolver(ABC):
         again: Decision,
         aim: Tensor | None,
         going: Tensor,
-        restart: Tensor,
+        landed: Tensor,
     ) -> Measure:
         """See `Stepper.follow`."""
-        end, line = step.end.to(self.plan.real), self._line
+        end, line, restart = step.end.to(self.plan.real), self._line, landed & going
         after = shifted_times([end], [0.0], step.before, False, line.sign)[0] if line.jumps else end
         self.accept(trial.found, accepted, restart, after)
         solved = trial.found.solved

@@ -20,10 +20,9 @@ from .numbers import Decision, Measure, absent, choose, larger
 from .plan import Plan, shifted_times
 from .record import evaluations_of_attempt
 from .recording import Recording
-from .residual import ResidualSolver
 from .spread import widened
-from .stages import StageSolver
 from .timeline import TimelineOfMany, TimelineOfOne
+from .work import Equations
 
 __all__ = ["OneStepOfMany", "OneStepOfOne"]
 
@@ -78,6 +77,7 @@ class _OneStep:
 
     def __init__(self, f: Any, plan: Plan, y0: Tensor, beside: Beside | None, flat: Sequence[int] | None) -> None:
         self.f, self.plan, self.y = f, plan, y0
+        self._equations = f if isinstance(f, Equations) else None
         self.scaled: Tensor | None = None
         self.companion = companion_of(f, plan, beside, y0, flat)
         self._memory: tuple[Measure, Measure] = (1.0, 1.0)
@@ -88,7 +88,7 @@ class _OneStep:
         """See `Stepper.rate`."""
         return 0.0 if self.companion is None else self.companion.rate
 
-    def fit(self, step: Measure, size: Measure, running: Decision) -> Measure:
+    def fit(self, step: Measure, h: Measure, running: Decision) -> Measure:
         """See `Stepper.fit`: every step stands for itself."""
         return step
 
@@ -117,7 +117,6 @@ class OneStepOfOne(_OneStep):
         self._adaptive, self._implicit, self._nodes = method.adaptive, method.implicit, method.nodes
         self._cost, self._asks_end, self._n_stages = method.evaluations, method.error_uses_end, method.n_stages
         self._ends_stages = method.end_index == method.n_stages - 1
-        self._iterates = hasattr(f, "stuck")
 
     def begin(self) -> tuple[float, bool, bool]:
         """See `Stepper.begin`."""
@@ -175,12 +174,12 @@ class OneStepOfOne(_OneStep):
             quiet = error <= QUIET and not (step.cut and abs(h) < 0.5 * step.size)
             if companion.due(quiet, abs(h)):
                 error = max(error, companion.error_of_one(times, h, y, k1, y1, parts, scaled, quiet))
-        stalled = f.stuck if self._iterates else None
+        stalled = None if self._equations is None else self._equations.stuck
         trial.judged(judge_step(plan, error, t, abs(h), step.size, step.cut, self._rejected, self._memory, stalled))
         return trial
 
     def follow(
-        self, step: Attempt, trial: _Trial, size: float, accepted: bool, again: bool, aim: float | None, going: bool, restart: bool
+        self, step: Attempt, trial: _Trial, size: float, accepted: bool, again: bool, aim: float | None, going: bool, landed: bool
     ) -> float:
         """See `Stepper.follow`."""
         self._n_fun += trial.n_fun
@@ -221,7 +220,7 @@ class OneStepOfMany(_OneStep):
         super().__init__(f, plan, y0, beside, None)
         self._line, self._dense = line, dense
         self._width = 0 if plan.method.implicit else y0.shape[-1]
-        self._constrained = bool(getattr(f, "constrained", False))
+        self._constrained = self._equations is not None and self._equations.constrained
         self._span = (line.end - line.start).abs()
         self._begun = 0
 
@@ -231,24 +230,19 @@ class OneStepOfMany(_OneStep):
     def begin(self) -> tuple[Tensor, Tensor, Tensor]:
         """See `Stepper.begin`."""
         plan, line, y0, f = self.plan, self._line, self.y, self.f
-        t0, stops, sign, adaptive = line.start, line.anchors, line.sign, plan.method.adaptive
-        proposed = None
-        if isinstance(f, ResidualSolver):
-            self._k1, proposed = f.start(stops, sign, y0)
-        else:
-            self._k1 = f(shifted_times([t0.to(plan.real)], [0.0], plan.shift == "all", False, sign)[0], y0)
-            self._begun = 1
+        t0, stops, sign = line.start, line.anchors, line.sign
+        time, equations = shifted_times([t0.to(plan.real)], [0.0], line.every, False, sign)[0], self._equations
+        self._k1, self._begun = (f(time, y0), 1) if equations is None else equations.slope_at_start(stops, sign, time, y0)
         if plan.first_step is not None:
             step = torch.zeros_like(t0) + plan.first_step
-        elif adaptive and proposed is not None:
-            step = proposed.clamp(min=plan.min_step)
-        elif adaptive and isinstance(f, StageSolver) and f.mass_matrix is not None:
-            step = f.first_step(stops, sign, y0).clamp(min=plan.min_step)
-        elif adaptive:
-            step = initial_step(f, plan, stops, y0, self._k1, sign).clamp(min=plan.min_step)
-            self._begun += 1
-        else:
+        elif not plan.method.adaptive:
             step = torch.full_like(t0, float("inf"))
+        else:
+            found = None if equations is None else equations.first_step(stops, sign, y0)
+            if found is None:
+                found = initial_step(f, plan, stops, y0, self._k1, sign)
+                self._begun += 1
+            step = found.clamp(min=plan.min_step)
         level = torch.ones_like(t0, dtype=torch.float32)
         self._memory = level, level
         self._rejected = torch.zeros_like(t0, dtype=torch.bool)
@@ -281,7 +275,8 @@ class OneStepOfMany(_OneStep):
             # kept for the message of a failure, which is found when the next attempt would be made
             assert self.scaled is not None
             self.scaled = torch.where(self._spread(step.running), scaled, self.scaled)
-            verdict = judge_step(plan, error, t, h.abs(), step.size, step.cut, self._rejected, self._memory, getattr(f, "stuck", None))
+            stalled = None if self._equations is None else self._equations.stuck
+            verdict = judge_step(plan, error, t, h.abs(), step.size, step.cut, self._rejected, self._memory, stalled)
             trial.judged(verdict if self.companion is None else self._accompanied(step, times, y1, verdict))
         else:
             # without an error estimate the state itself says when it stops being finite
@@ -324,7 +319,7 @@ class OneStepOfMany(_OneStep):
         again: Decision,
         aim: Tensor | None,
         going: Tensor,
-        restart: Tensor,
+        landed: Tensor,
     ) -> Tensor:
         """See `Stepper.follow`."""
         plan, f, line = self.plan, self.f, self._line
@@ -336,12 +331,11 @@ class OneStepOfMany(_OneStep):
             jumped = accepted & step.before
             end = torch.where(accepted, step.end, step.t)
             time = shifted_times([end.to(plan.real)], [0.0], jumped, False, line.sign)[0]
-            if isinstance(f, ResidualSolver):
-                segment = line.behind(step.segment, accepted & step.lands)[0]
-                room = (line.target(segment) - end).abs()
-                slope = f.behind_jumps(jumped, time, y, slope, line.sign, torch.where(room > 0, room, self._span))
-            else:
+            if self._equations is None:
                 slope = torch.where(self._spread(jumped), f(time, y), slope)
+            else:
+                room = (line.target(line.behind(step.segment, accepted & step.lands)[0]) - end).abs()
+                slope = self._equations.slope_behind(jumped, time, y, slope, line.sign, torch.where(room > 0, room, self._span))
         self._k1 = torch.where(column, slope, self._k1)
         self.y = y
         if not plan.method.adaptive:

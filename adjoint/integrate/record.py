@@ -221,6 +221,6 @@ def evaluations_of_attempt(plan: Plan, dense: bool, jumps: bool) -> int:
     if method.implicit:
         # the slope at the end, and what the step evaluates beside its iterations, which count their own; so does the slope behind a jump
         # where it takes an iteration
-        return (method.end_index is None) + method.evaluations + (jumps and not getattr(method, "residual", False))
+        return (method.end_index is None) + method.evaluations + (jumps and not method.residual)
     each = method.n_stages if method.end_index is None or method.end_index == method.n_stages else method.n_stages - 1
     return each + (method.extra_evaluations if dense else 0) + jumps

@@ -14,7 +14,7 @@ from .coupled import solve_coupled
 from .guesses import StageGuess
 from .plan import Plan
 from .stages import SEARCHES
-from .work import StageWork
+from .work import Equations, StageWork
 
 __all__ = ["NEWTON", "ResidualSolver", "power_of"]
 
@@ -29,7 +29,7 @@ def power_of(index: Tensor | None, real: torch.dtype) -> Tensor | None:
     return None if index is None or not bool((index > 1).any()) else (index - 1).clamp(min=0).to(real)
 
 
-class ResidualSolver:
+class ResidualSolver(Equations):
     """`CoupledEquations` for ``F(t, y, y') = 0``, with the matrices ``E = F_y'`` and ``G = F_y`` at the start of each step.
 
     The iteration and its convergence test are those of `solve_coupled`. Equations are scaled by rows, so their units do not count.
@@ -100,8 +100,17 @@ class ResidualSolver:
         width = torch.full_like(t, 1e-3, dtype=torch.float64) * t.abs().clamp(min=1.0)
         return self.slope(t, y, torch.ones_like(width), width)[0]
 
-    def behind_jumps(self, jumped: Tensor, t: Tensor, y: Tensor, slope: Tensor, sign: Tensor, room: Tensor) -> Tensor:
-        """``slope``, and in rows that have ``jumped`` the one behind the jump: as at a start, with ``room`` (B,) up to the next jump."""
+    def slope_at_start(self, stops: Tensor, sign: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, int]:
+        """See `Equations.slope_at_start`."""
+        slope, self._first = self.start(stops, sign, y)
+        return slope, 0
+
+    def first_step(self, stops: Tensor, sign: Tensor, y: Tensor) -> Tensor | None:
+        """See `Equations.first_step`."""
+        return self._first
+
+    def slope_behind(self, jumped: Tensor, t: Tensor, y: Tensor, slope: Tensor, sign: Tensor, room: Tensor) -> Tensor:
+        """See `Equations.slope_behind`: as at a start."""
         if not bool(jumped.any()):
             return slope
         return torch.where(jumped.unsqueeze(-1), self.slope(t, y, sign, 1e-3 * room, jumped)[0], slope)

@@ -15,7 +15,7 @@ from .matrices import jacobian_at, mass_product, shifted, tangent
 from .newton import iterate
 from .numbers import less
 from .plan import Plan
-from .work import StageWork
+from .work import Equations, StageWork
 
 __all__ = ["LOOSEST", "MOST", "SEARCHES", "TOLERANCE", "StageSolver", "tolerances_of_stages"]
 
@@ -47,7 +47,7 @@ def _between(value: float | Tensor, low: float, high: float) -> float | Tensor:
     return max(min(value, high), low)
 
 
-class StageSolver:
+class StageSolver(Equations):
     """A flat right-hand side with `implicit`: simplified Newton iterations with the Jacobian at the start of the step.
 
     The iteration ends when its error, estimated from the rate of convergence, is below ``tolerance`` in units of the error tolerance
@@ -167,21 +167,23 @@ class StageSolver:
         """See `StageEquations` and `CoupledSystem`."""
         return mass_product(self.mass_matrix, v)
 
-    def first_step(self, stops: Tensor, sign: Tensor, y0: Tensor) -> Tensor:
+    def first_step(self, stops: Tensor, sign: Tensor, y: Tensor) -> Tensor | None:
         """Size ``(B,)`` of the first step of ``M y' = f`` (in which ``f`` is no slope), by the rule of `ResidualSolver.start`.
 
         The slope is that of a linearly implicit Euler step in which nothing changes by more than a hundredth of its tolerance.
         """
+        if self.mass_matrix is None:
+            return None
         plan, t0 = self.plan, stops[0].to(self.plan.real)
         span = (stops[-1] - stops[0]).abs()
-        size = y0.abs() * plan.rtol + plan.atol
+        size = y.abs() * plan.rtol + plan.atol
         width = speed = 1e-3 * span
         # rows that are through stay as they are, so that none depends on the others
         going = torch.ones_like(span, dtype=torch.bool)
         for _ in range(SEARCHES):
             step = torch.where(going, sign * width, 0.0).to(plan.real).unsqueeze(-1)
-            self.begin(t0, y0)
-            slope = self.solve(t0, y0, step, self.f(t0 + step.squeeze(-1), y0))
+            self.begin(t0, y)
+            slope = self.solve(t0, y, step, self.f(t0 + step.squeeze(-1), y))
             self.work.n_fun += going
             speed = torch.where(going, plan.norm(slope / size).double(), speed)
             wanted = torch.minimum(width, 1e-2 / speed.clamp(min=1e-300))

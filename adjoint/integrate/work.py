@@ -1,15 +1,17 @@
-"""Counts of the work in implicit stages."""
+"""Equations of implicit steps at work: what loops ask of them, and counts of what is done."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..linalg import Log
+from .numbers import Decision
 
-__all__ = ["StageWork"]
+__all__ = ["Equations", "StageWork"]
 
 
 @dataclass
@@ -28,3 +30,30 @@ class StageWork:
         """Nothing done yet."""
         fun, jac, factorizations, solves, newton = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(5))
         return cls(fun, jac, factorizations, solves, newton)
+
+
+class Equations:
+    """What a loop asks of the equations of implicit steps, beside what a method asks in its step."""
+
+    #: `StageWork`: what was done
+    work: Any
+    #: whether the iteration, and not ``fun``, failed in the last attempt
+    stuck: Any
+    #: whether there may be constraints, so that steps are tested between their ends; see `Constrained`
+    constrained: bool = False
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        """The slope ``f(t, y)``, where the equations are solved for it."""
+        raise NotImplementedError
+
+    def slope_at_start(self, stops: Tensor, sign: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, int]:
+        """The slope with which the first step begins, and how many evaluations of it are not in `work`."""
+        return self(t, y), 1
+
+    def first_step(self, stops: Tensor, sign: Tensor, y: Tensor) -> Tensor | None:
+        """Size ``(B,)`` of the first step; None where it is that of `initial_step`."""
+        return None
+
+    def slope_behind(self, jumped: Decision, t: Tensor, y: Tensor, slope: Tensor, sign: Tensor, room: Tensor) -> Tensor:
+        """``slope``, and in rows that have ``jumped`` the one behind the jump, with ``room`` (B,) up to the next one."""
+        return torch.where(jumped.unsqueeze(-1), self(t, y), slope)

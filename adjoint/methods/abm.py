@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
+from .family import Traits
 
 __all__ = ["Adams", "Weights", "step_weights", "stretching", "uniform_errors"]
 
@@ -94,7 +95,7 @@ def step_weights(nodes: Tensor, order: Tensor) -> Weights:
 
 
 @dataclass(frozen=True, eq=False)
-class Adams:
+class Adams(Traits):
     """Adams-Bashforth-Moulton methods of orders 1 to ``max_order``, in the form "predict, evaluate, correct, evaluate".
 
     The prediction has the order ``q`` of the step, the correction ``q + 1``. The dense output is the polynomial of the correction:

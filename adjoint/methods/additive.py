@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Protocol
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from .additive_tableau import AdditiveTableau
-from .runge_kutta import StepCotangents, added, combine, over, powers, row_dot, stability_interval, update, weighted_sum
+from .family import TableauMethod
+from .runge_kutta import stability_interval
+from .sums import StepCotangents, added, combine, over, row_dot, update, weighted_sum
 
 __all__ = ["AdditiveLinearize", "AdditiveRungeKutta", "SplitEquations"]
 
@@ -57,7 +59,7 @@ class AdditiveLinearize(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class AdditiveRungeKutta:
+class AdditiveRungeKutta(TableauMethod):
     """An additive Runge-Kutta method, defined by its tableau; see `ExplicitRungeKutta` for the meaning of every function.
 
     A stage has two slopes: the list of stages holds those of the explicit part, then those of the implicit part, ``2 s`` in all. Slopes
@@ -65,27 +67,8 @@ class AdditiveRungeKutta:
     """
 
     tableau: AdditiveTableau
-    implicit: bool = field(default=True, init=False)
-    #: the right-hand side must come in two parts
+    implicit: ClassVar[bool] = True
     additive: ClassVar[bool] = True
-    _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return self.tableau.name
-
-    @property
-    def order(self) -> int:
-        return self.tableau.order
-
-    @property
-    def adaptive(self) -> bool:
-        return self.tableau.error is not None
-
-    @property
-    def error_order(self) -> int:
-        """Order that the controller works with."""
-        return self.tableau.order if self.tableau.error_order is None else min(self.tableau.order, self.tableau.error_order)
 
     @property
     def diagonal(self) -> tuple[float, ...]:
@@ -101,22 +84,9 @@ class AdditiveRungeKutta:
         return 2 * len(self.tableau.c)
 
     @property
-    def end_index(self) -> None:
-        """No stage is handed on."""
-        return
-
-    @property
-    def error_uses_end(self) -> bool:
-        return False
-
-    @property
     def evaluations(self) -> int:
         """Explicit evaluations in an attempted step whose first stage is known; those of the iterations are counted where they are made."""
         return len(self.tableau.c) - 1
-
-    @property
-    def extra_evaluations(self) -> int:
-        return 0
 
     @cached_property
     def interval(self) -> float:
@@ -139,19 +109,6 @@ class AdditiveRungeKutta:
             explicit.append(f.explicit(times[i], base + slope * (h * diagonal)))
         ks = [*explicit, *implicit]
         return update(y, h, (*tab.explicit_b, *tab.implicit_b), ks), ks
-
-    def error(self, h: float | Tensor, ks: Sequence[Tensor]) -> Tensor:
-        """The embedded error estimate."""
-        assert self.tableau.error is not None
-        total = weighted_sum(self.tableau.error, ks)
-        assert total is not None
-        return total * h
-
-    def dense_stages(
-        self, f: SplitEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, ks: Sequence[Tensor], end: Tensor | None = None
-    ) -> list[Tensor]:
-        """All slopes that the dense output weighs: those of the step."""
-        return list(ks)
 
     def adjoint_step(
         self,
@@ -218,32 +175,6 @@ class AdditiveRungeKutta:
                         t_bar = added(t_bar, time_bar)
                         h_bar = added(h_bar, time_bar * tab.c[i])
         return StepCotangents(y_bar, t_bar, h_bar, ks)
-
-    def dense_weights(self, theta: Tensor) -> Tensor:
-        """``b_i(theta)``: shape ``(*theta.shape, 2 s)``."""
-        matrix = self.dense_matrix(theta.dtype, theta.device)
-        return powers(theta, matrix.shape[1]) @ matrix.T
-
-    def dense_numbers(self, theta: float) -> list[float]:
-        """``b_i(theta)`` for one theta."""
-        return [sum(c * theta ** (m + 1) for m, c in enumerate(row)) for row in self.tableau.dense]
-
-    def dense_slopes(self, theta: Tensor) -> Tensor:
-        """``db_i/dtheta``, shaped as `dense_weights`."""
-        matrix = self.dense_matrix(theta.dtype, theta.device)
-        exponent = torch.arange(matrix.shape[1], device=theta.device, dtype=theta.dtype)
-        return (powers(theta, matrix.shape[1], 0) * (exponent + 1)) @ matrix.T
-
-    def dense_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Coefficients of ``b_i(theta)``, ``(S, D)``: of ``theta, theta**2, ...``."""
-        key = (dtype, device)
-        if key not in self._tensors:
-            matrix = torch.tensor(self.tableau.dense, dtype=dtype, device=device)
-            if torch._C._functorch.is_functorch_wrapped_tensor(matrix) or matrix.is_inference():
-                # made inside of a transform, or in inference mode, it must not outlive it
-                return matrix
-            self._tensors[key] = matrix
-        return self._tensors[key]
 
 
 def _joined(w: Tensor | None, h: float | Tensor, bar: Tensor | None) -> Tensor | None:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
-from .runge_kutta import combine, powers
+from .family import Traits
+from .sums import combine, powers
 
 __all__ = ["AutoSwitch", "Polynomial"]
 
 
 @dataclass(frozen=True)
-class AutoSwitch:
+class AutoSwitch(Traits):
     """Two methods, between which each trajectory is switched as it becomes stiff and ceases to be (Petzold 1983; Hairer & Wanner,
     Solving ordinary differential equations II, section IV.2).
 
@@ -36,7 +37,6 @@ class AutoSwitch:
 
     implicit = True
     adaptive = True
-    #: the two hand each trajectory over to each other: there is no single step
     switching = True
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class AutoSwitch:
 
 
 @dataclass(frozen=True)
-class Polynomial:
+class Polynomial(Traits):
     """Dense output ``y + h sum_j theta^j c_j`` of steps whose "stages" are the coefficients: what all one-step methods have in common."""
 
     degree: int

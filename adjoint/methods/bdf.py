@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .family import Traits
+
 __all__ = ["BDF", "MAX_ORDER", "Bdf", "coefficients", "rescaling", "rescaling_alone", "rescaling_slopes"]
 
 MAX_ORDER = 5
@@ -90,7 +92,7 @@ def rescaling_slopes(size: int) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Bdf:
+class Bdf(Traits):
     """The method as loops and strategies see it. Its dense output is the polynomial through the last ``q + 1`` points:
     ``y(t) = y + h sum_j b_j(theta) k_j`` with the differences ``k_j = D_j / h`` at the end of the step, up to order ``q``. Behind them
     comes the correction of the prediction over ``h``, which weighs nothing."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
-from .runge_kutta import StepCotangents, added, combine, powers, row_dot, update, weighted_sum
+from .family import TableauMethod
+from .sums import StepCotangents, added, combine, row_dot, update, weighted_sum
 from .tableaux_implicit import CollocationTableau
 
 __all__ = ["CoupledEquations", "CoupledLinearize", "FullyImplicitRungeKutta"]
@@ -51,7 +51,7 @@ class CoupledLinearize(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class FullyImplicitRungeKutta:
+class FullyImplicitRungeKutta(TableauMethod):
     """A fully implicit Runge-Kutta method of collocation type; see `ExplicitRungeKutta` for the meaning of every function.
 
     `nodes` begins with the start of the step, where the Jacobian of the iteration is taken; behind it come the times of the stages.
@@ -61,51 +61,16 @@ class FullyImplicitRungeKutta:
     tableau: CollocationTableau
     #: for equations ``F(t, y, y') = 0``: the last slope is the one at the end, which no evaluation would give
     residual: bool = False
-    implicit: bool = field(default=True, init=False)
-    _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return self.tableau.name
-
-    @property
-    def order(self) -> int:
-        return self.tableau.order
-
-    @property
-    def adaptive(self) -> bool:
-        return self.tableau.error is not None
-
-    @property
-    def error_order(self) -> int:
-        """Order that the controller works with."""
-        return min(self.tableau.order, self.tableau.error_order)
+    implicit: ClassVar[bool] = True
 
     @property
     def nodes(self) -> tuple[float, ...]:
         return (0.0, *self.tableau.c)
 
     @property
-    def n_stages(self) -> int:
-        return len(self.tableau.b)
-
-    @property
     def end_index(self) -> int | None:
         """No stage is handed on where the slope at the end can be evaluated: it is known to the tolerance of the iteration only."""
         return self.n_stages - 1 if self.residual else None
-
-    @property
-    def error_uses_end(self) -> bool:
-        return False
-
-    @property
-    def evaluations(self) -> int:
-        """Explicit evaluations in an attempted step whose first slope is known; others are counted where they are made."""
-        return 0
-
-    @property
-    def extra_evaluations(self) -> int:
-        return 0
 
     def step(self, f: CoupledEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, list[Tensor]]:
         """One step from ``y``, where ``f(t, y)`` is ``k1``: the new state, and the stages with the error estimate behind them if the
@@ -163,29 +128,3 @@ class FullyImplicitRungeKutta:
                     t_bar = added(t_bar, time_bar)
                     h_bar = added(h_bar, time_bar * tab.c[i])
         return StepCotangents(y_bar, t_bar, h_bar, ks)
-
-    def dense_weights(self, theta: Tensor) -> Tensor:
-        """``b_i(theta)``: shape ``(*theta.shape, S)``."""
-        matrix = self.dense_matrix(theta.dtype, theta.device)
-        return powers(theta, matrix.shape[1]) @ matrix.T
-
-    def dense_numbers(self, theta: float) -> list[float]:
-        """`dense_weights` of one number."""
-        return [sum(w * theta ** (m + 1) for m, w in enumerate(row)) for row in self.tableau.dense]
-
-    def dense_slopes(self, theta: Tensor) -> Tensor:
-        """``db_i/dtheta``, shaped as `dense_weights`."""
-        matrix = self.dense_matrix(theta.dtype, theta.device)
-        exponent = torch.arange(matrix.shape[1], device=theta.device, dtype=theta.dtype)
-        return (powers(theta, matrix.shape[1], 0) * (exponent + 1)) @ matrix.T
-
-    def dense_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Coefficients of ``b_i(theta)``, ``(S, D)``: of ``theta, theta**2, ...``."""
-        key = (dtype, device)
-        if key not in self._tensors:
-            matrix = torch.tensor(self.tableau.dense, dtype=dtype, device=device)
-            if torch._C._functorch.is_functorch_wrapped_tensor(matrix) or matrix.is_inference():
-                # made inside of a transform, or in inference mode, it must not outlive it
-                return matrix
-            self._tensors[key] = matrix
-        return self._tensors[key]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from .dirk_tableau import DirkTableau
-from .runge_kutta import StepCotangents, added, combine, over, powers, row_dot, update, weighted_sum
+from .family import TableauMethod
+from .sums import StepCotangents, added, combine, over, row_dot, update, weighted_sum
 
 __all__ = ["DiagonallyImplicitRungeKutta", "ImplicitLinearize", "StageEquations"]
 
@@ -62,7 +63,7 @@ class ImplicitLinearize(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class DiagonallyImplicitRungeKutta:
+class DiagonallyImplicitRungeKutta(TableauMethod):
     """A diagonally implicit Runge-Kutta method, defined by its tableau; see `ExplicitRungeKutta` for the meaning of every function.
 
     Stage slopes are those of the stage equations, ``k_i = (Y_i - base_i) / (h a_ii)``: for stiff problems ``f(Y_i)`` would multiply
@@ -71,43 +72,17 @@ class DiagonallyImplicitRungeKutta:
     """
 
     tableau: DirkTableau
-    implicit: bool = field(default=True, init=False)
+    implicit: ClassVar[bool] = True
     #: for every stage, the weights of the slopes before it whose polynomial is the guess of its own
     guesses: tuple[tuple[float, ...], ...] = field(init=False, repr=False)
-    _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "guesses", tuple(_extrapolation(self.tableau.c, i) for i in range(self.n_stages)))
 
     @property
-    def name(self) -> str:
-        return self.tableau.name
-
-    @property
-    def order(self) -> int:
-        return self.tableau.order
-
-    @property
-    def adaptive(self) -> bool:
-        return self.tableau.error is not None
-
-    @property
-    def error_order(self) -> int:
-        """Order that the controller works with."""
-        return self.tableau.order if self.tableau.error_order is None else min(self.tableau.order, self.tableau.error_order)
-
-    @property
     def diagonal(self) -> tuple[float, ...]:
         """``a_ii``."""
         return tuple(row[-1] for row in self.tableau.a)
-
-    @property
-    def nodes(self) -> tuple[float, ...]:
-        return self.tableau.c
-
-    @property
-    def n_stages(self) -> int:
-        return len(self.tableau.b)
 
     @property
     def hands_on(self) -> bool:
@@ -118,19 +93,6 @@ class DiagonallyImplicitRungeKutta:
     def end_index(self) -> int | None:
         """The stage that is handed on."""
         return self.n_stages - 1 if self.hands_on else None
-
-    @property
-    def error_uses_end(self) -> bool:
-        return False
-
-    @property
-    def evaluations(self) -> int:
-        """Explicit evaluations in an attempted step whose first stage is known; those of the iterations are counted where they are made."""
-        return 0
-
-    @property
-    def extra_evaluations(self) -> int:
-        return 0
 
     def step(self, f: StageEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, list[Tensor]]:
         """One step from ``y``, where ``f(t, y)`` is ``k1``: the new state and all stages."""
@@ -149,19 +111,6 @@ class DiagonallyImplicitRungeKutta:
         if tab.stiffly_accurate:
             return base + ks[-1] * (h * tab.a[-1][-1]), ks
         return update(y, h, tab.b, ks), ks
-
-    def error(self, h: float | Tensor, ks: Sequence[Tensor]) -> Tensor:
-        """The embedded error estimate ``h sum_i (b_i - b_hat_i) k_i``."""
-        assert self.tableau.error is not None
-        total = weighted_sum(self.tableau.error, ks)
-        assert total is not None
-        return total * h
-
-    def dense_stages(
-        self, f: StageEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, ks: Sequence[Tensor], end: Tensor | None = None
-    ) -> list[Tensor]:
-        """All stages that the dense output weighs: those of the step."""
-        return list(ks)
 
     def adjoint_step(
         self,
@@ -221,31 +170,6 @@ class DiagonallyImplicitRungeKutta:
                     t_bar = added(t_bar, time_bar)
                     h_bar = added(h_bar, time_bar * tab.c[i])
         return StepCotangents(y_bar, t_bar, h_bar, ks, first)
-
-    def dense_weights(self, theta: Tensor) -> Tensor:
-        """``b_i(theta)``: shape ``(*theta.shape, S)``."""
-        matrix = self.dense_matrix(theta.dtype, theta.device)
-        return powers(theta, matrix.shape[1]) @ matrix.T
-
-    def dense_numbers(self, theta: float) -> list[float]:
-        """`dense_weights` of one number."""
-        return [sum(w * theta ** (m + 1) for m, w in enumerate(row)) for row in self.tableau.dense]
-
-    def dense_slopes(self, theta: Tensor) -> Tensor:
-        """``db_i/dtheta``, shaped as `dense_weights`."""
-        matrix = self.dense_matrix(theta.dtype, theta.device)
-        exponent = torch.arange(matrix.shape[1], device=theta.device, dtype=theta.dtype)
-        return (powers(theta, matrix.shape[1], 0) * (exponent + 1)) @ matrix.T
-
-    def dense_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Coefficients of ``b_i(theta)``, ``(S, D)``: of ``theta, theta**2, ...``."""
-        key = (dtype, device)
-        if key not in self._tensors:
-            matrix = torch.tensor(self.tableau.dense, dtype=dtype, device=device)
-            if torch._C._functorch.is_functorch_wrapped_tensor(matrix) or matrix.is_inference():
-                return matrix
-            self._tensors[key] = matrix
-        return self._tensors[key]
 
 
 def _extrapolation(c: Sequence[float], i: int) -> tuple[float, ...]:

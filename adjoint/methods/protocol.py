@@ -8,13 +8,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .runge_kutta import Flat, Linearize, StepCotangents
+from .sums import Flat, Linearize, StepCotangents
 
 __all__ = ["Method"]
 
 
 class Method(Protocol):
-    """A one-step method on flat ``(B, n)`` states; see `ExplicitRungeKutta` for the meaning of every function."""
+    """A one-step method on flat ``(B, n)`` states; see `Traits` and `TableauMethod` for what it says of itself, and
+    `ExplicitRungeKutta` for the meaning of every function."""
 
     @property
     def name(self) -> str: ...
@@ -22,6 +23,22 @@ class Method(Protocol):
     def order(self) -> int: ...
     @property
     def implicit(self) -> bool: ...
+    @property
+    def multistep(self) -> bool: ...
+    @property
+    def switching(self) -> bool: ...
+    @property
+    def additive(self) -> bool: ...
+    @property
+    def residual(self) -> bool: ...
+    @property
+    def needs_time_slope(self) -> bool: ...
+    @property
+    def takes_mass(self) -> bool: ...
+    @property
+    def hands_on(self) -> bool: ...
+    @property
+    def diagonal(self) -> tuple[float, ...]: ...
     @property
     def adaptive(self) -> bool: ...
     @property

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from .dirk import StageEquations
-from .runge_kutta import StepCotangents, added, combine, powers, row_dot, update, weighted_sum
+from .family import TableauMethod
+from .sums import StepCotangents, added, combine, row_dot, update, weighted_sum
 from .tableaux_rosenbrock import RosenbrockTableau
 
 __all__ = ["Rosenbrock", "StartLinearize"]
@@ -47,7 +48,7 @@ class StartLinearize(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Rosenbrock:
+class Rosenbrock(TableauMethod):
     """A Rosenbrock method, defined by its tableau; see `ExplicitRungeKutta` for the meaning of every function.
 
     A step takes one Jacobian, one matrix and a fixed number of linear solves: there is no iteration, so nothing that fails to converge
@@ -60,55 +61,14 @@ class Rosenbrock:
     """
 
     tableau: RosenbrockTableau
-    implicit: bool = field(default=True, init=False)
-    #: the formula holds ``f_t``
+    implicit: ClassVar[bool] = True
     needs_time_slope: ClassVar[bool] = True
-    #: steps of ``M y' = f(t, y)`` are the method's own
     takes_mass: ClassVar[bool] = True
-    _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return self.tableau.name
-
-    @property
-    def order(self) -> int:
-        return self.tableau.order
-
-    @property
-    def adaptive(self) -> bool:
-        return True
-
-    @property
-    def error_order(self) -> int:
-        """Order that the controller works with."""
-        return min(self.tableau.order, self.tableau.error_order)
-
-    @property
-    def nodes(self) -> tuple[float, ...]:
-        return self.tableau.c
-
-    @property
-    def n_stages(self) -> int:
-        return len(self.tableau.b)
-
-    @property
-    def end_index(self) -> None:
-        """Stages are no slopes."""
-        return
-
-    @property
-    def error_uses_end(self) -> bool:
-        return False
 
     @property
     def evaluations(self) -> int:
         """Evaluations of ``fun`` in an attempted step whose first one is known; ``f_t`` counts as one."""
         return len(set(self.tableau.same_as))
-
-    @property
-    def extra_evaluations(self) -> int:
-        return 0
 
     def step(self, f: StageEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, list[Tensor]]:
         """One step from ``y``, where ``f(t, y)`` is ``k1``: the new state and all stages, see `RosenbrockTableau`."""
@@ -134,18 +94,6 @@ class Rosenbrock:
                 side = side + slope * (h * tab.d[i])
             ks.append(f.solve(start, y, h * tab.gamma, side * tab.gamma))
         return update(y, h, tab.b, ks), ks
-
-    def error(self, h: float | Tensor, ks: Sequence[Tensor]) -> Tensor:
-        """The embedded error estimate ``h sum_i (b_i - b_hat_i) K_i``."""
-        total = weighted_sum(self.tableau.error, ks)
-        assert total is not None
-        return total * h
-
-    def dense_stages(
-        self, f: StageEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, ks: Sequence[Tensor], end: Tensor | None = None
-    ) -> list[Tensor]:
-        """All stages that the dense output weighs: those of the step."""
-        return list(ks)
 
     def adjoint_step(
         self,
@@ -201,32 +149,6 @@ class Rosenbrock:
         if time_bars and time_bar is not None and phi is not None:
             t_bar, h_bar = added(t_bar, time_bar), added(h_bar, phi)
         return StepCotangents(y_bar + bent, t_bar, h_bar, ks)
-
-    def dense_weights(self, theta: Tensor) -> Tensor:
-        """``b_i(theta)``: shape ``(*theta.shape, S)``."""
-        matrix = self.dense_matrix(theta.dtype, theta.device)
-        return powers(theta, matrix.shape[1]) @ matrix.T
-
-    def dense_numbers(self, theta: float) -> list[float]:
-        """`dense_weights` of one number."""
-        return [sum(w * theta ** (m + 1) for m, w in enumerate(row)) for row in self.tableau.dense]
-
-    def dense_slopes(self, theta: Tensor) -> Tensor:
-        """``db_i/dtheta``, shaped as `dense_weights`."""
-        matrix = self.dense_matrix(theta.dtype, theta.device)
-        exponent = torch.arange(matrix.shape[1], device=theta.device, dtype=theta.dtype)
-        return (powers(theta, matrix.shape[1], 0) * (exponent + 1)) @ matrix.T
-
-    def dense_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Coefficients of ``b_i(theta)``, ``(S, D)``: of ``theta, theta**2, ...``."""
-        key = (dtype, device)
-        if key not in self._tensors:
-            matrix = torch.tensor(self.tableau.dense, dtype=dtype, device=device)
-            if torch._C._functorch.is_functorch_wrapped_tensor(matrix) or matrix.is_inference():
-                # made inside of a transform, or in inference mode, it must not outlive it
-                return matrix
-            self._tensors[key] = matrix
-        return self._tensors[key]
 
 
 def _moved(tableau: RosenbrockTableau, i: int, ks: Sequence[Tensor]) -> Tensor:

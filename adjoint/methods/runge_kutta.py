@@ -2,64 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .family import TableauMethod
+from .sums import Flat, Linearize, StepCotangents, added, combine, row_dot, update, weighted_sum
 from .tableau import Tableau
 
-__all__ = ["ExplicitRungeKutta", "StepCotangents", "combine", "stability_interval"]
-
-Flat = Callable[[Tensor, Tensor], Tensor]
-#: ``linearize(t, y) -> (f(t, y), pullback)`` with ``pullback(v) -> (f_y* v, f_t* v or None)``
-Linearize = Callable[[Tensor, Tensor], tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor | None]]]]
-
-
-def combine(y: Tensor, h: float | Tensor, weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:
-    """``y + h sum_j weights_j ks_j``; ``h`` is a number, or a tensor that broadcasts against ``y``."""
-    if isinstance(h, float):
-        for w, k in zip(weights, ks, strict=False):
-            if w:
-                y = torch.add(y, k, alpha=h * w)
-        return y
-    total = weighted_sum(weights, ks)
-    return y if total is None else _plus(y, h, total)
-
-
-def update(y: Tensor, h: float | Tensor, weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:
-    """As `combine`, but the state is rounded once and not once a stage: in single precision the difference adds up over many steps."""
-    total = weighted_sum(weights, ks)
-    if total is None:
-        return y
-    return torch.add(y, total, alpha=h) if isinstance(h, float) else _plus(y, h, total)
-
-
-def _plus(y: Tensor, h: float | Tensor, total: Tensor) -> Tensor:
-    """``y + h total``; where nothing broadcasts in one operator."""
-    assert isinstance(h, Tensor)
-    return torch.addcmul(y, h, total) if h.shape == y.shape and h.dtype == y.dtype else y + h * total
-
-
-def weighted_sum(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor | None:
-    """``sum_j weights_j ks_j``, or None when all weights are zero."""
-    total: Tensor | None = None
-    for w, k in zip(weights, ks, strict=False):
-        if w:
-            total = k * w if total is None else torch.add(total, k, alpha=w)
-    return total
-
-
-def powers(theta: Tensor, count: int, lowest: int = 1) -> Tensor:
-    """``count`` powers of ``theta`` from the ``lowest`` (0 or 1) on, ``(*theta.shape, count)``, by products: powers of doubles are slow,
-    and second derivatives of PyTorch's at zero are NaN."""
-    found = [theta if lowest else torch.ones_like(theta)]
-    for _ in range(count - 1):
-        found.append(found[-1] * theta)
-    return torch.stack(found, dim=-1)
+__all__ = ["ExplicitRungeKutta", "stability_interval"]
 
 
 def stability_interval(rows: Sequence[Sequence[float]], b: Sequence[float]) -> float:
@@ -77,22 +32,8 @@ def stability_interval(rows: Sequence[Sequence[float]], b: Sequence[float]) -> f
     return float(z[int(np.argmax(size > 1 + 1e-9))])
 
 
-@dataclass(frozen=True)
-class StepCotangents:
-    """What the adjoint of a step gives back: cotangents of ``y``, of ``t`` and ``h`` per trajectory where asked for, and the stages.
-
-    ``first``: of methods whose first stage is the last one of the step before, the cotangent of that slope, which is not part of ``y``.
-    """
-
-    y: Tensor
-    t: Tensor | None
-    h: Tensor | None
-    stages: Sequence[Tensor]
-    first: Tensor | None = None
-
-
 @dataclass(frozen=True, eq=False)
-class ExplicitRungeKutta:
+class ExplicitRungeKutta(TableauMethod):
     """An explicit Runge-Kutta method, defined by its tableau.
 
     Every function takes the stage times as a sequence ``times`` (one tensor a stage, ``()`` or ``(B,)``) and the step ``h`` as a
@@ -101,32 +42,11 @@ class ExplicitRungeKutta:
     """
 
     tableau: Tableau
-    #: whether stages are equations to be solved
-    implicit: bool = field(default=False, init=False)
-    #: nodes of all stages, extra ones included
-    nodes: tuple[float, ...] = field(init=False)
-    _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "nodes", (*self.tableau.c, *self.tableau.extra_c))
-
-    @property
-    def name(self) -> str:
-        return self.tableau.name
-
-    @property
-    def order(self) -> int:
-        return self.tableau.order
-
-    @property
-    def adaptive(self) -> bool:
-        """Whether there is an error estimate to choose steps by."""
-        return self.tableau.error is not None
-
-    @property
-    def error_order(self) -> int:
-        """Order that the controller works with: the error of a step shrinks like ``h**(error_order + 1)``."""
-        return min(self.tableau.order, self.tableau.error_order if self.tableau.error_order is not None else self.tableau.order)
+    @cached_property
+    def nodes(self) -> tuple[float, ...]:
+        """Of all stages, extra ones included."""
+        return (*self.tableau.c, *self.tableau.extra_c)
 
     @property
     def end_index(self) -> int | None:
@@ -150,11 +70,6 @@ class ExplicitRungeKutta:
         """Further evaluations for the dense output, when ``f(t + h, y1)`` is known."""
         return len(self.tableau.extra_c) - self.tableau.extra_is_next_first
 
-    @property
-    def n_stages(self) -> int:
-        """Stages of the step itself, those of the dense output not counted."""
-        return self.tableau.n_stages
-
     @cached_property
     def interval(self) -> float:
         """Length of the interval of stability on the negative axis."""
@@ -168,13 +83,6 @@ class ExplicitRungeKutta:
             stage = (update if tab.fsal and i == tab.n_stages - 1 else combine)(y, h, tab.a[i], ks)
             ks.append(f(times[i], stage))
         return (stage if tab.fsal else update(y, h, tab.b, ks)), ks
-
-    def error(self, h: float | Tensor, ks: Sequence[Tensor]) -> Tensor:
-        """The embedded error estimate ``h sum_i (b_i - b_hat_i) k_i``."""
-        assert self.tableau.error is not None
-        total = weighted_sum(self.tableau.error, ks)
-        assert total is not None
-        return total * h
 
     def dense_stages(
         self, f: Flat, times: Sequence[Tensor], h: float | Tensor, y: Tensor, ks: Sequence[Tensor], end: Tensor | None = None
@@ -190,11 +98,6 @@ class ExplicitRungeKutta:
                 ks.append(f(times[tab.n_stages + j], combine(y, h, row, ks)))
         return ks
 
-    def dense_weights(self, theta: Tensor) -> Tensor:
-        """``b_i(theta)``: shape ``(*theta.shape, S)`` with ``S`` the number of stages, extra ones included."""
-        matrix = self.dense_matrix(theta.dtype, theta.device)
-        return powers(theta, matrix.shape[1]) @ matrix.T
-
     def dense_numbers(self, theta: float) -> list[float]:
         """``b_i(theta)`` of every stage, for one theta, by Horner's rule."""
         out = []
@@ -204,23 +107,6 @@ class ExplicitRungeKutta:
                 total = (total + coefficient) * theta
             out.append(total)
         return out
-
-    def dense_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Coefficients of ``b_i(theta)``, ``(S, D)``: of ``theta, theta**2, ...``."""
-        key = (dtype, device)
-        if key not in self._tensors:
-            matrix = torch.tensor(self.tableau.dense, dtype=dtype, device=device)
-            if torch._C._functorch.is_functorch_wrapped_tensor(matrix) or matrix.is_inference():
-                # made inside of a transform, or in inference mode, it must not outlive it
-                return matrix
-            self._tensors[key] = matrix
-        return self._tensors[key]
-
-    def dense_slopes(self, theta: Tensor) -> Tensor:
-        """``db_i/dtheta``, shaped as `dense_weights`."""
-        matrix = self.dense_matrix(theta.dtype, theta.device)
-        exponent = torch.arange(matrix.shape[1], device=theta.device, dtype=theta.dtype)
-        return (theta.unsqueeze(-1) ** exponent * (exponent + 1)) @ matrix.T
 
     def adjoint_step(
         self,
@@ -281,21 +167,3 @@ class ExplicitRungeKutta:
                     t_bar = added(t_bar, time_bar)
                     h_bar = added(h_bar, time_bar * self.nodes[i])
         return StepCotangents(y_bar, t_bar, h_bar, ks)
-
-
-def over(x: Tensor, hd: float | Tensor) -> Tensor:
-    """``x / hd``, and zero in rows whose steps have no length."""
-    if not isinstance(hd, Tensor):
-        return x / hd if hd else torch.zeros_like(x)
-    none = hd == 0
-    return torch.where(none, 0.0, x / torch.where(none, 1.0, hd))
-
-
-def row_dot(x: Tensor, y: Tensor) -> Tensor:
-    """Real inner product of every row: ``(B, n), (B, n) -> (B,)``."""
-    return (x.conj() * y).real.sum(-1) if x.is_complex() else (x * y).sum(-1)
-
-
-def added(total: Tensor | None, x: Tensor) -> Tensor:
-    """``total + x``, where there is a total already."""
-    return x if total is None else total + x

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..integrate.adams import corrected, predicted, updated
 from ..methods.abm import Weights, step_weights, stretching
-from ..methods.runge_kutta import row_dot
+from ..methods.sums import row_dot
 from ..system.system import Flat
 from .linearize import Linearizer
 from .multistep_step import Schedule, StepBack, StepBars, StepTime

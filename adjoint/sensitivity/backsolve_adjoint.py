@@ -80,7 +80,7 @@ class BacksolveAdjoint:
 
     def _method(self, problem: Problem, is_complex: bool) -> Method:
         plan = problem.plan
-        multistep = getattr(plan.method, "multistep", False)
+        multistep = plan.method.multistep
         refused = {
             "batched=True": problem.batched,
             "method='auto'": plan.switch is not None,
@@ -103,7 +103,7 @@ class BacksolveAdjoint:
             method = METHODS[method]
         if method is None:
             method = METHODS["dopri8"] if multistep and not plan.method.implicit else plan.method
-        if method.implicit or not method.adaptive or getattr(method, "multistep", False):
+        if method.implicit or not method.adaptive or method.multistep:
             raise UnsupportedCombination(
                 f"{method.name!r} on the way back of BacksolveAdjoint is not supported: give an explicit adaptive one-step method; on "
                 f"stiff problems the state cannot be solved backwards at all: use {instead}"

@@ -83,25 +83,25 @@ class _Continuous:
         method: Any = self.method
         if method is None:
             method = plan.method
-            if getattr(method, "needs_time_slope", False) or getattr(method, "additive", False):
+            if method.needs_time_slope or method.additive:
                 method = METHODS["kvaerno5"]
-            elif getattr(method, "multistep", False):
+            elif method.multistep:
                 method = DAE_METHODS["radau"] if implicit else METHODS["radau5" if method.implicit else "dopri8"]
         elif isinstance(method, str):
             table = DAE_METHODS if implicit else METHODS
             if method not in table:
                 raise InvalidInput(f"{method!r} cannot solve this adjoint; choose one of {', '.join(sorted(table))}")
             method = table[method]
-        if getattr(method, "needs_time_slope", False):
+        if method.needs_time_slope:
             raise UnsupportedCombination(
                 f"{method.name} asks for derivatives in time, which an interpolated solution does not give well: take 'kvaerno5'"
             )
-        if getattr(method, "multistep", False):
+        if method.multistep:
             raise UnsupportedCombination(
                 f"{method.name!r} cannot go back from loss to loss: take 'radau5' or 'kvaerno5' ('radau' for solve_dae), or 'dopri8' where "
                 "nothing is stiff"
             )
-        if getattr(method, "additive", False):
+        if method.additive:
             raise UnsupportedCombination(f"{method.name} is for right-hand sides in two parts, which the adjoint's is not: take 'kvaerno5'")
         if not method.adaptive:
             raise InvalidInput(f"{method.name!r} has no error control: give {type(self).__name__} a method that has, such as 'tsit5'")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..integrate import Monitor
 from ..integrate.spread import widened
-from ..methods.runge_kutta import row_dot
+from ..methods.sums import row_dot
 from ..system.capture import cut_apart
 from ..system.system import System
 from .additive import AdditiveLinearizer
@@ -122,7 +122,7 @@ def eager_sweep(
     """
     if recall is None:
         problem.witness.check()
-    if getattr(problem.plan.method, "multistep", False):
+    if problem.plan.method.multistep:
         moving = bool(wants[0] or wants[1])
         samples = _Samples(problem, grid, t_eval, bars[1], moving)
         found = multistep_by_rows(problem, grid, anchors, t_eval, inputs, bars, wants, samples)
@@ -139,7 +139,7 @@ def eager_sweep(
     implicit = problem.algebra is not None
     linearize: Any = Linearizer(f, inputs, wants[3:], time_bars)
     slopes: Any = grid["stages"].detach() if recall is None else recall.stages
-    if getattr(method, "additive", False):
+    if method.additive:
         linearize = AdditiveLinearizer(problem, slopes, inputs, wants[3:], time_bars)
     elif implicit:
         linearize = StageLinearizer(problem, slopes, f, inputs, wants[3:], time_bars)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.runge_kutta import StepCotangents
+from ..methods.sums import StepCotangents
 from .additive import RecordedAdditive
 from .linearize import vjp
 from .problem import Problem
@@ -22,7 +22,7 @@ def equations(problem: Problem, inputs: Sequence[Tensor], stages: Tensor | None)
     if problem.algebra is None:
         return problem.system.bind(inputs)
     assert stages is not None
-    if getattr(problem.plan.method, "additive", False):
+    if problem.plan.method.additive:
         return RecordedAdditive(problem.system, inputs, stages, problem.algebra)
     return RecordedStages(problem.system, inputs, stages, problem.algebra)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteDerivative
 from ..integrate import Record
-from ..methods.runge_kutta import combine
+from ..methods.sums import combine
 from ..system.capture import functorch_active
 from ..system.finite import REWRITE, bad_component
 from ..system.system import Flat, System
@@ -112,7 +112,7 @@ def _points(problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor])
         yield (times[k] + sizes[k]).to(real), states[k + 1]
         seen: list[tuple[Tensor, Tensor]] = []
         h, y = sizes[k].to(real).unsqueeze(-1), states[k]
-        if problem.algebra is None and not getattr(method, "multistep", False):
+        if problem.algebra is None and not method.multistep:
 
             def watched(t: Tensor, y: Tensor, seen: list[tuple[Tensor, Tensor]] = seen) -> Tensor:
                 seen.append((t, y))
@@ -121,7 +121,7 @@ def _points(problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor])
             with torch.no_grad():
                 at = [(times[k] + c * sizes[k]).to(real) for c in method.nodes]
                 method.step(watched, at, h, y, f(at[0], y))
-        elif hasattr(tableau, "c") and len(grid["stages"]) == n_steps and not getattr(method, "additive", False):
+        elif hasattr(tableau, "c") and len(grid["stages"]) == n_steps and not method.additive:
             ks = list(grid["stages"][k].detach().unbind())
             for row, c in zip(tableau.a, tableau.c, strict=True):
                 seen.append(((times[k] + c * sizes[k]).to(real), combine(y, h, row, ks)))

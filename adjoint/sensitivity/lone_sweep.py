@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.runge_kutta import StepCotangents
+from ..methods.sums import StepCotangents
 from ..system.system import Flat
 from .linearize import Linearizer
 from .problem import Problem
@@ -71,7 +71,7 @@ class LoneSweep:
         method: Any = problem.plan.method
         if linearize.time and states.is_complex():
             return None
-        bent = method.n_stages if getattr(method, "needs_time_slope", False) else 0
+        bent = method.n_stages if method.needs_time_slope else 0
         if bent and states.is_complex():
             return None
         size = most_rows(f, t[0].to(problem.plan.real), states[0], inputs, method.n_stages, bent)

@@ -12,7 +12,7 @@ from ..integrate.bdf import SIZE, update_matrix
 from ..linalg import Log
 from ..linalg.dense import factor_one
 from ..methods.bdf import MAX_ORDER, coefficients
-from ..methods.runge_kutta import row_dot
+from ..methods.sums import row_dot
 from ..system.capture import cut_apart
 from .bdf import Formula
 from .linearize import Linearizer, vjp

@@ -58,7 +58,7 @@ class SolveNode(torch.autograd.Function):
             return
         out = Outputs(*output)
         # the slopes of implicit stages are what their derivatives are taken at; explicit ones are computed again
-        kept = problem.algebra is not None or problem.sweep is not None or getattr(problem.plan.method, "multistep", False)
+        kept = problem.algebra is not None or problem.sweep is not None or problem.plan.method.multistep
         stages = out.stages if kept else out.status
         saved = [anchors, *([t_eval] if t_eval is not None else []), *rest]
         grid = [out.states, out.t, out.h, out.segment, out.lands, out.sample_step, out.status, out.event_step, stages, out.extra]

@@ -141,7 +141,7 @@ def in_shelter(sweep: Callable[..., Found]) -> Callable[..., Found]:
 
 def _moved_grid(problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None, pad: Padding) -> dict[str, Any]:
     h, states, stages, still = grid["h"], grid["states"], grid["stages"], pad.still
-    multistep = getattr(problem.plan.method, "multistep", False)
+    multistep = problem.plan.method.multistep
     moved = _moved(problem, grid, t_eval, still)
     t = pad.first(grid["t"][0] + h[0] if multistep else grid["t"][0])
     # a map's own trajectory without a step has nobody to stand in for it; the size counts for nothing, but is divided by
@@ -172,7 +172,7 @@ def _moved(problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None, sti
     """Which of the steps are put elsewhere: all, but for the first behind a trajectory's last one where that hands on the cotangent of the
     slope at its end, which samples inside of it have, and its stages where they are outputs."""
     plan = problem.plan
-    explicit = problem.algebra is None and not getattr(plan.method, "multistep", False)
+    explicit = problem.algebra is None and not plan.method.multistep
     outputs = plan.keep_stages or bool(plan.events)
     sampled = t_eval is not None and t_eval.shape[0] > 0
     if not (outputs or sampled) or not explicit or plan.method.end_index != len(plan.method.nodes) - 1:
@@ -278,7 +278,7 @@ def _points(problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor])
     out = []
     with torch.no_grad():
         for k in range(min(len(grid["t"]), len(states))):
-            y = states[k + 1] if getattr(problem.plan.method, "multistep", False) else states[k]
+            y = states[k + 1] if problem.plan.method.multistep else states[k]
             if problem.system.residual is not None:
                 y = torch.cat([y, slopes[k][0]], -1)
             out.append(f(grid["t"][k].to(real), y))

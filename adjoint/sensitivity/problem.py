@@ -128,7 +128,7 @@ class Problem:
         def made(moved: bool) -> Any:
             given = [displaced(x) for x in inputs] if moved else inputs
             f = self.system.bind(given)
-            multistep = getattr(plan.method, "multistep", False)
+            multistep = plan.method.multistep
             return f if self.algebra is None or multistep else self._equations(f, given, rows, lambda system, x: system.bind(x), _FINE)
 
         return made
@@ -137,16 +137,16 @@ class Problem:
         """The right-hand side for the loop, which solves the equations of implicit stages by iteration; ``seen``: by the witness."""
         bound = self._watched if seen else lambda system, given: system.bind(given)
         f = bound(self.system, inputs)
-        if self.algebra is None and getattr(self.plan.method, "multistep", False):
+        if self.algebra is None and self.plan.method.multistep:
             return AdamsSolver(f, self.plan, rows, self.system.spec.device)
         if self.algebra is None:
             return f
         a, device = self.algebra, self.system.spec.device
         implicit = self.system.residual is not None
-        if not implicit and not getattr(self.plan.method, "multistep", False):
+        if not implicit and not self.plan.method.multistep:
             return self._equations(f, inputs, rows, bound)
         jacobian = self.jacobian(inputs, forward=True)
-        if getattr(self.plan.method, "multistep", False):
+        if self.plan.method.multistep:
             work = StageWork.zero(rows, device)
             starter = ResidualSolver(f, self.plan, jacobian, a.linear_solver, rows, device, a.index, a.skipped) if implicit else None
             return BdfSolver(f, self.plan, jacobian, a.linear_solver, implicit, work, starter, a.skipped)
@@ -157,7 +157,7 @@ class Problem:
         assert self.algebra is not None
         device = self.system.spec.device
         given = self.plan, self.jacobian(inputs, forward=True), self.algebra.linear_solver
-        if getattr(self.plan.method, "additive", False):
+        if self.plan.method.additive:
             explicit, implicit = (bound(part, inputs) for part in self.system.parts)
             return AdditiveStageSolver(explicit, implicit, *given, rows, device, tolerance)
         if self.alone:
@@ -173,7 +173,7 @@ class Problem:
         if self.algebra is None or not self.for_one:
             return self.for_one
         method = self.plan.method
-        special = getattr(method, "multistep", False) or getattr(method, "additive", False)
+        special = method.multistep or method.additive
         return not special and self.system.mass is None
 
     @property

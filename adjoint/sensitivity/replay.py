@@ -47,7 +47,7 @@ def first_slope(f: Flat, t: Tensor, y: Tensor, handed: tuple[Tensor, Tensor | No
 
 def hands_on(plan: Plan) -> bool:
     """Whether the last slope of a step is the first of the next as it is, and not as what ``f`` would give there."""
-    return getattr(plan.method, "hands_on", False)
+    return plan.method.hands_on
 
 
 def replay(equations: Callable[[int], Flat], plan: Plan, grid: Outputs, anchors: Tensor, t_eval: Tensor | None, y0: Tensor) -> Outputs:

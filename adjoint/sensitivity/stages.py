@@ -12,7 +12,7 @@ from torch import Tensor
 from ..integrate.matrices import jacobian_at, mass_product, shifted
 from ..linalg import Factorization, Log, Matrix
 from ..linalg.pencil import scaled_factors, split
-from ..methods.runge_kutta import row_dot
+from ..methods.sums import row_dot
 from ..methods.tableaux_implicit import CollocationTableau
 from ..nonlinear import RootRecord
 from ..system.system import Flat, System, VmappedSystem
@@ -125,7 +125,7 @@ class StageLinearizer(Linearizer):
         super().__init__(f, inputs, wants, time)
         assert problem.algebra is not None
         self.jacobian = problem.jacobian(inputs)
-        self.algebra, self.diagonal, self.recorded = problem.algebra, getattr(problem.plan.method, "diagonal", ()), stages
+        self.algebra, self.diagonal, self.recorded = problem.algebra, problem.plan.method.diagonal, stages
         self.log = Log()
         self.residual = problem.system.residual is not None
         self.system = problem.system

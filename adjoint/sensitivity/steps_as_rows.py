@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.variable import Variable
 
 from ..integrate import Plan
-from ..methods.runge_kutta import combine, row_dot
+from ..methods.sums import combine, row_dot
 from ..system.capture import saved_bytes
 from ..system.system import Flat
 from .linearize import Linearizer, Pullback, vjp

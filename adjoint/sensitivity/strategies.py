@@ -79,7 +79,7 @@ class DiscreteAdjoint:
                     "DiscreteAdjoint(checkpoints=...) does not keep the states and stages that events=, dense_output=True, "
                     "t_eval='steps' and solve_dae give back: leave checkpoints out"
                 )
-            if getattr(plan.method, "multistep", False):
+            if plan.method.multistep:
                 raise UnsupportedCombination(
                     f"DiscreteAdjoint(checkpoints=...) takes steps again one by one, which {plan.method.name!r} cannot: choose a one-step "
                     f"method such as {'kvaerno5' if plan.method.implicit else 'dopri8'!r}, or leave checkpoints out"
@@ -121,7 +121,7 @@ class Backprop:
         grid = Outputs(*SolveNode.apply(replace(problem, replayed=True), anchors, t_eval, y0, *inputs))
         if not problem.plan.keep_states or not problem.derivatives:
             return grid
-        if getattr(problem.plan.method, "multistep", False):
+        if problem.plan.method.multistep:
             return multistep_outputs(problem, grid, anchors, t_eval, y0, inputs)
         safe = shelter(problem, {name: x.detach() for name, x in zip(Outputs._fields, grid, strict=True)}, t_eval, inputs)
         inputs = safe.inputs
@@ -173,5 +173,5 @@ def _recordable(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Te
     times = [anchors] if t_eval is None else [anchors, t_eval]
     plain = not functorch_active() and forward_ad._current_level < 0 and torch.is_grad_enabled()
     wanted = any(x.requires_grad for x in (y0, *inputs)) and not any(x.requires_grad for x in times)
-    one_step = problem.algebra is None and not getattr(problem.plan.method, "multistep", False)
+    one_step = problem.algebra is None and not problem.plan.method.multistep
     return plain and wanted and not problem.batched and one_step

@@ -86,7 +86,7 @@ def functional_sweep(
 ) -> tuple[Tensor | None, ...]:
     """As `discrete.eager_sweep`, but differentiable to any order."""
     problem.witness.check()
-    if getattr(problem.plan.method, "multistep", False):
+    if problem.plan.method.multistep:
         return multistep_functional(problem, grid, anchors, t_eval, inputs, bars, wants)
     final_bar, samples_bar, states_bar, kept_bar = bars
     plan, states = problem.plan, grid["states"]
@@ -162,7 +162,7 @@ def tangents(
     safe = shelter(problem, grid, t_eval, inputs)
     grid, inputs = safe.grid, safe.inputs
     anchors_dot, t_eval_dot, y0_dot, *inputs_dot = (*dots[:3], *safe.still_dots(dots[3:]))
-    if getattr(problem.plan.method, "multistep", False):
+    if problem.plan.method.multistep:
         moved = (anchors_dot, t_eval_dot, y0_dot, *inputs_dot)
         return multistep_tangents(problem, grid, anchors, t_eval, inputs, moved)  # type: ignore[return-value]
     plan, states = problem.plan, grid["states"]

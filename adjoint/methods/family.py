@@ -1,0 +1,123 @@
+"""What all methods declare of themselves, and what those have in common that are defined by a tableau."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .sums import powers, weighted_sum
+
+__all__ = ["TableauMethod", "Traits"]
+
+
+class Traits:
+    """What is asked of a method beside its functions: whatever it does not say is not so."""
+
+    #: whether stages are equations to be solved
+    implicit: bool = False
+    #: the history of a trajectory is more than its state: see `adjoint.integrate.multistep`
+    multistep: bool = False
+    #: trajectories are handed over between two methods: there is no single step
+    switching: bool = False
+    #: the right-hand side must come in two parts
+    additive: bool = False
+    #: for equations ``F(t, y, y') = 0``
+    residual: bool = False
+    #: the formula holds ``f_t``
+    needs_time_slope: bool = False
+    #: steps of ``M y' = f(t, y)`` are the method's own
+    takes_mass: bool = False
+    #: whether the last stage is the first of the next step: as the slope of its equation, not as ``f`` at its value
+    hands_on: bool = False
+    #: factors of ``h`` in the matrices of stages that are solved for one after another
+    diagonal: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class TableauMethod(Traits):
+    """A method whose stages, error estimate and dense output are sums by the rows of a tableau.
+
+    ``end_index``: which of the stages (extra ones included) is the slope at the end of the step and the first stage of the next one; None
+    if no one is.
+    """
+
+    tableau: Any
+    _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)
+    #: whether the error estimate weighs ``f(t + h, y1)`` though the step itself does not compute it
+    error_uses_end: ClassVar[bool] = False
+    end_index: ClassVar[int | None] = None
+    #: explicit evaluations in an attempted step whose first stage is known; those of iterations are counted where they are made
+    evaluations: ClassVar[int] = 0
+    #: further ones for the dense output, when ``f(t + h, y1)`` is known
+    extra_evaluations: ClassVar[int] = 0
+
+    @property
+    def name(self) -> str:
+        return self.tableau.name
+
+    @property
+    def order(self) -> int:
+        return self.tableau.order
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether there is an error estimate to choose steps by."""
+        return self.tableau.error is not None
+
+    @property
+    def error_order(self) -> int:
+        """Order that the controller works with: the error of a step shrinks like ``h**(error_order + 1)``."""
+        return self.tableau.order if self.tableau.error_order is None else min(self.tableau.order, self.tableau.error_order)
+
+    @property
+    def nodes(self) -> tuple[float, ...]:
+        """Of all stages, extra ones included."""
+        return self.tableau.c
+
+    @property
+    def n_stages(self) -> int:
+        """Stages of the step itself, those of the dense output not counted."""
+        return len(self.tableau.b)
+
+    def error(self, h: float | Tensor, ks: Sequence[Tensor]) -> Tensor:
+        """The embedded error estimate ``h sum_i (b_i - b_hat_i) k_i``."""
+        assert self.tableau.error is not None
+        total = weighted_sum(self.tableau.error, ks)
+        assert total is not None
+        return total * h
+
+    def dense_stages(
+        self, f: Any, times: Sequence[Tensor], h: float | Tensor, y: Tensor, ks: Sequence[Tensor], end: Tensor | None = None
+    ) -> list[Tensor]:
+        """All stages that the dense output weighs; ``end`` is ``f(t + h, y1)`` where it is known already."""
+        return list(ks)
+
+    def dense_weights(self, theta: Tensor) -> Tensor:
+        """``b_i(theta)``: shape ``(*theta.shape, S)`` with ``S`` the number of stages, extra ones included."""
+        matrix = self.dense_matrix(theta.dtype, theta.device)
+        return powers(theta, matrix.shape[1]) @ matrix.T
+
+    def dense_numbers(self, theta: float) -> list[float]:
+        """``b_i(theta)`` of every stage, for one theta."""
+        return [sum(w * theta ** (m + 1) for m, w in enumerate(row)) for row in self.tableau.dense]
+
+    def dense_slopes(self, theta: Tensor) -> Tensor:
+        """``db_i/dtheta``, shaped as `dense_weights`."""
+        matrix = self.dense_matrix(theta.dtype, theta.device)
+        exponent = torch.arange(matrix.shape[1], device=theta.device, dtype=theta.dtype)
+        return (powers(theta, matrix.shape[1], 0) * (exponent + 1)) @ matrix.T
+
+    def dense_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Coefficients of ``b_i(theta)``, ``(S, D)``: of ``theta, theta**2, ...``."""
+        key = (dtype, device)
+        if key not in self._tensors:
+            matrix = torch.tensor(self.tableau.dense, dtype=dtype, device=device)
+            if torch._C._functorch.is_functorch_wrapped_tensor(matrix) or matrix.is_inference():
+                # made inside of a transform, or in inference mode, it must not outlive it
+                return matrix
+            self._tensors[key] = matrix
+        return self._tensors[key]
