@@ -14,7 +14,8 @@ from ..errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
 from ..integrate import PIDController, Plan, Record
 from ..methods import DAE_METHODS, Method
 from ..native.entry import NativeSolve, own_algebra
-from ..native.recognise import Heard, compile_key
+from ..native.graphs import Heard
+from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Outputs, Problem
 from ..sensitivity.consistent import Initial
 from ..sensitivity.problem import interpolate_slopes, step_times

@@ -19,8 +19,9 @@ from ..system.system import System, VmappedSystem
 from .back import Cotangents, sweep_native
 from .build import NoCompiler
 from .emit import takes
+from .graphs import Heard
 from .reading import Unreadable
-from .recognise import Heard, Recognised, compile_key, hear, recognise
+from .recognise import Recognised, compile_key, hear, recognise
 from .solve import run_native
 
 __all__ = ["NativeSolve", "own_algebra", "suits"]

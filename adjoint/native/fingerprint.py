@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -38,22 +38,21 @@ _REFUSED = _words(
     "requires_grad requires_grad_ is_leaf grad grad_fn retain_grad register_hook data data_ptr item tolist numpy storage "
     "untyped_storage _version stride is_contiguous storage_offset random rand randn randint rand_like randn_like randperm bernoulli "
     "multinomial normal poisson manual_seed get_rng_state set_rng_state is_grad_enabled get_default_dtype set_default_dtype "
-    "is_inference_mode_enabled time perf_counter environ compiler cuda backends _C ops library autograd func vmap"
+    "is_inference_mode_enabled time perf_counter environ compiler cuda backends _C ops library autograd func vmap autocast amp"
 )
 #: methods that change a container
 _CHANGING = _words(
     "append extend insert pop popitem update setdefault remove clear sort reverse discard __setitem__"
 )
 _WRITING = _words(
-    "STORE_ATTR DELETE_ATTR STORE_GLOBAL DELETE_GLOBAL STORE_NAME LOAD_NAME LOAD_CLASSDEREF LOAD_BUILD_CLASS IMPORT_NAME IMPORT_FROM "
-    "YIELD_VALUE"
+    "STORE_ATTR DELETE_ATTR STORE_GLOBAL DELETE_GLOBAL STORE_NAME LOAD_NAME LOAD_CLASSDEREF LOAD_BUILD_CLASS IMPORT_NAME IMPORT_FROM"
 )
 #: what classes have that is not called by an expression
 _QUIET = _words(
     "__init__ __repr__ __str__ __module__ __doc__ __qualname__ __annotations__ __init_subclass__ __dict__ __weakref__ "
     "__firstlineno__ __static_attributes__ __parameters__ __orig_bases__ __constants__ __annotate__ __annotations_cache__"
 )
-_MODULES = (torch, torch.special, torch.linalg, torch.fft, nn.functional, math, cmath)
+_MODULES = (torch, torch.special, torch.linalg, torch.fft, nn, nn.functional, math, cmath)
 _OWNERS = ("builtins", "math", "cmath", "torch", "torch._C._nn", "torch._C._special", "torch._C._linalg", "")
 _PLAIN = (bool, int, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.Size, slice)
 #: how much is looked at before a tracer is as fast, and how much code is remembered
@@ -77,10 +76,12 @@ class _Facts:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """``key``: equal for functions that are one graph; ``tensors``: those that it reads, in the order of being found."""
+    """``key``: equal for functions that are one graph; ``tensors``: those that it reads, in the order of being found; ``traceable``: all
+    that it does, it does by operators of PyTorch's."""
 
     key: Hashable
     tensors: tuple[Tensor, ...]
+    traceable: bool
 
 
 def _inside(code: CodeType) -> Iterator[CodeType]:
@@ -136,6 +137,7 @@ class _Walk:
         self.attributes: set[str] = set()
         self.classes: list[tuple[list[type], set[str]]] = []
         self.changing = self.containers = False
+        self.traceable = True
         self.left = _MOST
 
     def value(self, x: Any) -> Hashable:
@@ -169,6 +171,7 @@ class _Walk:
             return self.module(x)
         if isinstance(x, ModuleType):
             if x in _MODULES or x.__name__ == "numpy":
+                self.traceable &= x in _MODULES
                 return "module", x.__name__
             raise _Unknown
         if isinstance(x, (BuiltinFunctionType, type(torch.Tensor.add))):
@@ -209,13 +212,19 @@ class _Walk:
                 read.append(self.value(space[name]))
             elif name not in _BUILTINS:
                 raise _Unknown
-        cells = f.__closure__
         try:
-            held = () if cells is None else tuple([self.value(c.cell_contents) for c in cells])
+            held = tuple([self.held(*x) for x in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)])
         except ValueError:  # a cell that is empty yet
             raise _Unknown from None
         defaults = (self.value(f.__defaults__), self.value(f.__kwdefaults__)) if f.__defaults__ or f.__kwdefaults__ else None
         return facts, tuple(read), held, defaults
+
+    def held(self, name: str, cell: CellType) -> Hashable:
+        x = cell.cell_contents
+        if name == "__class__" and isinstance(x, type) and issubclass(x, nn.Module):
+            # for super(), which goes to a class that is looked at with its object
+            return "class", x
+        return self.value(x)
 
     def module(self, m: nn.Module) -> Hashable:
         kind, own = type(m), m.__dict__
@@ -264,4 +273,4 @@ def fingerprint(fun: Callable[..., Any], values: Any = ()) -> Fingerprint | None
         return None
     if walk.changing and walk.containers:
         return None
-    return Fingerprint((key, torch.get_default_dtype()), tuple(walk.tensors))
+    return Fingerprint((key, torch.get_default_dtype()), tuple(walk.tensors), walk.traceable)

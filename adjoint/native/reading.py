@@ -62,7 +62,14 @@ class Reading:
     operators: frozenset[str]
 
 
-def read(function: Callable[..., Tensor], t: Tensor, y: Tensor, inputs: Sequence[Tensor], batched: bool) -> Reading:
+def read(
+    function: Callable[..., Tensor],
+    t: Tensor,
+    y: Tensor,
+    inputs: Sequence[Tensor],
+    batched: bool,
+    originals: frozenset[int] = frozenset(),
+) -> Reading:
     """Read ``function(t, y, *inputs)``.
 
     Args:
@@ -72,6 +79,7 @@ def read(function: Callable[..., Tensor], t: Tensor, y: Tensor, inputs: Sequence
         inputs: whatever else the function depends on.
         batched: the B rows are trajectories. That they are independent and treated alike is proved: otherwise this raises. When false,
             everything is one trajectory.
+        originals: ids of tensors in whose place the function is given others, and which must not be met in it.
 
     Raises:
         Unreadable: an operator, or a use of one, that is not read; a value that decides what is done; rows that depend on each other.
@@ -79,12 +87,12 @@ def read(function: Callable[..., Tensor], t: Tensor, y: Tensor, inputs: Sequence
     if torch._C._functorch.maybe_current_level() is not None:
         raise Unreadable("", "", "it is called inside of a function transform (vmap, jvp, grad)")
     try:
-        traced = trace(function, [t, y, *inputs], _READ)
+        traced = trace(function, [t, y, *inputs], _READ, originals)
         reader, outputs = _read(traced, t, y, inputs, batched)
         if traced.plain:
             # PyTorch's own derivatives may hide numbers: they must come out the same for others
             others = [x + torch.rand_like(x) if x.is_floating_point() else x for x in (t, y, *inputs)]
-            again, same = _read(trace(function, others, _READ), t, y, inputs, batched)
+            again, same = _read(trace(function, others, _READ, originals), t, y, inputs, batched)
             if same != outputs or not reader.graph.equals(again.graph):
                 raise Unreadable("", "", "derivatives by torch.autograd inside of it hide numbers: use torch.func.grad")
     except Untraceable as error:

@@ -2,15 +2,14 @@
 
 ``torch.compile`` reads the Python of ``fun``, lifts what it captured (closures, globals, parameters of modules) to inputs of a graph, and
 guards whatever else of Python the graph depends on. Its backend here computes nothing: it remembers which graph was asked for, and with
-which tensors.
+which tensors. That is for functions whose dependences cannot be read off: others are known by their fingerprint (`direct`).
 """
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
@@ -20,16 +19,16 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..system.capture import Captured
 from ..system.system import System, VmappedSystem
+from .direct import hear_directly
 from .emit import Compiled, is_residual
+from .graphs import Graph, Heard, ear
 from .program import Program, program_of
 from .reading import Unreadable, read
 from .tracing import PickedByNumbers
 
-__all__ = ["Heard", "Recognised", "compile_key", "hear", "recognise"]
+__all__ = ["Recognised", "compile_key", "hear", "recognise"]
 
-_ear = threading.local()
 #: graphs of one piece of code (shapes, dtypes, constants) before recognising costs more than it brings
 _MOST_GRAPHS = 64
 
@@ -51,34 +50,8 @@ def _kind_of(fun: Callable[..., Any]) -> Hashable:
     return type(fun), tuple(x for c in owners for x in c.__dict__.values() if isinstance(x, FunctionType))
 
 
-@dataclass(eq=False)
-class _Graph:
-    """A traced right-hand side: called, it says so to `recognise` and gives tensors that stand for results."""
-
-    module: GraphModule
-    programs: dict[Hashable, Program | Exception] = field(default_factory=dict)
-    kinds: list[tuple[torch.Size, torch.dtype]] | None = None
-    #: whether it changes tensors in place that it is given
-    writes: bool = False
-    #: whether a `torch.autograd.Function` in it has a derivative that its operators do not tell
-    own_derivative: bool = False
-    #: places, among the tensors of a call, of what `find_captured` found, with its flags
-    captured: tuple[tuple[int, ...], tuple[bool, bool]] | None = None
-
-    def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        if self.kinds is None:
-            with torch.inference_mode(False), torch.no_grad():
-                copies = [x.clone() for x in tensors]
-                outs = self.module(*copies)
-            self.kinds = [(x.shape, x.dtype) for x in outs]
-            self.writes = any(x._version for x in copies)
-        stand_ins = [torch.empty(shape, dtype=dtype) for shape, dtype in self.kinds]
-        _ear.heard.append((self, tensors, stand_ins))
-        return stand_ins
-
-
 def _hear(module: GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
-    graph = _Graph(module)
+    graph = Graph(module)
     for part in module.modules():
         for node in part.graph.nodes if isinstance(part, GraphModule) else ():
             # what the tracer writes for y.data, which hides from a reader that it has no derivative
@@ -117,7 +90,7 @@ def _asked(key: Hashable, *arguments: Any) -> Any:
             if "integer from data-dependent" not in str(error):
                 raise
             _picking.add(key)
-            _ear.heard = []
+            ear.heard = []
     with PickedByNumbers():
         return _traced(key, arguments)
 
@@ -130,7 +103,7 @@ def _traced(key: Hashable, arguments: Sequence[Any]) -> Any:
         limit = "LimitHit" in type(error).__name__
         if not limit and "The .grad attribute" not in str(error):
             raise
-    _ear.heard = []
+    ear.heard = []
     if limit:
         # shapes, and numbers of Python that fun depends on, have a graph each
         with torch._dynamo.config.patch(cache_size_limit=_MOST_GRAPHS):
@@ -138,33 +111,6 @@ def _traced(key: Hashable, arguments: Sequence[Any]) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The .grad attribute")
         return _tracer(key)(*arguments)
-
-
-@dataclass(frozen=True)
-class Heard:
-    """A call of ``fun`` that only said which graph it is: with these tensors, of one copy. ``known``: what the tensors of the call are;
-    ``result``: tensors that stand for what it returned, of its structure, shapes and dtypes."""
-
-    graph: _Graph
-    tensors: tuple[Tensor, ...]
-    arguments: tuple[Tensor, ...]
-    known: dict[int, tuple[str, int]]
-    results: tuple[tuple[str, int], ...]
-    result: Any = None
-
-    @property
-    def captured(self) -> Captured | None:
-        """What `find_captured` found for this graph, or None: it has not been asked."""
-        if self.graph.captured is None:
-            return None
-        places, flags = self.graph.captured
-        return Captured([self.tensors[i] for i in places], *flags)
-
-    def remember(self, found: Captured) -> None:
-        """Answer with what was found from now on: the guards of the graph see to it that it is the same."""
-        place = {id(x): i for i, x in enumerate(self.tensors)}
-        if all(id(x) in place for x in found.tensors):
-            self.graph.captured = tuple(place[id(x)] for x in found.tensors), (found.transforms, found.inner_grad)
 
 
 def hear(
@@ -187,23 +133,27 @@ def hear(
     if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in base.captured):
         raise Unreadable("", "", "fun captures a tensor of a transform around the solve (pass it through args=)")
     time = t[: base.rows] if spec.batch is not None else t[0]
-    _ear.heard = []
+    ear.heard = []
     # where no gradient is wanted anyway, the tracer leaves out that fun turns gradients off, and that it has derivatives of its own
     with torch.enable_grad():
         # of implicit equations state and slope, which events do not see
         count = 2 if function is None and base.residual is not None else 1
         states = tuple(spec.unflatten(y0[: base.rows].detach().requires_grad_().clone()) for _ in range(count))
         kinds = (key, spec, count, base.args_tree, *((x.shape, x.dtype, x.requires_grad) for x in arguments))
+        asked = base.fun if function is None else function
+        known = hear_directly(base, asked, time, states, arguments, kinds[1:])
+        if known is not None:
+            return known
         if kinds in _refusals:
             raise Unreadable("", "", _refusals[kinds])
         try:
-            result = _asked(key, base.fun if function is None else function, time, states, base.arguments(arguments))
+            result = _asked(key, asked, time, states, base.arguments(arguments))
         except Exception as error:  # tracers, and fun where it is traced, raise whatever they like
             reason = _refusals[kinds] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise Unreadable("", "", reason) from error
-    if len(_ear.heard) != 1:
+    if len(ear.heard) != 1:
         raise Unreadable("", "", "it is no single graph")
-    graph, tensors, stand_ins = _ear.heard.pop()
+    graph, tensors, stand_ins = ear.heard.pop()
     if graph.writes:
         raise Unreadable("", "", "it changes the state, or a tensor that it captured, in place")
     if graph.own_derivative:
@@ -212,7 +162,8 @@ def hear(
     given = {id(x): k for k, x in reversed(list(enumerate(arguments)))}
     known |= {i: ("argument", k) for i, k in given.items()}
     results = tuple(_place(x, stand_ins, known) for x in tree_flatten(result)[0])
-    return Heard(graph, tensors, tuple(arguments), known, results, result)
+    assert graph.module is not None
+    return Heard(graph, graph.module, tensors, tuple(arguments), known, results, result)
 
 
 @dataclass(frozen=True)
@@ -265,16 +216,22 @@ def recognise(
     known = graphs[0].programs
     found = known.get(layout)
     if found is None:
-        flats = [_flat(graph.module, *where, base, k > 0) for k, (graph, where) in enumerate(zip(graphs, layouts, strict=True))]
+        flats = [_flat(part.module, *where, base, k > 0) for k, (part, where) in enumerate(zip(parts, layouts, strict=True))]
         flats += [] if mass is None else [_matrix(base, mass)]
         flats = [_mapped(flat, dims, base) for flat in flats]
+        originals = frozenset(id(x) for part in parts if part.graph.module is None for x in part.tensors)
         try:
-            found = _program(flats, method, t if batched else t[0], y0, values, batched, mass is not None)
+            found = _program(flats, method, t if batched else t[0], y0, values, batched, mass is not None, originals)
         except Unreadable as error:
             found = error
         known[layout] = found
     if isinstance(found, Exception):
-        raise found
+        direct = [graph for graph in graphs if graph.module is None]
+        if not direct:
+            raise found
+        for graph in direct:
+            graph.refused = True
+        return recognise(key, system, method, t, y0, inputs, batched, None, events)
     return Recognised(found, tuple(values), slots)
 
 
@@ -330,7 +287,7 @@ def _place(x: Any, stand_ins: Sequence[Tensor], known: dict[int, tuple[str, int]
     return known[id(x)]
 
 
-def _flat(module: GraphModule, places: _Places, results: _Places, base: System, event: bool) -> Callable[..., Tensor]:
+def _flat(module: Callable[..., Any], places: _Places, results: _Places, base: System, event: bool) -> Callable[..., Tensor]:
     """``f(t, y, *inputs)`` with ``y`` (rows, n), of implicit equations (rows, 2 n), of a traced function; of one of an ``event`` the result
     is (rows,)."""
     spec, n = base.spec, sum(base.spec.sizes)
@@ -383,11 +340,12 @@ def _program(
     given: Sequence[Tensor],
     batched: bool,
     mass: bool,
+    originals: frozenset[int],
 ) -> Program:
     for x in given:
         if x.is_complex() or (x.is_floating_point() and x.dtype != y0.dtype):
             raise Unreadable("", "", f"it uses a tensor of {x.dtype} beside a state of {y0.dtype}")
     # of implicit equations values and slopes stand side by side
     arguments = [torch.cat([y0, y0], 1) if k == 0 and is_residual(method) else y0 for k in range(len(flats))]
-    readings = [read(flat, t, y, given, batched) for flat, y in zip(flats, arguments, strict=True)]
+    readings = [read(flat, t, y, given, batched, originals) for flat, y in zip(flats, arguments, strict=True)]
     return program_of(readings, method, y0, given, mass)

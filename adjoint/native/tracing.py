@@ -139,8 +139,9 @@ def _line_of_error(error: BaseException) -> str:
 class _Recorder(TorchDispatchMode):
     """Writes down operators on tensors that depend on the inputs; ``everything``: all operators, as they are."""
 
-    def __init__(self, read: frozenset[str], everything: bool = False) -> None:
+    def __init__(self, read: frozenset[str], everything: bool = False, originals: frozenset[int] = frozenset()) -> None:
         super().__init__()
+        self._originals = originals
         self.nodes: list[Node] = []
         self.line, self.stopped = "", False
         self._read, self._everything = read, everything
@@ -176,6 +177,8 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[-1]
+        if self._originals and any(id(x) in self._originals for x in tree_leaves((args, kwargs))):
+            raise NotImplementedError(f"{name} is given a captured tensor itself and not what stands in its place")
         random = torch.Tag.nondeterministic_seeded in func.tags
         dependent = random or self.depends(args, kwargs)
         if not dependent and not self._everything:
@@ -289,8 +292,10 @@ def _picked(x: Tensor, index: Any) -> Tensor:
     return x
 
 
-def _traced(function: Callable[..., Any], tensors: Sequence[Tensor], read: frozenset[str], functional: bool) -> Trace:
-    recorder = _Recorder(read, everything=not functional)
+def _traced(
+    function: Callable[..., Any], tensors: Sequence[Tensor], read: frozenset[str], functional: bool, originals: frozenset[int]
+) -> Trace:
+    recorder = _Recorder(read, not functional, originals)
     inputs = tuple(recorder.given(x) for x in tensors)
 
     def watched(*given: Tensor) -> Any:
@@ -344,21 +349,24 @@ def _rewritten(before: Trace, tensors: Sequence[Tensor], read: frozenset[str]) -
     return Trace(inputs, tuple(recorder.nodes), tree_map(recorder.result_of, out), before.plain)
 
 
-def trace(function: Callable[..., Any], tensors: Sequence[Tensor], read: frozenset[str]) -> Trace:
+def trace(
+    function: Callable[..., Any], tensors: Sequence[Tensor], read: frozenset[str], originals: frozenset[int] = frozenset()
+) -> Trace:
     """The operators of ``function(*tensors)``, without writes in place; those named in ``read`` are not made of simpler ones.
+    ``originals``: ids of tensors that no operator may be given.
 
     Raises:
         Untraceable: a value decides what is done (``if y[0] > 0``), or an operator cannot be traced.
     """
     tensors = [x.detach().clone() for x in tensors]
     try:
-        found = _traced(function, tensors, read, functional=True)
+        found = _traced(function, tensors, read, True, originals)
         if any(x._version for x in tensors):
             raise Untraceable(_CHANGES, "")
         return found
     except Exception as error:
         if any(text in str(error) for text in _NOT_FUNCTIONAL):
-            plain = _plain(function, tensors, read)
+            plain = _plain(function, tensors, read, originals)
             if plain is not None:
                 return plain
         raise error if isinstance(error, Untraceable) else Untraceable(_reason(error), _line_of_error(error)) from error
@@ -369,7 +377,7 @@ _CHANGES = "it writes into a tensor that it is given, or has captured"
 _NOT_FUNCTIONAL = ("requires_grad", "does not require grad", "mutating a non-functional tensor", _CHANGES)
 
 
-def _plain(function: Callable[..., Any], tensors: Sequence[Tensor], read: frozenset[str]) -> Trace | None:
+def _plain(function: Callable[..., Any], tensors: Sequence[Tensor], read: frozenset[str], originals: frozenset[int]) -> Trace | None:
     """A trace which is not made below functionalize, and is put through it later."""
 
     apply, here = torch.autograd.Function.__dict__["apply"], threading.get_ident()
@@ -383,7 +391,7 @@ def _plain(function: Callable[..., Any], tensors: Sequence[Tensor], read: frozen
     tensors = [x.detach().clone() for x in tensors]
     try:
         torch.autograd.Function.apply = classmethod(refuse)
-        return _traced(function, [x.requires_grad_() if x.is_floating_point() else x for x in tensors], read, functional=False)
+        return _traced(function, [x.requires_grad_() if x.is_floating_point() else x for x in tensors], read, False, originals)
     except Exception:  # what the first trace raised is what the user reads
         return None
     finally:
