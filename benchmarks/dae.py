@@ -51,7 +51,7 @@ def solvers(problem: DaeProblem, p: np.ndarray, start: dict[str, np.ndarray]) ->
     for method in ("radau", "bdf"):
         if method in DAE_METHODS:
             add(f"ours {method}", dae_peers.ours, method=method)
-    if len(p) == 1 or not problem.vector:
+    if not problem.vector:
         # native code has dense matrices, and writes formulas out: larger systems run without it
         add(COMPILED, dae_peers.ours, method="radau", compile=True)
     if importlib.util.find_spec("casadi"):

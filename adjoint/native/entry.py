@@ -37,8 +37,6 @@ def suits(plan: Plan, system: System | VmappedSystem, y0: Tensor) -> str | None:
     if not takes(plan.method):
         advice = "('tsit5'; 'rodas5p' for stiff equations)" if base.residual is None else "('radau')"
         return f"method={plan.method.name!r} has no native form: choose a one-step method {advice}"
-    if base.inner_grad or base.transforms:
-        return "fun takes derivatives itself: write them out, or leave compile out"
     if plan.switch is not None:
         return "method='auto' chooses between two methods: name one of them"
     if plan.event_counts is not None or any(e.function is None for e in plan.events):

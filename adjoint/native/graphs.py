@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ..system.capture import Captured
+from .levels import above
 from .program import Program
 
 __all__ = ["Graph", "Heard", "ear"]
@@ -41,7 +42,7 @@ class Graph:
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         if self.kinds is None:
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.enable_grad(), above():
                 copies = [x.clone() for x in tensors]
                 assert self.module is not None
                 outs = self.module(*copies)

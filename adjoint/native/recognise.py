@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..system.system import System, VmappedSystem
 from .direct import hear_directly
 from .emit import Compiled, is_residual
 from .graphs import Graph, Heard, ear
+from .levels import above, relative
 from .program import Program, program_of
 from .reading import Unreadable, read
-from .tracing import PickedByNumbers
+from .tracing import VALUE, PickedByNumbers
 
 __all__ = ["Recognised", "compile_key", "hear", "recognise"]
 
@@ -59,12 +60,20 @@ def _hear(module: GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
                 node.target = torch.detach
             graph.own_derivative |= getattr(node.target, "__name__", "") == "autograd_function_apply"
         if isinstance(part, GraphModule):
+            relative(part)
             part.recompile()
     return graph
 
 
-def _evaluate(fun: Callable[..., Any], t: Tensor, states: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
-    return fun(t, *states, *args)
+def _evaluate(fun: Callable[..., Any], t: Tensor, states: tuple[Any, ...], args: tuple[Any, ...], lone: tuple[bool, ...] | None) -> Any:
+    # of an input without dimensions the tracer knows the number that a branch asks for (float(t) > 1), and would take that of the first
+    # call for that of all: times and states are inputs of one number, and lose their dimension on the way
+    if lone is None:
+        return fun(t, *states, *args)
+    if any(lone):
+        leaves, tree = tree_flatten(states)
+        states = tree_unflatten([x.reshape(()) if one else x for x, one in zip(leaves, lone, strict=True)], tree)
+    return fun(t.reshape(()), *states, *args)
 
 
 @lru_cache(maxsize=512)
@@ -132,24 +141,27 @@ def hear(
         raise Unreadable("", "", "the state is complex, or its leaves differ in dtype")
     if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in base.captured):
         raise Unreadable("", "", "fun captures a tensor of a transform around the solve (pass it through args=)")
-    time = t[: base.rows] if spec.batch is not None else t[0]
+    time = t[: base.rows].detach()
     ear.heard = []
     # where no gradient is wanted anyway, the tracer leaves out that fun turns gradients off, and that it has derivatives of its own
     with torch.enable_grad():
         # of implicit equations state and slope, which events do not see
         count = 2 if function is None and base.residual is not None else 1
         states = tuple(spec.unflatten(y0[: base.rows].detach().requires_grad_().clone()) for _ in range(count))
+        lone = None if spec.batch is not None else tuple(not shape for shape in spec.shapes) * count
         kinds = (key, spec, count, base.args_tree, *((x.shape, x.dtype, x.requires_grad) for x in arguments))
         asked = base.fun if function is None else function
-        known = hear_directly(base, asked, time, states, arguments, kinds[1:])
+        known = hear_directly(base, asked, time if lone is None else time[0], states, arguments, kinds[1:])
         if known is not None:
             return known
         if kinds in _refusals:
             raise Unreadable("", "", _refusals[kinds])
         try:
-            result = _asked(key, asked, time, states, base.arguments(arguments))
+            with above():
+                states = tuple(map(_with_dimensions, states))
+                result = _asked(key, asked, time, states, base.arguments(arguments), lone)
         except Exception as error:  # tracers, and fun where it is traced, raise whatever they like
-            reason = _refusals[kinds] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = _refusals[kinds] = _reason(error)
             raise Unreadable("", "", reason) from error
     if len(ear.heard) != 1:
         raise Unreadable("", "", "it is no single graph")
@@ -163,7 +175,28 @@ def hear(
     known |= {i: ("argument", k) for i, k in given.items()}
     results = tuple(_place(x, stand_ins, known) for x in tree_flatten(result)[0])
     assert graph.module is not None
-    return Heard(graph, graph.module, tensors, tuple(arguments), known, results, result)
+    module = _with_dimensions_of(graph.module, [known.get(id(x), ("", 0))[0] in ("t", "y") for x in tensors])
+    return Heard(graph, module, tensors, tuple(arguments), known, results, result)
+
+
+def _reason(error: Exception) -> str:
+    """Why code was not traced, in a line."""
+    text = str(error).strip()
+    if "data-dependent" in text.lower():
+        return VALUE
+    if "torch.autograd.grad" in text:
+        return "it takes derivatives by torch.autograd: use torch.func.grad, vjp or jvp"
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _with_dimensions(state: Any) -> Any:
+    """Leaves without dimensions as those of one number: see `_evaluate`."""
+    return tree_map(lambda x: x if x.dim() else x.reshape(1), state)
+
+
+def _with_dimensions_of(module: Callable[..., Any], which: Sequence[bool]) -> Callable[..., Any]:
+    """A graph that is given times and states (``which`` of its arguments are these) as they are."""
+    return lambda *xs: module(*(x.reshape(1) if own and not x.dim() else x for x, own in zip(xs, which, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -296,7 +329,8 @@ def _flat(module: Callable[..., Any], places: _Places, results: _Places, base: S
     def flat(t: Tensor, y: Tensor, *inputs: Tensor) -> Tensor:
         states = [spec.unflatten(part) for part in y.split(n, 1)]
         values: dict[str, Sequence[Tensor]] = {"t": [t], "y": tree_flatten(states)[0], "input": inputs}
-        values["out"] = module(*(values[kind][i] for kind, i in places))
+        with above():
+            values["out"] = module(*(values[kind][i] for kind, i in places))
         found = [values[kind][i] for kind, i in results]
         if event and not found[0].is_floating_point():
             raise Unreadable("", "", "an event is a flag or a whole number, whose change is looked for by bisection")

@@ -26,11 +26,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Node", "PickedByNumbers", "Result", "Trace", "Untraceable", "trace"]
+__all__ = ["VALUE", "Node", "PickedByNumbers", "Result", "Trace", "Untraceable", "trace"]
 
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_VALUE = "what is done depends on the value of a tensor (if, while, float(), .item()): use torch.where"
+VALUE = "what is done depends on the value of a tensor (if, while, float(), .item()): use torch.where"
 #: methods that take numbers out of tensors
 _OUTWARD = frozenset(
     {"tolist", "numpy", "item", "is_nonzero", "equal", "data_ptr", "untyped_storage", "storage", "__array__", "__dlpack__", "__reduce_ex__"}
@@ -184,7 +184,7 @@ class _Recorder(TorchDispatchMode):
         if not dependent and not self._everything:
             return func(*args, **kwargs)
         if dependent and name in ("_local_scalar_dense", "item", "is_nonzero", "equal"):
-            raise _Depends(_VALUE)
+            raise _Depends(VALUE)
         if name.rstrip("_") not in self._read and not random and not self._everything:
             with self:
                 out = _made_of_simpler(func, args, kwargs)
@@ -245,7 +245,7 @@ class _Lines(TorchFunctionMode):
         kwargs = kwargs or {}
         recorder = self._recorder
         if getattr(func, "__name__", "") in _OUTWARD and recorder.depends(args, kwargs):
-            raise _Depends(_VALUE)
+            raise _Depends(VALUE)
         if func == Tensor.data.__set__:
             raise NotImplementedError("the numbers of a tensor are replaced (.data = ..., or a module is moved to another type)")
         before = recorder.line, recorder.stopped
@@ -401,7 +401,7 @@ def _plain(function: Callable[..., Any], tensors: Sequence[Tensor], read: frozen
 def _reason(error: Exception) -> str:
     text = str(error)
     if isinstance(error, _Depends) or "item()" in text or "data-dependent" in text.lower() or "data pointer" in text:
-        return _VALUE
+        return VALUE
     if "mutating a non-functional tensor" in text:
         return _CHANGES
     return f"it cannot be traced: {type(error).__name__}: {text.splitlines()[0][:200] if text else ''}"

@@ -3,6 +3,7 @@ there is none. Methods, forms and times are held against the eager engine in `te
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 
@@ -252,6 +253,64 @@ def test_remark(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         assert torch.equal(solve(True).y, first.y)
+
+
+BRANCHES = {
+    "float": lambda t, y: -2 * y if float(t) > 0.5 else -y,
+    "item": lambda t, y: -2 * y if t.item() > 0.5 else -y,
+    "tensor": lambda t, y: -2 * y if t > 0.5 else -y,
+    "int": lambda t, y: -2 * y if int(2 * t) > 0 else -y,
+    "range": lambda t, y: -y * sum(1 for k in range(2) if t >= k * 0.5),
+    "state": lambda t, y: -2 * y if float(y) < math.exp(-0.5) else -y,
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_remark_of_branches_on_numbers(name):
+    """A tracer knows the number in an input without dimensions: what is done at the start is not what is done later."""
+    y0 = torch.ones(() if name == "state" else 1, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match=r"depends on the value of a tensor .*use torch\.where"):
+        y = solve_ivp(BRANCHES[name], (0.0, 1.0), y0, compile=True, method="dopri5", rtol=1e-8, atol=1e-10).y[-1]
+    torch.testing.assert_close(y, torch.full_like(y0, math.exp(-1.5)), rtol=1e-5, atol=0)
+
+
+def potential(x, k):
+    return (k * x**4 / 4 + torch.cos(x)).sum()
+
+
+FORCES = {
+    "grad": lambda t, y, k: -torch.func.grad(potential)(y, k),
+    "vjp": lambda t, y, k: -torch.func.vjp(lambda x: potential(x, k), y)[1](torch.ones((), dtype=y.dtype))[0] * torch.exp(-t),
+    "jvp": lambda t, y, k: -torch.func.jvp(lambda x: k * x**3 - torch.sin(x), (y,), (y,))[1],
+    "hessian": lambda t, y, k: -torch.func.hessian(potential)(y, k) @ y,
+    "jacrev": lambda t, y, k: -torch.func.jacrev(lambda x: k * x**3)(y) @ y,
+    "vmap": lambda t, y, k: -torch.vmap(torch.func.grad(potential), (0, None))(y, k),
+}
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rodas5p"])
+@pytest.mark.parametrize("name", FORCES)
+def test_functions_that_take_derivatives(name, method):
+    k, y0 = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), torch.tensor([1.0, 0.4], dtype=torch.float64, requires_grad=True)
+
+    def solve(compile):
+        sol = solve_ivp(FORCES[name], (0.0, 1.0), y0, (k,), compile=compile, method=method, rtol=1e-6, atol=1e-8)
+        return sol, [sol.y.detach(), *torch.autograd.grad(sol.y.square().sum(), (k, y0))]
+
+    agree(solve, 1e-8)
+
+
+def test_remark_of_functions_that_take_derivatives_and_are_not_read():
+    """Whatever goes wrong on the way, transforms that were entered are left again."""
+    y0 = torch.tensor([1.0, 0.4], dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="uncompiled"):
+        solve_ivp(lambda t, y: -torch.func.hessian(lambda x: torch.sort(x).values.prod())(y) @ y, (0.0, 0.1), y0, compile=True)
+    x = y0.clone().requires_grad_()
+    with pytest.warns(RuntimeWarning, match=r"use torch\.func\.grad"):
+        solve_ivp(lambda t, y: -torch.autograd.grad((x * y).sum(), x, create_graph=True)[0], (0.0, 0.1), y0, compile=True)
+    assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0 and torch._C._autograd._saved_tensors_hooks_is_enabled()
+    slope = torch.func.jvp(torch.sin, (y0,), (torch.ones_like(y0),))[1]
+    torch.testing.assert_close(slope, torch.cos(y0))
 
 
 def damped(t, y, p, q):

@@ -359,3 +359,25 @@ def test_what_was_captured_is_known_at_the_next_solve():
         adjoint.solve_dae(lambda t, y, yp: (yp + y)[:1], (0.0, 1.0), y0, compile=True)
     with pytest.raises(adjoint.InvalidInput, match=r"returned torch\.float32"):
         adjoint.solve_dae(lambda t, y, yp: (yp + y).float(), (0.0, 1.0), y0, compile=True)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_mechanics(rows):
+    """Derivatives of constraints are taken in the equations: a pendulum, whose energy stays."""
+    model = adjoint.mechanics(
+        torch.eye(2, dtype=F64),
+        lambda t, q, v, length: torch.stack([0 * q[..., 0], 0 * q[..., 1] - 9.81], -1),
+        lambda t, q, length: (q.square().sum(-1, keepdim=True) - length**2) / 2,
+    )
+    found = []
+    for compile in (True, False) if not rows else (True,):
+        length = torch.linspace(1.0, 1.2, max(rows, 1), dtype=F64).unsqueeze(-1)
+        start = torch.cat([length, 0 * length], -1)
+        length, start = (length.detach() if rows else length[0].detach()).requires_grad_(), start if rows else start[0]
+        options = {"args": (length,), "batched": bool(rows), "compile": compile, "rtol": 1e-7, "atol": 1e-9}
+        sol = model.solve((0.0, 0.6), start.detach(), torch.zeros_like(start), **options)
+        q, v = sol.y.q[-1], sol.y.v[-1]
+        torch.testing.assert_close(v.square().sum(-1) / 2 + 9.81 * q[..., 1], 0 * q[..., 1], rtol=0, atol=1e-5)
+        found.append([q, v, torch.autograd.grad(q.sum() + v.sum(), length)[0]])
+    for a, b in zip(found[0], found[-1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
