@@ -18,6 +18,7 @@ from ..system.capture import alive, functorch_active
 from ..system.ownership import owned
 from ..system.rewriting import naming_writes
 from ..system.system import System
+from .asked import Asked
 from .discrete import eager_sweep
 from .finite import check_finite
 from .node import SolveNode
@@ -243,7 +244,7 @@ class CheckpointNode(torch.autograd.Function):
             times = step_times(safe["t"], safe["h"], safe["segment"], safe["lands"], anchors.detach(), problem.plan.shift)
             recall = Recall(problem, safe, times, inputs, start, ctx.slots)
             recall.check(final.detach(), grid["status"])
-            found = eager_sweep(problem, grid, anchors, t_eval, inputs, (*bars, None, None), wants, recall)
+            found = eager_sweep(Asked(problem, grid, anchors, t_eval, inputs, (*bars, None, None), wants), recall)
             problem.backward_report(recall.n_fun, 0)
             check_finite(problem, grid, inputs, bars, found, lambda: problem.run(inputs, start, anchors.detach(), t_eval))
             return (None, None, *found)

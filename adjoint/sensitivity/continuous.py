@@ -14,6 +14,7 @@ from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import Monitor, Plan, rms_norm
 from ..methods import DAE_METHODS, METHODS, Method
 from ..system.capture import cut_apart
+from .asked import Asked
 from .discrete import eager_sweep
 from .implicit_adjoint import ImplicitBack
 from .linearize import Linearizer
@@ -159,29 +160,18 @@ class QuadratureAdjoint(_Continuous):
     _integral: ClassVar[str] = "kronrod"
 
 
-def _sweep(
-    plan: Plan,
-    integral: str,
-    problem: Problem,
-    grid: dict[str, Tensor],
-    anchors: Tensor,
-    t_eval: Tensor | None,
-    inputs: Sequence[Tensor],
-    bars: Sequence[Tensor | None],
-    wants: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """The way back, with the arguments of `discrete.eager_sweep` behind the first two."""
-    if any(bar is not None and bool((bar != 0).any()) for bar in bars[2:]):
+def _sweep(plan: Plan, integral: str, asked: Asked) -> tuple[Tensor | None, ...]:
+    """The way back."""
+    problem, grid, anchors, t_eval, inputs, given, wants = asked
+    if any(bar is not None and bool((bar != 0).any()) for bar in given[2:]):
         # a loss on sol(t), yp or the steps themselves; also what second derivatives ask of first ones
-        return eager_sweep(problem, grid, anchors, t_eval, inputs, bars, wants)
+        return eager_sweep(asked)
     problem.witness.check()
-    original = (grid, anchors, t_eval, inputs, bars, wants)
-    anchors = anchors.detach()
-    t_eval = None if t_eval is None else t_eval.detach()
+    still = asked._replace(anchors=anchors.detach(), t_eval=None if t_eval is None else t_eval.detach())
     safe = shelter(problem, grid, None, inputs)
-    given = bars
     if safe.dead is not None:
-        grid, anchors, t_eval, bars = _without_failed(grid, anchors, t_eval, bars)
+        still = _without_failed(still)
+    grid, anchors = still.grid, still.anchors
     sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0)
     inputs = cut_apart(safe.inputs)
     f: Callable[..., Tensor] = problem.system.bind(inputs)
@@ -192,21 +182,20 @@ def _sweep(
         back = ImplicitBack(problem, plan, f, trajectory, linearize, anchors[-1])
     else:
         back = OdeBack(problem, plan, f, trajectory, linearize, anchors[-1], integral)
-    found = walk(back, problem, grid, anchors, t_eval, bars, wants)
+    found = walk(back, still)
     if linearize.targets and all(bar is None for bar in linearize.bars):
         # a loss with a gradient of zero, or of the initial state alone, is not followed back: derivatives are zero, but of what is used
-        return eager_sweep(problem, *original)
+        return eager_sweep(asked)
     return safe.marked(found, given)
 
 
-def _without_failed(
-    grid: dict[str, Tensor], anchors: Tensor, t_eval: Tensor | None, bars: Sequence[Tensor | None]
-) -> tuple[dict[str, Tensor], Tensor, Tensor | None, Sequence[Tensor | None]]:
+def _without_failed(asked: Asked) -> Asked:
     """Record, times and cotangents with trajectories that failed as if their span had ended where they came to, and another one in the
     place of those that came nowhere: nothing is asked of them behind that."""
+    _, grid, anchors, t_eval, _, bars, _ = asked
     pad, dead = padding(grid["h"], grid["lands"]), grid["status"] < 0
     if pad is None:
-        return grid, anchors, t_eval, bars
+        return asked
     last = (~pad.still).sum(0) - 1
     place = last.clamp(min=0).unsqueeze(0)
     reached = (grid["t"].gather(0, place) + grid["h"].gather(0, place)).squeeze(0)
@@ -220,4 +209,4 @@ def _without_failed(
         known = grid["sample_step"] >= 0
         samples_bar = torch.where(known.unsqueeze(-1), samples_bar, 0.0)
         t_eval = torch.where(known & ~(pad.unborn & dead), t_eval, anchors[-1])
-    return grid, anchors, t_eval, (final_bar, samples_bar, *rest)
+    return asked._replace(grid=grid, anchors=anchors, t_eval=t_eval, bars=(final_bar, samples_bar, *rest))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -11,30 +11,32 @@ from torch import Tensor
 
 from ..integrate import Monitor
 from ..integrate.spread import widened
-from ..methods.sums import row_dot
+from ..methods.sums import StepCotangents, row_dot
 from ..system.capture import cut_apart
 from ..system.system import System
 from .additive import AdditiveLinearizer
+from .asked import Asked, anchors_bar
 from .equations import recorded_adjoint
 from .linearize import Linearizer
 from .lone_sweep import LoneSweep, goes_by_rows
 from .multistep_adjoint import multistep_eager
 from .multistep_rows import multistep_by_rows
 from .padding import in_shelter
-from .problem import Problem, kept_steps, stage_times, step_times
+from .problem import stage_times
 from .stages import StageLinearizer
 
 if TYPE_CHECKING:
     from .checkpoints import Recall
 
-__all__ = ["anchors_bar", "eager_sweep"]
+__all__ = ["eager_sweep"]
 
 
 class _Samples:
     """Cotangents of the samples, sorted by the step that they lie in."""
 
-    def __init__(self, problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None, bar: Tensor | None, time_bars: bool) -> None:
-        self.method = problem.plan.method
+    def __init__(self, asked: Asked) -> None:
+        grid, t_eval, bar, time_bars = asked.grid, asked.t_eval, asked.bars[1], asked.moving
+        self.method = asked.problem.plan.method
         # contiguous, whatever the layout of the times is: it is filled in flat
         self.t_eval_bar = torch.zeros_like(t_eval, memory_format=torch.contiguous_format) if t_eval is not None and time_bars else None
         n_steps, rows = grid["t"].shape
@@ -106,117 +108,117 @@ class _Samples:
 
 
 @in_shelter
-def eager_sweep(
-    problem: Problem,
-    grid: dict[str, Tensor],
-    anchors: Tensor,
-    t_eval: Tensor | None,
-    inputs: Sequence[Tensor],
-    bars: Sequence[Tensor | None],
-    wants: Sequence[bool],
-    recall: Recall | None = None,
-) -> tuple[Tensor | None, ...]:
+def eager_sweep(asked: Asked, recall: Recall | None = None) -> tuple[Tensor | None, ...]:
     """Cotangents of ``(anchors, t_eval, y0, *inputs)`` from those of ``(final, samples, states, stages)``.
 
     ``recall``: makes the states and stages that the grid has not; only the first state is looked at there then.
     """
     if recall is None:
-        problem.witness.check()
-    if problem.plan.method.multistep:
-        moving = bool(wants[0] or wants[1])
-        samples = _Samples(problem, grid, t_eval, bars[1], moving)
-        found = multistep_by_rows(problem, grid, anchors, t_eval, inputs, bars, wants, samples)
-        return found if found is not None else multistep_eager(problem, grid, anchors, t_eval, inputs, bars, wants, samples)
-    final_bar, samples_bar, states_bar, stages_bar = bars
-    system, plan = problem.system, problem.plan
-    method = plan.method
-    states = grid["states"].detach()
-    n_steps, rows = grid["t"].shape
-    n_all = len(method.nodes)
-    time_bars = bool(wants[0] or wants[1])
-    inputs = cut_apart(inputs)
-    f = system.bind(inputs)
-    implicit = problem.algebra is not None
-    linearize: Any = Linearizer(f, inputs, wants[3:], time_bars)
-    slopes: Any = grid["stages"].detach() if recall is None else recall.stages
-    if method.additive:
-        linearize = AdditiveLinearizer(problem, slopes, inputs, wants[3:], time_bars)
-    elif implicit:
-        linearize = StageLinearizer(problem, slopes, f, inputs, wants[3:], time_bars)
-    samples = _Samples(problem, grid, t_eval, samples_bar, time_bars)
-    times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors.detach(), plan.shift)
-    kept: dict[int, Tensor] = {}
-    if stages_bar is not None and len(stages_bar):
-        kept = dict(zip(kept_steps(plan, grid["event_step"], n_steps), stages_bar, strict=True))
-    # of few rows all at once, which takes few operators; of many step by step, which takes little memory
-    stage_t = stage_times(plan, times, plan.real) if rows == 1 else None
-    shape = None if implicit else system.natural_shape
-    flat = states.shape[1:]
+        asked.problem.witness.check()
+    samples = _Samples(asked)
+    if asked.problem.plan.method.multistep:
+        found = multistep_by_rows(asked, samples)
+        return found if found is not None else multistep_eager(asked, samples)
+    steps = _Steps(asked, samples, recall)
+    lone = None if recall is not None or steps.watched else steps.all_at_once()
+    return _one_by_one(asked, steps) if lone is None else _by_rows(asked, steps, lone)
 
-    def inner(x: Tensor) -> Tensor:
+
+class _Steps:
+    """The steps of a record as they are taken back: each linearised where it was taken."""
+
+    def __init__(self, asked: Asked, samples: _Samples, recall: Recall | None) -> None:
+        problem, grid, self._asked, self._recall, self.samples = asked.problem, asked.grid, asked, recall, samples
+        system, self.plan = problem.system, problem.plan
+        self._inputs = cut_apart(asked.inputs)
+        self._f = system.bind(self._inputs)
+        self.implicit, self._rows = problem.algebra is not None, grid["t"].shape[1]
+        given = (self._inputs, asked.wants[3:], asked.moving)
+        self._slopes: Any = grid["stages"].detach() if recall is None else recall.stages
+        self.linearize: Any = Linearizer(self._f, *given)
+        if self.plan.method.additive:
+            self.linearize = AdditiveLinearizer(problem, self._slopes, *given)
+        elif self.implicit:
+            self.linearize = StageLinearizer(problem, self._slopes, self._f, *given)
+        self.times, self._kept = asked.times(asked.anchors.detach()), asked.stages_bars()
+        # of few rows all at once, which takes few operators; of many step by step, which takes little memory
+        self._stage_t = stage_times(self.plan, self.times, self.plan.real) if self._rows == 1 else None
+        self._shape, self._flat = None if self.implicit else system.natural_shape, grid["states"].shape[1:]
+        self.states = self.inner(grid["states"].detach()).contiguous()
+        if self._rows == 1:
+            self._sizes: Any = grid["h"][:, 0].tolist()
+        else:
+            self._sizes = grid["h"].to(self.states.dtype.to_real()).unsqueeze(-1).unbind()
+        self._checked = isinstance(system, System)
+        self.watched = self._rows == 1 and type(self.plan.monitor).adjoint is not Monitor.adjoint
+        end = self.plan.method.end_index
+        # f(t + h, y1) of a step is the first stage of the next, which can take its cotangent over, unless fun jumps in between
+        self.hands_over = not self.implicit and end == len(self.plan.method.nodes) - 1 and not asked.moving and self.times.jump_end is None
+
+    def inner(self, x: Tensor) -> Tensor:
         """``(..., B, n)`` as the steps carry it."""
-        return x.reshape((*x.shape[:-2], *shape)) if shape is not None else x
+        return x if self._shape is None else x.reshape((*x.shape[:-2], *self._shape))
 
-    def outer(x: Tensor) -> Tensor:
-        return x.reshape(flat)
+    def outer(self, x: Tensor) -> Tensor:
+        """``(B, n)`` of what the steps carry."""
+        return x.reshape(self._flat)
 
-    states = inner(states).contiguous()
-    state_at = states if recall is None else recall
-    if rows == 1:
-        sizes: Any = grid["h"][:, 0].tolist()
-    else:
-        sizes = grid["h"].to(states.dtype.to_real()).unsqueeze(-1).unbind()
+    def all_at_once(self) -> LoneSweep | None:
+        """What takes all of them back with few operators; None where that cannot be, or does not pay."""
+        asked, grid = self._asked, self._asked.grid
+        if not goes_by_rows(asked.problem, asked.n_steps, self.times.jump_end is not None):
+            return None
+        plain = Linearizer(self._f, self._inputs, asked.wants[3:], asked.moving)
+        tensors = (self.states, self._slopes, grid["t"], grid["h"])
+        return LoneSweep.make(asked.problem, self._f, plain, tensors, self._inputs, self._stages_bar)
 
-    bar = torch.zeros_like(states[0])
+    def _stages_bar(self, k: int) -> Tensor | None:
+        return _both(self.samples.stages_bar(k), self._kept.get(k))
+
+    def cotangents(self, k: int) -> list[Tensor | None]:
+        """Of the stages of step ``k``, but by way of the steps behind it."""
+        out = self._stages_bar(k)
+        return [] if out is None else list(self.inner(out).unbind())
+
+    def back(self, k: int, bar: Tensor, k_bar: list[Tensor | None]) -> tuple[StepCotangents, Callable[[Tensor], Any]]:
+        """Step ``k`` taken back; and the slope at its start, for a cotangent of it that no step takes over."""
+        plan, problem, recall, grid = self.plan, self._asked.problem, self._recall, self._asked.grid
+        linearize, method, size = self.linearize, plan.method, self._sizes[k]
+        linearize.check_next = self._checked
+        y = self.states[k] if recall is None else recall[k].reshape(self._flat) if self.implicit else recall[k]
+        if self.watched:
+            plan.monitor.adjoint(float(grid["t"][k, 0]), y, float(grid["h"][k, 0]), bar)
+        at = stage_times(plan, self.times.step(k), plan.real)[0] if self._stage_t is None else self._stage_t[k]
+        if self.implicit:
+            linearize.begin_step(k, at, size)
+        elif self._rows > 1:
+            size = widened(size, y.shape[-1])
+        if hasattr(method, "adjoint_step"):
+            result = method.adjoint_step(linearize, at, size, y, bar, k_bar, self._asked.moving)
+        else:
+            result = recorded_adjoint(problem, linearize, at, size, y, bar, k_bar, self._asked.moving)
+        return result, lambda own: linearize(at[0], y)[1](own)
+
+
+def _one_by_one(asked: Asked, steps: _Steps) -> tuple[Tensor | None, ...]:
+    """`eager_sweep` of one-step methods, a step after the other."""
+    grid, samples, times, inner, n_steps = asked.grid, steps.samples, steps.times, steps.inner, asked.n_steps
+    _, samples_bar, states_bar, _ = asked.bars
+    bar, final_bar = torch.zeros_like(steps.states[0]), asked.final_bar
     if final_bar is not None:
-        bar = bar + inner(torch.where((grid["status"] >= 0).unsqueeze(-1), final_bar, 0.0))
+        bar = bar + inner(final_bar)
     t_bars, h_bars = torch.zeros_like(grid["t"]), torch.zeros_like(grid["t"])
-    # f(t + h, y1) of a step is the first stage of the next, which can take its cotangent over, unless fun jumps in between
-    hand_over = not implicit and method.end_index == n_all - 1 and not time_bars and times.jump_end is None
-
-    def stage_cotangents(k: int) -> list[Tensor | None]:
-        out = samples.stages_bar(k)
-        if k in kept:
-            out = kept[k] if out is None else out + kept[k]
-        return [] if out is None else list(inner(out).unbind())
-
-    checked = isinstance(system, System)
-    watched = rows == 1 and type(plan.monitor).adjoint is not Monitor.adjoint
-    if recall is None and not watched and goes_by_rows(problem, n_steps, times.jump_end is not None):
-        plain = Linearizer(f, inputs, wants[3:], time_bars)
-        tensors = (states, slopes, grid["t"], grid["h"])
-        lone = LoneSweep.make(problem, f, plain, tensors, inputs, lambda k: _both(samples.stages_bar(k), kept.get(k)))
-        if lone is not None:
-            return _by_rows(lone, problem, grid, anchors, bar, states_bar, samples, wants)
-    k_bar = stage_cotangents(n_steps - 1) if n_steps else []
+    k_bar = steps.cotangents(n_steps - 1) if n_steps else []
     for k in reversed(range(n_steps)):
         if states_bar is not None:
             bar = bar + inner(states_bar[k + 1])
         end = samples.at_end(k)
         if end is not None:
             bar = bar + inner(end)
-        below = stage_cotangents(k - 1) if k else []
-        if hand_over and below:
-            handed = below.pop()
-            if k_bar:
-                first = k_bar[0]
-                k_bar[0] = first if handed is None else handed if first is None else first + handed
-            else:
-                k_bar = [handed]
-        linearize.check_next = checked
-        y = state_at[k].reshape(flat) if implicit and recall is not None else state_at[k]
-        if watched:
-            plan.monitor.adjoint(float(grid["t"][k, 0]), y, float(grid["h"][k, 0]), bar)
-        at = stage_times(plan, times.step(k), plan.real)[0] if stage_t is None else stage_t[k]
-        if implicit:
-            linearize.begin_step(k, at, sizes[k])
-        size = sizes[k]
-        if rows > 1 and not implicit:
-            size = widened(size, y.shape[-1])
-        if hasattr(method, "adjoint_step"):
-            result = method.adjoint_step(linearize, at, size, y, bar, k_bar, time_bars)
-        else:
-            result = recorded_adjoint(problem, linearize, at, size, y, bar, k_bar, time_bars)
+        below = steps.cotangents(k - 1) if k else []
+        if steps.hands_over and below:
+            k_bar = [_both(k_bar[0] if k_bar else None, below.pop()), *k_bar[1:]]
+        result, slope = steps.back(k, bar, k_bar)
         start = samples.at_start(k)
         bar = result.y if start is None else result.y + inner(start)
         if result.first is not None:
@@ -224,16 +226,16 @@ def eager_sweep(
             anew = None if k == 0 else times.anew(k)
             if k:
                 handed = result.first if anew is None else torch.where(anew.unsqueeze(-1), 0.0, result.first)
-                below = below or [None] * method.n_stages
-                below[-1] = handed if below[-1] is None else below[-1] + handed
+                below = below or [None] * steps.plan.method.n_stages
+                below[-1] = _both(below[-1], handed)
             if k == 0 or anew is not None:
                 own = result.first if anew is None else torch.where(anew.unsqueeze(-1), result.first, 0.0)
-                u, time_bar = linearize(at[0], y)[1](own)
+                u, time_bar = slope(own)
                 bar = bar + u
                 if time_bar is not None:
                     t_bars[k] += time_bar
-        if time_bars:
-            samples.add_time_bars(k, [outer(x) for x in result.stages], t_bars[k], h_bars[k])
+        if asked.moving:
+            samples.add_time_bars(k, [steps.outer(x) for x in result.stages], t_bars[k], h_bars[k])
             if result.t is not None:
                 t_bars[k] += result.t
             if result.h is not None:
@@ -243,29 +245,23 @@ def eager_sweep(
         bar = bar + inner(states_bar[0])
     if n_steps == 0 and samples_bar is not None:
         bar = bar + inner(samples_bar.sum(0))
-    problem.backward_report(linearize.n_fun, n_steps)
-    of_anchors = anchors_bar(anchors, grid, t_bars, h_bars) if wants[0] else None
-    return (of_anchors, samples.t_eval_bar if wants[1] else None, outer(bar) if wants[2] else None, *linearize.bars)
+    asked.problem.backward_report(steps.linearize.n_fun, n_steps)
+    of_anchors = anchors_bar(asked.anchors, grid, t_bars, h_bars) if asked.wants[0] else None
+    return asked.answer(of_anchors, samples.t_eval_bar, steps.outer(bar), steps.linearize.bars)
 
 
 def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _by_rows(
-    lone: LoneSweep,
-    problem: Problem,
-    grid: dict[str, Tensor],
-    anchors: Tensor,
-    bar: Tensor,
-    states_bar: Tensor | None,
-    samples: _Samples,
-    wants: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """The rest of `eager_sweep` where all steps are linearised at once."""
-    n_steps = len(grid["t"])
+def _by_rows(asked: Asked, steps: _Steps, lone: LoneSweep) -> tuple[Tensor | None, ...]:
+    """`eager_sweep` where all steps are linearised at once."""
+    grid, samples, states_bar, n_steps = asked.grid, steps.samples, asked.bars[2], asked.n_steps
+    bar, final_bar = torch.zeros_like(steps.states[0]), asked.final_bar
     bar, t_bars, h_bars = lone.run(
-        bar, lambda k: _both(samples.at_end(k), None if states_bar is None else states_bar[k + 1]), samples.at_start
+        bar if final_bar is None else bar + final_bar,
+        lambda k: _both(samples.at_end(k), None if states_bar is None else states_bar[k + 1]),
+        samples.at_start,
     )
     if states_bar is not None:
         bar = bar + states_bar[0]
@@ -273,15 +269,6 @@ def _by_rows(
     if t_bars is not None and h_bars is not None:
         for k in range(n_steps):
             samples.add_time_bars(k, list(grid["stages"][k].unbind()), t_bars[k], h_bars[k])
-        of_anchors = anchors_bar(anchors, grid, t_bars, h_bars) if wants[0] else None
-    problem.backward_report(lone.linearize.n_fun, n_steps)
-    return (of_anchors, samples.t_eval_bar if wants[1] else None, bar if wants[2] else None, *lone.linearize.bars)
-
-
-def anchors_bar(anchors: Tensor, grid: dict[str, Tensor], t_bars: Tensor, h_bars: Tensor) -> Tensor:
-    """Cotangents of steps to those of the anchors: see `step_times`."""
-    landed = torch.where(grid["lands"], h_bars, 0.0)
-    out = torch.zeros_like(anchors)
-    out.scatter_add_(0, grid["segment"], t_bars - landed)
-    out.scatter_add_(0, (grid["segment"] + 1).clamp(max=anchors.shape[0] - 1), landed)
-    return out
+        of_anchors = anchors_bar(asked.anchors, grid, t_bars, h_bars) if asked.wants[0] else None
+    asked.problem.backward_report(lone.linearize.n_fun, n_steps)
+    return asked.answer(of_anchors, samples.t_eval_bar, bar, lone.linearize.bars)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import CapturedTensorLost, InvalidInput, UnsupportedCombination
 from ..integrate import Record
 from ..system.capture import functorch_active
+from .asked import Asked
 from .discrete import eager_sweep
 from .linearize import LOST
 from .node import SolveNode
@@ -209,26 +210,19 @@ def _check_rows(
 
 
 def _contract(
-    directions: Sequence[_Direction],
-    found: tuple[Tensor, Tensor],
-    problem: Problem,
-    grid: dict[str, Tensor],
-    anchors: Tensor,
-    t_eval: Tensor | None,
-    inputs: Sequence[Tensor],
-    bars: Sequence[Tensor | None],
-    wants: Sequence[bool],
+    directions: Sequence[_Direction], found: tuple[Tensor, Tensor], asked: Asked
 ) -> tuple[Tensor | None, ...]:
-    """Cotangents of the inputs, with the arguments of `discrete.eager_sweep` behind the first two."""
-    final_bar, samples_bar, states_bar, stages_bar = bars
+    """Cotangents of the inputs."""
+    problem, grid, _, _, _, bars, wants = asked
+    _, samples_bar, states_bar, stages_bar = bars
     if any(bar is not None and bool((bar != 0).any()) for bar in (states_bar, stages_bar)):
-        return eager_sweep(problem, grid, anchors, t_eval, inputs, bars, wants)
-    ok = (grid["status"] >= 0).unsqueeze(-1)
+        return eager_sweep(asked)
+    final_bar = asked.final_bar
     finals, samples = found
     rows = torch.zeros(finals.shape[:2], dtype=finals.dtype, device=finals.device)
     times = None
     if final_bar is not None:
-        rows = rows + (finals.conj() * torch.where(ok, final_bar, 0.0)).sum(-1)
+        rows = rows + (finals.conj() * final_bar).sum(-1)
     if samples_bar is not None and samples.shape[1]:
         # failed trajectories are NaN from there on, and nothing is asked of them
         known = (grid["sample_step"] >= 0).unsqueeze(-1)
@@ -237,7 +231,7 @@ def _contract(
         for k, direction in enumerate(directions):
             if direction.index == 1:
                 times = products[k].real.double()
-    everything = (anchors, t_eval, grid["states"][0], *inputs)
+    everything = asked.point
     out: list[Tensor | None] = [None] * len(everything)
     for index in {d.index for d in directions}:
         x = everything[index]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .adams import AdamsReplay
+from .asked import Asked
 from .bdf import BdfReplay
 from .multistep_step import Schedule, StepTime
 from .padding import padding, shelter
@@ -82,17 +83,10 @@ def _smooth(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
-def multistep_functional(
-    problem: Problem,
-    grid: dict[str, Tensor],
-    anchors: Tensor,
-    t_eval: Tensor | None,
-    inputs: Sequence[Tensor],
-    bars: Sequence[Tensor | None],
-    wants: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+def multistep_functional(asked: Asked) -> tuple[Tensor | None, ...]:
     """As `sweep.functional_sweep`: differentiable to any order."""
-    given = [anchors, t_eval, grid["states"][0], *inputs]
+    problem, grid, _, _, _, bars, wants = asked
+    given = asked.point
     where = [i for i, (x, want) in enumerate(zip(given, wants, strict=True)) if want and x is not None]
 
     def function(*some: Tensor) -> tuple[Tensor, ...]:
@@ -101,7 +95,7 @@ def multistep_functional(
             full[i] = x
         return _replay(problem, grid, full[0], full[1], full[2], full[3:])  # type: ignore[arg-type]
 
-    outs, pull = vjp(function, *(given[i] for i in where))
+    outs, pull = vjp(function, *(x for i in where if (x := given[i]) is not None))
     found = pull(_filled(bars, outs))
     out: list[Tensor | None] = [None] * len(given)
     for i, bar in zip(where, found, strict=True):

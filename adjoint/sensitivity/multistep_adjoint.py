@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,31 +9,22 @@ from torch import Tensor
 
 from ..system.capture import cut_apart
 from .adams import AdamsAdjoint
+from .asked import Asked, anchors_bar
 from .bdf import BdfAdjoint
 from .linearize import Linearizer
 from .multistep_step import Schedule, StepBars
-from .problem import Problem
 
 __all__ = ["multistep_eager"]
 
 
-def multistep_eager(
-    problem: Problem,
-    grid: dict[str, Tensor],
-    anchors: Tensor,
-    t_eval: Tensor | None,
-    inputs: Sequence[Tensor],
-    bars: Sequence[Tensor | None],
-    wants: Sequence[bool],
-    samples: Any,
-) -> tuple[Tensor | None, ...]:
+def multistep_eager(asked: Asked, samples: Any) -> tuple[Tensor | None, ...]:
     """As `discrete.eager_sweep`, whose `_Samples` are the last argument."""
-    final_bar, _, states_bar, stages_bar = bars
-    plan = problem.plan
+    problem, grid, anchors, _, inputs, bars, wants = asked
+    states_bar, stages_bar = bars[2:]
+    plan, moving, final_bar = problem.plan, asked.moving, asked.final_bar
     grid = {**grid, "states": grid["states"].detach(), "stages": grid["stages"].detach()}
-    states, stages, h, segment = grid["states"], grid["stages"], grid["h"], grid["segment"]
+    states, stages, h = grid["states"], grid["stages"], grid["h"]
     n_steps, rows = h.shape
-    moving = bool(wants[0] or wants[1])
     inputs = cut_apart(inputs)
     f = problem.system.bind(inputs)
     linearize = Linearizer(f, inputs, wants[3:], moving)
@@ -43,7 +33,7 @@ def multistep_eager(
     t_bars, size_bars = torch.zeros_like(grid["t"]), torch.zeros_like(grid["t"])
     bar = states.new_zeros(steps.size, rows, states.shape[-1])
     if final_bar is not None:
-        bar[0] = torch.where((grid["status"] >= 0).unsqueeze(-1), final_bar, 0.0)
+        bar[0] = final_bar
     linearize.check_next = n_steps > 0
     for k in reversed(range(n_steps)):
         ends = [x for x in (None if states_bar is None else states_bar[k + 1], samples.at_end(k)) if x is not None]
@@ -73,12 +63,9 @@ def multistep_eager(
     if n_steps == 0 and bars[1] is not None:
         y0_bar = y0_bar + bars[1].sum(0)
     problem.backward_report(linearize.n_fun, n_steps)
-    anchors_bar = None
+    of_anchors = None
     if wants[0]:
-        landed = torch.where(grid["lands"], size_bars, 0.0)
-        anchors_bar = torch.zeros_like(anchors)
-        anchors_bar.scatter_add_(0, segment, t_bars - landed)
-        anchors_bar.scatter_add_(0, (segment + 1).clamp(max=anchors.shape[0] - 1), landed)
+        of_anchors = anchors_bar(anchors, grid, t_bars, size_bars)
         if first is not None:
-            anchors_bar[0] += first
-    return (anchors_bar, samples.t_eval_bar if wants[1] else None, y0_bar if wants[2] else None, *linearize.bars)
+            of_anchors[0] += first
+    return asked.answer(of_anchors, samples.t_eval_bar, y0_bar, linearize.bars)

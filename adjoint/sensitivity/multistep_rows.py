@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,32 +13,22 @@ from ..linalg.dense import factor_one
 from ..methods.bdf import MAX_ORDER, coefficients
 from ..methods.sums import row_dot
 from ..system.capture import cut_apart
+from .asked import Asked
 from .bdf import Formula
 from .linearize import Linearizer, vjp
-from .problem import Problem
 from .steps_as_rows import Rows, most_rows, rows_of
 
 __all__ = ["multistep_by_rows"]
 
 
-def multistep_by_rows(
-    problem: Problem,
-    grid: dict[str, Tensor],
-    anchors: Tensor,
-    t_eval: Tensor | None,
-    inputs: Sequence[Tensor],
-    bars: Sequence[Tensor | None],
-    wants: Sequence[bool],
-    samples: Any,
-) -> tuple[Tensor | None, ...] | None:
+def multistep_by_rows(asked: Asked, samples: Any) -> tuple[Tensor | None, ...] | None:
     """As `multistep_eager`; None where that has to do it.
 
     The cotangent of the table of differences before a step is ``C x + e u`` with that behind it, ``x``, and ``(I - c f_y)* u = s x``: the
     numbers ``C``, ``e`` and ``s`` come from order and distances alone.
     """
-    algebra, system = problem.algebra, problem.system
-    n_steps = len(grid["t"])
-    time_bars = bool(wants[0] or wants[1])
+    problem, grid, anchors, _, inputs, bars, wants = asked
+    algebra, system, n_steps, time_bars = problem.algebra, problem.system, asked.n_steps, asked.moving
     states = grid["states"].detach()
     if n_steps < 5 or anchors.shape[0] > 2 or not problem.for_one or algebra is None or (time_bars and states.is_complex()):
         return None
@@ -49,7 +38,7 @@ def multistep_by_rows(
     size = most_rows(f, grid["t"][0].to(real), states[0], inputs, 1)
     if size is None:
         return None
-    final_bar, _, states_bar, stages_bar = bars
+    states_bar, stages_bar, final_bar = bars[2], bars[3], asked.final_bar
     linearize, log, mapped = Linearizer(f, inputs, wants[3:], time_bars), Log(), rows_of(f)
     h, order = grid["h"][:, 0], grid["extra"][:, 0, 0].long()
     c, tables, moves = _numbers(grid["extra"], h, order, states.dtype)
@@ -57,7 +46,7 @@ def multistep_by_rows(
     keep = (torch.arange(1, MAX_ORDER + 1, device=h.device) <= order.unsqueeze(-1)).to(states.dtype)
     bar = states.new_zeros(SIZE, states.shape[-1])
     if final_bar is not None:
-        bar[0] = torch.where((grid["status"] >= 0).unsqueeze(-1), final_bar, 0.0)[0]
+        bar[0] = final_bar[0]
     t_bars, size_bars = torch.zeros_like(grid["t"]), torch.zeros_like(grid["t"])
     lands, stages = grid["lands"][:, 0].tolist(), grid["stages"].detach()
     eye = torch.eye(states.shape[-1], dtype=states.dtype, device=states.device)
@@ -104,15 +93,15 @@ def multistep_by_rows(
     if states_bar is not None:
         y0_bar = y0_bar + states_bar[0]
     problem.backward_report(linearize.n_fun, n_steps)
-    anchors_bar = None
+    of_anchors = None
     if time_bars:
         size_bars = size_bars + t_bars
         for k in range(n_steps):
             samples.add_time_bars(k, list(stages[k].unbind()), t_bars[k], size_bars[k])
         if wants[0]:
             landed = torch.where(grid["lands"], size_bars, 0.0)
-            anchors_bar = torch.stack([(t_bars - landed).sum(0), landed.sum(0)])
-    return (anchors_bar, samples.t_eval_bar if wants[1] else None, y0_bar if wants[2] else None, *linearize.bars)
+            of_anchors = torch.stack([(t_bars - landed).sum(0), landed.sum(0)])
+    return asked.answer(of_anchors, samples.t_eval_bar, y0_bar, linearize.bars)
 
 
 def _size_bar(

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from .discrete import anchors_bar, eager_sweep
-from .problem import Problem, kept_steps
+from .asked import Asked, anchors_bar
+from .discrete import eager_sweep
+from .problem import kept_steps
 
 __all__ = ["first_sweep"]
 
 
-def first_sweep(
-    problem: Problem,
-    grid: dict[str, Tensor],
-    anchors: Tensor,
-    t_eval: Tensor | None,
-    inputs: Sequence[Tensor],
-    bars: Sequence[Tensor | None],
-    wants: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """The arguments and results of `eager_sweep`."""
-    plan, timed = problem.plan, bool(wants[0] or wants[1])
+def first_sweep(asked: Asked) -> tuple[Tensor | None, ...]:
+    """As `eager_sweep`."""
+    problem, grid, anchors, t_eval, inputs, bars, wants = asked
+    plan, timed = problem.plan, asked.moving
     if problem.native.recognised is None:
-        return eager_sweep(problem, grid, anchors, t_eval, inputs, bars, wants)
+        return eager_sweep(asked)
     if (timed or bars[3] is not None) and bool((anchors[0] == anchors[-1]).any()):
         # a span of no length has a step of no length, whose derivatives in the times, and of its slopes, are those of any step
-        return eager_sweep(problem, grid, anchors, t_eval, inputs, bars, wants)
+        return eager_sweep(asked)
     n_steps = grid["t"].shape[0]
     stages_bar = bars[3]
     if stages_bar is not None and 0 < len(stages_bar) < n_steps:

@@ -18,6 +18,7 @@ from ..system.capture import alive, below_jvp, below_vmap, functorch_active, jvp
 from ..system.ownership import owned
 from ..system.rewriting import naming_writes
 from ..system.system import System, VmappedSystem
+from .asked import Asked
 from .finite import check_finite
 from .late import check_strangers, naming_strangers
 from .linearize import check_known
@@ -82,7 +83,7 @@ class SolveNode(torch.autograd.Function):
         with torch.autocast(grid["states"].device.type, enabled=False):
             if differentiable:
                 check_known(problem.system, grid, inputs)
-            found = sweep(problem, grid, anchors, t_eval, inputs, bars, wants)
+            found = sweep(Asked(problem, grid, anchors, t_eval, inputs, bars, wants))
             check_finite(problem, grid, inputs, bars, found)
         return (None, *ctx.problem.let_out(found))
 

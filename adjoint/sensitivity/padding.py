@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..system.capture import functorch_active, readable
 from ..system.system import System, VmappedSystem
+from .asked import Asked
 from .problem import Problem
 
 __all__ = ["Padding", "Shelter", "in_shelter", "padding", "shelter"]
@@ -120,21 +121,12 @@ def shelter(problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None, in
 
 
 def in_shelter(sweep: Callable[..., Found]) -> Callable[..., Found]:
-    """A sweep with the arguments of `discrete.eager_sweep`, that is given what `shelter` makes of record and inputs."""
+    """A sweep that is given what `shelter` makes of record and inputs."""
 
     @wraps(sweep)
-    def sheltered(
-        problem: Problem,
-        grid: dict[str, Tensor],
-        anchors: Tensor,
-        t_eval: Tensor | None,
-        inputs: Sequence[Tensor],
-        bars: Sequence[Tensor | None],
-        wants: Sequence[bool],
-        *more: Any,
-    ) -> Found:
-        safe = shelter(problem, grid, t_eval, inputs)
-        return safe.marked(sweep(problem, safe.grid, anchors, t_eval, safe.inputs, bars, wants, *more), bars)
+    def sheltered(asked: Asked, *more: Any) -> Found:
+        safe = shelter(asked.problem, asked.grid, asked.t_eval, asked.inputs)
+        return safe.marked(sweep(asked._replace(grid=safe.grid, inputs=safe.inputs), *more), asked.bars)
 
     return sheltered
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .asked import Asked
 from .equations import equations
 from .multistep import multistep_functional, multistep_tangents
 from .padding import in_shelter, shelter
@@ -75,29 +76,20 @@ def _zero(bar: Tensor | None, like: Tensor) -> Tensor:
 
 
 @in_shelter
-def functional_sweep(
-    problem: Problem,
-    grid: dict[str, Tensor],
-    anchors: Tensor,
-    t_eval: Tensor | None,
-    inputs: Sequence[Tensor],
-    bars: Sequence[Tensor | None],
-    wants: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+def functional_sweep(asked: Asked) -> tuple[Tensor | None, ...]:
     """As `discrete.eager_sweep`, but differentiable to any order."""
+    problem, grid, anchors, t_eval, inputs, bars, wants = asked
     problem.witness.check()
     if problem.plan.method.multistep:
-        return multistep_functional(problem, grid, anchors, t_eval, inputs, bars, wants)
-    final_bar, samples_bar, states_bar, kept_bar = bars
-    plan, states = problem.plan, grid["states"]
-    n_steps = grid["t"].shape[0]
-    times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors, plan.shift)
+        return multistep_functional(asked)
+    _, samples_bar, states_bar, kept_bar = bars
+    plan, states, n_steps, times, final_bar = problem.plan, grid["states"], asked.n_steps, asked.times(anchors), asked.final_bar
     sampled = samples_bar is not None and t_eval is not None and t_eval.shape[0] > 0 and n_steps > 0
     kept = {k: i for i, k in enumerate(kept_steps(plan, grid["event_step"], n_steps))} if kept_bar is not None else {}
 
     bar = torch.zeros_like(states[0])
     if final_bar is not None:
-        bar = bar + torch.where((grid["status"] >= 0).unsqueeze(-1), final_bar, 0.0)
+        bar = bar + final_bar
     state_bars: Tensor | None = states_bar
     stage_bars: Tensor | None = None
     t_extra = h_extra = t_eval_bar = None
@@ -147,7 +139,7 @@ def functional_sweep(
         _, pull_shift = vjp(_anchored(anchors, grid), torch.zeros_like(anchors))
         (anchors_bar,) = pull_shift((t_total, h_total))
     problem.backward_report(n_steps * plan.method.n_stages * (2 if sampled else 1), n_steps)
-    return (anchors_bar, t_eval_bar if wants[1] else None, bar if wants[2] else None, *input_bars)
+    return asked.answer(anchors_bar, t_eval_bar, bar, input_bars)
 
 
 def tangents(

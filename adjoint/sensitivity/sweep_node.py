@@ -16,6 +16,7 @@ from torch import Tensor
 from ..linalg.forward_mode import below_jvp
 from ..system.capture import functorch_active
 from ..system.ownership import owned
+from .asked import Asked
 from .discrete import eager_sweep
 from .problem import Problem
 from .products import vjp
@@ -31,19 +32,18 @@ _BARS = 4
 class _Layout:
     """Which tensors a sweep has, in the order of the arguments of the node: record, anchors, sample times, inputs, cotangents."""
 
-    def __init__(self, grid: dict[str, Tensor], t_eval: Tensor | None, bars: Sequence[Tensor | None], wants: Sequence[bool]) -> None:
-        self.names = tuple(grid)
-        self.sampled, self.wants = t_eval is not None, tuple(wants)
-        self.given = [i for i, bar in enumerate(bars) if bar is not None]
+    def __init__(self, asked: Asked) -> None:
+        self.names = tuple(asked.grid)
+        self.sampled, self.wants = asked.t_eval is not None, tuple(asked.wants)
+        self.given = [i for i, bar in enumerate(asked.bars) if bar is not None]
 
-    def flat(
-        self, grid: dict[str, Tensor], anchors: Tensor, t_eval: Tensor | None, inputs: Sequence[Tensor], bars: Sequence[Tensor | None]
-    ) -> list[Tensor]:
+    @staticmethod
+    def flat(asked: Asked) -> list[Tensor]:
         """The tensors one after another."""
-        samples = [] if t_eval is None else [t_eval]
-        return [*grid.values(), anchors, *samples, *inputs, *(x for x in bars if x is not None)]
+        samples = [] if asked.t_eval is None else [asked.t_eval]
+        return [*asked.grid.values(), asked.anchors, *samples, *asked.inputs, *(x for x in asked.bars if x is not None)]
 
-    def arguments(self, tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor | None, list[Tensor], list[Tensor | None]]:
+    def asked(self, problem: Problem, tensors: Sequence[Tensor]) -> Asked:
         """The reverse of `flat`."""
         grid = dict(zip(self.names, tensors, strict=False))
         anchors, *rest = tensors[len(self.names) :]
@@ -52,7 +52,7 @@ class _Layout:
         bars: list[Tensor | None] = [None] * _BARS
         for i, bar in zip(self.given, rest[count:], strict=True):
             bars[i] = bar
-        return grid, anchors, t_eval, rest[:count], bars
+        return Asked(problem, grid, anchors, t_eval, rest[:count], bars, self.wants)
 
     def sweep_places(self, tensors: Sequence[Tensor]) -> list[int | None]:
         """Where what a sweep gives is among the tensors: cotangents of anchors, sample times, first state (None: it is none of them) and
@@ -67,7 +67,7 @@ class _SweepNode(torch.autograd.Function):
 
     @staticmethod
     def forward(problem: Problem, layout: _Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_full(layout, tensors, _eager(problem, layout, *layout.arguments(tensors))))
+        return tuple(_full(layout, tensors, _eager(layout.asked(problem, tensors))))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -86,7 +86,7 @@ class _SweepNode(torch.autograd.Function):
             merged = list(tensors)
             for i, x in zip(smooth, some, strict=True):
                 merged[i] = x
-            return tuple(_full(layout, merged, functional_sweep(problem, *layout.arguments(merged), layout.wants)))
+            return tuple(_full(layout, merged, functional_sweep(layout.asked(problem, merged))))
 
         value, pull = vjp(sweep, *(tensors[i] for i in smooth))
         weights = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(value, bars, strict=True))
@@ -105,21 +105,13 @@ class _SweepNode(torch.autograd.Function):
         return tuple(raise_(x) if x.is_floating_point() or x.is_complex() else None for x in found)
 
 
-def _eager(
-    problem: Problem,
-    layout: _Layout,
-    grid: dict[str, Tensor],
-    anchors: Tensor,
-    t_eval: Tensor | None,
-    inputs: Sequence[Tensor],
-    bars: Sequence[Tensor | None],
-) -> tuple[Tensor | None, ...]:
-    inputs = [x.detach().requires_grad_(True) if want else x for x, want in zip(inputs, layout.wants[3:], strict=True)]
-    return eager_sweep(problem, grid, anchors, t_eval, inputs, bars, layout.wants)
+def _eager(asked: Asked) -> tuple[Tensor | None, ...]:
+    inputs = [x.detach().requires_grad_(True) if want else x for x, want in zip(asked.inputs, asked.wants[3:], strict=True)]
+    return eager_sweep(asked._replace(inputs=inputs))
 
 
 def _full(layout: _Layout, tensors: Sequence[Tensor], found: Sequence[Tensor | None]) -> list[Tensor]:
-    grid, anchors, t_eval, inputs, _ = layout.arguments(tensors)
+    _, grid, anchors, t_eval, inputs, _, _ = layout.asked(None, tensors)  # type: ignore[arg-type]
     like = [anchors, anchors if t_eval is None else t_eval, grid["states"][0], *inputs]
     return [torch.zeros_like(x) if g is None else g for x, g in zip(like, found, strict=True)]
 
@@ -132,8 +124,8 @@ def _moved(problem: Problem, layout: _Layout, tensors: list[Tensor], dots: list[
     The first gradient takes the recorded states as independent, and the slopes that steps hand on: what it gives for them goes back
     through the steps, with the latter.
     """
-    grid, anchors, t_eval, inputs, _ = layout.arguments(tensors)
-    grid_dot, anchors_dot, t_eval_dot, inputs_dot, bars_dot = layout.arguments(dots)  # type: ignore[arg-type]
+    asked = layout.asked(problem, tensors)
+    _, grid_dot, anchors_dot, t_eval_dot, inputs_dot, bars_dot, _ = layout.asked(problem, dots)  # type: ignore[arg-type]
     states_dot = grid_dot["states"]
     along = [anchors_dot, t_eval_dot, None if states_dot is None else states_dot[0], *inputs_dot]
     wants = [want or dot is not None for want, dot in zip(layout.wants, along, strict=True)]
@@ -144,7 +136,7 @@ def _moved(problem: Problem, layout: _Layout, tensors: list[Tensor], dots: list[
         merged = list(tensors)
         for place, x in zip([*links, *places], some, strict=True):
             merged[place] = x
-        found = functional_sweep(problem, *layout.arguments(merged), wants)
+        found = functional_sweep(layout.asked(problem, merged)._replace(wants=wants))
         return tuple(g for g, d in zip(_full(layout, merged, found), along, strict=True) if d is not None)
 
     where = layout.sweep_places(tensors)
@@ -162,10 +154,10 @@ def _moved(problem: Problem, layout: _Layout, tensors: list[Tensor], dots: list[
             handed = _handed(found[1])
             moved[3] = handed if moved[3] is None else moved[3] + handed
     if functorch_active() or any(x is not None and x.requires_grad for x in (*tensors, *moved)):
-        through = functional_sweep(problem, grid, anchors, t_eval, inputs, moved, layout.wants)
+        through = functional_sweep(asked._replace(bars=moved))
     else:
         with torch.no_grad():
-            through = _eager(problem, layout, grid, anchors, t_eval, inputs, moved)
+            through = _eager(asked._replace(bars=moved))
     through = _full(layout, tensors, through)
     return [b if a is None else a + b for a, b in zip(direct, through, strict=True)]
 
@@ -176,16 +168,8 @@ def _handed(bars: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(bars[:, :-1]), last], 1)
 
 
-def swept(
-    problem: Problem,
-    grid: dict[str, Tensor],
-    anchors: Tensor,
-    t_eval: Tensor | None,
-    inputs: Sequence[Tensor],
-    bars: Sequence[Tensor | None],
-    wants: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+def swept(asked: Asked) -> tuple[Tensor | None, ...]:
     """As `sweep.functional_sweep`."""
-    layout = _Layout(grid, t_eval, bars, wants)
-    found = _SweepNode.apply(problem, layout, *layout.flat(grid, anchors, t_eval, inputs, bars))
-    return tuple(g if want else None for g, want in zip(found, wants, strict=True))
+    layout = _Layout(asked)
+    found = _SweepNode.apply(asked.problem, layout, *layout.flat(asked))
+    return tuple(g if want else None for g, want in zip(found, asked.wants, strict=True))

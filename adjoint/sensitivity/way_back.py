@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..errors import SolveError
 from ..integrate import Plan, Record, Status
+from .asked import Asked
 from .linearize import Linearizer
 from .problem import Problem
 
@@ -102,28 +102,21 @@ def check_way_back(record: Record, plan: Plan, problem: Problem) -> None:
     )
 
 
-def walk(
-    back: WayBack,
-    problem: Problem,
-    grid: dict[str, Tensor],
-    anchors: Tensor,
-    t_eval: Tensor | None,
-    bars: Sequence[Tensor | None],
-    wants: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+def walk(back: WayBack, asked: Asked) -> tuple[Tensor | None, ...]:
     """Cotangents of ``(anchors, t_eval, y0, *inputs)`` from those of ``(final, samples)``; ``back`` starts at the end.
 
     A trajectory with a cotangent that is not finite is not followed with it, where its error would be everybody's: what it has a part in
     is NaN at the end.
     """
-    final_bar, samples_bar, *_ = bars
+    problem, grid, anchors, t_eval, _, bars, _ = asked
+    final_bar, samples_bar = asked.final_bar, bars[1]
     sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0)
     ok = (grid["status"] >= 0).unsqueeze(-1)
     t_eval_bar = None if t_eval is None else torch.zeros_like(t_eval)
     end_bar = torch.zeros_like(anchors[0])
     lost = torch.zeros_like(grid["status"], dtype=torch.bool)
     if final_bar is not None:
-        bar, lost = _finite(torch.where(ok, final_bar, 0.0))
+        bar, lost = _finite(final_bar)
         end_bar = torch.where(lost, float("nan"), _dot(bar, back.jump(bar)))
     if samples_bar is not None and t_eval is not None and t_eval_bar is not None:
         order = (t_eval * sign).argsort(0, descending=True)
@@ -143,12 +136,7 @@ def walk(
     y0_bar, start = back.boundary()
     anchors_bar = torch.stack([-_dot(y0_bar, start), end_bar])
     problem.backward_report(back.linearize.n_fun, back.n_steps)
-    return (
-        anchors_bar if wants[0] else None,
-        t_eval_bar if wants[1] else None,
-        y0_bar if wants[2] else None,
-        *back.linearize.bars,
-    )
+    return asked.answer(anchors_bar, t_eval_bar, y0_bar, back.linearize.bars)
 
 
 def _finite(bar: Tensor) -> tuple[Tensor, Tensor]:
