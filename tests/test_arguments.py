@@ -374,3 +374,17 @@ def test_empty_states_have_gradients(shape, batched):
     sol = solve_ivp(lambda t, y: -p * y, (0.0, 1.0), y0, batched=batched, t_eval=[0.5, 1.0])
     gy, gp = torch.autograd.grad(sol.y.sum(), (y0, p), allow_unused=True)
     assert gy.shape == shape and (gp is None or float(gp) == 0.0)
+
+
+@pytest.mark.parametrize("method", ["tsit5", "kvaerno5", "radau5", "bdf", "abm"])
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 2)])
+def test_tolerances_of_states_of_any_shape(method, shape):
+    y0 = torch.linspace(0.5, 1.5, math.prod(shape)).reshape(shape)
+    each = torch.logspace(-4, -6, shape[-1])
+
+    def ends(y0, rtol, fun):
+        return solve_ivp(fun, (0.0, 1.0), y0, method=method, rtol=rtol, atol=1e-9).y[-1].reshape(-1)
+
+    found = ends(y0, each, lambda t, y: -(y**2))
+    flat = ends(y0.reshape(-1), each.expand(shape).reshape(-1), lambda t, y: -(y**2))
+    assert torch.allclose(found, flat, rtol=1e-12)

@@ -118,8 +118,13 @@ class Plan:
         return self.controller if self.controller is not None else default_controller(self.method.implicit)
 
     def scaled(self, error: Tensor, size: Tensor) -> Tensor:
-        """Error in units of the tolerance; ``size`` is ``max(|y0|, |y1|)``."""
-        return error / (size * self.rtol + self.atol)
+        """Error in units of the tolerance; ``size`` is ``max(|y0|, |y1|)``. Both may have the shape of the user's state."""
+        return error / (size * _shaped(self.rtol, error) + _shaped(self.atol, error))
+
+
+def _shaped(tolerance: float | Tensor, error: Tensor) -> float | Tensor:
+    """One for every number of a state of one trajectory, in the shape of the state."""
+    return tolerance.reshape(error.shape) if isinstance(tolerance, Tensor) and tolerance.numel() == error.numel() else tolerance
 
 
 @dataclass(frozen=True)

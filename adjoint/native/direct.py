@@ -15,7 +15,7 @@ from ..system.system import System
 from .fingerprint import fingerprint
 from .graphs import Graph, Heard
 
-__all__ = ["hear_directly"]
+__all__ = ["forget_directly", "hear_directly"]
 
 _MOST = 1024
 #: graphs by fingerprint and kind of arguments, with the structure of their results; None where a tracer is to be asked
@@ -64,3 +64,8 @@ def hear_directly(
     stand_ins = graph.stand_ins()
     results = tuple(("out", i) for i in range(len(stand_ins)))
     return Heard(graph, module, (time, *leaves, *arguments, *own), tuple(arguments), places, results, tree_unflatten(stand_ins, structure))
+
+
+def forget_directly() -> None:
+    """Trace anew whatever comes."""
+    _graphs.clear()

@@ -6,7 +6,6 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from .build import NoCompiler, library
 from .calls import BACKWARD_CALL, CONTEXT, filled
 from .emit import Compiled, engine_text, prologue
 from .functions import UserFunctions, depends, inputs_of, user_functions
+from .jointly import of_all_rows
 from .reading import Reading, Unreadable
 from .text import vector_library
 
@@ -58,6 +58,9 @@ class Program:
     events: tuple[Reading, ...] = ()
     #: the matrix in front of the slopes, row by row
     mass: Reading | None = None
+    #: of one state of many rows: how many, and what `own` would be if each were a trajectory
+    joint: int = 0
+    own_of_row: tuple[int, ...] = ()
     room: dict[int, int] = field(default_factory=dict)
     #: by the number of lanes; what could not be made is not tried again
     _engines: dict[int, Engine | NoCompiler] = field(default_factory=dict)
@@ -69,7 +72,8 @@ class Program:
         """The user's function and its derivatives as text. Raises `Unreadable` where that would be too long."""
         if self._functions is None:
             try:
-                self._functions = user_functions(self.reading, self.events, self.width, self.own, self.timed, self.method, self.mass)
+                width, own = (self.width // self.joint, self.own_of_row) if self.joint else (self.width, self.own)
+                self._functions = user_functions(self.reading, self.events, width, own, self.timed, self.method, self.mass)
             except Unreadable as error:
                 self._functions = error
         if isinstance(self._functions, Unreadable):
@@ -115,9 +119,16 @@ class Program:
             raise found
         return found
 
+    def _users(self, start: str, theirs: UserFunctions, lanes: int) -> ctypes.CDLL:
+        if not self.joint:
+            return library("\n".join([start, CONTEXT, theirs.tables, *theirs.texts.values()]), False, links(lanes))
+        wide = _VECTOR // self.real.itemsize
+        text = of_all_rows(theirs.texts, self.joint, self.width // self.joint, self.own_of_row, self.numbers)
+        return library("\n".join([prologue(self.real, wide), CONTEXT, theirs.tables, text]), True, links(wide))
+
     def _made(self, lanes: int) -> Engine:
         start, theirs = prologue(self.real, lanes), self.functions
-        users = library("\n".join([start, CONTEXT, theirs.tables, *theirs.texts.values()]), False, links(lanes))
+        users = self._users(start, theirs, lanes)
         sizes = self.width, self.timed, self.own, self.numbers, theirs.nonzero, len(self.events), self.mass is not None
         engine = engine_text(self.method, self.real, *sizes)
         loop = library("\n".join([start, engine]), True, links(lanes))
@@ -147,9 +158,11 @@ def _address(loaded: ctypes.CDLL, name: str) -> int:
     return address
 
 
-def program_of(readings: Sequence[Reading], method: Compiled, y0: Tensor, inputs: Sequence[Tensor], mass: bool = False) -> Program:
+def program_of(
+    readings: Sequence[Reading], method: Compiled, y0: Tensor, inputs: Sequence[Tensor], mass: bool = False, joint: int = 0
+) -> Program:
     """The program of a right-hand side, behind which functions of events may stand, and with ``mass`` the matrix in front of the slopes as
-    the last one, for states like ``y0`` (B, n) and inputs like these.
+    the last one, for states like ``y0`` (B, n) and inputs like these. ``joint``: readings are of one of so many rows of a state.
 
     Raises `Unreadable` where one of them shares an input among trajectories that another one does not.
     """
@@ -160,9 +173,10 @@ def program_of(readings: Sequence[Reading], method: Compiled, y0: Tensor, inputs
         if len(found) > 1:
             raise Unreadable("", "", "an event and fun use one argument in different ways")
         steps.append(found.pop() if found else 0)
-    own = tuple(prod(x.shape[1:]) if step else 0 for step, x in zip(steps, inputs, strict=True))
-    numbers = tuple(x.numel() if not step and x.is_floating_point() else 0 for step, x in zip(steps, inputs, strict=True))
+    own = tuple(steps)
+    shared = tuple(x.numel() if (joint or not step) and x.is_floating_point() else 0 for step, x in zip(steps, inputs, strict=True))
     timed = any(depends(reading, "t") for reading in readings)
     tables = tuple(x.contiguous().to(y0.dtype) for reading in readings for x in reading.tables)
     events, matrix = (readings[1:-1], readings[-1]) if mass else (readings[1:], None)
-    return Program(readings[0], method, y0.dtype, y0.shape[1], own, numbers, timed, tables, tuple(events), matrix)
+    of_one = (0,) * len(own) if joint else own
+    return Program(readings[0], method, y0.dtype, y0.shape[1], of_one, shared, timed, tables, tuple(events), matrix, joint, own)

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..system.system import System, VmappedSystem
-from .direct import hear_directly
+from .direct import forget_directly, hear_directly
 from .emit import Compiled, is_residual
 from .graphs import Graph, Heard, ear
 from .levels import above, relative
@@ -28,10 +28,12 @@ from .program import Program, program_of
 from .reading import Unreadable, read
 from .tracing import VALUE, PickedByNumbers
 
-__all__ = ["Recognised", "compile_key", "hear", "recognise"]
+__all__ = ["Recognised", "compile_key", "forget", "hear", "recognise"]
 
 #: graphs of one piece of code (shapes, dtypes, constants) before recognising costs more than it brings
 _MOST_GRAPHS = 64
+#: of a state, before it is looked at row by row
+_FEWEST_ROWS = 8
 
 
 def compile_key(fun: Callable[..., Any]) -> Hashable:
@@ -254,7 +256,7 @@ def recognise(
         flats = [_mapped(flat, dims, base) for flat in flats]
         originals = frozenset(id(x) for part in parts if part.graph.module is None for x in part.tensors)
         try:
-            found = _program(flats, method, t if batched else t[0], y0, values, batched, mass is not None, originals)
+            found = _program(flats, method, t if batched else t[0], y0, values, batched, mass is not None, originals, base)
         except Unreadable as error:
             found = error
         known[layout] = found
@@ -366,6 +368,13 @@ def _mapped(flat: Callable[..., Tensor], levels: Sequence[tuple[int, tuple[int |
     return every
 
 
+def rows_of(base: System) -> int:
+    """How many rows a state has which may know nothing of each other, such as a mini-batch; 0 where it is none."""
+    spec = base.spec
+    shape = spec.shapes[0] if len(spec.shapes) == 1 and spec.batch is None and base.residual is None and base.mass is None else ()
+    return shape[0] if len(shape) > 1 and shape[0] >= _FEWEST_ROWS else 0
+
+
 def _program(
     flats: Sequence[Callable[..., Tensor]],
     method: Compiled,
@@ -375,11 +384,26 @@ def _program(
     batched: bool,
     mass: bool,
     originals: frozenset[int],
+    base: System,
 ) -> Program:
     for x in given:
         if x.is_complex() or (x.is_floating_point() and x.dtype != y0.dtype):
             raise Unreadable("", "", f"it uses a tensor of {x.dtype} beside a state of {y0.dtype}")
+    joint = rows_of(base) if len(flats) == 1 and not batched and not method.implicit else 0
+    if joint:
+        try:
+            width = y0.shape[1] // joint
+            whole = lambda t, y, *xs: flats[0](t, y.reshape(1, -1), *xs).reshape(joint, width)  # noqa: E731
+            return program_of([read(whole, t, y0.reshape(joint, width), given, True, originals)], method, y0, given, joint=joint)
+        except Unreadable:
+            # one trajectory, whose numbers all depend on each other
+            pass
     # of implicit equations values and slopes stand side by side
     arguments = [torch.cat([y0, y0], 1) if k == 0 and is_residual(method) else y0 for k in range(len(flats))]
     readings = [read(flat, t, y, given, batched, originals) for flat, y in zip(flats, arguments, strict=True)]
     return program_of(readings, method, y0, given, mass)
+
+
+def forget() -> None:
+    """Trace anew whatever comes, of functions that are known by their fingerprint."""
+    forget_directly()

@@ -69,13 +69,20 @@ def run(case: Case) -> tuple[float | None, ...]:
     """Value, first and second derivative that the library gives."""
     text, name = with_driver(case), f"<case {case.seed}>"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-    namespace: dict[str, Any] = {"__name__": "case"}
+    code, found = compile(text, name, "exec"), []
     try:
-        exec(compile(text, name, "exec"), namespace)
+        # compiled code that is known already is come to by a shorter way
+        for _ in range(1 + case.compiled):
+            namespace: dict[str, Any] = {"__name__": "case"}
+            exec(code, namespace)
+            got = (namespace["value"], namespace["first"], namespace["second"])
+            found.append(tuple(None if x is None else float(x.detach()) for x in got))
     finally:
         del linecache.cache[name]
-    got = (namespace["value"], namespace["first"], namespace["second"])
-    return tuple(None if x is None else float(x.detach()) for x in got)
+    for first, last in zip(found[0], found[-1], strict=True):
+        if first is not None and last is not None and math.isfinite(first) and not abs(first - last) <= 1e-9 * abs(first) + 1e-12:
+            raise AssertionError(f"solved again it is {last} instead of {first}")
+    return found[0]
 
 
 def errors(got: tuple[float | None, ...], want: Truth) -> list[float]:

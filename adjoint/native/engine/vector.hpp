@@ -34,15 +34,21 @@ EACH2(fmod) EACH2(remainder) EACH2(floordiv)
 INTEGER2(fmod) INTEGER2(remainder) INTEGER2(floordiv)
 
 #if defined(MVEC) && defined(__AVX2__)
-// functions of 32 bytes, called as often as W needs; narrower vectors go lane by lane
-#ifdef SINGLE
+// functions of 64 bytes where the processor has them, else of 32, called as often as W needs; narrower vectors go lane by lane
+#if defined(__AVX512F__) && defined(SINGLE)
+#define LANES 16
+#define NAME(name, v) _ZGVeN16##v##_##name##f
+#elif defined(__AVX512F__)
+#define LANES 8
+#define NAME(name, v) _ZGVeN8##v##_##name
+#elif defined(SINGLE)
 #define LANES 8
 #define NAME(name, v) _ZGVdN8##v##_##name##f
 #else
 #define LANES 4
 #define NAME(name, v) _ZGVdN4##v##_##name
 #endif
-typedef R Part __attribute__((vector_size(32)));
+typedef R Part __attribute__((vector_size(LANES * sizeof(R))));
 template <Part (*F)(Part)> FN S m_parts(S x) {
   union { S whole; Part part[W / LANES]; } u;
   u.whole = x;
