@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import runpy
+import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in NAMES])
-def test_example(name, tmp_path):
+def test_example(name, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     if name in ("digits_neural_ode", "deq_digits"):
         pytest.importorskip("sklearn")
@@ -28,7 +29,12 @@ def test_example(name, tmp_path):
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](quick=True, out=tmp_path)
+        # as a module that can be imported, which the tracer of compiled solves wants
+        spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        module.main(quick=True, out=tmp_path)
     finally:
         torch.set_default_dtype(before)
     figures = list(tmp_path.glob("*.png"))

@@ -402,3 +402,20 @@ def test_the_ball_that_loses_nothing():
         t = between(n, h, one, g, 0.3)
         sol = solve_ivp(fall, (0.0, t), torch.stack([h, 0 * h]), (one, g), events=BOUNCE, **FINE)
         compared(sol.y[-1, 0], flight(t, n, h, one, g)[0], [h])
+
+
+def test_curves_have_gaps_at_jumps():
+    """For pictures: both sides of a reset, and NaN between them."""
+    event = Event(lambda t, y: y[..., 0] - 0.5, reset=lambda t, y: y - 0.5, name="tick")
+    clock = lambda t, y: torch.ones_like(y)  # noqa: E731
+    one = solve_ivp(clock, (0.0, 1.2), torch.zeros(1), events=event, dense_output=True)
+    batch = solve_ivp(clock, (0.0, 1.2), torch.zeros(2, 1), events=event, dense_output=True, batched=True)
+    nan = float("nan")
+    wanted = torch.tensor([0.0, 0.25, 0.5, nan, 0.0, 0.25, 0.5, nan, 0.0, 0.1, 0.2])
+    for t, y in (one.curve(3), batch.curve(3, 1)):
+        assert torch.allclose(t, torch.tensor([0.0, 0.25, 0.5, 0.5, 0.5, 0.75, 1.0, 1.0, 1.0, 1.1, 1.2]))
+        assert torch.allclose(y[:, 0], wanted, atol=1e-12, equal_nan=True)
+    with pytest.raises(adjoint.InvalidInput, match="trajectory"):
+        batch.curve()
+    with pytest.raises(adjoint.InvalidInput, match="points"):
+        one.curve(1)

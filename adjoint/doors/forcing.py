@@ -63,7 +63,9 @@ class Forcing:
             raise InvalidInput("times of a Forcing must increase")
         values = values if values.is_floating_point() or values.is_complex() else values.to(torch.float64)
         times = times.to(values.dtype.to_real())
-        self._set(*(x.movedim(1, 0) if times.dim() == 2 else x for x in (times, values)), kind, None)
+        if times.dim() == 2:
+            times, values = times.movedim(1, 0), values.movedim(1, 0)
+        self._set(times, values, kind, None)
         if kind == "cubic":
             self._set(self.knots, self.levels, kind, _bends(self.knots, self.levels))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..errors import InvalidInput
 from ..integrate import Status
@@ -162,6 +164,47 @@ class Solution:
         if side not in ("left", "right"):
             raise InvalidInput(f'side must be "left" or "right", got {side!r}')
         return self.interpolant(as_times(t, "t"), side)
+
+    def curve(self, points: int = 100, trajectory: int | None = None) -> tuple[Tensor, Any]:
+        """Times ``(P,)`` and states ``(P, ...)`` to draw, from the first to the last of ``sol.t``, without derivatives.
+
+        ``points`` from each reset to the next, the states on both sides of it, and NaN between them, so that a drawn line has a gap there:
+        ``plt.plot(*sol.curve())``. Of a batch that of one ``trajectory``. Needs ``dense_output=True``.
+        """
+        if (trajectory is None) != isinstance(self.status, int):
+            raise InvalidInput("curve(trajectory=...) names one trajectory of a batch" if trajectory is None else "there is one trajectory")
+        if not isinstance(points, int) or points < 2:
+            raise InvalidInput(f"points must be a number, two or more, got {points!r}")
+
+        def own(x: Tensor) -> Tensor:
+            x = x.detach().double()
+            return x if trajectory is None or x.dim() < 2 else x[:, trajectory]
+
+        t = own(self.t)
+        t = t[~t.isnan()]
+        resets = [own(record.t) for record in self.events if record.after is not None]
+        inner = torch.cat([t.new_empty(0), *resets])
+        low, high = torch.minimum(t[0], t[-1]), torch.maximum(t[0], t[-1])
+        inner = inner[(inner >= low) & (inner <= high)].unique()
+        inner = inner if t[-1] >= t[0] else inner.flip(0)
+        ends = torch.cat([t[:1], inner, t[-1:]])
+        times, states = [], []
+        for a, b in pairwise(ends):
+            if a == b:
+                continue
+            grid = torch.linspace(0.0, 1.0, points, dtype=t.dtype, device=t.device)
+            at = a + (b - a) * grid
+            at[-1] = b
+            with torch.no_grad():
+                right, left = self(at), self(at, side="left")
+            last = torch.arange(points, device=t.device) == points - 1
+            parts = (right, left) if trajectory is None else tree_map(lambda x: x[:, trajectory], (right, left))
+            if states:
+                times.append(a.reshape(1))
+                states.append(tree_map(lambda x: torch.full_like(x[:1], float("nan")), parts[0]))
+            times.append(at)
+            states.append(tree_map(lambda x, y, e=last: torch.where(e.reshape(-1, *[1] * (x.dim() - 1)), y, x), *parts))
+        return torch.cat(times), tree_map(lambda *xs: torch.cat(xs), *states)
 
     def with_tensors(self, function: Callable[[Any], Any]) -> Solution:
         """The same with ``function`` of everything that may be differentiated: states, times, what gives the dense output."""
