@@ -68,18 +68,21 @@ def _naming(function: Callable[P, R], said: dict[str, str]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except RuntimeError as error:
             named = next((ours for words, ours in said.items() if words in str(error)), None)
-            if type(error) is RuntimeError and named is not None and not (args and _freed(args[0])):
+            if type(error) is RuntimeError and named is not None and not (args and _of_context(args[0], error)):
                 raise UnsupportedCombination(named) from error
             raise
 
     return call
 
 
-def _freed(context: object) -> bool:
-    """Whether this is the context of a node that was gone back through before, or one of whose inputs was written to since: then the error
-    is about that, and not about ``fun``."""
+def _of_context(context: object, raised: RuntimeError) -> bool:
+    """Whether this is the context of a node that was gone back through before, or one of whose inputs, a leaf such as a parameter, was
+    written to since, and that is what was ``raised``: then the error is about that, and not about ``fun``. (What ``fun`` writes results
+    into is no leaf.)"""
+    written = "modified by an inplace operation"
     try:
         getattr(context, "saved_tensors", None)
     except RuntimeError as error:
-        return "second time" in str(error) or "modified by an inplace operation" in str(error)
+        ours = written in str(error) and written in str(raised) and "which is output" not in str(raised)
+        return "second time" in str(error) or ours
     return False
