@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +13,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..errors import InvalidInput
 from ..linalg import LinearSolver, Log
-from ..nonlinear import RootProblem, RootRecord, RootStatus, explain
+from ..nonlinear import RootRecord
 from ..sensitivity.fingerprint import RootWitness
-from ..sensitivity.implicit import JacobianRule, RootNode, RootOutputs, RootTask
+from ..sensitivity.implicit import RootNode, RootOutputs, RootTask
 from ..system.capture import elsewhere, find_captured, needs_derivatives, stand_ins
-from ..system.finite import WAVERS, wavers
 from ..system.homes import parameter_homes
 from ..system.lending import aliased, check_unchanged, copied, remembering
 from ..system.ownership import owning
@@ -27,12 +26,12 @@ from ..system.system import StateSpec, System
 from ..system.untraced import untraced
 from .arguments import flat_tolerance
 from .progress import root_monitor
-from .relaxation import relax
 from .root_arguments import AutomaticJacobian, RootChoice, check_bounds, choose
 from .root_examination import Examination
 from .root_failures import raise_root_failure
+from .root_search import RootSearch
 from .root_solution import RootSolution, RootStats
-from .root_systems import ConservedSystem, StationarySystem, check_conserved, check_really_conserved
+from .root_systems import StationarySystem, check_conserved
 
 __all__ = ["solve_root"]
 
@@ -179,25 +178,7 @@ def prepare(
     for leaf, path in zip(tree_leaves(x0), spec.paths, strict=True):
         if not torch._C._functorch.is_functorch_wrapped_tensor(leaf) and not bool(torch.isfinite(leaf).all()):
             raise InvalidInput(f"x0{path} has non-finite entries")
-    leaves, tree = tree_flatten(args)
-
-    def timed(_: Tensor, x: Any, *rest: Any) -> Any:
-        return fun(x, *rest)
-
-    probe_x, probe_args = copied(x0), aliased(args)
-    probed: list[Any] = []
-    used = find_captured([remembering(fun, probed)], (probe_x, *probe_args), [fun], (elsewhere(x0), *probe_args))
-    check_unchanged(probe_x, "fun")
-    returns = StateSpec.of(probed[0], batched, "what fun returned") if least_squares else None
-    if returns is None:
-        spec.check(probed[0], "what fun returned", "x0")
-    if spec.holds_complex:
-        # a sum of squares is no complex-differentiable function of anything
-        real = in_parts or least_squares
-        spec = spec.in_parts() if real else suited_to_jacobians(spec, lambda x: fun(x, *args), x0)
-        returns = returns if returns is None or not spec.split else returns.in_parts()
-    homes = tuple(parameter_homes([fun], used.tensors))
-    system: Any = System(timed, spec, tree, tuple(leaves), tuple(used.tensors), homes=homes, returns=returns, **used.flags)
+    system, spec, returns = _system(fun, x0, args, spec, least_squares, in_parts)
     conditions, flat0 = system, spec.taken(x0)
     if conserved is not None:
         system = conditions = check_conserved(conserved, system, flat0, least_squares)
@@ -220,66 +201,7 @@ def prepare(
     )
     # steps and errors of x are measured; a tolerance of the residual would depend on its scale
     tol = float("inf") if ftol is None else ftol
-    callback = root_monitor(progress)
-
-    def find(r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor], jacobian: JacobianRule) -> RootRecord:
-        # that of the residuals, not of the conditions of a minimum
-        jacobian = choice.jacobian if least_squares else jacobian
-
-        def spread(value: Any) -> Any:
-            # settings of every row, for every copy under vmap
-            if isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] != x.shape[0]:
-                return value.repeat(x.shape[0] // value.shape[0], 1)
-            return value
-
-        if isinstance(system, ConservedSystem) and x.shape[0] == system.rows:
-            check_really_conserved(system, x, inputs, "the guess")
-        problem = RootProblem(
-            residual=r,
-            jacobian=lambda at: jacobian(r, at, inputs),
-            jvp=lambda at, v: torch.func.jvp(r, (at,), (v,))[1],
-            vjp=lambda at, w: torch.func.vjp(r, at)[1](w)[0],
-            tol=float(tol),
-            max_steps=max_steps,
-            least_squares=least_squares,
-            linear_solver=choice.linear_solver,
-            log=log,
-            callback=callback,
-            **{name: spread(value) for name, value in settings.items()},
-        )
-
-        counted = [0]
-
-        def integrate(start: Tensor) -> Tensor:
-            def tendency(at: Tensor) -> Tensor:
-                counted[0] += 1
-                return r(at)
-
-            found, reached = relax(tendency, problem.jacobian, choice.linear_solver, start)  # type: ignore[arg-type]
-            choice.notes.append(f"time integration to t = {float(reached.max()):.2g} took {counted[0]} evaluations of fun")
-            return found
-
-        method = choice.method
-        # a flow has as many tendencies as unknowns, and needs a Jacobian for its stiffness
-        if getattr(method, "integrate", integrate) is None and not least_squares and not isinstance(system, ConservedSystem):
-            method = replace(method, integrate=integrate)  # type: ignore[type-var]
-        record = method.solve(problem, x)
-        record = replace(record, n_fun=record.n_fun + counted[0])
-        if isinstance(system, ConservedSystem) and x.shape[0] == system.rows:
-            check_really_conserved(system, torch.where((record.status == 0).unsqueeze(-1), record.x, x), inputs, "the solution")
-        if least_squares and bool(problem.bound(record.x).any()):
-            choice.no_derivatives = (
-                "the minimum lies at a bound, and derivatives of the minimiser there are not supported: leave bounds out, or minimise over "
-                "the free unknowns alone with the others held at their bounds (args=)"
-            )
-        if throw and bool((record.status < 0).any()) and wavers(lambda: r(torch.nan_to_num(record.x))):
-            record = replace(record, note="; ".join(part for part in (f"The cause: {WAVERS}", record.note) if part))
-        singular = record.status == int(RootStatus.SINGULAR)
-        if throw and bool(singular.any()):
-            row = int(singular.nonzero()[0, 0])
-            why = explain(record, jacobian(r, torch.nan_to_num(record.x), inputs), row)
-            record = replace(record, note="; ".join(part for part in (record.note, why) if part))
-        return record
+    find = RootSearch(system, choice, settings, tol, max_steps, least_squares, throw, log, root_monitor(progress))
 
     def report(record: RootRecord) -> None:
         choice.notes.append(record.note)
@@ -292,6 +214,34 @@ def prepare(
     rule = rule.of_conditions() if least_squares and isinstance(rule, AutomaticJacobian) else rule
     task = RootTask(system, conditions, find, rule, choice.linear_solver, log, report, examiner=examiner, witness=witness)
     return RootSetup(task, spec, flat0, tuple(inputs), choice, batched)
+
+
+def _system(
+    fun: Callable[..., Any], x0: Any, args: tuple[Any, ...], spec: StateSpec, least_squares: bool, in_parts: bool
+) -> tuple[Any, StateSpec, StateSpec | None]:
+    """The flat system with the tensors that ``fun`` captured, the layout of its state, and that of what ``fun`` returns where it is
+    another."""
+    batched = spec.batch is not None
+    leaves, tree = tree_flatten(args)
+
+    def timed(_: Tensor, x: Any, *rest: Any) -> Any:
+        return fun(x, *rest)
+
+    probe_x, probe_args = copied(x0), aliased(args)
+    probed: list[Any] = []
+    used = find_captured([remembering(fun, probed)], (probe_x, *probe_args), [fun], (elsewhere(x0), *probe_args))
+    check_unchanged(probe_x, "fun")
+    returns = StateSpec.of(probed[0], batched, "what fun returned") if least_squares else None
+    if returns is None:
+        spec.check(probed[0], "what fun returned", "x0")
+    if spec.holds_complex:
+        # a sum of squares is no complex-differentiable function of anything
+        real = in_parts or least_squares
+        spec = spec.in_parts() if real else suited_to_jacobians(spec, lambda x: fun(x, *args), x0)
+        returns = returns if returns is None or not spec.split else returns.in_parts()
+    homes = tuple(parameter_homes([fun], used.tensors))
+    system = System(timed, spec, tree, tuple(leaves), tuple(used.tensors), homes=homes, returns=returns, **used.flags)
+    return system, spec, returns
 
 
 def solution_of(setup: RootSetup, out: RootOutputs) -> RootSolution:
