@@ -174,24 +174,6 @@ def solve_dae(
         "atol": flat_tolerance(atol, "atol", spec, 1e-6 if single else 1e-9),
     }
     algebra = residual_algebra(system, inputs, spec, times, y_flat, slope_flat, jac_sparsity, linear_solver)
-    start, algebra = initial_values(
-        system,
-        algebra,
-        times.anchors[0],
-        Initial(y_flat, slope_flat),
-        inputs,
-        consistent="solve" if consistent == "auto" and guessed else consistent,
-        differential=differential,
-        user_spec=user_spec,
-        skip=suppress_algebraic,
-        tolerances=tolerances,
-        bounds=initial_bounds(y0_bounds, user_spec, y0, sum(spec.sizes), consistent),
-    )
-    if chosen.multistep and algebra.structure is not None and algebra.structure.index > 1:
-        raise HigherIndexDAE(
-            f"{chosen.name!r} is for equations of index 0 and 1, and these are of index {algebra.structure.index} at the start: give "
-            "method='radau', or adjoint.reduce_index makes one of index 1 of them"
-        )
     derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])
     plan = Plan(
         method=chosen,
@@ -211,6 +193,25 @@ def solve_dae(
         compile=compile_key(fun) if compile else None,
         **tolerances,
     )
+    start, algebra = initial_values(
+        system,
+        algebra,
+        times.anchors[0],
+        Initial(y_flat, slope_flat),
+        inputs,
+        consistent="solve" if consistent == "auto" and guessed else consistent,
+        differential=differential,
+        user_spec=user_spec,
+        skip=suppress_algebraic,
+        tolerances=tolerances,
+        bounds=initial_bounds(y0_bounds, user_spec, y0, sum(spec.sizes), consistent),
+        native=None if transforming() else native.start(plan, system, batched, inputs, y_flat, times.anchors),
+    )
+    if chosen.multistep and algebra.structure is not None and algebra.structure.index > 1:
+        raise HigherIndexDAE(
+            f"{chosen.name!r} is for equations of index 0 and 1, and these are of index {algebra.structure.index} at the start: give "
+            "method='radau', or adjoint.reduce_index makes one of index 1 of them"
+        )
     backward = BackwardStats()
 
     def report(record: Record) -> None:

@@ -19,6 +19,7 @@ from ..linalg import DenseLU, LinearSolver
 from ..linalg.pencil import split
 from ..linalg.sparsity import SparsityPattern
 from ..methods import DAE_METHODS, METHODS, Method
+from ..native.consistent import NativeStart
 from ..sensitivity.consistent import Bounds, Initial, all_lost, complete, complete_values, dense_pencil, lost_rows, residual_report
 from ..sensitivity.problem import StageAlgebra
 from ..system.jacobians import DenseJacobian
@@ -132,8 +133,9 @@ def initial_values(
     skip: bool,
     tolerances: dict[str, Any],
     bounds: Bounds = (None, None),
+    native: NativeStart | None = None,
 ) -> tuple[Initial, StageAlgebra]:
-    """Consistent values, and the matrices' `StageAlgebra` with what the structure says."""
+    """Consistent values, and the matrices' `StageAlgebra` with what the structure says. ``native``: the equations as compiled code."""
     spec = system.spec
     n = sum(spec.sizes)
     real = spec.real_dtype
@@ -149,7 +151,7 @@ def initial_values(
         values, at = [plain(x) for x in inputs], plain(t)
         y, yp = plain(given.y), plain(given.yp)
         missing = torch.zeros_like(y[:, 0], dtype=torch.bool) if lost is None else plain(lost.lost)
-        structure = _structure(system, algebra, values, at, y, yp, mask)
+        structure = _structure(system, algebra, values, at, y, yp, mask, native)
         _check_structure(structure, spec, mask)
         algebra = replace(
             algebra,
@@ -164,8 +166,8 @@ def initial_values(
     if consistent == "trust":
         return whole, algebra
     rtol = 1e-6 if real.itemsize < 8 else 1e-12
-    find = complete_values if consistent == "slopes" else complete
-    found = find(system, algebra, structure, t, given.y, given.yp, inputs, rtol, bounds)
+    where = (system, algebra, structure, t, given.y, given.yp, inputs, rtol, bounds)
+    found = complete_values(*where) if consistent == "slopes" else complete(*where, native)
     if consistent in ("auto", "check"):
         with torch.no_grad(), temporarily_clear_interpreter_stack():
             _compare(consistent, system, structure, values, at, Initial(y, yp), found, tolerances, missing)
@@ -175,7 +177,14 @@ def initial_values(
 
 
 def _structure(
-    system: System, algebra: StageAlgebra, values: Sequence[Tensor], t: Tensor, y: Tensor, yp: Tensor, mask: Tensor | None
+    system: System,
+    algebra: StageAlgebra,
+    values: Sequence[Tensor],
+    t: Tensor,
+    y: Tensor,
+    yp: Tensor,
+    mask: Tensor | None,
+    native: NativeStart | None,
 ) -> Structure:
     if y.shape[-1] > _LARGE:
         f = system.bind(values)
@@ -183,7 +192,7 @@ def _structure(
         found = analyse_large(pencil, algebra.linear_solver, mask)
         if found is not None:
             return found
-    E, G = dense_pencil(system, values, t, y, yp)
+    E, G = dense_pencil(system, values, t, y, yp) if native is None else native.pencil(t, y, yp)
     bad = ~(torch.isfinite(E) & torch.isfinite(G)).flatten(1).all(-1)
     if bool(bad.any()):
         many = f" of trajectory {int(bad.nonzero()[0, 0])}" if system.spec.batch is not None else ""

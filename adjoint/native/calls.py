@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-__all__ = ["BACKWARD", "BACKWARD_CALL", "CONTEXT", "FORWARD", "FORWARD_CALL", "declarations", "filled"]
+__all__ = ["BACKWARD_CALL", "CONSISTENT_CALL", "CONTEXT", "FORWARD_CALL", "declarations", "filled"]
 
 #: what functions of the user get: inputs that all share, those of each lane, tables, and where cotangents of inputs are added
 CONTEXT = "struct Ctx { const R* const* u; const S* const* a; const R* const* k; S* const* b; };"
@@ -125,13 +125,33 @@ BACKWARD: tuple[tuple[str, str], ...] = (
 )
 
 
+#: of initial values of implicit equations; ``pencil``: asked for alone, with [G E] in it
+CONSISTENT: tuple[tuple[str, str], ...] = (
+    *((kind, name) for kind, name in FORWARD[:6]),
+    ("const R* const*", "inputs"),
+    ("const R* const*", "tables"),
+    ("long", "rows"),
+    ("const R*", "t"),  # (B,)
+    ("const R*", "y"),  # (B, n)
+    ("const R*", "yp"),
+    ("const unsigned char*", "differential"),  # (n,)
+    ("double", "rtol"),
+    ("double", "least"),  # of pivots, beside the largest
+    ("long", "most"),  # steps
+    ("R*", "pencil"),  # (B, n, 2 n)
+    ("R*", "y_found"),  # (B, n)
+    ("R*", "yp_found"),
+    ("unsigned char*", "found"),  # (B,)
+)
+
+
 def declarations() -> str:
     """The structures as C++."""
 
     def one(name: str, fields: tuple[tuple[str, str], ...]) -> str:
         return f"struct {name} {{ " + " ".join(f"{kind} {field};" for kind, field in fields) + " };"
 
-    return "\n".join([CONTEXT, one("Forward", FORWARD), one("Backward", BACKWARD)])
+    return "\n".join([CONTEXT, one("Forward", FORWARD), one("Backward", BACKWARD), one("Consistent", CONSISTENT)])
 
 
 def _structure(fields: tuple[tuple[str, str], ...]) -> type[ctypes.Structure]:
@@ -139,7 +159,7 @@ def _structure(fields: tuple[tuple[str, str], ...]) -> type[ctypes.Structure]:
     return type("Call", (ctypes.Structure,), {"_fields_": [(name, kinds.get(kind, ctypes.c_void_p)) for kind, name in fields]})
 
 
-FORWARD_CALL, BACKWARD_CALL = _structure(FORWARD), _structure(BACKWARD)
+FORWARD_CALL, BACKWARD_CALL, CONSISTENT_CALL = map(_structure, (FORWARD, BACKWARD, CONSISTENT))
 
 
 def filled(kind: type[ctypes.Structure], **values: Any) -> Any:

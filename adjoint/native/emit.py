@@ -207,5 +207,6 @@ def engine_text(
             *(_constraints(method) if mass or implicit else []),
             *(source(f"{name}.hpp") for name in ("tape", "starts", "loop")),
             source("back.hpp"),
+            *([source("consistent.hpp")] if implicit else []),
         ]
     )

@@ -18,6 +18,7 @@ from ..methods import Method
 from ..system.system import System, VmappedSystem
 from .back import Cotangents, sweep_native
 from .build import NoCompiler
+from .consistent import NativeStart
 from .emit import takes
 from .graphs import Heard
 from .reading import Unreadable
@@ -91,6 +92,23 @@ class NativeSolve:
             except Unreadable as error:
                 self.refused = str(error)
         return self.heard
+
+    def start(
+        self, plan: Plan, system: System, batched: bool, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor
+    ) -> NativeStart | None:
+        """What finds initial values of implicit equations; None where there will be no native code."""
+        if plan.compile is None or self.refused is not None or suits(plan, system, y0) is not None:
+            return None
+        assert takes(plan.method)
+        events = [e.function for e in plan.events if e.function is not None]
+        try:
+            time = anchors[0].detach().to(plan.real)
+            found = recognise(plan.compile, system, plan.method, time, y0.detach(), inputs, batched, self.heard, events)
+            found.program.engine(found.program.lanes(len(y0)))
+            return NativeStart(found.program, tuple(found.values()))
+        except (Unreadable, NoCompiler):
+            # the solve says why
+            return None
 
     def forward(
         self,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .build import NoCompiler, library
 from .calls import BACKWARD_CALL, CONTEXT, filled
-from .emit import Compiled, engine_text, prologue
+from .emit import Compiled, engine_text, is_residual, prologue
 from .functions import UserFunctions, depends, inputs_of, user_functions
 from .jointly import of_all_rows
 from .reading import Reading, Unreadable
@@ -36,6 +36,8 @@ class Engine:
     #: how many events were found, and what they are
     count_events: Callable[..., int] | None = None
     take_events: Callable[..., None] | None = None
+    #: of implicit equations, see `NativeStart`
+    consistent: Callable[..., None] | None = None
 
 
 @dataclass(eq=False)
@@ -135,11 +137,14 @@ class Program:
         addresses = {name: _address(users, name) for name in theirs.texts}
         loop.forward.restype = ctypes.c_void_p
         loop.seal.restype = loop.backward.restype = None
-        events = []
+        more = {}
         if self.events:
             loop.count_events.restype, loop.take_events.restype = ctypes.c_long, None
-            events = [loop.count_events, loop.take_events]
-        return Engine(loop.forward, loop.seal, loop.backward, addresses, *events)
+            more |= {"count_events": loop.count_events, "take_events": loop.take_events}
+        if is_residual(self.method):
+            loop.consistent.restype = None
+            more["consistent"] = loop.consistent
+        return Engine(loop.forward, loop.seal, loop.backward, addresses, **more)
 
 
 def pointers(tensors: Sequence[Tensor]) -> Any:

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from ..errors import InconsistentInitialCondition, UnsupportedCombination
 from ..linalg import DenseLU, LinearSolver, Log, Matrix
 from ..linalg.pencil import Pencil, split
+from ..native.consistent import NativeStart
 from ..nonlinear import Newton, RootProblem, RootRecord, RootStatus
 from ..system.jacobians import DenseJacobian
 from ..system.structure import Structure
@@ -210,13 +211,15 @@ def complete(
     inputs: Sequence[Tensor],
     rtol: float,
     bounds: Bounds = (None, None),
+    native: NativeStart | None = None,
 ) -> Initial:
     """Values of algebraic variables and slopes of differential ones, from those of differential variables (IDA's ``YA_YDP``; Brown,
     Hindmarsh & Petzold 1998), by Newton's method with a line search.
 
     ``t0`` (B,), ``y0`` and the guess ``yp0`` (B, n). Algebraic entries of ``y0`` are guesses: nothing depends on them but the choice
     between several solutions. Of index 2 the hidden constraints are solved too; that of ``y0`` itself must hold. ``bounds`` hold for the
-    algebraic variables; where these are no single entries of the state, bounds raise `UnsupportedCombination`.
+    algebraic variables; where these are no single entries of the state, bounds raise `UnsupportedCombination`. ``native``: finds the values
+    where Newton's method goes straight to them.
 
     Raises `InconsistentInitialCondition` if there is no solution to be found.
     """
@@ -226,6 +229,8 @@ def complete(
 
     linear_solver = algebra.linear_solver if plain else DenseLU()
     find = _finder(rtol, linear_solver, _bounds_of_unknowns(structure, bounds))
+    if native is not None and plain and not structure.hidden.shape[-1] and bounds == (None, None):
+        find = _native_finder(native, structure, rtol, find)
     advice = "Give a better guess of the algebraic variables in y0 (and of the slopes in yp0), or check the equations"
     report = _reporter(system, structure, advice, bounds)
     task = RootTask(conditions, conditions, find, rule, linear_solver, Log(), report)
@@ -293,6 +298,23 @@ def _finder(rtol: float, linear_solver: LinearSolver, bounds: Bounds) -> Callabl
         return record
 
     return find
+
+
+def _native_finder(native: NativeStart, structure: Structure, rtol: float, find: Callable[..., RootRecord]) -> Callable[..., RootRecord]:
+    """Newton's method by compiled code, and ``find`` where that finds nothing."""
+    rates, values = structure.order[: structure.rank], structure.order[structure.rank :]
+
+    def natively(r: Callable[[Tensor], Tensor], u: Tensor, inputs: Sequence[Tensor], jacobian: JacobianRule) -> RootRecord:
+        t, y = inputs[0].detach(), inputs[1].detach()
+        at, slope = y.index_copy(1, values, u[:, structure.rank :]), torch.zeros_like(y).index_copy(1, rates, u[:, : structure.rank])
+        found = native.complete(t, at, slope, structure.differential, rtol)
+        if found is None:
+            return find(r, u, inputs, jacobian)
+        count = torch.ones_like(u[:, 0], dtype=torch.int64)
+        x = torch.cat([found[1].index_select(1, rates), found[0].index_select(1, values)], -1)
+        return RootRecord(x, torch.zeros_like(x), x.new_zeros(len(x)), torch.zeros_like(count), count, count, count)
+
+    return natively
 
 
 def _reporter(system: System, structure: Structure, advice: str, bounds: Bounds) -> Callable[[RootRecord], None]:

@@ -381,3 +381,38 @@ def test_mechanics(rows):
         found.append([q, v, torch.autograd.grad(q.sum() + v.sum(), length)[0]])
     for a, b in zip(found[0], found[-1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("rows", [0, 18])
+def test_initial_values(rows, monkeypatch):
+    """They are found natively where Newton's method goes straight to them, and by the search with its bounds and messages elsewhere."""
+    searches, solve = [], adjoint.nonlinear.Newton.solve
+    monkeypatch.setattr(adjoint.nonlinear.Newton, "solve", lambda *a: searches.append(1) or solve(*a))
+
+    def residual(t, y, yp, k):
+        x, z = y.unbind(-1)
+        return torch.stack([yp[..., 0] + k * x * z, torch.atan(z) - x], -1)
+
+    def start(guess, compile):
+        k = torch.linspace(0.5, 0.9, max(rows, 1), dtype=F64)
+        x = torch.linspace(0.3, 0.8, max(rows, 1), dtype=F64)
+        y0 = torch.stack([x, torch.full_like(x, guess)], -1)
+        k, y0 = (k, y0) if rows else (k[0], y0[0])
+        k, y0 = k.requires_grad_(), y0.requires_grad_()
+        sol = adjoint.solve_dae(residual, (0.0, 0.1), y0, args=(k,), batched=bool(rows), compile=compile)
+        torch.testing.assert_close(sol.y[0, ..., 1], torch.tan(y0[..., 0]), rtol=1e-11, atol=0)
+        torch.testing.assert_close(sol.yp[0, ..., 0], -k * y0[..., 0] * torch.tan(y0[..., 0]), rtol=1e-11, atol=0)
+        return torch.autograd.grad((sol.y * torch.cos(sol.y)).sum() + sol.yp[0, ..., 0].sum(), (k, y0))
+
+    near, far = start(0.4, True), start(40.0, True)
+    assert len(searches) == 1
+    for found in (near, far):
+        for a, b in zip(found, start(0.4, False), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_initial_values_that_do_not_exist():
+    y0 = torch.tensor([2.0, 0.1], dtype=F64)
+    residual = lambda t, y, yp: torch.stack([yp[0] + y[1], y[1] ** 2 + y[0]])  # noqa: E731
+    with pytest.raises(adjoint.InconsistentInitialCondition, match="no consistent initial values"):
+        adjoint.solve_dae(residual, (0.0, 1.0), y0, compile=True)
