@@ -1,8 +1,8 @@
 """What a function of Python depends on: its code, and all that this reads from outside, found without running or tracing it.
 
 Two functions with one fingerprint are one graph to a tracer, but for the values of tensors. Only code is taken whose dependences can be
-read off: of functions, tensors, plain numbers, texts and containers of them, and modules of PyTorch. Whatever else there is (an object of a
-class of one's own, something written to, a name looked up by its text) has no fingerprint, and tracers are to be asked.
+read off: of functions, tensors, plain numbers, texts and containers of them, objects of classes of Python, and modules of PyTorch. Whatever
+else there is (something written to, a name looked up by its text, what other libraries do) has no fingerprint, and tracers are to be asked.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import dis
 import functools
 import math
 import sys
+from abc import ABCMeta
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, Generic
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,15 +52,33 @@ _WRITING = _words(
 )
 #: what classes have that is not called by an expression
 _QUIET = _words(
-    "__init__ __repr__ __str__ __module__ __doc__ __qualname__ __annotations__ __init_subclass__ __dict__ __weakref__ "
+    "__init__ __new__ __match_args__ __slots__ __abstractmethods__ "
+    "__repr__ __str__ __module__ __doc__ __qualname__ __annotations__ __init_subclass__ __dict__ __weakref__ "
     "__firstlineno__ __static_attributes__ __parameters__ __orig_bases__ __constants__ __annotate__ __annotations_cache__"
 )
 _MODULES = (torch, torch.special, torch.linalg, torch.fft, nn, nn.functional, math, cmath)
 _OWNERS = ("builtins", "math", "cmath", "torch", "torch._C._nn", "torch._C._special", "torch._C._linalg", "")
+_LIBRARIES = frozenset(("torch", "numpy", "scipy", "jax", "pandas", *sys.stdlib_module_names)) - {"__main__"}
+_DESCRIBED = type(Tensor.add)
 _PLAIN = (bool, int, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.Size, slice)
 #: how much is looked at before a tracer is as fast, and how much code is remembered
 _MOST, _MOST_KNOWN = 2000, 4096
+#: bytes of an array that is compared
+_SMALL = 4096
 _OWN_OF_MODULES = frozenset(nn.Module().__dict__) - {"training", "_parameters", "_buffers", "_modules"}
+
+
+def _is_foreign(name: str) -> bool:
+    """Whether a module of Python is of a library, or of Python itself, whose code is not looked at."""
+    return name.split(".")[0] in _LIBRARIES
+
+
+def _is_written_for(kind: type, name: str) -> bool:
+    """Whether Python has written a method of a dataclass or a named tuple."""
+    x = kind.__dict__[name]
+    code = getattr(getattr(x, "__func__", x), "__code__", None)
+    generated = "__dataclass_params__" in kind.__dict__ or "_fields" in kind.__dict__
+    return generated and (code is None or code.co_filename.startswith("<") or _is_foreign(getattr(x, "__module__", None) or "torch"))
 
 
 class _Unknown(Exception):
@@ -135,7 +156,9 @@ class _Walk:
         self.tensors: list[Tensor] = []
         self.seen: dict[int, int] = {}
         self.attributes: set[str] = set()
-        self.classes: list[tuple[list[type], set[str]]] = []
+        self.kept: list[Any] = []
+        #: classes and modules of Python, whose parts count by name, with names that count anyway
+        self.owners: list[tuple[list[Any], frozenset[str]]] = []
         self.changing = self.containers = False
         self.traceable = True
         self.left = _MOST
@@ -151,11 +174,12 @@ class _Walk:
         self.left -= 1
         if self.left < 0:
             raise _Unknown
-        # a circle, or met before
+        # a circle, or met before; kept, so that its id is no other's
         if id(x) in self.seen:
             return "again", self.seen[id(x)]
         self.seen[id(x)] = len(self.seen)
-        if kind in (tuple, list):
+        self.kept.append(x)
+        if kind is tuple or kind is list:
             self.containers |= kind is list
             return kind, *map(self.value, x)
         if kind is dict:
@@ -163,26 +187,57 @@ class _Walk:
             return kind, *((self.value(k), self.value(v)) for k, v in x.items())
         if kind is FunctionType:
             return self.function(x)
-        if kind is MethodType and isinstance(x.__self__, nn.Module):
+        if kind is MethodType:
             return "method", self.value(x.__self__), self.value(x.__func__)
         if kind is functools.partial:
             return "partial", self.value(x.func), self.value(x.args), self.value(x.keywords)
         if isinstance(x, nn.Module):
             return self.module(x)
+        return self.thing(x, kind)
+
+    def thing(self, x: Any, kind: type) -> Hashable:
+        """What is neither a container nor a function of Python."""
         if isinstance(x, ModuleType):
             if x in _MODULES or x.__name__ == "numpy":
                 self.traceable &= x in _MODULES
-                return "module", x.__name__
-            raise _Unknown
-        if isinstance(x, (BuiltinFunctionType, type(torch.Tensor.add))):
-            owner = getattr(x, "__module__", None) or ""
-            if owner in ("builtins", "math", "cmath", "torch", "torch._C._nn", "torch._C._special", "torch._C._linalg", "") and self.known(
-                x
-            ):
+            elif _is_foreign(x.__name__):
+                raise _Unknown
+            else:
+                self.owners.append(([x], frozenset()))
+            return "module", x
+        if isinstance(x, (BuiltinFunctionType, _DESCRIBED)):
+            if (getattr(x, "__module__", None) or "") in _OWNERS and self.known(x):
                 return "builtin", x
-        if isinstance(x, type) and x in (Tensor, int, float, tuple, list, dict, nn.Module):
-            return "class", x
-        raise _Unknown
+            raise _Unknown
+        if isinstance(x, np.generic):
+            return kind, repr(x.item())
+        if kind is np.ndarray and x.nbytes <= _SMALL and not x.dtype.hasobject:
+            return kind, x.dtype.str, x.shape, x.tobytes()
+        if isinstance(x, Enum):
+            return kind, x.name
+        if isinstance(x, type):
+            if x in (Tensor, int, float, tuple, list, dict, nn.Module):
+                return "class", x
+            return "class", x, self.class_of(x, True)
+        mine = self.class_of(kind, False)
+        if isinstance(x, tuple):
+            return mine, *map(self.value, tuple(x))
+        if type(getattr(x, "__dict__", None)) is not dict or isinstance(x, (list, dict, set, frozenset, str, bytes, int, float, complex)):
+            raise _Unknown
+        return mine, *((name, self.value(part)) for name, part in x.__dict__.items())
+
+    def class_of(self, kind: type, called: bool) -> Hashable:
+        """A class of the user, which may be ``called``: its methods count as far as they are named."""
+        mine = [c for c in kind.__mro__ if c not in (nn.Module, object, tuple, Generic)]
+        if type(kind) not in (type, ABCMeta) or not mine or any(_is_foreign(c.__module__) for c in mine):
+            raise _Unknown
+        looked_up = {"__getattr__", "__getattribute__"} | ({"__slots__"} if not issubclass(kind, tuple) else set())
+        if any(not looked_up.isdisjoint(c.__dict__) for c in mine):
+            raise _Unknown
+        quiet = _QUIET - {"__init__", "__new__"} if called else _QUIET
+        special = {name for c in mine for name in c.__dict__ if name.startswith("__") and not _is_written_for(c, name)} - quiet
+        self.owners.append((mine, frozenset(special)))
+        return kind
 
     @staticmethod
     def known(x: Any) -> bool:
@@ -238,25 +293,22 @@ class _Walk:
             if name not in _OWN_OF_MODULES and name not in ("training", "_parameters", "_buffers", "_modules"):
                 parts.append((name, "callable" if theirs and callable(x) else self.value(x)))
         if not theirs:
-            mine = [c for c in kind.__mro__ if c not in (nn.Module, object)]
-            if any(name in c.__dict__ for c in mine for name in ("__getattr__", "__getattribute__", "__slots__")):
-                raise _Unknown
-            special = {name for c in mine for name in c.__dict__ if name.startswith("__")} - _QUIET
-            self.classes.append((mine, special | {"forward"}))
+            self.class_of(kind, False)
+            self.owners.append(([c for c in kind.__mro__ if c not in (nn.Module, object)], frozenset(("forward",))))
         return "nn", *parts
 
     def methods(self) -> Hashable:
-        """What classes of modules have, as far as code names it: what that names counts too."""
+        """What classes, and modules of Python, have, as far as code names it: what that names counts too."""
         found: list[Hashable] = []
-        done: set[tuple[type, str]] = set()
+        done: set[tuple[Any, str]] = set()
         while True:
-            todo = [(c, n) for mine, extra in self.classes for c in mine for n in sorted(self.attributes | extra) if (c, n) not in done]
+            todo = [(c, n) for mine, extra in self.owners for c in mine for n in sorted(self.attributes | extra) if (c, n) not in done]
             if not todo:
                 return tuple(found)
             for owner, name in todo:
                 done.add((owner, name))
                 x = owner.__dict__.get(name, done)
-                if x is not done:
+                if x is not done and name not in getattr(owner, "_fields", ()):
                     x = x.fget if isinstance(x, property) else x.__func__ if isinstance(x, (staticmethod, classmethod)) else x
                     found.append((name, self.value(x)))
 
@@ -268,7 +320,7 @@ def fingerprint(fun: Callable[..., Any], values: Any = ()) -> Fingerprint | None
     walk = _Walk()
     try:
         key = walk.value(fun), walk.value(values)
-        key = (*key, walk.methods()) if walk.classes else key
+        key = (*key, walk.methods()) if walk.owners else key
     except _Unknown:
         return None
     if walk.changing and walk.containers:

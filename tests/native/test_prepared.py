@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import weakref
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -207,7 +210,12 @@ class _Own:
     rate = 1.0
 
 
-own = _Own()
+class _Sly:
+    def __getattr__(self, name):
+        return 1.0
+
+
+own, sly = _Own(), _Sly()
 calls = []
 
 
@@ -220,18 +228,68 @@ class TestFingerprint:
     @pytest.mark.parametrize(
         "fun",
         [
-            lambda t, y: -own.rate * y,
             lambda t, y: -getattr(own, "".join("rate")) * y,
             lambda t, y: print(y) or -y,
             lambda t, y: -y * torch.rand(1),
             lambda t, y: -y if y.requires_grad else y,
             lambda t, y: -y * float(torch.ones(1).item()),
             counting,
-            own,
+            lambda t, y: -sly.rate * y,
+            lambda t, y: -math.fsum([1.0]) * torch.as_tensor(random.random()) * y,
         ],
     )
     def test_none(self, fun):
         assert fingerprint(fun) is None
+
+    def test_objects(self):
+        @dataclass(frozen=True)
+        class Rates:
+            k: float
+            w: torch.Tensor
+
+            @property
+            def both(self):
+                return self.k * self.w
+
+            def of(self, y):
+                return self.both * y
+
+        class Pair(NamedTuple):
+            a: float
+            b: torch.Tensor
+
+            def times(self, y):
+                return self.a * self.b * y
+
+        class Plain:
+            factor = 2.0
+
+            def __init__(self, k):
+                self.k = k
+
+            def __call__(self, t, y):
+                return -self.scaled() * y
+
+            def scaled(self):
+                return self.k * self.factor * own.rate
+
+        w = torch.ones(1, dtype=F64)
+
+        def ends(fun):
+            return [float(solve(fun, torch.ones(1, dtype=F64), rtol=1e-9).y[-1]) for _ in range(2)]
+
+        for k in (1.0, 0.5):
+            rates, pair, plain = Rates(k, w), Pair(k, w), Plain(k / 2)
+            for fun in (lambda t, y, r=rates: -r.of(y), lambda t, y, r=pair: -r.times(y), plain, plain.__call__):
+                assert fingerprint(fun) is not None
+                assert ends(fun) == pytest.approx([math.exp(-2 * k)] * 2, rel=1e-7)
+        own.rate = 0.5
+        assert ends(plain) == pytest.approx([math.exp(-0.5)] * 2, rel=1e-7)
+        own.rate = 1.0
+        Plain.factor = 4.0
+        assert ends(plain) == pytest.approx([math.exp(-2)] * 2, rel=1e-7)
+        Plain.scaled = lambda self: 3.0
+        assert ends(plain) == pytest.approx([math.exp(-6)] * 2, rel=1e-7)
 
     def test_hooks(self):
         net = nn.Linear(2, 2)
