@@ -15,7 +15,7 @@ from ..methods.bdf import MAX_ORDER, coefficients, rescaling_alone
 from .alone import row_norm, solved
 from .bdf import BOUND, LARGEST, NEWTON, SAFETY, SIZE, SMALLEST, BdfSolver, update_matrix
 from .initial_step import initial_step
-from .loop import Attempt, Walk
+from .loop import Attempt, Fate, Walk
 from .matrices import jacobian_at, shifted
 from .newton import iterate
 from .plan import Plan, Record, shifted_times
@@ -202,14 +202,12 @@ class LoneBdf:
             trial.T = self.T
         return trial
 
-    def follow(
-        self, step: Attempt, trial: _Trial, size: float, accepted: bool, again: bool, aim: float | None, going: bool, landed: bool
-    ) -> float:
+    def follow(self, step: Attempt, trial: _Trial, size: float, fate: Fate) -> float:
         """See `Stepper.follow`."""
-        if again:
+        if fate.again:
             return size
         safety, factor = SAFETY * (2 * NEWTON + 1) / (2 * NEWTON + trial.count), 1.0
-        if not accepted:
+        if not fate.accepted:
             factor, error = 0.5, trial.error
             if not trial.bad:
                 factor = SMALLEST
@@ -218,11 +216,11 @@ class LoneBdf:
         else:
             self.y, self._size, self.D, self.T = trial.y, trial.size, trial.table, self._eye
             self.equal += 1
-            if landed and going:
+            if fate.landed and fate.going:
                 # behind a discontinuity the differences say nothing
                 self.D[2:], self.T = 0.0, np.diag([1.0, 1.0] + [0.0] * (SIZE - 2))
                 self.order, self.equal, factor = 1, 0, 0.1
-            elif going and self.equal > self.order:
+            elif fate.going and self.equal > self.order:
                 factor, self.order = self._next_order(trial, safety)
         if factor == 1.0:
             return size

@@ -21,7 +21,7 @@ from .sampling import BatchSampler, Sampler
 from .stiffness import SwitchWatch
 from .timeline import Timeline
 
-__all__ = ["Attempt", "Stepper", "Trial", "Walk"]
+__all__ = ["Attempt", "Fate", "Stepper", "Trial", "Walk"]
 
 _SILENT = Monitor()
 
@@ -44,6 +44,20 @@ class Attempt(NamedTuple):
     cut: Decision
     behind: Decision
     before: Decision
+
+
+class Fate(NamedTuple):
+    """What became of an attempt.
+
+    ``again``: those that are taken once more, up to ``aim``, which is no fault of theirs; ``going``: who has a way to go; ``landed``: who
+    stands on an anchor.
+    """
+
+    accepted: Decision
+    again: Decision
+    aim: Any
+    going: Decision
+    landed: Decision
 
 
 class Trial(Protocol):
@@ -102,11 +116,8 @@ class Stepper(Protocol):
         """A `Trial`."""
         ...
 
-    def follow(
-        self, step: Attempt, trial: Any, size: Measure, accepted: Decision, again: Decision, aim: Any, going: Decision, landed: Decision
-    ) -> Measure:
-        """Take over what was ``accepted``; the size of the next step, after one of this ``size``. ``again``: those that are taken once
-        more, up to ``aim``, which is no fault of theirs; ``going``: who has a way to go; ``landed``: who stands on an anchor."""
+    def follow(self, step: Attempt, trial: Any, size: Measure, fate: Fate) -> Measure:
+        """Take over what was accepted; the size of the next step, after one of this ``size``."""
         ...
 
     def evaluations(self, attempts: Any) -> Any:
@@ -211,8 +222,8 @@ class Walk:
                     for part in (trial, sampler, log):
                         part.detach()
             n_accepted = n_accepted + accepted
-            aim = None if events is None else events.aim
-            step = stepper.follow(attempt, trial, step, accepted, again, aim, running, landed)
+            fate = Fate(accepted, again, None if events is None else events.aim, running, landed)
+            step = stepper.follow(attempt, trial, step, fate)
         return Ended(t, stepper.y, stepper.scaled, step, segment, attempts, n_accepted, status, running)
 
     def cut_back(self, ended: Ended) -> Ended:

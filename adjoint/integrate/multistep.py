@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .loop import Attempt, Walk
-from .numbers import Decision, Measure
+from .loop import Attempt, Fate, Walk
 from .plan import Plan, Record, shifted_times
 from .timeline import TimelineOfMany
 from .work import Equations
@@ -135,18 +134,9 @@ class MultistepSolver(Equations, ABC):
         self.scaled = torch.where(step.running.unsqueeze(-1), plan.scaled(found.estimate, scale).abs(), self.scaled)
         return _Trial(found, plan.norm(self.scaled), scale)
 
-    def follow(
-        self,
-        step: Attempt,
-        trial: _Trial,
-        size: Tensor,
-        accepted: Tensor,
-        again: Decision,
-        aim: Tensor | None,
-        going: Tensor,
-        landed: Tensor,
-    ) -> Measure:
+    def follow(self, step: Attempt, trial: _Trial, size: Tensor, fate: Fate) -> Tensor:
         """See `Stepper.follow`."""
+        accepted, _, _, going, landed = fate
         end, line, restart = step.end.to(self.plan.real), self._line, landed & going
         after = shifted_times([end], [0.0], step.before, False, line.sign)[0] if line.jumps else end
         self.accept(trial.found, accepted, restart, after)

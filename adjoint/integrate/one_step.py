@@ -15,7 +15,7 @@ from .companion import QUIET, Beside, companion_of
 from .controller import tamed
 from .defect import inner_error
 from .initial_step import initial_step
-from .loop import Attempt
+from .loop import Attempt, Fate
 from .numbers import Decision, Measure, absent, choose, larger
 from .plan import Plan, shifted_times
 from .record import evaluations_of_attempt
@@ -178,10 +178,9 @@ class OneStepOfOne(_OneStep):
         trial.judged(judge_step(plan, error, t, abs(h), step.size, step.cut, self._rejected, self._memory, stalled))
         return trial
 
-    def follow(
-        self, step: Attempt, trial: _Trial, size: float, accepted: bool, again: bool, aim: float | None, going: bool, landed: bool
-    ) -> float:
+    def follow(self, step: Attempt, trial: _Trial, size: float, fate: Fate) -> float:
         """See `Stepper.follow`."""
+        accepted, again, aim, going, _ = fate
         self._n_fun += trial.n_fun
         if again:
             assert aim is not None
@@ -310,18 +309,9 @@ class OneStepOfMany(_OneStep):
         bounded = torch.where(passed, torch.minimum(verdict.step, size * up), verdict.step)
         return verdict._replace(passed=passed, step=torch.where(taken & ~passed, size * down, bounded))
 
-    def follow(
-        self,
-        step: Attempt,
-        trial: _Trial,
-        size: Tensor,
-        accepted: Tensor,
-        again: Decision,
-        aim: Tensor | None,
-        going: Tensor,
-        landed: Tensor,
-    ) -> Tensor:
+    def follow(self, step: Attempt, trial: _Trial, size: Tensor, fate: Fate) -> Tensor:
         """See `Stepper.follow`."""
+        accepted, again, aim, _, _ = fate
         plan, f, line = self.plan, self.f, self._line
         column = self._spread(accepted)
         y = torch.where(column, trial.y, self.y)
