@@ -83,6 +83,21 @@ def test_every_trajectory_of_a_batch_has_its_own_contacts(method):
     compared(sol.y[-1], wanted, inputs, 1e-9 if method not in ("bdf", "abm") else 1e-7)
 
 
+SLOW = [pytest.param(m, marks=pytest.mark.slow) for m in ("kvaerno5", "native rodas5p")]
+
+
+@pytest.mark.parametrize("method", ["tsit5", "native tsit5", *SLOW])
+def test_one_to_twenty_contacts(method):
+    """Of twenty trajectories the n-th has n: values and derivatives to the second."""
+    native, method = method.startswith("native"), method.removeprefix("native ")
+    h, e, g = inputs = [torch.linspace(*ends, 20).requires_grad_() for ends in ((1.0, 2.0), (0.8, 0.85), (9.0, 10.0))]
+    t = torch.stack([between(n + 1, *(x[n] for x in inputs)) for n in range(20)])
+    y0 = torch.stack([h, 0 * h], -1)
+    sol = solve_ivp(fall, (0.0, t), y0, (e, g), events=BOUNCE, batched=True, compile=native, **options(method))
+    assert (~sol.events[0].t.isnan()).sum(0).tolist() == list(range(1, 21))
+    compared(sol.y[-1], torch.stack([flight(t[n], n + 1, *(x[n] for x in inputs)) for n in range(20)]), inputs)
+
+
 @pytest.mark.parametrize("method", NATIVE)
 def test_native(method, recwarn):
     h, e, g = inputs = values(2.0, 0.8, 9.81)

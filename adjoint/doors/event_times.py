@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from ..methods import Bdf, Method
 from ..sensitivity import Outputs
 from ..sensitivity.problem import StepTimes, step_times
-from ..sensitivity.sweep import tangent
+from ..sensitivity.products import behind, tangent
 from ..system.capture import functorch_active, listed
 from .event_slope import once, signed, with_slope
 from .parts import Found, Parts
@@ -144,6 +144,7 @@ def _located(
         t = at
     if parts.derivatives:
         sloping = torch.ones_like(found)
+        t = behind(t, t0, h, y0, ks, *parts.problem.system.inputs)
         for k in range(2):
             rate, value = tangent(residual, (t,), (torch.ones_like(t),)), residual(t)
             if k == 0:

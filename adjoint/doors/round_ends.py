@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import UnsupportedCombination
-from ..sensitivity.products import tangent
+from ..sensitivity.products import behind, tangent
 from .arguments import RoundSpan
 from .event_slope import signed, with_slope
 from .round_rules import Rule
@@ -78,7 +78,7 @@ def with_events(
         def residual(d: Tensor) -> Tensor:
             return signed(rule.function((end + d).to(real), state(d), *args)).reshape(end.shape).to(torch.float64)
 
-        d, sloping = torch.zeros_like(end), hit
+        d, sloping = behind(torch.zeros_like(end), end, *causes), hit
         for k in range(2):
             rate, value = tangent(residual, (d,), (torch.ones_like(d),)), residual(d)
             sloping = (torch.isfinite(rate) & (rate != 0)).detach() if k == 0 else sloping

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..system.autograd_graph import unknown_leaves
+from ..system.autograd_graph import has_unknown
 from ..system.capture import ask, functorch_active
 
-__all__ = ["tangent", "vjp"]
+__all__ = ["behind", "tangent", "vjp"]
 
 
 def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
@@ -31,7 +32,7 @@ def _recorded(function: Callable[..., Any], primals: Sequence[Tensor], known: bo
         own = [x.view_as(x) if x.requires_grad else ask(x) for x in primals]
         value = function(*own)
     outputs, tree = tree_flatten(value)
-    again = known if known is not None else any(x.requires_grad for x in primals) or any(unknown_leaves(x, own) for x in outputs)
+    again = known if known is not None else any(x.requires_grad for x in primals) or any(has_unknown(x, own) for x in outputs)
 
     def pullback(bars: Any) -> tuple[Tensor, ...]:
         weights = tree_flatten(bars)[0]
@@ -58,8 +59,37 @@ def tangent(function: Callable[..., Any], primals: Sequence[Tensor], dots: Seque
     else:
         out, pull, again = _recorded(function, primals)
     many = isinstance(out, tuple)
-    zeros = [torch.zeros_like(x) for x in (out if many else (out,))]
+    zeros = [behind(torch.zeros_like(x), x) for x in (out if many else (out,))]
     pulled = lambda *bars: pull(bars if many else bars[0])  # noqa: E731
     push = vjp(pulled, *zeros)[1] if transformed else _recorded(pulled, zeros, again)[1]
     found = push(tuple(dots))
     return found if many else found[0]
+
+
+def behind(x: Tensor, *history: Tensor) -> Tensor:
+    """``x`` as it is, recorded after all that ``history`` was computed from.
+
+    Autograd leaves out what was recorded before the tensors that it differentiates in. A function of a new leaf and of the end of a long
+    history would else have all of that looked through for every derivative in the leaf.
+    """
+    if functorch_active() or forward_ad._current_level >= 0 or not torch.is_grad_enabled():
+        return x
+    moving = [h for h in history if h.requires_grad]
+    if not moving:
+        return x
+    out: Tensor = _Behind.apply(x, *moving)
+    return out
+
+
+class _Behind(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, *history: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.count = len(inputs) - 1
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
+        return (bar, *[None] * ctx.count)

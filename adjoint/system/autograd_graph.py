@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["alive", "cut_apart", "leads_to", "listed", "made_here", "readable", "saved_bytes", "unknown_leaves"]
+__all__ = ["alive", "cut_apart", "has_unknown", "leads_to", "listed", "made_here", "readable", "saved_bytes", "unknown_leaves"]
 
 #: on leaves that a function has made itself
 _OWN = "_adjoint_made_here"
@@ -22,15 +23,24 @@ def made_here(x: Tensor) -> Tensor:
 
 def unknown_leaves(output: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
     """Leaf tensors in the autograd graph of ``output`` that are reached without passing through a known tensor."""
+    return list(_unknown(output, known, nearest=False))
+
+
+def has_unknown(output: Tensor, known: Sequence[Tensor]) -> bool:
+    """Whether there is one: the nearest is looked for first, as what lies behind may be a long history."""
+    return any(True for _ in _unknown(output, known, nearest=True))
+
+
+def _unknown(output: Tensor, known: Sequence[Tensor], nearest: bool) -> Iterator[Tensor]:
     # by their nodes, not by their identities: hooks on saved tensors hand out others that share the node
     nodes = [torch.autograd.graph.get_gradient_edge(x).node for x in known if x.requires_grad]
     stop = {id(node) for node in nodes}
     leaves = {id(x) for x in known}
     seen: set[int] = set()
-    todo = [output.grad_fn]
-    keep, unknown = [], []
+    todo = deque([output.grad_fn])
+    keep = []
     while todo:
-        node = todo.pop()
+        node = todo.popleft() if nearest else todo.pop()
         if node is None or id(node) in seen or id(node) in stop:
             continue
         seen.add(id(node))
@@ -38,10 +48,9 @@ def unknown_leaves(output: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
         variable = getattr(node, "variable", None)
         if variable is not None:
             if id(variable) not in leaves and not hasattr(variable, _OWN):
-                unknown.append(variable)
+                yield variable
             continue
         todo.extend(n for n, _ in node.next_functions)
-    return unknown
 
 
 def saved_bytes(output: Tensor, inputs: Sequence[Tensor], *start: Tensor) -> int:
