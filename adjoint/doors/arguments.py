@@ -22,6 +22,7 @@ __all__ = [
     "RoundSpan",
     "Times",
     "as_times",
+    "check_compile",
     "check_controller",
     "check_method",
     "check_precision",
@@ -68,6 +69,13 @@ def check_method(method: str | Method) -> Method:
     if not (hasattr(method, "step") and hasattr(method, "dense_weights")):
         raise InvalidInput(f"method must be a name or a method object, got a {type(method).__name__}")
     return method
+
+
+def check_compile(value: Any) -> bool:
+    """Whether native code is asked for. Raises `InvalidInput` for other values than True, False and "background"."""
+    if value is not True and value is not False and value != "background":
+        raise InvalidInput(f'compile must be True, False or "background", got {value!r}')
+    return bool(value)
 
 
 def check_controller(method: Method, controller: PIDController | None) -> None:

@@ -25,7 +25,7 @@ from ..system.lending import aliased, check_unchanged, copied, remembering
 from ..system.precision import full_precision
 from ..system.realification import suited_to_jacobians
 from ..system.system import StateSpec, System
-from .arguments import Times, check_controller, check_precision, check_times, flat_norm, flat_tolerance, method_for, positive
+from .arguments import Times, check_compile, check_controller, check_precision, check_times, flat_norm, flat_tolerance, method_for, positive
 from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_bounds, initial_values, residual_algebra
 from .event_jumps import jumps_refused
 from .event_times import event_records
@@ -66,7 +66,7 @@ def solve_dae(
     min_step: float = 0.0,
     max_steps: int = 100_000,
     step_ts: Any = None,
-    compile: bool = False,
+    compile: bool | str = False,
     throw: bool = True,
     progress: bool = False,
     consistent: str = "auto",
@@ -161,7 +161,8 @@ def solve_dae(
         spec = suited_to_jacobians(spec, lambda y, yp: residual(time, y, yp, *args), state, slope)
         user_spec = user_spec.in_parts() if spec.split else user_spec
     watched = event_list(events)
-    native = NativeSolve(own_algebra(jac_sparsity=jac_sparsity, linear_solver=linear_solver))
+    own = own_algebra(jac_sparsity=jac_sparsity, linear_solver=linear_solver)
+    native = NativeSolve(own, check_compile(compile) and compile == "background")
     heard = _heard(native, chosen, residual, spec, times, state, args) if compile and not watched and quadrature is None else None
     system = _system(residual, fun, quadrature, watched, spec, times, state, slope, args, heard)
     inputs = stand_ins(system.inputs)

@@ -26,6 +26,7 @@ from ..system.realification import refuse_parts, suited_to_jacobians
 from ..system.split import SplitFunction
 from ..system.system import StateSpec, System
 from .arguments import (
+    check_compile,
     check_controller,
     check_method,
     check_precision,
@@ -80,7 +81,7 @@ def solve_ivp(
     min_step: float = 0.0,
     max_steps: int = 100_000,
     step_ts: Any = None,
-    compile: bool = False,
+    compile: bool | str = False,
     throw: bool = True,
     progress: bool = False,
     jac: Callable[..., Any] | None = None,
@@ -142,10 +143,11 @@ def solve_ivp(
         Sizes are positive in either direction of time. Default first step: Hairer's. ``max_steps`` counts attempts.
     step_ts : times
         Times at which a step must end, where ``fun`` may jump: the stages on either side see ``t`` from within their own step.
-    compile : bool
+    compile : bool or "background"
         Run the solve and its first derivatives as native code, where that can be: one-step methods, real states on a CPU.
-        The first solve of a ``fun`` calls a C++ compiler (g++, clang++, or that of ``pip install ziglang``), which takes seconds; what it
-        makes is kept on disk. All else runs as without ``compile=``, after one warning that says why (docs/choosing.md).
+        The first solve of a ``fun`` calls a C++ compiler (g++, clang++, or that of ``pip install ziglang``), which takes a second or a few;
+        what it makes is kept on disk. "background": it is called beside, and solves run uncompiled until its code is there. All else runs
+        as without ``compile=``, after one warning that says why (docs/choosing.md).
     throw : bool
         Raise a named error on failure. False: look at ``status``; failed trajectories are NaN from the failure on, and so are their
         derivatives in forward mode and in their own initial values; parameters that all trajectories share get none from them.
@@ -174,7 +176,8 @@ def solve_ivp(
     InvalidInput, UnsupportedCombination, MaxStepsReached, StepSizeTooSmall, NonFiniteState, CapturedTensorLost, EventsAccumulate
     """
     known = None
-    if compile is True and all(x is None for x in (events, quadrature, step_ts, mass_matrix, norm, jac, jac_sparsity, linear_solver)):
+    beside = (events, quadrature, step_ts, mass_matrix, norm, jac, jac_sparsity, linear_solver)
+    if check_compile(compile) and all(x is None for x in beside):
         args = args if isinstance(args, (tuple, list)) else (args,)
         shape = {"t_eval": t_eval, "gradient": gradient, "batched": batched}
         numbers = {"rtol": rtol, "atol": atol, "first_step": first_step, "max_step": max_step, "min_step": min_step, "max_steps": max_steps}
@@ -259,7 +262,7 @@ def solve_ivp(
     probe_t = times.anchors[0].detach().to(real, copy=True)
     probe_t = probe_t if batched else probe_t.reshape(())
     system = System(right_hand_side, spec, tree, tuple(leaves))
-    native = NativeSolve(own_algebra(**implicit_options))
+    native = NativeSolve(own_algebra(**implicit_options), compile == "background")
     if torch.is_grad_enabled() or transforming():
         probe_y, probe_args = copied(state), aliased(tuple(args))
         calls = [right_hand_side]

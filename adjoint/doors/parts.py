@@ -110,7 +110,7 @@ def solution_of(parts: Parts, found: Found) -> Solution:
         t=shown,
         y=parts.state(flat),
         status=status,
-        stats=Stats(*counts, backward=parts.backward),
+        stats=Stats(*counts, backward=parts.backward, compile_seconds=parts.problem.native.seconds),
         events=EventLog.of(records, map(event_name, parts.events)),
         quadrature=quadrature,
         interpolant=interpolant_of(parts) if parts.dense_output else None,

@@ -170,7 +170,7 @@ def _work(pieces: Sequence[Piece]) -> Stats:
     for f in fields(Stats):
         if f.name != "backward":
             each = [(getattr(p.sol.stats, f.name), p.going) for p in pieces]
-            counts[f.name] = sum(x if isinstance(x, int) else torch.where(on, x, 0) for x, on in each)
+            counts[f.name] = sum(x if isinstance(x, (int, float)) else torch.where(on, x, 0) for x, on in each)
     return Stats(**counts, backward=BackwardStats([p.sol.stats.backward for p in pieces]))
 
 

@@ -59,6 +59,7 @@ class Stats:
     """Work of the forward solve: integers, or one per trajectory in a ``(B,)`` tensor when batched.
 
     ``n_steps`` counts attempted steps. The counters of Jacobians, factorisations and solves are zero for explicit methods.
+    ``compile_seconds``: spent on making native code (``compile=True``).
     """
 
     n_steps: int | Tensor
@@ -70,6 +71,7 @@ class Stats:
     n_solves: int | Tensor = 0
     n_newton: int | Tensor = 0
     backward: BackwardStats = field(default_factory=BackwardStats)
+    compile_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,38 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-__all__ = ["LEVELS", "NoCompiler", "cache_folder", "compiler", "library"]
+__all__ = ["LEVELS", "NoCompiler", "cache_folder", "compiler", "library", "spending", "spent"]
 
 _FLAGS = ("-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w", "-pthread")
 #: of functions that are inlined into nothing, and of the engine
 LEVELS = {False: "-O1", True: "-O2"}
+
+
+class _Spent(threading.local):
+    """Seconds that this thread has spent on making code."""
+
+    seconds = 0.0
+
+
+spent = _Spent()
+
+
+@contextmanager
+def spending() -> Iterator[None]:
+    """What is done here makes code."""
+    start, before = time.perf_counter(), spent.seconds
+    try:
+        yield
+    finally:
+        # what is inside of another one counts once
+        spent.seconds = before + time.perf_counter() - start
 
 
 class NoCompiler(Exception):

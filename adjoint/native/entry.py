@@ -17,7 +17,7 @@ from ..integrate.plan import Monitor, Plan, Record, rms_norm
 from ..methods import Method
 from ..system.system import System, VmappedSystem
 from .back import Cotangents, sweep_native
-from .build import NoCompiler
+from .build import NoCompiler, spent
 from .consistent import NativeStart
 from .emit import takes
 from .graphs import Heard
@@ -75,14 +75,22 @@ def _remark(key: Hashable, reason: str) -> None:
 class NativeSolve:
     """What a solve by compiled code leaves for its way back: the program, with the tensors that it read.
 
-    ``refused``: why it cannot be one, where that is known already; ``heard``: which graph ``fun`` is, where that is.
+    ``refused``: why it cannot be one, where that is known already; ``background``: whether code is made beside, and solves run without it
+    until it is there; ``heard``: which graph ``fun`` is, where that is.
     """
 
     refused: str | None = None
+    background: bool = False
     heard: Heard | None = None
     recognised: Recognised | None = None
     #: what the tensors held: gradients are those of the solve, whatever happens to them later
     values: tuple[Tensor, ...] = ()
+    #: spent on making code for this solve
+    seconds: float = 0.0
+
+    def again(self) -> NativeSolve:
+        """For another solve of the same right-hand side."""
+        return NativeSolve(self.refused, self.background)
 
     def hear(self, system: System, method: Method, anchors: Tensor, y0: Tensor) -> Heard | None:
         """Ask ``fun`` which graph it is, before what it captures is known; None where there will be no native code."""
@@ -104,11 +112,20 @@ class NativeSolve:
         try:
             time = anchors[0].detach().to(plan.real)
             found = recognise(plan.compile, system, plan.method, time, y0.detach(), inputs, batched, self.heard, events)
-            found.program.engine(found.program.lanes(len(y0)))
+            if not self._is_there(found, y0):
+                return None
             return NativeStart(found.program, tuple(found.values()))
         except (Unreadable, NoCompiler):
             # the solve says why
             return None
+
+    def _is_there(self, found: Recognised, y0: Tensor) -> bool:
+        """Whether there is compiled code, made now, or made beside where that is asked for."""
+        lanes = found.program.lanes(len(y0))
+        if self.background and not found.program.engine_later(lanes):
+            return False
+        found.program.engine(lanes)
+        return True
 
     def forward(
         self,
@@ -131,8 +148,11 @@ class NativeSolve:
             return _remark(key, reason)
         assert takes(plan.method)
         events = [e.function for e in plan.events if e.function is not None]
+        before = spent.seconds
         try:
             found = recognise(key, system, plan.method, anchors[0].detach().to(plan.real), y0.detach(), inputs, batched, self.heard, events)
+            if not self._is_there(found, y0):
+                return None
             if derivatives and any(slot is None and x.requires_grad for slot, x in zip(found.slots, found.tensors, strict=True)):
                 # the solve does not know of it: the eager engine says so by name
                 return None
@@ -143,6 +163,8 @@ class NativeSolve:
             record = run_native(found.program, plan, anchors, t_eval, y0, values, watched, index, skipped)
         except (Unreadable, NoCompiler) as error:
             return _remark(key, str(error))
+        finally:
+            self.seconds += spent.seconds - before
         if record is not None:
             # else steps were too long for derivatives: the eager engine has a way to choose those that are not
             self.recognised, self.values = found, tuple(values)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import NoCompiler, library
+from .build import NoCompiler, library, spending
 from .calls import BACKWARD_CALL, CONTEXT, filled
 from .emit import Compiled, engine_text, is_residual, prologue
 from .functions import UserFunctions, depends, inputs_of, user_functions
@@ -65,7 +67,10 @@ class Program:
     own_of_row: tuple[int, ...] = ()
     room: dict[int, int] = field(default_factory=dict)
     #: by the number of lanes; what could not be made is not tried again
-    _engines: dict[int, Engine | NoCompiler] = field(default_factory=dict)
+    _engines: dict[int, Engine | NoCompiler | Unreadable] = field(default_factory=dict)
+    #: engines that are being made by other threads
+    _waiting: set[int] = field(default_factory=set)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
     _functions: UserFunctions | Unreadable | None = None
     _calls: dict[int, Any] = field(default_factory=dict)
 
@@ -111,15 +116,30 @@ class Program:
 
     def engine(self, lanes: int) -> Engine:
         """The compiled code, made when it is first asked for. Raises `NoCompiler`."""
-        if lanes not in self._engines:
-            try:
-                self._engines[lanes] = self._made(lanes)
-            except NoCompiler as error:
-                self._engines[lanes] = error
+        with self._lock:
+            if lanes not in self._engines:
+                try:
+                    with spending():
+                        self._engines[lanes] = self._made(lanes)
+                except (NoCompiler, Unreadable) as error:
+                    self._engines[lanes] = error
         found = self._engines[lanes]
-        if isinstance(found, NoCompiler):
+        if isinstance(found, Exception):
             raise found
         return found
+
+    def engine_later(self, lanes: int) -> bool:
+        """Whether the compiled code is there, or cannot be made; else it is made by another thread."""
+        if lanes in self._engines:
+            return True
+        if lanes not in self._waiting:
+            self._waiting.add(lanes)
+            threading.Thread(target=self._tried, args=(lanes,), daemon=True).start()
+        return False
+
+    def _tried(self, lanes: int) -> None:
+        with suppress(NoCompiler, Unreadable):
+            self.engine(lanes)
 
     def _users(self, start: str, theirs: UserFunctions, lanes: int) -> ctypes.CDLL:
         if not self.joint:

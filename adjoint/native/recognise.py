@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..system.system import System, VmappedSystem
+from .build import spending
 from .direct import forget_directly, hear_directly
 from .emit import Compiled, is_residual
 from .graphs import Graph, Heard, ear
@@ -256,7 +257,8 @@ def recognise(
         flats = [_mapped(flat, dims, base) for flat in flats]
         originals = frozenset(id(x) for part in parts if part.graph.module is None for x in part.tensors)
         try:
-            found = _program(flats, method, t if batched else t[0], y0, values, batched, mass is not None, originals, base)
+            with spending():
+                found = _program(flats, method, t if batched else t[0], y0, values, batched, mass is not None, originals, base)
         except Unreadable as error:
             found = error
         known[layout] = found

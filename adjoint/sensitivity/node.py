@@ -13,7 +13,6 @@ from torch import Tensor
 from ..integrate import rms_norm
 from ..linalg.copies import copy_by_copy
 from ..linalg.forward_mode import unviewed
-from ..native.entry import NativeSolve
 from ..system.capture import alive, below_jvp, below_vmap, functorch_active, jvp_active
 from ..system.ownership import owned
 from ..system.rewriting import naming_writes
@@ -140,7 +139,7 @@ class SolveNode(torch.autograd.Function):
             events=tuple(replace(event, bind=partial(system.mapped, event.bind)) for event in plan.events),
             event_counts=None if counts is None else columns(counts, 0),
         )
-        mapped = replace(problem, system=system, plan=plan, batched=True, native=NativeSolve(problem.native.refused))
+        mapped = replace(problem, system=system, plan=plan, batched=True, native=problem.native.again())
         out = SolveNode.apply(
             mapped,
             columns(anchors, anchors_dim),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import random
+import threading
 import weakref
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +18,7 @@ import adjoint
 from adjoint.doors import prepared
 from adjoint.native.build import NoCompiler, compiler
 from adjoint.native.fingerprint import fingerprint
+from adjoint.native.program import Program
 from adjoint.sensitivity.prepared import PreparedNode
 
 try:
@@ -462,3 +464,50 @@ class TestFaults:
         for _ in range(2):
             y = solve(lotka, start(), (p4(),)).y
         assert isinstance(y.grad_fn, PreparedNode._backward_cls)
+
+
+class TestBackground:
+    @pytest.mark.parametrize("method", ["dopri5", "rodas5p"])
+    def test_uncompiled_until_it_is_there(self, method, monkeypatch):
+        gate, made = threading.Event(), Program._made
+        monkeypatch.setattr(Program, "_made", lambda *a: gate.wait(60) and made(*a))
+        w = torch.tensor([0.3, 0.7], dtype=F64, requires_grad=True)
+
+        def fun(t, y):
+            return -w * torch.sin(y + 0.125)
+
+        def once(compile):
+            sol = solve(fun, torch.ones(2, dtype=F64), method=method, compile=compile)
+            return sol, torch.autograd.grad(sol.y[-1].sum(), w)[0]
+
+        nodes = []
+        for k in range(3):
+            sol, slope = once("background")
+            nodes.append((sol.y, slope, sol.stats.compile_seconds))
+            if k == 0:
+                gate.set()
+                for thread in threading.enumerate():
+                    if thread is not threading.current_thread() and thread.daemon and "_tried" in thread.name:
+                        thread.join()
+        (before, slope, none), *after = nodes
+        eager, eager_slope = once(False)
+        torch.testing.assert_close(slope, eager_slope, rtol=1e-10, atol=1e-12)
+        assert torch.equal(before, eager.y) and none < 0.5
+        for y, slope, _ in after:
+            torch.testing.assert_close(y, before, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(slope, eager_slope, rtol=1e-8, atol=1e-10)
+        assert isinstance(after[-1][0].grad_fn, PreparedNode._backward_cls)
+
+    def test_seconds(self):
+        def fun(t, y):
+            return -y * torch.cos(y * 0.0625)
+
+        first, second = (solve(fun, torch.ones(2, dtype=F64)).stats.compile_seconds for _ in range(2))
+        assert first > 0 and second == 0
+
+    @pytest.mark.parametrize("value", ["yes", 1.5, None, 2])
+    def test_other_values(self, value):
+        with pytest.raises(adjoint.InvalidInput, match="compile must be"):
+            solve(at_rate, torch.ones(1, dtype=F64), compile=value)
+        with pytest.raises(adjoint.InvalidInput, match="compile must be"):
+            adjoint.solve_dae(lambda t, y, yp: yp + y, (0.0, 1.0), torch.ones(1, dtype=F64), compile=value)
