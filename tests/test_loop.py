@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from adjoint import solve_dae, solve_ivp
+from adjoint.integrate import AdamsSolver, BdfSolver, LoneStages, Plan, StageSolver
+from adjoint.integrate.bdf_alone import LoneBdf
+from adjoint.integrate.numbers import any_of, negated
+from adjoint.integrate.one_step import OneStepOfMany, OneStepOfOne
+from adjoint.integrate.stepper import Attempt, Fate
+from adjoint.integrate.timeline import TimelineOfMany, TimelineOfOne
+from adjoint.integrate.work import StageWork
+from adjoint.linalg import DenseLU
+from adjoint.methods import METHODS as METHODS_BY_NAME
+from adjoint.system.jacobians import DenseJacobian
 
 METHODS = ("tsit5", "rodas5p", "kvaerno5", "radau5", "bdf", "abm")
 
@@ -78,3 +89,75 @@ def test_samples_at_both_ends(method: str, batched: bool) -> None:
     expected = torch.tensor([1.0, 1.0, math.exp(-0.5), math.exp(-1.0), math.exp(-1.0)])
     torch.testing.assert_close(sol.y.reshape(5, -1)[:, 0], expected, rtol=0, atol=2e-5)
     assert torch.equal(sol.y[0], y0) and torch.equal(sol.y[1], y0) and torch.equal(sol.y[3], sol.y[4])
+
+
+class Driven(NamedTuple):
+    """A stepper of ``y' = -y`` from ``y(0) = 1``, with its plan and anchors."""
+
+    stepper: Any
+    plan: Plan
+    line: Any
+
+
+def steppers(kind: str) -> Driven:
+    rows, f = 2, lambda t, y: -y
+    method = METHODS_BY_NAME[kind.split("-")[0]]
+    one = kind.endswith("-one")
+    plan = Plan(method=method, controller=None, real=torch.float64, rtol=1e-6, atol=1e-8, keep_stages=True)
+    anchors = torch.tensor([[0.0], [1.0]]).expand(2, 1 if one else rows).contiguous()
+    line = TimelineOfOne(plan, anchors) if one else TimelineOfMany(plan, anchors)
+    y0 = torch.ones(1 if one else rows, 3)
+    cpu, jacobian, linear = torch.device("cpu"), DenseJacobian(), DenseLU()
+    if method.multistep:
+        work = StageWork.zero(len(y0), cpu)
+        solver: Any = BdfSolver(f, plan, jacobian, linear, False, work, None) if method.implicit else AdamsSolver(f, plan, rows, cpu)
+        if one:
+            return Driven(LoneBdf(solver, plan, line, y0), plan, line)
+        solver.enter(line, y0)
+        return Driven(solver, plan, line)
+    equations: Any = f
+    if method.implicit:
+        equations = LoneStages(f, plan, jacobian, linear, cpu) if one else StageSolver(f, plan, jacobian, linear, rows, cpu)
+    if one:
+        return Driven(OneStepOfOne(equations, plan, line, y0, (1, 3), None, None), plan, line)
+    return Driven(OneStepOfMany(equations, plan, line, y0, True, None), plan, line)
+
+
+@pytest.mark.parametrize("kind", [f"{m}-{form}" for m in METHODS for form in ("one", "many") if (m, form) != ("abm", "one")])
+def test_what_the_loop_relies_on(kind: str) -> None:
+    """Every stepper by hand: an attempt changes nothing, a refused one leaves the state and asks for a shorter step, an accepted one is the
+    state from then on, and its stages are those of a polynomial that ends there."""
+    stepper, plan, line = steppers(kind)
+    step, running, bad = stepper.begin()
+    assert any_of(running) and not any_of(bad)
+
+    def attempted(t: Any, size: float) -> tuple[Attempt, Any]:
+        h = size if line.rows is None else torch.full((line.rows,), size)
+        no = False if line.rows is None else torch.zeros(line.rows, dtype=torch.bool)
+        attempt = Attempt(t, h, t + h, line.first, no, running, h, no, False, False)
+        return attempt, stepper.attempt(attempt)
+
+    begun, size = stepper.y.clone(), 1e-3
+    step = stepper.fit(step, size if line.rows is None else torch.full((line.rows,), size), running)
+    attempt, trial = attempted(line.start, size)
+    assert torch.equal(stepper.y, begun)
+    assert any_of(trial.passed) and not any_of(trial.bad) and not any_of(trial.hopeless)
+    torch.testing.assert_close(trial.y, torch.full_like(begun, math.exp(-size)), rtol=0, atol=1e-5)
+    weights = plan.method.dense_weights(torch.tensor(1.0))
+    inside = torch.einsum("s,sn->n", weights, torch.stack(list(trial.stages())).reshape(len(weights), -1)).reshape(begun.shape)
+    torch.testing.assert_close(begun + size * inside, trial.y, rtol=0, atol=1e-12)
+
+    everybody = negated(attempt.cut)
+    following = stepper.follow(attempt, trial, step, Fate(everybody, False, None, running, attempt.lands))
+    assert torch.equal(stepper.y, trial.y)
+    assert torch.as_tensor(following).gt(0).all()
+    # a step that is far too long is refused, and nothing has moved
+    large = 1e3
+    following = stepper.fit(following, large if line.rows is None else torch.full((line.rows,), large), running)
+    attempt, trial = attempted(attempt.end, large)
+    if not any_of(trial.passed):
+        before = stepper.y.clone()
+        nobody = False if line.rows is None else torch.zeros(line.rows, dtype=torch.bool)
+        shorter = stepper.follow(attempt, trial, following, Fate(nobody, False, None, running, nobody))
+        assert torch.equal(stepper.y, before)
+        assert torch.as_tensor(shorter).lt(large).all()

@@ -15,10 +15,11 @@ from ..methods.bdf import MAX_ORDER, coefficients, rescaling_alone
 from .alone import row_norm, solved
 from .bdf import BOUND, LARGEST, NEWTON, SAFETY, SIZE, SMALLEST, BdfSolver, update_matrix
 from .initial_step import initial_step
-from .loop import Attempt, Fate, Walk
+from .loop import Walk
 from .matrices import jacobian_at, shifted
 from .newton import iterate
 from .plan import Plan, Record, shifted_times
+from .stepper import Attempt, Fate
 from .timeline import TimelineOfOne
 from .work import StageWork
 

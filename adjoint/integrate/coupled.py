@@ -8,20 +8,17 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ..linalg import Factorization, LinearOperator
 from ..methods.sums import weighted_sum
 from ..methods.tableaux_implicit import CollocationTableau, Mode
 from .guesses import StageGuess
-from .matrices import complex_shifted
 from .newton import iterate
 from .numbers import less
 
 if TYPE_CHECKING:
     from .plan import Plan
-    from .stages import StageSolver
     from .work import StageWork
 
-__all__ = ["CoupledSystem", "Solves", "combined", "solve_coupled", "solve_modes", "stage_factors"]
+__all__ = ["CoupledSystem", "Solves", "combined", "solve_coupled", "solve_modes"]
 
 #: iterations before a step counts as failed: one that can be repeated with a smaller size is given up early
 MOST, MOST_CONSTANT = 10, 50
@@ -176,20 +173,3 @@ def solve_modes(systems: Sequence[tuple[Mode, Solves]], residuals: Sequence[Tens
 def _weighed(weights: Sequence[complex], xs: Sequence[Tensor], pair: bool) -> Tensor:
     parts = [x * (w if pair else w.real) for w, x in zip(weights, xs, strict=True)]
     return sum(parts[1:], parts[0])
-
-
-def stage_factors(solver: StageSolver, mode: Mode, step: Tensor) -> Factorization:
-    """Factors of ``I - h l J``; those of a real ``l`` serve the error estimate too."""
-    if mode.value.imag == 0:
-        return solver._factors_for(step * mode.value.real)
-    assert solver._matrix is not None
-    matrix, work = complex_shifted(solver._matrix, step * mode.value), solver.work
-    old = None if isinstance(matrix, LinearOperator) else solver.complex_factors.get(mode.value)
-    factors = solver.linear_solver.factor(matrix, work.log) if old is None else solver.linear_solver.refactor(old, matrix)
-    solver.complex_factors[mode.value] = factors
-    running = (step != 0).squeeze(-1)
-    work.n_factorizations += running
-    if solver._fresh:
-        work.n_jac += running
-        solver._fresh = False
-    return factors

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .event_roots import GRID, any_may_cross, crossings, may_cross
 from .plan import Event, Plan
+from .stepper import Attempt, Trial
 
 __all__ = ["BatchEventWatch", "EventWatch", "no_events"]
 
@@ -168,7 +169,7 @@ class BatchEventWatch:
         return self.functions[i](t.to(self.plan.real), y).detach().reshape(-1).double()
 
     def after_step(
-        self, step: Any, trial: Any, accepted: Tensor, aiming: Tensor | None, index: Tensor, y: Tensor
+        self, step: Attempt, trial: Trial, accepted: Tensor, aiming: Tensor | None, index: Tensor, y: Tensor
     ) -> tuple[Tensor, Tensor] | None:
         """Register the events of the accepted steps, which began at ``y`` and are the ``index``-th of their trajectories.
 
@@ -182,7 +183,7 @@ class BatchEventWatch:
         self.aim = _next_aim(self.aim, found, aimed)
         return found.stop, found.again
 
-    def _located(self, step: Any, trial: Any, accepted: Tensor, aimed: Tensor | None, index: Tensor, y: Tensor) -> Located | None:
+    def _located(self, step: Attempt, trial: Trial, accepted: Tensor, aimed: Tensor | None, index: Tensor, y: Tensor) -> Located | None:
         t, h, end, y1, stages = step.t, step.h, step.end, trial.y, trial.stages()
         size = h.to(y.dtype.to_real()).unsqueeze(-1)
 
@@ -251,7 +252,7 @@ class EventWatch:
         return bool(self.found) and self.found[-1][1] == index
 
     def after_step(
-        self, step: Any, trial: Any, accepted: bool, aiming: bool | None, index: int, y: Tensor
+        self, step: Attempt, trial: Trial, accepted: bool, aiming: bool | None, index: int, y: Tensor
     ) -> tuple[float, bool] | None:
         """See `BatchEventWatch.after_step`."""
         t, h, end, y1 = step.t, step.h, step.end, trial.y

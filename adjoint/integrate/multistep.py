@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .loop import Attempt, Fate, Walk
+from .loop import Walk
 from .plan import Plan, Record, shifted_times
+from .stepper import Attempt, Fate
 from .timeline import TimelineOfMany
 from .work import Equations
 

@@ -15,12 +15,12 @@ from .companion import QUIET, Beside, companion_of
 from .controller import tamed
 from .defect import inner_error
 from .initial_step import initial_step
-from .loop import Attempt, Fate
 from .numbers import Decision, Measure, absent, choose, larger
 from .plan import Plan, shifted_times
 from .record import evaluations_of_attempt
 from .recording import Recording
 from .spread import widened
+from .stepper import Attempt, Fate
 from .timeline import TimelineOfMany, TimelineOfOne
 from .work import Equations
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .events import no_events
 from .numbers import Decision, Measure, lost
 from .plan import Plan, Record
+from .stepper import Attempt, Trial
 from .timeline import Timeline
 
 __all__ = ["Ended", "LogOfMany", "LogOfOne", "evaluations_of_attempt", "record_of"]
@@ -76,7 +77,7 @@ class LogOfOne:
         self._stages: list[tuple[int, Tensor]] = []
         self._extra: list[Tensor] = []
 
-    def add(self, step: Any, trial: Any, accepted: bool, y: Tensor, stages: bool) -> None:
+    def add(self, step: Attempt, trial: Trial, accepted: bool, y: Tensor, stages: bool) -> None:
         """A step that was accepted."""
         if stages or self.plan.keep_stages:
             self._stages.append((len(self._t), torch.stack(list(trial.stages()))))
@@ -126,13 +127,13 @@ class LogOfMany:
 
     def __init__(self, plan: Plan, y0: Tensor, idle: Tensor | None) -> None:
         self.plan, self._y0, self._idle = plan, y0, idle
-        self._attempts: list[Any] = []
+        self._attempts: list[Attempt] = []
         self._accepted: list[Tensor] = []
         self._states: list[Tensor] = []
         self._stages: list[Tensor] = []
         self._extra: list[Tensor] = []
 
-    def add(self, step: Any, trial: Any, accepted: Tensor, y: Tensor, stages: bool) -> None:
+    def add(self, step: Attempt, trial: Trial, accepted: Tensor, y: Tensor, stages: bool) -> None:
         """An attempt from ``y``, which some trajectories accepted."""
         plan = self.plan
         if plan.keep_states or plan.keep_grid:

@@ -6,12 +6,11 @@ lies in.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .plan import Plan
+from .stepper import Attempt, Trial
 from .timeline import Timeline
 
 __all__ = ["BatchSampler", "Sampler"]
@@ -38,7 +37,7 @@ class Sampler:
         self._pieces: list[Tensor] = []
         self._next = 0
 
-    def take(self, step: Any, trial: Any, accepted: bool, upto: float, index: int, y: Tensor) -> None:
+    def take(self, step: Attempt, trial: Trial, accepted: bool, upto: float, index: int, y: Tensor) -> None:
         """Samples of the step that was accepted as number ``index``, which began at ``y``, up to the time ``upto``."""
         thetas, n_ends = [], 0
         while self._next < len(self.times) and self.sign * (self.times[self._next] - upto) <= 0:
@@ -130,7 +129,7 @@ class BatchSampler:
         #: (B,): how many have been filled
         self.filled = torch.zeros_like(self.step[0])
 
-    def take(self, step: Any, trial: Any, accepted: Tensor, upto: Tensor, index: Tensor, y: Tensor) -> None:
+    def take(self, step: Attempt, trial: Trial, accepted: Tensor, upto: Tensor, index: Tensor, y: Tensor) -> None:
         """Samples inside of the steps ``accepted`` as number ``index``, which began at ``y``, up to the times ``upto``."""
         # by the end as it was computed: t + h rounds, and no sample may fall between two steps
         place = torch.searchsorted(self.ordered, (upto * self.sign).unsqueeze(-1), right=True).squeeze(-1)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..linalg import Factorization, LinearOperator, LinearSolver, Matrix
 from ..methods.tableaux_implicit import CollocationTableau, Mode
-from .coupled import solve_coupled, stage_factors
+from .coupled import solve_coupled
 from .guesses import StageGuess
-from .matrices import jacobian_at, mass_product, shifted, tangent
+from .matrices import complex_shifted, jacobian_at, mass_product, shifted, tangent
 from .newton import iterate
 from .numbers import less
 from .plan import Plan
@@ -92,7 +92,7 @@ class StageSolver(Equations):
         self.stuck = torch.zeros(rows, dtype=torch.bool, device=device)
         self._failing = torch.zeros_like(self.stuck)
         #: of coupled stages, by the eigenvalue: kept for what the next factorisation can use of them
-        self.complex_factors: dict[complex, Factorization] = {}
+        self._complex: dict[complex, Factorization] = {}
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """``f(t, y)``; what is asked for at the start of a step is also where the Jacobian will be taken."""
@@ -122,13 +122,16 @@ class StageSolver(Equations):
             self._factors = solver.refactor(self._factors, matrix) if again and self._factors is not None else solver.factor(matrix, log)
             self._factored = hd
             # finished trajectories take part with steps of size zero: that is no work of theirs
-            running = (hd != 0).squeeze(-1)
-            self.work.n_factorizations += running
-            if self._fresh:
-                self.work.n_jac += running
-                self._fresh = False
+            self._count((hd != 0).squeeze(-1))
         assert self._factors is not None
         return self._factors
+
+    def _count(self, running: Tensor) -> None:
+        """A factorisation, and the Jacobian if it is the first with it."""
+        self.work.n_factorizations += running
+        if self._fresh:
+            self.work.n_jac += running
+            self._fresh = False
 
     def guess(self, nodes: tuple[float, ...]) -> StageGuess | None:
         """See `CoupledSystem`. One stage has no polynomial; steps that are taken again must not depend on what was before."""
@@ -195,8 +198,16 @@ class StageSolver(Equations):
         return torch.where(torch.isfinite(first), first, 1e-6 * span)
 
     def mode_factors(self, mode: Mode, step: Tensor) -> Factorization:
-        """See `CoupledSystem`: ``I - step l J``."""
-        return stage_factors(self, mode, step)
+        """See `CoupledSystem`: ``I - step l J``; factors of a real ``l`` serve the error estimate too."""
+        if mode.value.imag == 0:
+            return self._factors_for(step * mode.value.real)
+        assert self._matrix is not None
+        matrix = complex_shifted(self._matrix, step * mode.value)
+        old = None if isinstance(matrix, LinearOperator) else self._complex.get(mode.value)
+        factors = self.linear_solver.factor(matrix, self.work.log) if old is None else self.linear_solver.refactor(old, matrix)
+        self._complex[mode.value] = factors
+        self._count((step != 0).squeeze(-1))
+        return factors
 
     def filtered(self, hg: Tensor, b: Tensor) -> Tensor:
         """See `CoupledSystem`."""
