@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..methods.collocation import FullyImplicitRungeKutta
 from ..methods.rosenbrock import Rosenbrock
 from .emit import Compiled, is_residual
 from .reading import Reading, Unreadable
@@ -17,6 +18,8 @@ __all__ = ["MOST_VALUES", "UserFunctions", "depends", "user_functions"]
 
 #: values that text may compute: compilers take minutes for more, and libraries multiply matrices better than text does
 MOST_VALUES = 6_000
+#: unknowns beyond which libraries take matrices apart, dense or sparse, in less time: of methods whose stages are coupled, and of others
+_MOST_COUPLED, _MOST_UNKNOWNS = 150, 400
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ def _texts(writer: _Writer, width: int, events: Sequence[Reading], method: Compi
     texts = writer.straight() if loops is None else writer.loops(loops)
     tables = "" if loops is None else loops.tables
     nonzero: Collection[tuple[int, int]] = ()
+    most = _MOST_COUPLED if isinstance(method, FullyImplicitRungeKutta) else _MOST_UNKNOWNS
+    if method.implicit and width > most:
+        raise Unreadable("", "", f"there are {width} unknowns, and beyond {most} libraries take matrices apart quicker than native code")
     if method.implicit:
         texts["jac"], nonzero = writer.jacobian(loops)
         if loops is not None and loops.jac:
