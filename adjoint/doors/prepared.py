@@ -25,6 +25,7 @@ from ..native.reading import Unreadable
 from ..native.solve import frame_of
 from ..sensitivity import DiscreteAdjoint, Problem
 from ..sensitivity.prepared import Prepared, PreparedNode, Run, run_of
+from .arguments import snapped
 from .solution import BackwardStats, Solution, Stats
 
 __all__ = ["Asked", "asked", "forget"]
@@ -32,6 +33,7 @@ __all__ = ["Asked", "asked", "forget"]
 _MOST = 512
 _known: dict[Hashable, Prepared | None] = {}
 _NUMBERS = (int, float, type(None))
+_EPS = {torch.float32: 1.2e-7, torch.float64: 2.3e-16}
 _CHANGED = (
     "fun is not the function any more that the solve went by (what it captures was replaced or changed), and derivatives of its "
     "derivatives evaluate it again: keep it as it is until they are taken"
@@ -49,6 +51,7 @@ class Asked:
     found: Fingerprint
     y0: Tensor
     span: tuple[float, float]
+    samples: Tensor | None
     derivatives: bool
 
     def solution(self, door: Callable[..., Solution]) -> Solution | None:
@@ -59,7 +62,7 @@ class Asked:
         rows = prepared.rows
         t_eval: Tensor | None = self.options["t_eval"]
         anchors = torch.tensor(self.span, dtype=torch.float64).unsqueeze(1).expand(2, rows).contiguous()
-        times = None if t_eval is None else t_eval.unsqueeze(1).expand(-1, rows).contiguous()
+        times = None if self.samples is None else self.samples.unsqueeze(1).expand(-1, rows).contiguous()
         try:
             made = run_of(prepared, anchors, times, self.y0, self.found.tensors)
         except Unreadable:
@@ -146,7 +149,8 @@ def asked(
     if around or torch._C._functorch.peek_interpreter_stack() is not None or torch.is_inference_mode_enabled() or y0.is_inference():
         return None
     span = _span(t_span)
-    if span is None or not _within(t_eval, span):
+    samples = None if span is None or t_eval is None else _samples(t_eval, span)
+    if span is None or (samples is None and t_eval is not None):
         return None
     found = fingerprint(fun, args)
     if found is None:
@@ -158,7 +162,7 @@ def asked(
     except TypeError:
         return None
     options = {"t_eval": t_eval, "gradient": gradient, "batched": batched, "method": method, "controller": controller, **numbers}
-    return Asked(key, fun, args, options, found, y0, span, derivatives)
+    return Asked(key, fun, args, options, found, y0, span, samples, derivatives)
 
 
 def _span(given: Any) -> tuple[float, float] | None:
@@ -172,19 +176,21 @@ def _span(given: Any) -> tuple[float, float] | None:
     return (a, b) if isfinite(a) and isfinite(b) and a < b else None
 
 
-def _within(times: Any, span: tuple[float, float]) -> bool:
-    """Whether sample times are none, or double, increasing, and neither beyond the span nor beside an end of it by rounding alone."""
-    if times is None:
-        return True
-    if type(times) is not Tensor or times.dtype != torch.float64 or times.dim() != 1 or times.requires_grad or times.device.type != "cpu":
-        return False
+def _samples(times: Any, span: tuple[float, float]) -> Tensor | None:
+    """Sample times in double precision, those that are an end of the span but for rounding being that; None where they are anything but
+    increasing numbers within it."""
+    if type(times) is not Tensor or times.dtype not in _EPS or times.dim() != 1 or times.requires_grad or times.device.type != "cpu":
+        return None
     if not times.numel() or times.is_inference():
-        return False
+        return None
     first, last = span
-    slack = min(4.5e-16 * max(abs(first), abs(last)), 1e-3 * (last - first))
-    low, high = float(times[0]), float(times[-1])
-    inside = (low == first or low > first + slack) and (high == last or high < last - slack)
-    return inside and bool((times[1:] >= times[:-1]).all())
+    slack = min(2 * _EPS[times.dtype] * max(abs(first), abs(last)), 1e-3 * (last - first))
+    found, low, high = times.double(), float(times[0]), float(times[-1])
+    if not bool((found[1:] >= found[:-1]).all()):
+        return None
+    if not ((low == first or low > first + slack) and (high == last or high < last - slack)):
+        found = snapped(found, *torch.tensor(span, dtype=torch.float64), times)
+    return found if first <= float(found[0]) and float(found[-1]) <= last else None
 
 
 def forget() -> None:

@@ -99,6 +99,16 @@ class TestTheSame:
         assert len(counted) == 3 and not second.y.requires_grad and not fourth.y.requires_grad
         assert all(torch.equal(x.y, first.y) for x in (second, third, fourth))
 
+    @pytest.mark.parametrize("dtype", [torch.float32, F64])
+    def test_sample_times(self, dtype, counted):
+        """Single precision, and ends that are those of the span but for rounding."""
+        y0 = start().to(dtype)
+        for span in ((0.0, 1.0), (0.1, 0.7)):
+            times = torch.linspace(*span, 5, dtype=dtype)
+            results = [solve(lotka, y0, (p4().detach().to(dtype),), span, t_eval=times, rtol=1e-5) for _ in range(2)]
+            assert torch.equal(results[0].y, results[1].y) and all(torch.equal(r.t, times) and r.t.dtype == dtype for r in results)
+        assert len(counted) == 3
+
     def test_other_numbers(self, counted):
         for scale in (1.0, 1.3, 0.7):
             y0, p = start().detach() * scale, p4().detach() / scale
