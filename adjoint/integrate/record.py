@@ -127,8 +127,8 @@ class LogOfMany:
 
     def __init__(self, plan: Plan, y0: Tensor, idle: Tensor | None) -> None:
         self.plan, self._y0, self._idle = plan, y0, idle
-        self._attempts: list[Attempt] = []
-        self._accepted: list[Tensor] = []
+        #: start, size, segment, whether it lands, whether it was accepted
+        self._attempts: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
         self._states: list[Tensor] = []
         self._stages: list[Tensor] = []
         self._extra: list[Tensor] = []
@@ -137,8 +137,7 @@ class LogOfMany:
         """An attempt from ``y``, which some trajectories accepted."""
         plan = self.plan
         if plan.keep_states or plan.keep_grid:
-            self._attempts.append(step)
-            self._accepted.append(accepted)
+            self._attempts.append((step.t, step.h, step.segment, step.lands, accepted))
             if self._idle is not None:
                 self._extra.append(trial.extra)
         if plan.keep_states:
@@ -167,7 +166,8 @@ class LogOfMany:
                 "segment": ended.segment.new_empty((0, rows)),
                 "lands": ended.running.new_empty((0, rows)),
             }
-        accepted = torch.stack(self._accepted)
+        t, h, segments, landings, taken = zip(*attempts, strict=True)
+        accepted = torch.stack(taken)
         most = int(ended.n_accepted.max()) if rows else 0
         # index[j, b]: which attempt was the j-th accepted one of trajectory b. Rejected ones write to a last row that is dropped; places
         # that no attempt writes to name the entry behind all attempts: a step of size zero at the final state
@@ -187,7 +187,6 @@ class LogOfMany:
             got = torch.view_as_real(torch.view_as_complex(every).index_select(0, place)) if paired else every.index_select(0, place)
             return got.unflatten(0, (count, rows))
 
-        zero = torch.zeros_like(ended.t)
         if not states:
             all_states = y0.new_empty((0, rows, n))
         else:
@@ -202,15 +201,15 @@ class LogOfMany:
             segment = index.new_zeros((most, rows))
             lands = (torch.arange(most, device=y0.device).unsqueeze(-1) == ended.n_accepted - 1) & ~ended.running & (ended.status >= 0)
         else:
-            segment = pick([a.segment for a in attempts], torch.zeros_like(ended.segment), most)
-            lands = pick([a.lands for a in attempts], torch.zeros_like(attempts[0].lands), most)
+            segment = pick(segments, torch.zeros_like(ended.segment), most)
+            lands = pick(landings, torch.zeros_like(landings[0]), most)
         if idle is not None:
             extra["extra"] = pick([x.t() for x in self._extra], idle.expand(rows, -1), most).transpose(1, 2)
         return extra | {
             "states": all_states,
             "stages": all_stages,
-            "t": pick([a.t for a in attempts], ended.t, most),
-            "h": pick([a.h for a in attempts], zero, most),
+            "t": pick(t, ended.t, most),
+            "h": pick(h, torch.zeros_like(ended.t), most),
             "segment": segment,
             "lands": lands,
         }
