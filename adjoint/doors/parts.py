@@ -98,7 +98,8 @@ def solution_of(parts: Parts, found: Found) -> Solution:
         flat = out.samples
     assert shown is not None
     quadrature = None if parts.integrand is None else parts.spec.unflatten(final)[1]
-    status: int | Tensor = out.status
+    # the way back needs its own, whatever the user does to this one
+    status: int | Tensor = out.status.clone()
     counts = [out.n_steps, out.n_accepted, out.n_rejected, out.n_fun, out.n_jac, out.n_factorizations, out.n_solves, out.n_newton]
     if not batched and not torch._C._functorch.is_functorch_wrapped_tensor(out.status):
         status = int(out.status)

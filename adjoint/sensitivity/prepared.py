@@ -43,7 +43,8 @@ class Run:
     """One solve: what its way back needs. ``again`` solves once more by the general way, for all but plain first derivatives."""
 
     prepared: Prepared
-    found: Solved
+    #: until the node has it
+    found: Solved | None
     anchors: Tensor
     t_eval: Tensor | None
     values: Sequence[Tensor]
@@ -83,12 +84,14 @@ class PreparedNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: Run, *inputs: Tensor) -> Tensor:
-        y, run.y = run.y, None
-        assert y is not None
-        steps = run.found.steps
+        y, found = run.y, run.found
+        run.y = run.found = None
+        assert y is not None and found is not None
+        steps = found.steps
         ctx.run = run
         ctx.set_materialize_grads(False)
-        kept = [steps["states"], steps["t"], steps["h"], *([steps["stages"]] if run.prepared.plan.method.implicit else [])]
+        kept = [steps["states"], steps["t"], steps["h"], found.counts[3], found.sample_step]
+        kept += [steps["stages"]] if run.prepared.plan.method.implicit else []
         ctx.n_kept = len(kept)
         ctx.save_for_backward(*kept, *inputs)
         return y
@@ -106,11 +109,9 @@ class PreparedNode(torch.autograd.Function):
         inputs = saved[ctx.n_kept :]
         if torch.is_grad_enabled() or functorch_active():
             return (None, *_again(run, inputs, bar, needed))
-        prepared, found = run.prepared, run.found
+        prepared = run.prepared
         bars = bar.reshape(-1, prepared.rows, prepared.width)
-        grid = {"states": saved[0], "t": saved[1], "h": saved[2], "status": found.counts[3], "sample_step": found.sample_step}
-        if ctx.n_kept > 3:
-            grid["stages"] = saved[3]
+        grid = dict(zip(("states", "t", "h", "status", "sample_step", "stages"), saved[: ctx.n_kept], strict=False))
         ends = (bars[1], None) if run.t_eval is None else (None, bars)
         back = sweep_native(prepared.program, prepared.plan, grid, run.anchors, run.t_eval, run.values, (*ends, None, None), False)
         steps = saved[1].shape[0]

@@ -385,6 +385,21 @@ class TestDerivatives:
             with pytest.raises(RuntimeError, match="second time"):
                 total.backward()
 
+    def test_memory_is_given_back(self):
+        """After its way back a result holds no states."""
+        for _ in range(2):
+            y = solve(lotka, start(20), (p4(),), batched=True).y
+            y.sum().backward()
+        held = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.shape[-2:] == (20, 2) and x.dim() == 3 and x.shape[0] > 2]
+        assert held == []
+
+    def test_counts_are_the_users_own(self):
+        for _ in range(2):
+            sol = solve(lotka, start(3), (p4(),), batched=True)
+            sol.status.fill_(7)
+            sol.stats.n_steps.zero_()
+            sol.y.sum().backward()
+
     def test_inputs_written_to(self):
         for _ in range(2):
             p = p4()
