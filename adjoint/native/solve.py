@@ -247,6 +247,8 @@ def run_native(
     frame = frame_of(program, plan, y0, watched, index, skipped)
     found = solved(program, frame, plan, anchors, t_eval, y0, inputs)
     counts = dict(zip(COUNTS, found.counts.unbind(), strict=True))
+    # what is written to one of the others is not written to this one, which the way back keeps
+    counts["status"] = counts["status"].clone()
     if bool(counts.pop("unstable").any()):
         return None
     steps, most = found.steps, found.steps["t"].shape[0]
