@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 import adjoint
-from adjoint import InvalidInput, UnsupportedCombination, solve_ivp
+from adjoint import InvalidInput, UnsupportedCombination, solve_dae, solve_ivp
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
@@ -388,3 +388,11 @@ def test_tolerances_of_states_of_any_shape(method, shape):
     found = ends(y0, each, lambda t, y: -(y**2))
     flat = ends(y0.reshape(-1), each.expand(shape).reshape(-1), lambda t, y: -(y**2))
     assert torch.allclose(found, flat, rtol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"mass_matrix": torch.eye(2)}])
+def test_what_is_no_method_is_named(options):
+    with pytest.raises(InvalidInput, match=r"adjoint\.methods\.Traits"):
+        solve_ivp(lambda t, y: -y, (0.0, 1.0), torch.ones(2), method=object(), **options)
+    with pytest.raises(InvalidInput, match="method object for residuals"):
+        solve_dae(lambda t, y, yp: yp + y, (0.0, 1.0), torch.ones(2), method=object())

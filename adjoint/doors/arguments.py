@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import PIDController, rms_norm
-from ..methods import IMEX_METHODS, METHODS, SWITCHING_METHODS, Method
+from ..methods import IMEX_METHODS, METHODS, SWITCHING_METHODS, Method, Traits
 from ..methods.adams import ADAMS_NAMES
 from ..system.capture import moves, unwrapped
 from ..system.system import StateSpec
@@ -66,8 +66,10 @@ def check_method(method: str | Method) -> Method:
         if method not in known:
             raise InvalidInput(f"there is no method {method!r}; choose one of {', '.join(sorted(known))}")
         return known[method]
-    if not (hasattr(method, "step") and hasattr(method, "dense_weights")):
-        raise InvalidInput(f"method must be a name or a method object, got a {type(method).__name__}")
+    if not isinstance(method, Traits):
+        raise InvalidInput(
+            f"method must be a name or a method object (of a class that derives from adjoint.methods.Traits), got a {type(method).__name__}"
+        )
     return method
 
 

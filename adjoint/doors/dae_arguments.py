@@ -18,7 +18,7 @@ from ..integrate import Plan, Record
 from ..linalg import DenseLU, LinearSolver
 from ..linalg.pencil import split
 from ..linalg.sparsity import SparsityPattern
-from ..methods import DAE_METHODS, METHODS, Method
+from ..methods import DAE_METHODS, METHODS, Method, Traits
 from ..native.consistent import NativeStart
 from ..sensitivity.consistent import Bounds, Initial, all_lost, complete, complete_values, dense_pencil, lost_rows, residual_report
 from ..sensitivity.problem import StageAlgebra
@@ -42,7 +42,7 @@ _MODES = ("auto", "solve", "slopes", "check", "trust")
 def check_dae_method(method: str | Method) -> Method:
     """A method for implicit equations by its name, or a method object."""
     if isinstance(method, str):
-        if getattr(METHODS.get(method), "takes_mass", False):
+        if method in METHODS and METHODS[method].takes_mass:
             raise UnsupportedCombination(
                 f"{method!r} is not for residuals: give solve_ivp(fun, ..., mass_matrix=M, method={method!r}) the right-hand side of "
                 "M y' = fun(t, y) with a constant M, or solve_dae one of " + ", ".join(sorted(DAE_METHODS))
@@ -50,7 +50,7 @@ def check_dae_method(method: str | Method) -> Method:
         if method not in DAE_METHODS:
             raise InvalidInput(f"there is no method {method!r} for implicit equations; choose one of {', '.join(sorted(DAE_METHODS))}")
         return DAE_METHODS[method]
-    if not method.residual:
+    if not isinstance(method, Traits) or not method.residual:
         raise InvalidInput(f"method must be one of {', '.join(sorted(DAE_METHODS))} or a method object for residuals, got {method!r}")
     return method
 

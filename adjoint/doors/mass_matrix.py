@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
-from ..methods import METHODS, Method
+from ..methods import METHODS, Method, Traits
 from ..sensitivity.consistent import Initial
 from ..system.system import StateSpec, System
-from .arguments import Times
+from .arguments import Times, check_method
 from .dae_arguments import initial_values, residual_algebra
 
 __all__ = ["consistent_start", "implicit_method", "in_step", "with_mass", "with_matrix", "without_last"]
@@ -28,7 +28,7 @@ _METHODS = {"radau5": "radau", "radau": "radau", "radauIIA3": "radau3", "bdf": "
 
 def implicit_method(method: str | Method, options: dict[str, Any]) -> str:
     """The method for implicit equations that stands for ``method``; raises for options that it does not have."""
-    name = method if isinstance(method, str) else method.name
+    name = method if isinstance(method, str) else check_method(method).name
     if name not in _METHODS:
         raise UnsupportedCombination(
             f"mass_matrix= is not supported by {name!r}: give method='radau5' (or 'radauIIA3', 'bdf'; "
@@ -43,7 +43,7 @@ def implicit_method(method: str | Method, options: dict[str, Any]) -> str:
 def in_step(method: str | Method, mass: Any) -> bool:
     """Whether the method takes the matrix into its own steps; raises for one that varies, which it cannot take."""
     chosen = METHODS.get(method) if isinstance(method, str) else method
-    if mass is None or chosen is None or not chosen.takes_mass:
+    if mass is None or not isinstance(chosen, Traits) or not chosen.takes_mass:
         return False
     if callable(mass) and not isinstance(mass, Tensor):
         raise UnsupportedCombination(

@@ -10,6 +10,7 @@ from .bdf import BDF, Bdf
 from .collocation import FullyImplicitRungeKutta
 from .dirk import DiagonallyImplicitRungeKutta
 from .dirk_tableau import DirkTableau
+from .family import TableauMethod, Traits
 from .protocol import Method
 from .rosenbrock import Rosenbrock
 from .runge_kutta import ExplicitRungeKutta
@@ -39,6 +40,8 @@ __all__ = [
     "Rosenbrock",
     "RosenbrockTableau",
     "Tableau",
+    "TableauMethod",
+    "Traits",
 ]
 
 #: every method that ``method="name"`` knows
