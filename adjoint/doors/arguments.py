@@ -22,6 +22,7 @@ __all__ = [
     "RoundSpan",
     "Times",
     "as_times",
+    "check_callable",
     "check_compile",
     "check_controller",
     "check_method",
@@ -222,6 +223,12 @@ def _time(value: Any, name: str, spec: StateSpec, ndim: tuple[int, ...]) -> Tens
     if value.dim() == 2 and value.shape[1] != spec.rows:
         raise InvalidInput(f"{name} has {value.shape[1]} columns for {spec.rows} trajectories")
     return value
+
+
+def check_callable(value: Any, name: str) -> None:
+    """Raise `InvalidInput` for what is no function."""
+    if not callable(value):
+        raise InvalidInput(f"{name} must be callable, got a {type(value).__name__}")
 
 
 def check_times(t_span: Any, t_eval: Any, step_ts: Any, spec: StateSpec) -> Times:

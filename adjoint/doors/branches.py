@@ -18,6 +18,7 @@ from ..system.jacobians import DenseJacobian
 from ..system.jacobians_sparse import SparseJacobian, choose_jacobian
 from ..system.lending import lending
 from ..system.system import StateSpec
+from .arguments import check_callable
 from .root_arguments import AutomaticSolver
 from .root_solution import RootSolution
 from .steady import solve_root
@@ -163,8 +164,7 @@ def continuation(
     ------
     InvalidInput
     """
-    if not callable(fun):
-        raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}")
+    check_callable(fun, "fun")
     args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
     spec = StateSpec.of(x0, False, "x0")
     try:

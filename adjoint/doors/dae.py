@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
-from ..errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
+from ..errors import InvalidInput
 from ..integrate import PIDController, Plan, Record
 from ..methods import DAE_METHODS, Method
 from ..native.entry import NativeSolve, own_algebra
@@ -25,8 +25,28 @@ from ..system.lending import aliased, check_unchanged, copied, remembering
 from ..system.precision import full_precision
 from ..system.realification import suited_to_jacobians
 from ..system.system import StateSpec, System
-from .arguments import Times, check_compile, check_controller, check_precision, check_times, flat_norm, flat_tolerance, method_for, positive
-from .dae_arguments import check_dae_method, check_flags, dae_failure, initial_bounds, initial_values, residual_algebra
+from .arguments import (
+    Times,
+    check_callable,
+    check_compile,
+    check_controller,
+    check_precision,
+    check_times,
+    flat_norm,
+    flat_tolerance,
+    method_for,
+    positive,
+)
+from .dae_arguments import (
+    check_dae_method,
+    check_flags,
+    check_index,
+    check_state,
+    dae_failure,
+    initial_bounds,
+    initial_values,
+    residual_algebra,
+)
 from .event_jumps import jumps_refused
 from .event_times import event_records
 from .forcing import with_knots
@@ -127,32 +147,17 @@ def solve_dae(
     chosen = check_dae_method(method)
     check_controller(chosen, controller)
     check_flags(consistent, max_steps)
-    if not callable(fun):
-        raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}")
+    check_callable(fun, "fun")
     args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
     user_spec = StateSpec.of(y0, batched)
     check_precision(user_spec, rtol)
-    for name, value in (("y0", y0), ("yp0", yp0)):
-        for leaf in [] if value is None else tree_leaves(value):
-            wrapped = torch._C._functorch.is_functorch_wrapped_tensor(leaf)
-            if not wrapped and not batched and not bool(torch.isfinite(leaf).all()):
-                raise InvalidInput(f"{name} has non-finite entries")
-    if yp0 is not None:
-        user_spec.check(yp0, "yp0", "y0")
+    check_state(y0, yp0, user_spec, consistent, quadrature)
     times = check_times(t_span, t_eval, with_knots(step_ts, args, [fun, quadrature], user_spec.device), user_spec)
     chosen = method_for(times, chosen, DAE_METHODS["radau"], False)
-    guessed = yp0 is None
-    if guessed and consistent == "slopes":
-        raise InvalidInput("consistent='slopes' keeps yp0 and solves for y0: give yp0")
-    if quadrature is not None and consistent == "slopes":
-        raise UnsupportedCombination(
-            "quadrature= with consistent='slopes' is not supported: find y0 by solve_root(lambda y: fun(t0, y, yp0, *args), y0) first"
-        )
     slope = tree_map(lambda x: torch.zeros_like(x.detach()), y0) if yp0 is None else yp0
     residual, state, integrand = fun, y0, None
     if quadrature is not None:
-        if not callable(quadrature):
-            raise InvalidInput(f"quadrature must be callable, got a {type(quadrature).__name__}")
+        check_callable(quadrature, "quadrature")
         residual, state, slope, integrand = _with_quadrature(fun, quadrature, user_spec, times, y0, slope, args)
     spec = StateSpec.of(state, batched)
     if spec.holds_complex:
@@ -200,7 +205,7 @@ def solve_dae(
         times.anchors[0],
         Initial(y_flat, slope_flat),
         inputs,
-        consistent="solve" if consistent == "auto" and guessed else consistent,
+        consistent="solve" if consistent == "auto" and yp0 is None else consistent,
         differential=differential,
         user_spec=user_spec,
         skip=suppress_algebraic,
@@ -208,11 +213,7 @@ def solve_dae(
         bounds=initial_bounds(y0_bounds, user_spec, y0, sum(spec.sizes), consistent),
         native=None if transforming() else native.start(plan, system, batched, inputs, y_flat, times.anchors),
     )
-    if chosen.multistep and algebra.structure is not None and algebra.structure.index > 1:
-        raise HigherIndexDAE(
-            f"{chosen.name!r} is for equations of index 0 and 1, and these are of index {algebra.structure.index} at the start: give "
-            "method='radau', or adjoint.reduce_index makes one of index 1 of them"
-        )
+    check_index(chosen, algebra)
     backward = BackwardStats()
 
     def report(record: Record) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..errors import HigherIndexDAE, InconsistentInitialCondition, InvalidInput, SingularJacobian, UnsupportedCombination
 from ..integrate import Plan, Record
@@ -61,6 +61,32 @@ def check_flags(consistent: Any, max_steps: Any) -> None:
         raise InvalidInput(f"consistent must be one of {', '.join(map(repr, _MODES))}, got {consistent!r}")
     if not isinstance(max_steps, Integral) or max_steps < 1:
         raise InvalidInput(f"max_steps must be a positive integer, got {max_steps!r}")
+
+
+def check_state(y0: Any, yp0: Any, spec: StateSpec, consistent: str, quadrature: Any) -> None:
+    """Raise for a start that is none, or that ``consistent`` cannot work on."""
+    for name, value in (("y0", y0), ("yp0", yp0)):
+        for leaf in [] if value is None else tree_leaves(value):
+            wrapped = torch._C._functorch.is_functorch_wrapped_tensor(leaf)
+            if not wrapped and spec.batch is None and not bool(torch.isfinite(leaf).all()):
+                raise InvalidInput(f"{name} has non-finite entries")
+    if yp0 is not None:
+        spec.check(yp0, "yp0", "y0")
+    elif consistent == "slopes":
+        raise InvalidInput("consistent='slopes' keeps yp0 and solves for y0: give yp0")
+    if quadrature is not None and consistent == "slopes":
+        raise UnsupportedCombination(
+            "quadrature= with consistent='slopes' is not supported: find y0 by solve_root(lambda y: fun(t0, y, yp0, *args), y0) first"
+        )
+
+
+def check_index(method: Method, algebra: StageAlgebra) -> None:
+    """Raise `HigherIndexDAE` for equations that the method is not for."""
+    if method.multistep and algebra.structure is not None and algebra.structure.index > 1:
+        raise HigherIndexDAE(
+            f"{method.name!r} is for equations of index 0 and 1, and these are of index {algebra.structure.index} at the start: give "
+            "method='radau', or adjoint.reduce_index makes one of index 1 of them"
+        )
 
 
 def initial_bounds(bounds: Any, user_spec: StateSpec, y0: Any, n: int, consistent: str) -> Bounds:

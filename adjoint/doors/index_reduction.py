@@ -18,6 +18,7 @@ from ..errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
 from ..system.capture import functorch_active
 from ..system.ownership import as_part, owning
 from ..system.system import StateSpec
+from .arguments import check_callable
 from .dae import solve_dae
 from .solution import EventLog, Solution
 
@@ -352,8 +353,7 @@ def reduce_index(fun: Callable[..., Any], y0: Any, yp0: Any = None, args: Any = 
     HigherIndexDAE
         Equations that determine no solution structurally (naming them), or numerically at the start.
     """
-    if not callable(fun):
-        raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}")
+    check_callable(fun, "fun")
     args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
     spec = StateSpec.of(y0, batched)
     if spec.dtype.is_complex:

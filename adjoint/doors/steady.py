@@ -24,7 +24,7 @@ from ..system.realification import suited_to_jacobians
 from ..system.rewriting import naming_faults
 from ..system.system import StateSpec, System
 from ..system.untraced import untraced
-from .arguments import flat_tolerance
+from .arguments import check_callable, flat_tolerance
 from .progress import root_monitor
 from .root_arguments import AutomaticJacobian, RootChoice, check_bounds, choose
 from .root_examination import Examination
@@ -169,8 +169,7 @@ def prepare(
 ) -> RootSetup:
     """Check the arguments of `solve_root` and choose how to solve. ``log`` counts the linear algebra, a new one by default; ``in_parts``:
     complex states in real and imaginary parts, as functions that are not complex-differentiable want them, whatever ``fun`` is."""
-    if not callable(fun):
-        raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}")
+    check_callable(fun, "fun")
     if not isinstance(max_steps, int) or max_steps < 1:
         raise InvalidInput(f"max_steps must be a positive integer, got {max_steps!r}")
     args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
