@@ -3,12 +3,12 @@
 #
 # Three machines swing against each other through a network whose voltages are algebraic: six differential equations (rotor angles and
 # speeds, classical model), eighteen algebraic ones (complex currents balance at nine buses), and the heat of an inverse-time relay. A short
-# circuit near bus 7 begins at t = 0. The relay of the line 5-7 takes up |I|^2, and trips when it has had enough: an event, at which the
-# line and the fault on it go, and from which the solve goes on with new consistent voltages. A second event is the first peak of the
-# angle between machines 2 and 1, where it must not pass about 180 degrees if they are to stay in step.
+# circuit near bus 7 begins at t = 0. The relay of the line 5-7 takes up |I|^2, and trips when it has had enough: an event that changes the
+# mode of the equations, in which the line and the fault on it are gone, and from which the solve goes on with new consistent voltages. A
+# second event is the first peak of the angle between machines 2 and 1, which must not pass about 180 degrees if they are to stay in step.
 #
-# The derivatives of that peak in the inertias and in the setting of the relay go through both solves, both events and the power flow that
-# the start comes from. They are held against central differences.
+# The derivatives of that peak in the inertias and in the setting of the relay go through both events and the power flow that the start
+# comes from. They are held against central differences.
 #
 # Data: the nine-bus system of Anderson & Fouad, Power System Control and Stability (WSCC case): lines, loads, machines. The fault's
 # impedance and the relay are chosen here.
@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adjoint import solve_dae, solve_root
+from adjoint import Event, Solution, solve_dae, solve_root
+from adjoint.sensitivity import Gradient
 
 OMEGA = 2 * math.pi * 60
 #: from, to (counted from 1), resistance, reactance, half of the charging susceptance; per unit of 100 MVA
@@ -98,24 +99,26 @@ def network(lines: list[tuple[int, int, float, float, float]], start: Start, fau
     return Y
 
 
-def swing(Y: Tensor, start: Start, metered: bool):
-    """``F(t, y, y', p)``."""
+def swing(start: Start):
+    """``F(t, y, y', faulted, p)``: with the line, the fault and the relay's meter while ``faulted`` is one."""
     a, b, r, x, half = LINES[TRIPPED]
     series = 1 / complex(r, x)
+    before = network(LINES, start, True)
+    behind = network([x for i, x in enumerate(LINES) if i != TRIPPED], start, False)
 
-    def residual(t: Tensor, y: Tensor, yp: Tensor, p: Tensor) -> Tensor:
+    def residual(t: Tensor, y: Tensor, yp: Tensor, faulted: Tensor, p: Tensor) -> Tensor:
         V = torch.complex(y[REAL], y[IMAGINARY])
         emf = torch.polar(start.E, y[ANGLE])
         injected = (emf - V[:3]) / (1j * REACTANCE)
         power = (emf * injected.conj()).real
+        Y = torch.where(faulted == 1, before, behind)
         current = Y @ V - torch.cat([injected, torch.zeros(6, dtype=injected.dtype)])
         flow = series * (V[b - 1] - V[a - 1]) + 1j * half * V[b - 1]
-        taken = flow.abs() ** 2 if metered else torch.zeros_like(t)
         return torch.cat(
             [
                 yp[ANGLE] - OMEGA * y[SPEED],
                 2 * p[:3] * yp[SPEED] - (start.power - power),
-                (yp[HEAT] - taken).reshape(1),
+                (yp[HEAT] - faulted * flow.abs() ** 2).reshape(1),
                 current.real,
                 current.imag,
             ]
@@ -124,36 +127,32 @@ def swing(Y: Tensor, start: Start, metered: bool):
     return residual
 
 
-class Course(NamedTuple):
-    """Times and states until the line trips and until the peak, with both of these times and the angle at the peak."""
-
-    t: list[Tensor]
-    y: list[Tensor]
-    tripped: Tensor
-    peak_time: Tensor
-    peak: Tensor
+#: the relay has had enough: the line and the fault go, and new consistent voltages are found
+TRIP = Event(
+    lambda t, y, faulted, p: y[HEAT] - p[3], direction=1, reset=lambda t, y, faulted, p: (y, torch.zeros_like(faulted)), name="trip"
+)
 
 
-def course(p: Tensor, start: Start, rtol: float = 1e-8, after: float = 0.0) -> Course:
-    """The fault, the trip, the first peak; ``after``: seconds beyond it."""
+def peak_of(ends: bool) -> Event:
+    """The first peak of the angle between machines 2 and 1, behind the fault."""
+    rate = lambda t, y, faulted, p: y[SPEED][1] - y[SPEED][0]  # noqa: E731
+    return Event(rate, direction=-1, terminal=ends, name="peak")
 
-    def trips(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
-        return y[HEAT] - p[3]
 
-    def peaks(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
-        return y[SPEED][1] - y[SPEED][0]
-
-    trips.terminal, peaks.terminal, peaks.direction = True, not after, -1.0
+def course(p: Tensor, start: Start, rtol: float = 1e-8, after: float = 0.0, gradient: Gradient | None = None) -> Solution:
+    """The fault, the trip, the first peak; ``after``: until when, beyond it."""
     y0 = torch.cat([start.angle, torch.zeros(4, dtype=torch.float64), start.V.real, start.V.imag])
-    options = {"args": (p,), "rtol": rtol, "atol": 1e-2 * rtol, "t_eval": "steps", "consistent": "solve"}
-    faulted = swing(network(LINES, start, True), start, True)
-    first = solve_dae(faulted, (0.0, 2.0), y0, events=trips, **options)
-    assert first.status == 1, "the relay did not trip"
-    rest = swing(network([x for i, x in enumerate(LINES) if i != TRIPPED], start, False), start, False)
-    second = solve_dae(rest, (first.t[-1], after or 3.0), first.y[-1], events=peaks, **options)
-    assert len(second.events[0].t), "the machines fell out of step"
-    top = second.events[0].y[0]
-    return Course([first.t, second.t], [first.y, second.y], first.t[-1], second.events[0].t[0], top[1] - top[0])
+    options = {"rtol": rtol, "atol": 1e-2 * rtol, "consistent": "solve", "gradient": gradient, "dense_output": bool(after)}
+    events = [TRIP, peak_of(not after)]
+    sol = solve_dae(swing(start), (0.0, after or 3.0), y0, args=(p,), events=events, mode=torch.ones(()).double(), **options)
+    assert len(sol.events["trip"].t), "the relay did not trip"
+    assert len(sol.events["peak"].t), "the machines fell out of step"
+    return sol
+
+
+def angle(y: Tensor) -> Tensor:
+    """Between machines 2 and 1."""
+    return y[..., 1] - y[..., 0]
 
 
 # %%
@@ -169,9 +168,10 @@ def main(quick: bool = False, out: Path | None = None) -> float:
     begin = time.perf_counter()
     p = P0.clone().requires_grad_(True)
     found = course(p, start, rtol)
-    (slope,) = torch.autograd.grad(found.peak, p)
+    top = angle(found.events["peak"].y[0])
+    (slope,) = torch.autograd.grad(top, p)
     seconds = time.perf_counter() - begin
-    trip, peak, when = (float(x.detach()) for x in (found.tripped, found.peak, found.peak_time))
+    trip, peak, when = (float(x.detach()) for x in (found.events["trip"].t[0], top, found.events["peak"].t[0]))
     print(f"the line trips at {trip:.4f} s; peak {math.degrees(peak):.2f} degrees at {when:.4f} s; with derivatives {seconds:.1f} s")
     worst = 0.0
     for i in [3] if quick else range(4):
@@ -181,7 +181,7 @@ def main(quick: bool = False, out: Path | None = None) -> float:
             moved = P0.clone()
             moved[i] += sign * step
             with torch.no_grad():
-                near.append(float(course(moved, start, 1e-3 * rtol if quick else 1e-2 * rtol).peak))
+                near.append(float(angle(course(moved, start, 1e-3 * rtol if quick else 1e-2 * rtol).events["peak"].y[0])))
         difference = (near[0] - near[1]) / (2 * step)
         error = abs(float(slope[i]) / difference - 1)
         worst = max(worst, error)
@@ -197,7 +197,7 @@ def main(quick: bool = False, out: Path | None = None) -> float:
     return worst
 
 
-def draw(out: Path, curves: dict[float, Course], start: Start, slope: Tensor) -> None:
+def draw(out: Path, curves: dict[float, Solution], start: Start, slope: Tensor) -> None:
     """Angles, voltages, and what the peak depends on."""
     import matplotlib
 
@@ -206,18 +206,16 @@ def draw(out: Path, curves: dict[float, Course], start: Start, slope: Tensor) ->
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for factor, found in curves.items():
-        t = torch.cat(found.t)
-        y = torch.cat(found.y)
-        axes[0].plot(t, torch.rad2deg(y[:, 1] - y[:, 0]), label=f"relay x {factor:g}")
-        axes[0].plot([found.tripped], [torch.rad2deg(found.y[1][0, 1] - found.y[1][0, 0])], "k|", ms=10)
-        axes[0].plot([found.peak_time], [torch.rad2deg(found.peak)], "k.", ms=5)
+        t, y = found.curve(200)
+        axes[0].plot(t, torch.rad2deg(angle(y)), label=f"relay x {factor:g}")
+        for name, mark in (("trip", "k|"), ("peak", "k.")):
+            record = found.events[name]
+            axes[0].plot(record.t[:1], torch.rad2deg(angle(record.y[:1])), mark, ms=10 if name == "trip" else 5)
     axes[0].set(title="angle between machines 2 and 1", xlabel="time (s)", ylabel="degrees")
     axes[0].legend(frameon=False)
-    found = curves[1.0]
+    t, y = curves[1.0].curve(200)
     for bus, colour in ((5, "#1b6ca8"), (7, "#c8102e"), (8, "#2e8b57")):
-        for t, y in zip(found.t, found.y, strict=True):
-            V = torch.complex(y[:, REAL], y[:, IMAGINARY])[:, bus - 1].abs()
-            axes[1].plot(t, V, color=colour, label=f"bus {bus}" if t is found.t[0] else None)
+        axes[1].plot(t, torch.complex(y[:, REAL], y[:, IMAGINARY])[:, bus - 1].abs(), color=colour, label=f"bus {bus}")
     axes[1].set(title="voltages", xlabel="time (s)", ylabel="per unit", ylim=(0, 1.1))
     axes[1].legend(frameon=False)
     axes[2].barh(NAMES, torch.rad2deg(slope * P0) / 100, color="#e8743b")

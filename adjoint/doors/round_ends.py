@@ -13,12 +13,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..errors import UnsupportedCombination
 from ..sensitivity.products import behind, tangent
 from .arguments import RoundSpan
-from .event_slope import signed, with_slope
+from .event_slope import once, signed, with_slope
 from .round_rules import Rule
 from .rows import chosen, forward_fill, wide
 from .solution import EventLog, EventRecord, Solution
 
 __all__ = ["check_rules", "ended_before", "takes_events", "with_events"]
+
+_TWICE = (
+    "the time of an event was to be differentiated twice in equations that do not give the slope (solve_dae, mass_matrix=) by a strategy "
+    "that does not take events: use gradient=DiscreteAdjoint()"
+)
 
 
 def takes_events(gradient: Any) -> bool:
@@ -58,10 +63,11 @@ def with_events(
 ) -> Solution:
     """``sol`` with the events of ``first`` at its end, where the state is ``last``; their times and states are differentiable.
 
-    ``span`` is that of ``sol``. The time of an event is a root of the event function on the solution continued beyond its end, to second
-    order where the equations tell the slope: two of Newton's steps have its first and second derivatives (docs/theory.md, events).
+    ``span`` is that of ``sol``. The time of an event is a root of the event function on the solution continued beyond its end, to
+    second order where the equations tell the slope, else to first: two of Newton's steps have its first and second derivatives
+    (docs/theory.md, events).
     """
-    ending = None if sol.yp is None else tree_map(lambda x: x[-1], sol.yp)
+    ending = None if sol.yp is None else tree_map(lambda x: x[-1].detach(), sol.yp)
 
     def one(rule: Rule, record: EventRecord) -> EventRecord:
         if not record.t.shape[0]:
@@ -84,6 +90,7 @@ def with_events(
             sloping = (torch.isfinite(rate) & (rate != 0)).detach() if k == 0 else sloping
             d = d - torch.where(sloping, value, 0.0) / torch.where(sloping, rate, 1.0)
         d = with_slope(d - d.detach(), sloping | ~hit, *causes)
+        d = once(d, hit, _TWICE, *causes) if slope is None else d
         t = torch.where(hit, end + d, float("nan")).to(record.t.dtype).unsqueeze(0)
         return EventRecord(t, tree_map(lambda x: torch.where(wide(hit, x), x, float("nan")).unsqueeze(0), state(d)))
 
