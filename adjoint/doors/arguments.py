@@ -128,7 +128,8 @@ def check_precision(spec: StateSpec, rtol: Any) -> None:
         )
     given = [x for x in tree_leaves(rtol) if isinstance(x, (int, float)) or (isinstance(x, Tensor) and _concrete(x))]
     # a tenth: some defaults in use are just below the spacing of single precision
-    small = [float(x[x > 0].min()) for x in map(torch.as_tensor, given) if bool((x > 0).any())]
+    tensors = [g if isinstance(g, Tensor) else torch.tensor(g, device="cpu") for g in given]
+    small = [float(x[x > 0].min()) for x in tensors if bool((x > 0).any())]
     if small and min(small) < 0.1 * eps:
         raise InvalidInput(
             f"rtol = {min(small):.3g} is below the resolution of {kind}, {eps:.1e}: the error of a step would be rounding. Solve in double "

@@ -47,7 +47,7 @@ def with_diagonal(pattern: SparsityPattern, mass: Tensor | None = None) -> Spars
         known = not torch._C._functorch.is_functorch_wrapped_tensor(mass)
         on = mass.detach().reshape(-1, *mass.shape[-2:]).ne(0).any(0) if known else torch.ones(mass.shape[-2:], dtype=torch.bool)
         rows, columns = on.cpu().nonzero().unbind(-1)
-        whole = whole + sp.coo_array((torch.ones(len(rows)).numpy(), (rows.numpy(), columns.numpy())), shape=pattern.shape)
+        whole = whole + sp.coo_array((torch.ones(len(rows), device="cpu").numpy(), (rows.numpy(), columns.numpy())), shape=pattern.shape)
     return SparsityPattern.from_scipy(sp.csr_array(whole))
 
 

@@ -101,7 +101,7 @@ def continuous_adjoint(
     when, states = backsolve(config, join(request.y0), request.t, params)
     if is_tuple:
         # one slice and one view a leaf
-        sizes = [0, *torch.tensor(spec.sizes).cumsum(0).tolist()]
+        sizes = [0, *torch.tensor(spec.sizes, device="cpu").cumsum(0).tolist()]
         leaves = [
             states[..., a:b].view(states.shape[0], *s).to(d) for a, b, s, d in zip(sizes, sizes[1:], spec.shapes, spec.dtypes, strict=False)
         ]

@@ -37,7 +37,7 @@ def scipy_samples(request: Request) -> Any:
     options = request.options
     name = options.get("solver", "LSODA")
     limits = {k: options[k] for k in ("min_step", "max_step") if options.get(k) not in (None, 0, float("inf"))}
-    numpy_dtype = torch.empty(0, dtype=spec.dtype).numpy().dtype
+    numpy_dtype = torch.empty(0, dtype=spec.dtype, device="cpu").numpy().dtype
 
     def fun(t: float, y: np.ndarray) -> np.ndarray:
         state = torch.as_tensor(np.asarray(y, dtype=numpy_dtype), device=spec.device).reshape(1, -1)

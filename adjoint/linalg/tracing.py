@@ -301,7 +301,7 @@ def _fills_storage(t: Tensor) -> bool:
 def _positions(t: Tensor) -> np.ndarray:
     """Where in its storage each element of ``t`` lies, in elements of its own size."""
     count = t.untyped_storage().nbytes() // t.element_size()
-    return torch.arange(count).as_strided(t.shape, t.stride(), t.storage_offset()).reshape(-1).numpy()
+    return torch.arange(count, device="cpu").as_strided(t.shape, t.stride(), t.storage_offset()).reshape(-1).numpy()
 
 
 def unwrapped(t: Any) -> tuple[int, Any]:

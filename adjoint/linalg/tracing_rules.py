@@ -18,7 +18,7 @@ __all__ = ["RULES", "cleared", "dense", "pointwise"]
 
 
 def _numbers(shape: Any) -> Tensor:
-    return torch.arange(prod(shape)).reshape(shape)
+    return torch.arange(prod(shape), device="cpu").reshape(shape)
 
 
 def _expand(rows: Rows | None, shape: Any, target: Any) -> Rows | None:
@@ -217,8 +217,9 @@ def _one_side(call: Call, const: Tensor, var: Tensor, batch: int, i: int, k: int
     rows = call.rows(var)
     if rows is None:
         return None
-    sources = torch.arange(batch * k * j).reshape(batch, k, j) if not right else torch.arange(batch * k * j).reshape(batch, j, k).mT
-    targets = torch.arange(batch * i * j).reshape(batch, i, j) if not right else torch.arange(batch * i * j).reshape(batch, j, i).mT
+    sources, targets = (torch.arange(batch * size * j, device="cpu") for size in (k, i))
+    sources = sources.reshape(batch, j, k).mT if right else sources.reshape(batch, k, j)
+    targets = targets.reshape(batch, j, i).mT if right else targets.reshape(batch, i, j)
     if _zeros_count(call, const):
         places = _nonzero(const)
         if const.dim() < 3:
@@ -229,11 +230,11 @@ def _one_side(call: Call, const: Tensor, var: Tensor, batch: int, i: int, k: int
             check_size(len(b_) * j)
             return gather_union(targets.numpy()[b_, i_].reshape(-1), sources.numpy()[b_, k_].reshape(-1), batch * i * j, rows)
     if rows.shape[0] and k:
-        kept = torch.arange(batch * j).reshape(batch, 1, j)
-        columns = torch.empty(batch * k * j, dtype=torch.int64)
+        kept = torch.arange(batch * j, device="cpu").reshape(batch, 1, j)
+        columns = torch.empty(batch * k * j, dtype=torch.int64, device="cpu")
         columns[sources.reshape(-1)] = kept.expand(batch, k, j).reshape(-1)
         united = gather_union(columns.numpy(), np.arange(rows.shape[0]), batch * j, rows)
-        chosen = torch.empty(batch * i * j, dtype=torch.int64)
+        chosen = torch.empty(batch * i * j, dtype=torch.int64, device="cpu")
         chosen[targets.reshape(-1)] = kept.expand(batch, i, j).reshape(-1)
         return take(united, chosen.numpy())
     return None
@@ -273,16 +274,16 @@ def _window_pairs(call: Call, shape: Any, n_out: int, named: dict[str, Any]) -> 
     """Which elements of the result of a convolution of an argument of this shape use which elements of the argument."""
     weight, groups = named["weight"], named["groups"]
     lead, c_in = (1, shape[0]) if len(shape) == weight.dim() - 1 else shape[:2]
-    numbers = torch.arange(1, prod(shape) + 1, dtype=torch.float64).reshape(lead * c_in, 1, *shape[-(weight.dim() - 2) :])
+    numbers = torch.arange(1, prod(shape) + 1, dtype=torch.float64, device="cpu").reshape(lead * c_in, 1, *shape[-(weight.dim() - 2) :])
     # (groups, out channels of a group, in channels of a group, *kernel)
     per_group = weight.unflatten(0, (groups, -1))
     per_group = per_group.transpose(1, 2) if named["transposed"] else per_group
     used = ((per_group != 0) if _zeros_count(call, weight) else torch.ones_like(per_group, dtype=torch.bool)).cpu()
-    places = torch.arange(n_out).reshape(lead, used.shape[0] * used.shape[1], -1)
+    places = torch.arange(n_out, device="cpu").reshape(lead, used.shape[0] * used.shape[1], -1)
     settings = [named[key] for key in ("stride", "padding", "dilation", "transposed", "output_padding")]
     targets, sources = [], []
     for k in product(*(range(s) for s in weight.shape[2:])):
-        probe = torch.zeros(1, 1, *weight.shape[2:], dtype=torch.float64)
+        probe = torch.zeros(1, 1, *weight.shape[2:], dtype=torch.float64, device="cpu")
         probe[(0, 0, *k)] = 1.0  # a kernel of a single one moves element numbers
         moved = torch.ops.aten.convolution(numbers, probe, None, *settings, 1).round().to(torch.int64).reshape(lead, c_in, -1)
         g, o, i = used[(slice(None), slice(None), slice(None), *k)].nonzero().T

@@ -62,10 +62,10 @@ def sweep_native(
         if bar is not None and bar.numel():
             keep[name] = bar.detach().contiguous()
     keep["y0_bar"] = y0_bar = torch.empty_like(states[0])
-    none = torch.zeros(0, rows, dtype=torch.float64)
+    none = torch.zeros(0, rows, dtype=torch.float64, device="cpu")
     times = [none] * 3
     if timed:
-        times = [torch.zeros((k, rows), dtype=torch.float64) for k in (n_steps, n_steps, n_samples)]
+        times = [torch.zeros((k, rows), dtype=torch.float64, device="cpu") for k in (n_steps, n_steps, n_samples)]
         keep |= dict(zip(("t_bar", "h_bar", "t_eval_bar"), times, strict=True))
     found = [torch.zeros_like(x) for x in inputs]
     given, wanted = pointers(inputs), pointers(found)

@@ -37,7 +37,7 @@ class NativeStart:
         equations: by Newton's method with full steps, to ``rtol``. None where that does not lead there in a straight way, or where
         matrices are all but singular."""
         y_found, yp_found = torch.empty_like(y), torch.empty_like(yp)
-        found = torch.empty(len(y), dtype=torch.bool)
+        found = torch.empty(len(y), dtype=torch.bool, device="cpu")
         self._call(t, y, yp, differential=differential.contiguous(), rtol=rtol, y_found=y_found, yp_found=yp_found, found=found)
         return (y_found, yp_found) if bool(found.all()) else None
 

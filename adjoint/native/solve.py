@@ -59,7 +59,7 @@ def sample_order(t_eval: Tensor | None, anchors: Tensor) -> Tensor | None:
 def _tolerance(x: float | Tensor, y0: Tensor) -> tuple[Tensor, int, int]:
     """Its numbers, and the strides of rows and columns."""
     if not isinstance(x, Tensor):
-        return torch.tensor([x], dtype=y0.dtype), 0, 0
+        return torch.tensor([x], dtype=y0.dtype, device="cpu"), 0, 0
     return x.detach().to(y0.dtype).expand(y0.shape).contiguous(), y0.shape[1], 1
 
 
@@ -99,10 +99,11 @@ def frame_of(
     keep_grid = plan.keep_states or plan.keep_grid or keep_stages
     size = rows * (n * y0.element_size() * (1 + (len(program.method.tableau.dense) if keep_stages else 0)) + 16)
     rtol, atol = _tolerance(plan.rtol, y0), _tolerance(plan.atol, y0)
-    first = None if plan.first_step is None else torch.as_tensor(plan.first_step, dtype=torch.float64).reshape(-1).contiguous()
+    first = plan.first_step
+    first = None if first is None else torch.as_tensor(first, dtype=torch.float64, device="cpu").reshape(-1).contiguous()
     power, skipped = power_of(index, y0.dtype), None if skipped is None else skipped.contiguous()
-    directions = torch.tensor([e.direction for e in plan.events], dtype=torch.float64)
-    terminal = torch.tensor([e.terminal for e in plan.events], dtype=torch.int64)
+    directions = torch.tensor([e.direction for e in plan.events], dtype=torch.float64, device="cpu")
+    terminal = torch.tensor([e.terminal for e in plan.events], dtype=torch.int64, device="cpu")
     call = filled(
         FORWARD_CALL,
         **engine.functions,
@@ -170,12 +171,12 @@ def solved(
         made = {
             "states": y0.new_empty((steps + 1, rows, n) if frame.keep_states else (0, rows, n)),
             "stages": y0.new_empty((steps, stages, rows, n) if frame.keep_stages else (0, stages, rows, n)),
-            "t": torch.empty((steps, rows), dtype=torch.float64),
-            "h": torch.empty((steps, rows), dtype=torch.float64),
+            "t": torch.empty((steps, rows), dtype=torch.float64, device="cpu"),
+            "h": torch.empty((steps, rows), dtype=torch.float64, device="cpu"),
         }
         if n_anchors > 2:
-            made["segment"] = torch.empty((steps, rows), dtype=torch.int64)
-            made["lands"] = torch.empty((steps, rows), dtype=torch.bool)
+            made["segment"] = torch.empty((steps, rows), dtype=torch.int64, device="cpu")
+            made["lands"] = torch.empty((steps, rows), dtype=torch.bool, device="cpu")
         return made
 
     def point(call: Any, steps: dict[str, Tensor], room: int) -> None:
@@ -184,9 +185,10 @@ def solved(
             setattr(call, name, x.data_ptr())
 
     made = steps = grid(room)
-    counts, times = torch.empty((len(COUNTS), rows), dtype=torch.int64), torch.empty((2, rows), dtype=torch.float64)
+    counts = torch.empty((len(COUNTS), rows), dtype=torch.int64, device="cpu")
+    times = torch.empty((2, rows), dtype=torch.float64, device="cpu")
     ends = y0.new_empty((3, rows, n))
-    samples, sample_step = y0.new_empty((n_samples, rows, n)), torch.empty((n_samples, rows), dtype=torch.int64)
+    samples, sample_step = y0.new_empty((n_samples, rows, n)), torch.empty((n_samples, rows), dtype=torch.int64, device="cpu")
     given = pointers(inputs)
     call = FORWARD_CALL.from_buffer_copy(frame.call)
     call.inputs = ctypes.addressof(given)
@@ -253,10 +255,10 @@ def run_native(
         return None
     steps, most = found.steps, found.steps["t"].shape[0]
     if "segment" not in steps:
-        steps["segment"] = torch.zeros((1, 1), dtype=torch.int64).expand(most, y0.shape[0])
+        steps["segment"] = torch.zeros((1, 1), dtype=torch.int64, device="cpu").expand(most, y0.shape[0])
         # at its end the last step lands
         last = torch.where(counts["status"] == 0, counts["n_accepted"] - 1, -1)
-        steps["lands"] = torch.arange(most).unsqueeze(-1) == last
+        steps["lands"] = torch.arange(most, device="cpu").unsqueeze(-1) == last
     final, last, scaled = found.ends.unbind()
     t_final, next_step = found.times.unbind()
     return Record(
@@ -279,7 +281,8 @@ def _events(engine: Engine, tape: int) -> dict[str, Tensor]:
     assert engine.count_events is not None and engine.take_events is not None
     count = engine.count_events(ctypes.c_void_p(tape))
     names = ("event_id", "event_row", "event_step")
-    found = {name: torch.empty(count, dtype=torch.int64) for name in names} | {"event_t": torch.empty(count, dtype=torch.float64)}
+    found = {name: torch.empty(count, dtype=torch.int64, device="cpu") for name in names}
+    found["event_t"] = torch.empty(count, dtype=torch.float64, device="cpu")
     engine.take_events(ctypes.c_void_p(tape), *(ctypes.c_void_p(x.data_ptr()) for x in found.values()))
     order = torch.sort(found["event_row"], stable=True).indices
     return {name: x[order] for name, x in found.items()}

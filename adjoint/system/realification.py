@@ -69,7 +69,7 @@ def _given_pattern(jac_sparsity: Any, spec: StateSpec) -> SparsityPattern:
         import scipy.sparse as sp
 
         wide = [d.is_complex for d, size in zip(spec.dtypes, spec.sizes, strict=True) for _ in range(size // (2 if d.is_complex else 1))]
-        place = torch.arange(entries).repeat_interleave(torch.tensor(wide).to(torch.int64) + 1).numpy()
+        place = torch.arange(entries, device="cpu").repeat_interleave(torch.tensor(wide, device="cpu").to(torch.int64) + 1).numpy()
         whole = pattern.to_scipy()[place][:, place]
         pattern = SparsityPattern.from_scipy(sp.csr_array(whole))
     if pattern.shape != (n, n):

@@ -146,7 +146,7 @@ class StateSpec:
                 inner = shape[skip:]
                 if not inner:
                     return f"{name}{path}"
-                place = [int(i) for i in torch.unravel_index(torch.tensor(index), inner)]
+                place = [int(i) for i in torch.unravel_index(torch.tensor(index, device="cpu"), inner)]
                 return f"{name}{path}[{', '.join(map(str, place))}]"
             index -= size
         return name

@@ -536,3 +536,27 @@ class TestBackground:
             solve(at_rate, torch.ones(1, dtype=F64), compile=value)
         with pytest.raises(adjoint.InvalidInput, match="compile must be"):
             adjoint.solve_dae(lambda t, y, yp: yp + y, (0.0, 1.0), torch.ones(1, dtype=F64), compile=value)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "kvaerno5"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_another_default_device(method, compile):
+    """Tensors that are made for the compiled code are where it looks for them."""
+    y0, p = start(), p4()
+
+    def event(t, y, p):
+        return y[0] - 1.0
+
+    def found(**options):
+        sol = solve(lotka, y0, (p,), method=method, compile=compile, **options)
+        return [sol.y.detach(), *torch.autograd.grad(sol.y[-1].sum(), [y0, p]), *(e.t.detach() for e in sol.events)]
+
+    here = [found() for _ in range(2)][-1] + found(events=event)
+    torch.set_default_device("meta")
+    try:
+        there = [found() for _ in range(2)][-1] + found(events=event)
+    finally:
+        torch.set_default_device(None)
+    for a, b in zip(here, there, strict=True):
+        assert b.device.type == "cpu"
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
