@@ -1,7 +1,8 @@
 """Finding events: changes of sign over a step, located on its dense output, for all trajectories at once.
 
-A watch looks at every step (`EventWatch` at those of one trajectory, by numbers) and says where solves end, which steps are to be taken
-again, and, with ``aim``, where those that follow are to end, just before a terminal event: None for anywhere.
+A watch looks at every step and says where solves end, which steps are to be taken again, and, with ``aim``, where those that follow are to
+end, just before a terminal event: None for anywhere. What changes of sign mean is decided in one place (`Locator`); at the steps of one
+trajectory `EventWatch` looks by numbers, and asks no more until there may be an event.
 """
 
 from __future__ import annotations

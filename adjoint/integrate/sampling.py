@@ -1,7 +1,8 @@
 """Samples at given times, made as the steps go by: of one trajectory by numbers, of many by masks.
 
 A sampler is told of every step (`take`) and of the end (`finish`). It gives the ``values`` (T, B, n) and the ``step`` (T, B) that each
-lies in.
+lies in. There are two, since they are made in two ways: those of one trajectory by a product with a small matrix for each step, without
+writing into a tensor, so that autograd may record them; those of many all at once, wherever in their steps they lie.
 """
 
 from __future__ import annotations

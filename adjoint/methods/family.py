@@ -35,6 +35,8 @@ class Traits:
     hands_on: bool = False
     #: factors of ``h`` in the matrices of stages that are solved for one after another
     diagonal: tuple[float, ...] = ()
+    #: takes a step back, see `ExplicitRungeKutta.adjoint_step`; None: by automatic differentiation through ``step``
+    adjoint_step: Any = None
 
 
 @dataclass(frozen=True, eq=False)

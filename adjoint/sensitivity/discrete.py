@@ -193,7 +193,7 @@ class _Steps:
             linearize.begin_step(k, at, size)
         elif self._rows > 1:
             size = widened(size, y.shape[-1])
-        if hasattr(method, "adjoint_step"):
+        if method.adjoint_step is not None:
             result = method.adjoint_step(linearize, at, size, y, bar, k_bar, self._asked.moving)
         else:
             result = recorded_adjoint(problem, linearize, at, size, y, bar, k_bar, self._asked.moving)
