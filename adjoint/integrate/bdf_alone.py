@@ -150,7 +150,8 @@ class LoneBdf:
         self._n_fun = 1
         self._eye = np.eye(SIZE)
         self.T, self.order, self.equal = self._eye, 1, 0
-        self.idle = torch.cat([torch.ones(1), torch.eye(SIZE).reshape(-1)]).double()
+        eye = torch.eye(SIZE, dtype=torch.float64, device=y0.device)
+        self.idle = torch.cat([eye.new_ones(1), eye.reshape(-1)])
 
     def begin(self) -> tuple[float, bool, bool]:
         """See `Stepper.begin`."""
