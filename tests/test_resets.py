@@ -434,3 +434,39 @@ def test_curves_have_gaps_at_jumps():
         batch.curve()
     with pytest.raises(adjoint.InvalidInput, match="points"):
         one.curve(1)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_derivatives(mode):
+    args = torch.tensor(0.8), torch.tensor(9.81)
+    with mode():
+        y = solve_ivp(fall, (0.0, 2.0), torch.tensor([2.0, 0.0]), args, events=BOUNCE, **FINE).y[-1]
+        assert torch.allclose(y, flight(torch.tensor(2.0), 2, torch.tensor(2.0), *args), atol=1e-9)
+
+
+def test_single_precision_of_a_batch():
+    """Samples, dense output on both sides and gradients, native and not."""
+    h = torch.tensor([2.0, 1.0], dtype=torch.float32, requires_grad=True)
+    e, g = torch.tensor([0.8, 0.7], dtype=torch.float32), torch.tensor([9.81, 9.0], dtype=torch.float32)
+    for native in (False, True):
+        keys = {"events": BOUNCE, "batched": True, "compile": native, "dense_output": True, "t_eval": [0.5, 1.9]}
+        sol = solve_ivp(fall, (0.0, 2.0), torch.stack([h, 0 * h], -1), (e, g), **keys)
+        n = [sum(bool(contact(k, h[i], e[i], g[i]) < 1.9) for k in range(1, 9)) for i in (0, 1)]
+        wanted = torch.stack([flight(torch.tensor(1.9), n[i], h[i], e[i], g[i]) for i in (0, 1)]).float()
+        assert sol.y.dtype == torch.float32 and torch.allclose(sol.y[-1], wanted, atol=1e-3)
+        assert torch.allclose(sol(1.9), wanted, atol=1e-3)
+        at = sol.events[0].t[0].detach()
+        assert torch.allclose(sol(at.reshape(1, 2))[0, :, 1], -e * sol(at.reshape(1, 2), side="left")[0, :, 1], atol=1e-3)
+        one, other = (torch.autograd.grad(x.sum(), h, retain_graph=True)[0] for x in (sol.y[-1], wanted))
+        assert torch.allclose(one, other, rtol=1e-2)
+
+
+def test_one_trajectory_that_fails_fails_alone():
+    """Later than in its first round; the others go on, with their derivatives."""
+    k = torch.tensor([1.0, -1.0], requires_grad=True)
+    event = Event(lambda t, y, k: y[..., 0] - 2.0, reset=lambda t, y, k: y + 1.0)
+    fun = lambda t, y, k: k.unsqueeze(-1) * y**2  # noqa: E731
+    sol = solve_ivp(fun, (0.0, 3.0), torch.ones(2, 1), (k,), events=event, batched=True, throw=False, t_eval=[0.1, 0.6, 2.9])
+    assert sol.status.tolist() == [-2, 0] and bool(sol.y[2, 0].isnan().all()) and torch.isfinite(sol.y[:2]).all()
+    (slope,) = torch.autograd.grad(sol.y[2, 1].sum(), k)
+    assert slope[0] == 0 and abs(float(slope[1]) - 2.9 / 3.9**2) < 1e-5

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InvalidInput
 from ..system.capture import readable
@@ -179,6 +179,8 @@ def _interpolant(times: Times, pieces: Sequence[Piece], last: Boundary, batched:
     first, end = (times.anchors[i] if batched else times.anchors[i, 0] for i in (0, -1))
     sign = torch.where(end >= first, 1.0, -1.0)
 
+    eps = max(torch.finfo(x.dtype).eps for x in tree_leaves(pieces[0].y0))
+
     def at(t: Tensor, side: str = "right") -> Any:
         full = t.to(device=first.device, dtype=torch.float64)
         lone = full.dim() == 0
@@ -187,7 +189,7 @@ def _interpolant(times: Times, pieces: Sequence[Piece], last: Boundary, batched:
             raise InvalidInput(f"sol(t) takes t of shape () or (T,){' or (T, B)' if batched else ''}, got {tuple(t.shape)}")
         full = full.unsqueeze(-1).expand(-1, first.shape[0]) if batched and full.dim() == 1 else full
         now = full.detach()
-        slack = 1e-14 * torch.maximum(first.abs(), end.abs()).detach()
+        slack = max(1e-14, 2 * eps if eps > 1e-10 else 0.0) * torch.maximum(first.abs(), end.abs()).detach()
         outside = (sign * (now - first) < -slack) | (sign * (now - last.t) > slack)
         if readable(outside) and bool(outside.any()):
             raise InvalidInput("sol(t): t lies outside of what was integrated")
@@ -198,6 +200,9 @@ def _interpolant(times: Times, pieces: Sequence[Piece], last: Boundary, batched:
             if k and not anywhere(mine):
                 continue
             start, stop = piece.start.detach(), piece.stop.detach()
+            # the time of an event is known in the numbers of the state, which may lie a little beyond the end
+            coarse = 2 * eps * stop.abs() if eps > 1e-10 else torch.zeros_like(stop)
+            stop = torch.where((stop - start).abs() > coarse, stop - sign * coarse, start)
             low, high = torch.minimum(start, stop), torch.maximum(start, stop)
             within = (now >= low) & (now <= high)
             value = piece.sol(torch.where(mine & within, full, torch.where(now < low, low, torch.where(now > high, high, now))))

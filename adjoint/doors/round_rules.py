@@ -34,7 +34,7 @@ class Boundary:
     yp: Any = None
 
     def still(self) -> Boundary:
-        return Boundary(self.t.detach(), still(self.y), still(self.mode), None if self.yp is None else still(self.yp))
+        return Boundary(still(self.t), still(self.y), still(self.mode), None if self.yp is None else still(self.yp))
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,6 @@ class Scale:
     eps: float
 
 
-@torch.no_grad()
 def rearmed(
     rule: Rule, hit: Tensor, begun: Boundary, shift: Tensor, after: Boundary, args: tuple[Any, ...], slope: Slope | None, scale: Scale
 ) -> Tensor:
@@ -153,21 +152,29 @@ def rearmed(
     zero = torch.zeros_like(hit, dtype=scale.reach.dtype)
     if not anywhere(hit):
         return zero
-    after, args = after.still(), still(args)
+    # slopes are taken here whatever the caller wants, in his inference mode too
+    with torch.inference_mode(False), torch.no_grad():
+        hit, shift = still((hit, shift))
+        return _shift(rule, hit, begun.still(), shift, after.still(), still(args), slope, scale)
+
+
+def _shift(
+    rule: Rule, hit: Tensor, begun: Boundary, shift: Tensor, after: Boundary, args: tuple[Any, ...], slope: Slope | None, scale: Scale
+) -> Tensor:
+    """See `rearmed`."""
     value, rate, bend = _along(rule, after, hit, args, slope)
     terms = _terms(rule, forward_fill(hit, (after.t, after.y, after.mode)), args)
     near = hit & (value.abs() <= NEAR * scale.eps * (scale.reach * rate.abs() + terms))
     if rule.direction:
         crossed = torch.full_like(rate, rule.direction).sign()
     else:
-        start = begun.still()
-        crossed = -(_value(rule, forward_fill(hit, (start.t, start.y, start.mode)), args) + shift).sign()
+        crossed = -(_value(rule, forward_fill(hit, (begun.t, begun.y, begun.mode)), args) + shift).sign()
     rate = scale.sign * rate
     held = torch.where((bend != 0) & (bend.sign() != crossed), bend.sign(), -crossed)
     side = torch.where(rate != 0, rate.sign(), held)
     # more than what the same terms may differ by when they are computed in another order
     least = torch.clamp(8 * scale.eps * terms, min=16 * torch.finfo(torch.float32 if scale.eps > 1e-10 else torch.float64).tiny)
-    return torch.where(near, side * least - value, zero)
+    return torch.where(near, side * least - value, 0.0)
 
 
 _Point = tuple[Tensor, Any, tuple[Any, ...]]

@@ -19,7 +19,7 @@ from .doses import DoseRule, Doses, with_rate, without_rate
 from .mass_matrix import with_mass
 from .round_results import Piece
 from .round_rules import NEAR, Boundary, Rule, Scale, listed, rule_of
-from .rows import anywhere, chosen, still
+from .rows import anywhere, chosen, still, usable
 from .solution import Solution
 
 __all__ = ["Progress", "Task", "needs_rounds", "task_of"]
@@ -102,7 +102,7 @@ class Task:
         parts = (self.fun.explicit, self.fun.implicit) if isinstance(self.fun, SplitFunction) else (self.fun,)
 
         def rate(t: Tensor, y: Any, mode: tuple[Any, ...]) -> Any:
-            rates = [f(t.to(self.spec.real_dtype), y, *mode, *self.args, *infused) for f in parts]
+            rates = [f(t.to(self.spec.real_dtype), y, *mode, *usable((*self.args, *infused))) for f in parts]
             return rates[0] if len(rates) == 1 else tree_map(torch.add, *rates)
 
         return rate

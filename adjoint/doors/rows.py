@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from ..system.capture import readable, unwrapped
 
-__all__ = ["anywhere", "chosen", "forward_fill", "gathered", "still", "wide"]
+__all__ = ["anywhere", "chosen", "forward_fill", "gathered", "still", "usable", "wide"]
 
 
 def anywhere(on: Tensor) -> bool:
@@ -33,9 +33,15 @@ def chosen(on: Tensor, new: Any, old: Any) -> Any:
     return tree_map(lambda a, b: torch.where(wide(on, a), a, b), new, old)
 
 
+def usable(tree: Any) -> Any:
+    """A tree with copies of tensors of inference mode, outside of it, so that derivatives can be taken."""
+    copy = lambda x: isinstance(x, Tensor) and x.is_inference() and not torch.is_inference_mode_enabled()  # noqa: E731
+    return tree_map(lambda x: x.clone() if copy(x) else x, tree)
+
+
 def still(tree: Any) -> Any:
-    """A tree of tensors without derivatives."""
-    return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, tree)
+    """A tree of tensors without derivatives, of which derivatives can be taken."""
+    return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, usable(tree))
 
 
 def forward_fill(on: Tensor, tree: Any) -> Any:
