@@ -117,9 +117,7 @@ def _of_many(
 ) -> Record:
     line = TimelineOfMany(plan, anchors)
     walk = Walk(plan, line, t_eval, y0, inputs)
-    stepper = OneStepOfMany(f, plan, line, y0, walk.dense, beside)
-    ended = walk.run(stepper)
-    return walk.record(ended, stepper.evaluations(ended.attempts))
+    return walk.solve(OneStepOfMany(f, plan, line, y0, walk.dense, beside))
 
 
 def _of_one(
@@ -143,4 +141,4 @@ def _of_one(
             record = _of_one(f, replace(plan, keep_states=True), anchors, t_eval, y0, inputs, shape, None, None)
             return replace(record, states=y0.new_empty((0, *y0.shape)))
         ended = walk.cut_back(ended)
-    return walk.record(ended, stepper.evaluations(ended.attempts))
+    return walk.record(stepper, ended)

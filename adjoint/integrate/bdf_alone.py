@@ -257,6 +257,4 @@ def solve_bdf_alone(
     """Solve one ODE; arguments as for `integrate`."""
     line, start = TimelineOfOne(plan, anchors), y0 if shape is None else y0.reshape(tuple(shape))
     stepper = LoneBdf(solver, plan, line, start)
-    walk = Walk(plan, line, t_eval, start, inputs, stepper.idle)
-    ended = walk.run(stepper)
-    return walk.record(ended, stepper.evaluations(ended.attempts))
+    return Walk(plan, line, t_eval, start, inputs, stepper.idle).solve(stepper)

@@ -139,7 +139,12 @@ class Walk:
         t = self.log.lose(good)
         return ended._replace(t=t, y=y, attempts=good + 1, n_accepted=good, status=int(Status.NON_FINITE))
 
-    def record(self, ended: Ended, n_fun: Any) -> Record:
-        """The record of the solve that ended so, with so many evaluations of ``fun``."""
+    def solve(self, stepper: Stepper) -> Record:
+        """Take steps to the end, and the record of them."""
+        return self.record(stepper, self.run(stepper))
+
+    def record(self, stepper: Stepper, ended: Ended) -> Record:
+        """The record of the steps that ended so."""
+        n_fun = stepper.evaluations(ended.attempts)
         plain = self.line.last == 0 and self.events is None and self.watch is None
         return record_of(self.plan, self.line, ended, self.sampler, self.log, self.events, n_fun, plain)

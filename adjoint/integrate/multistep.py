@@ -162,6 +162,4 @@ def solve_multistep(
     """Solve B trajectories; arguments as for `integrate`."""
     line = TimelineOfMany(plan, anchors)
     solver.enter(line, y0)
-    walk = Walk(plan, line, t_eval, y0, inputs, solver.idle)
-    ended = walk.run(solver)
-    return walk.record(ended, solver.evaluations(ended.attempts))
+    return Walk(plan, line, t_eval, y0, inputs, solver.idle).solve(solver)
