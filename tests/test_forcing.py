@@ -183,3 +183,14 @@ def test_a_linear_table_that_jumps():
     assert u(torch.tensor([0.25, 0.5, 0.75])).tolist() == [0.5, 3.0, 3.0]
     sol = solve_ivp(lambda t, y, u: u(t).reshape(1), (0.0, 1.0), torch.zeros(1), (u,), **FINE)
     assert abs(float(sol.y[-1, 0]) - 1.75) < 1e-12
+
+
+def test_the_same_solve_again():
+    """With other knots, by native code that knows the solve already: in arguments and captured."""
+    k = torch.tensor(0.8)
+    for shift in (0.0, 0.01, 0.02):
+        times, table = (torch.tensor(TIMES) + shift).requires_grad_(), torch.tensor(VALUES, requires_grad=True)
+        u = Forcing(times, table, "constant")
+        for fun, args in ((relax, (k, u)), (lambda t, y, u=u: -k * y + u(t).unsqueeze(-1), ())):
+            sol = solve_ivp(fun, (0.0, 1.2), torch.zeros(1), args, compile=True, method="dopri5", **FINE)
+            agree(sol.y[-1, 0], response(1.2, k, times, table, "constant"), [times, table], second=False)

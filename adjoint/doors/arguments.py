@@ -179,6 +179,11 @@ class Times:
     steps: bool
     idle: Tensor | None = None
 
+    @property
+    def readable_idle(self) -> Tensor | None:
+        """``idle`` for use in nodes, which run below all transforms: where none is around."""
+        return self.idle if self.idle is not None and _concrete(self.idle) else None
+
 
 def _concrete(x: Tensor) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)

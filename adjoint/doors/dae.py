@@ -221,7 +221,8 @@ def solve_dae(
         if throw:
             dae_failure(record, plan, system, inputs)
 
-    problem = Problem(system, plan, batched, report, backward.add, algebra=algebra, derivatives=derivatives, native=native)
+    ways = {"algebra": algebra, "derivatives": derivatives, "native": native, "idle": times.readable_idle}
+    problem = Problem(system, plan, batched, report, backward.add, **ways)
     strategy = strategy_of(gradient)
     out = strategy.solve(problem, times.anchors, times.samples, start.y, inputs)
     parts = Parts(out, problem, times, user_spec, spec, integrand, start.y, watched, args, backward, derivatives, dense_output)

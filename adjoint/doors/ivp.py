@@ -324,14 +324,16 @@ def solve_ivp(
         if chosen.implicit
         else None
     )
-    problem = Problem(system, plan, batched, report, backward.add, algebra=algebra, derivatives=derivatives, native=native)
+    ways = {"algebra": algebra, "derivatives": derivatives, "native": native, "idle": times.readable_idle}
+    problem = Problem(system, plan, batched, report, backward.add, **ways)
     strategy = strategy_of(gradient)
     if getattr(chosen, "switching", False):
         dense = dense_output or bool(watched)
         out, problem = solve_switching(strategy, problem, times.anchors, times.samples, y_flat, inputs, dense)
     else:
         out = strategy.solve(problem, times.anchors, times.samples, y_flat, inputs)
-    if known is not None:
+    if known is not None and step_ts is None:
+        # with knots of tables there is more to a call than numbers
         known.remember(problem, [x for x in leaves if isinstance(x, Tensor)])
     warn_of_lost_time(problem, inputs, (times.anchors[0], out.t_final), (y_flat, out.final), out.n_steps)
     parts = Parts(out, problem, times, user_spec, spec, integrand, y_flat, watched, tuple(args), backward, derivatives, dense_output)

@@ -18,7 +18,10 @@ def first_sweep(asked: Asked) -> tuple[Tensor | None, ...]:
     plan, timed = problem.plan, asked.moving
     if problem.native.recognised is None:
         return eager_sweep(asked)
-    if (timed or bars[3] is not None) and bool((anchors[0] == anchors[-1]).any()):
+    empty = anchors[0] == anchors[-1]
+    if problem.idle is not None and problem.idle.shape == empty.shape:
+        empty = empty & ~problem.idle
+    if (timed or bars[3] is not None) and bool(empty.any()):
         # a span of no length has a step of no length, whose derivatives in the times, and of its slopes, are those of any step
         return eager_sweep(asked)
     n_steps = grid["t"].shape[0]

@@ -89,6 +89,8 @@ class Problem:
     #: the solve by compiled code, and what its way back needs
     native: NativeSolve = field(default_factory=NativeSolve)
     replayed: bool = False
+    #: (B,): trajectories that take no part, whose spans have no length and whose times are constants
+    idle: Tensor | None = None
 
     def run(self, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor, t_eval: Tensor | None) -> Record:
         """The solve itself, some of whose evaluations the witness remembers."""
