@@ -120,11 +120,12 @@ class TimelineOfMany:
         self.jumps, self.every = _has_jumps(plan, self.last), plan.shift == "all"
         self._span = (self.end - self.start).abs()
         self.first = self.count()
-        self._following = self.first
-        if self.last:
-            # of every segment, and of one before the first, the next one that has a length, or that behind the last one
+        #: of every segment the next one that has a length, or that behind the last one; None where all of them have
+        self._following: Tensor | None = None
+        empty = anchors[1:] == anchors[:-1]
+        if self.last and bool(empty.any()):
             places = torch.arange(self.last + 1, device=anchors.device).unsqueeze(-1)
-            here = torch.where(anchors[1:] == anchors[:-1], self.last + 1, places)
+            here = torch.where(empty, self.last + 1, places)
             following = torch.cat([here, torch.full_like(here[:1], self.last + 1)]).flip(0).cummin(0).values.flip(0)
             self.first, self._following = following[0].clamp(max=self.last), following[1:]
 
@@ -136,8 +137,11 @@ class TimelineOfMany:
         """See `Timeline.behind`."""
         if not self.last:
             return segment, landed
-        following = self._following.gather(0, segment.clamp(max=self.last).unsqueeze(0)).squeeze(0)
-        segment = torch.where(landed, following, segment)
+        if self._following is None:
+            segment = segment + landed
+        else:
+            following = self._following.gather(0, segment.clamp(max=self.last).unsqueeze(0)).squeeze(0)
+            segment = torch.where(landed, following, segment)
         return segment, landed & (segment > self.last)
 
     def inner(self, segment: Tensor) -> Tensor:
