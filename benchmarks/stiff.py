@@ -78,7 +78,8 @@ def solvers(problem: OdeProblem, p: np.ndarray) -> dict[str, Callable[[float], C
     if many:
         table["ours kvaerno3"] = partial(_by_tolerance, stiff_peers.ours, problem, p, method="kvaerno3")
     if problem.sparsity is None:  # native code has dense Jacobians
-        table["ours rodas5p compiled"] = partial(_by_tolerance, stiff_peers.ours, problem, p, method="rodas5p", compile=True)
+        for method in ("rodas5p", "kvaerno5", "radau5"):
+            table[f"ours {method} compiled"] = partial(_by_tolerance, stiff_peers.ours, problem, p, method=method, compile=True)
     for method in ("BDF", "Radau", "LSODA"):
         if problem.sparsity is None or method != "LSODA":  # LSODA knows dense and banded Jacobians
             table[f"SciPy {method}"] = partial(_by_tolerance, stiff_peers.scipy_one_by_one, problem, p, method=method, most=ONE_BY_ONE)
