@@ -13,12 +13,12 @@ import dis
 import functools
 import math
 import sys
-from abc import ABCMeta
+from abc import ABC, ABCMeta
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, Generic
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any, Generic, Protocol
 
 import numpy as np
 import torch
@@ -59,6 +59,8 @@ _QUIET = _words(
 _MODULES = (torch, torch.special, torch.linalg, torch.fft, nn, nn.functional, math, cmath)
 _OWNERS = ("builtins", "math", "cmath", "torch", "torch._C._nn", "torch._C._special", "torch._C._linalg", "")
 _LIBRARIES = frozenset(("torch", "numpy", "scipy", "jax", "pandas", *sys.stdlib_module_names)) - {"__main__"}
+#: classes that bring nothing of their own
+_BASES = (nn.Module, object, tuple, ABC, Generic, Protocol)
 _DESCRIBED = type(Tensor.add)
 _PLAIN = (bool, int, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.Size, slice)
 #: how much is looked at before a tracer is as fast, and how much code is remembered
@@ -157,7 +159,7 @@ class _Walk:
         self.seen: dict[int, int] = {}
         self.attributes: set[str] = set()
         self.kept: list[Any] = []
-        #: classes and modules of Python, whose parts count by name, with names that count anyway
+        #: objects, classes and modules of Python, whose parts count by name, with names that count anyway
         self.owners: list[tuple[list[Any], frozenset[str]]] = []
         self.changing = self.containers = False
         self.traceable = True
@@ -219,16 +221,18 @@ class _Walk:
             if x in (Tensor, int, float, tuple, list, dict, nn.Module):
                 return "class", x
             return "class", x, self.class_of(x, True)
-        mine = self.class_of(kind, False)
+        mine = kind if kind is SimpleNamespace else self.class_of(kind, False)
         if isinstance(x, tuple):
             return mine, *map(self.value, tuple(x))
         if type(getattr(x, "__dict__", None)) is not dict or isinstance(x, (list, dict, set, frozenset, str, bytes, int, float, complex)):
             raise _Unknown
-        return mine, *((name, self.value(part)) for name, part in x.__dict__.items())
+        # what it holds counts as far as code names it
+        self.owners.append(([x], frozenset()))
+        return mine
 
     def class_of(self, kind: type, called: bool) -> Hashable:
         """A class of the user, which may be ``called``: its methods count as far as they are named."""
-        mine = [c for c in kind.__mro__ if c not in (nn.Module, object, tuple, Generic)]
+        mine = [c for c in kind.__mro__ if c not in _BASES]
         if type(kind) not in (type, ABCMeta) or not mine or any(_is_foreign(c.__module__) for c in mine):
             raise _Unknown
         looked_up = {"__getattr__", "__getattribute__"} | ({"__slots__"} if not issubclass(kind, tuple) else set())
@@ -294,23 +298,24 @@ class _Walk:
                 parts.append((name, "callable" if theirs and callable(x) else self.value(x)))
         if not theirs:
             self.class_of(kind, False)
-            self.owners.append(([c for c in kind.__mro__ if c not in (nn.Module, object)], frozenset(("forward",))))
+            self.owners.append(([c for c in kind.__mro__ if c not in _BASES], frozenset(("forward",))))
         return "nn", *parts
 
     def methods(self) -> Hashable:
-        """What classes, and modules of Python, have, as far as code names it: what that names counts too."""
+        """What objects, classes, and modules of Python have, as far as code names it: what that names counts too."""
         found: list[Hashable] = []
-        done: set[tuple[Any, str]] = set()
+        place: dict[int, int] = {}
+        done: set[tuple[int, str]] = set()
         while True:
-            todo = [(c, n) for mine, extra in self.owners for c in mine for n in sorted(self.attributes | extra) if (c, n) not in done]
+            todo = [(c, n) for mine, extra in self.owners for c in mine for n in sorted(self.attributes | extra) if (id(c), n) not in done]
             if not todo:
                 return tuple(found)
             for owner, name in todo:
-                done.add((owner, name))
+                done.add((id(owner), name))
                 x = owner.__dict__.get(name, done)
                 if x is not done and name not in getattr(owner, "_fields", ()):
                     x = x.fget if isinstance(x, property) else x.__func__ if isinstance(x, (staticmethod, classmethod)) else x
-                    found.append((name, self.value(x)))
+                    found.append((place.setdefault(id(owner), len(place)), name, self.value(x)))
 
 
 def fingerprint(fun: Callable[..., Any], values: Any = ()) -> Fingerprint | None:

@@ -8,8 +8,10 @@ import random
 import threading
 import weakref
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -302,6 +304,27 @@ class TestFingerprint:
         assert ends(plain) == pytest.approx([math.exp(-2)] * 2, rel=1e-7)
         Plain.scaled = lambda self: 3.0
         assert ends(plain) == pytest.approx([math.exp(-6)] * 2, rel=1e-7)
+
+    def test_what_is_named_of_an_object(self):
+        """A runner with much that a right-hand side has nothing to do with."""
+
+        class Runner:
+            def __init__(self, k):
+                self.case = SimpleNamespace(k=k, data=np.zeros(100_000))
+                self.lock, self.solve = threading.Lock(), adjoint.solve_ivp
+
+            def fun(self, t, y):
+                return -self.case.k * y
+
+        for k in (1.0, 2.0):
+            runner = Runner(k)
+            assert fingerprint(runner.fun) is not None
+            ends = [float(solve(runner.fun, torch.ones(1, dtype=F64), rtol=1e-9).y[-1]) for _ in range(2)]
+            runner.case.k = 0.5
+            ends.append(float(solve(runner.fun, torch.ones(1, dtype=F64), rtol=1e-9).y[-1]))
+            runner.case = SimpleNamespace(k=1.5)
+            ends.append(float(solve(runner.fun, torch.ones(1, dtype=F64), rtol=1e-9).y[-1]))
+            assert ends == pytest.approx([math.exp(-2 * k)] * 2 + [math.exp(-1), math.exp(-3)], rel=1e-7)
 
     def test_hooks(self):
         net = nn.Linear(2, 2)
