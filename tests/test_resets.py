@@ -470,3 +470,18 @@ def test_one_trajectory_that_fails_fails_alone():
     assert sol.status.tolist() == [-2, 0] and bool(sol.y[2, 0].isnan().all()) and torch.isfinite(sol.y[:2]).all()
     (slope,) = torch.autograd.grad(sol.y[2, 1].sum(), k)
     assert slope[0] == 0 and abs(float(slope[1]) - 2.9 / 3.9**2) < 1e-5
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_trajectory_that_ended_on_its_event(native):
+    """It lies exactly on the zero of its event function while others go on, and has no more events there: derivatives are its own."""
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    stop = Event(lambda t, y, w: y[..., 0] - 0.25, reset=lambda t, y, w: torch.full_like(y, 0.25), terminal=1, name="stop")
+    fun = lambda t, y, w: w.unsqueeze(-1) * torch.ones_like(y)  # noqa: E731
+    tick = Event(lambda t, y, w: torch.sin(3 * t + 0.1 * w), reset=lambda t, y, w: 0.05 * y, direction=1, name="tick")
+    y0 = torch.tensor([[-3.0], [0.0]])
+    sol = solve_ivp(fun, (0.0, 9.0), y0, (w,), events=[stop, tick], batched=True, compile=native, **FINE)
+    assert sol.status.tolist() == [1, 1] and sol.events["stop"].t.shape == (1, 2)
+    assert int((~sol.events["tick"].t[:, 0].isnan()).sum()) >= 1 and bool(sol.events["tick"].t[:, 1].isnan().all())
+    (slope,) = torch.autograd.grad(sol.events["stop"].t[0, 1], w)
+    assert torch.allclose(slope, torch.tensor([0.0, -0.25 / 4]))

@@ -33,6 +33,8 @@ P = ParamSpec("P")
 
 #: rounds of no length in a row after which no more are tried
 _STALLED = 8
+#: a value of an event function that is far from zero
+_FAR = 1e30
 _ZENO = (
     "{} follow each other within rounding of t = {:.8g}: they accumulate there (Zeno behaviour), or a reset leaves the event function "
     "where it is found again at once. Switch to another mode (mode=: a ball at rest, a contact that lasts), make the event terminal, or "
@@ -149,7 +151,9 @@ def _solved(task: Task, run: Progress, span: RoundSpan, y: Any) -> tuple[Solutio
     infused = task.infused(run.given)
     args = (*mode, *task.args, *infused)
     real = task.spec.real_dtype
-    events = [shifted(rule, shift.to(real), len(infused)) for rule, shift in zip(task.watched, run.shifts, strict=True)]
+    # trajectories that are done have no events, though they may lie on one
+    shifts = [torch.where(span.idle, _FAR, shift).to(real) for shift in run.shifts]
+    events = [shifted(rule, shift, len(infused)) for rule, shift in zip(task.watched, shifts, strict=True)]
 
     def solve(span: RoundSpan, y: Any, args: tuple[Any, ...], **others: Any) -> Solution:
         try:
