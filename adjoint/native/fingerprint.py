@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from enum import Enum
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, Generic, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -151,6 +152,27 @@ def _read(code: CodeType) -> _Facts | None:
     return _Facts(code, tuple(names), frozenset(attributes), changing or bool(_CHANGING & attributes))
 
 
+#: by class, and whether it is called: how many names its classes had, these, and names that count anyway
+_classes: WeakKeyDictionary[type, dict[bool, tuple[int, list[Any], frozenset[str]]]] = WeakKeyDictionary()
+
+
+def _class_of(kind: type, called: bool) -> tuple[list[Any], frozenset[str]]:
+    """The classes of the user that a class is made of, and names that count whether they are named or not. Raises `_Unknown`."""
+    size = sum([len(c.__dict__) for c in kind.__mro__])
+    known = _classes.get(kind, {}).get(called)
+    if known is None or known[0] != size:
+        mine = [c for c in kind.__mro__ if c not in _BASES]
+        if type(kind) not in (type, ABCMeta) or not mine or any(_is_foreign(c.__module__) for c in mine):
+            raise _Unknown
+        looked_up = {"__getattr__", "__getattribute__"} | ({"__slots__"} if not issubclass(kind, tuple) else set())
+        if any(not looked_up.isdisjoint(c.__dict__) for c in mine):
+            raise _Unknown
+        quiet = _QUIET - {"__init__", "__new__"} if called else _QUIET
+        special = {name for c in mine for name in c.__dict__ if name.startswith("__") and not _is_written_for(c, name)} - quiet
+        known = _classes.setdefault(kind, {})[called] = size, mine, frozenset(special)
+    return known[1:]
+
+
 class _Walk:
     """One look at a function."""
 
@@ -232,15 +254,7 @@ class _Walk:
 
     def class_of(self, kind: type, called: bool) -> Hashable:
         """A class of the user, which may be ``called``: its methods count as far as they are named."""
-        mine = [c for c in kind.__mro__ if c not in _BASES]
-        if type(kind) not in (type, ABCMeta) or not mine or any(_is_foreign(c.__module__) for c in mine):
-            raise _Unknown
-        looked_up = {"__getattr__", "__getattribute__"} | ({"__slots__"} if not issubclass(kind, tuple) else set())
-        if any(not looked_up.isdisjoint(c.__dict__) for c in mine):
-            raise _Unknown
-        quiet = _QUIET - {"__init__", "__new__"} if called else _QUIET
-        special = {name for c in mine for name in c.__dict__ if name.startswith("__") and not _is_written_for(c, name)} - quiet
-        self.owners.append((mine, frozenset(special)))
+        self.owners.append(_class_of(kind, called))
         return kind
 
     @staticmethod
@@ -304,18 +318,26 @@ class _Walk:
     def methods(self) -> Hashable:
         """What objects, classes, and modules of Python have, as far as code names it: what that names counts too."""
         found: list[Hashable] = []
-        place: dict[int, int] = {}
-        done: set[tuple[int, str]] = set()
-        while True:
-            todo = [(c, n) for mine, extra in self.owners for c in mine for n in sorted(self.attributes | extra) if (id(c), n) not in done]
-            if not todo:
-                return tuple(found)
-            for owner, name in todo:
-                done.add((id(owner), name))
-                x = owner.__dict__.get(name, done)
-                if x is not done and name not in getattr(owner, "_fields", ()):
-                    x = x.fget if isinstance(x, property) else x.__func__ if isinstance(x, (staticmethod, classmethod)) else x
-                    found.append((place.setdefault(id(owner), len(place)), name, self.value(x)))
+        done: dict[int, set[str]] = {}
+        looked = None
+        # names and owners grow while this goes on
+        while looked != (len(self.attributes), len(self.owners)):
+            looked, names = (len(self.attributes), len(self.owners)), frozenset(self.attributes)
+            for mine, extra in self.owners[:]:
+                wanted = names | extra if extra else names
+                for owner in mine:
+                    space = owner.__dict__
+                    todo = wanted & space.keys()
+                    if not todo:
+                        continue
+                    before = done.setdefault(id(owner), set())
+                    todo -= before
+                    before |= todo
+                    for name in sorted(todo - set(getattr(owner, "_fields", ()))):
+                        x = space[name]
+                        x = x.fget if isinstance(x, property) else x.__func__ if isinstance(x, (staticmethod, classmethod)) else x
+                        found.append((len(done), name, self.value(x)))
+        return tuple(found)
 
 
 def fingerprint(fun: Callable[..., Any], values: Any = ()) -> Fingerprint | None:
