@@ -111,7 +111,7 @@ class PreparedNode(torch.autograd.Function):
             return (None, *_again(run, inputs, bar, needed))
         prepared = run.prepared
         bars = bar.reshape(-1, prepared.rows, prepared.width)
-        grid = dict(zip(("states", "t", "h", "status", "sample_step", "stages"), saved[: ctx.n_kept], strict=False))
+        grid: dict[str, Tensor] = dict(zip(("states", "t", "h", "status", "sample_step", "stages"), saved[: ctx.n_kept], strict=False))
         ends = (bars[1], None) if run.t_eval is None else (None, bars)
         back = sweep_native(prepared.program, prepared.plan, grid, run.anchors, run.t_eval, run.values, (*ends, None, None), False)
         steps = saved[1].shape[0]
