@@ -39,6 +39,7 @@ _BUILTINS = _words(
 #: names that look at what no fingerprint holds, or that change something; of functions, methods and attributes alike
 _REFUSED = _words(
     "print input open exec eval compile globals locals vars setattr delattr getattr hasattr id hash iter __dict__ __class__ "
+    "__getattribute__ __closure__ __globals__ __code__ __defaults__ __kwdefaults__ __wrapped__ __func__ __self__ format format_map "
     "requires_grad requires_grad_ is_leaf grad grad_fn retain_grad register_hook data data_ptr item tolist numpy storage "
     "untyped_storage _version stride is_contiguous storage_offset random rand randn randint rand_like randn_like randperm bernoulli "
     "multinomial normal poisson manual_seed get_rng_state set_rng_state is_grad_enabled get_default_dtype set_default_dtype "
@@ -49,7 +50,8 @@ _CHANGING = _words(
     "append extend insert pop popitem update setdefault remove clear sort reverse discard __setitem__"
 )
 _WRITING = _words(
-    "STORE_ATTR DELETE_ATTR STORE_GLOBAL DELETE_GLOBAL STORE_NAME LOAD_NAME LOAD_CLASSDEREF LOAD_BUILD_CLASS IMPORT_NAME IMPORT_FROM"
+    "STORE_ATTR DELETE_ATTR STORE_GLOBAL DELETE_GLOBAL STORE_NAME LOAD_NAME LOAD_CLASSDEREF LOAD_BUILD_CLASS IMPORT_NAME IMPORT_FROM "
+    "MATCH_CLASS"
 )
 #: what classes have that is not called by an expression
 _QUIET = _words(
@@ -224,7 +226,7 @@ class _Walk:
         if isinstance(x, ModuleType):
             if x in _MODULES or x.__name__ == "numpy":
                 self.traceable &= x in _MODULES
-            elif _is_foreign(x.__name__):
+            elif _is_foreign(x.__name__) or "__getattr__" in x.__dict__:
                 raise _Unknown
             else:
                 self.owners.append(([x], frozenset()))
@@ -283,7 +285,9 @@ class _Walk:
         for name in facts.globals:
             if name in space:
                 read.append(self.value(space[name]))
-            elif name not in _BUILTINS:
+            elif name in _BUILTINS:
+                read.append(None)
+            else:
                 raise _Unknown
         try:
             held = tuple([self.held(*x) for x in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)])
@@ -309,7 +313,7 @@ class _Walk:
         theirs = kind.__module__.startswith("torch.nn.modules.")
         for name, x in own.items():
             if name not in _OWN_OF_MODULES and name not in ("training", "_parameters", "_buffers", "_modules"):
-                parts.append((name, "callable" if theirs and callable(x) else self.value(x)))
+                parts.append((name, self.value(x)))
         if not theirs:
             self.class_of(kind, False)
             self.owners.append(([c for c in kind.__mro__ if c not in _BASES], frozenset(("forward",))))
@@ -319,13 +323,17 @@ class _Walk:
         """What objects, classes, and modules of Python have, as far as code names it: what that names counts too."""
         found: list[Hashable] = []
         done: dict[int, set[str]] = {}
-        looked = None
+        old, count = frozenset[str](), 0
         # names and owners grow while this goes on
-        while looked != (len(self.attributes), len(self.owners)):
-            looked, names = (len(self.attributes), len(self.owners)), frozenset(self.attributes)
-            for mine, extra in self.owners[:]:
-                wanted = names | extra if extra else names
-                for owner in mine:
+        while len(old) < len(self.attributes) or count < len(self.owners):
+            names = frozenset(self.attributes)
+            fresh, known, count = names - old, count, len(self.owners)
+            old = names
+            for k, (mine, extra) in enumerate(self.owners[:count]):
+                wanted = fresh if k < known else names | extra
+                if not wanted:
+                    continue
+                for j, owner in enumerate(mine):
                     space = owner.__dict__
                     todo = wanted & space.keys()
                     if not todo:
@@ -336,7 +344,7 @@ class _Walk:
                     for name in sorted(todo - set(getattr(owner, "_fields", ()))):
                         x = space[name]
                         x = x.fget if isinstance(x, property) else x.__func__ if isinstance(x, (staticmethod, classmethod)) else x
-                        found.append((len(done), name, self.value(x)))
+                        found.append((k, j, name, self.value(x)))
         return tuple(found)
 
 

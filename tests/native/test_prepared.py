@@ -8,7 +8,7 @@ import random
 import threading
 import weakref
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -233,6 +233,13 @@ own, sly = _Own(), _Sly()
 calls = []
 
 
+def matching(t, y):
+    match own:
+        case _Own(rate=k):
+            return -k * y
+    return y
+
+
 def counting(t, y):
     calls.append(1)
     return -y
@@ -249,6 +256,8 @@ class TestFingerprint:
             lambda t, y: -y * float(torch.ones(1).item()),
             counting,
             lambda t, y: -sly.rate * y,
+            lambda t, y: -own.__getattribute__("rate") * y,
+            matching,
             lambda t, y: -math.fsum([1.0]) * torch.as_tensor(random.random()) * y,
         ],
     )
@@ -325,6 +334,39 @@ class TestFingerprint:
             runner.case = SimpleNamespace(k=1.5)
             ends.append(float(solve(runner.fun, torch.ones(1, dtype=F64), rtol=1e-9).y[-1]))
             assert ends == pytest.approx([math.exp(-2 * k)] * 2 + [math.exp(-1), math.exp(-3)], rel=1e-7)
+
+    def test_which_object_has_it(self):
+        """One of two objects has a number of its own, the other one that of their class."""
+
+        class Part:
+            k = 2.0
+
+        keys, ends = [], []
+        for own in (0, 1):
+            parts = Part(), Part()
+            parts[own].k = 1.0
+
+            def fun(t, y, parts=parts):
+                return -(parts[0].k + 3 * parts[1].k) * y
+
+            keys.append(fingerprint(fun).key)
+            ends += [float(solve(fun, torch.ones(1, dtype=F64), span=(0.0, 0.5), rtol=1e-9).y[-1]) for _ in range(2)]
+        assert keys[0] != keys[1]
+        assert ends == pytest.approx([math.exp(-3.5)] * 2 + [math.exp(-2.5)] * 2, rel=1e-7)
+
+    def test_which_global_it_is(self):
+        def made(space):
+            return FunctionType(compile("lambda t, y: max(y, 1) + min(y, 1)", "<text>", "eval").co_consts[0], space)
+
+        other = lambda x, k: k * x  # noqa: E731
+        assert fingerprint(made({"max": other})).key != fingerprint(made({"min": other})).key
+
+    def test_a_function_that_a_layer_holds(self):
+        def layer(k):
+            return nn.TransformerEncoderLayer(4, 1, 4, activation=lambda x: k * x)
+
+        keys = [fingerprint(layer(k)) for k in (1.0, 2.0)]
+        assert None in keys or keys[0].key != keys[1].key
 
     def test_hooks(self):
         net = nn.Linear(2, 2)
