@@ -33,8 +33,8 @@ def fixed_method(name: str, interp: str) -> Method:
         raise InvalidInput(f"{name!r} has no tableau")
     base = replace(method.tableau, error=None, error_order=None)
     if interp == "event" and base.order == 1:
-        return ExplicitRungeKutta(_parabolic(base))
-    return ExplicitRungeKutta(_linear(base) if interp == "linear" else _cubic(base))
+        return ExplicitRungeKutta(_parabolic(base))  # pyright: ignore[reportReturnType]
+    return ExplicitRungeKutta(_linear(base) if interp == "linear" else _cubic(base))  # pyright: ignore[reportReturnType]
 
 
 def _implicit(method: Method, linear: bool) -> Method:
