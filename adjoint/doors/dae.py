@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -168,8 +168,9 @@ def solve_dae(
     watched = event_list(events)
     own = own_algebra(jac_sparsity=jac_sparsity, linear_solver=linear_solver)
     native = NativeSolve(own, check_compile(compile) and compile == "background")
-    heard = _heard(native, chosen, residual, spec, times, state, args) if compile and not watched and quadrature is None else None
-    system = _system(residual, fun, quadrature, watched, spec, times, state, slope, args, heard)
+    given = _Given(residual, fun, quadrature, watched, spec, times, state, slope, args)
+    heard = _heard(native, chosen, given) if compile and not watched and quadrature is None else None
+    system = _system(given, heard)
     inputs = stand_ins(system.inputs)
     y_flat, slope_flat = spec.taken(state), spec.taken(slope)
 
@@ -231,23 +232,26 @@ def solve_dae(
     return replace(solution_of(parts, found), yp=parts.state(_slopes(parts, parts.out, start.yp, found.slope)))
 
 
-def _system(
-    residual: Callable[..., Any],
-    fun: Callable[..., Any],
-    quadrature: Callable[..., Any] | None,
-    events: Sequence[Callable[..., Tensor]],
-    spec: StateSpec,
-    times: Times,
-    state: Any,
-    slope: Any,
-    args: tuple[Any, ...],
-    heard: Heard | None,
-) -> System:
+class _Given(NamedTuple):
+    """The user's functions, the residual with the running integral, and what they are called with."""
+
+    residual: Callable[..., Any]
+    fun: Callable[..., Any]
+    quadrature: Callable[..., Any] | None
+    events: Sequence[Callable[..., Tensor]]
+    spec: StateSpec
+    times: Times
+    state: Any
+    slope: Any
+    args: tuple[Any, ...]
+
+
+def _system(given: _Given, heard: Heard | None) -> System:
     """The flat system, with the tensors that the user's functions captured, and whose layout the residual has; ``heard``: see `_heard`."""
-    leaves, tree = tree_flatten(args)
+    spec, (leaves, tree) = given.spec, tree_flatten(given.args)
     used = None if heard is None else heard.captured
     if used is None:
-        used, result = _probed(residual, fun, quadrature, events, spec, times, state, slope, args)
+        used, result = _probed(given)
         if heard is not None:
             heard.remember(used)
     else:
@@ -263,33 +267,25 @@ def _system(
         )
     if layout.dtype != spec.dtype or layout.device != spec.device:
         raise InvalidInput(f"fun returned {layout.dtype} on {layout.device}, but the state is {spec.dtype} on {spec.device}")
-    homes = tuple(parameter_homes([fun, *events, *([] if quadrature is None else [quadrature])], used.tensors))
-    return System(residual, spec, tree, tuple(leaves), tuple(used.tensors), homes=homes, residual=layout, **used.flags)
+    integrands = [] if given.quadrature is None else [given.quadrature]
+    homes = tuple(parameter_homes([given.fun, *given.events, *integrands], used.tensors))
+    return System(given.residual, spec, tree, tuple(leaves), tuple(used.tensors), homes=homes, residual=layout, **used.flags)
 
 
-def _heard(
-    native: NativeSolve, method: Method, residual: Callable[..., Any], spec: StateSpec, times: Times, state: Any, args: tuple[Any, ...]
-) -> Heard | None:
+def _heard(native: NativeSolve, method: Method, given: _Given) -> Heard | None:
     """Which graph the residual is, if it is compiled: what it captured is known then after its first solve."""
+    spec = given.spec
     if transforming() or spec.holds_complex:
         return None
-    leaves, tree = tree_flatten(args)
+    leaves, tree = tree_flatten(given.args)
     # its layout is not known yet, and does not matter here
-    return native.hear(System(residual, spec, tree, tuple(leaves), residual=spec), method, times.anchors, spec.taken(state))
+    system = System(given.residual, spec, tree, tuple(leaves), residual=spec)
+    return native.hear(system, method, given.times.anchors, spec.taken(given.state))
 
 
-def _probed(
-    residual: Callable[..., Any],
-    fun: Callable[..., Any],
-    quadrature: Callable[..., Any] | None,
-    events: Sequence[Callable[..., Tensor]],
-    spec: StateSpec,
-    times: Times,
-    state: Any,
-    slope: Any,
-    args: tuple[Any, ...],
-) -> tuple[Captured, Any]:
+def _probed(given: _Given) -> tuple[Captured, Any]:
     """What the user's functions captured, and what the residual returned."""
+    residual, fun, quadrature, events, spec, times, state, slope, args = given
     t = times.anchors[0].detach().to(spec.real_dtype, copy=True)
     t = t if spec.batch is not None else t.reshape(())
     probe = [copied(state), copied(slope), aliased(args)]

@@ -25,6 +25,7 @@ from ..native.reading import Unreadable
 from ..native.solve import frame_of
 from ..sensitivity import DiscreteAdjoint, Problem
 from ..sensitivity.prepared import Prepared, PreparedNode, Run, run_of
+from ..system.system import System
 from .arguments import snapped
 from .solution import BackwardStats, Solution, Stats
 
@@ -33,7 +34,7 @@ __all__ = ["Asked", "asked", "forget"]
 _MOST = 512
 _known: dict[Hashable, Prepared | None] = {}
 _NUMBERS = (int, float, type(None))
-_EPS = {torch.float32: 1.2e-7, torch.float64: 2.3e-16}
+_REALS = (torch.float32, torch.float64)
 _CHANGED = (
     "fun is not the function any more that the solve went by (what it captures was replaced or changed), and derivatives of its "
     "derivatives evaluate it again: keep it as it is until they are taken"
@@ -106,8 +107,8 @@ class Asked:
         if native is None:
             return
         place = {id(x): k for k, x in enumerate(self.found.tensors)}
-        system = problem.system
-        theirs = [*arguments, *getattr(system, "captured", ())]
+        assert isinstance(problem.system, System)
+        theirs = [*arguments, *problem.system.captured]
         read = [x if k is None else theirs[k] for x, k in zip(native.tensors, native.slots, strict=True)]
         if not all(id(x) in place for x in read):
             return
@@ -136,7 +137,7 @@ def asked(
     numbers: dict[str, Any],
 ) -> Asked | None:
     """A call by its arguments, or None where it has more to it than numbers. ``numbers``: options that may be tensors."""
-    if type(y0) not in (Tensor, torch.nn.Parameter) or y0.dtype not in (torch.float64, torch.float32) or y0.device.type != "cpu":
+    if type(y0) not in (Tensor, torch.nn.Parameter) or y0.dtype not in _REALS or y0.device.type != "cpu":
         return None
     if not y0.numel() or (batched and not y0.dim()) or any(type(x) not in _NUMBERS for x in numbers.values()):
         return None
@@ -179,12 +180,12 @@ def _span(given: Any) -> tuple[float, float] | None:
 def _samples(times: Any, span: tuple[float, float]) -> Tensor | None:
     """Sample times in double precision, those that are an end of the span but for rounding being that; None where they are anything but
     increasing numbers within it."""
-    if type(times) is not Tensor or times.dtype not in _EPS or times.dim() != 1 or times.requires_grad or times.device.type != "cpu":
+    if type(times) is not Tensor or times.dtype not in _REALS or times.dim() != 1 or times.requires_grad or times.device.type != "cpu":
         return None
     if not times.numel() or times.is_inference():
         return None
     first, last = span
-    slack = min(2 * _EPS[times.dtype] * max(abs(first), abs(last)), 1e-3 * (last - first))
+    slack = min(2 * torch.finfo(times.dtype).eps * max(abs(first), abs(last)), 1e-3 * (last - first))
     found, low, high = times.double(), float(times[0]), float(times[-1])
     if not bool((found[1:] >= found[:-1]).all()):
         return None

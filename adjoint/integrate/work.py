@@ -43,7 +43,7 @@ class Equations:
     constrained: bool = False
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        """The slope ``f(t, y)``, where the equations are solved for it."""
+        """The slope ``f(t, y)``, where the equations are solved for it; multistep methods begin by their own rules and ask for none."""
         raise NotImplementedError
 
     def slope_at_start(self, stops: Tensor, sign: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, int]:

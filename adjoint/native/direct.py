@@ -15,7 +15,7 @@ from ..system.system import System
 from .fingerprint import fingerprint
 from .graphs import Graph, Heard
 
-__all__ = ["forget_directly", "hear_directly"]
+__all__ = ["forget", "hear_directly"]
 
 _MOST = 1024
 #: graphs by fingerprint and kind of arguments, with the structure of their results; None where a tracer is to be asked
@@ -66,6 +66,6 @@ def hear_directly(
     return Heard(graph, module, (time, *leaves, *arguments, *own), tuple(arguments), places, results, tree_unflatten(stand_ins, structure))
 
 
-def forget_directly() -> None:
+def forget() -> None:
     """Trace anew whatever comes."""
     _graphs.clear()

@@ -46,9 +46,7 @@ _REFUSED = _words(
     "is_inference_mode_enabled time perf_counter environ compiler cuda backends _C ops library autograd func vmap autocast amp"
 )
 #: methods that change a container
-_CHANGING = _words(
-    "append extend insert pop popitem update setdefault remove clear sort reverse discard __setitem__"
-)
+_CHANGING = _words("append extend insert pop popitem update setdefault remove clear sort reverse discard __setitem__")
 _WRITING = _words(
     "STORE_ATTR DELETE_ATTR STORE_GLOBAL DELETE_GLOBAL STORE_NAME LOAD_NAME LOAD_CLASSDEREF LOAD_BUILD_CLASS IMPORT_NAME IMPORT_FROM "
     "MATCH_CLASS"
@@ -65,7 +63,7 @@ _LIBRARIES = frozenset(("torch", "numpy", "scipy", "jax", "pandas", *sys.stdlib_
 #: classes that bring nothing of their own
 _BASES = (nn.Module, object, tuple, ABC, Generic, Protocol)
 _DESCRIBED = type(Tensor.add)
-_PLAIN = (bool, int, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.Size, slice)
+_PLAIN = (bool, int, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.Size)
 #: how much is looked at before a tracer is as fast, and how much code is remembered
 _MOST, _MOST_KNOWN = 2000, 4096
 #: bytes of an array that is compared
@@ -78,11 +76,22 @@ def _is_foreign(name: str) -> bool:
     return name.split(".")[0] in _LIBRARIES
 
 
+def _is_named_tuple(owner: Any) -> bool:
+    """Whether names of an owner are those of a named tuple's parts, which count as such."""
+    return isinstance(owner, type) and issubclass(owner, tuple) and "_fields" in owner.__dict__
+
+
+def _is_own_of_torch(f: FunctionType) -> bool:
+    """Whether a function of Python is one that PyTorch has under its name, and no wrapper that was made around one of the user's."""
+    home = f.__globals__.get("__name__", "")
+    return home.split(".")[0] == "torch" and getattr(sys.modules.get(home), f.__name__, None) is f
+
+
 def _is_written_for(kind: type, name: str) -> bool:
     """Whether Python has written a method of a dataclass or a named tuple."""
     x = kind.__dict__[name]
     code = getattr(getattr(x, "__func__", x), "__code__", None)
-    generated = "__dataclass_params__" in kind.__dict__ or "_fields" in kind.__dict__
+    generated = "__dataclass_params__" in kind.__dict__ or _is_named_tuple(kind)
     return generated and (code is None or code.co_filename.startswith("<") or _is_foreign(getattr(x, "__module__", None) or "torch"))
 
 
@@ -136,12 +145,11 @@ def _facts_of(code: CodeType) -> _Facts:
 def _read(code: CodeType) -> _Facts | None:
     names: dict[str, None] = {}
     attributes: set[str] = set()
-    changing = False
+    changing, free = False, set(code.co_freevars)
     for part in _inside(code):
-        free = set(part.co_freevars)
         for step in dis.get_instructions(part):
             name = step.opname
-            if name in _WRITING or (name in ("STORE_DEREF", "DELETE_DEREF") and part is code and step.argval in free):
+            if name in _WRITING or (name in ("STORE_DEREF", "DELETE_DEREF") and step.argval in free):
                 return None
             if name == "LOAD_GLOBAL":
                 names[step.argval] = None
@@ -195,6 +203,8 @@ class _Walk:
             return kind, x
         if kind is float or kind is complex:
             return kind, repr(x)
+        if kind is slice:
+            return kind, *map(self.value, (x.start, x.stop, x.step))
         if isinstance(x, Tensor):
             return self.tensor(x)
         self.left -= 1
@@ -275,9 +285,10 @@ class _Walk:
         return "tensor", x.shape, x.dtype, x.requires_grad
 
     def function(self, f: FunctionType) -> Hashable:
-        if f.__module__ is not None and f.__module__.split(".")[0] == "torch":
-            # PyTorch's own: what it does goes with its name
+        if _is_own_of_torch(f):
             return "torch", f
+        if f.__globals__.get("__name__", "").split(".")[0] == "torch":
+            raise _Unknown
         facts = _facts_of(f.__code__)
         self.attributes |= facts.attributes
         self.changing |= facts.changing
@@ -310,7 +321,8 @@ class _Walk:
         parts: list[Hashable] = [kind, own["training"]]
         for table in ("_parameters", "_buffers", "_modules"):
             parts += [(name, self.value(x)) for name, x in own[table].items()]
-        theirs = kind.__module__.startswith("torch.nn.modules.")
+        home = kind.__module__
+        theirs = home.startswith("torch.nn.modules.") and getattr(sys.modules.get(home), kind.__name__, None) is kind
         for name, x in own.items():
             if name not in _OWN_OF_MODULES and name not in ("training", "_parameters", "_buffers", "_modules"):
                 parts.append((name, self.value(x)))
@@ -341,7 +353,7 @@ class _Walk:
                     before = done.setdefault(id(owner), set())
                     todo -= before
                     before |= todo
-                    for name in sorted(todo - set(getattr(owner, "_fields", ()))):
+                    for name in sorted(todo - set(owner._fields) if _is_named_tuple(owner) else todo):
                         x = space[name]
                         x = x.fget if isinstance(x, property) else x.__func__ if isinstance(x, (staticmethod, classmethod)) else x
                         found.append((k, j, name, self.value(x)))
@@ -350,6 +362,7 @@ class _Walk:
 
 def fingerprint(fun: Callable[..., Any], values: Any = ()) -> Fingerprint | None:
     """That of a function, and of ``values`` that it is called with; None where there is none."""
+    # a debugger, which traces, wants to see what runs
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks or sys.gettrace() is not None:
         return None
     walk = _Walk()

@@ -55,7 +55,7 @@ class Graph:
     def stand_ins(self) -> list[Tensor]:
         """Tensors of the shapes and dtypes of results."""
         assert self.kinds is not None
-        return [torch.empty(shape, dtype=dtype) for shape, dtype in self.kinds]
+        return [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in self.kinds]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..system.system import System, VmappedSystem
 from .build import spending
-from .direct import forget_directly, hear_directly
+from .direct import hear_directly
 from .emit import Compiled, is_residual
 from .graphs import Graph, Heard, ear
 from .levels import above, relative
@@ -29,7 +29,7 @@ from .program import Program, program_of
 from .reading import Unreadable, read
 from .tracing import VALUE, PickedByNumbers
 
-__all__ = ["Recognised", "compile_key", "forget", "hear", "recognise"]
+__all__ = ["Recognised", "compile_key", "hear", "recognise"]
 
 #: graphs of one piece of code (shapes, dtypes, constants) before recognising costs more than it brings
 _MOST_GRAPHS = 64
@@ -404,8 +404,3 @@ def _program(
     arguments = [torch.cat([y0, y0], 1) if k == 0 and is_residual(method) else y0 for k in range(len(flats))]
     readings = [read(flat, t, y, given, batched, originals) for flat, y in zip(flats, arguments, strict=True)]
     return program_of(readings, method, y0, given, mass)
-
-
-def forget() -> None:
-    """Trace anew whatever comes, of functions that are known by their fingerprint."""
-    forget_directly()

@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import pytest
 import torch
 
 import adjoint
-from adjoint.native.build import NoCompiler, compiler
 
-try:
-    compiler()
-except NoCompiler:
-    pytest.skip("there is no C++ compiler", allow_module_level=True)
-
-pytestmark = [pytest.mark.compile, pytest.mark.users_defaults]
+pytestmark = [pytest.mark.compile, pytest.mark.users_defaults, pytest.mark.usefixtures("no_fallback")]
 F64 = torch.float64
 MASS = torch.tensor([[1.2, 0.3, 0.0], [-0.2, 0.8, 0.0], [0.0, 0.0, 0.0]], dtype=F64)
-
-
-@pytest.fixture(autouse=True)
-def _no_fallback():
-    """Solves that are compiled say nothing."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="compile=True", category=RuntimeWarning)
-        yield
 
 
 def driven(t, y, p):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-import warnings
 from functools import partial
 
 import pytest
@@ -15,14 +14,8 @@ from torch import nn
 import adjoint
 from adjoint.doors import prepared
 from adjoint.native import direct, recognise
-from adjoint.native.build import NoCompiler, compiler
 
-try:
-    compiler()
-except NoCompiler:
-    pytest.skip("there is no C++ compiler", allow_module_level=True)
-
-pytestmark = [pytest.mark.compile, pytest.mark.users_defaults]
+pytestmark = [pytest.mark.compile, pytest.mark.users_defaults, pytest.mark.usefixtures("no_fallback")]
 F64 = torch.float64
 W = torch.tensor([[-1.0, 0.4], [0.2, -0.7]], dtype=F64, requires_grad=True)
 TABLE = torch.linspace(0.0, 1.0, 5, dtype=F64)
@@ -133,13 +126,6 @@ def agree(mine, theirs, tolerance=1e-9):
         assert (a is None or not a.any()) if b is None or not b.any() else a is not None
         if a is not None and b is not None:
             torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-11)
-
-
-@pytest.fixture(autouse=True)
-def _compiled():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="compile=True", category=RuntimeWarning)
-        yield
 
 
 @pytest.mark.parametrize("name", CASES)

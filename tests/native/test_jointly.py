@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
 
 import adjoint
-from adjoint.native import recognise
-from adjoint.native.build import NoCompiler, compiler
+from adjoint.native import direct, recognise
 from adjoint.native.program import Program
 
-try:
-    compiler()
-except NoCompiler:
-    pytest.skip("there is no C++ compiler", allow_module_level=True)
-
-pytestmark = [pytest.mark.compile, pytest.mark.users_defaults]
+pytestmark = [pytest.mark.compile, pytest.mark.users_defaults, pytest.mark.usefixtures("no_fallback")]
 F64 = torch.float64
-
-
-@pytest.fixture(autouse=True)
-def _compiled():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="compile=True", category=RuntimeWarning)
-        yield
 
 
 @pytest.fixture
@@ -35,7 +20,7 @@ def made(monkeypatch):
     found: list[Program] = []
     real = recognise.program_of
     monkeypatch.setattr(recognise, "program_of", lambda *a, **k: found.append(real(*a, **k)) or found[-1])
-    recognise.forget()
+    direct.forget()
     return found
 
 
