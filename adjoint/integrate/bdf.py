@@ -79,8 +79,8 @@ class BdfSolver(MultistepSolver):
             slope, step = self.starter.start(anchors, sign, y0)
         else:
             slope = self.f(t.to(plan.real), y0)
-            step = initial_step(self.f, plan, anchors, y0, slope, sign)
-            self.work.n_fun += 2
+            step = initial_step(self.f, plan, anchors, y0, slope, sign) if plan.first_step is None else t
+            self.work.n_fun += 1 + (plan.first_step is None)
         if plan.first_step is not None:
             step = torch.full_like(t, plan.first_step)
         step = step.clamp(min=plan.min_step, max=plan.max_step)
@@ -88,8 +88,8 @@ class BdfSolver(MultistepSolver):
         self.D = y0.new_zeros(SIZE, *y0.shape)
         self.D[0], self.D[1] = y0, slope * (step * sign).to(plan.real).unsqueeze(-1)
         self.eye = torch.eye(SIZE, dtype=torch.float64, device=y0.device)
-        #: brings the differences after the last accepted step to the distance of the next one
-        self.T = self.eye.repeat(len(y0), 1, 1)
+        #: from the distance of the differences after the last accepted step to that of the next one, and 0.0 where they have been forgotten
+        self.ratio, self.kept = torch.ones_like(step), torch.ones_like(step)
         self.order = torch.ones(len(y0), dtype=torch.int64, device=y0.device)
         self.equal = torch.zeros_like(self.order)
         self.gamma, self.alpha, self.constants = coefficients(torch.float64, y0.device)
@@ -98,14 +98,14 @@ class BdfSolver(MultistepSolver):
     @property
     def idle(self) -> Tensor:
         """See `MultistepSolver.idle`."""
-        return torch.cat([self.eye.new_ones(1), self.eye.reshape(-1)])
+        return self.eye.new_ones(3)
 
     def resize(self, factor: Tensor, which: Tensor) -> None:
         """See `MultistepSolver.resize`."""
         matrix = rescaling(self.order, torch.where(which, factor, 1.0), SIZE)
         matrix = torch.where(which.reshape(-1, 1, 1), matrix, self.eye)
         self.D = torch.einsum("bij,jbn->ibn", matrix.to(self.D.dtype), self.D)
-        self.T = matrix @ self.T
+        self.ratio = torch.where(which, self.ratio * factor, self.ratio)
         self.equal = torch.where(which, 0, self.equal)
 
     def predict(self, when: Tensor, h: Tensor, running: Tensor) -> Predicted:
@@ -123,7 +123,7 @@ class BdfSolver(MultistepSolver):
         keep = (torch.arange(1, MAX_ORDER + 1, device=D.device) <= order.unsqueeze(-1)).to(real)
         differences = torch.cat([new[1 : MAX_ORDER + 1] * keep.t().unsqueeze(-1), d.unsqueeze(0)])
         stages = differences / torch.where(running, h, 1.0).to(real).reshape(1, -1, 1)
-        extra = torch.cat([order.double().unsqueeze(0), self.T.permute(1, 2, 0).reshape(SIZE * SIZE, -1)])
+        extra = torch.stack([order.double(), self.ratio, self.kept])
         estimate = self._shown(self.constants[order].to(real).unsqueeze(-1) * d)
         estimate = torch.where(self._settling.unsqueeze(-1), 0.0, estimate)
         return Predicted(predicted + d, estimate, converged, stages, extra, (new, counts))
@@ -131,7 +131,7 @@ class BdfSolver(MultistepSolver):
     def accept(self, found: Predicted, passed: Tensor, restart: Tensor, after: Tensor) -> None:
         """See `MultistepSolver.accept`."""
         self.D = torch.where(passed.reshape(1, -1, 1), found.kept[0], self.D)
-        self.T = torch.where(passed.reshape(-1, 1, 1), self.eye, self.T)
+        self.ratio, self.kept = torch.where(passed, 1.0, self.ratio), torch.where(passed, 1.0, self.kept)
         self.equal = torch.where(passed, self.equal + 1, self.equal)
         self._now = after.double()
 
@@ -152,7 +152,7 @@ class BdfSolver(MultistepSolver):
             kill = torch.zeros(SIZE, dtype=torch.float64, device=scale.device)
             kill[:2] = 1.0
             mask = torch.where(anew.unsqueeze(-1), kill, 1.0)
-            self.D, self.T = self.D * mask.t().unsqueeze(-1).to(self.D.dtype), mask.unsqueeze(-1) * self.T
+            self.D, self.kept = self.D * mask.t().unsqueeze(-1).to(self.D.dtype), torch.where(anew, 0.0, self.kept)
             self.order, self.equal = torch.where(anew, 1, self.order), torch.where(anew, 0, self.equal)
             factor = torch.where(restart, 0.1, factor)
             if self.starter is not None:

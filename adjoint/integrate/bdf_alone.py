@@ -114,16 +114,16 @@ class _Newton:
 class _Trial:
     """See `Trial`: the table of differences behind the step, made when it is first asked for, and the stages."""
 
-    __slots__ = ("T", "_stages", "bad", "count", "d", "error", "h", "hopeless", "order", "passed", "scale", "size", "table", "y")
+    __slots__ = ("_known", "_stages", "bad", "count", "d", "error", "h", "hopeless", "order", "passed", "scale", "size", "table", "y")
 
-    def __init__(self, y: Tensor, d: Tensor, converged: bool, count: int, order: int, h: float) -> None:
-        self.y, self.d, self.bad, self.count, self.order, self.h = y, d, not converged, count, order, h
+    def __init__(self, y: Tensor, d: Tensor, converged: bool, count: int, known: tuple[int, float, float], h: float) -> None:
+        self.y, self.d, self.bad, self.count, self._known, self.order, self.h = y, d, not converged, count, known, known[0], h
         self.hopeless, self._stages = False, None
 
     @property
     def extra(self) -> Tensor:
         """See `Trial`."""
-        return torch.from_numpy(np.concatenate([[self.order], self.T.ravel()]))
+        return torch.tensor(self._known, dtype=torch.float64)
 
     def stages(self) -> Sequence[Tensor]:
         """(6, ...): the differences behind the state up to the order, and the correction, over ``h``."""
@@ -148,10 +148,9 @@ class LoneBdf:
         self._newton, self._formulas = _Newton(solver, y0.device), _Formulas(y0)
         self.scaled: Tensor | None = None
         self._n_fun = 1
-        self._eye = np.eye(SIZE)
-        self.T, self.order, self.equal = self._eye, 1, 0
-        eye = torch.eye(SIZE, dtype=torch.float64, device=y0.device)
-        self.idle = torch.cat([eye.new_ones(1), eye.reshape(-1)])
+        #: see `BdfSolver`
+        self.order, self.equal, self.ratio, self.kept = 1, 0, 1.0, 1.0
+        self.idle = torch.ones(3, dtype=torch.float64, device=y0.device)
 
     def begin(self) -> tuple[float, bool, bool]:
         """See `Stepper.begin`."""
@@ -174,7 +173,7 @@ class LoneBdf:
         """Bring the differences to another distance."""
         matrix = rescaling_alone(self.order, factor, SIZE)
         self.D = torch.mm(torch.from_numpy(matrix).to(self.D), self.D)
-        self.T = matrix @ self.T
+        self.ratio *= factor
         self.equal = 0
 
     def fit(self, step: float, h: float, running: bool) -> float:
@@ -193,7 +192,7 @@ class LoneBdf:
         both, S, s = formulas[order]
         predicted, psi = (x.reshape(shape) for x in torch.mm(both, self.D).unbind())
         y, minus, converged, count = self._newton.correct(when, predicted, psi, h / formulas.alpha[order])
-        trial = _Trial(y, minus.reshape(-1), converged, count, order, h)
+        trial = _Trial(y, minus.reshape(-1), converged, count, (order, self.ratio, self.kept), h)
         trial.size = y.abs()
         trial.scale = torch.maximum(trial.size, self._size)
         self.scaled = plan.scaled(trial.d.reshape(shape) * formulas.constants[order], trial.scale)
@@ -201,7 +200,6 @@ class LoneBdf:
         trial.passed = converged and trial.error <= 1.0
         if trial.passed:
             trial.table = torch.addr(torch.mm(S, self.D), s, trial.d)
-            trial.T = self.T
         return trial
 
     def follow(self, step: Attempt, trial: _Trial, size: float, fate: Fate) -> float:
@@ -216,11 +214,11 @@ class LoneBdf:
                 if math.isfinite(error):
                     factor = min(max(safety * max(error, 1e-30) ** (-1 / (self.order + 1)), SMALLEST), 1.0)
         else:
-            self.y, self._size, self.D, self.T = trial.y, trial.size, trial.table, self._eye
+            self.y, self._size, self.D, self.ratio, self.kept = trial.y, trial.size, trial.table, 1.0, 1.0
             self.equal += 1
             if fate.landed and fate.going:
                 # behind a discontinuity the differences say nothing
-                self.D[2:], self.T = 0.0, np.diag([1.0, 1.0] + [0.0] * (SIZE - 2))
+                self.D[2:], self.kept = 0.0, 0.0
                 self.order, self.equal, factor = 1, 0, 0.1
             elif fate.going and self.equal > self.order:
                 factor, self.order = self._next_order(trial, safety)

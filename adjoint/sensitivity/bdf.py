@@ -1,7 +1,7 @@
 """Steps of backward differentiation formulas in derivatives: each new state is a root, each step back one transposed solve.
 
-A step is linear in the table of differences but for the one equation that it solves, so the record of a step is its order and the matrix
-that brought the table to its distance. Where that distance moves, because the step lands on an anchor, so does the matrix.
+A step is linear in the table of differences but for the one equation that it solves, so the record of a step is its order and how far the
+table was brought to its distance. Where that distance moves, because the step lands on an anchor, so does the matrix that did it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .linearize import Linearizer
 from .multistep_step import Schedule, StepBack, StepBars, StepTime
 from .problem import Problem, StageAlgebra
 
-__all__ = ["BdfAdjoint", "BdfReplay", "Formula"]
+__all__ = ["BdfAdjoint", "BdfReplay", "Formula", "matrices"]
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,20 @@ def _kept(order: Tensor, real: torch.dtype) -> Tensor:
     return _low(order, real)[:, 1 : MAX_ORDER + 1].t().unsqueeze(-1)
 
 
-def _matrices(extra: Tensor) -> Tensor:
-    """``T`` (*, B, 8, 8) of steps, from ``extra`` (*, E, B)."""
-    return extra[..., 1:, :].unflatten(-2, (SIZE, SIZE)).movedim(-1, -3)
+def matrices(extra: Tensor) -> Tensor:
+    """``T`` (*, B, 8, 8) of steps, which brought the differences behind the step before to their distances.
+
+    From ``extra`` (*, 3, B): the order, the ratio of the distances, and zero where all but the first difference was forgotten in between.
+    """
+    order, ratio, kept = extra.unbind(-2)
+    T = rescaling(order.flatten().long(), ratio.flatten(), SIZE).unflatten(0, order.shape)
+    place = torch.arange(SIZE, device=extra.device)
+    return torch.where((place < 2) | (kept != 0).unsqueeze(-1), 1.0, 0.0).to(T.dtype).unsqueeze(-1) * T
 
 
 @dataclass(frozen=True)
 class Formula:
-    """The recorded numbers of a step: its order, the matrix ``T``, its size and the coefficients by order."""
+    """The numbers of a recorded step: its order, the matrix ``T``, its size and the coefficients by order."""
 
     order: Tensor
     T: Tensor
@@ -104,8 +110,8 @@ class Formula:
 
     @classmethod
     def of(cls, extra: Tensor, h: Tensor, T: Tensor | None = None) -> Formula:
-        """From ``extra`` (E, B), ``h`` (B,), of which none is zero, and ``T`` (B, 8, 8), which is the recorded one if it is not given."""
-        T = _matrices(extra) if T is None else T
+        """From ``extra`` (E, B), ``h`` (B,), of which none is zero, and ``T`` (B, 8, 8), which is that of the record if it is not given."""
+        T = matrices(extra) if T is None else T
         gamma, alpha, _ = coefficients(torch.float64, h.device)
         gamma = torch.nn.functional.pad(gamma, (0, SIZE - gamma.shape[0]))
         return cls(extra[0].long(), T, h, gamma, alpha[extra[0].long()].unsqueeze(-1))
@@ -145,7 +151,7 @@ class Formula:
 
 def _moved(grid: dict[str, Tensor], h: Tensor) -> tuple[Tensor, Tensor]:
     """Sizes (K, B), none of them zero, and ``T`` (K, B, 8, 8) of all steps, if their sizes are ``h``: the same numbers, and derivatives."""
-    recorded, T = grid["size"], _matrices(grid["extra"])
+    recorded, T = grid["size"], matrices(grid["extra"])
     if not recorded.numel():
         return recorded, T
     size = recorded + (h - grid["h"])

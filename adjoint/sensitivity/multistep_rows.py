@@ -14,7 +14,7 @@ from ..methods.bdf import MAX_ORDER, coefficients
 from ..methods.sums import row_dot
 from ..system.capture import cut_apart
 from .asked import Asked
-from .bdf import Formula
+from .bdf import Formula, matrices
 from .linearize import Linearizer, vjp
 from .steps_as_rows import Rows, most_rows, rows_of
 
@@ -120,7 +120,7 @@ def _numbers(extra: Tensor, h: Tensor, order: Tensor, kind: torch.dtype) -> tupl
     low = (place <= order.unsqueeze(-1)).double()
     weights = torch.nn.functional.pad(gamma, (0, SIZE - len(gamma))) * low / alpha[order].unsqueeze(-1)
     S, s = update_matrix(order)
-    T = extra[:, 1:, 0].unflatten(1, (SIZE, SIZE)).mT
+    T = matrices(extra)[:, 0].mT
     C = T @ (S.mT - low.unsqueeze(-1) * s.unsqueeze(-2))
     tables = torch.cat([C, s.unsqueeze(-2)], 1).to(kind).unbind()
     moves = torch.stack([(T @ x.unsqueeze(-1)).squeeze(-1) for x in (low - weights, -low)], 1).to(kind)
