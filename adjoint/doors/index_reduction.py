@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -403,6 +401,8 @@ def _signature(jacobians: Callable[[Tensor, Tensor], tuple[np.ndarray, np.ndarra
 def _offsets(sigma: np.ndarray, names: list[str]) -> tuple[list[int], list[int]]:
     """How often equations are differentiated (c) and variables appear differentiated (d): the least non-negative integers with
     ``d_j - c_i >= sigma_ij``, and equality on a transversal of largest weight."""
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = linear_sum_assignment(sigma, maximize=True)
     bad = [(int(i), int(j)) for i, j in zip(rows, columns, strict=True) if sigma[i, j] < 0]
     if bad:
@@ -445,6 +445,8 @@ def _gap(counts: Sequence[int], orders: Sequence[int]) -> np.ndarray:
 
 def _chosen(J: np.ndarray, c: np.ndarray, d: np.ndarray) -> set[tuple[int, int]]:
     """The choice of `_dummies` by pivoting, from the derivative ``J`` of the differentiated equations in the highest derivatives."""
+    import scipy.linalg
+
     out: set[tuple[int, int]] = set()
     columns = np.arange(len(d))
     for level in range(1, int(c.max(initial=0)) + 1):

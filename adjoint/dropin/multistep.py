@@ -15,7 +15,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from ..errors import InvalidInput, NonFiniteState
@@ -176,6 +175,8 @@ def _check_finite(steps: list[_Step]) -> None:
 
 def adams_event(request: Request, gradient: Gradient, only: Any = None) -> tuple[Tensor, Any]:
     """Time of the first event, and the states at the start and there; see `native.solve_event`."""
+    from scipy.optimize import brentq
+
     # as with all methods on a grid; see `native.solve_event`
     check_interp(request)
     size = step_size_of(request)

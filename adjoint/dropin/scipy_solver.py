@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.integrate
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -31,6 +30,8 @@ def scipy_samples(request: Request) -> Any:
     UnsupportedCombination : with an event, for a complex state and an integrator that is real, or when the result is differentiated
     SolveError : the integrator gave up
     """
+    import scipy.integrate
+
     spec = request.spec
     if request.event_fn is not None:
         raise UnsupportedCombination("method='scipy_solver' handles no event_fn: use one of the other methods")

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
 from ..errors import InvalidInput
@@ -26,6 +25,8 @@ _CPU = torch.device("cpu")
 @lru_cache
 def _lapack(kind: str) -> tuple[Any, Any]:
     """``getrf`` and ``getrs`` for a NumPy dtype."""
+    from scipy.linalg import get_lapack_funcs
+
     return tuple(get_lapack_funcs(("getrf", "getrs"), dtype=np.dtype(kind)))  # type: ignore[return-value]
 
 

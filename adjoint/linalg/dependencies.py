@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from torch import Tensor
 
@@ -20,6 +19,8 @@ def trace_dependencies(f: Callable[[Tensor], Tensor], x: Tensor, parameters: Seq
 
     Zeros of ``parameters`` are taken for accidents. Raises `Untraceable` and `PatternTooDense`.
     """
+    import scipy.sparse as sp
+
     lanes, values = unwrapped(x)
     values = values[0] if lanes > 1 else values
     x = unwrapped(values.detach().clone(memory_format=torch.contiguous_format))[1]

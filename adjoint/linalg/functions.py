@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -114,6 +113,8 @@ class _Sylvester(torch.autograd.Function):
 
 
 def _solve(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    import scipy.linalg
+
     if not c.size:
         return c
     if not all(np.isfinite(x).all() for x in (a, b, c)):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from torch import Tensor
 
 from ..errors import InvalidInput, UnsupportedCombination
 from .protocol import Factorization, Log, Matrix, SparseMatrix, check_sides
 from .sparse_lu import to_sparse
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
 
 __all__ = ["Pardiso"]
 
@@ -97,6 +99,8 @@ class _Row:
 
 class _PardisoFactors(Factorization):
     def __init__(self, matrix: SparseMatrix, log: Log, before: _PardisoFactors | None) -> None:
+        import scipy.sparse as sp
+
         start = time.perf_counter()
         values = matrix.values if matrix.values.dim() == 2 else matrix.values.unsqueeze(0)
         if values.dtype != torch.float64:

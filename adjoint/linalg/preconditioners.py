@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.sparse.linalg as spla
 import torch
 from torch import Tensor
 
@@ -78,6 +77,8 @@ def _jacobi(matrix: Any) -> Preconditioner:
 
 
 def _incomplete(matrix: Any, settings: ILU) -> Preconditioner:
+    import scipy.sparse.linalg as spla
+
     sparse = to_sparse(matrix)
     pattern = Pattern(sparse.indices, sparse.shape[0])
     values = sparse.values if sparse.values.dim() == 2 else sparse.values.unsqueeze(0)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import scipy.sparse as sp
-import scipy.sparse.linalg as spla
 import torch
 from torch import Tensor
 
 from ..errors import InvalidInput, UnsupportedCombination
 from .protocol import Factorization, LinearOperator, Log, Matrix, SparseMatrix, check_sides
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
+    import scipy.sparse.linalg as spla
 
 __all__ = ["ORDERINGS", "SparseLU", "to_sparse"]
 
@@ -49,6 +52,8 @@ class Pattern:
 
     def csc(self, values: np.ndarray) -> sp.csc_matrix:
         """The matrix of these values, which come in the order of the entries."""
+        import scipy.sparse as sp
+
         return sp.csc_matrix((values[self.order], self.rows, self.starts), shape=(self.n, self.n))
 
 
@@ -108,6 +113,8 @@ def _factor(matrix: sp.csc_matrix, solver: SparseLU, symmetric: bool) -> spla.Su
 
 
 def _splu(matrix: sp.csc_matrix, ordering: str, symmetric: bool) -> spla.SuperLU | None:
+    import scipy.sparse.linalg as spla
+
     options = {"SymmetricMode": True} if symmetric else {}
     try:
         return spla.splu(matrix, permc_spec=ordering, diag_pivot_thresh=0.0 if symmetric else None, options=options)

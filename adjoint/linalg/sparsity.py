@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from torch import Tensor
 
@@ -38,6 +37,8 @@ class SparsityPattern:
     @classmethod
     def from_scipy(cls, matrix: Any) -> SparsityPattern:
         """All stored entries of a SciPy sparse matrix, stored zeros too."""
+        import scipy.sparse as sp
+
         csr: Any = sp.csr_array(matrix, copy=True)
         csr.sum_duplicates()  # sorts the columns as well
         coo = csr.tocoo()
@@ -57,6 +58,8 @@ class SparsityPattern:
         """From what users give as ``jac_sparsity``: a `SparsityPattern`, a dense array or tensor, a torch sparse tensor (COO, CSR, CSC) or
         a SciPy sparse matrix. Stored entries of sparse formats count even when they are zero. Raises `InvalidInput` if ``shape`` is not
         met."""
+        import scipy.sparse as sp
+
         if isinstance(value, cls):
             pattern = value
         elif isinstance(value, Tensor) and value.layout != torch.strided:
@@ -84,6 +87,8 @@ class SparsityPattern:
 
     def to_scipy(self) -> Any:
         """Boolean ``scipy.sparse.csr_array``."""
+        import scipy.sparse as sp
+
         rows, columns = self.indices.cpu().numpy()
         return sp.csr_array((np.ones(self.nnz, bool), (rows, columns)), shape=self.shape)
 
@@ -153,6 +158,8 @@ _TOO_MANY_TO_PROBE = 20_000
 
 
 def _trace(f: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor]) -> SparsityPattern:
+    import scipy.sparse as sp
+
     if x.dim() == 2 and x.shape[0] > 1 and _takes_one_row(f, x):
         x = x[:1]
     if x.dim() == 1 or x.shape[0] == 1:
@@ -182,6 +189,8 @@ def _takes_one_row(f: Callable[[Tensor], Tensor], x: Tensor) -> bool:
 
 def _probe(f: Callable[[Tensor], Tensor], x: Tensor, probes: int, seed: int = 0) -> SparsityPattern:
     """Nonzeros of the Jacobians at ``x`` and at random points near it, in any row of ``x``. Not finite counts as nonzero."""
+    import scipy.sparse as sp
+
     generator = torch.Generator().manual_seed(seed)
     n, total = x.shape[-1], None
     chunk = max(1, min(n, 2**22 // max(x.numel(), 1)))

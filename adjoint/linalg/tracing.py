@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -62,6 +61,8 @@ def unite(a: Rows | None, b: Rows | None) -> Rows | None:
 
 def gather_union(targets: np.ndarray, sources: np.ndarray, n_out: int, rows: Rows) -> Rows:
     """Row ``t`` of the result is the union of the rows ``s`` of all pairs ``(t, s)``."""
+    import scipy.sparse as sp
+
     check_size(int(np.diff(rows.indptr)[sources].sum()))
     pick = sp.csr_array((np.ones(len(targets), bool), (targets, sources)), shape=(n_out, rows.shape[0]))
     out = sp.csr_array(pick @ rows)
@@ -156,6 +157,8 @@ class DependencyMode(TorchDispatchMode):
         return out
 
     def write(self, t: Tensor, rows: Rows | None, value: bool = True, free: bool = False) -> None:
+        import scipy.sparse as sp
+
         if t.layout != torch.strided:
             if rows is not None or value:
                 raise Untraceable("a sparse tensor is made of values that depend on x")

@@ -7,7 +7,6 @@ from math import prod
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -72,6 +71,8 @@ def _scattered(call: Call) -> Rows | list[Rows | None] | None:
 
 def _moved(call: Call) -> Rows | list[Rows | None] | None:
     """Operators that only move elements about: let them move element numbers (0 stands for a constant)."""
+    import scipy.sparse as sp
+
     if any(call.mode.depends(t) for t in call.tensors() if not _is_smooth(t)):
         return dense(call)  # where elements go depends on x
     parts: list[Rows] = [sp.csr_array((1, call.mode.n), dtype=bool)]
