@@ -19,7 +19,7 @@ from .controller import IController, PIController, PIDController
 from .loop import Walk
 from .multistep import MultistepSolver, solve_multistep
 from .one_step import OneStepOfMany, OneStepOfOne
-from .paired import integrate_paired, too_long
+from .paired import integrate_paired, stands, too_long
 from .plan import Event, Monitor, Plan, Record, Status, rms_norm, shifted_times
 from .recording import Recording
 from .residual import ResidualSolver
@@ -47,6 +47,8 @@ __all__ = [
     "integrate",
     "rms_norm",
     "shifted_times",
+    "stands",
+    "too_long",
 ]
 
 

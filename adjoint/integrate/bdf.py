@@ -217,15 +217,17 @@ class BdfSolver(MultistepSolver):
         else:
             new = jacobian_at(self.jacobian, self.f, t, y)
             self._pencil = new if self._pencil is None else _mixed(rows, new, self._pencil)  # type: ignore[arg-type]
-        self._c = None
+        self._c = torch.full_like(t.unsqueeze(-1), torch.nan) if self._c is None else torch.where(rows.unsqueeze(-1), torch.nan, self._c)
         self.work.n_jac += rows
 
     def _solve(self, c: Tensor, b: Tensor, running: Tensor) -> Tensor:
-        """``(E + c G)^-1 b``."""
-        if self._c is None or not torch.equal(self._c, c):
-            changed = running if self._c is None else running & (c != self._c).squeeze(-1)
+        """``(E + c G)^-1 b`` in the ``running`` rows."""
+        assert self._c is not None
+        changed = running & (c != self._c).squeeze(-1)
+        if bool(changed.any()):
+            self._c = torch.where(running.unsqueeze(-1), c, self._c)
             # trajectories that are done have no step of their own
-            safe = torch.where(running.unsqueeze(-1), c, 1.0)
+            safe = torch.where(torch.isfinite(self._c) & (self._c != 0), self._c, 1.0)
             if isinstance(self._pencil, Pencil):
                 self._factors = scaled_factors(self.linear_solver, self._pencil.at(safe), self.work.log, self._factors)
             else:
@@ -235,7 +237,6 @@ class BdfSolver(MultistepSolver):
                     self._plain = self.linear_solver.factor(matrix, self.work.log)
                 else:
                     self._plain = self.linear_solver.refactor(self._plain, matrix)
-            self._c = c
             self.work.n_factorizations += changed
         self.work.n_solves += running
         factors = self._factors if isinstance(self._pencil, Pencil) else self._plain
@@ -245,7 +246,7 @@ class BdfSolver(MultistepSolver):
     def correct(self, t: Tensor, predicted: Tensor, psi: Tensor, c: Tensor, running: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The correction, which rows have converged, and after how many iterations."""
         if self._pencil is None:
-            self._matrix(t, predicted, psi / torch.where(running.unsqueeze(-1), c, 1.0), torch.ones_like(running))
+            self._matrix(t, predicted, psi / torch.where(running.unsqueeze(-1), c, 1.0), running)
             fresh = torch.ones_like(running)
         else:
             fresh = torch.zeros_like(running)
@@ -271,8 +272,7 @@ class BdfSolver(MultistepSolver):
 
         def change(d: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
             value = safe * self.equation(t, predicted + d, (psi + d) / safe)
-            wanted = safe if self._c is None else torch.where(active.unsqueeze(-1), c, self._c)
-            found = self._solve(wanted, torch.where(active.unsqueeze(-1), value, 0.0), active)
+            found = self._solve(c, torch.where(active.unsqueeze(-1), value, 0.0), active)
             self.work.n_fun += active
             self.work.n_newton = self.work.n_newton + active
             return found, self.plan.norm(found / size)

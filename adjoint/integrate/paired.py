@@ -24,7 +24,7 @@ from .multistep import MultistepSolver, Predicted, solve_multistep
 from .plan import Plan, Record
 from .work import StageWork
 
-__all__ = ["integrate_paired", "too_long"]
+__all__ = ["integrate_paired", "stands", "too_long"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 
@@ -103,14 +103,19 @@ def _tangent(plan: Plan) -> float:
     return max(rtol, torch.finfo(plan.real).eps ** 0.45)
 
 
+def stands(states: Tensor) -> Tensor:
+    """Which components ``(B, n)`` of ``states`` (K + 1, B, n) rest in all of the first steps."""
+    begun = states[: _FIRST + 1]
+    return ((begun[1:] - begun[:-1]).abs() <= 8 * torch.finfo(states.dtype).eps * begun[:-1].abs()).all(0)
+
+
 def too_long(f: Flat, plan: Plan, record: Record, y0: Tensor) -> tuple[Tensor, Tensor]:
     """Whose steps ``(B,)`` were too long for derivatives, and how often ``f`` was evaluated for each to see it."""
-    states, eps = record.states if len(record.states) else torch.stack([y0, record.last]), torch.finfo(plan.real).eps
+    states = record.states if len(record.states) else torch.stack([y0, record.last])
     found, count = torch.zeros_like(record.status, dtype=torch.bool), torch.zeros_like(record.status)
     if len(states) < 2 or not y0.numel():
         return found, count
-    begun, explicit, pair = states[: _FIRST + 1], not plan.method.implicit, _paired(plan)
-    still = ((begun[1:] - begun[:-1]).abs() <= 8 * eps * begun[:-1].abs()).all(0)
+    still, explicit, pair = stands(states), not plan.method.implicit, _paired(plan)
     taken = record.n_accepted
     looked = (record.status >= 0) & (taken > 0)
     looked = looked if explicit else looked & still.any(-1)

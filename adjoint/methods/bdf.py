@@ -114,6 +114,15 @@ class Bdf(Traits):
     stability: str = "A-stable at orders 1 and 2, else A(alpha)-stable; L-stable in the limit"
     source: str = "Shampine & Reichelt, The MATLAB ODE suite (1997)"
 
+    @property
+    def dense(self) -> tuple[tuple[float, ...], ...]:
+        """Coefficients of ``b_j(theta)``, of ``theta, theta**2, ...``: those of `dense_weights`, multiplied out."""
+        rows, product = [(1.0,)], np.array([-1.0, 1.0])
+        for m in range(1, MAX_ORDER):
+            product = np.convolve(product, [(m - 1) / (m + 1), 1 / (m + 1)])
+            rows.append(tuple(product[1:].tolist()))
+        return (*((*x, *[0.0] * (MAX_ORDER - len(x))) for x in rows), (0.0,) * MAX_ORDER)
+
     def dense_weights(self, theta: Tensor) -> Tensor:
         """``b_j(theta)``, shape ``(*theta.shape, 6)``: theta, then ``prod_{m < j} (theta - 1 + m) / (m + 1)``."""
         x = theta - 1

@@ -113,6 +113,11 @@ class TableauMethod(Traits):
         exponent = torch.arange(matrix.shape[1], device=theta.device, dtype=theta.dtype)
         return (powers(theta, matrix.shape[1], 0) * (exponent + 1)) @ matrix.T
 
+    @property
+    def dense(self) -> Sequence[Sequence[float]]:
+        """Coefficients of ``b_i(theta)``, of ``theta, theta**2, ...``."""
+        return self.tableau.dense
+
     def dense_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Coefficients of ``b_i(theta)``, ``(S, D)``: of ``theta, theta**2, ...``."""
         key = (dtype, device)

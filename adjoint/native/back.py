@@ -51,6 +51,8 @@ def sweep_native(
     keep["states"], keep["anchors"] = states, anchors.detach().contiguous()
     if program.method.implicit:
         keep["stages"] = grid["stages"].detach().contiguous()
+    if program.method.multistep:
+        keep["extra"] = grid["extra"].detach().contiguous()
     n_samples = 0
     if t_eval is not None and bars[1] is not None:
         keep["t_eval"] = t_eval.detach().contiguous()

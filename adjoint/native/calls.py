@@ -71,6 +71,7 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("double*", "h"),
     ("long*", "segment"),
     ("unsigned char*", "lands"),
+    ("double*", "extra"),  # (room, E, B): what multistep methods record beside
     ("R*", "samples"),  # (T, B, n)
     ("long*", "sample_step"),  # (T, B)
     ("R*", "final"),  # (B, n)
@@ -106,6 +107,7 @@ BACKWARD: tuple[tuple[str, str], ...] = (
     ("const unsigned char*", "lands"),
     ("const R*", "states"),  # (K + 1, B, n)
     ("const R*", "stages"),  # (K, S, B, n), or nothing
+    ("const double*", "extra"),  # (K, E, B), of multistep methods
     ("const long*", "status"),
     ("const double*", "t_eval"),
     ("const long*", "order"),

@@ -10,7 +10,8 @@ from typing import TypeGuard
 import numpy as np
 import torch
 
-from ..integrate import coupled, defect, residual, stages
+from ..integrate import bdf, coupled, defect, residual, stages
+from ..methods.bdf import MAX_ORDER, Bdf, coefficients, rescaling_slopes
 from ..methods.collocation import FullyImplicitRungeKutta
 from ..methods.dirk import DiagonallyImplicitRungeKutta
 from ..methods.rosenbrock import Rosenbrock
@@ -21,7 +22,7 @@ from .text import header
 __all__ = ["Compiled", "engine_text", "is_residual", "prologue", "takes"]
 
 #: methods that have a text
-Compiled = ExplicitRungeKutta | Rosenbrock | DiagonallyImplicitRungeKutta | FullyImplicitRungeKutta
+Compiled = ExplicitRungeKutta | Rosenbrock | DiagonallyImplicitRungeKutta | FullyImplicitRungeKutta | Bdf
 
 _FOLDER = Path(__file__).parent / "engine"
 
@@ -54,7 +55,14 @@ def prologue(real: torch.dtype, lanes: int) -> str:
 
 def takes(method: object) -> TypeGuard[Compiled]:
     """Whether a method has a text."""
+    if isinstance(method, Bdf):
+        return not method.residual
     return type(method) in (ExplicitRungeKutta, Rosenbrock, DiagonallyImplicitRungeKutta, FullyImplicitRungeKutta)
+
+
+def records_beside(method: Compiled) -> int:
+    """How many numbers are recorded of a step, beside its time, state and stages: see `Record.extra`."""
+    return 3 if method.multistep else 0
 
 
 def is_residual(method: Compiled) -> bool:
@@ -151,6 +159,19 @@ def _collocation(method: FullyImplicitRungeKutta) -> list[str]:
     ]
 
 
+def _bdf() -> list[str]:
+    """The constants of backward differentiation formulas, by order."""
+    gamma, alpha, errors = (x.tolist() for x in coefficients(torch.float64, torch.device("cpu")))
+    size = MAX_ORDER + 1
+    bounds = {"BOUND": bdf.BOUND, "SMALLEST_FACTOR": bdf.SMALLEST, "LARGEST_FACTOR": bdf.LARGEST, "SAFE": bdf.SAFETY}
+    return [
+        _flags(FSAL=False, NEXT_FIRST=False, ERROR_USES_END=False, ROUNDS=bdf.NEWTON),
+        *(f"static constexpr double {name} = {number(x)};" for name, x in bounds.items()),
+        *(_array(name, x) for name, x in (("GAMMA", gamma), ("ALPHA", alpha), ("CONSTANTS", errors))),
+        _matrix("SLOPES", rescaling_slopes(size).reshape(size, size * size).tolist(), size * size),
+    ]
+
+
 def _family(method: Compiled, width: int, nonzero: Collection[tuple[int, int]]) -> list[str]:
     """A method's constants, and the step of its family."""
     if isinstance(method, ExplicitRungeKutta):
@@ -159,6 +180,8 @@ def _family(method: Compiled, width: int, nonzero: Collection[tuple[int, int]]) 
     if isinstance(method, Rosenbrock):
         return [*shared, *_rosenbrock(method, width, nonzero), source("rosenbrock.hpp")]
     shared.append(source("newton.hpp"))
+    if isinstance(method, Bdf):
+        return [*shared, *_bdf(), source("bdf.hpp")]
     if isinstance(method, FullyImplicitRungeKutta):
         return [*shared, *_collocation(method), source("collocation.hpp")]
     return [*shared, *_dirk(method), source("dirk.hpp")]
@@ -181,19 +204,23 @@ def engine_text(
     share it; ``numbers``: how many cotangents shared ones have. ``nonzero``: see `_rosenbrock`. ``mass``:
     whether there is a matrix in front of the slopes.
     """
-    dense, implicit = method.tableau.dense, is_residual(method)
+    dense, implicit, multistep = method.dense, is_residual(method), method.multistep
+    # the equation of a multistep formula is that of the end of its step
+    nodes, beside = (1.0,) if multistep else method.nodes, records_beside(method)
     return "\n".join(
         [
             _flags(N=width, INPUTS=len(own), TIMED=timed, STAGES=method.n_stages, ALL=len(dense)),
-            _flags(DEGREE=len(dense[0]), TIMES=len(method.nodes), ERROR_ORDER=method.error_order, EVALUATIONS=method.evaluations),
+            _flags(DEGREE=len(dense[0]), TIMES=len(nodes), ERROR_ORDER=method.error_order, EVALUATIONS=method.evaluations),
             f"static constexpr double ROOT = {number(width**-0.5)};",
             _integers("OWN", own),
             _integers("NUMBERS", numbers),
-            _array("C", method.nodes),
+            _flags(EXTRA=beside, CARRIED=bdf.SIZE - 1 if multistep else 0),
+            _array("C", nodes),
             _matrix("DENSE", dense, len(dense[0])),
             declarations(),
             f"#define MASS {int(mass)}\n#define IMPLICIT {int(implicit)}\n#define CONSTRAINED {int(mass or implicit)}",
-            f"static constexpr double FARTHEST = {number(max(1.0, *method.nodes))}, REAL_EPSILON = {number(torch.finfo(real).eps)};",
+            f"#define MULTISTEP {int(multistep)}",
+            f"static constexpr double FARTHEST = {number(max(1.0, *nodes))}, REAL_EPSILON = {number(torch.finfo(real).eps)};",
             source("lanes.hpp"),
             source("common.hpp"),
             *_family(method, width, nonzero),

@@ -17,6 +17,7 @@ from ..integrate.plan import Plan, Record
 from ..integrate.residual import power_of
 from ..integrate.stages import TOLERANCE
 from .calls import FORWARD_CALL, filled
+from .emit import records_beside
 from .program import Engine, Program, pointers
 
 __all__ = ["COUNTS", "Frame", "Solved", "block_of", "frame_of", "run_native", "sample_order", "shift_of", "solved", "threads_for"]
@@ -104,7 +105,8 @@ def frame_of(
     few = bool(plan.events) and not plan.keep_stages
     keep_stages = plan.keep_stages or few
     keep_grid = plan.keep_states or plan.keep_grid or keep_stages
-    size = rows * (n * y0.element_size() * (1 + (len(program.method.tableau.dense) if keep_stages else 0)) + 16)
+    beside = records_beside(program.method)
+    size = rows * (n * y0.element_size() * (1 + (len(program.method.dense) if keep_stages else 0)) + 16 + 8 * beside)
     rtol, atol = _tolerance(plan.rtol, y0), _tolerance(plan.atol, y0)
     first = plan.first_step
     first = None if first is None else torch.as_tensor(first, dtype=torch.float64, device="cpu").reshape(-1).contiguous()
@@ -172,7 +174,7 @@ def solved(
     order = sample_order(t_eval, anchors)
     room = program.room.get(rows, max(1, min(_ROOM, _MOST_ROOM // max(frame.size, 1)))) if frame.keep_grid else 0
     room = min(room, plan.max_steps)
-    stages = len(program.method.tableau.dense)
+    stages, beside = len(program.method.dense), records_beside(program.method)
 
     def grid(steps: int) -> dict[str, Tensor]:
         made = {
@@ -181,6 +183,8 @@ def solved(
             "t": torch.empty((steps, rows), dtype=torch.float64, device="cpu"),
             "h": torch.empty((steps, rows), dtype=torch.float64, device="cpu"),
         }
+        if beside:
+            made["extra"] = torch.empty((steps, beside, rows), dtype=torch.float64, device="cpu")
         if n_anchors > 2:
             made["segment"] = torch.empty((steps, rows), dtype=torch.int64, device="cpu")
             made["lands"] = torch.empty((steps, rows), dtype=torch.bool, device="cpu")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..integrate import Plan
+from ..integrate import Plan, stands
 from ..linalg.copies import copy_by_copy
 from ..native.back import sweep_native
 from ..native.program import Program
@@ -74,7 +74,7 @@ def run_of(
         return None
     if prepared.derivatives:
         states = found.steps["states"]
-        if bool((states[-1] == states[0]).any()):
+        if bool((stands(states) if plan.method.multistep else states[-1] == states[0]).any()):
             return None
     return found, values
 
@@ -91,7 +91,9 @@ class PreparedNode(torch.autograd.Function):
         ctx.run = run
         ctx.set_materialize_grads(False)
         kept = [steps["states"], steps["t"], steps["h"], found.counts[3], found.sample_step]
-        kept += [steps["stages"]] if run.prepared.plan.method.implicit else []
+        method = run.prepared.plan.method
+        kept += [steps["stages"]] if method.implicit else []
+        kept += [steps["extra"]] if method.multistep else []
         ctx.n_kept = len(kept)
         ctx.save_for_backward(*kept, *inputs)
         return y
@@ -111,7 +113,8 @@ class PreparedNode(torch.autograd.Function):
             return (None, *_again(run, inputs, bar, needed))
         prepared = run.prepared
         bars = bar.reshape(-1, prepared.rows, prepared.width)
-        grid: dict[str, Tensor] = dict(zip(("states", "t", "h", "status", "sample_step", "stages"), saved[: ctx.n_kept], strict=False))
+        names = ("states", "t", "h", "status", "sample_step", "stages", "extra")
+        grid: dict[str, Tensor] = dict(zip(names, saved[: ctx.n_kept], strict=False))
         ends = (bars[1], None) if run.t_eval is None else (None, bars)
         back = sweep_native(prepared.program, prepared.plan, grid, run.anchors, run.t_eval, run.values, (*ends, None, None), False)
         steps = saved[1].shape[0]

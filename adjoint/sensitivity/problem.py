@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from ..integrate import (
     StageSolver,
     integrate,
     shifted_times,
+    too_long,
 )
 from ..integrate.companion import Beside, displaced, rests
 from ..integrate.stages import TOLERANCE
@@ -111,10 +112,21 @@ class Problem:
         index, skipped = (None, None) if self.algebra is None else (self.algebra.index, self.algebra.skipped)
         key, solve = self.plan.compile, (self.plan, self.system, self.batched, inputs, y0, anchors, t_eval)
         record = self.native.forward(key, *solve, derivatives, index, skipped)
-        if record is None or (derivatives and not self._constrained and rests(record)):
+        if record is not None and derivatives:
+            record = self._without_rest(record, inputs, y0)
+        if record is None:
             self.native.recognised = None
-            return None
         return record
+
+    def _without_rest(self, record: Record, inputs: Sequence[Tensor], y0: Tensor) -> Record | None:
+        """A solve whose steps are short enough for derivatives, with what was evaluated to see it; None for another one."""
+        made = self.beside(inputs, y0.shape[0])
+        if made is None:
+            return record
+        if not self.plan.method.multistep:
+            return None if rests(record) else record
+        doubtful, count = too_long(made(False), self.plan, record, y0)
+        return None if bool(doubtful.any()) else replace(record, n_fun=record.n_fun + count)
 
     @property
     def _constrained(self) -> bool:

@@ -18,7 +18,7 @@ except NoCompiler:
     pytest.skip("there is no C++ compiler", allow_module_level=True)
 
 NATIVE = sorted(name for name, method in METHODS.items() if takes(method))
-QUICK = ("dopri5", "dopri8", "rk4", "rodas5p", "kvaerno5", "radau5")
+QUICK = ("dopri5", "dopri8", "rk4", "rodas5p", "kvaerno5", "radau5", "bdf")
 
 
 def swings(t, y, p):
@@ -68,7 +68,7 @@ def test_every_method(method):
     check(method, rows=18, t_eval=times, shared=True)
 
 
-@pytest.mark.parametrize("method", ["dopri5", "kvaerno5"])
+@pytest.mark.parametrize("method", ["dopri5", "kvaerno5", "bdf"])
 class TestForms:
     def test_repeated_samples_and_backwards(self, method):
         times = torch.tensor([0.0, 0.4, 0.4, 1.1, 1.7, 2.0, 2.0], dtype=torch.float64)
@@ -137,7 +137,7 @@ def rises(t, y, p):
 rises.direction = 1
 
 
-@pytest.mark.parametrize("method", [*QUICK[:2], "rodas5p", "kvaerno5"])
+@pytest.mark.parametrize("method", [*QUICK[:2], "rodas5p", "kvaerno5", "bdf"])
 @pytest.mark.parametrize("rows", [0, 18])
 def test_events(method, rows):
     """Times, states and their derivatives, of events that are recorded and of one that ends the solve, with samples before and after it."""

@@ -8,14 +8,21 @@ struct Back_ {
   double t[W], h[W], sign[W];
   long row[W], k[W], first[W], sampled[W], behind[W];
   bool live[W], jump[W], jumps_end[W];
+#if MULTISTEP
+  Before before;
+#endif
 
   // totals (SHARED): where the cotangents of shared inputs are added up in this block
   Back_(const Backward& q, long from, long to, S* totals) : q(q), f(functions_of(q)), from(from), to(to), waiting(from) {
-    const long size = (6 + 2 * ALL) * (long)N + ROOM_OF_STEP;
+    const long size = (6 + 2 * ALL + CARRIED) * (long)N + ROOM_OF_STEP;
     memory = lanes_of(size);
     S* at = memory;
     y = at; bar = (at += N); start = (at += N); ybar = (at += N); ks = (at += N); kbar = (at += ALL * N); first_bar = (at += ALL * N); handed = (at += N); work = (at += N);
     for (long i = 0; i < size; i++) memory[i] = K(0);
+#if MULTISTEP
+    before.carried = work + ROOM_OF_STEP;
+    for (int l = 0; l < W; l++) { before.order[l] = 1; before.ratio[l] = before.kept[l] = 1; }
+#endif
     long mine = 0;
     for (int i = 0; i < INPUTS; i++) mine += OWN[i];
     own_bars = lanes_of(mine);
@@ -74,6 +81,9 @@ struct Back_ {
       q.y0_bar[r * N + n] = x;
       put(bar[n], l, R(0));
     }
+#if MULTISTEP
+    for (int e = 0; e < CARRIED * N; e++) put(before.carried[e], l, R(0));
+#endif
     for (int i = 0; i < INPUTS; i++) if (OWN[i]) for (long e = 0; e < OWN[i]; e++) q.input_bars[i][r * OWN[i] + e] = get(bars[i][e], l);
   }
 
@@ -85,6 +95,9 @@ struct Back_ {
     for (int l = 0; l < W; l++) if (!live[l]) {
       if (row[l] != row[other]) { row[l] = row[other]; own.load(q.inputs, l, row[l]); }
       t[l] = t[other]; h[l] = h[other];
+#if MULTISTEP
+      before.order[l] = before.order[other]; before.ratio[l] = before.ratio[other]; before.kept[l] = before.kept[other];
+#endif
       for (int n = 0; n < N; n++) put(y[n], l, get(y[n], other));
       if (RECORDED) for (int n = 0; n < ALL * N; n++) put(ks[n], l, get(ks[n], other));
     }
@@ -132,8 +145,13 @@ struct Back_ {
           jump[l] = q.jumps == 2 || (k[l] && q.segment[i] > q.segment[i - q.rows]);
           jumps_end[l] = q.jumps == 2 || (q.lands[i] && q.segment[i] < q.n_anchors - 2);
         }
-        for (int n = 0; n < N; n++) put(y[n], l, q.states[i * N + n]);
-        if (RECORDED) for (int s = 0; s < ALL; s++) for (int n = 0; n < N; n++) put(ks[s * N + n], l, q.stages[((k[l] * ALL + s) * q.rows + row[l]) * N + n]);
+        // the state where the equations of a step are: at its end, of multistep methods
+        for (int n = 0; n < N; n++) put(y[n], l, q.states[(i + MULTISTEP * q.rows) * N + n]);
+#if MULTISTEP
+        const double* known = q.extra + k[l] * EXTRA * q.rows + row[l];
+        before.order[l] = (long)known[0]; before.ratio[l] = known[q.rows]; before.kept[l] = known[2 * q.rows];
+#endif
+        if (RECORDED && (!MULTISTEP || q.timed)) for (int s = 0; s < ALL; s++) for (int n = 0; n < N; n++) put(ks[s * N + n], l, q.stages[((k[l] * ALL + s) * q.rows + row[l]) * N + n]);
         if (q.states_bar) add(bar, l, q.states_bar + (i + q.rows) * N);
         if (q.stages_bar) for (int s = 0; s < ALL; s++) add(kbar + s * N, l, q.stages_bar + ((k[l] * ALL + s) * q.rows + row[l]) * N);
         first[l] = sampled[l];
@@ -158,6 +176,9 @@ struct Back_ {
       for (int l = 0; l < W; l++) put(hs, l, (R)h[l]);
       stage_times(t, h, sign, jump, jumps_end, times);
       Return r{f, c, times, hs, y, bar, clear ? kbar : nullptr, ks, ybar, first_bar, work, (bool)q.timed, K(0), K(0)};
+#if MULTISTEP
+      r.before = &before;
+#endif
       if (dense) step_back<true>(r);
       else step_back<false>(r);
       if (HANDS_ON) handed_back(r);
@@ -165,6 +186,9 @@ struct Back_ {
       bool ended = false;
       const M going = mask_of(live);
       for (int n = 0; n < N; n++) bar[n] = m_sel(going, ybar[n] + start[n], K(0));
+#if MULTISTEP
+      for (int e = 0; e < CARRIED * N; e++) before.carried[e] = m_sel(going, before.carried[e], K(0));
+#endif
       for (int l = 0; l < W; l++) {
         if (!live[l]) continue;
         const long i = k[l] * q.rows + row[l];

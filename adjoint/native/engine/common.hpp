@@ -53,16 +53,20 @@ template <class Q> static Functions functions_of(const Q& q) {
 
 // an attempted step of the trajectories ``on``, from y, where the slope is k1: what it is given, and where its results go
 enum { JACOBIANS, FACTORISATIONS, SOLVES, ITERATIONS, EVALUATED, COUNTS };
+struct History;
 struct Attempt {
   const Functions& f; const Ctx& c; const S* times; S h;
   const S *y, *k1, *rtol, *atol, *step_rtol, *step_atol;  // tolerances of an iteration for stages, and of the step
   S* last_ks; double last_h[W]; bool guesses;  // the step before, and whether iterations may begin with it
   S *ks, *y1, *error, *work, *beside;  // beside: of the defect, see constraints.hpp
   const R* power; const unsigned char* skipped;
+  History* past;  // of a multistep method
   bool adaptive, on[W], again[W], stuck[W];  // again: from the same place as the attempt before; stuck: the iteration did not converge
   long counts[COUNTS][W];
   void count(int what, long n = 1) { for (int l = 0; l < W; l++) counts[what][l] += on[l] * n; }
 };
+// of steps of a multistep method what was recorded of them, and the cotangents of the differences that they begin with and end with
+struct Before { long order[W]; double ratio[W], kept[W]; S* carried; };
 // a step taken back, from bar, the cotangent of the state at its end, and kbar, those of its stages or nothing: ybar, that of y
 struct Return {
   const Functions& f; const Ctx& c; const S* times; S h;
@@ -70,6 +74,7 @@ struct Return {
   S *ks, *ybar, *first, *work;  // first: of a first stage that was handed on by the step before
   bool timed;
   S tbar, hbar;
+  const Before* before;
 };
 #if W == 1
 template <class B> FN M mask_of(const B& b) { return b[0]; }

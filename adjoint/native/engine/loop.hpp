@@ -8,6 +8,10 @@ struct Loop {
   S *y, *y1, *k1, *ks, *rtol, *atol, *size, *error, *other, *srtol, *satol;
   Starts starts;
   Attempt a;
+#if MULTISTEP
+  History past;
+  Doubles level;  // of the error of the last attempt
+#endif
   Doubles t, step, wanted, target, end, h, error1, error2, sign, span;
   Doubles due;  // the time of the next sample, in the direction of integration
   Longs segment, attempts, accepted, n_fun;
@@ -35,6 +39,10 @@ struct Loop {
     a.last_ks = at + ALL * N; a.work = at + 2 * ALL * N; a.beside = a.work + ROOM_OF_STEP; a.guesses = q.guesses; a.adaptive = q.adaptive; a.power = q.power; a.skipped = q.skipped;
     for (long i = 0; i < numbers; i++) memory[i] = K(0);
     c = {q.inputs, own.a, q.tables, nullptr};
+#if MULTISTEP
+    past.stand(a.work);
+    a.past = &past;
+#endif
 #if EVENTS > 0
     events = (EventFunctions)q.events;
     for (int l = 0; l < W; l++) watch[l].begin();
@@ -97,11 +105,9 @@ struct Loop {
     for (int i = 0; i < EVALUATED; i++) q.work[i * q.rows + r] = a.counts[i][l];
   }
 
-
   // lanes without a trajectory take one
   void refill() {
-    for (int l = 0; l < W; l++) {
-      if (live[l] || waiting >= to) continue;
+    for (int l = 0; l < W; l++) while (!live[l] && waiting < to) {
       if (waiting >= starts.to) starts.take(waiting, to);
       const long r = row[l] = waiting, j = waiting++ - starts.from;
       live.set(l, true);
@@ -132,6 +138,16 @@ struct Loop {
 #if EVENTS > 0
       watch[l].begin();
       for (int i = 0; i < EVENTS; i++) watch[l].values[i] = get(starts.events[i], j);
+#endif
+#if MULTISTEP
+      if (span[l] == 0) {
+        // nothing is done
+        while (next[l] < q.n_samples) write_sample(l, y, 0);
+        finish(l, 0);
+        continue;
+      }
+      if (step[l]) step[l] = least(most(step[l], q.min_step), q.max_step);
+      past.begin(l, y, k1, sign[l] * step[l]);
 #endif
     }
   }
@@ -166,6 +182,9 @@ struct Loop {
   }
 
   // the error test, and the sizes of the next steps; true: accepted
+#if MULTISTEP
+  LV judge(DV e) { level.v = e; return past.judge(on, level, bad, step); }
+#else
   LV judge(DV e) {
     const DV length = d_abs(h.v), one = d_all(1);
     const LV smallest = q.accept_smallest ? THAT(length <= d_all(q.min_step)) : flag(false);
@@ -202,6 +221,7 @@ struct Loop {
     if (some(hopeless)) for (int l = 0; l < W; l++) if (((Flags&)hopeless)[l]) finish(l, -3);
     return passed & on.v;
   }
+#endif
 
   void run() {
     S times[TIMES];
@@ -217,10 +237,15 @@ struct Loop {
         continue;
       }
       a.h = narrow(h.v);
+#if MULTISTEP
+      past.fit(on, h, step);
+      for (int l = 0; l < W; l++) put(times[0], l, moved((R)end[l], jumps_end[l], -sign[l] * __builtin_inf()));
+#else
       stage_times(&t[0], &h[0], &sign[0], jump, jumps_end, times);
+#endif
       for (int l = 0; RECORDED && l < W; l++) { a.on[l] = on[l]; a.stuck[l] = a.stuck[l] && !on[l]; }
       step_forward(a);
-      bool end_known = FSAL, dense = q.keep_stages;
+      bool end_known = FSAL || MULTISTEP, dense = q.keep_stages;
       Flags passed;
       S* k_end = FSAL ? ks + (STAGES - 1) * N : NEXT_FIRST ? ks + STAGES * N : other;
       if (ERROR_USES_END) { f.fun(&c, times + STAGES, y1, k_end); end_known = true; }
@@ -395,8 +420,11 @@ struct Loop {
         if (q.n_anchors > 2) { *p.segment = segment[l]; *p.lands = lands[l]; }
         if (q.keep_states) for (int n = 0; n < N; n++) p.state[n] = get(y1[n], l);
         if (q.keep_stages) for (int s = 0; s < ALL; s++) for (int n = 0; n < N; n++) p.stages[s * q.rows * N + n] = get(ks[s * N + n], l);
+#if MULTISTEP
+        past.note(l, p.extra, q.rows);
+#endif
       }
-      if (RECORDED && a.guesses) { a.last_h[l] = h[l]; for (int n = 0; n < ALL * N; n++) put(a.last_ks[n], l, get(ks[n], l)); }
+      if (RECORDED && !MULTISTEP && a.guesses) { a.last_h[l] = h[l]; for (int n = 0; n < ALL * N; n++) put(a.last_ks[n], l, get(ks[n], l)); }
       jumped |= jump[l] = jumps_end[l];
       if (stops) end[l] = stop[l];
     }
@@ -414,6 +442,10 @@ struct Loop {
       const bool stops = EVENTS > 0 && stop[l] == stop[l];
       if (passed[l] && (stops || segment[l] >= q.n_anchors - 1)) { finish(l, stops ? 1 : 0); ended = true; }
     }
+#if MULTISTEP
+    past.take(taken, passed);
+    past.follow(passed, live, lands, level, size, rtol, atol, step);
+#else
     if (jumped) {
       // after a discontinuity the first stage is taken anew, from the far side of it
       S at = K(0), *anew = lanes_of(N);
@@ -436,6 +468,7 @@ struct Loop {
       }
       free(anew);
     }
+#endif
     if (ended) refill();
   }
 };

@@ -1,14 +1,14 @@
 // What a solve writes as it goes: for so many steps as there was room for at first into tensors, beyond that into memory of its own.
 
 // steps behind those for which there was room at first, of all trajectories
-struct Chunk { long from, length; R* states; R* stages; double *t, *h; long* segment; unsigned char* lands; Chunk* next; };
+struct Chunk { long from, length; R* states; R* stages; double *t, *h, *extra; long* segment; unsigned char* lands; Chunk* next; };
 struct Tape {
   Chunk* first; pthread_mutex_t lock;
 #if EVENTS > 0
   Log log;
 #endif
 };
-struct Place { R *state, *stages; double *t, *h; long* segment; unsigned char* lands; };
+struct Place { R *state, *stages; double *t, *h; long* segment; unsigned char* lands; double* extra; };
 
 static Chunk* chunk_at(const Forward& q, Tape& tape, long k) {
   pthread_mutex_lock(&tape.lock);
@@ -23,6 +23,7 @@ static Chunk* chunk_at(const Forward& q, Tape& tape, long k) {
     if (q.keep_stages) c->stages = (R*)malloc(n * ALL * N * sizeof(R));
     c->t = (double*)malloc(n * sizeof(double)); c->h = (double*)malloc(n * sizeof(double));
     c->segment = (long*)malloc(n * sizeof(long)); c->lands = (unsigned char*)malloc(n);
+    if (EXTRA) c->extra = (double*)malloc(n * EXTRA * sizeof(double));
     *at = c;
     if (k < from + length) break;
     from += length; at = &c->next;
@@ -36,11 +37,13 @@ static Place place_of(const Forward& q, Tape& tape, long k, long row) {
   const long B_ = q.rows;
   if (k < q.room) {
     const long i = k * B_ + row;
-    return {q.keep_states ? q.states + (i + B_) * N : nullptr, q.keep_stages ? q.stages + (k * ALL * B_ + row) * N : nullptr, q.t + i, q.h + i, q.segment + i, q.lands + i};
+    return {q.keep_states ? q.states + (i + B_) * N : nullptr, q.keep_stages ? q.stages + (k * ALL * B_ + row) * N : nullptr, q.t + i, q.h + i, q.segment + i, q.lands + i,
+            q.extra + k * EXTRA * B_ + row};
   }
   Chunk* c = chunk_at(q, tape, k);
   const long j = k - c->from, i = j * B_ + row;
-  return {q.keep_states ? c->states + i * N : nullptr, q.keep_stages ? c->stages + (j * ALL * B_ + row) * N : nullptr, c->t + i, c->h + i, c->segment + i, c->lands + i};
+  return {q.keep_states ? c->states + i * N : nullptr, q.keep_stages ? c->stages + (j * ALL * B_ + row) * N : nullptr, c->t + i, c->h + i, c->segment + i, c->lands + i,
+          c->extra + j * EXTRA * B_ + row};
 }
 
 // from what was written as the solve went to tensors of ``steps`` steps; rows with fewer go on with steps of size zero. ``to`` has room for all
@@ -52,6 +55,7 @@ static void block_seal(void* p, long b) {
   for (long r = b * q.block; r < end; r++) for (long k = q.n_accepted[r]; k < s.steps; k++) {
     const long i = k * q.rows + r;
     to.t[i] = q.t_final[r]; to.h[i] = 0;
+    for (int e = 0; e < EXTRA; e++) to.extra[(k * EXTRA + e) * q.rows + r] = 1;
     if (q.n_anchors > 2) { to.segment[i] = 0; to.lands[i] = 0; }
     if (q.keep_states) for (int n = 0; n < N; n++) to.states[(i + q.rows) * N + n] = q.last[r * N + n];
     if (q.keep_stages) for (int a = 0; a < ALL; a++) for (int n = 0; n < N; n++) to.stages[((k * ALL + a) * q.rows + r) * N + n] = 0;
@@ -65,6 +69,7 @@ extern "C" void seal(void* p, const Forward* q, const Forward* to, long steps) {
     if (q->n_anchors > 2) { memcpy(to->segment, q->segment, n * 8); memcpy(to->lands, q->lands, n); }
     if (q->keep_states) memcpy(to->states, q->states, (n + q->rows) * N * sizeof(R));
     if (q->keep_stages) memcpy(to->stages, q->stages, n * ALL * N * sizeof(R));
+    if (EXTRA) memcpy(to->extra, q->extra, n * EXTRA * 8);
   }
   for (Chunk* c = tape->first; c; c = c->next) {
     const long count = least(c->length, steps - c->from), n = count * q->rows, at = c->from * q->rows;
@@ -73,12 +78,13 @@ extern "C" void seal(void* p, const Forward* q, const Forward* to, long steps) {
     if (q->n_anchors > 2) { memcpy(to->segment + at, c->segment, n * 8); memcpy(to->lands + at, c->lands, n); }
     if (q->keep_states) memcpy(to->states + (at + q->rows) * N, c->states, n * N * sizeof(R));
     if (q->keep_stages) memcpy(to->stages + at * ALL * N, c->stages, n * ALL * N * sizeof(R));
+    if (EXTRA) memcpy(to->extra + at * EXTRA, c->extra, n * EXTRA * 8);
   }
   if (q->keep_grid) {
     Sealing s{q, to, tape, steps};
     together(q->threads, (q->rows + q->block - 1) / q->block, block_seal, &s);
   }
-  for (Chunk* c = tape->first; c;) { Chunk* next = c->next; free(c->states); free(c->stages); free(c->t); free(c->h); free(c->segment); free(c->lands); free(c); c = next; }
+  for (Chunk* c = tape->first; c;) { Chunk* next = c->next; free(c->states); free(c->stages); free(c->t); free(c->h); free(c->segment); free(c->lands); free(c->extra); free(c); c = next; }
   pthread_mutex_destroy(&tape->lock);
   free(tape);
 }

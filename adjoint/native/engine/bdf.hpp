@@ -1,0 +1,293 @@
+// Backward differentiation formulas of variable order and step, and their adjoint: the rules of `integrate/bdf.py`, `bdf_alone.py` and
+// `sensitivity/bdf.py`. What a step knows of those before is a table of differences at equal distances, (DIFFERENCES, N), the state first. Constants,
+// by order from 0 on: GAMMA, ALPHA, CONSTANTS (of error estimates) and SLOPES, (ORDERS + 1, ORDERS + 1) each, of the matrix that brings the table
+// to another distance, by the ratio of the two where that is one; of iterations BOUND and ROUNDS; of sizes SMALLEST_FACTOR, LARGEST_FACTOR, SAFE.
+// Differences and correction over h are recorded as stages.
+#define RECORDED 1
+#define HANDS_ON 0
+enum { ORDERS = STAGES - 1, DIFFERENCES = ORDERS + 3 };
+#define ROOM_OF_STEP ((2 * DIFFERENCES + 6) * (long)N + 3 * N * N + EXCHANGES)
+
+// what formulas weigh, in every lane by its own order
+struct Formula {
+  M low[DIFFERENCES], next[DIFFERENCES], after[DIFFERENCES];  // up to the order; one and two beyond it
+  S weight[ORDERS + 1], constant, c;        // of psi; of the error; h / alpha
+  Formula(const long* order, const S& h) {
+    bool on[3][W];
+    for (int j = 0; j < DIFFERENCES; j++) {
+      for (int l = 0; l < W; l++) { on[0][l] = j <= order[l]; on[1][l] = j == order[l] + 1; on[2][l] = j == order[l] + 2; }
+      low[j] = mask_of(on[0]); next[j] = mask_of(on[1]); after[j] = mask_of(on[2]);
+    }
+    for (int l = 0; l < W; l++) {
+      const long q = order[l];
+      for (int j = 0; j <= ORDERS; j++) put(weight[j], l, (R)(j <= q ? GAMMA[j] / ALPHA[q] : 0));
+      put(constant, l, (R)CONSTANTS[q]);
+      put(c, l, (R)(get(h, l) / ALPHA[q]));
+    }
+  }
+};
+// the matrix that brings differences to distances ``ratio`` as large: with z for the operator of differences, z^i becomes (1 - (1 - z)^ratio)^i,
+// up to z^order. Its first row and column are those of the unit matrix, and T[i][j] = 0 for i > j
+struct Rescaling {
+  S T[ORDERS + 1][ORDERS + 1];
+  long highest;
+  Rescaling(const long* order, const double* ratio) : highest(1) {
+    for (int l = 0; l < W; l++) {
+      const long q = order[l];
+      if (q > highest) highest = q;
+      double first[ORDERS + 1], row[ORDERS + 1];
+      first[0] = row[0] = 0; first[1] = row[1] = ratio[l];
+      for (int k = 2; k <= ORDERS; k++) first[k] = row[k] = first[k - 1] * (k - 1 - ratio[l]) / k;
+      for (int i = 1; i <= ORDERS; i++) {
+        for (int j = i; j <= ORDERS; j++) put(T[i][j], l, (R)(i <= q && j <= q ? row[j] : i == j));
+        for (int j = ORDERS; j > i; j--) { double total = 0; for (int k = 1; j - k >= i; k++) total += first[k] * row[j - k]; row[j] = total; }
+      }
+    }
+  }
+};
+
+struct History {
+  S *D, *following, *J, *taken, *LU, *P, *psi, *predicted, *base, *d, *value, *change;  // following: the table behind the attempt
+  long order[W], equal[W], rounds[W];     // equal: steps at the present distance; rounds of the last iteration
+  double ratio[W], kept[W], factored[W];  // what is recorded of a step, see `BdfSolver`; c of the factors
+  bool known[W], solved[W];               // whether there is a Jacobian; whether the iteration converged
+  void stand(S* at) {
+    D = at; following = D + DIFFERENCES * N; J = following + DIFFERENCES * N; taken = J + N * N; LU = taken + N * N; P = LU + N * N; psi = P + EXCHANGES;
+    predicted = psi + N; base = predicted + N; d = base + N; value = d + N; change = value + N;
+    for (int l = 0; l < W; l++) { order[l] = 1; equal[l] = rounds[l] = 0; ratio[l] = kept[l] = 1; factored[l] = NOT_A_NUMBER; known[l] = solved[l] = false; }
+  }
+  // a trajectory from y, where the slope is ``slope``; step: with its sign
+  void begin(int l, const S* y, const S* slope, double step) {
+    for (int e = 0; e < DIFFERENCES * N; e++) put(D[e], l, R(0));
+    for (int n = 0; n < N; n++) { put(D[n], l, get(y[n], l)); put(D[N + n], l, (R)step * get(slope[n], l)); }
+    order[l] = 1; equal[l] = 0; ratio[l] = kept[l] = 1; factored[l] = NOT_A_NUMBER; known[l] = false;
+  }
+  // the table of some lanes to ``factor`` of its distance
+  void rescale(const bool* which, const double* factor) {
+    double by[W];
+    bool any = false;
+    for (int l = 0; l < W; l++) { by[l] = which[l] ? factor[l] : 1; any |= by[l] != 1; }
+    if (!any) return;
+    const Rescaling m(order, by);
+    for (int n = 0; n < N; n++) for (int i = 1; i <= m.highest; i++) {
+      S total = K(0);
+      for (int j = i; j <= m.highest; j++) total += m.T[i][j] * D[j * N + n];
+      D[i * N + n] = total;
+    }
+    for (int l = 0; l < W; l++) if (by[l] != 1) { ratio[l] *= by[l]; equal[l] = 0; }
+  }
+  // steps are to have the size of h, whatever was said
+  void fit(const Flags& on, const Doubles& h, Doubles& step) {
+    bool which[W];
+    double factor[W];
+    for (int l = 0; l < W; l++) {
+      const double size = __builtin_fabs(h[l]);
+      which[l] = on[l] && size != step[l];
+      factor[l] = size / step[l];
+      if (which[l]) step[l] = size;
+    }
+    rescale(which, factor);
+  }
+  void note(int l, double* at, long stride) const { at[0] = order[l]; at[stride] = ratio[l]; at[2 * stride] = kept[l]; }
+  // which attempts, with these levels of error, are accepted, and the sizes of the steps that follow the others
+  LV judge(const Flags& on, const Doubles& level, Flags& bad, Doubles& step) {
+    Flags passed;
+    bool which[W];
+    double factor[W];
+    for (int l = 0; l < W; l++) {
+      bad.set(l, !solved[l]);
+      passed.set(l, on[l] && solved[l] && level[l] <= 1);
+      which[l] = on[l] && !passed[l];
+      if (!which[l]) continue;
+      factor[l] = 0.5;
+      if (solved[l]) {
+        factor[l] = SMALLEST_FACTOR;
+        if (finite(level[l])) factor[l] = least(most(safety(l) * __builtin_pow(most(level[l], 1e-30), -1.0 / (order[l] + 1)), SMALLEST_FACTOR), 1);
+      }
+      step[l] *= factor[l];
+    }
+    rescale(which, factor);
+    return passed.v;
+  }
+  double safety(int l) const { return SAFE * (2 * ROUNDS + 1) / (2 * ROUNDS + rounds[l]); }
+  // behind the steps of the lanes ``taken_``
+  void take(const M& taken_, const Flags& passed) {
+    for (int e = 0; e < DIFFERENCES * N; e++) D[e] = m_sel(taken_, following[e], D[e]);
+    for (int l = 0; l < W; l++) if (passed[l]) { ratio[l] = kept[l] = 1; equal[l]++; }
+  }
+  // the error, in units of the tolerance, of lanes that would go on at an order ``more`` than the present one
+  void levels(int more, const bool* ready, const S* size, const S* rtol, const S* atol, double* found) const {
+    S total = K(0), x = K(0);
+    for (int n = 0; n < N; n++) {
+      for (int l = 0; l < W; l++) if (ready[l]) put(x, l, (R)CONSTANTS[order[l] + more] * get(D[(order[l] + more + 1) * N + n], l));
+      const S e = x / (size[n] * rtol[n] + atol[n]);
+      total += e * e;
+    }
+    total = m_sqrt(total) * K(R(ROOT));
+    for (int l = 0; l < W; l++) found[l] = ready[l] && order[l] + more >= 1 && order[l] + more <= ORDERS ? get(total, l) : __builtin_inf();
+  }
+  // orders and sizes behind the steps that ``passed``, of lanes that go on; landed: behind a discontinuity differences say nothing
+  void follow(const Flags& passed, const Flags& live, const Flags& landed, const Doubles& level, const S* size, const S* rtol, const S* atol, Doubles& step) {
+    bool which[W], ready[W], any = false;
+    double factor[W], below[W], above[W];
+    for (int l = 0; l < W; l++) {
+      which[l] = passed[l] && live[l];
+      ready[l] = which[l] && !landed[l] && equal[l] > order[l];
+      any |= ready[l];
+      factor[l] = 1;
+      if (!which[l] || !landed[l]) continue;
+      for (int e = 2 * N; e < DIFFERENCES * N; e++) put(D[e], l, R(0));
+      order[l] = 1; equal[l] = 0; kept[l] = 0; factor[l] = 0.1;
+    }
+    if (any) { levels(-1, ready, size, rtol, atol, below); levels(1, ready, size, rtol, atol, above); }
+    for (int l = 0; l < W; l++) {
+      if (ready[l]) {
+        const double norms[3] = {below[l], level[l], above[l]};
+        double largest = 0;
+        int best = 0;
+        for (int i = 0; i < 3; i++) {
+          const double x = __builtin_pow(most(norms[i], 1e-30), -1.0 / (order[l] + i));
+          if (x > largest) { largest = x; best = i; }
+        }
+        factor[l] = least(most(safety(l) * largest, SMALLEST_FACTOR), LARGEST_FACTOR);
+        // small changes are not worth a new matrix
+        if (factor[l] > 0.95 && factor[l] < 1.2 && best == 1) factor[l] = 1;
+        order[l] += best - 1;
+      }
+      step[l] *= factor[l];
+    }
+    rescale(which, factor);
+  }
+};
+// the Jacobian at the prediction, of some lanes
+static void take_jacobian(Attempt& a, const bool* which) {
+  History& p = *a.past;
+  a.f.jac(&a.c, a.times, p.predicted, p.taken, p.value);
+  const M on = mask_of(which);
+  for (int e = 0; e < N * N; e++) p.J[e] = m_sel(on, p.taken[e], p.J[e]);
+  for (int l = 0; l < W; l++) if (which[l]) { p.known[l] = true; p.factored[l] = NOT_A_NUMBER; a.counts[JACOBIANS][l]++; }
+}
+// y = predicted + d with psi + d = c f(t, y), by Newton's iteration with old matrices
+static void correct(Attempt& a, const S& c, const bool* which) {
+  History& p = *a.past;
+  bool anew = false;
+  for (int l = 0; l < W; l++) if (which[l] && p.factored[l] != get(c, l)) { anew = true; a.counts[FACTORISATIONS][l]++; p.factored[l] = get(c, l); }
+  if (anew) shifted_matrix(p.J, c, p.LU, p.P);
+  const M on = mask_of(which);
+  for (int n = 0; n < N; n++) { a.y1[n] = m_sel(on, p.predicted[n], a.y1[n]); p.d[n] = m_sel(on, K(0), p.d[n]); p.base[n] = m_sel(on, p.psi[n], p.base[n]); }
+  Newton newton(a, BOUND, ROUNDS, which, 1, false);
+  for (int l = 0; l < W; l++) if (which[l]) { p.rounds[l] = 0; a.stuck[l] = false; }
+  while (newton.round < newton.most && newton.any()) {
+    for (int l = 0; l < W; l++) { const long n = newton.running[l]; p.rounds[l] += n; a.counts[EVALUATED][l] += n; a.counts[ITERATIONS][l] += n; a.counts[SOLVES][l] += n; }
+    a.f.fun(&a.c, a.times, a.y1, p.value);
+    for (int n = 0; n < N; n++) p.change[n] = p.base[n] - c * p.value[n];
+    solve_lu<N>(p.LU, p.P, p.change);
+    S length = K(0);
+    for (int n = 0; n < N; n++) { const S x = p.change[n] / (m_abs(p.predicted[n]) * a.rtol[n] + a.atol[n]); length += x * x; }
+    const M moves = newton.judge(m_sqrt(length) * K(R(ROOT)));
+    for (int n = 0; n < N; n++) {
+      const S x = m_sel(moves, p.change[n], K(0));
+      a.y1[n] -= x; p.d[n] -= x; p.base[n] -= x;
+    }
+  }
+  newton.lost();
+  for (int l = 0; l < W; l++) if (which[l]) p.solved[l] = !newton.failed[l];
+}
+static void step_forward(Attempt& a) {
+  History& p = *a.past;
+  const Formula f(p.order, a.h);
+  for (int n = 0; n < N; n++) {
+    S predicted = p.D[n], psi = K(0);
+    for (int j = 1; j <= ORDERS; j++) { predicted += m_sel(f.low[j], p.D[j * N + n], K(0)); psi += f.weight[j] * m_sel(f.low[j], p.D[j * N + n], K(0)); }
+    p.predicted[n] = predicted; p.psi[n] = psi;
+  }
+  bool fresh[W], again[W], any = false;
+  for (int l = 0; l < W; l++) any |= fresh[l] = a.on[l] && !p.known[l];
+  if (any) take_jacobian(a, fresh);
+  correct(a, f.c, a.on);
+  any = false;
+  for (int l = 0; l < W; l++) any |= again[l] = a.on[l] && !p.solved[l] && !fresh[l];
+  if (any) { take_jacobian(a, again); correct(a, f.c, again); }
+  // D_j becomes the sum of D_j ... D_q and the correction d; behind them come d and d - D_{q + 1}
+  const S over = K(1) / m_sel((M)(a.h == K(0)), K(1), a.h);
+  for (int n = 0; n < N; n++) {
+    S total = p.d[n];
+    for (int j = DIFFERENCES - 1; j >= 0; j--) {
+      const S old = p.D[j * N + n];
+      total = m_sel(f.low[j], total + old, total);
+      p.following[j * N + n] = m_sel(f.low[j], total, m_sel(f.next[j], p.d[n], m_sel(f.after[j], p.d[n] - p.D[(j ? j - 1 : 0) * N + n], old)));
+    }
+    p.following[n] = a.y1[n];
+    for (int j = 1; j <= ORDERS; j++) a.ks[(j - 1) * N + n] = m_sel(f.low[j], p.following[j * N + n] * over, K(0));
+    a.ks[ORDERS * N + n] = p.d[n] * over;
+    a.error[n] = f.constant * p.d[n];
+  }
+}
+FN void step_error(Attempt&) {}
+template <int I> FN void dense_stages(Attempt&) {}
+
+// ---- the adjoint: from the cotangent of the table behind a step and w, that of the correction, (I - c f_y)* u = w; psi - predicted has -u
+template <bool DENSE_OUTPUT> static void step_back(Return& a) {
+  const Before& p = *a.before;
+  const Formula f(p.order, a.h);
+  S *behind = a.work, *near = behind + DIFFERENCES * N, *J = near + DIFFERENCES * N, *LU = J + N * N, *P = LU + 2 * (long)N * N, *w = P + EXCHANGES, *u = w + N, *v = u + N, *value = v + N;
+  const S over = K(1) / m_sel((M)(a.h == K(0)), K(1), a.h);
+  for (int n = 0; n < N; n++) {
+    S total = K(0);
+    behind[n] = a.bar[n];
+    for (int j = 1; j < DIFFERENCES; j++) {
+      behind[j * N + n] = p.carried[(j - 1) * N + n];
+      if (a.kbar && j <= ORDERS) behind[j * N + n] += m_sel(f.low[j], a.kbar[(j - 1) * N + n] * over, K(0));
+    }
+    for (int j = 0; j < DIFFERENCES; j++) total += m_sel((M)(f.low[j] | f.next[j] | f.after[j]), behind[j * N + n], K(0));
+    if (a.kbar) total += a.kbar[ORDERS * N + n] * over;
+    u[n] = w[n] = total;
+  }
+  a.f.jac(&a.c, a.times, a.y, J, value);
+  shifted_matrix(J, f.c, LU, P);
+  solve_transposed<N>(LU, P, u);
+  for (int n = 0; n < N; n++) v[n] = f.c * u[n];
+  S tb = K(0);
+  a.f.vjp(&a.c, a.times, a.y, v, value, &tb);
+  for (int n = 0; n < N; n++) {
+    S total = K(0);
+    for (int j = 0; j < DIFFERENCES; j++) {
+      const S x = behind[j * N + n];
+      total += x;
+      S sum = total - (w[n] - u[n]);
+      if (j <= ORDERS) sum -= f.weight[j] * u[n];
+      near[j * N + n] = m_sel(f.low[j], sum, m_sel(f.next[j], j + 1 < DIFFERENCES ? -behind[(j + 1) * N + n] : K(0), m_sel(f.after[j], K(0), x)));
+    }
+  }
+  if (a.timed) {
+    a.tbar += tb;
+    a.f.fun(&a.c, a.times, a.y, value);
+    for (int l = 0; l < W; l++) {
+      // by the time of the end, the stages, c, and the distance of the differences
+      const long q = p.order[l];
+      double total = get(tb, l), by_c = 0;
+      for (int n = 0; n < N; n++) {
+        if (a.kbar) for (int s = 0; s < STAGES; s++) total -= get(a.ks[s * N + n], l) * get(a.kbar[s * N + n], l) * get(over, l);
+        by_c += get(value[n], l) * get(u[n], l);
+        for (int j = 1; j <= q; j++) {
+          const double before = get(a.ks[(j - 1) * N + n], l) - get(a.ks[(j == q ? ORDERS : j) * N + n], l);
+          for (int i = 1; i <= q; i++) total += SLOPES[q][i * (ORDERS + 1) + j] * before * get(near[i * N + n], l);
+        }
+      }
+      put(a.hbar, l, get(a.hbar, l) + (R)(total + by_c / ALPHA[q]));
+    }
+  }
+  const Rescaling m(p.order, p.ratio);
+  bool kept[W];
+  for (int l = 0; l < W; l++) kept[l] = p.kept[l] != 0;
+  const M all = mask_of(kept);
+  for (int n = 0; n < N; n++) {
+    for (int j = 2; j < DIFFERENCES; j++) near[j * N + n] = m_sel(all, near[j * N + n], K(0));
+    a.ybar[n] = near[n];
+    for (int j = 1; j < DIFFERENCES; j++) {
+      S total = near[j * N + n];
+      if (j <= ORDERS) { total = K(0); for (int i = 1; i <= j; i++) total += m.T[i][j] * near[i * N + n]; }
+      p.carried[(j - 1) * N + n] = total;
+    }
+  }
+}
