@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .dropin.odeint import odeint, odeint_dense, odeint_event, solve_with_adjoint
+from .dropin.odeint import moves_event, odeint, odeint_dense, odeint_event, solve_with_adjoint
 from .system.precision import full_precision
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]
@@ -68,5 +68,4 @@ def odeint_adjoint(
     )
 
 
-#: for `odeint_event`: the event time comes with its derivative
-odeint_adjoint.moves_event = True  # type: ignore[attr-defined]
+moves_event(odeint_adjoint)

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InvalidInput
 from ..linalg import LinearSolver, Log
+from ..linalg.choice import SolverByKind
+from ..linalg.protocol import check_solver
 from ..linalg.sparsity import SparsityPattern
 from ..nonlinear import BranchProblem, Continuation
 from ..system.jacobians import DenseJacobian
@@ -19,7 +21,6 @@ from ..system.jacobians_sparse import SparseJacobian, choose_jacobian
 from ..system.lending import lending
 from ..system.system import StateSpec
 from .arguments import check_callable
-from .root_arguments import AutomaticSolver
 from .root_solution import RootSolution
 from .steady import solve_root
 
@@ -171,8 +172,7 @@ def continuation(
         first, last = (float(s) for s in lam_span)
     except (TypeError, ValueError) as error:
         raise InvalidInput(f"lam_span must be a pair of numbers, got {lam_span!r}") from error
-    if linear_solver is not None and not (hasattr(linear_solver, "factor") and hasattr(linear_solver, "refactor")):
-        raise InvalidInput(f"linear_solver must be an object such as adjoint.linalg.SparseLU(), got {linear_solver!r}")
+    check_solver(linear_solver, "SparseLU")
     method = Continuation(kind, step, min_step, max_step, max_points, tol)  # type: ignore[arg-type]
     flat = spec.taken(x0).detach()
     if not bool(torch.isfinite(flat).all()):
@@ -197,7 +197,7 @@ def continuation(
             residual=residual,
             jacobian=lambda x, lam: strategy(lambda at: residual(at, lam), x),
             lam_derivative=lambda x, lam: torch.func.jvp(lambda s: residual(x, s), (lam,), (torch.ones_like(lam),))[1],
-            linear_solver=AutomaticSolver() if linear_solver is None else linear_solver,
+            linear_solver=SolverByKind() if linear_solver is None else linear_solver,
         )
         # the corrector alone wants a good guess
         root = solve_root(lambda x: fun(x, start.reshape(()), *detached), tree_map(lambda x: x.detach(), x0), throw=False)

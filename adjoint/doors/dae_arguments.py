@@ -17,6 +17,7 @@ from ..errors import HigherIndexDAE, InconsistentInitialCondition, InvalidInput,
 from ..integrate import Plan, Record
 from ..linalg import DenseLU, LinearSolver
 from ..linalg.pencil import split
+from ..linalg.protocol import check_solver
 from ..linalg.sparsity import SparsityPattern
 from ..methods import DAE_METHODS, METHODS, Method, Traits
 from ..native.consistent import NativeStart
@@ -126,8 +127,7 @@ def residual_algebra(
 ) -> StageAlgebra:
     """How ``[dF/dy, dF/dy']`` is had and factorised."""
     n = sum(spec.sizes)
-    if linear_solver is not None and not (hasattr(linear_solver, "factor") and hasattr(linear_solver, "refactor")):
-        raise InvalidInput(f"linear_solver must be an object such as adjoint.linalg.DenseLU(), got {linear_solver!r}")
+    check_solver(linear_solver)
     strategy: Any = DenseJacobian()
     if jac_sparsity is not None:
         if not isinstance(jac_sparsity, (tuple, list)) or len(jac_sparsity) != 2:

@@ -226,7 +226,7 @@ def solve_ivp(
     if not callable(fun):
         given = "SplitFunction(explicit, implicit) instead of a tuple" if isinstance(fun, (tuple, list)) else "a function"
         raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}: give {given}")
-    if getattr(chosen, "additive", False) and not isinstance(fun, SplitFunction):
+    if chosen.additive and not isinstance(fun, SplitFunction):
         raise InvalidInput(
             f"method={chosen.name!r} treats one part of the right-hand side explicitly and the other one implicitly: give "
             "fun=adjoint.SplitFunction(explicit, implicit), or choose a method for a fun in one piece, such as 'kvaerno5'"
@@ -254,7 +254,7 @@ def solve_ivp(
         if mass is not None:
             refuse_parts(f"mass_matrix= with {chosen.name!r}", spec)
     watched = event_list(events)
-    multistep = getattr(chosen, "multistep", False)
+    multistep = chosen.multistep
 
     real = spec.real_dtype
     leaves, tree = tree_flatten(tuple(args))
@@ -320,14 +320,14 @@ def solve_ivp(
             raise_failure(record, plan, system, inputs)
 
     algebra = (
-        stage_algebra(system, inputs, spec, **implicit_options, exact=getattr(chosen, "needs_time_slope", False), mass=mass)
+        stage_algebra(system, inputs, spec, **implicit_options, exact=chosen.needs_time_slope, mass=mass)
         if chosen.implicit
         else None
     )
     ways = {"algebra": algebra, "derivatives": derivatives, "native": native, "idle": times.readable_idle}
     problem = Problem(system, plan, batched, report, backward.add, **ways)
     strategy = strategy_of(gradient)
-    if getattr(chosen, "switching", False):
+    if chosen.switching:
         dense = dense_output or bool(watched)
         out, problem = solve_switching(strategy, problem, times.anchors, times.samples, y_flat, inputs, dense)
     else:

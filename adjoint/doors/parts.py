@@ -53,7 +53,7 @@ NO_EVENTS = Found((), None, None, None)
 def strategy_of(gradient: Gradient | None) -> Gradient:
     """The strategy that was given, or the default one."""
     strategy = gradient if gradient is not None else DiscreteAdjoint()
-    if not hasattr(strategy, "solve"):
+    if not isinstance(strategy, Gradient):
         raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")
     return strategy
 

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from ..errors import CapturedTensorLost
 from ..integrate import PIDController
-from ..methods import METHODS
+from ..methods import METHODS, Traits
 from ..native.build import NoCompiler
 from ..native.fingerprint import Fingerprint, fingerprint
 from ..native.reading import Unreadable
@@ -143,7 +143,7 @@ def asked(
         return None
     if (gradient is not None and gradient != DiscreteAdjoint()) or type(batched) is not bool:
         return None
-    name = method if type(method) is str else getattr(method, "name", "")
+    name = method if type(method) is str else method.name if isinstance(method, Traits) else ""
     if name not in METHODS or (name is not method and METHODS[name] is not method):
         return None
     around = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0

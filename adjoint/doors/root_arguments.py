@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from ..errors import InvalidInput, UnsupportedCombination
-from ..linalg import Factorization, LinearSolver, Log, Matrix, SparseMatrix, default_solver
+from ..linalg import LinearSolver, Matrix, SparseMatrix
+from ..linalg.choice import SolverByKind
+from ..linalg.protocol import check_solver, traits_of
 from ..nonlinear import FLOW_METHODS, METHODS, RootMethod
-from ..sensitivity.implicit import JacobianRule
+from ..nonlinear.protocol import RootTraits
+from ..sensitivity.implicit import FixedRule, JacobianRule
 from ..system.jacobians import DenseJacobian, jacobian_operator
 from ..system.jacobians_sparse import SparseJacobian, choose_jacobian
 from ..system.lending import own
@@ -44,22 +48,10 @@ class RootChoice:
     no_derivatives: str = ""
 
 
-class AutomaticSolver:
-    """The default solver for whatever kind and size of matrix comes."""
-
-    def factor(self, matrix: Matrix, log: Log | None = None) -> Factorization:
-        """See `LinearSolver.factor`."""
-        return default_solver(matrix).factor(matrix, log)
-
-    def refactor(self, factorization: Factorization, matrix: Matrix) -> Factorization:
-        """See `LinearSolver.refactor`."""
-        return default_solver(matrix).refactor(factorization, matrix)
-
-
 _patterns: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
-class AutomaticJacobian:
+class AutomaticJacobian(JacobianRule):
     """By automatic differentiation: dense for few unknowns, compressed by colouring where the pattern is sparse.
 
     The pattern is detected when it is first needed, and kept for later solves with the same function and shapes, which check it by a
@@ -68,9 +60,10 @@ class AutomaticJacobian:
 
     def __init__(self, fun: Callable[..., Any], key: Any, notes: list[str]) -> None:
         # a bound method is a new object each time: its pattern is kept with what it is bound to
-        owner = getattr(fun, "__self__", None)
-        self.owner, self.notes = fun if owner is None else owner, notes
-        self.key = (key, getattr(fun, "__func__", None))
+        bound = isinstance(fun, MethodType)
+        self.owner: Any = fun.__self__ if bound else fun
+        self.notes = notes
+        self.key = (key, fun.__func__ if bound else None)
         self.strategy: Any = None
 
     def of_conditions(self) -> AutomaticJacobian:
@@ -114,31 +107,26 @@ class AutomaticJacobian:
 
 
 @dataclass(frozen=True)
-class FixedJacobian:
+class FixedJacobian(FixedRule):
     """One strategy for everything: `DenseJacobian`, `SparseJacobian`, or the operator."""
-
-    strategy: Callable[[Callable[[Tensor], Tensor], Tensor], Matrix]
 
     @property
     def entries_guessed(self) -> bool:
-        """See `AutomaticJacobian`."""
+        """See `JacobianRule.entries_guessed`."""
         return isinstance(self.strategy, SparseJacobian)
-
-    def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
-        return self.strategy(r, x)
-
-    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
-        """The same: rows are independent."""
-        return self
 
 
 @dataclass(frozen=True)
-class UserJacobian:
+class UserJacobian(JacobianRule):
     """The user's ``jac(x, *args)``, dense or sparse."""
 
     values: Callable[[Tensor, Sequence[Tensor]], tuple[Tensor, Tensor | None]]
     shape: tuple[int, int]
-    entries_guessed = True
+
+    @property
+    def entries_guessed(self) -> bool:
+        """See `JacobianRule.entries_guessed`: they are the user's."""
+        return True
 
     def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
         values, indices = self.values(x, inputs)
@@ -160,7 +148,7 @@ class UserJacobian:
 
 
 def choose(
-    system: System | ConservedSystem | Any,
+    system: System | ConservedSystem,
     spec: StateSpec,
     method: Any,
     jac: Any,
@@ -177,20 +165,20 @@ def choose(
         if name not in known:
             raise InvalidInput(f"there is no root method {name!r}; choose one of {', '.join(sorted(known))}")
         name = known[name]
-    if not hasattr(name, "solve"):
+    if not isinstance(name, RootMethod):
         raise InvalidInput(f"method must be a name or a root method object, got a {type(name).__name__}")
     finder: RootMethod = name
-    if least_squares and not getattr(finder, "least_squares", False):
+    if least_squares and not (isinstance(finder, RootTraits) and finder.least_squares):
         raise UnsupportedCombination(f"least_squares=True needs method='levenberg_marquardt', got {method!r}")
-    if linear_solver is not None and not (hasattr(linear_solver, "factor") and hasattr(linear_solver, "refactor")):
-        raise InvalidInput(f"linear_solver must be an object such as adjoint.linalg.SparseLU(), got {linear_solver!r}")
+    check_solver(linear_solver, "SparseLU")
     notes: list[str] = []
     n = sum(spec.sizes)
     if jac is not None and (least_squares or conserved):
         other = "least_squares=True" if least_squares else "conserved="
         raise UnsupportedCombination(f"jac= with {other} is not supported: leave jac out")
     rule: JacobianRule
-    shapes = tuple(tuple(x.shape) if isinstance(x, Tensor) else repr(x) for x in getattr(system, "args_leaves", ()))
+    leaves = () if isinstance(system, ConservedSystem) else system.args_leaves
+    shapes = tuple(tuple(x.shape) if isinstance(x, Tensor) else repr(x) for x in leaves)
     automatic = AutomaticJacobian(fun, (n, spec.dtype, str(spec.device), shapes, conserved, least_squares), notes)
     if jac is not None:
         rule = _user_jacobian(jac, system, spec)  # pyright: ignore[reportArgumentType]
@@ -199,13 +187,13 @@ def choose(
         if conserved or least_squares:
             raise UnsupportedCombination("jac_sparsity= with conserved= or least_squares=True is not supported: leave it out")
         rule = FixedJacobian(SparseJacobian(pattern))
-    elif getattr(linear_solver, "matrix_free", False):
+    elif traits_of(linear_solver).matrix_free:
         rule = FixedJacobian(jacobian_operator)
-    elif linear_solver is not None and getattr(linear_solver, "dense", False):
+    elif traits_of(linear_solver).dense:
         rule = FixedJacobian(DenseJacobian())
     else:
         rule = automatic
-    return RootChoice(finder, rule, linear_solver if linear_solver is not None else AutomaticSolver(), notes, automatic)
+    return RootChoice(finder, rule, linear_solver if linear_solver is not None else SolverByKind(), notes, automatic)
 
 
 def _user_jacobian(jac: Any, system: System, spec: StateSpec) -> UserJacobian:

@@ -46,10 +46,10 @@ class Examination:
         """The true Jacobian, and whether it is the one that the iteration had."""
         rule = task.jacobian
         matrix = rule(r, x, inputs)
-        checked = getattr(rule, "entries_guessed", False) or (x.is_complex() and not isinstance(matrix, LinearOperator))
+        checked = rule.entries_guessed or (x.is_complex() and not isinstance(matrix, LinearOperator))
         if not checked or agrees(lambda f, x: matrix, r, x, spread=0.0):
             return matrix, True
-        if x.is_complex() and isinstance(rule, (AutomaticJacobian, FixedJacobian)) and not getattr(rule, "entries_guessed", False):
+        if x.is_complex() and isinstance(rule, (AutomaticJacobian, FixedJacobian)) and not rule.entries_guessed:
             raise InvalidInput(
                 "fun is complex-differentiable near the guess, but not at the solution, so that there is no Jacobian of complex numbers "
                 "there: write fun on real and imaginary parts (torch.view_as_real)"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..linalg import Log
 from ..nonlinear import RootProblem, RootRecord, RootStatus, explain
+from ..nonlinear.protocol import RootTraits
 from ..sensitivity.implicit import JacobianRule
 from ..system.finite import WAVERS, wavers
 from .relaxation import relax
@@ -46,8 +47,9 @@ class RootSearch:
         problem = self._problem(r, x, inputs, jacobian)
         method, counted = choice.method, [0]
         # a flow has as many tendencies as unknowns, and needs a Jacobian for its stiffness
-        if getattr(method, "integrate", self) is None and not self.least_squares and not isinstance(system, ConservedSystem):
-            method = replace(method, integrate=lambda start: self._relaxed(problem, start, counted))  # type: ignore[type-var]
+        flows = not (self.least_squares or isinstance(system, ConservedSystem))
+        if flows and isinstance(method, RootTraits):
+            method = method.with_flow(lambda start: self._relaxed(problem, start, counted))
         record = method.solve(problem, x)
         record = replace(record, n_fun=record.n_fun + counted[0])
         if conserved:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..linalg import Log
 from ..nonlinear import RootStatus
 from ..system.capture import functorch_active
+from ..system.ownership import WithTensors
 
 __all__ = ["RootSolution", "RootStats"]
 
@@ -55,7 +56,7 @@ class RootStats:
 
 
 @dataclass(frozen=True)
-class RootSolution:
+class RootSolution(WithTensors):
     """A root.
 
     Attributes

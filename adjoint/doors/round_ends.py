@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import UnsupportedCombination
+from ..sensitivity.problem import GradientTraits
 from ..sensitivity.products import behind, tangent
 from .arguments import RoundSpan
 from .event_slope import once, signed, with_slope
@@ -28,7 +29,7 @@ _TWICE = (
 
 def takes_events(gradient: Any) -> bool:
     """Whether the strategy differentiates solves with events."""
-    return bool(getattr(gradient, "takes_events", True))
+    return not isinstance(gradient, GradientTraits) or gradient.takes_events
 
 
 def check_rules(rules: Sequence[Rule], gradient: Any) -> None:

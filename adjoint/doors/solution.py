@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from ..errors import InvalidInput
 from ..integrate import Status
 from ..system.capture import functorch_active
+from ..system.ownership import WithTensors
 from .arguments import as_times
 
 __all__ = ["BackwardStats", "EventLog", "EventRecord", "Solution", "Stats"]
@@ -113,7 +114,7 @@ class EventLog(tuple[EventRecord, ...]):
 
 
 @dataclass(frozen=True)
-class Solution:
+class Solution(WithTensors):
     """The solution of an initial value problem.
 
     Attributes

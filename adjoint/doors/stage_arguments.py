@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..errors import InvalidInput, UnsupportedCombination
-from ..linalg import Factorization, LinearSolver, Log, Matrix, SparseMatrix
-from ..linalg.choice import default_solver
+from ..linalg import LinearSolver, Matrix, SparseMatrix
+from ..linalg.choice import SolverByKind
+from ..linalg.protocol import check_solver
 from ..linalg.sparsity import SparsityPattern
 from ..methods import Method
 from ..sensitivity.problem import Problem, StageAlgebra
@@ -21,7 +21,7 @@ from ..system.capture import functorch_active, is_differentiable
 from ..system.jacobians import DenseJacobian
 from ..system.jacobians_sparse import SparseJacobian, agrees, choose_jacobian
 from ..system.realification import given_pattern, refuse_parts
-from ..system.stage_jacobian import GivenStageJacobian
+from ..system.stage_jacobian import GivenStageJacobian, StageJacobian
 from ..system.system import StateSpec, System
 
 __all__ = ["check_jumps", "stage_algebra", "warn_of_lost_time"]
@@ -51,23 +51,7 @@ def with_diagonal(pattern: SparsityPattern, mass: Tensor | None = None) -> Spars
     return SparsityPattern.from_scipy(sp.csr_array(whole))
 
 
-@dataclass(frozen=True)
-class _ByKind:
-    """The solver that kind and size of each matrix call for."""
-
-    #: dense matrices are for `DenseLU`
-    dense_lu: ClassVar[bool] = True
-
-    def factor(self, matrix: Matrix, log: Log | None = None) -> Factorization:
-        """See `LinearSolver.factor`."""
-        return default_solver(matrix).factor(matrix, log)
-
-    def refactor(self, factorization: Factorization, matrix: Matrix) -> Factorization:
-        """See `LinearSolver.refactor`."""
-        return default_solver(matrix).refactor(factorization, matrix)
-
-
-class _Detected:
+class _Detected(StageJacobian):
     """Dense for few unknowns; else the pattern is found from the function at the first call, or given, and kept.
 
     A function that branches has other entries elsewhere. Newton's iterations converge all the same, but derivatives would lack what is
@@ -80,7 +64,7 @@ class _Detected:
         self.strategy: Strategy | None = None if given is None else SparseJacobian(with_diagonal(given, mass))
 
     def takes_dense(self, x: Tensor) -> bool:
-        """Whether the Jacobian at ``x`` (B, n) will be dense."""
+        """See `StageJacobian.takes_dense`."""
         return (x.shape[1] <= _SMALL and self.given is None) or isinstance(self.strategy, DenseJacobian)
 
     def bound(self, system: Any, inputs: Sequence[Tensor], forward: bool) -> Strategy:
@@ -113,11 +97,15 @@ class _Detected:
         return self.strategy(f, x)
 
 
-class _Checked:
+class _Checked(StageJacobian):
     """The Jacobians of one pass over the steps, some of which are looked at."""
 
     def __init__(self, owner: _Detected) -> None:
-        self.owner, self.takes_dense, self.calls = owner, owner.takes_dense, 0
+        self.owner, self.calls = owner, 0
+
+    def takes_dense(self, x: Tensor) -> bool:
+        """See `StageJacobian.takes_dense`."""
+        return self.owner.takes_dense(x)
 
     def __call__(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Matrix:
         self.calls += 1
@@ -149,8 +137,7 @@ def stage_algebra(
     """Check and put together. ``exact``: the result of the method, not only its iterations, depends on the Jacobian."""
     if mass is not None and jac is not None:
         raise UnsupportedCombination("jac= with mass_matrix= is not supported: leave jac out")
-    if linear_solver is not None and not (hasattr(linear_solver, "factor") and hasattr(linear_solver, "refactor")):
-        raise InvalidInput(f"linear_solver must be an object such as adjoint.linalg.DenseLU(), got {linear_solver!r}")
+    check_solver(linear_solver)
     strategy: Strategy = _Detected(inputs, mass, None if jac_sparsity is None else given_pattern(jac_sparsity, spec))
     if jac is not None:
         refuse_parts("jac=", spec)
@@ -159,7 +146,7 @@ def stage_algebra(
         if not spec.tree.is_leaf():
             raise UnsupportedCombination("jac= needs a state that is one tensor, and no quadrature=: leave jac out")
         strategy = GivenStageJacobian(jac, strategy, exact)
-    return StageAlgebra(strategy, linear_solver if linear_solver is not None else _ByKind())
+    return StageAlgebra(strategy, linear_solver if linear_solver is not None else SolverByKind())
 
 
 def warn_of_lost_time(
@@ -202,8 +189,7 @@ def check_jumps(method: Method, step_ts: Any) -> None:
     """A stage beyond the end of its step sees the far side of a jump: its part in the derivative in the time of that jump is lost."""
     if step_ts is None or not any(is_differentiable(x) for x in tree_leaves(step_ts)):
         return
-    pair = [getattr(method, name, None) for name in ("nonstiff", "stiff")]
-    if any(max(m.nodes) > 1 for m in (pair if any(pair) else [method]) if m is not None):
+    if any(max(m.nodes) > 1 for m in method.members):
         raise UnsupportedCombination(
             f"method={method.name!r} evaluates fun beyond the ends of its steps, so derivatives in step_ts would be wrong: choose "
             "'kvaerno3' or 'rodas5p' (or methods.AutoSwitch with one of them), or detach step_ts"

@@ -37,7 +37,15 @@ from .native import combined_event, solve_dense, solve_event, solve_samples
 from .request import Request, make_request
 from .scipy_solver import scipy_samples
 
-__all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]
+__all__ = ["moves_event", "odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]
+
+_moving: list[Callable[..., Any]] = []
+
+
+def moves_event(interface: Callable[..., Any]) -> None:
+    """Tell `odeint_event` that the event times of this function come with their derivatives."""
+    _moving.append(interface)
+
 
 
 @full_precision
@@ -209,7 +217,7 @@ def odeint_event(
     interface = odeint_interface
     while isinstance(interface, functools.partial):
         interface = interface.func
-    if interface in (odeint, odeint_adjoint) or getattr(interface, "moves_event", False):
+    if interface in _moving:
         return when, states
     first = start[0].detach().to(real)
     event, at_start = combined_event(event_fn, first, y0)
@@ -302,3 +310,7 @@ def _with_zeros(result: Any, params: Sequence[Tensor]) -> Any:
         return torch.where(never, total.to(x.dtype), x)
 
     return tree_map(tie, result)
+
+
+moves_event(odeint)
+moves_event(odeint_adjoint)

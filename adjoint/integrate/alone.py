@@ -14,6 +14,7 @@ from ..linalg.dense import SmallFactors, as_numpy, factor_one
 from ..methods.tableaux_implicit import CollocationTableau, Mode
 from ..methods.tableaux_rosenbrock import RosenbrockTableau
 from ..system.jacobians import dense_with_time, jvp
+from ..system.stage_jacobian import StageJacobian
 from .coupled import MOST as MOST_COUPLED
 from .coupled import MOST_CONSTANT, solve_modes
 from .guesses import LoneGuess
@@ -113,8 +114,7 @@ class LoneStages(Equations):
         self._refresh()
 
     def _dense(self, state: Tensor) -> bool:
-        plain = getattr(self.jacobian, "takes_dense", None)
-        return plain is not None and plain(state)
+        return isinstance(self.jacobian, StageJacobian) and self.jacobian.takes_dense(state)
 
     def _refresh(self) -> None:
         # what of the old factors is of use in a factorisation stays

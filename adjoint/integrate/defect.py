@@ -70,7 +70,7 @@ class Point(NamedTuple):
 def points_of(method: Method) -> tuple[Point, ...]:
     """Between the nodes of a collocation polynomial, where its error is largest; at thirds of the step else."""
     dense = method.tableau.dense  # type: ignore[attr-defined]
-    collocated = method.nodes[1:] if method.nodes[-1] == 1.0 and hasattr(method.tableau, "modes") else None  # type: ignore[attr-defined]
+    collocated = method.nodes[1:] if method.collocates and method.nodes[-1] == 1.0 else None
     if collocated is None:
         places = [(theta, 1.0) for theta in _THIRDS]
     else:

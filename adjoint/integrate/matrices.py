@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import LinearOperator, Matrix, SparseMatrix
+from ..system.stage_jacobian import StageJacobian
 
 __all__ = ["complex_shifted", "jacobian_at", "mass_product", "shifted", "tangent"]
 
@@ -49,8 +50,7 @@ def mass_product(mass: Tensor | None, v: Tensor, hd: Tensor | None = None) -> Te
 
 def jacobian_at(jacobian: Callable[..., Matrix], f: Flat, t: Tensor, y: Tensor) -> Matrix:
     """``f_y(t, y)`` by a strategy; one that knows what to do with the time is told it."""
-    at = getattr(jacobian, "at", None)
-    return jacobian(lambda x: f(t, x), y) if at is None else at(f, t, y)
+    return jacobian.at(f, t, y) if isinstance(jacobian, StageJacobian) else jacobian(lambda x: f(t, x), y)
 
 
 def tangent(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:

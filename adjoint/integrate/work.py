@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,12 @@ class Equations:
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """The slope ``f(t, y)``, where the equations are solved for it; multistep methods begin by their own rules and ask for none."""
         raise NotImplementedError
+
+    def linear_stages(
+        self, tableau: Any, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor, slope: Tensor
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """See `StageEquations.linear_stages`: stage by stage."""
+        return None
 
     def slope_at_start(self, stops: Tensor, sign: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, int]:
         """The slope with which the first step begins, and how many evaluations of it are not in `work`."""

@@ -1,14 +1,17 @@
-"""The linear solver for a matrix of any kind and size."""
+"""The linear solver for a matrix of any kind and size, chosen for one or for each that comes."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 from ..errors import UnsupportedCombination
 from .dense import DenseLU
 from .krylov import GMRES
-from .protocol import LinearOperator, LinearSolver, Matrix, SparseMatrix
+from .protocol import Factorization, LinearOperator, LinearSolver, Log, Matrix, SolverTraits, SparseMatrix
 from .sparse_lu import SparseLU
 
-__all__ = ["default_solver"]
+__all__ = ["SolverByKind", "default_solver"]
 
 #: unknowns up to which a sparse matrix is factorised as a dense one
 _SMALL = 100
@@ -32,3 +35,18 @@ def default_solver(matrix: Matrix) -> LinearSolver:
                 "linear_solver=adjoint.linalg.CuDSS() or GMRES(preconditioner=...), or solve on the CPU"
             )
     return DenseLU()
+
+
+@dataclass(frozen=True)
+class SolverByKind(SolverTraits):
+    """The solver that kind and size of each matrix call for."""
+
+    dense_lu: ClassVar[bool] = True
+
+    def factor(self, matrix: Matrix, log: Log | None = None) -> Factorization:
+        """See `LinearSolver.factor`."""
+        return default_solver(matrix).factor(matrix, log)
+
+    def refactor(self, factorization: Factorization, matrix: Matrix) -> Factorization:
+        """See `LinearSolver.refactor`."""
+        return default_solver(matrix).refactor(factorization, matrix)

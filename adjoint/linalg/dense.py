@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
-from .protocol import Factorization, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix, check_sides
+from .protocol import Factorization, LinearOperator, LinearSolver, Log, Matrix, SolverTraits, SparseMatrix, check_sides, traits_of
 
 __all__ = ["DenseLU", "SmallFactors", "as_numpy", "factor_one"]
 
@@ -135,7 +135,7 @@ class _DenseFactors(Factorization):
 
 
 @dataclass(frozen=True)
-class DenseLU:
+class DenseLU(SolverTraits):
     """LU with partial pivoting of every matrix of the batch (LAPACK, cuSOLVER or MAGMA through ``torch.linalg``)."""
 
     #: see `factor_one`
@@ -157,7 +157,7 @@ class DenseLU:
 def factor_one(solver: LinearSolver, matrix: Matrix, log: Log, old: Factorization | None = None) -> Factorization:
     """Factors of one matrix for the loops over the steps of one trajectory: of a small one on the CPU by LAPACK, if the solver would take
     the LU of `DenseLU` (its last bits are others). ``old``: of the same pattern."""
-    if isinstance(matrix, Tensor) and getattr(solver, "dense_lu", False) and _is_small(matrix):
+    if isinstance(matrix, Tensor) and traits_of(solver).dense_lu and _is_small(matrix):
         return SmallFactors(as_numpy(matrix[0]), matrix.dtype, log)
     return solver.factor(matrix, log) if old is None else solver.refactor(old, matrix)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InvalidInput, UnsupportedCombination
 from .preconditioners import Preconditioner, make_preconditioner, needs_entries
-from .protocol import Factorization, LinearOperator, Log, Matrix, SparseMatrix, check_sides
+from .protocol import Factorization, LinearOperator, Log, Matrix, SolverTraits, SparseMatrix, check_sides
 
 __all__ = ["GMRES", "BiCGStab", "Krylov"]
 
@@ -123,7 +123,7 @@ def _scale(sides: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Krylov:
+class Krylov(SolverTraits):
     """Common settings of the Krylov methods.
 
     Parameters

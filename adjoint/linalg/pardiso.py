@@ -30,12 +30,14 @@ _PERTURBED = 14
 class _Handle:
     """Pardiso's memory for one pattern. It holds the factors of one matrix at a time, those of ``owner``."""
 
+    solver: Any = None
+
     def __init__(self) -> None:
         try:
             from pypardiso import PyPardisoSolver  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise InvalidInput("linear_solver=Pardiso() needs the package pypardiso: pip install pypardiso") from error
-        self.solver: Any = PyPardisoSolver()
+        self.solver = PyPardisoSolver()
         self.owner: Any = None
         self.analysed = False
 
@@ -46,7 +48,7 @@ class _Handle:
         return self.solver._call_pardiso(matrix, np.asfortranarray(side))
 
     def __del__(self) -> None:
-        solver = getattr(self, "solver", None)
+        solver = self.solver
         # at the end of the process the memory goes anyway, and modules that the call needs may be gone
         if solver is not None and self.analysed and not sys.is_finalizing():
             solver.free_memory(everything=True)

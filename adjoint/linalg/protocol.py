@@ -9,14 +9,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
 
-__all__ = ["Factorization", "LinearOperator", "LinearSolver", "Log", "Matrix", "SparseMatrix", "check_sides"]
+__all__ = [
+    "Factorization",
+    "LinearOperator",
+    "LinearSolver",
+    "Log",
+    "Matrix",
+    "SolverTraits",
+    "SparseMatrix",
+    "check_sides",
+    "check_solver",
+    "traits_of",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +126,9 @@ def check_sides(factors: Factorization, b: Tensor) -> None:
         raise InvalidInput(f"b has dtype {b.dtype}, but the matrix has {factors.dtype}: convert one of them")
 
 
+@runtime_checkable
 class LinearSolver(Protocol):
-    """A strategy object with the settings of one backend."""
+    """A strategy object with the settings of one backend. What more it says of itself stands in `SolverTraits`."""
 
     def factor(self, matrix: Matrix, log: Log | None = None) -> Factorization:
         """Factorise, counting in ``log`` (a new one by default)."""
@@ -126,3 +138,28 @@ class LinearSolver(Protocol):
         """Factors of a matrix with the same pattern: what can be kept of the old ones (ordering, symbolic analysis) is.
         The old factors stay valid. Counts in the same log."""
         ...
+
+
+class SolverTraits:
+    """What a linear solver may say of itself beside its functions, by deriving from this: whatever it does not say is not so."""
+
+    #: takes operators, so that no matrix has to be made
+    matrix_free: bool = False
+    #: takes dense matrices only
+    dense: bool = False
+    #: solves dense systems as `DenseLU` does
+    dense_lu: bool = False
+
+
+_PLAIN = SolverTraits()
+
+
+def traits_of(solver: LinearSolver | None) -> SolverTraits:
+    """What a solver says of itself."""
+    return solver if isinstance(solver, SolverTraits) else _PLAIN
+
+
+def check_solver(solver: object, example: str = "DenseLU") -> None:
+    """Raise `InvalidInput` unless ``solver`` is a linear solver, or None; ``example``: the name of one that would do."""
+    if solver is not None and not isinstance(solver, LinearSolver):
+        raise InvalidInput(f"linear_solver must be an object such as adjoint.linalg.{example}(), got {solver!r}")

@@ -162,6 +162,6 @@ class SparseLU:
     def refactor(self, factorization: Factorization, matrix: Matrix) -> Factorization:
         """See `LinearSolver.refactor`: the order of the entries is kept (SuperLU analyses anew)."""
         sparse = to_sparse(matrix)
-        pattern = getattr(factorization, "pattern", None)
+        pattern = factorization.pattern if isinstance(factorization, _SparseFactors) else None
         same = pattern is not None and pattern.indices.shape == sparse.indices.shape and torch.equal(pattern.indices, sparse.indices)
         return _SparseFactors(sparse, factorization.log, self, pattern if same else None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
-from .family import Traits
+from .family import TableauMethod, Traits
 from .sums import combine, powers
 
 __all__ = ["AutoSwitch", "Polynomial"]
@@ -43,13 +43,12 @@ class AutoSwitch(Traits):
         if self.pair is None or not self.nonstiff.adaptive:  # type: ignore[attr-defined]
             raise InvalidInput(
                 f"AutoSwitch: nonstiff must be an adaptive explicit Runge-Kutta method with two stages at the end of its steps, such as "
-                f"'tsit5' or 'dopri5', got {getattr(self.nonstiff, 'name', self.nonstiff)!r}"
+                f"'tsit5' or 'dopri5', got {_shown(self.nonstiff)!r}"
             )
-        tableau = getattr(self.stiff, "tableau", None)
-        if not (getattr(self.stiff, "implicit", False) and getattr(self.stiff, "adaptive", False) and hasattr(tableau, "dense")):
+        if not (isinstance(self.stiff, TableauMethod) and self.stiff.implicit and self.stiff.adaptive):
             raise InvalidInput(
                 f"AutoSwitch: stiff must be an adaptive implicit one-step method, such as 'kvaerno5' or 'rodas5p', got "
-                f"{getattr(self.stiff, 'name', self.stiff)!r}"
+                f"{_shown(self.stiff)!r}"
             )
 
     @property
@@ -58,15 +57,19 @@ class AutoSwitch(Traits):
 
     @property
     def needs_time_slope(self) -> bool:
-        return bool(getattr(self.stiff, "needs_time_slope", False))
+        return isinstance(self.stiff, Traits) and self.stiff.needs_time_slope
+
+    @property
+    def members(self) -> tuple[object, ...]:
+        """See `Traits.members`."""
+        return (self.nonstiff, self.stiff)
 
     @cached_property
     def pair(self) -> tuple[int, int] | None:
         """Two stages with the time of the end of the step, the last of them that of the new state where there is one."""
-        tableau = getattr(self.nonstiff, "tableau", None)
-        if tableau is None or getattr(self.nonstiff, "implicit", True):
+        if not isinstance(self.nonstiff, TableauMethod) or self.nonstiff.implicit:
             return None
-        ends = [i for i, c in enumerate(tableau.c) if c == 1.0]
+        ends = [i for i, c in enumerate(self.nonstiff.tableau.c) if c == 1.0]
         return (ends[-2], ends[-1]) if len(ends) > 1 else None
 
     @property
@@ -91,6 +94,10 @@ class AutoSwitch(Traits):
     def dense_weights(self, *args: object) -> None:
         """There are none: see `Polynomial`."""
         raise NotImplementedError("a switched solve is interpolated by its two methods")
+
+
+def _shown(given: object) -> object:
+    return given.name if isinstance(given, Traits) else given
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class FullyImplicitRungeKutta(TableauMethod):
     #: for equations ``F(t, y, y') = 0``: the last slope is the one at the end, which no evaluation would give
     residual: bool = False
     implicit: ClassVar[bool] = True
+    collocates: ClassVar[bool] = True
 
     @property
     def nodes(self) -> tuple[float, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,13 @@ class StageEquations(Protocol):
 
     def mass(self, v: Tensor) -> Tensor:
         """``M v`` for equations ``M y' = f(t, y)`` (in `solve`, ``M`` is in the place of ``I``); else ``v``."""
+        ...
+
+    def linear_stages(
+        self, tableau: Any, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor, slope: Tensor
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """The whole step of `Rosenbrock.step`, which begins with ``k1`` and ``f_t`` = ``slope``, where that is cheaper than stage by
+        stage; else None."""
         ...
 
     def implicit(self, index: int, t: Tensor, base: Tensor, hd: float | Tensor, guess: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ __all__ = ["TableauMethod", "Traits"]
 class Traits:
     """What is asked of a method beside its functions: whatever it does not say is not so."""
 
+    name: str
     #: whether stages are equations to be solved
     implicit: bool = False
     #: the history of a trajectory is more than its state: see `adjoint.integrate.multistep`
@@ -35,8 +36,19 @@ class Traits:
     hands_on: bool = False
     #: factors of ``h`` in the matrices of stages that are solved for one after another
     diagonal: tuple[float, ...] = ()
+    #: whether the dense output is the polynomial that satisfies the equation at the nodes of the stages
+    collocates: bool = False
+    #: which stage each one shares its evaluation of ``fun`` with, if some do
+    same_as: tuple[int, ...] | None = None
+    #: length of the interval of stability on the negative axis, where steps are held within it
+    interval: float = 1e300
     #: takes a step back, see `ExplicitRungeKutta.adjoint_step`; None: by automatic differentiation through ``step``
     adjoint_step: Any = None
+
+    @property
+    def members(self) -> tuple[Any, ...]:
+        """The methods whose steps are taken: itself, or those that it changes between."""
+        return (self,)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,14 @@ class Method(Protocol):
     def hands_on(self) -> bool: ...
     @property
     def diagonal(self) -> tuple[float, ...]: ...
+    @property
+    def collocates(self) -> bool: ...
+    @property
+    def same_as(self) -> tuple[int, ...] | None: ...
+    @property
+    def interval(self) -> float: ...
+    @property
+    def members(self) -> tuple[Any, ...]: ...
     @property
     def adaptive(self) -> bool: ...
     @property

@@ -66,6 +66,11 @@ class Rosenbrock(TableauMethod):
     takes_mass: ClassVar[bool] = True
 
     @property
+    def same_as(self) -> tuple[int, ...]:
+        """See `Traits.same_as`."""
+        return self.tableau.same_as
+
+    @property
     def evaluations(self) -> int:
         """Evaluations of ``fun`` in an attempted step whose first one is known; ``f_t`` counts as one."""
         return len(set(self.tableau.same_as))
@@ -76,8 +81,7 @@ class Rosenbrock(TableauMethod):
         start = times[0]
         f.begin(start, y)
         slope = f.time_slope(start, y)
-        at_once = getattr(f, "linear_stages", None)
-        found = None if at_once is None else at_once(tab, times, h, y, k1, slope)
+        found = f.linear_stages(tab, times, h, y, k1, slope)
         if found is not None:
             return found
         values: list[Tensor] = []

@@ -225,7 +225,7 @@ def engine_text(
             source("common.hpp"),
             *_family(method, width, nonzero),
             # only explicit steps have to be looked after
-            f"static constexpr double INTERVAL = {number(getattr(method, 'interval', 1e300))};",
+            f"static constexpr double INTERVAL = {number(method.interval)};",
             f"static constexpr double SHIFT = {number(torch.finfo(real).eps ** 0.4)};",
             f"static constexpr double SMALLEST = {number(max(1e-300, torch.finfo(real).tiny))};",
             f"static constexpr double LOOSEST_RTOL = {number(stages.LOOSEST[0])}, LOOSEST_ATOL = {number(stages.LOOSEST[1])};",

@@ -15,7 +15,14 @@ __all__ = ["above", "relative"]
 
 #: operators that name the level of a transform, and which of their arguments that is
 _LEVELS = {"_wrap_for_grad": 1, "_unwrap_for_grad": 1, "_add_batch_dim": 2, "_remove_batch_dim": 1}
-_here = threading.local()
+
+
+class _Here(threading.local):
+    #: the level around the graph that runs
+    below = 0
+
+
+_here = _Here()
 
 
 def relative(module: GraphModule) -> None:
@@ -40,7 +47,7 @@ def above() -> Iterator[None]:
     functorch, autograd = torch._C._functorch, torch._C._autograd
     depth, dual, forward = functorch.get_dynamic_layer_stack_depth(), forward_ad._current_level >= 0, torch._C._is_fwd_grad_enabled()
     hooks, in_place = autograd._saved_tensors_hooks_is_enabled(), functorch.get_inplace_requires_grad_allowed()
-    before, _here.below = getattr(_here, "below", 0), functorch.maybe_current_level() or 0
+    before, _here.below = _here.below, functorch.maybe_current_level() or 0
     try:
         yield
     except BaseException:

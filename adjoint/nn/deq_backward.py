@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidInput, RootError, SingularJacobian, UnsupportedCombination
 from ..linalg import GMRES, BiCGStab, DenseLU, Factorization, LinearOperator, LinearSolver, Log, Matrix
+from ..linalg.protocol import SolverTraits, traits_of
 from ..nonlinear import Anderson, Broyden, FixedPoint, RootMethod, RootProblem
 
 __all__ = ["ITERATIONS", "FixedPointSolver", "Guarded", "backward_solver"]
@@ -49,7 +50,7 @@ class _IteratedInverse(Factorization):
 
 
 @dataclass(frozen=True)
-class FixedPointSolver:
+class FixedPointSolver(SolverTraits):
     """Solves ``(J - I) u = b`` by the fixed-point iteration ``u <- J u - b`` as a root finder accelerates it; takes products only.
 
     It converges where the fixed-point iteration of the layer does, since ``J`` and its transpose have the same eigenvalues. ``tol`` bounds
@@ -59,7 +60,7 @@ class FixedPointSolver:
     method: RootMethod
     tol: float
     max_steps: int
-    matrix_free = True
+    matrix_free: ClassVar[bool] = True
 
     def factor(self, matrix: Matrix, log: Log | None = None) -> Factorization:
         """See `LinearSolver.factor`."""
@@ -75,7 +76,7 @@ class FixedPointSolver:
 def backward_solver(choice: Any, n: int, dtype: torch.dtype, tol: float | None, max_steps: int) -> LinearSolver:
     """The solver for a name, for ``n`` unknowns; objects are handed through. Raises `InvalidInput` for anything else."""
     if not isinstance(choice, str):
-        if not (hasattr(choice, "factor") and hasattr(choice, "refactor")):
+        if not isinstance(choice, LinearSolver):
             raise InvalidInput(f"linear_solver must be a name or an object such as adjoint.linalg.GMRES(), got {choice!r}")
         return choice
     if choice == "auto":
@@ -92,7 +93,7 @@ def backward_solver(choice: Any, n: int, dtype: torch.dtype, tol: float | None, 
     raise InvalidInput(f"no linear_solver {choice!r}: choose auto, lu, gmres, bicgstab, {', '.join(ITERATIONS)}, or give an object")
 
 
-class Guarded:
+class Guarded(SolverTraits):
     """Another solver, which raises where a derivative was not found: a NaN gradient would only be seen much later.
 
     Newton's iterations look after failed rows themselves, so the guard is on only once ``for_derivatives`` is set.
@@ -100,7 +101,7 @@ class Guarded:
 
     def __init__(self, inner: LinearSolver, throw: bool) -> None:
         self.inner, self.throw, self.for_derivatives = inner, throw, False
-        self.matrix_free = bool(getattr(inner, "matrix_free", False))
+        self.matrix_free = traits_of(inner).matrix_free
         self.dense = not self.matrix_free
 
     def factor(self, matrix: Matrix, log: Log | None = None) -> Factorization:

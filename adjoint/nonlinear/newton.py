@@ -67,7 +67,6 @@ class Newton:
     bounds: Literal["project", "interior"] = "project"
     factor: float = 2.0
 
-    newton_type = True
 
     def __post_init__(self) -> None:
         if not (self.linesearch in ("backtracking", "natural", None) or isinstance(self.linesearch, Backtracking)):
@@ -151,7 +150,10 @@ class Newton:
         return "Newton" if self.reuse == "none" else f"Newton with {self.reuse} factors"
 
     def _forcing(self, problem: RootProblem) -> EisenstatWalker | None:
-        if self.forcing is None or not (dataclasses.is_dataclass(problem.linear_solver) and hasattr(problem.linear_solver, "rtol")):
+        solver: Any = problem.linear_solver
+        # one whose accuracy is a setting
+        inexact = dataclasses.is_dataclass(solver) and any(x.name == "rtol" for x in dataclasses.fields(solver))
+        if self.forcing is None or not inexact:
             return None
         return EisenstatWalker() if self.forcing == "eisenstat-walker" else self.forcing
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..linalg import DenseLU, Factorization, LinearSolver, Log, Matrix
 
-__all__ = ["RootMethod", "RootProblem", "RootRecord", "RootStatus", "scaled_norm"]
+__all__ = ["RootMethod", "RootProblem", "RootRecord", "RootStatus", "RootTraits", "scaled_norm"]
 
 
 class RootStatus(IntEnum):
@@ -86,12 +86,25 @@ class RootRecord:
     note: str = ""
 
 
+@runtime_checkable
 class RootMethod(Protocol):
     """A root finder with its settings."""
 
     def solve(self, problem: RootProblem, x0: Tensor) -> RootRecord:
         """Iterate from ``x0`` (B, n) until every row has converged or failed; rows that are done do not move any more."""
         ...
+
+
+class RootTraits:
+    """What a root finder may say of itself beside `RootMethod.solve`, by deriving from this: whatever it does not say is not so."""
+
+    #: finds minima of the residual that are no roots, of more residuals than unknowns too
+    least_squares: bool = False
+
+    def with_flow(self, integrate: Callable[[Tensor], Tensor]) -> Any:
+        """The same where it has no use for the flow of the residual, or was given it; ``integrate(x) -> x`` (B, n) carries ``x`` along it
+        towards a steady state."""
+        return self
 
 
 def scaled_norm(problem: RootProblem, residual: Tensor) -> Tensor:

@@ -34,7 +34,6 @@ class PseudoTransient:
     rise: float = 10.0
     mass: Tensor | float = 1.0
 
-    newton_type = True
 
     def __post_init__(self) -> None:
         if self.first is not None and not self.first > 0:

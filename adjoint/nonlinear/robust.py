@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ..linalg import LinearOperator
 from .diagnose import right_null_vectors
 from .fixed_point import Anderson, Broyden
 from .newton import Newton, merge
-from .protocol import RootMethod, RootProblem, RootRecord, RootStatus
+from .protocol import RootMethod, RootProblem, RootRecord, RootStatus, RootTraits
 from .pseudo_transient import PseudoTransient
 from .rows import ill_determined, pick
 from .trust_region import Dogleg, LevenbergMarquardt
@@ -24,7 +25,7 @@ _DAMPED, _DENSE = "Levenberg-Marquardt", 500
 
 
 @dataclass(frozen=True)
-class Auto:
+class Auto(RootTraits):
     """Newton with a line search, then Powell's dogleg, Levenberg-Marquardt's method, pseudo-transient continuation, ``integrate``.
 
     Each starts again at ``x0``, has ``max_steps`` of its own, and is kept only for the rows that have no root yet. The dogleg is left out
@@ -40,7 +41,9 @@ class Auto:
     flow: bool = True
     integrate: Callable[[Tensor], Tensor] | None = None
 
-    newton_type = True
+    def with_flow(self, integrate: Callable[[Tensor], Tensor]) -> Any:
+        """See `RootTraits.with_flow`."""
+        return self if self.integrate is not None else replace(self, integrate=integrate)
 
     @torch.no_grad()
     def solve(self, problem: RootProblem, x0: Tensor) -> RootRecord:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
 from .newton import Newton
-from .protocol import RootProblem, RootRecord
+from .protocol import RootProblem, RootRecord, RootTraits
 
 __all__ = ["TimeIntegration"]
 
 
 @dataclass(frozen=True)
-class TimeIntegration:
+class TimeIntegration(RootTraits):
     """Integrate ``x' = residual(x)`` until ``x`` moves no more, then Newton's method.
 
     The residual must be the tendency of a flow whose steady state is stable. ``integrate(x) -> x`` on ``(B, n)`` is given by the front
@@ -25,7 +26,9 @@ class TimeIntegration:
 
     integrate: Callable[[Tensor], Tensor] | None = None
 
-    newton_type = True
+    def with_flow(self, integrate: Callable[[Tensor], Tensor]) -> Any:
+        """See `RootTraits.with_flow`."""
+        return self if self.integrate is not None else replace(self, integrate=integrate)
 
     @torch.no_grad()
     def solve(self, problem: RootProblem, x0: Tensor) -> RootRecord:

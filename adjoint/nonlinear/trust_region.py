@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
 from ..linalg import Factorization, Matrix, SparseMatrix
+from ..linalg.protocol import traits_of
 from .linear_least_squares import DenseLeastSquares, SparseLeastSquares
 from .newton import merge
-from .protocol import RootProblem, RootRecord, RootStatus
+from .protocol import RootProblem, RootRecord, RootStatus, RootTraits
 from .rows import (
     Rows,
     adjoint_product,
@@ -44,7 +46,6 @@ class Dogleg:
     radius: float | None = None
     accept: float = 1e-4
 
-    newton_type = True
 
     def __post_init__(self) -> None:
         if self.radius is not None and not self.radius > 0:
@@ -146,7 +147,7 @@ def _dogleg(
 
 
 @dataclass(frozen=True)
-class LevenbergMarquardt:
+class LevenbergMarquardt(RootTraits):
     """Least squares ``min |r(x) / f_scale|``, ``r`` from (B, n) to (B, m) with ``m >= n``; roots too.
 
     Each step solves ``[A; sqrt(mu) D] s = [-r; 0]`` by QR or an augmented matrix (never normal equations; Moré 1978), ``D`` the largest
@@ -162,8 +163,7 @@ class LevenbergMarquardt:
     damping: float = 1e-3
     gradient_tol: float = 1e-7
 
-    newton_type = True
-    least_squares = True
+    least_squares: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (self.damping > 0 and 0 < self.gradient_tol < 1):
@@ -254,7 +254,7 @@ class LevenbergMarquardt:
 def _entries(problem: RootProblem, matrix: Matrix, rows: int) -> Tensor | SparseMatrix:
     """The Jacobian, sparse where that pays and the linear solver has sparse factors."""
     sparse = isinstance(matrix, SparseMatrix) and matrix.shape[1] > _DENSE and matrix.device.type == "cpu"
-    return matrix if sparse and not getattr(problem.linear_solver, "dense", False) else as_dense(matrix, rows)  # type: ignore[return-value]
+    return matrix if sparse and not traits_of(problem.linear_solver).dense else as_dense(matrix, rows)  # type: ignore[return-value]
 
 
 def _scaled(matrix: Tensor | SparseMatrix, f: Tensor) -> Tensor | SparseMatrix:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +17,14 @@ from ..system.system import System
 from .backsolve import Backsolve, backsolve
 from .linearize import Linearizer
 from .node import SolveNode
-from .problem import Outputs, Problem
+from .problem import GradientTraits, Outputs, Problem
 from .way_back import carried_step, check_way_back
 
 __all__ = ["BacksolveAdjoint"]
 
 
 @dataclass(frozen=True)
-class BacksolveAdjoint:
+class BacksolveAdjoint(GradientTraits):
     """State, adjoint and the integral of ``l* f_p`` solved backwards together (Chen, Rubanova, Bettencourt & Duvenaud 2018).
 
     Memory: the outputs. The reversed state is unstable wherever the solution is stable: on stiff or strongly contracting problems it leaves
@@ -45,7 +45,11 @@ class BacksolveAdjoint:
     rtol: float | None = None
     atol: float | None = None
     max_steps: int = 100_000
-    takes_events: ClassVar[bool] = False
+
+    @property
+    def takes_events(self) -> bool:
+        """See `GradientTraits.takes_events`."""
+        return False
 
     def solve(self, problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Outputs:
         """See `Gradient.solve`."""

@@ -44,7 +44,7 @@ class _StepConditions(SystemConditions):
 
 
 @dataclass(frozen=True)
-class _Rule:
+class _Rule(JacobianRule):
     """``E + c G``: for an ODE the strategy is told the whole function; copies under vmap take a dense one."""
 
     system: System | VmappedSystem
@@ -63,7 +63,7 @@ class _Rule:
 
 
 @dataclass(frozen=True)
-class _DenseRule:
+class _DenseRule(JacobianRule):
     def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
         return DenseJacobian()(r, x)
 

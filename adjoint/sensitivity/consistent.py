@@ -19,7 +19,7 @@ from ..nonlinear import Newton, RootProblem, RootRecord, RootStatus
 from ..system.jacobians import DenseJacobian
 from ..system.structure import Structure
 from ..system.system import Flat, System, VmappedSystem
-from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions
+from .implicit import FixedRule, JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions
 from .problem import Problem, StageAlgebra
 from .products import tangent
 
@@ -138,7 +138,7 @@ class _Completion(SystemConditions):
 
 
 @dataclass(frozen=True)
-class _CompletionRule:
+class _CompletionRule(JacobianRule):
     """The Jacobian of `_Completion` from a matrix of ``F``: sparse where that is, and the basis one of single variables."""
 
     system: System | VmappedSystem
@@ -156,7 +156,7 @@ class _CompletionRule:
 
     def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
         """Dense: the inputs are those of one copy no more."""
-        return _Dense()
+        return FixedRule(DenseJacobian())
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class _Values(SystemConditions):
 
 
 @dataclass(frozen=True)
-class _ValuesRule:
+class _ValuesRule(JacobianRule):
     """``F_y`` from a matrix of ``F``: sparse where that is."""
 
     system: System | VmappedSystem
@@ -184,17 +184,7 @@ class _ValuesRule:
 
     def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
         """Dense: the inputs are those of one copy no more."""
-        return _Dense()
-
-
-@dataclass(frozen=True)
-class _Dense:
-    def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
-        return DenseJacobian()(r, x)
-
-    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
-        """The same: rows are independent."""
-        return self
+        return FixedRule(DenseJacobian())
 
 
 def _times(matrix: Tensor, v: Tensor) -> Tensor:
@@ -225,7 +215,7 @@ def complete(
     """
     plain = structure.plain
     conditions = _conditions(system, structure)
-    rule: Any = _CompletionRule(system, algebra, structure) if plain else _Dense()
+    rule: Any = _CompletionRule(system, algebra, structure) if plain else FixedRule(DenseJacobian())
 
     linear_solver = algebra.linear_solver if plain else DenseLU()
     find = _finder(rtol, linear_solver, _bounds_of_unknowns(structure, bounds))
@@ -365,7 +355,7 @@ def completion(problem: Problem, structure: Structure, t: Tensor, y: Tensor, yp:
         count = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         return RootRecord(x, torch.zeros_like(x), x.new_zeros(x.shape[0]), count, count, count, count)
 
-    task = RootTask(conditions, conditions, find, _Dense(), solver, Log(), lambda record: None)
+    task = RootTask(conditions, conditions, find, FixedRule(DenseJacobian()), solver, Log(), lambda record: None)
     known, free = structure.basis[..., : structure.rank], structure.basis[..., structure.rank :]
     with torch.no_grad():
         u = torch.cat([_times(known.mH, yp), _times(free.mH, y.detach())], -1)

@@ -21,14 +21,14 @@ from .linearize import Linearizer
 from .node import SolveNode
 from .ode_adjoint import OdeBack
 from .padding import padding, shelter
-from .problem import Outputs, Problem
+from .problem import GradientTraits, Outputs, Problem
 from .way_back import Trajectory, walk
 
 __all__ = ["GaussAdjoint", "InterpolatingAdjoint", "QuadratureAdjoint"]
 
 
 @dataclass(frozen=True)
-class _Continuous:
+class _Continuous(GradientTraits):
     """Settings of the way back.
 
     method : str or method object; default that of the solve, or `kvaerno5` for Rosenbrock and IMEX methods, `radau5` for `bdf`, `dopri8`
@@ -44,7 +44,11 @@ class _Continuous:
     atol: float | None = None
     max_steps: int = 100_000
     _integral: ClassVar[str] = "gauss"
-    takes_events: ClassVar[bool] = False
+
+    @property
+    def takes_events(self) -> bool:
+        """See `GradientTraits.takes_events`."""
+        return False
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
@@ -149,7 +153,6 @@ class GaussAdjoint(_Continuous):
     however many parameters (Norcliffe & Deisenroth 2023)."""
 
     _integral: ClassVar[str] = "gauss"
-    takes_events: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ..linalg import LinearOperator, Log, Matrix, SparseMatrix
 from ..linalg.pencil import Pencil, regular_size, split
 from ..nonlinear import RootRecord
 from ..system.system import Flat, System, VmappedSystem
-from .implicit import RootNode, RootOutputs, RootTask, SystemConditions
+from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions
 from .problem import StageAlgebra
 
 __all__ = ["coupled_matrix", "coupled_pencils", "coupled_root"]
@@ -68,7 +68,7 @@ class _CoupledConditions(SystemConditions):
 
 
 @dataclass(frozen=True)
-class _CoupledRule:
+class _CoupledRule(JacobianRule):
     """The Jacobian of `_CoupledConditions`, from one of ``f`` (n columns) at every stage and not by differentiating ``s n`` columns.
 
     ``levels``: the sizes and mapped inputs of the ``torch.vmap`` around, the outermost first.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteDerivative
 from ..integrate import Record
+from ..methods.family import TableauMethod
 from ..methods.sums import combine
 from ..system.capture import functorch_active
 from ..system.finite import REWRITE, bad_component
@@ -102,7 +103,7 @@ def _points(problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor])
     equations, and of multistep methods the ends of the steps alone."""
     method, system = problem.plan.method, problem.system
     states, times, sizes = grid["states"].detach(), grid["t"], grid["h"]
-    tableau: Any = getattr(method, "tableau", None)
+    tableau: Any = method.tableau if isinstance(method, TableauMethod) else None
     n_steps = len(times)
     if system.residual is not None or len(states) != n_steps + 1:
         return
@@ -121,7 +122,7 @@ def _points(problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor])
             with torch.no_grad():
                 at = [(times[k] + c * sizes[k]).to(real) for c in method.nodes]
                 method.step(watched, at, h, y, f(at[0], y))
-        elif hasattr(tableau, "c") and len(grid["stages"]) == n_steps and not method.additive:
+        elif tableau is not None and len(grid["stages"]) == n_steps and not method.additive:
             ks = list(grid["stages"][k].detach().unbind())
             for row, c in zip(tableau.a, tableau.c, strict=True):
                 seen.append(((times[k] + c * sizes[k]).to(real), combine(y, h, row, ks)))

@@ -27,6 +27,7 @@ __all__ = [
     "Conditions",
     "Examiner",
     "FactorStore",
+    "FixedRule",
     "JacobianRule",
     "RootNode",
     "RootOutputs",
@@ -68,6 +69,11 @@ class SystemConditions:
 class JacobianRule(Protocol):
     """How the matrix of the conditions is had."""
 
+    @property
+    def entries_guessed(self) -> bool:
+        """Whether a pattern that may lack entries, or the user, stands behind the matrix: to be held against a product."""
+        return False
+
     def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
         """The Jacobian of ``r`` at ``x`` (B, n)."""
         ...
@@ -75,6 +81,20 @@ class JacobianRule(Protocol):
     def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
         """The rule for ``size`` copies, with inputs mapped along ``in_dims``."""
         ...
+
+
+@dataclass(frozen=True)
+class FixedRule(JacobianRule):
+    """One strategy for every function and point, whose rows are independent."""
+
+    strategy: Callable[[Callable[[Tensor], Tensor], Tensor], Matrix]
+
+    def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
+        return self.strategy(r, x)
+
+    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
+        """The same: rows are independent."""
+        return self
 
 
 class FactorStore:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from ..linalg import DenseLU, LinearSolver, Matrix
 from ..native.entry import NativeSolve
 from ..system.capture import is_differentiable, listed
 from ..system.jacobians import DenseJacobian
+from ..system.stage_jacobian import StageJacobian
 from ..system.structure import Structure
 from ..system.system import System, VmappedSystem
 from .witness import Witness
@@ -198,8 +199,8 @@ class Problem:
     def jacobian(self, inputs: Sequence[Tensor], forward: bool = False) -> Callable[..., Matrix]:
         """How Jacobians of stages are made, for these inputs; ``forward``: in the steps, not in derivatives."""
         assert self.algebra is not None
-        bound = getattr(self.algebra.jacobian, "bound", None)
-        return self.algebra.jacobian if bound is None else bound(self.system, inputs, forward)
+        strategy = self.algebra.jacobian
+        return strategy.bound(self.system, inputs, forward) if isinstance(strategy, StageJacobian) else strategy
 
 
 class Outputs(NamedTuple):
@@ -260,12 +261,22 @@ def event_table(record: Record) -> dict[str, Tensor]:
     return {"event_id": event_id, "event_step": step, "event_t": t}
 
 
+@runtime_checkable
 class Gradient(Protocol):
-    """A gradient strategy: how a solve is made differentiable."""
+    """A gradient strategy: how a solve is made differentiable. What more it says of itself stands in `GradientTraits`."""
 
     def solve(self, problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Outputs:
         """Solve with outputs that are differentiable in ``anchors`` (A, B), ``t_eval`` (T, B), ``y0`` (B, n) and ``inputs``."""
         ...
+
+
+class GradientTraits:
+    """What a strategy may say of itself beside `Gradient.solve`, by deriving from this."""
+
+    @property
+    def takes_events(self) -> bool:
+        """Whether it differentiates solves with ``events=``."""
+        return True
 
 
 class StepTimes(NamedTuple):

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..integrate.matrices import jacobian_at, mass_product, shifted
-from ..linalg import Factorization, Log, Matrix
+from ..linalg import Factorization, Log
 from ..linalg.pencil import scaled_factors, split
 from ..methods.sums import row_dot
 from ..methods.tableaux_implicit import CollocationTableau
 from ..nonlinear import RootRecord
 from ..system.system import Flat, System, VmappedSystem
 from .coupled import coupled_matrix, coupled_pencils, coupled_root
-from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions, linear
+from .implicit import FixedRule, RootNode, RootOutputs, RootTask, SystemConditions, linear
 from .linearize import Linearizer, Pullback, vjp
 from .problem import Problem, StageAlgebra
 from .products import tangent
@@ -46,18 +46,6 @@ class _ShiftedConditions(SystemConditions):
         t, hd, *rest = inputs
         f, mass = self.system.bind(rest), self.system.mass_matrix(rest)
         return lambda _, y: mass_product(mass, y, hd) - hd * f(t, y)
-
-
-@dataclass(frozen=True)
-class _Rule:
-    strategy: Callable[[Callable[[Tensor], Tensor], Tensor], Matrix]
-
-    def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
-        return self.strategy(r, x)
-
-    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
-        """The same: rows are independent."""
-        return self
 
 
 def _known(r: Any, x: Tensor, inputs: Any, jacobian: Any) -> RootRecord:
@@ -90,9 +78,15 @@ class RecordedStages:
         step = hd if isinstance(hd, Tensor) else b.new_full((b.shape[0], 1), hd, dtype=b.dtype.to_real())
         if self._shifted is None:
             conditions = _ShiftedConditions(self.system)
-            rule, solver = _Rule(self.algebra.jacobian), self.algebra.linear_solver
+            rule, solver = FixedRule(self.algebra.jacobian), self.algebra.linear_solver
             self._shifted = RootTask(conditions, conditions, _known, rule, solver, Log(), lambda record: None)
         return linear(self._shifted, b, y, (t, step, *self.inputs), adjoint=False)
+
+    def linear_stages(
+        self, tableau: Any, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor, slope: Tensor
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """See `StageEquations.linear_stages`: stage by stage, as roots that are differentiated."""
+        return None
 
     def time_slope(self, t: Tensor, y: Tensor) -> Tensor:
         """See `StageEquations.time_slope`."""
@@ -107,7 +101,7 @@ class RecordedStages:
         step = hd if isinstance(hd, Tensor) else base.new_full((base.shape[0], 1), hd, dtype=base.dtype.to_real())
         conditions = _StageConditions(self.system)
         task = RootTask(
-            conditions, conditions, _known, _Rule(self.algebra.jacobian), self.algebra.linear_solver, Log(), lambda record: None
+            conditions, conditions, _known, FixedRule(self.algebra.jacobian), self.algebra.linear_solver, Log(), lambda record: None
         )
         return RootOutputs(*RootNode.apply(task, self.recorded[index].detach(), t, base, step, *self.inputs)).raw
 

@@ -130,7 +130,7 @@ class StepRows:
         self.linearize, self.times, self.h, self.ks, self.y = linearize, times, h, list(ks), y
         self.time = linearize.time
         tab = self.method.tableau
-        same = getattr(tab, "same_as", None)
+        same = self.method.same_as
         # a first stage that was handed on is not evaluated
         begin = int(hands_on(plan))
         self.places = [i for i in range(begin, len(ks)) if same is None or same[i] == i]

@@ -20,7 +20,7 @@ from .finite import guarded
 from .multistep import multistep_outputs
 from .node import SolveNode
 from .padding import shelter
-from .problem import Outputs, Problem
+from .problem import GradientTraits, Outputs, Problem
 from .replay import replay
 
 __all__ = ["Backprop", "DiscreteAdjoint"]
@@ -30,7 +30,7 @@ KEEP_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
-class DiscreteAdjoint:
+class DiscreteAdjoint(GradientTraits):
     """The exact derivative of the computed solution, by the adjoint of each step (docs/theory.md, section 1; Hager 2000, Sandu 2006).
 
     Memory: one state per step (and the stages of implicit and multistep methods; one trajectory by implicit methods: and some MiB, as its
@@ -67,7 +67,7 @@ class DiscreteAdjoint:
 
     @property
     def takes_events(self) -> bool:
-        """Whether a solve may have ``events=``."""
+        """See `GradientTraits.takes_events`."""
         return self.checkpoints is None
 
     def solve(self, problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Outputs:

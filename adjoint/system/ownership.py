@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Generic, ParamSpec, TypeVar, cast
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_map
 
 from .capture import functorch_active
 
-__all__ = ["Owned", "as_part", "owned", "owning", "under_transform"]
+__all__ = ["Owned", "WithTensors", "as_part", "owned", "owning", "under_transform"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,6 +43,14 @@ class _Doors(threading.local):
 
 
 _doors = _Doors()
+
+
+class WithTensors(ABC):
+    """A result of a front door with tensors in it."""
+
+    @abstractmethod
+    def with_tensors(self, function: Callable[[Any], Any]) -> Any:
+        """The same with ``function`` of everything that may be differentiated."""
 
 
 class Owned(Generic[T]):
@@ -117,7 +126,7 @@ def _let_out(result: Any, things: _Things) -> Any:
     def one(x: Any) -> Any:
         if isinstance(x, Tensor):
             return _held(x, things)
-        if hasattr(x, "with_tensors"):
+        if isinstance(x, WithTensors):
             return x.with_tensors(lambda inner: _let_out(inner, things))
         return wraps(x)(lambda *a: _let_out(x(*a), things)) if callable(x) else x
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,13 +16,33 @@ from .jacobians_sparse import agrees
 from .lending import own
 from .system import System, VmappedSystem
 
-__all__ = ["GivenStageJacobian"]
+__all__ = ["GivenStageJacobian", "StageJacobian"]
 
 Strategy = Callable[[Callable[[Tensor], Tensor], Tensor], Matrix]
 Flat = Callable[[Tensor, Tensor], Tensor]
 
 
-class GivenStageJacobian:
+class StageJacobian(ABC):
+    """A way to Jacobians of stages that does something with time, inputs or size of the state; others are plain functions of ``f, x``."""
+
+    @abstractmethod
+    def __call__(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Matrix:
+        """``df/dx`` at ``x`` (B, n)."""
+
+    def at(self, f: Flat, t: Tensor, x: Tensor) -> Matrix:
+        """At time ``t`` (B,) and state ``x`` (B, n) of the right-hand side ``f``."""
+        return self(lambda y: f(t, y), x)
+
+    def takes_dense(self, x: Tensor) -> bool:
+        """Whether the Jacobian at ``x`` will be dense, and by differentiation."""
+        return False
+
+    def bound(self, system: System | VmappedSystem, inputs: Sequence[Tensor], forward: bool) -> Strategy:
+        """With the inputs of one solve; ``forward``: for its steps, not for derivatives."""
+        return self
+
+
+class GivenStageJacobian(StageJacobian):
     """The user's Jacobian where time, state and inputs are known: in the steps and in their adjoints for first derivatives.
 
     At the first call it is held against a product with the true Jacobian. One that disagrees is kept for the iterations, where it costs
@@ -38,7 +59,7 @@ class GivenStageJacobian:
         return self.fallback(f, x)
 
     def bound(self, system: System | VmappedSystem, inputs: Sequence[Tensor], forward: bool) -> Strategy:
-        """With the inputs of one solve; ``forward``: for its steps, not for derivatives."""
+        """See `StageJacobian.bound`."""
         return _Bound(self, system, inputs, forward) if isinstance(system, System) else self.fallback
 
     def values(self, system: System, inputs: Sequence[Tensor], t: Tensor, x: Tensor) -> Matrix:
@@ -66,7 +87,7 @@ class GivenStageJacobian:
         return SparseMatrix(full.indices(), full.values().unsqueeze(0), (n, n))
 
 
-class _Bound:
+class _Bound(StageJacobian):
     def __init__(self, owner: GivenStageJacobian, system: System, inputs: Sequence[Tensor], forward: bool) -> None:
         self.owner, self.system, self.inputs, self.forward = owner, system, inputs, forward
 
@@ -74,7 +95,7 @@ class _Bound:
         return self.owner.fallback(f, x)
 
     def at(self, f: Flat, t: Tensor, x: Tensor) -> Matrix:
-        """At time ``t`` (B,) and state ``x`` (B, n) of the right-hand side ``f``."""
+        """See `StageJacobian.at`."""
         owner = self.owner
         with torch.no_grad():
             if owner.right is None:
