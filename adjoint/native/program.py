@@ -23,8 +23,12 @@ from .text import vector_library
 
 __all__ = ["Engine", "Program", "pointers", "program_of"]
 
-#: bytes of a vector of trajectories, and fewest trajectories for which there are vectors
-_VECTOR, _FEWEST = 64, 16
+#: bytes of a vector of trajectories, by how many values ``fun`` computes at most: where these are few, steps wait for each other's results,
+#: and what goes on beside them is had for nothing; where they are many, registers run out
+_VECTORS = ((40, 256), (80, 128))
+_VECTOR = 64
+#: fewest trajectories for which there are vectors, and for which there are wide ones
+_FEWEST, _MANY = 16, 64
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,14 @@ class Program:
 
     def lanes(self, rows: int) -> int:
         """How many trajectories go side by side."""
-        return _VECTOR // self.real.itemsize if rows >= _FEWEST else 1
+        return (self._widest if rows >= _MANY else _VECTOR) // self.real.itemsize if rows >= _FEWEST else 1
+
+    @cached_property
+    def _widest(self) -> int:
+        """Bytes of a vector of many trajectories."""
+        graph = self.reading.graph
+        values = len(graph.cone(self.reading.outputs, graph.parts))
+        return next((size for most, size in _VECTORS if values <= most), _VECTOR)
 
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Its inputs as it takes them: contiguous, in the dtype of the state. Raises `Unreadable` for whole numbers beyond that."""

@@ -193,6 +193,34 @@ def test_derivatives_of_steps_that_are_too_long_for_them():
     torch.testing.assert_close(by_k, -0.1 / 999.9 * a, rtol=1e-2, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("error:compile=True")
+@pytest.mark.parametrize("method", ["dopri5", "rodas5p", "kvaerno5"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
+def test_many_trajectories_of_a_small_function_are_those_of_few(method, dtype):
+    """Registers side by side, with a trajectory that fails (its parameter is no number) and one that ends at once, against one by one."""
+
+    def by(rows):
+        y0 = torch.tensor([1.0, 0.2], dtype=dtype) * torch.linspace(1, 1.3, 150, dtype=dtype).unsqueeze(-1)
+        p = torch.tensor([1.1, 0.4], dtype=dtype) * torch.linspace(1, 1.2, 150, dtype=dtype).unsqueeze(-1)
+        ends = torch.linspace(0.5, 2.5, 150, dtype=torch.float64)
+        p[37, 0], ends[52] = float("nan"), 0.0
+        y0, p = y0[rows].requires_grad_(), p[rows].requires_grad_()
+        span = torch.zeros_like(ends[rows]), ends[rows].requires_grad_()
+        sol = adjoint.solve_ivp(swings, span, y0, args=(p,), method=method, rtol=1e-4, atol=1e-6, batched=True, compile=True, throw=False)
+        return sol, torch.autograd.grad(sol.y[-1].nan_to_num().square().sum(), [y0, p, span[1]])
+
+    many, grads = by(slice(None))
+    assert many.status[37] < 0 and many.status[52] >= 0 and (many.status < 0).sum() == 1
+    rounding = 1e-10 if dtype == torch.float64 else 1e-3
+    for rows in (slice(36, 54), slice(140, 143), slice(52, 53)):
+        few, theirs = by(rows)
+        torch.testing.assert_close(few.y, many.y[:, rows], rtol=rounding, atol=rounding, equal_nan=True)
+        for a, b in zip(theirs, grads, strict=True):
+            torch.testing.assert_close(a, b[rows], rtol=rounding, atol=rounding, equal_nan=True)
+    others = torch.arange(150) != 37
+    assert all(x[others].isfinite().all() for x in grads)
+
+
 def test_bits_do_not_depend_on_the_number_of_threads():
     found = []
     before = torch.get_num_threads()

@@ -22,7 +22,7 @@ from .test_operators import PARAMETERS, group_read, states
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
-@pytest.mark.parametrize("dtype, lanes", [(torch.float64, 0), (torch.float64, 4), (torch.float32, 8)], ids=["one", "four", "eight single"])
+@pytest.mark.parametrize("dtype, lanes", [(torch.float64, 0), (torch.float64, 4), (torch.float32, 8), (torch.float64, 32)], ids=["one", "four", "eight single", "pairs of pairs"])
 def test_all_operators(tmp_path, dtype, lanes):
     """Values, and all derivatives where they are not scattered."""
     y, p = states(dtype), PARAMETERS.to(dtype)
@@ -59,7 +59,7 @@ def by_tables(t, y, shared, own):
     return torch.stack([first, j[:, 0] + k * y[:, 4], same], 1)
 
 
-@pytest.mark.parametrize("lanes", [0, 4])
+@pytest.mark.parametrize("lanes", [0, 4, 16])
 def test_tables(tmp_path, lanes):
     y, own, shared = states(torch.float64)[:10], torch.rand(10, 4), torch.tensor([0.1, 0.6, 0.9, 1.2])
     reading = read(by_tables, torch.zeros(()), y, [shared, own], batched=True)

@@ -20,7 +20,7 @@ struct Loop {
   Watch watch[W];
   EventFunctions events;
 #endif
-  S *probe, *inside, *direction;  // of the first lane: where probes begin
+  S *probe, *inside, *direction, *looking;  // direction, of the first lane: where probes begin; looking: room for a look
   Doubles looked;  // the longest step, a little more, that was looked at, and how long ago
   Longs since;
   Flags unstable;
@@ -30,11 +30,11 @@ struct Loop {
   bool jump[W], jumps_end[W];
 
   Loop(const Forward& q, Tape& tape, long from, long to) : q(q), tape(tape), f(functions_of(q)), from(from), to(to), waiting(from), starts(q, f), a{f, c} {
-    const long numbers = (13 + 2 * ALL + 4 * CONSTRAINED) * (long)N + ROOM_OF_STEP;
+    const long numbers = (15 + 2 * ALL + 4 * CONSTRAINED) * (long)N + ROOM_OF_STEP;
     memory = lanes_of(numbers);
     S* at = memory;
     y = at; y1 = (at += N); k1 = (at += N); rtol = (at += N); atol = (at += N); size = (at += N); error = (at += N); other = (at += N);
-    srtol = (at += N); satol = (at += N); probe = (at += N); inside = (at += N); direction = (at += N); ks = (at += N);
+    srtol = (at += N); satol = (at += N); probe = (at += N); inside = (at += N); direction = (at += N); looking = (at += N); ks = (at += 2 * N);
     a.y = y; a.k1 = k1; a.rtol = srtol; a.atol = satol; a.ks = ks; a.y1 = y1; a.error = error; a.step_rtol = rtol; a.step_atol = atol;
     a.last_ks = at + ALL * N; a.work = at + 2 * ALL * N; a.beside = a.work + ROOM_OF_STEP; a.guesses = q.guesses; a.adaptive = q.adaptive; a.power = q.power; a.skipped = q.skipped;
     for (long i = 0; i < numbers; i++) memory[i] = K(0);
@@ -356,7 +356,7 @@ struct Loop {
     if (!some(due_.v & (THAT(length > looked.v) | THAT(since.v >= l_all(32))))) return;
     looked.v = d_sel(due_.v, d_most(looked.v, 1.25 * length), looked.v);
     since.v = since.v & ~due_.v;
-    S at = narrow(t.v), *v = lanes_of(2 * (long)N), *f1 = v + N, rate = K(0);
+    S at = narrow(t.v), *v = looking, *f1 = v + N, rate = K(0);
     for (int n = 0; n < N; n++) v[n] = probe[n];
     // well within the tolerance, and well above rounding
     auto unit = [&](int n) { return m_abs(y[n]) * (rtol[n] + K(R(SHIFT))) + atol[n] + K(R(SMALLEST)); };
@@ -385,7 +385,6 @@ struct Loop {
     }
     const M kept = mask_of(due_);
     for (int n = 0; n < N; n++) probe[n] = m_sel(kept, v[n], probe[n]);
-    free(v);
   }
 
   void accept(Flags& passed, S* times, S* k_end, bool end_known, bool dense) {

@@ -1,11 +1,88 @@
-// Numbers of W trajectories at once, after scalar.hpp. MVEC: libmvec may be called, of glibc 2.22 or later (22), or 2.35 or later (35).
+// Numbers of W trajectories at once, after scalar.hpp: a register of the processor, or a pair of pairs of them. Compilers lower what is wider
+// than a register lane by lane where it is compared or chosen from; and two registers side by side hide the time that each waits for its own.
+// MVEC: libmvec may be called, of glibc 2.22 or later (22), or 2.35 or later (35).
 #ifdef SINGLE
 typedef int E;
+#define BYTES (4 * W)
 #else
-typedef long long E;
+typedef long E;
+#define BYTES (8 * W)
 #endif
-typedef R S __attribute__((vector_size(W * sizeof(R))));
-typedef E J __attribute__((vector_size(W * sizeof(R))));
+#if defined(__AVX512F__) && BYTES >= 64
+#define REGISTER 64
+#elif defined(__AVX2__) && BYTES >= 32
+#define REGISTER 32
+#else
+#define REGISTER 16
+#endif
+#define VECTOR(T) __attribute__((vector_size(REGISTER))) T
+typedef VECTOR(R) Rr;
+typedef VECTOR(E) Er;
+typedef VECTOR(double) Dr;
+typedef VECTOR(long) Lr;
+
+// of vectors: a lane of them, what comparisons of them give, and floats of that size
+template <class V> struct Kind;
+template <> struct Kind<Rr> { typedef R T; typedef Er Mask; typedef Rr Real; };
+template <> struct Kind<Er> { typedef E T; typedef Er Mask; typedef Rr Real; };
+#ifdef SINGLE
+template <> struct Kind<Dr> { typedef double T; typedef Lr Mask; typedef Dr Real; };
+template <> struct Kind<Lr> { typedef long T; typedef Lr Mask; typedef Dr Real; };
+#endif
+#define EVERYWHERE static inline __attribute__((always_inline))
+template <class V> struct Pair {
+  typedef typename Kind<V>::T T;
+  typedef typename Kind<V>::Mask Half;
+  V a, b;
+  T& operator[](int l) { return ((T*)this)[l]; }
+  T operator[](int l) const { return ((const T*)this)[l]; }
+#define OPERATOR(sign) \
+  friend inline __attribute__((always_inline)) Pair operator sign(const Pair& x, const Pair& y) { return {x.a sign y.a, x.b sign y.b}; } \
+  friend inline __attribute__((always_inline)) Pair operator sign(const Pair& x, T y) { return {x.a sign y, x.b sign y}; } \
+  friend inline __attribute__((always_inline)) Pair operator sign(T x, const Pair& y) { return {x sign y.a, x sign y.b}; } \
+  inline __attribute__((always_inline)) Pair& operator sign##=(const Pair& y) { a sign##= y.a; b sign##= y.b; return *this; } \
+  inline __attribute__((always_inline)) Pair& operator sign##=(T y) { a sign##= y; b sign##= y; return *this; }
+  OPERATOR(+) OPERATOR(-) OPERATOR(*) OPERATOR(/) OPERATOR(&) OPERATOR(|)
+#undef OPERATOR
+#define OPERATOR(sign) \
+  friend inline __attribute__((always_inline)) Pair operator sign(const Pair& x, int y) { return {x.a sign y, x.b sign y}; }
+  OPERATOR(>>) OPERATOR(<<)
+#undef OPERATOR
+#define OPERATOR(sign) \
+  friend inline __attribute__((always_inline)) Pair<Half> operator sign(const Pair& x, const Pair& y) { \
+    return {(Half)(x.a sign y.a), (Half)(x.b sign y.b)}; \
+  }
+  OPERATOR(<) OPERATOR(<=) OPERATOR(>) OPERATOR(>=) OPERATOR(==) OPERATOR(!=)
+#undef OPERATOR
+  inline __attribute__((always_inline)) Pair operator-() const { return {-a, -b}; }
+  inline __attribute__((always_inline)) Pair operator~() const { return {~a, ~b}; }
+};
+template <class V> struct Kind<Pair<V>> {
+  typedef typename Kind<V>::T T;
+  typedef Pair<typename Kind<V>::Mask> Mask;
+  typedef Pair<typename Kind<V>::Real> Real;
+};
+// COUNT lanes of a kind
+template <class V, int COUNT, bool MORE = (COUNT * sizeof(typename Kind<V>::T) > sizeof(V))> struct Lanes { typedef V type; };
+template <class V, int COUNT> struct Lanes<V, COUNT, true> { typedef typename Lanes<Pair<V>, COUNT>::type type; };
+
+// the same bits as whole numbers, and back; whole numbers as floats
+EVERYWHERE Er bits(Rr x) { return (Er)x; }
+EVERYWHERE Rr real(Er x) { return (Rr)x; }
+EVERYWHERE Rr number(Er x) { return __builtin_convertvector(x, Rr); }
+#ifdef SINGLE
+EVERYWHERE Lr bits(Dr x) { return (Lr)x; }
+EVERYWHERE Dr real(Lr x) { return (Dr)x; }
+EVERYWHERE Dr number(Lr x) { return __builtin_convertvector(x, Dr); }
+#endif
+template <class V> EVERYWHERE typename Kind<Pair<V>>::Mask bits(const Pair<V>& x) { return {bits(x.a), bits(x.b)}; }
+template <class V> EVERYWHERE typename Kind<Pair<V>>::Real real(const Pair<V>& x) { return {real(x.a), real(x.b)}; }
+template <class V> EVERYWHERE typename Kind<Pair<V>>::Real number(const Pair<V>& x) { return {number(x.a), number(x.b)}; }
+// what ``on`` marks by ones in all bits, else the other one
+template <class M, class V> EVERYWHERE V chosen(const M& on, const V& x, const V& y) { return real((on & bits(x)) | (~on & bits(y))); }
+
+typedef Lanes<Rr, W>::type S;
+typedef Lanes<Er, W>::type J;
 typedef J M;
 FN S K(R x) { return S{} + x; }
 FN S K(S x) { return x; }
@@ -14,12 +91,12 @@ FN J KI(J x) { return x; }
 FN M KM(bool x) { return M{} - E(x); }
 FN M KM(M x) { return x; }
 POWERS(S)
-FN S m_sel(M m, S a, S b) { return (S)((m & (M)a) | (~m & (M)b)); }
-FN J m_sel(M m, J a, J b) { return (m & a) | (~m & b); }
-FN S m_sel(bool m, S a, S b) { return m ? a : b; }
-FN J m_sel(bool m, J a, J b) { return m ? a : b; }
+EVERYWHERE S m_sel(M m, S a, S b) { return chosen(m, a, b); }
+EVERYWHERE J m_sel(M m, J a, J b) { return (m & a) | (~m & b); }
+EVERYWHERE S m_sel(bool m, S a, S b) { return m ? a : b; }
+EVERYWHERE J m_sel(bool m, J a, J b) { return m ? a : b; }
 FN M m_not(M x) { return ~x; }
-FN S m_float(J x) { return __builtin_convertvector(x, S); }
+FN S m_float(J x) { return number(x); }
 FN J m_int(S x) {
   J r;
   for (int l = 0; l < W; l++) r[l] = E(m_int(x[l]));
@@ -29,57 +106,49 @@ FN J m_int(S x) {
 #define EACH(name) FN S m_##name(S x) { S r; for (int l = 0; l < W; l++) r[l] = m_##name(x[l]); return r; }
 #define EACH2(name) FN S m_##name(S x, S y) { S r; for (int l = 0; l < W; l++) r[l] = m_##name(x[l], y[l]); return r; }
 #define INTEGER2(name) FN J m_##name(J x, J y) { J r; for (int l = 0; l < W; l++) r[l] = E(m_##name(I(x[l]), I(y[l]))); return r; }
-EACH(single) EACH(exp2) EACH(tan) EACH(floor) EACH(ceil) EACH(trunc) EACH(round) EACH(sqrt) EACH(lgamma) EACH(digamma) EACH(trigamma) EACH(erfinv)
+EACH(single) EACH(exp2) EACH(tan) EACH(floor) EACH(ceil) EACH(trunc) EACH(round) EACH(lgamma) EACH(digamma) EACH(trigamma) EACH(erfinv)
 EACH2(fmod) EACH2(remainder) EACH2(floordiv)
 INTEGER2(fmod) INTEGER2(remainder) INTEGER2(floordiv)
 
-#if defined(MVEC) && defined(__AVX2__)
-// functions of 64 bytes where the processor has them, else of 32, called as often as W needs; narrower vectors go lane by lane
-#if defined(__AVX512F__) && defined(SINGLE)
-#define LANES 16
+// what the processor or the library does with a whole register
+#define PARTS(name) template <class V> FN Pair<V> m_##name(const Pair<V>& x) { return {m_##name(x.a), m_##name(x.b)}; }
+#define PARTS2(name) template <class V> FN Pair<V> m_##name(const Pair<V>& x, const Pair<V>& y) { return {m_##name(x.a, y.a), m_##name(x.b, y.b)}; }
+#if defined(__AVX2__) && defined(SINGLE)
+EVERYWHERE Rr m_sqrt(Rr x) { Rr r; __asm__("vsqrtps %1, %0" : "=v"(r) : "v"(x)); return r; }
+PARTS(sqrt)
+#elif defined(__AVX2__)
+EVERYWHERE Rr m_sqrt(Rr x) { Rr r; __asm__("vsqrtpd %1, %0" : "=v"(r) : "v"(x)); return r; }
+PARTS(sqrt)
+#else
+EACH(sqrt)
+#endif
+#if defined(MVEC) && REGISTER > 16
+#if REGISTER == 64 && defined(SINGLE)
 #define NAME(name, v) _ZGVeN16##v##_##name##f
-#elif defined(__AVX512F__)
-#define LANES 8
+#elif REGISTER == 64
 #define NAME(name, v) _ZGVeN8##v##_##name
 #elif defined(SINGLE)
-#define LANES 8
 #define NAME(name, v) _ZGVdN8##v##_##name##f
 #else
-#define LANES 4
 #define NAME(name, v) _ZGVdN4##v##_##name
 #endif
-typedef R Part __attribute__((vector_size(LANES * sizeof(R))));
-template <Part (*F)(Part)> FN S m_parts(S x) {
-  union { S whole; Part part[W / LANES]; } u;
-  u.whole = x;
-  for (int n = 0; n < W / LANES; n++) u.part[n] = F(u.part[n]);
-  return u.whole;
-}
-template <Part (*F)(Part, Part)> FN S m_parts(S x, S y) {
-  union { S whole; Part part[W / LANES]; } u, q;
-  u.whole = x, q.whole = y;
-  for (int n = 0; n < W / LANES; n++) u.part[n] = F(u.part[n], q.part[n]);
-  return u.whole;
-}
-#define PARTS(name) extern "C" Part NAME(name, v)(Part); FN S m_##name(S x) { return m_parts<NAME(name, v)>(x); }
-#define PARTS2(name) extern "C" Part NAME(name, vv)(Part, Part); FN S m_##name(S x, S y) { return m_parts<NAME(name, vv)>(x, y); }
-#endif
-#if defined(MVEC) && defined(__AVX2__) && W >= LANES
-PARTS(exp) PARTS(log) PARTS(sin) PARTS(cos) PARTS2(pow)
+#define LIBRARY(name) extern "C" Rr NAME(name, v)(Rr); FN Rr m_##name(Rr x) { return NAME(name, v)(x); } PARTS(name)
+#define LIBRARY2(name) extern "C" Rr NAME(name, vv)(Rr, Rr); FN Rr m_##name(Rr x, Rr y) { return NAME(name, vv)(x, y); } PARTS2(name)
+LIBRARY(exp) LIBRARY(log) LIBRARY(sin) LIBRARY(cos) LIBRARY2(pow)
 #else
 EACH(exp) EACH(log) EACH(sin) EACH(cos) EACH2(pow)
 #endif
-#if defined(MVEC) && defined(__AVX2__) && W >= LANES && MVEC >= 35
-PARTS(expm1) PARTS(log1p) PARTS(log2) PARTS(log10) PARTS(asin) PARTS(acos) PARTS(atan) PARTS(sinh) PARTS(cosh) PARTS(tanh)
-PARTS(asinh) PARTS(acosh) PARTS(atanh) PARTS(erf) PARTS(erfc) PARTS2(atan2) PARTS2(hypot)
+#if defined(MVEC) && REGISTER > 16 && MVEC >= 35
+LIBRARY(expm1) LIBRARY(log1p) LIBRARY(log2) LIBRARY(log10) LIBRARY(asin) LIBRARY(acos) LIBRARY(atan) LIBRARY(sinh) LIBRARY(cosh) LIBRARY(tanh)
+LIBRARY(asinh) LIBRARY(acosh) LIBRARY(atanh) LIBRARY(erf) LIBRARY(erfc) LIBRARY2(atan2) LIBRARY2(hypot)
 #else
 EACH(expm1) EACH(log1p) EACH(log2) EACH(log10) EACH(asin) EACH(acos) EACH(atan) EACH(sinh) EACH(cosh) EACH(tanh)
 EACH(asinh) EACH(acosh) EACH(atanh) EACH(erf) EACH(erfc) EACH2(atan2) EACH2(hypot)
 #endif
 
-FN S m_abs(S x) { return (S)((J)x & (J)((~(J){}) ^ (J)(-S{}))); }
-FN S m_max(S x, S y) { return m_sel((M)((x != x) | (x > y)), x, y); }
-FN S m_min(S x, S y) { return m_sel((M)((x != x) | (x < y)), x, y); }
+EVERYWHERE S m_abs(S x) { return real(bits(x) & ~bits(-S{})); }
+EVERYWHERE S m_max(S x, S y) { return m_sel((M)((M)(x != x) | (M)(x > y)), x, y); }
+EVERYWHERE S m_min(S x, S y) { return m_sel((M)((M)(x != x) | (M)(x < y)), x, y); }
 FN S m_sign(S x) { return m_sel((M)(x > S{}), K(1), m_sel((M)(x < S{}), K(-1), S{})); }
 FN S m_sigmoid(S x) { return 1 / (1 + m_exp(-x)); }
 FN S m_softplus(S x) { return m_sel((M)(x > S{}), x, S{}) + m_log1p(m_exp(-m_abs(x))); }
