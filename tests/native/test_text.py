@@ -21,8 +21,10 @@ from .test_operators import PARAMETERS, group_read, states
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
+LANES = {"one": (torch.float64, 0), "four": (torch.float64, 4), "eight single": (torch.float32, 8), "pairs of pairs": (torch.float64, 32)}
 
-@pytest.mark.parametrize("dtype, lanes", [(torch.float64, 0), (torch.float64, 4), (torch.float32, 8), (torch.float64, 32)], ids=["one", "four", "eight single", "pairs of pairs"])
+
+@pytest.mark.parametrize("dtype, lanes", LANES.values(), ids=LANES)
 def test_all_operators(tmp_path, dtype, lanes):
     """Values, and all derivatives where they are not scattered."""
     y, p = states(dtype), PARAMETERS.to(dtype)
