@@ -193,6 +193,24 @@ def test_derivatives_of_steps_that_are_too_long_for_them():
     torch.testing.assert_close(by_k, -0.1 / 999.9 * a, rtol=1e-2, atol=1e-9)
 
 
+@pytest.mark.parametrize("rtol", [1e-3, 1e-6])
+def test_chaos_is_not_taken_for_instability(monkeypatch, rtol):
+    """Components pass through zero, where one product with the Jacobian in units of the tolerance is many times its largest eigenvalue."""
+
+    def lorenz(t, y, p):
+        a, b, c = y.unbind(-1)
+        return torch.stack([p[0] * (b - a), a * (p[1] - c) - b, a * b - p[2] * c], -1)
+
+    def refuses(*args, **options):
+        raise AssertionError("this solve was taken again, uncompiled")
+
+    p = torch.tensor([10.0, 28.0, 8 / 3], dtype=torch.float64)
+    y0 = (torch.rand(500, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4 - 2).requires_grad_()
+    monkeypatch.setattr("adjoint.sensitivity.problem.integrate", refuses)
+    sol = adjoint.solve_ivp(lorenz, (0.0, 20.0), y0, args=(p,), method="dopri5", rtol=rtol, atol=rtol, batched=True, compile=True)
+    assert (sol.status >= 0).all()
+
+
 @pytest.mark.filterwarnings("error:compile=True")
 @pytest.mark.parametrize("method", ["dopri5", "rodas5p", "kvaerno5"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
