@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from math import isfinite
 from typing import Any
 
@@ -31,7 +32,7 @@ from .solution import BackwardStats, Solution, Stats
 
 __all__ = ["Asked", "asked", "forget"]
 
-_MOST = 512
+_MOST, _FEW = 512, 32
 _known: dict[Hashable, Prepared | None] = {}
 _NUMBERS = (int, float, type(None))
 _REALS = (torch.float32, torch.float64)
@@ -62,7 +63,8 @@ class Asked:
             return None
         rows = prepared.rows
         t_eval: Tensor | None = self.options["t_eval"]
-        anchors = torch.tensor(self.span, dtype=torch.float64).unsqueeze(1).expand(2, rows).contiguous()
+        anchors = torch.tensor([[t] for t in self.span], dtype=torch.float64)
+        anchors = anchors if rows == 1 else anchors.expand(2, rows).contiguous()
         times = None if self.samples is None else self.samples.unsqueeze(1).expand(-1, rows).contiguous()
         try:
             made = run_of(prepared, anchors, times, self.y0, self.found.tensors)
@@ -186,12 +188,19 @@ def _samples(times: Any, span: tuple[float, float]) -> Tensor | None:
         return None
     first, last = span
     slack = min(2 * torch.finfo(times.dtype).eps * max(abs(first), abs(last)), 1e-3 * (last - first))
-    found, low, high = times.double(), float(times[0]), float(times[-1])
-    if not bool((found[1:] >= found[:-1]).all()):
+    found = times.double()
+    if len(found) <= _FEW:
+        # few numbers are looked at faster by Python
+        given = found.tolist()
+        low, high, increasing = given[0], given[-1], all(x <= y for x, y in pairwise(given))
+    else:
+        low, high, increasing = float(found[0]), float(found[-1]), bool((found[1:] >= found[:-1]).all())
+    if not increasing:
         return None
     if not ((low == first or low > first + slack) and (high == last or high < last - slack)):
         found = snapped(found, *torch.tensor(span, dtype=torch.float64), times)
-    return found if first <= float(found[0]) and float(found[-1]) <= last else None
+        low, high = float(found[0]), float(found[-1])
+    return found if first <= low and high <= last else None
 
 
 def forget() -> None:

@@ -40,8 +40,10 @@ def sweep_native(
     inputs: Sequence[Tensor],
     bars: Sequence[Tensor | None],
     timed: bool,
+    ordered: bool = False,
 ) -> Cotangents:
-    """Cotangents from those of ``(final, samples, states, stages)``, each of them a tensor or None; ``timed``: those of times as well."""
+    """Cotangents from those of ``(final, samples, states, stages)``, each of them a tensor or None; ``timed``: those of times as well;
+    ``ordered``: samples are in the order of time, which else is looked at."""
     states = grid["states"].detach().contiguous()
     n_steps, rows = grid["t"].shape
     engine = program.engine(program.lanes(rows))
@@ -56,7 +58,7 @@ def sweep_native(
     n_samples = 0
     if t_eval is not None and bars[1] is not None:
         keep["t_eval"] = t_eval.detach().contiguous()
-        order = sample_order(keep["t_eval"], keep["anchors"])
+        order = None if ordered else sample_order(keep["t_eval"], keep["anchors"])
         if order is not None:
             keep["order"] = order
         n_samples = t_eval.shape[0]

@@ -165,13 +165,21 @@ class Solved(NamedTuple):
 
 
 def solved(
-    program: Program, frame: Frame, plan: Plan, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]
+    program: Program,
+    frame: Frame,
+    plan: Plan,
+    anchors: Tensor,
+    t_eval: Tensor | None,
+    y0: Tensor,
+    inputs: Sequence[Tensor],
+    ordered: bool = False,
 ) -> Solved:
-    """A solve; all tensors contiguous and without derivatives, ``inputs`` in the dtype of the state."""
+    """A solve; all tensors contiguous and without derivatives, ``inputs`` in the dtype of the state. ``ordered``: samples are in the order
+    of time, which else is looked at."""
     rows, n = y0.shape
     n_anchors = anchors.shape[0]
     n_samples = 0 if t_eval is None else t_eval.shape[0]
-    order = sample_order(t_eval, anchors)
+    order = None if ordered else sample_order(t_eval, anchors)
     room = program.room.get(rows, max(1, min(_ROOM, _MOST_ROOM // max(frame.size, 1)))) if frame.keep_grid else 0
     room = min(room, plan.max_steps)
     stages, beside = len(program.method.dense), records_beside(program.method)

@@ -60,12 +60,12 @@ def run_of(
 ) -> tuple[Solved, list[Tensor]] | None:
     """The solve and the tensors as the program takes them; None where the general way has to look: something failed, or rests.
 
-    ``tensors``: those of the fingerprint.
+    ``t_eval``: in the order of time; ``tensors``: those of the fingerprint.
     """
     program, plan = prepared.program, prepared.plan
     values = program.values([tensors[k] for k in prepared.places])
     flat = y0.detach().resolve_neg().to(program.real).reshape(prepared.rows, prepared.width).contiguous()
-    found = solved(program, prepared.frame, plan, anchors, t_eval, flat, values)
+    found = solved(program, prepared.frame, plan, anchors, t_eval, flat, values, ordered=True)
     if prepared.rows == 1:
         counts = found.counts[:, 0].tolist()
         if counts[3] != 0 or counts[4]:
@@ -115,8 +115,8 @@ class PreparedNode(torch.autograd.Function):
         bars = bar.reshape(-1, prepared.rows, prepared.width)
         names = ("states", "t", "h", "status", "sample_step", "stages", "extra")
         grid: dict[str, Tensor] = dict(zip(names, saved[: ctx.n_kept], strict=False))
-        ends = (bars[1], None) if run.t_eval is None else (None, bars)
-        back = sweep_native(prepared.program, prepared.plan, grid, run.anchors, run.t_eval, run.values, (*ends, None, None), False)
+        ends = (bars[1], None, None, None) if run.t_eval is None else (None, bars, None, None)
+        back = sweep_native(prepared.program, prepared.plan, grid, run.anchors, run.t_eval, run.values, ends, False, ordered=True)
         steps = saved[1].shape[0]
         run.report(steps * len(prepared.plan.method.nodes), steps)
         y0_bar = back.y0 if run.t_eval is not None else back.y0 + bars[0]
