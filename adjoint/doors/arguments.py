@@ -25,11 +25,13 @@ __all__ = [
     "check_callable",
     "check_compile",
     "check_controller",
+    "check_finite",
     "check_method",
     "check_precision",
     "check_times",
     "flat_norm",
     "flat_tolerance",
+    "listed_args",
     "method_for",
     "positive",
     "snapped",
@@ -229,6 +231,18 @@ def _time(value: Any, name: str, spec: StateSpec, ndim: tuple[int, ...]) -> Tens
     if value.dim() == 2 and value.shape[1] != spec.rows:
         raise InvalidInput(f"{name} has {value.shape[1]} columns for {spec.rows} trajectories")
     return value
+
+
+def listed_args(args: Any) -> tuple[Any, ...]:
+    """``args=`` as a tuple: anything but a tuple or list is one argument."""
+    return tuple(args) if isinstance(args, (tuple, list)) else (args,)
+
+
+def check_finite(state: Any, spec: StateSpec, message: str) -> None:
+    """Raise `InvalidInput` for infinite or NaN entries; ``message`` has a place for the path to the leaf."""
+    for leaf, path in zip(tree_leaves(state), spec.paths, strict=True):
+        if not torch._C._functorch.is_functorch_wrapped_tensor(leaf) and not bool(torch.isfinite(leaf).all()):
+            raise InvalidInput(message.format(path))
 
 
 def check_callable(value: Any, name: str) -> None:

@@ -20,7 +20,7 @@ from ..system.jacobians import DenseJacobian
 from ..system.jacobians_sparse import SparseJacobian, choose_jacobian
 from ..system.lending import lending
 from ..system.system import StateSpec
-from .arguments import check_callable
+from .arguments import check_callable, listed_args
 from .root_solution import RootSolution
 from .steady import solve_root
 
@@ -166,7 +166,7 @@ def continuation(
     InvalidInput
     """
     check_callable(fun, "fun")
-    args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
+    args = listed_args(args)
     spec = StateSpec.of(x0, False, "x0")
     try:
         first, last = (float(s) for s in lam_span)

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from ..errors import InvalidInput
-from ..integrate import PIDController, Plan, Record
+from ..integrate import PIDController, Plan
 from ..methods import DAE_METHODS, Method
 from ..native.entry import NativeSolve, own_algebra
-from ..native.graphs import Heard
 from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Outputs, Problem
 from ..sensitivity.consistent import Initial
 from ..sensitivity.problem import interpolate_slopes, step_times
-from ..system.capture import Captured, elsewhere, find_captured, needs_derivatives, stand_ins, transforming
-from ..system.homes import parameter_homes
-from ..system.lending import aliased, check_unchanged, copied, remembering
+from ..system.capture import needs_derivatives, stand_ins, transforming
 from ..system.precision import full_precision
 from ..system.realification import suited_to_jacobians
 from ..system.system import StateSpec, System
@@ -32,10 +29,8 @@ from .arguments import (
     check_controller,
     check_precision,
     check_times,
-    flat_norm,
-    flat_tolerance,
+    listed_args,
     method_for,
-    positive,
 )
 from .dae_arguments import (
     check_dae_method,
@@ -47,11 +42,9 @@ from .dae_arguments import (
     initial_values,
     residual_algebra,
 )
-from .event_jumps import jumps_refused
-from .event_times import event_records
 from .forcing import with_knots
-from .parts import NO_EVENTS, Parts, event_list, flat_event, solution_of, strategy_of
-from .progress import progress_monitor
+from .given import Given, finished, reporting, steering
+from .parts import Parts, event_list, flat_event, solution_of, strategy_of
 from .quadrature import first_rate
 from .rounds import in_rounds
 from .solution import BackwardStats, Solution
@@ -144,11 +137,11 @@ def solve_dae(
     InvalidInput, UnsupportedCombination, InconsistentInitialCondition, HigherIndexDAE, SingularJacobian, MaxStepsReached,
     StepSizeTooSmall, NonFiniteState, EventsAccumulate
     """
-    chosen = check_dae_method(method)
+    arguments = locals()
+    chosen, args = check_dae_method(method), listed_args(args)
     check_controller(chosen, controller)
     check_flags(consistent, max_steps)
     check_callable(fun, "fun")
-    args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
     user_spec = StateSpec.of(y0, batched)
     check_precision(user_spec, rtol)
     check_state(y0, yp0, user_spec, consistent, quadrature)
@@ -160,45 +153,28 @@ def solve_dae(
         check_callable(quadrature, "quadrature")
         residual, state, slope, integrand = _with_quadrature(fun, quadrature, user_spec, times, y0, slope, args)
     spec = StateSpec.of(state, batched)
-    if spec.holds_complex:
-        first = times.anchors[0].detach().to(spec.real_dtype)
-        time = first if batched else first.reshape(())
-        spec = suited_to_jacobians(spec, lambda y, yp: residual(time, y, yp, *args), state, slope)
-        user_spec = user_spec.in_parts() if spec.split else user_spec
     watched = event_list(events)
+    given = Given(residual, (fun,), spec, (state, slope), args, (times.anchors[0], times.anchors[-1]), watched, quadrature)
+    if spec.holds_complex:
+        (start_time,), _ = given.times()
+        spec = suited_to_jacobians(spec, lambda y, yp: residual(start_time, y, yp, *args), state, slope)
+        user_spec = user_spec.in_parts() if spec.split else user_spec
+        given = replace(given, spec=spec)
     own = own_algebra(jac_sparsity=jac_sparsity, linear_solver=linear_solver)
     native = NativeSolve(own, check_compile(compile) and compile == "background")
-    given = _Given(residual, fun, quadrature, watched, spec, times, state, slope, args)
-    heard = _heard(native, chosen, given) if compile and not watched and quadrature is None else None
-    system = _system(given, heard)
-    inputs = stand_ins(system.inputs)
-    y_flat, slope_flat = spec.taken(state), spec.taken(slope)
-
-    real = spec.real_dtype
-    single = real.itemsize < 8
-    tolerances: dict[str, Any] = {
-        "rtol": flat_tolerance(rtol, "rtol", spec, 1e-4 if single else 1e-6),
-        "atol": flat_tolerance(atol, "atol", spec, 1e-6 if single else 1e-9),
-    }
+    system = _system(given, native, chosen, bool(compile) and not spec.holds_complex)
+    inputs, y_flat, slope_flat = stand_ins(system.inputs), given.state(), given.state(1)
     algebra = residual_algebra(system, inputs, spec, times, y_flat, slope_flat, jac_sparsity, linear_solver)
     derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])
     plan = Plan(
         method=chosen,
-        real=real,
-        controller=controller,
-        norm=flat_norm(norm, spec),
-        first_step=None if first_step is None else positive(first_step, "first_step"),
-        max_step=positive(max_step, "max_step"),
-        min_step=positive(min_step, "min_step", zero=True),
-        max_steps=int(max_steps),
         keep_states=True,
         # slopes are part of the solution, and derivatives are taken at them
         keep_stages=True,
         events=tuple(flat_event(e, system, user_spec, integrand is not None) for e in watched),
         results_of_steps=True,
-        monitor=progress_monitor(progress),
         compile=compile_key(fun) if compile else None,
-        **tolerances,
+        **steering(spec, arguments),
     )
     start, algebra = initial_values(
         system,
@@ -210,53 +186,25 @@ def solve_dae(
         differential=differential,
         user_spec=user_spec,
         skip=suppress_algebraic,
-        tolerances=tolerances,
+        tolerances={"rtol": plan.rtol, "atol": plan.atol},
         bounds=initial_bounds(y0_bounds, user_spec, y0, sum(spec.sizes), consistent),
         native=None if transforming() else native.start(plan, system, batched, inputs, y_flat, times.anchors),
     )
     check_index(chosen, algebra)
     backward = BackwardStats()
-
-    def report(record: Record) -> None:
-        plan.monitor.close()
-        if throw:
-            dae_failure(record, plan, system, inputs)
-
     ways = {"algebra": algebra, "derivatives": derivatives, "native": native, "idle": times.readable_idle}
+    report = reporting(plan, dae_failure if throw else None, system, inputs)
     problem = Problem(system, plan, batched, report, backward.add, **ways)
-    strategy = strategy_of(gradient)
-    out = strategy.solve(problem, times.anchors, times.samples, start.y, inputs)
+    out = strategy_of(gradient).solve(problem, times.anchors, times.samples, start.y, inputs)
     parts = Parts(out, problem, times, user_spec, spec, integrand, start.y, watched, args, backward, derivatives, dense_output)
-    parts = jumps_refused(parts) if watched else parts
-    found = event_records(parts, parts.out) if watched else NO_EVENTS
+    parts, found = finished(parts)
     return replace(solution_of(parts, found), yp=parts.state(_slopes(parts, parts.out, start.yp, found.slope)))
 
 
-class _Given(NamedTuple):
-    """The user's functions, the residual with the running integral, and what they are called with."""
-
-    residual: Callable[..., Any]
-    fun: Callable[..., Any]
-    quadrature: Callable[..., Any] | None
-    events: Sequence[Callable[..., Tensor]]
-    spec: StateSpec
-    times: Times
-    state: Any
-    slope: Any
-    args: tuple[Any, ...]
-
-
-def _system(given: _Given, heard: Heard | None) -> System:
-    """The flat system, with the tensors that the user's functions captured, and whose layout the residual has; ``heard``: see `_heard`."""
-    spec, (leaves, tree) = given.spec, tree_flatten(given.args)
-    used = None if heard is None else heard.captured
-    if used is None:
-        used, result = _probed(given)
-        if heard is not None:
-            heard.remember(used)
-    else:
-        assert heard is not None
-        result = heard.result
+def _system(given: Given, native: NativeSolve, method: Method, compiled: bool) -> System:
+    """The flat system, which has the layout of what the residual returns."""
+    spec = given.spec
+    used, result = given.looked_into(native, method, compiled)
     layout = StateSpec.of(result, spec.batch is not None, "what fun returned")
     layout = layout.in_parts() if spec.split else layout
     if sum(layout.sizes) != sum(spec.sizes) or layout.batch != spec.batch:
@@ -267,35 +215,7 @@ def _system(given: _Given, heard: Heard | None) -> System:
         )
     if layout.dtype != spec.dtype or layout.device != spec.device:
         raise InvalidInput(f"fun returned {layout.dtype} on {layout.device}, but the state is {spec.dtype} on {spec.device}")
-    integrands = [] if given.quadrature is None else [given.quadrature]
-    homes = tuple(parameter_homes([given.fun, *given.events, *integrands], used.tensors))
-    return System(given.residual, spec, tree, tuple(leaves), tuple(used.tensors), homes=homes, residual=layout, **used.flags)
-
-
-def _heard(native: NativeSolve, method: Method, given: _Given) -> Heard | None:
-    """Which graph the residual is, if it is compiled: what it captured is known then after its first solve."""
-    spec = given.spec
-    if transforming() or spec.holds_complex:
-        return None
-    leaves, tree = tree_flatten(given.args)
-    # its layout is not known yet, and does not matter here
-    system = System(given.residual, spec, tree, tuple(leaves), residual=spec)
-    return native.hear(system, method, given.times.anchors, spec.taken(given.state))
-
-
-def _probed(given: _Given) -> tuple[Captured, Any]:
-    """What the user's functions captured, and what the residual returned."""
-    residual, fun, quadrature, events, spec, times, state, slope, args = given
-    t = times.anchors[0].detach().to(spec.real_dtype, copy=True)
-    t = t if spec.batch is not None else t.reshape(())
-    probe = [copied(state), copied(slope), aliased(args)]
-    found: list[Any] = []
-    calls: list[Callable[..., Any]] = [remembering(residual, found)]
-    calls += [lambda t, y, yp, *rest, e=e: e(t, y if quadrature is None else y[0], *rest) for e in events]
-    end = (times.anchors[-1].detach().to(t, copy=True).reshape(t.shape), elsewhere(state), elsewhere(slope), *probe[2])
-    used = find_captured(calls, (t, probe[0], probe[1], *probe[2]), [fun, *events], end)
-    check_unchanged(probe[:2], "fun")
-    return used, found[0]
+    return given.system(used, residual=layout)
 
 
 def _with_quadrature(

@@ -9,43 +9,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_leaves
 
 from ..errors import InvalidInput, UnsupportedCombination
-from ..integrate import PIDController, Plan, Record
+from ..integrate import PIDController, Plan
 from ..methods import METHODS, Method
 from ..native.entry import NativeSolve, own_algebra
 from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Problem
-from ..system.capture import elsewhere, find_captured, needs_derivatives, stand_ins, transforming, vmap_active
-from ..system.homes import parameter_homes
-from ..system.lending import aliased, copied
+from ..system.capture import needs_derivatives, stand_ins, transforming, vmap_active
 from ..system.ownership import as_part
 from ..system.precision import full_precision
 from ..system.realification import refuse_parts, suited_to_jacobians
 from ..system.split import SplitFunction
 from ..system.system import StateSpec, System
 from .arguments import (
-    check_compile,
+    check_callable,
     check_controller,
+    check_finite,
     check_method,
     check_precision,
     check_times,
-    flat_norm,
-    flat_tolerance,
+    listed_args,
     method_for,
-    positive,
 )
 from .dae import solve_dae
 from .dae_arguments import dae_failure
-from .event_jumps import jumps_refused
-from .event_times import event_records
 from .failures import raise_failure
 from .forcing import with_knots
-from .mass_matrix import consistent_start, implicit_method, in_step, with_mass, with_matrix, without_last
-from .parts import NO_EVENTS, Parts, event_list, flat_event, solution_of, strategy_of
-from .prepared import asked
-from .progress import progress_monitor
+from .given import Given, finished, reporting, steering
+from .mass_matrix import as_residual, consistent_start, in_step, with_matrix, without_last
+from .parts import Parts, event_list, flat_event, solution_of, strategy_of
+from .prepared import asked_before
 from .quadrature import with_integral
 from .rounds import in_rounds
 from .solution import BackwardStats, Solution
@@ -53,6 +48,8 @@ from .stage_arguments import check_jumps, stage_algebra, warn_of_lost_time
 from .switching import solve_switching
 
 __all__ = ["solve_ivp"]
+
+_IMPLICIT = ("jac", "jac_sparsity", "linear_solver")
 
 
 @full_precision
@@ -175,157 +172,68 @@ def solve_ivp(
     ------
     InvalidInput, UnsupportedCombination, MaxStepsReached, StepSizeTooSmall, NonFiniteState, CapturedTensorLost, EventsAccumulate
     """
-    known = None
-    beside = (events, quadrature, step_ts, mass_matrix, norm, jac, jac_sparsity, linear_solver)
-    if check_compile(compile) and all(x is None for x in beside):
-        args = args if isinstance(args, (tuple, list)) else (args,)
-        shape = {"t_eval": t_eval, "gradient": gradient, "batched": batched}
-        numbers = {"rtol": rtol, "atol": atol, "first_step": first_step, "max_step": max_step, "min_step": min_step, "max_steps": max_steps}
-        known = None if dense_output or progress else asked(fun, t_span, y0, args, method, controller, **shape, numbers=numbers)
-        done = None if known is None else known.solution(solve_ivp)
-        if done is not None:
-            return done
+    arguments = locals()
+    known = asked_before(arguments)
+    done = None if known is None else known.solution(solve_ivp)
+    if done is not None:
+        return done
     mass = mass_matrix if in_step(method, mass_matrix) else None
     if mass_matrix is not None and mass is None:
-        implicit = implicit_method(method, {"jac": jac, "jac_sparsity": jac_sparsity})
-        args = args if isinstance(args, (tuple, list)) else (args,)
-        residual, extra = with_mass(fun, mass_matrix, y0, batched)
-        integrand = quadrature if quadrature is None or not extra else lambda t, y, *rest: quadrature(t, y, *rest[:-1])
-        return as_part(
-            solve_dae,
-            residual,
-            t_span,
-            y0,
-            args=(*args, *extra),
-            t_eval=t_eval,
-            method=implicit,
-            rtol=rtol,
-            atol=atol,
-            gradient=gradient,
-            batched=batched,
-            events=without_last(events) if extra else events,
-            dense_output=dense_output,
-            quadrature=integrand,
-            controller=controller,
-            norm=norm,
-            first_step=first_step,
-            max_step=max_step,
-            min_step=min_step,
-            max_steps=max_steps,
-            step_ts=step_ts,
-            compile=compile,
-            throw=throw,
-            progress=progress,
-            linear_solver=linear_solver,
-        )
-    chosen = check_method(method)
-    implicit_options = {"jac": jac, "jac_sparsity": jac_sparsity, "linear_solver": linear_solver}
+        return as_part(solve_dae, **as_residual(arguments))
+    chosen, args, implicit_options = check_method(method), listed_args(args), {k: arguments[k] for k in _IMPLICIT}
     _check_options(chosen, implicit_options, first_step, max_steps)
     check_controller(chosen, controller)
-    args = args if isinstance(args, (tuple, list)) else (args,)
-    if not callable(fun):
-        given = "SplitFunction(explicit, implicit) instead of a tuple" if isinstance(fun, (tuple, list)) else "a function"
-        raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}: give {given}")
-    if chosen.additive and not isinstance(fun, SplitFunction):
-        raise InvalidInput(
-            f"method={chosen.name!r} treats one part of the right-hand side explicitly and the other one implicitly: give "
-            "fun=adjoint.SplitFunction(explicit, implicit), or choose a method for a fun in one piece, such as 'kvaerno5'"
-        )
+    _check_fun(fun, chosen)
     user_spec = StateSpec.of(y0, batched)
     check_precision(user_spec, rtol)
-    _check_finite(y0, user_spec)
+    if not batched:
+        check_finite(y0, user_spec, "All components of the initial state `y0` must be finite: y0{} has non-finite entries")
     if mass is not None:
-        if callable(quadrature):
-            quadrature = with_matrix(quadrature, mass, y0, batched)
+        quadrature = with_matrix(quadrature, mass, y0, batched) if callable(quadrature) else quadrature
         fun, args, events = with_matrix(fun, mass, y0, batched), (*args, mass), without_last(events)
-    right_hand_side, state, integrand = fun, y0, None
     step_ts = with_knots(step_ts, args, [*_pieces(fun), quadrature], user_spec.device)
     times = check_times(t_span, t_eval, step_ts, user_spec)
     check_jumps(chosen, step_ts)
     chosen = method_for(times, chosen, METHODS["kvaerno5" if chosen.implicit else "tsit5"], mass is None)
+    right_hand_side, state, integrand = fun, y0, None
     if quadrature is not None:
-        if not callable(quadrature):
-            raise InvalidInput(f"quadrature must be callable, got a {type(quadrature).__name__}")
-        right_hand_side, state, integrand = with_integral(fun, quadrature, user_spec, times, y0, tuple(args))
+        check_callable(quadrature, "quadrature")
+        right_hand_side, state, integrand = with_integral(fun, quadrature, user_spec, times, y0, args)
     spec = StateSpec.of(state, batched)
-    if chosen.implicit and spec.holds_complex:
-        first = times.anchors[0].detach().to(spec.real_dtype)
-        spec = suited_to_jacobians(spec, lambda y: right_hand_side(first if batched else first.reshape(()), y, *args), state)
-        if mass is not None:
-            refuse_parts(f"mass_matrix= with {chosen.name!r}", spec)
     watched = event_list(events)
-    multistep = chosen.multistep
-
-    real = spec.real_dtype
-    leaves, tree = tree_flatten(tuple(args))
-    y_flat = spec.taken(state)
-    probe_t = times.anchors[0].detach().to(real, copy=True)
-    probe_t = probe_t if batched else probe_t.reshape(())
-    system = System(right_hand_side, spec, tree, tuple(leaves))
+    given = Given(right_hand_side, _pieces(fun), spec, (state,), args, (times.anchors[0], times.anchors[-1]), watched, quadrature)
+    if chosen.implicit and spec.holds_complex:
+        spec = _suited(given, None if mass is None else chosen)
+        given = replace(given, spec=spec)
     native = NativeSolve(own_algebra(**implicit_options), compile == "background")
-    if torch.is_grad_enabled() or transforming():
-        probe_y, probe_args = copied(state), aliased(tuple(args))
-        calls = [right_hand_side]
-        calls += [lambda t, y, *rest, e=e: e(t, y if quadrature is None else y[0], *rest) for e in watched]
-        end_t = times.anchors[-1].detach().to(real, copy=True).reshape(probe_t.shape)
-        end = (end_t, elsewhere(state), *probe_args)
-        plain = compile and not (watched or transforming() or quadrature is not None or mass is not None or y_flat.is_complex())
-        heard = native.hear(system, chosen, times.anchors, y_flat) if plain else None
-        found = None if heard is None else heard.captured
-        if found is None:
-            found = find_captured(calls, (probe_t, probe_y, *probe_args), [*_pieces(fun), *watched], end)
-            if heard is not None:
-                heard.remember(found)
-        captured = found.tensors
-        homes = tuple(parameter_homes([fun, *watched, *([] if quadrature is None else [quadrature])], captured))
-        names = _parameter_names(right_hand_side, captured)
-        system = replace(system, captured=tuple(captured), parameter_names=names, homes=homes, **found.flags)
-    if mass is not None:
-        system = replace(system, mass=sum(isinstance(x, Tensor) for x in leaves) - 1)
+    system, y_flat = _system(given, native, chosen, bool(compile) and mass is None, mass is not None), given.state()
     inputs = stand_ins(system.inputs)
     derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])
-
-    recorded = chosen.implicit or multistep
-    single = real == torch.float32 or real.itemsize < 4
-    many = batched or vmap_active()
+    recorded = chosen.implicit or chosen.multistep
+    # what is made of the steps when they are all taken
+    afterwards = times.steps or dense_output or bool(watched)
     plan = Plan(
         method=chosen,
-        real=real,
-        controller=controller,
-        rtol=flat_tolerance(rtol, "rtol", spec, 1e-4 if single else 1e-6),
-        atol=flat_tolerance(atol, "atol", spec, 1e-6 if single else 1e-9),
-        norm=flat_norm(norm, spec),
-        first_step=None if first_step is None else positive(first_step, "first_step"),
-        max_step=positive(max_step, "max_step"),
-        min_step=positive(min_step, "min_step", zero=True),
-        max_steps=int(max_steps),
-        keep_states=derivatives or times.steps or dense_output or bool(watched),
+        keep_states=derivatives or afterwards,
         # the slopes of implicit stages are recorded, and what multistep methods went by: derivatives are taken at them
-        keep_stages=dense_output or (derivatives and recorded) or (bool(watched) and (many or recorded)),
-        results_of_steps=times.steps or dense_output or bool(watched),
+        keep_stages=dense_output or (derivatives and recorded) or (bool(watched) and (batched or vmap_active() or recorded)),
+        results_of_steps=afterwards,
         events=tuple(flat_event(e, system, user_spec, integrand is not None) for e in watched),
-        monitor=progress_monitor(progress),
         compile=compile_key(fun) if compile else None,
+        **steering(spec, arguments),
     )
-    backward = BackwardStats()
-    implicit_system = None
+    backward, failing, implicit_system = BackwardStats(), raise_failure, system
     if mass is not None:
         y_flat, implicit_system = consistent_start(system, times, y_flat, user_spec, {"rtol": plan.rtol, "atol": plan.atol})
-
-    def report(record: Record) -> None:
-        plan.monitor.close()
-        if throw and implicit_system is not None:
-            dae_failure(record, plan, implicit_system, inputs)
-        elif throw:
-            raise_failure(record, plan, system, inputs)
-
-    algebra = (
-        stage_algebra(system, inputs, spec, **implicit_options, exact=chosen.needs_time_slope, mass=mass)
-        if chosen.implicit
-        else None
-    )
-    ways = {"algebra": algebra, "derivatives": derivatives, "native": native, "idle": times.readable_idle}
-    problem = Problem(system, plan, batched, report, backward.add, **ways)
+        failing = dae_failure
+    exact = chosen.needs_time_slope
+    ways = {
+        "algebra": stage_algebra(system, inputs, spec, **implicit_options, exact=exact, mass=mass) if chosen.implicit else None,
+        "derivatives": derivatives,
+        "native": native,
+        "idle": times.readable_idle,
+    }
+    problem = Problem(system, plan, batched, reporting(plan, failing if throw else None, implicit_system, inputs), backward.add, **ways)
     strategy = strategy_of(gradient)
     if chosen.switching:
         dense = dense_output or bool(watched)
@@ -334,11 +242,28 @@ def solve_ivp(
         out = strategy.solve(problem, times.anchors, times.samples, y_flat, inputs)
     if known is not None and step_ts is None:
         # with knots of tables there is more to a call than numbers
-        known.remember(problem, [x for x in leaves if isinstance(x, Tensor)])
+        known.remember(problem, [x for x in tree_leaves(args) if isinstance(x, Tensor)])
     warn_of_lost_time(problem, inputs, (times.anchors[0], out.t_final), (y_flat, out.final), out.n_steps)
-    parts = Parts(out, problem, times, user_spec, spec, integrand, y_flat, watched, tuple(args), backward, derivatives, dense_output)
-    parts = jumps_refused(parts) if watched else parts
-    return solution_of(parts, event_records(parts, parts.out) if watched else NO_EVENTS)
+    parts = Parts(out, problem, times, user_spec, spec, integrand, y_flat, watched, args, backward, derivatives, dense_output)
+    return solution_of(*finished(parts))
+
+
+def _suited(given: Given, with_mass: Method | None) -> StateSpec:
+    """The layout of a complex state for a method that needs Jacobians; ``with_mass``: one that has a mass matrix in its steps."""
+    ((start,), _), (state,) = given.times(), given.states
+    spec = suited_to_jacobians(given.spec, lambda y: given.fun(start, y, *given.args), state)
+    if with_mass is not None:
+        refuse_parts(f"mass_matrix= with {with_mass.name!r}", spec)
+    return spec
+
+
+def _system(given: Given, native: NativeSolve, method: Method, compiled: bool, has_mass: bool) -> System:
+    """The flat system. Where nobody takes derivatives, nobody asks what ``fun`` captured."""
+    last = sum(isinstance(x, Tensor) for x in tree_leaves(given.args)) - 1 if has_mass else None
+    if not (torch.is_grad_enabled() or transforming()):
+        return given.system(mass=last)
+    used, _ = given.looked_into(native, method, compiled)
+    return given.system(used, parameter_names=_parameter_names(given.fun, used.tensors), mass=last)
 
 
 def _pieces(fun: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
@@ -354,6 +279,17 @@ def _parameter_names(fun: Callable[..., Any], captured: Sequence[Tensor]) -> tup
     return tuple(names[id(x)] for x in captured) if all(id(x) in names for x in captured) else None
 
 
+def _check_fun(fun: Any, method: Method) -> None:
+    if not callable(fun):
+        given = "SplitFunction(explicit, implicit) instead of a tuple" if isinstance(fun, (tuple, list)) else "a function"
+        raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}: give {given}")
+    if method.additive and not isinstance(fun, SplitFunction):
+        raise InvalidInput(
+            f"method={method.name!r} treats one part of the right-hand side explicitly and the other one implicitly: give "
+            "fun=adjoint.SplitFunction(explicit, implicit), or choose a method for a fun in one piece, such as 'kvaerno5'"
+        )
+
+
 def _check_options(method: Method, implicit: dict[str, Any], first_step: Any, max_steps: Any) -> None:
     for name, value in implicit.items():
         if value is not None and not method.implicit:
@@ -364,11 +300,3 @@ def _check_options(method: Method, implicit: dict[str, Any], first_step: Any, ma
         )
     if not isinstance(max_steps, Integral) or max_steps < 1:
         raise InvalidInput(f"max_steps must be a positive integer, got {max_steps!r}")
-
-
-def _check_finite(y0: Any, spec: StateSpec) -> None:
-    for leaf, path in zip(tree_leaves(y0), spec.paths, strict=True):
-        if not torch._C._functorch.is_functorch_wrapped_tensor(leaf) and spec.batch is None and not bool(torch.isfinite(leaf).all()):
-            raise InvalidInput(f"All components of the initial state `y0` must be finite: y0{path} has non-finite entries")
-
-

@@ -17,16 +17,16 @@ from ..errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
 from ..methods import METHODS, Method, Traits
 from ..sensitivity.consistent import Initial
 from ..system.system import StateSpec, System
-from .arguments import Times, check_method
+from .arguments import Times, check_method, listed_args
 from .dae_arguments import initial_values, residual_algebra
 
-__all__ = ["consistent_start", "implicit_method", "in_step", "with_mass", "with_matrix", "without_last"]
+__all__ = ["as_residual", "consistent_start", "in_step", "with_mass", "with_matrix", "without_last"]
 
 #: the methods for implicit equations, by the names that they have for explicit ones
 _METHODS = {"radau5": "radau", "radau": "radau", "radauIIA3": "radau3", "bdf": "bdf"}
 
 
-def implicit_method(method: str | Method, options: dict[str, Any]) -> str:
+def _implicit_method(method: str | Method, options: dict[str, Any]) -> str:
     """The method for implicit equations that stands for ``method``; raises for options that it does not have."""
     name = method if isinstance(method, str) else check_method(method).name
     if name not in _METHODS:
@@ -38,6 +38,22 @@ def implicit_method(method: str | Method, options: dict[str, Any]) -> str:
         if value is not None:
             raise UnsupportedCombination(f"{option}= with mass_matrix= is not supported: leave {option} out, or use solve_dae")
     return _METHODS[name]
+
+
+def as_residual(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `solve_dae` for those of `solve_ivp`, which have a mass matrix that the method does not take into its steps."""
+    given = dict(arguments)
+    mass, fun, y0, args = given.pop("mass_matrix"), given["fun"], given["y0"], given["args"]
+    options = {name: given.pop(name) for name in ("jac", "jac_sparsity")}
+    given["method"] = _implicit_method(given["method"], options)
+    given["fun"], extra = with_mass(fun, mass, y0, given["batched"])
+    given["args"] = (*listed_args(args), *extra)
+    del given["mode"], given["max_events"]
+    quadrature = given["quadrature"]
+    if extra:
+        given["events"] = without_last(given["events"])
+        given["quadrature"] = None if quadrature is None else lambda t, y, *rest: quadrature(t, y, *rest[:-1])
+    return given
 
 
 def in_step(method: str | Method, mass: Any) -> bool:

@@ -27,15 +27,19 @@ from ..native.solve import frame_of
 from ..sensitivity import DiscreteAdjoint, Problem
 from ..sensitivity.prepared import Prepared, PreparedNode, Run, run_of
 from ..system.system import System
-from .arguments import snapped
+from .arguments import check_compile, listed_args, snapped
 from .solution import BackwardStats, Solution, Stats
 
-__all__ = ["Asked", "asked", "forget"]
+__all__ = ["Asked", "asked", "asked_before", "forget"]
 
 _MOST, _FEW = 512, 32
 _known: dict[Hashable, Prepared | None] = {}
 _NUMBERS = (int, float, type(None))
 _REALS = (torch.float32, torch.float64)
+#: arguments of `solve_ivp`: those that go the general way if they are there, those that are numbers, and those of `asked`
+_BESIDE = ("events", "quadrature", "step_ts", "mass_matrix", "norm", "jac", "jac_sparsity", "linear_solver")
+_AS_NUMBERS = ("rtol", "atol", "first_step", "max_step", "min_step", "max_steps")
+_GIVEN = ("fun", "t_span", "y0", "args", "method", "controller", "t_eval", "gradient", "batched")
 _CHANGED = (
     "fun is not the function any more that the solve went by (what it captures was replaced or changed), and derivatives of its "
     "derivatives evaluate it again: keep it as it is until they are taken"
@@ -124,6 +128,18 @@ class Asked:
             return
         places = tuple(place[id(x)] for x in read)
         _known[self.key] = Prepared(native.program, plan, frame, places, rows, width, self.derivatives)
+
+
+def asked_before(arguments: dict[str, Any]) -> Asked | None:
+    """A call of `solve_ivp` with these arguments, or None where it has more to it than numbers. Raises `InvalidInput` for a ``compile=``
+    that says nothing."""
+    if not check_compile(arguments["compile"]) or any(arguments[name] is not None for name in _BESIDE):
+        return None
+    if arguments["dense_output"] or arguments["progress"]:
+        return None
+    numbers = {name: arguments[name] for name in _AS_NUMBERS}
+    given = {name: arguments[name] for name in _GIVEN}
+    return asked(**{**given, "args": listed_args(given["args"])}, numbers=numbers)
 
 
 def asked(

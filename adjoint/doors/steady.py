@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..errors import InvalidInput
 from ..linalg import LinearSolver, Log
 from ..nonlinear import RootRecord
 from ..sensitivity.fingerprint import RootWitness
 from ..sensitivity.implicit import RootNode, RootOutputs, RootTask
-from ..system.capture import elsewhere, find_captured, needs_derivatives, stand_ins
-from ..system.homes import parameter_homes
-from ..system.lending import aliased, check_unchanged, copied, remembering
+from ..system.capture import needs_derivatives, stand_ins
 from ..system.ownership import owning
 from ..system.realification import suited_to_jacobians
 from ..system.rewriting import naming_faults
-from ..system.system import StateSpec, System
+from ..system.system import StateSpec
 from ..system.untraced import untraced
-from .arguments import check_callable, flat_tolerance
+from .arguments import check_callable, check_finite, flat_tolerance, listed_args
+from .given import Given
 from .progress import root_monitor
 from .root_arguments import AutomaticJacobian, RootChoice, check_bounds, choose
 from .root_examination import Examination
@@ -172,11 +170,9 @@ def prepare(
     check_callable(fun, "fun")
     if not isinstance(max_steps, int) or max_steps < 1:
         raise InvalidInput(f"max_steps must be a positive integer, got {max_steps!r}")
-    args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
+    args = listed_args(args)
     spec = StateSpec.of(x0, batched, "x0")
-    for leaf, path in zip(tree_leaves(x0), spec.paths, strict=True):
-        if not torch._C._functorch.is_functorch_wrapped_tensor(leaf) and not bool(torch.isfinite(leaf).all()):
-            raise InvalidInput(f"x0{path} has non-finite entries")
+    check_finite(x0, spec, "x0{} has non-finite entries")
     system, spec, returns = _system(fun, x0, args, spec, least_squares, in_parts)
     conditions, flat0 = system, spec.taken(x0)
     if conserved is not None:
@@ -220,27 +216,21 @@ def _system(
 ) -> tuple[Any, StateSpec, StateSpec | None]:
     """The flat system with the tensors that ``fun`` captured, the layout of its state, and that of what ``fun`` returns where it is
     another."""
-    batched = spec.batch is not None
-    leaves, tree = tree_flatten(args)
-
-    def timed(_: Tensor, x: Any, *rest: Any) -> Any:
-        return fun(x, *rest)
-
-    probe_x, probe_args = copied(x0), aliased(args)
-    probed: list[Any] = []
-    used = find_captured([remembering(fun, probed)], (probe_x, *probe_args), [fun], (elsewhere(x0), *probe_args))
-    check_unchanged(probe_x, "fun")
-    returns = StateSpec.of(probed[0], batched, "what fun returned") if least_squares else None
+    batched, given = spec.batch is not None, Given(fun, (fun,), spec, (x0,), args)
+    used, result = given.probed()
+    returns = StateSpec.of(result, batched, "what fun returned") if least_squares else None
     if returns is None:
-        spec.check(probed[0], "what fun returned", "x0")
+        spec.check(result, "what fun returned", "x0")
     if spec.holds_complex:
         # a sum of squares is no complex-differentiable function of anything
         real = in_parts or least_squares
         spec = spec.in_parts() if real else suited_to_jacobians(spec, lambda x: fun(x, *args), x0)
         returns = returns if returns is None or not spec.split else returns.in_parts()
-    homes = tuple(parameter_homes([fun], used.tensors))
-    system = System(timed, spec, tree, tuple(leaves), tuple(used.tensors), homes=homes, returns=returns, **used.flags)
-    return system, spec, returns
+
+    def timed(_: Tensor, x: Any, *rest: Any) -> Any:
+        return fun(x, *rest)
+
+    return replace(given, spec=spec).system(used, fun=timed, returns=returns), spec, returns
 
 
 def solution_of(setup: RootSetup, out: RootOutputs) -> RootSolution:

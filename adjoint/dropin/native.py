@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_leaves
 
 from ..doors.arguments import Times, positive
 from ..doors.event_slope import signed
 from ..doors.event_times import event_records
 from ..doors.failures import raise_failure
+from ..doors.given import Given
 from ..doors.parts import Parts, flat_event, interpolant_of
 from ..doors.solution import BackwardStats
 from ..doors.stage_arguments import stage_algebra
@@ -24,8 +25,6 @@ from ..sensitivity import DiscreteAdjoint, Gradient, Problem
 from ..sensitivity.evaluation import Evaluation
 from ..system.capture import (
     Captured,
-    elsewhere,
-    find_captured,
     functorch_active,
     is_differentiable,
     leads_to,
@@ -35,7 +34,6 @@ from ..system.capture import (
     transforming,
     vmap_active,
 )
-from ..system.homes import parameter_homes
 from ..system.lending import copied
 from ..system.realification import suited_to_jacobians
 from ..system.system import System
@@ -62,29 +60,21 @@ def prepare(request: Request, only: Sequence[Tensor] | None, event: Callable[...
 
     ``only``: the tensors to differentiate; others are held constant. None: all.
     """
-    spec, y0 = request.spec, copied(request.y0)
-    _, tree = tree_flatten(())
+    events = () if event is None else (event,)
+    time = request.t[0]
+    if request.options.get("perturb"):
+        time = shifted_times([time.detach().to(request.spec.real_dtype)], [0.0], True, False, request.sign)[0]
+    given = Given(request.fun, (request.func,), request.spec, (request.y0,), (), (time, request.t[-1]), events)
     used = Captured([])
     if torch.is_grad_enabled() or transforming():
-        time = request.t[0].detach().to(spec.real_dtype)
-        if request.options.get("perturb"):
-            time = shifted_times([time], [0.0], True, False, request.sign)[0]
-        last = request.t[-1].detach().to(spec.real_dtype, copy=True)
-        calls: list[Callable[..., Any]] = [request.fun]
-        owners = [request.func]
-        if event is not None:
-            calls.append(event)
-            owners.append(event)
-        known = [time, *tree_leaves(y0)]
-        used = find_captured(calls, (time, y0), owners, (last, elsewhere(y0)))
-        found = {id(x) for x in (*used.tensors, *known)}
+        used, _ = given.probed()
+        found = {id(x) for x in used.tensors}
         used.tensors.extend([p for p in only or () if id(p) not in found and is_differentiable(p)])
-    homes = tuple(parameter_homes([request.fun], used.tensors))
-    system = System(request.fun, spec, tree, (), tuple(used.tensors), homes=homes, **used.flags)
+    system = given.system(used)
     inputs = stand_ins(system.inputs)
     if only is not None:
         inputs = tuple(x if _kept(x, only) else x.detach() for x in inputs)
-    return Prepared(system, inputs, needs_derivatives([request.t, *tree_leaves(y0), *inputs]))
+    return Prepared(system, inputs, needs_derivatives([request.t, *tree_leaves(request.y0), *inputs]))
 
 
 def evaluated(ready: Prepared, gradient: Gradient) -> Callable[[Tensor, Tensor], Tensor]:

@@ -1,0 +1,150 @@
+"""What a front door was given, and the steps from there to a solution, which all doors take alike.
+
+A door checks its arguments (``arguments.py`` and its like), makes a `Given` of them, asks it for the flat `System` of the user's function,
+makes a `Plan` of `steering` and of what it has to keep, and a `Problem`; a strategy solves that, and `finished` puts the solution together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from ..integrate import Plan, Record
+from ..methods import Method
+from ..native.entry import NativeSolve
+from ..native.graphs import Heard
+from ..system.capture import Captured, elsewhere, find_captured, transforming
+from ..system.homes import parameter_homes
+from ..system.lending import aliased, check_unchanged, copied, remembering
+from ..system.system import StateSpec, System
+from .arguments import flat_norm, flat_tolerance, positive
+from .event_jumps import jumps_refused
+from .event_times import event_records
+from .parts import NO_EVENTS, Found, Parts
+from .progress import progress_monitor
+
+__all__ = ["Given", "finished", "reporting", "steering"]
+
+#: the arguments of front doors that say how steps are chosen
+_STEERING = ("rtol", "atol", "controller", "norm", "first_step", "max_step", "min_step", "max_steps", "progress")
+
+
+@dataclass(frozen=True)
+class Given:
+    """The user's functions, and what a solve calls them with.
+
+    Parameters
+    ----------
+    fun : what is solved, with a running integral if there is one: ``fun(t, *states, *args)``, without a time ``fun(*states, *args)``
+    pieces : the functions of the user that it is made of
+    spec : the layout of a state
+    states : what stands between time and arguments: the state, of implicit equations the slope too
+    ends : start and end, ``(B,)`` or 0-d float64 each; None without a time
+    events, quadrature : further functions of the user, of the state that has no running integral
+    """
+
+    fun: Callable[..., Any]
+    pieces: tuple[Callable[..., Any], ...]
+    spec: StateSpec
+    states: tuple[Any, ...]
+    args: tuple[Any, ...]
+    ends: tuple[Tensor, Tensor] | None = None
+    events: Sequence[Callable[..., Tensor]] = ()
+    quadrature: Callable[..., Any] | None = None
+
+    def times(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Start and end as functions of the user are given them, of tensors that are nobody else's; nothing of each without a time."""
+        if self.ends is None:
+            return (), ()
+        real, batched = self.spec.real_dtype, self.spec.batch is not None
+        start, end = (x.detach().to(real, copy=True) for x in self.ends)
+        return ((start,), (end,)) if batched else ((start.reshape(()),), (end.reshape(()),))
+
+    def state(self, k: int = 0) -> Tensor:
+        """The ``k``-th of the states, flat: ``(B, n)``."""
+        return self.spec.taken(self.states[k])
+
+    def probed(self) -> tuple[Captured, Any]:
+        """What the user's functions captured, and what ``fun`` returned at the start."""
+        states, args, found = tuple(copied(x) for x in self.states), aliased(self.args), []
+        start, end = self.times()
+        calls = [remembering(self.fun, found), *map(self._of_all, self.events)]
+        beyond = (*end, *(elsewhere(x) for x in self.states), *args)
+        used = find_captured(calls, (*start, *states, *args), [*self.pieces, *self.events], beyond)
+        check_unchanged(states, "fun")
+        return used, found[0]
+
+    def _of_all(self, event: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """An event function with the arguments of ``fun``."""
+        many, integrated = len(self.states), self.quadrature is not None
+        return lambda t, y, *rest: event(t, y[0] if integrated else y, *rest[many - 1 :])
+
+    def looked_into(self, native: NativeSolve, method: Method, compiled: bool) -> tuple[Captured, Any]:
+        """As `probed`, with no call of ``fun`` where it is compiled and was heard of before."""
+        heard = self._heard(native, method) if compiled else None
+        if heard is not None and heard.captured is not None:
+            return heard.captured, heard.result
+        used, result = self.probed()
+        if heard is not None:
+            heard.remember(used)
+        return used, result
+
+    def _heard(self, native: NativeSolve, method: Method) -> Heard | None:
+        """Which graph ``fun`` is: what it captured is known then after its first solve."""
+        flat = self.state()
+        if self.ends is None or self.events or self.quadrature is not None or transforming() or flat.is_complex():
+            return None
+        # the layout of a residual is not known yet, and does not matter here
+        residual = self.spec if len(self.states) > 1 else None
+        return native.hear(self.system(residual=residual), method, self.ends[0].unsqueeze(0), flat)
+
+    def system(self, used: Captured | None = None, **more: Any) -> System:
+        """The flat system, with the tensors that the user's functions captured; ``more``: further fields of it."""
+        leaves, tree = tree_flatten(self.args)
+        fun = more.pop("fun", self.fun)
+        if used is None:
+            return System(fun, self.spec, tree, tuple(leaves), **more)
+        integrands = [] if self.quadrature is None else [self.quadrature]
+        homes = tuple(parameter_homes([*self.pieces, *self.events, *integrands], used.tensors))
+        return System(fun, self.spec, tree, tuple(leaves), tuple(used.tensors), homes=homes, **used.flags, **more)
+
+
+def steering(spec: StateSpec, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `Plan` that say how steps are chosen, from those arguments of a front door."""
+    rtol, atol, controller, norm, first_step, max_step, min_step, max_steps, progress = (arguments[name] for name in _STEERING)
+    single = spec.real_dtype.itemsize < 8
+    return {
+        "real": spec.real_dtype,
+        "rtol": flat_tolerance(rtol, "rtol", spec, 1e-4 if single else 1e-6),
+        "atol": flat_tolerance(atol, "atol", spec, 1e-6 if single else 1e-9),
+        "controller": controller,
+        "norm": flat_norm(norm, spec),
+        "first_step": None if first_step is None else positive(first_step, "first_step"),
+        "max_step": positive(max_step, "max_step"),
+        "min_step": positive(min_step, "min_step", zero=True),
+        "max_steps": int(max_steps),
+        "monitor": progress_monitor(progress),
+    }
+
+
+def reporting(plan: Plan, fail: Callable[..., None] | None, system: System, inputs: Sequence[Tensor]) -> Callable[[Record], None]:
+    """What is done with the record of a solve; ``fail(record, plan, system, inputs)`` raises an error for one that failed, None: nobody."""
+
+    def report(record: Record) -> None:
+        plan.monitor.close()
+        if fail is not None:
+            fail(record, plan, system, inputs)
+
+    return report
+
+
+def finished(parts: Parts) -> tuple[Parts, Found]:
+    """The parts of a solution, with the records of its events."""
+    if not parts.events:
+        return parts, NO_EVENTS
+    parts = jumps_refused(parts)
+    return parts, event_records(parts, parts.out)
