@@ -87,6 +87,8 @@ class NativeSolve:
     values: tuple[Tensor, ...] = ()
     #: spent on making code for this solve
     seconds: float = 0.0
+    #: of the next solve, where it is known already
+    _found: Recognised | None = None
 
     def again(self) -> NativeSolve:
         """For another solve of the same right-hand side."""
@@ -127,6 +129,39 @@ class NativeSolve:
         found.program.engine(lanes)
         return True
 
+    def ready(
+        self, plan: Plan, system: System | VmappedSystem, batched: bool, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor
+    ) -> bool:
+        """Whether this solve will be one of compiled code, which is made; if not, the reason has been said."""
+        assert plan.compile is not None
+        self._found = self._recognised(plan.compile, plan, system, batched, inputs, y0, anchors)
+        return self._found is not None
+
+    def _recognised(
+        self,
+        key: Hashable,
+        plan: Plan,
+        system: System | VmappedSystem,
+        batched: bool,
+        inputs: Sequence[Tensor],
+        y0: Tensor,
+        anchors: Tensor,
+    ) -> Recognised | None:
+        """The program of this solve, whose code is there; None where there is none, which is said."""
+        reason = self.refused or suits(plan, system, y0)
+        if reason is not None:
+            return _remark(key, reason)
+        assert takes(plan.method)
+        events = [e.function for e in plan.events if e.function is not None]
+        before = spent.seconds
+        try:
+            found = recognise(key, system, plan.method, anchors[0].detach().to(plan.real), y0.detach(), inputs, batched, self.heard, events)
+            return found if self._is_there(found, y0) else None
+        except (Unreadable, NoCompiler) as error:
+            return _remark(key, str(error))
+        finally:
+            self.seconds += spent.seconds - before
+
     def forward(
         self,
         key: Hashable,
@@ -143,19 +178,15 @@ class NativeSolve:
     ) -> Record | None:
         """The solve, or None where the eager engine is to make it. ``derivatives``: a way back may follow. ``index`` and ``skipped``, (n,):
         those of variables of implicit equations, see `ResidualSolver`."""
-        reason = self.refused or suits(plan, system, y0)
-        if reason is not None:
-            return _remark(key, reason)
-        assert takes(plan.method)
-        events = [e.function for e in plan.events if e.function is not None]
+        known, self._found = self._found, None
+        found = known or self._recognised(key, plan, system, batched, inputs, y0, anchors)
+        if found is None:
+            return None
+        if derivatives and any(slot is None and x.requires_grad for slot, x in zip(found.slots, found.tensors, strict=True)):
+            # the solve does not know of it: the eager engine says so by name
+            return None
         before = spent.seconds
         try:
-            found = recognise(key, system, plan.method, anchors[0].detach().to(plan.real), y0.detach(), inputs, batched, self.heard, events)
-            if not self._is_there(found, y0):
-                return None
-            if derivatives and any(slot is None and x.requires_grad for slot, x in zip(found.slots, found.tensors, strict=True)):
-                # the solve does not know of it: the eager engine says so by name
-                return None
             values = found.values()
             if derivatives:
                 values = [v.clone() if v.data_ptr() == x.data_ptr() else v for v, x in zip(values, found.tensors, strict=True)]

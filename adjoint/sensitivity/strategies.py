@@ -89,6 +89,8 @@ class DiscreteAdjoint(GradientTraits):
             if not functorch_active() and forward_ad._current_level < 0:
                 return Outputs(*CheckpointNode.apply(problem, self.checkpoints, anchors, t_eval, y0, *inputs))
             return Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
+        problem = _decided(problem, anchors, t_eval, y0, inputs)
+        plan = problem.plan
         observed = type(plan.monitor).adjoint is not Monitor.adjoint
         budget = KEEP_BYTES if self.keep_bytes is None else self.keep_bytes
         small = budget > 0 and not plan.keep_stages and not plan.events and not observed and plan.compile is None
@@ -114,6 +116,7 @@ class Backprop:
 
     def solve(self, problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Outputs:
         """See `Gradient.solve`."""
+        problem = _decided(problem, anchors, t_eval, y0, inputs)
         if problem.plan.compile is None and _recordable(problem, anchors, t_eval, y0, inputs):
             record = _recorded(problem, anchors, t_eval, y0, inputs)
             problem.report(record)
@@ -166,6 +169,16 @@ class _Seen:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._problem(), name)
+
+
+def _decided(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Problem:
+    """Where there will be no compiled code, and autograd may record the loop, the problem without ``compile=``: solved as without it."""
+    plan = problem.plan
+    if plan.compile is None or not _recordable(problem, anchors, t_eval, y0, inputs):
+        return problem
+    if problem.native.ready(plan, problem.system, problem.batched, inputs, y0, anchors):
+        return problem
+    return replace(problem, plan=replace(plan, compile=None))
 
 
 def _recordable(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> bool:

@@ -254,6 +254,32 @@ def test_remark(name):
         assert torch.equal(solve(True).y, first.y)
 
 
+@pytest.mark.parametrize("gradient", [None, adjoint.Backprop()], ids=["default", "backprop"])
+def test_what_runs_uncompiled_is_differentiated_as_without_compile(gradient):
+    """The loop is recorded as it goes, and not evaluated once more on the way back."""
+    weight = torch.linspace(-0.1, 0.1, 300 * 300, dtype=torch.float64).reshape(300, 300).sin().requires_grad_()
+    y0 = torch.linspace(0, 1, 300, dtype=torch.float64)
+
+    def solve(compile):
+        count = [0]
+
+        def fun(t, y):
+            count[0] += 1
+            return torch.tanh(weight @ y) - y
+
+        sol = solve_ivp(fun, (0.0, 1.0), y0, method="dopri5", gradient=gradient, compile=compile)
+        (slope,) = torch.autograd.grad(sol.y[-1].square().sum(), weight)
+        return count[0], sol.stats.backward.n_fun, slope
+
+    with warnings.catch_warnings():
+        # said once, in the first of these tests
+        warnings.simplefilter("ignore", RuntimeWarning)
+        solve(True)
+        mine, theirs = solve(True), solve(False)
+    assert mine[1] == theirs[1] and mine[0] <= theirs[0] + 2
+    assert torch.equal(mine[2], theirs[2])
+
+
 BRANCHES = {
     "float": lambda t, y: -2 * y if float(t) > 0.5 else -y,
     "item": lambda t, y: -2 * y if t.item() > 0.5 else -y,
@@ -305,7 +331,8 @@ def test_remark_of_functions_that_take_derivatives_and_are_not_read():
     with pytest.warns(RuntimeWarning, match="uncompiled"):
         solve_ivp(lambda t, y: -torch.func.hessian(lambda x: torch.sort(x).values.prod())(y) @ y, (0.0, 0.1), y0, compile=True)
     x = y0.clone().requires_grad_()
-    with pytest.warns(RuntimeWarning, match=r"use torch\.func\.grad"):
+    # as without compile, where it is an error too
+    with pytest.warns(RuntimeWarning, match=r"use torch\.func\.grad"), pytest.raises(adjoint.UnsupportedCombination):
         solve_ivp(lambda t, y: -torch.autograd.grad((x * y).sum(), x, create_graph=True)[0], (0.0, 0.1), y0, compile=True)
     assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0 and torch._C._autograd._saved_tensors_hooks_is_enabled()
     slope = torch.func.jvp(torch.sin, (y0,), (torch.ones_like(y0),))[1]
