@@ -74,7 +74,7 @@ def sweep_native(
     found = [torch.zeros_like(x) for x in inputs]
     given, wanted = pointers(inputs), pointers(found)
     call.inputs, call.input_bars = ctypes.addressof(given), ctypes.addressof(wanted)
-    call.rows, call.block, call.threads = rows, block_of(rows), threads_for(rows)
+    call.rows, call.block, call.threads = rows, block_of(rows), threads_for(program, rows)
     call.n_anchors, call.n_steps, call.n_samples = anchors.shape[0], n_steps, n_samples
     call.jumps, call.timed = shift_of(plan, anchors), timed
     for name, x in keep.items():

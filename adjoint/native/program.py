@@ -96,11 +96,15 @@ class Program:
         return (self._widest if rows >= _MANY else _VECTOR) // self.real.itemsize if rows >= _FEWEST else 1
 
     @cached_property
+    def values_of_fun(self) -> int:
+        """How many values ``fun`` computes for one trajectory."""
+        graph = self.reading.graph
+        return len(graph.cone(self.reading.outputs, graph.parts))
+
+    @cached_property
     def _widest(self) -> int:
         """Bytes of a vector of many trajectories."""
-        graph = self.reading.graph
-        values = len(graph.cone(self.reading.outputs, graph.parts))
-        return next((size for most, size in _VECTORS if values <= most), _VECTOR)
+        return next((size for most, size in _VECTORS if self.values_of_fun <= most), _VECTOR)
 
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Its inputs as it takes them: contiguous, in the dtype of the state. Raises `Unreadable` for whole numbers beyond that."""

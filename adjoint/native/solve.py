@@ -30,6 +30,8 @@ _FEW = 32
 #: what is counted for every trajectory, the work of implicit methods last
 COUNTS = ("n_steps", "n_accepted", "n_fun", "status", "unstable", "n_jac", "n_factorizations", "n_solves", "n_newton")
 _FIRST_OF_WORK = 5
+#: values of all rows together, in one evaluation of ``fun``, from which on there are threads
+_WORTH = 4000
 _SHIFTS = {"none": 0, "inner": 1, "all": 2}
 
 
@@ -38,9 +40,9 @@ def block_of(rows: int) -> int:
     return max(64, -(-rows // 32))
 
 
-def threads_for(rows: int) -> int:
-    """How many of them one block is not."""
-    return torch.get_num_threads() if rows > block_of(rows) else 1
+def threads_for(program: Program, rows: int) -> int:
+    """Threads among which blocks are shared out, where that is worth the tenth of a millisecond that it takes to begin one."""
+    return torch.get_num_threads() if rows > block_of(rows) and rows * program.values_of_fun >= _WORTH else 1
 
 
 def shift_of(plan: Plan, anchors: Tensor) -> int:
@@ -211,7 +213,7 @@ def solved(
     given = pointers(inputs)
     call = FORWARD_CALL.from_buffer_copy(frame.call)
     call.inputs = ctypes.addressof(given)
-    call.threads = threads_for(rows)
+    call.threads = threads_for(program, rows)
     call.anchors, call.n_anchors, call.shift = anchors.data_ptr(), n_anchors, shift_of(plan, anchors)
     call.t_eval, call.n_samples = None if t_eval is None else t_eval.data_ptr(), n_samples
     call.order = None if order is None else order.data_ptr()

@@ -244,6 +244,6 @@ def test_bits_do_not_depend_on_the_number_of_threads():
     before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        found.append(solve(True, "dopri5", rows=300, shared=True)[1])
+        found.append(solve(True, "dopri5", rows=700, shared=True)[1])
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -427,6 +427,11 @@ struct Loop {
         *p.t = t[l]; *p.h = h[l];
         if (q.n_anchors > 2) { *p.segment = segment[l]; *p.lands = lands[l]; }
         if (q.keep_states) for (int n = 0; n < N; n++) p.state[n] = get(y1[n], l);
+        if (W > 1) {
+          // where the next step goes lies far away in memory
+          __builtin_prefetch(p.t + q.rows, 1); __builtin_prefetch(p.h + q.rows, 1);
+          if (q.keep_states) for (int n = 0; n < N && n < 64; n += 64 / sizeof(R)) __builtin_prefetch(p.state + q.rows * N + n, 1);
+        }
         if (q.keep_stages) for (int s = 0; s < ALL; s++) for (int n = 0; n < N; n++) p.stages[s * q.rows * N + n] = get(ks[s * N + n], l);
 #if MULTISTEP
         past.note(l, p.extra, q.rows);
