@@ -57,7 +57,7 @@ def full(y):
 
 
 @pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("method", ["radau", "bdf", "mass radau5", "mass rodas5p", "native radau", "native mass rodas5p"])
+@pytest.mark.parametrize("method", ["radau", "bdf", "mass radau5", "mass rodas5p", "native radau", "native bdf", "native mass rodas5p"])
 def test_consistent_values_after_a_reset(method, batched):
     native, method = method.startswith("native"), method.removeprefix("native ")
     mass, method = method.startswith("mass"), method.removeprefix("mass ")

@@ -170,7 +170,7 @@ class BdfSolver(MultistepSolver):
         size = torch.where(self._size > 0, self._size, 1.0)
         brief = torch.minimum(0.1 * size, torch.maximum(1e-10 * self._span, smallest).clamp(min=self.plan.min_step))
         if bool(settled.any()):
-            slope = self.starter.slope(self._now, self.D[0], self._sign, brief)[0]
+            slope = self.starter.slope(self._now, self.D[0], self._sign, brief, settled)[0]
             moved = slope * (self._sign * self._size).to(self.plan.real).unsqueeze(-1)
             self.D[1] = torch.where(settled.unsqueeze(-1), moved, self.D[1])
         factor = torch.where(restart, brief / size, torch.where(settled, self._longer, factor))

@@ -55,9 +55,7 @@ def prologue(real: torch.dtype, lanes: int) -> str:
 
 def takes(method: object) -> TypeGuard[Compiled]:
     """Whether a method has a text."""
-    if isinstance(method, Bdf):
-        return not method.residual
-    return type(method) in (ExplicitRungeKutta, Rosenbrock, DiagonallyImplicitRungeKutta, FullyImplicitRungeKutta)
+    return type(method) in (ExplicitRungeKutta, Rosenbrock, DiagonallyImplicitRungeKutta, FullyImplicitRungeKutta, Bdf)
 
 
 def records_beside(method: Compiled) -> int:
@@ -67,7 +65,7 @@ def records_beside(method: Compiled) -> int:
 
 def is_residual(method: Compiled) -> bool:
     """Whether it is for implicit equations ``F(t, y, y') = 0``."""
-    return isinstance(method, FullyImplicitRungeKutta) and method.residual
+    return isinstance(method, FullyImplicitRungeKutta | Bdf) and method.residual
 
 
 def _flags(**values: int | bool) -> str:
@@ -114,7 +112,7 @@ def _constraints(method: Compiled) -> list[str]:
     """The constants of the defect of constraints, see `defect.inner_error`, and of how a solve begins."""
     points = defect.points_of(method)
     return [
-        _flags(POINTS=len(points), SEARCHES=stages.SEARCHES, FINDINGS=residual.NEWTON),
+        _flags(POINTS=len(points)),
         f"static constexpr double NARROW = {number(defect.NARROW)}, NOISE = {number(defect.NOISE)};",
         *(_array(name, [getattr(p, name.lower()) for p in points]) for name in ("THETA", "RATE")),
         *(_matrix(name, [getattr(p, name.lower()) for p in points], method.n_stages) for name in ("VALUES", "SLOPES")),
@@ -181,9 +179,9 @@ def _family(method: Compiled, width: int, nonzero: Collection[tuple[int, int]]) 
         return [*shared, *_rosenbrock(method, width, nonzero), source("rosenbrock.hpp")]
     shared.append(source("newton.hpp"))
     if isinstance(method, Bdf):
-        return [*shared, *_bdf(), source("bdf.hpp")]
+        return [*shared, source("pencil.hpp"), *_bdf(), source("bdf.hpp")]
     if isinstance(method, FullyImplicitRungeKutta):
-        return [*shared, *_collocation(method), source("collocation.hpp")]
+        return [*shared, source("pencil.hpp"), *_collocation(method), source("collocation.hpp")]
     return [*shared, *_dirk(method), source("dirk.hpp")]
 
 
@@ -231,8 +229,10 @@ def engine_text(
             f"static constexpr double LOOSEST_RTOL = {number(stages.LOOSEST[0])}, LOOSEST_ATOL = {number(stages.LOOSEST[1])};",
             f"#define EVENTS {n_events}",
             *([source("events.hpp")] if n_events else []),
-            *(_constraints(method) if mass or implicit else []),
-            *(source(f"{name}.hpp") for name in ("tape", "starts", "loop")),
+            _flags(SEARCHES=stages.SEARCHES, FINDINGS=residual.NEWTON),
+            *([source("slopes.hpp")] if implicit else []),
+            *(_constraints(method) if (mass or implicit) and not multistep else []),
+            *(source(f"{name}.hpp") for name in ("tape", "starts", "loop", "forward")),
             source("back.hpp"),
             *([source("consistent.hpp")] if implicit else []),
         ]

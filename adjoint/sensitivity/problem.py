@@ -164,6 +164,8 @@ class Problem:
         if self.plan.method.multistep:
             work = StageWork.zero(rows, device)
             starter = ResidualSolver(f, self.plan, jacobian, a.linear_solver, rows, device, a.index, a.skipped) if implicit else None
+            if starter is not None:
+                starter.work = work
             return BdfSolver(f, self.plan, jacobian, a.linear_solver, implicit, work, starter, a.skipped)
         return ResidualSolver(f, self.plan, jacobian, a.linear_solver, rows, device, a.index, a.skipped)
 

@@ -95,6 +95,8 @@ SOLVES = [
     pytest.param((by_matrix, "radau5"), id="radau5"),
     pytest.param((by_residual, "radau"), id="residual radau"),
     pytest.param((by_residual, "radau3"), id="residual radau3", marks=pytest.mark.slow),
+    pytest.param((by_residual, "bdf"), id="residual bdf"),
+    pytest.param((by_matrix, "bdf"), id="bdf", marks=pytest.mark.slow),
 ]
 
 
@@ -134,7 +136,9 @@ class TestAgainstEager:
             return driven(t, y, p) + torch.stack([0 * push, push, 0 * push], -1)
 
         solve, method = form
-        agree(solve, 1e-6, rows=rows, method=method, fun=kicked, step_ts=[0.7, 1.3], t_eval=torch.tensor([0.5, 0.9, 2.0], dtype=F64))
+        # the slope with which bdf goes on is a difference over a step of almost no length: steps follow its rounding
+        close = 1e-4 if method == "bdf" else 1e-6
+        agree(solve, close, rows=rows, method=method, fun=kicked, step_ts=[0.7, 1.3], t_eval=torch.tensor([0.5, 0.9, 2.0], dtype=F64))
 
     @pytest.mark.parametrize("rows", [0, 18])
     def test_events_quadrature_all_steps_and_dense_output(self, form, rows):
@@ -254,10 +258,11 @@ def test_index_two(method, rows):
     torch.testing.assert_close(slope, other, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("method", ["radau", "bdf"])
 @pytest.mark.parametrize("rows", [0, 18])
-def test_algebraic_variables_out_of_the_error_test(rows):
-    mine, _ = agree(by_residual, rows=rows, method="radau", suppress_algebraic=True)
-    everything, _ = agree(by_residual, rows=rows, method="radau")
+def test_algebraic_variables_out_of_the_error_test(rows, method):
+    mine, _ = agree(by_residual, rows=rows, method=method, suppress_algebraic=True)
+    everything, _ = agree(by_residual, rows=rows, method=method)
     assert int(torch.as_tensor(mine.stats.n_steps).sum()) < int(torch.as_tensor(everything.stats.n_steps).sum())
 
 
@@ -315,15 +320,13 @@ def test_a_matrix_that_varies():
 
 def test_what_says_why_it_is_not_compiled():
     y0, residual = torch.ones(2, dtype=F64), lambda t, y, yp: yp + y
-    given = {"'bdf' has no native form": {"method": "bdf"}, "leave linear_solver=": {"linear_solver": adjoint.linalg.DenseLU()}}
-    for words, options in given.items():
-        with pytest.warns(RuntimeWarning, match=f"compile=True: this solve runs uncompiled, because .*{words}"):
-            mine = adjoint.solve_dae(residual, (0.0, 1.0), y0, compile=True, **options).y
-        assert torch.equal(mine, adjoint.solve_dae(residual, (0.0, 1.0), y0, **options).y)
+    options = {"linear_solver": adjoint.linalg.DenseLU()}
+    with pytest.warns(RuntimeWarning, match="compile=True: this solve runs uncompiled, because .*leave linear_solver="):
+        mine = adjoint.solve_dae(residual, (0.0, 1.0), y0, compile=True, **options).y
+    assert torch.equal(mine, adjoint.solve_dae(residual, (0.0, 1.0), y0, **options).y)
     found = adjoint.explain(residual, y0, method="radau")
     assert found.native and found.unknowns == 2 and found.jacobian == 4 and set(found.sources) == {"fun", "vjp", "jac"}
     assert "4 of 8 entries" in str(found)
-    assert "bdf" in str(adjoint.explain(residual, y0, method="bdf"))
 
 
 def test_what_was_captured_is_known_at_the_next_solve():

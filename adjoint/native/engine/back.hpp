@@ -151,7 +151,7 @@ struct Back_ {
         const double* known = q.extra + k[l] * EXTRA * q.rows + row[l];
         before.order[l] = (long)known[0]; before.ratio[l] = known[q.rows]; before.kept[l] = known[2 * q.rows];
 #endif
-        if (RECORDED && (!MULTISTEP || q.timed)) for (int s = 0; s < ALL; s++) for (int n = 0; n < N; n++) put(ks[s * N + n], l, q.stages[((k[l] * ALL + s) * q.rows + row[l]) * N + n]);
+        if (RECORDED && (!MULTISTEP || IMPLICIT || q.timed)) for (int s = 0; s < ALL; s++) for (int n = 0; n < N; n++) put(ks[s * N + n], l, q.stages[((k[l] * ALL + s) * q.rows + row[l]) * N + n]);
         if (q.states_bar) add(bar, l, q.states_bar + (i + q.rows) * N);
         if (q.stages_bar) for (int s = 0; s < ALL; s++) add(kbar + s * N, l, q.stages_bar + ((k[l] * ALL + s) * q.rows + row[l]) * N);
         first[l] = sampled[l];

@@ -2,16 +2,22 @@
 // `sensitivity/bdf.py`. What a step knows of those before is a table of differences at equal distances, (DIFFERENCES, N), the state first. Constants,
 // by order from 0 on: GAMMA, ALPHA, CONSTANTS (of error estimates) and SLOPES, (ORDERS + 1, ORDERS + 1) each, of the matrix that brings the table
 // to another distance, by the ratio of the two where that is one; of iterations BOUND and ROUNDS; of sizes SMALLEST_FACTOR, LARGEST_FACTOR, SAFE.
-// Differences and correction over h are recorded as stages.
+// Differences and correction over h are recorded as stages. The equation of a step is c F(t, p + d, (psi + d) / c) = 0 for the correction d of the
+// prediction p, with F = y' - f of an ODE.
 #define RECORDED 1
 #define HANDS_ON 0
 enum { ORDERS = STAGES - 1, DIFFERENCES = ORDERS + 3 };
-#define ROOM_OF_STEP ((2 * DIFFERENCES + 6) * (long)N + 3 * N * N + EXCHANGES)
+#define ROOM_OF_STEP ((2 * DIFFERENCES + 6) * (long)N + N * ARGUMENTS + 2 * ROOM_OF_PENCIL)
+#if IMPLICIT
+// ---- for slopes.hpp, whose matrices are none of those that are kept
+FN Pencil pencil_of(Attempt& a) { return Pencil(a.work + ROOM_OF_STEP - ROOM_OF_PENCIL); }
+static void find_slopes(Attempt& a, const S& t, const double* sign, double* width, const bool* wanted, S* slope, double* fast);
+#endif
 
 // what formulas weigh, in every lane by its own order
 struct Formula {
   M low[DIFFERENCES], next[DIFFERENCES], after[DIFFERENCES];  // up to the order; one and two beyond it
-  S weight[ORDERS + 1], constant, c;        // of psi; of the error; h / alpha
+  S weight[ORDERS + 1], constant, c, unlike;  // of psi; of the error; h / alpha; by how much the slope differs from that of the differences
   Formula(const long* order, const S& h) {
     bool on[3][W];
     for (int j = 0; j < DIFFERENCES; j++) {
@@ -23,6 +29,7 @@ struct Formula {
       for (int j = 0; j <= ORDERS; j++) put(weight[j], l, (R)(j <= q ? GAMMA[j] / ALPHA[q] : 0));
       put(constant, l, (R)CONSTANTS[q]);
       put(c, l, (R)(get(h, l) / ALPHA[q]));
+      put(unlike, l, (R)(GAMMA[q] - ALPHA[q]));
     }
   }
 };
@@ -47,20 +54,23 @@ struct Rescaling {
 };
 
 struct History {
-  S *D, *following, *J, *taken, *LU, *P, *psi, *predicted, *base, *d, *value, *change;  // following: the table behind the attempt
+  Pencil now;
+  S *D, *following, *taken, *psi, *predicted, *base, *d, *value, *change;  // following: the table behind the attempt
   long order[W], equal[W], rounds[W];     // equal: steps at the present distance; rounds of the last iteration
   double ratio[W], kept[W], factored[W];  // what is recorded of a step, see `BdfSolver`; c of the factors
   bool known[W], solved[W];               // whether there is a Jacobian; whether the iteration converged
-  void stand(S* at) {
-    D = at; following = D + DIFFERENCES * N; J = following + DIFFERENCES * N; taken = J + N * N; LU = taken + N * N; P = LU + N * N; psi = P + EXCHANGES;
-    predicted = psi + N; base = predicted + N; d = base + N; value = d + N; change = value + N;
-    for (int l = 0; l < W; l++) { order[l] = 1; equal[l] = rounds[l] = 0; ratio[l] = kept[l] = 1; factored[l] = NOT_A_NUMBER; known[l] = solved[l] = false; }
+  bool settling[W]; double longer[W];     // see `BdfSolver._settle`
+  History(S* at) : now(at), D(at + ROOM_OF_PENCIL), following(D + DIFFERENCES * N), taken(following + DIFFERENCES * N), psi(taken + N * ARGUMENTS), predicted(psi + N),
+    base(predicted + N), d(base + N), value(d + N), change(value + N) {
+    for (int l = 0; l < W; l++) { order[l] = 1; equal[l] = rounds[l] = 0; ratio[l] = kept[l] = longer[l] = 1; factored[l] = NOT_A_NUMBER; known[l] = solved[l] = settling[l] = false; }
   }
-  // a trajectory from y, where the slope is ``slope``; step: with its sign
-  void begin(int l, const S* y, const S* slope, double step) {
+  // a trajectory, from the state and the slope of the loop
+  template <class O> void begin(O& o, int l) {
+    // one that is not finite has no step
+    if (o.step[l]) o.step[l] = least(most(o.step[l], o.q.min_step), o.q.max_step);
     for (int e = 0; e < DIFFERENCES * N; e++) put(D[e], l, R(0));
-    for (int n = 0; n < N; n++) { put(D[n], l, get(y[n], l)); put(D[N + n], l, (R)step * get(slope[n], l)); }
-    order[l] = 1; equal[l] = 0; ratio[l] = kept[l] = 1; factored[l] = NOT_A_NUMBER; known[l] = false;
+    for (int n = 0; n < N; n++) { put(D[n], l, get(o.y[n], l)); put(D[N + n], l, (R)(o.sign[l] * o.step[l]) * get(o.k1[n], l)); }
+    order[l] = 1; equal[l] = 0; ratio[l] = kept[l] = 1; factored[l] = NOT_A_NUMBER; known[l] = settling[l] = false;
   }
   // the table of some lanes to ``factor`` of its distance
   void rescale(const bool* which, const double* factor) {
@@ -116,33 +126,34 @@ struct History {
     for (int l = 0; l < W; l++) if (passed[l]) { ratio[l] = kept[l] = 1; equal[l]++; }
   }
   // the error, in units of the tolerance, of lanes that would go on at an order ``more`` than the present one
-  void levels(int more, const bool* ready, const S* size, const S* rtol, const S* atol, double* found) const {
+  void levels(const Attempt& a, int more, const bool* ready, const S* size, double* found) const {
     S total = K(0), x = K(0);
     for (int n = 0; n < N; n++) {
       for (int l = 0; l < W; l++) if (ready[l]) put(x, l, (R)CONSTANTS[order[l] + more] * get(D[(order[l] + more + 1) * N + n], l));
-      const S e = x / (size[n] * rtol[n] + atol[n]);
+      const S e = as_tested(a, x, a.h, n) / unit_of(a, size[n], n);
       total += e * e;
     }
-    total = m_sqrt(total) * K(R(ROOT));
+    total = root_of(total);
     for (int l = 0; l < W; l++) found[l] = ready[l] && order[l] + more >= 1 && order[l] + more <= ORDERS ? get(total, l) : __builtin_inf();
   }
-  // orders and sizes behind the steps that ``passed``, of lanes that go on; landed: behind a discontinuity differences say nothing
-  void follow(const Flags& passed, const Flags& live, const Flags& landed, const Doubles& level, const S* size, const S* rtol, const S* atol, Doubles& step) {
+  // orders and sizes behind the steps that ``passed``, of lanes that go on
+  template <class O> void follow(O& o, const Flags& passed) {
     bool which[W], ready[W], any = false;
     double factor[W], below[W], above[W];
     for (int l = 0; l < W; l++) {
-      which[l] = passed[l] && live[l];
-      ready[l] = which[l] && !landed[l] && equal[l] > order[l];
+      which[l] = passed[l] && o.live[l];
+      ready[l] = which[l] && !o.lands[l] && equal[l] > order[l];
       any |= ready[l];
       factor[l] = 1;
-      if (!which[l] || !landed[l]) continue;
-      for (int e = 2 * N; e < DIFFERENCES * N; e++) put(D[e], l, R(0));
-      order[l] = 1; equal[l] = 0; kept[l] = 0; factor[l] = 0.1;
+      if (!which[l] || !o.lands[l]) continue;
+      // behind a discontinuity differences say nothing
+      forget(l);
+      factor[l] = IMPLICIT ? 1 : 0.1;
     }
-    if (any) { levels(-1, ready, size, rtol, atol, below); levels(1, ready, size, rtol, atol, above); }
+    if (any) { levels(o.a, -1, ready, o.size, below); levels(o.a, 1, ready, o.size, above); }
     for (int l = 0; l < W; l++) {
       if (ready[l]) {
-        const double norms[3] = {below[l], level[l], above[l]};
+        const double norms[3] = {below[l], o.level[l], above[l]};
         double largest = 0;
         int best = 0;
         for (int i = 0; i < 3; i++) {
@@ -154,34 +165,81 @@ struct History {
         if (factor[l] > 0.95 && factor[l] < 1.2 && best == 1) factor[l] = 1;
         order[l] += best - 1;
       }
-      step[l] *= factor[l];
+      o.step[l] *= factor[l];
     }
     rescale(which, factor);
+#if IMPLICIT
+    settle(o, passed);
+#endif
   }
+  void forget(int l) {
+    for (int e = 2 * N; e < DIFFERENCES * N; e++) put(D[e], l, R(0));
+    order[l] = 1; equal[l] = 0; kept[l] = 0;
+  }
+#if IMPLICIT
+  // The step behind a named jump, where algebraic variables may jump too, is so small that nothing else moves, and not tested; the solve goes on
+  // from its end, with the slope there, by steps of the size that it would have had.
+  template <class O> void settle(O& o, const Flags& passed) {
+    S now = K(0);
+    bool which[W], settled[W], any = false;
+    double factor[W], brief[W], fast[W];
+    for (int l = 0; l < W; l++) {
+      const bool landed = o.lands[l];
+      which[l] = passed[l] && o.live[l] && (landed || settling[l]);
+      settled[l] = which[l] && !landed;
+      any |= settled[l];
+      factor[l] = 1;
+      // as fun sees it at the start of the next step
+      put(now, l, moved((R)o.t[l], o.jumps_end[l], o.sign[l] * __builtin_inf()));
+      const double size = __builtin_fabs(o.h[l]), smallest = 64 * REAL_EPSILON * __builtin_fabs(get(now, l));
+      brief[l] = least(0.1 * size, most(most(1e-10 * o.span[l], smallest), o.q.min_step));
+      if (!which[l]) continue;
+      if (settled[l]) forget(l);
+      factor[l] = landed ? brief[l] / size : longer[l];
+      if (landed) longer[l] = 0.1 * size / brief[l];
+      settling[l] = landed;
+    }
+    if (any) {
+      find_slopes(o.a, now, &o.sign[0], brief, settled, value, fast);
+      for (int l = 0; l < W; l++) if (settled[l]) for (int n = 0; n < N; n++) put(D[N + n], l, get(value[n], l) * (R)o.h[l]);
+    }
+    for (int l = 0; l < W; l++) o.step[l] *= factor[l];
+    rescale(which, factor);
+  }
+#endif
 };
-// the Jacobian at the prediction, of some lanes
-static void take_jacobian(Attempt& a, const bool* which) {
+// the matrices at the prediction, of some lanes
+static void take_matrices(Attempt& a, const S& c, const bool* which) {
   History& p = *a.past;
-  a.f.jac(&a.c, a.times, p.predicted, p.taken, p.value);
+  Pencil there = p.now;
+  there.J = p.taken;
+  for (int n = 0; n < N && IMPLICIT; n++) p.value[n] = p.psi[n] / c;
+  pencil(a.f, a.c, a.times[0], p.predicted, p.value, there);
   const M on = mask_of(which);
-  for (int e = 0; e < N * N; e++) p.J[e] = m_sel(on, p.taken[e], p.J[e]);
+  for (int e = 0; e < N * ARGUMENTS; e++) p.now.J[e] = m_sel(on, p.taken[e], p.now.J[e]);
   for (int l = 0; l < W; l++) if (which[l]) { p.known[l] = true; p.factored[l] = NOT_A_NUMBER; a.counts[JACOBIANS][l]++; }
 }
-// y = predicted + d with psi + d = c f(t, y), by Newton's iteration with old matrices
+// the correction, by Newton's iteration with old matrices
 static void correct(Attempt& a, const S& c, const bool* which) {
   History& p = *a.past;
   bool anew = false;
   for (int l = 0; l < W; l++) if (which[l] && p.factored[l] != get(c, l)) { anew = true; a.counts[FACTORISATIONS][l]++; p.factored[l] = get(c, l); }
-  if (anew) shifted_matrix(p.J, c, p.LU, p.P);
+  if (anew) filter_matrix(p.now, c);
   const M on = mask_of(which);
   for (int n = 0; n < N; n++) { a.y1[n] = m_sel(on, p.predicted[n], a.y1[n]); p.d[n] = m_sel(on, K(0), p.d[n]); p.base[n] = m_sel(on, p.psi[n], p.base[n]); }
   Newton newton(a, BOUND, ROUNDS, which, 1, false);
   for (int l = 0; l < W; l++) if (which[l]) { p.rounds[l] = 0; a.stuck[l] = false; }
   while (newton.round < newton.most && newton.any()) {
     for (int l = 0; l < W; l++) { const long n = newton.running[l]; p.rounds[l] += n; a.counts[EVALUATED][l] += n; a.counts[ITERATIONS][l] += n; a.counts[SOLVES][l] += n; }
-    a.f.fun(&a.c, a.times, a.y1, p.value);
-    for (int n = 0; n < N; n++) p.change[n] = p.base[n] - c * p.value[n];
-    solve_lu<N>(p.LU, p.P, p.change);
+    if (IMPLICIT) {
+      for (int n = 0; n < N; n++) p.value[n] = p.base[n] / c;
+      residual(a.f, a.c, a.times[0], a.y1, p.value, p.now.base, p.change);
+      for (int n = 0; n < N; n++) p.change[n] = c * p.change[n];
+    } else {
+      a.f.fun(&a.c, a.times, a.y1, p.value);
+      for (int n = 0; n < N; n++) p.change[n] = p.base[n] - c * p.value[n];
+    }
+    filter_solve(p.now, p.change);
     S length = K(0);
     for (int n = 0; n < N; n++) { const S x = p.change[n] / (m_abs(p.predicted[n]) * a.rtol[n] + a.atol[n]); length += x * x; }
     const M moves = newton.judge(m_sqrt(length) * K(R(ROOT)));
@@ -195,7 +253,8 @@ static void correct(Attempt& a, const S& c, const bool* which) {
 }
 static void step_forward(Attempt& a) {
   History& p = *a.past;
-  const Formula f(p.order, a.h);
+  // without a step E alone may be singular
+  const Formula f(p.order, m_sel((M)(a.h == K(0)), K(1), a.h));
   for (int n = 0; n < N; n++) {
     S predicted = p.D[n], psi = K(0);
     for (int j = 1; j <= ORDERS; j++) { predicted += m_sel(f.low[j], p.D[j * N + n], K(0)); psi += f.weight[j] * m_sel(f.low[j], p.D[j * N + n], K(0)); }
@@ -203,11 +262,12 @@ static void step_forward(Attempt& a) {
   }
   bool fresh[W], again[W], any = false;
   for (int l = 0; l < W; l++) any |= fresh[l] = a.on[l] && !p.known[l];
-  if (any) take_jacobian(a, fresh);
+  if (any) take_matrices(a, f.c, fresh);
   correct(a, f.c, a.on);
   any = false;
   for (int l = 0; l < W; l++) any |= again[l] = a.on[l] && !p.solved[l] && !fresh[l];
-  if (any) { take_jacobian(a, again); correct(a, f.c, again); }
+  if (any) { take_matrices(a, f.c, again); correct(a, f.c, again); }
+  const M untested = mask_of(p.settling);
   // D_j becomes the sum of D_j ... D_q and the correction d; behind them come d and d - D_{q + 1}
   const S over = K(1) / m_sel((M)(a.h == K(0)), K(1), a.h);
   for (int n = 0; n < N; n++) {
@@ -220,17 +280,18 @@ static void step_forward(Attempt& a) {
     p.following[n] = a.y1[n];
     for (int j = 1; j <= ORDERS; j++) a.ks[(j - 1) * N + n] = m_sel(f.low[j], p.following[j * N + n] * over, K(0));
     a.ks[ORDERS * N + n] = p.d[n] * over;
-    a.error[n] = f.constant * p.d[n];
+    a.error[n] = m_sel(untested, K(0), as_tested(a, f.constant * p.d[n], a.h, n));
   }
 }
 FN void step_error(Attempt&) {}
 template <int I> FN void dense_stages(Attempt&) {}
 
-// ---- the adjoint: from the cotangent of the table behind a step and w, that of the correction, (I - c f_y)* u = w; psi - predicted has -u
+// ---- the adjoint: from the cotangent of the table behind a step and w, that of the correction, (E + c G)* u = w; psi - predicted has -E* u
 template <bool DENSE_OUTPUT> static void step_back(Return& a) {
   const Before& p = *a.before;
-  const Formula f(p.order, a.h);
-  S *behind = a.work, *near = behind + DIFFERENCES * N, *J = near + DIFFERENCES * N, *LU = J + N * N, *P = LU + 2 * (long)N * N, *w = P + EXCHANGES, *u = w + N, *v = u + N, *value = v + N;
+  const Formula f(p.order, m_sel((M)(a.h == K(0)), K(1), a.h));
+  Pencil r(a.work);
+  S *behind = a.work + ROOM_OF_PENCIL, *near = behind + DIFFERENCES * N, *w = near + DIFFERENCES * N, *u = w + N, *v = u + N, *value = v + N, *base = value + 2 * N;
   const S over = K(1) / m_sel((M)(a.h == K(0)), K(1), a.h);
   for (int n = 0; n < N; n++) {
     S total = K(0);
@@ -243,32 +304,42 @@ template <bool DENSE_OUTPUT> static void step_back(Return& a) {
     if (a.kbar) total += a.kbar[ORDERS * N + n] * over;
     u[n] = w[n] = total;
   }
-  a.f.jac(&a.c, a.times, a.y, J, value);
-  shifted_matrix(J, f.c, LU, P);
-  solve_transposed<N>(LU, P, u);
-  for (int n = 0; n < N; n++) v[n] = f.c * u[n];
+  // the slope of the formula
+  for (int n = 0; n < N && IMPLICIT; n++) {
+    base[n] = K(0);
+    for (int j = 1; j <= ORDERS; j++) base[n] += K(R(1.0 / j)) * a.ks[(j - 1) * N + n];
+    base[n] -= f.unlike * a.ks[ORDERS * N + n];
+  }
+  pencil(a.f, a.c, a.times[0], a.y, base, r);
+  filter_matrix(r, f.c);
+  solve_transposed<N>(r.filter, r.P, u);
+  for (int n = 0; n < N && IMPLICIT; n++) u[n] = r.scale[n] * u[n];
+  for (int n = 0; n < N; n++) v[n] = IMPLICIT ? -f.c * u[n] : f.c * u[n];
+  const S* at = IMPLICIT ? r.base : a.y;
   S tb = K(0);
-  a.f.vjp(&a.c, a.times, a.y, v, value, &tb);
+  a.f.vjp(&a.c, a.times, at, v, value, &tb);
+  for (int n = 0; n < N; n++) base[n] = IMPLICIT ? value[N + n] / f.c : -u[n];
   for (int n = 0; n < N; n++) {
     S total = K(0);
     for (int j = 0; j < DIFFERENCES; j++) {
       const S x = behind[j * N + n];
       total += x;
-      S sum = total - (w[n] - u[n]);
-      if (j <= ORDERS) sum -= f.weight[j] * u[n];
+      S sum = total - (w[n] + base[n]);
+      if (j <= ORDERS) sum += f.weight[j] * base[n];
       near[j * N + n] = m_sel(f.low[j], sum, m_sel(f.next[j], j + 1 < DIFFERENCES ? -behind[(j + 1) * N + n] : K(0), m_sel(f.after[j], K(0), x)));
     }
   }
   if (a.timed) {
     a.tbar += tb;
-    a.f.fun(&a.c, a.times, a.y, value);
+    // c F moves with c by F - E y'
+    a.f.fun(&a.c, a.times, at, value);
     for (int l = 0; l < W; l++) {
       // by the time of the end, the stages, c, and the distance of the differences
       const long q = p.order[l];
       double total = get(tb, l), by_c = 0;
       for (int n = 0; n < N; n++) {
         if (a.kbar) for (int s = 0; s < STAGES; s++) total -= get(a.ks[s * N + n], l) * get(a.kbar[s * N + n], l) * get(over, l);
-        by_c += get(value[n], l) * get(u[n], l);
+        by_c += IMPLICIT ? -get(value[n], l) * get(u[n], l) - get(r.base[N + n], l) * get(base[n], l) : get(value[n], l) * get(u[n], l);
         for (int j = 1; j <= q; j++) {
           const double before = get(a.ks[(j - 1) * N + n], l) - get(a.ks[(j == q ? ORDERS : j) * N + n], l);
           for (int i = 1; i <= q; i++) total += SLOPES[q][i * (ORDERS + 1) + j] * before * get(near[i * N + n], l);

@@ -1,60 +1,23 @@
 // One step of a fully implicit Runge-Kutta method and its adjoint, see `methods/collocation.py`, `integrate/coupled.py` and `residual.py`.
 // Constants: STAGES, ALL (as many), A, B, C (the start of the step, then the stages), EMBEDDED, GAMMA, LAGRANGE, and of A = T diag(l) T^-1 the
 // MODES, one of each conjugate pair: VALUE, OUT_OF and INTO, each with real and imaginary part. Slopes of stages are recorded.
-// The equations are F(t, y, y') = 0, E = F_y', G = F_y: with IMPLICIT fun is F of y and y' side by side, without it F = y' - fun(t, y).
 #define RECORDED 1
 #define HANDS_ON 0
 #define BIG (STAGES * N)
-#define ARGUMENTS ((1 + IMPLICIT) * N)
 #define ROOM_OF_MODE (2 * (N * N + EXCHANGES) + N)
-#define ROOM_OF_STEP (N * ARGUMENTS + MODES * ROOM_OF_MODE + N * N + EXCHANGES + N + (STAGES + 8) * N + BIG * BIG + room_of_exchanges(BIG) + 2 * BIG)
-struct Room {
-  S *J, *filter, *P, *scale, *modes, *found, *base, *bound, *point, *big, *bigP, *side, *sides;
-  Room(S* at) : J(at), filter(J + N * ARGUMENTS), P(filter + N * N), scale(P + EXCHANGES), modes(scale + N), found(modes + MODES * ROOM_OF_MODE),
-    base(found + BIG), bound(base + 2 * N), point(bound + 2 * N), big(point + 4 * N), bigP(big + BIG * BIG), side(bigP + room_of_exchanges(BIG)),
-    sides(side + BIG) {}
+#define ROOM_OF_STEP (ROOM_OF_PENCIL + MODES * ROOM_OF_MODE + (STAGES + 2) * (long)N + BIG * BIG + room_of_exchanges(BIG) + 2 * BIG)
+struct Room : Pencil {
+  S *modes, *found, *bound, *big, *bigP, *side, *sides;
+  Room(S* at) : Pencil(at), modes(at + ROOM_OF_PENCIL), found(modes + MODES * ROOM_OF_MODE), bound(found + BIG), big(bound + 2 * N), bigP(big + BIG * BIG),
+    side(bigP + room_of_exchanges(BIG)), sides(side + BIG) {}
   Complex* factors(int m) const { return (Complex*)(modes + m * ROOM_OF_MODE); }
   Complex* exchanges(int m) const { return factors(m) + N * N; }
   S* scales(int m) const { return modes + m * ROOM_OF_MODE + 2 * (N * N + EXCHANGES); }
 };
-FN S E_of(const S* J, int i, int j) { return IMPLICIT ? J[i * ARGUMENTS + N + j] : i == j ? K(1) : K(0); }
-FN S G_of(const S* J, int i, int j) { return IMPLICIT ? J[i * ARGUMENTS + j] : -J[i * ARGUMENTS + j]; }
 FN S weighted(const double* w, int count, const S* ks, int n) {
   S total = K(0);
   for (int j = 0; j < count; j++) total += K(R(w[j])) * ks[j * N + n];
   return total;
-}
-// E v
-FN S mass_row(const S* J, const S* v, int n) {
-  if (!IMPLICIT) return v[n];
-  S total = K(0);
-  for (int m = 0; m < N; m++) total += E_of(J, n, m) * v[m];
-  return total;
-}
-// F(t, y, y'); pair: room for y and y' side by side
-FN void residual(const Functions& f, const Ctx& c, const S& t, const S* y, const S* slope, S* pair, S* out) {
-  if (IMPLICIT) {
-    for (int n = 0; n < N; n++) { pair[n] = y[n]; pair[N + n] = slope[n]; }
-    f.fun(&c, &t, pair, out);
-  } else {
-    f.fun(&c, &t, y, out);
-    for (int n = 0; n < N; n++) out[n] = slope[n] - out[n];
-  }
-}
-// the matrices E and G
-FN void pencil(const Functions& f, const Ctx& c, const S& t, const S* y, const S* slope, const Room& r) {
-  for (int n = 0; n < N && IMPLICIT; n++) { r.base[n] = y[n]; r.base[N + n] = slope[n]; }
-  f.jac(&c, &t, IMPLICIT ? r.base : y, r.J, r.point);
-}
-// the factors of E + h c G
-static void filter_matrix(const Room& r, const S hc) {
-  for (int i = 0; i < N; i++) for (int j = 0; j < N; j++) r.filter[i * N + j] = E_of(r.J, i, j) + hc * G_of(r.J, i, j);
-  if (IMPLICIT) factorise_scaled<N>(r.filter, r.P, r.scale);
-  else factorise<N>(r.filter, r.P);
-}
-FN void filter_solve(const Room& r, S* x) {
-  for (int n = 0; n < N && IMPLICIT; n++) x[n] = r.scale[n] * x[n];
-  solve_lu<N>(r.filter, r.P, x);
 }
 static void mode_matrix(const Room& r, const S h, int m) {
   const S re = h * K(R(VALUE[m][0])), im = h * K(R(VALUE[m][1]));
@@ -85,9 +48,6 @@ static void solve_stages(const Room& r, const S* residuals, S* found) {
     }
   }
 }
-// changes of the state as the norm of the iteration sees them: variables of index 2 count |h| times less; and errors as the test sees them
-FN S as_seen(const Attempt& a, const S& x, const S& h, int n) { return CONSTRAINED && a.power && a.power[n] != 0 ? x * m_pow(m_abs(h), K(a.power[n])) : x; }
-FN S as_tested(const Attempt& a, const S& x, const S& h, int n) { return CONSTRAINED && a.skipped && a.skipped[n] ? K(0) : as_seen(a, x, h, n); }
 static void step_forward(Attempt& a) {
   Room r(a.work);
   S *ks = a.ks, length, *d = r.found, *residuals = r.side;
@@ -179,7 +139,8 @@ FN void step_error(Attempt&) {}
 template <int I> FN void dense_stages(Attempt&) {}
 
 #if CONSTRAINED
-// ---- for constraints.hpp
+// ---- for slopes.hpp and constraints.hpp
+FN Pencil pencil_of(Attempt& a) { return Pencil(a.work); }
 FN void filtered(Attempt& a, S* x) { filter_solve(Room(a.work), x); a.count(SOLVES); }
 FN void residual(Attempt& a, const S& t, const S* y, const S* slope, S* out) { residual(a.f, a.c, t, y, slope, Room(a.work).base, out); }
 FN void mass_times(Attempt& a, const S* v, S* out) { for (int n = 0; n < N; n++) out[n] = mass_row(Room(a.work).J, v, n); }

@@ -65,6 +65,8 @@ struct Attempt {
   long counts[COUNTS][W];
   void count(int what, long n = 1) { for (int l = 0; l < W; l++) counts[what][l] += on[l] * n; }
 };
+FN S unit_of(const Attempt& a, const S& size, int n) { return size * a.step_rtol[n] + a.step_atol[n]; }
+FN S root_of(const S& total) { return m_sqrt(total) * K(R(ROOT)); }
 // of steps of a multistep method what was recorded of them, and the cotangents of the differences that they begin with and end with
 struct Before { long order[W]; double ratio[W], kept[W]; S* carried; };
 // a step taken back, from bar, the cotangent of the state at its end, and kbar, those of its stages or nothing: ybar, that of y

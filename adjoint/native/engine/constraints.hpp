@@ -1,15 +1,12 @@
-// Equations with constraints, F(t, y, y') = 0 or M y' = f(t, y): the error between the ends of a step, and how a solve begins; the rules of
-// `integrate/defect.py`, of `ResidualSolver` and of `StageSolver.first_step`. Constants: POINTS in the step, of each its place THETA, weights
-// of the dense output there (VALUES) and of its slope (SLOPES), and RATE; NARROW, NOISE, SEARCHES (rounds for a first step) and FINDINGS (of
-// Newton's iteration in each). The family gives, for E = F_y' and
-// G = F_y at the start of the step: residual, filtered ((E + h gamma G)^-1 in place), mass_times (E v).
+// Equations with constraints, F(t, y, y') = 0 or M y' = f(t, y): the error between the ends of a step, and how a solve of the latter begins;
+// the rules of `integrate/defect.py` and of `StageSolver.first_step`. Constants: POINTS in the step, of each its place THETA, weights of the
+// dense output there (VALUES) and of its slope (SLOPES), and RATE; NARROW, NOISE, SEARCHES (rounds for a first step). The family gives, for
+// E = F_y' and G = F_y at the start of the step: residual, filtered ((E + h gamma G)^-1 in place), mass_times (E v).
 FN S part_of(const double* w, const S* ks, int n) {
   S total = K(0);
   for (int s = 0; s < STAGES; s++) total += K(R(w[s])) * ks[s * N + n];
   return total;
 }
-FN S unit_of(const Attempt& a, const S& size, int n) { return size * a.step_rtol[n] + a.step_atol[n]; }
-FN S root_of(const S& total) { return m_sqrt(total) * K(R(ROOT)); }
 // of variables of index 2: their slope is that of the defect of a constraint, divided by h
 static void index_two(Attempt& a, const S* size, const S& hg, double rest, S* error, S* part, S* whole) {
   const R* power = a.power;
@@ -83,55 +80,6 @@ static void first_steps(Attempt& a, const double* t, const double* sign, const d
   for (int l = 0; l < W; l++) {
     const double x = 0.5 / (fast[l] < 1e-300 ? 1e-300 : fast[l]);
     first[l] = finite(x) ? least(1e-3 * span[l], x) : 1e-6 * span[l];
-  }
-}
-#endif
-#if IMPLICIT
-// The slopes of implicit Euler steps so small that nothing changes by more than a hundredth of its tolerance, and how fast that is in units of
-// it; width: of the longest such step that comes into question. Algebraic variables have a slope too, which the equations do not give.
-static void find_slopes(Attempt& a, const S& t, const double* sign, double* width, const bool* wanted, S* slope, double* fast) {
-  Room r(a.work);
-  S *value = a.beside, *change = value + N, step = K(0);
-  bool going[W], any = false;
-  for (int l = 0; l < W; l++) { any |= going[l] = wanted[l]; fast[l] = 0; }
-  for (int n = 0; n < N; n++) slope[n] = K(0);
-  for (int round = 0; round < SEARCHES && any; round++) {
-    for (int l = 0; l < W; l++) put(step, l, (R)(sign[l] * width[l]));
-    const S end = t + step;
-    bool moving[W], fine[W], some = true;
-    for (int l = 0; l < W; l++) moving[l] = going[l];
-    for (int k = 0; k < FINDINGS && some; k++) {
-      for (int n = 0; n < N; n++) value[n] = a.y[n] + step * slope[n];
-      pencil(a.f, a.c, end, value, slope, r);
-      filter_matrix(r, step);
-      residual(a, end, value, slope, change);
-      filter_solve(r, change);
-      for (int l = 0; l < W; l++) { fine[l] = true; for (int n = 0; n < N; n++) fine[l] = fine[l] && finite(get(change[n], l)); }
-      const M known = mask_of(fine), on = mask_of(moving);
-      S length = K(0);
-      for (int n = 0; n < N; n++) {
-        const S d = m_sel(known, change[n], K(0)), x = step * d / unit_of(a, m_abs(a.y[n]), n);
-        slope[n] = m_sel(on, slope[n] - d, slope[n]);
-        length += x * x;
-      }
-      length = root_of(length);
-      some = false;
-      for (int l = 0; l < W; l++) if (moving[l]) {
-        for (int i = 0; i < COUNTS; i++) a.counts[i][l]++;
-        some |= moving[l] = !(get(length, l) <= 1e-4);
-      }
-    }
-    S speed = K(0);
-    for (int n = 0; n < N; n++) { const S x = as_tested(a, slope[n], step, n) / unit_of(a, m_abs(a.y[n]), n); speed += x * x; }
-    speed = root_of(speed);
-    any = false;
-    for (int l = 0; l < W; l++) if (going[l]) {
-      // a state that is not finite says nothing of sizes
-      fast[l] = finite(get(speed, l)) ? get(speed, l) : 0;
-      const double narrow = least(width[l], 1e-2 / most(fast[l], 1e-300));
-      any |= going[l] = !(narrow >= 0.5 * width[l]);
-      if (going[l]) width[l] = narrow;
-    }
   }
 }
 #endif

@@ -29,18 +29,20 @@ struct Loop {
   Flags live, lands, rejected, bad, on;
   bool jump[W], jumps_end[W];
 
-  Loop(const Forward& q, Tape& tape, long from, long to) : q(q), tape(tape), f(functions_of(q)), from(from), to(to), waiting(from), starts(q, f), a{f, c} {
-    const long numbers = (15 + 2 * ALL + 4 * CONSTRAINED) * (long)N + ROOM_OF_STEP;
-    memory = lanes_of(numbers);
+  static constexpr long ROOM_BEFORE_STEP = (15 + 2 * ALL) * (long)N, ROOM = ROOM_BEFORE_STEP + ROOM_OF_STEP + 4 * CONSTRAINED * (long)N;
+  Loop(const Forward& q, Tape& tape, long from, long to) : q(q), tape(tape), f(functions_of(q)), from(from), to(to), waiting(from), memory(lanes_of(ROOM)), starts(q, f), a{f, c}
+#if MULTISTEP
+    , past(memory + ROOM_BEFORE_STEP)
+#endif
+  {
     S* at = memory;
     y = at; y1 = (at += N); k1 = (at += N); rtol = (at += N); atol = (at += N); size = (at += N); error = (at += N); other = (at += N);
     srtol = (at += N); satol = (at += N); probe = (at += N); inside = (at += N); direction = (at += N); looking = (at += N); ks = (at += 2 * N);
     a.y = y; a.k1 = k1; a.rtol = srtol; a.atol = satol; a.ks = ks; a.y1 = y1; a.error = error; a.step_rtol = rtol; a.step_atol = atol;
-    a.last_ks = at + ALL * N; a.work = at + 2 * ALL * N; a.beside = a.work + ROOM_OF_STEP; a.guesses = q.guesses; a.adaptive = q.adaptive; a.power = q.power; a.skipped = q.skipped;
-    for (long i = 0; i < numbers; i++) memory[i] = K(0);
+    a.last_ks = at + ALL * N; a.work = memory + ROOM_BEFORE_STEP; a.beside = a.work + ROOM_OF_STEP; a.guesses = q.guesses; a.adaptive = q.adaptive; a.power = q.power; a.skipped = q.skipped;
+    for (long i = 0; i < ROOM; i++) memory[i] = K(0);
     c = {q.inputs, own.a, q.tables, nullptr};
 #if MULTISTEP
-    past.stand(a.work);
     a.past = &past;
 #endif
 #if EVENTS > 0
@@ -140,14 +142,10 @@ struct Loop {
       for (int i = 0; i < EVENTS; i++) watch[l].values[i] = get(starts.events[i], j);
 #endif
 #if MULTISTEP
-      if (span[l] == 0) {
-        // nothing is done
+      if (span[l] == 0) {  // nothing is done
         while (next[l] < q.n_samples) write_sample(l, y, 0);
         finish(l, 0);
-        continue;
-      }
-      if (step[l]) step[l] = least(most(step[l], q.min_step), q.max_step);
-      past.begin(l, y, k1, sign[l] * step[l]);
+      } else past.begin(*this, l);
 #endif
     }
   }
@@ -254,7 +252,7 @@ struct Loop {
         S level = K(0);
         step_error(a);
         for (int n = 0; n < N; n++) size[n] = m_max(m_abs(y[n]), m_abs(y1[n]));
-#if CONSTRAINED
+#if CONSTRAINED && !MULTISTEP
         inner_error(a, &t[0], &h[0], &span[0], size);
 #endif
         scaled_norm(error, size, rtol, atol, &level);
@@ -457,7 +455,7 @@ struct Loop {
     }
 #if MULTISTEP
     past.take(taken, passed);
-    past.follow(passed, live, lands, level, size, rtol, atol, step);
+    past.follow(*this, passed);
 #else
     if (jumped) {
       // after a discontinuity the first stage is taken anew, from the far side of it
@@ -485,29 +483,3 @@ struct Loop {
     if (ended) refill();
   }
 };
-
-struct Whole { const Forward* q; Tape* tape; };
-static void block_forward(void* p, long b) {
-  Whole& w = *(Whole*)p;
-  const long from = b * w.q->block, to = least(from + w.q->block, w.q->rows);
-  Loop loop(*w.q, *w.tape, from, to);
-  loop.run();
-}
-extern "C" void* forward(const Forward* q) {
-  Tape* tape = (Tape*)calloc(1, sizeof(Tape));
-  pthread_mutex_init(&tape->lock, nullptr);
-#if EVENTS > 0
-  pthread_mutex_init(&tape->log.lock, nullptr);
-#endif
-  Whole w{q, tape};
-  together(q->threads, (q->rows + q->block - 1) / q->block, block_forward, &w);
-  return tape;
-}
-#if EVENTS > 0
-extern "C" long count_events(void* p) { return ((Tape*)p)->log.n; }
-extern "C" void take_events(void* p, long* id, long* row, long* step, double* t) {
-  Log& log = ((Tape*)p)->log;
-  for (long i = 0; i < log.n; i++) { id[i] = log.found[i].id; row[i] = log.found[i].row; step[i] = log.found[i].step; t[i] = log.found[i].t; }
-  free(log.found);
-}
-#endif
