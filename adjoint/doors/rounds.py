@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import EventsAccumulate, SolveError
 from ..integrate import Status
+from ..sensitivity.undeclared import once
 from ..system.capture import readable, unwrapped
 from .arguments import RoundSpan
 from .round_ends import check_rules, ended_before, takes_events, with_events
@@ -55,7 +56,8 @@ def in_rounds(implicit: Callable[..., Solution] | None = None) -> Callable[[Call
                 return door(*given, **named)
             bound = signature.bind(*given, **named)
             bound.apply_defaults()
-            return _solve(door, implicit, bound.arguments)
+            with once():
+                return _solve(door, implicit, bound.arguments)
 
         return call
 

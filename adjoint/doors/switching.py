@@ -12,6 +12,7 @@ from ..integrate import Status
 from ..integrate.stiffness import Switch
 from ..methods.auto import AutoSwitch, Polynomial
 from ..sensitivity import Gradient, Outputs, Problem
+from ..sensitivity.undeclared import once
 from ..system.capture import listed, readable
 
 __all__ = ["solve_switching"]
@@ -31,6 +32,7 @@ class _Phase:
     beyond: Tensor | None
 
 
+@once()
 def solve_switching(
     strategy: Gradient,
     problem: Problem,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +12,7 @@ from torch import Tensor
 from ..integrate.controller import PIDController
 from ..integrate.plan import Monitor, Plan, Record, rms_norm
 from ..methods import Method
+from ..system.remarks import remark
 from ..system.system import System, VmappedSystem
 from .back import Cotangents, sweep_native
 from .build import NoCompiler, spent
@@ -64,11 +62,7 @@ def _remark(key: Hashable, reason: str) -> None:
     if (key, reason) in _remarked:
         return
     _remarked.add((key, reason))
-    inside = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(f"compile=True: this solve runs uncompiled, because {reason}", RuntimeWarning, stacklevel=level)
+    remark(f"compile=True: this solve runs uncompiled, because {reason}", RuntimeWarning)
 
 
 @dataclass

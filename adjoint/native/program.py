@@ -46,6 +46,27 @@ class Engine:
     consistent: Callable[..., None] | None = None
 
 
+class Seldom:
+    """Something to be done ever more seldom: the first time, the fourth, the sixteenth, the 64th."""
+
+    count, next = 0, 1
+
+    def due(self) -> bool:
+        """Whether it is to be done this time."""
+        self.count += 1
+        if self.count < self.next:
+            return False
+        self.next *= 4
+        return True
+
+    def coming(self) -> bool:
+        """Whether it is to be done this time, which somebody else will ask for with `due`; if not, this was one."""
+        if self.count + 1 >= self.next:
+            return True
+        self.count += 1
+        return False
+
+
 @dataclass(eq=False)
 class Program:
     """A right-hand side as scalar expressions, for one method, dtype and width.
@@ -70,6 +91,8 @@ class Program:
     joint: int = 0
     own_of_row: tuple[int, ...] = ()
     room: dict[int, int] = field(default_factory=dict)
+    #: how often its solves are looked at for jumps
+    looks: Seldom = field(default_factory=Seldom)
     #: by the number of lanes; what could not be made is not tried again
     _engines: dict[int, Engine | NoCompiler | Unreadable] = field(default_factory=dict)
     #: engines that are being made by other threads

@@ -38,7 +38,7 @@ class SolveNode(torch.autograd.Function):
     def forward(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(y0.device.type, enabled=False), naming_strangers():
             record = problem.known.pop() if problem.known else problem.run(inputs, y0, anchors, t_eval)
-        problem.report(record)
+        problem.reported(record, inputs)
         if not problem.replayed:
             check_strangers(problem.system, record, inputs)
         out = tuple(Outputs.of(record))

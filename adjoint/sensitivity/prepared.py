@@ -17,6 +17,7 @@ from ..native.program import Program
 from ..native.solve import Frame, Solved, solved
 from ..system.capture import functorch_active
 from ..system.rewriting import naming_writes
+from .undeclared import REJECTED
 
 __all__ = ["Prepared", "PreparedNode", "Run", "run_of"]
 
@@ -36,6 +37,10 @@ class Prepared:
     rows: int
     width: int
     derivatives: bool
+
+    def to_be_looked_at(self, rejected: int) -> bool:
+        """Whether the general way is to look for jumps of ``fun`` in a solve with so many rejected steps."""
+        return self.derivatives and rejected >= REJECTED and self.program.looks.coming()
 
 
 @dataclass(eq=False)
@@ -68,9 +73,9 @@ def run_of(
     found = solved(program, prepared.frame, plan, anchors, t_eval, flat, values, ordered=True)
     if prepared.rows == 1:
         counts = found.counts[:, 0].tolist()
-        if counts[3] != 0 or counts[4]:
+        if counts[3] != 0 or counts[4] or prepared.to_be_looked_at(counts[0] - counts[1]):
             return None
-    elif bool(found.counts[3:5].any()):
+    elif bool(found.counts[3:5].any()) or prepared.to_be_looked_at(int((found.counts[0] - found.counts[1]).max())):
         return None
     if prepared.derivatives:
         states = found.steps["states"]

@@ -32,6 +32,7 @@ from ..system.jacobians import DenseJacobian
 from ..system.stage_jacobian import StageJacobian
 from ..system.structure import Structure
 from ..system.system import System, VmappedSystem
+from .undeclared import may_jump, tell_of_jumps
 from .witness import Witness
 
 __all__ = [
@@ -106,6 +107,13 @@ class Problem:
         record = integrate(f, plan, anchors, t_eval, y0, self.batched, inputs, shape, beside=self.beside(inputs, y0.shape[0]))
         self.witness.settle()
         return record
+
+    def reported(self, record: Record, inputs: Sequence[Tensor]) -> None:
+        """A word on jumps that were met, and the named error of a solve that failed."""
+        native = self.native.recognised
+        if may_jump(record) and (native is None or native.program.looks.due()):
+            tell_of_jumps(self.system, self.plan, record, inputs, None if self.algebra is None else self.algebra.structure)
+        self.report(record)
 
     def _by_native(self, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor, t_eval: Tensor | None) -> Record | None:
         """The solve by compiled code; None where it cannot be, or where steps have to be looked after (see `Companion`)."""

@@ -98,7 +98,7 @@ class DiscreteAdjoint(GradientTraits):
             recording = Recording(budget, plan.method.evaluations, inputs)
             record = _recorded(problem, anchors, t_eval, y0, inputs, recording)
             if recording.on:
-                problem.report(record)
+                problem.reported(record, inputs)
                 return Outputs.of(record)
             problem = replace(problem, known=[record])
             del record
@@ -119,7 +119,7 @@ class Backprop:
         problem = _decided(problem, anchors, t_eval, y0, inputs)
         if problem.plan.compile is None and _recordable(problem, anchors, t_eval, y0, inputs):
             record = _recorded(problem, anchors, t_eval, y0, inputs)
-            problem.report(record)
+            problem.reported(record, inputs)
             return Outputs.of(record)
         grid = Outputs(*SolveNode.apply(replace(problem, replayed=True), anchors, t_eval, y0, *inputs))
         if not problem.plan.keep_states or not problem.derivatives:
