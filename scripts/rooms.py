@@ -25,7 +25,7 @@ ROOMS = {
     "methods": "tableaux, one step, its adjoint",
     "system": "the user's function made flat; Jacobians",
     "linalg": "linear solvers, sparsity",
-    "errors": "what is raised, and the version",
+    "errors": "what is raised; what PyTorch keeps private",
 }
 PACKAGE = Path(__file__).parent.parent / "adjoint"
 
@@ -53,7 +53,7 @@ def room(module: str) -> str:
     parts = module.split(".")
     if len(parts) == 1 or parts[1] == "torchdiffeq":
         return "adjoint"
-    return "errors" if parts[1] in ("errors", "_version") else parts[1]
+    return "errors" if parts[1] in ("errors", "_version", "torch_internals") else parts[1]
 
 
 def imports() -> Iterator[Import]:

@@ -40,7 +40,7 @@ def test_private_names_stay_in_their_file(rooms):
 
 def test_the_top_is_the_public_door(rooms):
     files = {path.name for path in rooms.PACKAGE.iterdir() if path.is_file()}
-    assert files == {"__init__.py", "_version.py", "errors.py", "py.typed", "torchdiffeq.py"}
+    assert files == {"__init__.py", "_version.py", "errors.py", "py.typed", "torch_internals.py", "torchdiffeq.py"}
 
 
 def test_files_are_of_a_size_to_be_read(rooms):

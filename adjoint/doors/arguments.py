@@ -17,6 +17,7 @@ from ..methods import IMEX_METHODS, METHODS, SWITCHING_METHODS, Method, Traits
 from ..methods.adams import ADAMS_NAMES
 from ..system.capture import moves, unwrapped
 from ..system.system import StateSpec
+from ..torch_internals import DisableFuncTorch, is_functorch_wrapped_tensor
 
 __all__ = [
     "RoundSpan",
@@ -188,7 +189,7 @@ class Times:
 
 
 def _concrete(x: Tensor) -> bool:
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not is_functorch_wrapped_tensor(x)
 
 
 def as_times(value: Any, name: str, device: torch.device | None = None) -> Tensor:
@@ -241,7 +242,7 @@ def listed_args(args: Any) -> tuple[Any, ...]:
 def check_finite(state: Any, spec: StateSpec, message: str) -> None:
     """Raise `InvalidInput` for infinite or NaN entries; ``message`` has a place for the path to the leaf."""
     for leaf, path in zip(tree_leaves(state), spec.paths, strict=True):
-        if not torch._C._functorch.is_functorch_wrapped_tensor(leaf) and not bool(torch.isfinite(leaf).all()):
+        if not is_functorch_wrapped_tensor(leaf) and not bool(torch.isfinite(leaf).all()):
             raise InvalidInput(message.format(path))
 
 
@@ -320,7 +321,7 @@ def method_for(times: Times, chosen: Method, one_step: Method, explicit: bool = 
         return chosen
     same = times.anchors[0].detach() == times.anchors[-1].detach()
     empty = unwrapped(same if times.idle is None else same & ~times.idle)
-    with torch._C._DisableFuncTorch():
+    with DisableFuncTorch():
         some, every = bool(empty.any()), bool(empty.all())
     if moving and some and not explicit:
         raise UnsupportedCombination(

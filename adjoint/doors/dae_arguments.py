@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves
 
@@ -27,6 +26,14 @@ from ..system.jacobians import DenseJacobian
 from ..system.jacobians_sparse import SparseJacobian, choose_jacobian
 from ..system.structure import Structure, analyse, analyse_large
 from ..system.system import StateSpec, System
+from ..torch_internals import (
+    dual_level,
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    maybe_get_bdim,
+    temporarily_clear_interpreter_stack,
+)
 from .arguments import Times
 from .failures import raise_failure
 from .root_arguments import check_bounds
@@ -68,7 +75,7 @@ def check_state(y0: Any, yp0: Any, spec: StateSpec, consistent: str, quadrature:
     """Raise for a start that is none, or that ``consistent`` cannot work on."""
     for name, value in (("y0", y0), ("yp0", yp0)):
         for leaf in [] if value is None else tree_leaves(value):
-            wrapped = torch._C._functorch.is_functorch_wrapped_tensor(leaf)
+            wrapped = is_functorch_wrapped_tensor(leaf)
             if not wrapped and spec.batch is None and not bool(torch.isfinite(leaf).all()):
                 raise InvalidInput(f"{name} has non-finite entries")
     if yp0 is not None:
@@ -106,13 +113,12 @@ def initial_bounds(bounds: Any, user_spec: StateSpec, y0: Any, n: int, consisten
 
 def plain(x: Tensor) -> Tensor:
     """The values of a tensor without the levels of transforms; of a mapped one the first copy's. To be called below all transforms."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_batchedtensor(x):
-            x = functorch.get_unwrapped(x).select(functorch.maybe_get_bdim(x), 0)
+    while is_functorch_wrapped_tensor(x):
+        if is_batchedtensor(x):
+            x = get_unwrapped(x).select(maybe_get_bdim(x), 0)
         else:
-            x = functorch.get_unwrapped(x)
-    return forward_ad.unpack_dual(x).primal.detach() if forward_ad._current_level >= 0 else x.detach()
+            x = get_unwrapped(x)
+    return forward_ad.unpack_dual(x).primal.detach() if dual_level() >= 0 else x.detach()
 
 
 def residual_algebra(

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..methods import Bdf, Method
 from ..sensitivity import Outputs
 from ..sensitivity.problem import StepTimes, step_times
 from ..sensitivity.products import behind, tangent
 from ..system.capture import functorch_active, listed
+from ..torch_internals import dual_level
 from .event_slope import once, signed, with_slope
 from .parts import Found, Parts
 from .solution import EventRecord
@@ -155,7 +155,7 @@ def _located(
             t = torch.where(usable, t - torch.where(usable, value, 0.0) / torch.where(usable, rate, 1.0), t)
         # the value stays what it is without derivatives
         causes = [x for x in (t0, y0, ks, *parts.problem.system.inputs) if x.is_floating_point() or x.is_complex()]
-        moving = t.requires_grad or functorch_active() or forward_ad._current_level >= 0
+        moving = t.requires_grad or functorch_active() or dual_level() >= 0
         t = with_slope(at + (t - t.detach()), sloping, *causes)
         if between is None and moving:
             t = once(t, found & around.straight(), _STRAIGHT.format(around.method.name), *causes)

@@ -17,6 +17,7 @@ from ..sensitivity.problem import interpolate, step_times
 from ..system.capture import readable, vmap_active
 from ..system.lending import lending
 from ..system.system import StateSpec, System
+from ..torch_internals import is_functorch_wrapped_tensor
 from .arguments import Times, snapped
 from .event_slope import signed
 from .solution import BackwardStats, EventLog, EventRecord, Solution, Stats
@@ -101,7 +102,7 @@ def solution_of(parts: Parts, found: Found) -> Solution:
     # the way back needs its own, whatever the user does to this one
     status: int | Tensor = out.status.clone()
     counts = [out.n_steps, out.n_accepted, out.n_rejected, out.n_fun, out.n_jac, out.n_factorizations, out.n_solves, out.n_newton]
-    if not batched and not torch._C._functorch.is_functorch_wrapped_tensor(out.status):
+    if not batched and not is_functorch_wrapped_tensor(out.status):
         status = int(out.status)
         counts = [int(c) for c in counts]  # type: ignore[misc]
     elif not batched:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..errors import CapturedTensorLost
 from ..integrate import PIDController
@@ -27,6 +26,7 @@ from ..native.solve import frame_of
 from ..sensitivity import DiscreteAdjoint, Problem
 from ..sensitivity.prepared import Prepared, PreparedNode, Run, run_of
 from ..system.system import System
+from ..torch_internals import dual_level, len_torch_dispatch_stack, len_torch_function_stack, peek_interpreter_stack
 from .arguments import check_compile, listed_args, snapped
 from .solution import BackwardStats, Solution, Stats
 
@@ -164,8 +164,8 @@ def asked(
     name = method if type(method) is str else method.name if isinstance(method, Traits) else ""
     if name not in METHODS or (name is not method and METHODS[name] is not method):
         return None
-    around = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0
-    if around or torch._C._functorch.peek_interpreter_stack() is not None or torch.is_inference_mode_enabled() or y0.is_inference():
+    around = len_torch_function_stack() or len_torch_dispatch_stack() or dual_level() >= 0
+    if around or peek_interpreter_stack() is not None or torch.is_inference_mode_enabled() or y0.is_inference():
         return None
     span = _span(t_span)
     samples = None if span is None or t_eval is None else _samples(t_eval, span)

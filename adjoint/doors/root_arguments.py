@@ -25,6 +25,7 @@ from ..system.jacobians_sparse import SparseJacobian, choose_jacobian
 from ..system.lending import own
 from ..system.realification import given_pattern, refuse_parts
 from ..system.system import StateSpec, System
+from ..torch_internals import is_functorch_wrapped_tensor
 from .arguments import spread_leaves
 from .root_systems import ConservedSystem
 
@@ -251,7 +252,7 @@ def check_bounds(bounds: Any, spec: StateSpec, x0: Tensor, what: str = "x0") -> 
         raise UnsupportedCombination("bounds= of a complex state are not defined")
     if lower is not None and upper is not None and not bool((lower < upper).all()):
         raise InvalidInput("bounds: every lower bound must be less than the upper one")
-    if not torch._C._functorch.is_functorch_wrapped_tensor(x0):
+    if not is_functorch_wrapped_tensor(x0):
         outside = torch.zeros((), dtype=torch.bool, device=x0.device)
         if lower is not None:
             outside = outside | (x0 < lower).any()

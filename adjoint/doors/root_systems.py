@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..errors import InvalidInput, UnsupportedCombination
 from ..sensitivity.fingerprint import beside
 from ..system.realification import totals_in_parts, unwrapped, weights_in_parts
 from ..system.system import Flat, StateSpec, System
+from ..torch_internals import temporarily_clear_interpreter_stack
 
 __all__ = ["ConservedSystem", "StationarySystem", "check_conserved"]
 

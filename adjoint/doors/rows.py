@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..system.capture import readable, unwrapped
+from ..torch_internals import DisableFuncTorch
 
 __all__ = ["anywhere", "chosen", "forward_fill", "gathered", "still", "usable", "wide"]
 
@@ -17,7 +18,7 @@ __all__ = ["anywhere", "chosen", "forward_fill", "gathered", "still", "usable", 
 def anywhere(on: Tensor) -> bool:
     """Whether a flag is set in any trajectory, of any copy under ``torch.vmap``."""
     on = unwrapped(on)
-    with torch._C._DisableFuncTorch():
+    with DisableFuncTorch():
         return bool(on.any())
 
 

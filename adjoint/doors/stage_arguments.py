@@ -23,6 +23,7 @@ from ..system.jacobians_sparse import SparseJacobian, agrees, choose_jacobian
 from ..system.realification import given_pattern, refuse_parts
 from ..system.stage_jacobian import GivenStageJacobian, StageJacobian
 from ..system.system import StateSpec, System
+from ..torch_internals import is_functorch_wrapped_tensor
 
 __all__ = ["check_jumps", "stage_algebra", "warn_of_lost_time"]
 
@@ -44,7 +45,7 @@ def with_diagonal(pattern: SparsityPattern, mass: Tensor | None = None) -> Spars
     whole = pattern.to_scipy() + sp.eye_array(pattern.shape[0], format="csr")
     if mass is not None:
         # under a transform nobody knows which entries are zero in every copy
-        known = not torch._C._functorch.is_functorch_wrapped_tensor(mass)
+        known = not is_functorch_wrapped_tensor(mass)
         on = mass.detach().reshape(-1, *mass.shape[-2:]).ne(0).any(0) if known else torch.ones(mass.shape[-2:], dtype=torch.bool)
         rows, columns = on.cpu().nonzero().unbind(-1)
         whole = whole + sp.coo_array((torch.ones(len(rows), device="cpu").numpy(), (rows.numpy(), columns.numpy())), shape=pattern.shape)

@@ -21,6 +21,7 @@ from ..system.realification import suited_to_jacobians
 from ..system.rewriting import naming_faults
 from ..system.system import StateSpec
 from ..system.untraced import untraced
+from ..torch_internals import is_functorch_wrapped_tensor
 from .arguments import check_callable, check_finite, flat_tolerance, listed_args
 from .given import Given
 from .progress import root_monitor
@@ -240,7 +241,7 @@ def solution_of(setup: RootSetup, out: RootOutputs) -> RootSolution:
     norms: Any = out.residual_norm
     if not setup.batched:
         status, norms, counts = status.squeeze(0), norms.squeeze(0), [c.squeeze(0) for c in counts]
-        if not torch._C._functorch.is_functorch_wrapped_tensor(status):
+        if not is_functorch_wrapped_tensor(status):
             status, norms, counts = int(status), float(norms), [int(c) for c in counts]
     return RootSolution(
         x=setup.spec.unflatten(out.x),

@@ -37,6 +37,7 @@ from ..system.capture import (
 from ..system.lending import copied
 from ..system.realification import suited_to_jacobians
 from ..system.system import System
+from ..torch_internals import is_functorch_wrapped_tensor
 from .interpolants import check_interp, fixed_grid, fixed_method, hermite, parabola, step_size_of
 from .request import Request
 
@@ -86,7 +87,7 @@ def evaluated(ready: Prepared, gradient: Gradient) -> Callable[[Tensor, Tensor],
 
 def _kept(x: Tensor, wanted: Sequence[Tensor]) -> bool:
     """Whether ``x`` is to be differentiated: it is one of the wanted tensors, or was computed from one."""
-    if functorch_active() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if functorch_active() and is_functorch_wrapped_tensor(x):
         # what a transform wraps does not tell where it comes from: too many derivatives are better than one too few
         return True
     return leads_to(x, wanted)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..torch_internals import is_functorch_wrapped_tensor
 from .numbers import Decision, Measure, any_of, any_of_each, choose, column, negated, read
 from .plan import Plan, Record
 
@@ -456,7 +457,7 @@ def drawn(shape: torch.Size) -> Tensor:
         return known
     drawn = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu") + 0.5
     # made inside of a transform, or in inference mode, it must not outlive it
-    passing = type(drawn) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(drawn) or drawn.is_inference()
+    passing = type(drawn) is not Tensor or is_functorch_wrapped_tensor(drawn) or drawn.is_inference()
     if drawn.numel() <= _SMALL and len(_PATTERNS) < _MANY and not passing:
         _PATTERNS[shape] = drawn
     return drawn

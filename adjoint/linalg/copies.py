@@ -9,13 +9,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..torch_internals import (
+    is_legacy_batchedtensor,
+    legacy_add_batch_dim,
+    legacy_remove_batch_dim,
+    vmapmode_decrement_nesting,
+    vmapmode_increment_nesting,
+)
+
 __all__ = ["copy_by_copy"]
 
 _Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def _is_mapped(x: Any) -> bool:
-    return isinstance(x, Tensor) and torch._C._functorch.is_legacy_batchedtensor(x)
+    return isinstance(x, Tensor) and is_legacy_batchedtensor(x)
 
 
 def copy_by_copy(backward: _Backward) -> _Backward:
@@ -27,9 +35,9 @@ def copy_by_copy(backward: _Backward) -> _Backward:
     def call(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() or not any(map(_is_mapped, bars)):
             return backward(ctx, *bars)
-        torch._C._vmapmode_increment_nesting()
-        level = torch._C._vmapmode_decrement_nesting()
-        whole = [cast(Any, torch)._remove_batch_dim(x, level, 1, 0) if _is_mapped(x) else x for x in bars]
+        vmapmode_increment_nesting()
+        level = vmapmode_decrement_nesting()
+        whole = [legacy_remove_batch_dim(x, level, 1, 0) if x is not None and _is_mapped(x) else x for x in bars]
         size = next(len(x) for x, bar in zip(whole, bars, strict=True) if x is not None and _is_mapped(bar))
         found = [
             backward(ctx, *(x[k] if _is_mapped(bar) else x for x, bar in zip(whole, bars, strict=True)))  # type: ignore[index]
@@ -45,4 +53,4 @@ def _as_mapped(copies: tuple[Tensor | None, ...], level: int) -> Tensor | None:
         return None
     like = next(x for x in copies if x is not None)
     stacked = torch.stack([torch.zeros_like(like) if x is None else x for x in copies])
-    return cast(Tensor, cast(Any, torch)._add_batch_dim(stacked, 0, level))
+    return cast(Tensor, legacy_add_batch_dim(stacked, 0, level))

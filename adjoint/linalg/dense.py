@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
+from ..torch_internals import is_functorch_wrapped_tensor
 from .protocol import Factorization, LinearOperator, LinearSolver, Log, Matrix, SolverTraits, SparseMatrix, check_sides, traits_of
 
 __all__ = ["DenseLU", "SmallFactors", "as_numpy", "factor_one"]
@@ -46,7 +47,7 @@ class SmallFactors(Factorization):
         log.factor_seconds += time.perf_counter() - start
 
     def solve(self, b: Tensor, *, transposed: bool = False, conjugated: bool = False) -> Tensor:
-        if (b.requires_grad and torch.is_grad_enabled()) or torch._C._functorch.is_functorch_wrapped_tensor(b):
+        if (b.requires_grad and torch.is_grad_enabled()) or is_functorch_wrapped_tensor(b):
             # NumPy can neither be recorded nor mapped
             return _DenseFactors(torch.from_numpy(self._entries).unsqueeze(0), self.log).solve(
                 b, transposed=transposed, conjugated=conjugated
@@ -93,7 +94,7 @@ def _is_small(matrix: Tensor) -> bool:
         and matrix.shape[1] == matrix.shape[2]
         and matrix.device.type == "cpu"
         and matrix.dtype in (torch.float64, torch.float32, torch.complex128, torch.complex64)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(matrix)
+        and not is_functorch_wrapped_tensor(matrix)
         and not torch.compiler.is_compiling()
     )
 

@@ -7,8 +7,15 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-from torch.autograd import forward_ad
+
+from ..torch_internals import (
+    TransformType,
+    peek_interpreter_stack,
+    retrieve_current_functorch_interpreter,
+    set_fwd_grad_enabled,
+    unwrap_for_grad,
+    wrap_for_grad,
+)
 
 __all__ = ["below_jvp", "unviewed"]
 
@@ -21,15 +28,14 @@ def below_jvp() -> Iterator[tuple[Callable[[Tensor], Tensor], Callable[[Tensor],
     PyTorch runs this body with forward mode off, at the level of the ``torch.func.jvp`` that asked. An outer forward-mode transform
     would then see no tangents, and nested forward mode would silently lose terms.
     """
-    functorch = torch._C._functorch
-    top = functorch.peek_interpreter_stack()
-    if top is None or top.key() != functorch.TransformType.Jvp:
+    top = peek_interpreter_stack()
+    if top is None or top.key() != TransformType.Jvp:
         yield _same, _same
         return
     interpreter = retrieve_current_functorch_interpreter()
     level = interpreter.level()
-    with interpreter.lower(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-        yield lambda x: functorch._unwrap_for_grad(x, level), lambda x: functorch._wrap_for_grad(x, level)
+    with interpreter.lower(), torch.enable_grad(), set_fwd_grad_enabled(True):
+        yield lambda x: unwrap_for_grad(x, level), lambda x: wrap_for_grad(x, level)
 
 
 def _same(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput, UnsupportedCombination
+from ..torch_internals import peek_interpreter_stack
 from .copies import copy_by_copy
 from .forward_mode import below_jvp
 
@@ -33,7 +34,7 @@ def lstsq(A: Tensor, b: Tensor) -> Tensor:
     # the diagonal of an unpivoted R can hide a small singular value
     sizes = torch.linalg.svdvals(r.detach())
     lost = ~(sizes[..., -1] > max(m, n) * torch.finfo(A.dtype).eps * sizes[..., 0])
-    if torch._C._functorch.peek_interpreter_stack() is None and bool(lost.any()):
+    if peek_interpreter_stack() is None and bool(lost.any()):
         raise InvalidInput(f"lstsq: A of shape {tuple(A.shape)} has not full rank {min(m, n)} (or is not finite)")
     if m >= n:
         x = torch.linalg.solve_triangular(r, q.mH @ b, upper=True)

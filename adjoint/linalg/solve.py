@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import InvalidInput, UnsupportedCombination
+from ..torch_internals import is_functorch_wrapped_tensor, unwrap_if_dead
 from .choice import default_solver
 from .copies import copy_by_copy
 from .forward_mode import below_jvp
@@ -86,7 +87,7 @@ class _Solve(torch.autograd.Function):
     def backward(ctx: Any, bar: Tensor | None) -> tuple[Any, ...]:
         if bar is None:
             return None, None, None, None, None
-        x, values = (torch._C._functorch.unwrap_if_dead(t) for t in ctx.saved_tensors)
+        x, values = (unwrap_if_dead(t) for t in ctx.saved_tensors)
         t, c = ctx.transposed, ctx.conjugated
         # b_bar = M^-H x_bar and M_bar = -b_bar x^H for M = op(A) (Giles 2008, section 2.3.1)
         b_bar = _Solve.apply(ctx.kept, not t, not c, bar, values)
@@ -132,7 +133,7 @@ class _Solve(torch.autograd.Function):
 
 def _depends(product: Tensor) -> bool:
     """Whether a product of an operator with a constant carries derivatives, of any kind and level."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(product)
+    wrapped = is_functorch_wrapped_tensor(product)
     return wrapped or product.requires_grad or forward_ad.unpack_dual(product).tangent is not None
 
 

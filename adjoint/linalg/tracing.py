@@ -16,10 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedCombination
+from ..torch_internals import (
+    OpOverload,
+    TorchDispatchMode,
+    decomposition_table,
+    dispatch_has_kernel_for_dispatch_key,
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    maybe_get_bdim,
+)
 
 __all__ = ["Call", "DependencyMode", "PatternTooDense", "Rows", "Untraceable", "unwrapped"]
 
@@ -193,7 +202,7 @@ class DependencyMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if not isinstance(func, torch._ops.OpOverload):
+        if not isinstance(func, OpOverload):
             raise Untraceable(f"{func} is not an operator that can be watched")
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         cells = [self.cell(t) for t in tensors]
@@ -210,7 +219,7 @@ class DependencyMode(TorchDispatchMode):
         has_rows = any(c is not None and c.rows is not None for c in cells)
         rule = self._rule(name, func) if has_rows else None
         if has_rows and rule is None:
-            table = _decompositions()
+            table = decomposition_table()
             if func in table and not func._schema.is_mutable:
                 with self:
                     return table[func](*args, **kwargs)
@@ -280,14 +289,8 @@ class DependencyMode(TorchDispatchMode):
 
 
 def _is_composite(func: Any) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
-
-def _decompositions() -> dict[Any, Any]:
-    """Operators that PyTorch can write as simpler ones. Loading them takes a while, so only where they are needed."""
-    from torch._decomp import decomposition_table
-
-    return decomposition_table
 
 
 def _same_place(a: Tensor, b: Tensor) -> bool:
@@ -309,14 +312,13 @@ def _positions(t: Tensor) -> np.ndarray:
 
 def unwrapped(t: Any) -> tuple[int, Any]:
     """The tensor below the wrappers of outer ``torch.func`` transforms, lanes of vmap first, and how many lanes there are."""
-    functorch = torch._C._functorch
     lanes = 1
-    while isinstance(t, Tensor) and functorch.is_functorch_wrapped_tensor(t):
-        if functorch.is_batchedtensor(t):
-            place = functorch.maybe_get_bdim(t)
-            inner = functorch.get_unwrapped(t)
+    while isinstance(t, Tensor) and is_functorch_wrapped_tensor(t):
+        if is_batchedtensor(t):
+            place = maybe_get_bdim(t)
+            inner = get_unwrapped(t)
             t = inner.movedim(place, 0)
             lanes *= t.shape[0]
         else:
-            t = functorch.get_unwrapped(t)
+            t = get_unwrapped(t)
     return lanes, t

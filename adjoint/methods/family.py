@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..torch_internals import is_functorch_wrapped_tensor
 from .sums import powers, weighted_sum
 
 __all__ = ["TableauMethod", "Traits"]
@@ -135,7 +136,7 @@ class TableauMethod(Traits):
         key = (dtype, device)
         if key not in self._tensors:
             matrix = torch.tensor(self.tableau.dense, dtype=dtype, device=device)
-            if torch._C._functorch.is_functorch_wrapped_tensor(matrix) or matrix.is_inference():
+            if is_functorch_wrapped_tensor(matrix) or matrix.is_inference():
                 # made inside of a transform, or in inference mode, it must not outlive it
                 return matrix
             self._tensors[key] = matrix

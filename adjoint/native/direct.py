@@ -12,6 +12,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..system.homes import parameter_homes
 from ..system.system import System
+from ..torch_internals import is_functorch_wrapped_tensor
 from .fingerprint import fingerprint
 from .graphs import Graph, Heard
 
@@ -30,7 +31,7 @@ def hear_directly(
     ``arguments``: the tensors among ``args``. ``kinds``: what else graphs are told apart by.
     """
     found = fingerprint(fun, base.arguments(arguments))
-    if found is None or not found.traceable or any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in found.tensors):
+    if found is None or not found.traceable or any(is_functorch_wrapped_tensor(x) for x in found.tensors):
         return None
     key = (found.key, kinds)
     given = {id(x) for x in arguments}

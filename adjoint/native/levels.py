@@ -7,9 +7,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch.autograd import forward_ad
 from torch.fx import GraphModule
+
+from ..torch_internals import (
+    dual_level,
+    enter_dual_level,
+    exit_dual_level,
+    get_dynamic_layer_stack_depth,
+    get_inplace_requires_grad_allowed,
+    is_fwd_grad_enabled,
+    maybe_current_level,
+    pop_dynamic_layer_stack_and_undo_to_depth,
+    saved_tensors_hooks_enable,
+    saved_tensors_hooks_is_enabled,
+    set_inplace_requires_grad_allowed,
+    switch_fwd_grad,
+)
 
 __all__ = ["above", "relative"]
 
@@ -44,20 +57,19 @@ def _counted(operator: Callable[..., Any], place: int) -> Callable[..., Any]:
 @contextmanager
 def above() -> Iterator[None]:
     """Where the graph is run: on an error the transforms that it entered are left again, and what they switch is as it was."""
-    functorch, autograd = torch._C._functorch, torch._C._autograd
-    depth, dual, forward = functorch.get_dynamic_layer_stack_depth(), forward_ad._current_level >= 0, torch._C._is_fwd_grad_enabled()
-    hooks, in_place = autograd._saved_tensors_hooks_is_enabled(), functorch.get_inplace_requires_grad_allowed()
-    before, _here.below = _here.below, functorch.maybe_current_level() or 0
+    depth, dual, forward = get_dynamic_layer_stack_depth(), dual_level() >= 0, is_fwd_grad_enabled()
+    hooks, in_place = saved_tensors_hooks_is_enabled(), get_inplace_requires_grad_allowed()
+    before, _here.below = _here.below, maybe_current_level() or 0
     try:
         yield
     except BaseException:
         if not dual:
             _leave_dual_level()
-        functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
-        torch._C._set_fwd_grad_enabled(forward)
-        functorch.set_inplace_requires_grad_allowed(in_place)
-        if hooks and not autograd._saved_tensors_hooks_is_enabled():
-            autograd._saved_tensors_hooks_enable()
+        pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        switch_fwd_grad(forward)
+        set_inplace_requires_grad_allowed(in_place)
+        if hooks and not saved_tensors_hooks_is_enabled():
+            saved_tensors_hooks_enable()
         raise
     finally:
         _here.below = before
@@ -66,7 +78,7 @@ def above() -> Iterator[None]:
 def _leave_dual_level() -> None:
     """Graphs enter the level of forward mode beneath Python, which does not know of it: one that cannot be entered is open."""
     try:
-        level = torch._C._enter_dual_level()
+        level = enter_dual_level()
     except RuntimeError:
         level = 0
-    torch._C._exit_dual_level(level=level)
+    exit_dual_level(level=level)

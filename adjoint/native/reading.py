@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..torch_internals import maybe_current_level
 from .elements import Call, Constant, Elements, Place, Refused, Tables
 from .expressions import Graph
 from .operators import COMPLEX, READERS
@@ -84,7 +85,7 @@ def read(
     Raises:
         Unreadable: an operator, or a use of one, that is not read; a value that decides what is done; rows that depend on each other.
     """
-    if torch._C._functorch.maybe_current_level() is not None:
+    if maybe_current_level() is not None:
         raise Unreadable("", "", "it is called inside of a function transform (vmap, jvp, grad)")
     try:
         traced = trace(function, [t, y, *inputs], _READ, originals)

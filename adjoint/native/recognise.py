@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..system.system import System, VmappedSystem
+from ..torch_internals import get_data_attr, is_functorch_wrapped_tensor, most_graphs
 from .build import spending
 from .direct import hear_directly
 from .emit import Compiled, is_residual
@@ -59,7 +60,7 @@ def _hear(module: GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
     for part in module.modules():
         for node in part.graph.nodes if isinstance(part, GraphModule) else ():
             # what the tracer writes for y.data, which hides from a reader that it has no derivative
-            if node.target is getattr(torch._C._autograd, "_get_data_attr", ""):
+            if node.target is get_data_attr:
                 node.target = torch.detach
             graph.own_derivative |= getattr(node.target, "__name__", "") == "autograd_function_apply"
         if isinstance(part, GraphModule):
@@ -118,7 +119,7 @@ def _traced(key: Hashable, arguments: Sequence[Any]) -> Any:
     ear.heard = []
     if limit:
         # shapes, and numbers of Python that fun depends on, have a graph each
-        with torch._dynamo.config.patch(cache_size_limit=_MOST_GRAPHS):
+        with most_graphs(_MOST_GRAPHS):
             return _tracer(key)(*arguments)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The .grad attribute")
@@ -142,7 +143,7 @@ def hear(
     spec = base.spec
     if spec.holds_complex or spec.split or any(d != spec.dtype for d in spec.dtypes):
         raise Unreadable("", "", "the state is complex, or its leaves differ in dtype")
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in base.captured):
+    if any(is_functorch_wrapped_tensor(x) for x in base.captured):
         raise Unreadable("", "", "fun captures a tensor of a transform around the solve (pass it through args=)")
     time = t[: base.rows].detach()
     ear.heard = []

@@ -23,8 +23,17 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from ..torch_internals import (
+    TorchDispatchMode,
+    core_decompositions,
+    from_functional_tensor,
+    get_unwrapped,
+    is_functional_tensor,
+    is_functorch_wrapped_tensor,
+    sync,
+)
 
 __all__ = ["VALUE", "Node", "PickedByNumbers", "Result", "Trace", "Untraceable", "trace"]
 
@@ -88,11 +97,8 @@ class Trace:
 @functools.lru_cache(maxsize=1)
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     """Operators made of simpler ones."""
-    from torch._decomp import core_aten_decompositions, get_decompositions
-
     aten = torch.ops.aten
-    more = get_decompositions([aten.native_batch_norm, aten.addr, aten._euclidean_dist])
-    return {**core_aten_decompositions(), **more}
+    return core_decompositions([aten.native_batch_norm, aten.addr, aten._euclidean_dist])
 
 
 def _is_ours(path: str) -> bool:
@@ -212,11 +218,11 @@ class _Recorder(TorchDispatchMode):
 def _inmost(x: Tensor) -> Tensor:
     """The tensor inside of the wrappers of function transforms."""
     while True:
-        if torch._is_functional_tensor(x):
-            torch._sync(x)
-            x = torch._from_functional_tensor(x)
-        elif torch._C._functorch.is_functorch_wrapped_tensor(x):
-            x = torch._C._functorch.get_unwrapped(x)
+        if is_functional_tensor(x):
+            sync(x)
+            x = from_functional_tensor(x)
+        elif is_functorch_wrapped_tensor(x):
+            x = get_unwrapped(x)
         else:
             return x
 

@@ -20,6 +20,7 @@ from ..linalg.copies import copy_by_copy
 from ..system.capture import functorch_active
 from ..system.ownership import owned
 from ..system.rewriting import naming_writes
+from ..torch_internals import dual_level, is_functorch_wrapped_tensor
 
 __all__ = ["Backsolve", "Refuse", "backsolve"]
 
@@ -69,9 +70,9 @@ def backsolve(config: Backsolve, y0: Tensor, t: Tensor, params: Sequence[Tensor]
 
 
 def _transformed(x: Tensor) -> bool:
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if is_functorch_wrapped_tensor(x):
         return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    return dual_level() >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 class _Node(torch.autograd.Function):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 from ..errors import InconsistentInitialCondition, UnsupportedCombination
@@ -19,6 +18,14 @@ from ..nonlinear import Newton, RootProblem, RootRecord, RootStatus
 from ..system.jacobians import DenseJacobian
 from ..system.structure import Structure
 from ..system.system import Flat, System, VmappedSystem
+from ..torch_internals import (
+    dual_level,
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    maybe_get_bdim,
+    temporarily_clear_interpreter_stack,
+)
 from .implicit import FixedRule, JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions
 from .problem import Problem, StageAlgebra
 from .products import tangent
@@ -93,12 +100,11 @@ def _fine_rows(given: Initial) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
 def _every_row(x: Tensor) -> Tensor:
     """``(rows, n)``: the values of all copies that transforms map over."""
     with torch.no_grad(), temporarily_clear_interpreter_stack():
-        functorch = torch._C._functorch
-        while functorch.is_functorch_wrapped_tensor(x):
-            dim = functorch.maybe_get_bdim(x) if functorch.is_batchedtensor(x) else None
-            x = functorch.get_unwrapped(x)
+        while is_functorch_wrapped_tensor(x):
+            dim = maybe_get_bdim(x) if is_batchedtensor(x) else None
+            x = get_unwrapped(x)
             x = x if dim is None else x.movedim(dim, 0)
-        return forward_ad.unpack_dual(x).primal.detach().flatten(0, -2) if forward_ad._current_level >= 0 else x.detach().flatten(0, -2)
+        return forward_ad.unpack_dual(x).primal.detach().flatten(0, -2) if dual_level() >= 0 else x.detach().flatten(0, -2)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ..methods.sums import combine
 from ..system.capture import functorch_active
 from ..system.finite import REWRITE, bad_component
 from ..system.system import Flat, System
+from ..torch_internals import is_legacy_batchedtensor
 from .problem import Problem
 
 __all__ = ["check_finite", "guarded"]
@@ -77,7 +78,7 @@ def guarded(
 def _visible(problem: Problem, bars: Sequence[Tensor | None]) -> bool:
     if problem.batched or not isinstance(problem.system, System) or functorch_active():
         return False
-    return not any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in bars)
+    return not any(x is not None and is_legacy_batchedtensor(x) for x in bars)
 
 
 def _name(problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor]) -> None:

@@ -20,6 +20,7 @@ from ..system.capture import alive, below_jvp, functorch_active
 from ..system.ownership import owned
 from ..system.rewriting import naming_writes
 from ..system.system import Flat, StateSpec, System, VmappedSystem
+from ..torch_internals import get_unwrapped, is_functorch_wrapped_tensor
 from .fingerprint import RootWitness
 from .products import tangent, vjp
 
@@ -107,8 +108,8 @@ class FactorStore:
     @staticmethod
     def key_of(x: Tensor) -> tuple[Any, ...]:
         """What tells this tensor's present values from any other's while it lives."""
-        while torch._C._functorch.is_functorch_wrapped_tensor(x):
-            x = torch._C._functorch.get_unwrapped(x)
+        while is_functorch_wrapped_tensor(x):
+            x = get_unwrapped(x)
         # tensors of inference mode have no versions
         return (x.data_ptr(), tuple(x.shape), 0 if x.is_inference() else x._version)
 

@@ -26,6 +26,7 @@ from ..system.capture import stood_in_for
 from ..system.homes import closed_over
 from ..system.ownership import under_transform
 from ..system.system import System, VmappedSystem
+from ..torch_internals import dual_level, is_functorch_wrapped_tensor, set_fwd_grad_enabled
 from .linearize import LOST
 
 __all__ = ["check_strangers", "naming_strangers"]
@@ -81,11 +82,11 @@ class _Watch(TorchFunctionMode):
 
 
 def _moving(x: Tensor) -> bool:
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if is_functorch_wrapped_tensor(x):
         return True
-    if forward_ad._current_level < 0:
+    if dual_level() < 0:
         return False
-    with forward_ad._set_fwd_grad_enabled(True):
+    with set_fwd_grad_enabled(True):
         return forward_ad.unpack_dual(x).tangent is not None
 
 

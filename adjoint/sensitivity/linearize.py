@@ -11,6 +11,7 @@ from torch.autograd.variable import Variable
 from ..errors import CapturedTensorLost
 from ..system.capture import depends_on_others, functorch_active, unknown_leaves
 from ..system.system import Flat, System, VmappedSystem
+from ..torch_internals import foreach_add_
 
 __all__ = ["LOST", "Linearizer", "Pullback", "check_known", "vjp"]
 
@@ -96,7 +97,7 @@ class Linearizer:
     def accumulate(self, bars: Sequence[Tensor | None]) -> None:
         """Add cotangents of the targets."""
         if self._totals is not None and all(g is not None for g in bars):
-            torch._foreach_add_(self._totals, bars)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            foreach_add_(self._totals, bars)  # pyright: ignore[reportCallIssue, reportArgumentType]
             return
         for i, g in zip(self.wanted, bars, strict=True):
             total = self.bars[i]

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..system.autograd_graph import has_unknown
 from ..system.capture import ask, functorch_active
+from ..torch_internals import dual_level
 
 __all__ = ["behind", "tangent", "vjp"]
 
@@ -72,7 +72,7 @@ def behind(x: Tensor, *history: Tensor) -> Tensor:
     Autograd leaves out what was recorded before the tensors that it differentiates in. A function of a new leaf and of the end of a long
     history would else have all of that looked through for every derivative in the leaf.
     """
-    if functorch_active() or forward_ad._current_level >= 0 or not torch.is_grad_enabled():
+    if functorch_active() or dual_level() >= 0 or not torch.is_grad_enabled():
         return x
     moving = [h for h in history if h.requires_grad]
     if not moving:

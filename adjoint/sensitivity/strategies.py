@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import Monitor, Record, Recording, integrate
 from ..system.capture import functorch_active
 from ..system.ownership import owned
+from ..torch_internals import dual_level
 from .checkpoints import CheckpointNode
 from .equations import equations
 from .finite import guarded
@@ -86,7 +86,7 @@ class DiscreteAdjoint(GradientTraits):
                 )
             if plan.compile is not None:
                 raise UnsupportedCombination("compile=True with DiscreteAdjoint(checkpoints=...) is not supported: leave one of them out")
-            if not functorch_active() and forward_ad._current_level < 0:
+            if not functorch_active() and dual_level() < 0:
                 return Outputs(*CheckpointNode.apply(problem, self.checkpoints, anchors, t_eval, y0, *inputs))
             return Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
         problem = _decided(problem, anchors, t_eval, y0, inputs)
@@ -184,7 +184,7 @@ def _decided(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tenso
 def _recordable(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> bool:
     """Whether plain autograd can record the loop itself: its times are floats, so they must not need derivatives."""
     times = [anchors] if t_eval is None else [anchors, t_eval]
-    plain = not functorch_active() and forward_ad._current_level < 0 and torch.is_grad_enabled()
+    plain = not functorch_active() and dual_level() < 0 and torch.is_grad_enabled()
     wanted = any(x.requires_grad for x in (y0, *inputs)) and not any(x.requires_grad for x in times)
     one_step = problem.algebra is None and not problem.plan.method.multistep
     return plain and wanted and not problem.batched and one_step

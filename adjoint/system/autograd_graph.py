@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..torch_internals import DisableFuncTorch, get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor, unwrap_if_dead
+
 __all__ = ["alive", "cut_apart", "has_unknown", "leads_to", "listed", "made_here", "readable", "saved_bytes", "unknown_leaves"]
 
 #: on leaves that a function has made itself
@@ -90,7 +92,7 @@ def _saved(node: Any) -> list[Tensor]:
     for name in _SAVED[kind]:
         value = getattr(node, name)
         found += value if isinstance(value, (list, tuple)) else [value]
-    return [x for x in found if isinstance(x, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(x)]
+    return [x for x in found if isinstance(x, Tensor) and not is_functorch_wrapped_tensor(x)]
 
 
 def leads_to(x: Tensor, wanted: Sequence[Tensor]) -> bool:
@@ -130,21 +132,21 @@ def alive(tensors: Iterable[Tensor]) -> list[Tensor]:
     The pullback of `torch.func.vjp` runs when its transform is over. What it saved then still carries the number of that transform, which
     the next one will be given too: nested nodes would take the one for the other.
     """
-    return [torch._C._functorch.unwrap_if_dead(x) for x in tensors]
+    return [unwrap_if_dead(x) for x in tensors]
 
 
 def listed(x: Tensor) -> list[Any]:
     """``x.tolist()``, which some versions of PyTorch refuse inside of a transform."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x) and not torch._C._functorch.is_batchedtensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    with torch._C._DisableFuncTorch():
+    while is_functorch_wrapped_tensor(x) and not is_batchedtensor(x):
+        x = get_unwrapped(x)
+    with DisableFuncTorch():
         return x.tolist()
 
 
 def readable(x: Tensor) -> bool:
     """Whether the values of a tensor can be looked at: not where ``torch.vmap`` maps over it."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if torch._C._functorch.is_batchedtensor(x):
+    while is_functorch_wrapped_tensor(x):
+        if is_batchedtensor(x):
             return False
-        x = torch._C._functorch.get_unwrapped(x)
+        x = get_unwrapped(x)
     return True

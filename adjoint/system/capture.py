@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .. import torch_internals as internals
 from ..errors import AdjointError, CapturedTensorLost, UnsupportedCombination
 from ..linalg.forward_mode import below_jvp
 from .autograd_graph import alive, cut_apart, leads_to, listed, readable, saved_bytes, unknown_leaves
@@ -52,39 +53,39 @@ __all__ = [
 
 def functorch_active() -> bool:
     """Whether a ``torch.func`` transform (or its vmap) is running."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return internals.peek_interpreter_stack() is not None
 
 
 def transforming() -> bool:
     """Whether a transform of ``torch.func`` or forward mode is running."""
-    return functorch_active() or forward_ad._current_level >= 0
+    return functorch_active() or internals.dual_level() >= 0
 
 
 def vmap_active() -> bool:
     """Whether a ``torch.vmap`` is running, directly or inside of a transform such as `torch.func.jacfwd`."""
-    stack = torch._C._functorch.get_interpreter_stack()
-    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack or ())
+    stack = internals.get_interpreter_stack()
+    return any(level.key() == internals.TransformType.Vmap for level in stack or ())
 
 
 def jvp_active() -> bool:
     """Whether a `torch.func.jvp` is running, and no ``torch.vmap``."""
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    return any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) and not vmap_active()
+    stack = internals.get_interpreter_stack() or ()
+    return any(level.key() == internals.TransformType.Jvp for level in stack) and not vmap_active()
 
 
 def unwrapped(x: Tensor) -> Tensor:
     """What holds the values of ``x``, those of all copies where ``torch.vmap`` maps over it, for use below all transforms."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
+    while internals.is_functorch_wrapped_tensor(x):
+        x = internals.get_unwrapped(x)
     return x
 
 
 def below_vmap(x: Tensor, size: int) -> Tensor:
     """``(size, *x.shape)``: what ``x`` is for each copy, as the vmap rule of a node sees it, which runs below the vmap itself."""
     level, mapped = _functorch_level(), False
-    while torch._C._functorch.maybe_get_level(x) > level:
-        dim = torch._C._functorch.maybe_get_bdim(x)
-        x = torch._C._functorch.get_unwrapped(x)
+    while internals.maybe_get_level(x) > level:
+        dim = internals.maybe_get_bdim(x)
+        x = internals.get_unwrapped(x)
         if dim >= 0:
             x, mapped = x.movedim(dim, 0), True
     return x if mapped else x.expand(size, *x.shape)
@@ -94,21 +95,21 @@ def is_differentiable(x: Any) -> bool:
     """Whether some derivative may be asked of ``x``: reverse mode, forward mode or a ``torch.func`` transform."""
     if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
         return False
-    return x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x) or has_tangent(x)
+    return x.requires_grad or internals.is_functorch_wrapped_tensor(x) or has_tangent(x)
 
 
 def _put_in(x: Any) -> bool:
     """Whether ``fun`` of a node, which runs below all transforms, needs another one for ``x``: also for masks and indices made within."""
-    return is_differentiable(x) or (isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x))
+    return is_differentiable(x) or (isinstance(x, Tensor) and internals.is_functorch_wrapped_tensor(x))
 
 
 def moves(x: Tensor) -> bool:
     """As `is_differentiable`, but not for what is only mapped over by ``torch.vmap``, nor where no gradients are recorded."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+    while internals.is_functorch_wrapped_tensor(x):
         # a transform wraps what depends on the arguments that it differentiates in; forward mode does not say so by `requires_grad`
-        if torch._C._functorch.is_gradtrackingtensor(x):
+        if internals.is_gradtrackingtensor(x):
             return True
-        x = torch._C._functorch.get_unwrapped(x)
+        x = internals.get_unwrapped(x)
     return (torch.is_grad_enabled() and x.requires_grad) or has_tangent(x)
 
 
@@ -123,20 +124,20 @@ def needs_derivatives(tensors: Iterable[Tensor]) -> bool:
 def has_tangent(x: Tensor) -> bool:
     """Whether ``x`` is a dual tensor of forward mode."""
     # unpack_dual raises outside of a dual level, and sees none inside of a transform
-    if forward_ad._current_level < 0:
+    if internals.dual_level() < 0:
         return False
-    with torch._C._DisableFuncTorch():
+    with internals.DisableFuncTorch():
         return forward_ad.unpack_dual(x).tangent is not None
 
 
 def _functorch_level() -> int:
-    stack = torch._C._functorch.peek_interpreter_stack()
+    stack = internals.peek_interpreter_stack()
     return 0 if stack is None else stack.level()
 
 
 def _functorch_wrapped(x: Tensor, level: int) -> bool:
     """Whether ``x`` carries wrappers of a transform that began after ``level``, or of one that has ended."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x) and not 0 < torch._C._functorch.maybe_get_level(x) <= level
+    return internals.is_functorch_wrapped_tensor(x) and not 0 < internals.maybe_get_level(x) <= level
 
 
 def _layers(x: Tensor, level: int) -> Iterator[Tensor]:
@@ -146,19 +147,19 @@ def _layers(x: Tensor, level: int) -> Iterator[Tensor]:
     same number: a captured tensor of the one, wrapped by the other, looks like one that is wrapped twice.
     """
     yield x
-    while torch._C._functorch.maybe_get_level(x) > level:
-        x = torch._C._functorch.get_unwrapped(x)
+    while internals.maybe_get_level(x) > level:
+        x = internals.get_unwrapped(x)
         yield x
 
 
 def _wrapped_like(x: Tensor, like: Sequence[Tensor]) -> Tensor:
     """``x`` in wrappers as those of ``like``, from the outermost one to the innermost one."""
     for wrapper in reversed(like):
-        level = torch._C._functorch.maybe_get_level(wrapper)
-        if torch._C._functorch.is_batchedtensor(wrapper):
-            x = torch._C._functorch._add_batch_dim(x, torch._C._functorch.maybe_get_bdim(wrapper), level)
-        elif torch._C._functorch.is_gradtrackingtensor(wrapper):
-            x = torch._C._functorch._wrap_for_grad(x, level)
+        level = internals.maybe_get_level(wrapper)
+        if internals.is_batchedtensor(wrapper):
+            x = internals.add_batch_dim(x, internals.maybe_get_bdim(wrapper), level)
+        elif internals.is_gradtrackingtensor(wrapper):
+            x = internals.wrap_for_grad(x, level)
         else:
             raise UnsupportedCombination(
                 "fun hands a tensor that it captured to a transform which is neither of torch.func.grad, vjp, jvp, jacrev, jacfwd, "
@@ -179,11 +180,6 @@ def asks_for_gradients(func: Callable) -> bool:
     return func is Tensor.requires_grad_ or func == _SET_REQUIRES_GRAD
 
 
-def _written_down() -> bool:
-    """Whether operators are traced by `make_fx`."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-
-
 _NOT_MAPPED = "torch.vmap cannot see through torch.autograd.grad, which fun calls: use torch.func.grad there, which every transform can"
 
 
@@ -202,7 +198,7 @@ def ask(x: Any) -> Any:
     """``x`` as a tensor that derivatives can be taken in, another one where it is not."""
     if not isinstance(x, Tensor) or x.requires_grad or not (x.is_floating_point() or x.is_complex()):
         return x
-    if torch._C._functorch.is_batchedtensor(x):
+    if internals.is_batchedtensor(x):
         raise UnsupportedCombination(_NOT_MAPPED)
     with asking():
         return x.view_as(x).requires_grad_(True)
@@ -211,12 +207,12 @@ def ask(x: Any) -> Any:
 @contextmanager
 def asking() -> Iterator[None]:
     """Transforms refuse to let a tensor require grad that did not; here they do not."""
-    allowed = torch._C._functorch.get_inplace_requires_grad_allowed()
-    torch._C._functorch.set_inplace_requires_grad_allowed(True)
+    allowed = internals.get_inplace_requires_grad_allowed()
+    internals.set_inplace_requires_grad_allowed(True)
     try:
         yield
     finally:
-        torch._C._functorch.set_inplace_requires_grad_allowed(allowed)
+        internals.set_inplace_requires_grad_allowed(allowed)
 
 
 class _Watch(TorchFunctionMode):
@@ -230,13 +226,13 @@ class _Watch(TorchFunctionMode):
         #: tensors with derivatives that came out of operators, for `left`
         self.made: list[weakref.ref[Tensor]] = []
         self.transforms = self.inner_grad = self.asked = False
-        self.begun, self.traced = torch.autograd._get_sequence_nr(), _written_down()
+        self.begun, self.traced = internals.get_sequence_nr(), internals.is_written_down()
         #: of solves around this one: operators are given what they put in
         self.outer = _substitutes()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if not self.traced and _written_down():
+        if not self.traced and internals.is_written_down():
             raise UnsupportedCombination(
                 "fun calls torch.func.linearize (or make_fx), whose result has no derivatives: what it depends on is written down as "
                 "constants. Use torch.func.jvp there"
@@ -277,7 +273,7 @@ class _Watch(TorchFunctionMode):
     def returned(self, results: Any) -> None:
         """What a function gives back may be a captured tensor itself, that enters no operator."""
         for x in tree_leaves(results):
-            if isinstance(x, Tensor) and not (self.transforms and torch._C._functorch.is_functorch_wrapped_tensor(x)):
+            if isinstance(x, Tensor) and not (self.transforms and internals.is_functorch_wrapped_tensor(x)):
                 self._meet(list(_layers(x, self.level)))
 
     def _meet(self, layers: list[Tensor]) -> None:
@@ -357,7 +353,7 @@ def _branches(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], captu
     """Whether functions that look at ``requires_grad`` take derivatives themselves where all that they see requires grad, as on the way
     back."""
     known = [*(x for x in tree_leaves(point) if isinstance(x, Tensor)), *captured]
-    asked = [x if torch._C._functorch.is_batchedtensor(x) else ask(x) for x in known]
+    asked = [x if internals.is_batchedtensor(x) else ask(x) for x in known]
     watch = _Watch([*known, *asked])
     with torch.enable_grad(), asking(), watch, Substitute(known, asked, answers=False):
         for call in calls:
@@ -415,7 +411,7 @@ class Substitute(TorchFunctionMode):
         self.table = {id(x): (x, r) for x, r in zip(captured, replacements, strict=True)}
         for x, r in list(self.table.values()):
             # a transform puts into its wrappers what is left of those of transforms that have ended
-            inner = torch._C._functorch.unwrap_if_dead(x)
+            inner = internals.unwrap_if_dead(x)
             self.table.setdefault(id(inner), (inner, r))
         for home, r in zip(homes, replacements, strict=False):
             if home is not None:
@@ -483,7 +479,7 @@ def stood_in_for() -> set[int]:
 
 def _substitutes() -> list[Substitute]:
     """Those that are at work, from the innermost on."""
-    return [mode for mode in reversed(torch.overrides._get_current_function_mode_stack()) if isinstance(mode, Substitute)]
+    return [mode for mode in reversed(internals.current_function_modes()) if isinstance(mode, Substitute)]
 
 
 def stand_ins(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

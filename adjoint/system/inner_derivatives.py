@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import UnsupportedCombination
+from ..torch_internals import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_level, peek_interpreter_stack
 from .autograd_graph import made_here
 from .capture import ask, asking, asks_for_gradients, functorch_active, unmapped
 
@@ -19,7 +20,7 @@ __all__ = ["beneath", "differentiating"]
 
 def _highest(tensors: Sequence[Tensor]) -> int:
     """The number of the latest transform whose wrappers the tensors carry, 0 for none."""
-    return max((torch._C._functorch.maybe_get_level(x) for x in tensors), default=0)
+    return max((maybe_get_level(x) for x in tensors), default=0)
 
 
 def beneath(call: Callable[..., Any], captured: Sequence[Tensor]) -> Callable[..., Any]:
@@ -34,7 +35,7 @@ def beneath(call: Callable[..., Any], captured: Sequence[Tensor]) -> Callable[..
         return call
 
     def deeper(*a: Any) -> Any:
-        stack = torch._C._functorch.peek_interpreter_stack()
+        stack = peek_interpreter_stack()
         level = 0 if stack is None else stack.level()
         if level >= highest:
             return call(*a)
@@ -46,8 +47,8 @@ def beneath(call: Callable[..., Any], captured: Sequence[Tensor]) -> Callable[..
 def _unwrapped(x: Tensor) -> Iterator[Tensor]:
     """``x``, and what lies in it below the wrappers of transforms."""
     yield x
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
         yield x
 
 

@@ -16,6 +16,17 @@ from torch.autograd.variable import Variable
 
 from ..errors import InvalidInput, UnsupportedCombination
 from ..linalg.protocol import LinearOperator, Matrix
+from ..torch_internals import (
+    DisableFuncTorch,
+    dual_level,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    legacy_add_batch_dim,
+    legacy_remove_batch_dim,
+    peek_interpreter_stack,
+    vmapmode_decrement_nesting,
+    vmapmode_increment_nesting,
+)
 
 __all__ = [
     "DenseJacobian",
@@ -43,7 +54,7 @@ class JacobianStrategy(Protocol):
 
 def in_transform() -> bool:
     """Whether a ``torch.func`` transform or a level of forward-mode AD is around us."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    return peek_interpreter_stack() is not None or dual_level() >= 0
 
 
 def transforms_active() -> bool:
@@ -81,9 +92,9 @@ def complex_differentiable(f: Function, x: Tensor) -> bool:
     # PyTorch promises the conjugate of what others define for vjps: products forward are the same in every convention
     along, turned = jvp(f, point, d), jvp(f, point, 1j * d)
     off = (turned - 1j * along).abs() > torch.finfo(x.dtype).eps ** 0.5 * (turned.abs() + along.abs())
-    while torch._C._functorch.is_functorch_wrapped_tensor(off):
-        off = torch._C._functorch.get_unwrapped(off)
-    with torch._C._DisableFuncTorch():
+    while is_functorch_wrapped_tensor(off):
+        off = get_unwrapped(off)
+    with DisableFuncTorch():
         return not bool(off.any())
 
 
@@ -223,14 +234,14 @@ def _plain_grads(out: Tensor, leaf: Tensor, weights: Tensor, chunk: int | None) 
 
 def _batched_grads(out: Tensor, leaves: tuple[Tensor, ...], weights: Tensor) -> Sequence[Tensor | None]:
     """``torch.autograd.grad`` with ``is_grads_batched`` and ``retain_graph``, without its checks: they take longer than small Jacobians."""
-    level = torch._C._vmapmode_increment_nesting()
+    level = vmapmode_increment_nesting()
     try:
         found = Variable._execution_engine.run_backward(
-            (out,), (torch._add_batch_dim(weights, 0, level),), True, False, leaves, allow_unreachable=True, accumulate_grad=False
+            (out,), (legacy_add_batch_dim(weights, 0, level),), True, False, leaves, allow_unreachable=True, accumulate_grad=False
         )
-        return [None if g is None else torch._remove_batch_dim(g, level, weights.shape[0], 0) for g in found]
+        return [None if g is None else legacy_remove_batch_dim(g, level, weights.shape[0], 0) for g in found]
     finally:
-        torch._C._vmapmode_decrement_nesting()
+        vmapmode_decrement_nesting()
 
 
 def is_vmap_failure(error: Exception) -> bool:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..errors import InvalidInput, UnsupportedCombination
 from ..linalg.coloring import Coloring, color_pattern
 from ..linalg.protocol import Matrix, SparseMatrix
 from ..linalg.sparsity import PatternTooDense, SparsityPattern, detect_pattern
+from ..torch_internals import temporarily_clear_interpreter_stack
 from .jacobians import (
     DenseJacobian,
     Function,

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InvalidInput
+from ..torch_internals import storage_use_count
 
 __all__ = ["aliased", "changed", "check_unchanged", "copied", "lending", "own", "remembering"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
-_storage_uses: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def aliased(args: Any) -> Any:
@@ -56,7 +56,7 @@ def _counts(make: Callable[[], Tensor]) -> tuple[int, int, int]:
     x = make()
     references = sys.getrefcount(x)
     base = x._base
-    uses = 0 if _storage_uses is None else _storage_uses(x.untyped_storage()._cdata)
+    uses = 0 if storage_use_count is None else storage_use_count(x.untyped_storage()._cdata)
     return references, uses, 0 if base is None else sys.getrefcount(base)
 
 
@@ -74,7 +74,7 @@ def own(f: Callable[..., Any], *args: Any) -> Any:
     count.
     """
     x = f(*args)
-    if _storage_uses is None:
+    if storage_use_count is None:
         return x.clone() if isinstance(x, Tensor) else x
     if sys.getrefcount(x) > _REFERENCES or type(x) is not Tensor:
         return x.clone() if isinstance(x, Tensor) else x
@@ -85,7 +85,7 @@ def own(f: Callable[..., Any], *args: Any) -> Any:
         return x
     if not storage.resizable():
         return x.clone()
-    uses = _storage_uses(storage._cdata)
+    uses = storage_use_count(storage._cdata)
     if uses <= _USES:
         return x
     if x._is_view():

@@ -18,9 +18,9 @@ from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
+from ..torch_internals import dual_level
 from .capture import functorch_active
 
 __all__ = ["Owned", "WithTensors", "as_part", "owned", "owning", "under_transform"]
@@ -100,7 +100,7 @@ def owning(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         inner, _doors.inner = _doors.inner, False
-        plain = not functorch_active() and forward_ad._current_level < 0
+        plain = not functorch_active() and dual_level() < 0
         things = _doors.open[-1] if inner else _Things() if plain else None
         _doors.open.append(things)
         try:

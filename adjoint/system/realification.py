@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_leaves
 
 from ..errors import InvalidInput, UnsupportedCombination
 from ..linalg.sparsity import SparsityPattern
+from ..torch_internals import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor, temporarily_clear_interpreter_stack
 from .jacobians import complex_differentiable
 from .system import StateSpec
 
@@ -48,10 +48,10 @@ def refuse_parts(what: str, spec: StateSpec) -> None:
 
 def unwrapped(x: Any) -> Any:
     """A tensor that was made inside of a transform, as it is outside; anything else as it is."""
-    while isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if torch._C._functorch.is_batchedtensor(x):
+    while isinstance(x, Tensor) and is_functorch_wrapped_tensor(x):
+        if is_batchedtensor(x):
             raise InvalidInput("a pattern, and the weights of conserved=, must be the same for all copies of a torch.vmap")
-        x = torch._C._functorch.get_unwrapped(x)
+        x = get_unwrapped(x)
     return x
 
 

@@ -9,6 +9,8 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
+from ..torch_internals import skipped
+
 __all__ = ["untraced"]
 
 P = ParamSpec("P")
@@ -27,7 +29,7 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         if not disabled:
             disabled.append(cast(Callable[P, R], torch.compiler.disable(function)))
-            torch._dynamo.decorators.skip(call)  # its own frame is not worth a trace for each kind of arguments either
+            skipped(call)  # its own frame is not worth a trace for each kind of arguments either
         return disabled[0](*args, **kwargs)
 
     mark: Any = call  # a compiler that traces a caller breaks off before this call, not inside of it
