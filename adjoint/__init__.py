@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .doors.doses import Doses
     from .doors.event_data import Event
     from .doors.explain import Explanation, explain
-    from .doors.forcing import Forcing
+    from .doors.forcing import Forcing, Schedule
     from .doors.index_reduction import ReducedDAE, reduce_index
     from .doors.ivp import solve_ivp
     from .doors.laplace import Laplace
@@ -95,6 +95,7 @@ __all__ = [
     "RootError",
     "RootSolution",
     "RootStats",
+    "Schedule",
     "SingularJacobian",
     "Solution",
     "SolveError",
@@ -131,7 +132,7 @@ _HOMES = {
     ".doors.doses": "Doses",
     ".doors.event_data": "Event",
     ".doors.explain": "Explanation explain",
-    ".doors.forcing": "Forcing",
+    ".doors.forcing": "Forcing Schedule",
     ".doors.index_reduction": "ReducedDAE reduce_index",
     ".doors.ivp": "solve_ivp",
     ".doors.laplace": "Laplace",

@@ -8,7 +8,7 @@ import scipy.interpolate
 import torch
 
 import adjoint
-from adjoint import Forcing, solve_dae, solve_ivp
+from adjoint import Forcing, Schedule, solve_dae, solve_ivp
 
 #: all native solves here are
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -163,9 +163,59 @@ def test_vmap_and_user_jumps():
     assert torch.allclose(torch.func.jacrev(end)(tables[0]), torch.func.jacfwd(end)(tables[0]), atol=1e-9)
 
 
+def switched(end, k, times, levels):
+    """As `response`, of a schedule."""
+    ends = [torch.zeros(()), *times, torch.tensor(end)]
+    total = 0.0
+    for a, b, level in zip(ends, ends[1:], levels, strict=False):
+        total = total + level / k * ((-k * (end - b)).exp() - (-k * (end - a)).exp())
+    return total
+
+
+@pytest.mark.parametrize("method", ["tsit5", "dopri8", "rodas5p", "radau5", "bdf", "abm", "native tsit5", "native rodas5p"])
+def test_a_schedule(method):
+    """First and second derivatives in its times and values, in arguments and captured."""
+    name = method.split()[-1]
+    options = {"method": name, "compile": method != name, **FINE}
+    k, times, levels = p = values(0.8, [0.2, 0.5, 0.9], [1.0, -0.5, 2.0, 0.3])
+    tol = 1e-7 if name in ("bdf", "abm") else 1e-9
+    wanted = switched(1.2, *p)
+    agree(solve_ivp(relax, (0.0, 1.2), torch.zeros(1), (k, Schedule(times, levels)), **options).y[-1, 0], wanted, p, tol)
+    u = Schedule(times, levels)
+    agree(solve_ivp(lambda t, y: relax(t, y, k, u), (0.0, 1.2), torch.zeros(1), **options).y[-1, 0], wanted, p, tol)
+
+
+def test_schedules_of_each_trajectory_and_of_implicit_equations():
+    k, times, levels = p = values([0.8, 1.2], [[0.2, 0.1], [0.5, 0.7]], [[1.0, 2.0], [-0.5, 0.0], [0.3, 1.0]])
+    fun = lambda t, y, k, u: -k.unsqueeze(-1) * y + u(t).unsqueeze(-1)  # noqa: E731
+    wanted = torch.stack([switched(1.2, k[i], times[:, i], levels[:, i]) for i in (0, 1)])
+    given = ((0.0, 1.2), torch.zeros(2, 1))
+    for native in (False, True):
+        sol = solve_ivp(fun, *given, (k, Schedule(times, levels)), batched=True, method="dopri5", compile=native, **FINE)
+        agree(sol.y[-1, :, 0], wanted, p)
+    residual = lambda t, y, yp, k, u: yp - fun(t, y, k, u)  # noqa: E731
+    sol = solve_dae(residual, *given, args=(k, Schedule(times, levels)), batched=True, **FINE)
+    agree(sol.y[-1, :, 0], wanted, p, second=False)
+
+
+def test_values_of_a_schedule():
+    """On either side of its times; without a time; as a pytree, and backwards."""
+    u = Schedule([1.0, 2.0], [[1.0, 5.0], [2.0, 6.0], [3.0, 7.0]])
+    assert u(torch.tensor([0.5, 1.0, 1.5, 2.0, 9.0]))[:, 0].tolist() == [1.0, 2.0, 2.0, 3.0, 3.0]
+    assert u.values.shape == (3, 2) and u.times.shape == (2,)
+    again = torch.utils._pytree.tree_map(lambda x: 2 * x, u)
+    assert again(torch.tensor(3.0)).tolist() == [4.0, 12.0]
+    assert float(Schedule([], [4.0])(torch.tensor(0.3))) == 4.0
+    sol = solve_ivp(lambda t, y, u: u(t)[:1], (3.0, 0.0), torch.zeros(1), (u,), **FINE)
+    assert abs(float(sol.y[-1, 0]) + 6.0) < 1e-12
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
+        (lambda: Schedule([0.0, 1.0], [1.0, 2.0]), "3 values"),
+        (lambda: Schedule([1.0, 0.0], [1.0, 2.0, 3.0]), "increase"),
+        (lambda: Schedule([0.0, 1.0], [1.0, 2.0, 3.0, 4.0]), "one more than times"),
         (lambda: Forcing([0.0, 1.0], [1.0, 2.0], "square"), "kind"),
         (lambda: Forcing([1.0, 0.0], [1.0, 2.0]), "increase"),
         (lambda: Forcing([0.0, 1.0], [1.0]), "values"),

@@ -16,7 +16,7 @@ from ..system.homes import held_by
 from .arguments import as_times
 from .rows import wide
 
-__all__ = ["Forcing", "with_knots"]
+__all__ = ["Forcing", "Schedule", "with_knots"]
 
 KINDS = ("constant", "linear", "cubic")
 
@@ -33,9 +33,10 @@ class Forcing:
     times : Tensor or sequence of numbers
         Knots ``(K,)``, increasing; of linear tables two may be equal, where it jumps. ``(K, B)``: of each trajectory its own.
     values : Tensor or sequence
-        ``(K, ...)``, with knots of each trajectory ``(K, B, ...)``.
+        ``(K, ...)``, with knots of each trajectory ``(K, B, ...)``. Of constant tables also one more, which comes first and holds before
+        the first knot.
     kind : "constant", "linear" or "cubic"
-        "constant" holds a value from its knot on to the next one (a schedule of switches); "cubic" is the natural spline.
+        "constant" holds a value from its knot on to the next one (see `Schedule`); "cubic" is the natural spline.
 
     Raises
     ------
@@ -53,10 +54,12 @@ class Forcing:
         values = as_times(values, "values of a Forcing")
         times = as_times(times, "times of a Forcing", values.device)
         least = 1 if kind == "constant" else 2
-        if times.dim() not in (1, 2) or len(times) < least or values.shape[: times.dim()] != times.shape:
+        ahead = kind == "constant" and values.dim() > 0 and times.dim() > 0 and len(values) == len(times) + 1
+        fits = values.shape[: times.dim()] == times.shape or (ahead and values.shape[1 : times.dim()] == times.shape[1:])
+        if times.dim() not in (1, 2) or len(times) < least - ahead or not fits:
             raise InvalidInput(
-                f"times of a Forcing must be (K,) or (K, B), at least {least}, and values (K, ...) or (K, B, ...): got "
-                f"{tuple(times.shape)} and {tuple(values.shape)}"
+                f"times of a Forcing must be (K,) or (K, B), at least {least}, and values (K, ...) or (K, B, ...)"
+                f"{', or one more than times' if kind == 'constant' else ''}: got {tuple(times.shape)} and {tuple(values.shape)}"
             )
         gaps = times.detach().diff(dim=0)
         if readable(gaps) and not bool((gaps >= 0 if kind == "linear" else gaps > 0).all()):
@@ -85,11 +88,14 @@ class Forcing:
 
     def __call__(self, t: Tensor) -> Tensor:
         """The input at ``t``: of 0-d ``t`` ``(...)``, of ``(B,)`` ``(B, ...)``."""
-        last = self.knots.shape[-1] - (1 if self.kind == "constant" else 2)
+        count = self.levels.shape[self.knots.dim() - 1]
+        # a value that holds before the first knot is the first one
+        skipped = self.knots.shape[-1] - count + 1
+        last = count - (1 if self.kind == "constant" else 2)
         if self.knots.dim() == 1:
-            i = (torch.searchsorted(self.knots.detach(), t.detach().contiguous(), right=True) - 1).clamp(0, last)
+            i = (torch.searchsorted(self.knots.detach(), t.detach().contiguous(), right=True) - skipped).clamp(0, last)
         else:
-            i = ((t.detach().unsqueeze(-1) >= self.knots.detach()).sum(-1) - 1).clamp(0, last)
+            i = ((t.detach().unsqueeze(-1) >= self.knots.detach()).sum(-1) - skipped).clamp(0, last)
 
         def at(table: Tensor, k: int) -> Tensor:
             if self.knots.dim() == 1:
@@ -110,6 +116,32 @@ class Forcing:
         assert self.bends is not None
         one, other = at(self.bends, 0), at(self.bends, 1)
         return line + wide(length, low) ** 2 / 6 * ((r**3 - r) * one + (s**3 - s) * other)
+
+
+def Schedule(times: Any, values: Any) -> Forcing:
+    """An input that is switched at known times: a constant `Forcing` of ``K`` times and ``K + 1`` values.
+
+    ``values[0]`` holds up to ``times[0]``, ``values[k]`` from ``times[k - 1]`` on. Times and values are differentiated; steps end at the
+    times.
+
+    Parameters
+    ----------
+    times : Tensor or sequence of numbers
+        ``(K,)``, increasing; ``(K, B)``: of each trajectory its own.
+    values : Tensor or sequence
+        ``(K + 1, ...)``, with times of each trajectory ``(K + 1, B, ...)``.
+
+    Raises
+    ------
+    InvalidInput
+    """
+    forcing = Forcing(times, values, "constant")
+    if len(forcing.values) != len(forcing.times) + 1:
+        raise InvalidInput(
+            f"a Schedule of {len(forcing.times)} times has {len(forcing.times) + 1} values, the first one up to the first time: got "
+            f"{len(forcing.values)}"
+        )
+    return forcing
 
 
 def _bends(knots: Tensor, levels: Tensor) -> Tensor:

@@ -290,7 +290,7 @@ def _text(jump: _Jump, system: System | VmappedSystem, rows: int) -> str:
     more = "" if jump.count == 1 else f" (the first of {jump.count} in which it was found)"
     what = f"component {layout.component(jump.component)} of {'its result' if system.residual is None else 'the residual'}"
     if jump.timed:
-        how, cure = "time", "name its times in step_ts=, or make it an adjoint.Forcing or adjoint.Doses, whose times are differentiated"
+        how, cure = "time", "name its times in step_ts=, or make it an adjoint.Schedule or adjoint.Doses, whose times are differentiated"
     else:
         how, cure = "state", "make it an adjoint.Event, with mode= for the branch of fun that holds"
     return (
