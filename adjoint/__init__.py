@@ -8,6 +8,8 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import linalg, methods, nn, nonlinear
     from .doors.branches import BranchSolution, FoldPoint, continuation
+    from .doors.contact_mechanics import ContactMechanics, ContactState
+    from .doors.contacts import Contact
     from .doors.dae import solve_dae
     from .doors.doses import Doses
     from .doors.event_data import Event
@@ -62,6 +64,9 @@ __all__ = [
     "BacksolveDiverged",
     "BranchSolution",
     "CapturedTensorLost",
+    "Contact",
+    "ContactMechanics",
+    "ContactState",
     "DiscreteAdjoint",
     "Doses",
     "Event",
@@ -128,6 +133,8 @@ _ROOMS = ("doors", "dropin", "errors", "integrate", "linalg", "methods", "native
 #: where the public names are: a module is imported when one of its names is asked for
 _HOMES = {
     ".doors.branches": "BranchSolution FoldPoint continuation",
+    ".doors.contact_mechanics": "ContactMechanics ContactState",
+    ".doors.contacts": "Contact",
     ".doors.dae": "solve_dae",
     ".doors.doses": "Doses",
     ".doors.event_data": "Event",

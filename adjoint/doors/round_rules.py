@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ..errors import InvalidInput
 from ..sensitivity.products import tangent, vjp
@@ -146,8 +146,8 @@ def rearmed(
     Where a reset leaves the function at zero, rounding decides its sign, and with it whether the event is found again at once. There it
     counts as being on the side of zero to which it moves, however little: a ball that leaves the ground is above it, and what goes on
     through a switching surface is beyond it. Zero is what lies within `NEAR` units of rounding of the time or of the terms of the function.
-    A function that does not move at first order moves where it is bent to; if that is on across, its event is found again, and in the end
-    `EventsAccumulate` says that nothing turns it back. One that does not move at all is where it came from.
+    A function that does not move at first order, but for rounding, moves where it is bent to; if that is on across, its event is found
+    again, and in the end `EventsAccumulate` says that nothing turns it back. One that does not move at all is where it came from.
     """
     zero = torch.zeros_like(hit, dtype=scale.reach.dtype)
     if not anywhere(hit):
@@ -162,8 +162,12 @@ def _shift(
     rule: Rule, hit: Tensor, begun: Boundary, shift: Tensor, after: Boundary, args: tuple[Any, ...], slope: Slope | None, scale: Scale
 ) -> Tensor:
     """See `rearmed`."""
-    value, rate, bend = _along(rule, after, hit, args, slope)
-    terms = _terms(rule, forward_fill(hit, (after.t, after.y, after.mode)), args)
+    at = forward_fill(hit, (after.t, after.y, after.mode))
+    with torch.enable_grad():
+        # which the right-hand side may want for derivatives of its own
+        rates = still(forward_fill(hit, after.yp) if slope is None else slope(*at))
+    terms, moving = _terms(rule, at, rates, args)
+    value, rate, bend = _along(rule, at, NEAR * scale.eps * moving, None if slope is not None else rates, args, slope)
     near = hit & (value.abs() <= NEAR * scale.eps * (scale.reach * rate.abs() + terms))
     if rule.direction:
         crossed = torch.full_like(rate, rule.direction).sign()
@@ -186,8 +190,9 @@ def _value(rule: Rule, at: _Point, args: tuple[Any, ...]) -> Tensor:
     return signed(rule.function(t, y, *mode, *args)).reshape(t.shape).to(t.dtype)
 
 
-def _terms(rule: Rule, at: _Point, args: tuple[Any, ...]) -> Tensor:
-    """The size ``(R)`` of what the event function is made from: each variable times the derivative in it."""
+def _terms(rule: Rule, at: _Point, rates: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """The sizes ``(R)`` of what the event function is made from, each variable times the derivative in it, and of what its slope is made
+    from: each derivative times the rate of the variable."""
     t, y, mode = at
     leaves, tree = tree_flatten(y)
 
@@ -197,15 +202,20 @@ def _terms(rule: Rule, at: _Point, args: tuple[Any, ...]) -> Tensor:
     with torch.enable_grad():
         out, pull = vjp(value, t, *leaves)
         bars = pull(torch.ones_like(out))
-    each = [(bar * x).detach().abs().to(t.dtype) for bar, x in zip(bars, (t, *leaves), strict=True)]
-    return torch.stack([x.reshape(*t.shape, -1).sum(-1) for x in each]).sum(0)
+
+    def size(factors: tuple[Any, ...]) -> Tensor:
+        each = [(bar * x).detach().abs().to(t.dtype) for bar, x in zip(bars, factors, strict=True)]
+        return torch.stack([x.reshape(*t.shape, -1).sum(-1) for x in each]).sum(0)
+
+    return size((t, *leaves)), size((torch.ones_like(t), *tree_leaves(rates)))
 
 
-def _along(rule: Rule, at: Boundary, hit: Tensor, args: tuple[Any, ...], slope: Slope | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The event function ``(R)``, and its first two derivatives along the solution; the second is taken for zero where there is no
-    right-hand side."""
-    t, y, mode = forward_fill(hit, (at.t, at.y, at.mode))
-    known = None if slope is not None else forward_fill(hit, at.yp)
+def _along(
+    rule: Rule, at: _Point, least: Tensor, known: Any, args: tuple[Any, ...], slope: Slope | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The event function ``(R)``, and its first two derivatives along the solution: a first one below ``least`` is zero, the second one is
+    taken for zero where there is no right-hand side, but ``known`` rates."""
+    t, y, mode = at
 
     def moved(tau: Tensor, rate: Any) -> Any:
         return tree_map(lambda a, b: a + wide(tau, a).to(a.dtype) * b, y, rate)
@@ -222,6 +232,7 @@ def _along(rule: Rule, at: Boundary, hit: Tensor, args: tuple[Any, ...], slope: 
     start = torch.zeros_like(t)
     with torch.enable_grad():
         now, rate = value(start).detach(), first(start).detach()
+        rate = torch.where(rate.abs() <= least, 0.0, rate)
         bend = start
         if slope is not None and anywhere(rate == 0):
             bend = tangent(first, (start,), (torch.ones_like(start),)).detach()

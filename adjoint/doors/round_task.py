@@ -22,7 +22,7 @@ from .round_rules import NEAR, Boundary, Rule, Scale, listed, rule_of
 from .rows import anywhere, chosen, still, usable
 from .solution import Solution
 
-__all__ = ["Progress", "Task", "needs_rounds", "task_of"]
+__all__ = ["Progress", "Task", "mode_of", "needs_rounds", "task_of"]
 
 
 def needs_rounds(events: Any) -> bool:
@@ -180,13 +180,13 @@ def task_of(door: Callable[..., Solution], implicit: Callable[..., Solution] | N
     none = torch.zeros_like(task.start, dtype=torch.bool)
     zero = torch.zeros_like(task.start)
     count = torch.zeros_like(task.start, dtype=torch.int64)
-    modes = () if mode is None else (_mode(mode, spec),)
+    modes = () if mode is None else (mode_of(mode, spec),)
     at, n = Boundary(task.start, y0, modes), len(task.watched)
     given = [torch.zeros_like(rule.stops, dtype=torch.bool) for rule in task.doses]
     return task, Progress(at, ~none, count, given, [zero] * n, [none] * n, [count] * n, count, count)
 
 
-def _mode(mode: Any, spec: StateSpec) -> Any:
+def mode_of(mode: Any, spec: StateSpec) -> Any:
     """The initial mode in tensors, one for each trajectory."""
 
     def one(x: Any) -> Tensor:

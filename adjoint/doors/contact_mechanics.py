@@ -1,0 +1,314 @@
+"""Mechanisms with contacts: impacts are events with resets, contacts that last are modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import EventsAccumulate, InvalidInput, UnsupportedCombination
+from ..system.capture import readable
+from ..system.system import StateSpec
+from .contacts import Contacts
+from .dae import solve_dae
+from .doses import Doses
+from .event_data import Event
+from .holonomic import bend, jacobian, rate, saddle, solved
+from .impacts import complementary, compliance, pressed
+from .mechanism import Mechanism, check_options, start_time
+from .round_rules import NEAR, Rule, listed, rule_of
+from .round_task import mode_of
+from .rows import anywhere
+from .solution import Solution
+
+__all__ = ["ContactMechanics", "ContactState"]
+
+#: the exponent of rounding: parts that overlap by less than this, beside the terms of the gap, touch each other
+_OVERLAP = 0.4
+
+
+class ContactState(NamedTuple):
+    """Coordinates ``q`` and velocities ``v`` (..., n), forces ``lam`` in the constraints and the stabilising ``mu`` (..., m), zero in exact
+    arithmetic, and forces ``push`` (..., c) in the contacts, zero in those that are open."""
+
+    q: Tensor
+    v: Tensor
+    lam: Tensor
+    mu: Tensor
+    push: Tensor
+
+
+class _Site(NamedTuple):
+    """A position: mass, Jacobians of constraints ``G`` and gaps ``N``, their slopes in time, the gaps, and what they are uncertain by."""
+
+    M: Tensor
+    G: Tensor
+    N: Tensor
+    drift: Tensor
+    opening: Tensor
+    gap: Tensor
+    noise: Tensor
+
+    def speed(self, v: Tensor, opening: Tensor | None = None) -> Tensor:
+        """``N v + opening`` (..., c), by default the rates of the gaps."""
+        return (self.N @ v.unsqueeze(-1)).squeeze(-1) + (self.opening if opening is None else opening)
+
+    def doubt(self, v: Tensor, opening: Tensor | None = None) -> Tensor:
+        """What rounding makes of `speed`, at most, in any contact."""
+        terms = (self.N * v.unsqueeze(-2)).abs().sum(-1) + (self.opening if opening is None else opening).abs()
+        return (NEAR * torch.finfo(v.dtype).eps * terms.amax(-1, keepdim=True).expand_as(terms)).detach()
+
+
+class ContactMechanics(Mechanism):
+    """See `mechanics`. A mode ``(..., c)`` says which contacts rest."""
+
+    def __init__(self, mass: Any, force: Callable[..., Tensor], constraint: Callable[..., Tensor] | None, contacts: Any) -> None:
+        super().__init__(mass, force, constraint)
+        self.contacts = Contacts(contacts)
+
+    def residual(self, t: Tensor, y: ContactState, yp: ContactState, mode: tuple[Any, ...], *args: Any) -> ContactState:
+        """Those of `mechanics` with the forces in the contacts: ``M v' = f - G^T lam + N^T push``. In those that rest, ``push`` keeps the
+        second derivative of the gap at zero. The first entry of ``mode`` says which these are, others are the user's."""
+        inner = (*mode[1:], *args)
+        rates, balance, g, drift = self.stabilised(t, y[:4], (yp.q, yp.v), inner)
+        N = jacobian(self.contacts.gaps(inner), t, y.q)
+        lift = (y.push.unsqueeze(-2) @ N).squeeze(-2)
+        return ContactState(rates, balance - lift, g, drift, y.push - self.forces(t, y.q, y.v, N, mode[0], inner))
+
+    def forces(self, t: Tensor, q: Tensor, v: Tensor, N: Tensor, resting: Tensor, args: tuple[Any, ...]) -> Tensor:
+        """Of the contacts, whose gaps have the Jacobian ``N``, those that rest: ``(..., c)``, zero for others."""
+        return self._accelerations(t, q, v, N, resting, args)[..., -resting.shape[-1] :]
+
+    def _accelerations(self, t: Tensor, q: Tensor, v: Tensor, N: Tensor, resting: Tensor, args: tuple[Any, ...]) -> Tensor:
+        """Accelerations, forces in constraints and in contacts, one behind the other."""
+        G, curve = self.curved(t, q, v, args)
+        matrix = pressed(self.mass_matrix(q, args), G, N, resting)
+        return solved(matrix, self.force(t, q, v, *args), -curve, torch.where(resting, -bend(self.contacts.gaps(args), t, q, v), 0.0))
+
+    def _site(self, t: Tensor, q: Tensor, args: tuple[Any, ...]) -> _Site:
+        gaps = self.contacts.gaps(args)
+        gap, opening = rate(gaps, t, q, torch.zeros_like(q))
+        (G, drift), N = self.sloped(t, q, args), jacobian(gaps, t, q)
+        terms = (N * q.unsqueeze(-2)).abs().sum(-1) + (opening * t.unsqueeze(-1)).abs()
+        return _Site(self.mass_matrix(q, args), G, N, drift, opening, gap, torch.finfo(q.dtype).eps * terms.detach())
+
+    def _meet(
+        self, t: Tensor, q: Tensor, v: Tensor, site: _Site, closed: Tensor, given: Tensor, loose: Tensor, args: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What follows where contacts are ``closed`` (..., c): coordinates, velocities, and which contacts rest.
+
+        ``given``: rates of the gaps that count as zero; ``loose``: contacts that are not to rest.
+
+        Newton's law for all that are closed at once (Moreau 1988, CISM Courses and Lectures 302:1): of an impulse ``p >= 0`` and of
+        ``s+ + e s- >= 0`` one is zero. Contacts that are closed and slow stay, if accelerations ask for a force that pushes.
+        """
+        M, G, N, n = site.M, site.G, site.N, q.shape[-1]
+        speed = site.speed(v) - given
+        e = self.contacts.restitution(speed, args)
+        with torch.no_grad():
+            slow = -e * speed.clamp(max=0.0) <= self.contacts.rest_speed(speed)
+            kept = torch.where(slow, 0.0, e)
+            active, _ = complementary(compliance(M, G, N), speed + kept * speed.clamp(max=0.0), closed, site.doubt(v), self.contacts.names)
+        after = -site.opening - torch.where(slow, 0.0, e) * speed.clamp(max=0.0)
+        momentum = (M @ v.unsqueeze(-1)).squeeze(-1)
+        v = solved(pressed(M, G, N, active), momentum, -site.drift, torch.where(active, after, 0.0))[..., :n]
+        resting = self._lasting(t, q, v, site, active & slow & ~loose, args)
+        return self._apart(q, site, closed, resting), v, resting
+
+    @torch.no_grad()
+    def _lasting(self, t: Tensor, q: Tensor, v: Tensor, site: _Site, able: Tensor, args: tuple[Any, ...]) -> Tensor:
+        """Those of the contacts that are ``able`` to rest which push then: of a force and an acceleration, both at least zero, one is zero.
+
+        One without force or acceleration is not held, so that it may open at any time.
+        """
+        free = solved(saddle(site.M, site.G), self.force(t, q, v, *args), -self.curved(t, q, v, args)[1])[..., : q.shape[-1]]
+        curve = bend(self.contacts.gaps(args), t, q, v)
+        noise, W = site.doubt(free, curve), compliance(site.M, site.G, site.N)
+        resting, push = complementary(W, site.speed(free, curve), able, noise, self.contacts.names)
+        return resting & (push * W.diagonal(dim1=-2, dim2=-1) > noise)
+
+    def _apart(self, q: Tensor, site: _Site, touching: Tensor, resting: Tensor) -> Tensor:
+        """Coordinates with which gaps are zero where contacts rest, and open, by no more than rounding, where they only touch."""
+        none, n = (torch.zeros_like(q), torch.zeros_like(site.drift)), q.shape[-1]
+        onto = solved(pressed(site.M, site.G, site.N, resting), *none, torch.where(resting, -site.gap, 0.0))[..., :n]
+        with torch.no_grad():
+            # which is no part of the motion: what only touches is free to move
+            least = (8 * site.noise).clamp(min=16 * torch.finfo(q.dtype).tiny)
+            away = torch.where(touching & ~resting, least - site.gap - site.speed(onto, torch.zeros_like(least)), 0.0)
+            off = solved(pressed(site.M, site.G, site.N, touching | resting), *none, away)[..., :n]
+        return q + onto + off
+
+    def _touching(self, t: Tensor, site: _Site, speed: Tensor) -> Tensor:
+        """Contacts whose gap is zero but for rounding, or less."""
+        eps = torch.finfo(speed.dtype).eps
+        return (site.gap <= NEAR * (eps * t.unsqueeze(-1).abs() * speed.abs() + site.noise)).detach()
+
+    def initial(self, q0: Tensor, v0: Tensor, *args: Any, t0: Any = 0.0) -> tuple[ContactState, ContactState, Tensor]:
+        """Consistent state and slope at ``t0`` near the given coordinates and velocities, and which contacts rest; see `Mechanism.placed`.
+
+        Contacts that are closed and do not open rest if they push. Raises `InvalidInput` where parts overlap.
+        """
+        t = start_time(t0, q0, v0)
+        q, v = self.placed(t, q0, v0, args)
+        site = self._site(t, q, args)
+        speed = site.speed(v)
+        self._check_apart(site, torch.zeros_like(speed, dtype=torch.bool), "at the start: give other coordinates q0")
+        near = self._touching(t, site, speed)
+        # those that close are left to their event
+        resting = self._lasting(t, q, v, site, near & (speed.abs() <= site.doubt(v)).detach(), args)
+        momentum = (site.M @ v.unsqueeze(-1)).squeeze(-1)
+        v = solved(pressed(site.M, site.G, site.N, resting), momentum, -site.drift, torch.where(resting, -site.opening, 0.0))[
+            ..., : q.shape[-1]
+        ]
+        q = self._apart(q, site, near, resting)
+        every = self._accelerations(t, q, v, jacobian(self.contacts.gaps(args), t, q), resting, args)
+        n, m = q.shape[-1], site.G.shape[-2]
+        a, lam, push = every[..., :n], every[..., n : n + m], every[..., n + m :]
+        zero = torch.zeros_like(lam)
+        return ContactState(q, v, lam, zero, push), ContactState(v, a, zero, zero, torch.zeros_like(push)), resting
+
+    def _check_apart(self, site: _Site, known: Tensor, where: str) -> None:
+        """Raise for gaps that are negative, but those that are ``known``."""
+        overlap = site.gap.detach()
+        allowed = torch.finfo(overlap.dtype).eps ** (_OVERLAP - 1) * site.noise
+        bad = (overlap < -allowed) & ~known
+        if readable(bad) and bool(bad.any()):
+            row, i = divmod(int(bad.reshape(-1).to(torch.int64).argmax()), bad.shape[-1])
+            many = f" in trajectory {row}" if bad.dim() == 2 else ""
+            size = float(overlap.reshape(-1, bad.shape[-1])[row, i])
+            raise InvalidInput(f"the gap of {self.contacts.names[i]!r} is {size:.3g}{many} {where}, so that no gap is negative")
+
+    def _impact(self, i: int) -> Callable[..., Any]:
+        """The reset of a contact that closes."""
+        return lambda t, y, mode, *args: self._changed(t, y, mode, args, self._only(i, mode[0]), self._only(None, mode[0]))
+
+    def _release(self, i: int) -> Callable[..., Any]:
+        """The reset of one that ceases to push."""
+        return lambda t, y, mode, *args: self._changed(t, y, mode, args, self._only(i, mode[0]), self._only(i, mode[0]))
+
+    @staticmethod
+    def _only(i: int | None, resting: Tensor) -> Tensor:
+        place = torch.arange(resting.shape[-1], device=resting.device)
+        return (place == (-1 if i is None else i)).expand_as(resting)
+
+    def _changed(self, t: Tensor, y: ContactState, mode: Any, args: Any, own: Tensor, loose: Tensor) -> tuple[ContactState, Any]:
+        inner, resting = (*mode[1:], *args), mode[0]
+        site = self._site(t, y.q, inner)
+        speed = site.speed(y.v)
+        closed = own | resting | self._touching(t, site, speed)
+        # what those that rest are off by is no speed
+        given = torch.where(resting, speed, 0.0).detach()
+        q, v, resting = self._meet(t, y.q, y.v, site, closed, given, loose, inner)
+        return y._replace(q=q, v=v), (resting, *mode[1:])
+
+    def _events(self) -> list[Event]:
+        """Of every contact where it closes, and where it ceases to push."""
+        out = []
+        for i, name in enumerate(self.contacts.names):
+
+            def closing(t: Tensor, y: ContactState, mode: Any, *args: Any, i: int = i) -> Tensor:
+                gap = self.contacts.gap(i, t, y.q, (*mode[1:], *args))
+                return torch.where(mode[0][..., i], torch.ones_like(gap), gap)
+
+            def pushing(t: Tensor, y: ContactState, mode: Any, *args: Any, i: int = i) -> Tensor:
+                inner = (*mode[1:], *args)
+                N = jacobian(self.contacts.gaps(inner), t, y.q)
+                push = self.forces(t, y.q, y.v, N, mode[0], inner)[..., i]
+                return torch.where(mode[0][..., i], push, torch.ones_like(push))
+
+            out += [
+                Event(closing, -1, reset=self._impact(i), name=name),
+                Event(pushing, -1, reset=self._release(i), name=f"{name} released"),
+            ]
+        return out
+
+    def _own(self, rule: Rule, owned: bool) -> Event:
+        """An event of the user; what its reset gives may open and close contacts."""
+
+        def function(t: Tensor, y: ContactState, mode: Any, *args: Any) -> Tensor:
+            return rule.function(t, y, *mode[1:], *args)
+
+        def reset(t: Tensor, y: ContactState, mode: Any, *args: Any) -> tuple[ContactState, Any]:
+            assert rule.reset is not None
+            inner, resting, own = (*mode[1:], *args), mode[0], mode[1:]
+            given = rule.reset(t, y, *inner)
+            if owned:
+                if not isinstance(given, tuple) or isinstance(given, ContactState) or len(given) != 2:
+                    raise InvalidInput(f"the reset of {rule.title} must return (y, mode), as there is mode=")
+                given, own = given[0], (given[1],)
+            if not isinstance(given, ContactState):
+                raise InvalidInput(
+                    f"the reset of {rule.title} must return a ContactState (y._replace(v=...)), got a {type(given).__name__}"
+                )
+            return self._after(t, y, given, (resting, *own), args, rule.title)
+
+        return Event(function, rule.direction, rule.terminal, None if rule.reset is None else reset, rule.name)
+
+    def _after(self, t: Tensor, before: ContactState, y: ContactState, mode: Any, args: Any, title: str) -> tuple[ContactState, Any]:
+        """What follows where the user's reset gave ``y``."""
+        inner, resting = (*mode[1:], *args), mode[0]
+        gaps = self.contacts.gaps(inner)
+        gap, given = rate(gaps, t, before.q, before.v)
+        site = self._site(t, y.q, inner)
+        # a contact that rests goes on where neither its gap nor the rate of it was changed
+        resting = resting & (site.gap - gap <= NEAR * site.noise).detach()
+        self._check_apart(
+            site, (resting & (site.gap - gap >= -NEAR * site.noise)).detach(), f"behind the reset of {title}: give a state there"
+        )
+        speed = site.speed(y.v)
+        closed = resting | self._touching(t, site, speed)
+        given = torch.where(resting, given, 0.0).detach()
+        q, v, resting = self._meet(t, y.q, y.v, site, closed, given, torch.zeros_like(resting), inner)
+        return y._replace(q=q, v=v), (resting, *mode[1:])
+
+    def solve(
+        self,
+        t_span: Any,
+        q0: Tensor,
+        v0: Tensor,
+        args: Any = (),
+        *,
+        mode: Any = None,
+        events: Any = None,
+        quadrature: Any = None,
+        **options: Any,
+    ) -> Solution:
+        """`solve_dae` from consistent values near ``q0``, ``v0``; ``sol.y`` is a `ContactState` of tensors with time first.
+
+        Two dimensions of ``q0`` are a batch: give ``batched=True`` too. ``options`` are those of `solve_dae`. ``sol.events`` has the user's
+        events first, then two of every contact (`Contact`). With ``mode=`` mass, force, constraint and gaps get it before ``args``. A reset
+        of the user that changes coordinates or velocities opens and closes contacts.
+
+        Raises `EventsAccumulate` where bounces do not end (see ``rest_speed`` of `Contact`).
+        """
+        args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
+        check_options(q0, options)
+        ends = [torch.as_tensor(x, dtype=torch.float64) for x in t_span]
+        if anywhere((ends[-1] < ends[0]).detach()):
+            raise InvalidInput("contacts go forward in time, but t_span ends before it starts: an impact cannot be undone")
+        if any(isinstance(event, Doses) for event in listed(events)):
+            raise UnsupportedCombination("Doses change the state, which contacts= does by resets: give an Event of the time with a reset")
+        modes = () if mode is None else (mode_of(mode, StateSpec.of(q0, q0.dim() == 2)),)
+        y0, yp0, resting = self.initial(q0, v0, *modes, *args, t0=t_span[0])
+        every = [self._own(rule_of(event, i), bool(modes)) for i, event in enumerate(listed(events))] + self._events()
+        integrand = quadrature
+        if callable(quadrature):
+            integrand = lambda t, y, mode, *args: quadrature(t, y, *mode[1:], *args)  # noqa: E731
+        try:
+            return solve_dae(
+                self.residual,
+                t_span,
+                y0,
+                yp0,
+                args=args,
+                mode=(resting, *modes),
+                events=every,
+                quadrature=integrand,
+                consistent="trust",
+                **options,
+            )
+        except EventsAccumulate as error:
+            text = f"{error}. Of contacts: give Contact(..., rest_speed=), below which one that bounces stays closed"
+            raise EventsAccumulate(text, t=error.t, trajectory=error.trajectory) from error

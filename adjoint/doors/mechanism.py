@@ -1,0 +1,129 @@
+"""A mechanism: mass, force and constraint, and what is made of them by automatic differentiation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidInput, SingularJacobian
+from ..system.capture import readable
+from .holonomic import Rows, bend, jacobian, linear, products, rate, saddle, solved
+from .steady import solve_root
+
+__all__ = ["Mechanism", "check_options", "start_time"]
+
+
+class Mechanism:
+    """``M(q) q'' = f(t, q, q') - G^T lam`` on ``g(t, q) = 0``; see `mechanics`."""
+
+    def __init__(self, mass: Any, force: Callable[..., Tensor], constraint: Callable[..., Tensor] | None) -> None:
+        for name, value in (("force", force), ("constraint", constraint)):
+            if not callable(value) and not (name == "constraint" and value is None):
+                raise InvalidInput(f"{name} must be callable, got a {type(value).__name__}")
+        if not callable(mass) and not isinstance(mass, Tensor):
+            raise InvalidInput(f"mass must be a tensor (n, n) or (n,), or a function of (q, *args), got a {type(mass).__name__}")
+        self.mass: Any = mass
+        self.force, self.constraint = force, constraint
+
+    def times_mass(self, q: Tensor, x: Tensor, args: tuple[Any, ...]) -> Tensor:
+        M = self._mass(q, args)
+        return M * x if self._diagonal(M, q) else (M @ x.unsqueeze(-1)).squeeze(-1)
+
+    def _mass(self, q: Tensor, args: tuple[Any, ...]) -> Tensor:
+        M: Tensor = self.mass(q, *args) if callable(self.mass) else self.mass  # type: ignore[assignment]
+        n = q.shape[-1]
+        if M.shape[-1] != n or (M.dim() >= 2 and M.shape[-2] not in (n, *M.shape[:-1])):
+            raise InvalidInput(f"mass has shape {tuple(M.shape)}, but there are {n} coordinates: (..., {n}, {n}) or ({n},) is expected")
+        return M
+
+    @staticmethod
+    def _diagonal(M: Tensor, q: Tensor) -> bool:
+        """Whether the mass is given by its diagonal: one dimension, or the shape of ``q``, less than that of a matrix."""
+        return M.dim() == 1 or (M.dim() == q.dim() and M.dim() < 2)
+
+    def mass_matrix(self, q: Tensor, args: tuple[Any, ...]) -> Tensor:
+        """``(..., n, n)``."""
+        M = self._mass(q, args)
+        full = torch.diag_embed(M) if self._diagonal(M, q) else M
+        return full.expand(*q.shape, q.shape[-1])
+
+    def _rows(self, args: tuple[Any, ...]) -> Rows:
+        """The constraints at fixed arguments."""
+        constraint = self.constraint
+        assert constraint is not None
+        return lambda t, q: constraint(t, q, *args)
+
+    def sloped(self, t: Tensor, q: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """``G`` (..., m, n) and ``g_t`` (..., m)."""
+        if self.constraint is None:
+            return q.new_zeros(*q.shape[:-1], 0, q.shape[-1]), q[..., :0]
+        rows = self._rows(args)
+        return jacobian(rows, t, q), rate(rows, t, q, torch.zeros_like(q))[1]
+
+    def curved(self, t: Tensor, q: Tensor, v: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """``G``, and the second derivative of ``g`` (..., m) along the motion without acceleration."""
+        if self.constraint is None:
+            return self.sloped(t, q, args)
+        rows = self._rows(args)
+        return jacobian(rows, t, q), bend(rows, t, q, v)
+
+    def stabilised(self, t: Tensor, y: tuple[Tensor, ...], rates: tuple[Tensor, Tensor], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """The equations of Gear, Gupta & Leimkuhler (1985) for ``y = (q, v, lam, mu)`` and ``rates = (q', v')``, index 2:
+
+        ``q' = v - G^T mu``, ``M v' = f - G^T lam``, ``g = 0``, ``G v + g_t = 0``. Both constraints are there, so that neither drifts.
+        """
+        q, v, lam, mu = y
+        balance = self.times_mass(q, rates[1], args) - self.force(t, q, v, *args)
+        if self.constraint is None:
+            return rates[0] - v, balance, lam, mu
+        g, pull, push = linear(self._rows(args), t, q)
+        down, side, drift = pull(mu)[1], pull(lam)[1], push((torch.ones_like(t), v))[0]
+        return rates[0] - v + down, balance + side, g, drift
+
+    def placed(self, t: Tensor, q0: Tensor, v0: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """Coordinates moved to the nearest ones on the constraint, velocities to the nearest ones in the metric of ``M`` that stay on it.
+
+        Raises `SingularJacobian` for redundant constraints (under ``torch.vmap``, which lets nobody look at values, one is found out by the
+        solve only).
+        """
+        if self.constraint is None:
+            return q0, v0
+        rows = self._rows(args)
+        G = jacobian(rows, t, q0)
+        m, n = G.shape[-2:]
+        values = torch.linalg.svdvals(G.detach())
+        if m > n or (readable(values) and bool((values[..., -1] <= 1e-10 * values[..., 0].clamp(min=1e-300)).any())):
+            rank = n if not readable(values) else int((values > 1e-10 * values[..., :1]).sum(-1).min())
+            raise SingularJacobian(
+                f"the {m} constraints are redundant at q0: their Jacobian has rank {rank}. "
+                "Leave out those that follow from the others (and start away from singular positions)"
+            )
+
+        def onto(z: dict[str, Tensor], time: Tensor, start: Tensor, *rest: Any) -> dict[str, Tensor]:
+            (along,) = products(self._rows(tuple(rest)), time, z["q"], z["s"])
+            return {"q": z["q"] - start - along, "s": self._rows(tuple(rest))(time, z["q"])}
+
+        guess = {"q": q0.detach(), "s": q0.detach().new_zeros(*q0.shape[:-1], m)}
+        q = solve_root(onto, guess, (t, q0, *args), batched=q0.dim() == 2).x["q"]
+        G, drift = self.sloped(t, q, args)
+        return q, solved(saddle(self.mass_matrix(q, args), G), self.times_mass(q, v0, args), -drift)[..., :n]
+
+
+def start_time(t0: Any, q0: Tensor, v0: Tensor) -> Tensor:
+    """The time at the start, ``()`` or ``(B,)``; raises for coordinates and velocities that are none."""
+    if q0.shape != v0.shape or q0.dim() not in (1, 2) or q0.dtype != v0.dtype:
+        raise InvalidInput(f"q0 and v0 must have one shape, (n,) or (B, n), and dtype; got {tuple(q0.shape)} and {tuple(v0.shape)}")
+    t = torch.as_tensor(t0, dtype=q0.dtype, device=q0.device)
+    return t.expand(q0.shape[0]).contiguous() if q0.dim() == 2 else t.reshape(())
+
+
+def check_options(q0: Tensor, options: dict[str, Any]) -> None:
+    """Raise for options that a mechanism decides itself."""
+    if bool(options.get("batched", False)) != (q0.dim() == 2):
+        raise InvalidInput(f"q0 has shape {tuple(q0.shape)}: (n,), or (B, n) with batched=True")
+    for name in ("yp0", "consistent", "differential"):
+        if name in options:
+            raise InvalidInput(f"{name}= is decided here: use solve_dae with residual and initial for a choice of your own")
