@@ -72,15 +72,16 @@ def loops() -> list[str]:
 
 
 def newtons() -> list[str]:
-    """Functions that estimate the error of an iteration for stages by its rate of convergence."""
+    """Functions that iterate for stages, with an estimate of the error by the rate of convergence, ``rate / (1 - rate)``."""
 
-    def estimates(x: ast.AST) -> bool:
-        if not (isinstance(x, ast.BinOp) and isinstance(x.op, ast.Div) and isinstance(x.right, ast.BinOp)):
-            return False
-        text = ast.unparse(x.right)
-        return text.replace("1.0", "1").startswith("1 - ") and text.split(" - ")[1] in ast.unparse(x.left)
+    def rates(x: ast.AST) -> bool:
+        return isinstance(x, ast.BinOp) and isinstance(x.op, ast.Sub) and ast.unparse(x) in ("1 - rate", "1.0 - rate")
 
-    return _where(lambda name, f: name.startswith(("integrate", "methods")) and any(map(estimates, _own(f))))
+    def found(name: str, f: ast.FunctionDef) -> bool:
+        own = list(_own(f))
+        return any(map(rates, own)) and any(isinstance(x, (ast.For, ast.While)) for x in own)
+
+    return _where(lambda name, f: not name.startswith("nonlinear") and found(name, f))
 
 
 def ways_back() -> list[str]:

@@ -174,16 +174,13 @@ def solve_ivp(
     """
     arguments = locals()
     known = asked_before(arguments)
-    done = None if known is None else known.solution(solve_ivp)
-    if done is not None:
+    if known is not None and (done := known.solution(solve_ivp)) is not None:
         return done
     mass = mass_matrix if in_step(method, mass_matrix) else None
     if mass_matrix is not None and mass is None:
         return as_part(solve_dae, **as_residual(arguments))
     chosen, args, implicit_options = check_method(method), listed_args(args), {k: arguments[k] for k in _IMPLICIT}
-    _check_options(chosen, implicit_options, first_step, max_steps)
-    check_controller(chosen, controller)
-    _check_fun(fun, chosen)
+    _check(fun, chosen, implicit_options, arguments)
     user_spec = StateSpec.of(y0, batched)
     check_precision(user_spec, rtol)
     if not batched:
@@ -227,12 +224,8 @@ def solve_ivp(
         y_flat, implicit_system = consistent_start(system, times, y_flat, user_spec, {"rtol": plan.rtol, "atol": plan.atol})
         failing = dae_failure
     exact = chosen.needs_time_slope
-    ways = {
-        "algebra": stage_algebra(system, inputs, spec, **implicit_options, exact=exact, mass=mass) if chosen.implicit else None,
-        "derivatives": derivatives,
-        "native": native,
-        "idle": times.readable_idle,
-    }
+    algebra = stage_algebra(system, inputs, spec, **implicit_options, exact=exact, mass=mass) if chosen.implicit else None
+    ways = {"algebra": algebra, "derivatives": derivatives, "native": native, "idle": times.readable_idle}
     problem = Problem(system, plan, batched, reporting(plan, failing if throw else None, implicit_system, inputs), backward.add, **ways)
     strategy = strategy_of(gradient)
     if chosen.switching:
@@ -279,7 +272,18 @@ def _parameter_names(fun: Callable[..., Any], captured: Sequence[Tensor]) -> tup
     return tuple(names[id(x)] for x in captured) if all(id(x) in names for x in captured) else None
 
 
-def _check_fun(fun: Any, method: Method) -> None:
+def _check(fun: Any, method: Method, implicit: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """Raise for arguments that do not go with the method; ``implicit``: those for implicit ones."""
+    for name, value in implicit.items():
+        if value is not None and not method.implicit:
+            raise UnsupportedCombination(f"{name}= is for implicit methods; {method.name!r} solves no linear systems")
+    if not method.adaptive and arguments["first_step"] is None:
+        raise InvalidInput(
+            f"{method.name!r} takes constant steps: give their size as first_step=, or choose an adaptive method such as 'tsit5'"
+        )
+    if not isinstance(arguments["max_steps"], Integral) or arguments["max_steps"] < 1:
+        raise InvalidInput(f"max_steps must be a positive integer, got {arguments['max_steps']!r}")
+    check_controller(method, arguments["controller"])
     if not callable(fun):
         given = "SplitFunction(explicit, implicit) instead of a tuple" if isinstance(fun, (tuple, list)) else "a function"
         raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}: give {given}")
@@ -288,15 +292,3 @@ def _check_fun(fun: Any, method: Method) -> None:
             f"method={method.name!r} treats one part of the right-hand side explicitly and the other one implicitly: give "
             "fun=adjoint.SplitFunction(explicit, implicit), or choose a method for a fun in one piece, such as 'kvaerno5'"
         )
-
-
-def _check_options(method: Method, implicit: dict[str, Any], first_step: Any, max_steps: Any) -> None:
-    for name, value in implicit.items():
-        if value is not None and not method.implicit:
-            raise UnsupportedCombination(f"{name}= is for implicit methods; {method.name!r} solves no linear systems")
-    if not method.adaptive and first_step is None:
-        raise InvalidInput(
-            f"{method.name!r} takes constant steps: give their size as first_step=, or choose an adaptive method such as 'tsit5'"
-        )
-    if not isinstance(max_steps, Integral) or max_steps < 1:
-        raise InvalidInput(f"max_steps must be a positive integer, got {max_steps!r}")

@@ -20,16 +20,16 @@ from ..system.system import StateSpec, System
 from .arguments import Times, check_method, listed_args
 from .dae_arguments import initial_values, residual_algebra
 
-__all__ = ["as_residual", "consistent_start", "in_step", "with_mass", "with_matrix", "without_last"]
+__all__ = ["RESIDUAL_METHODS", "as_residual", "consistent_start", "in_step", "with_mass", "with_matrix", "without_last"]
 
 #: the methods for implicit equations, by the names that they have for explicit ones
-_METHODS = {"radau5": "radau", "radau": "radau", "radauIIA3": "radau3", "bdf": "bdf"}
+RESIDUAL_METHODS = {"radau5": "radau", "radau": "radau", "radauIIA3": "radau3", "bdf": "bdf"}
 
 
 def _implicit_method(method: str | Method, options: dict[str, Any]) -> str:
     """The method for implicit equations that stands for ``method``; raises for options that it does not have."""
     name = method if isinstance(method, str) else check_method(method).name
-    if name not in _METHODS:
+    if name not in RESIDUAL_METHODS:
         raise UnsupportedCombination(
             f"mass_matrix= is not supported by {name!r}: give method='radau5' (or 'radauIIA3', 'bdf'; "
             "'rodas5p', 'rodas4', 'rodas3p' for a constant matrix)"
@@ -37,7 +37,7 @@ def _implicit_method(method: str | Method, options: dict[str, Any]) -> str:
     for option, value in options.items():
         if value is not None:
             raise UnsupportedCombination(f"{option}= with mass_matrix= is not supported: leave {option} out, or use solve_dae")
-    return _METHODS[name]
+    return RESIDUAL_METHODS[name]
 
 
 def as_residual(arguments: dict[str, Any]) -> dict[str, Any]:

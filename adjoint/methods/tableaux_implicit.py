@@ -99,6 +99,11 @@ class CollocationTableau:
         """Order of the embedded formula."""
         return len(self.c)
 
+    @property
+    def dense_order(self) -> int:
+        """Order of the dense output."""
+        return len(self.c)
+
 
 def _set(tableau: CollocationTableau, name: str, value: object) -> None:
     object.__setattr__(tableau, name, value)

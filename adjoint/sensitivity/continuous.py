@@ -24,7 +24,16 @@ from .padding import padding, shelter
 from .problem import GradientTraits, Outputs, Problem
 from .way_back import Trajectory, walk
 
-__all__ = ["GaussAdjoint", "InterpolatingAdjoint", "QuadratureAdjoint"]
+__all__ = ["GaussAdjoint", "InterpolatingAdjoint", "QuadratureAdjoint", "method_back"]
+
+
+def method_back(method: Method, residual: bool) -> Method:
+    """The method by which an adjoint is integrated back if nobody names one; ``residual``: of implicit equations."""
+    if method.needs_time_slope or method.additive:
+        return METHODS["kvaerno5"]
+    if method.multistep:
+        return DAE_METHODS["radau"] if residual else METHODS["radau5" if method.implicit else "dopri8"]
+    return method
 
 
 @dataclass(frozen=True)
@@ -87,11 +96,7 @@ class _Continuous(GradientTraits):
         implicit = problem.system.residual is not None
         method: Any = self.method
         if method is None:
-            method = plan.method
-            if method.needs_time_slope or method.additive:
-                method = METHODS["kvaerno5"]
-            elif method.multistep:
-                method = DAE_METHODS["radau"] if implicit else METHODS["radau5" if method.implicit else "dopri8"]
+            method = method_back(plan.method, implicit)
         elif isinstance(method, str):
             table = DAE_METHODS if implicit else METHODS
             if method not in table:
