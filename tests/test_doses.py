@@ -182,8 +182,139 @@ def test_wrong_doses(make, match):
 def test_refused():
     with pytest.raises(adjoint.InvalidInput, match="forward"):
         solve_ivp(two, (1.0, 0.0), torch.zeros(2), tuple(values(0.3, 0.5, 0.2)), events=Doses([2.0], 1.0, 0))
-    with pytest.raises(adjoint.UnsupportedCombination, match="infusions"):
-        solve_ivp(
-            two, (0.0, 1.0), torch.zeros(2), tuple(values(0.3, 0.5, 0.2)), events=Doses([0.5], 1.0, 0, duration=0.1),
-            mass_matrix=torch.eye(2), method="radau5",
-        )  # fmt: skip
+
+
+# --- several at one time ---
+
+
+@pytest.mark.parametrize("method", ["verner9", "native tsit5", "radau"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_each_of_several_at_one_time_moves_alone(method, batched):
+    """A bolus with the start of an infusion, two boluses, infusions one behind the other, and a reset that does nothing: each of the times
+    and durations is differentiated as if it were alone there."""
+    native, name = method.startswith("native"), method.removeprefix("native ")
+    p = values(0.3, 0.5, 0.2)
+    loading, start, duration, twice = q = values([0.5], [0.5, 1.25], 0.75, [2.0, 2.0])
+    events = [
+        Doses(start, 3.0, [0, 1], duration=duration),
+        adjoint.Event(lambda t, y, *args: y[..., 0] * 0 + t - 1.25, reset=lambda t, y, *args: y, direction=1),
+        Doses(loading, 2.0, 1, name="loading"),
+        Doses(twice, [1.0, 0.5], [0, 1], name="twice"),
+    ]
+    y0 = torch.zeros(2, 2) if batched else torch.zeros(2)
+    tight = {"rtol": 1e-11, "atol": 1e-13, "compile": native, "batched": batched, "events": events}
+    if name == "radau":
+        sol = adjoint.solve_dae(lambda t, y, yp, *args: yp - two(t, y, *args), (0.0, 4.0), y0, args=tuple(p), **tight)
+    else:
+        sol = solve_ivp(two, (0.0, 4.0), y0, tuple(p), method=name, **tight)
+    A = matrix(*p)
+    wanted = sum(infusion(4.0, start[j], start[j] + duration, 3.0 / duration, j, A) for j in range(2))
+    wanted = wanted + bolus(4.0, loading[0], 2.0, 1, A) + bolus(4.0, twice[0], 1.0, 0, A) + bolus(4.0, twice[1], 0.5, 1, A)
+    agree(sol.y[-1, 1] if batched else sol.y[-1], wanted, [*p, *q], 1e-8, second=name != "radau")
+    at = sol.events["loading"].t[0]
+    assert torch.autograd.grad(at.sum(), loading)[0].tolist() == [1.0 + batched]
+
+
+# --- implicit equations ---
+
+
+def implicit(t, y, yp, k, k12, k21):
+    """The flow between the compartments is an algebraic variable, and the second equation is that of the whole amount."""
+    a, b, flow = y[..., 0], y[..., 1], y[..., 2]
+    first = yp[..., 0] + k * a + flow
+    return torch.stack([first, yp[..., 0] + yp[..., 1] + k * a, flow - k12 * a + k21 * b], -1)
+
+
+def semi(t, y, k, k12, k21):
+    a, b, flow = y[..., 0], y[..., 1], y[..., 2]
+    return torch.stack([-k * a - flow, -k * a, flow - k12 * a + k21 * b], -1)
+
+
+#: of the same equations: not a diagonal one
+MASS = [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+def solved(method, y0, args, **options):
+    """By implicit equations, or with a mass matrix, constant or a function."""
+    native, method = method.startswith("native"), method.removeprefix("native ")
+    kind, _, name = method.rpartition(" ")
+    tight = {"rtol": 1e-11, "atol": 1e-13, "compile": native} | options
+    if not kind:
+        return adjoint.solve_dae(implicit, (0.0, 4.0), y0, args=args, method=name, **tight)
+    mass = torch.tensor(MASS)
+    return solve_ivp(semi, (0.0, 4.0), y0, args, method=name, mass_matrix=mass if kind == "mass" else lambda t, y, *args: mass, **tight)
+
+
+ALL_IMPLICIT = ["radau", "native radau", "mass radau5", "mass rodas5p", "native mass rodas5p", "varying radau5"]
+
+
+@pytest.mark.parametrize("method", [*ALL_IMPLICIT, "bdf"])
+def test_implicit_equations(method):
+    """Boluses, lag times, and infusions that overlap and are repeated: derivatives in times, amounts, rates and lag."""
+    _, k12, k21 = p = values(0.3, 0.5, 0.2)
+    times, amounts, lag, duration, start, dose, rate, other = q = values(
+        [0.0, 1.0, 2.5], [1.0, 2.0, 0.5], 0.1, 0.75, [0.6, 1.0], 3.0, 2.0, [1.0, 0.5]
+    )
+    events = [
+        Doses(times, amounts, 0, lag=lag, name="bolus"),
+        Doses(start, dose, [0, 1], duration=duration, lag=lag, name="infusion"),
+        Doses([0.0, 3.0], other, 1, rate=rate, name="drip"),
+    ]
+    loose = {"rtol": 1e-8, "atol": 1e-10} if method == "bdf" else {}
+    sol = solved(method, torch.zeros(3), tuple(p), events=events, t_eval=[2.0, 4.0], **loose)
+    A = matrix(*p)
+    for i, t in enumerate((2.0, 4.0)):
+        wanted = sum(bolus(t, times[j] + lag, amounts[j], 0, A) for j in range(3))
+        wanted = wanted + sum(infusion(t, start[j] + lag, start[j] + lag + duration, dose / duration, j, A) for j in range(2))
+        wanted = wanted + sum(infusion(t, torch.tensor(s), s + other[j] / rate, rate, 1, A) for j, s in enumerate((0.0, 3.0)))
+        agree(sol.y[i, :2], wanted, [*p, *q], 1e-5 if method == "bdf" else 1e-9, second=False)
+        assert torch.allclose(sol.y[i, 2], k12 * sol.y[i, 0] - k21 * sol.y[i, 1], atol=1e-9)
+    after = sol.events["bolus"].after
+    assert torch.allclose(after[:, 2], k12 * after[:, 0] - k21 * after[:, 1], atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["radau", "native radau", "mass radau5", "native mass rodas5p"])
+def test_implicit_equations_of_many(method):
+    """Patients with schedules of their own; first and second derivatives."""
+    times = torch.tensor([[0.0, 0.5], [1.0, math.nan]], requires_grad=True)
+    amounts, rate = torch.tensor([[1.0, 2.0], [0.5, 7.0]], requires_grad=True), torch.tensor([[0.8, 1.5], [0.4, 9.0]], requires_grad=True)
+    p = [torch.tensor([x, 1.1 * x], requires_grad=True) for x in (0.3, 0.5, 0.2)]
+    lag = torch.tensor([0.1, 0.2], requires_grad=True)
+    events = [Doses(times, amounts, 0, rate=rate, lag=lag), Doses([0.7], 1.0, 1, name="bolus")]
+    sol = solved(method, torch.zeros(2, 3), tuple(p), events=events, batched=True)
+    wanted = []
+    for i in (0, 1):
+        A = matrix(*(x[i] for x in p))
+        each = [
+            infusion(4.0, times[j, i] + lag[i], times[j, i] + lag[i] + amounts[j, i] / rate[j, i], rate[j, i], 0, A) for j in range(2 - i)
+        ]
+        wanted.append(sum(each) + bolus(4.0, torch.tensor(0.7), 1.0, 1, A))
+    agree(sol.y[-1, :, :2], torch.stack(wanted), [*p, amounts, rate, lag], second=False)
+    found, true = (torch.autograd.grad(x[..., 0].sum(), times)[0].nan_to_num() for x in (sol.y[-1], torch.stack(wanted)))
+    assert torch.allclose(found, true, atol=1e-9)
+
+
+def test_second_derivatives_of_implicit_equations():
+    p = values(0.3, 0.5, 0.2)
+    start, dose, duration = q = values([0.6], 3.0, 0.75)
+    sol = solved("radau", torch.zeros(3), tuple(p), events=Doses(start, dose, 0, duration=duration))
+    agree(sol.y[-1, :2], infusion(4.0, start[0], start[0] + duration, dose / duration, 0, matrix(*p)), [*p, *q])
+
+
+@pytest.mark.parametrize("gradient", [adjoint.ForwardSensitivity(), adjoint.Backprop(), adjoint.GaussAdjoint(rtol=1e-11, atol=1e-13)])
+def test_strategies_of_implicit_equations(gradient):
+    p = values(0.3, 0.5, 0.2)
+    start, dose, rate, when = q = values([0.6], 3.0, 4.0, [1.0])
+    events = [Doses(start, dose, 1, rate=rate), Doses(when, 1.0, 0)]
+    sol = solved("radau", torch.zeros(3), tuple(p), events=events, gradient=gradient)
+    wanted = infusion(4.0, start[0], start[0] + dose / rate, rate, 1, matrix(*p)) + bolus(4.0, when[0], 1.0, 0, matrix(*p))
+    agree(sol.y[-1, :2], wanted, [*p, *q], 1e-8, second=False)
+
+
+@pytest.mark.parametrize("method", ["radau", "mass radau5", "mass rodas5p", "varying radau5"])
+@pytest.mark.parametrize("rate", [None, 1.0])
+def test_doses_into_algebraic_variables_are_refused(method, rate):
+    """They would be lost without a word."""
+    p = tuple(values(0.3, 0.5, 0.2))
+    with pytest.raises(adjoint.InvalidInput, match=r"y\[2\], which is an algebraic variable"):
+        solved(method, torch.zeros(3), p, events=Doses([0.5], 1.0, 2, rate=rate))

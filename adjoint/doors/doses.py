@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InvalidInput
 from ..system.capture import readable
@@ -17,7 +17,7 @@ from .arguments import as_times
 from .round_rules import Boundary
 from .rows import anywhere, wide
 
-__all__ = ["DoseRule", "Doses", "with_rate", "without_rate"]
+__all__ = ["DoseRule", "Doses", "check_places", "with_mass_and_rate", "with_rate", "with_rate_of_slope", "without_rate"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,11 @@ class Doses:
     """Amounts that enter the state at known times: an entry of ``events=``.
 
     Times, amounts, durations, rates and lag times are differentiated. A round of the solve ends at each time (and where an infusion ends),
-    so that no step goes over a jump. Of ``K`` doses; with ``batched=True`` each may be ``(K, B)``, for each trajectory its own, with NaN
-    for times of those that have fewer (``torch.nn.utils.rnn.pad_sequence(times, padding_value=float("nan"))`` makes it of lists).
+    so that no step goes over a jump. In implicit equations (`solve_dae`, ``mass_matrix=``) doses enter variables whose derivative appears,
+    and algebraic ones follow: the slope of such a variable is what the equations say of it, and the rate.
+
+    Of ``K`` doses; with ``batched=True`` each may be ``(K, B)``, for each trajectory its own, with NaN for times of those that have fewer
+    (``torch.nn.utils.rnn.pad_sequence(times, padding_value=float("nan"))`` makes it of lists).
 
     Parameters
     ----------
@@ -37,7 +40,7 @@ class Doses:
     compartment : int or sequence of K ints
         Where: the place in the state of a trajectory, flattened (leaf by leaf in a pytree). Negative ones count from its end.
     duration, rate : number or Tensor
-        Of infusions, one of the two: ``()``, ``(K,)`` or ``(K, B)``, positive; a rate of ``amount / duration`` is added to ``fun``.
+        Of infusions, one of the two: ``()``, ``(K,)`` or ``(K, B)``, positive; a rate of ``amount / duration`` is added to the slope.
     lag : number or Tensor
         Added to all times: ``()``, ``(B,)``, ``(K,)`` (of one trajectory) or ``(K, B)``.
     name : str
@@ -165,6 +168,48 @@ def with_rate(fun: Callable[..., Any]) -> Callable[..., Any]:
 
     infused.__wrapped__ = fun  # type: ignore[attr-defined]
     return infused
+
+
+def with_rate_of_slope(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """A residual whose slopes are what its equations say of them and a rate: an infusion is many small boluses."""
+
+    def infused(t: Tensor, y: Any, yp: Any, *args: Any) -> Any:
+        return fun(t, y, tree_map(torch.sub, yp, args[-1]), *args[:-1])
+
+    infused.__wrapped__ = fun  # type: ignore[attr-defined]
+    return infused
+
+
+def with_mass_and_rate(fun: Callable[..., Any], mass: Any, spec: StateSpec) -> Callable[..., Any]:
+    """``fun`` of ``M y' = fun``, for which `with_rate_of_slope` is ``M`` times the rate."""
+
+    def infused(t: Tensor, y: Any, *args: Any) -> Any:
+        matrix = mass if isinstance(mass, Tensor) else mass(t, y, *args[:-1])
+        added = (matrix @ spec.flatten(args[-1]).unsqueeze(-1)).squeeze(-1)
+        return tree_map(torch.add, fun(t, y, *args[:-1]), spec.unflatten(added))
+
+    infused.__wrapped__ = fun  # type: ignore[attr-defined]
+    return infused
+
+
+def check_places(rules: Sequence[DoseRule], spec: StateSpec, of_slope: Callable[[Any], Any]) -> None:
+    """Raise `InvalidInput` for doses into variables of implicit equations that have no slope there: they would change nothing.
+
+    ``of_slope``: what a change of the slopes adds to the equations.
+    """
+    n = sum(spec.sizes)
+    for rule in rules:
+        for place in range(n):
+            if not bool((rule.places[:, place] != 0).any()):
+                continue
+            unit = torch.zeros(spec.rows, n, dtype=spec.dtype, device=spec.device)
+            unit[:, place] = 1.0
+            leaves = [x for x in tree_leaves(of_slope(spec.unflatten(unit))) if isinstance(x, Tensor)]
+            if all(readable(x) and not bool((x != 0).any()) for x in leaves):
+                raise InvalidInput(
+                    f"{rule.title} enters {spec.component(place)}, which is an algebraic variable: it follows from the others, and what is "
+                    "added to it is lost. Name the place of a variable whose derivative is in the equations"
+                )
 
 
 def without_rate(function: Callable[..., Any]) -> Callable[..., Any]:

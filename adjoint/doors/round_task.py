@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from ..errors import InvalidInput, UnsupportedCombination
+from ..errors import InvalidInput
+from ..sensitivity.products import tangent
 from ..system.split import SplitFunction
 from ..system.system import StateSpec
 from .arguments import RoundSpan, Times, check_times
-from .doses import DoseRule, Doses, with_rate, without_rate
+from .doses import DoseRule, Doses, check_places, with_mass_and_rate, with_rate, with_rate_of_slope, without_rate
 from .mass_matrix import with_mass
 from .round_results import Piece
 from .round_rules import NEAR, Boundary, Rule, Scale, listed, rule_of
@@ -107,15 +108,15 @@ class Task:
 
         return rate
 
-    def settled(self, at: Boundary, changed: Tensor, lost: Tensor, otherwise: Any) -> Boundary:
-        """Consistent values with slopes, where resets have ``changed`` the state; differentiable. Those that are ``lost`` have none, and
-        ``otherwise`` is taken for them meanwhile."""
+    def settled(self, at: Boundary, infused: tuple[Any, ...], changed: Tensor, lost: Tensor, otherwise: Any) -> Boundary:
+        """Consistent values with slopes, where resets have ``changed`` the state, or what is ``infused``; differentiable. Those that are
+        ``lost`` have none, and ``otherwise`` is taken for them meanwhile."""
         if self.implicit is None or not anywhere(changed):
             return at
         t, y = chosen(lost, self.start.detach(), at.t), chosen(lost, still(otherwise), at.y)
         known = {name: self.options[name] for name in ("rtol", "atol", "batched", "linear_solver")}
         known |= {name: self.options[name] for name in ("differential", "y0_bounds", "jac_sparsity", "suppress_algebraic") if self._dae}
-        fun, args = self.fun, (*at.mode, *self.args)
+        fun, args = self.fun, (*at.mode, *self.args, *infused)
         if not self._dae:
             fun, extra = with_mass(fun, self.options["mass_matrix"], y, self.batched)
             args = (*args, *extra)
@@ -165,15 +166,11 @@ def task_of(door: Callable[..., Solution], implicit: Callable[..., Solution] | N
     for i, event in enumerate(listed(events)):
         title = f"{type(event).__name__.lower()} {event.name!r}" if getattr(event, "name", None) else f"events[{i}]"
         rules.append(event.rule(spec, start.detach(), title) if isinstance(event, Doses) else rule_of(event, i))
-    if any(isinstance(rule, DoseRule) and rule.until is not None for rule in rules):
-        if implicit is not None:
-            raise UnsupportedCombination(
-                "infusions (duration=, rate=) with solve_dae or mass_matrix= are not supported: it is not clear which equations they "
-                "enter. Add the rate in fun, as a Forcing"
-            )
-        fun = SplitFunction(with_rate(fun.explicit), without_rate(fun.implicit)) if isinstance(fun, SplitFunction) else with_rate(fun)
-        if callable(options.get("quadrature")):
-            options["quadrature"] = without_rate(options["quadrature"])
+    doses = [rule for rule in rules if isinstance(rule, DoseRule)]
+    if doses and implicit is not None:
+        check_places(doses, spec, _of_slope(fun, start, y0, (*(() if mode is None else (mode_of(mode, spec),)), *args), options, spec))
+    if any(rule.until is not None for rule in doses):
+        fun = _infused(fun, options, spec)
     task = Task(door, fun, args, rules, spec, times, options, int(max_events), implicit)
     if task.doses and anywhere(task.sign < 0):
         raise InvalidInput("doses go forward in time, but t_span ends before it starts")
@@ -184,6 +181,42 @@ def task_of(door: Callable[..., Solution], implicit: Callable[..., Solution] | N
     at, n = Boundary(task.start, y0, modes), len(task.watched)
     given = [torch.zeros_like(rule.stops, dtype=torch.bool) for rule in task.doses]
     return task, Progress(at, ~none, count, given, [zero] * n, [none] * n, [count] * n, count, count)
+
+
+def _infused(fun: Any, options: dict[str, Any], spec: StateSpec) -> Any:
+    """What is solved, given a rate behind its arguments; notes in ``options`` those functions that do not want it."""
+    if callable(options.get("quadrature")):
+        options["quadrature"] = without_rate(options["quadrature"])
+    if "yp0" in options:
+        return with_rate_of_slope(fun)
+    mass = options["mass_matrix"]
+    if mass is not None:
+        if not isinstance(mass, Tensor):
+            options["mass_matrix"] = without_rate(mass)
+        return with_mass_and_rate(fun, mass, spec)
+    return SplitFunction(with_rate(fun.explicit), without_rate(fun.implicit)) if isinstance(fun, SplitFunction) else with_rate(fun)
+
+
+def _of_slope(
+    fun: Any, start: Tensor, y0: Any, args: tuple[Any, ...], options: dict[str, Any], spec: StateSpec
+) -> Callable[[Any], Any]:
+    """What a change of the slopes at the start adds to implicit equations."""
+    t, y, given = start.detach().to(spec.real_dtype), still(y0), still(args)
+    if "yp0" not in options:
+        mass = options["mass_matrix"]
+        return lambda change: ((mass if isinstance(mass, Tensor) else mass(t, y, *given)).detach() @ spec.flatten(change).unsqueeze(-1))
+    yp = tree_map(lambda x: torch.zeros_like(x.detach()), y0) if options["yp0"] is None else still(options["yp0"])
+
+    def added(change: Any) -> Any:
+        def moved(share: Tensor) -> Tensor:
+            found = fun(t, y, tree_map(lambda a, b: a + share.to(a.dtype) * b, yp, change), *given)
+            return torch.cat([x.reshape(-1) for x in tree_leaves(found)])
+
+        with torch.inference_mode(False), torch.enable_grad():
+            none = torch.zeros((), dtype=torch.float64, device=t.device)
+            return tangent(moved, (none,), (torch.ones_like(none),)).detach()
+
+    return added
 
 
 def mode_of(mode: Any, spec: StateSpec) -> Any:

@@ -21,6 +21,7 @@ from ..integrate import Status
 from ..sensitivity.undeclared import once
 from ..system.capture import readable, unwrapped
 from .arguments import RoundSpan
+from .dose_ties import given_apart, ties
 from .round_ends import check_rules, ended_before, takes_events, with_events
 from .round_results import Piece, Taken, joined
 from .round_rules import Boundary, Rule, rearmed, shifted
@@ -85,16 +86,20 @@ def _round(task: Task, run: Progress) -> None:
     lost, origin = run.status < 0, still(run.pieces[0].y0) if run.pieces else at.y
     rest = chosen(lost, task.start.detach(), resting.t)
     t, end, y = chosen(going, at.t, rest), chosen(going, end, rest), chosen(going, at.y, chosen(lost, origin, resting.y))
-    sol, taken, last = _solved(task, run, RoundSpan(t, end, ~going), y)
+    # implicit equations tell no slope in a span of no length: doses there move by themselves
+    begun = going & (end == t).detach() if task.implicit is not None and task.doses else torch.zeros_like(going)
+    span = RoundSpan(chosen(begun, still(t), t), chosen(begun, still(t), end), ~going)
+    end = chosen(begun, t, end)
+    sol, taken, last = _solved(task, run, span, y)
     hits = [_occurred(rule, record.t, going) for rule, record in zip(task.watched, sol.events, strict=True)]
     status = torch.as_tensor(sol.status, device=t.device)
     # the last ones of events that accumulate are too close for a step
     status = torch.where((status == int(Status.STEP_TOO_SMALL)) & (run.stalled > 0), int(Status.EVENTS_ACCUMULATE), status)
     failed = going & (status < 0)
     left = _left(task, sol, hits, Boundary(end, last, at.mode, _last(task, sol.yp, sol, taken)))
-    on, piece = _resets(task, run, sol, hits, left, going & ~failed)
+    on, piece = _resets(task, run, sol, hits, left, going & ~failed, begun)
     happened = torch.stack([torch.zeros_like(going), *(hit for rule, hit in zip(task.rules, piece[0], strict=True) if rule.ends)]).any(0)
-    on = task.settled(on, happened, lost | failed, origin)
+    on = task.settled(on, task.infused(run.given), happened, lost | failed, origin)
     counts = [count + hit for count, hit in zip(run.counts, hits, strict=True)]
     none = torch.zeros_like(going)
     ended = torch.stack([none, *(hit for rule, hit in zip(task.watched, hits, strict=True) if rule.ends)]).any(0)
@@ -118,12 +123,16 @@ def _round(task: Task, run: Progress) -> None:
 
 
 def _resets(
-    task: Task, run: Progress, sol: Solution, hits: list[Tensor], left: Boundary, alive: Tensor
+    task: Task, run: Progress, sol: Solution, hits: list[Tensor], left: Boundary, alive: Tensor, begun: Tensor
 ) -> tuple[Boundary, tuple[list[Tensor], list[EventRecord], list[Any]]]:
     """What follows after all that happens at the ends of a round, in the order of the user; and of each rule where it does, the record of
     the round, and the states that it gave. Notes which doses are given."""
     on, states = left, []
     every, records = [], []
+    due = [
+        alive & ~given & ((rule.stops - left.t).detach() <= task.resolution) for rule, given in zip(task.doses, run.given, strict=True)
+    ]
+    tied = ties(task, due, hits, begun & alive, left.t) if due else begun
     watched, doses = iter(zip(hits, sol.events, strict=True)), iter(range(len(task.doses)))
     for rule in task.rules:
         if isinstance(rule, Rule):
@@ -131,13 +140,16 @@ def _resets(
             on, given = rule.applied(hit, on, task.args, task.spec) if rule.ends and anywhere(hit) else (on, None)
         else:
             k = next(doses)
-            due = alive & ~run.given[k] & ((rule.stops - left.t).detach() <= task.resolution)
-            on, given = rule.applied(due, on)
-            run.given[k] = run.given[k] | due
-            hit = due.any(0)
+            hit, t, y = due[k].any(0), left.t, left.y
+            if anywhere(hit & tied):
+                on, given, way, y = given_apart(task, run, k, due[k], on, tied, ~alive)
+                t = t + way
+            else:
+                on, given = rule.applied(due[k], on)
+                run.given[k] = run.given[k] | due[k]
             lines = int(anywhere(hit))
-            nan = torch.where(hit, left.t, float("nan"))
-            record = EventRecord(nan.unsqueeze(0)[:lines], tree_map(lambda x, n=lines: x.unsqueeze(0)[:n], left.y))
+            nan = torch.where(hit, t, float("nan"))
+            record = EventRecord(nan.unsqueeze(0)[:lines], tree_map(lambda x, n=lines: x.unsqueeze(0)[:n], y))
         every.append(hit)
         records.append(record)
         states.append(given)
