@@ -16,6 +16,7 @@ from ..methods.collocation import FullyImplicitRungeKutta
 from ..methods.dirk import DiagonallyImplicitRungeKutta
 from ..methods.rosenbrock import Rosenbrock
 from ..methods.runge_kutta import ExplicitRungeKutta
+from .bands import Bands, bands_of
 from .calls import declarations
 from .text import header
 
@@ -170,11 +171,20 @@ def _bdf() -> list[str]:
     ]
 
 
-def _family(method: Compiled, width: int, nonzero: Collection[tuple[int, int]]) -> list[str]:
+def _bands(width: int, nonzero: Collection[tuple[int, int]], mass: bool) -> list[str]:
+    """Where the entries of shifted Jacobians are; with a matrix in front of the slopes, which may be full, anywhere."""
+    found = Bands(None, width - 1, width - 1) if mass else bands_of(width, nonzero)
+    return [
+        _flags(BELOW=found.below, ABOVE=found.above, REORDERED=found.order is not None),
+        _integers("ORDER", found.order or []).replace("long", "int"),
+    ]
+
+
+def _family(method: Compiled, width: int, nonzero: Collection[tuple[int, int]], mass: bool) -> list[str]:
     """A method's constants, and the step of its family."""
     if isinstance(method, ExplicitRungeKutta):
         return [*_explicit(method), source("explicit.hpp")]
-    shared = [_iteration(), source("linear.hpp")]
+    shared = [_iteration(), *_bands(width, nonzero, mass), source("linear.hpp")]
     if isinstance(method, Rosenbrock):
         return [*shared, *_rosenbrock(method, width, nonzero), source("rosenbrock.hpp")]
     shared.append(source("newton.hpp"))
@@ -199,8 +209,8 @@ def engine_text(
     """All but the functions of the user and `prologue`, for states of ``width`` numbers.
 
     ``timed``: whether these functions look at the time. ``own``: how many numbers of each input belong to one trajectory, 0 where all
-    share it; ``numbers``: how many cotangents shared ones have. ``nonzero``: see `_rosenbrock`. ``mass``:
-    whether there is a matrix in front of the slopes.
+    share it; ``numbers``: how many cotangents shared ones have. ``nonzero``: the entries of the
+    Jacobian that are not always zero. ``mass``: whether there is a matrix in front of the slopes.
     """
     dense, implicit, multistep = method.dense, is_residual(method), method.multistep
     # the equation of a multistep formula is that of the end of its step
@@ -221,7 +231,7 @@ def engine_text(
             f"static constexpr double FARTHEST = {number(max(1.0, *nodes))}, REAL_EPSILON = {number(torch.finfo(real).eps)};",
             source("lanes.hpp"),
             source("common.hpp"),
-            *_family(method, width, nonzero),
+            *_family(method, width, nonzero, mass),
             # only explicit steps have to be looked after
             f"static constexpr double INTERVAL = {number(method.interval)};",
             f"static constexpr double SHIFT = {number(torch.finfo(real).eps ** 0.4)};",

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..methods.collocation import FullyImplicitRungeKutta
 from ..methods.rosenbrock import Rosenbrock
+from .bands import bands_of
 from .emit import Compiled, is_residual
 from .reading import Reading, Unreadable
 from .reverse import cotangents, jacobian
@@ -20,6 +21,8 @@ __all__ = ["MOST_VALUES", "UserFunctions", "depends", "user_functions"]
 MOST_VALUES = 6_000
 #: unknowns beyond which libraries take matrices apart, dense or sparse, in less time: of methods whose stages are coupled, and of others
 _MOST_COUPLED, _MOST_UNKNOWNS = 150, 400
+#: and where factors are banded, by methods that take no products with derivatives of the Jacobian; and how wide these are
+_MOST_BANDED, _WIDEST = 2000, 300
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,15 @@ def _texts(writer: _Writer, width: int, events: Sequence[Reading], method: Compi
     texts = writer.straight() if loops is None else writer.loops(loops)
     tables = "" if loops is None else loops.tables
     nonzero: Collection[tuple[int, int]] = ()
-    most = _MOST_COUPLED if isinstance(method, FullyImplicitRungeKutta) else _MOST_UNKNOWNS
-    if method.implicit and width > most:
-        raise Unreadable("", "", f"there are {width} unknowns, and beyond {most} libraries take matrices apart quicker than native code")
+    coupled = isinstance(method, FullyImplicitRungeKutta)
+    most = _MOST_COUPLED if coupled else _MOST_UNKNOWNS
+    may_be_banded = loops is not None and bool(loops.jac) and not (writer.timed or mass or coupled or isinstance(method, Rosenbrock))
+    if method.implicit and width > (_MOST_BANDED if may_be_banded else most):
+        raise _too_many(width, most)
     if method.implicit:
         texts["jac"], nonzero = writer.jacobian(loops)
+        if width > most and bands_of(width, nonzero).part(width) * width > _WIDEST:
+            raise _too_many(width, most)
         if loops is not None and loops.jac:
             tables += f"static const int PATTERN[] = {{{', '.join(str(i * writer.width + j) for i, j in loops.pattern)}}};\n"
     if isinstance(method, Rosenbrock):
@@ -183,6 +190,10 @@ class _Writer:
             else:
                 out.append((_cotangent(graph.data[node]), value, "+="))
         return out
+
+
+def _too_many(width: int, most: int) -> Unreadable:
+    return Unreadable("", "", f"there are {width} unknowns, and beyond {most} libraries take matrices apart quicker than native code")
 
 
 def _too_long(size: int) -> Unreadable:

@@ -29,6 +29,8 @@ _VECTORS = ((40, 256), (80, 128))
 _VECTOR = 64
 #: fewest trajectories for which there are vectors, and for which there are wide ones
 _FEWEST, _MANY = 16, 64
+#: unknowns beyond which a matrix of vectors is too large for any cache
+_LARGE = 250
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ class Program:
 
     def lanes(self, rows: int) -> int:
         """How many trajectories go side by side."""
-        return (self._widest if rows >= _MANY else _VECTOR) // self.real.itemsize if rows >= _FEWEST else 1
+        if rows < _FEWEST or (self.method.implicit and self.width > _LARGE):
+            return 1
+        return (self._widest if rows >= _MANY else _VECTOR) // self.real.itemsize
 
     @cached_property
     def values_of_fun(self) -> int:

@@ -21,7 +21,7 @@ static void implicit_stage(Attempt& a, const S& t, const S hd, const Room& r, S*
     a.f.fun(&a.c, &t, r.point, value);
     // (I - hd J) dk = -(k - f): in terms of the slopes
     for (int n = 0; n < N; n++) r.delta[n] = k[n] - value[n];
-    solve_lu<N>(r.LU, r.P, r.delta);
+    solve_shifted(r.LU, r.P, r.delta);
     S length = K(0);
     for (int n = 0; n < N; n++) { const S x = hd * r.delta[n] / (m_abs(r.base[n]) * a.rtol[n] + a.atol[n]); length += x * x; }
     const M moves = newton.judge(m_sqrt(length) * K(R(ROOT)));
@@ -78,7 +78,7 @@ template <bool DENSE_OUTPUT> static void step_back(Return& a) {
       for (int n = 0; n < N; n++) arrived[n] = v[n];
       a.f.jac(&a.c, a.times + i, r.point, r.J, u);
       shifted_matrix(r.J, hd, r.LU, r.P);
-      solve_transposed<N>(r.LU, r.P, v);
+      solve_shifted<true>(r.LU, r.P, v);
     }
     a.f.vjp(&a.c, a.times + i, r.point, v, u, &tb);
     // a product with f_y* would magnify the rounding of v by the stiffness

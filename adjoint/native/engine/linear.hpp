@@ -1,4 +1,4 @@
-// Dense linear systems (D, D) of real or complex numbers, factorised with row exchanges by size, which every lane does for itself. The factors
+// Linear systems (D, D) of real or complex numbers, factorised with row exchanges by size, which every lane does for itself. The factors
 // stand in the place of the matrix; P tells of the exchanges, and has room_of_exchanges(D) numbers (twice that of complex ones).
 struct Complex { S re, im; };
 FN Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
@@ -18,73 +18,98 @@ FN Complex m_sel(M on, Complex a, Complex b) { return {m_sel(on, a.re, b.re), m_
 FN bool nothing(S a) { for (int l = 0; l < W; l++) if (get(a, l) != 0) return false; return true; }
 FN bool nothing(Complex a) { return nothing(a.re) && nothing(a.im); }
 
+// Entries may be known to lie within LOW places below the diagonal and UP above it: row exchanges bring factors LOW further up, and are made
+// step by step, in the factors only from the diagonal on.
+constexpr int last_of(int d, int k, int by) { return by < d - 1 - k ? k + by : d - 1; }
 #if W == 1
 constexpr long room_of_exchanges(int d) { return d; }
 
-template <int D, class V> static void factorise(V* LU, V* P) {
+template <int D, int LOW = D - 1, int UP = D - 1, class V> static void factorise(V* LU, V* P) {
   for (int k = 0; k < D; k++) {
+    const int bottom = last_of(D, k, LOW), end = last_of(D, k, LOW + UP);
     int p = k;
-    for (int i = k + 1; i < D; i++) if (modulus(LU[i * D + k]) > modulus(LU[p * D + k])) p = i;
+    for (int i = k + 1; i <= bottom; i++) if (modulus(LU[i * D + k]) > modulus(LU[p * D + k])) p = i;
     *(R*)(P + k) = p;
-    if (p != k) for (int j = 0; j < D; j++) { const V x = LU[k * D + j]; LU[k * D + j] = LU[p * D + j]; LU[p * D + j] = x; }
+    if (p != k) for (int j = k; j <= end; j++) { const V x = LU[k * D + j]; LU[k * D + j] = LU[p * D + j]; LU[p * D + j] = x; }
     const V one = LU[k * D + k] = inverse(LU[k * D + k]);
-    for (int i = k + 1; i < D; i++) if (!nothing(LU[i * D + k])) {
+    for (int i = k + 1; i <= bottom; i++) if (!nothing(LU[i * D + k])) {
       const V x = LU[i * D + k] = LU[i * D + k] * one;
-      for (int j = k + 1; j < D; j++) LU[i * D + j] = LU[i * D + j] - x * LU[k * D + j];
+      for (int j = k + 1; j <= end; j++) LU[i * D + j] = LU[i * D + j] - x * LU[k * D + j];
     }
   }
 }
-template <int D, class V> FN void rows_exchanged(const V* P, V* x, bool back) {
-  for (int i = 0; i < D; i++) {
-    const int k = back ? D - 1 - i : i, p = (int)*(const R*)(P + k);
-    if (p != k) { const V v = x[k]; x[k] = x[p]; x[p] = v; }
-  }
+template <int D, int LOW, class V> FN void exchanged(const V* P, V* x, int k, bool) {
+  const int p = (int)*(const R*)(P + k);
+  if (p != k) { const V v = x[k]; x[k] = x[p]; x[p] = v; }
 }
 #else
 constexpr long room_of_exchanges(int d) { return (long)d * d; }
 // the largest entry comes up by exchanges with each row below: P[k, i] says whether k and i were exchanged
-template <int D, class V> static void factorise(V* LU, V* P) {
+template <int D, int LOW = D - 1, int UP = D - 1, class V> static void factorise(V* LU, V* P) {
   for (int k = 0; k < D; k++) {
-    for (int i = k + 1; i < D; i++) {
+    const int bottom = last_of(D, k, LOW), end = last_of(D, k, LOW + UP);
+    for (int i = k + 1; i <= bottom; i++) {
       const M larger = (M)(modulus(LU[i * D + k]) > modulus(LU[k * D + k]));
       *(S*)(P + k * D + i) = m_sel(larger, K(1), K(0));
-      for (int j = 0; j < D; j++) { const V a = LU[k * D + j], b = LU[i * D + j]; LU[k * D + j] = m_sel(larger, b, a); LU[i * D + j] = m_sel(larger, a, b); }
+      for (int j = k; j <= end; j++) { const V a = LU[k * D + j], b = LU[i * D + j]; LU[k * D + j] = m_sel(larger, b, a); LU[i * D + j] = m_sel(larger, a, b); }
     }
     const V one = LU[k * D + k] = inverse(LU[k * D + k]);
-    for (int i = k + 1; i < D; i++) {
+    for (int i = k + 1; i <= bottom; i++) {
       if (nothing(LU[i * D + k])) continue;
       const V x = LU[i * D + k] = LU[i * D + k] * one;
-      for (int j = k + 1; j < D; j++) LU[i * D + j] = LU[i * D + j] - x * LU[k * D + j];
+      for (int j = k + 1; j <= end; j++) LU[i * D + j] = LU[i * D + j] - x * LU[k * D + j];
     }
   }
 }
-template <int D, class V> FN void rows_exchanged(const V* P, V* x, bool back) {
-  for (int a = 0; a < D; a++) for (int b = 0; b < (back ? a : D - 1 - a); b++) {
-    const int k = back ? D - 1 - a : a, i = back ? D - 1 - b : a + 1 + b;
+template <int D, int LOW, class V> FN void exchanged(const V* P, V* x, int k, bool back) {
+  const int bottom = last_of(D, k, LOW);
+  for (int b = k + 1; b <= bottom; b++) {
+    const int i = back ? bottom + k + 1 - b : b;
     const M on = (M)(*(const S*)(P + k * D + i) > K(R(0.5)));
     const V u = x[k], v = x[i];
     x[k] = m_sel(on, v, u); x[i] = m_sel(on, u, v);
   }
 }
 #endif
-template <int D, class V> static void solve_lu(const V* LU, const V* P, V* x) {
-  rows_exchanged<D>(P, x, false);
-  for (int i = 1; i < D; i++) { V v = x[i]; for (int j = 0; j < i; j++) v = v - LU[i * D + j] * x[j]; x[i] = v; }
-  for (int i = D - 1; i >= 0; i--) { V v = x[i]; for (int j = i + 1; j < D; j++) v = v - LU[i * D + j] * x[j]; x[i] = v * LU[i * D + i]; }
-}
-template <int D, class V> static void solve_transposed(const V* LU, const V* P, V* x) {
-  for (int i = 0; i < D; i++) { const V v = x[i] * LU[i * D + i]; x[i] = v; for (int j = i + 1; j < D; j++) x[j] = x[j] - LU[i * D + j] * v; }
-  for (int i = D - 1; i > 0; i--) { const V v = x[i]; for (int j = 0; j < i; j++) x[j] = x[j] - LU[i * D + j] * v; }
-  rows_exchanged<D>(P, x, true);
-}
-// the factors of I - hd J, or with a matrix of mass - hd J; of I where hd is zero
-static void shifted_matrix(const S* J, const S hd, S* LU, S* P, const S* mass = nullptr) {
-  for (int i = 0; i < N; i++) for (int j = 0; j < N; j++) {
-    S one = i == j ? K(1) : K(0);
-    if (mass) one = m_sel((M)(hd == K(0)), one, mass[i * N + j]);
-    LU[i * N + j] = one - hd * J[i * N + j];
+template <int D, int LOW = D - 1, int UP = D - 1, class V> static void solve_lu(const V* LU, const V* P, V* x) {
+  for (int k = 0; k < D; k++) {
+    exchanged<D, LOW>(P, x, k, false);
+    const V v = x[k];
+    for (int i = k + 1, bottom = last_of(D, k, LOW); i <= bottom; i++) x[i] = x[i] - LU[i * D + k] * v;
   }
-  factorise<N>(LU, P);
+  for (int i = D - 1; i >= 0; i--) { V v = x[i]; for (int j = i + 1, end = last_of(D, i, LOW + UP); j <= end; j++) v = v - LU[i * D + j] * x[j]; x[i] = v * LU[i * D + i]; }
+}
+template <int D, int LOW = D - 1, int UP = D - 1, class V> static void solve_transposed(const V* LU, const V* P, V* x) {
+  for (int i = 0; i < D; i++) { const V v = x[i] * LU[i * D + i]; x[i] = v; for (int j = i + 1, end = last_of(D, i, LOW + UP); j <= end; j++) x[j] = x[j] - LU[i * D + j] * v; }
+  for (int k = D - 1; k >= 0; k--) {
+    V v = x[k];
+    for (int i = last_of(D, k, LOW); i > k; i--) v = v - LU[i * D + k] * x[i];
+    x[k] = v;
+    exchanged<D, LOW>(P, x, k, true);
+  }
+}
+// the factors of I - hd J, or with a matrix of mass - hd J; of I where hd is zero. Rows and columns are in the ORDER in which entries lie
+// BELOW and ABOVE the diagonal by so many at the most (native/bands.py)
+FN int unknown(int r) { return REORDERED ? ORDER[r] : r; }
+static void shifted_matrix(const S* J, const S hd, S* LU, S* P, const S* mass = nullptr) {
+  for (int r = 0; r < N; r++) {
+    const int i = unknown(r), last = last_of(N, r, ABOVE), end = last_of(N, r, ABOVE + BELOW);
+    for (int c = r > BELOW ? r - BELOW : 0; c <= last; c++) {
+      const int j = unknown(c);
+      S one = i == j ? K(1) : K(0);
+      if (mass) one = m_sel((M)(hd == K(0)), one, mass[i * N + j]);
+      LU[r * N + c] = one - hd * J[i * N + j];
+    }
+    for (int c = last + 1; c <= end; c++) LU[r * N + c] = K(0);
+  }
+  factorise<N, BELOW, ABOVE>(LU, P);
+}
+template <bool TRANSPOSED = false> static void solve_shifted(const S* LU, const S* P, S* x) {
+  S ordered[REORDERED ? N : 1], *z = REORDERED ? ordered : x;
+  if (REORDERED) for (int r = 0; r < N; r++) z[r] = x[unknown(r)];
+  if (TRANSPOSED) solve_transposed<N, BELOW, ABOVE>(LU, P, z);
+  else solve_lu<N, BELOW, ABOVE>(LU, P, z);
+  if (REORDERED) for (int r = 0; r < N; r++) x[unknown(r)] = z[r];
 }
 // of the matrix with rows so scaled that the largest entry of each is one, whatever the units of the equations: x = scale * b before a solve
 template <int D, class V> static void factorise_scaled(V* LU, V* P, S* scale) {

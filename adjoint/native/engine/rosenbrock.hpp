@@ -40,7 +40,7 @@ template <int I> FN void further_stages(const Functions& f, const Ctx& c, const 
       if constexpr (D[I] != 0) side += h * K(R(D[I])) * r.slope[n];
       k[n] = side * K(R(GAMMA));
     }
-    solve_lu<N>(r.LU, r.P, k);
+    solve_shifted(r.LU, r.P, k);
     further_stages<I + 1>(f, c, times, h, y, ks, r);
   }
 }
@@ -60,7 +60,7 @@ FN void step_error(Attempt& a) {
 template <int I> FN void dense_stages(Attempt&) {}
 #if MASS
 // ---- for constraints.hpp: with E = M and G = -f_y at the start of the step
-FN void filtered(Attempt& a, S* x) { Room r(a.work); solve_lu<N>(r.LU, r.P, x); a.count(SOLVES); }
+FN void filtered(Attempt& a, S* x) { Room r(a.work); solve_shifted(r.LU, r.P, x); a.count(SOLVES); }
 static void residual(Attempt& a, const S& t, const S* y, const S* slope, S* out) {
   Room r(a.work);
   a.f.fun(&a.c, &t, y, r.z);
@@ -93,7 +93,7 @@ template <int I> FN void stages_back(const Functions& f, const Ctx& c, const S* 
       v[n] = x + h * w;
     }
     if constexpr (MASS) for (int n = 0; n < N; n++) for (int m = 0; m < N; m++) v[n] += r.mass[m * N + n] * r.z[m];
-    solve_transposed<N>(r.LU, r.P, v);
+    solve_shifted<true>(r.LU, r.P, v);
     for (int n = 0; n < N; n++) v[n] *= K(R(GAMMA));
     if constexpr (SAME[I] == I) {
       S tb = K(0);
