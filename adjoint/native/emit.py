@@ -173,7 +173,8 @@ def _bdf() -> list[str]:
 
 def _bands(width: int, nonzero: Collection[tuple[int, int]], mass: bool) -> list[str]:
     """Where the entries of shifted Jacobians are; with a matrix in front of the slopes, which may be full, anywhere."""
-    found = Bands(None, width - 1, width - 1) if mass else bands_of(width, nonzero)
+    # of implicit equations those of slopes stand behind those of values
+    found = Bands(None, width - 1, width - 1) if mass else bands_of(width, {(i, j % width) for i, j in nonzero})
     return [
         _flags(BELOW=found.below, ABOVE=found.above, REORDERED=found.order is not None),
         _integers("ORDER", found.order or []).replace("long", "int"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..methods.collocation import FullyImplicitRungeKutta
 from ..methods.rosenbrock import Rosenbrock
@@ -19,10 +19,18 @@ __all__ = ["MOST_VALUES", "UserFunctions", "depends", "user_functions"]
 
 #: values that text may compute: compilers take minutes for more, and libraries multiply matrices better than text does
 MOST_VALUES = 6_000
-#: unknowns beyond which libraries take matrices apart, dense or sparse, in less time: of methods whose stages are coupled, and of others
-_MOST_COUPLED, _MOST_UNKNOWNS = 150, 400
-#: and where factors are banded, by methods that take no products with derivatives of the Jacobian; and how wide these are
-_MOST_BANDED, _WIDEST = 2000, 300
+
+
+class _Size(NamedTuple):
+    """Unknowns beyond which libraries take matrices apart in less time: full ones, and banded ones whose factors are at most so wide."""
+
+    full: int
+    banded: int
+    widest: int
+
+
+#: of methods whose stages are coupled, and of others
+_COUPLED, _ALONE = _Size(150, 400, 100), _Size(400, 2000, 300)
 
 
 @dataclass(frozen=True)
@@ -62,15 +70,15 @@ def _texts(writer: _Writer, width: int, events: Sequence[Reading], method: Compi
     texts = writer.straight() if loops is None else writer.loops(loops)
     tables = "" if loops is None else loops.tables
     nonzero: Collection[tuple[int, int]] = ()
-    coupled = isinstance(method, FullyImplicitRungeKutta)
-    most = _MOST_COUPLED if coupled else _MOST_UNKNOWNS
-    may_be_banded = loops is not None and bool(loops.jac) and not (writer.timed or mass or coupled or isinstance(method, Rosenbrock))
-    if method.implicit and width > (_MOST_BANDED if may_be_banded else most):
-        raise _too_many(width, most)
+    size = _COUPLED if isinstance(method, FullyImplicitRungeKutta) else _ALONE
+    # derivatives of the Jacobian are written out, and so is it where fun is not in loops
+    banded = mass is None and not isinstance(method, Rosenbrock) and (width <= _ALONE.full or (loops is not None and bool(loops.jac)))
+    if method.implicit and width > (size.banded if banded else size.full):
+        raise _too_many(width, size.full)
     if method.implicit:
         texts["jac"], nonzero = writer.jacobian(loops)
-        if width > most and bands_of(width, nonzero).part(width) * width > _WIDEST:
-            raise _too_many(width, most)
+        if width > size.full and bands_of(width, {(i, j % width) for i, j in nonzero}).part(width) * width > size.widest:
+            raise _too_many(width, size.full)
         if loops is not None and loops.jac:
             tables += f"static const int PATTERN[] = {{{', '.join(str(i * writer.width + j) for i, j in loops.pattern)}}};\n"
     if isinstance(method, Rosenbrock):

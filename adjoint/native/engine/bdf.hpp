@@ -312,7 +312,7 @@ template <bool DENSE_OUTPUT> static void step_back(Return& a) {
   }
   pencil(a.f, a.c, a.times[0], a.y, base, r);
   filter_matrix(r, f.c);
-  solve_transposed<N>(r.filter, r.P, u);
+  solve_filled<1, true>(r.filter, r.P, u);
   for (int n = 0; n < N && IMPLICIT; n++) u[n] = r.scale[n] * u[n];
   for (int n = 0; n < N; n++) v[n] = IMPLICIT ? -f.c * u[n] : f.c * u[n];
   const S* at = IMPLICIT ? r.base : a.y;

@@ -22,9 +22,8 @@ FN S weighted(const double* w, int count, const S* ks, int n) {
 static void mode_matrix(const Room& r, const S h, int m) {
   const S re = h * K(R(VALUE[m][0])), im = h * K(R(VALUE[m][1]));
   Complex *LU = r.factors(m), *P = r.exchanges(m);
-  for (int i = 0; i < N; i++) for (int j = 0; j < N; j++) LU[i * N + j] = {E_of(r.J, i, j) + re * G_of(r.J, i, j), im * G_of(r.J, i, j)};
-  if (IMPLICIT) factorise_scaled<N>(LU, P, r.scales(m));
-  else factorise<N>(LU, P);
+  fill<1>(LU, 0, [&](int i, int j) { return Complex{E_of(r.J, i, j) + re * G_of(r.J, i, j), im * G_of(r.J, i, j)}; });
+  factorise_filled<1>(LU, P, IMPLICIT ? r.scales(m) : nullptr);
 }
 // (I (x) E + h A (x) G)^-1 of residuals (STAGES, N), in the place found
 static void solve_stages(const Room& r, const S* residuals, S* found) {
@@ -42,7 +41,7 @@ static void solve_stages(const Room& r, const S* residuals, S* found) {
         for (int i = 0; i < STAGES; i++) { x[n].re += K(R(OUT_OF[m][2 * i])) * residuals[i * N + n]; x[n].im += K(R(OUT_OF[m][2 * i + 1])) * residuals[i * N + n]; }
       }
       for (int n = 0; n < N && IMPLICIT; n++) x[n] = times(x[n], r.scales(m)[n]);
-      solve_lu<N>(r.factors(m), r.exchanges(m), x);
+      solve_filled<1>(r.factors(m), r.exchanges(m), x);
       // the other one of the pair is the conjugate
       for (int i = 0; i < STAGES; i++) for (int n = 0; n < N; n++) found[i * N + n] += K(R(2 * INTO[m][2 * i])) * x[n].re - K(R(2 * INTO[m][2 * i + 1])) * x[n].im;
     }
@@ -160,12 +159,13 @@ template <bool DENSE_OUTPUT> static void step_back(Return& a) {
       if (a.kbar) v[i * N + n] += a.kbar[i * N + n];
     }
     a.f.jac(&a.c, a.times + i + 1, r.base, r.J, r.point);
-    for (int n = 0; n < N; n++) for (int j = 0; j < STAGES; j++) for (int m = 0; m < N; m++)
-      r.big[(i * N + n) * BIG + j * N + m] = (i == j ? E_of(r.J, n, m) : K(0)) + a.h * K(R(A[i][j])) * G_of(r.J, n, m);
+    fill<STAGES>(r.big, i, [&](int row, int column) {
+      const int n = row - i * N, j = column / N, m = column % N;
+      return (i == j ? E_of(r.J, n, m) : K(0)) + a.h * K(R(A[i][j])) * G_of(r.J, n, m);
+    });
   }
-  if (IMPLICIT) factorise_scaled<BIG>(r.big, r.bigP, r.sides);
-  else factorise<BIG>(r.big, r.bigP);
-  solve_transposed<BIG>(r.big, r.bigP, v);
+  factorise_filled<STAGES>(r.big, r.bigP, IMPLICIT ? r.sides : nullptr);
+  solve_filled<STAGES, true>(r.big, r.bigP, v);
   // the slope is one of F = 0: its derivative has the other sign
   for (int e = 0; e < BIG && IMPLICIT; e++) v[e] = -(r.sides[e] * v[e]);
   for (int n = 0; n < N; n++) a.ybar[n] = a.bar[n];

@@ -32,13 +32,12 @@ FN void pencil(const Functions& f, const Ctx& c, const S& t, const S* y, const S
 }
 // the factors of E + h c G
 static void filter_matrix(const Pencil& r, const S hc) {
-  for (int i = 0; i < N; i++) for (int j = 0; j < N; j++) r.filter[i * N + j] = E_of(r.J, i, j) + hc * G_of(r.J, i, j);
-  if (IMPLICIT) factorise_scaled<N>(r.filter, r.P, r.scale);
-  else factorise<N>(r.filter, r.P);
+  fill<1>(r.filter, 0, [&](int i, int j) { return E_of(r.J, i, j) + hc * G_of(r.J, i, j); });
+  factorise_filled<1>(r.filter, r.P, IMPLICIT ? r.scale : nullptr);
 }
 FN void filter_solve(const Pencil& r, S* x) {
   for (int n = 0; n < N && IMPLICIT; n++) x[n] = r.scale[n] * x[n];
-  solve_lu<N>(r.filter, r.P, x);
+  solve_filled<1>(r.filter, r.P, x);
 }
 // changes of the state as the norm of the iteration sees them: variables of index 2 count |h| times less; and errors as the test sees them
 FN S as_seen(const Attempt& a, const S& x, const S& h, int n) { return CONSTRAINED && a.power && a.power[n] != 0 ? x * m_pow(m_abs(h), K(a.power[n])) : x; }
