@@ -78,7 +78,7 @@ def solvers(problem: OdeProblem, p: np.ndarray) -> dict[str, Callable[[float], C
     if many:
         table["ours kvaerno3"] = partial(_by_tolerance, stiff_peers.ours, problem, p, method="kvaerno3")
     if problem.sparsity is None:  # native code has dense Jacobians
-        for method in ("rodas5p", "kvaerno5", "radau5"):
+        for method in ("rodas5p", "kvaerno5", "radau5", "bdf"):
             table[f"ours {method} compiled"] = partial(_by_tolerance, stiff_peers.ours, problem, p, method=method, compile=True)
     for method in ("BDF", "Radau", "LSODA"):
         if problem.sparsity is None or method != "LSODA":  # LSODA knows dense and banded Jacobians

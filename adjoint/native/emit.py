@@ -161,12 +161,12 @@ def _collocation(method: FullyImplicitRungeKutta) -> list[str]:
 def _bdf() -> list[str]:
     """The constants of backward differentiation formulas, by order."""
     gamma, alpha, errors = (x.tolist() for x in coefficients(torch.float64, torch.device("cpu")))
-    size = MAX_ORDER + 1
+    unlike, size = [g - a for g, a in zip(gamma, alpha, strict=True)], MAX_ORDER + 1
     bounds = {"BOUND": bdf.BOUND, "SMALLEST_FACTOR": bdf.SMALLEST, "LARGEST_FACTOR": bdf.LARGEST, "SAFE": bdf.SAFETY}
     return [
         _flags(FSAL=False, NEXT_FIRST=False, ERROR_USES_END=False, ROUNDS=bdf.NEWTON),
         *(f"static constexpr double {name} = {number(x)};" for name, x in bounds.items()),
-        *(_array(name, x) for name, x in (("GAMMA", gamma), ("ALPHA", alpha), ("CONSTANTS", errors))),
+        *(_array(name, x) for name, x in (("GAMMA", gamma), ("ALPHA", alpha), ("CONSTANTS", errors), ("UNLIKE", unlike))),
         _matrix("SLOPES", rescaling_slopes(size).reshape(size, size * size).tolist(), size * size),
     ]
 

@@ -1,6 +1,6 @@
 // Backward differentiation formulas of variable order and step, and their adjoint: the rules of `integrate/bdf.py`, `bdf_alone.py` and
 // `sensitivity/bdf.py`. What a step knows of those before is a table of differences at equal distances, (DIFFERENCES, N), the state first. Constants,
-// by order from 0 on: GAMMA, ALPHA, CONSTANTS (of error estimates) and SLOPES, (ORDERS + 1, ORDERS + 1) each, of the matrix that brings the table
+// by order from 0 on: GAMMA, ALPHA, UNLIKE (their difference), CONSTANTS (of error estimates) and SLOPES, (ORDERS + 1, ORDERS + 1) each, of the matrix that brings the table
 // to another distance, by the ratio of the two where that is one; of iterations BOUND and ROUNDS; of sizes SMALLEST_FACTOR, LARGEST_FACTOR, SAFE.
 // Differences and correction over h are recorded as stages. The equation of a step is c F(t, p + d, (psi + d) / c) = 0 for the correction d of the
 // prediction p, with F = y' - f of an ODE.
@@ -14,23 +14,28 @@ FN Pencil pencil_of(Attempt& a) { return Pencil(a.work + ROOM_OF_STEP - ROOM_OF_
 static void find_slopes(Attempt& a, const S& t, const double* sign, double* width, const bool* wanted, S* slope, double* fast);
 #endif
 
+// numbers of every lane, and those that tables have of them
+#if W == 1
+FN J whole(const long* x) { return x[0]; }
+#else
+FN J whole(const long* x) { J r; for (int l = 0; l < W; l++) r[l] = E(x[l]); return r; }
+#endif
+FN DV doubles(const double* x) { Doubles r; for (int l = 0; l < W; l++) r[l] = x[l]; return r.v; }
+FN S looked_up(const double* table, const long* at) { S r = K(0); for (int l = 0; l < W; l++) put(r, l, (R)table[at[l]]); return r; }
+FN M equal_to(const J& x, long y) { return (M)(x == KI(y)); }
+FN M no_less(const J& x, long y) { return (M)(x >= KI(y)); }
 // what formulas weigh, in every lane by its own order
 struct Formula {
   M low[DIFFERENCES], next[DIFFERENCES], after[DIFFERENCES];  // up to the order; one and two beyond it
   S weight[ORDERS + 1], constant, c, unlike;  // of psi; of the error; h / alpha; by how much the slope differs from that of the differences
   Formula(const long* order, const S& h) {
-    bool on[3][W];
-    for (int j = 0; j < DIFFERENCES; j++) {
-      for (int l = 0; l < W; l++) { on[0][l] = j <= order[l]; on[1][l] = j == order[l] + 1; on[2][l] = j == order[l] + 2; }
-      low[j] = mask_of(on[0]); next[j] = mask_of(on[1]); after[j] = mask_of(on[2]);
-    }
-    for (int l = 0; l < W; l++) {
-      const long q = order[l];
-      for (int j = 0; j <= ORDERS; j++) put(weight[j], l, (R)(j <= q ? GAMMA[j] / ALPHA[q] : 0));
-      put(constant, l, (R)CONSTANTS[q]);
-      put(c, l, (R)(get(h, l) / ALPHA[q]));
-      put(unlike, l, (R)(GAMMA[q] - ALPHA[q]));
-    }
+    const J q = whole(order);
+    const S alpha = looked_up(ALPHA, order), over = K(1) / alpha;
+    for (int j = 0; j < DIFFERENCES; j++) { low[j] = no_less(q, j); next[j] = equal_to(q, j - 1); after[j] = equal_to(q, j - 2); }
+    for (int j = 0; j <= ORDERS; j++) weight[j] = m_sel(low[j], K(R(GAMMA[j])) * over, K(0));
+    constant = looked_up(CONSTANTS, order);
+    c = h / alpha;
+    unlike = looked_up(UNLIKE, order);
   }
 };
 // the matrix that brings differences to distances ``ratio`` as large: with z for the operator of differences, z^i becomes (1 - (1 - z)^ratio)^i,
@@ -39,16 +44,14 @@ struct Rescaling {
   S T[ORDERS + 1][ORDERS + 1];
   long highest;
   Rescaling(const long* order, const double* ratio) : highest(1) {
-    for (int l = 0; l < W; l++) {
-      const long q = order[l];
-      if (q > highest) highest = q;
-      double first[ORDERS + 1], row[ORDERS + 1];
-      first[0] = row[0] = 0; first[1] = row[1] = ratio[l];
-      for (int k = 2; k <= ORDERS; k++) first[k] = row[k] = first[k - 1] * (k - 1 - ratio[l]) / k;
-      for (int i = 1; i <= ORDERS; i++) {
-        for (int j = i; j <= ORDERS; j++) put(T[i][j], l, (R)(i <= q && j <= q ? row[j] : i == j));
-        for (int j = ORDERS; j > i; j--) { double total = 0; for (int k = 1; j - k >= i; k++) total += first[k] * row[j - k]; row[j] = total; }
-      }
+    const J q = whole(order);
+    for (int l = 0; l < W; l++) if (order[l] > highest) highest = order[l];
+    DV first[ORDERS + 1], row[ORDERS + 1];
+    first[1] = row[1] = doubles(ratio);
+    for (int k = 2; k <= highest; k++) first[k] = row[k] = first[k - 1] * (double(k - 1) - first[1]) / double(k);
+    for (int i = 1; i <= highest; i++) {
+      for (int j = i; j <= highest; j++) T[i][j] = m_sel(no_less(q, j), narrow(row[j]), K(R(i == j)));
+      for (int j = highest; j > i; j--) { DV total = first[1] * row[j - 1]; for (int k = 2; j - k >= i; k++) total += first[k] * row[j - k]; row[j] = total; }
     }
   }
 };
@@ -127,10 +130,13 @@ struct History {
   }
   // the error, in units of the tolerance, of lanes that would go on at an order ``more`` than the present one
   void levels(const Attempt& a, int more, const bool* ready, const S* size, double* found) const {
-    S total = K(0), x = K(0);
+    const J q = whole(order);
+    const S constant = looked_up(CONSTANTS + more, order);
+    S total = K(0);
     for (int n = 0; n < N; n++) {
-      for (int l = 0; l < W; l++) if (ready[l]) put(x, l, (R)CONSTANTS[order[l] + more] * get(D[(order[l] + more + 1) * N + n], l));
-      const S e = as_tested(a, x, a.h, n) / unit_of(a, size[n], n);
+      S x = D[n];
+      for (int j = 1; j < DIFFERENCES; j++) x = m_sel(equal_to(q, j - more - 1), D[j * N + n], x);
+      const S e = as_tested(a, constant * x, a.h, n) / unit_of(a, size[n], n);
       total += e * e;
     }
     total = root_of(total);
@@ -150,23 +156,26 @@ struct History {
       forget(l);
       factor[l] = IMPLICIT ? 1 : 0.1;
     }
-    if (any) { levels(o.a, -1, ready, o.size, below); levels(o.a, 1, ready, o.size, above); }
-    for (int l = 0; l < W; l++) {
-      if (ready[l]) {
-        const double norms[3] = {below[l], o.level[l], above[l]};
-        double largest = 0;
-        int best = 0;
-        for (int i = 0; i < 3; i++) {
-          const double x = __builtin_pow(most(norms[i], 1e-30), -1.0 / (order[l] + i));
-          if (x > largest) { largest = x; best = i; }
-        }
-        factor[l] = least(most(safety(l) * largest, SMALLEST_FACTOR), LARGEST_FACTOR);
-        // small changes are not worth a new matrix
-        if (factor[l] > 0.95 && factor[l] < 1.2 && best == 1) factor[l] = 1;
-        order[l] += best - 1;
+    if (any) {
+      levels(o.a, -1, ready, o.size, below);
+      levels(o.a, 1, ready, o.size, above);
+      Doubles largest, best, powers;
+      largest.v = best.v = DV{};
+      for (int i = 0; i < 3; i++) {
+        for (int l = 0; l < W; l++) powers[l] = -1.0 / (order[l] + i);
+        const DV x = d_power(d_most(i == 1 ? o.level.v : doubles(i ? above : below), d_all(1e-30)), powers.v);
+        const LV better = THAT(x > largest.v);
+        largest.v = d_sel(better, x, largest.v);
+        best.v = d_sel(better, d_all(i - 1), best.v);
       }
-      o.step[l] *= factor[l];
+      for (int l = 0; l < W; l++) if (ready[l]) {
+        factor[l] = least(most(safety(l) * largest[l], SMALLEST_FACTOR), LARGEST_FACTOR);
+        // small changes are not worth a new matrix
+        if (factor[l] > 0.95 && factor[l] < 1.2 && best[l] == 0) factor[l] = 1;
+        order[l] += (long)best[l];
+      }
     }
+    for (int l = 0; l < W; l++) o.step[l] *= factor[l];
     rescale(which, factor);
 #if IMPLICIT
     settle(o, passed);
@@ -357,7 +366,7 @@ template <bool DENSE_OUTPUT> static void step_back(Return& a) {
     a.ybar[n] = near[n];
     for (int j = 1; j < DIFFERENCES; j++) {
       S total = near[j * N + n];
-      if (j <= ORDERS) { total = K(0); for (int i = 1; i <= j; i++) total += m.T[i][j] * near[i * N + n]; }
+      if (j <= m.highest) { total = K(0); for (int i = 1; i <= j; i++) total += m.T[i][j] * near[i * N + n]; }
       p.carried[(j - 1) * N + n] = total;
     }
   }

@@ -73,9 +73,9 @@ struct Flags {
 // x to the p for positive normal x: the logarithm by the series of artanh, the power by that of exp, both by pairs of terms, as one waits for
 // the other; relative error below 1e-11. Of one trajectory, the library's.
 #if W == 1
-FN DV d_power(DV x, double p) { return __builtin_pow(x, p); }
+FN DV d_power(DV x, DV p) { return __builtin_pow(x, p); }
 #else
-FN DV d_power(DV x, double p) {
+template <class P> FN DV d_power(DV x, const P& p) {
   const LV all = bits(x), exponent = (all - l_all(0x3fe6a09e667f3bcdL)) >> 52;  // from the root of a half
   const DV m = real(all - (exponent << 52)), s = (m - 1) / (m + 1), s2 = s * s, s4 = s2 * s2;
   const DV series = ((1 + s2 * (1.0 / 3)) + s4 * (1.0 / 5 + s2 * (1.0 / 7))) + s4 * s4 * ((1.0 / 9 + s2 * (1.0 / 11)) + s4 * (1.0 / 13 + s2 * (1.0 / 15)));
