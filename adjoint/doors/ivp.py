@@ -17,7 +17,7 @@ from ..methods import METHODS, Method
 from ..native.entry import NativeSolve, own_algebra
 from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Problem
-from ..system.capture import needs_derivatives, stand_ins, transforming, vmap_active
+from ..system.capture import moves, needs_derivatives, stand_ins, transforming, vmap_active
 from ..system.ownership import as_part
 from ..system.precision import full_precision
 from ..system.realification import refuse_parts, suited_to_jacobians
@@ -206,14 +206,16 @@ def solve_ivp(
     system, y_flat = _system(given, native, chosen, bool(compile) and mass is None, mass is not None), given.state()
     inputs = stand_ins(system.inputs)
     derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])
+    moving = any(moves(x) for x in (times.anchors, times.samples) if x is not None)
     recorded = chosen.implicit or chosen.multistep
+    # the slopes of implicit stages are recorded, and what multistep methods went by: derivatives are taken at them
+    differentiated = derivatives and recorded and (moving or not chosen.spares_stages)
     # what is made of the steps when they are all taken
     afterwards = times.steps or dense_output or bool(watched)
     plan = Plan(
         method=chosen,
         keep_states=derivatives or afterwards,
-        # the slopes of implicit stages are recorded, and what multistep methods went by: derivatives are taken at them
-        keep_stages=dense_output or (derivatives and recorded) or (bool(watched) and (batched or vmap_active() or recorded)),
+        keep_stages=dense_output or differentiated or (bool(watched) and (batched or vmap_active() or recorded)),
         results_of_steps=afterwards,
         events=tuple(flat_event(e, system, user_spec, integrand is not None) for e in watched),
         compile=compile_key(fun) if compile else None,

@@ -104,6 +104,7 @@ class Bdf(Traits):
     implicit: bool = field(default=True, init=False)
     multistep: bool = field(default=True, init=False)
     adaptive: bool = field(default=True, init=False)
+    spares_stages: bool = field(default=True, init=False)
     error_order: int = field(default=1, init=False)
     nodes: tuple[float, ...] = field(default=(0.0,) * (MAX_ORDER + 1), init=False)
     n_stages: int = field(default=MAX_ORDER + 1, init=False)

@@ -35,6 +35,8 @@ class Traits:
     takes_mass: bool = False
     #: whether the last stage is the first of the next step: as the slope of its equation, not as ``f`` at its value
     hands_on: bool = False
+    #: whether derivatives of steps of ODEs, but for those in times, are taken without their stages
+    spares_stages: bool = False
     #: factors of ``h`` in the matrices of stages that are solved for one after another
     diagonal: tuple[float, ...] = ()
     #: whether the dense output is the polynomial that satisfies the equation at the nodes of the stages

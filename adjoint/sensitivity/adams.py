@@ -101,7 +101,7 @@ class AdamsAdjoint:
         if bars.stages is not None:
             mine_bar = torch.einsum("blj,lbn->jbn", basis, bars.stages[:-1])
             star_bar, delta_bar = star_bar + mine_bar, delta_bar + (at * mine_bar).sum(0) + bars.stages[-1]
-        delta = bars.values[-1]
+        delta = grid["stages"][k, -1]
         slope, pull = self.linearize(time.end, y - at_g * delta)
         by_state, t_bar = pull(delta_bar)
         p_bar = y_bar + by_state
@@ -117,9 +117,9 @@ class AdamsAdjoint:
         self, k: int, bars: StepBars, slope: Tensor, p_bar: Tensor, y_bar: Tensor, delta_bar: Tensor, nodes: Tensor, weights: Weights
     ) -> Tensor:
         """The cotangent (B,) of the size of step ``k``, but for what it has by the time of its end."""
-        real, h = slope.dtype.to_real(), self.grid["h"][k]
+        real, h, values = slope.dtype.to_real(), self.grid["h"][k], self.grid["stages"][k]
         h = torch.where(h == 0, 1.0, h).to(real).unsqueeze(-1)
-        delta, values = bars.values[-1], bars.values[:-1]
+        delta, values = values[-1], values[:-1]
         k_q = ((1 / (1 - nodes)).t().unsqueeze(-1) * weights.below).sum(0).to(real)
         g_q = (weights.integrals * weights.at).sum(0).to(real)
         stretched = torch.as_tensor(stretching(len(values)), dtype=values.dtype, device=values.device)

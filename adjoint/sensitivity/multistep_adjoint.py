@@ -42,7 +42,7 @@ def multistep_eager(asked: Asked, samples: Any) -> tuple[Tensor | None, ...]:
         k_bar = samples.stages_bar(k)
         if stages_bar is not None and len(stages_bar):
             k_bar = stages_bar[k] if k_bar is None else k_bar + stages_bar[k]
-        back = steps.step(k, StepBars(plan.method, bar, k_bar, stages[k], moving), schedule.step(k))
+        back = steps.step(k, StepBars(plan.method, bar, k_bar, moving), schedule.step(k))
         valid = h[k] != 0
         bar = torch.where(valid.reshape(1, -1, 1), back.table, bar)
         if back.t is not None:

@@ -52,12 +52,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class StepBars:
-    """Cotangents at the end of a step: of the table (M, B, n) and, if any, of the stages (S, B, n), whose values are ``values``."""
+    """Cotangents at the end of a step: of the table (M, B, n) and, if any, of the stages (S, B, n)."""
 
     method: Method
     table: Tensor
     stages: Tensor | None
-    values: Tensor
     moving: bool
 
 

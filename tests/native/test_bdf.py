@@ -110,9 +110,11 @@ def test_the_record_is_the_eager_one(monkeypatch):
         mine, theirs = seen[-2:]
         assert torch.equal(mine.extra[:, 0], theirs.extra[:, 0]) and set(mine.extra[:, 0].unique().tolist()) >= {1.0, 2.0, 3.0, 4.0}
         assert torch.equal(mine.extra[:, 2], theirs.extra[:, 2]) and (mine.extra[:, 2] == 0).sum() == max(rows, 1)
-        for name in ("extra", "t", "h", "states", "stages"):
+        for name in ("extra", "t", "h", "states"):
             torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), rtol=1e-6, atol=1e-7)
         assert torch.equal(mine.lands, theirs.lands) and torch.equal(mine.segment, theirs.segment)
+        # of ODEs only derivatives in times need the differences
+        assert not len(mine.stages) and not len(theirs.stages)
 
 
 def test_other_derivatives_go_on_from_the_record():
