@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -251,3 +253,21 @@ def test_rows_of_multistep_solves_do_not_know_of_each_other(method):
         assert torch.allclose(bars[i], bar, rtol=1e-7, atol=1e-9)
     truth = torch.linalg.matrix_exp(20.0 * OSCILLATOR).sum(0)
     assert torch.allclose(bars[0], truth, atol=1e-3)
+
+
+def test_a_component_that_rests_in_tiny_steps_alone():
+    """Its change in them is below rounding, and says nothing of what longer steps would do: one solve is enough."""
+    k = torch.tensor([3.0, 1e6], dtype=torch.float64, requires_grad=True)
+
+    def fun(t, y, k):
+        a, b = y.unbind(-1)
+        return torch.stack([-k[0] * 1e-3 * a * b, k[1] * (torch.cos(t) - b)], -1)
+
+    y0 = torch.tensor([1.0, 0.9], dtype=torch.float64)
+    sol = adjoint.solve_ivp(fun, (0.0, 5.0), y0, (k,), method="bdf", first_step=1e-17)
+    plain = adjoint.solve_ivp(fun, (0.0, 5.0), y0, (k.detach(),), method="bdf", first_step=1e-17)
+    assert sol.stats.n_steps == plain.stats.n_steps
+    (slope,) = torch.autograd.grad(sol.y[-1, 0], k)
+    # a is exp(-k0 sin(5) / 1000), but for what b is late by
+    exact = -1e-3 * math.sin(5.0) * math.exp(-3e-3 * math.sin(5.0))
+    torch.testing.assert_close(slope[0], torch.tensor(exact, dtype=torch.float64), rtol=1e-3, atol=0)

@@ -123,7 +123,7 @@ class _Trial:
     @property
     def extra(self) -> Tensor:
         """See `Trial`."""
-        return torch.tensor(self._known, dtype=torch.float64)
+        return torch.tensor(self._known, dtype=torch.float64, device="cpu")
 
     def stages(self) -> Sequence[Tensor]:
         """(6, ...): the differences behind the state up to the order, and the correction, over ``h``."""

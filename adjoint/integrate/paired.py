@@ -109,6 +109,16 @@ def stands(states: Tensor) -> Tensor:
     return ((begun[1:] - begun[:-1]).abs() <= 8 * torch.finfo(states.dtype).eps * begun[:-1].abs()).all(0)
 
 
+def _longest_rest(states: Tensor, h: Tensor, still: Tensor) -> Tensor:
+    """``(B, n)``: the longest of the steps in which components that are ``still`` at the start went on resting; zero for others."""
+    rows, places = still.nonzero(as_tuple=True)
+    own, size = states[:, rows, places], h.abs()[:, rows]
+    rests = ((own[1:] - own[:-1]).abs() <= 8 * torch.finfo(own.dtype).eps * own[:-1].abs()).cumprod(0)
+    found = torch.zeros(still.shape, dtype=size.dtype, device=size.device)
+    found[rows, places] = (size.amax(0) if len(rests) != len(size) else (rests * size).amax(0)) * rests[0]
+    return found
+
+
 def too_long(f: Flat, plan: Plan, record: Record, y0: Tensor) -> tuple[Tensor, Tensor]:
     """Whose steps ``(B,)`` were too long for derivatives, and how often ``f`` was evaluated for each to see it."""
     states = record.states if len(record.states) else torch.stack([y0, record.last])
@@ -143,8 +153,8 @@ def too_long(f: Flat, plan: Plan, record: Record, y0: Tensor) -> tuple[Tensor, T
             change = (f(t, y + probe * unit) - slope) / unit
             count = count + (asked & ~found)
             if not grown:
-                reach = change.abs().amax(-1) / probe.abs().amax(-1) * record.h.abs().amax(0)
-                found = found | (asked & (still & (change != 0)).any(-1) & (reach >= _tangent(plan) ** 0.5))
+                reach = change.abs() / probe.abs().amax(-1, keepdim=True) * _longest_rest(states, record.h, still)
+                found = found | (asked & (reach >= _tangent(plan) ** 0.5).any(-1))
             size = change.abs().amax(-1)
             usable = torch.isfinite(size) & (size > 0)
             grown = [*grown, torch.where(usable, size / probe.abs().amax(-1), 0.0)][-_MEAN:]
