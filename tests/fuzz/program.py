@@ -109,6 +109,9 @@ def program(case: Case, transform: bool) -> str:
     flat, shaped = LAYOUTS[case.layout]
     text += f"def flat(y):\n    {flat}\n\ndef shaped(x):\n    {shaped}\n\n"
     text += "def wide(x, y):\n    return x.expand(*y.shape[:-1], x.shape[-1])\n\n"
+    if case.event:
+        # of a table without events, which rows of a batch may all be, as of a row without one
+        text += "def first_of(x):\n    return x[0] if len(x) else x.new_full(x.shape[1:], float('nan'))\n\n"
     for piece in case.pieces:
         if piece.way in ("module", "buffer"):
             text += module_text(case, piece)
@@ -351,7 +354,7 @@ def native_lines(case: Case) -> list[str]:
         samples = "flat(sol.y)[-1:]" if case.form == "one" else f"flat(sol.y)[sol.stats.n_accepted, {rows}][None]"
     out = [f"'samples': {samples}"] + ["'integral': sol.quadrature"] * case.quadrature
     if case.event:
-        out += ["'event_t': sol.events[0].t[0]", "'event_y': flat(sol.events[0].y)[0]"]
+        out += ["'event_t': first_of(sol.events[0].t)", "'event_y': first_of(flat(sol.events[0].y))"]
     lines.append("return {" + ", ".join(out) + "}")
     return lines
 
@@ -393,6 +396,10 @@ def loss_text(case: Case, names: list[str]) -> str:
     for name in made:
         weight, keep = case.weights[name], crossed if name.startswith("event") else alive
         dim = 1 if name == "samples" else 0
+        if case.form != "one" and not inner and not keep:
+            # nothing comes out that depends on where the event is
+            lines.append("total = total + 0.0 * level.sum()")
+            continue
         if case.form == "one":
             text, value = literal(weight.select(dim, 0)), f"out[{name!r}]"
         elif inner:
