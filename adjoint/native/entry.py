@@ -57,6 +57,16 @@ def own_algebra(**options: Any) -> str | None:
     return f"native code takes and factorises Jacobians itself: leave {given[0]} or compile out" if given else None
 
 
+_TOO_LONG = (
+    "the state moves along a slow manifold, where steps of an explicit method have to be shorter for derivatives than for the state: take "
+    "an implicit one, such as 'rodas5p'"
+)
+_AT_REST = (
+    "a component of the state is at rest, where steps have to be shorter for derivatives than for the state: take out of the state what is "
+    "constant, or choose a one-step method such as 'kvaerno5'"
+)
+
+
 def _remark(key: Hashable, reason: str) -> None:
     """Say why a solve is not compiled, once for each right-hand side and reason, at the place of the user's call."""
     if (key, reason) in _remarked:
@@ -172,7 +182,7 @@ class NativeSolve:
     ) -> Record | None:
         """The solve, or None where the eager engine is to make it. ``derivatives``: a way back may follow. ``index`` and ``skipped``, (n,):
         those of variables of implicit equations, see `ResidualSolver`."""
-        known, self._found = self._found, None
+        known, self._found, self.recognised = self._found, None, None
         found = known or self._recognised(key, plan, system, batched, inputs, y0, anchors)
         if found is None:
             return None
@@ -190,10 +200,15 @@ class NativeSolve:
             return _remark(key, str(error))
         finally:
             self.seconds += spent.seconds - before
-        if record is not None:
-            # else steps were too long for derivatives: the eager engine has a way to choose those that are not
-            self.recognised, self.values = found, tuple(values)
+        if record is None:
+            return _remark(key, _TOO_LONG)
+        self.recognised, self.values = found, tuple(values)
         return record
+
+    def given_up(self, key: Hashable) -> None:
+        """The solve was made, but its steps do not bear derivatives: the eager engine has a way to choose those that do."""
+        self.recognised = None
+        _remark(key, _AT_REST)
 
     def backward(
         self,

@@ -123,8 +123,8 @@ class Problem:
         record = self.native.forward(key, *solve, derivatives, index, skipped)
         if record is not None and derivatives:
             record = self._without_rest(record, inputs, y0)
-        if record is None:
-            self.native.recognised = None
+            if record is None:
+                self.native.given_up(key)
         return record
 
     def _without_rest(self, record: Record, inputs: Sequence[Tensor], y0: Tensor) -> Record | None:
