@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..integrate.grid import Grid
 from ..integrate.plan import Plan
 from .calls import BACKWARD_CALL
 from .program import Program, pointers
@@ -34,7 +35,7 @@ class Cotangents(NamedTuple):
 def sweep_native(
     program: Program,
     plan: Plan,
-    grid: dict[str, Tensor],
+    grid: Grid,
     anchors: Tensor,
     t_eval: Tensor | None,
     inputs: Sequence[Tensor],
@@ -44,17 +45,17 @@ def sweep_native(
 ) -> Cotangents:
     """Cotangents from those of ``(final, samples, states, stages)``, each of them a tensor or None; ``timed``: those of times as well;
     ``ordered``: samples are in the order of time, which else is looked at."""
-    states = grid["states"].detach().contiguous()
-    n_steps, rows = grid["t"].shape
+    states = grid.states.detach().contiguous()
+    n_steps, rows = grid.t.shape
     engine = program.engine(program.lanes(rows))
     call = BACKWARD_CALL.from_buffer_copy(program.backward_call(engine))
     names = ("t", "h", "status", "sample_step", *(("segment", "lands") if anchors.shape[0] > 2 else ()))
-    keep = {name: grid[name].detach().contiguous() for name in names}
+    keep = {name: getattr(grid, name).detach().contiguous() for name in names}
     keep["states"], keep["anchors"] = states, anchors.detach().contiguous()
     if program.method.implicit:
-        keep["stages"] = grid["stages"].detach().contiguous()
+        keep["stages"] = grid.stages.detach().contiguous()
     if program.method.multistep:
-        keep["extra"] = grid["extra"].detach().contiguous()
+        keep["extra"] = grid.extra.detach().contiguous()
     n_samples = 0
     if t_eval is not None and bars[1] is not None:
         keep["t_eval"] = t_eval.detach().contiguous()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..integrate.controller import PIDController
+from ..integrate.grid import Grid
 from ..integrate.plan import Monitor, Plan, Record, rms_norm
 from ..methods import Method
 from ..system.remarks import remark
@@ -213,7 +214,7 @@ class NativeSolve:
     def backward(
         self,
         plan: Plan,
-        grid: dict[str, Tensor],
+        grid: Grid,
         anchors: Tensor,
         t_eval: Tensor | None,
         n_inputs: int,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..integrate.adams import corrected, predicted, updated
+from ..integrate.grid import Grid
 from ..methods.abm import Weights, step_weights, stretching
 from ..methods.sums import row_dot
 from ..system.system import Flat
@@ -22,9 +23,9 @@ from .problem import Problem
 __all__ = ["AdamsAdjoint", "AdamsReplay"]
 
 
-def _weights(grid: dict[str, Tensor], k: int, h: Tensor) -> tuple[Tensor, Tensor, Weights]:
+def _weights(grid: Grid, k: int, h: Tensor) -> tuple[Tensor, Tensor, Weights]:
     """Order, nodes and weights of step ``k`` if its size is ``h`` (B,): the times before it stay."""
-    extra, size = grid["extra"][k], grid["h"][k]
+    extra, size = grid.extra[k], grid.h[k]
     order = extra[0].long()
     nodes = extra[1:].t() * torch.where(size == 0, 1.0, size / torch.where(size == 0, 1.0, h)).unsqueeze(-1)
     return order, nodes, step_weights(nodes, order)
@@ -39,7 +40,7 @@ def _passed_on(order: Tensor, restart: Tensor, size: int, real: torch.dtype) -> 
 class AdamsReplay:
     """The steps as differentiable functions of the table; see `multistep.Replay`."""
 
-    def __init__(self, problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor], schedule: Schedule) -> None:
+    def __init__(self, problem: Problem, grid: Grid, inputs: Sequence[Tensor], schedule: Schedule) -> None:
         self.f, self.grid = problem.system.bind(inputs), grid
         self.size = problem.plan.method.n_stages
 
@@ -72,7 +73,7 @@ class AdamsAdjoint:
     its derivative over ``h``, but for the factor of ``d``, which also falls by ``k / h``.
     """
 
-    def __init__(self, problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor], linearize: Linearizer, f: Flat) -> None:
+    def __init__(self, problem: Problem, grid: Grid, inputs: Sequence[Tensor], linearize: Linearizer, f: Flat) -> None:
         self.grid, self.linearize = grid, linearize
         self.size = problem.plan.method.n_stages
 
@@ -85,8 +86,8 @@ class AdamsAdjoint:
     def step(self, k: int, bars: StepBars, time: StepTime) -> StepBack:
         """Cotangents before step ``k`` from those behind it."""
         grid, real = self.grid, bars.table.dtype.to_real()
-        h, y = grid["h"][k].to(real).unsqueeze(-1), grid["states"][k + 1]
-        order, nodes, weights = _weights(grid, k, grid["h"][k])
+        h, y = grid.h[k].to(real).unsqueeze(-1), grid.states[k + 1]
+        order, nodes, weights = _weights(grid, k, grid.h[k])
         growth, below, at, g = (x.to(real) for x in (weights.growth, weights.below, weights.at, weights.integrals))
         basis = weights.basis.to(bars.table.dtype)
         slopes_bar = bars.table[1:] * _passed_on(order, time.restart, self.size - 1, real)
@@ -101,7 +102,7 @@ class AdamsAdjoint:
         if bars.stages is not None:
             mine_bar = torch.einsum("blj,lbn->jbn", basis, bars.stages[:-1])
             star_bar, delta_bar = star_bar + mine_bar, delta_bar + (at * mine_bar).sum(0) + bars.stages[-1]
-        delta = grid["stages"][k, -1]
+        delta = grid.stages[k, -1]
         slope, pull = self.linearize(time.end, y - at_g * delta)
         by_state, t_bar = pull(delta_bar)
         p_bar = y_bar + by_state
@@ -117,7 +118,7 @@ class AdamsAdjoint:
         self, k: int, bars: StepBars, slope: Tensor, p_bar: Tensor, y_bar: Tensor, delta_bar: Tensor, nodes: Tensor, weights: Weights
     ) -> Tensor:
         """The cotangent (B,) of the size of step ``k``, but for what it has by the time of its end."""
-        real, h, values = slope.dtype.to_real(), self.grid["h"][k], self.grid["stages"][k]
+        real, h, values = slope.dtype.to_real(), self.grid.h[k], self.grid.stages[k]
         h = torch.where(h == 0, 1.0, h).to(real).unsqueeze(-1)
         delta, values = values[-1], values[:-1]
         k_q = ((1 / (1 - nodes)).t().unsqueeze(-1) * weights.below).sum(0).to(real)

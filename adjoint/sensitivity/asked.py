@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..integrate.grid import Grid
 from .problem import Problem, StepTimes, kept_steps, step_times
 
 __all__ = ["Asked", "anchors_bar"]
@@ -18,14 +19,14 @@ class Asked(NamedTuple):
 
     Attributes
     ----------
-    grid : of `Record`, what derivatives are made from, by name
+    grid : the recorded steps
     anchors : (A, B); t_eval : (T, B) or None; inputs : of the system
     bars : cotangents of ``final, samples, states, stages``, None for those of zero
     wants : whether those of ``anchors, t_eval, y0, *inputs`` are asked for
     """
 
     problem: Problem
-    grid: dict[str, Tensor]
+    grid: Grid
     anchors: Tensor
     t_eval: Tensor | None
     inputs: Sequence[Tensor]
@@ -40,30 +41,30 @@ class Asked(NamedTuple):
     @property
     def n_steps(self) -> int:
         """Of the trajectory with most."""
-        return self.grid["t"].shape[0]
+        return self.grid.t.shape[0]
 
     @property
     def final_bar(self) -> Tensor | None:
         """Cotangent of the last state, where there is one."""
         bar = self.bars[0]
-        return None if bar is None else torch.where((self.grid["status"] >= 0).unsqueeze(-1), bar, 0.0)
+        return None if bar is None else torch.where((self.grid.status >= 0).unsqueeze(-1), bar, 0.0)
 
     @property
     def point(self) -> list[Tensor | None]:
         """Where derivatives are taken: ``anchors, t_eval, y0, *inputs``."""
-        return [self.anchors, self.t_eval, self.grid["states"][0], *self.inputs]
+        return [self.anchors, self.t_eval, self.grid.states[0], *self.inputs]
 
     def times(self, anchors: Tensor) -> StepTimes:
         """Of the steps, by these anchors."""
         grid = self.grid
-        return step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors, self.problem.plan.shift)
+        return step_times(grid.t, grid.h, grid.segment, grid.lands, anchors, self.problem.plan.shift)
 
     def stages_bars(self) -> dict[int, Tensor]:
         """Cotangents ``(S, B, n)`` of the stages that are part of the record, by their steps."""
         bars = self.bars[3]
         if bars is None or not len(bars):
             return {}
-        return dict(zip(kept_steps(self.problem.plan, self.grid["event_step"], self.n_steps), bars, strict=True))
+        return dict(zip(kept_steps(self.problem.plan, self.grid.event_step, self.n_steps), bars, strict=True))
 
     def answer(
         self, anchors: Tensor | None, t_eval: Tensor | None, y0: Tensor | None, inputs: Sequence[Tensor | None]
@@ -73,10 +74,10 @@ class Asked(NamedTuple):
         return (*first, *inputs)
 
 
-def anchors_bar(anchors: Tensor, grid: dict[str, Tensor], t_bars: Tensor, h_bars: Tensor) -> Tensor:
+def anchors_bar(anchors: Tensor, grid: Grid, t_bars: Tensor, h_bars: Tensor) -> Tensor:
     """Cotangents of steps to those of the anchors: see `step_times`."""
-    landed = torch.where(grid["lands"], h_bars, 0.0)
+    landed = torch.where(grid.lands, h_bars, 0.0)
     out = torch.zeros_like(anchors)
-    out.scatter_add_(0, grid["segment"], t_bars - landed)
-    out.scatter_add_(0, (grid["segment"] + 1).clamp(max=anchors.shape[0] - 1), landed)
+    out.scatter_add_(0, grid.segment, t_bars - landed)
+    out.scatter_add_(0, (grid.segment + 1).clamp(max=anchors.shape[0] - 1), landed)
     return out

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..integrate.bdf import SIZE, update_matrix
+from ..integrate.grid import Grid
 from ..integrate.matrices import jacobian_at, shifted
 from ..linalg import Log, Matrix
 from ..linalg.pencil import scaled_factors, split
@@ -149,13 +150,13 @@ class Formula:
         return sum((row_dot(a, b) for a, b in zip(moved, table_bar, strict=False)), by_c).double()
 
 
-def _moved(grid: dict[str, Tensor], h: Tensor) -> tuple[Tensor, Tensor]:
+def _moved(grid: Grid, h: Tensor) -> tuple[Tensor, Tensor]:
     """Sizes (K, B), none of them zero, and ``T`` (K, B, 8, 8) of all steps, if their sizes are ``h``: the same numbers, and derivatives."""
-    recorded, T = grid["size"], matrices(grid["extra"])
+    recorded, T = grid.size, matrices(grid.extra)
     if not recorded.numel():
         return recorded, T
-    size = recorded + (h - grid["h"])
-    factor, order = (size / recorded).flatten(), grid["extra"][:, 0].flatten().long()
+    size = recorded + (h - grid.h)
+    factor, order = (size / recorded).flatten(), grid.extra[:, 0].flatten().long()
     change = rescaling(order, factor, SIZE, True) - rescaling(order, torch.ones_like(factor), SIZE, True)
     return size, T + change.unflatten(0, size.shape) @ T
 
@@ -165,7 +166,7 @@ class BdfReplay:
 
     size = SIZE
 
-    def __init__(self, problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor], schedule: Schedule) -> None:
+    def __init__(self, problem: Problem, grid: Grid, inputs: Sequence[Tensor], schedule: Schedule) -> None:
         algebra = problem.algebra
         assert algebra is not None
         self.problem, self.grid, self.inputs, self.algebra = problem, grid, inputs, algebra
@@ -178,15 +179,15 @@ class BdfReplay:
     def step(self, k: int, D: Tensor, time: StepTime) -> tuple[Tensor, Tensor]:
         """Stages and the table after step ``k``."""
         grid, system = self.grid, self.problem.system
-        h, real = grid["h"][k], D.dtype.to_real()
-        formula = Formula.of(grid["extra"][k], self.h[k], self.T[k])
+        h, real = grid.h[k], D.dtype.to_real()
+        formula = Formula.of(grid.extra[k], self.h[k], self.T[k])
         near = torch.einsum("bij,jbn->ibn", formula.T.to(D.dtype), D)
         predicted = torch.einsum("bi,ibn->bn", _low(formula.order, real).to(D.dtype), near)
         psi = torch.einsum("bi,ibn->bn", formula.weights(D.dtype), near)
         c = formula.c(real)
         conditions, solver = _StepConditions(system), self.algebra.linear_solver
         task = RootTask(conditions, conditions, _known, _Rule(system, self.algebra), solver, Log(), lambda record: None)
-        known = grid["states"][k + 1].detach()
+        known = grid.states[k + 1].detach()
         y = RootOutputs(*RootNode.apply(task, known, time.end, psi - predicted, c, *self.inputs)).raw
         S, s = update_matrix(formula.order)
         new = torch.einsum("bij,jbn->ibn", S.to(D.dtype), near) + torch.einsum("bi,bn->ibn", s.to(D.dtype), y - predicted)
@@ -206,13 +207,13 @@ class BdfAdjoint:
 
     size = SIZE
 
-    def __init__(self, problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor], linearize: Linearizer, f: Flat) -> None:
+    def __init__(self, problem: Problem, grid: Grid, inputs: Sequence[Tensor], linearize: Linearizer, f: Flat) -> None:
         algebra = problem.algebra
         assert algebra is not None
         self.problem, self.grid, self.inputs, self.algebra = problem, grid, inputs, algebra
         self.linearize, self.f, self.log = linearize, f, Log()
         #: steps whose sizes count: that of no other one moves
-        self.lands: list[bool] = grid["lands"].any(-1).tolist()
+        self.lands: list[bool] = grid.lands.any(-1).tolist()
         self._factors: Any = None
 
     def begin(self, bar: Tensor, y0: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -222,9 +223,9 @@ class BdfAdjoint:
     def step(self, k: int, bars: StepBars, time: StepTime) -> StepBack:
         """Cotangents before step ``k`` from those behind it."""
         grid, linearize, bar, k_bar = self.grid, self.linearize, bars.table, bars.stages
-        states, stages, h = grid["states"], grid["stages"], grid["h"][k]
+        states, stages, h = grid.states, grid.stages, grid.h[k]
         dtype, real = states.dtype, states.dtype.to_real()
-        formula = Formula.of(grid["extra"][k], grid["size"][k])
+        formula = Formula.of(grid.extra[k], grid.size[k])
         new_bar, size_bar = bar, None
         lands = bars.moving and self.lands[k]
         if lands and k_bar is not None:

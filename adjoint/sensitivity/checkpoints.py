@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import SolveError
 from ..integrate import LoneStages, Monitor, StageSolver, integrate
+from ..integrate.grid import Grid
 from ..integrate.spread import widened
 from ..linalg.copies import copy_by_copy
 from ..system.capture import alive, functorch_active
@@ -57,14 +58,14 @@ class Recall:
 
     Parameters
     ----------
-    grid : tensors of the `Record` by their names
+    grid : what `shelter` makes of the recorded steps
     times : start, size and jumps of the steps
     y0 : (B, n)
     slots : how many states are kept, the first included
     """
 
     def __init__(
-        self, problem: Problem, grid: dict[str, Any], times: StepTimes, inputs: Sequence[Tensor], y0: Tensor, slots: int
+        self, problem: Problem, grid: Grid, times: StepTimes, inputs: Sequence[Tensor], y0: Tensor, slots: int
     ) -> None:
         plan = self.plan = problem.plan
         self.slots, self.times, self.flat, self.iterated = slots, times, y0.shape, problem.algebra is not None
@@ -76,22 +77,22 @@ class Recall:
         self.f = replace(problem, plan=replace(plan, keep_grid=True)).solver(inputs, y0.shape[0])
         if self.alone and problem.algebra is not None:
             # as the loop has them: see `OneStepOfOne`
-            self.sizes: Any = grid["h"][:, 0].to(plan.real).unbind()
+            self.sizes: Any = grid.h[:, 0].to(plan.real).unbind()
         elif self.alone:
-            self.sizes = grid["h"][:, 0].tolist()
+            self.sizes = grid.h[:, 0].tolist()
         else:
-            self.sizes = grid["h"].to(plan.real).unsqueeze(-1).unbind()
-        self.padded = self.sizes if self.alone else grid["size"].to(plan.real).unsqueeze(-1).unbind()
+            self.sizes = grid.h.to(plan.real).unsqueeze(-1).unbind()
+        self.padded = self.sizes if self.alone else grid.size.to(plan.real).unsqueeze(-1).unbind()
         #: step, state at its start and, of methods that hand their last slope on, that of the step before
         self.kept: list[tuple[int, Tensor, Tensor | None]] = [(0, y0 if shape is None else y0.reshape(shape), None)]
         # where steps that do nothing are looked at: see `shelter`
-        self.moved, pad = grid["moved"], padding(grid["h"], grid["lands"])
+        self.moved, pad = grid.moved, padding(grid.h, grid.lands)
         self.first = y0 if pad is None else pad.first(y0)
         self._latest: tuple[int, Tensor, Tensor | None] | None = None
         self._chained = hands_on(plan)
         #: steps taken again, and the most states that were kept at a time
         self.n_steps, self.peak = 0, 1
-        self.stages = _Slopes(self, (len(grid["t"]), len(plan.method.nodes), *self.flat), y0)
+        self.stages = _Slopes(self, (len(grid.t), len(plan.method.nodes), *self.flat), y0)
 
     moved: Tensor | None = None
 
@@ -229,7 +230,7 @@ class CheckpointNode(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         problem = ctx.problem()
         final, *saved = alive(ctx.saved_tensors)
-        grid: dict[str, Tensor] = dict(zip(_GRID, saved[: len(_GRID)], strict=True))
+        kept = dict(zip(_GRID, saved[: len(_GRID)], strict=True))
         y0, anchors, *rest = saved[len(_GRID) :]
         t_eval = rest.pop(0) if ctx.has_samples else None
         wants = ctx.needs_input_grad[2:]
@@ -239,11 +240,12 @@ class CheckpointNode(torch.autograd.Function):
                 return (None, None, *ctx.problem.let_out(_with_all_states(problem, (anchors, t_eval, y0, *rest), bars, wants)))
             inputs = problem.system.inputs if ctx.own else rest
             start = y0.detach()
-            grid |= {"states": start.unsqueeze(0), "stages": start.new_empty(0)}
+            nothing = start.new_empty(0)
+            grid = Grid(states=start.unsqueeze(0), stages=nothing, extra=nothing, **kept)
             safe = shelter(problem, grid, t_eval, inputs).grid
-            times = step_times(safe["t"], safe["h"], safe["segment"], safe["lands"], anchors.detach(), problem.plan.shift)
+            times = step_times(safe.t, safe.h, safe.segment, safe.lands, anchors.detach(), problem.plan.shift)
             recall = Recall(problem, safe, times, inputs, start, ctx.slots)
-            recall.check(final.detach(), grid["status"])
+            recall.check(final.detach(), grid.status)
             found = eager_sweep(Asked(problem, grid, anchors, t_eval, inputs, (*bars, None, None), wants), recall)
             problem.backward_report(recall.n_fun, 0)
             check_finite(problem, grid, inputs, bars, found, lambda: problem.run(inputs, start, anchors.detach(), t_eval))

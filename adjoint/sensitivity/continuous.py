@@ -201,20 +201,20 @@ def _without_failed(asked: Asked) -> Asked:
     """Record, times and cotangents with trajectories that failed as if their span had ended where they came to, and another one in the
     place of those that came nowhere: nothing is asked of them behind that."""
     _, grid, anchors, t_eval, _, bars, _ = asked
-    pad, dead = padding(grid["h"], grid["lands"]), grid["status"] < 0
+    pad, dead = padding(grid.h, grid.lands), grid.status < 0
     if pad is None:
         return asked
     last = (~pad.still).sum(0) - 1
     place = last.clamp(min=0).unsqueeze(0)
-    reached = (grid["t"].gather(0, place) + grid["h"].gather(0, place)).squeeze(0)
-    row_dims = {"states": 1, "t": 1, "h": 1, "stages": 2}
-    grid = grid | {name: grid[name].index_select(dim, pad.source) for name, dim in row_dims.items()} | {"status": grid["status"].abs()}
+    reached = (grid.t.gather(0, place) + grid.h.gather(0, place)).squeeze(0)
+    states, t, h = (x.index_select(1, pad.source) for x in (grid.states, grid.t, grid.h))
+    grid = replace(grid, states=states, t=t, h=h, stages=grid.stages.index_select(2, pad.source), status=grid.status.abs())
     anchors = anchors.index_select(1, pad.source)
     anchors = torch.cat([anchors[:-1], torch.where(dead, pad.first(reached), anchors[-1]).unsqueeze(0)])
     final_bar, samples_bar, *rest = bars
     final_bar = None if final_bar is None else torch.where(dead.unsqueeze(-1), 0.0, final_bar)
     if samples_bar is not None and t_eval is not None:
-        known = grid["sample_step"] >= 0
+        known = grid.sample_step >= 0
         samples_bar = torch.where(known.unsqueeze(-1), samples_bar, 0.0)
         t_eval = torch.where(known & ~(pad.unborn & dead), t_eval, anchors[-1])
     return asked._replace(grid=grid, anchors=anchors, t_eval=t_eval, bars=(final_bar, samples_bar, *rest))

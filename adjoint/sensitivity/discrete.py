@@ -39,15 +39,15 @@ class _Samples:
         self.method = asked.problem.plan.method
         # contiguous, whatever the layout of the times is: it is filled in flat
         self.t_eval_bar = torch.zeros_like(t_eval, memory_format=torch.contiguous_format) if t_eval is not None and time_bars else None
-        n_steps, rows = grid["t"].shape
+        n_steps, rows = grid.t.shape
         self.rows, self.time_bars = rows, time_bars
         self.inner = self.ends = [(0, 0)] * n_steps
         if bar is None or t_eval is None or n_steps == 0:
             return
-        step = grid["sample_step"]
+        step = grid.sample_step
         index = step.clamp(min=0)
-        h = grid["h"].gather(0, index)
-        theta = (t_eval - grid["t"].gather(0, index)) / torch.where(h == 0, 1.0, h)
+        h = grid.h.gather(0, index)
+        theta = (t_eval - grid.t.gather(0, index)) / torch.where(h == 0, 1.0, h)
         # a sample at the end of a step is the state there, whose own cotangent does the rest
         group = torch.where((theta == 1.0) & (not time_bars) & (step >= 0), step + n_steps, step).reshape(-1)
         order = group.argsort(stable=True)
@@ -132,9 +132,9 @@ class _Steps:
         system, self.plan = problem.system, problem.plan
         self._inputs = cut_apart(asked.inputs)
         self._f = system.bind(self._inputs)
-        self.implicit, self._rows = problem.algebra is not None, grid["t"].shape[1]
+        self.implicit, self._rows = problem.algebra is not None, grid.t.shape[1]
         given = (self._inputs, asked.wants[3:], asked.moving)
-        self._slopes: Any = grid["stages"].detach() if recall is None else recall.stages
+        self._slopes: Any = grid.stages.detach() if recall is None else recall.stages
         self.linearize: Any = Linearizer(self._f, *given)
         if self.plan.method.additive:
             self.linearize = AdditiveLinearizer(problem, self._slopes, *given)
@@ -143,12 +143,12 @@ class _Steps:
         self.times, self._kept = asked.times(asked.anchors.detach()), asked.stages_bars()
         # of few rows all at once, which takes few operators; of many step by step, which takes little memory
         self._stage_t = stage_times(self.plan, self.times, self.plan.real) if self._rows == 1 else None
-        self._shape, self._flat = None if self.implicit else system.natural_shape, grid["states"].shape[1:]
-        self.states = self.inner(grid["states"].detach()).contiguous()
+        self._shape, self._flat = None if self.implicit else system.natural_shape, grid.states.shape[1:]
+        self.states = self.inner(grid.states.detach()).contiguous()
         if self._rows == 1:
-            self._sizes: Any = grid["h"][:, 0].tolist()
+            self._sizes: Any = grid.h[:, 0].tolist()
         else:
-            self._sizes = grid["h"].to(self.states.dtype.to_real()).unsqueeze(-1).unbind()
+            self._sizes = grid.h.to(self.states.dtype.to_real()).unsqueeze(-1).unbind()
         self._checked = isinstance(system, System)
         self.watched = self._rows == 1 and type(self.plan.monitor).adjoint is not Monitor.adjoint
         end = self.plan.method.end_index
@@ -169,7 +169,7 @@ class _Steps:
         if not goes_by_rows(asked.problem, asked.n_steps, self.times.jump_end is not None):
             return None
         plain = Linearizer(self._f, self._inputs, asked.wants[3:], asked.moving)
-        tensors = (self.states, self._slopes, grid["t"], grid["h"])
+        tensors = (self.states, self._slopes, grid.t, grid.h)
         return LoneSweep.make(asked.problem, self._f, plain, tensors, self._inputs, self._stages_bar)
 
     def _stages_bar(self, k: int) -> Tensor | None:
@@ -187,7 +187,7 @@ class _Steps:
         linearize.check_next = self._checked
         y = self.states[k] if recall is None else recall[k].reshape(self._flat) if self.implicit else recall[k]
         if self.watched:
-            plan.monitor.adjoint(float(grid["t"][k, 0]), y, float(grid["h"][k, 0]), bar)
+            plan.monitor.adjoint(float(grid.t[k, 0]), y, float(grid.h[k, 0]), bar)
         at = stage_times(plan, self.times.step(k), plan.real)[0] if self._stage_t is None else self._stage_t[k]
         if self.implicit:
             linearize.begin_step(k, at, size)
@@ -207,7 +207,7 @@ def _one_by_one(asked: Asked, steps: _Steps) -> tuple[Tensor | None, ...]:
     bar, final_bar = torch.zeros_like(steps.states[0]), asked.final_bar
     if final_bar is not None:
         bar = bar + inner(final_bar)
-    t_bars, h_bars = torch.zeros_like(grid["t"]), torch.zeros_like(grid["t"])
+    t_bars, h_bars = torch.zeros_like(grid.t), torch.zeros_like(grid.t)
     k_bar = steps.cotangents(n_steps - 1) if n_steps else []
     for k in reversed(range(n_steps)):
         if states_bar is not None:
@@ -268,7 +268,7 @@ def _by_rows(asked: Asked, steps: _Steps, lone: LoneSweep) -> tuple[Tensor | Non
     of_anchors = None
     if t_bars is not None and h_bars is not None:
         for k in range(n_steps):
-            samples.add_time_bars(k, list(grid["stages"][k].unbind()), t_bars[k], h_bars[k])
+            samples.add_time_bars(k, list(grid.stages[k].unbind()), t_bars[k], h_bars[k])
         of_anchors = anchors_bar(asked.anchors, grid, t_bars, h_bars) if asked.wants[0] else None
     asked.problem.backward_report(lone.linearize.n_fun, n_steps)
     return asked.answer(of_anchors, samples.t_eval_bar, bar, lone.linearize.bars)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteDerivative
 from ..integrate import Record
+from ..integrate.grid import Grid
 from ..methods.family import TableauMethod
 from ..methods.sums import combine
 from ..system.capture import functorch_active
@@ -23,7 +24,7 @@ __all__ = ["check_finite", "guarded"]
 
 def check_finite(
     problem: Problem,
-    grid: dict[str, Tensor],
+    grid: Grid,
     inputs: Sequence[Tensor],
     bars: Sequence[Tensor | None],
     found: Sequence[Tensor | None],
@@ -36,9 +37,9 @@ def check_finite(
     """
     if not _visible(problem, bars) or all(_finite(x) for x in found):
         return
-    if not all(_finite(x) for x in bars) or int(grid["status"][0]) < 0:
+    if not all(_finite(x) for x in bars) or int(grid.status[0]) < 0:
         return
-    _name(problem, grid if again is None else vars(again()), inputs)
+    _name(problem, grid if again is None else Grid.of(again()), inputs)
     raise NonFiniteDerivative(
         "the gradient of the solution is not finite, though the solution is: derivatives of fun (those in the parameters too) are infinite "
         f"or NaN, or the adjoint grew beyond all numbers on the way back. {REWRITE}."
@@ -55,7 +56,7 @@ def guarded(
         if _visible(problem, (bar,)) and not _finite(bar):
             with torch.no_grad():
                 record = problem.run([x.detach() for x in inputs], y0.detach(), anchors.detach(), t_eval)
-            _name(problem, vars(record), inputs)
+            _name(problem, Grid.of(record), inputs)
 
     start = y0
     if y0.requires_grad:
@@ -81,7 +82,7 @@ def _visible(problem: Problem, bars: Sequence[Tensor | None]) -> bool:
     return not any(x is not None and is_legacy_batchedtensor(x) for x in bars)
 
 
-def _name(problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor]) -> None:
+def _name(problem: Problem, grid: Grid, inputs: Sequence[Tensor]) -> None:
     """Raise with the last point of the solution where a derivative of ``fun`` is not finite; return if there is none."""
     spec, f = problem.system.spec, problem.system.bind(inputs)
     for t, y in _points(problem, grid, inputs):
@@ -99,11 +100,11 @@ def _finite(x: Tensor | None) -> bool:
     return x is None or not x.numel() or bool(torch.isfinite(x).all())
 
 
-def _points(problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def _points(problem: Problem, grid: Grid, inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Times ``(1,)`` and states ``(1, n)`` at which the steps evaluated ``fun``, from the last to the first. Not those of implicit
     equations, and of multistep methods the ends of the steps alone."""
     method, system = problem.plan.method, problem.system
-    states, times, sizes = grid["states"].detach(), grid["t"], grid["h"]
+    states, times, sizes = grid.states.detach(), grid.t, grid.h
     tableau: Any = method.tableau if isinstance(method, TableauMethod) else None
     n_steps = len(times)
     if system.residual is not None or len(states) != n_steps + 1:
@@ -123,8 +124,8 @@ def _points(problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor])
             with torch.no_grad():
                 at = [(times[k] + c * sizes[k]).to(real) for c in method.nodes]
                 method.step(watched, at, h, y, f(at[0], y))
-        elif tableau is not None and len(grid["stages"]) == n_steps and not method.additive:
-            ks = list(grid["stages"][k].detach().unbind())
+        elif tableau is not None and len(grid.stages) == n_steps and not method.additive:
+            ks = list(grid.stages[k].detach().unbind())
             for row, c in zip(tableau.a, tableau.c, strict=True):
                 seen.append(((times[k] + c * sizes[k]).to(real), combine(y, h, row, ks)))
         yield from reversed(seen)

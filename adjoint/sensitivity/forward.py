@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import CapturedTensorLost, InvalidInput, UnsupportedCombination
 from ..integrate import Record
+from ..integrate.grid import Grid
 from ..system.capture import functorch_active
 from .asked import Asked
 from .discrete import eager_sweep
@@ -22,7 +23,6 @@ from .sweep import tangents
 
 __all__ = ["ForwardSensitivity"]
 
-_GRID = ("states", "t", "h", "segment", "lands", "sample_step", "status", "event_step", "stages", "extra")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class ForwardSensitivity:
         mine = replace(problem, plan=plan)
         record = _solve(mine, anchors, t_eval, y0, inputs)
         directions = self._directions(mine, tensors, wanted)
-        grid = {name: getattr(record, name).detach() for name in _GRID}
+        grid = Grid.of(record).mapped(Tensor.detach)
         mine.witness.check("ForwardSensitivity evaluates fun again, and it is another function than in the solve")
         found = self._propagate(mine, grid, tensors, directions)
         if self.rowwise:
@@ -108,7 +108,7 @@ class ForwardSensitivity:
         return out
 
     def _propagate(
-        self, problem: Problem, grid: dict[str, Tensor], tensors: Sequence[Tensor | None], directions: Sequence[_Direction]
+        self, problem: Problem, grid: Grid, tensors: Sequence[Tensor | None], directions: Sequence[_Direction]
     ) -> tuple[Tensor, Tensor]:
         """Tangents of ``final`` (P, B, n) and ``samples`` (P, T, B, n)."""
         chunk = self.chunk_size or len(directions)
@@ -157,7 +157,7 @@ def _seeds(tensors: Sequence[Tensor | None], directions: Sequence[_Direction]) -
 
 
 def _tangents(
-    problem: Problem, grid: dict[str, Tensor], tensors: Sequence[Tensor | None], seeds: Sequence[Tensor | None], count: int
+    problem: Problem, grid: Grid, tensors: Sequence[Tensor | None], seeds: Sequence[Tensor | None], count: int
 ) -> tuple[Tensor, Tensor]:
     anchors, t_eval, _, *inputs = (None if x is None else x.detach() for x in tensors)
     moved = [i for i, seed in enumerate(seeds) if seed is not None]
@@ -179,7 +179,7 @@ def _tangents(
 
 def _check_rows(
     problem: Problem,
-    grid: dict[str, Tensor],
+    grid: Grid,
     tensors: Sequence[Tensor | None],
     directions: Sequence[_Direction],
     found: tuple[Tensor, Tensor],
@@ -225,7 +225,7 @@ def _contract(
         rows = rows + (finals.conj() * final_bar).sum(-1)
     if samples_bar is not None and samples.shape[1]:
         # failed trajectories are NaN from there on, and nothing is asked of them
-        known = (grid["sample_step"] >= 0).unsqueeze(-1)
+        known = (grid.sample_step >= 0).unsqueeze(-1)
         products = (torch.where(known, samples, 0.0).conj() * torch.where(known, samples_bar, 0.0)).sum(-1)
         rows = rows + products.sum(1)
         for k, direction in enumerate(directions):

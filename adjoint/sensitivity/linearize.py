@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.variable import Variable
 
 from ..errors import CapturedTensorLost
+from ..integrate.grid import Grid
 from ..system.capture import depends_on_others, functorch_active, unknown_leaves
 from ..system.system import Flat, System, VmappedSystem
 from ..torch_internals import foreach_add_
@@ -33,14 +34,14 @@ def vjp(outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...], cotangents: tu
     return engine.run_backward(outputs, cotangents, False, False, targets, allow_unreachable=True, accumulate_grad=False)
 
 
-def check_known(system: System | VmappedSystem, grid: dict[str, Tensor], inputs: Sequence[Tensor]) -> None:
+def check_known(system: System | VmappedSystem, grid: Grid, inputs: Sequence[Tensor]) -> None:
     """Raise if ``fun`` depends on a tensor that the solve does not know of, where its derivatives are differentiated themselves.
 
     `Linearizer.check` looks at the graph of ``fun``, which there holds what surrounds the solve too. So ``fun`` is called at each step with
     constants for all that is known: its value must be one too.
     """
     f = system.bind([x.detach() for x in inputs])
-    t, states, stages = grid["t"], grid["states"], grid["stages"]
+    t, states, stages = grid.t, grid.states, grid.stages
     real = states.dtype.to_real()
     for k in range(t.shape[0]):
         y = states[k].detach()

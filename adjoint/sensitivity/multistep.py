@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..integrate.grid import Grid
 from .adams import AdamsReplay
 from .asked import Asked
 from .bdf import BdfReplay
@@ -30,10 +31,10 @@ class Replay(Protocol):
 
 
 def _replay(
-    problem: Problem, grid: dict[str, Tensor], anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]
+    problem: Problem, grid: Grid, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(final, samples, states, stages)`` as differentiable functions of anchors, sample times, ``y0`` and inputs."""
-    plan, h = problem.plan, grid["h"]
+    plan, h = problem.plan, grid.h
     method = AdamsReplay if problem.algebra is None else BdfReplay
     schedule = Schedule(problem, grid, anchors)
     steps: Replay = method(problem, grid, inputs, schedule)
@@ -41,7 +42,7 @@ def _replay(
     D = begin = y0.unsqueeze(0)
     if n_steps:
         # what steps that do nothing are evaluated at: see `padding`
-        pad = padding(h, grid["lands"])
+        pad = padding(h, grid.lands)
         begin = steps.begin(y0 if pad is None else pad.start(y0), schedule.first)
         D = begin if pad is None else torch.cat([D, begin[1:]])
     all_states, all_stages = [y0], []
@@ -53,24 +54,23 @@ def _replay(
         D = torch.where(moves, new, D)
         all_states.append(D[0])
         all_stages.append(stages)
-    final = torch.where((grid["status"] >= 0).unsqueeze(-1), all_states[-1], float("nan"))
+    final = torch.where((grid.status >= 0).unsqueeze(-1), all_states[-1], float("nan"))
     whole = torch.stack(all_states)
-    kept = torch.stack(all_stages) if all_stages else grid["stages"]
+    kept = torch.stack(all_stages) if all_stages else grid.stages
     n_samples = 0 if t_eval is None else t_eval.shape[0]
     if n_samples and n_steps:
         assert t_eval is not None
-        samples = interpolate(plan, whole, kept, schedule.begin, schedule.h, t_eval, grid["sample_step"])
+        samples = interpolate(plan, whole, kept, schedule.begin, schedule.h, t_eval, grid.sample_step)
     else:
         samples = y0.new_zeros(n_samples, *y0.shape) + y0
-    return final, samples, whole, kept if plan.keep_stages else grid["stages"]
+    return final, samples, whole, kept if plan.keep_stages else grid.stages
 
 
 def multistep_outputs(
     problem: Problem, grid: Outputs, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]
 ) -> Outputs:
     """The computed solution, recorded by autograd."""
-    names = ("states", "t", "h", "segment", "lands", "sample_step", "status", "stages", "extra")
-    safe = shelter(problem, {name: getattr(grid, name).detach() for name in names}, t_eval, inputs)
+    safe = shelter(problem, Grid.of(grid).mapped(Tensor.detach), t_eval, inputs)
     found = _replay(problem, safe.grid, anchors, t_eval, y0, safe.inputs)
     return grid._replace(**dict(zip(("final", "samples", "states", "stages"), found, strict=True)))
 
@@ -100,20 +100,20 @@ def multistep_functional(asked: Asked) -> tuple[Tensor | None, ...]:
     out: list[Tensor | None] = [None] * len(given)
     for i, bar in zip(where, found, strict=True):
         out[i] = bar
-    problem.backward_report(grid["t"].shape[0], grid["t"].shape[0])
+    problem.backward_report(grid.t.shape[0], grid.t.shape[0])
     return tuple(out)
 
 
 def multistep_tangents(
     problem: Problem,
-    grid: dict[str, Tensor],
+    grid: Grid,
     anchors: Tensor,
     t_eval: Tensor | None,
     inputs: Sequence[Tensor],
     dots: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
     """As `sweep.tangents`."""
-    given = [anchors, t_eval, grid["states"][0], *inputs]
+    given = [anchors, t_eval, grid.states[0], *inputs]
     where = [i for i, x in enumerate(given) if x is not None and _smooth(x) and dots[i] is not None]
 
     def function(*some: Tensor) -> tuple[Tensor, ...]:

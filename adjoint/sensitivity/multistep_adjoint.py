@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,15 +23,15 @@ def multistep_eager(asked: Asked, samples: Any) -> tuple[Tensor | None, ...]:
     problem, grid, anchors, _, inputs, bars, wants = asked
     states_bar, stages_bar = bars[2:]
     plan, moving, final_bar = problem.plan, asked.moving, asked.final_bar
-    grid = {**grid, "states": grid["states"].detach(), "stages": grid["stages"].detach()}
-    states, stages, h = grid["states"], grid["stages"], grid["h"]
+    grid = replace(grid, states=grid.states.detach(), stages=grid.stages.detach())
+    states, stages, h = grid.states, grid.stages, grid.h
     n_steps, rows = h.shape
     inputs = cut_apart(inputs)
     f = problem.system.bind(inputs)
     linearize = Linearizer(f, inputs, wants[3:], moving)
     steps = (AdamsAdjoint if problem.algebra is None else BdfAdjoint)(problem, grid, inputs, linearize, f)
     schedule = Schedule(problem, grid, anchors.detach())
-    t_bars, size_bars = torch.zeros_like(grid["t"]), torch.zeros_like(grid["t"])
+    t_bars, size_bars = torch.zeros_like(grid.t), torch.zeros_like(grid.t)
     bar = states.new_zeros(steps.size, rows, states.shape[-1])
     if final_bar is not None:
         bar[0] = final_bar

@@ -29,26 +29,26 @@ def multistep_by_rows(asked: Asked, samples: Any) -> tuple[Tensor | None, ...] |
     """
     problem, grid, anchors, _, inputs, bars, wants = asked
     algebra, system, n_steps, time_bars = problem.algebra, problem.system, asked.n_steps, asked.moving
-    states = grid["states"].detach()
+    states = grid.states.detach()
     if n_steps < 5 or anchors.shape[0] > 2 or not problem.for_one or algebra is None or (time_bars and states.is_complex()):
         return None
     inputs = cut_apart(inputs)
     f = system.bind(inputs)
     real = states.dtype.to_real()
-    size = most_rows(f, grid["t"][0].to(real), states[0], inputs, 1)
+    size = most_rows(f, grid.t[0].to(real), states[0], inputs, 1)
     if size is None:
         return None
     states_bar, stages_bar, final_bar = bars[2], bars[3], asked.final_bar
     linearize, log, mapped = Linearizer(f, inputs, wants[3:], time_bars), Log(), rows_of(f)
-    h, order = grid["h"][:, 0], grid["extra"][:, 0, 0].long()
-    c, tables, moves = _numbers(grid["extra"], h, order, states.dtype)
-    end = (grid["t"][:, 0] + h).to(real)
+    h, order = grid.h[:, 0], grid.extra[:, 0, 0].long()
+    c, tables, moves = _numbers(grid.extra, h, order, states.dtype)
+    end = (grid.t[:, 0] + h).to(real)
     keep = (torch.arange(1, MAX_ORDER + 1, device=h.device) <= order.unsqueeze(-1)).to(states.dtype)
     bar = states.new_zeros(SIZE, states.shape[-1])
     if final_bar is not None:
         bar[0] = final_bar[0]
-    t_bars, size_bars = torch.zeros_like(grid["t"]), torch.zeros_like(grid["t"])
-    lands, stages = grid["lands"][:, 0].tolist(), grid["stages"].detach()
+    t_bars, size_bars = torch.zeros_like(grid.t), torch.zeros_like(grid.t)
+    lands, stages = grid.lands[:, 0].tolist(), grid.stages.detach()
     eye = torch.eye(states.shape[-1], dtype=states.dtype, device=states.device)
     for stop in range(n_steps, 0, -size):
         part = slice(max(0, stop - size), stop)
@@ -75,7 +75,7 @@ def multistep_by_rows(asked: Asked, samples: Any) -> tuple[Tensor | None, ...] |
             w = both[SIZE:] if k_bar is None else both[SIZE:] + k_bar[MAX_ORDER:]
             u = factor_one(algebra.linear_solver, matrices[k - part.start], log).solve(w)
             if time_bars and lands[k]:
-                formula = Formula.of(grid["extra"][k], grid["h"][k])
+                formula = Formula.of(grid.extra[k], grid.h[k])
                 size_bars[k] = _size_bar(formula, states[k + 1], stages[k], points.out[k - part.start], bar, w, u, k_bar)
             # the correction that is one of the stages takes its part back from the prediction
             bar = both[:SIZE] if k_bar is None else torch.addr(both[:SIZE], moves[k, 1], k_bar[MAX_ORDER])
@@ -99,7 +99,7 @@ def multistep_by_rows(asked: Asked, samples: Any) -> tuple[Tensor | None, ...] |
         for k in range(n_steps):
             samples.add_time_bars(k, list(stages[k].unbind()), t_bars[k], size_bars[k])
         if wants[0]:
-            landed = torch.where(grid["lands"], size_bars, 0.0)
+            landed = torch.where(grid.lands, size_bars, 0.0)
             of_anchors = torch.stack([(t_bars - landed).sum(0), landed.sum(0)])
     return asked.answer(of_anchors, samples.t_eval_bar, y0_bar, linearize.bars)
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..integrate.grid import Grid
 from ..integrate.plan import shifted_times
 from ..methods import Method
 from .problem import Problem
@@ -28,15 +29,15 @@ class StepTime(NamedTuple):
 class Schedule:
     """The times of all steps, which move with the anchor before them. A step that lands on an anchor changes its size with it."""
 
-    def __init__(self, problem: Problem, grid: dict[str, Tensor], anchors: Tensor) -> None:
-        self.grid, self.real = grid, grid["states"].dtype.to_real()
-        segment, lands, last = grid["segment"], grid["lands"], anchors.shape[0] - 1
+    def __init__(self, problem: Problem, grid: Grid, anchors: Tensor) -> None:
+        self.grid, self.real = grid, grid.states.dtype.to_real()
+        segment, lands, last = grid.segment, grid.lands, anchors.shape[0] - 1
         moved = anchors - anchors.detach()
         at = moved.gather(0, segment)
         self.sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0).detach()
-        self.begin = grid["t"] + at
+        self.begin = grid.t + at
         self.first = anchors[0].to(self.real)
-        self.h = grid["h"] + torch.where(lands, moved.gather(0, (segment + 1).clamp(max=last)) - at, 0.0)
+        self.h = grid.h + torch.where(lands, moved.gather(0, (segment + 1).clamp(max=last)) - at, 0.0)
         self.inner = lands & (segment < last - 1)
         self.shifts = problem.plan.shift != "none" and last > 1
 

@@ -24,11 +24,11 @@ def first_sweep(asked: Asked) -> tuple[Tensor | None, ...]:
     if (timed or bars[3] is not None) and bool(empty.any()):
         # a span of no length has a step of no length, whose derivatives in the times, and of its slopes, are those of any step
         return eager_sweep(asked)
-    n_steps = grid["t"].shape[0]
+    n_steps = grid.t.shape[0]
     stages_bar = bars[3]
     if stages_bar is not None and 0 < len(stages_bar) < n_steps:
         # of the steps with events alone
-        kept = torch.tensor(kept_steps(plan, grid["event_step"], n_steps), device=stages_bar.device)
+        kept = torch.tensor(kept_steps(plan, grid.event_step, n_steps), device=stages_bar.device)
         bars = (*bars[:3], stages_bar.new_zeros(n_steps, *stages_bar.shape[1:]).index_copy(0, kept, stages_bar.detach()))
     bar, of_inputs = problem.native.backward(plan, grid, anchors, t_eval, len(inputs), bars, timed)
     problem.backward_report(n_steps * len(plan.method.nodes), n_steps)

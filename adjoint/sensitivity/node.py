@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..integrate import rms_norm
+from ..integrate.grid import RECORDED, Grid
 from ..linalg.copies import copy_by_copy
 from ..linalg.forward_mode import unviewed
 from ..system.capture import alive, below_jvp, below_vmap, functorch_active, jvp_active
@@ -61,7 +62,7 @@ class SolveNode(torch.autograd.Function):
         kept = problem.algebra is not None or problem.sweep is not None or problem.plan.method.multistep
         stages = out.stages if kept else out.status
         saved = [anchors, *([t_eval] if t_eval is not None else []), *rest]
-        grid = [out.states, out.t, out.h, out.segment, out.lands, out.sample_step, out.status, out.event_step, stages, out.extra]
+        grid = Grid.of(out._replace(stages=stages)).tensors
         ctx.save_for_backward(*grid, *saved)
         ctx.save_for_forward(*grid, *saved)
 
@@ -79,7 +80,7 @@ class SolveNode(torch.autograd.Function):
             inputs = problem.system.inputs
         again = swept if jvp_active() else functional_sweep
         sweep = again if differentiable else problem.sweep or first_sweep
-        with torch.autocast(grid["states"].device.type, enabled=False):
+        with torch.autocast(grid.states.device.type, enabled=False):
             if differentiable:
                 check_known(problem.system, grid, inputs)
             found = sweep(Asked(problem, grid, anchors, t_eval, inputs, bars, wants))
@@ -91,8 +92,8 @@ class SolveNode(torch.autograd.Function):
         problem = ctx.problem()
         grid, anchors, t_eval, inputs = unpack(ctx)
         dots = (anchors_dot, t_eval_dot, y0_dot, *inputs_dot)
-        with torch.autocast(grid["states"].device.type, enabled=False), below_jvp() as (lower, raise_):
-            grid, inputs = {name: lower(x) for name, x in grid.items()}, [lower(x) for x in inputs]
+        with torch.autocast(grid.states.device.type, enabled=False), below_jvp() as (lower, raise_):
+            grid, inputs = grid.mapped(lower), [lower(x) for x in inputs]
             check_known(problem.system, grid, inputs)
             out = tangents(
                 problem,
@@ -160,13 +161,13 @@ class SolveNode(torch.autograd.Function):
         return tuple(split), tuple(dims)
 
 
-def _marked(grid: dict[str, Tensor], final: Tensor, samples: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+def _marked(grid: Grid, final: Tensor, samples: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
     """Tangents with NaN where a trajectory that failed has no value. (Cotangents of what all trajectories share go without it: there
     it would take the others along.)"""
-    dead = grid["status"] < 0
+    dead = grid.status < 0
     final = torch.where(dead.unsqueeze(-1), float("nan"), final)
     if samples.shape[0]:
-        samples = torch.where((dead & (grid["sample_step"] < 0)).unsqueeze(-1), float("nan"), samples)
+        samples = torch.where((dead & (grid.sample_step < 0)).unsqueeze(-1), float("nan"), samples)
     return (final, samples, *rest)
 
 
@@ -179,14 +180,12 @@ _ROW_DIM = {
 }
 
 
-def unpack(ctx: Any) -> tuple[dict[str, Tensor], Tensor, Tensor | None, Sequence[Tensor]]:
+def unpack(ctx: Any) -> tuple[Grid, Tensor, Tensor | None, Sequence[Tensor]]:
     """The record's grid, anchors, sample times and inputs, as `SolveNode` saved them."""
     if not ctx.problem().plan.keep_states:
         raise RuntimeError("this solve was made without keeping what its derivatives need")
-    names = ("states", "t", "h", "segment", "lands", "sample_step", "status", "event_step", "stages", "extra")
     saved = alive(ctx.saved_tensors)
-    grid: dict[str, Tensor] = {name: x for name, x in zip(names, saved[: len(names)], strict=True)}
-    rest = saved[len(names) :]
+    grid, rest = Grid(*saved[: len(RECORDED)]), saved[len(RECORDED) :]
     anchors = rest.pop(0)
     t_eval = rest.pop(0) if ctx.has_samples else None
     return grid, anchors, t_eval, rest

@@ -10,12 +10,14 @@ Parameters of its own with which a trajectory failed are in the way too: see `sh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..integrate.grid import Grid
 from ..system.capture import functorch_active, readable
 from ..system.system import System, VmappedSystem
 from .asked import Asked
@@ -60,14 +62,13 @@ def padding(h: Tensor, lands: Tensor) -> Padding | None:
 
 
 class Shelter(NamedTuple):
-    """What a sweep through recorded steps is given: ``grid``, the tensors of the record by their names, and the ``inputs``.
+    """What a sweep through recorded steps is given: the ``grid`` with its ``sizes``, and the ``inputs``.
 
-    ``grid`` has ``size`` (K, B) beside, the sizes of steps with those that stand in for the padding, whose own stays zero; and ``moved``
-    (K, B), the steps that are put elsewhere, or None. ``replaced``: the entries of inputs in whose place others were put, None for none;
-    ``dead`` (B,): trajectories that failed; ``unborn``: those without a step. Both None where there is none.
+    ``replaced``: the entries of inputs in whose place others were put, None for none; ``dead`` (B,): trajectories that failed;
+    ``unborn``: those without a step. Both None where there is none.
     """
 
-    grid: dict[str, Any]
+    grid: Grid
     inputs: Sequence[Tensor]
     replaced: Sequence[Tensor | None]
     dead: Tensor | None = None
@@ -84,7 +85,7 @@ class Shelter(NamedTuple):
         if final_bar is not None:
             lost = lost | (self.dead & (final_bar != 0).any(-1))
         if samples_bar is not None and samples_bar.shape[0]:
-            missing = (self.grid["sample_step"] < 0) & (samples_bar != 0).any(-1)
+            missing = (self.grid.sample_step < 0) & (samples_bar != 0).any(-1)
             lost = lost | (self.dead & missing.any(0))
         y0 = None if y0 is None else torch.where(lost.unsqueeze(-1), float("nan"), y0)
         rest = [
@@ -97,7 +98,7 @@ class Shelter(NamedTuple):
         return [x if x is None or mask is None else torch.where(mask, 0.0, x) for x, mask in zip(dots, self.replaced, strict=True)]
 
 
-def shelter(problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None, inputs: Sequence[Tensor]) -> Shelter:
+def shelter(problem: Problem, grid: Grid, t_eval: Tensor | None, inputs: Sequence[Tensor]) -> Shelter:
     """A record and inputs with which steps can be taken again, or back, without harm from trajectories that are done or have failed.
 
     One-step methods are evaluated at the start of a step, of which only the last of ``states`` (K + 1, B, n) is none; multistep
@@ -106,12 +107,12 @@ def shelter(problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None, in
     Where trajectories failed, their own parts of the inputs (those with an entry for each trajectory) are replaced by those of another
     one if they are not finite, or if ``fun`` is not finite with them: see `_replacements`.
     """
-    pad = padding(grid["h"], grid["lands"])
+    pad = padding(grid.h, grid.lands)
     nothing: list[Tensor | None] = [None] * len(inputs)
     if pad is None:
-        return Shelter(grid | {"size": grid["h"], "moved": None}, inputs, nothing)
+        return Shelter(replace(grid, sizes=None, moved=None), inputs, nothing)
     grid = _moved_grid(problem, grid, t_eval, pad)
-    dead = grid["status"] < 0
+    dead = grid.status < 0
     if not readable(dead) or not bool(dead.any()):
         return Shelter(grid, inputs, nothing)
     given, replaced = inputs, nothing
@@ -131,36 +132,33 @@ def in_shelter(sweep: Callable[..., Found]) -> Callable[..., Found]:
     return sheltered
 
 
-def _moved_grid(problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None, pad: Padding) -> dict[str, Any]:
-    h, states, stages, still = grid["h"], grid["states"], grid["stages"], pad.still
+def _moved_grid(problem: Problem, grid: Grid, t_eval: Tensor | None, pad: Padding) -> Grid:
+    h, states, stages, still = grid.h, grid.states, grid.stages, pad.still
     multistep = problem.plan.method.multistep
     moved = _moved(problem, grid, t_eval, still)
-    t = pad.first(grid["t"][0] + h[0] if multistep else grid["t"][0])
+    t = pad.first(grid.t[0] + h[0] if multistep else grid.t[0])
     # a map's own trajectory without a step has nobody to stand in for it; the size counts for nothing, but is divided by
     size = pad.first(h[0])
-    out: dict[str, Any] = grid | {
-        "moved": moved,
-        "size": torch.where(still, torch.where(size == 0, 1.0, size), h),
-        "t": torch.where(moved, t, grid["t"]),
-    }
+    sizes = torch.where(still, torch.where(size == 0, 1.0, size), h)
+    out = replace(grid, moved=moved, sizes=sizes, t=torch.where(moved, t, grid.t))
     if states.shape[0] == h.shape[0] + 1:
         column = moved.unsqueeze(-1)
         if multistep:
             # the table of differences begins at the first state, where one has been moved from
-            out["states"] = torch.cat([pad.start(states[0]).unsqueeze(0), torch.where(column, pad.first(states[1]), states[1:])])
+            states = torch.cat([pad.start(states[0]).unsqueeze(0), torch.where(column, pad.first(states[1]), states[1:])])
         else:
-            out["states"] = torch.cat([torch.where(column, pad.first(states[0]), states[:-1]), states[-1:]])
+            states = torch.cat([torch.where(column, pad.first(states[0]), states[:-1]), states[-1:]])
     elif states.shape[0] == 1:
-        out["states"] = pad.start(states[0]).unsqueeze(0)
+        states = pad.start(states[0]).unsqueeze(0)
     if stages.dim() == 4 and stages.shape[0] == h.shape[0]:
-        out["stages"] = pad.slopes(stages)
-    extra = grid.get("extra")
-    if extra is not None and extra.numel():
-        out["extra"] = torch.where(still.unsqueeze(1), extra[0].index_select(-1, pad.source), extra)
-    return out
+        stages = pad.slopes(stages)
+    extra = grid.extra
+    if extra.numel():
+        extra = torch.where(still.unsqueeze(1), extra[0].index_select(-1, pad.source), extra)
+    return replace(out, states=states, stages=stages, extra=extra)
 
 
-def _moved(problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None, still: Tensor) -> Tensor:
+def _moved(problem: Problem, grid: Grid, t_eval: Tensor | None, still: Tensor) -> Tensor:
     """Which of the steps are put elsewhere: all, but for the first behind a trajectory's last one where that hands on the cotangent of the
     slope at its end, which samples inside of it have, and its stages where they are outputs."""
     plan = problem.plan
@@ -173,14 +171,14 @@ def _moved(problem: Problem, grid: dict[str, Tensor], t_eval: Tensor | None, sti
     inside = torch.ones_like(last, dtype=torch.bool)
     if t_eval is not None and not outputs:
         place = last.clamp(min=0).unsqueeze(0)
-        end = (grid["t"].gather(0, place) + grid["h"].gather(0, place)).squeeze(0)
-        inside = ((grid["sample_step"] == last) & (t_eval != end)).any(0)
+        end = (grid.t.gather(0, place) + grid.h.gather(0, place)).squeeze(0)
+        inside = ((grid.sample_step == last) & (t_eval != end)).any(0)
     number = torch.arange(still.shape[0], device=still.device).unsqueeze(-1)
     return still & ~((number == last + 1) & inside & (last >= 0))
 
 
 def _replacements(
-    problem: Problem, grid: dict[str, Tensor], pad: Padding, dead: Tensor, inputs: Sequence[Tensor]
+    problem: Problem, grid: Grid, pad: Padding, dead: Tensor, inputs: Sequence[Tensor]
 ) -> tuple[Sequence[Tensor], list[Tensor | None]]:
     """Inputs without what made trajectories fail, and which of their entries are others' now.
 
@@ -236,7 +234,7 @@ def _rows_of(system: System | VmappedSystem, index: int, x: Tensor, dead: Tensor
 
 def _tried(
     problem: Problem,
-    grid: dict[str, Tensor],
+    grid: Grid,
     live: Tensor,
     inputs: Sequence[Tensor],
     replaced: Sequence[Tensor | None],
@@ -263,25 +261,25 @@ def _tried(
     return given, out
 
 
-def _points(problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+def _points(problem: Problem, grid: Grid, inputs: Sequence[Tensor]) -> list[Tensor]:
     """``fun`` where steps start (multistep: and end)."""
-    f, real = problem.system.bind(inputs), grid["states"].dtype.to_real()
-    states, slopes = grid["states"], grid["stages"]
+    f, real = problem.system.bind(inputs), grid.states.dtype.to_real()
+    states, slopes = grid.states, grid.stages
     out = []
     with torch.no_grad():
-        for k in range(min(len(grid["t"]), len(states))):
+        for k in range(min(len(grid.t), len(states))):
             y = states[k + 1] if problem.plan.method.multistep else states[k]
             if problem.system.residual is not None:
                 y = torch.cat([y, slopes[k][0]], -1)
-            out.append(f(grid["t"][k].to(real), y))
+            out.append(f(grid.t[k].to(real), y))
     return out
 
 
-def _finite(problem: Problem, grid: dict[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
+def _finite(problem: Problem, grid: Grid, inputs: Sequence[Tensor]) -> Tensor:
     """(B,): whether ``fun`` is finite at all of them."""
     return torch.stack([torch.isfinite(value).all(-1) for value in _points(problem, grid, inputs)]).all(0)
 
 
-def _same(problem: Problem, grid: dict[str, Tensor], live: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+def _same(problem: Problem, grid: Grid, live: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
     pairs = zip(_points(problem, grid, before), _points(problem, grid, after), strict=True)
     return all(torch.equal(x[live], y[live]) for x, y in pairs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..integrate import Plan, stands
+from ..integrate.grid import Grid
 from ..linalg.copies import copy_by_copy
 from ..native.back import sweep_native
 from ..native.program import Program
@@ -118,8 +119,9 @@ class PreparedNode(torch.autograd.Function):
             return (None, *_again(run, inputs, bar, needed))
         prepared = run.prepared
         bars = bar.reshape(-1, prepared.rows, prepared.width)
-        names = ("states", "t", "h", "status", "sample_step", "stages", "extra")
-        grid: dict[str, Tensor] = dict(zip(names, saved[: ctx.n_kept], strict=False))
+        nothing = saved[0].new_empty(0)
+        states, t, h, status, sample_step, stages, extra = [*saved[: ctx.n_kept], nothing, nothing][:7]
+        grid = Grid(states, t, h, nothing, nothing, sample_step, status, nothing, stages, extra)
         ends = (bars[1], None, None, None) if run.t_eval is None else (None, bars, None, None)
         back = sweep_native(prepared.program, prepared.plan, grid, run.anchors, run.t_eval, run.values, ends, False, ordered=True)
         steps = saved[1].shape[0]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import Monitor, Record, Recording, integrate
+from ..integrate.grid import Grid
 from ..system.capture import functorch_active
 from ..system.ownership import owned
 from ..torch_internals import dual_level
@@ -126,12 +127,12 @@ class Backprop:
             return grid
         if problem.plan.method.multistep:
             return multistep_outputs(problem, grid, anchors, t_eval, y0, inputs)
-        safe = shelter(problem, {name: x.detach() for name, x in zip(Outputs._fields, grid, strict=True)}, t_eval, inputs)
+        safe = shelter(problem, Grid.of(grid).mapped(Tensor.detach), t_eval, inputs)
         inputs = safe.inputs
         if problem.algebra is None:
             f = problem.system.bind(inputs)
             return replay(lambda k: f, problem.plan, grid, anchors, t_eval, y0)
-        stages = safe.grid["stages"]
+        stages = safe.grid.stages
         return replay(lambda k: equations(problem, inputs, stages[k]), problem.plan, grid, anchors, t_eval, y0)
 
 

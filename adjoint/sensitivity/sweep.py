@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..integrate.grid import Grid
 from .asked import Asked
 from .equations import equations
 from .multistep import multistep_functional, multistep_tangents
@@ -22,10 +23,10 @@ from .replay import hands_on, replay_step
 __all__ = ["functional_sweep", "tangents"]
 
 
-def _step(problem: Problem, grid: dict[str, Tensor], times: StepTimes, k: int, dense: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+def _step(problem: Problem, grid: Grid, times: StepTimes, k: int, dense: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     """Step ``k`` as a function of ``(t, h, y, *inputs)``; its output is ``(y1, stages)``. Where it begins with the last slope of the step
     before, that comes behind ``y``; see `_leading`."""
-    real = grid["states"].dtype.to_real()
+    real = grid.states.dtype.to_real()
     chained = hands_on(problem.plan) and k > 0
 
     def step(t: Tensor, h: Tensor, y: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,16 +37,16 @@ def _step(problem: Problem, grid: dict[str, Tensor], times: StepTimes, k: int, d
             jump_start=None if times.jump_start is None else times.jump_start[k : k + 1],
             jump_end=None if times.jump_end is None else times.jump_end[k : k + 1],
         )
-        f = equations(problem, inputs, None if problem.algebra is None else grid["stages"][k])
+        f = equations(problem, inputs, None if problem.algebra is None else grid.stages[k])
         return replay_step(f, problem.plan, stage_times(problem.plan, row, real)[0], h, y, dense, handed=handed)
 
     return step
 
 
-def _leading(problem: Problem, grid: dict[str, Tensor], times: StepTimes, k: int) -> tuple[Tensor, ...]:
+def _leading(problem: Problem, grid: Grid, times: StepTimes, k: int) -> tuple[Tensor, ...]:
     """What the function of step ``k`` takes before the inputs."""
-    own = (times.t[k], times.h[k], grid["states"][k])
-    return (*own, grid["stages"][k][0]) if hands_on(problem.plan) and k else own
+    own = (times.t[k], times.h[k], grid.states[k])
+    return (*own, grid.stages[k][0]) if hands_on(problem.plan) and k else own
 
 
 def _smooth(step: Callable[..., Any], inputs: Sequence[Tensor], smooth: Sequence[int]) -> Callable[..., Any]:
@@ -60,13 +61,13 @@ def _smooth(step: Callable[..., Any], inputs: Sequence[Tensor], smooth: Sequence
     return partial
 
 
-def _anchored(anchors: Tensor, grid: dict[str, Tensor]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _anchored(anchors: Tensor, grid: Grid) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Shifts of step starts and sizes with the anchors: a linear function of anchor shifts."""
-    following = (grid["segment"] + 1).clamp(max=anchors.shape[0] - 1)
+    following = (grid.segment + 1).clamp(max=anchors.shape[0] - 1)
 
     def shifts(moved: Tensor) -> tuple[Tensor, Tensor]:
-        at = moved.gather(0, grid["segment"])
-        return at, torch.where(grid["lands"], moved.gather(0, following) - at, 0.0)
+        at = moved.gather(0, grid.segment)
+        return at, torch.where(grid.lands, moved.gather(0, following) - at, 0.0)
 
     return shifts
 
@@ -83,9 +84,9 @@ def functional_sweep(asked: Asked) -> tuple[Tensor | None, ...]:
     if problem.plan.method.multistep:
         return multistep_functional(asked)
     _, samples_bar, states_bar, kept_bar = bars
-    plan, states, n_steps, times, final_bar = problem.plan, grid["states"], asked.n_steps, asked.times(anchors), asked.final_bar
+    plan, states, n_steps, times, final_bar = problem.plan, grid.states, asked.n_steps, asked.times(anchors), asked.final_bar
     sampled = samples_bar is not None and t_eval is not None and t_eval.shape[0] > 0 and n_steps > 0
-    kept = {k: i for i, k in enumerate(kept_steps(plan, grid["event_step"], n_steps))} if kept_bar is not None else {}
+    kept = {k: i for i, k in enumerate(kept_steps(plan, grid.event_step, n_steps))} if kept_bar is not None else {}
 
     bar = torch.zeros_like(states[0])
     if final_bar is not None:
@@ -98,7 +99,7 @@ def functional_sweep(asked: Asked) -> tuple[Tensor | None, ...]:
         every = range(n_steps)
         stages = torch.stack([_step(problem, grid, times, k, True)(*_leading(problem, grid, times, k), *inputs)[1] for k in every])
         _, pull = vjp(
-            lambda s, ks, t, h, te: interpolate(plan, s, ks, t, h, te, grid["sample_step"]), states, stages, times.t, times.h, t_eval
+            lambda s, ks, t, h, te: interpolate(plan, s, ks, t, h, te, grid.sample_step), states, stages, times.t, times.h, t_eval
         )
         from_samples, stage_bars, t_extra, h_extra, t_eval_bar = pull(samples_bar)
         state_bars = from_samples if state_bars is None else state_bars + from_samples
@@ -144,7 +145,7 @@ def functional_sweep(asked: Asked) -> tuple[Tensor | None, ...]:
 
 def tangents(
     problem: Problem,
-    grid: dict[str, Tensor],
+    grid: Grid,
     anchors: Tensor,
     t_eval: Tensor | None,
     inputs: Sequence[Tensor],
@@ -157,14 +158,14 @@ def tangents(
     if problem.plan.method.multistep:
         moved = (anchors_dot, t_eval_dot, y0_dot, *inputs_dot)
         return multistep_tangents(problem, grid, anchors, t_eval, inputs, moved)  # type: ignore[return-value]
-    plan, states = problem.plan, grid["states"]
-    n_steps = grid["t"].shape[0]
-    times = step_times(grid["t"], grid["h"], grid["segment"], grid["lands"], anchors, plan.shift)
+    plan, states = problem.plan, grid.states
+    n_steps = grid.t.shape[0]
+    times = step_times(grid.t, grid.h, grid.segment, grid.lands, anchors, plan.shift)
     t_dot, h_dot = _anchored(anchors, grid)(_zero(anchors_dot, anchors))
     smooth = [i for i, x in enumerate(inputs) if x.is_floating_point() or x.is_complex()]
     input_dots = [_zero(inputs_dot[i], inputs[i]) for i in smooth]
     sampled = t_eval is not None and t_eval.shape[0] > 0 and n_steps > 0
-    kept = kept_steps(plan, grid["event_step"], n_steps)
+    kept = kept_steps(plan, grid.event_step, n_steps)
 
     dot = _zero(y0_dot, states[0])
     state_dots, stage_dots, stages = [dot], [], []
@@ -179,13 +180,13 @@ def tangents(
         if dense:
             stages.append(full(*leading, *inputs)[1])
         stage_dots.append(ks_dot)
-    final_dot = torch.where((grid["status"] >= 0).unsqueeze(-1), dot, 0.0)
+    final_dot = torch.where((grid.status >= 0).unsqueeze(-1), dot, 0.0)
     all_dots = torch.stack(state_dots)
     n_all = len(plan.method.nodes)
     if sampled:
         assert t_eval is not None
         samples_dot = tangent(
-            lambda s, ks, t, h, te: interpolate(plan, s, ks, t, h, te, grid["sample_step"]),
+            lambda s, ks, t, h, te: interpolate(plan, s, ks, t, h, te, grid.sample_step),
             (states, torch.stack(stages), times.t, times.h, t_eval),
             (all_dots, torch.stack(stage_dots), t_dot, h_dot, _zero(t_eval_dot, t_eval)),
         )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..integrate.grid import RECORDED, Grid
 from ..linalg.forward_mode import below_jvp
 from ..system.capture import functorch_active
 from ..system.ownership import owned
@@ -33,7 +34,6 @@ class _Layout:
     """Which tensors a sweep has, in the order of the arguments of the node: record, anchors, sample times, inputs, cotangents."""
 
     def __init__(self, asked: Asked) -> None:
-        self.names = tuple(asked.grid)
         self.sampled, self.wants = asked.t_eval is not None, tuple(asked.wants)
         self.given = [i for i, bar in enumerate(asked.bars) if bar is not None]
 
@@ -41,12 +41,12 @@ class _Layout:
     def flat(asked: Asked) -> list[Tensor]:
         """The tensors one after another."""
         samples = [] if asked.t_eval is None else [asked.t_eval]
-        return [*asked.grid.values(), asked.anchors, *samples, *asked.inputs, *(x for x in asked.bars if x is not None)]
+        return [*asked.grid.tensors, asked.anchors, *samples, *asked.inputs, *(x for x in asked.bars if x is not None)]
 
     def asked(self, problem: Problem, tensors: Sequence[Tensor]) -> Asked:
         """The reverse of `flat`."""
-        grid = dict(zip(self.names, tensors, strict=False))
-        anchors, *rest = tensors[len(self.names) :]
+        grid = Grid(*tensors[: len(RECORDED)])
+        anchors, *rest = tensors[len(RECORDED) :]
         t_eval = rest.pop(0) if self.sampled else None
         count = len(rest) - len(self.given)
         bars: list[Tensor | None] = [None] * _BARS
@@ -57,7 +57,7 @@ class _Layout:
     def sweep_places(self, tensors: Sequence[Tensor]) -> list[int | None]:
         """Where what a sweep gives is among the tensors: cotangents of anchors, sample times, first state (None: it is none of them) and
         inputs."""
-        first = len(self.names)
+        first = len(RECORDED)
         rest = first + 1 + self.sampled
         return [first, first + 1 if self.sampled else None, None, *range(rest, len(tensors) - len(self.given))]
 
@@ -112,7 +112,7 @@ def _eager(asked: Asked) -> tuple[Tensor | None, ...]:
 
 def _full(layout: _Layout, tensors: Sequence[Tensor], found: Sequence[Tensor | None]) -> list[Tensor]:
     _, grid, anchors, t_eval, inputs, _, _ = layout.asked(None, tensors)  # type: ignore[arg-type]
-    like = [anchors, anchors if t_eval is None else t_eval, grid["states"][0], *inputs]
+    like = [anchors, anchors if t_eval is None else t_eval, grid.states[0], *inputs]
     return [torch.zeros_like(x) if g is None else g for x, g in zip(like, found, strict=True)]
 
 
@@ -126,11 +126,11 @@ def _moved(problem: Problem, layout: _Layout, tensors: list[Tensor], dots: list[
     """
     asked = layout.asked(problem, tensors)
     _, grid_dot, anchors_dot, t_eval_dot, inputs_dot, bars_dot, _ = layout.asked(problem, dots)  # type: ignore[arg-type]
-    states_dot = grid_dot["states"]
+    states_dot: Tensor | None = grid_dot.states
     along = [anchors_dot, t_eval_dot, None if states_dot is None else states_dot[0], *inputs_dot]
     wants = [want or dot is not None for want, dot in zip(layout.wants, along, strict=True)]
 
-    links = [layout.names.index(name) for name in (("states", "stages") if hands_on(problem.plan) else ("states",))]
+    links = [RECORDED.index(name) for name in (("states", "stages") if hands_on(problem.plan) else ("states",))]
 
     def sweep(*some: Tensor) -> tuple[Tensor, ...]:
         merged = list(tensors)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import SolveError
 from ..integrate import Plan, Record, Status
+from ..integrate.grid import Grid
 from .asked import Asked
 from .linearize import Linearizer
 from .problem import Problem
@@ -20,9 +21,9 @@ __all__ = ["Trajectory", "WayBack", "carried_step", "check_way_back", "in_units_
 class Trajectory:
     """The dense output of a record as a function of ``(B,)`` times: ``y`` and ``y'``."""
 
-    def __init__(self, plan: Plan, grid: dict[str, Tensor], sign: Tensor) -> None:
+    def __init__(self, plan: Plan, grid: Grid, sign: Tensor) -> None:
         self.plan, self.sign = plan, sign
-        self.t, self.h, self.states, self.stages = grid["t"], grid["h"], grid["states"].detach(), grid["stages"].detach()
+        self.t, self.h, self.states, self.stages = grid.t, grid.h, grid.states.detach(), grid.stages.detach()
         # starts of steps, increasing in every row; padding lies at the end of the span
         self.starts = (self.t * sign).t().contiguous()
 
@@ -111,10 +112,10 @@ def walk(back: WayBack, asked: Asked) -> tuple[Tensor | None, ...]:
     problem, grid, anchors, t_eval, _, bars, _ = asked
     final_bar, samples_bar = asked.final_bar, bars[1]
     sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0)
-    ok = (grid["status"] >= 0).unsqueeze(-1)
+    ok = (grid.status >= 0).unsqueeze(-1)
     t_eval_bar = None if t_eval is None else torch.zeros_like(t_eval)
     end_bar = torch.zeros_like(anchors[0])
-    lost = torch.zeros_like(grid["status"], dtype=torch.bool)
+    lost = torch.zeros_like(grid.status, dtype=torch.bool)
     if final_bar is not None:
         bar, lost = _finite(final_bar)
         end_bar = torch.where(lost, float("nan"), _dot(bar, back.jump(bar)))
