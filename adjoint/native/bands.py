@@ -10,8 +10,6 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import reverse_cuthill_mckee
 
 __all__ = ["Bands", "bands_of"]
 
@@ -34,6 +32,9 @@ class Bands(NamedTuple):
 
 def bands_of(width: int, nonzero: Collection[tuple[int, int]]) -> Bands:
     """Of a matrix (width, width) with these entries and the diagonal."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import reverse_cuthill_mckee
+
     full = Bands(None, width - 1, width - 1)
     if width < _SMALL or len(nonzero) >= _WORTH * width * width:
         return full
