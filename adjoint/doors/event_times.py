@@ -28,6 +28,11 @@ _STRAIGHT = (
     "away from the event"
 )
 
+#: the sum of the weights of a second derivative from which they amplify rounding errors too much
+_TURNS = 1000.0
+#: places before an event, in parts of the way to it in its step, and weights that extrapolate from them
+_BACK, _WEIGHTS = 0.08, (4.0, -6.0, 4.0, -1.0)
+
 #: ``between(t0, h, y0, y1)`` is the state as a function of the time, ``(B,)``, in the steps from ``t0, y0``
 Between = Callable[[Tensor, Tensor, Tensor, Tensor], Callable[[Tensor], Tensor]]
 
@@ -132,6 +137,7 @@ def _located(
         return signed(value).reshape(-1).to(torch.float64)
 
     t = at = torch.where(found, out.event_t[line], t0.detach())
+    bend = None
     if between is not None:
         step = out.event_step[line].clamp(min=0)
         y1 = out.states.gather(0, (step + 1).reshape(1, -1, 1).expand(1, -1, y0.shape[-1]))[0]
@@ -142,6 +148,10 @@ def _located(
                 move = residual(at) / tangent(residual, (at,), (torch.ones_like(at),))
             at = torch.where(found & (move.abs() <= 0.1 * h.abs()), at - move, at).detach()
         t = at
+    if parts.derivatives and between is None:
+        bend = _bend(parts, around, at, found)
+        if bend is not None:
+            state = _taylor(around, at, bend)
     if parts.derivatives:
         sloping = torch.ones_like(found)
         t = behind(t, t0, h, y0, ks, *parts.problem.system.inputs)
@@ -160,3 +170,58 @@ def _located(
         if between is None and moving:
             t = once(t, found & around.straight(), _STRAIGHT.format(around.method.name), *causes)
     return t, state(t), around.slope(t)
+
+
+def _taylor(around: Around, at: Tensor, bend: Tensor) -> Callable[[Tensor], Tensor]:
+    """The dense output around ``at`` to third order, whose second derivative has the value ``bend`` (B, n) there; with its derivatives."""
+    share, one = ((at - around.t) / around.h).detach(), torch.ones_like(at)
+    slopes = around.method.dense_slopes
+    turning = lambda x: tangent(slopes, (x,), (one,))  # noqa: E731
+    weights = [around.method.dense_weights(share), slopes(share), turning(share), tangent(turning, (share,), (one,))]
+    size = around.h.unsqueeze(-1)
+    parts = [
+        torch.einsum("bs,sbn->bn", (w.detach() * size ** (1 - k)).to(around.y.dtype), around.stages) for k, w in enumerate(weights)
+    ]
+    start, slope, bent, third = around.y + parts[0], parts[1], parts[2], parts[3]
+    # in place of a sum whose terms cancel, but with its derivatives
+    bent = bent - bent.detach() + bend
+
+    def state(t: Tensor) -> Tensor:
+        way = t - (around.t + share * around.h)
+        # of value zero where it is the time of the event: what rounding makes of it is nothing
+        way = (way - way.detach() + (t - at).detach()).to(bend.dtype).unsqueeze(-1)
+        return start + way * (slope + way * (bent / 2 + way * third / 6))
+
+    return state
+
+
+def _turn(method: Method) -> float:
+    """The sum of the weights of a second derivative of the dense output of a step of length one, a little beyond its end."""
+    low, high = method.dense_slopes(torch.tensor([1.1 - 1e-4, 1.1], dtype=torch.float64, device="cpu")).unbind()
+    return float((high - low).abs().sum()) * 1e4
+
+
+def _bend(parts: Parts, around: Around, at: Tensor, found: Tensor) -> Tensor | None:
+    """The second derivative of the solution at ``at``, ``(B, n)``; None where that of the dense output is good enough.
+
+    That of a polynomial of high degree is made of slopes with weights that are large and cancel: rounding errors come out by them. The
+    derivative of ``fun`` along the solution, at some places before the event, is on its near side whatever ``fun`` does there.
+    """
+    system, real = parts.problem.system, parts.problem.plan.real
+    if system.residual is not None or system.mass is not None or _turn(around.method) < _TURNS:
+        return None
+    one = torch.ones_like(at)
+    f = system.bind(system.inputs)
+    share = torch.where(found, (at - around.t) / around.h, 1.0).detach()
+    total = torch.zeros_like(around.y)
+    for k, weight in enumerate(_WEIGHTS, 1):
+        when = (around.t + share * (1 - _BACK * k) * around.h).detach()
+        y = around.state(when).detach()
+        rate = f(when.to(real), y).detach()
+
+        def along(d: Tensor, when: Tensor = when, y: Tensor = y, rate: Tensor = rate) -> Tensor:
+            return f((when + d).to(real), y + d.to(y.dtype).unsqueeze(-1) * rate)
+
+        total = total + weight * tangent(along, (torch.zeros_like(when),), (one,)).detach()
+    own = tangent(around.slope, (at,), (one,)).detach()
+    return torch.where(found.unsqueeze(-1) & torch.isfinite(total), total, own)
