@@ -34,12 +34,12 @@ KEEP_BYTES = 32 * 2**20
 class DiscreteAdjoint(GradientTraits):
     """The exact derivative of the computed solution, by the adjoint of each step (docs/theory.md, section 1; Hager 2000, Sandu 2006).
 
-    Memory: one state per step (and the stages of implicit and multistep methods; one trajectory by implicit methods: and some MiB, as its
-    steps are linearised many at a time), whatever ``fun`` allocates. A solve so small that all of its evaluations fit into ``keep_bytes``
-    (default 32 MiB) is recorded by autograd as it goes, which saves evaluating ``fun`` again (one trajectory, no derivatives in times, no
-    events, no dense output); one that grows beyond, or looks after its first steps as if it would, drops that. Zero: never. Step sizes
-    are held fixed. Every order of derivative and every ``torch.func`` transform is available; derivatives of derivatives record the
-    backward sweep.
+    Memory: one state per step (and the stages of implicit methods and of "abm", not of "bdf" for ODEs; one trajectory by implicit methods:
+    and some MiB, as its steps are linearised many at a time), whatever ``fun`` allocates. A solve so small that all of its evaluations fit
+    into ``keep_bytes`` (default 32 MiB) is recorded by autograd as it goes, which saves evaluating ``fun`` again (one trajectory, no
+    derivatives in times, no events, no dense output); one that grows beyond, or looks after its first steps as if it would, drops that.
+    Zero: never. Step sizes are held fixed. Every order of derivative and every ``torch.func`` transform is available; derivatives of
+    derivatives record the backward sweep.
 
     With "bdf", derivatives in the ends of the span (not those in anything else) are exact only to the error of the solution: the table
     from which the step that lands there is taken is held fixed.
