@@ -37,6 +37,8 @@ class Mechanism:
         n = q.shape[-1]
         if M.shape[-1] != n or (M.dim() >= 2 and M.shape[-2] not in (n, *M.shape[:-1])):
             raise InvalidInput(f"mass has shape {tuple(M.shape)}, but there are {n} coordinates: (..., {n}, {n}) or ({n},) is expected")
+        if M.dtype != q.dtype:
+            raise InvalidInput(f"mass is {M.dtype}, but coordinates are {q.dtype}: give one dtype")
         return M
 
     @staticmethod

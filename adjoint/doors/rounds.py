@@ -286,6 +286,6 @@ def _check_progress(task: Task, run: Progress, hits: list[Tensor]) -> None:
             )
         raise EventsAccumulate(text, t=t, trajectory=row if flags.numel() > 1 else None)
     nan = tree_map(lambda x: torch.full_like(x, float("nan")), run.at.y)
-    run.at = Boundary(run.at.t, chosen(wrong, nan, run.at.y), run.at.mode)
+    run.at = Boundary(run.at.t, chosen(wrong, nan, run.at.y), run.at.mode, run.at.yp)
     run.status = torch.where(wrong, int(Status.EVENTS_ACCUMULATE), run.status)
     run.going = run.going & ~wrong
