@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 #: take a minute even so
-LONG = {"stiff_neural_ode", "slider_crank"}
+LONG = {"stiff_neural_ode", "slider_crank", "church_bell"}
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
 
