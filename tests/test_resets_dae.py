@@ -176,7 +176,22 @@ def test_modes_of_implicit_equations():
     assert torch.allclose(sol.events["off"].after[0], torch.tensor([1.0, -1.0]), atol=1e-8)
 
 
-@pytest.mark.parametrize("gradient", [adjoint.DiscreteAdjoint(), adjoint.ForwardSensitivity(), adjoint.GaussAdjoint(rtol=1e-9, atol=1e-11)])
+@pytest.mark.parametrize(
+    "gradient",
+    [
+        adjoint.DiscreteAdjoint(),
+        adjoint.ForwardSensitivity(),
+        adjoint.GaussAdjoint(rtol=1e-9, atol=1e-11),
+        *(
+            pytest.param(strategy, marks=pytest.mark.slow)
+            for strategy in (
+                adjoint.Backprop(),
+                adjoint.InterpolatingAdjoint(rtol=1e-9, atol=1e-11),
+                adjoint.QuadratureAdjoint(rtol=1e-9, atol=1e-11),
+            )
+        ),
+    ],
+)
 def test_a_power_network_whose_relay_trips(gradient):
     """Twenty-five equations, new consistent voltages at the trip, the peak behind it: six digits of differences, by every strategy."""
     spec = importlib.util.spec_from_file_location("power_swing", Path(__file__).parent.parent / "examples" / "power_swing.py")
