@@ -211,3 +211,43 @@ def test_norms_and_tolerances_of_states_in_parts(norm, rtol):
     decay = torch.exp(torch.tensor([-0.3, 0.3, -1.0], dtype=torch.float64))
     assert torch.allclose(z[-1], torch.complex(y0[0].real * decay[0], y0[0].imag * decay[1]), rtol=1e-6)
     assert torch.allclose(y[-1], decay[2].expand(3), rtol=1e-6)
+
+
+class TestNotHolomorphic:
+    """What `fun` makes of real and imaginary parts is no function of the complex number: derivatives along both axes differ."""
+
+    @staticmethod
+    def pendulum(t, y, p):
+        x, v = torch.view_as_real(y).unbind(-1)
+        m, k = torch.view_as_real(p).unbind(-1)
+        return torch.complex(v, m * (1 - x * x) * v - k * x)
+
+    @staticmethod
+    def real(t, y, p):
+        x, v = y.unbind(-1)
+        m, k = p.unbind(-1)
+        return torch.stack([v, m * (1 - x * x) * v - k * x], -1)
+
+    @pytest.mark.parametrize("method", ["dopri5", "kvaerno5", "rodas5p", "bdf"])
+    @pytest.mark.parametrize(
+        "gradient",
+        [adjoint.DiscreteAdjoint(), adjoint.Backprop(), adjoint.ForwardSensitivity(), adjoint.ForwardSensitivity(rowwise=True)],
+        ids=["discrete", "backprop", "forward", "rowwise"],
+    )
+    def test_gradients_are_those_of_real_and_imaginary_parts(self, method, gradient):
+        y0 = torch.tensor([[2.01, 0.57], [2.26, 0.51]], dtype=torch.float64)
+        p = torch.tensor([[1.3, 0.9], [1.1, 1.2]], dtype=torch.float64)
+        rows = p if getattr(gradient, "rowwise", False) else p[0]
+        options = {"method": method, "rtol": 1e-6, "atol": 1e-8, "batched": True, "gradient": gradient}
+
+        def slopes(packed):
+            start, parameters = (torch.view_as_complex(x.contiguous()) if packed else x.clone() for x in (y0, rows))
+            start, parameters = start.requires_grad_(), parameters.requires_grad_()
+            fun = self.pendulum if packed else self.real
+            sol = adjoint.solve_ivp(fun, (0.0, 1.0), start, args=(parameters,), **options)
+            y = torch.view_as_real(sol.y) if packed else sol.y
+            found = torch.autograd.grad((y[-1] * torch.tensor([1.0, 0.3], dtype=torch.float64)).sum(), (start, parameters))
+            return [torch.view_as_real(x) for x in found] if packed else found
+
+        for mine, theirs in zip(slopes(True), slopes(False), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)

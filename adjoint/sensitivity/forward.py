@@ -24,7 +24,6 @@ from .sweep import tangents
 __all__ = ["ForwardSensitivity"]
 
 
-
 @dataclass(frozen=True)
 class ForwardSensitivity:
     """Sensitivities of the solution in all parameters, propagated forwards (staggered direct; Caracotsios & Stewart 1985): each step takes
@@ -97,9 +96,9 @@ class ForwardSensitivity:
                         f"ForwardSensitivity(rowwise=True): a tensor of shape {tuple(x.shape)} does not have the batch ({rows}) as its "
                         "leading dimension: expand it, or leave rowwise out"
                     )
-                out += [_Direction(i, k, True) for k in range(x[0].numel() if rows else 0)]
+                out += [_Direction(i, k, True, unit) for unit in _units(x) for k in range(x[0].numel() if rows else 0)]
             else:
-                out += [_Direction(i, k, False) for k in range(x.numel())]
+                out += [_Direction(i, k, False, unit) for unit in _units(x) for k in range(x.numel())]
         if len(out) > self.max_directions:
             raise UnsupportedCombination(
                 f"ForwardSensitivity would take {len(out)} directions (max_directions = {self.max_directions}): use DiscreteAdjoint(), "
@@ -124,11 +123,17 @@ class ForwardSensitivity:
 @dataclass(frozen=True)
 class _Direction:
     """Entry ``place`` of input ``index``: of its flattened self, or, with ``rows``, of each row. Of ``t_eval`` (1): all entries at once;
-    of the anchors (0): that anchor of all trajectories."""
+    of the anchors (0): that anchor of all trajectories. ``unit``: along the real axis or the imaginary one."""
 
     index: int
     place: int | None
     rows: bool = False
+    unit: complex = 1.0
+
+
+def _units(x: Tensor) -> tuple[complex, ...]:
+    """The axes along which entries move: what ``fun`` makes of complex ones need not be differentiable in them as such."""
+    return (1.0, 1.0j) if x.is_complex() else (1.0,)
 
 
 def _solve(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Record:
@@ -150,9 +155,9 @@ def _seeds(tensors: Sequence[Tensor | None], directions: Sequence[_Direction]) -
         elif direction.index == 0:
             seed[k, direction.place] = 1.0
         elif direction.rows:
-            seed[k].reshape(x.shape[0], -1)[:, direction.place] = 1.0
+            seed[k].reshape(x.shape[0], -1)[:, direction.place] = direction.unit
         else:
-            seed[k].reshape(-1)[direction.place] = 1.0
+            seed[k].reshape(-1)[direction.place] = direction.unit
     return out
 
 
@@ -187,7 +192,7 @@ def _check_rows(
     """A direction that is random in every row must move each row as its own part says."""
     generator = torch.Generator().manual_seed(0)
     rows = problem.system.rows
-    weights = torch.randn(len(directions), rows, generator=generator, dtype=torch.float64).to(found[0])
+    weights = torch.randn(len(directions), rows, generator=generator, dtype=torch.float64).to(found[0].real)
     seeds: list[Tensor | None] = [None] * len(tensors)
     for k, direction in enumerate(directions):
         x = tensors[direction.index]
@@ -196,12 +201,12 @@ def _check_rows(
         seed = seeds[direction.index]
         if seed is None:
             seed = seeds[direction.index] = x.detach().new_zeros(1, *x.shape)
-        seed[0].reshape(rows, -1)[:, direction.place] = weights[k].to(x.dtype)
+        seed[0].reshape(rows, -1)[:, direction.place] += direction.unit * weights[k].to(x.dtype)
     if all(seed is None for seed in seeds):
         return
     final, _ = _tangents(problem, grid, tensors, seeds, 1)
     mine = [k for k, d in enumerate(directions) if d.index >= 2]
-    want = torch.einsum("pb,pbn->bn", weights[mine], found[0][mine])
+    want = torch.einsum("pb,pbn->bn", weights[mine].to(found[0]), found[0][mine])
     size = want.abs().amax().clamp(min=1e-300)
     if bool(((final[0] - want).abs() > 1e-5 * size).any()):
         raise InvalidInput(
@@ -219,18 +224,18 @@ def _contract(
         return eager_sweep(asked)
     final_bar = asked.final_bar
     finals, samples = found
-    rows = torch.zeros(finals.shape[:2], dtype=finals.dtype, device=finals.device)
+    rows = torch.zeros(finals.shape[:2], dtype=finals.real.dtype, device=finals.device)
     times = None
     if final_bar is not None:
-        rows = rows + (finals.conj() * final_bar).sum(-1)
+        rows = rows + (finals.conj() * final_bar).sum(-1).real
     if samples_bar is not None and samples.shape[1]:
         # failed trajectories are NaN from there on, and nothing is asked of them
         known = (grid.sample_step >= 0).unsqueeze(-1)
-        products = (torch.where(known, samples, 0.0).conj() * torch.where(known, samples_bar, 0.0)).sum(-1)
+        products = (torch.where(known, samples, 0.0).conj() * torch.where(known, samples_bar, 0.0)).sum(-1).real
         rows = rows + products.sum(1)
         for k, direction in enumerate(directions):
             if direction.index == 1:
-                times = products[k].real.double()
+                times = products[k].double()
     everything = asked.point
     out: list[Tensor | None] = [None] * len(everything)
     for index in {d.index for d in directions}:
@@ -241,14 +246,10 @@ def _contract(
         if index == 1:
             out[index] = times
         elif index == 0:
-            out[index] = rows[mine].real.double()
-        elif directions[mine[0]].rows:
-            out[index] = _cast(rows[mine].t(), x).reshape(x.shape)
+            out[index] = rows[mine].double()
         else:
-            out[index] = _cast(rows[mine].sum(-1), x).reshape(x.shape)
+            along = [rows[[k for k in mine if directions[k].unit == unit]] for unit in _units(x)]
+            parts = [part.t() if directions[mine[0]].rows else part.sum(-1) for part in along]
+            out[index] = (torch.complex(*parts) if x.is_complex() else parts[0]).to(x.dtype).reshape(x.shape)
     problem.backward_report(0, 0)
     return tuple(out)
-
-
-def _cast(bar: Tensor, x: Tensor) -> Tensor:
-    return (bar if x.is_complex() else bar.real).to(x.dtype)
