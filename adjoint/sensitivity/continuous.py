@@ -198,15 +198,18 @@ def _sweep(plan: Plan, integral: str, asked: Asked) -> tuple[Tensor | None, ...]
 
 
 def _without_failed(asked: Asked) -> Asked:
-    """Record, times and cotangents with trajectories that failed as if their span had ended where they came to, and another one in the
-    place of those that came nowhere: nothing is asked of them behind that."""
+    """Record, times and cotangents with trajectories that failed as if their span had ended at the last sample of which something is asked
+    (behind it ``fun`` may be no number), and another one in the place of those that came nowhere."""
     _, grid, anchors, t_eval, _, bars, _ = asked
     pad, dead = padding(grid.h, grid.lands), grid.status < 0
     if pad is None:
         return asked
-    last = (~pad.still).sum(0) - 1
-    place = last.clamp(min=0).unsqueeze(0)
-    reached = (grid.t.gather(0, place) + grid.h.gather(0, place)).squeeze(0)
+    reached = anchors[0]
+    if bars[1] is not None and t_eval is not None and len(t_eval):
+        sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0)
+        weighed = (grid.sample_step >= 0) & (bars[1] != 0).any(-1)
+        latest = torch.where(weighed, (t_eval - anchors[0]) * sign, 0.0).amax(0)
+        reached = anchors[0] + sign * latest
     states, t, h = (x.index_select(1, pad.source) for x in (grid.states, grid.t, grid.h))
     grid = replace(grid, states=states, t=t, h=h, stages=grid.stages.index_select(2, pad.source), status=grid.status.abs())
     anchors = anchors.index_select(1, pad.source)
