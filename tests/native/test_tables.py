@@ -32,6 +32,8 @@ def test_interpolation_in_time(function):
         for _ in range(1 + compiled):
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
+                # those of steps are told of
+                warnings.filterwarnings("ignore", message="fun jumps")
                 y = solve_ivp(function, (0.0, 1.0), y0, (table,), rtol=1e-6, atol=1e-6, compile=compiled).y[-1]
         found.append([y.detach(), *torch.autograd.grad(y.sum(), (y0, table))])
     for mine, truth in zip(found[1], found[0], strict=True):
