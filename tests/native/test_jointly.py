@@ -183,9 +183,10 @@ def test_failures(made):
     assert all(p.joint == 8 for p in made)
 
 
+@pytest.mark.filterwarnings("ignore:compile=True.*at rest")
 def test_more_steps_than_room(made):
     def fast(t, y, w, c, x):
-        return 40 * torch.stack([y[..., 1], -y[..., 0], -0.01 * y[..., 2]], -1)
+        return 40 * torch.stack([y[..., 1], -y[..., 0], 0 * y[..., 2]], -1)
 
     agree(8, fun=fast, tolerance=1e-6)
     assert [p.joint for p in made] == [8]
