@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -183,10 +185,12 @@ def test_failures(made):
     assert all(p.joint == 8 for p in made)
 
 
-@pytest.mark.filterwarnings("ignore:compile=True.*at rest")
 def test_more_steps_than_room(made):
     def fast(t, y, w, c, x):
         return 40 * torch.stack([y[..., 1], -y[..., 0], 0 * y[..., 2]], -1)
 
-    agree(8, fun=fast, tolerance=1e-6)
+    with warnings.catch_warnings():
+        # of a component at rest, for whose derivatives steps are shortened after all
+        warnings.filterwarnings("ignore", message="compile=True.*at rest")
+        agree(8, fun=fast, tolerance=1e-6)
     assert [p.joint for p in made] == [8]
