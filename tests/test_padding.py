@@ -309,19 +309,22 @@ def test_a_mass_matrix_is_nobodys_part(options):
 
 @pytest.mark.parametrize("kind", [adjoint.InterpolatingAdjoint, adjoint.GaussAdjoint, adjoint.QuadratureAdjoint])
 @pytest.mark.parametrize("early", [0.0, 1.0], ids=["nothing asked", "asked before it failed"])
-def test_a_failed_trajectory_is_followed_back_from_where_something_is_asked_of_it(kind, early):
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_failed_trajectory_is_followed_back_from_where_something_is_asked_of_it(kind, early, backwards):
     """It ends where `fun` is no number, and so is that times a cotangent of zero."""
     p = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
 
-    def decay(t, y, p):
-        return -p * y * torch.where(t.unsqueeze(-1) > torch.tensor([[2.0], [0.45]], dtype=t.dtype), NAN, 1.0)
+    sign = -1.0 if backwards else 1.0
 
-    y0, times = torch.tensor([[1.0], [2.0]], dtype=torch.float64), torch.tensor([0.2, 1.0], dtype=torch.float64)
+    def decay(t, y, p):
+        return -p * y * torch.where(sign * t.unsqueeze(-1) > torch.tensor([[2.0], [0.45]], dtype=t.dtype), NAN, 1.0)
+
+    y0, times = torch.tensor([[1.0], [2.0]], dtype=torch.float64), sign * torch.tensor([0.2, 0.35, 1.0], dtype=torch.float64)
     options = {"method": "euler", "first_step": 0.1, "t_eval": times, "batched": True, "throw": False, "gradient": kind(method="tsit5")}
-    sol = adjoint.solve_ivp(decay, (0.0, 1.0), y0, args=(p,), **options)
+    sol = adjoint.solve_ivp(decay, (0.0, sign), y0, args=(p,), **options)
     assert (sol.status >= 0).tolist() == [True, False]
     (got,) = torch.autograd.grad(sol.y[:, 0].sum() + early * sol.y[0, 1].sum(), p)
     # the adjoint equation along lines that are the steps of Euler's method
-    alone = adjoint.solve_ivp(lambda t, y, p: -p * y, (0.0, 1.0), y0, args=(p,), **options)
+    alone = adjoint.solve_ivp(lambda t, y, p: -p * y, (0.0, sign), y0, args=(p,), **options)
     (want,) = torch.autograd.grad(alone.y[:, 0].sum() + early * alone.y[0, 1].sum(), p)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0.0)

@@ -59,7 +59,8 @@ class BackwardStats:
 class Stats:
     """Work of the forward solve: integers, or one per trajectory in a ``(B,)`` tensor when batched.
 
-    ``n_steps`` counts attempted steps. The counters of Jacobians, factorisations and solves are zero for explicit methods.
+    ``n_steps`` counts attempted steps. ``n_fun`` is of the steps: looks at ``fun`` before a solve, and for jumps after it, are not in it.
+    The counters of Jacobians, factorisations and solves are zero for explicit methods.
     ``compile_seconds``: spent on making native code (``compile=True``).
     """
 

@@ -180,7 +180,8 @@ def _sweep(plan: Plan, integral: str, asked: Asked) -> tuple[Tensor | None, ...]
     if safe.dead is not None:
         still = _without_failed(still)
     grid, anchors = still.grid, still.anchors
-    sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0)
+    # of a trajectory of which nothing is left as well
+    sign = torch.where(asked.anchors[-1] >= asked.anchors[0], 1.0, -1.0)
     inputs = cut_apart(safe.inputs)
     f: Callable[..., Tensor] = problem.system.bind(inputs)
     trajectory = Trajectory(problem.plan, grid, sign)
@@ -204,12 +205,12 @@ def _without_failed(asked: Asked) -> Asked:
     pad, dead = padding(grid.h, grid.lands), grid.status < 0
     if pad is None:
         return asked
-    reached = anchors[0]
+    reached, wanted = anchors[0], grid.sample_step >= 0
     if bars[1] is not None and t_eval is not None and len(t_eval):
         sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0)
-        weighed = (grid.sample_step >= 0) & (bars[1] != 0).any(-1)
-        latest = torch.where(weighed, (t_eval - anchors[0]) * sign, 0.0).amax(0)
-        reached = anchors[0] + sign * latest
+        wanted = wanted & (~dead | (bars[1] != 0).any(-1))
+        latest = torch.where(wanted, (t_eval - anchors[0]) * sign, 0.0).argmax(0).unsqueeze(0)
+        reached = torch.where(wanted.any(0), t_eval.gather(0, latest)[0], anchors[0])
     states, t, h = (x.index_select(1, pad.source) for x in (grid.states, grid.t, grid.h))
     grid = replace(grid, states=states, t=t, h=h, stages=grid.stages.index_select(2, pad.source), status=grid.status.abs())
     anchors = anchors.index_select(1, pad.source)
@@ -219,5 +220,5 @@ def _without_failed(asked: Asked) -> Asked:
     if samples_bar is not None and t_eval is not None:
         known = grid.sample_step >= 0
         samples_bar = torch.where(known.unsqueeze(-1), samples_bar, 0.0)
-        t_eval = torch.where(known & ~(pad.unborn & dead), t_eval, anchors[-1])
+        t_eval = torch.where(wanted & ~(pad.unborn & dead), t_eval, anchors[-1])
     return asked._replace(grid=grid, anchors=anchors, t_eval=t_eval, bars=(final_bar, samples_bar, *rest))

@@ -155,9 +155,9 @@ def _seeds(tensors: Sequence[Tensor | None], directions: Sequence[_Direction]) -
         elif direction.index == 0:
             seed[k, direction.place] = 1.0
         elif direction.rows:
-            seed[k].reshape(x.shape[0], -1)[:, direction.place] = direction.unit
+            seed[k].reshape(x.shape[0], -1)[:, direction.place].fill_(direction.unit)
         else:
-            seed[k].reshape(-1)[direction.place] = direction.unit
+            seed[k].reshape(-1)[direction.place].fill_(direction.unit)
     return out
 
 
