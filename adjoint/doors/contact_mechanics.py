@@ -51,6 +51,13 @@ class _Site(NamedTuple):
     gap: Tensor
     noise: Tensor
 
+    def nearest(self, v: Tensor, active: Tensor, opening: Tensor) -> Tensor:
+        """The velocities nearest to ``v``, in the metric of ``M``, with which the ``active`` contacts (..., c) move as their gaps open at
+        ``opening - self.opening`` and the constraints are kept."""
+        momentum = (self.M @ v.unsqueeze(-1)).squeeze(-1)
+        matrix = pressed(self.M, self.G, self.N, active)
+        return solved(matrix, momentum, -self.drift, torch.where(active, opening - self.opening, 0.0))[..., : v.shape[-1]]
+
     def speed(self, v: Tensor, opening: Tensor | None = None) -> Tensor:
         """``N v + opening`` (..., c), by default the rates of the gaps."""
         return (self.N @ v.unsqueeze(-1)).squeeze(-1) + (self.opening if opening is None else opening)
@@ -104,16 +111,14 @@ class ContactMechanics(Mechanism):
         Newton's law for all that are closed at once (Moreau 1988, CISM Courses and Lectures 302:1): of an impulse ``p >= 0`` and of
         ``s+ + e s- >= 0`` one is zero. Contacts that are closed and slow stay, if accelerations ask for a force that pushes.
         """
-        M, G, N, n = site.M, site.G, site.N, q.shape[-1]
         speed = site.speed(v) - given
         e = self.contacts.restitution(speed, args)
+        slow = (-e * speed.clamp(max=0.0) <= self.contacts.rest_speed(speed)).detach()
+        rebound = torch.where(slow, 0.0, e) * speed.clamp(max=0.0)
         with torch.no_grad():
-            slow = -e * speed.clamp(max=0.0) <= self.contacts.rest_speed(speed)
-            kept = torch.where(slow, 0.0, e)
-            active, _ = complementary(compliance(M, G, N), speed + kept * speed.clamp(max=0.0), closed, site.doubt(v), self.contacts.names)
-        after = -site.opening - torch.where(slow, 0.0, e) * speed.clamp(max=0.0)
-        momentum = (M @ v.unsqueeze(-1)).squeeze(-1)
-        v = solved(pressed(M, G, N, active), momentum, -site.drift, torch.where(active, after, 0.0))[..., :n]
+            W = compliance(site.M, site.G, site.N)
+        active, _ = complementary(W, speed + rebound, closed, site.doubt(v), self.contacts.names)
+        v = site.nearest(v, active, -rebound)
         resting = self._lasting(t, q, v, site, active & slow & ~loose, args)
         return self._apart(q, site, closed, resting), v, resting
 
@@ -158,10 +163,7 @@ class ContactMechanics(Mechanism):
         near = self._touching(t, site, speed)
         # those that close are left to their event
         resting = self._lasting(t, q, v, site, near & (speed.abs() <= site.doubt(v)).detach(), args)
-        momentum = (site.M @ v.unsqueeze(-1)).squeeze(-1)
-        v = solved(pressed(site.M, site.G, site.N, resting), momentum, -site.drift, torch.where(resting, -site.opening, 0.0))[
-            ..., : q.shape[-1]
-        ]
+        v = site.nearest(v, resting, torch.zeros_like(speed))
         q = self._apart(q, site, near, resting)
         every = self._accelerations(t, q, v, jacobian(self.contacts.gaps(args), t, q), resting, args)
         n, m = q.shape[-1], site.G.shape[-2]
@@ -194,13 +196,16 @@ class ContactMechanics(Mechanism):
         return (place == (-1 if i is None else i)).expand_as(resting)
 
     def _changed(self, t: Tensor, y: ContactState, mode: Any, args: Any, own: Tensor, loose: Tensor) -> tuple[ContactState, Any]:
-        inner, resting = (*mode[1:], *args), mode[0]
-        site = self._site(t, y.q, inner)
-        speed = site.speed(y.v)
-        closed = own | resting | self._touching(t, site, speed)
+        site = self._site(t, y.q, (*mode[1:], *args))
         # what those that rest are off by is no speed
-        given = torch.where(resting, speed, 0.0).detach()
-        q, v, resting = self._meet(t, y.q, y.v, site, closed, given, loose, inner)
+        return self._followed(t, y, mode, args, site, own | mode[0], torch.where(mode[0], site.speed(y.v), 0.0), loose)
+
+    def _followed(
+        self, t: Tensor, y: ContactState, mode: Any, args: Any, site: _Site, closed: Tensor, given: Tensor, loose: Tensor
+    ) -> tuple[ContactState, Any]:
+        """State and mode behind `_meet`, of the contacts ``closed`` and those that touch."""
+        closed = closed | self._touching(t, site, site.speed(y.v))
+        q, v, resting = self._meet(t, y.q, y.v, site, closed, given.detach(), loose, (*mode[1:], *args))
         return y._replace(q=q, v=v), (resting, *mode[1:])
 
     def _events(self) -> list[Event]:
@@ -257,11 +262,7 @@ class ContactMechanics(Mechanism):
         self._check_apart(
             site, (resting & (site.gap - gap >= -NEAR * site.noise)).detach(), f"behind the reset of {title}: give a state there"
         )
-        speed = site.speed(y.v)
-        closed = resting | self._touching(t, site, speed)
-        given = torch.where(resting, given, 0.0).detach()
-        q, v, resting = self._meet(t, y.q, y.v, site, closed, given, torch.zeros_like(resting), inner)
-        return y._replace(q=q, v=v), (resting, *mode[1:])
+        return self._followed(t, y, mode, args, site, resting, torch.where(resting, given, 0.0), torch.zeros_like(resting))
 
     def solve(
         self,

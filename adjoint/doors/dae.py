@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from ..errors import InvalidInput
 from ..integrate import PIDController, Plan
 from ..methods import DAE_METHODS, Method
-from ..native.entry import NativeSolve, own_algebra
+from ..native.entry import NativeSolve, Sought, own_algebra
 from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Outputs, Problem
 from ..sensitivity.consistent import Initial
@@ -188,7 +188,7 @@ def solve_dae(
         skip=suppress_algebraic,
         tolerances={"rtol": plan.rtol, "atol": plan.atol},
         bounds=initial_bounds(y0_bounds, user_spec, y0, sum(spec.sizes), consistent),
-        native=None if transforming() else native.start(plan, system, batched, inputs, y_flat, times.anchors),
+        native=None if transforming() else native.start(Sought(plan, system, batched, inputs, y_flat, times.anchors)),
     )
     check_index(chosen, algebra)
     backward = BackwardStats()

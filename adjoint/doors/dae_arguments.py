@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..errors import HigherIndexDAE, InconsistentInitialCondition, InvalidInput, SingularJacobian, UnsupportedCombination
@@ -22,18 +21,12 @@ from ..methods import DAE_METHODS, METHODS, Method, Traits
 from ..native.consistent import NativeStart
 from ..sensitivity.consistent import Bounds, Initial, all_lost, complete, complete_values, dense_pencil, lost_rows, residual_report
 from ..sensitivity.problem import StageAlgebra
+from ..system.capture import every_copy
 from ..system.jacobians import DenseJacobian
 from ..system.jacobians_sparse import SparseJacobian, choose_jacobian
 from ..system.structure import Structure, analyse, analyse_large
 from ..system.system import StateSpec, System
-from ..torch_internals import (
-    dual_level,
-    get_unwrapped,
-    is_batchedtensor,
-    is_functorch_wrapped_tensor,
-    maybe_get_bdim,
-    temporarily_clear_interpreter_stack,
-)
+from ..torch_internals import is_functorch_wrapped_tensor, temporarily_clear_interpreter_stack
 from .arguments import Times
 from .failures import raise_failure
 from .root_arguments import check_bounds
@@ -113,12 +106,8 @@ def initial_bounds(bounds: Any, user_spec: StateSpec, y0: Any, n: int, consisten
 
 def plain(x: Tensor) -> Tensor:
     """The values of a tensor without the levels of transforms; of a mapped one the first copy's. To be called below all transforms."""
-    while is_functorch_wrapped_tensor(x):
-        if is_batchedtensor(x):
-            x = get_unwrapped(x).select(maybe_get_bdim(x), 0)
-        else:
-            x = get_unwrapped(x)
-    return forward_ad.unpack_dual(x).primal.detach() if dual_level() >= 0 else x.detach()
+    every = every_copy(x)
+    return every[(0,) * (every.dim() - x.dim())]
 
 
 def residual_algebra(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from .reading import Unreadable
 from .recognise import Recognised, compile_key, hear, recognise
 from .solve import run_native
 
-__all__ = ["NativeSolve", "own_algebra", "suits"]
+__all__ = ["NativeSolve", "Sought", "own_algebra", "suits"]
 
 _remarked: set[tuple[Hashable, str]] = set()
 
@@ -76,6 +76,17 @@ def _remark(key: Hashable, reason: str) -> None:
     remark(f"compile=True: this solve runs uncompiled, because {reason}", RuntimeWarning)
 
 
+class Sought(NamedTuple):
+    """A solve that may be one of compiled code."""
+
+    plan: Plan
+    system: System | VmappedSystem
+    batched: bool
+    inputs: Sequence[Tensor]
+    y0: Tensor
+    anchors: Tensor
+
+
 @dataclass
 class NativeSolve:
     """What a solve by compiled code leaves for its way back: the program, with the tensors that it read.
@@ -108,83 +119,58 @@ class NativeSolve:
                 self.refused = str(error)
         return self.heard
 
-    def start(
-        self, plan: Plan, system: System, batched: bool, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor
-    ) -> NativeStart | None:
-        """What finds initial values of implicit equations; None where there will be no native code."""
-        if plan.compile is None or self.refused is not None or suits(plan, system, y0) is not None:
+    def start(self, sought: Sought) -> NativeStart | None:
+        """What finds initial values of implicit equations; None where there will be no native code, which the solve says."""
+        if sought.plan.compile is None or self._unsuited(sought) is not None:
             return None
-        assert takes(plan.method)
-        events = [e.function for e in plan.events if e.function is not None]
         try:
-            time = anchors[0].detach().to(plan.real)
-            found = recognise(plan.compile, system, plan.method, time, y0.detach(), inputs, batched, self.heard, events)
-            if not self._is_there(found, y0):
-                return None
-            return NativeStart(found.program, tuple(found.values()))
+            found = self._program(sought)
+            return None if found is None else NativeStart(found.program, tuple(found.values()))
         except (Unreadable, NoCompiler):
-            # the solve says why
             return None
 
-    def _is_there(self, found: Recognised, y0: Tensor) -> bool:
-        """Whether there is compiled code, made now, or made beside where that is asked for."""
+    def _unsuited(self, sought: Sought) -> str | None:
+        return self.refused or suits(sought.plan, sought.system, sought.y0)
+
+    def _program(self, sought: Sought) -> Recognised | None:
+        """The program of a solve, with its code, made now; None where that is being made beside. Raises `Unreadable`, `NoCompiler`."""
+        plan, system, batched, inputs, y0, anchors = sought
+        assert takes(plan.method)
+        events = [e.function for e in plan.events if e.function is not None]
+        time = anchors[0].detach().to(plan.real)
+        found = recognise(plan.compile, system, plan.method, time, y0.detach(), inputs, batched, self.heard, events)
         lanes = found.program.lanes(len(y0))
         if self.background and not found.program.engine_later(lanes):
-            return False
+            return None
         found.program.engine(lanes)
-        return True
+        return found
 
-    def ready(
-        self, plan: Plan, system: System | VmappedSystem, batched: bool, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor
-    ) -> bool:
+    def ready(self, sought: Sought) -> bool:
         """Whether this solve will be one of compiled code, which is made; if not, the reason has been said."""
-        assert plan.compile is not None
-        self._found = self._recognised(plan.compile, plan, system, batched, inputs, y0, anchors)
+        self._found = self._recognised(sought)
         return self._found is not None
 
-    def _recognised(
-        self,
-        key: Hashable,
-        plan: Plan,
-        system: System | VmappedSystem,
-        batched: bool,
-        inputs: Sequence[Tensor],
-        y0: Tensor,
-        anchors: Tensor,
-    ) -> Recognised | None:
+    def _recognised(self, sought: Sought) -> Recognised | None:
         """The program of this solve, whose code is there; None where there is none, which is said."""
-        reason = self.refused or suits(plan, system, y0)
+        key, reason = sought.plan.compile, self._unsuited(sought)
         if reason is not None:
             return _remark(key, reason)
-        assert takes(plan.method)
-        events = [e.function for e in plan.events if e.function is not None]
         before = spent.seconds
         try:
-            found = recognise(key, system, plan.method, anchors[0].detach().to(plan.real), y0.detach(), inputs, batched, self.heard, events)
-            return found if self._is_there(found, y0) else None
+            return self._program(sought)
         except (Unreadable, NoCompiler) as error:
             return _remark(key, str(error))
         finally:
             self.seconds += spent.seconds - before
 
     def forward(
-        self,
-        key: Hashable,
-        plan: Plan,
-        system: System | VmappedSystem,
-        batched: bool,
-        inputs: Sequence[Tensor],
-        y0: Tensor,
-        anchors: Tensor,
-        t_eval: Tensor | None,
-        derivatives: bool,
-        index: Tensor | None = None,
-        skipped: Tensor | None = None,
+        self, sought: Sought, t_eval: Tensor | None, derivatives: bool, index: Tensor | None = None, skipped: Tensor | None = None
     ) -> Record | None:
         """The solve, or None where the eager engine is to make it. ``derivatives``: a way back may follow. ``index`` and ``skipped``, (n,):
         those of variables of implicit equations, see `ResidualSolver`."""
+        plan, key = sought.plan, sought.plan.compile
         known, self._found, self.recognised = self._found, None, None
-        found = known or self._recognised(key, plan, system, batched, inputs, y0, anchors)
+        found = known or self._recognised(sought)
         if found is None:
             return None
         if derivatives and any(slot is None and x.requires_grad for slot, x in zip(found.slots, found.tensors, strict=True)):
@@ -196,7 +182,7 @@ class NativeSolve:
             if derivatives:
                 values = [v.clone() if v.data_ptr() == x.data_ptr() else v for v, x in zip(values, found.tensors, strict=True)]
             watched = derivatives and not plan.method.implicit
-            record = run_native(found.program, plan, anchors, t_eval, y0, values, watched, index, skipped)
+            record = run_native(found.program, plan, sought.anchors, t_eval, sought.y0, values, watched, index, skipped)
         except (Unreadable, NoCompiler) as error:
             return _remark(key, str(error))
         finally:

@@ -8,24 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..errors import InconsistentInitialCondition, UnsupportedCombination
 from ..linalg import DenseLU, LinearSolver, Log, Matrix
 from ..linalg.pencil import Pencil, split
 from ..native.consistent import NativeStart
 from ..nonlinear import Newton, RootProblem, RootRecord, RootStatus
+from ..system.capture import every_copy
 from ..system.jacobians import DenseJacobian
 from ..system.structure import Structure
 from ..system.system import Flat, System, VmappedSystem
-from ..torch_internals import (
-    dual_level,
-    get_unwrapped,
-    is_batchedtensor,
-    is_functorch_wrapped_tensor,
-    maybe_get_bdim,
-    temporarily_clear_interpreter_stack,
-)
+from ..torch_internals import temporarily_clear_interpreter_stack
 from .implicit import FixedRule, JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions
 from .problem import Problem, StageAlgebra
 from .products import tangent
@@ -100,11 +93,7 @@ def _fine_rows(given: Initial) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
 def _every_row(x: Tensor) -> Tensor:
     """``(rows, n)``: the values of all copies that transforms map over."""
     with torch.no_grad(), temporarily_clear_interpreter_stack():
-        while is_functorch_wrapped_tensor(x):
-            dim = maybe_get_bdim(x) if is_batchedtensor(x) else None
-            x = get_unwrapped(x)
-            x = x if dim is None else x.movedim(dim, 0)
-        return forward_ad.unpack_dual(x).primal.detach().flatten(0, -2) if dual_level() >= 0 else x.detach().flatten(0, -2)
+        return every_copy(x).flatten(0, -2)
 
 
 @dataclass(frozen=True)

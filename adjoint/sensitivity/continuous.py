@@ -176,12 +176,11 @@ def _sweep(plan: Plan, integral: str, asked: Asked) -> tuple[Tensor | None, ...]
         return eager_sweep(asked)
     problem.witness.check()
     still = asked._replace(anchors=anchors.detach(), t_eval=None if t_eval is None else t_eval.detach())
+    sign = torch.where(still.anchors[-1] >= still.anchors[0], 1.0, -1.0)
     safe = shelter(problem, grid, None, inputs)
     if safe.dead is not None:
-        still = _without_failed(still)
+        still = _without_failed(still, sign)
     grid, anchors = still.grid, still.anchors
-    # of a trajectory of which nothing is left as well
-    sign = torch.where(asked.anchors[-1] >= asked.anchors[0], 1.0, -1.0)
     inputs = cut_apart(safe.inputs)
     f: Callable[..., Tensor] = problem.system.bind(inputs)
     trajectory = Trajectory(problem.plan, grid, sign)
@@ -198,27 +197,25 @@ def _sweep(plan: Plan, integral: str, asked: Asked) -> tuple[Tensor | None, ...]
     return safe.marked(found, given)
 
 
-def _without_failed(asked: Asked) -> Asked:
+def _without_failed(asked: Asked, sign: Tensor) -> Asked:
     """Record, times and cotangents with trajectories that failed as if their span had ended at the last sample of which something is asked
-    (behind it ``fun`` may be no number), and another one in the place of those that came nowhere."""
-    _, grid, anchors, t_eval, _, bars, _ = asked
+    (behind it ``fun`` may be no number), and another one in the place of those that came nowhere. ``sign`` (B,): the direction of time."""
+    _, grid, anchors, t_eval, _, (final_bar, samples_bar, *rest), _ = asked
     pad, dead = padding(grid.h, grid.lands), grid.status < 0
     if pad is None:
         return asked
-    reached, wanted = anchors[0], grid.sample_step >= 0
-    if bars[1] is not None and t_eval is not None and len(t_eval):
-        sign = torch.where(anchors[-1] >= anchors[0], 1.0, -1.0)
-        wanted = wanted & (~dead | (bars[1] != 0).any(-1))
-        latest = torch.where(wanted, (t_eval - anchors[0]) * sign, 0.0).argmax(0).unsqueeze(0)
-        reached = torch.where(wanted.any(0), t_eval.gather(0, latest)[0], anchors[0])
+    reached, known = anchors[0], grid.sample_step >= 0
+    wanted = known
+    if samples_bar is not None and t_eval is not None and len(t_eval):
+        wanted = known & (~dead | (samples_bar != 0).any(-1))
+        latest = torch.where(wanted, t_eval * sign, -torch.inf).argmax(0).unsqueeze(0)
+        reached = torch.where(wanted.any(0), t_eval.gather(0, latest)[0], reached)
     states, t, h = (x.index_select(1, pad.source) for x in (grid.states, grid.t, grid.h))
     grid = replace(grid, states=states, t=t, h=h, stages=grid.stages.index_select(2, pad.source), status=grid.status.abs())
     anchors = anchors.index_select(1, pad.source)
     anchors = torch.cat([anchors[:-1], torch.where(dead, pad.first(reached), anchors[-1]).unsqueeze(0)])
-    final_bar, samples_bar, *rest = bars
     final_bar = None if final_bar is None else torch.where(dead.unsqueeze(-1), 0.0, final_bar)
     if samples_bar is not None and t_eval is not None:
-        known = grid.sample_step >= 0
         samples_bar = torch.where(known.unsqueeze(-1), samples_bar, 0.0)
         t_eval = torch.where(wanted & ~(pad.unborn & dead), t_eval, anchors[-1])
     return asked._replace(grid=grid, anchors=anchors, t_eval=t_eval, bars=(final_bar, samples_bar, *rest))

@@ -26,7 +26,7 @@ from ..integrate.companion import Beside, displaced, rests
 from ..integrate.stages import TOLERANCE
 from ..integrate.work import StageWork
 from ..linalg import DenseLU, LinearSolver, Matrix
-from ..native.entry import NativeSolve
+from ..native.entry import NativeSolve, Sought
 from ..system.capture import is_differentiable, listed
 from ..system.jacobians import DenseJacobian
 from ..system.stage_jacobian import StageJacobian
@@ -119,12 +119,12 @@ class Problem:
         """The solve by compiled code; None where it cannot be, or where steps have to be looked after (see `Companion`)."""
         derivatives = self.derivatives and (self.plan.keep_states or self.plan.keep_grid)
         index, skipped = (None, None) if self.algebra is None else (self.algebra.index, self.algebra.skipped)
-        key, solve = self.plan.compile, (self.plan, self.system, self.batched, inputs, y0, anchors, t_eval)
-        record = self.native.forward(key, *solve, derivatives, index, skipped)
+        sought = Sought(self.plan, self.system, self.batched, inputs, y0, anchors)
+        record = self.native.forward(sought, t_eval, derivatives, index, skipped)
         if record is not None and derivatives:
             record = self._without_rest(record, inputs, y0)
             if record is None:
-                self.native.given_up(key)
+                self.native.given_up(self.plan.compile)
         return record
 
     def _without_rest(self, record: Record, inputs: Sequence[Tensor], y0: Tensor) -> Record | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import Monitor, Record, Recording, integrate
 from ..integrate.grid import Grid
+from ..native.entry import Sought
 from ..system.capture import functorch_active
 from ..system.ownership import owned
 from ..torch_internals import dual_level
@@ -177,7 +178,7 @@ def _decided(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tenso
     plan = problem.plan
     if plan.compile is None or not _recordable(problem, anchors, t_eval, y0, inputs):
         return problem
-    if problem.native.ready(plan, problem.system, problem.batched, inputs, y0, anchors):
+    if problem.native.ready(Sought(plan, problem.system, problem.batched, inputs, y0, anchors)):
         return problem
     return replace(problem, plan=replace(plan, compile=None))
 

@@ -31,6 +31,7 @@ __all__ = [
     "cut_apart",
     "depends_on_others",
     "elsewhere",
+    "every_copy",
     "find_captured",
     "find_constants",
     "functorch_active",
@@ -78,6 +79,16 @@ def unwrapped(x: Tensor) -> Tensor:
     while internals.is_functorch_wrapped_tensor(x):
         x = internals.get_unwrapped(x)
     return x
+
+
+def every_copy(x: Tensor) -> Tensor:
+    """The values of ``x`` without levels of transforms and tangents, those of all copies, ``(*copies, *x.shape)``. For use below all
+    transforms."""
+    while internals.is_functorch_wrapped_tensor(x):
+        dim = internals.maybe_get_bdim(x) if internals.is_batchedtensor(x) else None
+        x = internals.get_unwrapped(x)
+        x = x if dim is None else x.movedim(dim, 0)
+    return (forward_ad.unpack_dual(x).primal if internals.dual_level() >= 0 else x).detach()
 
 
 def below_vmap(x: Tensor, size: int) -> Tensor:

@@ -37,13 +37,13 @@ struct Beginning {
     S norm = length(r);
     for (long k = 0; k < q.most && any; k++) {
       f.jac(&c, &now, pair, J, spare);
-      for (int i = 0; i < N; i++) for (int j = 0; j < N; j++) LU[i * N + j] = J[i * ARGUMENTS + (q.differential[j] ? N + j : j)];
-      factorise_scaled<N>(LU, P, scale);
+      fill<1>(LU, 0, [&](int i, int j) { return J[i * ARGUMENTS + (q.differential[j] ? N + j : j)]; });
+      factorise_filled<1>(LU, P, scale);
       // the reciprocals of the pivots
       S small = m_abs(LU[0]), large = small;
       for (int n = 1; n < N; n++) { const S x = m_abs(LU[n * N + n]); small = m_min(small, x); large = m_max(large, x); }
       for (int n = 0; n < N; n++) step[n] = scale[n] * r[n];
-      solve_lu<N>(LU, P, step);
+      solve_filled<1>(LU, P, step);
       S measure = K(0);
       for (int e = 0; e < ARGUMENTS; e++) next[e] = pair[e];
       for (int n = 0; n < N; n++) {

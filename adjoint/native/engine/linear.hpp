@@ -139,14 +139,4 @@ static void shifted_matrix(const S* J, const S hd, S* LU, S* P, const S* mass = 
   factorise_filled<1>(LU, P, nullptr);
 }
 template <bool TRANSPOSED = false> FN void solve_shifted(const S* LU, const S* P, S* x) { solve_filled<1, TRANSPOSED>(LU, P, x); }
-// a full matrix of any kind
-template <int D, class V> static void factorise_scaled(V* LU, V* P, S* scale) {
-  for (int i = 0; i < D; i++) {
-    S largest = K(0);
-    for (int j = 0; j < D; j++) largest = m_max(largest, modulus(LU[i * D + j]));
-    scale[i] = m_sel((M)(largest > K(0)), K(1) / largest, K(1));
-    for (int j = 0; j < D; j++) LU[i * D + j] = times(LU[i * D + j], scale[i]);
-  }
-  factorise<D>(LU, P);
-}
 #define EXCHANGES room_of_exchanges(N)

@@ -29,7 +29,8 @@ template <> struct Kind<Er> { typedef E T; typedef Er Mask; typedef Rr Real; };
 template <> struct Kind<Dr> { typedef double T; typedef Lr Mask; typedef Dr Real; };
 template <> struct Kind<Lr> { typedef long T; typedef Lr Mask; typedef Dr Real; };
 #endif
-#define EVERYWHERE static inline __attribute__((always_inline))
+#define INLINED inline __attribute__((always_inline))
+#define EVERYWHERE static INLINED
 template <class V> struct Pair {
   typedef typename Kind<V>::T T;
   typedef typename Kind<V>::Mask Half;
@@ -37,25 +38,25 @@ template <class V> struct Pair {
   T& operator[](int l) { return ((T*)this)[l]; }
   T operator[](int l) const { return ((const T*)this)[l]; }
 #define OPERATOR(sign) \
-  friend inline __attribute__((always_inline)) Pair operator sign(const Pair& x, const Pair& y) { return {x.a sign y.a, x.b sign y.b}; } \
-  friend inline __attribute__((always_inline)) Pair operator sign(const Pair& x, T y) { return {x.a sign y, x.b sign y}; } \
-  friend inline __attribute__((always_inline)) Pair operator sign(T x, const Pair& y) { return {x sign y.a, x sign y.b}; } \
-  inline __attribute__((always_inline)) Pair& operator sign##=(const Pair& y) { a sign##= y.a; b sign##= y.b; return *this; } \
-  inline __attribute__((always_inline)) Pair& operator sign##=(T y) { a sign##= y; b sign##= y; return *this; }
+  friend INLINED Pair operator sign(const Pair& x, const Pair& y) { return {x.a sign y.a, x.b sign y.b}; } \
+  friend INLINED Pair operator sign(const Pair& x, T y) { return {x.a sign y, x.b sign y}; } \
+  friend INLINED Pair operator sign(T x, const Pair& y) { return {x sign y.a, x sign y.b}; } \
+  INLINED Pair& operator sign##=(const Pair& y) { a sign##= y.a; b sign##= y.b; return *this; } \
+  INLINED Pair& operator sign##=(T y) { a sign##= y; b sign##= y; return *this; }
   OPERATOR(+) OPERATOR(-) OPERATOR(*) OPERATOR(/) OPERATOR(&) OPERATOR(|)
 #undef OPERATOR
 #define OPERATOR(sign) \
-  friend inline __attribute__((always_inline)) Pair operator sign(const Pair& x, int y) { return {x.a sign y, x.b sign y}; }
+  friend INLINED Pair operator sign(const Pair& x, int y) { return {x.a sign y, x.b sign y}; }
   OPERATOR(>>) OPERATOR(<<)
 #undef OPERATOR
 #define OPERATOR(sign) \
-  friend inline __attribute__((always_inline)) Pair<Half> operator sign(const Pair& x, const Pair& y) { \
+  friend INLINED Pair<Half> operator sign(const Pair& x, const Pair& y) { \
     return {(Half)(x.a sign y.a), (Half)(x.b sign y.b)}; \
   }
   OPERATOR(<) OPERATOR(<=) OPERATOR(>) OPERATOR(>=) OPERATOR(==) OPERATOR(!=)
 #undef OPERATOR
-  inline __attribute__((always_inline)) Pair operator-() const { return {-a, -b}; }
-  inline __attribute__((always_inline)) Pair operator~() const { return {~a, ~b}; }
+  INLINED Pair operator-() const { return {-a, -b}; }
+  INLINED Pair operator~() const { return {~a, ~b}; }
 };
 template <class V> struct Kind<Pair<V>> {
   typedef typename Kind<V>::T T;
