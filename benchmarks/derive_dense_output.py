@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from adjoint.methods.tableaux_high import DOPRI8_A, DOPRI8_B, VERNER7_A, VERNER7_B, fractions
-from tests.rooted_trees import density, elementary_weights, symmetry, trees
+from tests.helpers.rooted_trees import density, elementary_weights, symmetry, trees
 
 Array = NDArray[Any]
 

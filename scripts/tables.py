@@ -4,7 +4,7 @@
     python scripts/tables.py --show   prints them
 
 What a method supports is asked of its traits (`adjoint.methods.Traits`) and of the functions that go by them; what is refused is asked of
-the tables of `tests/test_matrix.py` and `tests/test_forms.py`, whose cases see to it that the library refuses exactly that.
+the tables of `test_matrix.py` and `test_forms.py` in `tests/sensitivity/`, whose cases see to it that the library refuses exactly that.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from torch import Tensor
 from adjoint import Backprop, DiscreteAdjoint, GaussAdjoint, SplitFunction, solve_dae, solve_ivp
 from adjoint.methods import DAE_METHODS, IMEX_METHODS, METHODS, SWITCHING_METHODS
 
-from . import test_forms as forms
+from .sensitivity import test_forms as forms
 
 FORMS = ("one", "many", "event", "eventful")
 STRATEGIES = {
@@ -53,7 +53,7 @@ def solved(method: str, kind: str, form: str, gradient: Any = None, edge: str = 
 
     def slow(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
         force = torch.sin(t) + (torch.where(t > 0.3, torch.nan, 0.0) if edge == "nan" else 0.0)
-        return torch.stack([p[0] * y[..., 1], -y[..., 0] ** 3 + force, 0 * y[..., 0]], -1)
+        return torch.stack([p[0] * y[..., 1], -(y[..., 0] ** 3) + force, 0 * y[..., 0]], -1)
 
     def fast(t: Tensor, y: Tensor, p: Tensor) -> Tensor:
         return torch.stack([0 * y[..., 0], -0.1 * y[..., 1], p[1] * (torch.cos(y[..., 0]) - y[..., 2])], -1)

@@ -11,7 +11,7 @@ import adjoint
 from benchmarks.frameworks import torch_function
 from benchmarks.stiff_problems import STIFF
 
-from ..stiff_problems import HIRES, HIRES_END, HIRES_Y0, ROBER_40, ROBER_40_JACOBIAN, ROBER_P, hires, rober
+from ..helpers.stiff_problems import HIRES, HIRES_END, HIRES_Y0, ROBER_40, ROBER_40_JACOBIAN, ROBER_P, hires, rober
 
 pytestmark = [pytest.mark.compile, pytest.mark.users_defaults, pytest.mark.usefixtures("no_fallback")]
 F64 = torch.float64

@@ -14,7 +14,7 @@ import adjoint
 from adjoint import Backprop, DiscreteAdjoint, GaussAdjoint, InterpolatingAdjoint, QuadratureAdjoint, SplitFunction, solve_ivp
 from adjoint.native import build, functions
 
-from ..problems import lotka_volterra
+from ..helpers.problems import lotka_volterra
 
 pytestmark = [pytest.mark.compile, pytest.mark.users_defaults]
 

@@ -1,0 +1,1 @@
+"""Of torchdiffeq's functions."""

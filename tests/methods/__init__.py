@@ -1,0 +1,1 @@
+"""Of families of methods."""

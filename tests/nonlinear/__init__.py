@@ -1,0 +1,1 @@
+"""Of root finders on flat batches."""

@@ -1,0 +1,1 @@
+"""Of the project as a whole: imports, examples, pages, random cases, other devices."""

@@ -1,0 +1,1 @@
+"""Of strategies of differentiation, and of the matrix of what meets what."""

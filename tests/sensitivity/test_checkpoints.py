@@ -1,0 +1,290 @@
+"""The discrete adjoint with a bounded number of states: the schedule, its memory, and the same gradients to the last bit."""
+
+from __future__ import annotations
+
+import weakref
+from functools import cache
+
+import pytest
+import torch
+
+from adjoint import DiscreteAdjoint, InvalidInput, SolveError, UnsupportedCombination, solve_dae, solve_ivp
+from adjoint.methods import METHODS
+from adjoint.sensitivity.checkpoints import Recall
+
+from ..helpers.stiff_problems import ROBER_40_JACOBIAN, ROBER_P, rober
+
+F64 = torch.float64
+METHODS_TRIED = [
+    "tsit5",
+    "dopri8",
+    "bosh3",
+    "rk4",
+    "kvaerno3",
+    "rodas5p",
+    "radau5",
+    pytest.param("verner7", marks=pytest.mark.slow),
+    pytest.param("kvaerno5", marks=pytest.mark.slow),
+    pytest.param("gl4", marks=pytest.mark.slow),
+]
+
+
+# ---- the schedule
+
+
+@cache
+def fewest(length: int, slots: int) -> int:
+    """Steps taken again, by trying every place for the next state (Griewank & Walther 2000, equation 2)."""
+    if length == 1:
+        return 0
+    if slots == 1:
+        return length * (length - 1) // 2
+    return min(m + fewest(length - m, slots - 1) + fewest(m, slots) for m in range(1, length))
+
+
+class Counting(Recall):
+    """States are the numbers of their steps."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots, self.n_steps, self.peak = slots, 0, 1
+        self.kept, self._latest, self._chained = [(0, torch.tensor(0), None)], None, False
+
+    def take(self, k, y, slope=None):
+        assert y == k
+        self.n_steps += 1
+        return y + 1, [], []
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 5, 8, 40])
+def test_no_schedule_takes_fewer_steps_again(slots):
+    for length in (1, 2, 3, 4, 7, 10, 15, 16, 21, 35, 36, 60):
+        recall = Counting(slots)
+        for k in reversed(range(length)):
+            assert recall[k] == k
+            assert len(recall.kept) <= slots
+        assert recall.n_steps == fewest(length, slots), (length, slots)
+        assert recall.peak <= slots
+
+
+def test_many_steps_need_few_repetitions():
+    recall, length = Counting(10), 1000
+    for k in reversed(range(length)):
+        assert recall[k] == k
+    # C(10 + 4, 4) = 1001: no step is taken again more than four times
+    assert recall.n_steps <= 4 * length and recall.peak == 10
+
+
+# ---- the same gradients
+
+
+def lotka(t, y, p):
+    a, b, c, d = p.unbind(-1)
+    u, v = y.unbind(-1)
+    return torch.stack([a * u - b * u * v + 0.1 * torch.sin(t), -c * v + d * u * v], -1)
+
+
+def gradients(strategy, method, batched=False, **options):
+    p = torch.tensor([1.5, 1, 3, 1], dtype=F64, requires_grad=True)
+    y0 = torch.tensor([1.0, 1.2], dtype=F64, requires_grad=True)
+    times = torch.tensor([0.0, 0.7, 1.9], dtype=F64, requires_grad=True)
+    start, stop = (torch.tensor(x, dtype=F64, requires_grad=True) for x in (0.0, 2.0))
+    y, q = (torch.stack([y0, 1.1 * y0, 2 * y0]), torch.stack([p, 1.05 * p, 0.7 * p])) if batched else (y0, p)
+    size = {"rtol": 1e-3, "atol": 1e-3} if METHODS[method].adaptive else {"first_step": 0.11}
+    sol = solve_ivp(
+        lotka, (start, stop), y, args=(q,), t_eval=times, method=method, batched=batched, gradient=strategy,
+        quadrature=lambda t, y, p: y[..., 0] ** 2, **size, **options,
+    )  # fmt: skip
+    weights = torch.arange(1.0, 4.0).reshape(3, *[1] * (sol.y.dim() - 1))
+    return torch.autograd.grad((sol.y.square() * weights).sum() + sol.quadrature.sum(), (p, y0, times, start, stop))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("method", METHODS_TRIED)
+def test_the_same_to_the_last_bit(method, batched):
+    want = gradients(DiscreteAdjoint(), method, batched)
+    found = [gradients(DiscreteAdjoint(checkpoints=count), method, batched) for count in (2, 5, 1000)]
+    assert all(torch.equal(a, b) for one in found[1:] for a, b in zip(one, found[0], strict=True))
+    # iterations for coupled stages begin elsewhere if steps are to be taken again: there it is the same to their tolerance
+    same = torch.equal if method != "radau5" else lambda a, b: torch.allclose(a, b, rtol=1e-4)
+    if method in ("kvaerno3", "rodas5p") and not batched:
+        # with all states at hand their steps are linearised together
+        same = lambda a, b: torch.allclose(a, b, rtol=1e-11)  # noqa: E731
+    assert all(same(a, b) for a, b in zip(found[0], want, strict=True))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("method", ["tsit5", "rk4", "kvaerno3"])
+def test_steps_that_must_end_somewhere(method, batched):
+    # fun jumps there: on either side it is seen from within the step
+    options = {"step_ts": [0.5, 1.25]}
+    want = gradients(DiscreteAdjoint(), method, batched, **options)
+    for a, b in zip(gradients(DiscreteAdjoint(checkpoints=3), method, batched, **options), want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_modules_pytrees_complex_states_and_backwards_in_time():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
+    scale = torch.tensor(0.7, dtype=F64, requires_grad=True)
+    x0 = torch.tensor([0.3, -0.2], dtype=F64, requires_grad=True)
+    z0 = torch.tensor([[1.0 + 0.5j]], dtype=torch.complex128, requires_grad=True)
+
+    def fun(t, y):
+        return {"x": module(y["x"]) * scale, "z": 1j * y["z"] * y["x"].sum()}
+
+    found = []
+    for strategy in (DiscreteAdjoint(), DiscreteAdjoint(checkpoints=2)):
+        sol = solve_ivp(fun, (1.0, 0.0), {"x": x0, "z": z0}, gradient=strategy)
+        loss = sol.y["x"][-1].square().sum() + sol.y["z"][-1].abs().sum() + sol.y["z"][-1].real.sum()
+        wanted = (x0, z0, scale, *module.parameters())
+        found.append(torch.autograd.grad(loss, wanted, retain_graph=True))
+        found.append(torch.autograd.grad(loss, wanted))
+    for grads in found[1:]:
+        for a, b in zip(grads, found[0], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_robertson():
+    p = ROBER_P.clone().requires_grad_()
+    y0 = torch.tensor([1.0, 0.0, 0.0], dtype=F64)
+    gradient = DiscreteAdjoint(checkpoints=8)
+    sol = solve_ivp(rober, (0.0, 40.0), y0, args=(p,), method="kvaerno5", rtol=1e-8, atol=1e-12, gradient=gradient)
+    assert sol.stats.n_accepted > 45  # one repetition would not do
+    (grad,) = torch.autograd.grad(sol.y[-1, 0], p)
+    torch.testing.assert_close(grad, ROBER_40_JACOBIAN[0], rtol=1e-5, atol=0)
+
+
+def test_failed_trajectories():
+    found = []
+    for strategy in (DiscreteAdjoint(), DiscreteAdjoint(checkpoints=2)):
+        y0 = torch.tensor([[0.5], [3.0]], dtype=F64, requires_grad=True)
+        # the second one explodes at t = 1/3
+        sol = solve_ivp(lambda t, y: y**2, (0.0, 1.0), y0, t_eval=[0.2, 1.0], batched=True, throw=False, gradient=strategy)
+        assert sol.status.tolist()[0] == 0 and sol.status.tolist()[1] < 0
+        found.append((sol.y.detach(), torch.autograd.grad(torch.nan_to_num(sol.y).sum(), y0)[0]))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found[1][1], found[0][1]) and bool((found[0][1] != 0).all())
+
+
+# ---- derivatives of derivatives and transforms
+
+
+@pytest.mark.parametrize("method", ["tsit5", "kvaerno3"])
+def test_higher_orders_and_transforms(method):
+    p = torch.tensor([1.5, 1, 3, 1], dtype=F64)
+
+    def value(p, gradient=DiscreteAdjoint(checkpoints=2)):  # noqa: B008
+        # y0 depends on p too: no derivative may be counted twice
+        return solve_ivp(lotka, (0.0, 0.5), p[:2] + 0.2, args=(p,), method=method, rtol=1e-4, atol=1e-4, gradient=gradient).y[-1]
+
+    plain = lambda p: value(p, DiscreteAdjoint())  # noqa: E731
+    want = torch.func.hessian(plain)(p)
+    q = p.clone().requires_grad_()
+    for i in range(2):
+        (first,) = torch.autograd.grad(value(q)[i], q, create_graph=True)
+        second = torch.stack([torch.autograd.grad(x, q, retain_graph=True)[0] for x in first])
+        torch.testing.assert_close(second, want[i], rtol=1e-10, atol=1e-12)
+    out = value(q)
+    rows = torch.vmap(lambda v: torch.autograd.grad(out, q, v, retain_graph=True)[0])(torch.eye(2, dtype=F64))
+    torch.testing.assert_close(rows, torch.func.jacrev(plain)(p), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.func.jacrev(value)(p), torch.func.jacrev(plain)(p), rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.func.jvp(value, (p,), (p,))[1], torch.func.jvp(plain, (p,), (p,))[1], rtol=1e-12, atol=0)
+
+
+# ---- memory
+
+
+def _saved(gradient, steps, batched):
+    y0 = torch.randn(4, 500, dtype=F64, requires_grad=True)
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        solve_ivp(lambda t, y: -y, (0.0, 1.0), y0, method="rk4", first_step=1.0 / steps, batched=batched, gradient=gradient)
+    return sum(s.nbytes() for s in kept.values())
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_what_is_kept_until_the_backward_pass(batched):
+    few, many = (_saved(DiscreteAdjoint(checkpoints=3), n, batched) for n in (10, 50))
+    # times and sizes: a few numbers for each step and trajectory, and not a state of 2,000
+    assert (many - few) / 40 <= 4 * 5 * 8
+    assert (_saved(DiscreteAdjoint(), 50, batched) - _saved(DiscreteAdjoint(), 10, batched)) / 40 >= 2000 * 8
+
+
+def _most_alive(gradient, method):
+    """The most states at which ``fun`` was called in the backward pass, and that are still there when it is called again."""
+    seen: list[weakref.ref] = []
+    most, watching = 0, False
+
+    def fun(t, y):
+        nonlocal most, seen
+        if watching:
+            alive = [x for r in seen if (x := r()) is not None]
+            most = max(most, len({x.data_ptr() for x in alive}))
+            seen = [*(weakref.ref(x) for x in alive), weakref.ref(y)]
+        return -y + 0.1 * torch.sin(y)
+
+    y0 = torch.randn(50, dtype=F64, requires_grad=True)
+    sol = solve_ivp(fun, (0.0, 1.0), y0, method=method, first_step=1 / 60, gradient=gradient)
+    watching = True
+    sol.y[-1].sum().backward()
+    return most
+
+
+@pytest.mark.parametrize("method", ["rk4", "kvaerno3"])
+def test_how_many_states_live_in_the_backward_pass(method):
+    few, more, all_of_them = (_most_alive(DiscreteAdjoint(checkpoints=n), "rk4") for n in (3, 13, 100))
+    # beside them there are the stages of a step
+    assert few <= 3 + 8 and few < more <= few + 10 and all_of_them > 55
+
+
+# ---- what is refused
+
+
+def test_bad_settings():
+    for value in (0, -3, 2.5, True):
+        with pytest.raises(InvalidInput, match="checkpoints"):
+            DiscreteAdjoint(checkpoints=value)
+    with pytest.raises(InvalidInput, match="one of the two"):
+        DiscreteAdjoint(checkpoints=3, keep_bytes=1000)
+    assert DiscreteAdjoint(checkpoints=3, keep_bytes=0).checkpoints == 3
+
+
+def test_options_that_ask_for_the_states():
+    y0, f, gradient = torch.ones(1, dtype=F64, requires_grad=True), lambda t, y: -y, DiscreteAdjoint(checkpoints=3)
+    for options in ({"dense_output": True}, {"t_eval": "steps"}, {"events": lambda t, y: y[0] - 0.5}):
+        with pytest.raises(UnsupportedCombination, match="leave checkpoints out"):
+            solve_ivp(f, (0.0, 1.0), y0, gradient=gradient, **options)
+    with pytest.raises(UnsupportedCombination, match="compile=True"):
+        solve_ivp(f, (0.0, 1.0), y0, gradient=gradient, compile=True)
+    with pytest.raises(UnsupportedCombination, match="solve_dae"):
+        solve_dae(lambda t, y, yp: yp + y, (0.0, 1.0), y0, -y0, gradient=gradient)
+
+
+def test_a_function_that_changes_is_found_out():
+    calls = 0
+
+    def fun(t, y):
+        nonlocal calls
+        calls += 1
+        return -y * (1 + calls / 100)
+
+    y0 = torch.ones(2, dtype=F64, requires_grad=True)
+    sol = solve_ivp(fun, (0.0, 1.0), y0, method="rk4", first_step=0.1, gradient=DiscreteAdjoint(checkpoints=2))
+    with pytest.raises(SolveError, match="same value"):
+        sol.y[-1].sum().backward()
+
+
+def test_backward_work_is_counted():
+    y0 = torch.ones(2, dtype=F64, requires_grad=True)
+    counts = []
+    for strategy in (DiscreteAdjoint(), DiscreteAdjoint(checkpoints=2)):
+        sol = solve_ivp(lambda t, y: -y, (0.0, 1.0), y0, method="rk4", first_step=0.1, gradient=strategy)
+        sol.y[-1].sum().backward()
+        counts.append(sol.stats.backward.n_fun)
+    # the steps taken again, the last one once more to see that it ends where it did
+    again = fewest(10, 2) + 1
+    assert counts[1] == counts[0] + 4 * again

@@ -1,0 +1,1 @@
+"""Of functions, what they capture, their Jacobians."""
