@@ -123,7 +123,7 @@ _STRATEGIES = {
 
 def refusals() -> str:
     """Which methods a strategy refuses, in which form of a solve."""
-    from tests import test_matrix as matrix
+    from tests.sensitivity import test_matrix as matrix
 
     forms = {"eager": "one trajectory", "batched": "`batched=True`", "vmapped": "`torch.vmap`", "compiled one": "`compile=True`"}
     rows = []
@@ -138,7 +138,7 @@ def refusals() -> str:
 
 def refused_outputs() -> str:
     """Which equations and methods a strategy refuses, by what is asked of the solution."""
-    from tests import test_forms as forms
+    from tests.sensitivity import test_forms as forms
 
     outputs = {"samples": "states at times", "dense": "`dense_output=True`", "passed": "`events=`", "integral": "`quadrature=`"}
     rows = []

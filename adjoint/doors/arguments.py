@@ -15,8 +15,9 @@ from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import PIDController, rms_norm
 from ..methods import IMEX_METHODS, METHODS, SWITCHING_METHODS, Method, Traits
 from ..methods.adams import ADAMS_NAMES
-from ..system.capture import moves, unwrapped
+from ..system.capture import moves
 from ..system.system import StateSpec
+from ..system.transforms import unwrapped
 from ..torch_internals import DisableFuncTorch, is_functorch_wrapped_tensor
 
 __all__ = [

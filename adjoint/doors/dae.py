@@ -18,10 +18,11 @@ from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Outputs, Problem
 from ..sensitivity.consistent import Initial
 from ..sensitivity.problem import interpolate_slopes, step_times
-from ..system.capture import needs_derivatives, stand_ins, transforming
+from ..system.capture import needs_derivatives, stand_ins
 from ..system.precision import full_precision
 from ..system.realification import suited_to_jacobians
 from ..system.system import StateSpec, System
+from ..system.transforms import transforming
 from .arguments import (
     Times,
     check_callable,

@@ -21,11 +21,11 @@ from ..methods import DAE_METHODS, METHODS, Method, Traits
 from ..native.consistent import NativeStart
 from ..sensitivity.consistent import Bounds, Initial, all_lost, complete, complete_values, dense_pencil, lost_rows, residual_report
 from ..sensitivity.problem import StageAlgebra
-from ..system.capture import every_copy
 from ..system.jacobians import DenseJacobian
 from ..system.jacobians_sparse import SparseJacobian, choose_jacobian
 from ..system.structure import Structure, analyse, analyse_large
 from ..system.system import StateSpec, System
+from ..system.transforms import every_copy
 from ..torch_internals import is_functorch_wrapped_tensor, temporarily_clear_interpreter_stack
 from .arguments import Times
 from .failures import raise_failure

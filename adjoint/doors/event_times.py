@@ -12,7 +12,8 @@ from ..methods import Bdf, Method
 from ..sensitivity import Outputs
 from ..sensitivity.problem import StepTimes, step_times
 from ..sensitivity.products import behind, tangent
-from ..system.capture import functorch_active, listed
+from ..system.capture import listed
+from ..system.transforms import functorch_active
 from ..torch_internals import dual_level
 from .event_slope import once, signed, with_slope
 from .parts import Found, Parts

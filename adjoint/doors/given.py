@@ -17,10 +17,11 @@ from ..integrate import Plan, Record
 from ..methods import Method
 from ..native.entry import NativeSolve
 from ..native.graphs import Heard
-from ..system.capture import Captured, elsewhere, find_captured, transforming
+from ..system.capture import Captured, elsewhere, find_captured
 from ..system.homes import parameter_homes
 from ..system.lending import aliased, check_unchanged, copied, remembering
 from ..system.system import StateSpec, System
+from ..system.transforms import transforming
 from .arguments import flat_norm, flat_tolerance, positive
 from .event_jumps import jumps_refused
 from .event_times import event_records

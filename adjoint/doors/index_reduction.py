@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
-from ..system.capture import functorch_active
 from ..system.ownership import as_part, owning
 from ..system.system import StateSpec
+from ..system.transforms import functorch_active
 from .arguments import check_callable
 from .dae import solve_dae
 from .solution import EventLog, Solution

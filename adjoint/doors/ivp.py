@@ -17,12 +17,13 @@ from ..methods import METHODS, Method
 from ..native.entry import NativeSolve, own_algebra
 from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Problem
-from ..system.capture import moves, needs_derivatives, stand_ins, transforming, vmap_active
+from ..system.capture import moves, needs_derivatives, stand_ins
 from ..system.ownership import as_part
 from ..system.precision import full_precision
 from ..system.realification import refuse_parts, suited_to_jacobians
 from ..system.split import SplitFunction
 from ..system.system import StateSpec, System
+from ..system.transforms import transforming, vmap_active
 from .arguments import (
     check_callable,
     check_controller,

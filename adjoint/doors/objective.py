@@ -18,9 +18,10 @@ from ..sensitivity.f1 import Expansion, Functions, Solves
 from ..sensitivity.fingerprint import Fingerprint
 from ..sensitivity.implicit import FactorStore, RootNode, RootOutputs
 from ..sensitivity.witness import CHANGED
-from ..system.capture import functorch_active, needs_derivatives
+from ..system.capture import needs_derivatives
 from ..system.ownership import owning
 from ..system.system import StateSpec
+from ..system.transforms import functorch_active
 from . import objective_scipy
 from .laplace import Laplace
 from .layout import Layout

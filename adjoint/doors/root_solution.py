@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..linalg import Log
 from ..nonlinear import RootStatus
-from ..system.capture import functorch_active
 from ..system.ownership import WithTensors
+from ..system.transforms import functorch_active
 
 __all__ = ["RootSolution", "RootStats"]
 

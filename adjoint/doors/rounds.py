@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map
 from ..errors import EventsAccumulate, SolveError
 from ..integrate import Status
 from ..sensitivity.undeclared import once
-from ..system.capture import readable, unwrapped
+from ..system.capture import readable
+from ..system.transforms import unwrapped
 from .arguments import RoundSpan
 from .dose_ties import given_apart, ties
 from .round_ends import check_rules, ended_before, takes_events, with_events

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..system.capture import readable, unwrapped
+from ..system.capture import readable
+from ..system.transforms import unwrapped
 from ..torch_internals import DisableFuncTorch
 
 __all__ = ["anywhere", "chosen", "forward_fill", "gathered", "still", "usable", "wide"]

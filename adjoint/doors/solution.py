@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_map
 
 from ..errors import InvalidInput
 from ..integrate import Status
-from ..system.capture import functorch_active
 from ..system.ownership import WithTensors
+from ..system.transforms import functorch_active
 from .arguments import as_times
 
 __all__ = ["BackwardStats", "EventLog", "EventRecord", "Solution", "Stats"]

@@ -17,12 +17,13 @@ from ..linalg.protocol import check_solver
 from ..linalg.sparsity import SparsityPattern
 from ..methods import Method
 from ..sensitivity.problem import Problem, StageAlgebra
-from ..system.capture import functorch_active, is_differentiable
+from ..system.capture import is_differentiable
 from ..system.jacobians import DenseJacobian
 from ..system.jacobians_sparse import SparseJacobian, agrees, choose_jacobian
 from ..system.realification import given_pattern, refuse_parts
 from ..system.stage_jacobian import GivenStageJacobian, StageJacobian
 from ..system.system import StateSpec, System
+from ..system.transforms import functorch_active
 from ..torch_internals import is_functorch_wrapped_tensor
 
 __all__ = ["check_jumps", "stage_algebra", "warn_of_lost_time"]

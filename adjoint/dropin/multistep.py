@@ -23,7 +23,8 @@ from ..methods import METHODS
 from ..methods.adams import MAX_ORDER, adams_weights, differentiable_weights, starter
 from ..sensitivity import Gradient
 from ..sensitivity.sweep import tangent
-from ..system.capture import functorch_active, listed, needs_derivatives
+from ..system.capture import listed, needs_derivatives
+from ..system.transforms import functorch_active
 from .interpolants import check_interp, fixed_grid, hermite, parabola, step_size_of
 from .native import evaluated, prepare, start_event
 from .request import Request

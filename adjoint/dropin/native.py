@@ -23,20 +23,11 @@ from ..integrate import Event, PIDController, Plan, Record, shifted_times
 from ..methods import METHODS
 from ..sensitivity import DiscreteAdjoint, Gradient, Problem
 from ..sensitivity.evaluation import Evaluation
-from ..system.capture import (
-    Captured,
-    functorch_active,
-    is_differentiable,
-    leads_to,
-    listed,
-    needs_derivatives,
-    stand_ins,
-    transforming,
-    vmap_active,
-)
+from ..system.capture import Captured, is_differentiable, leads_to, listed, needs_derivatives, stand_ins
 from ..system.lending import copied
 from ..system.realification import suited_to_jacobians
 from ..system.system import System
+from ..system.transforms import functorch_active, transforming, vmap_active
 from ..torch_internals import is_functorch_wrapped_tensor
 from .interpolants import check_interp, fixed_grid, fixed_method, hermite, parabola, step_size_of
 from .request import Request

@@ -17,9 +17,9 @@ from torch.autograd import forward_ad
 
 from ..errors import BacksolveDiverged, UnsupportedCombination
 from ..linalg.copies import copy_by_copy
-from ..system.capture import functorch_active
 from ..system.ownership import owned
 from ..system.rewriting import naming_writes
+from ..system.transforms import functorch_active
 from ..torch_internals import dual_level, is_functorch_wrapped_tensor
 
 __all__ = ["Backsolve", "Refuse", "backsolve"]

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import Monitor, integrate, rms_norm
 from ..methods import METHODS, Method
-from ..system.capture import cut_apart, functorch_active, has_tangent
+from ..system.capture import cut_apart
 from ..system.system import System
+from ..system.transforms import functorch_active, has_tangent
 from .backsolve import Backsolve, backsolve
 from .linearize import Linearizer
 from .node import SolveNode

@@ -15,10 +15,11 @@ from ..integrate import LoneStages, Monitor, StageSolver, integrate
 from ..integrate.grid import Grid
 from ..integrate.spread import widened
 from ..linalg.copies import copy_by_copy
-from ..system.capture import alive, functorch_active
+from ..system.capture import alive
 from ..system.ownership import owned
 from ..system.rewriting import naming_writes
 from ..system.system import System
+from ..system.transforms import functorch_active
 from .asked import Asked
 from .discrete import eager_sweep
 from .finite import check_finite

@@ -14,10 +14,10 @@ from ..linalg import DenseLU, LinearSolver, Log, Matrix
 from ..linalg.pencil import Pencil, split
 from ..native.consistent import NativeStart
 from ..nonlinear import Newton, RootProblem, RootRecord, RootStatus
-from ..system.capture import every_copy
 from ..system.jacobians import DenseJacobian
 from ..system.structure import Structure
 from ..system.system import Flat, System, VmappedSystem
+from ..system.transforms import every_copy
 from ..torch_internals import temporarily_clear_interpreter_stack
 from .implicit import FixedRule, JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions
 from .problem import Problem, StageAlgebra

@@ -13,9 +13,9 @@ from ..integrate import Record
 from ..integrate.grid import Grid
 from ..methods.family import TableauMethod
 from ..methods.sums import combine
-from ..system.capture import functorch_active
 from ..system.finite import REWRITE, bad_component
 from ..system.system import Flat, System
+from ..system.transforms import functorch_active
 from ..torch_internals import is_legacy_batchedtensor
 from .problem import Problem
 

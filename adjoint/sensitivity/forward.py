@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import CapturedTensorLost, InvalidInput, UnsupportedCombination
 from ..integrate import Record
 from ..integrate.grid import Grid
-from ..system.capture import functorch_active
+from ..system.transforms import functorch_active
 from .asked import Asked
 from .discrete import eager_sweep
 from .linearize import LOST

@@ -16,10 +16,11 @@ from torch import Tensor
 from ..linalg import Factorization, LinearSolver, Log, Matrix
 from ..linalg.copies import copy_by_copy
 from ..nonlinear import RootRecord
-from ..system.capture import alive, below_jvp, functorch_active
+from ..system.capture import alive, below_jvp
 from ..system.ownership import owned
 from ..system.rewriting import naming_writes
 from ..system.system import Flat, StateSpec, System, VmappedSystem
+from ..system.transforms import functorch_active
 from ..torch_internals import get_unwrapped, is_functorch_wrapped_tensor
 from .fingerprint import RootWitness
 from .products import tangent, vjp

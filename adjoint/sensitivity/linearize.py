@@ -10,8 +10,9 @@ from torch.autograd.variable import Variable
 
 from ..errors import CapturedTensorLost
 from ..integrate.grid import Grid
-from ..system.capture import depends_on_others, functorch_active, unknown_leaves
+from ..system.capture import depends_on_others, unknown_leaves
 from ..system.system import Flat, System, VmappedSystem
+from ..system.transforms import functorch_active
 from ..torch_internals import foreach_add_
 
 __all__ = ["LOST", "Linearizer", "Pullback", "check_known", "vjp"]

@@ -14,10 +14,11 @@ from ..integrate import rms_norm
 from ..integrate.grid import RECORDED, Grid
 from ..linalg.copies import copy_by_copy
 from ..linalg.forward_mode import unviewed
-from ..system.capture import alive, below_jvp, below_vmap, functorch_active, jvp_active
+from ..system.capture import alive, below_jvp
 from ..system.ownership import owned
 from ..system.rewriting import naming_writes
 from ..system.system import System, VmappedSystem
+from ..system.transforms import below_vmap, functorch_active, jvp_active
 from .asked import Asked
 from .finite import check_finite
 from .late import check_strangers, naming_strangers

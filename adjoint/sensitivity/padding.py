@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ..integrate.grid import Grid
-from ..system.capture import functorch_active, readable
+from ..system.capture import readable
 from ..system.system import System, VmappedSystem
+from ..system.transforms import functorch_active
 from .asked import Asked
 from .problem import Problem
 

@@ -16,8 +16,8 @@ from ..linalg.copies import copy_by_copy
 from ..native.back import sweep_native
 from ..native.program import Program
 from ..native.solve import Frame, Solved, solved
-from ..system.capture import functorch_active
 from ..system.rewriting import naming_writes
+from ..system.transforms import functorch_active
 from .undeclared import REJECTED
 
 __all__ = ["Prepared", "PreparedNode", "Run", "run_of"]

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..system.autograd_graph import has_unknown
-from ..system.capture import ask, functorch_active
+from ..system.capture import ask
+from ..system.transforms import functorch_active
 from ..torch_internals import dual_level
 
 __all__ = ["behind", "tangent", "vjp"]

@@ -13,8 +13,8 @@ from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import Monitor, Record, Recording, integrate
 from ..integrate.grid import Grid
 from ..native.entry import Sought
-from ..system.capture import functorch_active
 from ..system.ownership import owned
+from ..system.transforms import functorch_active
 from ..torch_internals import dual_level
 from .checkpoints import CheckpointNode
 from .equations import equations

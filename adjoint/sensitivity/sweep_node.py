@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..integrate.grid import RECORDED, Grid
 from ..linalg.forward_mode import below_jvp
-from ..system.capture import functorch_active
 from ..system.ownership import owned
+from ..system.transforms import functorch_active
 from .asked import Asked
 from .discrete import eager_sweep
 from .problem import Problem

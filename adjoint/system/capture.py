@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -18,6 +17,7 @@ from ..errors import AdjointError, CapturedTensorLost, UnsupportedCombination
 from ..linalg.forward_mode import below_jvp
 from .autograd_graph import alive, cut_apart, leads_to, listed, readable, saved_bytes, unknown_leaves
 from .homes import Home
+from .transforms import functorch_active, functorch_level, has_tangent, vmap_active
 
 __all__ = [
     "Captured",
@@ -27,79 +27,21 @@ __all__ = [
     "asking",
     "asks_for_gradients",
     "below_jvp",
-    "below_vmap",
     "cut_apart",
     "depends_on_others",
     "elsewhere",
-    "every_copy",
     "find_captured",
     "find_constants",
-    "functorch_active",
-    "has_tangent",
     "is_differentiable",
-    "jvp_active",
     "leads_to",
     "listed",
     "moves",
     "needs_derivatives",
     "readable",
     "saved_bytes",
-    "transforming",
     "unknown_leaves",
     "unmapped",
-    "unwrapped",
-    "vmap_active",
 ]
-
-
-def functorch_active() -> bool:
-    """Whether a ``torch.func`` transform (or its vmap) is running."""
-    return internals.peek_interpreter_stack() is not None
-
-
-def transforming() -> bool:
-    """Whether a transform of ``torch.func`` or forward mode is running."""
-    return functorch_active() or internals.dual_level() >= 0
-
-
-def vmap_active() -> bool:
-    """Whether a ``torch.vmap`` is running, directly or inside of a transform such as `torch.func.jacfwd`."""
-    stack = internals.get_interpreter_stack()
-    return any(level.key() == internals.TransformType.Vmap for level in stack or ())
-
-
-def jvp_active() -> bool:
-    """Whether a `torch.func.jvp` is running, and no ``torch.vmap``."""
-    stack = internals.get_interpreter_stack() or ()
-    return any(level.key() == internals.TransformType.Jvp for level in stack) and not vmap_active()
-
-
-def unwrapped(x: Tensor) -> Tensor:
-    """What holds the values of ``x``, those of all copies where ``torch.vmap`` maps over it, for use below all transforms."""
-    while internals.is_functorch_wrapped_tensor(x):
-        x = internals.get_unwrapped(x)
-    return x
-
-
-def every_copy(x: Tensor) -> Tensor:
-    """The values of ``x`` without levels of transforms and tangents, those of all copies, ``(*copies, *x.shape)``. For use below all
-    transforms."""
-    while internals.is_functorch_wrapped_tensor(x):
-        dim = internals.maybe_get_bdim(x) if internals.is_batchedtensor(x) else None
-        x = internals.get_unwrapped(x)
-        x = x if dim is None else x.movedim(dim, 0)
-    return (forward_ad.unpack_dual(x).primal if internals.dual_level() >= 0 else x).detach()
-
-
-def below_vmap(x: Tensor, size: int) -> Tensor:
-    """``(size, *x.shape)``: what ``x`` is for each copy, as the vmap rule of a node sees it, which runs below the vmap itself."""
-    level, mapped = _functorch_level(), False
-    while internals.maybe_get_level(x) > level:
-        dim = internals.maybe_get_bdim(x)
-        x = internals.get_unwrapped(x)
-        if dim >= 0:
-            x, mapped = x.movedim(dim, 0), True
-    return x if mapped else x.expand(size, *x.shape)
 
 
 def is_differentiable(x: Any) -> bool:
@@ -130,20 +72,6 @@ def needs_derivatives(tensors: Iterable[Tensor]) -> bool:
         return any(is_differentiable(x) for x in tensors)
     grad = torch.is_grad_enabled()
     return any((grad and x.requires_grad) or has_tangent(x) for x in tensors)
-
-
-def has_tangent(x: Tensor) -> bool:
-    """Whether ``x`` is a dual tensor of forward mode."""
-    # unpack_dual raises outside of a dual level, and sees none inside of a transform
-    if internals.dual_level() < 0:
-        return False
-    with internals.DisableFuncTorch():
-        return forward_ad.unpack_dual(x).tangent is not None
-
-
-def _functorch_level() -> int:
-    stack = internals.peek_interpreter_stack()
-    return 0 if stack is None else stack.level()
 
 
 def _functorch_wrapped(x: Tensor, level: int) -> bool:
@@ -231,7 +159,7 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, known: Iterable[Any], wanted: Callable[[Any], bool] = _put_in) -> None:
         super().__init__()
-        self.wanted, self.level = wanted, _functorch_level()
+        self.wanted, self.level = wanted, functorch_level()
         self.known = {id(x): x for x in known if isinstance(x, Tensor)}
         self.captured: dict[int, Tensor] = {}
         #: tensors with derivatives that came out of operators, for `left`
@@ -250,7 +178,7 @@ class _Watch(TorchFunctionMode):
             )
         if func in _QUESTIONS:
             self.asked = True
-        if _functorch_level() > self.level:
+        if functorch_level() > self.level:
             self.transforms = True
         elif func is Tensor.backward:
             raise UnsupportedCombination(
@@ -434,7 +362,7 @@ class Substitute(TorchFunctionMode):
         self.variables: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __enter__(self) -> Substitute:
-        self.level = _functorch_level()
+        self.level = functorch_level()
         return super().__enter__()
 
     def __exit__(self, *what: Any) -> None:
@@ -446,7 +374,7 @@ class Substitute(TorchFunctionMode):
             return self._ask(func, args, kwargs or {})
         if self.answers and func in _QUESTIONS and id(args[0]) in self.table and id(args[0]) not in self.variables:
             return func(*args, **(kwargs or {}))
-        swap = self._swap if _functorch_level() == self.level and not self.variables else self._swap_wrapped
+        swap = self._swap if functorch_level() == self.level and not self.variables else self._swap_wrapped
         return func(*tree_map(swap, args), **tree_map(swap, kwargs or {}))
 
     def run(self, call: Callable[..., Any], *a: Any) -> Any:

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..errors import UnsupportedCombination
 from ..torch_internals import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_level, peek_interpreter_stack
 from .autograd_graph import made_here
-from .capture import ask, asking, asks_for_gradients, functorch_active, unmapped
+from .capture import ask, asking, asks_for_gradients, unmapped
+from .transforms import functorch_active
 
 __all__ = ["beneath", "differentiating"]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..torch_internals import dual_level
-from .capture import functorch_active
+from .transforms import functorch_active
 
 __all__ = ["Owned", "WithTensors", "as_part", "owned", "owning", "under_transform"]
 
