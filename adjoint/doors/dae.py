@@ -19,7 +19,7 @@ from ..sensitivity import Gradient, Outputs, Problem
 from ..sensitivity.consistent import Initial
 from ..sensitivity.problem import interpolate_slopes, step_times
 from ..system.capture import needs_derivatives, stand_ins
-from ..system.precision import full_precision
+from ..system.entrance import full_precision
 from ..system.realification import suited_to_jacobians
 from ..system.system import StateSpec, System
 from ..system.transforms import transforming
@@ -161,8 +161,8 @@ def solve_dae(
         spec = suited_to_jacobians(spec, lambda y, yp: residual(start_time, y, yp, *args), state, slope)
         user_spec = user_spec.in_parts() if spec.split else user_spec
         given = replace(given, spec=spec)
-    own = own_algebra(jac_sparsity=jac_sparsity, linear_solver=linear_solver)
-    native = NativeSolve(own, check_compile(compile) and compile == "background")
+    own = [name for name, x in (("jac_sparsity", jac_sparsity), ("linear_solver", linear_solver)) if x is not None]
+    native = NativeSolve(own_algebra(own) if own else None, check_compile(compile) and compile == "background")
     system = _system(given, native, chosen, bool(compile) and not spec.holds_complex)
     inputs, y_flat, slope_flat = stand_ins(system.inputs), given.state(), given.state(1)
     algebra = residual_algebra(system, inputs, spec, times, y_flat, slope_flat, jac_sparsity, linear_solver)

@@ -332,11 +332,8 @@ def _compare(
 
 
 def dae_failure(record: Record, plan: Plan, system: System, inputs: Sequence[Tensor]) -> None:
-    """Raise the named error of the first failed trajectory; where the equations have lost their structure there, that one."""
-    bad = record.status < 0
-    if not bool(bad.any()):
-        return
-    row = int(bad.nonzero()[0, 0])
+    """Raise the named error of the first of the trajectories that failed; where the equations have lost their structure there, that one."""
+    row = int((record.status < 0).nonzero()[0, 0])
     spec = system.spec
     n_steps = int(record.n_accepted[row])
     if record.status.shape[0] == spec.rows and n_steps:

@@ -16,9 +16,7 @@ __all__ = ["raise_failure"]
 
 
 def raise_failure(record: Record, plan: Plan, system: System, inputs: Sequence[Tensor]) -> None:
-    """Raise the named error of the first failed trajectory; return if there is none."""
-    if not bool((record.status < 0).any()):
-        return
+    """Raise the named error of the first of the trajectories that failed."""
     failed = (record.status < 0).nonzero()[:, 0]
     b = int(failed[0])
     status, t = Status(int(record.status[b])), float(record.t_final[b])

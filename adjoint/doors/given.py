@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from ..integrate import Plan, Record
+from ..integrate import Monitor, Plan, Record
 from ..methods import Method
 from ..native.entry import NativeSolve
 from ..native.graphs import Heard
@@ -128,16 +128,17 @@ def steering(spec: StateSpec, arguments: dict[str, Any]) -> dict[str, Any]:
         "max_step": positive(max_step, "max_step"),
         "min_step": positive(min_step, "min_step", zero=True),
         "max_steps": int(max_steps),
-        "monitor": progress_monitor(progress),
+        "monitor": progress_monitor() if progress else Monitor(),
     }
 
 
 def reporting(plan: Plan, fail: Callable[..., None] | None, system: System, inputs: Sequence[Tensor]) -> Callable[[Record], None]:
-    """What is done with the record of a solve; ``fail(record, plan, system, inputs)`` raises an error for one that failed, None: nobody."""
+    """What is done with the record of a solve; ``fail(record, plan, system, inputs)`` raises an error where some
+    trajectory failed; None: nobody does."""
 
     def report(record: Record) -> None:
         plan.monitor.close()
-        if fail is not None:
+        if fail is not None and bool((record.status < 0).any()):
             fail(record, plan, system, inputs)
 
     return report

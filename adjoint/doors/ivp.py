@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import Any
@@ -18,14 +18,15 @@ from ..native.entry import NativeSolve, own_algebra
 from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Problem
 from ..system.capture import moves, needs_derivatives, stand_ins
+from ..system.entrance import full_precision
 from ..system.ownership import as_part
-from ..system.precision import full_precision
 from ..system.realification import refuse_parts, suited_to_jacobians
 from ..system.split import SplitFunction
 from ..system.system import StateSpec, System
 from ..system.transforms import transforming, vmap_active
 from .arguments import (
     check_callable,
+    check_compile,
     check_controller,
     check_finite,
     check_method,
@@ -174,13 +175,14 @@ def solve_ivp(
     InvalidInput, UnsupportedCombination, MaxStepsReached, StepSizeTooSmall, NonFiniteState, CapturedTensorLost, EventsAccumulate
     """
     arguments = locals()
-    known = asked_before(arguments)
+    known = asked_before(arguments) if check_compile(compile) else None
     if known is not None and (done := known.solution(solve_ivp)) is not None:
         return done
-    mass = mass_matrix if in_step(method, mass_matrix) else None
+    mass = mass_matrix if mass_matrix is not None and in_step(method, mass_matrix) else None
     if mass_matrix is not None and mass is None:
         return as_part(solve_dae, **as_residual(arguments))
-    chosen, args, implicit_options = check_method(method), listed_args(args), {k: arguments[k] for k in _IMPLICIT}
+    chosen, args = check_method(method), listed_args(args)
+    implicit_options = {k: arguments[k] for k in _IMPLICIT if arguments[k] is not None}
     _check(fun, chosen, implicit_options, arguments)
     user_spec = StateSpec.of(y0, batched)
     check_precision(user_spec, rtol)
@@ -191,7 +193,8 @@ def solve_ivp(
         fun, args, events = with_matrix(fun, mass, y0, batched), (*args, mass), without_last(events)
     step_ts = with_knots(step_ts, args, [*_pieces(fun), quadrature], user_spec.device)
     times = check_times(t_span, t_eval, step_ts, user_spec)
-    check_jumps(chosen, step_ts)
+    if step_ts is not None:
+        check_jumps(chosen, step_ts)
     chosen = method_for(times, chosen, METHODS["kvaerno5" if chosen.implicit else "tsit5"], mass is None)
     right_hand_side, state, integrand = fun, y0, None
     if quadrature is not None:
@@ -203,7 +206,7 @@ def solve_ivp(
     if chosen.implicit and spec.holds_complex:
         spec = _suited(given, None if mass is None else chosen)
         given = replace(given, spec=spec)
-    native = NativeSolve(own_algebra(**implicit_options), compile == "background")
+    native = NativeSolve(own_algebra(implicit_options) if implicit_options else None, compile == "background")
     system, y_flat = _system(given, native, chosen, bool(compile) and mass is None, mass is not None), given.state()
     inputs = stand_ins(system.inputs)
     derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])
@@ -239,7 +242,8 @@ def solve_ivp(
     if known is not None and step_ts is None:
         # with knots of tables there is more to a call than numbers
         known.remember(problem, [x for x in tree_leaves(args) if isinstance(x, Tensor)])
-    warn_of_lost_time(problem, inputs, (times.anchors[0], out.t_final), (y_flat, out.final), out.n_steps)
+    if exact:
+        warn_of_lost_time(problem, inputs, (times.anchors[0], out.t_final), (y_flat, out.final), out.n_steps)
     parts = Parts(out, problem, times, user_spec, spec, integrand, y_flat, watched, args, backward, derivatives, dense_output)
     return solution_of(*finished(parts))
 
@@ -275,10 +279,10 @@ def _parameter_names(fun: Callable[..., Any], captured: Sequence[Tensor]) -> tup
     return tuple(names[id(x)] for x in captured) if all(id(x) in names for x in captured) else None
 
 
-def _check(fun: Any, method: Method, implicit: dict[str, Any], arguments: dict[str, Any]) -> None:
-    """Raise for arguments that do not go with the method; ``implicit``: those for implicit ones."""
-    for name, value in implicit.items():
-        if value is not None and not method.implicit:
+def _check(fun: Any, method: Method, implicit: Iterable[str], arguments: dict[str, Any]) -> None:
+    """Raise for arguments that do not go with the method; ``implicit``: what was given for implicit ones."""
+    for name in implicit:
+        if not method.implicit:
             raise UnsupportedCombination(f"{name}= is for implicit methods; {method.name!r} solves no linear systems")
     if not method.adaptive and arguments["first_step"] is None:
         raise InvalidInput(

@@ -27,7 +27,7 @@ from ..sensitivity import DiscreteAdjoint, Problem
 from ..sensitivity.prepared import Prepared, PreparedNode, Run, run_of
 from ..system.system import System
 from ..torch_internals import dual_level, len_torch_dispatch_stack, len_torch_function_stack, peek_interpreter_stack
-from .arguments import check_compile, listed_args, snapped
+from .arguments import listed_args, snapped
 from .solution import BackwardStats, Solution, Stats
 
 __all__ = ["Asked", "asked", "asked_before", "forget"]
@@ -131,9 +131,8 @@ class Asked:
 
 
 def asked_before(arguments: dict[str, Any]) -> Asked | None:
-    """A call of `solve_ivp` with these arguments, or None where it has more to it than numbers. Raises `InvalidInput` for a ``compile=``
-    that says nothing."""
-    if not check_compile(arguments["compile"]) or any(arguments[name] is not None for name in _BESIDE):
+    """A call of `solve_ivp` with these arguments, with ``compile=``, or None where it has more to it than numbers."""
+    if any(arguments[name] is not None for name in _BESIDE):
         return None
     if arguments["dense_output"] or arguments["progress"]:
         return None

@@ -34,10 +34,8 @@ def _tqdm() -> Any:
     return tqdm
 
 
-def root_monitor(progress: bool) -> Callable[[int, Tensor, Tensor], None] | None:
-    """A callback that shows the largest residual norm after every iteration of a root finder, or None."""
-    if not progress:
-        return None
+def root_monitor() -> Callable[[int, Tensor, Tensor], None]:
+    """A callback that shows the largest residual norm after every iteration of a root finder."""
     bar = _tqdm()(desc="iterations", unit="")
 
     def show(iteration: int, x: Tensor, norms: Tensor) -> None:
@@ -47,6 +45,6 @@ def root_monitor(progress: bool) -> Callable[[int, Tensor, Tensor], None] | None
     return show
 
 
-def progress_monitor(progress: bool) -> Monitor:
-    """A monitor that shows a bar, or one that ignores everything."""
-    return _Bar() if progress else Monitor()
+def progress_monitor() -> Monitor:
+    """A monitor that shows a bar."""
+    return _Bar()

@@ -54,7 +54,8 @@ def in_rounds(implicit: Callable[..., Solution] | None = None) -> Callable[[Call
 
         @wraps(door)
         def call(*given: P.args, **named: P.kwargs) -> Solution:
-            if named.get("mode") is None and not needs_rounds(named.get("events")):
+            events = named.get("events")
+            if named.get("mode") is None and (events is None or not needs_rounds(events)):
                 return door(*given, **named)
             bound = signature.bind(*given, **named)
             bound.apply_defaults()

@@ -130,9 +130,9 @@ def stage_algebra(
     inputs: Sequence[Tensor],
     spec: StateSpec,
     *,
-    jac: Any,
-    jac_sparsity: Any,
-    linear_solver: LinearSolver | None,
+    jac: Any = None,
+    jac_sparsity: Any = None,
+    linear_solver: LinearSolver | None = None,
     exact: bool = False,
     mass: Tensor | None = None,
 ) -> StageAlgebra:
@@ -159,7 +159,7 @@ def warn_of_lost_time(
     So it is where ``fun`` reads the time as a number (``t.item()``, a table of NumPy's). ``ends`` (B,) and ``states`` (B, n): two places at
     which to look, start and end of the solve.
     """
-    if not problem.plan.method.needs_time_slope or problem.native.recognised is not None or functorch_active():
+    if problem.native.recognised is not None or functorch_active():
         return
     if not n_steps.numel() or int(n_steps.max()) < _LONG:
         return
@@ -189,7 +189,7 @@ def warn_of_lost_time(
 
 def check_jumps(method: Method, step_ts: Any) -> None:
     """A stage beyond the end of its step sees the far side of a jump: its part in the derivative in the time of that jump is lost."""
-    if step_ts is None or not any(is_differentiable(x) for x in tree_leaves(step_ts)):
+    if not any(is_differentiable(x) for x in tree_leaves(step_ts)):
         return
     if any(max(m.nodes) > 1 for m in method.members):
         raise UnsupportedCombination(

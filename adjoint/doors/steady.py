@@ -16,11 +16,11 @@ from ..nonlinear import RootRecord
 from ..sensitivity.fingerprint import RootWitness
 from ..sensitivity.implicit import RootNode, RootOutputs, RootTask
 from ..system.capture import needs_derivatives, stand_ins
+from ..system.entrance import untraced
 from ..system.ownership import owning
 from ..system.realification import suited_to_jacobians
 from ..system.rewriting import naming_faults
 from ..system.system import StateSpec
-from ..system.untraced import untraced
 from ..torch_internals import is_functorch_wrapped_tensor
 from .arguments import check_callable, check_finite, flat_tolerance, listed_args
 from .given import Given
@@ -197,7 +197,7 @@ def prepare(
     )
     # steps and errors of x are measured; a tolerance of the residual would depend on its scale
     tol = float("inf") if ftol is None else ftol
-    find = RootSearch(system, choice, settings, tol, max_steps, least_squares, throw, log, root_monitor(progress))
+    find = RootSearch(system, choice, settings, tol, max_steps, least_squares, throw, log, root_monitor() if progress else None)
 
     def report(record: RootRecord) -> None:
         choice.notes.append(record.note)

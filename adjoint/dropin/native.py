@@ -14,12 +14,12 @@ from ..doors.arguments import Times, positive
 from ..doors.event_slope import signed
 from ..doors.event_times import event_records
 from ..doors.failures import raise_failure
-from ..doors.given import Given
+from ..doors.given import Given, reporting
 from ..doors.parts import Parts, flat_event, interpolant_of
 from ..doors.solution import BackwardStats
 from ..doors.stage_arguments import stage_algebra
 from ..errors import InvalidInput, UnsupportedCombination
-from ..integrate import Event, PIDController, Plan, Record, shifted_times
+from ..integrate import Event, PIDController, Plan, shifted_times
 from ..methods import METHODS
 from ..sensitivity import DiscreteAdjoint, Gradient, Problem
 from ..sensitivity.evaluation import Evaluation
@@ -176,12 +176,10 @@ def _solve(
     plan = _plan(request, derivatives, dense, events)
     backward = BackwardStats()
 
-    def report(record: Record) -> None:
-        raise_failure(record, plan, system, system.inputs)
-
     algebra = None
     if request.family == "implicit":
-        algebra = stage_algebra(system, system.inputs, spec, jac=None, jac_sparsity=None, linear_solver=None)
+        algebra = stage_algebra(system, system.inputs, spec)
+    report = reporting(plan, raise_failure, system, system.inputs)
     problem = Problem(system, plan, False, report, backward.add, algebra=algebra, derivatives=derivatives)
     y_flat = spec.taken(request.y0)
     out = gradient.solve(problem, anchors, samples, y_flat, ready.inputs)

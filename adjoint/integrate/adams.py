@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..methods.abm import Weights, step_weights, uniform_errors
-from .initial_step import initial_step
+from .clock import initial_step
 from .multistep import MultistepSolver, Outcome, Predicted
 from .plan import Plan
 from .work import StageWork

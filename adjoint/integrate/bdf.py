@@ -11,7 +11,7 @@ from torch import Tensor
 from ..linalg import Factorization, LinearOperator, LinearSolver, Matrix, SparseMatrix
 from ..linalg.pencil import Pencil, ScaledFactors, scaled_factors, split
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling
-from .initial_step import initial_step
+from .clock import initial_step
 from .matrices import jacobian_at, shifted
 from .multistep import MultistepSolver, Outcome, Predicted
 from .newton import iterate

@@ -14,7 +14,7 @@ from ..linalg.dense import factor_one
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling_alone
 from .alone import row_norm, solved
 from .bdf import BOUND, LARGEST, NEWTON, SAFETY, SIZE, SMALLEST, BdfSolver, update_matrix
-from .initial_step import initial_step
+from .clock import initial_step
 from .loop import Walk
 from .matrices import jacobian_at, shifted
 from .newton import iterate

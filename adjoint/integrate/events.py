@@ -18,7 +18,7 @@ from .event_roots import GRID, any_may_cross, crossings, may_cross
 from .plan import Event, Plan
 from .stepper import Attempt, Trial
 
-__all__ = ["BatchEventWatch", "EventWatch", "no_events"]
+__all__ = ["BatchEventWatch", "EventWatch"]
 
 _EPS = float(torch.finfo(torch.float64).eps)
 #: how far before a terminal event all that its step looks at is to be, in parts of the step, and by how much more with every attempt
@@ -317,9 +317,3 @@ def _next_aim(aim: Tensor | None, found: Located, aimed: Tensor | None) -> Tenso
         return found.aim
     aim = torch.where(found.again | aimed, found.aim, aim)
     return None if bool(aim.isnan().all()) else aim
-
-
-def no_events(like: Tensor) -> dict[str, Tensor]:
-    """The fields of `Record` of a solve that looks for none."""
-    nothing = torch.empty(0, dtype=torch.int64, device=like.device)
-    return {"event_id": nothing, "event_row": nothing, "event_step": nothing, "event_t": nothing.double()}

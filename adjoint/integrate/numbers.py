@@ -29,12 +29,15 @@ __all__ = [
     "negated",
     "read",
     "unset",
+    "widened",
 ]
 
 #: a flag, or a mask ``(B,)``
 Decision = Any
 #: a float, or ``(B,)``
 Measure = Any
+#: widest state beside which what belongs to a row is spread out
+_NARROW = 4
 
 
 def choose(on: Decision, new: Any, old: Any) -> Any:
@@ -81,6 +84,11 @@ def read(like: Decision, *values: Tensor) -> Any:
 def column(x: Measure) -> Any:
     """``(B, 1)`` of ``(B,)``; numbers are for every shape."""
     return x.unsqueeze(-1) if isinstance(x, Tensor) else x
+
+
+def widened(x: Tensor, width: int) -> Tensor:
+    """``(B, 1)``, or ``(B, width)`` for a few columns: there operators that broadcast take several times as long as those that need not."""
+    return x.expand(-1, width).contiguous() if 1 < width <= _NARROW else x
 
 
 def at_least(x: Measure, low: float) -> Measure:

@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 
 from ..methods import Method
-from .clock import Verdict, judge_step
+from .clock import Verdict, initial_step, judge_step
 from .companion import QUIET, Beside, companion_of
 from .controller import tamed
 from .defect import inner_error
-from .initial_step import initial_step
-from .numbers import Decision, Measure, absent, choose, larger
+from .numbers import Decision, Measure, absent, choose, larger, widened
 from .plan import Plan, shifted_times
 from .record import evaluations_of_attempt
 from .recording import Recording
-from .spread import widened
 from .stepper import Attempt, Fate
 from .timeline import TimelineOfMany, TimelineOfOne
 from .work import Equations

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .events import no_events
 from .numbers import Decision, Measure, lost
 from .plan import Plan, Record
 from .stepper import Attempt, Trial
 from .timeline import Timeline
 
-__all__ = ["Ended", "LogOfMany", "LogOfOne", "evaluations_of_attempt", "record_of"]
+__all__ = ["Ended", "LogOfMany", "LogOfOne", "evaluations_of_attempt", "no_events", "record_of"]
 
 
 class Ended(NamedTuple):
@@ -59,6 +58,12 @@ def record_of(plan: Plan, line: Timeline, ended: Ended, sampler: Any, log: Any, 
         **dict.fromkeys(("n_jac", "n_factorizations", "n_solves", "n_newton"), nothing),
         **log.steps(ended, plain),
     )
+
+
+def no_events(like: Tensor) -> dict[str, Tensor]:
+    """The fields of `Record` of a solve that looks for none."""
+    nothing = torch.empty(0, dtype=torch.int64, device=like.device)
+    return {"event_id": nothing, "event_row": nothing, "event_step": nothing, "event_t": nothing.double()}
 
 
 class LogOfOne:

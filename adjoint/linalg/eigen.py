@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdjointError, InvalidInput
-from .copies import copy_by_copy
-from .forward_mode import below_jvp
+from .nodes import below_jvp, copy_by_copy
 
 __all__ = ["DegenerateEigenvalue", "eigenpair"]
 

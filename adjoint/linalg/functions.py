@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ..errors import InvalidInput, UnsupportedCombination
 from ..torch_internals import peek_interpreter_stack
-from .copies import copy_by_copy
-from .forward_mode import below_jvp
+from .nodes import below_jvp, copy_by_copy
 
 __all__ = ["discrete_lyapunov", "lstsq", "lyapunov", "sylvester"]
 

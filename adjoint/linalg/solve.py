@@ -12,8 +12,7 @@ from torch.autograd import forward_ad
 from ..errors import InvalidInput, UnsupportedCombination
 from ..torch_internals import is_functorch_wrapped_tensor, unwrap_if_dead
 from .choice import default_solver
-from .copies import copy_by_copy
-from .forward_mode import below_jvp
+from .nodes import below_jvp, copy_by_copy
 from .protocol import Factorization, LinearOperator, LinearSolver, Log, SparseMatrix
 
 __all__ = ["linear_solve"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,10 +52,9 @@ def suits(plan: Plan, system: System | VmappedSystem, y0: Tensor) -> str | None:
     return None
 
 
-def own_algebra(**options: Any) -> str | None:
-    """Why a solve with these options for Jacobians and linear systems cannot be one of compiled code; None where none is given."""
-    given = [f"{name}=" for name, value in options.items() if value is not None]
-    return f"native code takes and factorises Jacobians itself: leave {given[0]} or compile out" if given else None
+def own_algebra(options: Iterable[str]) -> str:
+    """Why a solve that is given these options for Jacobians and linear systems cannot be one of compiled code."""
+    return f"native code takes and factorises Jacobians itself: leave {next(iter(options))}= or compile out"
 
 
 _TOO_LONG = (

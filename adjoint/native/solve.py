@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..integrate.controller import PIDController
-from ..integrate.events import no_events
 from ..integrate.plan import Plan, Record
+from ..integrate.record import no_events
 from ..integrate.residual import power_of
 from ..integrate.stages import TOLERANCE
 from .calls import FORWARD_CALL, filled

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..integrate.grid import Grid
+from ..system.system import System
+from ..system.transforms import functorch_active
+from ..torch_internals import is_legacy_batchedtensor
+from .padding import Found, shelter
 from .problem import Problem, StepTimes, kept_steps, step_times
 
-__all__ = ["Asked", "anchors_bar"]
+__all__ = ["Asked", "all_finite", "anchors_bar", "in_shelter", "visible"]
 
 
 class Asked(NamedTuple):
@@ -72,6 +77,41 @@ class Asked(NamedTuple):
         """Cotangents of ``(anchors, t_eval, y0, *inputs)``, of the first three those that are asked for."""
         first = (x if want else None for x, want in zip((anchors, t_eval, y0), self.wants[:3], strict=True))
         return (*first, *inputs)
+
+    def sound(self, found: Sequence[Tensor | None]) -> bool:
+        """Whether the cotangents that a way back ``found`` from these are finite, if these are.
+
+        Those of a batch always are: each of its trajectories has a gradient of its own. So are those of one that failed, and what a
+        transform is around, whose numbers cannot be looked at.
+        """
+        if not visible(self.problem, self.bars) or all_finite(found):
+            return True
+        return not all_finite(self.bars) or int(self.grid.status[0]) < 0
+
+
+def visible(problem: Problem, bars: Sequence[Tensor | None]) -> bool:
+    """Whether cotangents are those of one trajectory that can be looked at."""
+    if problem.batched or not isinstance(problem.system, System) or functorch_active():
+        return False
+    return not any(x is not None and is_legacy_batchedtensor(x) for x in bars)
+
+
+def all_finite(values: Sequence[Tensor | None]) -> bool:
+    """Whether they are numbers."""
+    return all(x is None or not x.numel() or bool(torch.isfinite(x).all()) for x in values)
+
+
+def in_shelter(sweep: Callable[..., Found]) -> Callable[..., Found]:
+    """A sweep that is given what `shelter` makes of record and inputs; of one trajectory there is nothing to make."""
+
+    @wraps(sweep)
+    def sheltered(asked: Asked, *more: Any) -> Found:
+        if asked.grid.h.shape[1] == 1 and not functorch_active():
+            return sweep(asked, *more)
+        safe = shelter(asked.problem, asked.grid, asked.t_eval, asked.inputs)
+        return safe.marked(sweep(asked._replace(grid=safe.grid, inputs=safe.inputs), *more), asked.bars)
+
+    return sheltered
 
 
 def anchors_bar(anchors: Tensor, grid: Grid, t_bars: Tensor, h_bars: Tensor) -> Tensor:

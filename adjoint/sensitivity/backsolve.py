@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import BacksolveDiverged, UnsupportedCombination
-from ..linalg.copies import copy_by_copy
+from ..linalg.nodes import copy_by_copy
 from ..system.ownership import owned
 from ..system.rewriting import naming_writes
 from ..system.transforms import functorch_active

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..errors import SolveError
 from ..integrate import LoneStages, Monitor, StageSolver, integrate
 from ..integrate.grid import Grid
-from ..integrate.spread import widened
-from ..linalg.copies import copy_by_copy
+from ..integrate.numbers import widened
+from ..linalg.nodes import copy_by_copy
 from ..system.capture import alive
 from ..system.ownership import owned
 from ..system.rewriting import naming_writes
@@ -22,7 +22,7 @@ from ..system.system import System
 from ..system.transforms import functorch_active
 from .asked import Asked
 from .discrete import eager_sweep
-from .finite import check_finite
+from .finite import raise_not_finite
 from .node import SolveNode
 from .padding import padding, shelter
 from .problem import Outputs, Problem, StepTimes, stage_times, step_times
@@ -65,9 +65,7 @@ class Recall:
     slots : how many states are kept, the first included
     """
 
-    def __init__(
-        self, problem: Problem, grid: Grid, times: StepTimes, inputs: Sequence[Tensor], y0: Tensor, slots: int
-    ) -> None:
+    def __init__(self, problem: Problem, grid: Grid, times: StepTimes, inputs: Sequence[Tensor], y0: Tensor, slots: int) -> None:
         plan = self.plan = problem.plan
         self.slots, self.times, self.flat, self.iterated = slots, times, y0.shape, problem.algebra is not None
         self.alone = problem.alone
@@ -123,9 +121,7 @@ class Recall:
         self._latest = (k, y, slope)
         return y, slope
 
-    def take(
-        self, k: int, y: Tensor, slope: Tensor | None = None, padded: bool = False
-    ) -> tuple[Tensor, list[Tensor], Sequence[Tensor]]:
+    def take(self, k: int, y: Tensor, slope: Tensor | None = None, padded: bool = False) -> tuple[Tensor, list[Tensor], Sequence[Tensor]]:
         """Step ``k`` from what `start` gives: the new state, the stages, and their times. ``padded``: with the steps that stand in for
         those of trajectories that are done or have failed."""
         self.n_steps += 1
@@ -247,9 +243,11 @@ class CheckpointNode(torch.autograd.Function):
             times = step_times(safe.t, safe.h, safe.segment, safe.lands, anchors.detach(), problem.plan.shift)
             recall = Recall(problem, safe, times, inputs, start, ctx.slots)
             recall.check(final.detach(), grid.status)
-            found = eager_sweep(Asked(problem, grid, anchors, t_eval, inputs, (*bars, None, None), wants), recall)
+            asked = Asked(problem, grid, anchors, t_eval, inputs, (*bars, None, None), wants)
+            found = eager_sweep(asked, recall)
             problem.backward_report(recall.n_fun, 0)
-            check_finite(problem, grid, inputs, bars, found, lambda: problem.run(inputs, start, anchors.detach(), t_eval))
+            if not asked.sound(found):
+                raise_not_finite(problem, Grid.of(problem.run(inputs, start, anchors.detach(), t_eval)), inputs)
             return (None, None, *found)
 
 

@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 
 from ..integrate import Monitor
-from ..integrate.spread import widened
+from ..integrate.numbers import widened
 from ..methods.sums import StepCotangents, row_dot
 from ..system.capture import cut_apart
 from ..system.system import System
 from .additive import AdditiveLinearizer
-from .asked import Asked, anchors_bar
+from .asked import Asked, anchors_bar, in_shelter
 from .equations import recorded_adjoint
 from .linearize import Linearizer
 from .lone_sweep import LoneSweep, goes_by_rows
 from .multistep_adjoint import multistep_eager
 from .multistep_rows import multistep_by_rows
-from .padding import in_shelter
 from .problem import stage_times
 from .stages import StageLinearizer
 
@@ -120,7 +119,8 @@ def eager_sweep(asked: Asked, recall: Recall | None = None) -> tuple[Tensor | No
         found = multistep_by_rows(asked, samples)
         return found if found is not None else multistep_eager(asked, samples)
     steps = _Steps(asked, samples, recall)
-    lone = None if recall is not None or steps.watched else steps.all_at_once()
+    one_by_one = recall is not None or steps.watched or not steps.implicit
+    lone = None if one_by_one else steps.all_at_once()
     return _one_by_one(asked, steps) if lone is None else _by_rows(asked, steps, lone)
 
 

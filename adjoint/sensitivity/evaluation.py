@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
-from ..linalg.copies import copy_by_copy
+from ..linalg.nodes import copy_by_copy
 from ..system.capture import cut_apart
 from ..system.ownership import owned
 from ..system.rewriting import naming_writes

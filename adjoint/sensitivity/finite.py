@@ -2,58 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteDerivative
-from ..integrate import Record
 from ..integrate.grid import Grid
 from ..methods.family import TableauMethod
 from ..methods.sums import combine
 from ..system.finite import REWRITE, bad_component
-from ..system.system import Flat, System
-from ..system.transforms import functorch_active
-from ..torch_internals import is_legacy_batchedtensor
+from ..system.system import Flat
+from .asked import all_finite, visible
 from .problem import Problem
 
-__all__ = ["check_finite", "guarded"]
+__all__ = ["guarded", "raise_not_finite"]
 
 
-def check_finite(
-    problem: Problem,
-    grid: Grid,
-    inputs: Sequence[Tensor],
-    bars: Sequence[Tensor | None],
-    found: Sequence[Tensor | None],
-    again: Callable[[], Record] | None = None,
-) -> None:
-    """Raise `NonFiniteDerivative` if cotangents of one trajectory became infinite or NaN on its way back from finite ones.
-
-    ``found`` is what the sweep made of ``bars``; ``again`` solves once more where the grid has no states. Trajectories of a batch are left
-    alone: each has a gradient of its own. So is what a transform is around, whose numbers cannot be looked at.
-    """
-    if not _visible(problem, bars) or all(_finite(x) for x in found):
-        return
-    if not all(_finite(x) for x in bars) or int(grid.status[0]) < 0:
-        return
-    _name(problem, grid if again is None else Grid.of(again()), inputs)
+def raise_not_finite(problem: Problem, grid: Grid, inputs: Sequence[Tensor]) -> NoReturn:
+    """Raise `NonFiniteDerivative` for cotangents of one trajectory that are not `Asked.sound`."""
+    _name(problem, grid, inputs)
     raise NonFiniteDerivative(
         "the gradient of the solution is not finite, though the solution is: derivatives of fun (those in the parameters too) are infinite "
         f"or NaN, or the adjoint grew beyond all numbers on the way back. {REWRITE}."
     )
 
 
-def guarded(
-    problem: Problem, f: Flat, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]
-) -> tuple[Flat, Tensor]:
-    """``f`` and ``y0`` for a solve that autograd records, whose first cotangents are looked at as `check_finite` does. Whatever is not
+def guarded(problem: Problem, f: Flat, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> tuple[Flat, Tensor]:
+    """``f`` and ``y0`` for a solve that autograd records, whose first cotangents are looked at as `Asked.sound` does. Whatever is not
     finite later in the solve has reached them; a loss that is not finite itself is left alone."""
 
     def look(bar: Tensor) -> None:
-        if _visible(problem, (bar,)) and not _finite(bar):
+        if visible(problem, (bar,)) and not all_finite((bar,)):
             with torch.no_grad():
                 record = problem.run([x.detach() for x in inputs], y0.detach(), anchors.detach(), t_eval)
             _name(problem, Grid.of(record), inputs)
@@ -76,12 +57,6 @@ def guarded(
     return first_watched, start
 
 
-def _visible(problem: Problem, bars: Sequence[Tensor | None]) -> bool:
-    if problem.batched or not isinstance(problem.system, System) or functorch_active():
-        return False
-    return not any(x is not None and is_legacy_batchedtensor(x) for x in bars)
-
-
 def _name(problem: Problem, grid: Grid, inputs: Sequence[Tensor]) -> None:
     """Raise with the last point of the solution where a derivative of ``fun`` is not finite; return if there is none."""
     spec, f = problem.system.spec, problem.system.bind(inputs)
@@ -94,10 +69,6 @@ def _name(problem: Problem, grid: Grid, inputs: Sequence[Tensor]) -> None:
                 t=float(t[0]),
                 component=culprit[0],
             )
-
-
-def _finite(x: Tensor | None) -> bool:
-    return x is None or not x.numel() or bool(torch.isfinite(x).all())
 
 
 def _points(problem: Problem, grid: Grid, inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

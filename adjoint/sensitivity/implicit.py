@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import Factorization, LinearSolver, Log, Matrix
-from ..linalg.copies import copy_by_copy
+from ..linalg.nodes import copy_by_copy
 from ..nonlinear import RootRecord
 from ..system.capture import alive, below_jvp
 from ..system.ownership import owned

@@ -24,7 +24,6 @@ from ..errors import CapturedTensorLost
 from ..integrate import Record
 from ..system.capture import stood_in_for
 from ..system.homes import closed_over
-from ..system.ownership import under_transform
 from ..system.system import System, VmappedSystem
 from ..torch_internals import dual_level, is_functorch_wrapped_tensor, set_fwd_grad_enabled
 from .linearize import LOST
@@ -39,11 +38,11 @@ _MOST = 20_000
 
 @contextmanager
 def naming_strangers() -> Iterator[None]:
-    """A solve with a named error in the place of PyTorch's own for tensors that are lost."""
+    """A solve under a transform, with a named error in the place of PyTorch's own for tensors that are lost."""
     try:
         yield
     except RuntimeError as error:
-        if under_transform() and any(words in str(error) for words in _SAID):
+        if any(words in str(error) for words in _SAID):
             raise CapturedTensorLost("within the span " + LOST) from error
         raise
 
@@ -51,8 +50,6 @@ def naming_strangers() -> Iterator[None]:
 def check_strangers(system: System | VmappedSystem, record: Record, inputs: Sequence[Tensor]) -> None:
     """Raise `CapturedTensorLost` if ``fun`` uses, at the start of a step or at the end, a tensor of a transform around the solve that is
     none of its inputs."""
-    if not under_transform():
-        return
     base: Any = system
     while isinstance(base, VmappedSystem):
         base = base.base

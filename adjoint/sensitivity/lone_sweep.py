@@ -19,9 +19,9 @@ __all__ = ["LoneSweep", "goes_by_rows"]
 
 
 def goes_by_rows(problem: Problem, n_steps: int, jumps: bool) -> bool:
-    """Whether the steps are of a kind that `LoneSweep` takes, and many enough for it to pay."""
+    """Whether the steps of an implicit method are of a kind that `LoneSweep` takes, and many enough for it to pay."""
     special = jumps or problem.plan.method.adjoint_step is None
-    return problem.algebra is not None and problem.alone and not special and n_steps > 4
+    return problem.alone and not special and n_steps > 4
 
 
 def _both(found: StepCotangents) -> Tensor:

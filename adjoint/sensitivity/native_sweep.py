@@ -1,4 +1,4 @@
-"""First derivatives: by compiled code where the solve was, else by the eager sweep."""
+"""First derivatives by compiled code, of a solve that was by it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from .asked import Asked, anchors_bar
 from .discrete import eager_sweep
 from .problem import kept_steps
 
-__all__ = ["first_sweep"]
+__all__ = ["native_sweep"]
 
 
-def first_sweep(asked: Asked) -> tuple[Tensor | None, ...]:
+def native_sweep(asked: Asked) -> tuple[Tensor | None, ...]:
     """As `eager_sweep`."""
     problem, grid, anchors, t_eval, inputs, bars, wants = asked
     plan, timed = problem.plan, asked.moving
-    if problem.native.recognised is None:
-        return eager_sweep(asked)
     empty = anchors[0] == anchors[-1]
     if problem.idle is not None and problem.idle.shape == empty.shape:
         empty = empty & ~problem.idle

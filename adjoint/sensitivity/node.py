@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,18 +13,18 @@ from torch import Tensor
 
 from ..integrate import rms_norm
 from ..integrate.grid import RECORDED, Grid
-from ..linalg.copies import copy_by_copy
-from ..linalg.forward_mode import unviewed
+from ..linalg.nodes import copy_by_copy, unviewed
 from ..system.capture import alive, below_jvp
-from ..system.ownership import owned
+from ..system.ownership import owned, under_transform
 from ..system.rewriting import naming_writes
 from ..system.system import System, VmappedSystem
 from ..system.transforms import below_vmap, functorch_active, jvp_active
 from .asked import Asked
-from .finite import check_finite
+from .discrete import eager_sweep
+from .finite import raise_not_finite
 from .late import check_strangers, naming_strangers
 from .linearize import check_known
-from .native_sweep import first_sweep
+from .native_sweep import native_sweep
 from .problem import Outputs, Problem
 from .sweep import functional_sweep, tangents
 from .sweep_node import swept
@@ -38,10 +39,11 @@ class SolveNode(torch.autograd.Function):
 
     @staticmethod
     def forward(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(y0.device.type, enabled=False), naming_strangers():
+        late = under_transform()
+        with torch.autocast(y0.device.type, enabled=False), naming_strangers() if late else nullcontext():
             record = problem.known.pop() if problem.known else problem.run(inputs, y0, anchors, t_eval)
         problem.reported(record, inputs)
-        if not problem.replayed:
+        if late and not problem.replayed:
             check_strangers(problem.system, record, inputs)
         out = tuple(Outputs.of(record))
         return *map(unviewed, out[:_DIFFERENTIABLE]), *out[_DIFFERENTIABLE:]
@@ -80,12 +82,15 @@ class SolveNode(torch.autograd.Function):
             # saved tensors come back as new objects: the functions that captured the old ones need those
             inputs = problem.system.inputs
         again = swept if jvp_active() else functional_sweep
-        sweep = again if differentiable else problem.sweep or first_sweep
+        first = eager_sweep if problem.native.recognised is None else native_sweep
+        sweep = again if differentiable else problem.sweep or first
         with torch.autocast(grid.states.device.type, enabled=False):
             if differentiable:
                 check_known(problem.system, grid, inputs)
-            found = sweep(Asked(problem, grid, anchors, t_eval, inputs, bars, wants))
-            check_finite(problem, grid, inputs, bars, found)
+            asked = Asked(problem, grid, anchors, t_eval, inputs, bars, wants)
+            found = sweep(asked)
+            if not asked.sound(found):
+                raise_not_finite(problem, grid, inputs)
         return (None, *ctx.problem.let_out(found))
 
     @staticmethod

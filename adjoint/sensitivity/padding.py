@@ -9,10 +9,9 @@ Parameters of its own with which a trajectory failed are in the way too: see `sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import wraps
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +20,9 @@ from ..integrate.grid import Grid
 from ..system.capture import readable
 from ..system.system import System, VmappedSystem
 from ..system.transforms import functorch_active
-from .asked import Asked
 from .problem import Problem
 
-__all__ = ["Padding", "Shelter", "in_shelter", "padding", "shelter"]
+__all__ = ["Padding", "Shelter", "padding", "shelter"]
 
 Found = tuple[Tensor | None, ...]
 
@@ -89,9 +87,7 @@ class Shelter(NamedTuple):
             missing = (self.grid.sample_step < 0) & (samples_bar != 0).any(-1)
             lost = lost | (self.dead & missing.any(0))
         y0 = None if y0 is None else torch.where(lost.unsqueeze(-1), float("nan"), y0)
-        rest = [
-            x if x is None or mask is None else torch.where(mask, float("nan"), x) for x, mask in zip(rest, self.replaced, strict=True)
-        ]
+        rest = [x if x is None or mask is None else torch.where(mask, float("nan"), x) for x, mask in zip(rest, self.replaced, strict=True)]
         return (anchors, t_eval, y0, *rest)
 
     def still_dots(self, dots: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -120,17 +116,6 @@ def shelter(problem: Problem, grid: Grid, t_eval: Tensor | None, inputs: Sequenc
     if not bool(dead.all()):
         given, replaced = _replacements(problem, grid, pad, dead, inputs)
     return Shelter(grid, given, replaced, dead, pad.unborn)
-
-
-def in_shelter(sweep: Callable[..., Found]) -> Callable[..., Found]:
-    """A sweep that is given what `shelter` makes of record and inputs."""
-
-    @wraps(sweep)
-    def sheltered(asked: Asked, *more: Any) -> Found:
-        safe = shelter(asked.problem, asked.grid, asked.t_eval, asked.inputs)
-        return safe.marked(sweep(asked._replace(grid=safe.grid, inputs=safe.inputs), *more), asked.bars)
-
-    return sheltered
 
 
 def _moved_grid(problem: Problem, grid: Grid, t_eval: Tensor | None, pad: Padding) -> Grid:

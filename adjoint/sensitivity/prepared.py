@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..integrate import Plan, stands
 from ..integrate.grid import Grid
-from ..linalg.copies import copy_by_copy
+from ..linalg.nodes import copy_by_copy
 from ..native.back import sweep_native
 from ..native.program import Program
 from ..native.solve import Frame, Solved, solved

@@ -32,7 +32,7 @@ from ..system.jacobians import DenseJacobian
 from ..system.stage_jacobian import StageJacobian
 from ..system.structure import Structure
 from ..system.system import System, VmappedSystem
-from .undeclared import may_jump, tell_of_jumps
+from .undeclared import REJECTED, tell_of_jumps
 from .witness import Witness
 
 __all__ = [
@@ -111,7 +111,8 @@ class Problem:
     def reported(self, record: Record, inputs: Sequence[Tensor]) -> None:
         """A word on jumps that were met, and the named error of a solve that failed."""
         native = self.native.recognised
-        if may_jump(record) and (native is None or native.program.looks.due()):
+        doubtful = len(record.states) > 3 and int(record.n_rejected.max()) >= REJECTED
+        if doubtful and (native is None or native.program.looks.due()):
             tell_of_jumps(self.system, self.plan, record, inputs, None if self.algebra is None else self.algebra.structure)
         self.report(record)
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..integrate.grid import Grid
-from .asked import Asked
+from .asked import Asked, in_shelter
 from .equations import equations
 from .multistep import multistep_functional, multistep_tangents
-from .padding import in_shelter, shelter
+from .padding import shelter
 from .problem import Problem, StepTimes, interpolate, kept_steps, stage_times, step_times
 from .products import tangent, vjp
 from .replay import hands_on, replay_step

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..integrate.grid import RECORDED, Grid
-from ..linalg.forward_mode import below_jvp
+from ..linalg.nodes import below_jvp
 from ..system.ownership import owned
 from ..system.transforms import functorch_active
 from .asked import Asked

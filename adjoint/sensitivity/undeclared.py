@@ -19,7 +19,7 @@ from ..system.remarks import remark
 from ..system.structure import Structure
 from ..system.system import System, VmappedSystem
 
-__all__ = ["REJECTED", "may_jump", "once", "tell_of_jumps"]
+__all__ = ["REJECTED", "once", "tell_of_jumps"]
 
 #: rejections from which a trajectory is looked at, and how many of those with most of them
 REJECTED, _ROWS = 3, 64
@@ -56,18 +56,13 @@ def once() -> Iterator[None]:
         _told.reset(token)
 
 
-def may_jump(record: Record) -> bool:
-    """Whether a record has its states, and steps that were rejected over and over."""
-    if _told.get() or not record.states.shape[0] or record.t.shape[0] < 3:
-        return False
-    return int(record.n_rejected.max()) >= REJECTED
-
-
 def tell_of_jumps(
     system: System | VmappedSystem, plan: Plan, record: Record, inputs: Sequence[Tensor], structure: Structure | None = None
 ) -> None:
-    """Warn of a jump of ``fun`` within a step, where steps of a solve that `may_jump` were rejected because of it. ``structure``: of
-    implicit equations."""
+    """Warn of a jump of ``fun`` within a step, where steps of a solve that were `REJECTED` over and over were so because of it.
+    ``structure``: of implicit equations."""
+    if _told.get():
+        return
     with torch.no_grad():
         found = _found(system, plan, record, inputs, structure)
     if found is None:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import torch_internals as internals
 from ..errors import AdjointError, CapturedTensorLost, UnsupportedCombination
-from ..linalg.forward_mode import below_jvp
+from ..linalg.nodes import below_jvp
 from .autograd_graph import alive, cut_apart, leads_to, listed, readable, saved_bytes, unknown_leaves
 from .homes import Home
 from .transforms import functorch_active, functorch_level, has_tangent, vmap_active

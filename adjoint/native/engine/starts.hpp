@@ -1,4 +1,4 @@
-// How trajectories begin: their slopes, and Hairer's first steps (`integrate/initial_step.py`), of W rows at once, before there is a lane for
+// How trajectories begin: their slopes, and Hairer's first steps (`integrate/clock.py`), of W rows at once, before there is a lane for
 // each of them.
 
 static void scaled_norm(const S* e, const S* size, const S* rtol, const S* atol, S* out) {

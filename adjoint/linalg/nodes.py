@@ -1,8 +1,13 @@
-"""Many cotangents at once (``is_grads_batched=True``, which ``torch.autograd.functional.jacobian(vectorize=True)`` asks for)."""
+"""What autograd asks of a node beside its derivative: many cotangents at once, forward mode within forward mode, views.
+
+Many cotangents come with ``is_grads_batched=True``, which ``torch.autograd.functional.jacobian(vectorize=True)`` asks for. All of this is
+here, and not with the other tools for transforms, because this folder imports nothing of ours.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, cast
 
@@ -10,14 +15,20 @@ import torch
 from torch import Tensor
 
 from ..torch_internals import (
+    TransformType,
     is_legacy_batchedtensor,
     legacy_add_batch_dim,
     legacy_remove_batch_dim,
+    peek_interpreter_stack,
+    retrieve_current_functorch_interpreter,
+    set_fwd_grad_enabled,
+    unwrap_for_grad,
     vmapmode_decrement_nesting,
     vmapmode_increment_nesting,
+    wrap_for_grad,
 )
 
-__all__ = ["copy_by_copy"]
+__all__ = ["below_jvp", "copy_by_copy", "unviewed"]
 
 _Backward = Callable[..., tuple[Tensor | None, ...]]
 
@@ -54,3 +65,31 @@ def _as_mapped(copies: tuple[Tensor | None, ...], level: int) -> Tensor | None:
     like = next(x for x in copies if x is not None)
     stacked = torch.stack([torch.zeros_like(like) if x is None else x for x in copies])
     return cast(Tensor, legacy_add_batch_dim(stacked, 0, level))
+
+
+@contextmanager
+def below_jvp() -> Iterator[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+    """For the body of a node's ``jvp``: run it one transform further out, and give the functions that carry
+    tensors down (inside) and back up (after the context has ended).
+
+    PyTorch runs this body with forward mode off, at the level of the ``torch.func.jvp`` that asked. An outer forward-mode transform
+    would then see no tangents, and nested forward mode would silently lose terms.
+    """
+    top = peek_interpreter_stack()
+    if top is None or top.key() != TransformType.Jvp:
+        yield _same, _same
+        return
+    interpreter = retrieve_current_functorch_interpreter()
+    level = interpreter.level()
+    with interpreter.lower(), torch.enable_grad(), set_fwd_grad_enabled(True):
+        yield lambda x: unwrap_for_grad(x, level), lambda x: wrap_for_grad(x, level)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def unviewed(x: Tensor) -> Tensor:
+    """An output of a node's ``forward`` without what it is a view of: PyTorch asks that tangents of views are laid out as these are, and
+    fails an internal assertion where they are not."""
+    return x.data if x._is_view() else x
