@@ -71,7 +71,7 @@ def _row(name: str, method: Any, equations: str) -> list[str]:
         _yes(all(max(m.nodes) <= 1 for m in method.members)),
         _yes(not recorded),
         _back(method),
-        _yes(takes(method)),
+        _yes(all(map(takes, method.members))),
     ]
 
 

@@ -92,7 +92,7 @@ def explain(
     chosen = named if named is not None else check_method(method)
     if not callable(fun):
         raise InvalidInput(f"fun must be callable, got a {type(fun).__name__}")
-    if not takes(chosen):
+    if not all(map(takes, chosen.members)):
         return Explanation(False, f"method={chosen.name!r} has no native form", chosen.name)
     args = args if isinstance(args, (tuple, list)) else (args,)
     spec = StateSpec.of(y0, batched)
@@ -101,7 +101,8 @@ def explain(
     y, t = spec.taken(y0).detach(), torch.full((spec.rows,), t0, dtype=spec.real_dtype, device=spec.device)
     try:
         compiler()
-        found = recognise(compile_key(fun), system, chosen, t, y, system.inputs, batched)
+        # of two methods that change over it is the implicit one that needs more
+        found = recognise(compile_key(fun), system, chosen.members[-1], t, y, system.inputs, batched)
         functions = found.program.functions
     except (Unreadable, NoCompiler) as error:
         return Explanation(False, str(error), chosen.name)

@@ -14,6 +14,7 @@ from ..methods.auto import AutoSwitch, Polynomial
 from ..sensitivity import Gradient, Outputs, Problem
 from ..sensitivity.undeclared import once
 from ..system.capture import listed, readable
+from ..system.transforms import unwrapped
 
 __all__ = ["solve_switching"]
 
@@ -55,8 +56,9 @@ def solve_switching(
     while True:
         stiff = len(phases) % 2 == 1
         final = stiff and (len(phases) >= _MOST or not readable(phases[0].out.status))
-        part = _phase_problem(problem, auto, stiff, final, first=not phases, dense=dense, counts=counts)
+        part = _phase_problem(problem, auto, stiff, final, active, dense=dense, counts=counts)
         out = strategy.solve(part, stops, times, y, inputs)
+        problem.native.seconds += part.native.seconds
         phases.append(_Phase(out, stiff, active, beyond))
         going = out.status == int(Status.SWITCHED)
         if final or (readable(going) and not bool(going.any())):
@@ -73,20 +75,20 @@ def solve_switching(
 
 
 def _phase_problem(
-    problem: Problem, auto: AutoSwitch, stiff: bool, final: bool, *, first: bool, dense: bool, counts: Tensor | None
+    problem: Problem, auto: AutoSwitch, stiff: bool, final: bool, active: Tensor | None, *, dense: bool, counts: Tensor | None
 ) -> Problem:
-    plan = problem.plan
+    plan, idle = problem.plan, problem.idle
+    if active is not None:
+        idle = unwrapped(~active) if readable(active) else None
     plan = replace(
         plan,
         method=auto.stiff if stiff else auto.nonstiff,  # type: ignore[arg-type]
-        first_step=plan.first_step if first else None,
+        first_step=plan.first_step if active is None else None,
         keep_stages=dense or (stiff and plan.keep_states),
-        # which of the phases may change method: the last one alone is no solve of its own
-        compile=None if final else plan.compile,
         switch=None if final else Switch(auto, not stiff),
         event_counts=counts,
     )
-    return replace(problem, plan=plan, algebra=problem.algebra if stiff else None)
+    return replace(problem, plan=plan, algebra=problem.algebra if stiff else None, idle=idle, native=problem.native.part())
 
 
 def _remaining(stops: Tensor, out: Outputs, going: Tensor) -> Tensor:
@@ -135,15 +137,13 @@ def _merged(problem: Problem, auto: AutoSwitch, phases: Sequence[_Phase], dense:
             samples = torch.where(p.beyond.unsqueeze(-1), p.out.samples, samples)
             later = torch.where(p.out.sample_step >= 0, p.out.sample_step + before[k], -1)
             sample_step = torch.where(p.beyond, later, sample_step)
-    total = sum(o.t.shape[0] for o in outs)
-    count = int(before[-1].max()) if readable(before) and before.shape[1] else total
-    index = _places(outs, before, count, total)
+    index = _places(outs, before) if keep or dense else before
     t_final = latest("t_final")
     zero = torch.zeros_like(t_final)
     steps = {name: getattr(first, name) for name in ("t", "h", "segment", "lands")}
     if keep:
         behind = {"t": t_final, "h": zero, "segment": zero.long(), "lands": zero.bool()}
-        steps = {name: _picked([getattr(o, name) for o in outs], x, index[:count]) for name, x in behind.items()}
+        steps = {name: _picked([getattr(o, name) for o in outs], x, index[:-1]) for name, x in behind.items()}
     states = first.states
     if keep:
         reached = _reached(phases, accepted)
@@ -151,7 +151,7 @@ def _merged(problem: Problem, auto: AutoSwitch, phases: Sequence[_Phase], dense:
     degree = max(len(m.tableau.dense[0]) for m in (auto.nonstiff, auto.stiff))  # type: ignore[attr-defined]
     stages = first.stages.new_empty((0, degree, *first.final.shape))
     if dense:
-        stages = _picked([_coefficients(p, auto, degree) for p in phases], stages.new_zeros(stages.shape[1:]), index[:count], 1)
+        stages = _picked([_coefficients(p, auto, degree) for p in phases], stages.new_zeros(stages.shape[1:]), index[:-1], 1)
     out = Outputs(
         final=latest("final"),
         samples=samples,
@@ -186,8 +186,11 @@ def _events(outs: Sequence[Outputs], before: Tensor) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in lines.items()}
 
 
-def _places(outs: Sequence[Outputs], before: Tensor, count: int, total: int) -> Tensor:
-    """``(count + 1, B)``: where in all phases, one behind the other, the steps of each trajectory are; ``total`` behind the last one."""
+def _places(outs: Sequence[Outputs], before: Tensor) -> Tensor:
+    """Where in all phases, one behind the other, the steps of each trajectory are, ``(count + 1, B)`` for ``count`` steps at most; behind
+    the last one the number of all."""
+    total = sum(o.t.shape[0] for o in outs)
+    count = int(before[-1].max()) if readable(before) and before.shape[1] else total
     place = torch.arange(count + 1, device=before.device).unsqueeze(-1)
     index = torch.full((count + 1, before.shape[1]), total, device=before.device)
     offset = 0

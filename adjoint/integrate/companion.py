@@ -26,7 +26,7 @@ from ..torch_internals import is_functorch_wrapped_tensor
 from .numbers import Decision, Measure, any_of, any_of_each, choose, column, negated, read
 from .plan import Plan, Record
 
-__all__ = ["QUIET", "Beside", "Companion", "companion_of", "displaced", "drawn", "rests", "unit_of"]
+__all__ = ["NEAR", "PRODUCTS", "QUIET", "WIDEST", "Beside", "Companion", "companion_of", "displaced", "drawn", "rests", "unit_of"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 #: a right-hand side, for implicit methods with its equations; displaced or not
@@ -39,7 +39,7 @@ _STANDING = 1e-6
 #: how many steps of how many times of the fastest mode take what is fast out of a displacement
 _ROUNDS, _PASSED = 4, 30.0
 #: products with the Jacobian that make an estimate of its size, and the part of the interval of stability from which on they are made
-_PRODUCTS, _NEAR = 4, 0.3
+PRODUCTS, NEAR = 4, 0.3
 #: part of the interval of stability from which on steps are looked after
 _EDGE = 0.8
 #: steps without need for it after which the companion is left, for how many, and how much longer steps may become meanwhile
@@ -53,7 +53,7 @@ _HUGE = 1e30
 #: times of the fastest mode after which it has died away, if it does
 _SETTLED = 20.0
 #: bounds of the displacement beside its part above rounding, relative and absolute
-_WIDEST = 1e-3
+WIDEST = 1e-3
 #: drawn numbers by shape, so many of so many at the most
 _PATTERNS: dict[torch.Size, Tensor] = {}
 _MANY, _SMALL = 64, 4096
@@ -90,7 +90,7 @@ class Companion:
         self._tol = max(rtol, eps**0.45)
         tiny = torch.finfo(plan.real).tiny
         #: tolerances of the usual size: `_unit` is linear in the size of the state, and never zero
-        self._plain = isinstance(plan.rtol, float) and isinstance(plan.atol, float) and rtol <= _WIDEST and tiny < plan.atol <= _WIDEST
+        self._plain = isinstance(plan.rtol, float) and isinstance(plan.atol, float) and rtol <= WIDEST and tiny < plan.atol <= WIDEST
         self.on = False
         self._n_fun = 0
         self._displaced, self._base = f, f
@@ -129,7 +129,7 @@ class Companion:
         self._index += 1
         self._elapsed += h
         if self._switching:
-            return self.on or quiet or index >= self._look or h * self._fastest > _NEAR * self._interval
+            return self.on or quiet or index >= self._look or h * self._fastest > NEAR * self._interval
         return self.on or quiet or index >= self._look or h > self._reach
 
     def error(
@@ -373,17 +373,17 @@ class Companion:
         """An error of steps beyond the stability of an explicit method that could hand over, by row: such steps are no better than none,
         and short ones speak for the other method. The size of the Jacobian is that at the start, and anew wherever it would be a bound."""
         first, length = self._probe is None, longest_of(h)
-        near = taken & (self._rate * length > _NEAR * self._interval)
+        near = taken & (self._rate * length > NEAR * self._interval)
         if first:
             self._probe_anew(y, taken)
             rate = 1.0
-            for _ in range(_PRODUCTS):
-                rate = rate * self._product(times[0], y, k1, unit, taken, True) ** (1 / _PRODUCTS)
+            for _ in range(PRODUCTS):
+                rate = rate * self._product(times[0], y, k1, unit, taken, True) ** (1 / PRODUCTS)
             self._rate = rate
         elif any_of(near):
             # in units of the tolerance a single product may be anything, several in a row are the size of an eigenvalue
             size = self._product(times[0], y, k1, unit, taken, near)
-            part = 1 / _PRODUCTS
+            part = 1 / PRODUCTS
             self._rate = choose(near, self._rate ** (1 - part) * size**part, self._rate)
         self._fastest = float(torch.as_tensor(self._rate).max())
         level = self._rate * length / self._interval
@@ -443,7 +443,7 @@ def longest_of(h: float | Tensor) -> float | Tensor:
 
 def unit_of(size: Tensor, rtol: float | Tensor, atol: float | Tensor, shift: float) -> Tensor:
     """The displacement of components of this ``size`` ``(B, n)``: within the tolerance, however wide that is, and ``shift`` of it more."""
-    unit = size * shift + torch.minimum(size * rtol + atol, (size + 1.0) * _WIDEST)
+    unit = size * shift + torch.minimum(size * rtol + atol, (size + 1.0) * WIDEST)
     # without an absolute tolerance a component that is zero has no size of its own
     whole = size.amax(-1, keepdim=True) * shift
     unit = torch.where(unit > 0, unit, whole)

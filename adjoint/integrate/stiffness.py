@@ -16,12 +16,26 @@ from .numbers import Decision, Measure
 if TYPE_CHECKING:
     from .plan import Plan
 
-__all__ = ["Switch", "SwitchWatch", "scaled_norm"]
+__all__ = ["NONSTIFF", "STIFF", "Rule", "Switch", "SwitchWatch", "least_weight", "scaled_norm"]
 
-#: parts of the interval of stability at which steps count as limited by it, and as well inside
-_EDGE, _INSIDE = 0.5, 0.4
-#: steps that must say so; those that must say the opposite in a row to forget it
-_PATIENCE_STIFF, _PATIENCE_NONSTIFF, _FORGET = 15, 5, 6
+
+@dataclass(frozen=True)
+class Rule:
+    """The part of the interval of stability at which a step speaks for the other method, how many of them it takes, and how many others in
+    a row make them forgotten."""
+
+    level: float
+    patience: int
+    forget: int
+
+
+#: steps that are limited by stability, and steps that are well inside of the interval
+STIFF, NONSTIFF = Rule(0.5, 15, 6), Rule(0.4, 5, 1)
+
+
+def least_weight(real: torch.dtype) -> float:
+    """A tolerance of zero means zero where the state is: there no component counts more than the others."""
+    return torch.finfo(real).tiny ** 0.5
 
 
 @dataclass(frozen=True)
@@ -69,18 +83,17 @@ class SwitchWatch:
         plan, auto = self.plan, self.switch.auto
         with torch.no_grad():
             y = y.detach()
-            # a tolerance of zero means zero where the state is: there no component counts more than the others
-            weights = (y.abs() * plan.rtol + plan.atol).clamp(min=torch.finfo(plan.real).tiny ** 0.5)
+            weights = (y.abs() * plan.rtol + plan.atol).clamp(min=least_weight(plan.real))
             if self.switch.stiff:
                 rho = auto.jacobian_size(h.to(plan.real).unsqueeze(-1), y, [k.detach() for k in stages], weights).clamp(min=rate)
             else:
                 rho = scaled_norm(f.matrix, weights)
             level = rho * h.abs() / auto.interval
-        hit = accepted & ((level > _EDGE) if self.switch.stiff else (level < _INSIDE))
+        rule = STIFF if self.switch.stiff else NONSTIFF
+        hit = accepted & ((level > rule.level) if self.switch.stiff else (level < rule.level))
         miss = accepted & ~hit
         self.hits = self.hits + hit
         self.misses = torch.where(hit, 0, self.misses + miss)
-        forget, patience = (_FORGET, _PATIENCE_STIFF) if self.switch.stiff else (1, _PATIENCE_NONSTIFF)
-        self.hits = torch.where(self.misses >= forget, 0, self.hits)
-        out = accepted & (self.hits >= patience)
+        self.hits = torch.where(self.misses >= rule.forget, 0, self.hits)
+        out = accepted & (self.hits >= rule.patience)
         return out if bool(out.any()) else None

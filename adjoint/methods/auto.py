@@ -13,7 +13,7 @@ from ..errors import InvalidInput
 from .family import TableauMethod, Traits
 from .sums import combine, powers
 
-__all__ = ["AutoSwitch", "Polynomial"]
+__all__ = ["AutoSwitch", "Polynomial", "stages_at_end"]
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,8 @@ class AutoSwitch(Traits):
 
     @cached_property
     def pair(self) -> tuple[int, int] | None:
-        """Two stages with the time of the end of the step, the last of them that of the new state where there is one."""
-        if not isinstance(self.nonstiff, TableauMethod) or self.nonstiff.implicit:
-            return None
-        ends = [i for i, c in enumerate(self.nonstiff.tableau.c) if c == 1.0]
-        return (ends[-2], ends[-1]) if len(ends) > 1 else None
+        """See `stages_at_end`."""
+        return stages_at_end(self.nonstiff)
 
     @property
     def interval(self) -> float:
@@ -94,6 +91,14 @@ class AutoSwitch(Traits):
     def dense_weights(self, *args: object) -> None:
         """There are none: see `Polynomial`."""
         raise NotImplementedError("a switched solve is interpolated by its two methods")
+
+
+def stages_at_end(method: object) -> tuple[int, int] | None:
+    """Two stages of an explicit method with the time of the end of the step, the last of them that of the new state where there is one."""
+    if not isinstance(method, TableauMethod) or method.implicit:
+        return None
+    ends = [i for i, c in enumerate(method.tableau.c) if c == 1.0]
+    return (ends[-2], ends[-1]) if len(ends) > 1 else None
 
 
 def _shown(given: object) -> object:

@@ -21,6 +21,7 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("void*", "events"),
     ("const double*", "directions"),  # (E,)
     ("const long*", "terminal"),
+    ("const long*", "event_counts"),  # (E, B): how often they occurred before, or nothing
     ("const R* const*", "inputs"),
     ("const R* const*", "tables"),
     ("long", "rows"),
@@ -59,6 +60,9 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("long", "remembers"),
     ("long", "shift"),  # 0: no jumps, 1: at inner anchors, 2: at all
     ("long", "watched"),  # whether steps are looked after for derivatives: see Loop::look
+    ("double", "interval"),  # of stability, of the explicit one of two methods that hand over to each other; else zero
+    ("const double*", "drawn"),  # (n,): where products with their Jacobians begin
+    ("const unsigned char*", "idle"),  # (B,): of which nothing is to be done, or nothing
     ("long*", "unstable"),  # (B,)
     ("long", "guesses"),  # whether iterations may begin with the step before
     ("long", "keep_grid"),

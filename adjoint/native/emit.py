@@ -10,7 +10,8 @@ from typing import TypeGuard
 import numpy as np
 import torch
 
-from ..integrate import bdf, coupled, defect, residual, stages
+from ..integrate import bdf, companion, coupled, defect, residual, stages, stiffness
+from ..methods.auto import stages_at_end
 from ..methods.bdf import MAX_ORDER, Bdf, coefficients, rescaling_slopes
 from ..methods.collocation import FullyImplicitRungeKutta
 from ..methods.dirk import DiagonallyImplicitRungeKutta
@@ -171,6 +172,22 @@ def _bdf() -> list[str]:
     ]
 
 
+def _switching(method: Compiled, real: torch.dtype) -> list[str]:
+    """The constants of handing over to another method, see `SwitchWatch`; none of methods that cannot."""
+    ends = stages_at_end(method)
+    if method.multistep or (ends is None and not method.implicit):
+        return ["#define SWITCHES 0"]
+    said = stiffness.STIFF if ends else stiffness.NONSTIFF
+    numbers = {"LEVEL": said.level, "LEAST": stiffness.least_weight(real), "NEAR": companion.NEAR, "WIDEST": companion.WIDEST}
+    early, late = ends or (0, 0)
+    return [
+        "#define SWITCHES 1",
+        _flags(PATIENCE=said.patience, FORGET=said.forget, EARLY=early, LATE=late, PRODUCTS=companion.PRODUCTS),
+        *(f"static constexpr double {name} = {number(x)};" for name, x in numbers.items()),
+        source("switching.hpp"),
+    ]
+
+
 def _bands(width: int, nonzero: Collection[tuple[int, int]], mass: bool) -> list[str]:
     """Where the entries of shifted Jacobians are; with a matrix in front of the slopes, which may be full, anywhere."""
     # of implicit equations those of slopes stand behind those of values
@@ -243,6 +260,7 @@ def engine_text(
             _flags(SEARCHES=stages.SEARCHES, FINDINGS=residual.NEWTON),
             *([source("slopes.hpp")] if implicit else []),
             *(_constraints(method) if (mass or implicit) and not multistep else []),
+            *(["#define SWITCHES 0"] if mass or implicit else _switching(method, real)),
             *(source(f"{name}.hpp") for name in ("tape", "starts", "loop", "forward")),
             source("back.hpp"),
             *([source("consistent.hpp")] if implicit else []),

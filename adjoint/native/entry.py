@@ -37,9 +37,7 @@ def suits(plan: Plan, system: System | VmappedSystem, y0: Tensor) -> str | None:
     if not takes(plan.method):
         advice = "('tsit5'; 'rodas5p' for stiff equations)" if base.residual is None else "('radau')"
         return f"method={plan.method.name!r} has no native form: choose a one-step method {advice}"
-    if plan.switch is not None:
-        return "method='auto' chooses between two methods: name one of them"
-    if plan.event_counts is not None or any(e.function is None for e in plan.events):
+    if any(e.function is None for e in plan.events):
         return "there are events of another solve"
     if plan.norm is not rms_norm or type(plan.control) is not PIDController:
         return f"{'norm' if plan.norm is not rms_norm else 'controller'}= is one of your own: leave one of the two out"
@@ -109,9 +107,13 @@ class NativeSolve:
         """For another solve of the same right-hand side."""
         return NativeSolve(self.refused, self.background)
 
+    def part(self) -> NativeSolve:
+        """For a part of the solve, of the same system."""
+        return NativeSolve(self.refused, self.background, self.heard)
+
     def hear(self, system: System, method: Method, anchors: Tensor, y0: Tensor) -> Heard | None:
         """Ask ``fun`` which graph it is, before what it captures is known; None where there will be no native code."""
-        if self.refused is None and takes(method):
+        if self.refused is None and all(map(takes, method.members)):
             try:
                 self.heard = hear(compile_key(system.fun), system, anchors[0].detach().to(y0.dtype), y0.detach(), system.inputs)
             except Unreadable as error:
@@ -163,10 +165,16 @@ class NativeSolve:
             self.seconds += spent.seconds - before
 
     def forward(
-        self, sought: Sought, t_eval: Tensor | None, derivatives: bool, index: Tensor | None = None, skipped: Tensor | None = None
+        self,
+        sought: Sought,
+        t_eval: Tensor | None,
+        derivatives: bool,
+        index: Tensor | None = None,
+        skipped: Tensor | None = None,
+        idle: Tensor | None = None,
     ) -> Record | None:
         """The solve, or None where the eager engine is to make it. ``derivatives``: a way back may follow. ``index`` and ``skipped``, (n,):
-        those of variables of implicit equations, see `ResidualSolver`."""
+        those of variables of implicit equations, see `ResidualSolver`; ``idle`` (B,): see `Problem`."""
         plan, key = sought.plan, sought.plan.compile
         known, self._found, self.recognised = self._found, None, None
         found = known or self._recognised(sought)
@@ -181,7 +189,7 @@ class NativeSolve:
             if derivatives:
                 values = [v.clone() if v.data_ptr() == x.data_ptr() else v for v, x in zip(values, found.tensors, strict=True)]
             watched = derivatives and not plan.method.implicit
-            record = run_native(found.program, plan, sought.anchors, t_eval, sought.y0, values, watched, index, skipped)
+            record = run_native(found.program, plan, sought.anchors, t_eval, sought.y0, values, watched, index, skipped, idle)
         except (Unreadable, NoCompiler) as error:
             return _remark(key, str(error))
         finally:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..integrate.companion import drawn
 from ..integrate.controller import PIDController
 from ..integrate.plan import Plan, Record
 from ..integrate.record import no_events
@@ -73,6 +74,10 @@ def _tolerance(x: float | Tensor, y0: Tensor) -> tuple[Tensor, int, int]:
     return x.detach().to(y0.dtype).expand(y0.shape).contiguous(), y0.shape[1], 1
 
 
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
 def _controller(plan: Plan) -> dict[str, Any]:
     c: PIDController = plan.control
     names = ("safety", "min_factor", "max_factor", "pcoeff", "icoeff", "dcoeff", "shrink_accepted", "predictive", "remembers")
@@ -98,10 +103,16 @@ class Frame:
 
 
 def frame_of(
-    program: Program, plan: Plan, y0: Tensor, watched: bool, index: Tensor | None = None, skipped: Tensor | None = None
+    program: Program,
+    plan: Plan,
+    y0: Tensor,
+    watched: bool,
+    index: Tensor | None = None,
+    skipped: Tensor | None = None,
+    idle: Tensor | None = None,
 ) -> Frame:
     """``y0`` (B, n). ``watched``: whether derivatives are wanted, for which explicit steps must be stable whatever the error of the state
-    is. ``index`` and ``skipped``: see `ResidualSolver`."""
+    is. ``index`` and ``skipped``: see `ResidualSolver`; ``idle`` (B,): see `Problem`."""
     rows, n = y0.shape
     engine = program.engine(program.lanes(rows))
     few = bool(plan.events) and not plan.keep_stages
@@ -115,11 +126,17 @@ def frame_of(
     power, skipped = power_of(index, y0.dtype), None if skipped is None else skipped.contiguous()
     directions = torch.tensor([e.direction for e in plan.events], dtype=torch.float64, device="cpu")
     terminal = torch.tensor([e.terminal for e in plan.events], dtype=torch.int64, device="cpu")
+    counts = None if plan.event_counts is None else plan.event_counts.contiguous()
+    begun, idle = drawn(y0.shape[1:]) if plan.switch else None, None if idle is None else idle.contiguous()
     call = filled(
         FORWARD_CALL,
         **engine.functions,
         directions=directions.data_ptr(),
         terminal=terminal.data_ptr(),
+        event_counts=_address(counts),
+        interval=plan.switch.auto.interval if plan.switch else 0.0,
+        drawn=_address(begun),
+        idle=_address(idle),
         tables=ctypes.addressof(program.table_pointers),
         rows=rows,
         block=block_of(rows),
@@ -129,7 +146,7 @@ def frame_of(
         atol=atol[0].data_ptr(),
         atol_row=atol[1],
         atol_column=atol[2],
-        first_step=None if first is None else first.data_ptr(),
+        first_step=_address(first),
         first_step_row=0 if first is None or first.numel() == 1 else 1,
         max_step=plan.max_step,
         min_step=plan.min_step,
@@ -137,8 +154,8 @@ def frame_of(
         accept_smallest=plan.accept_smallest,
         adaptive=plan.method.adaptive,
         least_rtol=4 * torch.finfo(y0.dtype).eps / TOLERANCE,
-        power=None if power is None else power.data_ptr(),
-        skipped=None if skipped is None else skipped.data_ptr(),
+        power=_address(power),
+        skipped=_address(skipped),
         **_controller(plan),
         guesses=not plan.keep_grid,
         watched=watched,
@@ -146,7 +163,7 @@ def frame_of(
         keep_states=plan.keep_states,
         keep_stages=keep_stages,
     )
-    kept = (rtol[0], atol[0], first, power, skipped, directions, terminal, program)
+    kept = (rtol[0], atol[0], first, power, skipped, directions, terminal, counts, begun, idle, program)
     return Frame(engine, call, kept, keep_grid, plan.keep_states, keep_stages, few, size)
 
 
@@ -215,8 +232,7 @@ def solved(
     call.inputs = ctypes.addressof(given)
     call.threads = threads_for(program, rows)
     call.anchors, call.n_anchors, call.shift = anchors.data_ptr(), n_anchors, shift_of(plan, anchors)
-    call.t_eval, call.n_samples = None if t_eval is None else t_eval.data_ptr(), n_samples
-    call.order = None if order is None else order.data_ptr()
+    call.t_eval, call.n_samples, call.order = _address(t_eval), n_samples, _address(order)
     call.y0 = y0.data_ptr()
     at, row = counts.data_ptr(), 8 * rows
     for k, name in enumerate(COUNTS[:_FIRST_OF_WORK]):
@@ -259,15 +275,16 @@ def run_native(
     watched: bool,
     index: Tensor | None = None,
     skipped: Tensor | None = None,
+    idle: Tensor | None = None,
 ) -> Record | None:
     """Solve; the arguments are those of the eager loops.
 
-    ``inputs``: contiguous, in the dtype of the state. ``watched``: see `frame_of`; None where explicit steps are not stable. ``index`` and
-    ``skipped``: see `ResidualSolver`.
+    ``inputs``: contiguous, in the dtype of the state. ``watched``: see `frame_of`; None where explicit steps are not stable. ``index``,
+    ``skipped`` and ``idle``: see `frame_of`.
     """
     anchors, y0 = anchors.detach().contiguous(), y0.detach().contiguous()
     t_eval = None if t_eval is None else t_eval.detach().contiguous()
-    frame = frame_of(program, plan, y0, watched, index, skipped)
+    frame = frame_of(program, plan, y0, watched, index, skipped, idle)
     found = solved(program, frame, plan, anchors, t_eval, y0, inputs)
     counts = dict(zip(COUNTS, found.counts.unbind(), strict=True))
     # what is written to one of the others is not written to this one, which the way back keeps

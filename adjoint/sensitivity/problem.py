@@ -121,7 +121,8 @@ class Problem:
         derivatives = self.derivatives and (self.plan.keep_states or self.plan.keep_grid)
         index, skipped = (None, None) if self.algebra is None else (self.algebra.index, self.algebra.skipped)
         sought = Sought(self.plan, self.system, self.batched, inputs, y0, anchors)
-        record = self.native.forward(sought, t_eval, derivatives, index, skipped)
+        idle = self.idle if self.idle is not None and len(self.idle) == len(y0) else None
+        record = self.native.forward(sought, t_eval, derivatives, index, skipped, idle)
         if record is not None and derivatives:
             record = self._without_rest(record, inputs, y0)
             if record is None:

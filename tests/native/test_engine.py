@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import adjoint
-from adjoint.methods import METHODS
+from adjoint.methods import METHODS, SWITCHING_METHODS
 from adjoint.native.build import NoCompiler, compiler
 from adjoint.native.emit import takes
 
@@ -17,7 +17,7 @@ try:
 except NoCompiler:
     pytest.skip("there is no C++ compiler", allow_module_level=True)
 
-NATIVE = sorted(name for name, method in METHODS.items() if takes(method))
+NATIVE = sorted(name for name, method in (METHODS | SWITCHING_METHODS).items() if all(map(takes, method.members)))
 QUICK = ("dopri5", "dopri8", "rk4", "rodas5p", "kvaerno5", "radau5", "bdf")
 
 
@@ -36,7 +36,7 @@ def solve(compile, method, *, rows=0, dtype=torch.float64, shared=False, fun=swi
     y0, p = (y0, p[0] if shared else p) if rows else (y0[0], p[0])
     y0, p = y0.requires_grad_(), p.requires_grad_()
     times = {name: x.clone().requires_grad_() for name, x in options.items() if isinstance(x, torch.Tensor) and name.startswith("t_")}
-    fixed = {} if METHODS[method].adaptive else {"first_step": 0.05}
+    fixed = {} if method in SWITCHING_METHODS or METHODS[method].adaptive else {"first_step": 0.05}
     with warnings.catch_warnings():
         if compile:
             warnings.simplefilter("error", RuntimeWarning)

@@ -68,7 +68,7 @@ static bool may_cross(const double* v, int count) {
 struct Watch {
   double values[EVENTS], margin, hint, last_aim, aim;
   long counts[EVENTS];
-  void begin() { for (int i = 0; i < EVENTS; i++) counts[i] = 0; margin = 1e-2; hint = last_aim = aim = NONE; }
+  void begin(const Forward& q, long row) { for (int i = 0; i < EVENTS; i++) counts[i] = q.event_counts ? q.event_counts[i * q.rows + row] : 0; margin = 1e-2; hint = last_aim = aim = NONE; }
 };
 struct Outcome { double stop; bool again; };
 

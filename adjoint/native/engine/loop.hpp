@@ -20,11 +20,15 @@ struct Loop {
   Watch watch[W];
   EventFunctions events;
 #endif
+#if SWITCHES
+  Handover handover;
+#endif
   S *probe, *inside, *direction, *looking;  // direction, of the first lane: where probes begin; looking: room for a look
   Doubles looked;  // the longest step, a little more, that was looked at, and how long ago
   Longs since;
   Flags unstable;
   double stop[W];  // where a terminal event ends a trajectory in this step
+  double largest;  // number of direction
   bool aiming[W];  // the step is to end just before a terminal event
   Flags live, lands, rejected, bad, on;
   bool jump[W], jumps_end[W];
@@ -47,7 +51,7 @@ struct Loop {
 #endif
 #if EVENTS > 0
     events = (EventFunctions)q.events;
-    for (int l = 0; l < W; l++) watch[l].begin();
+    for (int l = 0; l < W; l++) watch[l].begin(q, from);
 #endif
     live.v = lands.v = rejected.v = bad.v = unstable.v = on.v = flag(false);
     h.v = span.v = wanted.v = target.v = end.v = error1.v = error2.v = looked.v = due.v = DV{};
@@ -61,7 +65,12 @@ struct Loop {
       of_stages(l);
       for (int n = 0; n < N; n++) put(y[n], l, q.y0[from * N + n]);
     }
-    if (q.watched) for (int n = 0; n < N; n++) put(direction[n], 0, (R)(1.5 + __builtin_cos((n + 1.0) * (n + 1.0))));
+    largest = 0;
+    for (int n = 0; n < N && q.watched; n++) {
+      const double x = q.interval ? q.drawn[n] : 1.5 + __builtin_cos((n + 1.0) * (n + 1.0));
+      put(direction[n], 0, (R)x);
+      largest = most(largest, (R)x);
+    }
   }
   ~Loop() { free(memory); }
 
@@ -72,6 +81,8 @@ struct Loop {
       put(satol[n], l, least(get(atol[n], l), LOOSEST_ATOL));
     }
   }
+  // of size one, away from zero: what must not be negative stays so
+  R drawn(int n, int l) const { return (R)__builtin_copysign((double)get(direction[n], 0), (double)get(y[n], l)); }
   double anchor(int l, long i) const { return q.anchors[i * q.rows + row[l]]; }
   long sample(int l, long i) const { return q.order ? q.order[i * q.rows + row[l]] : i; }
   double sample_time(int l, long i) const { return q.t_eval[sample(l, i) * q.rows + row[l]]; }
@@ -132,20 +143,24 @@ struct Loop {
       for (int n = 0; n < N; n++) {
         put(y[n], l, get(starts.y[n], j)); put(k1[n], l, get(starts.slope[n], j));
         put(error[n], l, R(0)); put(size[n], l, R(1));
-        if (q.watched) put(probe[n], l, (R)__builtin_copysign((double)get(direction[n], 0), (double)get(y[n], l)));
+        if (q.watched) put(probe[n], l, drawn(n, l));
         if (q.keep_states) q.states[r * N + n] = get(y[n], l);
       }
       to_next_anchor(l);
       to_next_sample(l);
 #if EVENTS > 0
-      watch[l].begin();
+      watch[l].begin(q, r);
       for (int i = 0; i < EVENTS; i++) watch[l].values[i] = get(starts.events[i], j);
 #endif
-#if MULTISTEP
-      if (span[l] == 0) {  // nothing is done
+#if SWITCHES
+      handover.begin(l, largest);
+#endif
+      if ((MULTISTEP && span[l] == 0) || (q.idle && q.idle[r])) {  // nothing is done
         while (next[l] < q.n_samples) write_sample(l, y, 0);
         finish(l, 0);
-      } else past.begin(*this, l);
+      }
+#if MULTISTEP
+      else past.begin(*this, l);
 #endif
     }
   }
@@ -243,7 +258,7 @@ struct Loop {
 #endif
       for (int l = 0; RECORDED && l < W; l++) { a.on[l] = on[l]; a.stuck[l] = a.stuck[l] && !on[l]; }
       step_forward(a);
-      bool end_known = FSAL || MULTISTEP, dense = q.keep_stages;
+      bool end_known = FSAL || MULTISTEP, dense = q.keep_stages || q.interval;
       Flags passed;
       S* k_end = FSAL ? ks + (STAGES - 1) * N : NEXT_FIRST ? ks + STAGES * N : other;
       if (ERROR_USES_END) { f.fun(&c, times + STAGES, y1, k_end); end_known = true; }
@@ -256,7 +271,11 @@ struct Loop {
         inner_error(a, &t[0], &h[0], &span[0], size);
 #endif
         scaled_norm(error, size, rtol, atol, &level);
-        passed.v = judge(d_of(level));
+        DV e = d_of(level);
+#if SWITCHES && !RECORDED
+        if (q.watched && q.interval) e = handover.bounded(*this, e);
+#endif
+        passed.v = judge(e);
       } else {
         passed = on;
         for (int l = 0; l < W; l++) if (on[l]) {
@@ -329,7 +348,7 @@ struct Loop {
         for (int i = 0; i < EVENTS; i++) values[i][4] = value(i, places[4]);
         count = 5;
       }
-      const Outcome out = locate(value, w, values, places, count, aimed, accepted[l] == 0, t[l], h[l], end[l], q.adaptive, q.directions, q.terminal, row[l],
+      const Outcome out = locate(value, w, values, places, count, aimed, accepted[l] == 0 && !q.event_counts, t[l], h[l], end[l], q.adaptive, q.directions, q.terminal, row[l],
                                  accepted[l], tape.log);
       stop[l] = out.stop;
       if (!out.again) continue;
@@ -408,8 +427,16 @@ struct Loop {
       n_fun.v += passed.v & (l_all(ALL - STAGES - NEXT_FIRST));
     }
     bool ended = false, jumped = false;
+    Flags over;
+    over.v = flag(false);
 #if EVENTS > 0
     events_of(passed);
+#endif
+#if SWITCHES
+    if (q.interval) {
+      for (int l = 0; l < W; l++) over.set(l, passed[l] && !lands[l] && !(EVENTS > 0 && stop[l] == stop[l]));
+      over.v = handover.over(*this, over.v);
+    }
 #endif
     const M taken = mask_of(passed);
     for (int l = 0; l < W; l++) {
@@ -448,10 +475,10 @@ struct Loop {
       to_next_anchor(l);
     }
     // where a solve ends at once its end is its only step
-    if (q.watched && end_known) look(passed);
-    if (EVENTS > 0 || some(passed.v & THAT(segment.v >= l_all(q.n_anchors - 1)))) for (int l = 0; l < W; l++) {
+    if (q.watched && !q.interval && end_known) look(passed);
+    if (EVENTS > 0 || some(over.v | (passed.v & THAT(segment.v >= l_all(q.n_anchors - 1))))) for (int l = 0; l < W; l++) {
       const bool stops = EVENTS > 0 && stop[l] == stop[l];
-      if (passed[l] && (stops || segment[l] >= q.n_anchors - 1)) { finish(l, stops ? 1 : 0); ended = true; }
+      if (passed[l] && (stops || over[l] || segment[l] >= q.n_anchors - 1)) { finish(l, stops ? 1 : over[l] ? 2 : 0); ended = true; }
     }
 #if MULTISTEP
     past.take(taken, passed);
