@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .numbers import Decision
 
 __all__ = ["GRID", "chandrupatla", "crossings", "may_cross"]
 
@@ -25,22 +28,18 @@ _POWERS = ((1.0, 0.0, 0.0, 0.0), (-5.5, 9.0, -4.5, 1.0), (9.0, -22.5, 18.0, -4.5
 _INNER = ((-5 / 6, 3.0, -1.5, 1 / 3), (1 / 3, -1.5, 3.0, -5 / 6))
 
 
-def may_cross(values: list[float]) -> bool:
-    """Whether a function with these values at 0, 1/3, 2/3 and 1 (and beyond) may change its sign there."""
-    least, most = min(values), max(values)
-    if not least * most > 0:
-        return True
-    slack = _NEAR * (most - least)
-    inner = [sum(w * v for w, v in zip(row, values[:4], strict=True)) for row in _INNER]
-    return min(inner) <= slack if least > 0 else max(inner) >= -slack
-
-
-def any_may_cross(values: Tensor) -> Tensor:
-    """As `may_cross`: ``(P, ...)`` values to flags ``(...)``."""
-    least, most = values.amin(0), values.amax(0)
-    slack = _NEAR * (most - least)
-    inner = torch.einsum("ip,p...->i...", torch.tensor(_INNER, dtype=values.dtype, device=values.device), values[:4])
-    low, high = torch.minimum(least, inner.amin(0) - slack), torch.maximum(most, inner.amax(0) + slack)
+def may_cross(values: Any) -> Decision:
+    """Whether a function with these values at 0, 1/3, 2/3 and 1 (and beyond) may change its sign there: ``P`` numbers, or ``(P, ...)``."""
+    if isinstance(values, Tensor):
+        least, most = values.amin(0), values.amax(0)
+        inner = torch.einsum("ip,p...->i...", torch.tensor(_INNER, dtype=values.dtype, device=values.device), values[:4])
+        slack = _NEAR * (most - least)
+        low, high = torch.minimum(least, inner.amin(0) - slack), torch.maximum(most, inner.amax(0) + slack)
+    else:
+        least, most = min(values), max(values)
+        between = [sum(w * v for w, v in zip(row, values[:4], strict=True)) for row in _INNER]
+        slack = _NEAR * (most - least)
+        low, high = min(least, min(between) - slack), max(most, max(between) + slack)
     return (low <= 0) & (high >= 0)
 
 

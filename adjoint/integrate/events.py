@@ -1,24 +1,24 @@
 """Finding events: changes of sign over a step, located on its dense output, for all trajectories at once.
 
 A watch looks at every step and says where solves end, which steps are to be taken again, and, with ``aim``, where those that follow are to
-end, just before a terminal event: None for anywhere. What changes of sign mean is decided in one place (`Locator`); at the steps of one
-trajectory `EventWatch` looks by numbers, and asks no more until there may be an event.
+end, just before a terminal event. What changes of sign mean is decided by its `Locator`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .event_roots import GRID, any_may_cross, crossings, may_cross
+from .event_roots import GRID, crossings, may_cross
+from .numbers import Decision, Measure, absent, any_of, choose, lifted, lowered, negated, unset
 from .plan import Event, Plan
 from .stepper import Attempt, Trial
+from .within import WithinMany, WithinOne, within
 
-__all__ = ["BatchEventWatch", "EventWatch"]
+__all__ = ["EventWatch"]
 
 _EPS = float(torch.finfo(torch.float64).eps)
 #: how far before a terminal event all that its step looks at is to be, in parts of the step, and by how much more with every attempt
@@ -146,78 +146,106 @@ def _at_start(values: Tensor, direction: float, wanted: Tensor) -> Tensor:
     return torch.where((values[0] == 0) & right & wanted, 0.0, float("inf"))
 
 
-class BatchEventWatch:
-    """Looks for events of many trajectories: what one finds does not depend on the others."""
+class EventWatch:
+    """Looks for events: what one trajectory finds does not depend on the others. Of one, times and values are numbers until there may be an
+    event.
 
-    def __init__(self, plan: Plan, inputs: Sequence[Tensor], t0: Tensor, y0: Tensor) -> None:
-        self.plan = plan
+    Parameters
+    ----------
+    t0 : the start; y0 : the state there
+    inputs : of the system
+    """
+
+    def __init__(self, plan: Plan, inputs: Sequence[Tensor], t0: Measure, y0: Tensor) -> None:
+        self.plan, self._alone = plan, not isinstance(t0, Tensor)
         self.functions = [event.bind(inputs) for event in plan.events]
-        self.values = torch.stack([self._value(i, t0, y0) for i in range(len(plan.events))])
-        counts = torch.zeros_like(self.values, dtype=torch.int64) if plan.event_counts is None else plan.event_counts.clone()
+        #: of every function at the start of the step: a number, or ``(B,)``
+        self.values = self._values(t0, y0)
+        shape = (len(plan.events), 1 if self._alone else len(y0))
+        counts = torch.zeros(shape, dtype=torch.int64, device=y0.device) if plan.event_counts is None else plan.event_counts.clone()
         self.locator = Locator(plan.events, counts, plan)
         weights = plan.method.dense_weights(torch.tensor(GRID, dtype=torch.float64, device=y0.device))
         self.weights = weights.to(y0.dtype)
         #: event, trajectory, its step, and time of each, in the order of time for each trajectory
         self.found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        #: (B,), NaN for anywhere
-        self.aim: Tensor | None = None
+        self._latest: int | None = None
+        #: where the steps that are being taken are to end, just before a terminal event: NaN, or None for all, for anywhere
+        self.aim: Measure | None = None
 
-    def found_in(self, index: Tensor) -> bool:
-        """Stages of many are kept of all steps or of none."""
-        return False
+    def found_in(self, index: Any) -> bool:
+        """Whether there was one in this step, of one trajectory: stages of many are kept of all steps or of none."""
+        return self._alone and self._latest == index
+
+    def _point(self, t: Measure, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Time and state as the functions want them."""
+        if self._alone:
+            return torch.as_tensor(t, dtype=self.plan.real, device=y.device).reshape(()), y.detach().reshape(1, -1)
+        return t.to(self.plan.real), y
 
     def _value(self, i: int, t: Tensor, y: Tensor) -> Tensor:
-        return self.functions[i](t.to(self.plan.real), y).detach().reshape(-1).double()
+        """``(B,)``"""
+        return self.functions[i](*self._point(t, y)).detach().reshape(-1).double()
+
+    def _values(self, t: Measure, y: Tensor) -> Any:
+        point = self._point(t, y)
+        if self._alone:
+            return [f(*point).item() for f in self.functions]
+        return torch.stack([f(*point).detach().reshape(-1).double() for f in self.functions])
 
     def after_step(
-        self, step: Attempt, trial: Trial, accepted: Tensor, aiming: Tensor | None, index: Tensor, y: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
+        self, step: Attempt, trial: Trial, accepted: Decision, aiming: Decision | None, index: Any, y: Tensor
+    ) -> tuple[Measure, Decision] | None:
         """Register the events of the accepted steps, which began at ``y`` and are the ``index``-th of their trajectories.
 
         ``aiming``: those that were told where to end. Returned is when solves end, NaN for those that go on, and which steps are to be
         taken again; None if all simply go on.
         """
-        aimed = None if aiming is None else aiming & accepted & step.cut
-        found = self._located(step, trial, accepted, aimed, index, y)
-        if found is None:
+        aimed = False if aiming is None else aiming & accepted & step.cut
+        inside = within(self.plan.method, step, trial, y)
+        points = [*((step.t + c * step.h, x) for c, x in zip(GRID, inside.on_grid(self.weights), strict=True)), (step.end, trial.y)]
+        values = [self.values, *(self._values(*point) for point in points)]
+        before, self.values = self.values, choose(accepted, values[-1], self.values)
+        crossing = any(map(may_cross, zip(*values, strict=True))) if self._alone else may_cross(torch.stack(values)).any(0)
+        possible = accepted & (crossing | aimed)
+        if not any_of(possible):
             return None
-        self.aim = _next_aim(self.aim, found, aimed)
-        return found.stop, found.again
+        found = self._located(step, inside, possible, aimed, index, values)
+        stop, again, aim = (lowered(accepted, x) for x in (found.stop, found.again, found.aim))
+        self.values = choose(again, before, self.values)
+        aim = aim if self.aim is None else choose(again | aimed, aim, self.aim)
+        self.aim = aim if any_of(negated(unset(aim))) else None
+        simply = absent(aimed) and self.aim is None and not any_of(negated(unset(stop)))
+        return None if simply else (stop, again)
 
-    def _located(self, step: Attempt, trial: Trial, accepted: Tensor, aimed: Tensor | None, index: Tensor, y: Tensor) -> Located | None:
-        t, h, end, y1, stages = step.t, step.h, step.end, trial.y, trial.stages()
-        size = h.to(y.dtype.to_real()).unsqueeze(-1)
-
-        def state(theta: Tensor) -> Tensor:
-            weights = self.plan.method.dense_weights(theta).to(y.dtype)
-            inside = y + size * sum(weights[:, i : i + 1] * k for i, k in enumerate(stages))
-            return torch.where((theta == 0).unsqueeze(-1), y, torch.where((theta == 1).unsqueeze(-1), y1, inside))
+    def _located(
+        self, step: Attempt, inside: WithinOne | WithinMany, possible: Decision, aimed: Decision, index: Any, values: list[Any]
+    ) -> Located:
+        """The events of steps in which there may be some, with the ``values`` of the functions at their starts, at the `GRID`, and ends."""
+        locator = self.locator
+        t, h, end = (lifted(x, locator.margin) for x in (step.t, step.h, step.end))
 
         def value(i: int, theta: Tensor) -> Tensor:
-            return self._value(i, torch.where(theta == 1, end, t + theta * h), state(theta))
+            return self._value(i, torch.where(theta == 1, end, t + theta * h), inside.at(theta))
 
-        ks = torch.stack(list(stages))
-        inside = y + size * (self.weights @ ks.reshape(len(ks), -1)).reshape(len(GRID), *y.shape)
-        points = [*((t + c * h, x) for c, x in zip(GRID, inside, strict=True)), (end, y1)]
         places = [torch.full_like(t, c) for c in (0.0, *GRID, 1.0)]
-        values = [self.values, *(torch.stack([self._value(i, *point) for i in range(len(self.functions))]) for point in points)]
-        if aimed is not None:
-            places.append(self.locator.reach(aimed))
-            values.append(torch.stack([value(i, places[-1]) for i in range(len(self.functions))]))
-        all_values = torch.stack(values)
-        possible = any_may_cross(all_values).any(0)
-        possible = (possible if aimed is None else possible | aimed) & accepted
-        self.values = torch.where(accepted, values[3], self.values)
-        if not bool(possible.any()):
-            return None
-        first = (index == 0) & (self.plan.event_counts is None)
-        ended = torch.zeros_like(accepted) if aimed is None else aimed & accepted
-        found = self.locator.locate(value, possible, ended, first, (t, h, end), torch.stack(places), all_values.movedim(1, 0))
-        self.values = torch.where(found.again, values[0], self.values)
+        tables = [t.new_tensor(x).unsqueeze(-1) if self._alone else x for x in values]
+        none = torch.zeros_like(t, dtype=torch.bool)
+        possible, ended = lifted(possible, none), lifted(aimed, none)
+        if not absent(aimed):
+            places.append(locator.reach(ended))
+            tables.append(torch.stack([value(i, places[-1]) for i in range(len(self.functions))]))
+        number = lifted(index, locator.counts[0])
+        first = (number == 0) & (self.plan.event_counts is None)
+        found = locator.locate(value, possible, ended, first, (t, h, end), torch.stack(places), torch.stack(tables).movedim(1, 0))
         line, rows = found.hit.nonzero(as_tuple=True)
         if len(rows):
-            self.found.append((found.kind[line, rows], rows, index[rows], found.when[line, rows]))
-        return found if bool((~found.aim.isnan() | ~found.stop.isnan()).any()) or aimed is not None else None
+            self.found.append((found.kind[line, rows], rows, number[rows], found.when[line, rows]))
+            self._latest = index
+        return found
+
+    def lose(self, index: int) -> None:
+        """Forget the events of one trajectory in this step and all later ones."""
+        self.found = [part for part in self.found if int(part[2][0]) < index]
 
     def record(self) -> dict[str, Tensor]:
         """The fields of `Record` about events."""
@@ -226,94 +254,3 @@ class BatchEventWatch:
             nothing = self.locator.counts.new_empty(0)
             return dict(zip(names, (nothing, nothing, nothing, nothing.double()), strict=True))
         return {name: torch.cat(parts) for name, parts in zip(names, zip(*self.found, strict=True), strict=True)}
-
-
-class EventWatch:
-    """As `BatchEventWatch`, but times and values are numbers until there may be an event."""
-
-    def __init__(self, plan: Plan, inputs: Sequence[Tensor], t0: float, y0: Tensor) -> None:
-        self.plan = plan
-        self.functions = [event.bind(inputs) for event in plan.events]
-        self.found: list[tuple[int, int, float]] = []
-        #: where the step that is being taken is to end, just before a terminal event
-        self.aim: float | None = None
-        device = y0.device
-        before = plan.event_counts
-        counts = torch.zeros(len(plan.events), 1, dtype=torch.int64, device=device) if before is None else before.clone()
-        self.locator = Locator(plan.events, counts, plan)
-        weights = plan.method.dense_weights(torch.tensor(GRID, dtype=torch.float64, device=device))
-        self.weights = weights.to(y0.dtype)
-        self.values = [self._value(i, t0, y0) for i in range(len(plan.events))]
-
-    def _value(self, i: int, t: float, y: Tensor) -> float:
-        return float(self.functions[i](torch.tensor(t, dtype=y.dtype.to_real(), device=y.device), y.reshape(1, -1)).detach())
-
-    def found_in(self, index: int) -> bool:
-        """Whether there was one in this step."""
-        return bool(self.found) and self.found[-1][1] == index
-
-    def after_step(
-        self, step: Attempt, trial: Trial, accepted: bool, aiming: bool | None, index: int, y: Tensor
-    ) -> tuple[float, bool] | None:
-        """See `BatchEventWatch.after_step`."""
-        t, h, end, y1 = step.t, step.h, step.end, trial.y
-        aimed, self.aim = end == self.aim, None if end == self.aim else self.aim
-        every = trial.stages()
-        ks = torch.stack([k.detach() for k in every]).reshape(len(every), -1)
-        flat, flat1 = y.detach().reshape(1, -1), y1.detach().reshape(1, -1)
-        inside = torch.addmm(flat, self.weights, ks, alpha=h).unbind()
-        points = [(t + c * h, x) for c, x in zip(GRID, inside, strict=True)]
-        points.append((end, flat1))
-        values = [[v, *(self._value(i, *point) for point in points)] for i, v in enumerate(self.values)]
-        before, self.values = self.values, [v[-1] for v in values]
-        if not aimed and not any(may_cross(v) for v in values):
-            return None
-
-        def value(i: int, theta: Tensor) -> Tensor:
-            x = float(theta)
-            if x in (0.0, 1.0):
-                return theta.new_tensor([self._value(i, *((t, flat) if x == 0.0 else (end, flat1)))])
-            weights = self.plan.method.dense_weights(theta).to(y.dtype)
-            return theta.new_tensor([self._value(i, t + x * h, torch.addmm(flat, weights, ks, alpha=h))])
-
-        places = [0.0, *GRID, 1.0]
-        one = self.locator.margin
-        flags = torch.ones_like(one, dtype=torch.bool)
-        if aimed:
-            far = self.locator.reach(flags)
-            places.append(float(far))
-            values = [[*v, float(value(i, far))] for i, v in enumerate(values)]
-        first = flags & (index == 0 and self.plan.event_counts is None)
-        when = (torch.full_like(one, t), torch.full_like(one, h), torch.full_like(one, end))
-        table, at = one.new_tensor(values).unsqueeze(-1), one.new_tensor(places).unsqueeze(-1)
-        located = self.locator.locate(value, flags, flags & aimed, first, when, at, table)
-        aim, stop = float(located.aim), float(located.stop)
-        self.aim = aim if aim == aim else self.aim
-        if bool(located.again):
-            self.values = before
-            return math.nan, True
-        for line in located.hit[:, 0].nonzero()[:, 0].tolist():
-            self.found.append((int(located.kind[line, 0]), index, float(located.when[line, 0])))
-        return stop, False
-
-    def lose(self, index: int) -> None:
-        """Forget the events in this step and all later ones."""
-        self.found = [e for e in self.found if e[1] < index]
-
-    def record(self) -> dict[str, Tensor]:
-        """The fields of `Record` about events."""
-        whole, device = torch.int64, self.locator.counts.device
-        return {
-            "event_id": torch.tensor([e[0] for e in self.found], dtype=whole, device=device),
-            "event_row": torch.zeros(len(self.found), dtype=whole, device=device),
-            "event_step": torch.tensor([e[1] for e in self.found], dtype=whole, device=device),
-            "event_t": torch.tensor([e[2] for e in self.found], dtype=torch.float64, device=device),
-        }
-
-
-def _next_aim(aim: Tensor | None, found: Located, aimed: Tensor | None) -> Tensor | None:
-    """Where the next steps are to end, after what was ``found`` in those that are done; ``aimed``: they ended where they were told to."""
-    if aim is None or aimed is None:
-        return found.aim
-    aim = torch.where(found.again | aimed, found.aim, aim)
-    return None if bool(aim.isnan().all()) else aim

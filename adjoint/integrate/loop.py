@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .clock import aim_step, why_stuck
-from .events import BatchEventWatch, EventWatch
+from .events import EventWatch
 from .numbers import absent, any_of, choose, negated, unset
 from .plan import Monitor, Plan, Record, Status
 from .record import Ended, LogOfMany, LogOfOne, record_of
 from .recording import Recording
-from .sampling import BatchSampler, Sampler
+from .sampling import Sampler
 from .stepper import Attempt, Fate, Stepper
 from .stiffness import SwitchWatch
 from .timeline import Timeline
@@ -43,11 +43,10 @@ class Walk:
     ) -> None:
         self.plan, self.line = plan, line
         alone = line.rows is None
-        sampler, events, log = (Sampler, EventWatch, LogOfOne) if alone else (BatchSampler, BatchEventWatch, LogOfMany)
-        self.sampler: Any = sampler(plan, line, t_eval, y0)
-        self.events: Any = events(plan, inputs, line.start, y0) if plan.events else None
+        self.sampler = Sampler(plan, line, t_eval, y0)
+        self.events = EventWatch(plan, inputs, line.start, y0) if plan.events else None
         self.watch = None if plan.switch is None else SwitchWatch(plan.switch, plan, 1 if alone else len(y0), y0.device)
-        self.log: Any = log(plan, y0, idle)
+        self.log: Any = (LogOfOne if alone else LogOfMany)(plan, y0, idle)
         #: whether somebody looks at the stages of every step
         self.dense = plan.keep_stages or self.sampler.wanted or self.events is not None or self.watch is not None
 

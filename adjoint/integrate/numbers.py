@@ -25,7 +25,9 @@ __all__ = [
     "finite",
     "larger",
     "less",
+    "lifted",
     "lost",
+    "lowered",
     "negated",
     "read",
     "unset",
@@ -89,6 +91,16 @@ def column(x: Measure) -> Any:
 def widened(x: Tensor, width: int) -> Tensor:
     """``(B, 1)``, or ``(B, width)`` for a few columns: there operators that broadcast take several times as long as those that need not."""
     return x.expand(-1, width).contiguous() if 1 < width <= _NARROW else x
+
+
+def lowered(like: Decision, x: Tensor) -> Any:
+    """A tensor ``(B,)`` as it is, or as a number where ``like`` is a flag."""
+    return x if isinstance(like, Tensor) else x.item()
+
+
+def lifted(x: Any, like: Tensor) -> Tensor:
+    """A number as a tensor, which others are already."""
+    return x if isinstance(x, Tensor) else torch.full_like(like, x)
 
 
 def at_least(x: Measure, low: float) -> Measure:

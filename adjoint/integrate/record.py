@@ -39,14 +39,15 @@ def record_of(plan: Plan, line: Timeline, ended: Ended, sampler: Any, log: Any, 
 
     last = ended.y.reshape(flat)
     final = lost(ended.status < 0, last)
-    sampler.finish((ended.status == 0) | ((ended.status == 1) & (ended.t == line.end)), ended.n_accepted, final)
-    scaled, values, nothing = ended.scaled, sampler.values, rows(ended.attempts * 0)
+    at_end = (ended.status == 0) | ((ended.status == 1) & (ended.t == line.end))
+    values, sample_step = sampler.finish(at_end, ended.n_accepted, final)
+    scaled, nothing = ended.scaled, rows(ended.attempts * 0)
     return Record(
         final=final,
         last=last,
         scaled_error=torch.zeros_like(last, dtype=plan.real) if scaled is None else scaled.reshape(flat).abs(),
         samples=values.reshape(len(values), *last.shape),
-        sample_step=sampler.step,
+        sample_step=sample_step,
         n_steps=rows(ended.attempts),
         n_accepted=rows(ended.n_accepted),
         n_rejected=rows(ended.attempts - ended.n_accepted),

@@ -166,6 +166,17 @@ def test_samples_before_a_failure_keep_their_gradients(batched):
     assert torch.allclose(got, 2 * torch.tensor([0.25 / (1 - 0.5) ** 2]), rtol=1e-6) and bool(sol.y[2].isnan().all())
 
 
+@pytest.mark.parametrize("method", ["tsit5", "kvaerno5", "bdf", "abm", "rk4"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_the_sample_at_the_start_is_there_though_no_step_was(batched, method):
+    y0 = torch.tensor([1.0, 2.0], dtype=torch.float64).expand((2, 2) if batched else (2,))
+    options = {"first_step": 0.1} if method == "rk4" else {}
+    options |= {"t_eval": [0.0, 0.5, 1.0], "throw": False, "batched": batched}
+    sol = solve_ivp(lambda t, y: y * math.nan, (0.0, 1.0), y0, method=method, **options)
+    torch.testing.assert_close(sol.y[0], y0, rtol=0, atol=0)
+    assert bool(sol.y[1:].isnan().all()) and bool((torch.as_tensor(sol.status) < 0).all())
+
+
 @pytest.mark.parametrize("batched", [False, True])
 def test_dense_output_and_steps_of_a_failed_solve(batched):
     """Right up to the failure, NaN behind it, and an error only outside of the span."""
