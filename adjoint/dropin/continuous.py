@@ -12,10 +12,9 @@ from torch.utils._pytree import tree_leaves
 from ..errors import InvalidInput
 from ..sensitivity.backsolve import Backsolve, backsolve
 from ..sensitivity.witness import Witness
-from ..system.capture import elsewhere, find_captured, leads_to, unknown_leaves
-from ..system.lending import copied
+from ..system.capture import leads_to, unknown_leaves
 from .event_gradient import through_event
-from .native import start_event
+from .native import given_of, start_event
 from .request import Request, family_of, mixed_norm, rms
 
 __all__ = ["adjoint_parameters", "continuous_adjoint"]
@@ -36,11 +35,7 @@ def adjoint_parameters(request: Request) -> list[Tensor]:
 
 
 def _found(request: Request) -> list[Tensor]:
-    time = request.t[0].detach().to(request.spec.real_dtype)
-    # a copy: what the state begins with may be captured too
-    start = copied(request.y0)
-    end = (request.t[-1].detach().to(time, copy=True), elsewhere(start))
-    found = find_captured([request.fun], (time, start), [request.func], end).tensors
+    found = given_of(request).probed()[0].tensors
     made = [x for x in found if x.grad_fn is not None]
     if not any(leads_to(x, [p for p in found if p is not x]) for x in made):
         return found

@@ -32,7 +32,7 @@ from ..torch_internals import is_functorch_wrapped_tensor
 from .interpolants import check_interp, fixed_grid, fixed_method, hermite, parabola, step_size_of
 from .request import Request
 
-__all__ = ["Prepared", "combined_event", "evaluated", "prepare", "solve_dense", "solve_event", "solve_samples", "start_event"]
+__all__ = ["Prepared", "combined_event", "evaluated", "given_of", "prepare", "solve_dense", "solve_event", "solve_samples", "start_event"]
 
 #: an end that no solve reaches: until an event, there is none
 _NEVER = 1e300
@@ -47,16 +47,20 @@ class Prepared:
     derivatives: bool
 
 
+def given_of(request: Request, events: Sequence[Callable[..., Tensor]] = ()) -> Given:
+    """The call as all doors have it; ``events``: functions of time and state."""
+    time = request.t[0]
+    if request.options.get("perturb"):
+        time = shifted_times([time.detach().to(request.spec.real_dtype)], [0.0], True, False, request.sign)[0]
+    return Given(request.fun, (request.func,), request.spec, (request.y0,), (), (time, request.t[-1]), events)
+
+
 def prepare(request: Request, only: Sequence[Tensor] | None, event: Callable[..., Tensor] | None = None) -> Prepared:
     """Find what ``func`` (and the event function) captured.
 
     ``only``: the tensors to differentiate; others are held constant. None: all.
     """
-    events = () if event is None else (event,)
-    time = request.t[0]
-    if request.options.get("perturb"):
-        time = shifted_times([time.detach().to(request.spec.real_dtype)], [0.0], True, False, request.sign)[0]
-    given = Given(request.fun, (request.func,), request.spec, (request.y0,), (), (time, request.t[-1]), events)
+    given = given_of(request, () if event is None else (event,))
     used = Captured([])
     if torch.is_grad_enabled() or transforming():
         used, _ = given.probed()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .numbers import Decision, at_least
+from .numbers import Decision, any_of, at_least, negated
 from .plan import Plan
 from .stepper import Attempt, Trial
 from .timeline import Timeline
@@ -26,9 +26,12 @@ class Sampler:
     def __init__(self, plan: Plan, line: Timeline, t_eval: Tensor | None, y0: Tensor) -> None:
         times = line.anchors[:0] if t_eval is None else t_eval
         self.plan, self._like, self._shape, self._alone = plan, y0, times.shape, line.rows is None
-        self._queue: Any = None if t_eval is None else (_QueueOfOne if line.rows is None else _QueueOfMany)(line, times)
-        #: whether there are some between the ends
+        self._queue: Any = None if t_eval is None else (_QueueOfOne if line.rows is None else _QueueOfMany)(line, times, bool(plan.events))
+        #: whether there are some between the ends, or may be at the last one before a step ends there
         self.wanted = self._queue is not None and self._queue.wanted
+        #: the end of the span, and whose event it is, so that no step ends there
+        self._end = line.end
+        self._beyond: Decision = False
         #: of the samples that are there: their places among all ``T * B``, the steps they lie in, -1 for none, and values
         self._places: list[Any] = []
         self._steps: list[Any] = []
@@ -48,6 +51,14 @@ class Sampler:
         places, rows, times = self._queue.upto(accepted, upto)
         if len(places):
             self._add(places, _each(index, rows), within(self.plan.method, step, trial, y).samples(times, rows))
+        if upto is step.end:
+            return
+        here = accepted & (upto == self._end) & (step.end != self._end)
+        if any_of(here):
+            places, rows = self._queue.ends(here)
+            self._beyond = self._beyond | here
+            if len(places):
+                self._add(places, _each(index, rows), within(self.plan.method, step, trial, y).samples(_each(self._end, rows), rows))
 
     def detach(self) -> None:
         """Let go of what autograd has recorded."""
@@ -63,7 +74,7 @@ class Sampler:
         """The values, NaN where the solve did not get to, and the step (T, B) that each lies in, -1 for none; with those at the end of the
         span, of the trajectories that ``reached`` it."""
         if self._queue is not None:
-            places, rows = self._queue.ends(reached)
+            places, rows = self._queue.ends(reached & negated(self._beyond))
             # a trajectory over a span of no length may have no step
             self._add(places, _each(at_least(n_accepted - 1, 0), rows), _each(final.reshape(self._like.shape), rows))
         total, device = self._shape.numel(), final.device
@@ -95,14 +106,14 @@ def _joined(parts: list[Any]) -> Any:
 class _QueueOfOne:
     """Which sample times come next, of one trajectory: their places, trajectories (all 0), and the times."""
 
-    def __init__(self, line: Timeline, t_eval: Tensor) -> None:
+    def __init__(self, line: Timeline, t_eval: Tensor, events: bool) -> None:
         times, self._sign = t_eval[:, 0].tolist(), line.sign
         first = [i for i, t in enumerate(times) if t == line.start]
         last = [i for i, t in enumerate(times) if t == line.end != line.start]
         self.starts, self._ends = (first, [0] * len(first)), (last, [0] * len(last))
         self._order = sorted((i for i, t in enumerate(times) if t not in (line.start, line.end)), key=lambda i: line.sign * times[i])
         self._times = [times[i] for i in self._order]
-        self.wanted = bool(self._order)
+        self.wanted = bool(self._order) or (events and bool(last))
         self._next = 0
 
     def upto(self, accepted: bool, t: float) -> tuple[list[int], list[int], list[float]]:
@@ -121,13 +132,13 @@ class _QueueOfMany:
     """Of many. Each goes through its times in their order: those inside of a step are a stretch of them, from the first that is left to
     where a search for the end of the step leads."""
 
-    def __init__(self, line: Timeline, t_eval: Tensor) -> None:
+    def __init__(self, line: Timeline, t_eval: Tensor, events: bool) -> None:
         anchors, self._sign, self._rows = line.anchors, line.sign, t_eval.shape[1]
         at_start = t_eval == anchors[0]
         self._at_end = (t_eval == anchors[-1]) & ~at_start
         self.starts = self._flat(at_start)
         inside = ~(self._at_end | at_start)
-        self.wanted = bool(inside.any())
+        self.wanted = bool((~at_start if events else inside).any())
         if not self.wanted:
             return
         # (B, T) in the direction of integration, and infinity behind the last one; the ends are not among them

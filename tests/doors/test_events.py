@@ -137,10 +137,14 @@ def test_several_events_and_none():
 
 @pytest.mark.parametrize("end", [2.0, -2.0])
 @pytest.mark.parametrize("terminal", [False, True])
-def test_event_at_the_very_end(terminal, end):
+@pytest.mark.parametrize("batched", [False, True])
+def test_event_at_the_very_end(batched, terminal, end):
     g = event(terminal=terminal)(lambda t, y: t - end)
-    sol = solve_ivp(rotate, (0.0, end), torch.tensor(X0), events=g, t_eval=[end])
-    assert sol.events[0].t.tolist() == [end] and sol.status == int(terminal) and torch.allclose(sol.events[0].y, sol.y)
+    y0 = torch.tensor(X0).expand((3, 2) if batched else (2,))
+    turning = lambda t, y: torch.stack([-y[..., 1], y[..., 0]], -1)  # noqa: E731
+    sol = solve_ivp(turning, (0.0, end), y0, events=g, t_eval=[end], batched=batched, **FINE)
+    assert bool((sol.events[0].t == end).all()) and bool((torch.as_tensor(sol.status) == int(terminal)).all())
+    assert torch.allclose(sol.events[0].y, sol.y) and torch.allclose(sol.y[0], torch.tensor([math.cos(end), math.sin(end)]), atol=1e-9)
 
 
 def test_events_on_steps_count_once():
