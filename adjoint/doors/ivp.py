@@ -178,8 +178,7 @@ def solve_ivp(
     known = asked_before(arguments) if check_compile(compile) else None
     if known is not None and (done := known.solution(solve_ivp)) is not None:
         return done
-    mass = mass_matrix if mass_matrix is not None and in_step(method, mass_matrix) else None
-    if mass_matrix is not None and mass is None:
+    if (mass := mass_matrix) is not None and not in_step(method, mass):
         return as_part(solve_dae, **as_residual(arguments))
     chosen, args = check_method(method), listed_args(args)
     implicit_options = {k: arguments[k] for k in _IMPLICIT if arguments[k] is not None}

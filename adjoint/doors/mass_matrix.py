@@ -59,7 +59,7 @@ def as_residual(arguments: dict[str, Any]) -> dict[str, Any]:
 def in_step(method: str | Method, mass: Any) -> bool:
     """Whether the method takes the matrix into its own steps; raises for one that varies, which it cannot take."""
     chosen = METHODS.get(method) if isinstance(method, str) else method
-    if mass is None or not isinstance(chosen, Traits) or not chosen.takes_mass:
+    if not isinstance(chosen, Traits) or not chosen.takes_mass:
         return False
     if callable(mass) and not isinstance(mass, Tensor):
         raise UnsupportedCombination(

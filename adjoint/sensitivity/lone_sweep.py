@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..integrate import Monitor
 from ..methods.sums import StepCotangents
+from ..system.capture import cut_apart
 from ..system.system import Flat
+from .asked import Asked
 from .linearize import Linearizer
-from .problem import Problem
+from .losses import Losses
 from .replay import hands_on
 from .steps_as_rows import StepRows, most_rows, rows_of
 
-__all__ = ["LoneSweep", "goes_by_rows"]
+__all__ = ["LoneSweep"]
 
 
-def goes_by_rows(problem: Problem, n_steps: int, jumps: bool) -> bool:
-    """Whether the steps of an implicit method are of a kind that `LoneSweep` takes, and many enough for it to pay."""
-    special = jumps or problem.plan.method.adjoint_step is None
-    return problem.alone and not special and n_steps > 4
-
-
-def _both(found: StepCotangents) -> Tensor:
+def _joined(found: StepCotangents) -> Tensor:
     """Cotangents ``(..., n)`` of the state, or ``(..., 2 n)`` with those of the slope that was handed on."""
     return found.y if found.first is None else torch.cat([found.y, found.first], -1)
 
@@ -34,81 +30,41 @@ def _padded(x: Tensor, n: int) -> Tensor:
 
 
 class LoneSweep:
-    """Steps of a `Record` from the last to the first, many at a time.
+    """A `Way` for steps of one trajectory by an implicit method, which linearises ``size`` of them at once."""
 
-    Parameters
-    ----------
-    states : (K + 1, 1, n); stages : (K, S, 1, n); t, h : (K, 1)
-    size : how many steps at a time
-    stage_bar : cotangents ``(S, 1, n)`` of the stages of a step, or None
-    """
-
-    def __init__(
-        self,
-        problem: Problem,
-        f: Flat,
-        linearize: Linearizer,
-        tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-        size: int,
-        stage_bar: Callable[[int], Tensor | None],
-    ) -> None:
-        states, stages, self.t, self.h = tensors
-        self.states, self.stages = states.squeeze(1), stages.squeeze(2)
-        self.plan, self.linearize, self.mapped, self.size, self.stage_bar = problem.plan, linearize, rows_of(f), size, stage_bar
+    def __init__(self, asked: Asked, losses: Losses, f: Flat, linearize: Linearizer, size: int) -> None:
+        grid = asked.grid
+        self.states, self.stages, self.t, self.h = grid.states.detach().squeeze(1), grid.stages.detach().squeeze(2), grid.t, grid.h
+        self.plan, self.linearize, self.mapped, self.size, self._losses = asked.problem.plan, linearize, rows_of(f), size, losses
 
     @classmethod
-    def make(
-        cls,
-        problem: Problem,
-        f: Flat,
-        linearize: Linearizer,
-        tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-        inputs: Sequence[Tensor],
-        stage_bar: Callable[[int], Tensor | None],
-    ) -> LoneSweep | None:
-        """None where it cannot be done: see `most_rows`."""
-        states, _, t, _ = tensors
-        method: Any = problem.plan.method
-        if linearize.time and states.is_complex():
+    def make(cls, asked: Asked, losses: Losses) -> LoneSweep | None:
+        """None where it cannot be done (see `most_rows`), or does not pay."""
+        problem, grid, time = asked.problem, asked.grid, asked.moving
+        plan, method = problem.plan, problem.plan.method
+        watched = type(plan.monitor).adjoint is not Monitor.adjoint
+        if watched or method.adjoint_step is None or asked.n_steps <= 4 or asked.times(asked.anchors.detach()).jump_end is not None:
             return None
         bent = method.n_stages if method.needs_time_slope else 0
-        if bent and states.is_complex():
+        if (time or bent) and grid.states.is_complex():
             return None
-        size = most_rows(f, t[0].to(problem.plan.real), states[0], inputs, method.n_stages, bent)
-        return None if size is None else cls(problem, f, linearize, tensors, size, stage_bar)
+        inputs = cut_apart(asked.inputs)
+        f = problem.system.bind(inputs)
+        size = most_rows(f, grid.t[0].to(plan.real), grid.states[0].detach(), inputs, method.n_stages, bent)
+        return None if size is None else cls(asked, losses, f, Linearizer(f, inputs, asked.wants[3:], time), size)
 
-    def run(
-        self, bar: Tensor, at_end: Callable[[int], Tensor | None], at_start: Callable[[int], Tensor | None]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """From the cotangent ``(1, n)`` of the last state to that of the first; with those of starts and sizes of the steps, ``(K, 1)``,
-        where they are wanted. ``at_end``, ``at_start``: what comes in at the two ends of a step."""
-        n_steps = len(self.t)
-        starts, sizes = [], []
-        bar, handed = bar.squeeze(0), None
-        for stop in range(n_steps, 0, -self.size):
-            part = range(max(0, stop - self.size), stop)
-            bar, handed, t_bar, h_bar = self._part(part, bar, handed, at_end, at_start)
-            starts.append(t_bar)
-            sizes.append(h_bar)
-        if handed is not None:
-            # the slope that the first step began with was asked for
-            u, time_bar = self.linearize(self.t[0].to(self.plan.real), self.states[:1])[1](handed.unsqueeze(0))
-            bar = bar + u.squeeze(0)
-            if time_bar is not None:
-                starts[-1] = torch.cat([starts[-1][:1] + time_bar, starts[-1][1:]])
-        if not self.linearize.time:
-            return bar.unsqueeze(0), None, None
-        return bar.unsqueeze(0), *(torch.cat(x[::-1]).double().unsqueeze(-1) for x in (starts, sizes))  # type: ignore[return-value]
+    def start(self, final_bar: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `Way.start`; what is carried: cotangents ``(n,)`` of the state, and of the last slope by way of the step behind it."""
+        bar = torch.zeros_like(self.states[0])
+        return bar if final_bar is None else bar + final_bar.squeeze(0), None
 
-    def _part(
-        self,
-        part: range,
-        bar: Tensor,
-        handed: Tensor | None,
-        at_end: Callable[[int], Tensor | None],
-        at_start: Callable[[int], Tensor | None],
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """``handed`` (n,): the cotangent of the last slope of the part, by way of the step behind it; so for the step before, returned."""
+    def begin(self, carried: tuple[Tensor, Tensor | None]) -> tuple[Tensor, None]:
+        """See `Way.begin`."""
+        return carried[0].unsqueeze(0), None
+
+    def back(self, part: range, carried: tuple[Tensor, Tensor | None], t_bars: Tensor, h_bars: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `Way.back`."""
+        bar, handed = carried
         method: Any = self.plan.method
         rows = slice(part.start, part.stop)
         y, ks = self.states[rows], list(self.stages[rows].unbind(1))
@@ -121,23 +77,22 @@ class LoneSweep:
         both = 2 * n if chained else n
         units = torch.eye(both, dtype=y.dtype, device=y.device).unsqueeze(1).expand(-1, len(part), -1)
         last = [*([None] * (len(ks) - 1)), units[..., n:]] if chained else []
-        matrices = _both(method.adjoint_step(lin, times, h, y, units[..., :n], last, False)).permute(1, 2, 0).contiguous().unbind()
+        matrices = _joined(method.adjoint_step(lin, times, h, y, units[..., :n], last, False)).permute(1, 2, 0).contiguous().unbind()
         k_bar, moved = self._stage_bars(part, y, len(ks)), None
         if k_bar:
-            moved = _both(method.adjoint_step(lin, times, h, y, torch.zeros_like(y), k_bar, False))
+            moved = _joined(method.adjoint_step(lin, times, h, y, torch.zeros_like(y), k_bar, False))
         ends: list[Tensor] = [bar] * len(part)
         if chained:
             bar = torch.cat([bar, torch.zeros_like(bar) if handed is None else handed])
         for k in reversed(part):
             place = k - part.start
-            end = at_end(k)
-            if end is not None:
+            for end in self._losses.at_end(k):
                 bar = bar + _padded(end.squeeze(0), both)
             ends[place] = bar
             bar = torch.mv(matrices[place], bar)
             if moved is not None:
                 bar = bar + moved[place]
-            start = at_start(k)
+            start = self._losses.at_start(k)
             if start is not None:
                 bar = bar + _padded(start.squeeze(0), both)
         lin.take()
@@ -147,12 +102,24 @@ class LoneSweep:
             k_bar = [*k_bar[:-1], k_bar[-1] + every[:, n:]]
         result = method.adjoint_step(lin, times, h, y, every[:, :n], k_bar, self.linearize.time)
         lin.finish()
-        zero = torch.zeros_like(self.t[rows, 0])
-        t_bar, h_bar = zero if result.t is None else result.t, zero if result.h is None else result.h
-        return bar[:n], bar[n:] if chained else None, t_bar, h_bar
+        bar, handed = bar[:n], bar[n:] if chained else None
+        first = None
+        if handed is not None and part.start == 0:
+            # the slope that the first step began with was asked for
+            u, first = self.linearize(self.t[0].to(self.plan.real), self.states[:1])[1](handed.unsqueeze(0))
+            bar = bar + u.squeeze(0)
+        if self.linearize.time:
+            for total, found in ((t_bars, result.t), (h_bars, result.h)):
+                if found is not None:
+                    total[rows, 0] += found
+            if first is not None:
+                t_bars[0] += first
+            for k in part:
+                self._losses.add_time_bars(k, list(self.stages[k].unsqueeze(1).unbind()), t_bars[k], h_bars[k])
+        return bar, handed
 
     def _stage_bars(self, part: range, y: Tensor, count: int) -> list[Tensor]:
-        found = [self.stage_bar(k) for k in part]
+        found = [self._losses.at_stages(k) for k in part]
         if all(x is None for x in found):
             return []
         none = y.new_zeros(count, y.shape[-1])

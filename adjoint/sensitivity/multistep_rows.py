@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,95 +11,100 @@ from ..linalg.dense import factor_one
 from ..methods.bdf import MAX_ORDER, coefficients
 from ..methods.sums import row_dot
 from ..system.capture import cut_apart
+from ..system.system import Flat
 from .asked import Asked
 from .bdf import Formula, matrices
 from .linearize import Linearizer, vjp
+from .losses import Losses
 from .steps_as_rows import Rows, most_rows, rows_of
 
-__all__ = ["multistep_by_rows"]
+__all__ = ["BdfByRows"]
 
 
-def multistep_by_rows(asked: Asked, samples: Any) -> tuple[Tensor | None, ...] | None:
-    """As `multistep_eager`; None where that has to do it.
+class BdfByRows:
+    """A `Way` for one ODE, which linearises the equations of ``size`` steps at once; carried are the cotangents ``(M, n)`` of the table.
 
     The cotangent of the table of differences before a step is ``C x + e u`` with that behind it, ``x``, and ``(I - c f_y)* u = s x``: the
     numbers ``C``, ``e`` and ``s`` come from order and distances alone.
     """
-    problem, grid, anchors, _, inputs, bars, wants = asked
-    algebra, system, n_steps, time_bars = problem.algebra, problem.system, asked.n_steps, asked.moving
-    states = grid.states.detach()
-    if n_steps < 5 or anchors.shape[0] > 2 or not problem.for_one or algebra is None or (time_bars and states.is_complex()):
-        return None
-    inputs = cut_apart(inputs)
-    f = system.bind(inputs)
-    real = states.dtype.to_real()
-    size = most_rows(f, grid.t[0].to(real), states[0], inputs, 1)
-    if size is None:
-        return None
-    states_bar, stages_bar, final_bar = bars[2], bars[3], asked.final_bar
-    linearize, log, mapped = Linearizer(f, inputs, wants[3:], time_bars), Log(), rows_of(f)
-    h, order = grid.h[:, 0], grid.extra[:, 0, 0].long()
-    c, tables, moves = _numbers(grid.extra, h, order, states.dtype)
-    end = (grid.t[:, 0] + h).to(real)
-    keep = (torch.arange(1, MAX_ORDER + 1, device=h.device) <= order.unsqueeze(-1)).to(states.dtype)
-    bar = states.new_zeros(SIZE, states.shape[-1])
-    if final_bar is not None:
-        bar[0] = final_bar[0]
-    t_bars, size_bars = torch.zeros_like(grid.t), torch.zeros_like(grid.t)
-    lands, stages = grid.lands[:, 0].tolist(), grid.stages.detach()
-    eye = torch.eye(states.shape[-1], dtype=states.dtype, device=states.device)
-    for stop in range(n_steps, 0, -size):
-        part = slice(max(0, stop - size), stop)
-        points, when, leaf = Rows.at(mapped, end[part], states[1:, 0][part], time_bars)
+
+    def __init__(self, asked: Asked, losses: Losses, f: Flat, linearize: Linearizer, size: int) -> None:
+        grid = asked.grid
+        self._grid, self._losses, self._moving, self.linearize, self.size = grid, losses, asked.moving, linearize, size
+        assert asked.problem.algebra is not None
+        self._solver, self._log, self._mapped = asked.problem.algebra.linear_solver, Log(), rows_of(f)
+        self._states, self._stages = grid.states.detach(), grid.stages.detach()
+        h, order, kind = grid.h[:, 0], grid.extra[:, 0, 0].long(), self._states.dtype
+        self._c, self._tables, self._moves = _numbers(grid.extra, h, order, kind)
+        self._end = (grid.t[:, 0] + h).to(kind.to_real())
+        self._keep = (torch.arange(1, MAX_ORDER + 1, device=h.device) <= order.unsqueeze(-1)).to(kind)
+        self._sizes, self._lands = h.tolist(), grid.lands[:, 0].tolist()
+
+    @classmethod
+    def make(cls, asked: Asked, losses: Losses) -> BdfByRows | None:
+        """None where steps have to be taken back one by one."""
+        problem, grid, time = asked.problem, asked.grid, asked.moving
+        states = grid.states.detach()
+        if asked.n_steps < 5 or asked.anchors.shape[0] > 2 or not problem.for_one or (time and states.is_complex()):
+            return None
+        inputs = cut_apart(asked.inputs)
+        f = problem.system.bind(inputs)
+        size = most_rows(f, grid.t[0].to(states.dtype.to_real()), states[0], inputs, 1)
+        return None if size is None else cls(asked, losses, f, Linearizer(f, inputs, asked.wants[3:], time), size)
+
+    def start(self, final_bar: Tensor | None) -> Tensor:
+        """See `Way.start`."""
+        bar = self._states.new_zeros(SIZE, self._states.shape[-1])
+        if final_bar is not None:
+            bar[0] = final_bar[0]
+        return bar
+
+    def begin(self, bar: Tensor) -> tuple[Tensor, None]:
+        """See `Way.begin`."""
+        return bar[:1], None
+
+    def back(self, part: range, bar: Tensor, t_bars: Tensor, h_bars: Tensor) -> Tensor:
+        """See `Way.back`."""
+        rows, states, stages, linearize, losses = slice(part.start, part.stop), self._states, self._stages, self.linearize, self._losses
+        points, when, leaf = Rows.at(self._mapped, self._end[rows], states[1:, 0][rows], self._moving)
         linearize.n_fun += len(leaf)
         linearize.check_next = True
         linearize.check(points.out, when, leaf)
-        matrices = (eye - c[part, None, None] * points.matrix).unsqueeze(1).unbind()
+        eye = torch.eye(states.shape[-1], dtype=states.dtype, device=states.device)
+        matrices = (eye - self._c[rows, None, None] * points.matrix).unsqueeze(1).unbind()
         found: list[Tensor] = []
-        for k in reversed(range(part.start, part.stop)):
-            if states_bar is not None:
-                bar[0] = bar[0] + states_bar[k + 1, 0]
-            at_end = samples.at_end(k)
-            if at_end is not None:
+        for k in reversed(part):
+            for at_end in losses.at_end(k):
                 bar[0] = bar[0] + at_end[0]
-            k_bar = samples.stages_bar(k)
-            if stages_bar is not None and len(stages_bar):
-                k_bar = stages_bar[k] if k_bar is None else k_bar + stages_bar[k]
+            k_bar = losses.at_stages(k)
             if k_bar is not None:
-                k_bar = k_bar[:, 0] / float(h[k])
+                k_bar = k_bar[:, 0] / self._sizes[k]
                 bar = bar.clone()
-                bar[1 : MAX_ORDER + 1] += k_bar[:MAX_ORDER] * keep[k].unsqueeze(-1)
-            both = torch.mm(tables[k], bar)
+                bar[1 : MAX_ORDER + 1] += k_bar[:MAX_ORDER] * self._keep[k].unsqueeze(-1)
+            both = torch.mm(self._tables[k], bar)
             w = both[SIZE:] if k_bar is None else both[SIZE:] + k_bar[MAX_ORDER:]
-            u = factor_one(algebra.linear_solver, matrices[k - part.start], log).solve(w)
-            if time_bars and lands[k]:
-                formula = Formula.of(grid.extra[k], grid.h[k])
-                size_bars[k] = _size_bar(formula, states[k + 1], stages[k], points.out[k - part.start], bar, w, u, k_bar)
+            u = factor_one(self._solver, matrices[k - part.start], self._log).solve(w)
+            if self._moving and self._lands[k]:
+                formula = Formula.of(self._grid.extra[k], self._grid.h[k])
+                h_bars[k] = _size_bar(formula, states[k + 1], stages[k], points.out[k - part.start], bar, w, u, k_bar)
             # the correction that is one of the stages takes its part back from the prediction
-            bar = both[:SIZE] if k_bar is None else torch.addr(both[:SIZE], moves[k, 1], k_bar[MAX_ORDER])
-            bar = torch.addr(bar, moves[k, 0], u[0])
-            at_start = samples.at_start(k)
+            bar = both[:SIZE] if k_bar is None else torch.addr(both[:SIZE], self._moves[k, 1], k_bar[MAX_ORDER])
+            bar = torch.addr(bar, self._moves[k, 0], u[0])
+            at_start = losses.at_start(k)
             if at_start is not None:
                 bar[0] = bar[0] + at_start[0]
             found.append(u)
-        v = torch.cat(found[::-1]) * c[part].unsqueeze(-1)
+        v = torch.cat(found[::-1]) * self._c[rows].unsqueeze(-1)
         if points.slope is not None:
-            t_bars[part, 0] = row_dot(points.slope, v).double()
+            t_bars[rows, 0] = row_dot(points.slope, v).double()
         if linearize.targets and points.out.requires_grad:
             linearize.accumulate(vjp((points.out,), linearize.targets, (v,)))
-    y0_bar = bar[:1]
-    if states_bar is not None:
-        y0_bar = y0_bar + states_bar[0]
-    problem.backward_report(linearize.n_fun, n_steps)
-    of_anchors = None
-    if time_bars:
-        size_bars = size_bars + t_bars
-        for k in range(n_steps):
-            samples.add_time_bars(k, list(stages[k].unbind()), t_bars[k], size_bars[k])
-        if wants[0]:
-            landed = torch.where(grid.lands, size_bars, 0.0)
-            of_anchors = torch.stack([(t_bars - landed).sum(0), landed.sum(0)])
-    return asked.answer(of_anchors, samples.t_eval_bar, y0_bar, linearize.bars)
+        if self._moving:
+            # the end of a step moves with its size
+            h_bars[rows] += t_bars[rows]
+            for k in part:
+                losses.add_time_bars(k, list(stages[k].unbind()), t_bars[k], h_bars[k])
+        return bar
 
 
 def _size_bar(
