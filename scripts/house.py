@@ -85,8 +85,13 @@ def newtons() -> list[str]:
 
 
 def ways_back() -> list[str]:
-    """Functions that take a recorded step back by the adjoint of its method."""
+    """Functions that take recorded steps back by the adjoint of their method: one at a time, many at once."""
     return _where(lambda _, f: any(isinstance(x, ast.Call) and ast.unparse(x.func).endswith(".adjoint_step") for x in _own(f)))
+
+
+def sweeps() -> list[str]:
+    """Functions with a loop in which recorded steps are taken back for first derivatives, by a `Way`."""
+    return _where(lambda _, f: any(isinstance(x, (ast.While, ast.For)) and _calls(x, "back") for x in _own(f)))
 
 
 def protocols() -> list[str]:
@@ -232,7 +237,8 @@ def implicit_reader() -> list[str]:
 MEASURES: dict[str, tuple[Callable[[], list[Any]], str]] = {
     "loops over steps with error control": (loops, "1"),
     "iterations for stages with an estimate by their rate": (newtons, "1"),
-    "functions that take recorded steps back": (ways_back, ""),
+    "sweeps back through recorded steps": (sweeps, "1"),
+    "functions that take recorded steps back": (ways_back, "2"),
     "protocols between steps, equations and adjoints": (protocols, ""),
     "preparations of a user's function": (preparations, "1"),
     "circles of modules": (rooms.circles, "0"),
