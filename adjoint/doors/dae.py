@@ -189,7 +189,7 @@ def solve_dae(
         skip=suppress_algebraic,
         tolerances={"rtol": plan.rtol, "atol": plan.atol},
         bounds=initial_bounds(y0_bounds, user_spec, y0, sum(spec.sizes), consistent),
-        native=None if transforming() else native.start(Sought(plan, system, batched, inputs, y_flat, times.anchors)),
+        native=native.start(Sought(plan, system, batched, inputs, y_flat, times.anchors)) if compile and not transforming() else None,
     )
     check_index(chosen, algebra)
     backward = BackwardStats()

@@ -59,10 +59,10 @@ _PATTERNS: dict[torch.Size, Tensor] = {}
 _MANY, _SMALL = 64, 4096
 
 
-def companion_of(f: Any, plan: Plan, beside: Beside | None, like: Tensor, flat: Sequence[int] | None = None) -> Companion | None:
+def companion_of(f: Any, plan: Plan, beside: Beside, like: Tensor, flat: Sequence[int] | None = None) -> Companion | None:
     """The companion of a solve by a one-step method with error control whose derivatives are wanted. ``like``: a state as ``f`` takes it;
     ``flat``: its shape ``(B, n)``, where that is another."""
-    if beside is None or not plan.method.adaptive or not like.numel():
+    if not plan.method.adaptive or not like.numel():
         return None
     return Companion(f, plan, beside, like, like.shape if flat is None else torch.Size(flat))
 

@@ -77,7 +77,7 @@ class _OneStep:
         self.f, self.plan, self.y = f, plan, y0
         self._equations = f if isinstance(f, Equations) else None
         self.scaled: Tensor | None = None
-        self.companion = companion_of(f, plan, beside, y0, flat)
+        self.companion = None if beside is None else companion_of(f, plan, beside, y0, flat)
         self._memory: tuple[Measure, Measure] = (1.0, 1.0)
         self._rejected: Decision = False
 

@@ -122,7 +122,7 @@ class NativeSolve:
 
     def start(self, sought: Sought) -> NativeStart | None:
         """What finds initial values of implicit equations; None where there will be no native code, which the solve says."""
-        if sought.plan.compile is None or self._unsuited(sought) is not None:
+        if self._unsuited(sought) is not None:
             return None
         try:
             found = self._program(sought)
