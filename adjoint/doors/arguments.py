@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import PIDController, rms_norm
@@ -18,6 +18,7 @@ from ..methods.adams import ADAMS_NAMES
 from ..system.capture import moves
 from ..system.system import StateSpec
 from ..system.transforms import unwrapped
+from ..system.trees import leaves_of
 from ..torch_internals import DisableFuncTorch, is_functorch_wrapped_tensor
 
 __all__ = [
@@ -130,7 +131,8 @@ def check_precision(spec: StateSpec, rtol: Any) -> None:
             f"y0 has dtype {spec.dtype}, whose numbers are too coarse for step size control and gradients: give y0.float(), and convert "
             "inside of fun where that shall compute in half precision (or use torch.autocast there)"
         )
-    given = [x for x in tree_leaves(rtol) if isinstance(x, (int, float)) or (isinstance(x, Tensor) and _concrete(x))]
+    # numbers that are large enough at sight need no second look
+    given = [x for x in leaves_of(rtol) if (_concrete(x) if isinstance(x, Tensor) else isinstance(x, (int, float)) and x < eps)]
     # a tenth: some defaults in use are just below the spacing of single precision
     tensors = [g if isinstance(g, Tensor) else torch.tensor(g, device="cpu") for g in given]
     small = [float(x[x > 0].min()) for x in tensors if bool((x > 0).any())]
@@ -198,7 +200,7 @@ def as_times(value: Any, name: str, device: torch.device | None = None) -> Tenso
     if isinstance(value, Tensor):
         return value
     try:
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+        if any(isinstance(leaf, Tensor) for leaf in leaves_of(value)):
             return torch.stack([as_times(v, name, device).to(device=device, dtype=torch.float64) for v in value])
         return torch.as_tensor(value, dtype=torch.float64, device=device)
     except InvalidInput:
@@ -209,7 +211,7 @@ def as_times(value: Any, name: str, device: torch.device | None = None) -> Tenso
 
 def snapped(times: Tensor, first: Tensor, last: Tensor, *given: Any) -> Tensor:
     """Times that are the ends ``first`` or ``last`` but for the rounding of the numbers ``given`` are these ends; derivatives stay."""
-    kinds = [x.dtype for x in tree_leaves(given) if hasattr(x, "dtype")]
+    kinds = [x.dtype for x in leaves_of(given) if hasattr(x, "dtype")]
     floats = [k if isinstance(k, torch.dtype) else getattr(torch, str(k), torch.float64) for k in kinds]
     eps = max((torch.finfo(k).eps for k in floats if k.is_floating_point), default=torch.finfo(torch.float64).eps)
     first, last, at = first.detach(), last.detach(), times.detach()
@@ -242,7 +244,7 @@ def listed_args(args: Any) -> tuple[Any, ...]:
 
 def check_finite(state: Any, spec: StateSpec, message: str) -> None:
     """Raise `InvalidInput` for infinite or NaN entries; ``message`` has a place for the path to the leaf."""
-    for leaf, path in zip(tree_leaves(state), spec.paths, strict=True):
+    for leaf, path in zip(leaves_of(state), spec.paths, strict=True):
         if not is_functorch_wrapped_tensor(leaf) and not bool(torch.isfinite(leaf).all()):
             raise InvalidInput(message.format(path))
 

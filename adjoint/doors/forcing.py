@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,12 @@ class Forcing:
     levels: Tensor
     kind: str
     bends: Tensor | None
+    #: whether there is any: functions are not searched for tables before
+    met: ClassVar[bool] = False
+
+    def __new__(cls, *given: Any, **named: Any) -> Forcing:
+        Forcing.met = True
+        return object.__new__(cls)
 
     def __init__(self, times: Any, values: Any, kind: str = "linear") -> None:
         if kind not in KINDS:
@@ -167,7 +173,7 @@ def _flatten(forcing: Forcing) -> tuple[list[Any], tuple[str, bool]]:
 
 def _unflatten(parts: Iterable[Any], context: tuple[str, bool]) -> Forcing:
     knots, levels, *bends = parts
-    made = object.__new__(Forcing)
+    made = Forcing.__new__(Forcing)
     made._set(knots, levels, context[0], bends[0] if bends else None)
     return made
 
@@ -177,6 +183,8 @@ register_pytree_node(Forcing, _flatten, _unflatten, serialized_type_name="adjoin
 
 def with_knots(step_ts: Any, args: Any, functions: Iterable[Callable[..., Any] | None], device: torch.device) -> Any:
     """``step_ts`` with the knots of the tables that are in ``args`` or that ``functions`` hold."""
+    if not Forcing.met:
+        return step_ts
     named = tree_leaves(args, is_leaf=lambda x: isinstance(x, Forcing))
     tables = [x for x in (*named, *held_by(functions, Forcing)) if isinstance(x, Forcing)]
     if not tables:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import PIDController, Plan
@@ -24,6 +23,7 @@ from ..system.realification import refuse_parts, suited_to_jacobians
 from ..system.split import SplitFunction
 from ..system.system import StateSpec, System
 from ..system.transforms import transforming, vmap_active
+from ..system.trees import leaves_of
 from .arguments import (
     check_callable,
     check_compile,
@@ -240,7 +240,7 @@ def solve_ivp(
         out = strategy.solve(problem, times.anchors, times.samples, y_flat, inputs)
     if known is not None and step_ts is None:
         # with knots of tables there is more to a call than numbers
-        known.remember(problem, [x for x in tree_leaves(args) if isinstance(x, Tensor)])
+        known.remember(problem, [x for x in leaves_of(args) if isinstance(x, Tensor)])
     if exact:
         warn_of_lost_time(problem, inputs, (times.anchors[0], out.t_final), (y_flat, out.final), out.n_steps)
     parts = Parts(out, problem, times, user_spec, spec, integrand, y_flat, watched, args, backward, derivatives, dense_output)
@@ -258,7 +258,7 @@ def _suited(given: Given, with_mass: Method | None) -> StateSpec:
 
 def _system(given: Given, native: NativeSolve, method: Method, compiled: bool, has_mass: bool) -> System:
     """The flat system. Where nobody takes derivatives, nobody asks what ``fun`` captured."""
-    last = sum(isinstance(x, Tensor) for x in tree_leaves(given.args)) - 1 if has_mass else None
+    last = sum(isinstance(x, Tensor) for x in leaves_of(given.args)) - 1 if has_mass else None
     if not (torch.is_grad_enabled() or transforming()):
         return given.system(mass=last)
     used, _ = given.looked_into(native, method, compiled)

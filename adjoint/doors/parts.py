@@ -54,10 +54,11 @@ NO_EVENTS = Found((), None, None, None)
 
 def strategy_of(gradient: Gradient | None) -> Gradient:
     """The strategy that was given, or the default one."""
-    strategy = gradient if gradient is not None else DiscreteAdjoint()
-    if not isinstance(strategy, Gradient):
-        raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {strategy!r}")
-    return strategy
+    if gradient is None:
+        return DiscreteAdjoint()
+    if not isinstance(gradient, Gradient):
+        raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {gradient!r}")
+    return gradient
 
 
 @dataclass(frozen=True)

@@ -51,13 +51,15 @@ def initial_step(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tenso
     direction of time.
     """
     t0, ahead = stops[0], stops[1:]
-    room, nearest = torch.where(sign * (ahead - t0) > 0, (ahead - t0).abs(), float("inf")).min(0)
+    ways = ahead - t0
+    room, nearest = torch.where(sign * ways > 0, ways.abs(), float("inf")).min(0)
     room = torch.where(torch.isfinite(room), room, 0.0)
     size = y0.abs()
     d0 = plan.norm(plan.scaled(y0, size)).double()
     d1 = plan.norm(plan.scaled(f0, size)).double()
     h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-    h0 = torch.where(torch.isfinite(h0), h0, 1e-6).clamp(max=plan.max_step)
+    h0 = torch.where(torch.isfinite(h0), h0, 1e-6)
+    h0 = h0.clamp(max=plan.max_step) if plan.max_step < math.inf else h0
     # the very anchor, to which a rounded distance need not lead
     there = torch.where(h0 < room, t0 + sign * h0, ahead.gather(0, nearest.unsqueeze(0))[0])
     h0 = torch.minimum(h0, room)

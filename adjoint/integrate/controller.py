@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ _LEAST = 1e-2
 
 
 def _clip(x: Number, low: float, high: float) -> Number:
-    return x.clamp(low, high) if isinstance(x, Tensor) else min(max(x, low), high)
+    if type(x) is float:
+        return high if x > high else low if x < low else x
+    return x.clamp(low, high)
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,13 @@ class PIDController:
         if not 0 < self.safety <= 1 or not 0 < self.min_factor < 1 < self.max_factor:
             raise ValueError("a controller needs 0 < safety <= 1 and 0 < min_factor < 1 < max_factor")
 
-    @property
+    @cached_property
     def stuck_factor(self) -> float:
         """Factor after a step in which the iteration for the stages did not converge: it says less than an error does (Hairer & Wanner,
         Solving ordinary differential equations II, section IV.8)."""
         return max(self.min_factor, 0.5)
 
-    @property
+    @cached_property
     def remembers(self) -> bool:
         """Whether earlier steps count."""
         return bool(self.pcoeff or self.dcoeff or self.predictive)
@@ -105,7 +108,7 @@ class PIDController:
 
 def tamed(error: Number) -> Number:
     """An error norm kept away from zero and infinity; in single precision for tensors, where powers of doubles are slow."""
-    return error.float().clamp(_TINY, _HUGE) if isinstance(error, Tensor) else min(max(error, _TINY), _HUGE)
+    return _clip(error if type(error) is float else error.float(), _TINY, _HUGE)
 
 
 def IController(**options: Any) -> PIDController:

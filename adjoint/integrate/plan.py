@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ class Plan:
     shift: str = "inner"
     accept_smallest: bool = False
 
-    @property
+    @cached_property
     def control(self) -> PIDController:
         """The controller; where none was given, that for methods like this one."""
         return self.controller if self.controller is not None else default_controller(self.method.implicit)

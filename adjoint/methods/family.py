@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -85,7 +86,7 @@ class TableauMethod(Traits):
         """Whether there is an error estimate to choose steps by."""
         return self.tableau.error is not None
 
-    @property
+    @cached_property
     def error_order(self) -> int:
         """Order that the controller works with: the error of a step shrinks like ``h**(error_order + 1)``."""
         return self.tableau.order if self.tableau.error_order is None else min(self.tableau.order, self.tableau.error_order)

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from ..errors import CapturedTensorLost
 from ..integrate import Record
 from ..system.capture import stood_in_for
 from ..system.homes import closed_over
 from ..system.system import System, VmappedSystem
+from ..system.trees import leaves_of
 from ..torch_internals import dual_level, is_functorch_wrapped_tensor, set_fwd_grad_enabled
 from .linearize import LOST
 
@@ -73,7 +73,7 @@ class _Watch(TorchFunctionMode):
         self.strangers = strangers
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if any(id(x) in self.strangers for x in tree_leaves((args, kwargs))):
+        if any(id(x) in self.strangers for x in leaves_of((args, kwargs))):
             raise CapturedTensorLost("within the span " + LOST)
         return func(*args, **(kwargs or {}))
 

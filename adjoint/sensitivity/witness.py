@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import SolveError
+from ..system.trees import leaves_of, mapped
 
 __all__ = ["CHANGED", "Witness", "differs"]
 
@@ -73,13 +73,13 @@ class Witness:
         with torch.no_grad():
             for f, t, y, k in notes:
                 again = f()(t, y)
-                wrong += [differs(a, b) for a, b in zip(tree_leaves(again), tree_leaves(k), strict=True)]
+                wrong += [differs(a, b) for a, b in zip(leaves_of(again), leaves_of(k), strict=True)]
             if wrong and bool(torch.stack(wrong).any()):
                 raise SolveError(f"{what}: {CHANGED}. Call backward() before anything changes, or hand over what does through args=")
 
 
 def _copied(f: Any, *tensors: Any) -> tuple[Any, Any, Any, Any]:
-    t, y, k = (tree_map(lambda x: x.detach().clone(), x) for x in tensors)
+    t, y, k = (mapped(lambda x: x.detach().clone(), x) for x in tensors)
     return f, t, y, k
 
 

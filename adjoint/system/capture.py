@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import torch_internals as internals
 from ..errors import AdjointError, CapturedTensorLost, UnsupportedCombination
@@ -18,6 +17,7 @@ from ..linalg.nodes import below_jvp
 from .autograd_graph import alive, cut_apart, leads_to, listed, readable, saved_bytes, unknown_leaves
 from .homes import Home
 from .transforms import functorch_active, functorch_level, has_tangent, vmap_active
+from .trees import leaves_of, mapped
 
 __all__ = [
     "Captured",
@@ -187,13 +187,13 @@ class _Watch(TorchFunctionMode):
             )
         elif func is torch.autograd.grad:
             # pullbacks of torch.func.vjp call it too, on what their transform has left
-            self.inner_grad |= not any(isinstance(x, Tensor) and _functorch_wrapped(x, self.level) for x in tree_leaves(args[:1]))
+            self.inner_grad |= not any(isinstance(x, Tensor) and _functorch_wrapped(x, self.level) for x in leaves_of(args[:1]))
         elif asks_for_gradients(func):
             self.inner_grad = True
         out = func(*args, **kwargs)
-        produced = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        produced = [x for x in leaves_of(out) if isinstance(x, Tensor)]
         if produced:
-            for leaf in tree_leaves((args, kwargs)):
+            for leaf in leaves_of((args, kwargs)):
                 if isinstance(leaf, Tensor) and id(leaf) not in self.known:
                     self._meet(list(_layers(leaf, self.level)))
             # kept alive here, so that no identity is given twice; with what lies in them, which is left when a transform ends
@@ -211,7 +211,7 @@ class _Watch(TorchFunctionMode):
 
     def returned(self, results: Any) -> None:
         """What a function gives back may be a captured tensor itself, that enters no operator."""
-        for x in tree_leaves(results):
+        for x in leaves_of(results):
             if isinstance(x, Tensor) and not (self.transforms and internals.is_functorch_wrapped_tensor(x)):
                 self._meet(list(_layers(x, self.level)))
 
@@ -260,7 +260,7 @@ def find_captured(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], o
     kept = watch.left()
     if kept and end is not None:
         found.update(_used_again(calls, kept, end))
-    inputs = {id(x) for x in tree_leaves(point) if isinstance(x, Tensor)}
+    inputs = {id(x) for x in leaves_of(point) if isinstance(x, Tensor)}
     for owner in owners:
         module = owner if isinstance(owner, torch.nn.Module) else getattr(owner, "__self__", None)
         if isinstance(module, torch.nn.Module):
@@ -269,7 +269,7 @@ def find_captured(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], o
 
 
 def _watched(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...]) -> _Watch:
-    known = [x for x in tree_leaves(point) if isinstance(x, Tensor)]
+    known = [x for x in leaves_of(point) if isinstance(x, Tensor)]
     watch = _Watch(known)
     try:
         with torch.enable_grad(), watch:
@@ -291,7 +291,7 @@ def _watched(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...]) -> _Wa
 def _branches(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], captured: Sequence[Tensor]) -> bool:
     """Whether functions that look at ``requires_grad`` take derivatives themselves where all that they see requires grad, as on the way
     back."""
-    known = [*(x for x in tree_leaves(point) if isinstance(x, Tensor)), *captured]
+    known = [*(x for x in leaves_of(point) if isinstance(x, Tensor)), *captured]
     asked = [x if internals.is_batchedtensor(x) else ask(x) for x in known]
     watch = _Watch([*known, *asked])
     with torch.enable_grad(), asking(), watch, Substitute(known, asked, answers=False):
@@ -302,7 +302,7 @@ def _branches(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], captu
 
 def elsewhere(state: Any) -> Any:
     """A state that is another one than the given one, in every entry, and not far from it."""
-    return tree_map(lambda x: 1.0009765625 * x + 0.0009765625 if isinstance(x, Tensor) else x, state)
+    return mapped(lambda x: 1.0009765625 * x + 0.0009765625 if isinstance(x, Tensor) else x, state)
 
 
 def _used_again(calls: Sequence[Callable[..., Any]], kept: dict[int, Tensor], end: tuple[Any, ...]) -> dict[int, Tensor]:
@@ -312,7 +312,7 @@ def _used_again(calls: Sequence[Callable[..., Any]], kept: dict[int, Tensor], en
     more = watch.left()
     if more:
         # at this point once more, by tensors of other identities
-        again = _watched(calls, tree_map(lambda x: x.view_as(x) if isinstance(x, Tensor) else x, end))
+        again = _watched(calls, mapped(lambda x: x.view_as(x) if isinstance(x, Tensor) else x, end))
         if any(i in more for i in again.captured):
             raise CapturedTensorLost(
                 "fun keeps tensors that it has computed from differentiable ones, and uses them when it is called with the same arguments "
@@ -375,12 +375,12 @@ class Substitute(TorchFunctionMode):
         if self.answers and func in _QUESTIONS and id(args[0]) in self.table and id(args[0]) not in self.variables:
             return func(*args, **(kwargs or {}))
         swap = self._swap if functorch_level() == self.level and not self.variables else self._swap_wrapped
-        return func(*tree_map(swap, args), **tree_map(swap, kwargs or {}))
+        return func(*mapped(swap, args), **mapped(swap, kwargs or {}))
 
     def run(self, call: Callable[..., Any], *a: Any) -> Any:
         """``call(*a)`` with the replacements, also where it returns a captured tensor as it is."""
         with self:
-            return tree_map(self._swap_wrapped, call(*a))
+            return mapped(self._swap_wrapped, call(*a))
 
     def _ask(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         x = args[0]

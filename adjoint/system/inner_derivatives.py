@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import UnsupportedCombination
 from ..torch_internals import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_level, peek_interpreter_stack
 from .autograd_graph import made_here
 from .capture import ask, asking, asks_for_gradients, unmapped
 from .transforms import functorch_active
+from .trees import leaves_of, mapped
 
 __all__ = ["beneath", "differentiating"]
 
@@ -72,7 +72,7 @@ class Differentiable(TorchFunctionMode):
             return out
         if func is not torch.autograd.grad:
             return func(*args, **kwargs)
-        wanted = tree_leaves(args[1] if len(args) > 1 else kwargs.get("inputs"))
+        wanted = leaves_of(args[1] if len(args) > 1 else kwargs.get("inputs"))
         others = any(id(layer) in self.others for x in wanted for layer in _unwrapped(x))
         if not others:
             return func(*args, **(kwargs | {"create_graph": True} if self.again else kwargs))
@@ -98,10 +98,10 @@ def differentiating(call: Callable[..., Any], others: Sequence[Tensor] = ()) -> 
     def run(t: Tensor, y: Any, *args: Any) -> Any:
         recording, inside = torch.is_grad_enabled(), functorch_active()
         # without gradients around, a state may be a view that belongs to no graph
-        t, y = tree_map(_asked if recording or inside else lambda x: _asked(_plain(x)), (t, y))
+        t, y = mapped(_asked if recording or inside else lambda x: _asked(_plain(x)), (t, y))
         with torch.enable_grad(), unmapped(), Differentiable(recording or inside, others):
             out = call(t, y, *args)
-        return out if recording or inside else tree_map(_plain, out)
+        return out if recording or inside else mapped(_plain, out)
 
     return run
 

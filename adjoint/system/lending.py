@@ -6,16 +6,16 @@ own and returns that, call after call, would change them afterwards; one that ch
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from sys import getrefcount
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InvalidInput
 from ..torch_internals import storage_use_count
+from .trees import leaves_of, mapped
 
 __all__ = ["aliased", "changed", "check_unchanged", "copied", "lending", "own", "remembering"]
 
@@ -24,14 +24,14 @@ Flat = Callable[[Tensor, Tensor], Tensor]
 
 def aliased(args: Any) -> Any:
     """A pytree with aliases in the place of its tensors: one that is both an argument and captured is then seen in both roles."""
-    return tree_map(lambda x: x.view_as(x) if isinstance(x, Tensor) else x, args)
+    return mapped(lambda x: x.view_as(x) if isinstance(x, Tensor) else x, args)
 
 
 def copied(state: Any) -> Any:
     """A pytree with tensors of its own in the place of its tensors."""
     # a copy of a tensor of inference mode counts as changed once, its alias does not
     copy = lambda x: x.clone().data if x.is_inference() else x.clone()  # noqa: E731
-    return tree_map(lambda x: copy(x) if isinstance(x, Tensor) else x, state)
+    return mapped(lambda x: copy(x) if isinstance(x, Tensor) else x, state)
 
 
 def remembering(function: Callable[..., Any], found: list[Any]) -> Callable[..., Any]:
@@ -39,7 +39,7 @@ def remembering(function: Callable[..., Any], found: list[Any]) -> Callable[...,
 
     def call(*args: Any) -> Any:
         out = function(*args)
-        found.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out))
+        found.append(mapped(lambda x: x.detach() if isinstance(x, Tensor) else x, out))
         return out
 
     return call
@@ -47,17 +47,17 @@ def remembering(function: Callable[..., Any], found: list[Any]) -> Callable[...,
 
 def check_unchanged(lent: Any, what: str) -> None:
     """Raise `InvalidInput` where a function has changed what `copied` made for it."""
-    if any(isinstance(x, Tensor) and not x.is_inference() and x._version for x in tree_leaves(lent)):
+    if any(isinstance(x, Tensor) and not x.is_inference() and x._version for x in leaves_of(lent)):
         changed(what, "the state")
 
 
 def _counts(make: Callable[[], Tensor]) -> tuple[int, int, int]:
     """References to a tensor, to its memory, and to what it is a view of, as `own` sees them."""
     x = make()
-    references = sys.getrefcount(x)
+    references = getrefcount(x)
     base = x._base
     uses = 0 if storage_use_count is None else storage_use_count(x.untyped_storage()._cdata)
-    return references, uses, 0 if base is None else sys.getrefcount(base)
+    return references, uses, 0 if base is None else getrefcount(base)
 
 
 # those of a tensor that nobody else knows, counted here, because versions of Python and PyTorch differ in what they count along
@@ -74,9 +74,15 @@ def own(f: Callable[..., Any], *args: Any) -> Any:
     count.
     """
     x = f(*args)
+    references = getrefcount(x)
+    return _owned(x, references)
+
+
+def _owned(x: Any, references: int) -> Any:
+    """See `own`; ``references``: as counted in the frame that called for ``x``."""
     if storage_use_count is None:
         return x.clone() if isinstance(x, Tensor) else x
-    if sys.getrefcount(x) > _REFERENCES or type(x) is not Tensor:
+    if references > _REFERENCES or type(x) is not Tensor:
         return x.clone() if isinstance(x, Tensor) else x
     try:
         storage = x.untyped_storage()
@@ -90,7 +96,7 @@ def own(f: Callable[..., Any], *args: Any) -> Any:
         return x
     if x._is_view():
         base = x._base
-        if sys.getrefcount(base) > _REFERENCES_OF_BASE or not (uses <= _USES_OF_VIEW or x.requires_grad):
+        if getrefcount(base) > _REFERENCES_OF_BASE or not (uses <= _USES_OF_VIEW or x.requires_grad):
             return x.clone()
         return x
     return x if x.requires_grad else x.clone()
@@ -109,10 +115,12 @@ def lending(f: Flat, what: str = "fun") -> Flat:
         except RuntimeError:
             # tensors of inference mode have no versions
             return own(f, t.clone(), y.clone())
-        out = own(f, t, y)
+        # as `own` does, without its star
+        x = f(t, y)
+        references = getrefcount(x)
         if y._version != state or t._version != time:
             changed(what, "the state" if y._version != state else "time")
-        return out
+        return _owned(x, references)
 
     return call
 

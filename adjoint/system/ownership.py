@@ -18,10 +18,10 @@ from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from ..torch_internals import dual_level
 from .transforms import functorch_active
+from .trees import mapped
 
 __all__ = ["Owned", "WithTensors", "as_part", "owned", "owning", "under_transform"]
 
@@ -107,7 +107,8 @@ def owning(function: Callable[P, R]) -> Callable[P, R]:
             result = function(*args, **kwargs)
         finally:
             _doors.open.pop()
-        return _let_out(result, things) if things and not inner else result
+        # where nothing is recorded there is no graph that would need anything
+        return _let_out(result, things) if things and not inner and torch.is_grad_enabled() else result
 
     return call
 
@@ -130,7 +131,7 @@ def _let_out(result: Any, things: _Things) -> Any:
             return x.with_tensors(lambda inner: _let_out(inner, things))
         return wraps(x)(lambda *a: _let_out(x(*a), things)) if callable(x) else x
 
-    return tree_map(one, result)
+    return one(result) if isinstance(result, WithTensors) else mapped(one, result)
 
 
 def _held(x: Tensor, things: _Things) -> Tensor:

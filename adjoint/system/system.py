@@ -283,12 +283,13 @@ class System:
             return self._reshaping(call, args, self.returns)
 
         single = len(spec.shapes) == 1 and spec.tree.is_leaf() and not spec.split
+        one = spec.batch is None
         if single:
             shape, dtype = spec.shapes[0], spec.dtype
 
             def f(t: Tensor, y: Tensor) -> Tensor:
                 natural = y.shape == shape
-                out = call(t, y if natural else y.reshape(shape), *args)
+                out = call(t.reshape(()) if one and t.dim() else t, y if natural else y.reshape(shape), *args)
                 if not isinstance(out, Tensor) or out.shape != shape or out.dtype != dtype or out.device != y.device:
                     spec.check(out, "what fun returned")
                 return out if natural else out.reshape(y.shape)
@@ -296,12 +297,10 @@ class System:
         else:
 
             def f(t: Tensor, y: Tensor) -> Tensor:
-                out = call(t, spec.unflatten(y), *args)
+                out = call(t.reshape(()) if one and t.dim() else t, spec.unflatten(y), *args)
                 spec.check(out, "what fun returned")
                 return spec.flatten(out)
 
-        if spec.batch is None:
-            return lending(lambda t, y: f(t if t.dim() == 0 else t.reshape(()), y))
         return lending(f)
 
     def _reshaping(self, call: Callable[..., Any], args: tuple[Any, ...], returns: StateSpec) -> Flat:

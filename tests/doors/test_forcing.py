@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import scipy.interpolate
 import torch
+from torch.utils._pytree import tree_map
 
 import adjoint
 from adjoint import Forcing, Schedule, solve_dae, solve_ivp
@@ -244,3 +248,13 @@ def test_the_same_solve_again():
         for fun, args in ((relax, (k, u)), (lambda t, y, u=u: -k * y + u(t).unsqueeze(-1), ())):
             sol = solve_ivp(fun, (0.0, 1.2), torch.zeros(1), args, compile=True, method="dopri5", **FINE)
             agree(sol.y[-1, 0], response(1.2, k, times, table, "constant"), [times, table], second=False)
+
+
+@pytest.mark.parametrize("made", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy, lambda x: tree_map(torch.clone, x)])
+def test_a_table_that_was_made_without_its_constructor_is_found(made, monkeypatch):
+    first = Forcing([0.0, 0.4, 2.0], [0.0, 1.0, 3.0], "constant")
+    monkeypatch.setattr(Forcing, "met", False)
+    table = made(first)
+    sol = solve_ivp(lambda t, y: table(t) + 0 * y, (0.0, 1.0), torch.zeros(1, dtype=torch.float64), t_eval="steps")
+    assert (sol.t == 0.4).any()
+    assert float(sol.y[-1]) == pytest.approx(0.6, abs=1e-12)
