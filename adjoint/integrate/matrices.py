@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import LinearOperator, Matrix, SparseMatrix
+from ..system.jacobians import must_differentiate, plain_push
 from ..system.stage_jacobian import StageJacobian
 
 __all__ = ["complex_shifted", "jacobian_at", "mass_product", "shifted", "tangent"]
@@ -54,7 +55,14 @@ def jacobian_at(jacobian: Callable[..., Matrix], f: Flat, t: Tensor, y: Tensor) 
 
 
 def tangent(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """The derivative of a function of ``(B,)`` times, by two reverse sweeps: forward mode does not nest with a user's dual level."""
+    """The derivative of a function of ``(B,)`` times, by two reverse sweeps: forward mode does not nest with a user's dual level.
+
+    Where nobody differentiates it they are those of plain autograd, beside which ``function`` may take derivatives itself.
+    """
+    if not must_differentiate(None):
+        found = plain_push(function, t, torch.ones_like(t).unsqueeze(0))
+        if found is not None:
+            return found[0]
     out, pull, *_ = torch.func.vjp(function, t)
     _, push, *_ = torch.func.vjp(pull, torch.zeros_like(out))
     return push((torch.ones_like(t),))[0]

@@ -103,10 +103,12 @@ class _Node(torch.autograd.Function):
         bar = cotangents[-1]
         _, wants_y0, wants_t, *_ = ctx.needs_input_grad
         t, states, *params = ctx.saved_tensors
+        # pieces of these are given to fun, which may take derivatives in them itself: they belong to no graph
+        times, path = t.detach(), states.detach()
         with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
             config = ctx.config()
             config.check()
-            y0_bar, t_bars, param_bars = _sweep(config, t, states, params, bar, wants_t)
+            y0_bar, t_bars, param_bars = _sweep(config, times, path, params, bar, wants_t)
         if t_bars is not None and ctx.event:
             t_bars = torch.cat([t_bars[:1], t_bars.new_zeros(ctx.n_times - 1)])
         found = [y0_bar, *param_bars] if t_bars is None else [y0_bar, t_bars, *param_bars]

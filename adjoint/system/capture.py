@@ -154,6 +154,11 @@ def asking() -> Iterator[None]:
         internals.set_inplace_requires_grad_allowed(allowed)
 
 
+def _whole(x: Tensor) -> Tensor:
+    """What ``x`` is a view of, or itself."""
+    return x if x._base is None else x._base
+
+
 class _Watch(TorchFunctionMode):
     """Records the (differentiable) tensors that enter operators without having come out of one, and whether ``fun`` differentiates."""
 
@@ -164,6 +169,8 @@ class _Watch(TorchFunctionMode):
         self.captured: dict[int, Tensor] = {}
         #: tensors with derivatives that came out of operators, for `left`
         self.made: list[weakref.ref[Tensor]] = []
+        #: tensors that got their derivatives by being written into; see `find_captured`
+        self.written: list[weakref.ref[Tensor]] = []
         self.transforms = self.inner_grad = self.asked = False
         self.begun, self.traced = internals.get_sequence_nr(), internals.is_written_down()
         #: of solves around this one: operators are given what they put in
@@ -190,7 +197,11 @@ class _Watch(TorchFunctionMode):
             self.inner_grad |= not any(isinstance(x, Tensor) and _functorch_wrapped(x, self.level) for x in leaves_of(args[:1]))
         elif asks_for_gradients(func):
             self.inner_grad = True
+        plain = [] if asks_for_gradients(func) else [x for x in leaves_of(args[:1]) if isinstance(x, Tensor) and not x.requires_grad]
         out = func(*args, **kwargs)
+        into = [x for x in plain if x.requires_grad]
+        self.known.update((id(x), x) for x in into)
+        self.written.extend(weakref.ref(_whole(x)) for x in into)
         produced = [x for x in leaves_of(out) if isinstance(x, Tensor)]
         if produced:
             for leaf in leaves_of((args, kwargs)):
@@ -258,8 +269,13 @@ def find_captured(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], o
     found = dict(watch.captured)
     flags = watch.transforms, watch.inner_grad or (watch.asked and _branches(calls, point, list(found.values())))
     kept = watch.left()
-    if kept and end is not None:
+    written = {id(x): (x, x._version) for x in (made() for made in watch.written) if x is not None}
+    if (kept or written) and end is not None:
         found.update(_used_again(calls, kept, end))
+        for i, (x, version) in written.items():
+            if x._version > version and i not in found:
+                # every call writes into it: what this look has left there would be the history of whatever the solve writes
+                x.detach_()
     inputs = {id(x) for x in leaves_of(point) if isinstance(x, Tensor)}
     for owner in owners:
         module = owner if isinstance(owner, torch.nn.Module) else getattr(owner, "__self__", None)

@@ -37,6 +37,8 @@ __all__ = [
     "is_vmap_failure",
     "jacobian_operator",
     "jvp",
+    "must_differentiate",
+    "plain_push",
     "reverse_products",
     "vjp",
 ]
@@ -70,7 +72,7 @@ def must_differentiate(differentiable: bool | None) -> bool:
 def jvp(f: Function, x: Tensor, v: Tensor, differentiable: bool | None = None) -> Tensor:
     """``J v`` for ``v`` (B, n): (B, m). Where forward mode cannot be used, the transpose of a vjp serves."""
     if not must_differentiate(differentiable):
-        found = _plain_push(f, x, v.unsqueeze(0), None)
+        found = plain_push(f, x, v.unsqueeze(0), None)
         if found is not None:
             return found[0]
     try:
@@ -139,7 +141,7 @@ def forward_products(f: Function, x: Tensor, seeds: Tensor, chunk_size: int | No
     """
     seeds = seeds.to(x.dtype)
     if not must_differentiate(differentiable):
-        found = _plain_push(f, x, seeds.unsqueeze(1).expand(-1, *x.shape), chunk_size)
+        found = plain_push(f, x, seeds.unsqueeze(1).expand(-1, *x.shape), chunk_size)
         if found is not None:
             return found
     try:
@@ -193,8 +195,8 @@ def _record(f: Function, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | No
     return out, leaf, probe, turned
 
 
-def _plain_push(f: Function, x: Tensor, seeds: Tensor, chunk: int | None) -> Tensor | None:
-    """``J s`` for ``seeds`` (k, B, n) as the transpose of the recorded vjp, or None where that cannot be had (complex results of real
+def plain_push(f: Function, x: Tensor, seeds: Tensor, chunk: int | None = None) -> Tensor | None:
+    """``J s`` for ``seeds`` (k, *x.shape) as the transpose of the recorded vjp, or None where that cannot be had (complex results of real
     arguments, a backward that cannot be differentiated)."""
     if transforms_active():
         return None

@@ -7,6 +7,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 from ..errors import UnsupportedCombination
+from .transforms import transforming
 
 __all__ = ["naming_faults", "naming_writes"]
 
@@ -35,6 +36,11 @@ _INFERENCE = (
     "fun uses tensors that were made in torch.inference_mode(), which autograd refuses, and Jacobians are taken by it: make them under "
     "torch.no_grad() instead, or .clone() them outside of inference mode"
 )
+_WIDENED = (
+    "an operator in fun was given two precisions, though its arguments agree: in forward mode (torch.func.jvp, jacfwd, hessian, "
+    "ForwardSensitivity) PyTorch gives a number times a 0-d tensor, such as 0.5 * y[0], a tangent in double precision. Keep a dimension "
+    "(y[:1] and torch.cat in the place of y[0] and torch.stack), take reverse mode (torch.func.vjp, grad), or a float64 state"
+)
 #: how PyTorch says so: its transforms, and autograd
 _WRITTEN = {
     "would mutate a captured Tensor": _WRITES,
@@ -49,6 +55,8 @@ _SAID = _WRITTEN | {
     "Nested forward mode AD is not supported": _NESTED,
     "don't yet support saved tensor hooks": _HOOKED,
 }
+#: how it says so in forward mode, where alone ours is the likely cause
+_SAID_FORWARD = {"have the same dtype": _WIDENED}
 
 
 def naming_writes(function: Callable[P, R]) -> Callable[P, R]:
@@ -58,16 +66,17 @@ def naming_writes(function: Callable[P, R]) -> Callable[P, R]:
 
 def naming_faults(function: Callable[P, R]) -> Callable[P, R]:
     """As `naming_writes`; a front door, in which functions of the user may also ask for derivatives of nothing."""
-    return _naming(function, _SAID)
+    return _naming(function, _SAID, _SAID_FORWARD)
 
 
-def _naming(function: Callable[P, R], said: dict[str, str]) -> Callable[P, R]:
+def _naming(function: Callable[P, R], said: dict[str, str], forward: dict[str, str] | None = None) -> Callable[P, R]:
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
-            named = next((ours for words, ours in said.items() if words in str(error)), None)
+            known = said | forward if forward and transforming() else said
+            named = next((ours for words, ours in known.items() if words in str(error)), None)
             if type(error) is RuntimeError and named is not None and not (args and _of_context(args[0], error)):
                 raise UnsupportedCombination(named) from error
             raise

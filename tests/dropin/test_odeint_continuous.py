@@ -276,3 +276,22 @@ def test_an_initial_state_that_func_captured_too():
     for func in (lambda t, y: u - 0.7 * y, lambda t, y: torch.stack([u[0], u.unbind()[1]]) - 0.7 * y):
         end = odeint_adjoint(func, u, torch.tensor([0.0, 1.0]), rtol=1e-8, atol=1e-8, adjoint_rtol=1e-8)[-1].sum()
         torch.testing.assert_close(torch.autograd.grad(end, u)[0], torch.full((2,), want), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("method, options", [("dopri5", {}), ("rk4", {"step_size": 0.01}), ("implicit_midpoint", {"step_size": 0.01})])
+def test_a_force_by_autograd_grad_where_times_are_differentiated(method, options):
+    """Half of ``y' = -2 k y`` is the slope of an energy."""
+    k, y0 = torch.tensor(1.3, requires_grad=True), torch.tensor([1.0, 0.5], requires_grad=True)
+    t = torch.tensor([0.0, 0.4, 1.0], requires_grad=True)
+
+    def fun(t, y):
+        with torch.enable_grad():
+            x = y if y.requires_grad else y.detach().requires_grad_()
+            return -torch.autograd.grad((0.5 * k * x**2).sum(), x, create_graph=True)[0] - k * y
+
+    y = backsolved(fun, y0, t, method=method, options=options)
+    found = torch.autograd.grad(y[1:].sum(), (k, y0, t))
+    decay = torch.exp(-2 * k * t).detach()
+    rate = -2 * 1.3 * 1.5 * decay[1:]
+    want = ((-2 * t * decay).sum() * 1.5, decay[1:].sum().expand(2), torch.cat([-rate.sum().reshape(1), rate]))
+    torch.testing.assert_close(found, tuple(x.detach() for x in want), rtol=2e-4, atol=1e-6)

@@ -452,3 +452,21 @@ def test_tensors_of_inference_mode():
     assert close(found, math.exp(-1.3))
     with pytest.raises(UnsupportedCombination, match="inference_mode"):
         solve_root(lambda x: 1 - k * x, torch.ones(1))
+
+
+@pytest.mark.parametrize("method", ["rodas3p", "rodas5p", "kvaerno5", "radau5"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_slopes_in_time_where_nobody_takes_derivatives(method, batched):
+    """y' = -k y + cos t, whose first part is the slope of an energy that fun lets by itself require grad."""
+
+    def fun(t, y):
+        with torch.enable_grad():
+            x = y if y.requires_grad else y.detach().requires_grad_()
+            return -torch.autograd.grad(energy(K, x), x, create_graph=True)[0] + torch.cos(t).unsqueeze(-1)
+
+    y0 = torch.full((2, 1) if batched else (1,), 0.5, dtype=torch.float64)
+    with torch.no_grad():
+        end = solve_ivp(fun, (0.0, 2.0), y0, method=method, batched=batched, rtol=1e-8, atol=1e-10).y[-1]
+    forced = lambda t: (K * math.cos(t) + math.sin(t)) / (K**2 + 1)  # noqa: E731
+    want = forced(2.0) + (0.5 - forced(0.0)) * math.exp(-K * 2)
+    torch.testing.assert_close(end, torch.full_like(end, want), rtol=1e-6, atol=0.0)

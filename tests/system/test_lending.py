@@ -301,3 +301,43 @@ def test_a_buffer_is_named_on_the_way_back_from_an_event():
     when = _through_an_event(torch.ones(2, requires_grad=True))
     with pytest.raises(UnsupportedCombination, match="keeps a tensor from call to call"):
         when.backward()
+
+
+def _written_each_time(p, batch, late=0.5):
+    """y' = -p y, NaN behind a ``late`` time in the first trajectory, by a tensor that is written into over and over."""
+    kept = torch.empty(batch, 1)
+
+    def fun(t, y):
+        lost = (t > late) & (torch.arange(batch) == 0)
+        kept[:] = -p * y * torch.where(lost, float("nan"), 1.0).unsqueeze(-1)
+        return kept
+
+    return fun
+
+
+@pytest.mark.parametrize("lost", ["later", "at the start", "at both"])
+@pytest.mark.parametrize("method", ["adaptive_heun", "tsit5"])
+def test_what_is_written_into_over_and_over_has_no_history_of_trajectories_that_failed(lost, method):
+    p = torch.tensor(1.3, requires_grad=True)
+    y0 = torch.ones(3, 1)
+    y0[1] = float("nan") if lost != "later" else 1.0
+    fun = _written_each_time(p, 3) if lost != "at the start" else _written_each_time(p, 3, late=2.0)
+    sol = solve_ivp(fun, (0.0, 1.0), y0, gradient=Backprop(), method=method, batched=True, throw=False, rtol=1e-6)
+    assert (sol.status >= 0).tolist() == [lost == "at the start", lost == "later", True]
+    end = sol.y[-1, 2, 0]
+    assert float(torch.autograd.grad(end, p)[0]) == pytest.approx(-math.exp(-1.3), rel=1e-4)
+
+
+def test_weights_that_are_written_once_keep_their_derivatives():
+    p, kept = torch.tensor(1.3, requires_grad=True), torch.empty(1)
+    for gradient in (Backprop(), DiscreteAdjoint()):
+        written = []
+
+        def fun(t, y, written=written):
+            if not written:
+                written.append(kept.new_empty(1))
+                written[0][:] = -p
+            return written[0] * y
+
+        end = solve_ivp(fun, (0.0, 1.0), torch.ones(1), gradient=gradient, rtol=1e-6).y[-1, 0]
+        assert float(torch.autograd.grad(end, p)[0]) == pytest.approx(-math.exp(-1.3), rel=1e-4)
