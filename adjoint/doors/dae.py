@@ -43,6 +43,7 @@ from .dae_arguments import (
     initial_values,
     residual_algebra,
 )
+from .dae_start import consistently, from_start
 from .forcing import with_knots
 from .given import Given, finished, reporting, steering
 from .parts import Parts, event_list, flat_event, solution_of, strategy_of
@@ -197,9 +198,12 @@ def solve_dae(
     report = reporting(plan, dae_failure if throw else None, system, inputs)
     problem = Problem(system, plan, batched, report, backward.add, **ways)
     out = strategy_of(gradient).solve(problem, times.anchors, times.samples, start.y, inputs)
+    first_slopes = start.yp
+    if times.samples is not None and algebra.structure is not None:
+        out, first_slopes = from_start(out, start, times, spec.real_dtype, consistently(system, algebra, inputs))
     parts = Parts(out, problem, times, user_spec, spec, integrand, start.y, watched, args, backward, derivatives, dense_output)
     parts, found = finished(parts)
-    return replace(solution_of(parts, found), yp=parts.state(_slopes(parts, parts.out, start.yp, found.slope)))
+    return replace(solution_of(parts, found), yp=parts.state(_slopes(parts, parts.out, first_slopes, found.slope)))
 
 
 def _system(given: Given, native: NativeSolve, method: Method, compiled: bool) -> System:
@@ -235,7 +239,10 @@ def _with_quadrature(
 
 
 def _slopes(parts: Parts, out: Outputs, yp0: Tensor, stop: Tensor | None) -> Tensor:
-    """``y'`` at the times of ``sol.t``: of the dense output, and at the start the consistent one; ``stop``: at events that ended it."""
+    """``y'`` at the times of ``sol.t``: of the dense output, and at the start the consistent one; ``stop``: at events that ended it.
+
+    ``yp0``: ``(B, n)``, with samples ``(T, B, n)``.
+    """
     times, plan = parts.times, parts.problem.plan
     grid = step_times(out.t, out.h, out.segment, out.lands, times.anchors, plan.shift)
     n_steps = out.t.shape[0]
@@ -254,6 +261,6 @@ def _slopes(parts: Parts, out: Outputs, yp0: Tensor, stop: Tensor | None) -> Ten
         last = last if stop is None else torch.where((out.status > 0).unsqueeze(-1), stop, last)
         return torch.stack([yp0, last])
     if n_steps == 0:
-        return yp0.expand(times.samples.shape[0], *yp0.shape)
+        return yp0
     slopes = interpolate_slopes(plan, out.stages, grid.t, grid.h, times.samples, out.sample_step)
     return torch.where((times.samples == times.anchors[0]).detach().unsqueeze(-1), yp0, slopes)

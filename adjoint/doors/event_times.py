@@ -12,14 +12,14 @@ from ..methods import Bdf, Method
 from ..sensitivity import Outputs
 from ..sensitivity.problem import StepTimes, step_times
 from ..sensitivity.products import behind, tangent
-from ..system.capture import listed
+from ..system.capture import listed, moves
 from ..system.transforms import functorch_active
 from ..torch_internals import dual_level
 from .event_slope import once, signed, with_slope
 from .parts import Found, Parts
 from .solution import EventRecord
 
-__all__ = ["event_records", "step_around"]
+__all__ = ["event_records", "sampled_once", "step_around"]
 
 
 _STRAIGHT = (
@@ -27,6 +27,12 @@ _STRAIGHT = (
     "has first derivatives only. Use another method: 'midpoint', 'heun2' or 'rk4' for 'euler', 'trapezoid' or 'sdirk2' for "
     "'implicit_euler', 'gl4' for 'implicit_midpoint'; 'bdf' is of first order in its first steps, which a smaller rtol or first_step moves "
     "away from the event"
+)
+
+_STRAIGHT_SAMPLE = (
+    "the time of a sample was to be differentiated twice, but where it lies the dense output of {0!r} is a straight line, which has first "
+    "derivatives only. Detach the time, or use another method: 'midpoint', 'heun2' or 'rk4' for 'euler', 'trapezoid' or 'sdirk2' for "
+    "'implicit_euler', 'gl4' for 'implicit_midpoint', 'radau5' or 'kvaerno5' for 'bdf', which is of first order in its first steps"
 )
 
 #: the sum of the weights of a second derivative from which they amplify rounding errors too much
@@ -95,13 +101,27 @@ class Around(NamedTuple):
 
     def straight(self) -> Tensor:
         """The rows ``(B,)`` whose dense output is a straight line by the method, and not because the solution is one."""
-        ends = self.method.dense_slopes(torch.tensor([0.0, 1.0], dtype=torch.float64, device=self.t.device))
-        curving = ends[0] != ends[1]
+        curving = _curving(self.method).to(self.t.device)
         if not isinstance(self.method, Bdf):
             return (~curving).all().expand_as(self.t)
         # of order one: it corrects what it predicted, but keeps no more than one difference
         moved = (self.stages.detach() != 0).any(-1)
         return moved[-1] & ~(moved & curving.unsqueeze(-1)).any(0)
+
+
+def _curving(method: Method) -> Tensor:
+    """Which of the stages ``(S,)`` bend the dense output."""
+    start, end = method.dense_slopes(torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu"))
+    return start != end
+
+
+def sampled_once(samples: Tensor | None, start: Tensor, method: Method) -> Tensor | None:
+    """Times ``(T, B)`` of samples, as they are; where the dense output is a line they have no second derivatives, which is said to
+    whoever takes them. That of "bdf" is one at the start."""
+    if samples is None or not moves(samples):
+        return samples
+    straight = (samples == start).detach() if isinstance(method, Bdf) else torch.full_like(samples, not bool(_curving(method).any()))
+    return once(samples, straight.to(torch.bool), _STRAIGHT_SAMPLE.format(method.name), samples)
 
 
 def step_around(parts: Parts, out: Outputs, grid: StepTimes, line: int, found: Tensor) -> Around:

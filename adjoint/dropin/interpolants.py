@@ -9,11 +9,19 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..doors.event_slope import once
 from ..errors import InvalidInput
 from ..methods import METHODS, DiagonallyImplicitRungeKutta, ExplicitRungeKutta, FullyImplicitRungeKutta, Method, Tableau
+from ..system.capture import moves
 from .request import IMPLICIT, Request
 
-__all__ = ["fixed_grid", "fixed_method", "hermite", "parabola"]
+__all__ = ["fixed_grid", "fixed_method", "hermite", "on_lines", "parabola"]
+
+
+_LINE = (
+    "the time of a sample was to be differentiated twice, but between the points of the grid samples lie on straight lines, which have "
+    "first derivatives only: give options={'interp': 'cubic'}, leave step_size and grid_constructor out, or detach the times"
+)
 
 
 @cache
@@ -116,6 +124,16 @@ def fixed_grid(request: Request) -> Tensor:
     if not bool((request.sign * grid.diff() > 0).all()):
         raise InvalidInput("grid_constructor must return a strictly monotonic grid, in the direction of t")
     return grid
+
+
+def on_lines(request: Request, times: Tensor, grid: Tensor) -> Tensor:
+    """Times ``(T,)`` of samples, as they are; those on lines between points of the ``grid`` (A,) have no second derivatives, which is said
+    to whoever takes them. A point that moves with its sample is none of these: all, where nothing else makes the grid."""
+    own = step_size_of(request) is None
+    if check_interp(request) != "linear" or not moves(times) or (own and request.options.get("grid_constructor") is None):
+        return times
+    tied = (times.unsqueeze(-1) == (grid if own else grid[-1:])).any(-1).detach()
+    return once(times, ~tied, _LINE, times)
 
 
 def hermite(theta: Tensor, y0: Tensor, y1: Tensor, hf0: Tensor, hf1: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from ..sensitivity import Gradient
 from ..sensitivity.sweep import tangent
 from ..system.capture import listed, needs_derivatives
 from ..system.transforms import functorch_active
-from .interpolants import check_interp, fixed_grid, hermite, parabola, step_size_of
+from .interpolants import check_interp, fixed_grid, hermite, on_lines, parabola, step_size_of
 from .native import evaluated, prepare, start_event
 from .request import Request
 
@@ -146,7 +146,7 @@ def adams_samples(request: Request, gradient: Gradient, only: Any = None) -> Any
     _check_finite(steps)
     out = [steps[0].y]
     places = listed(torch.searchsorted(request.sign * grid.detach(), request.sign * request.t.detach().to(torch.float64)))
-    for t, place in zip(request.t[1:].to(torch.float64), places[1:], strict=True):
+    for t, place in zip(on_lines(request, request.t[1:].to(torch.float64), grid), places[1:], strict=True):
         step = steps[place - 1]
         if bool(t.detach() == grid[place].detach()) and not needs_derivatives([t]):
             out.append(step.y1)

@@ -29,7 +29,7 @@ from ..system.realification import suited_to_jacobians
 from ..system.system import System
 from ..system.transforms import functorch_active, transforming, vmap_active
 from ..torch_internals import is_functorch_wrapped_tensor
-from .interpolants import check_interp, fixed_grid, fixed_method, hermite, parabola, step_size_of
+from .interpolants import check_interp, fixed_grid, fixed_method, hermite, on_lines, parabola, step_size_of
 from .request import Request
 
 __all__ = ["Prepared", "combined_event", "evaluated", "given_of", "prepare", "solve_dense", "solve_event", "solve_samples", "start_event"]
@@ -199,6 +199,8 @@ def solve_samples(request: Request, gradient: Gradient, only: Sequence[Tensor] |
     samples = request.t[1:].to(torch.float64).unsqueeze(-1)
     if request.family == "implicit" and check_interp(request) == "cubic":
         return _between(request, gradient, ready, anchors, samples)
+    if request.family in ("fixed", "implicit"):
+        samples = on_lines(request, samples[:, 0], anchors[:, 0]).unsqueeze(-1)
     parts = _solve(request, gradient, ready, anchors, samples)
     return parts.state(torch.cat([parts.y0.unsqueeze(0), parts.out.samples]))
 

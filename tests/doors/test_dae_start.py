@@ -139,3 +139,48 @@ def test_a_first_step_does_not_depend_on_the_other_trajectories(method):
         alone = solve(rate[row : row + 1])
         torch.testing.assert_close(whole.t[1, row], alone.t[1, 0], rtol=1e-14, atol=0)
         torch.testing.assert_close(whole.stats.n_factorizations[row], alone.stats.n_factorizations[0])
+
+
+@pytest.mark.parametrize("rtol", [1e-5, 1e-9])
+@pytest.mark.parametrize("method", ["radau", "radau3"])
+def test_samples_at_the_start_have_second_derivatives(method, rtol):
+    """Of ``x' = z``, ``z = -2 x + cos t``, however small the first step is: by times of samples and by that of the start."""
+    curve = lambda t, x0, t0: forced(t) + (x0 - forced(t0)) * torch.exp(-2 * (t - t0))  # noqa: E731
+    forced = lambda t: (2 * torch.cos(t) + torch.sin(t)) / 5  # noqa: E731
+
+    def solved(t, x0, t0):
+        fun = lambda t, y, yp: torch.stack([yp[0] - y[1], y[1] + 2 * y[0] - torch.cos(t)])  # noqa: E731
+        y0 = torch.cat([x0.reshape(1), x0.new_zeros(1)])
+        return solve_dae(fun, (t0, 1.0), y0, method=method, t_eval=t.reshape(1), rtol=rtol, atol=rtol / 100)
+
+    at = tuple(torch.tensor(x, dtype=torch.float64) for x in (0.2, 0.7, 0.2))
+    x = lambda *p: solved(*p).y[0, 0]  # noqa: E731
+    z = lambda *p: solved(*p).y[0, 1]  # noqa: E731
+    slope = lambda t, x0, t0: torch.cos(t) - 2 * curve(t, x0, t0)  # noqa: E731
+    everything = (0, 1, 2)
+    for got, want in ((x, curve), (z, slope), (lambda *p: solved(*p).yp[0, 0], slope)):
+        first = torch.func.grad(got, everything)(*at)
+        torch.testing.assert_close(first, torch.func.grad(want, everything)(*at), rtol=1e-9, atol=1e-9)
+    for got, want in ((x, curve), (z, slope)):
+        second = torch.autograd.functional.hessian(got, at)
+        torch.testing.assert_close(second, torch.autograd.functional.hessian(want, at), rtol=1e-8, atol=1e-8)
+
+
+def test_samples_at_the_start_of_many():
+    """Of which one is not a number, under a map, forward over reverse."""
+    fun = lambda t, y, yp: torch.stack([yp[:, 0] - y[:, 1], y[:, 1] + 2 * y[:, 0]], 1)  # noqa: E731
+
+    def f(t, x0):
+        y0 = torch.stack([x0, torch.zeros_like(x0)], 1)
+        times = torch.stack([t, torch.ones_like(t)])
+        sol = solve_dae(fun, (0.0, 1.0), y0, t_eval=times, batched=True, throw=False)
+        return sol.y[0, 1, 1]
+
+    x0 = torch.tensor([float("nan"), 0.7], dtype=torch.float64)
+    along = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    by_time = torch.func.grad(f)
+    _, second = torch.func.jvp(lambda t: by_time(t, x0), (torch.zeros(2, dtype=torch.float64),), (along,))
+    # z = -2 x, x'' = 4 x
+    assert float(second[1]) == pytest.approx(-8 * 0.7)
+    mapped = torch.vmap(lambda t: by_time(t, x0))(torch.zeros(3, 2, dtype=torch.float64))
+    assert mapped[:, 1].tolist() == pytest.approx([4 * 0.7] * 3)

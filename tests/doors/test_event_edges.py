@@ -343,3 +343,26 @@ def test_to_go_on_from_the_end_of_a_solve():
     want = torch.exp(-k * torch.sin(torch.tensor(2.0)))
     assert torch.allclose(second.y[-1], want, rtol=1e-7)
     assert torch.allclose(torch.autograd.grad(second.y[-1].sum(), k)[0], torch.autograd.grad(want, k)[0], rtol=1e-6)
+
+
+def sampled(t, method, **options):
+    """``y = exp(-1.3 t)`` at ``t``."""
+    return solve_ivp(lambda t, y: -1.3 * y, (0.0, 2.0), torch.ones(1, dtype=torch.float64), method=method, t_eval=t, **options).y[:, 0]
+
+
+@pytest.mark.parametrize("twice", ["double backward", "forward over reverse", "mapped"])
+@pytest.mark.parametrize("method, at", [("euler", 0.73), ("implicit_euler", 2.0), ("bdf", 0.0)])
+def test_straight_lines_have_no_second_derivatives_of_sample_times(method, at, twice):
+    t = torch.tensor(at, dtype=torch.float64)
+    f = lambda t: sampled(t.reshape(1), method, first_step=0.02, rtol=1e-2)[0]  # noqa: E731
+    assert float(torch.func.grad(f)(t)) == pytest.approx(-1.3 * math.exp(-1.3 * at), rel=0.2)
+    with pytest.raises(InvalidInput, match=f"the dense output of '{method}' is a straight line"):
+        TWICE[twice](f, t)
+
+
+def test_samples_on_curves_have_second_derivatives_in_their_times():
+    t = torch.tensor([0.5, 1.5], dtype=torch.float64, requires_grad=True)
+    for method in ("bdf", "tsit5"):
+        (first,) = torch.autograd.grad(sampled(t, method, rtol=1e-8).sum(), t, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), t)
+        torch.testing.assert_close(second, 1.69 * torch.exp(-1.3 * t.detach()), rtol=2e-2, atol=0.0)

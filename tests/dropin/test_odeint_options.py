@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -224,3 +225,21 @@ def test_perturb_keeps_clear_of_the_grid(method):
         way(f, y0, torch.tensor([0.0, 1.0]), method=method, options={"step_size": 0.5, "perturb": True}, **extra).sum().backward()
         assert seen and not {0.0, 0.5, 1.0} & set(seen)
         seen.clear()
+
+
+@pytest.mark.parametrize("method", ["rk4", "heun3", "implicit_midpoint", "trapezoid", "explicit_adams"])
+def test_samples_on_lines_have_no_second_derivatives_in_their_times(method):
+    """But for the last one, which ends the grid."""
+    t = torch.tensor([0.0, 0.513, 1.0], dtype=torch.float64, requires_grad=True)
+    y0 = torch.ones(1, dtype=torch.float64)
+
+    def derivative(**options):
+        y = adjoint.odeint(lambda t, y: -y, y0, t, method=method, options=options)[:, 0]
+        return torch.autograd.grad(y[1:].sum(), t, create_graph=True)[0][1:]
+
+    first = derivative(step_size=0.1)
+    assert torch.allclose(first, -torch.exp(-t[1:]), rtol=0.06)
+    with pytest.raises(adjoint.InvalidInput, match="interp"):
+        torch.autograd.grad(first.sum(), t)
+    (curved,) = torch.autograd.grad(derivative(step_size=0.1, interp="cubic")[0], t)
+    assert float(curved[1]) == pytest.approx(math.exp(-0.513), rel=0.05)
