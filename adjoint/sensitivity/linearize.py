@@ -23,7 +23,7 @@ _CHECKED = 4
 LOST = (
     "fun uses captured tensor(s) that it does not use at the start of the span, or where no derivative can be seen (inside of a "
     "torch.autograd.Function or of compiled code), so their gradient would be missing. Pass them through args=, or make fun an nn.Module "
-    "that owns them."
+    "that owns them. Or it keeps a tensor from call to call that it writes into: return a new one instead."
 )
 
 Pullback = Callable[[Tensor], tuple[Tensor, Tensor | None]]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from adjoint import Backprop, DiscreteAdjoint, odeint, odeint_event, solve_dae, solve_ivp, solve_root
-from adjoint.errors import InvalidInput, UnsupportedCombination
+from adjoint.errors import CapturedTensorLost, InvalidInput, UnsupportedCombination
 from adjoint.system.lending import own
 
 RATE = -1.3
@@ -299,7 +299,7 @@ def test_going_back_twice_is_said_by_pytorch(gradient):
 
 def test_a_buffer_is_named_on_the_way_back_from_an_event():
     when = _through_an_event(torch.ones(2, requires_grad=True))
-    with pytest.raises(UnsupportedCombination, match="keeps a tensor from call to call"):
+    with pytest.raises((UnsupportedCombination, CapturedTensorLost), match="keeps a tensor from call to call"):
         when.backward()
 
 
