@@ -254,7 +254,8 @@ class Companion:
             resting = error <= _STILL * error.amax(-1, keepdim=True)
         # what nothing moves may rest
         some = (resting & (whole != 0)).any(-1)
-        size, moved, some = read(quiet, change.abs().amax(-1), whole.abs().amax(-1), some)
+        largest = change.abs().amax(-1)
+        size, moved, some = read(quiet, largest, largest if whole is change else whole.abs().amax(-1), some)
         usable = (size > 0) & (size < math.inf)
         rate = choose(usable, size / self._probed, 0.0)
         if not self._switching:

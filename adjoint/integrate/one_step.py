@@ -274,7 +274,7 @@ class OneStepOfMany(_OneStep):
             self.scaled = torch.where(self._spread(step.running), scaled, self.scaled)
             stalled = None if self._equations is None else self._equations.stuck
             verdict = judge_step(plan, error, t, h.abs(), step.size, step.cut, self._rejected, self._memory, stalled)
-            trial.judged(verdict if self.companion is None else self._accompanied(step, times, y1, verdict))
+            trial.judged(verdict if self.companion is None else self._accompanied(step, times, y1, error, verdict))
         else:
             # without an error estimate the state itself says when it stops being finite
             trial.bad = trial.hopeless = ~torch.isfinite(y1).all(-1)
@@ -283,7 +283,7 @@ class OneStepOfMany(_OneStep):
             trial.stages()
         return trial
 
-    def _accompanied(self, step: Attempt, times: Sequence[Tensor], y1: Tensor, verdict: Verdict) -> Verdict:
+    def _accompanied(self, step: Attempt, times: Sequence[Tensor], y1: Tensor, error: Tensor, verdict: Verdict) -> Verdict:
         """Steps that are too long for the companion refused, and those that follow bounded by its error."""
         companion, controller, plan, scaled, y = self.companion, self.plan.control, self.plan, self.scaled, self.y
         assert companion is not None and scaled is not None
@@ -295,7 +295,7 @@ class OneStepOfMany(_OneStep):
             return verdict
         taken = step.running & verdict.passed
         # of a step that was cut short a small error says nothing
-        quiet = taken & (plan.norm(scaled) <= QUIET) & ~(step.cut & (size < 0.5 * step.size))
+        quiet = taken & (error <= QUIET) & ~(step.cut & (size < 0.5 * step.size))
         end = torch.where(self._spread(taken), y1, y)
         found = companion.error(times, step.h.to(plan.real).unsqueeze(-1), y, self._k1, scaled, taken, quiet, longest, end)
         if found is None:
