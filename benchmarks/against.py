@@ -92,14 +92,15 @@ def _counted(work: Any) -> dict[str, Any]:
     return found
 
 
-def compare(case: str, servers: list[Server], repeats: int) -> dict[str, Any]:
-    """Counts of both, and for forward and gradient the samples of both, in seconds."""
+def compare(case: str, servers: list[Server], repeats: int, budget: float) -> dict[str, Any]:
+    """Counts of both, and for forward and gradient the samples of both, in seconds; at most so many, and within a ``budget`` of seconds at
+    least five."""
     row: dict[str, Any] = {"case": case, "counts": [server("begin", case) for server in servers]}
     for what in _WHATS:
         warm = max(server(what, 1) for server in servers)
         calls = max(1, round(0.02 / warm))
         samples: list[list[float]] = [[], []]
-        for turn in range(max(5, min(repeats, round(20 / (warm * calls))))):
+        for turn in range(max(5, min(repeats, round(budget / (2 * warm * calls))))):
             for which in (0, 1) if turn % 2 else (1, 0):
                 samples[which].append(servers[which](what, calls))
         row[what] = samples
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("path", type=Path, help="another checkout")
     parser.add_argument("--case", nargs="*", default=[""], help="those whose names contain one of these words")
     parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds for the repeats of one timing; five are made")
     parser.add_argument("--out", type=Path, help="a file for the table and what it was made on")
     chosen = parser.parse_args()
     from .against_cases import CASES
@@ -141,7 +143,7 @@ def main() -> None:
     print(HEAD)
     for case in CASES:
         if any(word in case for word in chosen.case):
-            lines.append(line_of(compare(case, servers, chosen.repeats)))
+            lines.append(line_of(compare(case, servers, chosen.repeats, chosen.budget)))
             print(lines[-1], flush=True)
     if chosen.out is not None:
         env, others = environment("cpu", {}), contention.share()
