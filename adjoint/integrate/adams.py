@@ -14,10 +14,10 @@ from .multistep import MultistepSolver, Outcome, Predicted
 from .plan import Plan
 from .work import StageWork
 
-__all__ = ["AdamsSolver", "Prediction", "corrected", "predicted", "shifted_nodes", "updated"]
+__all__ = ["PATIENCE", "AdamsSolver", "Prediction", "corrected", "predicted", "shifted_nodes", "updated"]
 
 #: failures in a row after which a step is begun anew with order 1
-_PATIENCE = 3
+PATIENCE = 3
 
 
 class Prediction(NamedTuple):
@@ -151,7 +151,7 @@ class AdamsSolver(MultistepSolver):
         kept = torch.where(level <= 0.5, 1.0, cut)
         factor = torch.where(self.rising | (level * 2.0 ** (order + 1) <= 0.5), 2.0, kept)
         self.fails = self.fails + (rejected | failed)
-        again = (rejected | failed) & (self.fails >= _PATIENCE)
+        again = (rejected | failed) & (self.fails >= PATIENCE)
         order = torch.where(again, 1, order)
         down = torch.where(again & rejected, (0.5 / here.clamp(min=1e-30)).sqrt().clamp(0.01, 0.5), 0.5)
         factor = torch.where(passed, factor, torch.where(rejected | failed, down, 1.0))

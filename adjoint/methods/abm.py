@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import InvalidInput
 from .family import Traits
 
-__all__ = ["Adams", "Weights", "step_weights", "stretching", "uniform_errors"]
+__all__ = ["Adams", "Weights", "projection", "step_weights", "stretching", "uniform_errors"]
 
 #: beyond this the formulas have next to no stability, and their differences are rounding errors
 _MOST = 12
@@ -34,7 +34,7 @@ def uniform_errors(most: int) -> tuple[float, ...]:
 
 
 @cache
-def _projection(size: int) -> tuple[np.ndarray, np.ndarray]:
+def projection(size: int) -> tuple[np.ndarray, np.ndarray]:
     """Gauss's nodes on [0, 1] and the matrix from values there to coefficients in Legendre polynomials, exact below degree ``size``."""
     x, w = np.polynomial.legendre.leggauss(size)
     values = np.polynomial.legendre.legvander(x, size - 1)
@@ -79,7 +79,7 @@ def step_weights(nodes: Tensor, order: Tensor) -> Weights:
     All but the first, zero, are negative.
     """
     size = nodes.shape[-1]
-    points, matrix = (torch.as_tensor(x, dtype=nodes.dtype, device=nodes.device) for x in _projection(size))
+    points, matrix = (torch.as_tensor(x, dtype=nodes.dtype, device=nodes.device) for x in projection(size))
     place = torch.arange(size, device=nodes.device)
     ahead = 1 - nodes[:, :-1]
     one = torch.ones_like(nodes[:, :1])

@@ -52,7 +52,7 @@ def sweep_native(
     names = ("t", "h", "status", "sample_step", *(("segment", "lands") if anchors.shape[0] > 2 else ()))
     keep = {name: getattr(grid, name).detach().contiguous() for name in names}
     keep["states"], keep["anchors"] = states, anchors.detach().contiguous()
-    if program.method.implicit:
+    if program.method.implicit or program.method.multistep:
         keep["stages"] = grid.stages.detach().contiguous()
     if program.method.multistep:
         keep["extra"] = grid.extra.detach().contiguous()

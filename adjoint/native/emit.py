@@ -10,7 +10,8 @@ from typing import TypeGuard
 import numpy as np
 import torch
 
-from ..integrate import bdf, companion, coupled, defect, residual, stages, stiffness
+from ..integrate import adams, bdf, companion, coupled, defect, residual, stages, stiffness
+from ..methods.abm import Adams, projection, stretching, uniform_errors
 from ..methods.auto import stages_at_end
 from ..methods.bdf import MAX_ORDER, Bdf, coefficients, rescaling_slopes
 from ..methods.collocation import FullyImplicitRungeKutta
@@ -24,7 +25,7 @@ from .text import header
 __all__ = ["Compiled", "engine_text", "is_residual", "prologue", "takes"]
 
 #: methods that have a text
-Compiled = ExplicitRungeKutta | Rosenbrock | DiagonallyImplicitRungeKutta | FullyImplicitRungeKutta | Bdf
+Compiled = ExplicitRungeKutta | Rosenbrock | DiagonallyImplicitRungeKutta | FullyImplicitRungeKutta | Bdf | Adams
 
 _FOLDER = Path(__file__).parent / "engine"
 
@@ -57,12 +58,24 @@ def prologue(real: torch.dtype, lanes: int) -> str:
 
 def takes(method: object) -> TypeGuard[Compiled]:
     """Whether a method has a text."""
-    return type(method) in (ExplicitRungeKutta, Rosenbrock, DiagonallyImplicitRungeKutta, FullyImplicitRungeKutta, Bdf)
+    return type(method) in (ExplicitRungeKutta, Rosenbrock, DiagonallyImplicitRungeKutta, FullyImplicitRungeKutta, Bdf, Adams)
 
 
 def records_beside(method: Compiled) -> int:
     """How many numbers are recorded of a step, beside its time, state and stages: see `Record.extra`."""
-    return 3 if method.multistep else 0
+    return len(_idle(method))
+
+
+def recorded_stages(method: Compiled) -> int:
+    """How many stages are recorded of a step, with those of the dense output."""
+    return method.n_stages if isinstance(method, Adams) else len(method.dense)
+
+
+def _idle(method: Compiled) -> list[float]:
+    """What is recorded beside of no step."""
+    if isinstance(method, Adams):
+        return [1.0, *(-float(j) for j in range(method.max_order + 1))]
+    return [1.0] * 3 * method.multistep
 
 
 def is_residual(method: Compiled) -> bool:
@@ -172,6 +185,20 @@ def _bdf() -> list[str]:
     ]
 
 
+def _adams(method: Adams) -> list[str]:
+    """The constants of Adams-Bashforth-Moulton formulas."""
+    size = method.max_order + 1
+    rules = [projection(k + 1) for k in range(size)]
+    into = [line for _, matrix in rules for line in [*matrix.tolist(), *[[]] * (size - len(matrix))]]
+    return [
+        _flags(FSAL=False, NEXT_FIRST=False, ERROR_USES_END=False, FAILURES=adams.PATIENCE),
+        _matrix("POINTS", [points.tolist() for points, _ in rules], size),
+        _array("CONSTANTS", uniform_errors(method.max_order)),
+        _matrix("INTO", into, size),
+        _matrix("STRETCHING", stretching(size).tolist(), size),
+    ]
+
+
 def _switching(method: Compiled, real: torch.dtype) -> list[str]:
     """The constants of handing over to another method, see `SwitchWatch`; none of methods that cannot."""
     ends = stages_at_end(method)
@@ -202,12 +229,14 @@ def _family(method: Compiled, width: int, nonzero: Collection[tuple[int, int]], 
     """A method's constants, and the step of its family."""
     if isinstance(method, ExplicitRungeKutta):
         return [*_explicit(method), source("explicit.hpp")]
+    if isinstance(method, Adams):
+        return [source("orders.hpp"), *_adams(method), source("adams.hpp")]
     shared = [_iteration(), *_bands(width, nonzero, mass), source("linear.hpp")]
     if isinstance(method, Rosenbrock):
         return [*shared, *_rosenbrock(method, width, nonzero), source("rosenbrock.hpp")]
     shared.append(source("newton.hpp"))
     if isinstance(method, Bdf):
-        return [*shared, source("pencil.hpp"), *_bdf(), source("bdf.hpp")]
+        return [*shared, source("pencil.hpp"), source("orders.hpp"), *_bdf(), source("bdf.hpp")]
     if isinstance(method, FullyImplicitRungeKutta):
         return [*shared, source("pencil.hpp"), *_collocation(method), source("collocation.hpp")]
     return [*shared, *_dirk(method), source("dirk.hpp")]
@@ -230,22 +259,27 @@ def engine_text(
     share it; ``numbers``: how many cotangents shared ones have. ``nonzero``: the entries of the
     Jacobian that are not always zero. ``mass``: whether there is a matrix in front of the slopes.
     """
-    dense, implicit, multistep = method.dense, is_residual(method), method.multistep
+    implicit, multistep, legendre = is_residual(method), method.multistep, isinstance(method, Adams)
+    dense = [[0.0]] if legendre else method.dense
     # the equation of a multistep formula is that of the end of its step
-    nodes, beside = (1.0,) if multistep else method.nodes, records_beside(method)
+    nodes, idle, carried = (1.0,) if multistep else method.nodes, _idle(method), method.n_stages if legendre else bdf.SIZE
     return "\n".join(
         [
-            _flags(N=width, INPUTS=len(own), TIMED=timed, STAGES=method.n_stages, ALL=len(dense)),
-            _flags(DEGREE=len(dense[0]), TIMES=len(nodes), ERROR_ORDER=method.error_order, EVALUATIONS=method.evaluations),
+            _flags(N=width, INPUTS=len(own), TIMED=timed, STAGES=method.n_stages, ALL=recorded_stages(method)),
+            # those of multistep methods are counted where they are made
+            _flags(DEGREE=len(dense[0]), TIMES=len(nodes), ERROR_ORDER=method.error_order),
+            _flags(EVALUATIONS=0 if multistep else method.evaluations),
             f"static constexpr double ROOT = {number(width**-0.5)};",
             _integers("OWN", own),
             _integers("NUMBERS", numbers),
-            _flags(EXTRA=beside, CARRIED=bdf.SIZE - 1 if multistep else 0),
+            _flags(EXTRA=len(idle), CARRIED=carried - 1 if multistep else 0),
+            _array("IDLE", idle),
             _array("C", nodes),
             _matrix("DENSE", dense, len(dense[0])),
             declarations(),
             f"#define MASS {int(mass)}\n#define IMPLICIT {int(implicit)}\n#define CONSTRAINED {int(mass or implicit)}",
-            f"#define MULTISTEP {int(multistep)}",
+            f"#define MULTISTEP {int(multistep)}\n#define LEGENDRE {int(legendre)}",
+            f"#define BY_STAGES {int(implicit or not method.spares_stages)}",
             f"static constexpr double FARTHEST = {number(max(1.0, *nodes))}, REAL_EPSILON = {number(torch.finfo(real).eps)};",
             source("lanes.hpp"),
             source("common.hpp"),

@@ -188,7 +188,8 @@ class NativeSolve:
             values = found.values()
             if derivatives:
                 values = [v.clone() if v.data_ptr() == x.data_ptr() else v for v, x in zip(values, found.tensors, strict=True)]
-            watched = derivatives and not plan.method.implicit
+            # of multistep methods the steps are looked at when they are all taken
+            watched = derivatives and not plan.method.implicit and not plan.method.multistep
             record = run_native(found.program, plan, sought.anchors, t_eval, sought.y0, values, watched, index, skipped, idle)
         except (Unreadable, NoCompiler) as error:
             return _remark(key, str(error))

@@ -18,7 +18,7 @@ from ..integrate.record import no_events
 from ..integrate.residual import power_of
 from ..integrate.stages import TOLERANCE
 from .calls import FORWARD_CALL, filled
-from .emit import records_beside
+from .emit import recorded_stages, records_beside
 from .program import Engine, Program, pointers
 
 __all__ = ["COUNTS", "Frame", "Solved", "block_of", "frame_of", "run_native", "sample_order", "shift_of", "solved", "threads_for"]
@@ -119,7 +119,7 @@ def frame_of(
     keep_stages = plan.keep_stages or few
     keep_grid = plan.keep_states or plan.keep_grid or keep_stages
     beside = records_beside(program.method)
-    size = rows * (n * y0.element_size() * (1 + (len(program.method.dense) if keep_stages else 0)) + 16 + 8 * beside)
+    size = rows * (n * y0.element_size() * (1 + (recorded_stages(program.method) if keep_stages else 0)) + 16 + 8 * beside)
     rtol, atol = _tolerance(plan.rtol, y0), _tolerance(plan.atol, y0)
     first = plan.first_step
     first = None if first is None else torch.as_tensor(first, dtype=torch.float64, device="cpu").reshape(-1).contiguous()
@@ -201,7 +201,7 @@ def solved(
     order = None if ordered else sample_order(t_eval, anchors)
     room = program.room.get(rows, max(1, min(_ROOM, _MOST_ROOM // max(frame.size, 1)))) if frame.keep_grid else 0
     room = min(room, plan.max_steps)
-    stages, beside = len(program.method.dense), records_beside(program.method)
+    stages, beside = recorded_stages(program.method), records_beside(program.method)
 
     def grid(steps: int) -> dict[str, Tensor]:
         made = {

@@ -220,7 +220,6 @@ def _reads_numbers(t, y):
 
 
 UNCOMPILED = {
-    "method": ("'abm' has no native form", {"method": "abm"}),
     "split": ("'kencarp4' has no native form", {"fun": SplitFunction(_square, _square), "method": "kencarp4"}),
     "jac": ("leave jac= or compile out", {"method": "rodas4", "jac": lambda t, y: torch.diag(-2 * y)}),
     "linear_solver": ("leave linear_solver= or compile out", {"method": "rodas4", "linear_solver": adjoint.linalg.DenseLU()}),

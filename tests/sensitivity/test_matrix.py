@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -145,7 +146,10 @@ def gradients(form: str, strategy: Any, options: dict[str, Any], rows: Sequence[
     fun = system(options["method"], c)
 
     def value(y: Tensor, q: Tensor, **more: Any) -> Tensor:
-        return loss(solve_ivp(fun, (0.0, END), y, (q,), t_eval=TIMES, gradient=strategy, **options, **more).y)
+        with warnings.catch_warnings():
+            if options["method"] not in IMEX_METHODS:
+                warnings.filterwarnings("error", "compile=True.*has no native form", RuntimeWarning)
+            return loss(solve_ivp(fun, (0.0, END), y, (q,), t_eval=TIMES, gradient=strategy, **options, **more).y)
 
     if one:
         more = {"compile": True} if form == "compiled one" else {}

@@ -21,7 +21,6 @@ struct Back_ {
     for (long i = 0; i < size; i++) memory[i] = K(0);
 #if MULTISTEP
     before.carried = work + ROOM_OF_STEP;
-    for (int l = 0; l < W; l++) { before.order[l] = 1; before.ratio[l] = before.kept[l] = 1; }
 #endif
     long mine = 0;
     for (int i = 0; i < INPUTS; i++) mine += OWN[i];
@@ -96,7 +95,7 @@ struct Back_ {
       if (row[l] != row[other]) { row[l] = row[other]; own.load(q.inputs, l, row[l]); }
       t[l] = t[other]; h[l] = h[other];
 #if MULTISTEP
-      before.order[l] = before.order[other]; before.ratio[l] = before.ratio[other]; before.kept[l] = before.kept[other];
+      before.same(l, other);
 #endif
       for (int n = 0; n < N; n++) put(y[n], l, get(y[n], other));
       if (RECORDED) for (int n = 0; n < ALL * N; n++) put(ks[n], l, get(ks[n], other));
@@ -117,6 +116,21 @@ struct Back_ {
     if (q.timed) r.tbar += tb;
     free(v);
   }
+
+#if MULTISTEP
+  // of the differences with which trajectories began
+  void begin_back(Return& r) {
+    bool which[W], some = false;
+    S start_ = K(0);
+    for (int l = 0; l < W; l++) some |= which[l] = live[l] && k[l] == 0;
+    if (!some) return;
+    for (int l = 0; l < W; l++) {
+      put(start_, l, (R)t[l]);
+      for (int n = 0; n < N; n++) put(handed[n], l, which[l] ? q.states[row[l] * N + n] : get(y[n], l));
+    }
+    begun(r, start_, handed, which);
+  }
+#endif
 
   void run() {
     S times[TIMES], hs = K(0);
@@ -148,10 +162,10 @@ struct Back_ {
         // the state where the equations of a step are: at its end, of multistep methods
         for (int n = 0; n < N; n++) put(y[n], l, q.states[(i + MULTISTEP * q.rows) * N + n]);
 #if MULTISTEP
-        const double* known = q.extra + k[l] * EXTRA * q.rows + row[l];
-        before.order[l] = (long)known[0]; before.ratio[l] = known[q.rows]; before.kept[l] = known[2 * q.rows];
+        before.load(l, q.extra + k[l] * EXTRA * q.rows + row[l], q.rows, q.n_anchors > 2 && q.lands[i] && q.segment[i] < q.n_anchors - 2);
+        put(before.after, l, moved((R)(t[l] + h[l]), jumps_end[l], sign[l] * __builtin_inf()));
 #endif
-        if (RECORDED && (!MULTISTEP || IMPLICIT || q.timed)) for (int s = 0; s < ALL; s++) for (int n = 0; n < N; n++) put(ks[s * N + n], l, q.stages[((k[l] * ALL + s) * q.rows + row[l]) * N + n]);
+        if (RECORDED && (BY_STAGES || q.timed)) for (int s = 0; s < ALL; s++) for (int n = 0; n < N; n++) put(ks[s * N + n], l, q.stages[((k[l] * ALL + s) * q.rows + row[l]) * N + n]);
         if (q.states_bar) add(bar, l, q.states_bar + (i + q.rows) * N);
         if (q.stages_bar) for (int s = 0; s < ALL; s++) add(kbar + s * N, l, q.stages_bar + ((k[l] * ALL + s) * q.rows + row[l]) * N);
         first[l] = sampled[l];
@@ -182,6 +196,9 @@ struct Back_ {
       if (dense) step_back<true>(r);
       else step_back<false>(r);
       if (HANDS_ON) handed_back(r);
+#if MULTISTEP
+      begin_back(r);
+#endif
       const S tbar = r.tbar, hbar = r.hbar;
       bool ended = false;
       const M going = mask_of(live);

@@ -14,16 +14,6 @@ FN Pencil pencil_of(Attempt& a) { return Pencil(a.work + ROOM_OF_STEP - ROOM_OF_
 static void find_slopes(Attempt& a, const S& t, const double* sign, double* width, const bool* wanted, S* slope, double* fast);
 #endif
 
-// numbers of every lane, and those that tables have of them
-#if W == 1
-FN J whole(const long* x) { return x[0]; }
-#else
-FN J whole(const long* x) { J r; for (int l = 0; l < W; l++) r[l] = E(x[l]); return r; }
-#endif
-FN DV doubles(const double* x) { Doubles r; for (int l = 0; l < W; l++) r[l] = x[l]; return r.v; }
-FN S looked_up(const double* table, const long* at) { S r = K(0); for (int l = 0; l < W; l++) put(r, l, (R)table[at[l]]); return r; }
-FN M equal_to(const J& x, long y) { return (M)(x == KI(y)); }
-FN M no_less(const J& x, long y) { return (M)(x >= KI(y)); }
 // what formulas weigh, in every lane by its own order
 struct Formula {
   M low[DIFFERENCES], next[DIFFERENCES], after[DIFFERENCES];  // up to the order; one and two beyond it
@@ -102,29 +92,30 @@ struct History {
     rescale(which, factor);
   }
   void note(int l, double* at, long stride) const { at[0] = order[l]; at[stride] = ratio[l]; at[2 * stride] = kept[l]; }
-  // which attempts, with these levels of error, are accepted, and the sizes of the steps that follow the others
-  LV judge(const Flags& on, const Doubles& level, Flags& bad, Doubles& step) {
+  // which attempts are accepted, and the sizes of the steps that follow the others
+  template <class O> LV judge(O& o) {
     Flags passed;
     bool which[W];
     double factor[W];
     for (int l = 0; l < W; l++) {
-      bad.set(l, !solved[l]);
-      passed.set(l, on[l] && solved[l] && level[l] <= 1);
-      which[l] = on[l] && !passed[l];
+      o.bad.set(l, !solved[l]);
+      passed.set(l, o.on[l] && solved[l] && o.level[l] <= 1);
+      which[l] = o.on[l] && !passed[l];
       if (!which[l]) continue;
       factor[l] = 0.5;
       if (solved[l]) {
         factor[l] = SMALLEST_FACTOR;
-        if (finite(level[l])) factor[l] = least(most(safety(l) * __builtin_pow(most(level[l], 1e-30), -1.0 / (order[l] + 1)), SMALLEST_FACTOR), 1);
+        if (finite(o.level[l])) factor[l] = least(most(safety(l) * __builtin_pow(most(o.level[l], 1e-30), -1.0 / (order[l] + 1)), SMALLEST_FACTOR), 1);
       }
-      step[l] *= factor[l];
+      o.step[l] *= factor[l];
     }
     rescale(which, factor);
     return passed.v;
   }
   double safety(int l) const { return SAFE * (2 * ROUNDS + 1) / (2 * ROUNDS + rounds[l]); }
+  template <class O> void arrive(O&, const Flags&, S*) {}
   // behind the steps of the lanes ``taken_``
-  void take(const M& taken_, const Flags& passed) {
+  template <class O> void take(O&, const M& taken_, const Flags& passed) {
     for (int e = 0; e < DIFFERENCES * N; e++) D[e] = m_sel(taken_, following[e], D[e]);
     for (int l = 0; l < W; l++) if (passed[l]) { ratio[l] = kept[l] = 1; equal[l]++; }
   }
@@ -295,7 +286,18 @@ static void step_forward(Attempt& a) {
 FN void step_error(Attempt&) {}
 template <int I> FN void dense_stages(Attempt&) {}
 
-// ---- the adjoint: from the cotangent of the table behind a step and w, that of the correction, (E + c G)* u = w; psi - predicted has -E* u
+// ---- the adjoint
+// what was recorded of steps, and the cotangents of the differences that they begin with and end with
+struct Before {
+  long order[W];
+  double ratio[W], kept[W];
+  S after, *carried;
+  Before() { for (int l = 0; l < W; l++) { order[l] = 1; ratio[l] = kept[l] = 1; } }
+  void load(int l, const double* known, long stride, bool) { order[l] = (long)known[0]; ratio[l] = known[stride]; kept[l] = known[2 * stride]; }
+  void same(int l, int other) { order[l] = order[other]; ratio[l] = ratio[other]; kept[l] = kept[other]; }
+};
+// from the cotangent of the table behind a step and w, that of the correction, (E + c G)* u = w; psi - predicted has -E* u
+FN void begun(Return&, const S&, const S*, const bool*) {}
 template <bool DENSE_OUTPUT> static void step_back(Return& a) {
   const Before& p = *a.before;
   const Formula f(p.order, m_sel((M)(a.h == K(0)), K(1), a.h));

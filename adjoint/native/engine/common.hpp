@@ -17,6 +17,7 @@ FN R beside(R x, double toward) { return __builtin_nextafter(x, toward); }
 #endif
 
 // b_i(theta) of the dense output, and their slopes
+#if !LEGENDRE
 FN void dense_weights(double theta, double* w) {
   for (int i = 0; i < ALL; i++) {
     double total = 0;
@@ -31,6 +32,7 @@ FN void dense_slopes(double theta, double* w) {
     w[i] = total;
   }
 }
+#endif
 
 struct Functions {
   void (*fun)(const Ctx*, const S* t, const S* y, S* out);
@@ -67,8 +69,7 @@ struct Attempt {
 };
 FN S unit_of(const Attempt& a, const S& size, int n) { return size * a.step_rtol[n] + a.step_atol[n]; }
 FN S root_of(const S& total) { return m_sqrt(total) * K(R(ROOT)); }
-// of steps of a multistep method what was recorded of them, and the cotangents of the differences that they begin with and end with
-struct Before { long order[W]; double ratio[W], kept[W]; S* carried; };
+struct Before;
 // a step taken back, from bar, the cotangent of the state at its end, and kbar, those of its stages or nothing: ybar, that of y
 struct Return {
   const Functions& f; const Ctx& c; const S* times; S h;

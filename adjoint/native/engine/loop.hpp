@@ -196,7 +196,7 @@ struct Loop {
 
   // the error test, and the sizes of the next steps; true: accepted
 #if MULTISTEP
-  LV judge(DV e) { level.v = e; return past.judge(on, level, bad, step); }
+  LV judge(DV e) { level.v = e; return past.judge(*this); }
 #else
   LV judge(DV e) {
     const DV length = d_abs(h.v), one = d_all(1);
@@ -422,7 +422,7 @@ struct Loop {
       f.fun(&c, &at, y1, k_end);
       n_fun.v -= passed.v;
     }
-    if (dense && ALL > STAGES) {
+    if (dense && (ALL > STAGES || LEGENDRE)) {
       dense_stages<STAGES>(a);
       n_fun.v += passed.v & (l_all(ALL - STAGES - NEXT_FIRST));
     }
@@ -431,6 +431,9 @@ struct Loop {
     over.v = flag(false);
 #if EVENTS > 0
     events_of(passed);
+#endif
+#if MULTISTEP
+    past.arrive(*this, passed, k_end);
 #endif
 #if SWITCHES
     if (q.interval) {
@@ -481,7 +484,7 @@ struct Loop {
       if (passed[l] && (stops || over[l] || segment[l] >= q.n_anchors - 1)) { finish(l, stops ? 1 : over[l] ? 2 : 0); ended = true; }
     }
 #if MULTISTEP
-    past.take(taken, passed);
+    past.take(*this, taken, passed);
     past.follow(*this, passed);
 #else
     if (jumped) {

@@ -55,7 +55,7 @@ static void block_seal(void* p, long b) {
   for (long r = b * q.block; r < end; r++) for (long k = q.n_accepted[r]; k < s.steps; k++) {
     const long i = k * q.rows + r;
     to.t[i] = q.t_final[r]; to.h[i] = 0;
-    for (int e = 0; e < EXTRA; e++) to.extra[(k * EXTRA + e) * q.rows + r] = 1;
+    for (int e = 0; e < EXTRA; e++) to.extra[(k * EXTRA + e) * q.rows + r] = IDLE[e];
     if (q.n_anchors > 2) { to.segment[i] = 0; to.lands[i] = 0; }
     if (q.keep_states) for (int n = 0; n < N; n++) to.states[(i + q.rows) * N + n] = q.last[r * N + n];
     if (q.keep_stages) for (int a = 0; a < ALL; a++) for (int n = 0; n < N; n++) to.stages[((k * ALL + a) * q.rows + r) * N + n] = 0;
