@@ -120,7 +120,8 @@ def sampled_once(samples: Tensor | None, start: Tensor, method: Method) -> Tenso
     whoever takes them. That of "bdf" is one at the start."""
     if samples is None or not moves(samples):
         return samples
-    straight = (samples == start).detach() if isinstance(method, Bdf) else torch.full_like(samples, not bool(_curving(method).any()))
+    lines = any(not bool(_curving(m).any()) for m in method.members)
+    straight = (samples == start).detach() if isinstance(method, Bdf) else torch.full_like(samples, lines)
     return once(samples, straight.to(torch.bool), _STRAIGHT_SAMPLE.format(method.name), samples)
 
 
