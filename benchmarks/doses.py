@@ -4,8 +4,8 @@ Two compartments with absorption; one to ten oral doses, two infusions, a lag ti
 the sum of squares of the samples in the rate constants of every patient, the lag times, and the amounts and times of all doses. One by one
 some of the patients are solved, spread over all, and their time is that of so many times more; answers are compared.
 
-Once with a dose at the start for everybody, and once with patients who wait for their first dose. By explicit methods, rounds in which
-somebody rests, or takes steps too long for derivatives, are taken uncompiled where derivatives are wanted (docs/theory.md, section 1).
+Once with a dose at the start for everybody, and once with patients who wait for their first dose: at rest, where derivatives ask for
+shorter steps than the state (docs/theory.md, section 1).
 """
 
 from __future__ import annotations
@@ -147,8 +147,7 @@ def main() -> None:
         f"{args.patients} patients, each with one to ten oral doses, two infusions and a lag time, and 25 samples over {HOURS:g} hours; "
         "rtol 1e-6, one thread. Gradients in all rate constants, lag times, and times and amounts of all doses. One by one: "
         f"{args.alone} of them, uncompiled, without `batched=True`; their time for all is in proportion. Waiting: first doses come later. "
-        "By explicit methods, rounds in which somebody rests, or takes steps too long for derivatives, are taken uncompiled where "
-        "derivatives are wanted. See `benchmarks/doses.py`.",
+        "See `benchmarks/doses.py`.",
         "",
         f"adjoint {adjoint.__version__}, torch {torch.__version__}, {os.cpu_count()} cores"
         + ("." if share is None else f", of which other processes used {100 * share:.0f} % meanwhile."),

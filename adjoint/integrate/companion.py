@@ -418,12 +418,14 @@ class Companion:
         return x if x.shape == self._flat else x.reshape(self._flat)
 
 
-def rests(record: Record) -> bool:
-    """Whether a component of a trajectory was the same after all of its steps, if it took any."""
+def rests(record: Record) -> Tensor:
+    """Of which trajectories (B,) a component was the same after all of the steps, if there were any."""
     states = record.states
     # few are where they began after the last one
     returned = (states[-1] == states[0]) & (record.h != 0).any(0).unsqueeze(-1)
-    return bool(returned.any()) and bool((states[1:, returned] == states[0, returned]).all(0).any())
+    if not bool(returned.any()):
+        return returned.any(-1)
+    return (returned & (states[1:] == states[0]).all(0)).any(-1)
 
 
 def displaced(x: Tensor) -> Tensor:

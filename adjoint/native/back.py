@@ -80,5 +80,6 @@ def sweep_native(
     call.jumps, call.timed = shift_of(plan, anchors), timed
     for name, x in keep.items():
         setattr(call, name, x.data_ptr())
+    assert engine.backward is not None
     engine.backward(ctypes.byref(call))
     return Cotangents(y0_bar, found, *times)

@@ -78,7 +78,7 @@ def _idle(method: Compiled) -> list[float]:
     return [1.0] * 3 * method.multistep
 
 
-def is_residual(method: Compiled) -> bool:
+def is_residual(method: object) -> bool:
     """Whether it is for implicit equations ``F(t, y, y') = 0``."""
     return isinstance(method, FullyImplicitRungeKutta | Bdf) and method.residual
 
@@ -252,12 +252,14 @@ def engine_text(
     nonzero: Collection[tuple[int, int]] = (),
     n_events: int = 0,
     mass: bool = False,
+    displaced: bool = False,
 ) -> str:
     """All but the functions of the user and `prologue`, for states of ``width`` numbers.
 
     ``timed``: whether these functions look at the time. ``own``: how many numbers of each input belong to one trajectory, 0 where all
     share it; ``numbers``: how many cotangents shared ones have. ``nonzero``: the entries of the
-    Jacobian that are not always zero. ``mass``: whether there is a matrix in front of the slopes.
+    Jacobian that are not always zero. ``mass``: whether there is a matrix in front of the slopes. ``displaced``: whether the second half of
+    the state is a displacement of the first one, and there is no way back.
     """
     implicit, multistep, legendre = is_residual(method), method.multistep, isinstance(method, Adams)
     dense = [[0.0]] if legendre else method.dense
@@ -279,6 +281,7 @@ def engine_text(
             declarations(),
             f"#define MASS {int(mass)}\n#define IMPLICIT {int(implicit)}\n#define CONSTRAINED {int(mass or implicit)}",
             f"#define MULTISTEP {int(multistep)}\n#define LEGENDRE {int(legendre)}",
+            f"#define DISPLACED {int(displaced)}",
             f"#define BY_STAGES {int(implicit or not method.spares_stages)}",
             f"static constexpr double FARTHEST = {number(max(1.0, *nodes))}, REAL_EPSILON = {number(torch.finfo(real).eps)};",
             source("lanes.hpp"),
@@ -296,7 +299,7 @@ def engine_text(
             *(_constraints(method) if (mass or implicit) and not multistep else []),
             *(["#define SWITCHES 0"] if mass or implicit else _switching(method, real)),
             *(source(f"{name}.hpp") for name in ("tape", "starts", "loop", "forward")),
-            source("back.hpp"),
+            *([] if displaced else [source("back.hpp")]),
             *([source("consistent.hpp")] if implicit else []),
         ]
     )

@@ -17,6 +17,7 @@ from ..system.remarks import remark
 from ..system.system import System, VmappedSystem
 from .back import Cotangents, sweep_native
 from .build import NoCompiler, spent
+from .companion import solved_again
 from .consistent import NativeStart
 from .emit import takes
 from .graphs import Heard
@@ -55,13 +56,10 @@ def own_algebra(options: Iterable[str]) -> str:
     return f"native code takes and factorises Jacobians itself: leave {next(iter(options))}= or compile out"
 
 
-_TOO_LONG = (
-    "the state moves along a slow manifold, where steps of an explicit method have to be shorter for derivatives than for the state: take "
-    "an implicit one, such as 'rodas5p'"
-)
-_AT_REST = (
-    "a component of the state is at rest, where steps have to be shorter for derivatives than for the state: take out of the state what is "
-    "constant, or choose a one-step method such as 'kvaerno5'"
+#: what becomes of a solve whose steps, small enough for the state, are too long for derivatives, and which cannot be made natively again
+_FOR_DERIVATIVES = (
+    "somewhere it is at rest or moves along a slow manifold, where steps have to be shorter for derivatives than for the state (take out "
+    "of the state what is constant, or take an implicit method such as 'kvaerno5'), and "
 )
 
 
@@ -172,9 +170,10 @@ class NativeSolve:
         index: Tensor | None = None,
         skipped: Tensor | None = None,
         idle: Tensor | None = None,
-    ) -> Record | None:
-        """The solve, or None where the eager engine is to make it. ``derivatives``: a way back may follow. ``index`` and ``skipped``, (n,):
-        those of variables of implicit equations, see `ResidualSolver`; ``idle`` (B,): see `Problem`."""
+    ) -> tuple[Record, Tensor] | None:
+        """The solve, with a mask (B,) of trajectories whose explicit steps do not bear derivatives, or None where the eager engine is to
+        make it. ``derivatives``: a way back may follow. ``index`` and ``skipped``, (n,): those of variables of implicit equations, see
+        `ResidualSolver`; ``idle`` (B,): see `Problem`."""
         plan, key = sought.plan, sought.plan.compile
         known, self._found, self.recognised = self._found, None, None
         found = known or self._recognised(sought)
@@ -190,20 +189,29 @@ class NativeSolve:
                 values = [v.clone() if v.data_ptr() == x.data_ptr() else v for v, x in zip(values, found.tensors, strict=True)]
             # of multistep methods the steps are looked at when they are all taken
             watched = derivatives and not plan.method.implicit and not plan.method.multistep
-            record = run_native(found.program, plan, sought.anchors, t_eval, sought.y0, values, watched, index, skipped, idle)
+            solved = run_native(found.program, plan, sought.anchors, t_eval, sought.y0, values, watched, index, skipped, idle)
         except (Unreadable, NoCompiler) as error:
             return _remark(key, str(error))
         finally:
             self.seconds += spent.seconds - before
-        if record is None:
-            return _remark(key, _TOO_LONG)
         self.recognised, self.values = found, tuple(values)
-        return record
+        return solved
 
-    def given_up(self, key: Hashable) -> None:
-        """The solve was made, but its steps do not bear derivatives: the eager engine has a way to choose those that do."""
+    def for_derivatives(self, sought: Sought, t_eval: Tensor | None, record: Record, which: Tensor) -> Record | None:
+        """``record``, of the solve that was made, with steps that bear derivatives of the trajectories ``which`` (B,); None where the
+        eager engine is to choose them."""
+        assert self.recognised is not None
+        program, before, reason = self.recognised.program, spent.seconds, "a displacement beside it could not be followed"
+        try:
+            found = solved_again(program, sought.plan, sought.anchors, t_eval, sought.y0, self.values, record, which)
+            if found is not None:
+                return found
+        except (Unreadable, NoCompiler) as error:
+            reason = str(error)
+        finally:
+            self.seconds += spent.seconds - before
         self.recognised = None
-        _remark(key, _AT_REST)
+        return _remark(sought.plan.compile, _FOR_DERIVATIVES + reason)
 
     def backward(
         self,

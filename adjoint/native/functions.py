@@ -47,27 +47,28 @@ class UserFunctions:
 def user_functions(
     reading: Reading,
     events: Sequence[Reading],
+    mass: Reading | None,
     width: int,
     own: Sequence[int],
     timed: bool,
     method: Compiled,
-    mass: Reading | None = None,
+    back: bool = True,
 ) -> UserFunctions:
     """For states of ``width`` numbers; ``own``: how many numbers of each input belong to one trajectory, 0 where all share it; ``timed``:
-    whether the function looks at the time; ``mass``: the matrix in front of the slopes, row by row. Raises `Unreadable` where text would
-    be too long."""
+    whether the function looks at the time; ``mass``: the matrix in front of the slopes, row by row; ``back``: with what a way back takes.
+    Raises `Unreadable` where text would be too long."""
     try:
         # of implicit equations values and slopes stand side by side
         arguments = 2 * width if is_residual(method) else width
-        return _texts(_Writer(reading, arguments, own, timed), width, events, method, mass)
+        return _texts(_Writer(reading, arguments, own, timed), width, events, method, mass, back)
     except NotImplementedError as error:
         raise Unreadable("", "", f"{error} is not known as a formula") from error
 
 
-def _texts(writer: _Writer, width: int, events: Sequence[Reading], method: Compiled, mass: Reading | None) -> UserFunctions:
+def _texts(writer: _Writer, width: int, events: Sequence[Reading], method: Compiled, mass: Reading | None, back: bool) -> UserFunctions:
     reading, own = writer.reading, writer.own
     loops = rolled(reading.graph, reading.outputs, _leaf, _cotangent, writer.shared, ("t", "y", "a"), entry_name="jy[PATTERN[{}]]".format)
-    texts = writer.straight() if loops is None else writer.loops(loops)
+    texts = writer.straight(("fun", "vjp") if back else ("fun", None)) if loops is None else writer.loops(loops)
     tables = "" if loops is None else loops.tables
     nonzero: Collection[tuple[int, int]] = ()
     size = _COUPLED if isinstance(method, FullyImplicitRungeKutta) else _ALONE
@@ -81,7 +82,7 @@ def _texts(writer: _Writer, width: int, events: Sequence[Reading], method: Compi
             raise _too_many(width, size.full)
         if loops is not None and loops.jac:
             tables += f"static const int PATTERN[] = {{{', '.join(str(i * writer.width + j) for i, j in loops.pattern)}}};\n"
-    if isinstance(method, Rosenbrock):
+    if isinstance(method, Rosenbrock) and back:
         texts["bend"] = writer.bend()
     if events:
         texts["events"] = _events(reading, events, width, own)
@@ -118,9 +119,12 @@ class _Writer:
         """The name of a leaf."""
         return _leaf(("k", place[1] + self.before, *place[2:])) if place[0] == "k" else _leaf(place)
 
-    def straight(self, names: tuple[str, str] = ("fun", "vjp")) -> dict[str, str]:
-        """The function and its vjp, written out."""
+    def straight(self, names: tuple[str, str | None] = ("fun", "vjp")) -> dict[str, str]:
+        """The function, and its vjp where that is given a name, written out."""
         graph, outputs = self.graph, self.reading.outputs
+        function = {names[0]: self._written(names[0], "const S* y, S* o", [(f"o[{i}]", node, "=") for i, node in enumerate(outputs)])}
+        if names[1] is None:
+            return function
         seeds: dict[int, int] = {}
         for i, node in enumerate(outputs):
             v = graph.leaf("v", i)
@@ -128,10 +132,7 @@ class _Writer:
         found = cotangents(graph, seeds, ("t", "y", "a"))
         zero = graph.constant(0.0)
         of_state: list[Target | Scatter] = [(f"yb[{i}]", found.pop(graph.leaf("y", i), zero), "=") for i in range(self.width)]
-        return {
-            names[0]: self._written(names[0], "const S* y, S* o", [(f"o[{i}]", node, "=") for i, node in enumerate(outputs)]),
-            names[1]: self._written(names[1], "const S* y, const S* v, S* yb, S* tb", of_state + self._added(found)),
-        }
+        return function | {names[1]: self._written(names[1], "const S* y, const S* v, S* yb, S* tb", of_state + self._added(found))}
 
     def loops(self, loops: Rolled) -> dict[str, str]:
         """``fun`` and ``vjp``, in loops."""

@@ -19,6 +19,7 @@ from .emit import Compiled, engine_text, is_residual, prologue
 from .functions import UserFunctions, depends, inputs_of, user_functions
 from .jointly import of_all_rows
 from .reading import Reading, Unreadable
+from .tangents import with_displacement
 from .text import vector_library
 
 __all__ = ["Engine", "Program", "pointers", "program_of"]
@@ -39,7 +40,8 @@ class Engine:
 
     forward: Callable[..., int]
     seal: Callable[..., None]
-    backward: Callable[..., None]
+    #: None of what is solved forward only
+    backward: Callable[..., None] | None
     functions: dict[str, int]
     #: how many events were found, and what they are
     count_events: Callable[..., int] | None = None
@@ -92,6 +94,10 @@ class Program:
     #: of one state of many rows: how many, and what `own` would be if each were a trajectory
     joint: int = 0
     own_of_row: tuple[int, ...] = ()
+    #: inputs of whole numbers
+    whole: frozenset[int] = frozenset()
+    #: whether the second half of the state is a displacement of the first one; such solves have no way back
+    displaced: bool = False
     room: dict[int, int] = field(default_factory=dict)
     #: how often its solves are looked at for jumps
     looks: Seldom = field(default_factory=Seldom)
@@ -101,6 +107,7 @@ class Program:
     _waiting: set[int] = field(default_factory=set)
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _functions: UserFunctions | Unreadable | None = None
+    _companion: Program | Unreadable | None = None
     _calls: dict[int, Any] = field(default_factory=dict)
 
     @property
@@ -109,12 +116,32 @@ class Program:
         if self._functions is None:
             try:
                 width, own = (self.width // self.joint, self.own_of_row) if self.joint else (self.width, self.own)
-                self._functions = user_functions(self.reading, self.events, width, own, self.timed, self.method, self.mass)
+                readings = self.reading, self.events, self.mass
+                self._functions = user_functions(*readings, width, own, self.timed, self.method, not self.displaced)
             except Unreadable as error:
                 self._functions = error
         if isinstance(self._functions, Unreadable):
             raise self._functions
         return self._functions
+
+    def companion(self) -> Program:
+        """The same equations with a displacement beside (`with_displacement`). Raises `Unreadable`."""
+        with self._lock:
+            if self._companion is None:
+                try:
+                    self._companion = self._with_displacement()
+                except (Unreadable, NotImplementedError) as error:
+                    self._companion = error if isinstance(error, Unreadable) else Unreadable("", "", f"{error} is not known as a formula")
+        if isinstance(self._companion, Unreadable):
+            raise self._companion
+        return self._companion
+
+    def _with_displacement(self) -> Program:
+        if self.joint:
+            raise Unreadable("", "", "a component of one state of many rows is at rest, for whose derivatives steps have to be shorter")
+        reading, nothing = with_displacement(self.reading, self.whole, self.real), (0,) * len(self.numbers)
+        sizes = self.real, 2 * self.width, self.own, nothing, self.timed, self.tables, self.events
+        return Program(reading, self.method, *sizes, displaced=True)
 
     def lanes(self, rows: int) -> int:
         """How many trajectories go side by side."""
@@ -194,19 +221,22 @@ class Program:
         start, theirs = prologue(self.real, lanes), self.functions
         users = self._users(start, theirs, lanes)
         sizes = self.width, self.timed, self.own, self.numbers, theirs.nonzero, len(self.events), self.mass is not None
-        engine = engine_text(self.method, self.real, *sizes)
+        engine = engine_text(self.method, self.real, *sizes, self.displaced)
         loop = library("\n".join([start, engine]), True, links(lanes))
         addresses = {name: _address(users, name) for name in theirs.texts}
         loop.forward.restype = ctypes.c_void_p
-        loop.seal.restype = loop.backward.restype = None
-        more = {}
+        loop.seal.restype = None
+        more, back = {}, None
+        if not self.displaced:
+            back = loop.backward
+            back.restype = None
         if self.events:
             loop.count_events.restype, loop.take_events.restype = ctypes.c_long, None
             more |= {"count_events": loop.count_events, "take_events": loop.take_events}
         if is_residual(self.method):
             loop.consistent.restype = None
             more["consistent"] = loop.consistent
-        return Engine(loop.forward, loop.seal, loop.backward, addresses, **more)
+        return Engine(loop.forward, loop.seal, back, addresses, **more)
 
 
 def pointers(tensors: Sequence[Tensor]) -> Any:
@@ -246,4 +276,5 @@ def program_of(
     tables = tuple(x.contiguous().to(y0.dtype) for reading in readings for x in reading.tables)
     events, matrix = (readings[1:-1], readings[-1]) if mass else (readings[1:], None)
     of_one = (0,) * len(own) if joint else own
-    return Program(readings[0], method, y0.dtype, y0.shape[1], of_one, shared, timed, tables, tuple(events), matrix, joint, own)
+    whole = frozenset(k for k, x in enumerate(inputs) if not x.is_floating_point())
+    return Program(readings[0], method, y0.dtype, y0.shape[1], of_one, shared, timed, tables, tuple(events), matrix, joint, own, whole)

@@ -276,11 +276,11 @@ def run_native(
     index: Tensor | None = None,
     skipped: Tensor | None = None,
     idle: Tensor | None = None,
-) -> Record | None:
-    """Solve; the arguments are those of the eager loops.
+) -> tuple[Record, Tensor]:
+    """Solve, and whose explicit steps (B,) were not stable, as far as they were ``watched``; the arguments are those of the eager loops.
 
-    ``inputs``: contiguous, in the dtype of the state. ``watched``: see `frame_of`; None where explicit steps are not stable. ``index``,
-    ``skipped`` and ``idle``: see `frame_of`.
+    ``inputs``: contiguous, in the dtype of the state. ``watched``: see `frame_of`. ``index``, ``skipped`` and ``idle``: see
+    `frame_of`.
     """
     anchors, y0 = anchors.detach().contiguous(), y0.detach().contiguous()
     t_eval = None if t_eval is None else t_eval.detach().contiguous()
@@ -289,8 +289,7 @@ def run_native(
     counts = dict(zip(COUNTS, found.counts.unbind(), strict=True))
     # what is written to one of the others is not written to this one, which the way back keeps
     counts["status"] = counts["status"].clone()
-    if bool(counts.pop("unstable").any()):
-        return None
+    unstable = counts.pop("unstable") != 0
     steps, most = found.steps, found.steps["t"].shape[0]
     if "segment" not in steps:
         steps["segment"] = torch.zeros((1, 1), dtype=torch.int64, device="cpu").expand(most, y0.shape[0])
@@ -299,7 +298,7 @@ def run_native(
         steps["lands"] = torch.arange(most, device="cpu").unsqueeze(-1) == last
     final, last, scaled = found.ends.unbind()
     t_final, next_step = found.times.unbind()
-    return Record(
+    record = Record(
         final=final,
         last=last,
         scaled_error=scaled,
@@ -312,6 +311,7 @@ def run_native(
         **steps,
         **(no_events(y0) if found.events is None else found.events),
     )
+    return record, unstable
 
 
 def _events(engine: Engine, tape: int) -> dict[str, Tensor]:

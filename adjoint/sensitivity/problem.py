@@ -117,27 +117,22 @@ class Problem:
         self.report(record)
 
     def _by_native(self, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor, t_eval: Tensor | None) -> Record | None:
-        """The solve by compiled code; None where it cannot be, or where steps have to be looked after (see `Companion`)."""
+        """The solve by compiled code, None where it cannot be. Of trajectories whose steps do not bear derivatives it is another one."""
         derivatives = self.derivatives and (self.plan.keep_states or self.plan.keep_grid)
         index, skipped = (None, None) if self.algebra is None else (self.algebra.index, self.algebra.skipped)
         sought = Sought(self.plan, self.system, self.batched, inputs, y0, anchors)
         idle = self.idle if self.idle is not None and len(self.idle) == len(y0) else None
-        record = self.native.forward(sought, t_eval, derivatives, index, skipped, idle)
-        if record is not None and derivatives:
-            record = self._without_rest(record, inputs, y0)
-            if record is None:
-                self.native.given_up(self.plan.compile)
-        return record
-
-    def _without_rest(self, record: Record, inputs: Sequence[Tensor], y0: Tensor) -> Record | None:
-        """A solve whose steps are short enough for derivatives, with what was evaluated to see it; None for another one."""
-        made = self.beside(inputs, y0.shape[0])
-        if made is None:
-            return record
-        if not self.plan.method.multistep:
-            return None if rests(record) else record
-        doubtful, count = too_long(made(False), self.plan, record, y0)
-        return None if bool(doubtful.any()) else replace(record, n_fun=record.n_fun + count)
+        solved = self.native.forward(sought, t_eval, derivatives, index, skipped, idle)
+        made = self.beside(inputs, y0.shape[0]) if derivatives else None
+        if solved is None or made is None:
+            return None if solved is None else solved[0]
+        record, doubtful = solved
+        if self.plan.method.multistep:
+            doubtful, count = too_long(made(False), self.plan, record, y0)
+            record = replace(record, n_fun=record.n_fun + count)
+        else:
+            doubtful = doubtful | rests(record)
+        return self.native.for_derivatives(sought, t_eval, record, doubtful) if bool(doubtful.any()) else record
 
     @property
     def _constrained(self) -> bool:

@@ -60,14 +60,20 @@ def test_a_ball_that_bounces(method):
         compared(sol.y[-1], flight(t, n, *inputs), inputs)
 
 
-def test_twenty_contacts():
+#: where restarts at the first order leave errors of the size of the tolerance
+FINER = {"bdf": {"rtol": 1e-11, "atol": 1e-13}}
+
+
+@pytest.mark.parametrize("method", ["tsit5", *(pytest.param(m, marks=pytest.mark.slow) for m in FAMILIES[1:])])
+def test_twenty_contacts(method):
     h, e, g = inputs = values(2.0, 0.8, 9.81)
-    sol = solve_ivp(fall, (0.0, between(20, *inputs)), torch.stack([h, 0 * h]), (e, g), events=BOUNCE, **FINE)
+    keys = options(method) | FINER.get(method, {})
+    sol = solve_ivp(right(method), (0.0, between(20, *inputs)), torch.stack([h, 0 * h]), (e, g), events=BOUNCE, **keys)
     record = sol.events["bounce"]
     times = torch.stack([contact(k, *inputs) for k in range(1, 21)])
     compared(record.t, times, inputs)
     compared(sol.y[-1], flight(between(20, *inputs), 20, *inputs), inputs)
-    assert torch.allclose(record.after[:, 1], -e * record.y[:, 1]) and float(record.y[:, 0].abs().max()) < 1e-12
+    assert torch.allclose(record.after[:, 1], -e * record.y[:, 1]) and float(record.y[:, 0].detach().abs().max()) < 1e-11
 
 
 @pytest.mark.parametrize("method", [*FAMILIES, "native tsit5", "native rodas5p"])

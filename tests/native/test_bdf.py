@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 
@@ -120,23 +118,6 @@ def test_maps_and_integrals():
     p = spread(18)[1]
     mine, theirs = (torch.vmap(torch.func.grad(lambda p, x=x: total(p, x)))(p) for x in (True, False))
     torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
-
-
-def test_a_state_at_rest_is_looked_after():
-    """Steps from rest are as long as the span, whatever a displacement would do: as without native code, they are made shorter."""
-
-    def slowly(t, y, k):
-        return -k * y
-
-    found = []
-    for compile in (True, False):
-        y0, k = torch.zeros(1, dtype=F64, requires_grad=True), torch.tensor([2.0], dtype=F64)
-        with pytest.warns(RuntimeWarning, match="at rest") if compile else contextlib.nullcontext():
-            sol = adjoint.solve_ivp(slowly, (0.0, 3.0), y0, (k,), method="bdf", compile=compile)
-        found.append((sol.stats.n_fun, *torch.autograd.grad(sol.y[-1].sum(), y0)))
-    assert found[0][0] == found[1][0]
-    torch.testing.assert_close(found[0][1], found[1][1])
-    torch.testing.assert_close(found[0][1], torch.exp(torch.tensor([-6.0], dtype=F64)), rtol=1e-3, atol=0)
 
 
 def test_what_failed_says_so():

@@ -361,8 +361,8 @@ struct Loop {
 
   // Steps go by the error of the state. Where that moves along a slow manifold they may be longer than a displacement bears: derivatives
   // would be those of unstable steps. A few products with the Jacobian, by differences, tell its size (Sommeijer, Shampine & Verwer 1997),
-  // at steps longer than any before and once in a while.
-  void look(const Flags& passed) {
+  // at steps longer than any before and once in a while. reached: the times of the states, which may lie before an event that ends a solve.
+  void look(const Flags& passed, const DV reached) {
     Flags due_;
     due_.v = passed.v & ~unstable.v;
     // behind a jump the slope is still that before it
@@ -373,7 +373,7 @@ struct Loop {
     if (!some(due_.v & (THAT(length > looked.v) | THAT(since.v >= l_all(32))))) return;
     looked.v = d_sel(due_.v, d_most(looked.v, 1.25 * length), looked.v);
     since.v = since.v & ~due_.v;
-    S at = narrow(t.v), *v = looking, *f1 = v + N, rate = K(0);
+    S at = narrow(reached), *v = looking, *f1 = v + N, rate = K(0);
     for (int n = 0; n < N; n++) v[n] = probe[n];
     // well within the tolerance, and well above rounding
     auto unit = [&](int n) { return m_abs(y[n]) * (rtol[n] + K(R(SHIFT))) + atol[n] + K(R(SMALLEST)); };
@@ -413,6 +413,19 @@ struct Loop {
     for (int n = 0; n < N; n++) probe[n] = m_sel(kept, v[n], probe[n]);
   }
 
+#if DISPLACED && !RECORDED && !MULTISTEP
+  // The displacement never falls below half of what the error test sees, whatever the steps have damped: so it finds, as by power iteration
+  // with the steps themselves, modes that would be unstable in longer ones.
+  void nudge(const M taken, const Flags& passed) {
+    S at = K(0), *anew = looking;
+    for (int n = N / 2; n < N; n++) y[n] += m_sel(taken, K(R((1.5 + __builtin_cos((n + 1.0) * (n + 1.0))) * 0.5)) * atol[n], K(0));
+    for (int l = 0; l < W; l++) put(at, l, (R)t[l]);
+    f.fun(&c, &at, y, anew);
+    for (int n = 0; n < N; n++) k1[n] = m_sel(taken, anew[n], k1[n]);
+    n_fun.v -= passed.v;
+  }
+#endif
+
   void accept(Flags& passed, S* times, S* k_end, bool end_known, bool dense) {
     const bool going = some(passed.v & (flag(EVENTS > 0) | ~(lands.v & THAT(segment.v >= l_all(q.n_anchors - 2)))));
     if (!end_known && (going || q.watched || (dense && NEXT_FIRST))) {
@@ -442,6 +455,7 @@ struct Loop {
     }
 #endif
     const M taken = mask_of(passed);
+    const DV reached = end.v;
     for (int l = 0; l < W; l++) {
       if (!passed[l]) continue;
       const bool stops = EVENTS > 0 && stop[l] == stop[l];
@@ -472,13 +486,16 @@ struct Loop {
     accepted.v -= passed.v;
     t.v = d_sel(passed.v, end.v, t.v);
     for (int n = 0; n < N; n++) { y[n] = m_sel(taken, y1[n], y[n]); k1[n] = m_sel(taken, k_end[n], k1[n]); }
+#if DISPLACED && !RECORDED && !MULTISTEP
+    if (going) nudge(taken, passed);
+#endif
     if (some(passed.v & lands.v)) for (int l = 0; l < W; l++) {
       if (!passed[l] || !lands[l] || (EVENTS > 0 && stop[l] == stop[l])) continue;
       segment[l]++;
       to_next_anchor(l);
     }
     // where a solve ends at once its end is its only step
-    if (q.watched && !q.interval && end_known) look(passed);
+    if (q.watched && !q.interval && end_known) look(passed, reached);
     if (EVENTS > 0 || some(over.v | (passed.v & THAT(segment.v >= l_all(q.n_anchors - 1))))) for (int l = 0; l < W; l++) {
       const bool stops = EVENTS > 0 && stop[l] == stop[l];
       if (passed[l] && (stops || over[l] || segment[l] >= q.n_anchors - 1)) { finish(l, stops ? 1 : over[l] ? 2 : 0); ended = true; }

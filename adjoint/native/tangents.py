@@ -1,0 +1,50 @@
+"""Equations with those of a small displacement beside them: ``y' = f(t, y, p)``, ``d' = f_y d + f_p s``.
+
+The displacement starts anywhere, and ``s`` displaces what ``fun`` depends on, as `integrate.companion.displaced` does. Steps that are small
+enough for both are so for derivatives too, where the state alone asks for none: see `Companion`, whose displaced solution this is in the
+limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+
+from .expressions import Graph
+from .reading import Reading
+from .reverse import cotangents, times
+
+__all__ = ["with_displacement"]
+
+#: displacement of what is zero
+_OF_ZERO = 1e-3
+
+
+def with_displacement(reading: Reading, whole: Collection[int], real: torch.dtype) -> Reading:
+    """The same of states of twice as many numbers, the second half of which is the displacement.
+
+    ``whole``: inputs of whole numbers, which are not displaced. Raises `NotImplementedError` where a derivative is not known.
+    """
+    graph, width = reading.graph, len(reading.outputs)
+    seeds: dict[int, int] = {}
+    for i, node in enumerate(reading.outputs):
+        v = graph.leaf("v", i)
+        seeds[node] = graph.op("add", seeds[node], v) if node in seeds else v
+    # sum_i v_i (f_y d + f_p s)_i, whose derivatives in v are wanted
+    product = graph.constant(0.0)
+    for leaf, bar in cotangents(graph, seeds, ("y", "a")).items():
+        kind, *place = graph.data[leaf]
+        if kind == "a" and place[0] in whole:
+            continue
+        d = graph.leaf("y", width + place[0]) if kind == "y" else _displaced(graph, leaf, torch.finfo(real).eps ** 0.4)
+        product = graph.op("add", product, times(graph, bar, d))
+    found, zero = cotangents(graph, {product: graph.constant(1.0)}, ("v",)), graph.constant(0.0)
+    tangents = (found.get(graph.leaf("v", i), zero) for i in range(width))
+    return replace(reading, outputs=(*reading.outputs, *tangents))
+
+
+def _displaced(graph: Graph, x: int, shift: float) -> int:
+    size = graph.op("mul", graph.op("abs", x), graph.constant(shift))
+    return graph.op("sel", graph.op("eq", x, graph.constant(0.0)), graph.constant(shift * _OF_ZERO), size)
