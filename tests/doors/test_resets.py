@@ -76,6 +76,21 @@ def test_twenty_contacts(method):
     assert torch.allclose(record.after[:, 1], -e * record.y[:, 1]) and float(record.y[:, 0].detach().abs().max()) < 1e-11
 
 
+@pytest.mark.parametrize("gradient", [adjoint.DiscreteAdjoint(), adjoint.GaussAdjoint()])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.compile)])
+def test_what_lies_behind_an_event_is_not_swept_for_it(gradient, compile):
+    h, e, g = inputs = values(2.0, 0.8, 9.81)
+    end, start = between(8, *inputs).detach(), torch.stack([h, 0 * h])
+    sol = solve_ivp(fall, (0.0, end), start, (e, g), events=BOUNCE, gradient=gradient, compile=compile, **FINE)
+    times = sol.events["bounce"].t
+    for k in (0, 3):
+        before = sol.stats.backward.n_steps
+        found = torch.autograd.grad(times[k], inputs, retain_graph=True)
+        for a, b in zip(found, torch.autograd.grad(contact(k + 1, *inputs), inputs, materialize_grads=True), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        assert 0 < sol.stats.backward.n_steps - before < sol.stats.n_accepted * (k + 3) / 9
+
+
 @pytest.mark.parametrize("method", [*FAMILIES, "native tsit5", "native rodas5p"])
 def test_every_trajectory_of_a_batch_has_its_own_contacts(method):
     native, method = method.startswith("native"), method.removeprefix("native ")
