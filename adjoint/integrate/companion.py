@@ -48,6 +48,8 @@ _CALM, _NAP, _LONGEST_NAP, _STRETCH = 4, 16, 256, 1.25
 _LOOKS, _LONGER = (0, 8, 24), 2.0
 #: refusals in a row after which a distance is taken for rounding
 _FUTILE = 25
+#: steps, in units of the rounding of the time, in which the displaced solution alone jumps: what moves when `fun` switches is displaced too
+_JUMPING = 1e5
 #: an error that is refused in any case
 _HUGE = 1e30
 #: times of the fastest mode after which it has died away, if it does
@@ -345,7 +347,9 @@ class Companion:
         self._proposed = choose(column(usable), after, 0.0)
         found = choose(usable & which, found, choose(which & wild, _HUGE, 0.0))
         self._refused = choose(which, choose(found > 1.0, self._refused + 1, 0), self._refused)
-        return choose(self._refused <= _FUTILE, found, 0.0)
+        tiny = longest_of(h) <= _JUMPING * torch.finfo(self.plan.real).eps * times[0].abs()
+        futile = tiny if isinstance(h, Tensor) else bool(tiny)
+        return choose((self._refused > _FUTILE) | futile, 0.0, found)
 
     def _attempt(self, f: Any, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, Tensor]:
         method, shape = self.plan.method, self._shape

@@ -196,7 +196,12 @@ class _Steps(NamedTuple):
         wanted = torch.zeros(rows, dtype=torch.bool, device=k.device).index_copy(0, self.row, sharp)
         step = torch.zeros(rows, dtype=torch.float64, device=k.device).index_copy(0, self.row, longest)
         near = torch.arange(-_BESIDE, _BESIDE + 2, device=k.device).unsqueeze(-1) + middle
-        nodes = torch.where(wanted, near.clamp(0, n_steps), 0)
+        # not as far as a time at which fun may jump
+        steps, bound = torch.arange(len(self.h), device=k.device).unsqueeze(-1), ~self.free
+        first = torch.where(bound & (steps < k), steps, -1).amax(0) + 1
+        last = torch.where(bound & (steps > k), steps, n_steps).amin(0)
+        low, high = (torch.zeros_like(middle).index_copy(0, self.row, x) for x in (first, last))
+        nodes = torch.where(wanted, torch.minimum(torch.maximum(near, low), high), 0)
         every, t = torch.arange(rows, device=k.device), record.t.detach()
         ends = torch.cat([t, (t[-1] + record.h.detach()[-1]).unsqueeze(0)])
         return _Path(ends[nodes, every], self.states[nodes, every], wanted, step, implicit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -271,3 +272,32 @@ def test_a_component_that_rests_in_tiny_steps_alone():
     # a is exp(-k0 sin(5) / 1000), but for what b is late by
     exact = -1e-3 * math.sin(5.0) * math.exp(-3e-3 * math.sin(5.0))
     torch.testing.assert_close(slope[0], torch.tensor(exact, dtype=torch.float64), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("method", ["kvaerno3", "rodas5p", "radau5", "tsit5"])
+def test_a_pulse_that_ends_a_rest(method, declared, batched):
+    """A displaced time of a switch is another one, before which the solution jumps and its displaced one does not."""
+    rate, (on, off) = 5.0, (0.3, 0.7)
+    times, k = torch.tensor([on, off], requires_grad=True), torch.tensor([rate], requires_grad=True)
+
+    def fun(t, y, k):
+        inside = (t > times[0]) & (t <= times[1])
+        return -k * (y - torch.where(inside, 1.0, 0.0).reshape(-1, 1) if batched else y - torch.where(inside, 1.0, 0.0))
+
+    y0 = torch.zeros(2, 1) if batched else torch.zeros(1)
+    keys = {"method": method, "rtol": 1e-7, "atol": 1e-9, "batched": batched, "step_ts": times if declared else None}
+    with warnings.catch_warnings():
+        # what is declared is no jump to be told of
+        warnings.filterwarnings("error" if declared else "ignore", "fun jumps at")
+        end = adjoint.solve_ivp(fun, (0.0, 1.0), y0, (k,), **keys).y[-1].mean()
+    exact = math.exp(-rate * (1 - off)) - math.exp(-rate * (1 - on))
+    assert float(end.detach()) == pytest.approx(exact, abs=1e-6)
+    (by_k,) = torch.autograd.grad(end, k, retain_graph=True)
+    slope = -(1 - off) * math.exp(-rate * (1 - off)) + (1 - on) * math.exp(-rate * (1 - on))
+    assert float(by_k) == pytest.approx(slope, abs=1e-5)
+    if declared:
+        (by_times,) = torch.autograd.grad(end, times)
+        wanted = torch.tensor([-rate * math.exp(-rate * (1 - on)), rate * math.exp(-rate * (1 - off))])
+        torch.testing.assert_close(by_times, wanted, rtol=1e-5, atol=1e-5)
