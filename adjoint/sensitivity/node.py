@@ -78,7 +78,8 @@ class SolveNode(torch.autograd.Function):
         bars = cotangents[:_DIFFERENTIABLE]
         wants = ctx.needs_input_grad[1:]
         differentiable = torch.is_grad_enabled() or functorch_active()
-        if not differentiable and not any(bar is not None and bool((bar != 0).any()) for bar in bars):
+        known = [bar for bar in bars if bar is not None and bar.numel()]
+        if known and not differentiable and not any(bool((bar != 0).any()) for bar in known):
             # of a solve behind the event whose time is differentiated, say
             given = anchors, t_eval, grid.states[0], *inputs
             nothing = [torch.zeros_like(x) if x is not None and want else None for x, want in zip(given, wants, strict=True)]
