@@ -129,7 +129,8 @@ def _with_dips(f: Callable[[Tensor], Tensor], places: Tensor, values: Tensor, wa
         if not bool(active.any()):
             continue
         x, v = _lowest(lambda s: side * f(s), x, (left, side * f_left), (right, side * f_right), active)  # noqa: B023
-        other = active & (v < 0)
+        # beyond what rounding may make of values as large as those of this step
+        other = active & (v < -_EPS * scale)
         found_x.append(torch.where(other, x, 1.0))
         found_v.append(torch.where(other, side * v, values[3]))
     # a zero between two values of one sign is no change of it

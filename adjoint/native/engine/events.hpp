@@ -92,7 +92,8 @@ template <class F> static int crossings(const F& f, const double* places, const 
     const double side = sign_of(values[k]), predicted = values[0] + at * (c1 + at * (c2 + at * c3));
     if (!(side != 0 && side == sign_of(values[k + 1]) && side * (2 * c2 + 6 * c3 * at) > 0 && side * predicted <= 0.1 * (high - low))) continue;
     const double w = lowest([&](double s) { return side * f(s); }, at, places[k], side * values[k], places[k + 1], side * values[k + 1]);
-    if (!(w < 0)) continue;
+    // beyond what rounding may make of values as large as those of this step
+    if (!(w < -2.220446049250313e-16 * (high - low))) continue;
     int j = n++;
     for (; j > 0 && x[j - 1] > at; j--) { x[j] = x[j - 1]; v[j] = v[j - 1]; }
     x[j] = at; v[j] = side * w;
