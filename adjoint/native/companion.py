@@ -109,13 +109,9 @@ def _with_rows(record: Record, which: Tensor, rows: Tensor, part: Record) -> Rec
 
 def _of_steps(record: Record, steps: Tensor) -> Tensor:
     """Stages of these steps, zero where they were not kept."""
-    there = torch.unique(record.event_step)
-    stages = record.stages.new_zeros(len(steps), *record.stages.shape[1:])
-    for k, step in enumerate(steps.tolist()):
-        found = (there == step).nonzero()
-        if len(found):
-            stages[k] = record.stages[found[0, 0]]
-    return stages
+    there, nothing = torch.unique(record.event_step), record.stages.new_zeros(len(steps), *record.stages.shape[1:])
+    wanted = torch.isin(there, steps)
+    return nothing.index_copy(0, torch.searchsorted(steps, there[wanted]), record.stages[wanted])
 
 
 def _padded(record: Record, steps: int) -> Record:

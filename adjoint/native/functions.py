@@ -11,7 +11,7 @@ from ..methods.rosenbrock import Rosenbrock
 from .bands import bands_of
 from .emit import Compiled, is_residual
 from .reading import Reading, Unreadable
-from .reverse import cotangents, jacobian
+from .reverse import cotangents, jacobian, seeded
 from .rolled import Rolled, rolled
 from .text import Scatter, Target, statements
 
@@ -125,11 +125,7 @@ class _Writer:
         function = {names[0]: self._written(names[0], "const S* y, S* o", [(f"o[{i}]", node, "=") for i, node in enumerate(outputs)])}
         if names[1] is None:
             return function
-        seeds: dict[int, int] = {}
-        for i, node in enumerate(outputs):
-            v = graph.leaf("v", i)
-            seeds[node] = graph.op("add", seeds[node], v) if node in seeds else v
-        found = cotangents(graph, seeds, ("t", "y", "a"))
+        found = cotangents(graph, seeded(graph, outputs), ("t", "y", "a"))
         zero = graph.constant(0.0)
         of_state: list[Target | Scatter] = [(f"yb[{i}]", found.pop(graph.leaf("y", i), zero), "=") for i in range(self.width)]
         return function | {names[1]: self._written(names[1], "const S* y, const S* v, S* yb, S* tb", of_state + self._added(found))}

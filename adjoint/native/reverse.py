@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from .expressions import BOOLEAN, Graph
 
-__all__ = ["cotangents", "jacobian"]
+__all__ = ["cotangents", "jacobian", "seeded"]
 
 #: node, its arguments, its cotangent -> cotangents of its arguments (None: the derivative is zero)
 Rule = Callable[[Graph, int, tuple[int, ...], int], Iterable[int | None]]
@@ -184,6 +184,15 @@ class _Leading:
                 known[n] = any(known[x] for x in arguments)
             waiting.pop()
         return known[node]
+
+
+def seeded(graph: Graph, outputs: Sequence[int]) -> dict[int, int]:
+    """Output nodes with their cotangents ``("v", i)``, the sum of them where outputs are one node."""
+    seeds: dict[int, int] = {}
+    for i, node in enumerate(outputs):
+        v = graph.leaf("v", i)
+        seeds[node] = graph.op("add", seeds[node], v) if node in seeds else v
+    return seeds
 
 
 def cotangents(graph: Graph, seeds: Mapping[int, int], wanted_kinds: Collection[str]) -> dict[int, int]:

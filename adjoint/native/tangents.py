@@ -14,7 +14,7 @@ import torch
 
 from .expressions import Graph
 from .reading import Reading
-from .reverse import cotangents, times
+from .reverse import cotangents, seeded, times
 
 __all__ = ["with_displacement"]
 
@@ -28,13 +28,9 @@ def with_displacement(reading: Reading, whole: Collection[int], real: torch.dtyp
     ``whole``: inputs of whole numbers, which are not displaced. Raises `NotImplementedError` where a derivative is not known.
     """
     graph, width = reading.graph, len(reading.outputs)
-    seeds: dict[int, int] = {}
-    for i, node in enumerate(reading.outputs):
-        v = graph.leaf("v", i)
-        seeds[node] = graph.op("add", seeds[node], v) if node in seeds else v
     # sum_i v_i (f_y d + f_p s)_i, whose derivatives in v are wanted
     product = graph.constant(0.0)
-    for leaf, bar in cotangents(graph, seeds, ("y", "a")).items():
+    for leaf, bar in cotangents(graph, seeded(graph, reading.outputs), ("y", "a")).items():
         kind, *place = graph.data[leaf]
         if kind == "a" and place[0] in whole:
             continue

@@ -1,6 +1,8 @@
 // The adaptive loop: W trajectories side by side; a lane whose trajectory has ended takes the next one. The rules are those of
 // `integrate/clock.py`, `controller.py` and the samplers.
 
+// of size one, unlike each other
+FN double scattered(int n) { return 1.5 + __builtin_cos((n + 1.0) * (n + 1.0)); }
 struct Loop {
   const Forward& q; Tape& tape; const Functions f;
   long from, to, waiting;
@@ -67,7 +69,7 @@ struct Loop {
     }
     largest = 0;
     for (int n = 0; n < N && q.watched; n++) {
-      const double x = q.interval ? q.drawn[n] : 1.5 + __builtin_cos((n + 1.0) * (n + 1.0));
+      const double x = q.interval ? q.drawn[n] : scattered(n);
       put(direction[n], 0, (R)x);
       largest = most(largest, (R)x);
     }
@@ -418,7 +420,7 @@ struct Loop {
   // with the steps themselves, modes that would be unstable in longer ones.
   void nudge(const M taken, const Flags& passed) {
     S at = K(0), *anew = looking;
-    for (int n = N / 2; n < N; n++) y[n] += m_sel(taken, K(R((1.5 + __builtin_cos((n + 1.0) * (n + 1.0))) * 0.5)) * atol[n], K(0));
+    for (int n = N / 2; n < N; n++) y[n] += m_sel(taken, K(R(0.5 * scattered(n))) * atol[n], K(0));
     for (int l = 0; l < W; l++) put(at, l, (R)t[l]);
     f.fun(&c, &at, y, anew);
     for (int n = 0; n < N; n++) k1[n] = m_sel(taken, anew[n], k1[n]);

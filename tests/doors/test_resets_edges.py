@@ -1,0 +1,248 @@
+"""Resets at their edges: events that accumulate, touch, or come together; wrong resets; what fails beside others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import adjoint
+from adjoint import Event, solve_ivp
+
+from ..helpers.bouncing import BOUNCE, between, contact, fall, flight, rebound
+from .test_resets import FINE, compared, values
+
+
+def test_zeno():
+    """Bounces that accumulate at 2 sqrt(2 h / g): a named error, of one trajectory and in a batch, where it can be switched off."""
+    e, g = torch.tensor(0.5), torch.tensor(9.0)
+    y0 = torch.tensor([1.0, 0.0])
+    limit = float((2 / g).sqrt() * 3)
+    with pytest.raises(adjoint.EventsAccumulate, match="Zeno") as caught:
+        solve_ivp(fall, (0.0, 2.0), y0, (e, g), events=BOUNCE, **FINE)
+    assert abs(caught.value.t - limit) < 1e-9
+    both = torch.stack([y0, torch.tensor([10.0, 0.0])])
+    with pytest.raises(adjoint.EventsAccumulate, match="Zeno") as caught:
+        solve_ivp(fall, (0.0, 2.0), both, (e, g), events=BOUNCE, batched=True, **FINE)
+    assert caught.value.trajectory == 0
+    sol = solve_ivp(fall, (0.0, 2.0), both, (e, g), events=BOUNCE, batched=True, throw=False, **FINE)
+    assert sol.status.tolist() == [-5, 0] and bool(sol.y[-1, 0].isnan().all()) and torch.isfinite(sol.y[-1, 1]).all()
+    assert "events" in sol.message[0]
+    with pytest.raises(adjoint.EventsAccumulate, match="max_events = 3"):
+        solve_ivp(fall, (0.0, 2.0), y0, (e, g), events=BOUNCE, max_events=3, **FINE)
+
+
+def test_a_ball_that_is_caught_rests_on_its_event():
+    """Restitution zero: the ball would fall through the ground, or bounce for ever in no time."""
+    caught = Event(lambda t, y: y[0], direction=-1, reset=lambda t, y: 0 * y, name="floor")
+    down = lambda t, y: torch.stack([y[1], -torch.ones_like(y[1])])  # noqa: E731
+    for direction in (-1, 0):
+        event = Event(caught.function, direction=direction, reset=caught.reset, name="floor")
+        with pytest.raises(adjoint.EventsAccumulate, match="floor"):
+            solve_ivp(down, (0.0, 3.0), torch.tensor([1.0, 0.0]), events=event)
+
+
+def test_what_goes_on_through_a_switching_surface_is_no_second_event():
+    """A kick where x passes zero, in either direction: one event a passage, whatever the rounding."""
+    rotate = lambda t, y: torch.stack([-y[1], y[0]])  # noqa: E731
+    for level in (0.0, 0.3, 0.9):
+        kick = Event(lambda t, y, level=level: y[0] - level, reset=lambda t, y: torch.stack([y[0], y[1] * 1.1]), name="kick")
+        sol = solve_ivp(rotate, (0.0, 10.0), torch.tensor([1.0, 0.0]), events=kick, **FINE)
+        assert sol.events["kick"].t.shape[0] in (3, 4) and bool((sol.events["kick"].t.diff() > 0.1).all())
+
+
+@pytest.mark.parametrize("method", ["rk4", "tsit5"])
+def test_a_flight_much_shorter_than_a_step(method):
+    """Both contacts lie in the first third of a step."""
+    e, g = torch.tensor(0.1), torch.tensor(9.81)
+    h = torch.tensor(2.0)
+    t = between(4, h, e, g)
+    sol = solve_ivp(fall, (0.0, t), torch.stack([h, 0 * h]), (e, g), events=BOUNCE, method=method, first_step=1.0, **FINE)
+    n = sum(bool(contact(k, h, e, g) < t) for k in range(1, 12))
+    assert n == 4 and sol.events[0].t.shape == (n,)
+    assert torch.allclose(sol.y[-1], flight(t, n, h, e, g), atol=1e-9)
+
+
+def test_two_events_at_one_time():
+    """In the order of ``events=``, each on what the one before left; to rounding too."""
+    clock = lambda t, y: torch.ones_like(y)  # noqa: E731
+    for shift in (0.0, 1e-16):
+        add = Event(lambda t, y: t - 0.5, reset=lambda t, y: y + 1.0, name="add")
+        double = Event(lambda t, y, s=shift: t - 0.5 - s, reset=lambda t, y: y * 2.0, name="double")
+        for events, wanted in (([add, double], 3.5), ([double, add], 2.5)):
+            sol = solve_ivp(clock, (0.0, 1.0), torch.zeros(1), events=events)
+            assert abs(float(sol.y[-1, 0]) - wanted) < 1e-9
+            assert sol.events["add"].t.shape == sol.events["double"].t.shape == (1,)
+
+
+def test_an_event_that_is_only_recorded_is_recorded_once():
+    """Beside one with a reset at the same time."""
+    clock = lambda t, y: torch.ones_like(y)  # noqa: E731
+    seen = Event(lambda t, y: t - 0.5, name="seen")
+    reset = Event(lambda t, y: t - 0.5, reset=lambda t, y: y + 1.0, name="reset")
+    other = Event(lambda t, y: y[0] - 1.75, name="other")
+    sol = solve_ivp(clock, (0.0, 1.0), torch.zeros(1), events=[seen, reset, other])
+    assert sol.events["seen"].t.tolist() == sol.events["reset"].t.tolist() == [0.5]
+    assert torch.allclose(sol.events["other"].t, torch.tensor([0.75])) and sol.events["other"].after is None
+
+
+def test_a_reset_that_sets_off_another_event():
+    clock = lambda t, y: torch.ones_like(y)  # noqa: E731
+    one = Event(lambda t, y: t - 0.5, reset=lambda t, y: torch.full_like(y, 2.0), name="one")
+    two = Event(lambda t, y: y[0] - 2.0, reset=lambda t, y: y + 5.0, name="two")
+    sol = solve_ivp(clock, (0.0, 1.0), torch.zeros(1), events=[one, two])
+    assert sol.events["two"].t.tolist() == [0.5] and abs(float(sol.y[-1, 0]) - 7.5) < 1e-9
+
+
+def test_grazing_contact_is_none():
+    """A parabola that touches zero and turns back has no event; one that dips below has two crossings."""
+    fun = lambda t, y: (2 * (t - 1.0)).expand_as(y)  # noqa: E731
+    for depth, count in ((0.0, 0), (1e-6, 1), (-1e-6, 0)):
+        event = Event(lambda t, y: y[0], direction=-1, reset=lambda t, y: y + 5.0)
+        sol = solve_ivp(fun, (0.0, 2.0), torch.tensor([1.0 - depth]), events=event, max_step=0.3)
+        assert sol.events[0].t.shape[0] == count
+
+
+def test_terminal_after_some_resets():
+    h, e, g = inputs = values(2.0, 0.8, 9.81)
+    last = Event(BOUNCE.function, direction=-1, reset=rebound, terminal=3, name="bounce")
+    sol = solve_ivp(fall, (0.0, 9.0), torch.stack([h, 0 * h]), (e, g), events=last, t_eval=[0.1, 8.0], **FINE)
+    assert sol.status == 1 and sol.events["bounce"].t.shape == (3,) and bool(sol.y[1].isnan().all())
+    end = solve_ivp(fall, (0.0, 9.0), torch.stack([h, 0 * h]), (e, g), events=last, **FINE)
+    compared(end.t[-1], contact(3, *inputs), inputs)
+    compared(end.y[-1, 1], (e**3 * (2 * g * h).sqrt()), inputs)
+    # a plain function that ends the solve at its third time, beside a reset of another one
+    stop = lambda t, y, e, g: y[1]  # noqa: E731
+    stop.terminal, stop.direction = 3, -1
+    top = solve_ivp(fall, (0.1, 9.0), torch.stack([h, 0 * h + 1.0]), (e, g), events=[stop, BOUNCE], **FINE)
+    assert top.status == 1 and top.events[0].t.shape == (3,) and top.events["bounce"].t.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("reset", "match"),
+    [
+        (lambda t, y: y[:1], "shape"),
+        (lambda t, y: y.float(), "dtype"),
+        (lambda t, y: (y, y), "structure"),
+        (lambda t, y: 3.0, "is a float"),
+    ],
+)
+def test_wrong_resets(reset, match):
+    event = Event(lambda t, y: t - 0.5, reset=reset, name="wrong")
+    with pytest.raises(adjoint.InvalidInput, match=match) as caught:
+        solve_ivp(lambda t, y: y, (0.0, 1.0), torch.ones(2), events=event)
+    assert "event 'wrong'" in str(caught.value)
+
+
+def test_wrong_arguments():
+    with pytest.raises(adjoint.InvalidInput, match="callable"):
+        Event(3.0)
+    with pytest.raises(adjoint.InvalidInput, match="reset"):
+        Event(lambda t, y: t, reset=3.0)
+    with pytest.raises(adjoint.InvalidInput, match="max_events"):
+        solve_ivp(fall, (0.0, 1.0), torch.ones(2), (torch.ones(()),) * 2, events=BOUNCE, max_events=0)
+    sol = solve_ivp(fall, (0.0, 1.0), torch.ones(2), (torch.ones(()),) * 2, events=Event(BOUNCE.function, name="plain"))
+    assert sol.events["plain"].t.shape == (0,)
+    with pytest.raises(KeyError, match="plain"):
+        sol.events["other"]
+
+
+def test_events_at_the_start():
+    """An event function that is zero at the start and goes on in its direction is an event there, as without resets."""
+    clock = lambda t, y: torch.ones_like(y)  # noqa: E731
+    event = Event(lambda t, y: t, reset=lambda t, y: y + 1.0)
+    sol = solve_ivp(clock, (0.0, 1.0), torch.zeros(1), events=event, t_eval=[0.0, 1.0])
+    assert sol.events[0].t.tolist() == [0.0] and torch.allclose(sol.y[:, 0], torch.tensor([1.0, 2.0]))
+
+
+def test_backwards_in_time():
+    clock = lambda t, y: torch.ones_like(y)  # noqa: E731
+    event = Event(lambda t, y: t - 0.5, reset=lambda t, y: y * 2.0)
+    sol = solve_ivp(clock, (1.0, 0.0), torch.zeros(1), events=event, t_eval=[1.0, 0.75, 0.5, 0.0])
+    assert torch.allclose(sol.y[:, 0], torch.tensor([0.0, -0.25, -1.0, -1.5]))
+
+
+def test_single_precision_and_pytrees():
+    state = {"h": torch.tensor(2.0, dtype=torch.float32), "v": torch.zeros(1, dtype=torch.float32)}
+    fun = lambda t, y: {"h": y["v"][0], "v": torch.full_like(y["v"], -9.81)}  # noqa: E731
+    event = Event(lambda t, y: y["h"], direction=-1, reset=lambda t, y: {"h": y["h"], "v": -0.8 * y["v"]})
+    sol = solve_ivp(fun, (0.0, 2.0), state, events=event, rtol=1e-6)
+    true = flight(torch.tensor(2.0), 2, torch.tensor(2.0), torch.tensor(0.8), torch.tensor(9.81))
+    assert sol.y["h"].dtype == torch.float32 and abs(float(sol.y["h"][-1]) - float(true[0])) < 1e-4
+
+
+def test_the_ball_that_loses_nothing():
+    """The sign of d(height)/d(start height) of an elastic ball at every bounce, which alternates as its phase does."""
+    h, g = torch.tensor(1.0, requires_grad=True), torch.tensor(9.81)
+    one = torch.tensor(1.0)
+    for n in range(1, 6):
+        t = between(n, h, one, g, 0.3)
+        sol = solve_ivp(fall, (0.0, t), torch.stack([h, 0 * h]), (one, g), events=BOUNCE, **FINE)
+        compared(sol.y[-1, 0], flight(t, n, h, one, g)[0], [h])
+
+
+def test_curves_have_gaps_at_jumps():
+    """For pictures: both sides of a reset, and NaN between them."""
+    event = Event(lambda t, y: y[..., 0] - 0.5, reset=lambda t, y: y - 0.5, name="tick")
+    clock = lambda t, y: torch.ones_like(y)  # noqa: E731
+    one = solve_ivp(clock, (0.0, 1.2), torch.zeros(1), events=event, dense_output=True)
+    batch = solve_ivp(clock, (0.0, 1.2), torch.zeros(2, 1), events=event, dense_output=True, batched=True)
+    nan = float("nan")
+    wanted = torch.tensor([0.0, 0.25, 0.5, nan, 0.0, 0.25, 0.5, nan, 0.0, 0.1, 0.2])
+    for t, y in (one.curve(3), batch.curve(3, 1)):
+        assert torch.allclose(t, torch.tensor([0.0, 0.25, 0.5, 0.5, 0.5, 0.75, 1.0, 1.0, 1.0, 1.1, 1.2]))
+        assert torch.allclose(y[:, 0], wanted, atol=1e-12, equal_nan=True)
+    with pytest.raises(adjoint.InvalidInput, match="trajectory"):
+        batch.curve()
+    with pytest.raises(adjoint.InvalidInput, match="points"):
+        one.curve(1)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_derivatives(mode):
+    args = torch.tensor(0.8), torch.tensor(9.81)
+    with mode():
+        y = solve_ivp(fall, (0.0, 2.0), torch.tensor([2.0, 0.0]), args, events=BOUNCE, **FINE).y[-1]
+        assert torch.allclose(y, flight(torch.tensor(2.0), 2, torch.tensor(2.0), *args), atol=1e-9)
+
+
+def test_single_precision_of_a_batch():
+    """Samples, dense output on both sides and gradients, native and not."""
+    h = torch.tensor([2.0, 1.0], dtype=torch.float32, requires_grad=True)
+    e, g = torch.tensor([0.8, 0.7], dtype=torch.float32), torch.tensor([9.81, 9.0], dtype=torch.float32)
+    for native in (False, True):
+        keys = {"events": BOUNCE, "batched": True, "compile": native, "dense_output": True, "t_eval": [0.5, 1.9]}
+        sol = solve_ivp(fall, (0.0, 2.0), torch.stack([h, 0 * h], -1), (e, g), **keys)
+        n = [sum(bool(contact(k, h[i], e[i], g[i]) < 1.9) for k in range(1, 9)) for i in (0, 1)]
+        wanted = torch.stack([flight(torch.tensor(1.9), n[i], h[i], e[i], g[i]) for i in (0, 1)]).float()
+        assert sol.y.dtype == torch.float32 and torch.allclose(sol.y[-1], wanted, atol=1e-3)
+        assert torch.allclose(sol(1.9), wanted, atol=1e-3)
+        at = sol.events[0].t[0].detach()
+        assert torch.allclose(sol(at.reshape(1, 2))[0, :, 1], -e * sol(at.reshape(1, 2), side="left")[0, :, 1], atol=1e-3)
+        one, other = (torch.autograd.grad(x.sum(), h, retain_graph=True)[0] for x in (sol.y[-1], wanted))
+        assert torch.allclose(one, other, rtol=1e-2)
+
+
+def test_one_trajectory_that_fails_fails_alone():
+    """Later than in its first round; the others go on, with their derivatives."""
+    k = torch.tensor([1.0, -1.0], requires_grad=True)
+    event = Event(lambda t, y, k: y[..., 0] - 2.0, reset=lambda t, y, k: y + 1.0)
+    fun = lambda t, y, k: k.unsqueeze(-1) * y**2  # noqa: E731
+    sol = solve_ivp(fun, (0.0, 3.0), torch.ones(2, 1), (k,), events=event, batched=True, throw=False, t_eval=[0.1, 0.6, 2.9])
+    assert sol.status.tolist() == [-2, 0] and bool(sol.y[2, 0].isnan().all()) and torch.isfinite(sol.y[:2]).all()
+    (slope,) = torch.autograd.grad(sol.y[2, 1].sum(), k)
+    assert slope[0] == 0 and abs(float(slope[1]) - 2.9 / 3.9**2) < 1e-5
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_trajectory_that_ended_on_its_event(native):
+    """It lies exactly on the zero of its event function while others go on, and has no more events there: derivatives are its own."""
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    stop = Event(lambda t, y, w: y[..., 0] - 0.25, reset=lambda t, y, w: torch.full_like(y, 0.25), terminal=1, name="stop")
+    fun = lambda t, y, w: w.unsqueeze(-1) * torch.ones_like(y)  # noqa: E731
+    tick = Event(lambda t, y, w: torch.sin(3 * t + 0.1 * w), reset=lambda t, y, w: 0.05 * y, direction=1, name="tick")
+    y0 = torch.tensor([[-3.0], [0.0]])
+    sol = solve_ivp(fun, (0.0, 9.0), y0, (w,), events=[stop, tick], batched=True, compile=native, **FINE)
+    assert sol.status.tolist() == [1, 1] and sol.events["stop"].t.shape == (1, 2)
+    assert int((~sol.events["tick"].t[:, 0].isnan()).sum()) >= 1 and bool(sol.events["tick"].t[:, 1].isnan().all())
+    (slope,) = torch.autograd.grad(sol.events["stop"].t[0, 1], w)
+    assert torch.allclose(slope, torch.tensor([0.0, -0.25 / 4]))
