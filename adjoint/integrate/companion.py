@@ -34,6 +34,8 @@ Beside = Callable[[bool], Any]
 
 #: errors, in units of the tolerance, of a state and of a component that are at rest
 QUIET, _STILL = 1e-8, 1e-10
+#: rounding, beside the largest error of a state, from which on it makes errors next to nothing by chance
+_CHANCE = 1e-7
 #: movement in a step, in units of the tolerance, of a state at rest, where stability is of no concern
 _STANDING = 1e-6
 #: how many steps of how many times of the fastest mode take what is fast out of a displacement
@@ -252,8 +254,10 @@ class Companion:
             at, there = (self._slope(explicit, times[0], x) for x in (y, point))
             change, whole = (there - at) / unit, (there + self._slope(self._split[1], times[0], point) - k1) / unit
         if resting is None:
+            # of what moves an error may be next to nothing by rounding alone
+            rounding = self.plan.scaled(k1 * h, y.abs()).abs() * (torch.finfo(self.plan.real).eps * _STILL / _CHANCE)
             error = scaled.abs()
-            resting = error <= _STILL * error.amax(-1, keepdim=True)
+            resting = error + rounding <= _STILL * error.amax(-1, keepdim=True)
         # what nothing moves may rest
         some = (resting & (whole != 0)).any(-1)
         largest = change.abs().amax(-1)
@@ -265,10 +269,16 @@ class Companion:
         far = (rate * longest_of(h) > _EDGE * self._interval) & taken & (not self._switching)
         limit = far
         if any_of(far):
-            # the mean of two rounds: with complex eigenvalues, and components of different sizes, one alone goes up and down
-            again = self._change(explicit, times[0], y, at, change / column(choose(usable, size, 1.0)), unit)
-            further = read(quiet, again.abs().amax(-1))[0]
-            limit = far & ((rate * further) ** 0.5 * longest_of(h) > _EDGE * self._interval)
+            # the mean of two rounds: with complex eigenvalues one alone goes up and down; and not of the first one alone, in which
+            # components of other sizes may be moved by what is much to them and nothing to the whole
+            fastest, turned = rate, change / column(choose(usable, size, 1.0))
+            for _ in range(2):
+                again = self._change(explicit, times[0], y, at, turned, unit)
+                further = read(quiet, again.abs().amax(-1))[0]
+                limit = limit & ((fastest * further) ** 0.5 * longest_of(h) > _EDGE * self._interval)
+                if not any_of(limit):
+                    break
+                fastest, turned = further, again / column(choose((further > 0) & (further < math.inf), further, 1.0))
         length = choose(moved < math.inf, moved / self._probed, 0.0) * longest_of(h)
         # steps that are short enough for any mode are so for the next one, if not for the one behind it
         still, short = (quiet | (some > 0)) & taken, self._tol ** (1.0 / (self.plan.method.error_order + 1))

@@ -14,7 +14,7 @@ from .clock import Verdict, initial_step, judge_step
 from .companion import QUIET, Beside, companion_of
 from .controller import tamed
 from .defect import inner_error
-from .numbers import Decision, Measure, absent, choose, larger, widened
+from .numbers import Decision, Measure, absent, any_of, choose, larger, widened
 from .plan import Plan, shifted_times
 from .record import evaluations_of_attempt
 from .recording import Recording
@@ -288,14 +288,14 @@ class OneStepOfMany(_OneStep):
         companion, controller, plan, scaled, y = self.companion, self.plan.control, self.plan, self.scaled, self.y
         assert companion is not None and scaled is not None
         size = step.h * self._line.sign
-        # as far as the controller lets it grow: the error was next to nothing
-        grown = torch.sub(verdict.step, size, alpha=0.99 * controller.max_factor)
-        ahead, longest = torch.stack([grown, size]).amax(-1).tolist()
-        if not companion.due(ahead >= 0, longest):
+        small = error <= QUIET
+        ahead, longest = torch.stack([torch.where(small, size, 0.0), size]).amax(-1).tolist()
+        # of finished rows, whose steps have no size, and of a step that was cut short a small error says nothing
+        quiet = small & step.running & ~(step.cut & (size < 0.5 * step.size)) if ahead > 0 else None
+        if not companion.due(quiet is not None and any_of(quiet), longest):
             return verdict
         taken = step.running & verdict.passed
-        # of a step that was cut short a small error says nothing
-        quiet = taken & (error <= QUIET) & ~(step.cut & (size < 0.5 * step.size))
+        quiet = torch.zeros_like(taken) if quiet is None else quiet & taken
         end = torch.where(self._spread(taken), y1, y)
         found = companion.error(times, step.h.to(plan.real).unsqueeze(-1), y, self._k1, scaled, taken, quiet, longest, end)
         if found is None:
