@@ -219,6 +219,7 @@ class OneStepOfMany(_OneStep):
         self._width = 0 if plan.method.implicit else y0.shape[-1]
         self._constrained = self._equations is not None and self._equations.constrained
         self._span = (line.end - line.start).abs()
+        self._nodes = line.start.new_tensor(plan.method.nodes).unsqueeze(-1)
         self._begun = 0
 
     def _spread(self, x: Tensor) -> Tensor:
@@ -253,8 +254,7 @@ class OneStepOfMany(_OneStep):
         plan, f, y, k1 = self.plan, self.f, self.y, self._k1
         method, real, t, h = plan.method, plan.real, step.t, step.h
         hr = self._spread(h.to(real))
-        at = {c: (t + h * c).to(real) for c in method.nodes}
-        times = [at[c] for c in method.nodes]
+        times: Sequence[Tensor] = (t + h * self._nodes).to(real).unbind()
         if self._line.jumps:
             times = shifted_times(times, method.nodes, step.behind, step.before, self._line.sign)
         y1, ks = method.step(f, times, hr, y, k1)

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["eager_sweep"]
 
+#: of so many steps of many rows the times of stages are made at once
+_AT_ONCE = 16
+
 
 class Way(Protocol):
     """How steps are taken back, ``size`` at a time; what is ``carried`` from part to part is its own affair."""
@@ -110,8 +113,9 @@ class _OneByOne:
         elif self.implicit:
             self.linearize = StageLinearizer(problem, self._slopes, self._f, *given)
         self.times = asked.times(asked.anchors.detach())
-        # of few rows all at once, which takes few operators; of many step by step, which takes little memory
-        self._stage_t = stage_times(self.plan, self.times, self.plan.real) if self._rows == 1 else None
+        # of one row all at once, which takes few operators; of many for a few steps, which takes little memory
+        self._at_once = asked.n_steps if self._rows == 1 else _AT_ONCE
+        self._stage_t: tuple[int, list[list[Tensor]]] = -1, []
         self._shape, self._flat = None if self.implicit else system.natural_shape, grid.states.shape[1:]
         self.states = self._inner(grid.states.detach()).contiguous()
         if self._rows == 1:
@@ -179,6 +183,12 @@ class _OneByOne:
         """See `Way.begin`."""
         return self._outer(carried[0]), None
 
+    def _stage_times(self, k: int) -> list[Tensor]:
+        first = k - k % self._at_once
+        if self._stage_t[0] != first:
+            self._stage_t = first, stage_times(self.plan, self.times.step(first, self._at_once), self.plan.real)
+        return self._stage_t[1][k - first]
+
     def _taken_back(self, k: int, bar: Tensor, k_bar: list[Tensor | None]) -> tuple[StepCotangents, Callable[[Tensor], Any]]:
         """Step ``k`` taken back; and the slope at its start, for a cotangent of it that no step takes over."""
         plan, problem, recall, grid = self.plan, self._asked.problem, self._recall, self._asked.grid
@@ -187,7 +197,7 @@ class _OneByOne:
         y = self.states[k] if recall is None else recall[k].reshape(self._flat) if self.implicit else recall[k]
         if self.watched:
             plan.monitor.adjoint(float(grid.t[k, 0]), y, float(grid.h[k, 0]), bar)
-        at = stage_times(plan, self.times.step(k), plan.real)[0] if self._stage_t is None else self._stage_t[k]
+        at = self._stage_times(k)
         if self.implicit:
             linearize.begin_step(k, at, size)
         elif self._rows > 1:

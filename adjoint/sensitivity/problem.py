@@ -295,10 +295,11 @@ class StepTimes(NamedTuple):
     jump_end: Tensor | None
     sign: Tensor
 
-    def step(self, k: int) -> StepTimes:
-        """Those of one step."""
-        one = [None if x is None else x[k : k + 1] for x in (self.jump_start, self.jump_end)]
-        return StepTimes(self.t[k : k + 1], self.h[k : k + 1], one[0], one[1], self.sign)
+    def step(self, k: int, count: int = 1) -> StepTimes:
+        """Those of one step, or of so many from it on."""
+        part = slice(k, k + count)
+        jumps = [None if x is None else x[part] for x in (self.jump_start, self.jump_end)]
+        return StepTimes(self.t[part], self.h[part], jumps[0], jumps[1], self.sign)
 
     def anew(self, k: int) -> Tensor | None:
         """The rows ``(B,)`` in which step ``k`` begins behind a jump; None where there are no jumps."""
