@@ -24,6 +24,7 @@ class Examination:
     def __init__(self, choice: RootChoice, throw: bool) -> None:
         self.choice, self.throw = choice, throw
 
+    @torch.no_grad()
     def factors(
         self, task: RootTask, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor], known: Factorization | None
     ) -> Factorization:

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["eager_sweep"]
 
-#: of so many steps of many rows the times of stages are made at once
-_AT_ONCE = 16
+#: so many times of stages of many rows are made at once, of a few steps
+_AT_ONCE = 16384
 
 
 class Way(Protocol):
@@ -114,7 +114,7 @@ class _OneByOne:
             self.linearize = StageLinearizer(problem, self._slopes, self._f, *given)
         self.times = asked.times(asked.anchors.detach())
         # of one row all at once, which takes few operators; of many for a few steps, which takes little memory
-        self._at_once = asked.n_steps if self._rows == 1 else _AT_ONCE
+        self._at_once = asked.n_steps if self._rows == 1 else max(1, _AT_ONCE // (max(1, self._rows) * len(self.plan.method.nodes)))
         self._stage_t: tuple[int, list[list[Tensor]]] = -1, []
         self._shape, self._flat = None if self.implicit else system.natural_shape, grid.states.shape[1:]
         self.states = self._inner(grid.states.detach()).contiguous()

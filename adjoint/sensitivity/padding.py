@@ -133,7 +133,8 @@ def _moved_grid(problem: Problem, grid: Grid, t_eval: Tensor | None, pad: Paddin
             # the table of differences begins at the first state, where one has been moved from
             states = torch.cat([pad.start(states[0]).unsqueeze(0), torch.where(column, pad.first(states[1]), states[1:])])
         else:
-            states = torch.cat([torch.where(column, pad.first(states[0]), states[:-1]), states[-1:]])
+            column = torch.cat([column, torch.zeros_like(column[:1])])
+            states = torch.where(column, pad.first(states[0]), states)
     elif states.shape[0] == 1:
         states = pad.start(states[0]).unsqueeze(0)
     if stages.dim() == 4 and stages.shape[0] == h.shape[0]:
