@@ -301,3 +301,31 @@ def test_a_pulse_that_ends_a_rest(method, declared, batched):
         (by_times,) = torch.autograd.grad(end, times)
         wanted = torch.tensor([-rate * math.exp(-rate * (1 - on)), rate * math.exp(-rate * (1 - off))])
         torch.testing.assert_close(by_times, wanted, rtol=1e-5, atol=1e-5)
+
+
+def evaluations(fun, span, y0, **options):
+    """Of the solve without derivatives, and of the one whose derivatives are wanted."""
+    plain = adjoint.solve_ivp(fun, span, y0, **options).stats.n_fun
+    return torch.as_tensor(plain), torch.as_tensor(adjoint.solve_ivp(fun, span, y0.clone().requires_grad_(), **options).stats.n_fun)
+
+
+@pytest.mark.parametrize("method", ["tsit5", "verner7", "dopri8"])
+def test_rows_that_have_finished_are_no_reason_to_look(method):
+    y0 = torch.tensor([[1.0, 0.3], [0.2, -0.4], [-1.0, 2.0]])
+    end = torch.tensor([1.0, 0.35, 40.0])
+    fun = lambda t, y: torch.stack([y[..., 1], -(y[..., 0] ** 3)], -1)  # noqa: E731
+    plain, wanted = evaluations(fun, (0.0, end), y0, method=method, batched=True)
+    # a look costs one to three evaluations; there are some ten of them
+    assert (wanted >= plain).all() and (wanted - plain <= 45).all()
+
+
+def test_components_of_other_sizes_and_rounding_are_no_reason_to_follow():
+    """Of thousands of numbers in single precision some are near zero, and the errors of some are zero by rounding."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(64, 128), torch.nn.Tanh(), torch.nn.Linear(128, 128), torch.nn.Tanh(), torch.nn.Linear(128, 64)]
+    net = torch.nn.Sequential(*layers).float().requires_grad_(False)
+    for weights in net.parameters():
+        weights *= 8
+    y0 = torch.randn(128, 64, dtype=torch.float32)
+    plain, wanted = evaluations(lambda t, y: net(y), (0.0, 1.0), y0, method="dopri5", rtol=1e-5, atol=1e-6)
+    assert 0 <= int(wanted - plain) <= 30
