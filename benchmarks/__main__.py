@@ -23,7 +23,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few cases, three repeats")
     parser.add_argument("--workload", action="append", default=[], metavar="NAME", help="a case or a group of cases (repeatable)")
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME", help="ours, torchdiffeq, torchode, diffrax")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME", help="ours, torchdiffeq, torchode, diffrax, heyoka, floor")
     parser.add_argument("--repeats", type=int, help="samples of each timing (default 15; 3 with --quick)")
     parser.add_argument("--budget", type=float, default=30.0, metavar="SECONDS", help="at most, for each timing")
     parser.add_argument("--threads", type=int, default=2, help="for every peer (default 2)")

@@ -9,7 +9,10 @@ from .report import WRONG, digits
 
 __all__ = ["draw"]
 
-COLOURS = {"ours": "#c8102e", "torchdiffeq": "#4c72b0", "torchode": "#55a868", "diffrax": "#8c6bb1"}
+COLOURS = {
+    **{"ours": "#c8102e", "torchdiffeq": "#4c72b0", "torchode": "#55a868", "diffrax": "#8c6bb1"},
+    **{"heyoka": "#dd8452", "floor": "#7f7f7f"},
+}
 
 
 def draw(results: dict[str, Any], path: Path) -> bool:

@@ -87,6 +87,8 @@ def solvers(problem: OdeProblem, p: np.ndarray) -> dict[str, Callable[[float], C
         table["diffrax Kvaerno5"] = partial(_by_tolerance, stiff_peers.diffrax_kvaerno5, problem, p)
     if importlib.util.find_spec("casadi"):
         table["CasADi cvodes"] = partial(_by_tolerance, stiff_peers.casadi_cvodes, problem, p, most=1 if single else ONE_BY_ONE)
+    if importlib.util.find_spec("sksundae") and problem.sparsity is None:
+        table["scikit-sundae CVODE"] = partial(_by_tolerance, stiff_peers.sundae_cvode, problem, p, most=ONE_BY_ONE)
     return table
 
 

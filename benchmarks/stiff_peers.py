@@ -13,7 +13,7 @@ from .frameworks import casadi_ops, jax_function, numpy_function, torch_function
 from .precision import Calls
 from .stiff_problems import OdeProblem
 
-__all__ = ["casadi_cvodes", "diffrax_kvaerno5", "ours", "scipy_one_by_one"]
+__all__ = ["casadi_cvodes", "diffrax_kvaerno5", "ours", "scipy_one_by_one", "sundae_cvode"]
 
 
 def ours(problem: OdeProblem, p: np.ndarray, rtol: float, method: str, compile: bool = False) -> Calls:
@@ -85,6 +85,32 @@ def scipy_one_by_one(problem: OdeProblem, p: np.ndarray, rtol: float, method: st
         return np.array([s.y[:, -1] for s in out]), float(np.mean([s.t.size - 1 for s in out]))
 
     return Calls(forward, share=len(q) / len(p))
+
+
+def sundae_cvode(problem: OdeProblem, p: np.ndarray, rtol: float, most: int) -> Calls:
+    """SUNDIALS' CVODE through scikit-sundae, the right-hand side in Python, forward only; the first ``most`` trajectories."""
+    from sksundae.cvode import CVODE
+
+    pars = p[:most]
+
+    def solver(one: np.ndarray) -> Any:
+        f = numpy_function(problem.rate, problem.vector, one)
+
+        def into(t: float, y: np.ndarray, out: np.ndarray) -> None:
+            out[:] = f(t, y)
+
+        return CVODE(into, rtol=rtol, atol=rtol * problem.small, max_num_steps=10**6)
+
+    solvers, span = [solver(one) for one in pars], np.array([0.0, problem.end])
+
+    def forward() -> tuple[np.ndarray, float]:
+        out = [s.solve(span, problem.y0) for s in solvers]
+        for sol in out:
+            if not sol.success:
+                raise RuntimeError(sol.message)
+        return np.array([s.y[-1] for s in out]), float(np.mean([len(s.t) - 1 for s in out]))
+
+    return Calls(forward, share=len(pars) / len(p))
 
 
 def casadi_cvodes(problem: OdeProblem, p: np.ndarray, rtol: float, most: int) -> Calls:

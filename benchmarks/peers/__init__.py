@@ -16,7 +16,7 @@ import numpy as np
 
 __all__ = ["PEERS", "Runner", "Stats", "load"]
 
-PEERS = ("ours", "torchdiffeq", "torchode", "diffrax")
+PEERS = ("ours", "torchdiffeq", "torchode", "diffrax", "heyoka", "floor")
 
 
 @dataclass(frozen=True)
