@@ -88,6 +88,7 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("long*", "status"),
     ("double*", "t_final"),
     ("double*", "next_step"),
+    ("double*", "covered"),  # (B,): the times that trajectories have come to, while the solve goes on; or nothing
 )
 
 BACKWARD: tuple[tuple[str, str], ...] = (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..integrate.controller import PIDController
 from ..integrate.grid import Grid
-from ..integrate.plan import Monitor, Plan, Record, rms_norm
+from ..integrate.plan import Plan, Record, rms_norm
 from ..methods import Method
 from ..system.remarks import remark
 from ..system.system import System, VmappedSystem
@@ -21,6 +21,7 @@ from .companion import solved_again
 from .consistent import NativeStart
 from .emit import takes
 from .graphs import Heard
+from .progress import watches_steps
 from .reading import Unreadable
 from .recognise import Recognised, compile_key, hear, recognise
 from .solve import run_native
@@ -42,8 +43,8 @@ def suits(plan: Plan, system: System | VmappedSystem, y0: Tensor) -> str | None:
         return "there are events of another solve"
     if plan.norm is not rms_norm or type(plan.control) is not PIDController:
         return f"{'norm' if plan.norm is not rms_norm else 'controller'}= is one of your own: leave one of the two out"
-    if type(plan.monitor) is not Monitor:
-        return "each step is reported: leave progress= out"
+    if watches_steps(plan.monitor):
+        return "each step is reported to a callback: leave callbacks out"
     if y0.device.type != "cpu" or y0.is_complex():
         return f"the state is {'complex: integrate real and imaginary parts' if y0.is_complex() else 'on ' + y0.device.type}"
     if y0.dtype not in (torch.float32, torch.float64) or not y0.numel():

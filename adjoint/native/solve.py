@@ -20,6 +20,7 @@ from ..integrate.stages import TOLERANCE
 from .calls import FORWARD_CALL, filled
 from .emit import recorded_stages, records_beside
 from .program import Engine, Program, pointers
+from .progress import told
 
 __all__ = ["COUNTS", "Frame", "Solved", "block_of", "frame_of", "run_native", "sample_order", "shift_of", "solved", "threads_for"]
 
@@ -244,7 +245,8 @@ def solved(
     call.final, call.last, call.scaled = at, at + row, at + 2 * row
     call.samples, call.sample_step = samples.data_ptr(), sample_step.data_ptr()
     point(call, made, room)
-    tape = frame.engine.forward(ctypes.byref(call))
+    with told(plan.monitor, call, anchors):
+        tape = frame.engine.forward(ctypes.byref(call))
     found = _events(frame.engine, tape) if plan.events else None
     most = int(counts[1].max()) if rows and frame.keep_grid else 0
     to = call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -284,3 +285,28 @@ def test_progress_bar(batched, capsys):
         shown = capsys.readouterr().err
         assert ("100.0/100" in shown) == progress
         assert bool(shown) == progress
+
+
+@pytest.mark.parametrize("method", ["tsit5", "rodas5p", "bdf"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_progress_bar_of_compiled_code(method, batched, monkeypatch):
+    """It is told of what is covered while the solve goes on, which stays compiled; time that runs back too."""
+    pytest.importorskip("tqdm")
+    from adjoint.doors import progress
+    from adjoint.native import progress as told
+
+    parts: list[float] = []
+    monkeypatch.setattr(progress._Bar, "advanced", lambda self, part: parts.append(part))
+    monkeypatch.setattr(told, "_PAUSE", 0.0)
+    y0 = torch.tensor([[1.0, 0.0]]).expand(3 if batched else 1, 2).contiguous().double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a remark would say that the solve runs uncompiled
+        for span in ((0.0, 2e4), (0.0, -2e4)):
+            parts.clear()
+            settings = {"method": method, "batched": True, "rtol": 1e-6, "atol": 1e-6, "compile": True, "max_steps": 10**7}
+            fun = lambda t, y: torch.stack([y[..., 1], -y[..., 0] ** 3], -1)  # noqa: E731
+            plain = solve_ivp(fun, span, y0, **settings)
+            parts.clear()
+            sol = solve_ivp(fun, span, y0, progress=True, **settings)
+            torch.testing.assert_close(sol.y, plain.y, rtol=0, atol=0)
+            assert parts == sorted(parts) and parts[-1] == 1.0 and any(0 < x < 1 for x in parts)

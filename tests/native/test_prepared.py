@@ -360,8 +360,12 @@ class TestFaults:
             assert gone() is None
 
     def test_node(self):
+        # of a function that no other test solves with: looks for jumps are had every so many solves
+        def fun(t, y, p):
+            return lotka(t, y, p) * 1.0
+
         for _ in range(2):
-            y = solve(lotka, start(), (p4(),)).y
+            y = solve(fun, start(), (p4(),)).y
         assert isinstance(y.grad_fn, PreparedNode._backward_cls)
 
 

@@ -485,6 +485,7 @@ struct Loop {
       jumped |= jump[l] = jumps_end[l];
       if (stops) end[l] = stop[l];
     }
+    if (q.covered) for (int l = 0; l < W; l++) if (passed[l]) q.covered[row[l]] = end[l];
     accepted.v -= passed.v;
     t.v = d_sel(passed.v, end.v, t.v);
     for (int n = 0; n < N; n++) { y[n] = m_sel(taken, y1[n], y[n]); k1[n] = m_sel(taken, k_end[n], k1[n]); }

@@ -1,0 +1,57 @@
+"""How far a solve by compiled code has come, told while it goes on.
+
+The code writes the time that each trajectory has come to into memory that is looked at now and then from another thread: the call itself
+does not hold Python's lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..integrate.plan import Monitor
+
+__all__ = ["told", "watches_steps"]
+
+#: seconds between two looks
+_PAUSE = 0.1
+
+
+def watches_steps(monitor: Monitor) -> bool:
+    """Whether it is to be told of single steps, which only the eager engine does."""
+    kind = type(monitor)
+    theirs = (kind.step, kind.accepted, kind.rejected, kind.adjoint)
+    return theirs != (Monitor.step, Monitor.accepted, Monitor.rejected, Monitor.adjoint)
+
+
+@contextmanager
+def told(monitor: Monitor, call: Any, anchors: Tensor) -> Iterator[None]:
+    """Tell ``monitor`` of what ``call``, made within, has covered of the spans between the first and the last of ``anchors`` (A, B), in
+    the mean of all trajectories: they are not solved side by side."""
+    if type(monitor).advanced is Monitor.advanced:
+        yield
+        return
+    covered, whole, done = anchors[0].clone(), (anchors[-1] - anchors[0]).abs(), Event()
+    call.covered = covered.data_ptr()
+
+    def tell() -> None:
+        part = torch.where(whole > 0, (covered - anchors[0]).abs() / whole, 1.0)
+        monitor.advanced(float(part.mean()) if part.numel() else 1.0)
+
+    def look() -> None:
+        while not done.wait(_PAUSE):
+            tell()
+
+    thread = Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    tell()
