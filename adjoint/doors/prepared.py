@@ -67,8 +67,8 @@ class Asked:
             return None
         rows = prepared.rows
         t_eval: Tensor | None = self.options["t_eval"]
-        anchors = torch.tensor([[t] for t in self.span], dtype=torch.float64)
-        anchors = anchors if rows == 1 else anchors.expand(2, rows).contiguous()
+        ends = prepared.ends(self.span)
+        anchors = ends.unsqueeze(-1) if rows == 1 else ends.unsqueeze(-1).expand(2, rows).contiguous()
         times = None if self.samples is None else self.samples.unsqueeze(1).expand(-1, rows).contiguous()
         try:
             made = run_of(prepared, anchors, times, self.y0, self.found.tensors)
@@ -80,8 +80,8 @@ class Asked:
         backward = BackwardStats()
         y0, shape = self.y0, self.y0.shape
         if t_eval is None:
-            y = torch.stack([y0.detach(), found.ends[0].reshape(shape)])
-            t = torch.tensor(self.span, dtype=y0.dtype)
+            y = torch.stack([y0.detach(), found.ends[0].view(shape)])
+            t = ends.to(y0.dtype, copy=True)
         else:
             y, t = found.samples.reshape(-1, *shape), t_eval
         if self.derivatives:

@@ -23,6 +23,10 @@ from .undeclared import REJECTED
 __all__ = ["Prepared", "PreparedNode", "Run", "run_of"]
 
 
+#: numbers
+_FEW = 32
+
+
 @dataclass(eq=False)
 class Prepared:
     """What solves of one right-hand side by one plan have in common, for states of one shape ``(B, n)``.
@@ -38,6 +42,13 @@ class Prepared:
     rows: int
     width: int
     derivatives: bool
+    _ends: tuple[tuple[float, float], Tensor] | None = None
+
+    def ends(self, span: tuple[float, float]) -> Tensor:
+        """Those of a span, (2,), which nobody writes to: the same tensor while the span is the same."""
+        if self._ends is None or self._ends[0] != span:
+            self._ends = span, torch.tensor(span, dtype=torch.float64)
+        return self._ends[1]
 
     def to_be_looked_at(self, rejected: int) -> bool:
         """Whether the general way is to look for jumps of ``fun`` in a solve with so many rejected steps."""
@@ -127,11 +138,19 @@ class PreparedNode(torch.autograd.Function):
         steps = saved[1].shape[0]
         run.report(steps * len(prepared.plan.method.nodes), steps)
         y0_bar = back.y0 if run.t_eval is not None else back.y0 + bars[0]
-        results = [y0_bar.reshape(inputs[0].shape)] + [back.inputs[k].reshape(x.shape) for k, x in zip(run.wanted, inputs[1:], strict=True)]
-        if prepared.rows == 1 and not isfinite(sum(float(x.sum()) for x in results)):
+        results = [y0_bar.view(inputs[0].shape)]
+        for k, x in zip(run.wanted, inputs[1:], strict=True):
+            found = back.inputs[k]
+            results.append(found if found.shape == x.shape else found.reshape(x.shape))
+        if prepared.rows == 1 and not all(map(_finite, results)):
             # which of the user's functions it was, the general way finds out
             return (None, *_again(run, inputs, bar, needed))
         return (None, *(x if need else None for x, need in zip(results, needed, strict=True)))
+
+
+def _finite(x: Tensor) -> bool:
+    # few numbers are looked at faster by Python
+    return all(map(isfinite, x.reshape(-1).tolist())) if x.numel() <= _FEW else isfinite(float(x.sum()))
 
 
 def _again(run: Run, inputs: Sequence[Tensor], bar: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
