@@ -236,8 +236,7 @@ def solve_ivp(
     problem = Problem(system, plan, batched, reporting(plan, failing if throw else None, implicit_system, inputs), backward.add, **ways)
     strategy = strategy_of(gradient)
     if chosen.switching:
-        dense = dense_output or bool(watched)
-        out, problem = solve_switching(strategy, problem, times.anchors, times.samples, y_flat, inputs, dense)
+        out, problem = solve_switching(strategy, problem, times.anchors, times.samples, y_flat, inputs, dense_output or bool(watched))
     else:
         out = strategy.solve(problem, times.anchors, times.samples, y_flat, inputs)
     if known is not None and step_ts is None:

@@ -1,8 +1,7 @@
-"""Fully implicit methods: order conditions, stability, convergence, stiff references, and every kind of derivative."""
+"""Fully implicit methods: order conditions, stability, convergence, what they count, and derivatives of large systems."""
 
 from __future__ import annotations
 
-from dataclasses import fields
 from math import log2, sqrt
 
 import numpy as np
@@ -10,25 +9,20 @@ import pytest
 import torch
 
 import adjoint
-from adjoint import solve_ivp
-from adjoint.methods import METHODS, CollocationTableau, FullyImplicitRungeKutta
+from adjoint import Backprop, DiscreteAdjoint, solve_ivp
+from adjoint.linalg import LinearOperator, SparseMatrix
+from adjoint.methods import METHODS, CollocationTableau
 from adjoint.methods.tableaux_implicit import IMPLICIT_TABLEAUX
+from adjoint.sensitivity.coupled import coupled_matrix
 
+from ..helpers.problems import HEAT_POINTS, heat_by_scipy, heat_with_source
 from ..helpers.rooted_trees import elementary_weights, inverse_densities
-from .test_rosenbrock import ROBER_P, STIFF, driven, exact, rober
+from .test_linearised_families import TIGHT, Y0, P, constant, small
+from .test_rosenbrock import driven, exact
 
 NAMES = sorted(IMPLICIT_TABLEAUX)
 ADAPTIVE = ["radau5", "radauIIA3"]
 SYMMETRIC = ["gl4", "gl6", "implicit_midpoint"]
-#: so tight that what is left of the iterations is rounding
-TIGHT = {"rtol": 1e-12, "atol": 1e-14}
-
-
-def constant(name):
-    """The method with constant steps, also where it has an error estimate: a function of its arguments that is smooth to rounding."""
-    tab = IMPLICIT_TABLEAUX[name]
-    given = {f.name: getattr(tab, f.name) for f in fields(tab) if f.init}
-    return FullyImplicitRungeKutta(CollocationTableau(**(given | {"gamma": None})))
 
 
 # ---------------------------------------------------------------------------------------------- tableaux
@@ -205,35 +199,7 @@ def test_fast_transients_may_be_stepped_over(name):
     assert float(sol.y[-1].abs()) < 1e-6
 
 
-# ---------------------------------------------------------------------------------------------- stiff references
-
-
-@pytest.mark.parametrize("problem", ["hires", *(pytest.param(name, marks=pytest.mark.slow) for name in ("orego", "vdpol"))])
-def test_stiff_references(problem):
-    fun, end, y0, truth = STIFF[problem]
-    sol = solve_ivp(fun, (0.0, end), torch.tensor(y0), method="radau5", rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(sol.y[-1], torch.tensor(truth), rtol=1e-7, atol=0)
-
-
-def test_rober_over_eleven_decades():
-    sol = solve_ivp(rober, (0.0, 1e11), torch.tensor([1.0, 0, 0]), (torch.tensor(ROBER_P),), method="radau5", rtol=1e-8, atol=1e-18)
-    truth = torch.tensor([0.2083340149701255e-7, 0.8333360770334713e-13, 0.9999999791665050])
-    torch.testing.assert_close(sol.y[-1], truth, rtol=1e-7, atol=0)
-
-
-def test_rober_gradients():
-    p = torch.tensor(ROBER_P, requires_grad=True)
-    sol = solve_ivp(rober, (0.0, 40.0), torch.tensor([1.0, 0, 0]), (p,), method="radau5", rtol=1e-8, atol=1e-13)
-    torch.testing.assert_close(sol.y[-1, :2], torch.tensor([0.7158270687194055, 9.185534764557783e-06]), rtol=1e-8, atol=0)
-    truth = torch.tensor(
-        [
-            [-4.2475587717057239, 1.3730807973446243e-05, -2.2883550889056715e-09],
-            [4.591196249253923e-05, -2.3571921138463359e-10, -1.1380595093501321e-13],
-        ]
-    )
-    for i, expected in enumerate(truth):
-        (found,) = torch.autograd.grad(sol.y[-1, i], p, retain_graph=True)
-        torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+# ---------------------------------------------------------------------------------------------- work
 
 
 def test_work_is_counted():
@@ -259,6 +225,82 @@ def test_work_is_counted():
         assert stats.n_steps <= estimates <= 2 * stats.n_steps if name in ADAPTIVE else estimates == 0
         # a Jacobian is one call that serves all columns; one call more looks for captured tensors
         assert len(calls) - stats.n_jac - stats.n_fun in (0, 1)
+
+
+# ---------------------------------------------------------------------------------------------- derivatives
+
+
+@pytest.mark.parametrize("gradient", [DiscreteAdjoint(), Backprop()])
+def test_vmap_of_vmap_of_hessian(gradient):
+    """Rows multiply at every level, with inputs mapped at some of them only."""
+    y0 = torch.tensor([Y0, (2.0, 1.0)])
+    p = torch.tensor([P, (0.5, 6.0), (2.0, 1.0)])
+
+    def value(y0, p):
+        sol = solve_ivp(small, (0.0, 1.0), y0, (p,), method="gl4", first_step=0.5, gradient=gradient, **TIGHT)
+        return sol.y[-1].square().sum()
+
+    hessian = torch.func.hessian(value, argnums=1)
+    mapped = torch.vmap(torch.vmap(hessian, in_dims=(None, 0)), in_dims=(0, None))(y0, p)
+    for i in range(2):
+        for j in range(3):
+            torch.testing.assert_close(mapped[i, j], hessian(y0[i], p[j]), rtol=1e-9, atol=1e-10)
+
+
+def test_sparse_systems():
+    """The heat equation with a source, on enough points for the sparse path; truth from SciPy."""
+    pytest.importorskip("scipy")
+    c = torch.tensor(0.5, requires_grad=True)
+    pattern = abs(np.subtract.outer(np.arange(HEAT_POINTS), np.arange(HEAT_POINTS))) <= 1
+    ends = [heat_by_scipy(side) for side in (0.499, 0.5, 0.501)]
+    for sparsity in (None, torch.tensor(pattern)):
+        options = {"method": "radau5", "rtol": 1e-6, "atol": 1e-9, "jac_sparsity": sparsity}
+        sol = solve_ivp(heat_with_source, (0.0, 0.3), torch.zeros(HEAT_POINTS), (c,), **options)
+        torch.testing.assert_close(sol.y[-1], torch.tensor(ends[1]), rtol=1e-5, atol=1e-7)
+        (found,) = torch.autograd.grad(sol.y[-1].sum(), c)
+        torch.testing.assert_close(found, torch.tensor((ends[2].sum() - ends[0].sum()) / 0.002), rtol=1e-4, atol=0)
+
+
+def test_matrix_of_coupled_stages():
+    """Dense, sparse and as an operator: the same blocks."""
+    a = IMPLICIT_TABLEAUX["radau5"].a
+    s, n, rows = 3, 4, 2
+    pattern = torch.rand(n, n) < 0.4
+    pattern.fill_diagonal_(True)
+    blocks = [torch.randn(rows, n, n) * pattern for _ in range(s)]
+    h = torch.tensor([[0.3], [-0.7]])
+    expected = torch.stack(
+        [
+            torch.eye(s * n) - h[b] * torch.cat([torch.cat([w * j[b] for w in row], 1) for row, j in zip(a, blocks, strict=True)])
+            for b in range(rows)
+        ]
+    )
+    torch.testing.assert_close(coupled_matrix(a, h, blocks), expected)
+    indices = pattern.nonzero().T
+    sparse = coupled_matrix(a, h, [SparseMatrix(indices, j[:, indices[0], indices[1]], (n, n)) for j in blocks])
+    assert isinstance(sparse, SparseMatrix)
+    torch.testing.assert_close(sparse.dense(), expected)
+    keys = sparse.indices[0] * s * n + sparse.indices[1]
+    assert bool((keys.diff() > 0).all())
+    operator = coupled_matrix(
+        a,
+        h,
+        [
+            LinearOperator(
+                n,
+                rows,
+                h.dtype,
+                h.device,
+                lambda v, j=j: (j @ v.unsqueeze(-1)).squeeze(-1),
+                lambda v, j=j: (j.mT @ v.unsqueeze(-1)).squeeze(-1),
+            )
+            for j in blocks
+        ],
+    )
+    assert isinstance(operator, LinearOperator) and operator.rmatvec is not None
+    v = torch.randn(rows, s * n)
+    torch.testing.assert_close(operator.matvec(v), (expected @ v.unsqueeze(-1)).squeeze(-1))
+    torch.testing.assert_close(operator.rmatvec(v), (expected.mT @ v.unsqueeze(-1)).squeeze(-1))
 
 
 # ---------------------------------------------------------------------------------------------- failures
