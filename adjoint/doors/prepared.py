@@ -87,7 +87,7 @@ class Asked:
         if self.derivatives:
             tensors = self.found.tensors
             wanted = [(i, tensors[k]) for i, k in enumerate(prepared.places) if tensors[k].requires_grad]
-            again = partial(self._solved_again, door)
+            again = partial(self._solved_again, door, prepared, values)
             run = Run(prepared, found, anchors, times, values, tuple(i for i, _ in wanted), again, backward.add, y)
             y = PreparedNode.apply(run, y0, *(x for _, x in wanted))
         if self.options["batched"]:
@@ -96,9 +96,13 @@ class Asked:
             n_steps, n_accepted, n_fun, status, _, *work = found.counts[:, 0].tolist()
         return Solution(t, y, status, Stats(n_steps, n_accepted, n_steps - n_accepted, n_fun, *work, backward=backward))
 
-    def _solved_again(self, door: Callable[..., Solution]) -> Tensor:
+    def _solved_again(self, door: Callable[..., Solution], prepared: Prepared, values: Sequence[Tensor]) -> Tensor:
+        """``values``: what the solve read."""
         now = fingerprint(self.fun, self.args)
         if now is None or now.key != self.found.key or any(x is not y for x, y in zip(now.tensors, self.found.tensors, strict=True)):
+            raise CapturedTensorLost(_CHANGED)
+        held = prepared.program.values([now.tensors[k] for k in prepared.places], False)
+        if not all(torch.equal(x, y) or torch.allclose(x, y, 0.0, 0.0, equal_nan=True) for x, y in zip(held, values, strict=True)):
             raise CapturedTensorLost(_CHANGED)
         # times that are tensors go the general way
         span = tuple(torch.tensor(t, dtype=torch.float64) for t in self.span)

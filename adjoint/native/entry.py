@@ -125,7 +125,7 @@ class NativeSolve:
             return None
         try:
             found = self._program(sought)
-            return None if found is None else NativeStart(found.program, tuple(found.values()))
+            return None if found is None else NativeStart(found.program, tuple(found.values(False)))
         except (Unreadable, NoCompiler):
             return None
 
@@ -185,9 +185,7 @@ class NativeSolve:
             return None
         before = spent.seconds
         try:
-            values = found.values()
-            if derivatives:
-                values = [v.clone() if v.data_ptr() == x.data_ptr() else v for v, x in zip(values, found.tensors, strict=True)]
+            values = found.values(derivatives)
             # of multistep methods the steps are looked at when they are all taken
             watched = derivatives and not plan.method.implicit and not plan.method.multistep
             solved = run_native(found.program, plan, sought.anchors, t_eval, sought.y0, values, watched, index, skipped, idle)

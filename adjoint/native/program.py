@@ -160,14 +160,17 @@ class Program:
         """Bytes of a vector of many trajectories."""
         return next((size for most, size in _VECTORS if self.values_of_fun <= most), _VECTOR)
 
-    def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Its inputs as it takes them: contiguous, in the dtype of the state. Raises `Unreadable` for whole numbers beyond that."""
+    def values(self, tensors: Sequence[Tensor], kept: bool) -> list[Tensor]:
+        """Its inputs as it takes them: contiguous, in the dtype of the state. Raises `Unreadable` for whole numbers beyond that.
+
+        ``kept``: for a way back, which is that of the solve whatever is written to ``tensors`` later.
+        """
         found = []
         for x in tensors:
             value = x.detach().resolve_neg().to(self.real).contiguous()
             if not x.is_floating_point() and not torch.equal(value.to(x.dtype), x):
                 raise Unreadable("", "", f"it uses whole numbers that {self.real} has not")
-            found.append(value)
+            found.append(value.clone() if kept and value.data_ptr() == x.data_ptr() else value)
         return found
 
     @cached_property

@@ -212,9 +212,9 @@ class Recognised:
     tensors: tuple[Tensor, ...]
     slots: tuple[int | None, ...]
 
-    def values(self) -> list[Tensor]:
+    def values(self, kept: bool) -> list[Tensor]:
         """See `Program.values`."""
-        return self.program.values(self.tensors)
+        return self.program.values(self.tensors, kept)
 
 
 def recognise(

@@ -80,7 +80,7 @@ def run_of(
     ``t_eval``: in the order of time; ``tensors``: those of the fingerprint.
     """
     program, plan = prepared.program, prepared.plan
-    values = program.values([tensors[k] for k in prepared.places])
+    values = program.values([tensors[k] for k in prepared.places], prepared.derivatives)
     flat = y0.detach().resolve_neg().to(program.real).reshape(prepared.rows, prepared.width).contiguous()
     found = solved(program, prepared.frame, plan, anchors, t_eval, flat, values, ordered=True)
     if prepared.rows == 1:

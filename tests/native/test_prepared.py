@@ -283,6 +283,28 @@ class TestDerivatives:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 total.backward()
 
+    @pytest.mark.parametrize("method", ["tsit5", "kvaerno5", "rodas5p"])
+    def test_captured_numbers_written_to(self, method):
+        """Of tensors that do not require grad: first derivatives are those of the solve, second ones evaluate ``fun`` again and say so."""
+        a, b = torch.tensor(-0.7, dtype=F64, requires_grad=True), torch.ones((), dtype=F64)
+
+        def fun(t, y):
+            return a * y * b
+
+        ends = []
+        for u in (1.0, 2.0, 3.0):
+            b.fill_(u)
+            ends.append(solve(fun, torch.ones(3, dtype=F64), method=method, span=(0.0, 1.0)).y[-1].mean())
+        b.data.fill_(7.0)
+        for u, end in zip((1.0, 2.0, 3.0), ends, strict=True):
+            (found,) = torch.autograd.grad(end, a, retain_graph=True)
+            assert float(found) == pytest.approx(u * float(end.detach()), rel=1e-5)
+        with pytest.raises(adjoint.CapturedTensorLost, match="not the function any more"):
+            torch.autograd.grad(ends[1], a, create_graph=True)
+        b.data.fill_(2.0)
+        (slope,) = torch.autograd.grad(ends[1], a, create_graph=True)
+        assert float(torch.autograd.grad(slope, a)[0]) == pytest.approx(4.0 * float(ends[1].detach()), rel=1e-5)
+
     def test_a_function_that_has_changed(self):
         w = [p4()]
 
