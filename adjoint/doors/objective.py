@@ -20,6 +20,7 @@ from ..sensitivity.implicit import FactorStore, RootNode, RootOutputs
 from ..sensitivity.witness import CHANGED
 from ..system.capture import needs_derivatives
 from ..system.ownership import owning
+from ..system.rewriting import naming_faults
 from ..system.system import StateSpec
 from ..system.transforms import functorch_active
 from . import objective_scipy
@@ -248,6 +249,7 @@ class SteadyStateObjective:
 
     # -- what users ask for ------------------------------------------------------------------------------------------------------------
 
+    @naming_faults
     def state(self, p: Any) -> Any:
         """The steady state ``s(p)``, like ``x0``; differentiable in ``p`` (and in tensors that ``F`` captured) to any order."""
         if needs_derivatives(tree_leaves(p)) or functorch_active():
@@ -255,6 +257,7 @@ class SteadyStateObjective:
         point = self._at(p)
         return point.spec.unflatten(point.x.unsqueeze(0).clone())
 
+    @naming_faults
     def value(self, p: Any) -> Tensor:
         """``f(s(p), p)``, 0-d; differentiable in ``p`` to any order, also inside of ``torch.func`` transforms."""
         if needs_derivatives(tree_leaves(p)) or functorch_active():
@@ -280,21 +283,25 @@ class SteadyStateObjective:
         task = replace(setup.task, find=known, store=_Borrowed(point))
         return setup.spec.unflatten(RootOutputs(*RootNode.apply(task, setup.x0.detach(), *setup.inputs)).x)
 
+    @naming_faults
     def gradient(self, p: Any) -> Any:
         """``dfh/dp``, like ``p``: one transposed solve."""
         point = self._at(p)
         return point.layout.unflatten(point.expansion.gradient().clone())
 
+    @naming_faults
     def hessian(self, p: Any) -> Tensor:
         """``d2fh/dp2``: m solves, and that of the gradient."""
         point = self._at(p)
         return self._square(point, point.expansion.hessian().clone())
 
+    @naming_faults
     def hvp(self, p: Any, v: Any) -> Any:
         """The product of the Hessian with ``v`` (like ``p``): one forward and one transposed solve beyond those of the gradient."""
         point = self._at(p)
         return point.layout.unflatten(point.expansion.hessian_product(point.layout.flatten(v, "v").to(point.p)))
 
+    @naming_faults
     def state_jacobian(self, p: Any) -> Any:
         """``ds/dp``: ``(*x.shape, *p.shape)`` where both are tensors, else flat, ``(n, m)``. m solves."""
         point = self._at(p)
@@ -303,21 +310,25 @@ class SteadyStateObjective:
             return point.spec.unflatten(S.T.unsqueeze(1)).movedim(0, -1).reshape(point.spec.shapes[0] + point.layout.shapes[0])
         return S
 
+    @naming_faults
     def third(self, p: Any, v: Any) -> Tensor:
         """The derivative of the Hessian along ``v`` (like ``p``), of the Hessian's shape: one transposed and m more forward solves."""
         point = self._at(p)
         return self._square(point, point.expansion.third(point.layout.flatten(v, "v").to(point.p)))
 
+    @naming_faults
     def third_scalar(self, p: Any, v: Any) -> Tensor:
         """The third derivative along ``v`` (like ``p``), 0-d: one forward and one transposed solve."""
         point = self._at(p)
         return point.expansion.third_scalar(point.layout.flatten(v, "v").to(point.p))
 
+    @naming_faults
     def residual_jacobian(self, p: Any) -> Tensor:
         """``dr/dp = r_x S + r_p`` of a least-squares objective, ``(number of residuals, m)``."""
         self._needs_residuals("residual_jacobian")
         return self._observation_jacobian(self._at(p), self.f)[1]
 
+    @naming_faults
     def residual(self, p: Any) -> Tensor:
         """``r(s(p), p)`` of a least-squares objective, flat."""
         self._needs_residuals("residual")
@@ -325,6 +336,7 @@ class SteadyStateObjective:
         with torch.no_grad():
             return _real(self.f(point.spec.unflatten(point.x.unsqueeze(0)), point.layout.unflatten(point.p))).reshape(-1)
 
+    @naming_faults
     def gauss_newton(self, p: Any) -> Tensor:
         """``J* J`` with ``J`` the `residual_jacobian`: the Hessian without its curvature terms, of the Hessian's shape."""
         J = self.residual_jacobian(p)

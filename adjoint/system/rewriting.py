@@ -36,6 +36,10 @@ _INFERENCE = (
     "fun uses tensors that were made in torch.inference_mode(), which autograd refuses, and Jacobians are taken by it: make them under "
     "torch.no_grad() instead, or .clone() them outside of inference mode"
 )
+_OUT = (
+    "an operator in fun (or in an event function, jac, quadrature) writes its result into out=, which autograd refuses, and derivatives "
+    "are taken by it (those that are asked for, or the Jacobian that implicit methods and roots need): return a new tensor, without out="
+)
 _WIDENED = (
     "an operator in fun was given two precisions, though its arguments agree: in forward mode (torch.func.jvp, jacfwd, hessian, "
     "ForwardSensitivity) PyTorch gives a number times a 0-d tensor, such as 0.5 * y[0], a tangent in double precision. Keep a dimension "
@@ -47,6 +51,8 @@ _WRITTEN = {
     "requires grad is being used in an in-place operation": _WRITES,
     "modified by an inplace operation": _WRITES,
     "backward through the graph a second time": _WRITES,
+    "functions with out=... arguments don't support": _OUT,
+    "because it is an out= function": _OUT,
 }
 _SAID = _WRITTEN | {
     "does not require grad and does not have a grad_fn": _NOT_RECORDED,
@@ -77,7 +83,7 @@ def _naming(function: Callable[P, R], said: dict[str, str], forward: dict[str, s
         except RuntimeError as error:
             known = said | forward if forward and transforming() else said
             named = next((ours for words, ours in known.items() if words in str(error)), None)
-            if type(error) is RuntimeError and named is not None and not (args and _of_context(args[0], error)):
+            if type(error) in (RuntimeError, NotImplementedError) and named is not None and not (args and _of_context(args[0], error)):
                 raise UnsupportedCombination(named) from error
             raise
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from adjoint import Backprop, DiscreteAdjoint, odeint, odeint_event, solve_dae, solve_ivp, solve_root
+from adjoint import Backprop, DiscreteAdjoint, SteadyStateObjective, odeint, odeint_event, solve_dae, solve_ivp, solve_root
 from adjoint.errors import CapturedTensorLost, InvalidInput, UnsupportedCombination
 from adjoint.system.lending import own
 
@@ -103,6 +103,25 @@ def test_a_tensor_used_again_for_the_result(make, method):
             kept = torch.empty(3, 2)
             y = solve_ivp(lambda t, y: torch.mul(y, RATE, out=kept), (0.0, 1.0), several, batched=True, method=method, rtol=1e-8).y[-1]
             assert torch.allclose(y, _truth(several), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("method", ["kvaerno5", "rodas5p", "radau5", "bdf", "tsit5"])
+def test_results_written_to_out_are_named_where_derivatives_are_taken(method):
+    """Also where nobody asked for one, but the method or the root finder needs the Jacobian."""
+    y0, kept, named = torch.tensor([1.0, 2.0]), torch.empty(2), pytest.raises(UnsupportedCombination, match="out=")
+    wanted = y0.clone().requires_grad_(method == "tsit5")
+    with torch.set_grad_enabled(method == "tsit5"), named:
+        solve_ivp(_into_buffer(), (0.0, 1.0), wanted, method=method)
+    with torch.no_grad(), named:
+        odeint(_into_buffer(), y0, SPAN, method="gl4", options={"step_size": 0.1})
+    with torch.no_grad(), named:
+        solve_dae(lambda t, y, yp: torch.sub(yp, y, out=kept), (0.0, 1.0), y0)
+    with torch.no_grad(), named:
+        solve_root(lambda x: torch.mul(x, x - 2, out=kept), y0)
+    with named:
+        SteadyStateObjective(lambda x, p: x.sum(), lambda x, p: torch.sub(x, p, out=kept), y0).gradient(y0)
+    with named:
+        torch.func.jvp(lambda y: solve_ivp(_into_buffer(), (0.0, 1.0), y).y[-1], (y0,), (y0,))
 
 
 @pytest.mark.parametrize("method", ["tsit5", "abm"])
