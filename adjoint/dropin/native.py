@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..doors.arguments import Times, positive
+from ..doors.arguments import Times, as_times, positive
 from ..doors.event_slope import signed
 from ..doors.event_times import event_records
 from ..doors.failures import raise_failure
@@ -32,7 +32,18 @@ from ..torch_internals import is_functorch_wrapped_tensor
 from .interpolants import check_interp, fixed_grid, fixed_method, hermite, on_lines, parabola, step_size_of
 from .request import Request
 
-__all__ = ["Prepared", "combined_event", "evaluated", "given_of", "prepare", "solve_dense", "solve_event", "solve_samples", "start_event"]
+__all__ = [
+    "Prepared",
+    "combined_event",
+    "evaluated",
+    "given_of",
+    "jump_times",
+    "prepare",
+    "solve_dense",
+    "solve_event",
+    "solve_samples",
+    "start_event",
+]
 
 #: an end that no solve reaches: until an event, there is none
 _NEVER = 1e300
@@ -128,13 +139,13 @@ def _plan(request: Request, derivatives: bool, dense: bool, events: tuple[Event,
     )
 
 
-def _step_times(request: Request) -> list[Tensor]:
-    """The options ``step_t`` and ``jump_t`` (an old name of it: ``grid_points``), 1-D float64."""
+def jump_times(request: Request) -> list[Tensor]:
+    """The options ``step_t`` and ``jump_t`` (an old name of it: ``grid_points``) of adaptive methods, 1-D float64."""
     out = []
-    for name in ("step_t", "jump_t", "grid_points"):
+    for name in ("step_t", "jump_t", "grid_points") if request.family == "adaptive" else ():
         value = request.options.get(name)
         if value is not None:
-            out.append(torch.as_tensor(value, device=request.spec.device).to(torch.float64).reshape(-1))
+            out.append(as_times(value, name, request.spec.device).to(torch.float64).reshape(-1))
     if out:
         times = torch.cat(out)
         if times.unique().shape[0] != times.shape[0]:
@@ -150,7 +161,7 @@ def _anchors(request: Request, until_event: bool) -> Tensor:
     end = torch.full_like(t[:1], sign * _NEVER) if until_event else t[-1:]
     if request.family in ("fixed", "implicit") and step_size_of(request) is None:
         raise InvalidInput("Event handling for fixed step solvers currently requires `step_size` to be provided in options.")
-    inner = torch.cat([t.new_empty(0), *(_step_times(request) if request.family == "adaptive" else [])])
+    inner = torch.cat([t.new_empty(0), *jump_times(request)])
     inner = inner[(sign * (inner - t[0]) > 0) & (sign * (end - inner) > 0)]
     inner = inner.sort(descending=sign < 0).values
     return torch.cat([t[:1], inner, end]).unsqueeze(-1)

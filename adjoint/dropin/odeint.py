@@ -33,7 +33,7 @@ from ..system.entrance import full_precision
 from .continuous import adjoint_parameters, continuous_adjoint
 from .event_gradient import through_event
 from .multistep import adams_event, adams_samples
-from .native import combined_event, solve_dense, solve_event, solve_samples
+from .native import combined_event, jump_times, solve_dense, solve_event, solve_samples
 from .request import Request, make_request
 from .scipy_solver import scipy_samples
 
@@ -257,6 +257,11 @@ def solve_with_adjoint(
     if not (continuous or own_solver or request.family == "scipy"):
         return _with_zeros(_solve(request, params), params if params is not None else _parameters(func))
 
+    if torch.is_grad_enabled() and any(map(is_differentiable, jump_times(request))):
+        raise UnsupportedCombination(
+            "the continuous adjoint has no derivative in the times of `step_t` and `jump_t`, which require grad: take "
+            "adjoint.odeint_adjoint without adjoint_ arguments, which has, or give them detached"
+        )
     wanted = params if params is not None else adjoint_parameters(request)
     listed = [p for p in wanted if is_differentiable(p)]
     if adjoint_options is None:

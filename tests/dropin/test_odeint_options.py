@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import adjoint
+import adjoint.torchdiffeq
 from adjoint import odeint, odeint_adjoint, odeint_dense, odeint_event
 
 from .test_odeint import Rotation, growth, rotated
@@ -77,6 +78,22 @@ def test_times_of_jumps_are_differentiable():
     )
     (g,) = torch.autograd.grad(y[-1].sum(), jump)
     torch.testing.assert_close(g, torch.tensor([-2.5]))
+
+
+@pytest.mark.parametrize("form", [lambda jump: [0.3, jump], lambda jump: (jump,), lambda jump: jump], ids=["list", "tuple", "0-d"])
+def test_times_of_jumps_are_differentiable_in_sequences(form):
+    """``y' = -y`` before and ``-3 y`` after; the continuous adjoint, which has no derivative in them, says so."""
+    jump, rate = torch.tensor(0.8, requires_grad=True), torch.nn.Parameter(torch.tensor(1.0))
+    problem = (lambda t, y: -rate * torch.where(t <= jump, y, 3 * y), torch.ones(1), torch.tensor([0.0, 2.0]))
+    options = {"jump_t": form(jump)}
+    for solve in (odeint, odeint_adjoint):
+        (found,) = torch.autograd.grad(solve(*problem, options=options)[-1].sum(), jump)
+        assert float(found) == pytest.approx(2 * math.exp(-4.4), rel=1e-6)
+    for solve, asked in ((adjoint.torchdiffeq.odeint_adjoint, {}), (odeint_adjoint, {"adjoint_rtol": 1e-6})):
+        with pytest.raises(adjoint.UnsupportedCombination, match="jump_t"):
+            solve(*problem, options=options, **asked)
+        y = solve(*problem, options={"jump_t": [0.8]}, **asked)[-1]
+        assert float(torch.autograd.grad(y.sum(), rate)[0]) == pytest.approx(-4.4 * math.exp(-4.4), rel=1e-5)
 
 
 def test_norm_option():
