@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from ..integrate import Monitor, Plan, Record
+from ..integrate import Monitor, Plan, Record, Status
 from ..methods import Method
 from ..native.entry import NativeSolve
 from ..native.graphs import Heard
@@ -128,7 +128,7 @@ def steering(spec: StateSpec, arguments: dict[str, Any]) -> dict[str, Any]:
         "max_step": positive(max_step, "max_step"),
         "min_step": positive(min_step, "min_step", zero=True),
         "max_steps": int(max_steps),
-        "monitor": progress_monitor() if progress else Monitor(),
+        "monitor": progress_monitor(progress),
     }
 
 
@@ -137,7 +137,8 @@ def reporting(plan: Plan, fail: Callable[..., None] | None, system: System, inpu
     trajectory failed; None: nobody does."""
 
     def report(record: Record) -> None:
-        plan.monitor.close()
+        if type(plan.monitor) is not Monitor and not bool((record.status == int(Status.SWITCHED)).any()):
+            plan.monitor.close()
         if fail is not None and bool((record.status < 0).any()):
             fail(record, plan, system, inputs)
 

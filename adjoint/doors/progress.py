@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -10,19 +11,30 @@ from torch import Tensor
 from ..errors import InvalidInput
 from ..integrate import Monitor
 
-__all__ = ["progress_monitor", "root_monitor"]
+__all__ = ["in_parts", "progress_monitor", "root_monitor"]
 
 
 class _Bar(Monitor):
-    """Shows the part of the span that the slowest trajectory has covered, in per cent."""
+    """Shows the part of the span that the slowest trajectory has covered, in per cent. ``parts``: of solves one behind the other, after
+    the last of which `end` is called."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: bool = False) -> None:
+        self._parts, self._begun, self._covered = parts, 0.0, 0.0
         self.bar = _tqdm()(total=100.0, desc="solve", unit="%", bar_format="{l_bar}{bar}| {n:.1f}/{total:.0f} % [{elapsed}<{remaining}]")
 
     def advanced(self, fraction: float) -> None:
-        self.bar.update(100.0 * fraction - self.bar.n)
+        self._covered = self._begun + (1.0 - self._begun) * fraction
+        self.bar.update(100.0 * self._covered - self.bar.n)
+
+    def parted(self) -> None:
+        self._begun = self._covered
 
     def close(self) -> None:
+        if not self._parts:
+            self.bar.close()
+
+    def end(self) -> None:
+        """No part follows."""
         self.bar.close()
 
 
@@ -45,6 +57,21 @@ def root_monitor() -> Callable[[int, Tensor, Tensor], None]:
     return show
 
 
-def progress_monitor() -> Monitor:
-    """A monitor that shows a bar."""
-    return _Bar()
+def progress_monitor(asked: bool | Monitor) -> Monitor:
+    """The monitor of a solve: a bar, the one of a solve of which this is a part, or one that shows nothing."""
+    if isinstance(asked, Monitor):
+        return asked
+    return _Bar() if asked else Monitor()
+
+
+@contextmanager
+def in_parts(asked: bool) -> Iterator[bool | Monitor]:
+    """For ``progress=`` of solves that are parts of one: a monitor if a bar was asked for."""
+    if not asked:
+        yield False
+        return
+    bar = _Bar(parts=True)
+    try:
+        yield bar
+    finally:
+        bar.end()

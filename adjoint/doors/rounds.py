@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..errors import EventsAccumulate, SolveError
-from ..integrate import Status
+from ..integrate import Monitor, Status
 from ..sensitivity.undeclared import once
 from ..system.capture import readable
 from ..system.transforms import unwrapped
 from .arguments import RoundSpan
 from .dose_ties import given_apart, ties
+from .progress import in_parts
 from .round_ends import check_rules, ended_before, takes_events, with_events
 from .round_results import Piece, Taken, joined
 from .round_rules import Boundary, Rule, rearmed, shifted
@@ -69,11 +70,14 @@ def in_rounds(implicit: Callable[..., Solution] | None = None) -> Callable[[Call
 
 def _solve(door: Callable[..., Solution], implicit: Callable[..., Solution] | None, arguments: dict[str, Any]) -> Solution:
     """All rounds, joined."""
-    task, run = task_of(door, implicit, arguments)
-    while True:
-        _round(task, run)
-        if not anywhere(run.going):
-            return joined(task.times, task.rules, run.pieces, run.at, run.status, task.batched)
+    with in_parts(arguments["progress"]) as bar:
+        task, run = task_of(door, implicit, arguments | {"progress": bar})
+        while True:
+            _round(task, run)
+            if not anywhere(run.going):
+                return joined(task.times, task.rules, run.pieces, run.at, run.status, task.batched)
+            if isinstance(bar, Monitor):
+                bar.parted()
 
 
 def _round(task: Task, run: Progress) -> None:
@@ -191,7 +195,8 @@ def _solved(task: Task, run: Progress, span: RoundSpan, y: Any) -> tuple[Solutio
         first = solve(known, still(y), still(args), events=events, t_eval=None, gradient=None, quadrature=None, dense_output=False)
     span = ended_before(first, span)
     samples, taken = _samples(task, ~span.idle, span.start, span.end)
-    sol = solve(span, y, args, events=None, t_eval="steps" if task.times.steps else samples)
+    # the bar, if any, has shown this part
+    sol = solve(span, y, args, events=None, t_eval="steps" if task.times.steps else samples, progress=False)
     last, slope = _last(task, sol.y, sol, taken), task.slope(infused)
     bound = None if slope is None else lambda t, y: slope(t, y, mode)
     return with_events(task.watched, first, sol, last, span, (*mode, *task.args), bound, real), taken, last

@@ -63,6 +63,7 @@ def solve_switching(
         going = out.status == int(Status.SWITCHED)
         if final or (readable(going) and not bool(going.any())):
             break
+        problem.plan.monitor.parted()
         y = torch.where(going.unsqueeze(-1), out.final, y)
         stops = _remaining(stops, out, going)
         active = going

@@ -56,7 +56,10 @@ class Monitor:
         """Before a step is taken back; ``bar`` is the cotangent of the state at its end."""
 
     def advanced(self, fraction: float) -> None:
-        """After each loop: the part of the span that the slowest trajectory has covered."""
+        """After each loop: the part of the span that the slowest trajectory has covered; behind `parted`, of what was left then."""
+
+    def parted(self) -> None:
+        """Before a solve of what is left of the span, as phases and rounds are."""
 
     def close(self) -> None:
         """After the solve."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from adjoint import Backprop, DiscreteAdjoint, InvalidInput, solve_ivp
+from adjoint import Backprop, DiscreteAdjoint, Event, InterpolatingAdjoint, InvalidInput, solve_ivp
 from adjoint.methods import METHODS
 
 from ..helpers.problems import ALL, driven, lotka_volterra, options
@@ -285,6 +286,43 @@ def test_progress_bar(batched, capsys):
         shown = capsys.readouterr().err
         assert ("100.0/100" in shown) == progress
         assert bool(shown) == progress
+
+
+def ball(t, y):
+    return torch.stack([y[..., 1], 0 * y[..., 1] - 9.81], -1)
+
+
+def van_der_pol(t, y):
+    return torch.stack([y[..., 1], 1e3 * (1 - y[..., 0] ** 2) * y[..., 1] - y[..., 0]], -1)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("kind", ["rounds", "rounds, continuous adjoint", "phases"])
+def test_one_progress_bar_for_all_parts(kind, compile, monkeypatch):
+    """Rounds between resets and phases of switching methods cover the span once, from its start to its end."""
+    tqdm = pytest.importorskip("tqdm.auto").tqdm
+    shown: list[list[float]] = []
+
+    class Bar(tqdm):
+        def __init__(self, *args, **named):
+            shown.append([0.0])
+            super().__init__(*args, **named)
+
+        def update(self, n=1):
+            super().update(n)
+            shown[-1].append(self.n)
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    if kind == "phases":
+        solve_ivp(van_der_pol, (0.0, 2000.0), torch.tensor([2.0, 0.0]), method="auto", progress=True, compile=compile)
+    else:
+        bounce = Event(lambda t, y: y[0], direction=-1, reset=lambda t, y: torch.stack([0 * y[0], -0.8 * y[1]]))
+        y0 = torch.tensor([1.0, 0.0], requires_grad=kind != "rounds")
+        gradient = None if kind == "rounds" else InterpolatingAdjoint()
+        solve_ivp(ball, (0.0, 2.0), y0, events=bounce, progress=True, compile=compile, gradient=gradient)
+    (bar,) = shown
+    assert all(b >= a - 1e-9 for a, b in pairwise(bar))
+    assert bar[-1] == pytest.approx(100.0)
 
 
 @pytest.mark.parametrize("method", ["tsit5", "rodas5p", "bdf"])
