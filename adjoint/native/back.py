@@ -13,7 +13,8 @@ from ..integrate.grid import Grid
 from ..integrate.plan import Plan
 from .calls import BACKWARD_CALL
 from .program import Program, pointers
-from .solve import block_of, sample_order, shift_of, threads_for
+from .reading import Unreadable
+from .solve import LOST, block_of, sample_order, shift_of, threads_for
 
 __all__ = ["Cotangents", "sweep_native"]
 
@@ -44,7 +45,7 @@ def sweep_native(
     ordered: bool = False,
 ) -> Cotangents:
     """Cotangents from those of ``(final, samples, states, stages)``, each of them a tensor or None; ``timed``: those of times as well;
-    ``ordered``: samples are in the order of time, which else is looked at."""
+    ``ordered``: samples are in the order of time, which else is looked at. Raises `Unreadable` as `solved` does."""
     states = grid.states.detach().contiguous()
     n_steps, rows = grid.t.shape
     engine = program.engine(program.lanes(rows))
@@ -81,5 +82,9 @@ def sweep_native(
     for name, x in keep.items():
         setattr(call, name, x.data_ptr())
     assert engine.backward is not None
+    lost = ctypes.c_long()
+    call.lost = ctypes.addressof(lost)
     engine.backward(ctypes.byref(call))
+    if lost.value:
+        raise Unreadable("", "", LOST)
     return Cotangents(y0_bar, found, *times)

@@ -64,6 +64,7 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("const double*", "drawn"),  # (n,): where products with their Jacobians begin
     ("const unsigned char*", "idle"),  # (B,): of which nothing is to be done, or nothing
     ("long*", "unstable"),  # (B,)
+    ("long*", "lost"),  # set where a matrix would need rows exchanged that a pattern forbids
     ("long", "guesses"),  # whether iterations may begin with the step before
     ("long", "keep_grid"),
     ("long", "keep_states"),
@@ -120,6 +121,7 @@ BACKWARD: tuple[tuple[str, str], ...] = (
     ("long", "n_samples"),
     ("long", "jumps"),
     ("long", "timed"),  # cotangents of times are wanted
+    ("long*", "lost"),
     ("const R*", "final_bar"),  # (B, n), or nothing
     ("const R*", "samples_bar"),  # (T, B, n), or nothing
     ("const R*", "states_bar"),  # (K + 1, B, n), or nothing
@@ -138,6 +140,7 @@ CONSISTENT: tuple[tuple[str, str], ...] = (
     ("const R* const*", "inputs"),
     ("const R* const*", "tables"),
     ("long", "rows"),
+    ("long*", "lost"),
     ("const R*", "t"),  # (B,)
     ("const R*", "y"),  # (B, n)
     ("const R*", "yp"),

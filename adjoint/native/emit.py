@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TypeGuard
@@ -18,8 +18,9 @@ from ..methods.collocation import FullyImplicitRungeKutta
 from ..methods.dirk import DiagonallyImplicitRungeKutta
 from ..methods.rosenbrock import Rosenbrock
 from ..methods.runge_kutta import ExplicitRungeKutta
-from .bands import Bands, bands_of
 from .calls import declarations
+from .matrices import Matrices
+from .sparse import tables
 from .text import header
 
 __all__ = ["Compiled", "engine_text", "is_residual", "prologue", "takes"]
@@ -91,6 +92,10 @@ def _integers(name: str, values: Sequence[int]) -> str:
     return f"static constexpr long {name}[] = {{{', '.join(map(str, [*values, 0]))}}};"
 
 
+def _table(name: str, values: Sequence[int]) -> str:
+    return _integers(name, values).replace("long", "int")
+
+
 def _explicit(method: ExplicitRungeKutta) -> list[str]:
     """The constants of an explicit Runge-Kutta method, and its step."""
     tab = method.tableau
@@ -103,8 +108,9 @@ def _explicit(method: ExplicitRungeKutta) -> list[str]:
     ]
 
 
-def _rosenbrock(method: Rosenbrock, width: int, nonzero: Collection[tuple[int, int]]) -> list[str]:
-    """The constants of a Rosenbrock method; ``nonzero``: the entries of the Jacobian that are not always zero."""
+def _rosenbrock(method: Rosenbrock, matrices: Matrices) -> list[str]:
+    """The constants of a Rosenbrock method, and which entries of the Jacobian are not always zero, unless only these are kept."""
+    width, full = matrices.width, matrices.sparse is None
     tab, s = method.tableau, method.n_stages
     return [
         _flags(FSAL=False, NEXT_FIRST=False, ERROR_USES_END=False),
@@ -113,7 +119,7 @@ def _rosenbrock(method: Rosenbrock, width: int, nonzero: Collection[tuple[int, i
         *(_array(name, values) for name, values in (("B", tab.b), ("D", tab.d), ("EMBEDDED", tab.error))),
         f"static constexpr double GAMMA = {number(tab.gamma)};",
         _integers("SAME", tab.same_as),
-        _integers("NONZERO", [int((i, j) in nonzero) for i in range(width) for j in range(width)]),
+        _integers("NONZERO", [int((i, j) in matrices.nonzero) for i in range(width) for j in range(width)] if full else []),
     ]
 
 
@@ -215,25 +221,34 @@ def _switching(method: Compiled, real: torch.dtype) -> list[str]:
     ]
 
 
-def _bands(width: int, nonzero: Collection[tuple[int, int]], mass: bool) -> list[str]:
-    """Where the entries of shifted Jacobians are; with a matrix in front of the slopes, which may be full, anywhere."""
-    # of implicit equations those of slopes stand behind those of values
-    found = Bands(None, width - 1, width - 1) if mass else bands_of(width, {(i, j % width) for i, j in nonzero})
+def _matrices(matrices: Matrices, real: torch.dtype) -> list[str]:
+    """Where the entries of shifted Jacobians are, and how these are taken apart."""
+    found, sparse = matrices.bands, matrices.sparse
+    linear = [f"#define SPARSE {int(sparse is not None)}", source("linear.hpp")]
+    if sparse is None:
+        flags = _flags(BELOW=found.below, ABOVE=found.above, REORDERED=found.order is not None)
+        return [*linear, flags, _table("ORDER", found.order or []), source("full.hpp"), source("shifted.hpp")]
+    info = torch.finfo(real)
     return [
-        _flags(BELOW=found.below, ABOVE=found.above, REORDERED=found.order is not None),
-        _integers("ORDER", found.order or []).replace("long", "int"),
+        *linear,
+        _flags(ENTRIES=len(sparse.entries), FACTORS=sparse.factors),
+        f"static constexpr double GOOD = {number(info.eps ** (2 / 3))}, LARGEST = {number(info.max)};",
+        *(_table(name, values) for name, values in tables(sparse).items()),
+        source("sparse.hpp"),
+        source("shifted.hpp"),
     ]
 
 
-def _family(method: Compiled, width: int, nonzero: Collection[tuple[int, int]], mass: bool) -> list[str]:
+def _family(method: Compiled, real: torch.dtype, matrices: Matrices | None) -> list[str]:
     """A method's constants, and the step of its family."""
     if isinstance(method, ExplicitRungeKutta):
         return [*_explicit(method), source("explicit.hpp")]
     if isinstance(method, Adams):
         return [source("orders.hpp"), *_adams(method), source("adams.hpp")]
-    shared = [_iteration(), *_bands(width, nonzero, mass), source("linear.hpp")]
+    assert matrices is not None
+    shared = [_iteration(), *_matrices(matrices, real)]
     if isinstance(method, Rosenbrock):
-        return [*shared, *_rosenbrock(method, width, nonzero), source("rosenbrock.hpp")]
+        return [*shared, *_rosenbrock(method, matrices), source("rosenbrock.hpp")]
     shared.append(source("newton.hpp"))
     if isinstance(method, Bdf):
         return [*shared, source("pencil.hpp"), source("orders.hpp"), *_bdf(), source("bdf.hpp")]
@@ -249,7 +264,7 @@ def engine_text(
     timed: bool,
     own: Sequence[int],
     numbers: Sequence[int],
-    nonzero: Collection[tuple[int, int]] = (),
+    matrices: Matrices | None = None,
     n_events: int = 0,
     mass: bool = False,
     displaced: bool = False,
@@ -286,7 +301,7 @@ def engine_text(
             f"static constexpr double FARTHEST = {number(max(1.0, *nodes))}, REAL_EPSILON = {number(torch.finfo(real).eps)};",
             source("lanes.hpp"),
             source("common.hpp"),
-            *_family(method, width, nonzero, mass),
+            *_family(method, real, matrices),
             # only explicit steps have to be looked after
             f"static constexpr double INTERVAL = {number(method.interval)};",
             f"static constexpr double SHIFT = {number(torch.finfo(real).eps ** 0.4)};",

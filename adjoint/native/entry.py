@@ -221,11 +221,15 @@ class NativeSolve:
         n_inputs: int,
         bars: Sequence[Tensor | None],
         timed: bool,
-    ) -> tuple[Cotangents, list[Tensor | None]]:
-        """Cotangents, and those of the inputs of the system in their order, after a solve by compiled code."""
+    ) -> tuple[Cotangents, list[Tensor | None]] | None:
+        """Cotangents, and those of the inputs of the system in their order, after a solve by compiled code; None where the eager engine is
+        to make them."""
         found = self.recognised
         assert found is not None
-        cotangents = sweep_native(found.program, plan, grid, anchors, t_eval, self.values, bars, timed)
+        try:
+            cotangents = sweep_native(found.program, plan, grid, anchors, t_eval, self.values, bars, timed)
+        except Unreadable as error:
+            return _remark(plan.compile, str(error))
         of_inputs: list[Tensor | None] = [None] * n_inputs
         for slot, x, bar in zip(found.slots, found.tensors, cotangents.inputs, strict=True):
             if slot is not None and x.is_floating_point():

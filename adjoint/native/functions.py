@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from ..methods.collocation import FullyImplicitRungeKutta
 from ..methods.rosenbrock import Rosenbrock
-from .bands import bands_of
 from .emit import Compiled, is_residual
+from .matrices import Matrices, matrices_of
 from .reading import Reading, Unreadable
 from .reverse import cotangents, jacobian, seeded
 from .rolled import Rolled, rolled
@@ -22,26 +22,34 @@ MOST_VALUES = 6_000
 
 
 class _Size(NamedTuple):
-    """Unknowns beyond which libraries take matrices apart in less time: full ones, and banded ones whose factors are at most so wide."""
+    """Unknowns beyond which libraries take matrices apart in less time: full ones, and banded ones whose factors are at most so wide; and how
+    many products the factors of sparse ones may take."""
 
     full: int
     banded: int
     widest: int
+    products: int
+
+    def too_large(self, matrices: Matrices) -> bool:
+        """Whether that is so."""
+        if matrices.sparse is not None:
+            return matrices.sparse.operations > self.products
+        return matrices.width > self.banded or matrices.row() > self.widest
 
 
 #: of methods whose stages are coupled, and of others
-_COUPLED, _ALONE = _Size(150, 400, 100), _Size(400, 2000, 300)
+_COUPLED, _ALONE = _Size(150, 400, 100, 40_000_000), _Size(400, 2000, 300, 400_000_000)
 
 
 @dataclass(frozen=True)
 class UserFunctions:
     """Text by the name of the function: "fun" and "vjp", for implicit methods "jac", for those whose steps hold the Jacobian "bend", with a
-    matrix in front of the slopes "mass" and "mass_vjp", with events "events"; what has to stand before; and rows and columns of the
-    entries of the Jacobian that are not always zero."""
+    matrix in front of the slopes "mass" and "mass_vjp", with events "events"; what has to stand before; and how the matrices of implicit
+    steps are kept."""
 
     texts: dict[str, str]
     tables: str
-    nonzero: Collection[tuple[int, int]]
+    matrices: Matrices | None
 
 
 def user_functions(
@@ -70,26 +78,27 @@ def _texts(writer: _Writer, width: int, events: Sequence[Reading], method: Compi
     loops = rolled(reading.graph, reading.outputs, _leaf, _cotangent, writer.shared, ("t", "y", "a"), entry_name="jy[PATTERN[{}]]".format)
     texts = writer.straight(("fun", "vjp") if back else ("fun", None)) if loops is None else writer.loops(loops)
     tables = "" if loops is None else loops.tables
-    nonzero: Collection[tuple[int, int]] = ()
-    size = _COUPLED if isinstance(method, FullyImplicitRungeKutta) else _ALONE
-    # derivatives of the Jacobian are written out, and so is it where fun is not in loops
-    banded = mass is None and not isinstance(method, Rosenbrock) and (width <= _ALONE.full or (loops is not None and bool(loops.jac)))
-    if method.implicit and width > (size.banded if banded else size.full):
-        raise _too_many(width, size.full)
+    matrices = None
     if method.implicit:
-        texts["jac"], nonzero = writer.jacobian(loops)
-        if width > size.full and bands_of(width, {(i, j % width) for i, j in nonzero}).part(width) * width > size.widest:
+        # derivatives of the Jacobian are written out, and so is it where fun is not in loops
+        if width > _ALONE.full and (mass is not None or isinstance(method, Rosenbrock) or loops is None or not loops.jac):
+            raise _too_many(width, _ALONE.full)
+        matrices = writer.matrices(loops, width, is_residual(method), mass is not None)
+        size = _COUPLED if isinstance(method, FullyImplicitRungeKutta) else _ALONE
+        if width > size.full and size.too_large(matrices):
             raise _too_many(width, size.full)
+        texts["jac"] = writer.jacobian(loops, matrices)
         if loops is not None and loops.jac:
-            tables += f"static const int PATTERN[] = {{{', '.join(str(i * writer.width + j) for i, j in loops.pattern)}}};\n"
+            tables += f"static const int PATTERN[] = {{{', '.join(str(matrices.place(i, j)) for i, j in loops.pattern)}}};\n"
     if isinstance(method, Rosenbrock) and back:
-        texts["bend"] = writer.bend()
+        assert matrices is not None
+        texts["bend"] = writer.bend(matrices)
     if events:
         texts["events"] = _events(reading, events, width, own)
     if mass is not None:
         before = len(reading.tables) + sum(len(event.tables) for event in events)
         texts |= _Writer(mass, 0, own, False, before).straight(("mass", "mass_vjp"))
-    return UserFunctions(texts, tables, nonzero)
+    return UserFunctions(texts, tables, matrices)
 
 
 def _events(reading: Reading, events: Sequence[Reading], width: int, own: Sequence[int]) -> str:
@@ -140,24 +149,31 @@ class _Writer:
             "vjp": self.function("vjp", "const S* y, const S* v, S* yb, S* tb", clear + loops.vjp),
         }
 
-    def jacobian(self, loops: Rolled | None) -> tuple[str, Collection[tuple[int, int]]]:
-        """``jac``, and rows and columns of its entries."""
-        zero, signature = self.graph.constant(0.0), "const S* y, S* jy, S* slope"
-        if loops is not None and loops.jac and not self.timed:
-            clear = f"for (int i = 0; i < {len(self.reading.outputs)}; i++) slope[i] = K(R(0));\n"
-            return self.function("jac", signature, clear + loops.jac), loops.pattern
-        entries, slopes = self._slopes()
-        targets: list[Target | Scatter] = [(f"jy[{i * self.width + j}]", node, "=") for (i, j), node in entries.items()]
-        targets += [(f"slope[{i}]", slopes.get(i, zero), "=") for i in range(len(self.reading.outputs))]
-        return self._written("jac", signature, targets), entries
+    def matrices(self, loops: Rolled | None, width: int, residual: bool, mass: bool) -> Matrices:
+        """How matrices of the Jacobian are kept."""
+        if loops is not None and loops.jac:
+            return matrices_of(width, loops.pattern, loops.steady, residual, mass)
+        entries, _ = self._slopes()
+        return matrices_of(width, entries, [place for place, node in entries.items() if self.graph.value(node) is not None], residual, mass)
 
-    def bend(self) -> str:
+    def jacobian(self, loops: Rolled | None, matrices: Matrices) -> str:
+        """``jac``."""
+        zero, signature = self.graph.constant(0.0), "const S* y, S* jy, S* slope"
+        if loops is not None and loops.jac:
+            clear = f"for (int i = 0; i < {len(self.reading.outputs)}; i++) slope[i] = K(R(0));\n"
+            return self.function("jac", signature, clear + loops.jac)
+        entries, slopes = self._slopes()
+        targets: list[Target | Scatter] = [(f"jy[{matrices.place(i, j)}]", node, "=") for (i, j), node in entries.items()]
+        targets += [(f"slope[{i}]", slopes.get(i, zero), "=") for i in range(len(self.reading.outputs))]
+        return self._written("jac", signature, targets)
+
+    def bend(self, matrices: Matrices) -> str:
         """``phi = sum w_ij J_ij + sum x_i slope_i`` with its gradient."""
         graph = self.graph
         phi = graph.constant(0.0)
         entries, slopes = self._slopes()
         for (i, j), node in entries.items():
-            phi = graph.op("add", phi, graph.op("mul", node, graph.leaf("w", i * self.width + j)))
+            phi = graph.op("add", phi, graph.op("mul", node, graph.leaf("w", matrices.place(i, j))))
         for i, node in slopes.items():
             phi = graph.op("add", phi, graph.op("mul", node, graph.leaf("x", i)))
         found = cotangents(graph, {phi: graph.constant(1.0)}, ("t", "y", "a"))

@@ -223,7 +223,7 @@ class Program:
     def _made(self, lanes: int) -> Engine:
         start, theirs = prologue(self.real, lanes), self.functions
         users = self._users(start, theirs, lanes)
-        sizes = self.width, self.timed, self.own, self.numbers, theirs.nonzero, len(self.events), self.mass is not None
+        sizes = self.width, self.timed, self.own, self.numbers, theirs.matrices, len(self.events), self.mass is not None
         engine = engine_text(self.method, self.real, *sizes, self.displaced)
         loop = library("\n".join([start, engine]), True, links(lanes))
         addresses = {name: _address(users, name) for name in theirs.texts}

@@ -38,9 +38,10 @@ class Rolled:
         tables: constants that have to stand before the functions.
         fun: writes the outputs.
         vjp: adds derivatives of ``sum(v * outputs)`` to those by leaves, which have to be set before.
-        jac: writes the entries of the Jacobian by "y", in the order of ``pattern``; "" where that is longer than is sensible. Where outputs
+        jac: writes the entries of the Jacobian by "y", in the order of ``pattern``, and adds the slopes by "t"; "" where that is longer than is sensible. Where outputs
             are few, and made of kept values, it is computed row by row, and all entries are in the pattern.
         pattern: row and column of every entry.
+        steady: those of entries that are constants.
         loops: how many loops the outputs have become.
         size: how many values are computed in the text of ``fun`` and ``vjp``.
     """
@@ -50,6 +51,7 @@ class Rolled:
     vjp: str
     jac: str
     pattern: tuple[tuple[int, int], ...]
+    steady: tuple[tuple[int, int], ...]
     loops: int
     size: int
 
@@ -78,6 +80,7 @@ def rolled(
     output_name: Callable[[str], str] = "o[{}]".format,
     seed_name: Callable[[str], str] = "v[{}]".format,
     entry_name: Callable[[str], str] = "jy[{}]".format,
+    slope_name: Callable[[str], str] = "slope[{}]".format,
 ) -> Rolled | None:
     """Functions that compute outputs and their derivatives in loops; None where that is not shorter.
 
@@ -88,7 +91,7 @@ def rolled(
         cotangent_name: how the derivative by a leaf is called; by (kind, k) the array of them, for look-ups.
         shared: inputs that all trajectories share.
         kinds: of leaves that derivatives are wanted by.
-        output_name, seed_name, entry_name: how outputs, their cotangents and entries of the Jacobian are called, by index.
+        output_name, seed_name, entry_name, slope_name: how outputs, their cotangents, entries of the Jacobian and slopes in time are called.
     """
     straight = len(graph.cone(outputs))
     if len(outputs) < LEAST and straight < _LONG:
@@ -111,17 +114,17 @@ def rolled(
     cleared = f"  for (int i = 0; i < {len(kept)}; i++) wb[i] = K(R(0));\n" if kept else ""
     vjp = backward(seed_name, cotangent_name, kinds)
     size = writer.size
-    jac, pattern = "", []
+    jac, pattern, steady = "", [], []
     if sum(_lengths(graph, outputs)) <= _MOST_OF_JACOBIAN:
         (whole,) = _groups(graph, outputs, {}) if kept else levels
         if sum(len(group.graph) for group in whole) <= min(straight, _LONGEST_JACOBIAN):
-            jac, pattern = writer.jacobian(whole, entry_name)
+            jac, pattern, steady = writer.jacobian(whole, entry_name, slope_name)
     if not jac and len(outputs) <= _MOST_ROWS:
         states = [data[1] for name, data in zip(graph.names, graph.data, strict=True) if name == "leaf" and data[0] == "y"]
         columns = 1 + max(states, default=0)
         rows = _ROWS.format(
             forward="\n".join(forward), cleared=cleared, outputs=len(outputs), columns=columns, entry=entry_name(f"r*{columns}+i"),
-            row=backward("seed[{}]".format, lambda data: f"row[{data[1]}]", ("y",)),
+            row=backward("seed[{}]".format, lambda data: slope_name("r") if data == ("t",) else f"row[{data[1]}]", ("y", "t")),
         )  # fmt: skip
         jac, pattern = room + rows, [(i, j) for i in range(len(outputs)) for j in range(columns)]
     return Rolled(
@@ -130,6 +133,7 @@ def rolled(
         room + cleared + "\n".join([*forward, vjp]),
         jac,
         tuple(pattern),
+        tuple(steady),
         sum(map(len, levels)),
         size,
     )
@@ -371,22 +375,30 @@ class _Loops:
         targets = list(_added(g, slopes, index, cotangent_name))
         return self._loop(group, targets, lambda data: at if data == ("seed",) else name(data), value)
 
-    def jacobian(self, groups: Sequence[_Group], entry: Callable[[str], str]) -> tuple[str, list[tuple[int, int]]]:
-        """Loops that write entries of the Jacobian, and the rows and columns of these."""
+    def jacobian(
+        self, groups: Sequence[_Group], entry: Callable[[str], str], slope: Callable[[str], str]
+    ) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
+        """Loops that write entries of the Jacobian, and the rows and columns of these, and of those that are constants."""
         pattern: list[tuple[int, int]] = []
+        steady: list[tuple[int, int]] = []
         loops = []
         for group in groups:
             _, name = self._names(group)
             g = group.graph
-            slopes = cotangents(g, {group.root: g.constant(1.0)}, ("y",))
+            slopes = cotangents(g, {group.root: g.constant(1.0)}, ("y", "t"))
             targets: list[Target | Scatter] = []
             for leaf, node in slopes.items():
+                if g.data[leaf] == ("t",):
+                    targets.append((slope(self._index(group.targets)), node, "="))
+                    continue
                 slot, start = g.data[leaf][1], len(pattern)
                 pattern += [(row, int(member[slot])) for row, member in zip(group.targets, group.members, strict=True)]
+                if all(g.names[x] == "constant" or g.data[x][:1] == ("c",) for x in g.cone([node]) if not g.arguments[x]):
+                    steady += pattern[start:]
                 targets.append((entry(self._index(range(start, len(pattern)))), node, "="))
             if targets:
                 loops.append(self._loop(group, targets, name))
-        return "\n".join(loops), pattern
+        return "\n".join(loops), pattern, steady
 
 
 def _added(g: Graph, slopes: dict[int, int], index: list[str], cotangent_name: LeafName) -> Iterator[Target | Scatter]:

@@ -21,8 +21,9 @@ from .calls import FORWARD_CALL, filled
 from .emit import recorded_stages, records_beside
 from .program import Engine, Program, pointers
 from .progress import told
+from .reading import Unreadable
 
-__all__ = ["COUNTS", "Frame", "Solved", "block_of", "frame_of", "run_native", "sample_order", "shift_of", "solved", "threads_for"]
+__all__ = ["COUNTS", "LOST", "Frame", "Solved", "block_of", "frame_of", "run_native", "sample_order", "shift_of", "solved", "threads_for"]
 
 #: steps for which there is room at first, and bytes of a record whose room is cut to what was needed
 _ROOM, _LARGE = 64, 2**20
@@ -34,6 +35,8 @@ COUNTS = ("n_steps", "n_accepted", "n_fun", "status", "unstable", "n_jac", "n_fa
 _FIRST_OF_WORK = 5
 #: values of all rows together, in one evaluation of ``fun``, from which on there are threads
 _WORTH = 4000
+#: why a solve, or its way back, is not made by sparse factors
+LOST = "a sparse matrix of its steps has pivots that are all but zero: its factors would need rows exchanged"
 _SHIFTS = {"none": 0, "inner": 1, "all": 2}
 
 
@@ -195,7 +198,7 @@ def solved(
     ordered: bool = False,
 ) -> Solved:
     """A solve; all tensors contiguous and without derivatives, ``inputs`` in the dtype of the state. ``ordered``: samples are in the order
-    of time, which else is looked at."""
+    of time, which else is looked at. Raises `Unreadable` where a sparse matrix has no factors in the order of its pattern."""
     rows, n = y0.shape
     n_anchors = anchors.shape[0]
     n_samples = 0 if t_eval is None else t_eval.shape[0]
@@ -228,8 +231,9 @@ def solved(
     times = torch.empty((2, rows), dtype=torch.float64, device="cpu")
     ends = y0.new_empty((3, rows, n))
     samples, sample_step = y0.new_empty((n_samples, rows, n)), torch.empty((n_samples, rows), dtype=torch.int64, device="cpu")
-    given = pointers(inputs)
+    given, lost = pointers(inputs), ctypes.c_long()
     call = FORWARD_CALL.from_buffer_copy(frame.call)
+    call.lost = ctypes.addressof(lost)
     call.inputs = ctypes.addressof(given)
     call.threads = threads_for(program, rows)
     call.anchors, call.n_anchors, call.shift = anchors.data_ptr(), n_anchors, shift_of(plan, anchors)
@@ -261,6 +265,8 @@ def solved(
         steps = {name: x[: most + (name == "states")] if x.shape[0] else x for name, x in steps.items()}
         if 2 * most < room and sum(x.nbytes for x in steps.values()) > _LARGE:
             steps = {name: x.clone() for name, x in steps.items()}
+    if lost.value:
+        raise Unreadable("", "", LOST)
     if frame.few:
         assert found is not None
         steps["stages"] = steps["stages"][torch.unique(found["event_step"])]

@@ -28,7 +28,10 @@ def native_sweep(asked: Asked) -> tuple[Tensor | None, ...]:
         # of the steps with events alone
         kept = torch.tensor(kept_steps(plan, grid.event_step, n_steps), device=stages_bar.device)
         bars = (*bars[:3], stages_bar.new_zeros(n_steps, *stages_bar.shape[1:]).index_copy(0, kept, stages_bar.detach()))
-    bar, of_inputs = problem.native.backward(plan, grid, anchors, t_eval, len(inputs), bars, timed)
+    found = problem.native.backward(plan, grid, anchors, t_eval, len(inputs), bars, timed)
+    if found is None:
+        return eager_sweep(asked)
+    bar, of_inputs = found
     problem.backward_report(n_steps * len(plan.method.nodes), n_steps)
     return (
         anchors_bar(anchors, grid, bar.t, bar.h) if wants[0] else None,

@@ -15,6 +15,7 @@ from ..integrate.grid import Grid
 from ..linalg.nodes import copy_by_copy
 from ..native.back import sweep_native
 from ..native.program import Program
+from ..native.reading import Unreadable
 from ..native.solve import Frame, Solved, solved
 from ..system.rewriting import naming_writes
 from ..system.transforms import functorch_active
@@ -134,7 +135,11 @@ class PreparedNode(torch.autograd.Function):
         states, t, h, status, sample_step, stages, extra = [*saved[: ctx.n_kept], nothing, nothing][:7]
         grid = Grid(states, t, h, nothing, nothing, sample_step, status, nothing, stages, extra)
         ends = (bars[1], None, None, None) if run.t_eval is None else (None, bars, None, None)
-        back = sweep_native(prepared.program, prepared.plan, grid, run.anchors, run.t_eval, run.values, ends, False, ordered=True)
+        try:
+            back = sweep_native(prepared.program, prepared.plan, grid, run.anchors, run.t_eval, run.values, ends, False, ordered=True)
+        except Unreadable:
+            # the general way says why
+            return (None, *_again(run, inputs, bar, needed))
         steps = saved[1].shape[0]
         run.report(steps * len(prepared.plan.method.nodes), steps)
         y0_bar = back.y0 if run.t_eval is not None else back.y0 + bars[0]

@@ -7,7 +7,7 @@
 #define RECORDED 1
 #define HANDS_ON 0
 enum { ORDERS = STAGES - 1, DIFFERENCES = ORDERS + 3 };
-#define ROOM_OF_STEP ((2 * DIFFERENCES + 6) * (long)N + N * ARGUMENTS + 2 * ROOM_OF_PENCIL)
+#define ROOM_OF_STEP ((2 * DIFFERENCES + 6) * (long)N + ROOM_OF_JACOBIAN + 2 * ROOM_OF_PENCIL)
 #if IMPLICIT
 // ---- for slopes.hpp, whose matrices are none of those that are kept
 FN Pencil pencil_of(Attempt& a) { return Pencil(a.work + ROOM_OF_STEP - ROOM_OF_PENCIL); }
@@ -53,7 +53,7 @@ struct History {
   double ratio[W], kept[W], factored[W];  // what is recorded of a step, see `BdfSolver`; c of the factors
   bool known[W], solved[W];               // whether there is a Jacobian; whether the iteration converged
   bool settling[W]; double longer[W];     // see `BdfSolver._settle`
-  History(S* at) : now(at), D(at + ROOM_OF_PENCIL), following(D + DIFFERENCES * N), taken(following + DIFFERENCES * N), psi(taken + N * ARGUMENTS), predicted(psi + N),
+  History(S* at) : now(at), D(at + ROOM_OF_PENCIL), following(D + DIFFERENCES * N), taken(following + DIFFERENCES * N), psi(taken + ROOM_OF_JACOBIAN), predicted(psi + N),
     base(predicted + N), d(base + N), value(d + N), change(value + N) {
     for (int l = 0; l < W; l++) { order[l] = 1; equal[l] = rounds[l] = 0; ratio[l] = kept[l] = longer[l] = 1; factored[l] = NOT_A_NUMBER; known[l] = solved[l] = settling[l] = false; }
   }
@@ -216,7 +216,7 @@ static void take_matrices(Attempt& a, const S& c, const bool* which) {
   for (int n = 0; n < N && IMPLICIT; n++) p.value[n] = p.psi[n] / c;
   pencil(a.f, a.c, a.times[0], p.predicted, p.value, there);
   const M on = mask_of(which);
-  for (int e = 0; e < N * ARGUMENTS; e++) p.now.J[e] = m_sel(on, p.taken[e], p.now.J[e]);
+  for (int e = 0; e < ROOM_OF_JACOBIAN; e++) p.now.J[e] = m_sel(on, p.taken[e], p.now.J[e]);
   for (int l = 0; l < W; l++) if (which[l]) { p.known[l] = true; p.factored[l] = NOT_A_NUMBER; a.counts[JACOBIANS][l]++; }
 }
 // the correction, by Newton's iteration with old matrices
@@ -224,7 +224,7 @@ static void correct(Attempt& a, const S& c, const bool* which) {
   History& p = *a.past;
   bool anew = false;
   for (int l = 0; l < W; l++) if (which[l] && p.factored[l] != get(c, l)) { anew = true; a.counts[FACTORISATIONS][l]++; p.factored[l] = get(c, l); }
-  if (anew) filter_matrix(p.now, c);
+  if (anew) filter_matrix(a.f, p.now, c);
   const M on = mask_of(which);
   for (int n = 0; n < N; n++) { a.y1[n] = m_sel(on, p.predicted[n], a.y1[n]); p.d[n] = m_sel(on, K(0), p.d[n]); p.base[n] = m_sel(on, p.psi[n], p.base[n]); }
   Newton newton(a, BOUND, ROUNDS, which, 1, false);
@@ -322,7 +322,7 @@ template <bool DENSE_OUTPUT> static void step_back(Return& a) {
     base[n] -= f.unlike * a.ks[ORDERS * N + n];
   }
   pencil(a.f, a.c, a.times[0], a.y, base, r);
-  filter_matrix(r, f.c);
+  filter_matrix(a.f, r, f.c);
   solve_filled<1, true>(r.filter, r.P, u);
   for (int n = 0; n < N && IMPLICIT; n++) u[n] = r.scale[n] * u[n];
   for (int n = 0; n < N; n++) v[n] = IMPLICIT ? -f.c * u[n] : f.c * u[n];

@@ -4,26 +4,26 @@
 #define RECORDED 1
 #define HANDS_ON 0
 #define BIG (STAGES * N)
-#define ROOM_OF_MODE (2 * (N * N + EXCHANGES) + N)
-#define ROOM_OF_STEP (ROOM_OF_PENCIL + MODES * ROOM_OF_MODE + (STAGES + 2) * (long)N + BIG * BIG + room_of_exchanges(BIG) + 2 * BIG)
+#define ROOM_OF_MODE (2 * (room_of_factors(1) + EXCHANGES) + N)
+#define ROOM_OF_STEP (ROOM_OF_PENCIL + MODES * ROOM_OF_MODE + (STAGES + 2) * (long)N + room_of_factors(STAGES) + room_of_rows(STAGES) + 2 * BIG)
 struct Room : Pencil {
   S *modes, *found, *bound, *big, *bigP, *side, *sides;
-  Room(S* at) : Pencil(at), modes(at + ROOM_OF_PENCIL), found(modes + MODES * ROOM_OF_MODE), bound(found + BIG), big(bound + 2 * N), bigP(big + BIG * BIG),
-    side(bigP + room_of_exchanges(BIG)), sides(side + BIG) {}
+  Room(S* at) : Pencil(at), modes(at + ROOM_OF_PENCIL), found(modes + MODES * ROOM_OF_MODE), bound(found + BIG), big(bound + 2 * N), bigP(big + room_of_factors(STAGES)),
+    side(bigP + room_of_rows(STAGES)), sides(side + BIG) {}
   Complex* factors(int m) const { return (Complex*)(modes + m * ROOM_OF_MODE); }
-  Complex* exchanges(int m) const { return factors(m) + N * N; }
-  S* scales(int m) const { return modes + m * ROOM_OF_MODE + 2 * (N * N + EXCHANGES); }
+  Complex* exchanges(int m) const { return factors(m) + room_of_factors(1); }
+  S* scales(int m) const { return modes + m * ROOM_OF_MODE + 2 * (room_of_factors(1) + EXCHANGES); }
 };
 FN S weighted(const double* w, int count, const S* ks, int n) {
   S total = K(0);
   for (int j = 0; j < count; j++) total += K(R(w[j])) * ks[j * N + n];
   return total;
 }
-static void mode_matrix(const Room& r, const S h, int m) {
+static void mode_matrix(const Functions& f, const Room& r, const S h, int m) {
   const S re = h * K(R(VALUE[m][0])), im = h * K(R(VALUE[m][1]));
   Complex *LU = r.factors(m), *P = r.exchanges(m);
-  fill<1>(LU, 0, [&](int i, int j) { return Complex{E_of(r.J, i, j) + re * G_of(r.J, i, j), im * G_of(r.J, i, j)}; });
-  factorise_filled<1>(LU, P, IMPLICIT ? r.scales(m) : nullptr);
+  fill<1>(LU, 0, [&](const At& at) { return Complex{E_of(r.J, at) + re * G_of(r.J, at), im * G_of(r.J, at)}; });
+  factorise_filled<1>(f, LU, P, IMPLICIT ? r.scales(m) : nullptr);
 }
 // (I (x) E + h A (x) G)^-1 of residuals (STAGES, N), in the place found
 static void solve_stages(const Room& r, const S* residuals, S* found) {
@@ -55,8 +55,8 @@ static void step_forward(Attempt& a) {
   // E alone may be singular
   const S size = IMPLICIT ? m_sel((M)(a.h == K(0)), K(1), a.h) : a.h;
   // a real eigenvalue's matrix is that of the filter of the error
-  if (FILTERED || SHARED_FILTER) { filter_matrix(r, size * K(R(GAMMA))); a.count(FACTORISATIONS); }
-  for (int m = 0; m < MODES; m++) if (VALUE[m][1] != 0) { mode_matrix(r, size, m); a.count(FACTORISATIONS); }
+  if (FILTERED || SHARED_FILTER) { filter_matrix(a.f, r, size * K(R(GAMMA))); a.count(FACTORISATIONS); }
+  for (int m = 0; m < MODES; m++) if (VALUE[m][1] != 0) { mode_matrix(a.f, r, size, m); a.count(FACTORISATIONS); }
   for (int l = 0; l < W; l++) if (a.on[l]) {
     // the polynomial of the step before, where that is near
     const double ratio = a.last_h[l] != 0 ? get(a.h, l) / a.last_h[l] : 0;
@@ -159,12 +159,9 @@ template <bool DENSE_OUTPUT> static void step_back(Return& a) {
       if (a.kbar) v[i * N + n] += a.kbar[i * N + n];
     }
     a.f.jac(&a.c, a.times + i + 1, r.base, r.J, r.point);
-    fill<STAGES>(r.big, i, [&](int row, int column) {
-      const int n = row - i * N, j = column / N, m = column % N;
-      return (i == j ? E_of(r.J, n, m) : K(0)) + a.h * K(R(A[i][j])) * G_of(r.J, n, m);
-    });
+    fill<STAGES>(r.big, i, [&](const At& at) { return (i == at.copy ? E_of(r.J, at) : K(0)) + a.h * K(R(A[i][at.copy])) * G_of(r.J, at); });
   }
-  factorise_filled<STAGES>(r.big, r.bigP, IMPLICIT ? r.sides : nullptr);
+  factorise_filled<STAGES>(a.f, r.big, r.bigP, IMPLICIT ? r.sides : nullptr);
   solve_filled<STAGES, true>(r.big, r.bigP, v);
   // the slope is one of F = 0: its derivative has the other sign
   for (int e = 0; e < BIG && IMPLICIT; e++) v[e] = -(r.sides[e] * v[e]);

@@ -45,12 +45,14 @@ struct Functions {
   void (*mass_vjp)(const Ctx*, const S* t, const S* y, const S* v, S*, S*);
   // of phi = sum weights_ij J_ij + sum of_slope_i slope_i: itself, and its gradient added to ybar and tbar
   void (*bend)(const Ctx*, const S* t, const S* y, const S* weights, const S* of_slope, S* ybar, S* tbar, S* phi);
+  // set where factors of a matrix are none, as rows would have to be exchanged; or nothing
+  long* lost;
 };
 // of the state of every lane: the values of all event functions
 typedef void (*EventFunctions)(const Ctx*, const S* t, const S* y, S* values);
 template <class Q> static Functions functions_of(const Q& q) {
   return {(decltype(Functions::fun))q.fun, (decltype(Functions::vjp))q.vjp, (decltype(Functions::jac))q.jac, (decltype(Functions::mass))q.mass, (decltype(Functions::mass_vjp))q.mass_vjp,
-          (decltype(Functions::bend))q.bend};
+          (decltype(Functions::bend))q.bend, q.lost};
 }
 
 // an attempted step of the trajectories ``on``, from y, where the slope is k1: what it is given, and where its results go

@@ -8,10 +8,10 @@ struct Beginning {
   S now;
   long row[W];
   Beginning(const Consistent& q) : q(q), f(functions_of(q)) {
-    const long numbers = N * ARGUMENTS + N * N + EXCHANGES + 2 * ARGUMENTS + 4 * (long)N;
+    const long numbers = ROOM_OF_JACOBIAN + room_of_factors(1) + EXCHANGES + 2 * ARGUMENTS + 4 * (long)N;
     memory = lanes_of(numbers);
     for (long i = 0; i < numbers; i++) memory[i] = K(0);
-    pair = memory; next = pair + ARGUMENTS; J = next + ARGUMENTS; LU = J + N * ARGUMENTS; P = LU + N * N; scale = P + EXCHANGES; r = scale + N; step = r + N; spare = step + N;
+    pair = memory; next = pair + ARGUMENTS; J = next + ARGUMENTS; LU = J + ROOM_OF_JACOBIAN; P = LU + room_of_factors(1); scale = P + EXCHANGES; r = scale + N; step = r + N; spare = step + N;
     c = {q.inputs, own.a, q.tables, nullptr};
   }
   ~Beginning() { free(memory); }
@@ -25,7 +25,11 @@ struct Beginning {
   }
   void matrices() {
     f.jac(&c, &now, pair, J, spare);
-    for (int l = 0; l < W; l++) for (int e = 0; e < N * ARGUMENTS; e++) q.pencil[row[l] * N * ARGUMENTS + e] = get(J[e], l);
+    for (int l = 0; l < W; l++) {
+      R* to = q.pencil + row[l] * N * ARGUMENTS;
+      for (int e = 0; e < N * ARGUMENTS; e++) to[e] = 0;
+      for (int i = 0; i < N; i++) row_of(i, [&](const At& at) { R* x = to + i * ARGUMENTS + at.j; x[0] = get(J[at.entry], l); x[N] = get(J[at.entry + BESIDE], l); });
+    }
   }
   // the unknown n of a state and its slopes
   S& unknown(S* of, int n) const { return of[q.differential[n] ? N + n : n]; }
@@ -37,11 +41,11 @@ struct Beginning {
     S norm = length(r);
     for (long k = 0; k < q.most && any; k++) {
       f.jac(&c, &now, pair, J, spare);
-      fill<1>(LU, 0, [&](int i, int j) { return J[i * ARGUMENTS + (q.differential[j] ? N + j : j)]; });
-      factorise_filled<1>(LU, P, scale);
+      fill<1>(LU, 0, [&](const At& at) { return J[at.entry + (q.differential[at.j] ? BESIDE : 0)]; });
+      factorise_filled<1>(f, LU, P, scale);
       // the reciprocals of the pivots
-      S small = m_abs(LU[0]), large = small;
-      for (int n = 1; n < N; n++) { const S x = m_abs(LU[n * N + n]); small = m_min(small, x); large = m_max(large, x); }
+      S small = m_abs(inverse_pivot(LU, 0)), large = small;
+      for (int n = 1; n < N; n++) { const S x = m_abs(inverse_pivot(LU, n)); small = m_min(small, x); large = m_max(large, x); }
       for (int n = 0; n < N; n++) step[n] = scale[n] * r[n];
       solve_filled<1>(LU, P, step);
       S measure = K(0);

@@ -63,7 +63,7 @@ static void first_steps(Attempt& a, const double* t, const double* sign, const d
     S when;
     for (int l = 0; l < W; l++) { const R s = going[l] ? (R)(sign[l] * width[l]) : 0; put(h, l, s); put(when, l, (R)t[l] + s); }
     a.f.fun(&a.c, &when, a.y, x);
-    shifted_matrix(r.J, h, r.LU, r.P, r.mass);
+    shifted_matrix(a.f, r.J, h, r.LU, r.P, r.mass);
     solve_shifted(r.LU, r.P, x);
     speed = K(0);
     for (int n = 0; n < N; n++) { const S v = x[n] / unit_of(a, m_abs(a.y[n]), n); speed += v * v; }

@@ -1,10 +1,10 @@
 // One step of a diagonally implicit Runge-Kutta method and its adjoint, see `methods/dirk.py`. Constants: STAGES, ALL (as many), A with its
 // diagonal, B, C, EMBEDDED, GUESSES, STIFFLY_ACCURATE, HANDS_ON. Slopes of stages are recorded.
 #define RECORDED 1
-#define ROOM_OF_STEP (2 * N * N + EXCHANGES + (STAGES + 4) * N)
+#define ROOM_OF_STEP (ENTRIES + room_of_factors(1) + EXCHANGES + (STAGES + 4) * N)
 struct Room {
   S *J, *LU, *P, *us, *base, *delta, *point, *spare;
-  Room(S* at) : J(at), LU(J + N * N), P(LU + N * N), us(P + EXCHANGES), base(us + STAGES * N), delta(base + N), point(delta + N), spare(point + N) {}
+  Room(S* at) : J(at), LU(J + ENTRIES), P(LU + room_of_factors(1)), us(P + EXCHANGES), base(us + STAGES * N), delta(base + N), point(delta + N), spare(point + N) {}
 };
 FN S weighted(const double* w, int count, const S* ks, int n) {
   S total = K(0);
@@ -44,7 +44,7 @@ static void step_forward(Attempt& a) {
       else { a.f.fun(&a.c, a.times + i, r.base, k); a.count(EVALUATED); }
       continue;
     }
-    if (diagonal != factored) { shifted_matrix(r.J, a.h * K(R(diagonal)), r.LU, r.P); a.count(FACTORISATIONS); factored = diagonal; }
+    if (diagonal != factored) { shifted_matrix(a.f, r.J, a.h * K(R(diagonal)), r.LU, r.P); a.count(FACTORISATIONS); factored = diagonal; }
     for (int n = 0; n < N; n++) k[n] = i ? weighted(GUESSES[i], i, a.ks, n) : a.k1[n];
     implicit_stage(a, a.times[i], a.h * K(R(diagonal)), r, k);
   }
@@ -77,7 +77,7 @@ template <bool DENSE_OUTPUT> static void step_back(Return& a) {
     if (A[i][i] != 0) {
       for (int n = 0; n < N; n++) arrived[n] = v[n];
       a.f.jac(&a.c, a.times + i, r.point, r.J, u);
-      shifted_matrix(r.J, hd, r.LU, r.P);
+      shifted_matrix(a.f, r.J, hd, r.LU, r.P);
       solve_shifted<true>(r.LU, r.P, v);
     }
     a.f.vjp(&a.c, a.times + i, r.point, v, u, &tb);

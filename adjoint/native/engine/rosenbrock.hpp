@@ -2,16 +2,16 @@
 // B, C, D, EMBEDDED (of the error), GAMMA, and SAME, which of the evaluations of fun a stage uses. Stages are recorded: the way back needs the Jacobian alone.
 #define RECORDED 1
 #define HANDS_ON 0
-#define ROOM_OF_STEP ((2 + MASS) * N * N + EXCHANGES + (2 * STAGES + 3) * N)
+#define ROOM_OF_STEP (ENTRIES + room_of_factors(1) + MASS * N * N + EXCHANGES + (2 * STAGES + 3) * N)
 struct Room {
   S *J, *LU, *P, *values, *slope, *z, *us, *spare, *mass;
-  Room(S* at) : J(at), LU(J + N * N), P(LU + N * N), values(P + EXCHANGES), slope(values + STAGES * N), z(slope + N), us(z + N), spare(us + STAGES * N),
+  Room(S* at) : J(at), LU(J + ENTRIES), P(LU + room_of_factors(1)), values(P + EXCHANGES), slope(values + STAGES * N), z(slope + N), us(z + N), spare(us + STAGES * N),
     mass(spare + N) {}
   // the factors of M - h gamma J at the start of a step
   void factorise(const Functions& f, const Ctx& c, const S* times, const S* y, const S& h) {
     f.jac(&c, times, y, J, slope);
     if (MASS) f.mass(&c, times, y, mass);
-    shifted_matrix(J, h * K(R(GAMMA)), LU, P, MASS ? mass : nullptr);
+    shifted_matrix(f, J, h * K(R(GAMMA)), LU, P, MASS ? mass : nullptr);
   }
 };
 template <int I, int J = 0> FN S row_sum(const S* ks, int n, S total) {
@@ -130,11 +130,11 @@ template <bool DENSE_OUTPUT> FN void step_back(Return& a) {
     a.f.mass_vjp(&a.c, a.times, a.y, weights, r.slope, &nothing_);
   }
   // the Jacobian is an input of the step like any other
-  for (int i = 0; i < N; i++) for (int j = 0; j < N; j++) {
+  for (int i = 0; i < N; i++) row_of(i, [&](const At& at) {
     S total = K(0);
-    if (NONZERO[i * N + j]) for (int s = 0; s < STAGES; s++) total += vs[s * N + i] * ks[s * N + j];
-    weights[i * N + j] = h * total;
-  }
+    if (SPARSE || NONZERO[at.entry]) for (int s = 0; s < STAGES; s++) total += vs[s * N + i] * ks[s * N + at.j];
+    weights[at.entry] = h * total;
+  });
   for (int n = 0; n < N; n++) r.slope[n] = h * weighted(D, vs, n);
   S tb = K(0), phi = K(0);
   a.f.bend(&a.c, a.times, a.y, weights, r.slope, a.ybar, &tb, &phi);

@@ -16,7 +16,7 @@ static void find_slopes(Attempt& a, const S& t, const double* sign, double* widt
     for (int k = 0; k < FINDINGS && some; k++) {
       for (int n = 0; n < N; n++) value[n] = a.y[n] + step * slope[n];
       pencil(a.f, a.c, end, value, slope, r);
-      filter_matrix(r, step);
+      filter_matrix(a.f, r, step);
       residual(a.f, a.c, end, value, slope, r.base, change);
       filter_solve(r, change);
       for (int l = 0; l < W; l++) { fine[l] = true; for (int n = 0; n < N; n++) fine[l] = fine[l] && finite(get(change[n], l)); }

@@ -13,7 +13,7 @@ struct Handover {
     S size = K(0);
     for (int i = 0; i < N; i++) {
       S total = K(0);
-      for (int j = 0; j < N; j++) total += m_abs(J[i * N + j]) * unit[j];
+      row_of(i, [&](const At& at) { total += m_abs(J[at.entry]) * unit[at.j]; });
       size = m_max(size, total / unit[i]);
     }
     return THAT(d_of(size) * d_abs(o.h.v) / o.q.interval < d_all(LEVEL));
