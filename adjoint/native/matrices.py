@@ -60,8 +60,17 @@ def matrices_of(
     found = Matrices(width, residual, nonzero, bands_of(width, places), None)
     if width < _SMALL or len(places) * _LOOKED_UP > width * width:
         return found
-    sparse = sparse_of(width, places, {(i, j % width) for i, j in steady} if residual else None)
+    sparse = sparse_of(width, places, _costs(width, nonzero, steady) if residual else None)
     if sparse is None:
         return found
     other = Matrices(width, residual, nonzero, full, sparse)
     return other if other.operations() < found.operations() else found
+
+
+def _costs(width: int, nonzero: Collection[tuple[int, int]], steady: Collection[tuple[int, int]]) -> dict[tuple[int, int], float]:
+    """Of pairing equations with unknowns: in short steps slopes have the larger part, and constants do not vanish."""
+    certain, found = set(steady), dict[tuple[int, int], float]()
+    for i, j in nonzero:
+        cost = (1.0 if j >= width else 16.0) + (0.0 if (i, j) in certain else 2.0) + (0.0 if i == j % width else 0.5)
+        found[i, j % width] = min(cost, found.get((i, j % width), cost))
+    return found

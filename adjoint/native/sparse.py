@@ -7,7 +7,7 @@ computed together.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,11 +39,11 @@ class Row(NamedTuple):
     above: list[int]
 
 
-def sparse_of(width: int, nonzero: Collection[tuple[int, int]], weights: Collection[tuple[int, int]] | None = None) -> Sparse | None:
-    """Of a matrix (width, width) with these entries. Without ``weights`` its diagonal is there and pairs equations with unknowns. Else these are
-    entries that are preferred to others; None where no pairing is complete."""
-    entries = sorted({*nonzero, *(() if weights is not None else ((i, i) for i in range(width)))})
-    partner = np.arange(width) if weights is None else _paired(width, entries, weights)
+def sparse_of(width: int, nonzero: Collection[tuple[int, int]], costs: Mapping[tuple[int, int], float] | None = None) -> Sparse | None:
+    """Of a matrix (width, width) with these entries. Without ``costs`` its diagonal is there and pairs equations with unknowns. Else the
+    pairs with the least sum of these do, of entries that all have one; None where no pairing is complete."""
+    entries = sorted({*nonzero, *(() if costs is not None else ((i, i) for i in range(width)))})
+    partner = np.arange(width) if costs is None else _paired(width, entries, costs)
     if partner is None:
         return None
     # equation i is row partner[i] of a matrix with a full diagonal
@@ -71,13 +71,13 @@ def sparse_of(width: int, nonzero: Collection[tuple[int, int]], weights: Collect
     )
 
 
-def _paired(width: int, entries: Sequence[tuple[int, int]], preferred: Collection[tuple[int, int]]) -> np.ndarray | None:
-    """The unknown of each equation, so that as many pairs as can be are ``preferred`` ones."""
+def _paired(width: int, entries: Sequence[tuple[int, int]], costs: Mapping[tuple[int, int], float]) -> np.ndarray | None:
+    """The unknown of each equation."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
     rows, columns = np.array(entries).T
-    cost = np.array([1.0 if entry in preferred else 2.0 if entry[0] == entry[1] else 3.0 for entry in entries])
+    cost = np.array([costs[entry] for entry in entries])
     try:
         _, found = min_weight_full_bipartite_matching(coo_array((cost, (rows, columns)), shape=(width, width)).tocsr())
     except ValueError:
