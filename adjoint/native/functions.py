@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,8 +22,8 @@ MOST_VALUES = 6_000
 
 
 class _Size(NamedTuple):
-    """Unknowns beyond which libraries take matrices apart in less time: full ones, and banded ones whose factors are at most so wide; and how
-    many products the factors of sparse ones may take."""
+    """Unknowns beyond which libraries take matrices apart in less time: full ones, and banded ones whose factors are at most so wide; and
+    how many products the factors of sparse ones may take."""
 
     full: int
     banded: int

@@ -1,4 +1,4 @@
-"""How the matrices of implicit steps are kept and taken apart: full, within a band, or by a sparse pattern, whichever takes fewest operations."""
+"""How the matrices of implicit steps are kept and taken apart: full, within a band, or by a sparse pattern, whichever costs least."""
 
 from __future__ import annotations
 

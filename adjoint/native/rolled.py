@@ -38,8 +38,9 @@ class Rolled:
         tables: constants that have to stand before the functions.
         fun: writes the outputs.
         vjp: adds derivatives of ``sum(v * outputs)`` to those by leaves, which have to be set before.
-        jac: writes the entries of the Jacobian by "y", in the order of ``pattern``, and adds the slopes by "t"; "" where that is longer than is sensible. Where outputs
-            are few, and made of kept values, it is computed row by row, and all entries are in the pattern.
+        jac: writes the entries of the Jacobian by "y", in the order of ``pattern``, and those slopes by "t" that are not zero; "" where
+            that is longer than is sensible. Where outputs are few, and made of kept values, it is computed row by row, and all entries are
+            in the pattern.
         pattern: row and column of every entry.
         steady: those of entries that are constants.
         loops: how many loops the outputs have become.
@@ -91,7 +92,7 @@ def rolled(
         cotangent_name: how the derivative by a leaf is called; by (kind, k) the array of them, for look-ups.
         shared: inputs that all trajectories share.
         kinds: of leaves that derivatives are wanted by.
-        output_name, seed_name, entry_name, slope_name: how outputs, their cotangents, entries of the Jacobian and slopes in time are called.
+        output_name, seed_name, entry_name, slope_name: how outputs, their cotangents, entries of the Jacobian and slopes are called.
     """
     straight = len(graph.cone(outputs))
     if len(outputs) < LEAST and straight < _LONG:

@@ -1,7 +1,7 @@
 """Factors of sparse matrices by a pattern that is found once: nothing is exchanged while numbers are computed.
 
-Equations are paired with unknowns whose entries do not vanish (Duff & Koster 2001, by SciPy), unknowns ordered by minimum degree (SuperLU's),
-and the entries of the factors found row by row. Rows that have the same columns behind them form groups, whose products are
+Equations are paired with unknowns whose entries do not vanish (Duff & Koster 2001, by SciPy), unknowns ordered by minimum degree (that of
+SuperLU), and the entries of the factors found row by row. Rows that have the same columns behind them form groups, whose products are
 computed together.
 """
 
@@ -20,8 +20,8 @@ __all__ = ["Sparse", "sparse_of"]
 class Sparse:
     """Row ``r`` of the factors is the equation ``equations[r]``, its column the unknown ``unknowns[r]``.
 
-    ``entries``: row and column of each entry of the matrix, row by row, with its number. ``rows``: of each row of the factors its columns below the
-    diagonal and above it. ``operations``: products that the factors take. ``factors``: how many numbers they are.
+    ``entries``: row and column of each entry of the matrix, row by row, with its number. ``rows``: of each row of the factors its columns
+    below the diagonal and above it. ``operations``: products that the factors take. ``factors``: how many numbers they are.
     """
 
     equations: list[int]
@@ -163,7 +163,7 @@ def tables(found: Sparse) -> dict[str, list[int]]:
         piece.append(len(pieces))
     row_of = {equation: r for r, equation in enumerate(found.equations)}
     place_of = {unknown: c for c, unknown in enumerate(found.unknowns)}
-    within = [{c: start[r] + k for k, c in enumerate(row.below)} | {r: middle[r]} | {c: middle[r] + 1 + k for k, c in enumerate(row.above)} for r, row in enumerate(rows)]  # fmt: skip
+    within = [{c: start[r] + k for k, c in enumerate([*row.below, r, *row.above])} for r, row in enumerate(rows)]
     counts = np.bincount([i for i, _ in found.entries], minlength=width)
     return {
         "EQUATION": found.equations,
