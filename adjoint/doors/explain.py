@@ -106,7 +106,7 @@ def explain(
         functions = found.program.functions
     except (Unreadable, NoCompiler) as error:
         return Explanation(False, str(error), chosen.name)
-    nonzero = len(functions.nonzero) if chosen.implicit else None
+    nonzero = None if functions.matrices is None else len(functions.matrices.nonzero)
     width = y.shape[1]
     entries = width**2 * (2 if is_residual(chosen) else 1)
     operators = tuple(sorted(found.program.reading.operators))
