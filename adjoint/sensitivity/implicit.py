@@ -16,7 +16,7 @@ from torch import Tensor
 from ..linalg import Factorization, LinearSolver, Log, Matrix
 from ..linalg.nodes import copy_by_copy
 from ..nonlinear import RootRecord
-from ..system.capture import alive, below_jvp
+from ..system.capture import alive, below_jvp, readable
 from ..system.ownership import owned
 from ..system.rewriting import naming_writes
 from ..system.system import Flat, StateSpec, System, VmappedSystem
@@ -24,6 +24,7 @@ from ..system.transforms import functorch_active
 from ..torch_internals import get_unwrapped, is_functorch_wrapped_tensor
 from .fingerprint import RootWitness
 from .products import tangent, vjp
+from .replacements import replacements
 
 __all__ = [
     "Conditions",
@@ -46,6 +47,11 @@ class Conditions(Protocol):
     @property
     def rows(self) -> int:
         """Number of independent systems."""
+        ...
+
+    @property
+    def spec(self) -> StateSpec:
+        """The layout of the state."""
         ...
 
     def bind(self, inputs: Sequence[Tensor]) -> Flat:
@@ -235,6 +241,24 @@ def _merge(inputs: Sequence[Tensor], where: Sequence[int], some: Sequence[Tensor
     return merged
 
 
+def _sheltered(
+    task: RootTask, raw: Tensor, status: Tensor, bar: Tensor, inputs: list[Tensor]
+) -> tuple[Tensor, Sequence[Tensor], list[Tensor | None], Tensor | None]:
+    """Roots and inputs with those of another row in the places of what rows failed with of which nothing is asked; which entries of inputs
+    are others' now; and those rows, ``(B,)``, or None."""
+    dead = (status < 0) & (bar == 0).all(-1)
+    if not readable(dead) or not bool(dead.any()) or bool((status < 0).all()):
+        return raw, inputs, [None] * len(inputs), None
+    donor = (status >= 0).to(torch.int64).argmax()
+    moved = torch.where(dead.unsqueeze(-1), raw.detach().index_select(0, donor.reshape(1)), raw)
+
+    def values(some: Sequence[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return [task.residual(some)(moved)]
+
+    return moved, *replacements(task.conditions, values, dead, donor, inputs), dead
+
+
 class RootNode(torch.autograd.Function):
     """``apply(task, x0, *inputs)`` gives the tensors of `RootOutputs`.
 
@@ -277,8 +301,14 @@ class RootNode(torch.autograd.Function):
             bar = bar + torch.where((status >= 0).unsqueeze(-1) | (x_bar == 0), x_bar, float("nan"))
         task = ctx.task()
         with torch.autocast(raw.device.type, enabled=False):
+            raw, inputs, replaced, lost = _sheltered(task, raw, status, bar, inputs)
             adjoint = linear(task, bar, raw, inputs, adjoint=True)
+            if lost is not None:
+                # zero, whatever the matrix of such a row, and so are its derivatives
+                adjoint = torch.where(lost.unsqueeze(-1), 0.0, adjoint)
             pulled = _pull(lambda *some: task.residual(_merge(inputs, wanted, some))(raw), [inputs[i] for i in wanted], -adjoint)
+        masks = [replaced[i] for i in wanted]
+        pulled = tuple(x if mask is None else torch.where(mask, float("nan"), x) for x, mask in zip(pulled, masks, strict=True))
         return (None, None, *ctx.task.let_out(_merge(nothing, wanted, pulled)))  # type: ignore[arg-type]
 
     @staticmethod
@@ -294,7 +324,8 @@ class RootNode(torch.autograd.Function):
                 dot = linear(task, -moved, raw, inputs, adjoint=False)
             else:
                 dot = torch.zeros_like(raw)
-            shown = torch.where(ok.unsqueeze(-1), dot, float("nan"))
+            # where a row failed, its last iterate is no function of anything
+            dot, shown = (torch.where(ok.unsqueeze(-1), dot, other) for other in (0.0, float("nan")))
         return (raise_(dot), raise_(shown), *([None] * (len(RootOutputs._fields) - 2)))
 
     @staticmethod

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from ..integrate.grid import Grid
 from ..system.capture import readable
-from ..system.system import System, VmappedSystem
 from ..system.transforms import functorch_active
 from .problem import Problem
+from .replacements import replacements
 
 __all__ = ["Padding", "Shelter", "padding", "shelter"]
 
@@ -102,7 +103,7 @@ def shelter(problem: Problem, grid: Grid, t_eval: Tensor | None, inputs: Sequenc
     methods at its end, of which only the first of them is none, and at the start of the first one.
 
     Where trajectories failed, their own parts of the inputs (those with an entry for each trajectory) are replaced by those of another
-    one if they are not finite, or if ``fun`` is not finite with them: see `_replacements`.
+    one if they are not finite, or if ``fun`` is not finite with them: see `replacements`.
     """
     pad = padding(grid.h, grid.lands)
     nothing: list[Tensor | None] = [None] * len(inputs)
@@ -114,7 +115,10 @@ def shelter(problem: Problem, grid: Grid, t_eval: Tensor | None, inputs: Sequenc
         return Shelter(grid, inputs, nothing)
     given, replaced = inputs, nothing
     if not bool(dead.all()):
-        given, replaced = _replacements(problem, grid, pad, dead, inputs)
+        donor = torch.where(dead, -1, (~pad.still).sum(0)).argmax()
+        values = partial(_points, problem, grid)
+        # fun says nothing about the mass matrix, which it does not see
+        given, replaced = replacements(problem.system, values, dead, donor, inputs, unseen=problem.system.mass)
     return Shelter(grid, given, replaced, dead, pad.unborn)
 
 
@@ -164,90 +168,6 @@ def _moved(problem: Problem, grid: Grid, t_eval: Tensor | None, still: Tensor) -
     return still & ~((number == last + 1) & inside & (last >= 0))
 
 
-def _replacements(
-    problem: Problem, grid: Grid, pad: Padding, dead: Tensor, inputs: Sequence[Tensor]
-) -> tuple[Sequence[Tensor], list[Tensor | None]]:
-    """Inputs without what made trajectories fail, and which of their entries are others' now.
-
-    An entry for each trajectory is had by inputs that ``torch.vmap`` maps over, and, with ``batched=True``, it seems, by all of the length
-    of the batch. Whether that is so is not known: none is replaced on which ``fun`` depends in a trajectory that did not fail, at the
-    start of any step.
-    """
-    count = (~pad.still).sum(0)
-    donor = torch.where(dead, -1, count).argmax()
-    # fun says nothing about the mass matrix, which it does not see
-    mass = problem.system.mass
-    rows = [None if i == mass else _rows_of(problem.system, i, x, dead, donor) for i, x in enumerate(inputs)]
-    given, replaced = list(inputs), [None] * len(inputs)
-    given, replaced = _tried(problem, grid, ~dead, given, replaced, rows, only_bad=True)
-    if bool(_finite(problem, grid, given).all()):
-        return given, replaced
-    return _tried(problem, grid, ~dead, given, replaced, rows, only_bad=False)
-
-
-_Rows = tuple[Tensor, Tensor]
-
-
-def _rows_of(system: System | VmappedSystem, index: int, x: Tensor, dead: Tensor, donor: Tensor) -> _Rows | None:
-    """Which entries of an input are of trajectories that failed, as flags of its shape, and the input of the ``donor`` for all."""
-    if not (x.is_floating_point() or x.is_complex()):
-        return None
-    sizes, mapped = [], []
-    while isinstance(system, VmappedSystem):
-        sizes.append(system.size)
-        mapped.append(system.in_dims[index] is not None)
-        system = system.base
-    if system.spec.batch is not None:
-        place = sum(mapped)
-        sizes.append(system.spec.batch)
-        mapped.append(x.dim() > place and x.shape[place] == system.spec.batch)
-    lead = [size for size, own in zip(sizes, mapped, strict=True) if own]
-    if not lead:
-        return None
-    flags = dead.reshape(sizes)
-    places, rest = [], donor
-    for size in reversed(sizes):
-        places.insert(0, rest % size)
-        rest = rest // size
-    at = x.detach()
-    for level in reversed(range(len(sizes))):
-        if not mapped[level]:
-            flags = flags.all(level)
-    for place, own in zip(places, mapped, strict=True):
-        if own:
-            at = at.index_select(0, place.reshape(1)).squeeze(0)
-    return flags.reshape(*lead, *[1] * (x.dim() - len(lead))).expand_as(x), at.expand_as(x)
-
-
-def _tried(
-    problem: Problem,
-    grid: Grid,
-    live: Tensor,
-    inputs: Sequence[Tensor],
-    replaced: Sequence[Tensor | None],
-    rows: Sequence[_Rows | None],
-    only_bad: bool,
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """One input after the other with the entries of failed trajectories replaced, where that changes nothing for the ``live`` ones; with
-    ``only_bad`` those that are not finite."""
-    given, out = list(inputs), list(replaced)
-    for i, (x, found) in enumerate(zip(inputs, rows, strict=True)):
-        if found is None:
-            continue
-        flags, other = found
-        bad = ~torch.isfinite(x.detach())
-        if only_bad and (not bool(bad.any()) or bool((bad & ~flags).any())):
-            continue
-        mask = flags & bad if only_bad else flags
-        new = torch.where(mask, other, x)
-        if x.requires_grad and not new.requires_grad:
-            new.requires_grad_(True)
-        trial = [*given[:i], new, *given[i + 1 :]]
-        if _same(problem, grid, live, given, trial):
-            given, out[i] = trial, mask
-    return given, out
-
-
 def _points(problem: Problem, grid: Grid, inputs: Sequence[Tensor]) -> list[Tensor]:
     """``fun`` where steps start (multistep: and end)."""
     f, real = problem.system.bind(inputs), grid.states.dtype.to_real()
@@ -260,13 +180,3 @@ def _points(problem: Problem, grid: Grid, inputs: Sequence[Tensor]) -> list[Tens
                 y = torch.cat([y, slopes[k][0]], -1)
             out.append(f(grid.t[k].to(real), y))
     return out
-
-
-def _finite(problem: Problem, grid: Grid, inputs: Sequence[Tensor]) -> Tensor:
-    """(B,): whether ``fun`` is finite at all of them."""
-    return torch.stack([torch.isfinite(value).all(-1) for value in _points(problem, grid, inputs)]).all(0)
-
-
-def _same(problem: Problem, grid: Grid, live: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
-    pairs = zip(_points(problem, grid, before), _points(problem, grid, after), strict=True)
-    return all(torch.equal(x[live], y[live]) for x, y in pairs)

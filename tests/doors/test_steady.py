@@ -247,6 +247,27 @@ def test_one_failing_system_fails_alone():
     assert caught.value.row == 1
 
 
+@pytest.mark.parametrize("method", ["newton", "levenberg_marquardt", "broyden"])
+@pytest.mark.parametrize("a", [float("nan"), float("inf"), -1.0])
+def test_a_failed_system_leaves_derivatives_in_shared_parameters_alone(method, a):
+    """``k x^2 = a``: the system with a parameter of its own that is not finite, or has no root, in first and second order."""
+    k, own = torch.tensor(0.5, requires_grad=True), torch.tensor([1.0, a], requires_grad=True)
+
+    def root(k, own):
+        sol = solve_root(lambda x, a: k * x.square() - a.unsqueeze(-1), torch.ones(2, 1), (own,), batched=True, throw=False, method=method)
+        assert (sol.status < 0).tolist() == [False, True]
+        return sol.x
+
+    first, second = -0.5 * 0.5**-1.5, 0.75 * 0.5**-2.5
+    slope, of_own = torch.autograd.grad(root(k, own)[0].sum(), [k, own], create_graph=True)
+    assert float(slope) == pytest.approx(first, rel=1e-7)
+    assert float(of_own[0]) == pytest.approx(0.5**0.5, rel=1e-7) and bool(torch.isfinite(own[1]) | of_own[1].isnan())
+    assert float(torch.autograd.grad(slope, k)[0]) == pytest.approx(second, rel=1e-6)
+    assert float(torch.func.hessian(lambda k: root(k, own.detach())[0].sum())(k.detach())) == pytest.approx(second, rel=1e-6)
+    # of a system that failed there is none
+    assert bool(torch.autograd.grad(root(k, own).sum(), k)[0].isnan())
+
+
 def test_pytree_states_captured_tensors_and_modules():
     a = torch.tensor(2.0, requires_grad=True)
     b = a * 3

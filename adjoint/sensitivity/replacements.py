@@ -1,0 +1,105 @@
+"""What rows are differentiated with that failed, beside others that did not: parameters of their own are replaced.
+
+Nothing is asked of a row that failed. But whatever is evaluated for it is summed with the rest, and zero times NaN is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..system.system import StateSpec, VmappedSystem
+
+__all__ = ["Laid", "replacements"]
+
+#: the user's function at some points, ``(B, ...)`` each, for given inputs
+Values = Callable[[Sequence[Tensor]], list[Tensor]]
+_Rows = tuple[Tensor, Tensor]
+
+
+class Laid(Protocol):
+    """A system, or what is made of one."""
+
+    @property
+    def spec(self) -> StateSpec:
+        """The layout of its state."""
+        ...
+
+
+def replacements(
+    system: Laid | VmappedSystem, values: Values, dead: Tensor, donor: Tensor, inputs: Sequence[Tensor], unseen: int | None = None
+) -> tuple[Sequence[Tensor], list[Tensor | None]]:
+    """Inputs without what made the rows ``dead`` (B,) fail, and which of their entries are those of the ``donor`` (0-d) now.
+
+    An entry for each row is had by inputs that ``torch.vmap`` maps over, and, with ``batched=True``, it seems, by all of the length
+    of the batch. Whether that is so is not known: none is replaced on which ``values`` depend in a row that did not fail. ``unseen``: the
+    place of an input about which they say nothing.
+    """
+    rows = [None if i == unseen else _rows_of(system, i, x, dead, donor) for i, x in enumerate(inputs)]
+    given, replaced = list(inputs), [None] * len(inputs)
+    given, replaced = _tried(values, ~dead, given, replaced, rows, only_bad=True)
+    if bool(torch.stack([torch.isfinite(x).all(-1) for x in values(given)]).all()):
+        return given, replaced
+    return _tried(values, ~dead, given, replaced, rows, only_bad=False)
+
+
+def _rows_of(system: Laid | VmappedSystem, index: int, x: Tensor, dead: Tensor, donor: Tensor) -> _Rows | None:
+    """Which entries of an input are of rows that failed, as flags of its shape, and the input of the ``donor`` for all."""
+    if not (x.is_floating_point() or x.is_complex()):
+        return None
+    sizes, mapped = [], []
+    while isinstance(system, VmappedSystem):
+        sizes.append(system.size)
+        mapped.append(system.in_dims[index] is not None)
+        system = system.base
+    if system.spec.batch is not None:
+        place = sum(mapped)
+        sizes.append(system.spec.batch)
+        mapped.append(x.dim() > place and x.shape[place] == system.spec.batch)
+    lead = [size for size, own in zip(sizes, mapped, strict=True) if own]
+    if not lead:
+        return None
+    flags = dead.reshape(sizes)
+    places, rest = [], donor
+    for size in reversed(sizes):
+        places.insert(0, rest % size)
+        rest = rest // size
+    at = x.detach()
+    for level in reversed(range(len(sizes))):
+        if not mapped[level]:
+            flags = flags.all(level)
+    for place, own in zip(places, mapped, strict=True):
+        if own:
+            at = at.index_select(0, place.reshape(1)).squeeze(0)
+    return flags.reshape(*lead, *[1] * (x.dim() - len(lead))).expand_as(x), at.expand_as(x)
+
+
+def _tried(
+    values: Values,
+    live: Tensor,
+    inputs: Sequence[Tensor],
+    replaced: Sequence[Tensor | None],
+    rows: Sequence[_Rows | None],
+    only_bad: bool,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """One input after the other with the entries of failed rows replaced, where that changes nothing for the ``live`` ones; with
+    ``only_bad`` those that are not finite."""
+    given, out = list(inputs), list(replaced)
+    for i, (x, found) in enumerate(zip(inputs, rows, strict=True)):
+        if found is None:
+            continue
+        flags, other = found
+        bad = ~torch.isfinite(x.detach())
+        if only_bad and (not bool(bad.any()) or bool((bad & ~flags).any())):
+            continue
+        mask = flags & bad if only_bad else flags
+        new = torch.where(mask, other, x)
+        if x.requires_grad and not new.requires_grad:
+            new.requires_grad_(True)
+        trial = [*given[:i], new, *given[i + 1 :]]
+        if all(torch.equal(a[live], b[live]) for a, b in zip(values(given), values(trial), strict=True)):
+            given, out[i] = trial, mask
+    return given, out
