@@ -45,7 +45,7 @@ class _Continuous(GradientTraits):
     rtol, atol : tolerances of the adjoint; default those of the solve if they are numbers, else 1e-6 and 1e-9. ``atol`` counts in units of
         the adjoint's largest entry where the solve back begins, so that of the solve, which has the units of the state, is a guess: it is
         raised to a hundredth of ``rtol`` and to what rounding leaves (1e-11 in double precision).
-    max_steps : attempts between two losses.
+    max_steps : attempts between two losses; by implicit methods, with which many losses are followed back side by side, in all for each.
     """
 
     method: str | Method | None = None
@@ -143,10 +143,11 @@ class InterpolatingAdjoint(_Continuous):
     """The continuous adjoint ``l' = -f_y* l`` along the dense output of the solution (Cao, Li, Petzold & Serban 2003).
 
     For one trajectory and an explicit way back the integral of ``l* f_p`` is part of the state, under error control; else it is that of
-    `GaussAdjoint`. Its gradient converges to the true one with both tolerances, but is not that of the computed solution, as
-    `DiscreteAdjoint`'s is. Implicit equations (`solve_dae`): the augmented adjoint system, with ``l`` at every loss by docs/theory.md,
-    section 2. Derivatives of derivatives, ``torch.func`` transforms, and losses on ``sol(t)``, ``yp`` and ``t_eval="steps"`` go through the
-    recorded steps, as with `DiscreteAdjoint`.
+    `GaussAdjoint`. By implicit methods samples are followed back side by side (in several goes where they are many, or the state is large):
+    the equation is linear, and behind each of them what is fast has to be seen to die away. Its gradient converges to the true one with
+    both tolerances, but is not that of the computed solution, as `DiscreteAdjoint`'s is. Implicit equations (`solve_dae`): the augmented
+    adjoint system, with ``l`` at every loss by docs/theory.md, section 2. Derivatives of derivatives, ``torch.func`` transforms, and losses
+    on ``sol(t)``, ``yp`` and ``t_eval="steps"`` go through the recorded steps, as with `DiscreteAdjoint`.
     """
 
     _integral: ClassVar[str] = "state"
@@ -155,7 +156,7 @@ class InterpolatingAdjoint(_Continuous):
 @dataclass(frozen=True)
 class GaussAdjoint(_Continuous):
     """As `InterpolatingAdjoint`, with the integral of ``l* f_p`` by Gauss's formula on the steps of the way back: few evaluations,
-    however many parameters (Norcliffe & Deisenroth 2023)."""
+    however many parameters (Norcliffe & Deisenroth 2023). Implicit methods have a formula of their own, on their stages."""
 
     _integral: ClassVar[str] = "gauss"
 

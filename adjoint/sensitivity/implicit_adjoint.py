@@ -25,7 +25,7 @@ from ..system.system import Flat
 from .consistent import completion
 from .linearize import Linearizer, vjp
 from .problem import Problem
-from .way_back import Trajectory, check_way_back, in_units_of
+from .way_back import Products, Trajectory, check_way_back, copies, in_units_of
 
 __all__ = ["ImplicitBack"]
 
@@ -44,7 +44,8 @@ class _Adjoint:
     """``lb' - G* l`` and ``lb - E* l`` as a flat residual of ``z = (lb, l)``, with its matrices."""
 
     def __init__(self, f: Flat, jacobian: Callable[..., Matrix], trajectory: Trajectory, linearize: Linearizer) -> None:
-        self.f, self.jacobian, self.trajectory, self.linearize = f, jacobian, trajectory, linearize
+        self.f, self.jacobian, self.trajectory = f, jacobian, trajectory
+        self.products = Products(f, trajectory, linearize, slopes=True)
         self._indices: tuple[Tensor, Tensor] | None = None
 
     def at(self, t: Tensor) -> _Point:
@@ -59,14 +60,7 @@ class _Adjoint:
         """The residual for ``z`` and ``z'`` side by side, ``(B, 4 n) -> (B, 2 n)``."""
         n = pair.shape[-1] // 4
         lb, adjoint, rate = pair[:, :n], pair[:, n : 2 * n], pair[:, 2 * n : 3 * n]
-        y, yp = self.trajectory(t)
-        with torch.enable_grad():
-            at = torch.cat([y, yp], -1).requires_grad_(True)
-            value = self.f(t, at)
-        self.linearize.check_often(value, t, at)
-        (products,) = vjp((value,), (at,), (adjoint,)) if value.requires_grad else (None,)
-        if products is None:
-            products = torch.zeros_like(at)
+        products = self.products(t, adjoint)
         return torch.cat([rate - products[:, :n], lb - products[:, n:]], -1)
 
     def pencil(self, t: Tensor) -> Pencil:
@@ -123,11 +117,17 @@ class ImplicitBack:
     def __init__(self, problem: Problem, plan: Plan, f: Flat, trajectory: Trajectory, linearize: Linearizer, end: Tensor) -> None:
         assert problem.algebra is not None
         self.problem, self.plan, self.linearize = problem, plan, linearize
+        self.f, self.trajectory = f, trajectory
         self.equations = equations = _Adjoint(f, problem.algebra.jacobian, trajectory, linearize)
         self.t = end.clone()
         self.point = equations.at(self.t)
         self.adjoint = torch.zeros_like(self.point.y)
         self.n_steps = 0
+
+    def copied(self, size: int, t: Tensor) -> ImplicitBack:
+        """See `WayBack.copied`."""
+        problem, *rest = copies(self.problem, self.trajectory, self.linearize, size)
+        return ImplicitBack(problem, self.plan, *rest, t)
 
     def boundary(self) -> tuple[Tensor, Tensor]:
         """``E* l`` and ``y'`` at the present time."""
@@ -136,6 +136,10 @@ class ImplicitBack:
             return E.matvec(self.adjoint, transposed=True, conjugated=True), self.point.yp
         assert isinstance(E, Tensor)
         return (E.mH @ self.adjoint.unsqueeze(-1)).squeeze(-1), self.point.yp
+
+    def restart(self, t: Tensor, adjoint: Tensor) -> None:
+        """See `WayBack.restart`."""
+        self.t, self.adjoint, self.point = t.clone(), adjoint, self.equations.at(t)
 
     def lose(self, rows: Tensor) -> None:
         """See `WayBack.lose`."""
@@ -156,14 +160,14 @@ class ImplicitBack:
         algebra = self.problem.algebra
         assert algebra is not None
         rows, n = self.adjoint.shape
-        plan = in_units_of(self.plan, self.adjoint)
+        plan = in_units_of(self.plan, self.adjoint, self.trajectory.copies)
         structure = algebra.structure
         open_rows = structure.suspects if structure is not None and structure.index > 1 else None
         solver = _AdjointSolver(self.equations, plan, algebra.linear_solver, rows, self.adjoint.device, open_rows)
         start = torch.cat([self.boundary()[0], self.adjoint], -1)
         with torch.no_grad():
             record = integrate(solver, plan, torch.stack([self.t, t]), None, start, True)
-        check_way_back(record, plan, self.problem)
+        check_way_back(record, plan, self.problem, len(self.trajectory.starts))
         self.n_steps += int(record.n_accepted.max())
         self._accumulate(record.t, record.h, record.states, record.stages, n)
         self.adjoint = record.final[:, n:]

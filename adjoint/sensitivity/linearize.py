@@ -29,10 +29,13 @@ LOST = (
 Pullback = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
-def vjp(outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> Sequence[Tensor | None]:
-    """``torch.autograd.grad`` without its argument checks, which cost as much as a small layer; None for unused targets."""
+def vjp(
+    outputs: tuple[Tensor, ...], targets: tuple[Tensor, ...], cotangents: tuple[Tensor, ...], keep: bool = False
+) -> Sequence[Tensor | None]:
+    """``torch.autograd.grad`` without its argument checks, which cost as much as a small layer; None for unused targets. ``keep``: the
+    graph, for another time."""
     engine = Variable._execution_engine
-    return engine.run_backward(outputs, cotangents, False, False, targets, allow_unreachable=True, accumulate_grad=False)
+    return engine.run_backward(outputs, cotangents, keep, False, targets, allow_unreachable=True, accumulate_grad=False)
 
 
 def check_known(system: System | VmappedSystem, grid: Grid, inputs: Sequence[Tensor]) -> None:
@@ -71,6 +74,15 @@ class Linearizer:
         self._evaluations = 0
         self._totals: list[Tensor] | None = None
         self._known: dict[int, object] | None = None
+
+    def anew(self, f: Flat) -> Linearizer:
+        """One of another ``f`` of the same inputs, with nothing counted or added yet."""
+        return Linearizer(f, self.inputs, [i in self.wanted for i in range(len(self.inputs))], self.time)
+
+    def take(self, other: Linearizer) -> None:
+        """Add what another one has counted and added."""
+        self.n_fun += other.n_fun
+        self.accumulate([other.bars[i] for i in self.wanted])
 
     def __call__(self, t: Tensor, y: Tensor) -> tuple[Tensor, Pullback]:
         self.n_fun += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from ..system.jacobians import DenseJacobian
 from ..system.system import Flat
 from .linearize import Linearizer, vjp
 from .problem import Problem
-from .way_back import Trajectory, carried_step, check_way_back, in_units_of
+from .way_back import Products, Trajectory, carried_step, check_way_back, copies, in_units_of
 
 __all__ = ["OdeBack"]
 
@@ -35,29 +36,22 @@ _DEEPEST = 12
 
 
 class _Rhs:
-    """``-f_y* l`` at interpolated states, ``(B, n)``. ``linearize`` checks what ``f`` depends on."""
+    """``-f_y* l`` at interpolated states, ``(B, n)``."""
 
     def __init__(self, f: Flat, trajectory: Trajectory, linearize: Linearizer) -> None:
-        self.f, self.trajectory, self.linearize = f, trajectory, linearize
+        self.products = Products(f, trajectory, linearize)
         self.seen: Tensor | None = None
 
     def __call__(self, t: Tensor, adjoint: Tensor) -> Tensor:
         self.seen = t
-        y = self.trajectory.state(t)
-        with torch.enable_grad():
-            at = y.requires_grad_(True)
-            value = self.f(t, at)
-        self.linearize.check_often(value, t, at)
-        (product,) = vjp((value,), (at,), (adjoint,)) if value.requires_grad else (None,)
-        return torch.zeros_like(adjoint) if product is None else -product
+        return -self.products(t, adjoint)
 
 
-class _WithIntegral(_Rhs):
-    """The state extended by cotangents of the inputs, for one trajectory: ``(1, n + m)``."""
+class _WithIntegral:
+    """The state extended by cotangents of the inputs, for one trajectory: ``(1, n + m)``. ``linearize`` checks what ``f`` depends on."""
 
     def __init__(self, f: Flat, trajectory: Trajectory, linearize: Linearizer) -> None:
-        super().__init__(f, trajectory, linearize)
-        self.targets = linearize.targets
+        self.f, self.trajectory, self.linearize, self.targets = f, trajectory, linearize, linearize.targets
 
     def __call__(self, t: Tensor, state: Tensor) -> Tensor:
         y = self.trajectory.state(t.reshape(1))
@@ -73,18 +67,29 @@ class _WithIntegral(_Rhs):
 
 
 class OdeBack:
-    """See `WayBack`. ``integral``: "state", "gauss" or "kronrod"."""
+    """See `WayBack`. ``integral``: "state", "gauss" or "kronrod".
+
+    By implicit methods the first two are the formula of the method on its own stages. Their dense output weighs slopes, which in the layer
+    behind a loss, where what is fast dies away within a step, are large beside what the adjoint is: it is far off there.
+    """
 
     def __init__(
         self, problem: Problem, plan: Plan, f: Flat, trajectory: Trajectory, linearize: Linearizer, end: Tensor, integral: str
     ) -> None:
         self.problem, self.plan, self.f, self.trajectory, self.linearize = problem, plan, f, trajectory, linearize
         self.t = end.clone()
-        self.adjoint = torch.zeros_like(trajectory.states[0])
+        self.adjoint = trajectory.states.new_zeros(len(end), trajectory.states.shape[-1])
         self.n_steps = 0
         self._first_step: Tensor | None = None
         alone = self.adjoint.shape[0] == 1 and not plan.method.implicit
-        self.integral = "gauss" if integral == "state" and not alone else integral
+        if integral != "kronrod" and not (integral == "state" and alone):
+            integral = "stages" if plan.method.implicit else "gauss"
+        self.integral = integral
+
+    def copied(self, size: int, t: Tensor) -> OdeBack:
+        """See `WayBack.copied`."""
+        problem, *rest = copies(self.problem, self.trajectory, self.linearize, size)
+        return OdeBack(problem, self.plan, *rest, t, self.integral)
 
     def boundary(self) -> tuple[Tensor, Tensor]:
         """See `WayBack.boundary`."""
@@ -99,6 +104,10 @@ class OdeBack:
         """See `WayBack.jump`."""
         self.adjoint = self.adjoint + bar
         return self._slope()
+
+    def restart(self, t: Tensor, adjoint: Tensor) -> None:
+        """See `WayBack.restart`."""
+        self.t, self.adjoint = t.clone(), adjoint
 
     def lose(self, rows: Tensor) -> None:
         """See `WayBack.lose`."""
@@ -117,15 +126,15 @@ class OdeBack:
         self.t = t.clone()
 
     def _integrate(self, t: Tensor) -> None:
-        problem, plan = self.problem, replace(in_units_of(self.plan, self.adjoint), first_step=self._first_step)
+        problem, plan = self.problem, replace(in_units_of(self.plan, self.adjoint, self.trajectory.copies), first_step=self._first_step)
         anchors, rows = torch.stack([self.t, t]), self.adjoint.shape[0]
         targets = self.linearize.targets
         if self.integral == "state" and targets:
-            rhs: _Rhs = _WithIntegral(self.f, self.trajectory, self.linearize)
+            with_integral = _WithIntegral(self.f, self.trajectory, self.linearize)
             sizes = [x.numel() for x in targets]
             start = torch.cat([self.adjoint, self.adjoint.new_zeros(1, sum(sizes))], -1)
-            record = integrate(rhs, plan, anchors, None, start, False)
-            check_way_back(record, plan, problem)
+            record = integrate(with_integral, plan, anchors, None, start, False)
+            check_way_back(record, plan, problem, len(self.trajectory.starts))
             self.adjoint, *found = record.final.split([self.adjoint.shape[-1], *sizes], -1)
             self.linearize.accumulate([g.reshape(x.shape).to(x.dtype) for g, x in zip(found, targets, strict=True)])
         else:
@@ -134,7 +143,7 @@ class OdeBack:
             if plan.method.implicit:
                 solver = StageSolver(rhs, plan, self._matrix_of(rhs), self._linear_solver(), rows, self.adjoint.device)
             record = integrate(solver, plan, anchors, None, self.adjoint, True)
-            check_way_back(record, plan, problem)
+            check_way_back(record, plan, problem, len(self.trajectory.starts))
             if targets:
                 self._accumulate(record, plan)
             self.adjoint = record.final
@@ -177,19 +186,36 @@ class OdeBack:
         for k in range(record.h.shape[0]):
             if self.integral == "kronrod":
                 self._adaptive(record, k, plan)
+            elif self.integral == "stages":
+                self._by_stages(record, k, plan)
             else:
                 for theta, weight in _GAUSS:
                     self._pull(record, k, theta, weight, plan)
 
+    def _by_stages(self, record: Record, k: int, plan: Plan) -> None:
+        """Add ``-h l* f_p`` on step ``k``, by the formula of the method on its own stages."""
+        tableau: Any = plan.method.tableau  # type: ignore[attr-defined]
+        h, start, slopes = record.h[k], record.states[k], record.stages[k]
+        column = h.to(start.dtype).unsqueeze(-1)
+        for c, b, row in zip(tableau.c, tableau.b, tableau.a, strict=True):
+            if b:
+                time = record.t[k] + c * h
+                y = self.trajectory.state(time)
+                adjoint = start + column * torch.einsum("s,sbn->bn", start.new_tensor(row), slopes[: len(row)])
+                _, pull = self.linearize(time.to(y.dtype.to_real()), y)
+                pull(-b * column * adjoint)
+
     def _adaptive(self, record: Record, k: int, plan: Plan) -> None:
         """Gauss-Kronrod on step ``k``, halved until both formulas agree."""
+        # of several losses the sum counts, and so the largest
+        atol = float(torch.as_tensor(plan.atol).amax())
         todo = [(0.0, 1.0, 0)]
         while todo:
             low, high, depth = todo.pop()
             fine, coarse = self._kronrod(record, k, low, high, plan)
             error = torch.stack([torch.linalg.vector_norm(a - b) for a, b in zip(fine, coarse, strict=True)]).amax()
             size = torch.stack([torch.linalg.vector_norm(a) for a in (*fine, *(b for b in self.linearize.bars if b is not None))]).amax()
-            allowed = plan.rtol * size + plan.atol * (high - low)
+            allowed = plan.rtol * size + atol * (high - low)
             if depth < _DEEPEST and bool(error > allowed):
                 middle = 0.5 * (low + high)
                 todo += [(low, middle, depth + 1), (middle, high, depth + 1)]
@@ -197,7 +223,7 @@ class OdeBack:
                 self.linearize.accumulate(fine)
 
     def _kronrod(self, record: Record, k: int, low: float, high: float, plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
-        probe = Linearizer(self.f, self.linearize.inputs, [i in self.linearize.wanted for i in range(len(self.linearize.inputs))], False)
+        probe = self.linearize.anew(self.f)
         fine = [torch.zeros_like(x) for x in probe.targets]
         coarse = [torch.zeros_like(x) for x in probe.targets]
         half = 0.5 * (high - low)

@@ -22,7 +22,7 @@ from ..system.system import Flat
 from .linearize import Linearizer, Pullback, vjp
 from .replay import hands_on
 
-__all__ = ["Rows", "StepRows", "adjoint_apply", "most_rows", "rows_of"]
+__all__ = ["Rows", "StepRows", "adjoint_apply", "maps", "most_rows", "rows_of"]
 
 #: what is recorded of ``fun`` at a time, in bytes, with the matrices; unknowns up to which matrices of all steps are made
 _BUDGET, _MOST = 8 * 2**20, 64
@@ -47,16 +47,21 @@ def most_rows(f: Flat, t: Tensor, y: Tensor, inputs: Sequence[Tensor], points: i
         # a copy: a view would count with all that it is a view of
         alone = f(t.clone(), y.detach().clone().requires_grad_(True))
     saved = saved_bytes(alone, inputs)
-    try:
-        with torch.no_grad():
-            mapped = rows_of(f)(t.expand(2), y.expand(2, -1))[:1]
-    except Exception:  # a fault of f shows again in the way that is taken instead
-        return None
-    if not torch.allclose(mapped, alone, rtol=_AGREES, atol=_AGREES * float(alone.abs().amax()), equal_nan=False):
+    if not maps(alone, lambda: rows_of(f)(t.expand(2), y.expand(2, -1))[:1]):
         return None
     each = points * (saved + 3 * n * n * y.element_size()) + bent * _BENT * saved
     count = _BUDGET // max(each, 1)
     return count if count >= 8 else None
+
+
+def maps(alone: Tensor, mapped: Callable[[], Tensor]) -> bool:
+    """Whether a function that was mapped over rows gives what it gives ``alone``, in one of them."""
+    try:
+        with torch.no_grad():
+            found = mapped()
+    except Exception:  # a fault of the function shows again in the way that is taken instead
+        return False
+    return torch.allclose(found, alone, rtol=_AGREES, atol=_AGREES * float(alone.abs().amax()), equal_nan=False)
 
 
 def _grads(out: Tensor, targets: tuple[Tensor, ...], weights: Tensor) -> Sequence[Tensor | None]:

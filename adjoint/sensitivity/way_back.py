@@ -11,21 +11,29 @@ from torch import Tensor
 from ..errors import SolveError
 from ..integrate import Plan, Record, Status
 from ..integrate.grid import Grid
+from ..system.capture import saved_bytes
+from ..system.system import Flat, VmappedSystem
 from .asked import Asked
-from .linearize import Linearizer
+from .linearize import Linearizer, vjp
 from .problem import Problem
+from .steps_as_rows import maps
 
-__all__ = ["Trajectory", "WayBack", "carried_step", "check_way_back", "in_units_of", "walk"]
+__all__ = ["Products", "Trajectory", "WayBack", "carried_step", "check_way_back", "copies", "in_units_of", "walk"]
+
+#: losses that are followed back at once, and what they may take, in bytes; numbers that are recorded of a way back, for one of the state's
+_MOST, _BUDGET, _KEPT = 512, 64 * 2**20, 1000
 
 
 class Trajectory:
-    """The dense output of a record as a function of ``(B,)`` times: ``y`` and ``y'``."""
+    """The dense output of a record as a function of ``(B,)`` times: ``y`` and ``y'``; of ``(copies * B,)`` times where there are some of
+    every trajectory."""
 
-    def __init__(self, plan: Plan, grid: Grid, sign: Tensor) -> None:
-        self.plan, self.sign = plan, sign
+    def __init__(self, plan: Plan, grid: Grid, sign: Tensor, copies: int = 1) -> None:
+        self.plan, self.grid, self.sign, self.copies = plan, grid, sign, copies
         self.t, self.h, self.states, self.stages = grid.t, grid.h, grid.states.detach(), grid.stages.detach()
         # starts of steps, increasing in every row; padding lies at the end of the span
         self.starts = (self.t * sign).t().contiguous()
+        self.rows = torch.arange(grid.t.shape[1], device=grid.t.device).repeat(copies)
 
     def state(self, t: Tensor) -> Tensor:
         """``y`` alone."""
@@ -33,9 +41,9 @@ class Trajectory:
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, n)`` each."""
-        rows = torch.arange(t.shape[0], device=t.device)
-        when = t.to(torch.float64)
-        place = (torch.searchsorted(self.starts, (self.sign * when).unsqueeze(-1)) - 1).clamp(min=0).squeeze(-1)
+        rows, when = self.rows, t.to(torch.float64)
+        ahead = (self.sign * when.unflatten(0, (self.copies, -1))).t().contiguous()
+        place = (torch.searchsorted(self.starts, ahead) - 1).clamp(min=0).t().flatten()
         # a time that is the start of a padding step lies at the end of the one before
         h = self.h[place, rows]
         theta = (when - self.t[place, rows]) / torch.where(h == 0, 1.0, h)
@@ -46,11 +54,46 @@ class Trajectory:
         return y, torch.einsum("bs,bsn->bn", method.dense_slopes(theta).to(kind), ks)
 
 
-class WayBack(Protocol):
-    """The state of the way back; the cotangents of the inputs so far are those of ``linearize``."""
+class Products:
+    """Products of the adjoint with the Jacobian of ``f`` along the solution.
 
+    They are linear in the adjoint: all that are asked for at one time, as iterations for a stage do, are had of one evaluation.
+    ``slopes``: ``f`` is of state and slope, side by side. ``linearize`` checks what ``f`` depends on.
+    """
+
+    def __init__(self, f: Flat, trajectory: Trajectory, linearize: Linearizer, slopes: bool = False) -> None:
+        self.f, self.trajectory, self.linearize, self.slopes = f, trajectory, linearize, slopes
+        self._known: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __call__(self, t: Tensor, adjoint: Tensor) -> Tensor:
+        """``f_y* l`` at times ``t`` (B,)."""
+        if self._known is None or self._known[0] is not t:
+            y, slope = self.trajectory(t)
+            with torch.enable_grad():
+                at = (torch.cat([y, slope], -1) if self.slopes else y).requires_grad_(True)
+                value = self.f(t, at)
+            self.linearize.check_often(value, t, at)
+            self._known = t, at, value
+        _, at, value = self._known
+        (product,) = vjp((value,), (at,), (adjoint,), keep=True) if value.requires_grad else (None,)
+        return torch.zeros_like(at) if product is None else product
+
+
+class WayBack(Protocol):
+    """The state of the way back: the time ``t`` (B,), the ``adjoint`` (B, n) there; the cotangents of the inputs so far are those of
+    ``linearize``."""
+
+    problem: Problem
+    plan: Plan
+    trajectory: Trajectory
     linearize: Linearizer
     n_steps: int
+    t: Tensor
+    adjoint: Tensor
+
+    def copied(self, size: int, t: Tensor) -> WayBack:
+        """So many ways back of every trajectory, from ``t`` (size * B,), where their adjoints are zero."""
+        ...
 
     def to(self, t: Tensor) -> None:
         """Take the adjoint from the present time to ``t`` (B,)."""
@@ -58,6 +101,10 @@ class WayBack(Protocol):
 
     def jump(self, bar: Tensor) -> Tensor:
         """Take in a cotangent of the state at the present time; gives the slope there."""
+        ...
+
+    def restart(self, t: Tensor, adjoint: Tensor) -> None:
+        """Go on from ``t`` (B,) with this ``adjoint`` (B, n)."""
         ...
 
     def boundary(self) -> tuple[Tensor, Tensor]:
@@ -69,10 +116,42 @@ class WayBack(Protocol):
         ...
 
 
-def in_units_of(plan: Plan, adjoint: Tensor) -> Plan:
-    """The plan with its absolute tolerance times the largest entry: an adjoint has the units of the loss."""
+def in_units_of(plan: Plan, adjoint: Tensor, copies: int = 1) -> Plan:
+    """The plan with its absolute tolerance times the largest entry, of each of the ``copies``: an adjoint has the units of the loss."""
+    if copies > 1 and adjoint.numel():
+        scales = adjoint.abs().unflatten(0, (copies, -1)).flatten(1).amax(-1).clamp(min=1e-300)
+        return replace(plan, atol=plan.atol * scales.repeat_interleave(len(adjoint) // copies).unsqueeze(-1))
     scale = float(adjoint.abs().amax().clamp(min=1e-300)) if adjoint.numel() else 1.0
     return replace(plan, atol=plan.atol * scale)
+
+
+def copies(problem: Problem, trajectory: Trajectory, linearize: Linearizer, size: int) -> tuple[Problem, Flat, Trajectory, Linearizer]:
+    """What `WayBack.copied` is made of."""
+    system = VmappedSystem(problem.system, size, (None,) * len(linearize.inputs))
+    f = system.bind(linearize.inputs)
+    return replace(problem, system=system), f, Trajectory(trajectory.plan, trajectory.grid, trajectory.sign, size), linearize.anew(f)
+
+
+def most_copies(back: WayBack) -> int:
+    """How many losses are followed back at once; 1: one after the other.
+
+    By explicit methods they are not: what they cost is the way, which copies would go again and again. By implicit ones it is the layer
+    behind every loss, in which what is fast dies away, and the losses' layers are resolved in the same steps.
+    """
+    if not back.plan.method.implicit:
+        return 1
+    trajectory, (rows, n), linearize = back.trajectory, back.adjoint.shape, back.linearize
+    y, slope = trajectory(back.t)
+    at = y if back.problem.system.residual is None else torch.cat([y, slope], -1)
+    t = back.t.to(y.dtype.to_real())
+    with torch.enable_grad():
+        # a copy: a view would count with all that it is a view of
+        alone = linearize.f(t.clone(), at.clone().requires_grad_(True))
+    _, f, *_ = copies(back.problem, trajectory, linearize, 2)
+    if not maps(alone, lambda: f(t.repeat(2), at.repeat(2, 1))[:rows]):
+        return 1
+    each = saved_bytes(alone, linearize.inputs) + rows * n * (_KEPT + 3 * n) * y.element_size()
+    return max(1, min(_MOST, _BUDGET // each))
 
 
 def carried_step(record: Record, plan: Plan) -> Tensor | None:
@@ -88,18 +167,18 @@ def carried_step(record: Record, plan: Plan) -> Tensor | None:
     return torch.where(torch.isfinite(step) & (step > 0), step, float("inf"))
 
 
-def check_way_back(record: Record, plan: Plan, problem: Problem) -> None:
-    """Raise `SolveError` where the adjoint could not be solved."""
+def check_way_back(record: Record, plan: Plan, problem: Problem, rows: int = 1) -> None:
+    """Raise `SolveError` where the adjoint could not be solved; ``rows``: of how many trajectories, however many copies."""
     bad = record.status < 0
     if not bool(bad.any()):
         return
     row = int(bad.nonzero()[0, 0])
-    many = f" of trajectory {row}" if problem.batched else ""
+    many = f" of trajectory {row % rows}" if problem.batched else ""
     raise SolveError(
         f"the adjoint{many} could not be solved back from t = {float(record.t_final[row]):.6g} ({Status(int(record.status[row])).name}, "
         f"{plan.method.name}): give the gradient strategy a method for stiff problems or looser tolerances, or use DiscreteAdjoint()",
         t=float(record.t_final[row]),
-        trajectory=row if problem.batched else None,
+        trajectory=row % rows if problem.batched else None,
     )
 
 
@@ -119,18 +198,16 @@ def walk(back: WayBack, asked: Asked) -> tuple[Tensor | None, ...]:
     if final_bar is not None:
         bar, lost = _finite(final_bar)
         end_bar = torch.where(lost, float("nan"), _dot(bar, back.jump(bar)))
-    if samples_bar is not None and t_eval is not None and t_eval_bar is not None:
+    if samples_bar is not None and t_eval is not None and t_eval_bar is not None and len(t_eval):
         order = (t_eval * sign).argsort(0, descending=True)
-        for place in order.unbind():
-            index = place.unsqueeze(0)
-            bar = samples_bar.gather(0, index.unsqueeze(-1).expand(1, *samples_bar.shape[1:]))[0]
-            bar = torch.where(ok, bar, 0.0)
-            if not bool((bar != 0).any()):
-                continue
-            bar, bad = _finite(bar)
-            lost = lost | bad
-            back.to(t_eval.gather(0, index)[0])
-            t_eval_bar.scatter_(0, index, torch.where(bad, float("nan"), _dot(bar, back.jump(bar))).unsqueeze(0))
+        times = t_eval.gather(0, order)
+        ordered = samples_bar.gather(0, order.unsqueeze(-1).expand_as(samples_bar))
+        ordered = torch.where(ok, ordered, 0.0)
+        (wanted,) = (ordered != 0).flatten(1).any(-1).nonzero(as_tuple=True)
+        if len(wanted):
+            found, lost_too = _samples(back, times[wanted], ordered[wanted], anchors[0])
+            lost = lost | lost_too
+            t_eval_bar.scatter_(0, order[wanted], found)
     back.to(anchors[0])
     if bool(lost.any()):
         back.lose(lost)
@@ -140,12 +217,52 @@ def walk(back: WayBack, asked: Asked) -> tuple[Tensor | None, ...]:
     return asked.answer(anchors_bar, t_eval_bar, y0_bar, back.linearize.bars)
 
 
+def _samples(back: WayBack, t: Tensor, bars: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Take in the cotangents ``bars`` (T, B, n) of samples at ``t`` (T, B), latest first, on the way to ``start`` (B,). Gives the
+    cotangents of their times, and the rows in which some are not finite."""
+    bars, bad = _finite(bars)
+    most = most_copies(back) if len(t) > 1 else 1
+    found = []
+    if most == 1:
+        for time, bar in zip(t, bars, strict=True):
+            back.to(time)
+            found.append(_dot(bar, back.jump(bar)))
+    else:
+        # as many at a time in all parts
+        size = -(-len(t) // -(-len(t) // most))
+        parts = list(zip(t.split(size), bars.split(size), strict=True))
+        for place, (times, part) in enumerate(parts):
+            until = parts[place + 1][0][0] if place + 1 < len(parts) else start
+            found.extend(_dot(part, _together(back, times, part, until)))
+    return torch.where(bad, float("nan"), torch.stack(found)), bad.any(0)
+
+
+def _together(back: WayBack, t: Tensor, bars: Tensor, until: Tensor) -> Tensor:
+    """Take in cotangents ``bars`` (R, B, n) at ``t`` (R, B), latest first, and go ``until`` (B,); the slopes there.
+
+    The adjoint equation is linear: each of them, and the adjoint of what lies behind, goes back by itself, all of them side by side, and
+    what they come to is summed. So every loss has the steps that it needs.
+    """
+    rows, carried = len(until), bool((back.adjoint != 0).any())
+    if carried:
+        t, bars = torch.cat([t, back.t.unsqueeze(0)]), torch.cat([bars, torch.zeros_like(bars[:1])])
+    copied = back.copied(len(t), t.flatten())
+    slopes = copied.jump(bars.flatten(0, 1)).unflatten(0, (-1, rows))
+    if carried:
+        copied.adjoint = torch.cat([copied.adjoint[:-rows], back.adjoint])
+    copied.to(until.repeat(len(t)))
+    back.linearize.take(copied.linearize)
+    back.n_steps += copied.n_steps
+    back.restart(until, copied.adjoint.unflatten(0, (-1, rows)).sum(0))
+    return slopes[:-1] if carried else slopes
+
+
 def _finite(bar: Tensor) -> tuple[Tensor, Tensor]:
-    """A cotangent ``(B, n)`` with zeros in the rows where it is not finite, and these rows."""
+    """Cotangents ``(..., B, n)`` with zeros in the rows where they are not finite, and these rows."""
     lost = ~torch.isfinite(bar).all(-1)
     return torch.where(lost.unsqueeze(-1), 0.0, bar), lost
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """``Re <x, y>`` of every row, ``(B,)`` in float64."""
+    """``Re <x, y>`` of every row, ``(..., B)`` in float64."""
     return (x.conj() * y).sum(-1).real.double()
