@@ -374,6 +374,16 @@ def test_remark_without_a_compiler(monkeypatch):
     assert torch.equal(y, solve_ivp(fun, (0.0, 1.0), torch.ones(3), method="heun2", first_step=0.1).y)
 
 
+@pytest.mark.parametrize("method", ["rodas5p", "rodas4", "rodas3p"])
+@pytest.mark.parametrize("rows", [0, 2, 9])
+def test_an_infinite_jacobian_is_named(method, rows):
+    """Linear systems with it have the solution zero, as if the state were at rest."""
+    y0 = torch.tensor([0.0, 1.0])
+    fun = lambda t, y: torch.stack([1 - torch.sqrt(y[..., 0]), -y[..., 1]], -1)  # noqa: E731
+    with pytest.raises(adjoint.NonFiniteDerivative, match="at t = 0"):
+        solve_ivp(fun, (0.0, 1.0), y0.expand(rows, 2) if rows else y0, batched=rows > 0, method=method, compile=True)
+
+
 def test_remark_of_changes_in_place():
     """The eager engine refuses them; a buffer that ``fun`` writes its result to it copies."""
     with torch.no_grad(), pytest.warns(RuntimeWarning, match="in place"), pytest.raises(adjoint.InvalidInput, match="in place"):

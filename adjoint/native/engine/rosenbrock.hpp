@@ -47,7 +47,10 @@ template <int I> FN void further_stages(const Functions& f, const Ctx& c, const 
 FN void step_forward(Attempt& a) {
   Room r(a.work);
   r.factorise(a.f, a.c, a.times, a.y, a.h);
-  for (int n = 0; n < N; n++) r.values[n] = a.k1[n];
+  // divided by a Jacobian that is infinite every slope would be zero, and its error too: such a step is none
+  S wild = K(0);
+  for (int e = 0; e < N * N; e++) if (NONZERO[e]) wild += K(0) * r.J[e];
+  for (int n = 0; n < N; n++) r.values[n] = a.k1[n] + wild;
   further_stages<0>(a.f, a.c, a.times, a.h, a.y, a.ks, r);
   for (int n = 0; n < N; n++) a.y1[n] = a.y[n] + a.h * weighted(B, a.ks, n);
   for (int l = 0; l < W; l++) a.counts[JACOBIANS][l] += a.on[l] && !a.again[l];
