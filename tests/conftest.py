@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items):
         used = {value for value in values if isinstance(value, str)}
         if item.path.stem in MATRICES and used & implicit:
             item.add_marker(pytest.mark.slow)
-        if "cuda" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if "compile" in item.keywords and not _has_compiler():
+        if item.get_closest_marker("compile") and not _has_compiler():
             item.add_marker(pytest.mark.skip(reason="needs a C++ compiler: g++, clang++, or the package ziglang"))

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..integrate.grid import Grid
 from ..integrate.plan import Plan
 from .calls import BACKWARD_CALL
-from .program import Program, pointers
+from .device import DeviceEngine, addressed
+from .program import Program
 from .reading import Unreadable
 from .solve import LOST, block_of, sample_order, shift_of, threads_for
 
@@ -68,19 +69,25 @@ def sweep_native(
         if bar is not None and bar.numel():
             keep[name] = bar.detach().contiguous()
     keep["y0_bar"] = y0_bar = torch.empty_like(states[0])
-    none = torch.zeros(0, rows, dtype=torch.float64, device="cpu")
+    none = torch.zeros(0, rows, dtype=torch.float64, device=states.device)
     times = [none] * 3
     if timed:
-        times = [torch.zeros((k, rows), dtype=torch.float64, device="cpu") for k in (n_steps, n_steps, n_samples)]
+        times = [torch.zeros((k, rows), dtype=torch.float64, device=states.device) for k in (n_steps, n_steps, n_samples)]
         keep |= dict(zip(("t_bar", "h_bar", "t_eval_bar"), times, strict=True))
     found = [torch.zeros_like(x) for x in inputs]
-    given, wanted = pointers(inputs), pointers(found)
-    call.inputs, call.input_bars = ctypes.addressof(given), ctypes.addressof(wanted)
+    call.inputs, _inputs_at = addressed(inputs, states.device)
+    call.input_bars, _bars_at = addressed(found, states.device)
     call.rows, call.block, call.threads = rows, block_of(rows), threads_for(program, rows)
     call.n_anchors, call.n_steps, call.n_samples = anchors.shape[0], n_steps, n_samples
     call.jumps, call.timed = shift_of(plan, anchors), timed
     for name, x in keep.items():
         setattr(call, name, x.data_ptr())
+    if isinstance(engine, DeviceEngine):
+        sizes = [n if not own else 0 for n, own in zip(program.numbers, program.own, strict=True)]
+        for x, bar in zip(found, engine.sweep(call, states).split(sizes), strict=True):
+            if len(bar):
+                x.copy_(bar.reshape(x.shape))
+        return Cotangents(y0_bar, found, *times)
     assert engine.backward is not None
     lost = ctypes.c_long()
     call.lost = ctypes.addressof(lost)

@@ -13,14 +13,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-__all__ = ["LEVELS", "NoCompiler", "cache_folder", "compiler", "library", "spending", "spent"]
+__all__ = ["LEVELS", "NoCompiler", "cache_folder", "compiler", "kept", "library", "spending", "spent"]
 
-_FLAGS = ("-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w", "-pthread")
+_FLAGS = ("-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-w", "-pthread")
 #: of functions that are inlined into nothing, and of the engine
 LEVELS = {False: "-O1", True: "-O2"}
 
@@ -109,26 +109,34 @@ def library(text: str, optimised: bool, links: tuple[str, ...] = ()) -> ctypes.C
     """The compiled ``text``, from the folder where it was made before. Raises `NoCompiler`."""
     flags = (*_FLAGS, LEVELS[optimised], "-march=native", *links)
     key = hashlib.sha256("\n".join([text, *flags, _identity()]).encode()).hexdigest()[:32]
-    folder = cache_folder()
-    target = folder / f"{key}.so"
-    if not (target.exists() and _ours(target)):
-        _compile(text, flags, folder, target)
-    return ctypes.CDLL(str(target))
+    target = cache_folder() / f"{key}.so"
+    return ctypes.CDLL(str(kept(target, lambda made: _compile(text, flags, made))))
 
 
-def _compile(text: str, flags: tuple[str, ...], folder: Path, target: Path) -> None:
-    handle, made = tempfile.mkstemp(suffix=".so", dir=folder)
+def kept(target: Path, make: Callable[[Path], object]) -> Path:
+    """A file of the folder, which is made where it is not there: under another name first, as others may look for it."""
+    if target.exists() and _ours(target):
+        return target
+    handle, name = tempfile.mkstemp(suffix=target.suffix, dir=target.parent)
     os.close(handle)
-    source = Path(made).with_suffix(".cpp")
+    made = Path(name)
     try:
-        source.write_text(text)
-        links = [x for x in flags if x.startswith("-l")]
-        command = [*compiler(), *(x for x in flags if not x.startswith("-l")), str(source), "-o", made, *links]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise NoCompiler(f"{command[0]} failed: {next((x for x in done.stderr.splitlines() if 'error' in x), done.stderr[:300])}")
+        make(made)
         os.chmod(made, 0o700)
         os.replace(made, target)
     finally:
+        made.unlink(missing_ok=True)
+    return target
+
+
+def _compile(text: str, flags: tuple[str, ...], made: Path) -> None:
+    source = made.with_suffix(".cpp")
+    try:
+        source.write_text(text)
+        links = [x for x in flags if x.startswith("-l")]
+        command = [*compiler(), *(x for x in flags if not x.startswith("-l")), str(source), "-o", str(made), *links]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise NoCompiler(f"{command[0]} failed: {next((x for x in done.stderr.splitlines() if 'error' in x), done.stderr[:300])}")
+    finally:
         source.unlink(missing_ok=True)
-        Path(made).unlink(missing_ok=True)

@@ -155,13 +155,13 @@ CONSISTENT: tuple[tuple[str, str], ...] = (
 )
 
 
-def declarations() -> str:
-    """The structures as C++."""
+def declarations(context: bool = True) -> str:
+    """The structures as C++, with that of what functions of the user get where it is not there already."""
 
     def one(name: str, fields: tuple[tuple[str, str], ...]) -> str:
         return f"struct {name} {{ " + " ".join(f"{kind} {field};" for kind, field in fields) + " };"
 
-    return "\n".join([CONTEXT, one("Forward", FORWARD), one("Backward", BACKWARD), one("Consistent", CONSISTENT)])
+    return "\n".join([*([CONTEXT] if context else []), one("Forward", FORWARD), one("Backward", BACKWARD), one("Consistent", CONSISTENT)])
 
 
 def _structure(fields: tuple[tuple[str, str], ...]) -> type[ctypes.Structure]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .calls import CONSISTENT_CALL, filled
-from .program import Program, pointers
+from .device import addressed
+from .program import Engine, Program
 
 __all__ = ["NativeStart"]
 
@@ -44,14 +44,14 @@ class NativeStart:
     def _call(self, t: Tensor, y: Tensor, yp: Tensor, rtol: float = 0.0, **out: Tensor) -> None:
         program = self.program
         engine = program.engine(program.lanes(len(y)))
-        assert engine.consistent is not None
+        assert isinstance(engine, Engine) and engine.consistent is not None
         given: dict[str, Tensor] = {name: x.detach().contiguous() for name, x in (("t", t), ("y", y), ("yp", yp))}
-        inputs: Any = pointers(self.values)
+        inputs, _inputs_at = addressed(self.values, y.device)
         call = filled(
             CONSISTENT_CALL,
             **engine.functions,
-            inputs=ctypes.addressof(inputs),
-            tables=ctypes.addressof(program.table_pointers),
+            inputs=inputs,
+            tables=program.table_addresses[0],
             rows=len(y),
             rtol=rtol,
             least=_LEAST,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TypeGuard
@@ -18,15 +18,18 @@ from ..methods.collocation import FullyImplicitRungeKutta
 from ..methods.dirk import DiagonallyImplicitRungeKutta
 from ..methods.rosenbrock import Rosenbrock
 from ..methods.runge_kutta import ExplicitRungeKutta
-from .calls import declarations
+from .calls import CONTEXT, declarations
 from .matrices import Matrices
 from .sparse import tables
 from .text import header
 
-__all__ = ["Compiled", "engine_text", "is_residual", "prologue", "takes"]
+__all__ = ["DEVICE_METHODS", "Compiled", "device_functions", "device_prologue", "engine_text", "is_residual", "prologue", "takes"]
 
 #: methods that have a text
 Compiled = ExplicitRungeKutta | Rosenbrock | DiagonallyImplicitRungeKutta | FullyImplicitRungeKutta | Bdf | Adams
+
+#: those that have kernels
+DEVICE_METHODS = (ExplicitRungeKutta, Rosenbrock, DiagonallyImplicitRungeKutta)
 
 _FOLDER = Path(__file__).parent / "engine"
 
@@ -57,6 +60,11 @@ def prologue(real: torch.dtype, lanes: int) -> str:
     return "\n".join(["#include <pthread.h>", head, *(["#define W 1"] if lanes == 1 else [])])
 
 
+def device_prologue(real: torch.dtype) -> str:
+    """As `prologue`, for a device: of one trajectory, by one thread."""
+    return "\n".join(["#define DEVICE 1", header(real == torch.float32), "#define W 1"])
+
+
 def takes(method: object) -> TypeGuard[Compiled]:
     """Whether a method has a text."""
     return type(method) in (ExplicitRungeKutta, Rosenbrock, DiagonallyImplicitRungeKutta, FullyImplicitRungeKutta, Bdf, Adams)
@@ -82,6 +90,23 @@ def _idle(method: Compiled) -> list[float]:
 def is_residual(method: object) -> bool:
     """Whether it is for implicit equations ``F(t, y, y') = 0``."""
     return isinstance(method, FullyImplicitRungeKutta | Bdf) and method.residual
+
+
+#: functions that engines name, and what they take between the time and what they write
+_SIGNATURES = {
+    "fun": "const S*, S*",
+    "vjp": "const S*, const S*, S*, S*",
+    "jac": "const S*, S*, S*",
+    "bend": "const S*, const S*, const S*, S*, S*, S*",
+    "mass": "const S*, S*",
+    "mass_vjp": "const S*, const S*, S*, S*",
+}
+
+
+def device_functions(texts: Mapping[str, str]) -> str:
+    """The user's functions, before the engine in one text, with a trap in the place of those that it names but has no use for."""
+    absent = (f"EMITTED {name}(const Ctx*, const S*, {given}) {{ TRAP; }}" for name, given in _SIGNATURES.items() if name not in texts)
+    return "\n".join([CONTEXT, *texts.values(), *absent])
 
 
 def _flags(**values: int | bool) -> str:
@@ -268,13 +293,15 @@ def engine_text(
     n_events: int = 0,
     mass: bool = False,
     displaced: bool = False,
+    device: bool = False,
 ) -> str:
     """All but the functions of the user and `prologue`, for states of ``width`` numbers.
 
     ``timed``: whether these functions look at the time. ``own``: how many numbers of each input belong to one trajectory, 0 where all
     share it; ``numbers``: how many cotangents shared ones have. ``nonzero``: the entries of the
     Jacobian that are not always zero. ``mass``: whether there is a matrix in front of the slopes. ``displaced``: whether the second half of
-    the state is a displacement of the first one, and there is no way back.
+    the state is a displacement of the first one, and there is no way back. ``device``: with the kernels of a device in place of whole
+    solves.
     """
     implicit, multistep, legendre = is_residual(method), method.multistep, isinstance(method, Adams)
     dense = [[0.0]] if legendre else method.dense
@@ -293,7 +320,7 @@ def engine_text(
             _array("IDLE", idle),
             _array("C", nodes),
             _matrix("DENSE", dense, len(dense[0])),
-            declarations(),
+            declarations(not device),
             f"#define MASS {int(mass)}\n#define IMPLICIT {int(implicit)}\n#define CONSTRAINED {int(mass or implicit)}",
             f"#define MULTISTEP {int(multistep)}\n#define LEGENDRE {int(legendre)}",
             f"#define DISPLACED {int(displaced)}",
@@ -313,8 +340,9 @@ def engine_text(
             *([source("slopes.hpp")] if implicit else []),
             *(_constraints(method) if (mass or implicit) and not multistep else []),
             *(["#define SWITCHES 0"] if mass or implicit else _switching(method, real)),
-            *(source(f"{name}.hpp") for name in ("tape", "starts", "loop", "forward")),
+            *(source(f"{name}.hpp") for name in ("tape", "starts", "loop", *([] if device else ["forward"]))),
             *([] if displaced else [source("back.hpp")]),
+            *([source("device.hpp")] if device else []),
             *([source("consistent.hpp")] if implicit else []),
         ]
     )

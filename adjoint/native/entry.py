@@ -19,7 +19,8 @@ from .back import Cotangents, sweep_native
 from .build import NoCompiler, spent
 from .companion import solved_again
 from .consistent import NativeStart
-from .emit import takes
+from .device import LAUNCHERS
+from .emit import DEVICE_METHODS, takes
 from .graphs import Heard
 from .progress import watches_steps
 from .reading import Unreadable
@@ -45,11 +46,27 @@ def suits(plan: Plan, system: System | VmappedSystem, y0: Tensor) -> str | None:
         return f"{'norm' if plan.norm is not rms_norm else 'controller'}= is one of your own: leave one of the two out"
     if watches_steps(plan.monitor):
         return "each step is reported to a callback: leave callbacks out"
-    if y0.device.type != "cpu" or y0.is_complex():
-        return f"the state is {'complex: integrate real and imaginary parts' if y0.is_complex() else 'on ' + y0.device.type}"
+    if y0.is_complex():
+        return "the state is complex: integrate real and imaginary parts"
+    if y0.device.type in LAUNCHERS:
+        reason = _not_on_a_device(plan, base)
+        if reason is not None:
+            return f"{reason}, which runs on CPUs only"
+    elif y0.device.type != "cpu":
+        return f"the state is on {y0.device.type}"
     if y0.dtype not in (torch.float32, torch.float64) or not y0.numel():
         return f"the state is of {y0.dtype}: take float32 or float64" if y0.numel() else "the state is empty"
     return None
+
+
+def _not_on_a_device(plan: Plan, base: System) -> str | None:
+    """What of a solve has no form for devices; None where there is nothing."""
+    method = plan.method
+    if plan.events:
+        return "there are events"
+    if base.residual is not None or base.mass is not None:
+        return "equations are implicit" if base.residual is not None else "there is a mass matrix"
+    return None if isinstance(method, DEVICE_METHODS) else f"there is method={method.name!r}"
 
 
 def own_algebra(options: Iterable[str]) -> str:

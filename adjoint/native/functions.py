@@ -199,7 +199,7 @@ class _Writer:
         inputs = "".join(f"const S* a{k} = c->a[{k}]; " if own else f"const R* a{k} = c->u[{k}]; " for k, own in enumerate(self.own))
         tables = "".join(f"const R* k{k} = c->k[{k}]; " for k in range(self.n_tables))
         head = f"const S t = *tp; {inputs}{tables}"
-        return f'extern "C" void {name}(const Ctx* c, const S* tp, {signature}) {{ {head}\n{body}\n}}'
+        return f'EMITTED {name}(const Ctx* c, const S* tp, {signature}) {{ {head}\n{body}\n}}'
 
     def _added(self, found: Mapping[int, int]) -> list[Target | Scatter]:
         """Cotangents that are added to what is there already."""

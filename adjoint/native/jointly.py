@@ -73,7 +73,7 @@ def of_all_rows(texts: dict[str, str], rows: int, width: int, own: Sequence[int]
 
     ``own``: how many numbers of each input belong to one row, 0 where all share it; ``numbers``: how many cotangents shared ones have.
     """
-    of_row = [texts[name].replace(f'extern "C" void {name}(', f"static inline void {name}_of_row(", 1) for name in ("fun", "vjp")]
+    of_row = [texts[name].replace(f'EMITTED {name}(', f"static inline void {name}_of_row(", 1) for name in ("fun", "vjp")]
     shared = [0 if mine else n for mine, n in zip(own, numbers, strict=True)]
     wrapped = _TEXT.format(
         rows=rows,

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from .build import NoCompiler, library, spending
 from .calls import BACKWARD_CALL, CONTEXT, filled
-from .emit import Compiled, engine_text, is_residual, prologue
+from .device import LAUNCHERS, DeviceEngine, addressed, kernels_of
+from .emit import Compiled, device_functions, device_prologue, engine_text, is_residual, prologue
 from .functions import UserFunctions, depends, inputs_of, user_functions
 from .jointly import of_all_rows
 from .reading import Reading, Unreadable
 from .tangents import with_displacement
 from .text import vector_library
 
-__all__ = ["Engine", "Program", "pointers", "program_of"]
+__all__ = ["Engine", "Program", "program_of"]
 
 #: bytes of a vector of trajectories, by how many values ``fun`` computes at most: where these are few, steps wait for each other's results,
 #: and what goes on beside them is had for nothing; where they are many, registers run out
@@ -32,6 +33,9 @@ _VECTOR = 64
 _FEWEST, _MANY = 16, 64
 #: unknowns beyond which a matrix of vectors is too large for any cache
 _LARGE = 250
+
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,12 @@ class Program:
     whole: frozenset[int] = frozenset()
     #: whether the second half of the state is a displacement of the first one; such solves have no way back
     displaced: bool = False
+    device: torch.device = _CPU
     room: dict[int, int] = field(default_factory=dict)
     #: how often its solves are looked at for jumps
     looks: Seldom = field(default_factory=Seldom)
     #: by the number of lanes; what could not be made is not tried again
-    _engines: dict[int, Engine | NoCompiler | Unreadable] = field(default_factory=dict)
+    _engines: dict[int, Engine | DeviceEngine | NoCompiler | Unreadable] = field(default_factory=dict)
     #: engines that are being made by other threads
     _waiting: set[int] = field(default_factory=set)
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -141,10 +146,12 @@ class Program:
             raise Unreadable("", "", "a component of one state of many rows is at rest, for whose derivatives steps have to be shorter")
         reading, nothing = with_displacement(self.reading, self.whole, self.real), (0,) * len(self.numbers)
         sizes = self.real, 2 * self.width, self.own, nothing, self.timed, self.tables, self.events
-        return Program(reading, self.method, *sizes, displaced=True)
+        return Program(reading, self.method, *sizes, displaced=True, device=self.device)
 
     def lanes(self, rows: int) -> int:
-        """How many trajectories go side by side."""
+        """How many trajectories go side by side; 0: a thread of a device takes each."""
+        if self.device.type in LAUNCHERS:
+            return 0
         if rows < _FEWEST or (self.method.implicit and self.width > _LARGE):
             return 1
         return (self._widest if rows >= _MANY else _VECTOR) // self.real.itemsize
@@ -174,25 +181,24 @@ class Program:
         return found
 
     @cached_property
-    def table_pointers(self) -> Any:
-        """Addresses of the tables."""
-        return pointers(self.tables)
+    def table_addresses(self) -> tuple[int, Any]:
+        """See `addressed`."""
+        return addressed(self.tables, self.device)
 
-    def backward_call(self, engine: Engine) -> Any:
+    def backward_call(self, engine: Engine | DeviceEngine) -> Any:
         """The call of a way back, but for all that differs by solve."""
         found = self._calls.get(id(engine))
         if found is None:
-            tables = ctypes.addressof(self.table_pointers)
-            found = self._calls[id(engine)] = filled(BACKWARD_CALL, **engine.functions, tables=tables)
+            found = self._calls[id(engine)] = filled(BACKWARD_CALL, **engine.functions, tables=self.table_addresses[0])
         return found
 
-    def engine(self, lanes: int) -> Engine:
+    def engine(self, lanes: int) -> Engine | DeviceEngine:
         """The compiled code, made when it is first asked for. Raises `NoCompiler`."""
         with self._lock:
             if lanes not in self._engines:
                 try:
                     with spending():
-                        self._engines[lanes] = self._made(lanes)
+                        self._engines[lanes] = self._made(lanes) if lanes else self._kernels()
                 except (NoCompiler, Unreadable) as error:
                     self._engines[lanes] = error
         found = self._engines[lanes]
@@ -220,11 +226,27 @@ class Program:
         text = of_all_rows(theirs.texts, self.joint, self.width // self.joint, self.own_of_row, self.numbers)
         return library("\n".join([prologue(self.real, wide), CONTEXT, theirs.tables, text]), True, links(wide))
 
+    def _engine_text(self, device: bool) -> str:
+        sizes = self.width, self.timed, self.own, self.numbers, self.functions.matrices, len(self.events), self.mass is not None
+        return engine_text(self.method, self.real, *sizes, self.displaced, device)
+
+    def kernel_text(self) -> str:
+        """All of the text for a device. Raises `Unreadable`."""
+        theirs = self.functions
+        if self.joint:
+            alone = f"on {self.device.type} a trajectory is that of one thread (batched=True)"
+            raise Unreadable("", "", f"its {self.joint} rows are one state, and {alone}")
+        if theirs.matrices is not None and theirs.matrices.sparse is not None:
+            raise Unreadable("", "", "of its matrices only some entries are kept, which is done on CPUs only")
+        return "\n".join([device_prologue(self.real), theirs.tables, device_functions(theirs.texts), self._engine_text(True)])
+
+    def _kernels(self) -> DeviceEngine:
+        shared = sum(n for n, own in zip(self.numbers, self.own, strict=True) if not own)
+        return kernels_of(self.kernel_text(), self.device, shared)
+
     def _made(self, lanes: int) -> Engine:
         start, theirs = prologue(self.real, lanes), self.functions
-        users = self._users(start, theirs, lanes)
-        sizes = self.width, self.timed, self.own, self.numbers, theirs.matrices, len(self.events), self.mass is not None
-        engine = engine_text(self.method, self.real, *sizes, self.displaced)
+        users, engine = self._users(start, theirs, lanes), self._engine_text(False)
         loop = library("\n".join([start, engine]), True, links(lanes))
         addresses = {name: _address(users, name) for name in theirs.texts}
         loop.forward.restype = ctypes.c_void_p
@@ -240,11 +262,6 @@ class Program:
             loop.consistent.restype = None
             more["consistent"] = loop.consistent
         return Engine(loop.forward, loop.seal, back, addresses, **more)
-
-
-def pointers(tensors: Sequence[Tensor]) -> Any:
-    """An array of addresses."""
-    return (ctypes.c_void_p * max(len(tensors), 1))(*[x.data_ptr() for x in tensors])
 
 
 def links(lanes: int) -> tuple[str, ...]:
@@ -276,8 +293,9 @@ def program_of(
     own = tuple(steps)
     shared = tuple(x.numel() if (joint or not step) and x.is_floating_point() else 0 for step, x in zip(steps, inputs, strict=True))
     timed = any(depends(reading, "t") for reading in readings)
-    tables = tuple(x.contiguous().to(y0.dtype) for reading in readings for x in reading.tables)
+    tables = tuple(x.contiguous().to(y0) for reading in readings for x in reading.tables)
     events, matrix = (readings[1:-1], readings[-1]) if mass else (readings[1:], None)
     of_one = (0,) * len(own) if joint else own
     whole = frozenset(k for k, x in enumerate(inputs) if not x.is_floating_point())
-    return Program(readings[0], method, y0.dtype, y0.shape[1], of_one, shared, timed, tables, tuple(events), matrix, joint, own, whole)
+    sizes = y0.dtype, y0.shape[1], of_one, shared, timed, tables, tuple(events), matrix, joint, own, whole
+    return Program(readings[0], method, *sizes, device=y0.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..integrate.plan import Monitor
 
-__all__ = ["told", "watches_steps"]
+__all__ = ["tell", "told", "watches_steps"]
 
 #: seconds between two looks
 _PAUSE = 0.1
@@ -29,23 +29,28 @@ def watches_steps(monitor: Monitor) -> bool:
     return theirs != (Monitor.step, Monitor.accepted, Monitor.rejected, Monitor.adjoint)
 
 
+def tell(monitor: Monitor, anchors: Tensor, covered: Tensor) -> None:
+    """Tell ``monitor`` which part of the spans between the first and the last of ``anchors`` (A, B) is covered, in the mean of all
+    trajectories, which have come to the times ``covered`` (B,)."""
+    if type(monitor).advanced is Monitor.advanced:
+        return
+    whole = (anchors[-1] - anchors[0]).abs()
+    part = torch.where(whole > 0, (covered - anchors[0]).abs() / whole, 1.0)
+    monitor.advanced(float(part.mean()) if part.numel() else 1.0)
+
+
 @contextmanager
 def told(monitor: Monitor, call: Any, anchors: Tensor) -> Iterator[None]:
-    """Tell ``monitor`` of what ``call``, made within, has covered of the spans between the first and the last of ``anchors`` (A, B), in
-    the mean of all trajectories: they are not solved side by side."""
+    """`tell` ``monitor`` now and then of what ``call``, made within, has covered: trajectories are not solved side by side."""
     if type(monitor).advanced is Monitor.advanced:
         yield
         return
-    covered, whole, done = anchors[0].clone(), (anchors[-1] - anchors[0]).abs(), Event()
+    covered, done = anchors[0].clone(), Event()
     call.covered = covered.data_ptr()
-
-    def tell() -> None:
-        part = torch.where(whole > 0, (covered - anchors[0]).abs() / whole, 1.0)
-        monitor.advanced(float(part.mean()) if part.numel() else 1.0)
 
     def look() -> None:
         while not done.wait(_PAUSE):
-            tell()
+            tell(monitor, anchors, covered)
 
     thread = Thread(target=look, daemon=True)
     thread.start()
@@ -54,4 +59,4 @@ def told(monitor: Monitor, call: Any, anchors: Tensor) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-    tell()
+    tell(monitor, anchors, covered)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,9 +19,10 @@ from ..integrate.record import no_events
 from ..integrate.residual import power_of
 from ..integrate.stages import TOLERANCE
 from .calls import FORWARD_CALL, filled
+from .device import DeviceEngine, addressed
 from .emit import recorded_stages, records_beside
-from .program import Engine, Program, pointers
-from .progress import told
+from .program import Engine, Program
+from .progress import tell, told
 from .reading import Unreadable
 
 __all__ = ["COUNTS", "LOST", "Frame", "Solved", "block_of", "frame_of", "run_native", "sample_order", "shift_of", "solved", "threads_for"]
@@ -74,7 +76,7 @@ def sample_order(t_eval: Tensor | None, anchors: Tensor) -> Tensor | None:
 def _tolerance(x: float | Tensor, y0: Tensor) -> tuple[Tensor, int, int]:
     """Its numbers, and the strides of rows and columns."""
     if not isinstance(x, Tensor):
-        return torch.tensor([x], dtype=y0.dtype, device="cpu"), 0, 0
+        return torch.tensor([x], dtype=y0.dtype, device=y0.device), 0, 0
     return x.detach().to(y0.dtype).expand(y0.shape).contiguous(), y0.shape[1], 1
 
 
@@ -95,7 +97,7 @@ class Frame:
     ``kept``: what the call points to. ``few``: of one trajectory by explicit methods, the stages of steps with events are wanted.
     """
 
-    engine: Engine
+    engine: Engine | DeviceEngine
     call: Any
     kept: tuple[Any, ...]
     keep_grid: bool
@@ -126,12 +128,12 @@ def frame_of(
     size = rows * (n * y0.element_size() * (1 + (recorded_stages(program.method) if keep_stages else 0)) + 16 + 8 * beside)
     rtol, atol = _tolerance(plan.rtol, y0), _tolerance(plan.atol, y0)
     first = plan.first_step
-    first = None if first is None else torch.as_tensor(first, dtype=torch.float64, device="cpu").reshape(-1).contiguous()
+    first = None if first is None else torch.as_tensor(first, dtype=torch.float64, device=y0.device).reshape(-1).contiguous()
     power, skipped = power_of(index, y0.dtype), None if skipped is None else skipped.contiguous()
-    directions = torch.tensor([e.direction for e in plan.events], dtype=torch.float64, device="cpu")
-    terminal = torch.tensor([e.terminal for e in plan.events], dtype=torch.int64, device="cpu")
+    directions = torch.tensor([e.direction for e in plan.events], dtype=torch.float64, device=y0.device)
+    terminal = torch.tensor([e.terminal for e in plan.events], dtype=torch.int64, device=y0.device)
     counts = None if plan.event_counts is None else plan.event_counts.contiguous()
-    begun, idle = drawn(y0.shape[1:]) if plan.switch else None, None if idle is None else idle.contiguous()
+    begun, idle = drawn(y0.shape[1:]).to(y0.device) if plan.switch else None, None if idle is None else idle.contiguous()
     call = filled(
         FORWARD_CALL,
         **engine.functions,
@@ -141,7 +143,7 @@ def frame_of(
         interval=plan.switch.auto.interval if plan.switch else 0.0,
         drawn=_address(begun),
         idle=_address(idle),
-        tables=ctypes.addressof(program.table_pointers),
+        tables=program.table_addresses[0],
         rows=rows,
         block=block_of(rows),
         rtol=rtol[0].data_ptr(),
@@ -207,18 +209,20 @@ def solved(
     room = min(room, plan.max_steps)
     stages, beside = recorded_stages(program.method), records_beside(program.method)
 
-    def grid(steps: int) -> dict[str, Tensor]:
+    at = y0.device
+
+    def grid(steps: int, first: bool = True) -> dict[str, Tensor]:
         made = {
-            "states": y0.new_empty((steps + 1, rows, n) if frame.keep_states else (0, rows, n)),
+            "states": y0.new_empty((steps + first, rows, n) if frame.keep_states else (0, rows, n)),
             "stages": y0.new_empty((steps, stages, rows, n) if frame.keep_stages else (0, stages, rows, n)),
-            "t": torch.empty((steps, rows), dtype=torch.float64, device="cpu"),
-            "h": torch.empty((steps, rows), dtype=torch.float64, device="cpu"),
+            "t": torch.empty((steps, rows), dtype=torch.float64, device=at),
+            "h": torch.empty((steps, rows), dtype=torch.float64, device=at),
         }
         if beside:
-            made["extra"] = torch.empty((steps, beside, rows), dtype=torch.float64, device="cpu")
+            made["extra"] = torch.empty((steps, beside, rows), dtype=torch.float64, device=at)
         if n_anchors > 2:
-            made["segment"] = torch.empty((steps, rows), dtype=torch.int64, device="cpu")
-            made["lands"] = torch.empty((steps, rows), dtype=torch.bool, device="cpu")
+            made["segment"] = torch.empty((steps, rows), dtype=torch.int64, device=at)
+            made["lands"] = torch.empty((steps, rows), dtype=torch.bool, device=at)
         return made
 
     def point(call: Any, steps: dict[str, Tensor], room: int) -> None:
@@ -226,39 +230,45 @@ def solved(
         for name, x in steps.items():
             setattr(call, name, x.data_ptr())
 
-    made = steps = grid(room)
-    counts = torch.empty((len(COUNTS), rows), dtype=torch.int64, device="cpu")
-    times = torch.empty((2, rows), dtype=torch.float64, device="cpu")
+    counts = torch.empty((len(COUNTS), rows), dtype=torch.int64, device=at)
+    times = torch.empty((2, rows), dtype=torch.float64, device=at)
     ends = y0.new_empty((3, rows, n))
-    samples, sample_step = y0.new_empty((n_samples, rows, n)), torch.empty((n_samples, rows), dtype=torch.int64, device="cpu")
-    given, lost = pointers(inputs), ctypes.c_long()
+    samples, sample_step = y0.new_empty((n_samples, rows, n)), torch.empty((n_samples, rows), dtype=torch.int64, device=at)
     call = FORWARD_CALL.from_buffer_copy(frame.call)
-    call.lost = ctypes.addressof(lost)
-    call.inputs = ctypes.addressof(given)
+    call.inputs, _inputs_at = addressed(inputs, at)
     call.threads = threads_for(program, rows)
     call.anchors, call.n_anchors, call.shift = anchors.data_ptr(), n_anchors, shift_of(plan, anchors)
     call.t_eval, call.n_samples, call.order = _address(t_eval), n_samples, _address(order)
     call.y0 = y0.data_ptr()
-    at, row = counts.data_ptr(), 8 * rows
+    address, row = counts.data_ptr(), 8 * rows
     for k, name in enumerate(COUNTS[:_FIRST_OF_WORK]):
-        setattr(call, name, at + k * row)
-    call.work = at + _FIRST_OF_WORK * row
+        setattr(call, name, address + k * row)
+    call.work = address + _FIRST_OF_WORK * row
     call.t_final = times.data_ptr()
     call.next_step = call.t_final + row
-    at, row = ends.data_ptr(), y0.nbytes
-    call.final, call.last, call.scaled = at, at + row, at + 2 * row
+    address, row = ends.data_ptr(), y0.nbytes
+    call.final, call.last, call.scaled = address, address + row, address + 2 * row
     call.samples, call.sample_step = samples.data_ptr(), sample_step.data_ptr()
+    engine = frame.engine
+    if isinstance(engine, DeviceEngine):
+        most, steps = engine.rounds(call, counts, grid, room, partial(tell, plan.monitor, anchors, times[0]))
+        if frame.keep_grid:
+            program.room[rows] = most + most // 4 + 8
+        return Solved(counts, times, ends, samples, sample_step, steps, None)
+    # `made` is read until it is sealed
+    made, lost = grid(room), ctypes.c_long()
+    steps, call.lost = made, ctypes.addressof(lost)
     point(call, made, room)
     with told(plan.monitor, call, anchors):
-        tape = frame.engine.forward(ctypes.byref(call))
-    found = _events(frame.engine, tape) if plan.events else None
+        tape = engine.forward(ctypes.byref(call))
+    found = _events(engine, tape) if plan.events else None
     most = int(counts[1].max()) if rows and frame.keep_grid else 0
     to = call
     if most > room:
         steps = grid(most)
         to = FORWARD_CALL.from_buffer_copy(call)
         point(to, steps, most)
-    frame.engine.seal(ctypes.c_void_p(tape), ctypes.byref(call), ctypes.byref(to), ctypes.c_long(most))
+    engine.seal(ctypes.c_void_p(tape), ctypes.byref(call), ctypes.byref(to), ctypes.c_long(most))
     if frame.keep_grid:
         program.room[rows] = most + most // 4 + 8
     if most < room:
@@ -300,10 +310,10 @@ def run_native(
     unstable = counts.pop("unstable") != 0
     steps, most = found.steps, found.steps["t"].shape[0]
     if "segment" not in steps:
-        steps["segment"] = torch.zeros((1, 1), dtype=torch.int64, device="cpu").expand(most, y0.shape[0])
+        steps["segment"] = torch.zeros((1, 1), dtype=torch.int64, device=y0.device).expand(most, y0.shape[0])
         # at its end the last step lands
         last = torch.where(counts["status"] == 0, counts["n_accepted"] - 1, -1)
-        steps["lands"] = torch.arange(most, device="cpu").unsqueeze(-1) == last
+        steps["lands"] = torch.arange(most, device=y0.device).unsqueeze(-1) == last
     final, last, scaled = found.ends.unbind()
     t_final, next_step = found.times.unbind()
     record = Record(

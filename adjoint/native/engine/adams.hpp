@@ -76,7 +76,7 @@ struct History {
     order[l] = 1; equal[l] = fails[l] = 0; rising[l] = true; last[l] = 0;
   }
   // the differences are those of real times: the size of the next step is no concern of theirs
-  void fit(const Flags& on, const Doubles& h, Doubles& step) { for (int l = 0; l < W; l++) if (on[l]) step[l] = __builtin_fabs(h[l]); }
+  void fit(const Flags& on, const Doubles& h, Doubles& step) { for (int l = 0; l < W; l++) if (on[l]) step[l] = BD(fabs)(h[l]); }
   void note(int l, double* at, long stride) const {
     at[0] = order[l];
     for (int j = 0; j < DIFFERENCES; j++) at[(j + 1) * stride] = nodes[j][l];
@@ -116,7 +116,7 @@ struct History {
       rising[l] = false;
       if (++fails[l] >= FAILURES) {
         order[l] = 1;
-        if (solved[l]) down = least(most(__builtin_sqrt(0.5 / most(here[l], 1e-30)), 0.01), 0.5);
+        if (solved[l]) down = least(most(BD(sqrt)(0.5 / most(here[l], 1e-30)), 0.01), 0.5);
       }
       o.step[l] *= down;
     }
@@ -125,7 +125,7 @@ struct History {
   // the slope behind the steps that ``passed``
   template <class O> void arrive(O& o, const Flags& passed, S* slope) {
     S after = K(0);
-    for (int l = 0; l < W; l++) put(after, l, moved((R)o.end[l], o.jumps_end[l], o.sign[l] * __builtin_inf()));
+    for (int l = 0; l < W; l++) put(after, l, moved((R)o.end[l], o.jumps_end[l], o.sign[l] * BEYOND_ALL));
     o.f.fun(&o.c, &after, o.y1, slope);
     o.n_fun.v -= passed.v;
   }
@@ -180,8 +180,8 @@ struct History {
       const bool higher = rising[l] || (ready[l] && !less[l] && more[l] < (order[l] > 1 ? here[l] : 0.5 * here[l]));
       const double level = most(less[l] ? one_less[l] : ready[l] && higher ? more[l] : here[l], 1e-30);
       order[l] += higher - (less[l] && order[l] > 1);
-      double factor = level <= 0.5 ? 1 : least(most(__builtin_pow(0.5 / level, 1.0 / (order[l] + 1)), 0.5), 0.9);
-      if (rising[l] || level * __builtin_ldexp(1.0, order[l] + 1) <= 0.5) factor = 2;
+      double factor = level <= 0.5 ? 1 : least(most(BD(pow)(0.5 / level, 1.0 / (order[l] + 1)), 0.5), 0.9);
+      if (rising[l] || level * BD(ldexp)(1.0, order[l] + 1) <= 0.5) factor = 2;
       if (o.lands[l]) { order[l] = 1; rising[l] = true; equal[l] = 0; factor = 0.1; }
       o.step[l] *= factor;
     }

@@ -3,7 +3,8 @@
 struct Back_ {
   const Backward& q; const Functions f;
   long from, to, waiting;
-  Own own; Ctx c; S* memory; S* own_bars; S* bars[INPUTS + 1];
+  static constexpr long SIZE = (6 + 2 * ALL + CARRIED) * (long)N + ROOM_OF_STEP;
+  Own own; Ctx c; Memory<SIZE> memory; Memory<OWNED> own_bars; S* bars[INPUTS + 1];
   S *y, *bar, *start, *ybar, *ks, *kbar, *first_bar, *handed, *work;
   double t[W], h[W], sign[W];
   long row[W], k[W], first[W], sampled[W], behind[W];
@@ -14,17 +15,12 @@ struct Back_ {
 
   // totals (SHARED): where the cotangents of shared inputs are added up in this block
   Back_(const Backward& q, long from, long to, S* totals) : q(q), f(functions_of(q)), from(from), to(to), waiting(from) {
-    const long size = (6 + 2 * ALL + CARRIED) * (long)N + ROOM_OF_STEP;
-    memory = lanes_of(size);
     S* at = memory;
     y = at; bar = (at += N); start = (at += N); ybar = (at += N); ks = (at += N); kbar = (at += ALL * N); first_bar = (at += ALL * N); handed = (at += N); work = (at += N);
-    for (long i = 0; i < size; i++) memory[i] = K(0);
+    for (long i = 0; i < SIZE; i++) memory[i] = K(0);
 #if MULTISTEP
     before.carried = work + ROOM_OF_STEP;
 #endif
-    long mine = 0;
-    for (int i = 0; i < INPUTS; i++) mine += OWN[i];
-    own_bars = lanes_of(mine);
     S* next = own_bars;
     for (int i = 0; i < INPUTS; i++) {
       if (OWN[i]) { bars[i] = next; for (long e = 0; e < OWN[i]; e++) next[e] = K(0); next += OWN[i]; }
@@ -34,7 +30,6 @@ struct Back_ {
     for (int l = 0; l < W; l++) { live[l] = false; row[l] = from; t[l] = q.n_steps ? q.t[from] : 0; h[l] = 0; jump[l] = jumps_end[l] = false; sign[l] = 1; own.load(q.inputs, l, from);
       for (int n = 0; n < N; n++) put(y[n], l, q.states[from * N + n]); }
   }
-  ~Back_() { free(memory); free(own_bars); }
 
   long sample(int l, long i) const { return (q.order ? q.order[i * q.rows + row[l]] : i) * q.rows + row[l]; }
   bool weighs(int l, const R* x) const { for (int n = 0; n < N; n++) if (x[n] != 0) return true; return false; }
@@ -109,12 +104,12 @@ struct Back_ {
     const M on = mask_of(anew);
     for (int n = 0; n < N; n++) handed[n] = m_sel(on, K(0), first_bar[n]);
     if (!some) return;
-    S *v = lanes_of(2 * N), *u = v + N, tb = K(0);
+    Memory<2 * N> room;
+    S *v = room, *u = v + N, tb = K(0);
     for (int n = 0; n < N; n++) v[n] = m_sel(on, first_bar[n], K(0));
     f.vjp(&c, r.times, y, v, u, &tb);
     for (int n = 0; n < N; n++) ybar[n] += u[n];
     if (q.timed) r.tbar += tb;
-    free(v);
   }
 
 #if MULTISTEP
@@ -152,8 +147,8 @@ struct Back_ {
         // the steps before lie far apart in memory
         if (k[l] > 1) {
           const long before = i - 2 * q.rows;
-          __builtin_prefetch(q.t + before); __builtin_prefetch(q.h + before);
-          for (int n = 0; n < N && n < 64; n += 64 / sizeof(R)) __builtin_prefetch(q.states + before * N + n);
+          PREFETCH(q.t + before); PREFETCH(q.h + before);
+          for (int n = 0; n < N && n < 64; n += 64 / sizeof(R)) PREFETCH(q.states + before * N + n);
         }
         if (q.jumps) {
           jump[l] = q.jumps == 2 || (k[l] && q.segment[i] > q.segment[i - q.rows]);
@@ -163,7 +158,7 @@ struct Back_ {
         for (int n = 0; n < N; n++) put(y[n], l, q.states[(i + MULTISTEP * q.rows) * N + n]);
 #if MULTISTEP
         before.load(l, q.extra + k[l] * EXTRA * q.rows + row[l], q.rows, q.n_anchors > 2 && q.lands[i] && q.segment[i] < q.n_anchors - 2);
-        put(before.after, l, moved((R)(t[l] + h[l]), jumps_end[l], sign[l] * __builtin_inf()));
+        put(before.after, l, moved((R)(t[l] + h[l]), jumps_end[l], sign[l] * BEYOND_ALL));
 #endif
         if (RECORDED && (BY_STAGES || q.timed)) for (int s = 0; s < ALL; s++) for (int n = 0; n < N; n++) put(ks[s * N + n], l, q.stages[((k[l] * ALL + s) * q.rows + row[l]) * N + n]);
         if (q.states_bar) add(bar, l, q.states_bar + (i + q.rows) * N);
@@ -234,29 +229,29 @@ struct Back_ {
   }
 };
 
-struct Sweep { const Backward* q; S* totals; long shared; };
+#if !DEVICE
+struct Sweep { const Backward* q; S* totals; };
 static void block_back(void* p, long b) {
   Sweep& s = *(Sweep*)p;
   const long from = b * s.q->block, to = least(from + s.q->block, s.q->rows);
-  Back_ back(*s.q, from, to, s.totals + b * s.shared);
+  Back_ back(*s.q, from, to, s.totals + b * SHARED);
   back.run();
 }
 extern "C" void backward(const Backward* q) {
-  long shared = 0;
-  for (int i = 0; i < INPUTS; i++) if (!OWN[i]) shared += NUMBERS[i];
   const long blocks = (q->rows + q->block - 1) / q->block;
-  S* totals = lanes_of(blocks * shared);
-  for (long e = 0; e < blocks * shared; e++) totals[e] = K(0);
-  Sweep s{q, totals, shared};
+  S* totals = lanes_of(blocks * SHARED);
+  for (long e = 0; e < blocks * SHARED; e++) totals[e] = K(0);
+  Sweep s{q, totals};
   together(q->threads, blocks, block_back, &s);
   long at = 0;
   for (int i = 0; i < INPUTS; i++) if (!OWN[i]) {
     for (long e = 0; e < NUMBERS[i]; e++) {
       R total = 0;
-      for (long b = 0; b < blocks; b++) for (int l = 0; l < W; l++) total += get(totals[b * shared + at + e], l);
+      for (long b = 0; b < blocks; b++) for (int l = 0; l < W; l++) total += get(totals[b * SHARED + at + e], l);
       q->input_bars[i][e] = total;
     }
     at += NUMBERS[i];
   }
   free(totals);
 }
+#endif

@@ -84,7 +84,7 @@ struct History {
     bool which[W];
     double factor[W];
     for (int l = 0; l < W; l++) {
-      const double size = __builtin_fabs(h[l]);
+      const double size = BD(fabs)(h[l]);
       which[l] = on[l] && size != step[l];
       factor[l] = size / step[l];
       if (which[l]) step[l] = size;
@@ -105,7 +105,7 @@ struct History {
       factor[l] = 0.5;
       if (solved[l]) {
         factor[l] = SMALLEST_FACTOR;
-        if (finite(o.level[l])) factor[l] = least(most(safety(l) * __builtin_pow(most(o.level[l], 1e-30), -1.0 / (order[l] + 1)), SMALLEST_FACTOR), 1);
+        if (finite(o.level[l])) factor[l] = least(most(safety(l) * BD(pow)(most(o.level[l], 1e-30), -1.0 / (order[l] + 1)), SMALLEST_FACTOR), 1);
       }
       o.step[l] *= factor[l];
     }
@@ -131,7 +131,7 @@ struct History {
       total += e * e;
     }
     total = root_of(total);
-    for (int l = 0; l < W; l++) found[l] = ready[l] && order[l] + more >= 1 && order[l] + more <= ORDERS ? get(total, l) : __builtin_inf();
+    for (int l = 0; l < W; l++) found[l] = ready[l] && order[l] + more >= 1 && order[l] + more <= ORDERS ? get(total, l) : BEYOND_ALL;
   }
   // orders and sizes behind the steps that ``passed``, of lanes that go on
   template <class O> void follow(O& o, const Flags& passed) {
@@ -190,8 +190,8 @@ struct History {
       any |= settled[l];
       factor[l] = 1;
       // as fun sees it at the start of the next step
-      put(now, l, moved((R)o.t[l], o.jumps_end[l], o.sign[l] * __builtin_inf()));
-      const double size = __builtin_fabs(o.h[l]), smallest = 64 * REAL_EPSILON * __builtin_fabs(get(now, l));
+      put(now, l, moved((R)o.t[l], o.jumps_end[l], o.sign[l] * BEYOND_ALL));
+      const double size = BD(fabs)(o.h[l]), smallest = 64 * REAL_EPSILON * BD(fabs)(get(now, l));
       brief[l] = least(0.1 * size, most(most(1e-10 * o.span[l], smallest), o.q.min_step));
       if (!which[l]) continue;
       if (settled[l]) forget(l);

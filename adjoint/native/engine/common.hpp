@@ -9,11 +9,12 @@ FN void put(S& x, int l, R v) { x[l] = v; }
 #endif
 FN double least(double a, double b) { return a < b ? a : b; }
 FN double most(double a, double b) { return a > b ? a : b; }
-FN bool finite(double x) { return __builtin_fabs(x) <= 1.7976931348623157e308; }
-#ifdef SINGLE
-FN R beside(R x, double toward) { return __builtin_nextafterf(x, (R)toward); }
+FN bool finite(double x) { return BD(fabs)(x) <= 1.7976931348623157e308; }
+FN R beside(R x, double toward) { return BI(nextafter)(x, (R)toward); }
+#if DEVICE
+#define PREFETCH(...)
 #else
-FN R beside(R x, double toward) { return __builtin_nextafter(x, toward); }
+#define PREFETCH __builtin_prefetch
 #endif
 
 // b_i(theta) of the dense output, and their slopes
@@ -34,6 +35,18 @@ FN void dense_slopes(double theta, double* w) {
 }
 #endif
 
+#if DEVICE
+// in the text before this one, where they can be inlined
+struct Functions {
+  static void fun(const Ctx* c, const S* t, const S* y, S* out) { ::fun(c, t, y, out); }
+  static void vjp(const Ctx* c, const S* t, const S* y, const S* v, S* ybar, S* tbar) { ::vjp(c, t, y, v, ybar, tbar); }
+  static void jac(const Ctx* c, const S* t, const S* y, S* J, S* slope) { ::jac(c, t, y, J, slope); }
+  static void mass(const Ctx* c, const S* t, const S* y, S* matrix) { ::mass(c, t, y, matrix); }
+  static void mass_vjp(const Ctx* c, const S* t, const S* y, const S* v, S* ybar, S* tbar) { ::mass_vjp(c, t, y, v, ybar, tbar); }
+  static void bend(const Ctx* c, const S* t, const S* y, const S* weights, const S* of_slope, S* ybar, S* tbar, S* phi) { ::bend(c, t, y, weights, of_slope, ybar, tbar, phi); }
+};
+template <class Q> FN Functions functions_of(const Q&) { return {}; }
+#else
 struct Functions {
   void (*fun)(const Ctx*, const S* t, const S* y, S* out);
   void (*vjp)(const Ctx*, const S* t, const S* y, const S* v, S* ybar, S* tbar);
@@ -54,6 +67,7 @@ template <class Q> static Functions functions_of(const Q& q) {
   return {(decltype(Functions::fun))q.fun, (decltype(Functions::vjp))q.vjp, (decltype(Functions::jac))q.jac, (decltype(Functions::mass))q.mass, (decltype(Functions::mass_vjp))q.mass_vjp,
           (decltype(Functions::bend))q.bend, q.lost};
 }
+#endif
 
 // an attempted step of the trajectories ``on``, from y, where the slope is k1: what it is given, and where its results go
 enum { JACOBIANS, FACTORISATIONS, SOLVES, ITERATIONS, EVALUATED, COUNTS };
@@ -87,22 +101,42 @@ template <class B> FN M mask_of(const B& b) { return b[0]; }
 template <class B> FN M mask_of(const B& b) { M r; for (int l = 0; l < W; l++) r[l] = b[l] ? -1 : 0; return r; }
 #endif
 
+#if !DEVICE
 extern "C" { void* malloc(size_t); void* calloc(size_t, size_t); void free(void*); void* aligned_alloc(size_t, size_t); void* memcpy(void*, const void*, size_t); }
+#endif
+// memory of so many numbers of every lane: on a device its thread's own
+#if DEVICE
+template <long COUNT> struct Memory {
+  S at[COUNT > 0 ? COUNT : 1];
+  operator S*() { return at; }
+};
+#else
 static inline S* lanes_of(long n) { return (S*)aligned_alloc(64, (n * sizeof(S) + 63) / 64 * 64 + 64); }
+template <long COUNT> struct Memory {
+  S* const at;
+  Memory() : at(COUNT > 0 ? lanes_of(COUNT) : nullptr) {}
+  Memory(const Memory&) = delete;
+  ~Memory() { free(at); }
+  operator S*() const { return at; }
+};
+#endif
+constexpr long added(const long* numbers, const long* but_for = nullptr) {
+  long total = 0;
+  for (int k = 0; k < INPUTS; k++) if (!but_for || !but_for[k]) total += numbers[k];
+  return total;
+}
+// numbers of each trajectory's own inputs, and of cotangents of shared ones
+static constexpr long OWNED = added(OWN), SHARED = added(NUMBERS, OWN);
 
 // the inputs that each trajectory has for itself, one for every lane
 struct Own {
-  S* memory; const S* a[INPUTS + 1];
-  Own() : memory(nullptr) {
+  Memory<W == 1 ? 0 : OWNED> memory; const S* a[INPUTS + 1];
+  Own() {
     if (W == 1) return;
-    long total = 0;
-    for (int k = 0; k < INPUTS; k++) total += OWN[k];
-    memory = lanes_of(total);
     S* at = memory;
-    for (long e = 0; e < total; e++) at[e] = K(0);
+    for (long e = 0; e < OWNED; e++) at[e] = K(0);
     for (int k = 0; k < INPUTS; k++) { a[k] = at; at += OWN[k]; }
   }
-  ~Own() { free(memory); }
   void load(const R* const* inputs, int lane, long row) {
     for (int k = 0; k < INPUTS; k++) if (OWN[k]) {
       const R* from = inputs[k] + row * OWN[k];
@@ -118,10 +152,11 @@ static void stage_times(const double* t, const double* h, const double* sign, co
   if (!TIMED) return;
   for (int i = 0; i < TIMES; i++) for (int l = 0; l < W; l++) {
     const R x = (R)(t[l] + h[l] * C[i]);
-    put(times[i], l, C[i] == 0 ? moved(x, jump[l], sign[l] * __builtin_inf()) : C[i] == 1 ? moved(x, jumps_end[l], -sign[l] * __builtin_inf()) : x);
+    put(times[i], l, C[i] == 0 ? moved(x, jump[l], sign[l] * BEYOND_ALL) : C[i] == 1 ? moved(x, jumps_end[l], -sign[l] * BEYOND_ALL) : x);
   }
 }
 
+#if !DEVICE
 // work in blocks of rows, each done by one thread, whatever their number: sums do not depend on it
 struct Crew { long blocks; volatile long next; void (*work)(void*, long); void* with; };
 static void* member(void* p) {
@@ -141,3 +176,4 @@ static void together(long threads, long blocks, void (*work)(void*, long), void*
   member(&crew);
   for (long i = 0; i < started; i++) pthread_join(others[i], nullptr);
 }
+#endif

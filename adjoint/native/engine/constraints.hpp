@@ -33,7 +33,7 @@ static void inner_error(Attempt& a, const double* t, const double* h, const doub
   const S hg = a.h * K(R(GAMMA));
   // a step over a jump of an algebraic variable that nobody named: it shall be small, and no more can be asked
   for (int l = 0; l < W; l++) {
-    const double part = least(__builtin_fabs(h[l]) / most((R)(NARROW * span[l]), SMALLEST), 1);
+    const double part = least(BD(fabs)(h[l]) / most((R)(NARROW * span[l]), SMALLEST), 1);
     put(narrow, l, (R)(part * part));
   }
   for (int p = 0; p < POINTS; p++) {

@@ -16,7 +16,7 @@ struct Log {
   }
 };
 FN double sign_of(double x) { return x > 0 ? 1 : x < 0 ? -1 : x; }
-static const double NONE = __builtin_nan(""), NEVER = __builtin_inf(), TINY = 1e-300, EPS = 2.220446049250313e-16;
+static const double NONE = NO_NUMBER, NEVER = BEYOND_ALL, TINY = 1e-300, EPS = 2.220446049250313e-16;
 
 // a root of f between start and end, where it is f0 and f1 of different signs (Chandrupatla 1997)
 template <class F> static double chandrupatla(const F& f, double f0, double f1, double start, double end) {
@@ -29,8 +29,8 @@ template <class F> static double chandrupatla(const F& f, double f0, double f1, 
     if (fx == 0) fx = beyond;  // zero belongs to the far side
     if (sign_of(fx) == sign_of(fa)) { c = a; fc = fa; } else { c = b; fc = fb; b = a; fb = fa; }
     a = x; fa = fx;
-    best = __builtin_fabs(fa) < __builtin_fabs(fb) ? a : b;
-    const double least_ = tolerance / __builtin_fabs(b - a);
+    best = BD(fabs)(fa) < BD(fabs)(fb) ? a : b;
+    const double least_ = tolerance / BD(fabs)(b - a);
     if (least_ > 0.5 || !finite(fx)) break;
     const double xi = (a - b) / (c - b), phi = (fa - fb) / (fc - fb);
     const double inverse = fa / (fb - fa) * fc / (fb - fc) + (c - a) / (b - a) * fa / (fc - fa) * fb / (fc - fb);
@@ -47,7 +47,7 @@ template <class F> static double lowest(const F& f, double& x, double a, double 
     const double p = (x - a) * (x - a) * (v - fb), q = (x - b) * (x - b) * (v - fa);
     const double vertex = x - 0.5 * (p - q) / ((x - a) * (v - fb) - (x - b) * (v - fa));
     const double aside = x + 0.1 * (b - x > x - a ? b - x : a - x);
-    const bool usable = finite(vertex) && vertex > a && vertex < b && __builtin_fabs(vertex - x) > 1e-3 * (b - a);
+    const bool usable = finite(vertex) && vertex > a && vertex < b && BD(fabs)(vertex - x) > 1e-3 * (b - a);
     const double at = usable ? vertex : aside, w = f(at);
     const bool better = w < v, below = at < x;
     if (below != better) { a = better ? x : at; fa = better ? v : w; } else { b = better ? x : at; fb = better ? v : w; }
@@ -83,7 +83,7 @@ template <class F> static int crossings(const F& f, const double* places, const 
   const double c3 = -4.5 * values[0] + 13.5 * values[1] - 13.5 * values[2] + 4.5 * values[3];
   double low = values[0], high = values[0];
   for (int i = 1; i < 4; i++) { low = least(low, values[i]); high = most(high, values[i]); }
-  const double root = __builtin_sqrt(most(c2 * c2 - 3 * c1 * c3, 0)), q = -(c2 + (c2 < 0 ? -root : root));
+  const double root = BD(sqrt)(most(c2 * c2 - 3 * c1 * c3, 0)), q = -(c2 + (c2 < 0 ? -root : root));
   const double extrema[2] = {q / (3 * c3), c1 / q};
   for (int e = 0; e < 2; e++) {
     double at = extrema[e];
@@ -138,11 +138,11 @@ static Outcome locate(const F& value, Watch& w, const double (*values)[5], const
   }
   // a step once cut short that was still too long is cut more
   const double margin = aimed && last <= 1 ? w.margin * 4 : w.margin, cut = (1 - margin) / FARTHEST, aim = t + last * cut * h;
-  const double resolution = 64 * REAL_EPSILON * __builtin_fabs(t);
-  const bool hopeless = margin > 0.6 || __builtin_fabs(aim - t) <= resolution, some = finite(last);
+  const double resolution = 64 * REAL_EPSILON * BD(fabs)(t);
+  const bool hopeless = margin > 0.6 || BD(fabs)(aim - t) <= resolution, some = finite(last);
   const bool ending = some && ((aimed && last > 1) || hopeless), again = some && !ending;
   if (again) w.margin = margin;
-  const bool far = again && !aimed && 0.125 * __builtin_fabs(aim - t) > resolution && adaptive;
+  const bool far = again && !aimed && 0.125 * BD(fabs)(aim - t) > resolution && adaptive;
   const double share = (1 - 0.125) / FARTHEST;
   const double following = again ? (far ? t + last * share * h : aim) : aimed && !ending ? w.last_aim : NONE;
   if (far) w.last_aim = t + last * (share + (1 - share) * cut) * h;
@@ -150,9 +150,9 @@ static Outcome locate(const F& value, Watch& w, const double (*values)[5], const
   if (following == following) w.aim = following;
   auto time = [&](double x) {
     const double at = x == 1 ? end : t + (finite(x) ? x : 0) * h;
-    return __builtin_fabs(at - w.hint) <= 8 * EPS * most(__builtin_fabs(at), __builtin_fabs(h)) ? w.hint : at;
+    return BD(fabs)(at - w.hint) <= 8 * EPS * most(BD(fabs)(at), BD(fabs)(h)) ? w.hint : at;
   };
-  const double together = 8 * EPS * most(__builtin_fabs(t), __builtin_fabs(h)) / (h == 0 ? 1 : __builtin_fabs(h));
+  const double together = 8 * EPS * most(BD(fabs)(t), BD(fabs)(h)) / (h == 0 ? 1 : BD(fabs)(h));
   const double bound = again ? -1 : ending ? last + together : 1;
   for (int j = 0; j < n; j++) if (theta[j] <= bound) {
     w.counts[kind[j]]++;

@@ -3,7 +3,7 @@
 typedef double DV;
 typedef long LV;
 FN DV d_of(S x) { return x; }
-FN DV d_abs(DV x) { return __builtin_fabs(x); }
+FN DV d_abs(DV x) { return BD(fabs)(x); }
 FN DV d_sel(LV m, DV a, DV b) { return m ? a : b; }
 FN S narrow(DV x) { return (S)x; }
 #else
@@ -54,26 +54,31 @@ FN DV d_least(DV a, DV b) { return d_sel(THAT(a < b), a, b); }
 FN DV d_most(DV a, DV b) { return d_sel(THAT(a > b), a, b); }
 FN LV d_finite(DV x) { return THAT(d_abs(x) <= d_all(1.7976931348623157e308)); }
 
+#ifdef __CUDACC__
+#define MAY_ALIAS
+#else
+#define MAY_ALIAS __attribute__((may_alias))
+#endif
 struct Doubles {
   DV v;
   double& operator[](int l) { return ((double*)&v)[l]; }
   double operator[](int l) const { return ((const double*)&v)[l]; }
-} __attribute__((may_alias));
+} MAY_ALIAS;
 struct Longs {
   LV v;
   long& operator[](int l) { return ((long*)&v)[l]; }
   long operator[](int l) const { return ((const long*)&v)[l]; }
-} __attribute__((may_alias));
+} MAY_ALIAS;
 struct Flags {
   LV v;
   bool operator[](int l) const { return ((const long*)&v)[l]; }
   void set(int l, bool x) { ((long*)&v)[l] = -(long)x; }
-} __attribute__((may_alias));
+} MAY_ALIAS;
 
 // x to the p for positive normal x: the logarithm by the series of artanh, the power by that of exp, both by pairs of terms, as one waits for
 // the other; relative error below 1e-11. Of one trajectory, the library's.
 #if W == 1
-FN DV d_power(DV x, DV p) { return __builtin_pow(x, p); }
+FN DV d_power(DV x, DV p) { return BD(pow)(x, p); }
 #else
 template <class P> FN DV d_power(DV x, const P& p) {
   const LV all = bits(x), exponent = (all - l_all(0x3fe6a09e667f3bcdL)) >> 52;  // from the root of a half

@@ -2,11 +2,26 @@
 // `integrate/clock.py`, `controller.py` and the samplers.
 
 // of size one, unlike each other
-FN double scattered(int n) { return 1.5 + __builtin_cos((n + 1.0) * (n + 1.0)); }
-struct Loop {
+FN double scattered(int n) { return 1.5 + BD(cos)((n + 1.0) * (n + 1.0)); }
+// of every lane, what a solve that is interrupted between two steps goes on from, beside its memory
+struct Standing {
+  Doubles t, step, target, error1, error2, sign, span;
+  Doubles due;  // the time of the next sample, in the direction of integration
+  Longs segment, attempts, accepted, n_fun;
+  long next[W];
+#if SWITCHES
+  Handover handover;
+#endif
+  Doubles looked;  // the longest step, a little more, that was looked at, and how long ago
+  Longs since;
+  Flags unstable, live, rejected, bad;
+  bool jump[W];
+};
+struct Loop : Standing {
   const Forward& q; Tape& tape; const Functions f;
   long from, to, waiting;
-  Own own; Ctx c; S* memory;
+  static constexpr long ROOM_BEFORE_STEP = (15 + 2 * ALL) * (long)N, ROOM = ROOM_BEFORE_STEP + ROOM_OF_STEP + 4 * CONSTRAINED * (long)N;
+  Own own; Ctx c; Memory<ROOM> memory;
   S *y, *y1, *k1, *ks, *rtol, *atol, *size, *error, *other, *srtol, *satol;
   Starts starts;
   Attempt a;
@@ -14,29 +29,20 @@ struct Loop {
   History past;
   Doubles level;  // of the error of the last attempt
 #endif
-  Doubles t, step, wanted, target, end, h, error1, error2, sign, span;
-  Doubles due;  // the time of the next sample, in the direction of integration
-  Longs segment, attempts, accepted, n_fun;
-  long row[W], next[W];
+  Doubles wanted, end, h;
+  long row[W];
 #if EVENTS > 0
   Watch watch[W];
   EventFunctions events;
 #endif
-#if SWITCHES
-  Handover handover;
-#endif
   S *probe, *inside, *direction, *looking;  // direction, of the first lane: where probes begin; looking: room for a look
-  Doubles looked;  // the longest step, a little more, that was looked at, and how long ago
-  Longs since;
-  Flags unstable;
   double stop[W];  // where a terminal event ends a trajectory in this step
   double largest;  // number of direction
   bool aiming[W];  // the step is to end just before a terminal event
-  Flags live, lands, rejected, bad, on;
-  bool jump[W], jumps_end[W];
+  Flags lands, on;
+  bool jumps_end[W];
 
-  static constexpr long ROOM_BEFORE_STEP = (15 + 2 * ALL) * (long)N, ROOM = ROOM_BEFORE_STEP + ROOM_OF_STEP + 4 * CONSTRAINED * (long)N;
-  Loop(const Forward& q, Tape& tape, long from, long to) : q(q), tape(tape), f(functions_of(q)), from(from), to(to), waiting(from), memory(lanes_of(ROOM)), starts(q, f), a{f, c}
+  Loop(const Forward& q, Tape& tape, long from, long to) : q(q), tape(tape), f(functions_of(q)), from(from), to(to), waiting(from), starts(q, f), a{f, c}
 #if MULTISTEP
     , past(memory + ROOM_BEFORE_STEP)
 #endif
@@ -60,7 +66,7 @@ struct Loop {
     segment.v = attempts.v = accepted.v = n_fun.v = since.v = LV{};
     step.v = sign.v = d_all(1);
     for (int l = 0; l < W; l++) {
-      row[l] = from; t[l] = q.anchors[from]; next[l] = 0; stop[l] = __builtin_nan("");
+      row[l] = from; t[l] = q.anchors[from]; next[l] = 0; stop[l] = NO_NUMBER;
       aiming[l] = jump[l] = jumps_end[l] = a.on[l] = a.again[l] = a.stuck[l] = false;
       own.load(q.inputs, l, from);
       load_tolerances(q, rtol, atol, l, from);
@@ -74,7 +80,6 @@ struct Loop {
       largest = most(largest, (R)x);
     }
   }
-  ~Loop() { free(memory); }
 
   // however loose the tolerances of the steps are, stages are roots, and no tighter than rounding allows
   void of_stages(int l) {
@@ -84,11 +89,11 @@ struct Loop {
     }
   }
   // of size one, away from zero: what must not be negative stays so
-  R drawn(int n, int l) const { return (R)__builtin_copysign((double)get(direction[n], 0), (double)get(y[n], l)); }
+  R drawn(int n, int l) const { return (R)BD(copysign)((double)get(direction[n], 0), (double)get(y[n], l)); }
   double anchor(int l, long i) const { return q.anchors[i * q.rows + row[l]]; }
   long sample(int l, long i) const { return q.order ? q.order[i * q.rows + row[l]] : i; }
   double sample_time(int l, long i) const { return q.t_eval[sample(l, i) * q.rows + row[l]]; }
-  void to_next_sample(int l) { due[l] = next[l] < q.n_samples ? sign[l] * sample_time(l, next[l]) : __builtin_inf(); }
+  void to_next_sample(int l) { due[l] = next[l] < q.n_samples ? sign[l] * sample_time(l, next[l]) : BEYOND_ALL; }
   void to_next_anchor(int l) {
     while (segment[l] < q.n_anchors - 1 && anchor(l, segment[l] + 1) == t[l] && (accepted[l] || segment[l] < q.n_anchors - 2)) segment[l]++;
     if (segment[l] < q.n_anchors - 1) target[l] = anchor(l, segment[l] + 1);
@@ -106,13 +111,13 @@ struct Loop {
     if (status == -3 && a.stuck[l]) status = -4;
     for (; next[l] < q.n_samples;) {
       const long i = sample(l, next[l]++) * q.rows + r;
-      for (int n = 0; n < N; n++) q.samples[i * N + n] = R(__builtin_nan(""));
+      for (int n = 0; n < N; n++) q.samples[i * N + n] = R(NO_NUMBER);
       q.sample_step[i] = -1;
     }
     for (int n = 0; n < N; n++) {
       q.last[r * N + n] = get(y[n], l);
-      q.final[r * N + n] = status < 0 ? R(__builtin_nan("")) : get(y[n], l);
-      q.scaled[r * N + n] = __builtin_fabs(get(error[n], l) / (get(size[n], l) * get(rtol[n], l) + get(atol[n], l)));
+      q.final[r * N + n] = status < 0 ? R(NO_NUMBER) : get(y[n], l);
+      q.scaled[r * N + n] = BD(fabs)(get(error[n], l) / (get(size[n], l) * get(rtol[n], l) + get(atol[n], l)));
     }
     q.n_steps[r] = attempts[l]; q.n_accepted[r] = accepted[l]; q.n_fun[r] = n_fun[l] + a.counts[EVALUATED][l]; q.status[r] = status;
     q.t_final[r] = t[l]; q.next_step[r] = step[l];
@@ -133,7 +138,7 @@ struct Loop {
       }
       t[l] = anchor(l, 0);
       sign[l] = anchor(l, q.n_anchors - 1) >= t[l] ? 1.0 : -1.0;
-      span[l] = __builtin_fabs(anchor(l, q.n_anchors - 1) - t[l]);
+      span[l] = BD(fabs)(anchor(l, q.n_anchors - 1) - t[l]);
       step[l] = starts.step[j];
       attempts[l] = accepted[l] = next[l] = segment[l] = since[l] = 0;
       n_fun[l] = !IMPLICIT + (starts.guessed && !CONSTRAINED);
@@ -170,7 +175,7 @@ struct Loop {
   // where the coming steps end, of the lanes that are on
   void aim() {
     DV s = step.v, end_at = target.v;
-    if (q.max_step < __builtin_inf()) s = d_least(s, d_all(q.max_step));
+    if (q.max_step < BEYOND_ALL) s = d_least(s, d_all(q.max_step));
     if (q.accept_smallest) s = d_most(s, d_all(q.min_step));
 #if EVENTS > 0
     Doubles ends = target;
@@ -179,7 +184,7 @@ struct Loop {
 #endif
     const DV remaining = d_abs(end_at - t.v);
     LV there = q.adaptive ? THAT(s * 1.01 >= remaining) : THAT(s >= remaining * (1 - 1e-10));
-    if (q.adaptive && q.max_step < __builtin_inf()) there = there & THAT(remaining <= d_all(q.max_step));
+    if (q.adaptive && q.max_step < BEYOND_ALL) there = there & THAT(remaining <= d_all(q.max_step));
     LV tiny = THAT(s <= 16 * 2.220446049250313e-16 * d_abs(t.v));
     if (q.min_step) tiny = tiny | THAT(s < d_all(q.min_step));
     const LV spent = THAT(attempts.v >= l_all(q.max_steps)), none = live.v & (spent | (tiny & ~there));
@@ -244,6 +249,9 @@ struct Loop {
     a.times = times;
     refill();
     for (;;) {
+#if DEVICE
+      if (live[0] && accepted[0] >= q.room) return;
+#endif
       for (int l = 0; RECORDED && l < W; l++) a.again[l] = rejected[l];
       aim();
       if (!some(on.v)) {
@@ -254,7 +262,7 @@ struct Loop {
       a.h = narrow(h.v);
 #if MULTISTEP
       past.fit(on, h, step);
-      for (int l = 0; l < W; l++) put(times[0], l, moved((R)end[l], jumps_end[l], -sign[l] * __builtin_inf()));
+      for (int l = 0; l < W; l++) put(times[0], l, moved((R)end[l], jumps_end[l], -sign[l] * BEYOND_ALL));
 #else
       stage_times(&t[0], &h[0], &sign[0], jump, jumps_end, times);
 #endif
@@ -356,7 +364,7 @@ struct Loop {
       if (!out.again) continue;
       passed.set(l, false);
       for (int i = 0; i < EVENTS; i++) w.values[i] = before[i];
-      step[l] = most(step[l], __builtin_fabs(w.aim - t[l]));
+      step[l] = most(step[l], BD(fabs)(w.aim - t[l]));
     }
   }
 #endif
@@ -433,7 +441,7 @@ struct Loop {
     if (!end_known && (going || q.watched || (dense && NEXT_FIRST))) {
       end_known = true;
       S at = K(0);
-      if (TIMED) for (int l = 0; l < W; l++) put(at, l, moved((R)(t[l] + h[l]), jumps_end[l], -sign[l] * __builtin_inf()));
+      if (TIMED) for (int l = 0; l < W; l++) put(at, l, moved((R)(t[l] + h[l]), jumps_end[l], -sign[l] * BEYOND_ALL));
       f.fun(&c, &at, y1, k_end);
       n_fun.v -= passed.v;
     }
@@ -473,8 +481,8 @@ struct Loop {
         if (q.keep_states) for (int n = 0; n < N; n++) p.state[n] = get(y1[n], l);
         if (W > 1) {
           // where the next step goes lies far away in memory
-          __builtin_prefetch(p.t + q.rows, 1); __builtin_prefetch(p.h + q.rows, 1);
-          if (q.keep_states) for (int n = 0; n < N && n < 64; n += 64 / sizeof(R)) __builtin_prefetch(p.state + q.rows * N + n, 1);
+          PREFETCH(p.t + q.rows, 1); PREFETCH(p.h + q.rows, 1);
+          if (q.keep_states) for (int n = 0; n < N && n < 64; n += 64 / sizeof(R)) PREFETCH(p.state + q.rows * N + n, 1);
         }
         if (q.keep_stages) for (int s = 0; s < ALL; s++) for (int n = 0; n < N; n++) p.stages[s * q.rows * N + n] = get(ks[s * N + n], l);
 #if MULTISTEP
@@ -509,14 +517,15 @@ struct Loop {
 #else
     if (jumped) {
       // after a discontinuity the first stage is taken anew, from the far side of it
-      S at = K(0), *anew = lanes_of(N);
-      for (int l = 0; l < W; l++) put(at, l, moved((R)t[l], jump[l], sign[l] * __builtin_inf()));
+      Memory<N> anew;
+      S at = K(0);
+      for (int l = 0; l < W; l++) put(at, l, moved((R)t[l], jump[l], sign[l] * BEYOND_ALL));
 #if IMPLICIT
       double width[W], fast[W];
       bool wanted[W];
       for (int l = 0; l < W; l++) {
         wanted[l] = passed[l] && jump[l];
-        const double room = wanted[l] ? __builtin_fabs(target[l] - t[l]) : 0;
+        const double room = wanted[l] ? BD(fabs)(target[l] - t[l]) : 0;
         width[l] = 1e-3 * (room > 0 ? room : span[l]);
       }
       find_slopes(a, at, &sign[0], width, wanted, anew, fast);
@@ -527,7 +536,6 @@ struct Loop {
         n_fun[l] += !IMPLICIT;
         for (int n = 0; n < N; n++) put(k1[n], l, get(anew[n], l));
       }
-      free(anew);
     }
 #endif
     if (ended) refill();

@@ -26,7 +26,7 @@ struct Newton {
         if (early) {
           // whether at this rate it will not be done in the rounds that are left
           const double slow = least(rate[l], 1.0), left = most_left();
-          bad = bad || rate[l] >= 1 || __builtin_pow(slow, left + 1) / ::most(1 - slow, 1e-3) * (x / bound) > 1;
+          bad = bad || rate[l] >= 1 || BD(pow)(slow, left + 1) / ::most(1 - slow, 1e-3) * (x / bound) > 1;
         }
       }
       failed[l] = failed[l] || bad;

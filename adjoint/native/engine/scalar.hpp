@@ -1,13 +1,22 @@
 // Numbers that the emitted functions compute with, and the functions that they call. Includes nothing, so that it compiles at once.
 //   R: what all trajectories share; S: what differs by trajectory (a number, or with W defined a vector of W of them: vector.hpp)
 //   I, J: integers, and M: truth values which differ by trajectory; K, KI, KM make the latter of the former
-// SINGLE: single precision. FN: what stands before a function; __device__ for NVRTC and nvcc.
+// SINGLE: single precision. FN: what stands before a function; __device__ for NVRTC and nvcc. EMITTED: before a function of the user.
+// DEVICE: a thread for each trajectory, with no memory but its own, as on a GPU; what is called by address elsewhere stands in the same text.
+#ifndef DEVICE
+#define DEVICE 0
+#endif
 #ifndef FN
 #ifdef __CUDACC__
 #define FN static __device__ __forceinline__
 #else
 #define FN static inline
 #endif
+#endif
+#if DEVICE
+#define EMITTED FN void
+#else
+#define EMITTED extern "C" void
 #endif
 // TABLE: what stands before arrays of constants
 #ifndef TABLE
@@ -33,13 +42,20 @@ typedef double R;
 #endif
 #endif
 typedef long long I;
+// BI, BD: functions of R, and of double
 #ifdef __CUDACC__
-#define NOT_A_NUMBER (R(__longlong_as_double(0x7ff8000000000000LL)))
-#define INFINITE (R(__longlong_as_double(0x7ff0000000000000LL)))
+#define BD(name) ::name
+#define TRAP __trap()
+#define NO_NUMBER (__longlong_as_double(0x7ff8000000000000LL))
+#define BEYOND_ALL (__longlong_as_double(0x7ff0000000000000LL))
 #else
-#define NOT_A_NUMBER (R(__builtin_nan("")))
-#define INFINITE (R(__builtin_inf()))
+#define BD(name) __builtin_##name
+#define TRAP __builtin_trap()
+#define NO_NUMBER __builtin_nan("")
+#define BEYOND_ALL __builtin_inf()
 #endif
+#define NOT_A_NUMBER (R(NO_NUMBER))
+#define INFINITE (R(BEYOND_ALL))
 
 #define UNARY(name, f) FN R m_##name(R x) { return BI(f)(x); }
 UNARY(exp, exp) UNARY(expm1, expm1) UNARY(exp2, exp2) UNARY(log, log) UNARY(log1p, log1p) UNARY(log2, log2) UNARY(log10, log10)

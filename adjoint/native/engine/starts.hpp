@@ -18,7 +18,8 @@ static void load_tolerances(const Forward& q, S* rtol, S* atol, int l, long r) {
 
 struct Starts {
   const Forward& q; const Functions& f;
-  Own own; Ctx c; S* memory; Attempt a;  // of the step that tells the size of the first one, where there are constraints
+  static constexpr long NUMBERS_HERE = 6 * (long)N + CONSTRAINED * (4 * (long)N + ROOM_OF_STEP);
+  Own own; Ctx c; Memory<NUMBERS_HERE> memory; Attempt a;  // of the step that tells the size of the first one, where there are constraints
   S *y, *slope, *rtol, *atol, *beyond, *size;
   Doubles step; bool guessed;
   long from, to;  // the rows that are here
@@ -27,15 +28,12 @@ struct Starts {
 #endif
 
   Starts(const Forward& q, const Functions& f) : q(q), f(f), a{f, c}, guessed(q.adaptive && !q.first_step), from(0), to(0) {
-    const long numbers = 6 * (long)N + CONSTRAINED * (4 * (long)N + ROOM_OF_STEP);
-    memory = lanes_of(numbers);
-    for (long i = 0; i < numbers; i++) memory[i] = K(0);
+    for (long i = 0; i < NUMBERS_HERE; i++) memory[i] = K(0);
     y = memory; slope = y + N; rtol = slope + N; atol = rtol + N; beyond = atol + N; size = beyond + N;
     c = {q.inputs, own.a, q.tables, nullptr};
     a.y = y; a.step_rtol = rtol; a.step_atol = atol; a.beside = memory + 6 * (long)N; a.work = a.beside + 4 * (long)N;
     a.power = q.power; a.skipped = q.skipped;
   }
-  ~Starts() { free(memory); }
 
   double anchor(long r, long i) const { return q.anchors[i * q.rows + r]; }
   // those of the rows from ``first``, where there are as many below ``limit``
@@ -50,8 +48,8 @@ struct Starts {
       if (!fixed) load_tolerances(q, rtol, atol, l, r);
       for (int n = 0; n < N; n++) put(y[n], l, q.y0[r * N + n]);
       sign[l] = anchor(r, q.n_anchors - 1) >= anchor(r, 0) ? 1.0 : -1.0;
-      put(now, l, moved((R)anchor(r, 0), q.shift == 2, sign[l] * __builtin_inf()));
-      step[l] = q.first_step ? q.first_step[q.first_step_row * r] : __builtin_inf();
+      put(now, l, moved((R)anchor(r, 0), q.shift == 2, sign[l] * BEYOND_ALL));
+      step[l] = q.first_step ? q.first_step[q.first_step_row * r] : BEYOND_ALL;
     }
     from = first; to = first + W < limit ? first + W : limit;
 #if EVENTS > 0
@@ -65,7 +63,7 @@ struct Starts {
 #if CONSTRAINED
     double t[W], span[W];
     bool every[W];
-    for (int l = 0; l < W; l++) { t[l] = anchor(row[l], 0); span[l] = __builtin_fabs(anchor(row[l], q.n_anchors - 1) - t[l]); every[l] = true; }
+    for (int l = 0; l < W; l++) { t[l] = anchor(row[l], 0); span[l] = BD(fabs)(anchor(row[l], q.n_anchors - 1) - t[l]); every[l] = true; }
 #endif
 #if IMPLICIT
     double width[W], fast[W];
@@ -97,10 +95,10 @@ struct Starts {
     scaled_norm(slope, size, rtol, atol, &a1);
     for (int l = 0; l < W; l++) {
       const long r = row[l];
-      double nearest = 0, ahead_most = __builtin_inf();
+      double nearest = 0, ahead_most = BEYOND_ALL;
       for (long i = 1; i < q.n_anchors; i++) {
         const double ahead = anchor(r, i) - anchor(r, 0);
-        if (sign[l] * ahead > 0 && __builtin_fabs(ahead) < ahead_most) { ahead_most = __builtin_fabs(ahead); nearest = anchor(r, i); }
+        if (sign[l] * ahead > 0 && BD(fabs)(ahead) < ahead_most) { ahead_most = BD(fabs)(ahead); nearest = anchor(r, i); }
       }
       if (!finite(ahead_most)) { ahead_most = 0; nearest = anchor(r, q.n_anchors > 1 ? 1 : 0); }
       room[l] = ahead_most;
@@ -117,7 +115,7 @@ struct Starts {
     scaled_norm(beyond, size, rtol, atol, &a2);
     for (int l = 0; l < W; l++) {
       const double worst = most(get(a1, l), (double)get(a2, l) / least0[l]);
-      const double next = worst <= 1e-15 ? most(least0[l] * 1e-3, 1e-6) : __builtin_pow(0.01 / worst, 1.0 / (ERROR_ORDER + 1));
+      const double next = worst <= 1e-15 ? most(least0[l] * 1e-3, 1e-6) : BD(pow)(0.01 / worst, 1.0 / (ERROR_ORDER + 1));
       const double x = least(100 * least0[l], next);
       step[l] = finite(x) && x > 0 ? x : least0[l];
     }

@@ -70,18 +70,18 @@ struct Handover {
     for (int k = 0; k <= PRODUCTS && some(first.v); k++) {
       grown.v = product(o, first);
       // the last one turns the probe further
-      for (int l = 0; l < W && k < PRODUCTS; l++) if (first[l]) rate[l] = (k ? rate[l] : 1) * __builtin_pow(grown[l], part);
+      for (int l = 0; l < W && k < PRODUCTS; l++) if (first[l]) rate[l] = (k ? rate[l] : 1) * BD(pow)(grown[l], part);
     }
     begun.v = begun.v | first.v;
     if (some(near.v)) {
       grown.v = product(o, near);
       product(o, near);
-      for (int l = 0; l < W; l++) if (near[l]) rate[l] = __builtin_pow(rate[l], 1 - part) * __builtin_pow(grown[l], part);
+      for (int l = 0; l < W; l++) if (near[l]) rate[l] = BD(pow)(rate[l], 1 - part) * BD(pow)(grown[l], part);
     }
     level.v = rate.v * length / INTERVAL;
     const LV beyond = taken.v & THAT(level.v > d_all(1));
     bound.v = d_sel(beyond, rate.v, bound.v);
-    for (int l = 0; l < W; l++) found[l] = __builtin_pow(level[l], ERROR_ORDER + 1);
+    for (int l = 0; l < W; l++) found[l] = BD(pow)(level[l], ERROR_ORDER + 1);
     return d_sel(beyond, found.v, error);
   }
 #endif

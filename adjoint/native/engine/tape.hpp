@@ -1,5 +1,9 @@
 // What a solve writes as it goes: for so many steps as there was room for at first into tensors, beyond that into memory of its own.
 
+#if DEVICE
+// its steps go in rounds, of which each has tensors of its own: addresses are such that steps count from the first round on
+struct Tape {};
+#else
 // steps behind those for which there was room at first, of all trajectories
 struct Chunk { long from, length; R* states; R* stages; double *t, *h, *extra; long* segment; unsigned char* lands; Chunk* next; };
 struct Tape {
@@ -8,8 +12,10 @@ struct Tape {
   Log log;
 #endif
 };
+#endif
 struct Place { R *state, *stages; double *t, *h; long* segment; unsigned char* lands; double* extra; };
 
+#if !DEVICE
 static Chunk* chunk_at(const Forward& q, Tape& tape, long k) {
   pthread_mutex_lock(&tape.lock);
   Chunk** at = &tape.first; long from = q.room;
@@ -32,27 +38,26 @@ static Chunk* chunk_at(const Forward& q, Tape& tape, long k) {
   pthread_mutex_unlock(&tape.lock);
   return found;
 }
+#endif
 // where step k of a row is written, and the state at its end
 static Place place_of(const Forward& q, Tape& tape, long k, long row) {
   const long B_ = q.rows;
-  if (k < q.room) {
+  if (DEVICE || k < q.room) {
     const long i = k * B_ + row;
     return {q.keep_states ? q.states + (i + B_) * N : nullptr, q.keep_stages ? q.stages + (k * ALL * B_ + row) * N : nullptr, q.t + i, q.h + i, q.segment + i, q.lands + i,
             q.extra + k * EXTRA * B_ + row};
   }
+#if !DEVICE
   Chunk* c = chunk_at(q, tape, k);
   const long j = k - c->from, i = j * B_ + row;
   return {q.keep_states ? c->states + i * N : nullptr, q.keep_stages ? c->stages + (j * ALL * B_ + row) * N : nullptr, c->t + i, c->h + i, c->segment + i, c->lands + i,
           c->extra + j * EXTRA * B_ + row};
+#endif
 }
 
-// from what was written as the solve went to tensors of ``steps`` steps; rows with fewer go on with steps of size zero. ``to`` has room for all
-struct Sealing { const Forward* q; const Forward* to; Tape* tape; long steps; };
-static void block_seal(void* p, long b) {
-  Sealing& s = *(Sealing*)p;
-  const Forward &q = *s.q, &to = *s.to;
-  const long end = least((b + 1) * q.block, q.rows);
-  for (long r = b * q.block; r < end; r++) for (long k = q.n_accepted[r]; k < s.steps; k++) {
+// rows with fewer steps than there are go on with steps of size zero
+static void pad(const Forward& q, const Forward& to, long steps, long r) {
+  for (long k = q.n_accepted[r]; k < steps; k++) {
     const long i = k * q.rows + r;
     to.t[i] = q.t_final[r]; to.h[i] = 0;
     for (int e = 0; e < EXTRA; e++) to.extra[(k * EXTRA + e) * q.rows + r] = IDLE[e];
@@ -60,6 +65,14 @@ static void block_seal(void* p, long b) {
     if (q.keep_states) for (int n = 0; n < N; n++) to.states[(i + q.rows) * N + n] = q.last[r * N + n];
     if (q.keep_stages) for (int a = 0; a < ALL; a++) for (int n = 0; n < N; n++) to.stages[((k * ALL + a) * q.rows + r) * N + n] = 0;
   }
+}
+#if !DEVICE
+// from what was written as the solve went to tensors of ``steps`` steps. ``to`` has room for all
+struct Sealing { const Forward* q; const Forward* to; Tape* tape; long steps; };
+static void block_seal(void* p, long b) {
+  Sealing& s = *(Sealing*)p;
+  const long end = least((b + 1) * s.q->block, s.q->rows);
+  for (long r = b * s.q->block; r < end; r++) pad(*s.q, *s.to, s.steps, r);
 }
 extern "C" void seal(void* p, const Forward* q, const Forward* to, long steps) {
   Tape* tape = (Tape*)p;
@@ -88,3 +101,4 @@ extern "C" void seal(void* p, const Forward* q, const Forward* to, long steps) {
   pthread_mutex_destroy(&tape->lock);
   free(tape);
 }
+#endif
