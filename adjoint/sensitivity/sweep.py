@@ -23,13 +23,14 @@ from .replay import hands_on, replay_step
 __all__ = ["functional_sweep", "tangents"]
 
 
-def _step(problem: Problem, grid: Grid, times: StepTimes, k: int, dense: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Step ``k`` as a function of ``(t, h, y, *inputs)``; its output is ``(y1, stages)``. Where it begins with the last slope of the step
-    before, that comes behind ``y``; see `_leading`."""
+def _step(problem: Problem, grid: Grid, times: StepTimes, k: int, dense: bool, moving: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Step ``k`` as a function of ``(y, *inputs)``, if times are ``moving`` of ``(t, h, y, *inputs)``; its output is ``(y1, stages)``.
+    Where it begins with the last slope of the step before, that comes behind ``y``; see `_leading`."""
     real = grid.states.dtype.to_real()
     chained = hands_on(problem.plan) and k > 0
 
-    def step(t: Tensor, h: Tensor, y: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    def step(*args: Tensor) -> tuple[Tensor, Tensor]:
+        t, h, y, *rest = args if moving else (times.t[k], times.h[k], *args)
         handed, inputs = ((rest[0], times.anew(k)), rest[1:]) if chained else (None, rest)
         row = times._replace(
             t=t.unsqueeze(0),
@@ -43,9 +44,9 @@ def _step(problem: Problem, grid: Grid, times: StepTimes, k: int, dense: bool) -
     return step
 
 
-def _leading(problem: Problem, grid: Grid, times: StepTimes, k: int) -> tuple[Tensor, ...]:
+def _leading(problem: Problem, grid: Grid, times: StepTimes, k: int, moving: bool) -> tuple[Tensor, ...]:
     """What the function of step ``k`` takes before the inputs."""
-    own = (times.t[k], times.h[k], grid.states[k])
+    own = (times.t[k], times.h[k], grid.states[k]) if moving else (grid.states[k],)
     return (*own, grid.stages[k][0]) if hands_on(problem.plan) and k else own
 
 
@@ -97,7 +98,9 @@ def functional_sweep(asked: Asked) -> tuple[Tensor | None, ...]:
     if sampled:
         assert t_eval is not None and samples_bar is not None
         every = range(n_steps)
-        stages = torch.stack([_step(problem, grid, times, k, True)(*_leading(problem, grid, times, k), *inputs)[1] for k in every])
+        stages = torch.stack(
+            [_step(problem, grid, times, k, True, False)(*_leading(problem, grid, times, k, False), *inputs)[1] for k in every]
+        )
         _, pull = vjp(
             lambda s, ks, t, h, te: interpolate(plan, s, ks, t, h, te, grid.sample_step), states, stages, times.t, times.h, t_eval
         )
@@ -106,7 +109,8 @@ def functional_sweep(asked: Asked) -> tuple[Tensor | None, ...]:
 
     input_bars: list[Tensor | None] = [None] * len(inputs)
     smooth = [i for i, want in enumerate(wants[3:]) if want]
-    t_bars, h_bars = [], []
+    # times that nobody moves are constants of the steps, which makes these, and what is recorded of them, much smaller
+    moving, t_bars, h_bars = bool(wants[0]), [], []
     chained, handed_bar = hands_on(plan), None
     for k in reversed(range(n_steps)):
         if state_bars is not None:
@@ -115,16 +119,18 @@ def functional_sweep(asked: Asked) -> tuple[Tensor | None, ...]:
         if k in kept and kept_bar is not None:
             k_bar = kept_bar[kept[k]] if k_bar is None else k_bar + kept_bar[kept[k]]
         dense = k_bar is not None or handed_bar is not None
-        step = _smooth(_step(problem, grid, times, k, dense), inputs, smooth)
-        (_, ks), pull = vjp(step, *_leading(problem, grid, times, k), *(inputs[i] for i in smooth))
+        step = _smooth(_step(problem, grid, times, k, dense, moving), inputs, smooth)
+        (_, ks), pull = vjp(step, *_leading(problem, grid, times, k, moving), *(inputs[i] for i in smooth))
         k_bar = torch.zeros_like(ks) if k_bar is None else k_bar
         if handed_bar is not None:
             k_bar = torch.cat([k_bar[:-1], k_bar[-1:] + handed_bar])
-        t_bar, h_bar, bar, *rest = pull((bar, k_bar))
+        found = list(pull((bar, k_bar)))
+        if moving:
+            t_bars.append(found.pop(0))
+            h_bars.append(found.pop(0))
+        bar, *rest = found
         if chained and k:
             handed_bar, *rest = rest
-        t_bars.append(t_bar)
-        h_bars.append(h_bar)
         for i, g in zip(smooth, rest, strict=True):
             total = input_bars[i]
             input_bars[i] = g if total is None else total + g
@@ -133,7 +139,7 @@ def functional_sweep(asked: Asked) -> tuple[Tensor | None, ...]:
     if n_steps == 0 and samples_bar is not None:
         bar = bar + samples_bar.sum(0)
     anchors_bar = None
-    if wants[0] and n_steps:
+    if moving and n_steps:
         t_total, h_total = torch.stack(t_bars[::-1]), torch.stack(h_bars[::-1])
         if t_extra is not None and h_extra is not None:
             t_total, h_total = t_total + t_extra, h_total + h_extra
@@ -162,8 +168,8 @@ def tangents(
     n_steps = grid.t.shape[0]
     times = step_times(grid.t, grid.h, grid.segment, grid.lands, anchors, plan.shift)
     t_dot, h_dot = _anchored(anchors, grid)(_zero(anchors_dot, anchors))
-    smooth = [i for i, x in enumerate(inputs) if x.is_floating_point() or x.is_complex()]
-    input_dots = [_zero(inputs_dot[i], inputs[i]) for i in smooth]
+    moving, smooth = anchors_dot is not None, [i for i, dot in enumerate(inputs_dot) if dot is not None]
+    input_dots = [x for x in inputs_dot if x is not None]
     sampled = t_eval is not None and t_eval.shape[0] > 0 and n_steps > 0
     kept = kept_steps(plan, grid.event_step, n_steps)
 
@@ -172,9 +178,10 @@ def tangents(
     chained = hands_on(plan)
     for k in range(n_steps):
         dense = sampled or k in kept
-        full = _step(problem, grid, times, k, dense or chained)
-        leading = _leading(problem, grid, times, k)
-        dots_in = (t_dot[k], h_dot[k], dot, *([stage_dots[-1][-1]] if chained and k else []), *input_dots)
+        full = _step(problem, grid, times, k, dense or chained, moving)
+        leading = _leading(problem, grid, times, k, moving)
+        own_dots = (t_dot[k], h_dot[k], dot) if moving else (dot,)
+        dots_in = (*own_dots, *([stage_dots[-1][-1]] if chained and k else []), *input_dots)
         dot, ks_dot = tangent(_smooth(full, inputs, smooth), (*leading, *(inputs[i] for i in smooth)), dots_in)
         state_dots.append(dot)
         if dense:

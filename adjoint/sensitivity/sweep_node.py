@@ -143,17 +143,20 @@ def _moved(problem: Problem, layout: _Layout, tensors: list[Tensor], dots: list[
     smooth = [i for i, (place, want) in enumerate(zip(where, layout.wants, strict=True)) if place is not None and want]
     places = [place for i in smooth if (place := where[i]) is not None]
     direct: list[Tensor | None] = [None] * len(where)
+    # whether somebody differentiates once more: what is recorded on the way holds leaves of its own, which say nothing
+    again = functorch_active() or any(x is not None and x.requires_grad for x in (*tensors, *dots))
     moved = list(bars_dot)
     if any(d is not None for d in along):
         _, pull = vjp(sweep, *(tensors[i] for i in (*links, *places)))
-        found = pull(tuple(d for d in along if d is not None))
+        with torch.set_grad_enabled(again):
+            found = pull(tuple(d for d in along if d is not None))
         for i, g in zip(smooth, found[len(links) :], strict=True):
             direct[i] = g
         moved[2] = found[0] if moved[2] is None else moved[2] + found[0]
         if len(links) > 1:
             handed = _handed(found[1])
             moved[3] = handed if moved[3] is None else moved[3] + handed
-    if functorch_active() or any(x is not None and x.requires_grad for x in (*tensors, *moved)):
+    if again:
         through = functional_sweep(asked._replace(bars=moved))
     else:
         with torch.no_grad():
