@@ -75,30 +75,37 @@ def user_functions(
 
 def _texts(writer: _Writer, width: int, events: Sequence[Reading], method: Compiled, mass: Reading | None, back: bool) -> UserFunctions:
     reading, own = writer.reading, writer.own
-    loops = rolled(reading.graph, reading.outputs, _leaf, _cotangent, writer.shared, ("t", "y", "a"), entry_name="jy[PATTERN[{}]]".format)
+    names = {"entry_name": "jy[PATTERN[{}]]".format, "weight_name": "weights[BENT[{}]]".format}
+    loops = rolled(reading.graph, reading.outputs, _leaf, _cotangent, writer.shared, ("t", "y", "a"), **names)
     texts = writer.straight(("fun", "vjp") if back else ("fun", None)) if loops is None else writer.loops(loops)
     tables = "" if loops is None else loops.tables
     matrices = None
     if method.implicit:
-        # derivatives of the Jacobian are written out, and so is it where fun is not in loops
-        if width > _ALONE.full and (mass is not None or isinstance(method, Rosenbrock) or loops is None or not loops.jac):
+        bends = isinstance(method, Rosenbrock) and back
+        # full matrices alone are written out
+        if width > _ALONE.full and (mass is not None or loops is None or not loops.jac or (bends and not loops.bend)):
             raise _too_many(width, _ALONE.full)
-        matrices = writer.matrices(loops, width, is_residual(method), mass is not None)
+        matrices = writer.matrices(loops, width, is_residual(method), mass is not None, bends)
         size = _COUPLED if isinstance(method, FullyImplicitRungeKutta) else _ALONE
         if width > size.full and size.too_large(matrices):
             raise _too_many(width, size.full)
         texts["jac"] = writer.jacobian(loops, matrices)
         if loops is not None and loops.jac:
-            tables += f"static const int PATTERN[] = {{{', '.join(str(matrices.place(i, j)) for i, j in loops.pattern)}}};\n"
-    if isinstance(method, Rosenbrock) and back:
-        assert matrices is not None
-        texts["bend"] = writer.bend(matrices)
+            tables += _places("PATTERN", matrices, loops.pattern)
+        if bends:
+            texts["bend"] = writer.bend(loops, matrices)
+            if loops is not None and loops.bend:
+                tables += _places("BENT", matrices, loops.bent)
     if events:
         texts["events"] = _events(reading, events, width, own)
     if mass is not None:
         before = len(reading.tables) + sum(len(event.tables) for event in events)
         texts |= _Writer(mass, 0, own, False, before).straight(("mass", "mass_vjp"))
     return UserFunctions(texts, tables, matrices)
+
+
+def _places(name: str, matrices: Matrices, entries: Sequence[tuple[int, int]]) -> str:
+    return f"static const int {name}[] = {{{', '.join([*(str(matrices.place(i, j)) for i, j in entries), '0'])}}};\n"
 
 
 def _events(reading: Reading, events: Sequence[Reading], width: int, own: Sequence[int]) -> str:
@@ -149,10 +156,10 @@ class _Writer:
             "vjp": self.function("vjp", "const S* y, const S* v, S* yb, S* tb", clear + loops.vjp),
         }
 
-    def matrices(self, loops: Rolled | None, width: int, residual: bool, mass: bool) -> Matrices:
+    def matrices(self, loops: Rolled | None, width: int, residual: bool, mass: bool, bends: bool) -> Matrices:
         """How matrices of the Jacobian are kept."""
         if loops is not None and loops.jac:
-            return matrices_of(width, loops.pattern, loops.steady, residual, mass)
+            return matrices_of(width, {*loops.pattern, *(loops.bent if bends and loops.bend else ())}, loops.steady, residual, mass)
         entries, _ = self._slopes()
         return matrices_of(width, entries, [place for place, node in entries.items() if self.graph.value(node) is not None], residual, mass)
 
@@ -167,8 +174,11 @@ class _Writer:
         targets += [(f"slope[{i}]", slopes.get(i, zero), "=") for i in range(len(self.reading.outputs))]
         return self._written("jac", signature, targets)
 
-    def bend(self, matrices: Matrices) -> str:
+    def bend(self, loops: Rolled | None, matrices: Matrices) -> str:
         """``phi = sum w_ij J_ij + sum x_i slope_i`` with its gradient."""
+        if loops is not None and loops.bend:
+            signature = "const S* y, const S* weights, const S* x, S* yb, S* tb, S* phi"
+            return self.function("bend", signature, f"*phi = K(R(0));\n{loops.bend}")
         graph = self.graph
         phi = graph.constant(0.0)
         entries, slopes = self._slopes()

@@ -4,6 +4,7 @@
 // r of these is from START[r] on: below the diagonal the columns of its pieces (PIECES: first, last; PIECE[r] to PIECE[r + 1]), which lie each
 // in one group of rows; the inverse of its diagonal, at MIDDLE[r]; and above it the rest of its own group (GROUP[r], to LAST), and the
 // runs of columns that all rows of the group have (RUNS: first, how many; RUN[g] to RUN[g + 1]).
+#define APART __attribute__((noinline))
 enum { BESIDE = ENTRIES };
 #define EXCHANGES 1
 constexpr long room_of_rows(int) { return 1; }
@@ -26,7 +27,7 @@ template <int C> FN Block<C> operator*(const Block<C>& x, const Block<C>& y) {
   for (int i = 0; i < C; i++) for (int j = 0; j < C; j++) { r.a[i][j] = x.a[i][0] * y.a[0][j]; for (int k = 1; k < C; k++) r.a[i][j] += x.a[i][k] * y.a[k][j]; }
   return r;
 }
-template <int C> static Block<C> inverse(Block<C> b) {
+template <int C> APART static Block<C> inverse(Block<C> b) {
   Block<C> r;
   S P[room_of_exchanges(C)];
   factorise<C>(&b.a[0][0], P);
@@ -85,7 +86,7 @@ FN bool holds(M x, int) { return x; }
 FN bool holds(const M& x, int l) { return x[l]; }
 #endif
 // Of rows k to last of a group, which have the multipliers w[k] ...: these times what is above the diagonal, from w.
-template <class V> static void eliminate(const V* __restrict LU, V* __restrict w, int k, int last) {
+template <class V> APART static void eliminate(const V* __restrict LU, V* __restrict w, int k, int last) {
   const int g = GROUP[k], end = LAST[g];
   for (int i = k; i <= last; i++) {
     const V x = w[i] = w[i] * LU[MIDDLE[i]], *u = LU + MIDDLE[i] - i;
@@ -112,7 +113,7 @@ template <class V> static void eliminate(const V* __restrict LU, V* __restrict w
 }
 // Factors L U, and whether they are that: rows of both times a vector, beside those of the matrix. Lanes where they are not (a pivot is all but zero,
 // or multipliers have grown) solve nothing, and are told of.
-template <int COPIES, class V> static void factorise_filled(const Functions& f, V* factors, V*, S* scale) {
+template <int COPIES, class V> APART static void factorise_filled(const Functions& f, V* factors, V*, S* scale) {
   typedef Of<COPIES, V> O;
   typedef typename O::T T;
   typedef typename O::X X;
@@ -172,7 +173,7 @@ template <int COPIES, class V> static void factorise_filled(const Functions& f, 
     x = times(x, m_sel(on, K(1), K(NOT_A_NUMBER)));
   }
 }
-template <int COPIES, bool TRANSPOSED = false, class V> static void solve_filled(const V* factors, const V*, V* x) {
+template <int COPIES, bool TRANSPOSED = false, class V> APART static void solve_filled(const V* factors, const V*, V* x) {
   typedef Of<COPIES, V> O;
   typedef typename O::X X;
   const typename O::T* LU = (const typename O::T*)factors;
