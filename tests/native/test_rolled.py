@@ -7,6 +7,8 @@ import shutil
 import pytest
 import torch
 
+from adjoint.native.alike import Loops, groups_of, kept_values
+from adjoint.native.chained import Chained
 from adjoint.native.reading import read
 from adjoint.native.reverse import jacobian
 from adjoint.native.rolled import rolled
@@ -96,6 +98,61 @@ def test_functions(tmp_path, function, n, lanes):
     full = torch.func.vmap(torch.func.jacrev(lambda x, q: function(None, x[None], p, q[None])[0]))(y, q)
     rows, columns = zip(*made.pattern, strict=True)
     torch.testing.assert_close(found[:, 3 * N + P + 1 :], full[:, rows, columns])
+
+
+def fluxes(t, y, p, q):
+    """Two levels of kept values, each of which neighbours share, and the time in both."""
+    flux = torch.exp(p[0] * (y - y.roll(1, 1))) * torch.sin(q[:, :1] + t)
+    eddy = torch.tanh(flux * flux.roll(1, 1) * y + t)
+    return flux.roll(-1, 1) - flux + eddy * eddy.roll(2, 1) * q[:, :1] - 3 * y
+
+
+def second_input_is_time(name):
+    def named(data):
+        return name(("a", 1, 1) if data == ("t",) else data)
+
+    return named
+
+
+@needs_compiler
+@pytest.mark.parametrize("lanes", [0, 4])
+def test_derivatives_through_kept_values(tmp_path, lanes):
+    n, at = 30, 3 * N + P + 2
+    g = torch.Generator().manual_seed(0)
+    y, p, q, v = (torch.rand(*shape, generator=g) for shape in ((4, n), (P,), (4, 2), (4, n)))
+    reading = read(fluxes, torch.zeros(()), y, [p, q[:, :1].clone()], batched=True)
+    kept = kept_values(reading.graph, reading.outputs)
+    levels = groups_of(reading.graph, reading.outputs, kept)
+    assert len(kept) == 2 * n + 1 and len(levels) == 4
+    writer = Loops(second_input_is_time(leaf_name), {0})
+    forward = [f"  S w[{len(kept)}], wb[{len(kept)}];", *(writer.values(group, "w[{}]".format) for level in levels[:-1] for group in level)]
+    chain = Chained(writer, levels)
+    assert len(chain.pattern) == 6 * n and not chain.steady()
+    slope, phi = f"o[{at + len(chain.pattern)}+{{}}]".format, at + len(chain.pattern) + n
+    jac = chain.jacobian(forward, f"o[{at}+{{}}]".format, slope)
+    forward.append(f"  for (int i = 0; i < {len(kept)}; i++) wb[i] = K(R(0));\n  const S* x = v;\n  S* phi = o + {phi};")
+    bend = chain.bend(forward, "K(R(1 + {} % 3))".format, "x[{}]".format, second_input_is_time(cotangent_name), ("y", "t", "a"))
+    library = compiled(tmp_path, f"{{{jac}}}\n{{{bend}}}", torch.float64, lanes, "".join(writer.tables))
+    found = called(library, lanes, phi + 1, y, p, q, v)
+    rows, columns = zip(*chain.pattern, strict=True)
+    weights = 1.0 + torch.arange(len(rows)) % 3
+    by_state = torch.func.jacrev(lambda y, t, p, q: fluxes(t, y[None], p, q[None])[0])
+    by_time = torch.func.jacfwd(lambda y, t, p, q: fluxes(t, y[None], p, q[None])[0], argnums=1)
+
+    def total(y, t, p, q, v):
+        return (weights * by_state(y, t, p, q)[rows, columns]).sum() + (v * by_time(y, t, p, q)).sum()
+
+    for r in range(4):
+        here = y[r], q[r, 1], p, q[r, :1]
+        full = by_state(*here)
+        mine = torch.zeros(n, n).index_put((torch.tensor(rows), torch.tensor(columns)), found[r, at : at + len(rows)])
+        torch.testing.assert_close(mine, full)
+        torch.testing.assert_close(found[r, phi - n : phi], by_time(*here))
+        torch.testing.assert_close(found[r, phi], total(*here, v[r]))
+        of_y, of_t, of_p, of_q = torch.func.grad(total, argnums=(0, 1, 2, 3))(*here, v[r])
+        torch.testing.assert_close(found[r, 2 * N : 2 * N + n], of_y)
+        torch.testing.assert_close(found[r, 3 * N : 3 * N + P], of_p)
+        torch.testing.assert_close(found[r, 3 * N + P : 3 * N + P + 2], torch.stack([of_q[0], of_t]))
 
 
 def test_few_or_unlike_outputs_are_written_out():

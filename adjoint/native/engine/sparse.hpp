@@ -4,6 +4,9 @@
 // r of these is from START[r] on: below the diagonal the columns of its pieces (PIECES: first, last; PIECE[r] to PIECE[r + 1]), which lie each
 // in one group of rows; the inverse of its diagonal, at MIDDLE[r]; and above it the rest of its own group (GROUP[r], to LAST), and the
 // runs of columns that all rows of the group have (RUNS: first, how many; RUN[g] to RUN[g + 1]).
+// loops over runs and blocks gain by what compilers do at this level alone
+#pragma GCC push_options
+#pragma GCC optimize("O3")
 #define APART __attribute__((noinline))
 enum { BESIDE = ENTRIES };
 #define EXCHANGES 1
@@ -203,3 +206,4 @@ template <int COPIES, bool TRANSPOSED = false, class V> APART static void solve_
   for (int r = 0; r < N; r++) for (int i = 0; i < COPIES; i++) x[i * N + (TRANSPOSED ? EQUATION : UNKNOWN)[r]] = O::part(z[r], i);
 }
 template <class V> FN V inverse_pivot(const V* LU, int n) { return LU[MIDDLE[n]]; }
+#pragma GCC pop_options
