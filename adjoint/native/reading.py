@@ -27,8 +27,9 @@ from .tracing import Node, Result, Trace, Untraceable, trace
 
 __all__ = ["MOST_NODES", "Reading", "Unreadable", "read"]
 
-#: larger graphs are not read: matrix products are better left to libraries
+#: larger graphs are not read, unless they have few nodes for each number of the state: matrix products are better left to libraries
 MOST_NODES = 30_000
+_FEW_EACH = 24
 _DEPTH = 50_000
 _READ = frozenset(READERS) | frozenset(COMPLEX)
 
@@ -254,7 +255,7 @@ class _Reader:
 
     def _watched(self, made: Elements, name: str, line: str, stopped: bool) -> Elements:
         """Elements with what every operator has in common: its name noted, errors with its line, its type checked."""
-        graph = self.graph
+        graph, most = self.graph, max(MOST_NODES, _FEW_EACH * self._width)
         foreign = made.dtype.is_floating_point and made.dtype != self._dtype
         single = foreign and (made.dtype, self._dtype) == (torch.float32, torch.float64)
 
@@ -267,8 +268,8 @@ class _Reader:
                 raise Unreadable(name, line, f"rows of the batch are taken apart, or put together, one by one ({error})") from error
             except RecursionError as error:
                 raise Unreadable(name, line, "the function is too long") from error
-            if len(graph) > MOST_NODES:
-                raise Unreadable(name, line, f"more than {MOST_NODES} scalar operations")
+            if len(graph) > most:
+                raise Unreadable(name, line, f"more than {most} scalar operations")
             self.operators.add(name)
             if made.dtype.is_complex:
                 # a pair of nodes, which moves like one

@@ -84,6 +84,17 @@ def network(n):
     return fun, torch.linspace(0.3, 0.7, n, dtype=torch.float64)
 
 
+def fluxes(n):
+    """Between places nearby and far away, through values that are kept, under a load that comes and goes."""
+
+    def fun(t, y, p):
+        flux = torch.tanh(p.unsqueeze(-1) * (y - y.roll(1, -1))) * (1 + y.roll(17, -1) ** 2)
+        load = torch.sin(3 * torch.as_tensor(t)).unsqueeze(-1)
+        return 20 * (flux.roll(-1, -1) - flux) + 5 * flux.roll(101, -1) * load - 3 * y
+
+    return fun, torch.linspace(0, 1, n, dtype=torch.float64).sin() + 0.1 * torch.linspace(0, 50, n, dtype=torch.float64).cos()
+
+
 def solved(problem, method, compile, rows=0, dtype=torch.float64, rtol=1e-5, span=1.0):
     fun, y0 = problem
     y0, p, end = y0.to(dtype), torch.tensor(0.7, dtype=dtype), span
@@ -118,7 +129,7 @@ def test_a_network_of_reactions(method, rows, patterns):
     assert patterns[0] is not None
 
 
-@pytest.mark.parametrize("method", ["kvaerno5", "bdf", "radau5"])
+@pytest.mark.parametrize("method", ["kvaerno5", "rodas5p", "bdf", "radau5"])
 def test_two_dimensions(method, patterns):
     compare(brusselator(16), method)
     assert patterns[0] is not None
@@ -127,6 +138,12 @@ def test_two_dimensions(method, patterns):
 @pytest.mark.parametrize("method", ["kvaerno5", "bdf"])
 def test_two_dimensions_side_by_side(method, patterns):
     compare(brusselator(8), method, rows=20)
+    assert patterns[0] is not None
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_rosenbrock_methods_through_kept_values(rows, patterns):
+    compare(fluxes(450), "rodas5p", rows=rows, span=0.1)
     assert patterns[0] is not None
 
 
