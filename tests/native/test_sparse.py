@@ -123,7 +123,7 @@ def test_an_arrow(method, rows, patterns):
     assert patterns[0] is not None
 
 
-@pytest.mark.parametrize("method, rows", [("kvaerno5", 0), ("bdf", 20), ("radau5", 3)])
+@pytest.mark.parametrize("method, rows", [("kvaerno5", 0), ("rodas5p", 0), ("bdf", 20), ("radau5", 3)])
 def test_a_network_of_reactions(method, rows, patterns):
     compare(network(100), method, rows=rows, span=0.1)
     assert patterns[0] is not None
