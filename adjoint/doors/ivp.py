@@ -144,7 +144,8 @@ def solve_ivp(
     step_ts : times
         Times at which a step must end, where ``fun`` may jump: the stages on either side see ``t`` from within their own step.
     compile : bool or "background"
-        Run the solve and its first derivatives as native code, where that can be: one-step methods and "bdf", real states on a CPU.
+        Run the solve and its first derivatives as native code, where that can be: one-step methods and "bdf", real states on a CPU; on
+        CUDA devices explicit, Rosenbrock and ESDIRK methods and "auto", without events, whose code NVRTC makes.
         The first solve of a ``fun`` calls a C++ compiler (g++, clang++, or that of ``pip install ziglang``), which takes a second or a few;
         what it makes is kept on disk. "background": it is called beside, and solves run uncompiled until its code is there. All else runs
         as without ``compile=``, after one warning that says why (docs/choosing.md).

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["BACKWARD_CALL", "CONSISTENT_CALL", "CONTEXT", "FORWARD_CALL", "declarations", "filled"]
+__all__ = ["BACKWARD_CALL", "CONSISTENT_CALL", "CONTEXT", "FORWARD_CALL", "Launch", "declarations", "filled"]
+
+#: of a kernel by name, with so many threads and these arguments, behind whatever was launched before
+Launch = Callable[[str, int, Sequence[Any]], None]
 
 #: what functions of the user get: inputs that all share, those of each lane, tables, and where cotangents of inputs are added
 CONTEXT = "struct Ctx { const R* const* u; const S* const* a; const R* const* k; S* const* b; };"

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LAUNCHERS", "DeviceEngine", "Launch", "addressed", "kernels_of"]
+from .calls import Launch
+from .cuda import on_cuda
 
-#: of a kernel by name, with so many threads and these arguments, behind whatever was launched before
-Launch = Callable[[str, int, Sequence[Any]], None]
+__all__ = ["LAUNCHERS", "DeviceEngine", "addressed", "kernels_of"]
+
 #: for kernels of this text, on this device, by the type of the device
-LAUNCHERS: dict[str, Callable[[str, torch.device], Launch]] = {}
+LAUNCHERS: dict[str, Callable[[str, torch.device], Launch]] = {"cuda": on_cuda}
 #: a trajectory that needs another round, see ``device.hpp``
 _FILLED = 9
 #: numbers that one thread adds up
