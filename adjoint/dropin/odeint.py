@@ -8,6 +8,8 @@ What is different on purpose:
   backwards again, is wrong on stiff and contracting problems (`BacksolveDiverged`, but no sign of it with fixed steps), and has no second
   derivatives.
   ``adjoint.torchdiffeq`` has the same functions with the continuous adjoint as the default.
+- `odeint`, too, keeps one state per step where what its evaluations would keep is more than 512 MiB, and evaluates ``func`` again on the
+  way back.
 - Event times are differentiable also in `odeint` itself, and in parameters of the event function.
 - Under autocast a solve keeps the precision of its state (half precision becomes single), and autocast is off in ``func``, which may
   switch it on for itself.
@@ -27,7 +29,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InvalidInput, UnsupportedCombination
-from ..sensitivity import DiscreteAdjoint
+from ..sensitivity import DiscreteAdjoint, strategies
 from ..system.capture import is_differentiable
 from ..system.entrance import full_precision
 from .continuous import adjoint_parameters, continuous_adjoint
@@ -38,6 +40,10 @@ from .request import Request, make_request
 from .scipy_solver import scipy_samples
 
 __all__ = ["moves_event", "odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]
+
+#: `odeint` may record so many times what other solves may (512 MiB): torchdiffeq's records all that it evaluates, whatever it takes
+_TIMES_AS_MUCH = 16
+_LEAN = DiscreteAdjoint()
 
 _moving: list[Callable[..., Any]] = []
 
@@ -96,7 +102,8 @@ def odeint(
     InvalidInput (a ValueError and an AssertionError), UnsupportedCombination, and the errors of a failed solve, which are
     AssertionErrors: StepSizeTooSmall ("underflow in dt"), NonFiniteState, MaxStepsReached
     """
-    return _solve(make_request(func, y0, t, rtol, atol, method, options, event_fn), None)
+    request = make_request(func, y0, t, rtol, atol, method, options, event_fn)
+    return _solve(request, None, DiscreteAdjoint(keep_bytes=_TIMES_AS_MUCH * strategies.KEEP_BYTES))
 
 
 @full_precision
@@ -284,9 +291,8 @@ def solve_with_adjoint(
     )
 
 
-def _solve(request: Request, only: Sequence[Tensor] | None) -> Any:
+def _solve(request: Request, only: Sequence[Tensor] | None, gradient: DiscreteAdjoint = _LEAN) -> Any:
     """The native solve of a request, differentiated by the discrete adjoint with respect to ``only`` (None: everything)."""
-    gradient = DiscreteAdjoint()
     if request.t.shape[0] == 1:
         return tree_map(lambda x: x.unsqueeze(0), request.y0)
     if request.family == "scipy":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adjoint import DiscreteAdjoint, InvalidInput, solve_ivp
+from adjoint import DiscreteAdjoint, InvalidInput, odeint, odeint_adjoint, solve_ivp
 from adjoint.integrate import recording
 from adjoint.sensitivity import strategies
 
@@ -142,6 +142,28 @@ def test_the_default_budget(problem, monkeypatch):
     monkeypatch.setattr(strategies, "KEEP_BYTES", 2**22)
     sol, _ = _gradients(problem, None)
     assert sol.stats.backward.n_fun == 0
+
+
+@pytest.mark.parametrize("budget, recorded", [(2**22, (True, True)), (2**16, (True, False)), (2**12, (False, False))])
+def test_the_drop_in_records_more_where_it_promises_no_memory(problem, monkeypatch, budget, recorded):
+    """torchdiffeq's `odeint` keeps all evaluations: so may this one, but `odeint_adjoint` may not."""
+    monkeypatch.setattr(strategies, "KEEP_BYTES", budget)
+    net, y0 = problem
+    gradients = []
+    for interface, once in zip((odeint, odeint_adjoint), recorded, strict=True):
+        calls = []
+
+        def counted(t, y, calls=calls):
+            calls.append(1)
+            return net(t, y)
+
+        owner = {} if interface is odeint else {"adjoint_params": tuple(net.parameters())}
+        y = interface(counted, y0, torch.linspace(0.0, 1.0, 41, dtype=y0.dtype), method="rk4", **owner)
+        evaluated = len(calls)
+        gradients.append(torch.autograd.grad(y[-1].square().sum(), [y0, *net.parameters()]))
+        assert (len(calls) == evaluated) == once
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-14)
 
 
 def test_gradient_mode_is_as_before(problem):
