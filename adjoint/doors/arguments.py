@@ -30,6 +30,7 @@ __all__ = [
     "check_controller",
     "check_finite",
     "check_method",
+    "check_not_half",
     "check_precision",
     "check_times",
     "flat_norm",
@@ -123,14 +124,21 @@ def flat_tolerance(value: Any, name: str, spec: StateSpec, default: float) -> fl
     return flat
 
 
+def check_not_half(spec: StateSpec, name: str) -> None:
+    """Raise `InvalidInput` for a state with a leaf of half precision."""
+    coarse = next((kind for kind in spec.dtypes if kind.to_real().itemsize < 4), None)
+    if coarse is not None:
+        what = name if len(spec.dtypes) == 1 else f"a tensor of {name}"
+        raise InvalidInput(
+            f"{what} has dtype {coarse}, whose numbers are too coarse for error control and gradients: give {name}.float(), and convert "
+            "inside of fun where that shall compute in half precision (or use torch.autocast there)"
+        )
+
+
 def check_precision(spec: StateSpec, rtol: Any) -> None:
     """Raise `InvalidInput` for states whose numbers are too coarse for error control, and for an ``rtol`` below what rounding leaves."""
     kind, eps = spec.real_dtype, torch.finfo(spec.real_dtype).eps
-    if kind.itemsize < 4:
-        raise InvalidInput(
-            f"y0 has dtype {spec.dtype}, whose numbers are too coarse for step size control and gradients: give y0.float(), and convert "
-            "inside of fun where that shall compute in half precision (or use torch.autocast there)"
-        )
+    check_not_half(spec, "y0")
     # numbers that are large enough at sight need no second look
     given = [x for x in leaves_of(rtol) if (_concrete(x) if isinstance(x, Tensor) else isinstance(x, (int, float)) and x < eps)]
     # a tenth: some defaults in use are just below the spacing of single precision

@@ -16,13 +16,11 @@ from ..nonlinear import RootRecord
 from ..sensitivity.fingerprint import RootWitness
 from ..sensitivity.implicit import RootNode, RootOutputs, RootTask
 from ..system.capture import needs_derivatives, stand_ins
-from ..system.entrance import untraced
-from ..system.ownership import owning
+from ..system.entrance import full_precision
 from ..system.realification import suited_to_jacobians
-from ..system.rewriting import naming_faults
 from ..system.system import StateSpec
 from ..torch_internals import is_functorch_wrapped_tensor
-from .arguments import check_callable, check_finite, flat_tolerance, listed_args
+from .arguments import check_callable, check_finite, check_not_half, flat_tolerance, listed_args
 from .given import Given
 from .progress import root_monitor
 from .root_arguments import AutomaticJacobian, RootChoice, check_bounds, choose
@@ -35,9 +33,7 @@ from .root_systems import StationarySystem, check_conserved
 __all__ = ["solve_root"]
 
 
-@untraced
-@owning
-@naming_faults
+@full_precision
 def solve_root(
     fun: Callable[..., Any],
     x0: Any,
@@ -173,6 +169,7 @@ def prepare(
         raise InvalidInput(f"max_steps must be a positive integer, got {max_steps!r}")
     args = listed_args(args)
     spec = StateSpec.of(x0, batched, "x0")
+    check_not_half(spec, "x0")
     check_finite(x0, spec, "x0{} has non-finite entries")
     system, spec, returns = _system(fun, x0, args, spec, least_squares, in_parts)
     conditions, flat0 = system, spec.taken(x0)

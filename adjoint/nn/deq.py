@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..doors.root_solution import RootSolution
 from ..doors.steady import solve_root
 from ..errors import InvalidInput, UnsupportedCombination
+from ..system.entrance import full_precision
 from ..system.transforms import functorch_active
 from .deq_backward import ITERATIONS, Guarded, backward_solver
 
@@ -99,6 +100,7 @@ class DEQ(torch.nn.Module):
             return self.module(z, x)
         return torch.func.functional_call(self.module, parameters, (z, x))
 
+    @full_precision
     def forward(self, x: Any, z0: Any = None) -> Any:
         """The fixed point, like ``z0`` (a tensor or a pytree, ``(B, *state_shape)``; by default zeros).
 

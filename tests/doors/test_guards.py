@@ -20,6 +20,11 @@ def test_half_precision_is_refused(dtype):
         lambda: adjoint.solve_dae(lambda t, y, yp: yp + y, (0.0, 1.0), y0),
         lambda: adjoint.odeint(decay, y0, torch.tensor([0.0, 1.0])),
         lambda: adjoint.odeint_adjoint(decay, y0, torch.tensor([0.0, 1.0]), adjoint_params=()),
+        # beside other leaves too, whose type would be that of the solve
+        lambda: adjoint.solve_ivp(lambda t, y: {k: -v for k, v in y.items()}, (0.0, 1.0), {"a": y0, "b": torch.ones(1)}),
+        lambda: adjoint.solve_root(lambda x: x * x - 2, y0),
+        lambda: adjoint.SteadyStateObjective(lambda x, p: x.sum(), lambda x, p: x * x - p, y0).value(y0),
+        lambda: adjoint.continuation(lambda x, lam: x - lam, y0, (0.0, 1.0)),
     ):
         with pytest.raises(errors.InvalidInput, match="float"):
             solve()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from adjoint import solve_root
 from adjoint.errors import InvalidInput, RootError, SingularJacobian, UnsupportedCombination
 from adjoint.linalg import DenseLU
 from adjoint.nn import DEQ
@@ -361,3 +362,19 @@ def test_bad_arguments():
         DEQ(Cell(), state_shape=(4,))(torch.zeros(2, dtype=torch.int64))
     with pytest.raises(InvalidInput, match="samples"):
         DEQ(Cell()).jacobian_norm(torch.zeros(1, 4), torch.zeros(1, 3), samples=0)
+
+
+def test_behind_half_precision_under_autocast():
+    """What comes out of a layer there is single precision inside, as in `NeuralODE`, and autocast is off."""
+    torch.manual_seed(0)
+    first, inner = torch.nn.Linear(3, 3).float(), torch.nn.Linear(3, 3).float()
+    deq = DEQ(lambda z, x: torch.tanh(0.1 * inner(z) + x))
+    x = torch.ones(2, 3, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = deq(first(x))
+        root = solve_root(lambda z, x: torch.tanh(0.1 * inner(z) + x) - z, torch.zeros(2, 3).to(x), (first(x),)).x
+    assert z.dtype == root.dtype == torch.float32
+    torch.testing.assert_close(z, deq(first(x)), rtol=0, atol=2e-2)
+    torch.testing.assert_close(root, z, rtol=0, atol=1e-4)
+    z.sum().backward()
+    assert first.weight.grad.dtype == torch.float32 and bool(first.weight.grad.abs().sum() > 0)
