@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..linalg.functions import inverse
+
 __all__ = ["Rows", "bend", "jacobian", "linear", "products", "rate", "saddle", "solved"]
 
 Rows = Callable[[Tensor, Tensor], Tensor]
@@ -53,4 +55,4 @@ def saddle(M: Tensor, G: Tensor) -> Tensor:
 
 def solved(matrix: Tensor, *parts: Tensor) -> Tensor:
     """The solution (..., n) of linear equations whose right-hand side is the ``parts``, one below the other."""
-    return torch.linalg.solve(matrix, torch.cat(parts, -1).unsqueeze(-1)).squeeze(-1)
+    return (inverse(matrix) @ torch.cat(parts, -1).unsqueeze(-1)).squeeze(-1)

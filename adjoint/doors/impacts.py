@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SingularJacobian
+from ..linalg.functions import inverse
 from ..system.capture import readable
 from .holonomic import saddle
 from .rows import anywhere
@@ -28,7 +29,7 @@ def compliance(M: Tensor, G: Tensor, N: Tensor) -> Tensor:
     """``W`` (..., c, c): what impulses in the contacts do to the rates of the gaps, with the constraints ``G`` kept."""
     n, c = N.shape[-1], N.shape[-2]
     pushed = torch.cat([N.mT, N.new_zeros(*N.shape[:-2], G.shape[-2], c)], -2)
-    return N @ torch.linalg.solve(saddle(M, G), pushed)[..., :n, :]
+    return N @ (inverse(saddle(M, G)) @ pushed)[..., :n, :]
 
 
 @torch.no_grad()

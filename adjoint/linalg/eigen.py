@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdjointError, InvalidInput
+from .functions import inverse
 from .nodes import below_jvp, copy_by_copy
 
 __all__ = ["DegenerateEigenvalue", "eigenpair"]
@@ -78,7 +79,7 @@ class _Pair(torch.autograd.Function):
 
 
 def _inverse(a: Tensor, value: Tensor, u: Tensor, e: Tensor) -> Tensor:
-    """Of ``[[A - value, -u], [e^T, 0]]``; the inverse, as nested forward mode loses terms of ``torch.linalg.solve``."""
+    """Of ``[[A - value, -u], [e^T, 0]]``; see `inverse`."""
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     top = torch.cat([a - value[..., None, None] * eye, -u[..., None]], -1)
-    return torch.linalg.inv(torch.cat([top, torch.cat([e, torch.zeros_like(e[..., :1])], -1)[..., None, :]], -2))
+    return inverse(torch.cat([top, torch.cat([e, torch.zeros_like(e[..., :1])], -1)[..., None, :]], -2))

@@ -15,7 +15,7 @@ from ..errors import InvalidInput, UnsupportedCombination
 from ..torch_internals import peek_interpreter_stack
 from .nodes import below_jvp, copy_by_copy
 
-__all__ = ["discrete_lyapunov", "lstsq", "lyapunov", "sylvester"]
+__all__ = ["discrete_lyapunov", "inverse", "lstsq", "lyapunov", "sylvester"]
 
 
 def lstsq(A: Tensor, b: Tensor) -> Tensor:
@@ -64,14 +64,19 @@ def lyapunov(A: Tensor, Q: Tensor) -> Tensor:
     return sylvester(A, A.mH, -Q)
 
 
+def inverse(A: Tensor) -> Tensor:
+    """``A^-1``, for small matrices that are differentiated: forward mode of ``torch.linalg.solve`` loses terms where it is nested, and is NaN
+    for all copies but the first under ``torch.vmap`` (seen on torch 2.13)."""
+    return torch.linalg.inv(A)
+
+
 def discrete_lyapunov(A: Tensor, Q: Tensor) -> Tensor:
     """``X`` with ``A X A^H - X + Q = 0``, by the bilinear map to the continuous equation: -1 must not be an eigenvalue of ``A``.
 
     With ``F = (A + I)^-1``: ``S X + X S^H + 2 F Q F^H = 0`` where ``S = F (A - I)``. Otherwise see `sylvester`.
     """
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    # not torch.linalg.solve: forward mode nested in forward mode loses terms of it (seen on torch 2.13)
-    f = torch.linalg.inv(A + eye)
+    f = inverse(A + eye)
     return lyapunov(f @ (A - eye), 2 * f @ Q @ f.mH)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import SolveError
 from ..system.trees import leaves_of, mapped
+from ..torch_internals import is_functorch_wrapped_tensor
 
 __all__ = ["CHANGED", "Witness", "differs"]
 
@@ -54,12 +55,14 @@ class Witness:
 
     def settle(self) -> None:
         """The solve is done."""
-        if self._last is not None and self._calls > 1:
+        if self._last is not None and self._calls > 1 and not _within(*self._last[1:]):
             self._notes.append(_copied(*self._last))
         self._last = None
         self._next = self._calls
 
     def _note(self, f: Any, t: Any, y: Any, k: Any) -> None:
+        if _within(t, y, k):
+            return
         self._notes.append(_copied(f, t, y, k))
         if len(self._notes) > _MOST:
             # every second one: those that are left are as far from each other as those that come
@@ -76,6 +79,12 @@ class Witness:
                 wrong += [differs(a, b) for a, b in zip(leaves_of(again), leaves_of(k), strict=True)]
             if wrong and bool(torch.stack(wrong).any()):
                 raise SolveError(f"{what}: {CHANGED}. Call backward() before anything changes, or hand over what does through args=")
+
+
+def _within(*tensors: Any) -> bool:
+    """Whether they are those of a transform, at whose level alone they can be used: the way back may be below it. (Doors look at functions
+    there; the solve itself is at the bottom.)"""
+    return any(is_functorch_wrapped_tensor(x) for x in leaves_of(tensors))
 
 
 def _copied(f: Any, *tensors: Any) -> tuple[Any, Any, Any, Any]:

@@ -163,3 +163,19 @@ def test_mapped_motions_are_those_one_by_one(pendulum):
     assert torch.allclose(torch.vmap(height, (0, None))(angle, g), by_angle(angle, g), atol=1e-5)
     slope = torch.vmap(torch.func.grad(height), (0, None))(angle, g)
     assert torch.allclose(slope, torch.vmap(torch.func.grad(by_angle), (0, None))(angle, g), atol=1e-4)
+
+
+def test_derivatives_of_batches_and_maps_are_those_of_each(pendulum):
+    """Forward mode under ``torch.vmap``, and forward over reverse mode of a batch."""
+    angles = torch.tensor([1.0, 0.5])
+    q0, g = torch.stack([angles.sin(), -angles.cos()], -1), torch.tensor(9.81)
+
+    def end(q, **batched):
+        return pendulum.solve((0.0, 0.5), q, torch.zeros_like(q), (g,), rtol=1e-4, atol=1e-5, **batched).y.q[-1, ..., 0]
+
+    slopes = torch.stack([torch.func.jacrev(end)(q) for q in q0])
+    torch.testing.assert_close(torch.vmap(torch.func.jacfwd(end))(q0), slopes, rtol=1e-6, atol=1e-9)
+    step = torch.tensor([1.0, 0.0]).expand(2, 2)
+    product = torch.func.jvp(torch.func.grad(lambda q: end(q, batched=True).sum()), (q0,), (step,))[1]
+    alone = torch.stack([torch.func.jvp(torch.func.grad(end), (q,), (step[0],))[1] for q in q0])
+    torch.testing.assert_close(product, alone, rtol=1e-6, atol=1e-9)
