@@ -65,8 +65,8 @@ def lyapunov(A: Tensor, Q: Tensor) -> Tensor:
 
 
 def inverse(A: Tensor) -> Tensor:
-    """``A^-1``, for small matrices that are differentiated: forward mode of ``torch.linalg.solve`` loses terms where it is nested, and is NaN
-    for all copies but the first under ``torch.vmap`` (seen on torch 2.13)."""
+    """``A^-1``, for small matrices that are differentiated: forward mode of ``torch.linalg.solve`` loses terms where it is nested, and is
+    NaN for all copies but the first under ``torch.vmap`` (seen on torch 2.13)."""
     return torch.linalg.inv(A)
 
 
