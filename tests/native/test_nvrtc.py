@@ -43,7 +43,7 @@ def cases():
             yield pytest.param(method, dtype, marks=[] if quick else [pytest.mark.slow], id=f"{method}-{dtype}")
 
 
-@pytest.mark.parametrize(("method", "dtype"), cases())
+@pytest.mark.parametrize(("method", "dtype"), list(cases()))
 def test_every_method(method, dtype):
     code = nvrtc.cubin(text(method, dtype), (9, 0))
     # an object file, with all kernels in it
