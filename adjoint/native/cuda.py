@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..system.remarks import remark
 from .build import NoCompiler
 from .calls import Launch
 from .nvrtc import cubin
@@ -67,8 +68,19 @@ class _Current:
         _called("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
 
+@cache
+def _untried() -> None:
+    """Once in a process."""
+    remark(
+        "compile=True on a CUDA device: these kernels are tested through an emulation and have not run on a GPU yet. Compare one solve, "
+        "and its gradient, with compile=False before you rely on them",
+        RuntimeWarning,
+    )
+
+
 def on_cuda(text: str, device: torch.device) -> Launch:
     """Launches kernels of ``text`` on a device. Raises `NoCompiler`."""
+    _untried()
     index = torch.cuda.current_device() if device.index is None else device.index
     code, module = cubin(text, torch.cuda.get_device_capability(index)), ctypes.c_void_p()
     functions: dict[str, ctypes.c_void_p] = {}
