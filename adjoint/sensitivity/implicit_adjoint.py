@@ -126,8 +126,8 @@ class ImplicitBack:
 
     def copied(self, size: int, t: Tensor) -> ImplicitBack:
         """See `WayBack.copied`."""
-        problem, *rest = copies(self.problem, self.trajectory, self.linearize, size)
-        return ImplicitBack(problem, self.plan, *rest, t)
+        problem, f, trajectory, linearize = copies(self.problem, self.trajectory, self.linearize, size)
+        return ImplicitBack(problem, self.plan, f, trajectory, linearize, t)
 
     def boundary(self) -> tuple[Tensor, Tensor]:
         """``E* l`` and ``y'`` at the present time."""

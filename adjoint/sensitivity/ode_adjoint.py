@@ -88,8 +88,8 @@ class OdeBack:
 
     def copied(self, size: int, t: Tensor) -> OdeBack:
         """See `WayBack.copied`."""
-        problem, *rest = copies(self.problem, self.trajectory, self.linearize, size)
-        return OdeBack(problem, self.plan, *rest, t, self.integral)
+        problem, f, trajectory, linearize = copies(self.problem, self.trajectory, self.linearize, size)
+        return OdeBack(problem, self.plan, f, trajectory, linearize, t, self.integral)
 
     def boundary(self) -> tuple[Tensor, Tensor]:
         """See `WayBack.boundary`."""
