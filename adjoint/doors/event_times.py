@@ -19,7 +19,7 @@ from .event_slope import once, signed, with_slope
 from .parts import Found, Parts
 from .solution import EventRecord
 
-__all__ = ["event_records", "sampled_once", "step_around"]
+__all__ = ["ended_once", "event_records", "sampled_once", "step_around"]
 
 
 _STRAIGHT = (
@@ -35,6 +35,11 @@ _STRAIGHT_SAMPLE = (
     "'implicit_euler', 'gl4' for 'implicit_midpoint', 'radau5' or 'kvaerno5' for 'bdf', which is of first order in its first steps"
 )
 
+_FIRST_ORDER = (
+    "a time at which a step ends (an end of t_span, or one of step_ts) was to be differentiated twice, but a step of {0!r}, which is of "
+    "first order, has first derivatives in its size only. Detach the time, or use another method: 'midpoint', 'heun2' or 'rk4' for "
+    "'euler', 'trapezoid' or 'sdirk2' for 'implicit_euler'"
+)
 #: the sum of the weights of a second derivative from which they amplify rounding errors too much
 _TURNS = 1000.0
 #: places before an event, in parts of the way to it in its step, and weights that extrapolate from them
@@ -123,6 +128,14 @@ def sampled_once(samples: Tensor | None, start: Tensor, method: Method) -> Tenso
     lines = any(not bool(_curving(m).any()) for m in method.members)
     straight = (samples == start).detach() if isinstance(method, Bdf) else torch.full_like(samples, lines)
     return once(samples, straight.to(torch.bool), _STRAIGHT_SAMPLE.format(method.name), samples)
+
+
+def ended_once(anchors: Tensor, method: Method) -> Tensor:
+    """Times ``(A, B)`` at which steps end, as they are; the state at the end of a step of first order has no second derivative in its size
+    that is one of the solution, which is said to whoever takes it."""
+    if method.multistep or method.switching or method.order > 1 or not moves(anchors):
+        return anchors
+    return once(anchors, torch.ones_like(anchors, dtype=torch.bool), _FIRST_ORDER.format(method.name), anchors)
 
 
 def step_around(parts: Parts, out: Outputs, grid: StepTimes, line: int, found: Tensor) -> Around:

@@ -37,7 +37,7 @@ from .arguments import (
 )
 from .dae import solve_dae
 from .dae_arguments import dae_failure
-from .event_times import sampled_once
+from .event_times import ended_once, sampled_once
 from .failures import raise_failure
 from .forcing import with_knots
 from .given import Given, finished, reporting, steering
@@ -197,7 +197,7 @@ def solve_ivp(
     if step_ts is not None:
         check_jumps(chosen, step_ts)
     chosen = method_for(times, chosen, METHODS["kvaerno5" if chosen.implicit else "tsit5"], mass is None)
-    times = replace(times, samples=sampled_once(times.samples, times.anchors[0], chosen))
+    times = replace(times, samples=sampled_once(times.samples, times.anchors[0], chosen), anchors=ended_once(times.anchors, chosen))
     right_hand_side, state, integrand = fun, y0, None
     if quadrature is not None:
         check_callable(quadrature, "quadrature")

@@ -32,6 +32,7 @@ from ..system.jacobians import DenseJacobian
 from ..system.stage_jacobian import StageJacobian
 from ..system.structure import Structure
 from ..system.system import System, VmappedSystem
+from .standing import tell_of_rest
 from .undeclared import REJECTED, tell_of_jumps
 from .witness import Witness
 
@@ -97,6 +98,12 @@ class Problem:
 
     def run(self, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor, t_eval: Tensor | None) -> Record:
         """The solve itself, some of whose evaluations the witness remembers."""
+        record = self._run(inputs, y0, anchors, t_eval)
+        if self._constrained and self.derivatives:
+            tell_of_rest(self.plan, record)
+        return record
+
+    def _run(self, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor, t_eval: Tensor | None) -> Record:
         plan, seen = self.plan, self.plan.keep_states or self.witness.wanted
         if plan.compile is not None:
             record = self._by_native(inputs, y0, anchors, t_eval)

@@ -361,6 +361,29 @@ def test_straight_lines_have_no_second_derivatives_of_sample_times(method, at, t
         TWICE[twice](f, t)
 
 
+@pytest.mark.parametrize("twice", ["double backward", "forward over reverse", "mapped"])
+@pytest.mark.parametrize("method", ["euler", "implicit_euler"])
+def test_steps_of_first_order_have_no_second_derivatives_of_their_ends(method, twice):
+    """They were 0, and twice what is right."""
+
+    def f(end):
+        return solve_ivp(lambda t, y: -1.3 * y, (0.0, end), torch.ones(1, dtype=torch.float64), method=method, first_step=0.02).y[-1, 0]
+
+    end = torch.tensor(1.03, dtype=torch.float64)
+    assert float(torch.func.grad(f)(end)) == pytest.approx(-1.3 * math.exp(-1.3 * 1.03), rel=0.1)
+    with pytest.raises(InvalidInput, match=f"a step of '{method}', which is of first order"):
+        TWICE[twice](f, end)
+
+
+@pytest.mark.parametrize("method", ["midpoint", "trapezoid", "tsit5"])
+def test_steps_of_higher_order_have_second_derivatives_of_their_ends(method):
+    end = torch.tensor(1.03, dtype=torch.float64, requires_grad=True)
+    first_step = None if method == "tsit5" else 0.02
+    y = solve_ivp(lambda t, y: -1.3 * y, (0.0, end), torch.ones(1, dtype=torch.float64), method=method, first_step=first_step).y[-1, 0]
+    (first,) = torch.autograd.grad(y, end, create_graph=True)
+    assert float(torch.autograd.grad(first, end)[0]) == pytest.approx(1.69 * math.exp(-1.3 * 1.03), rel=0.05)
+
+
 def test_samples_on_curves_have_second_derivatives_in_their_times():
     t = torch.tensor([0.5, 1.5], dtype=torch.float64, requires_grad=True)
     for method in ("bdf", "tsit5"):

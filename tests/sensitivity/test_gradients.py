@@ -82,7 +82,7 @@ def test_gradcheck_of_times(method, gradient):
     assert torch.autograd.gradcheck(solve, (*ends, torch.tensor([0.11, 0.33, 0.65], requires_grad=True)))
     if method == "euler":
         # the samples of its steps lie on straight lines, whose second derivatives are not those of the solution
-        with pytest.raises(InvalidInput, match="straight line"):
+        with pytest.raises(InvalidInput, match=r"straight line|of first order"):
             torch.autograd.gradgradcheck(solve, (*ends, torch.tensor([0.11, 0.33, 0.65], requires_grad=True)))
         return
     assert torch.autograd.gradgradcheck(solve, (*ends, torch.tensor([0.11, 0.33, 0.65], requires_grad=True)))
