@@ -128,7 +128,7 @@ def steering(spec: StateSpec, arguments: dict[str, Any]) -> dict[str, Any]:
         "max_step": positive(max_step, "max_step"),
         "min_step": positive(min_step, "min_step", zero=True),
         "max_steps": int(max_steps),
-        "monitor": progress_monitor(progress),
+        "monitor": progress_monitor(progress) if progress else Monitor(),
     }
 
 

@@ -197,7 +197,9 @@ def solve_ivp(
     if step_ts is not None:
         check_jumps(chosen, step_ts)
     chosen = method_for(times, chosen, METHODS["kvaerno5" if chosen.implicit else "tsit5"], mass is None)
-    times = replace(times, samples=sampled_once(times.samples, times.anchors[0], chosen), anchors=ended_once(times.anchors, chosen))
+    moving = any(moves(x) for x in (times.anchors, times.samples) if x is not None)
+    if moving:
+        times = replace(times, samples=sampled_once(times.samples, times.anchors[0], chosen), anchors=ended_once(times.anchors, chosen))
     right_hand_side, state, integrand = fun, y0, None
     if quadrature is not None:
         check_callable(quadrature, "quadrature")
@@ -212,7 +214,6 @@ def solve_ivp(
     system, y_flat = _system(given, native, chosen, bool(compile) and mass is None, mass is not None), given.state()
     inputs = stand_ins(system.inputs)
     derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])
-    moving = any(moves(x) for x in (times.anchors, times.samples) if x is not None)
     recorded = chosen.implicit or chosen.multistep
     # the slopes of implicit stages are recorded, and what multistep methods went by: derivatives are taken at them
     differentiated = derivatives and recorded and (moving or not chosen.spares_stages)
@@ -231,8 +232,7 @@ def solve_ivp(
     if mass is not None:
         y_flat, implicit_system = consistent_start(system, times, y_flat, user_spec, {"rtol": plan.rtol, "atol": plan.atol})
         failing = dae_failure
-    exact = chosen.needs_time_slope
-    algebra = stage_algebra(system, inputs, spec, **implicit_options, exact=exact, mass=mass) if chosen.implicit else None
+    algebra = stage_algebra(system, inputs, spec, **implicit_options, exact=chosen.needs_time_slope, mass=mass) if chosen.implicit else None
     ways = {"algebra": algebra, "derivatives": derivatives, "native": native, "idle": times.readable_idle}
     problem = Problem(system, plan, batched, reporting(plan, failing if throw else None, implicit_system, inputs), backward.add, **ways)
     strategy = strategy_of(gradient)
@@ -243,7 +243,7 @@ def solve_ivp(
     if known is not None and step_ts is None:
         # with knots of tables there is more to a call than numbers
         known.remember(problem, [x for x in leaves_of(args) if isinstance(x, Tensor)])
-    if exact:
+    if chosen.needs_time_slope:
         warn_of_lost_time(problem, inputs, (times.anchors[0], out.t_final), (y_flat, out.final), out.n_steps)
     parts = Parts(out, problem, times, user_spec, spec, integrand, y_flat, watched, args, backward, derivatives, dense_output)
     return solution_of(*finished(parts))

@@ -58,10 +58,8 @@ def root_monitor() -> Callable[[int, Tensor, Tensor], None]:
 
 
 def progress_monitor(asked: bool | Monitor) -> Monitor:
-    """The monitor of a solve: a bar, the one of a solve of which this is a part, or one that shows nothing."""
-    if isinstance(asked, Monitor):
-        return asked
-    return _Bar() if asked else Monitor()
+    """The monitor of a solve that is to show a bar: its own, or that of the solve of which it is a part."""
+    return asked if isinstance(asked, Monitor) else _Bar()
 
 
 @contextmanager
