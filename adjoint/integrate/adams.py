@@ -153,7 +153,8 @@ class AdamsSolver(MultistepSolver):
         self.fails = self.fails + (rejected | failed)
         again = (rejected | failed) & (self.fails >= PATIENCE)
         order = torch.where(again, 1, order)
-        down = torch.where(again & rejected, (0.5 / here.clamp(min=1e-30)).sqrt().clamp(0.01, 0.5), 0.5)
+        # of an error that is no number the size would be none either, and no step of such a size is ever too small
+        down = torch.where(again & rejected, (0.5 / here.clamp(min=1e-30)).sqrt().nan_to_num(0.0).clamp(0.01, 0.5), 0.5)
         factor = torch.where(passed, factor, torch.where(rejected | failed, down, 1.0))
         self.order = torch.where(restart, 1, order)
         self.rising, self.equal = self.rising | restart, torch.where(restart, 0, self.equal)

@@ -380,3 +380,15 @@ def test_controllers_are_refused_by_other_multistep_methods_too():
 def test_bad_orders(order):
     with pytest.raises(InvalidInput, match="max_order"):
         Adams(order)
+
+
+@pytest.mark.parametrize("rows", [None, [[1.0, 0.0], [1.0, 1.0]]])
+def test_an_error_that_is_no_number_ends_the_solve(rows):
+    """Zero beside a tolerance that is zero: the size of the next step was none either, and attempts went on to ``max_steps``."""
+    y0 = torch.tensor([1.0, 0.0] if rows is None else rows)
+    fun = lambda t, y: torch.stack([-y[..., 0], 0 * y[..., 1]], -1)  # noqa: E731
+    with pytest.raises(adjoint.NonFiniteState, match="the error norm is 0/0"):
+        adjoint.solve_ivp(fun, (0.0, 5.0), y0, method="abm", atol=0.0, batched=rows is not None)
+    if rows is not None:
+        sol = adjoint.solve_ivp(fun, (0.0, 5.0), y0, method="abm", atol=0.0, batched=True, throw=False)
+        assert sol.status.tolist() == [-3, 0]
