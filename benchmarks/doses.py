@@ -11,7 +11,6 @@ shorter steps than the state (docs/theory.md, section 1).
 from __future__ import annotations
 
 import argparse
-import datetime
 import math
 import os
 import statistics
@@ -27,8 +26,11 @@ import adjoint
 from adjoint import Doses
 
 from .measure import Contention
+from .report import write_paragraphs
 
 HOURS = 48.0
+_HEAD = """| method | | native, all at once, s | least | first call | uncompiled | one by one, ms each | s for all | times faster | apart |
+|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"""
 TOLERANCES = {"rtol": 1e-6, "atol": 1e-8}
 
 
@@ -141,25 +143,18 @@ def main() -> None:
         for waiting in (False, True):
             lines += compared(population(args.patients, waiting), args, method, ", waiting" if waiting else "")
     share = contention.share()
-    text = [
+    cores = f"{os.cpu_count()} cores" + ("." if share is None else f", of which other processes used {100 * share:.0f} % meanwhile.")
+    write_paragraphs(
+        args.out,
+        "doses",
         "# Patients with schedules of their own",
-        "",
         f"{args.patients} patients, each with one to ten oral doses, two infusions and a lag time, and 25 samples over {HOURS:g} hours; "
         "rtol 1e-6, one thread. Gradients in all rate constants, lag times, and times and amounts of all doses. One by one: "
         f"{args.alone} of them, uncompiled, without `batched=True`; their time for all is in proportion. Waiting: first doses come later. "
         "See `benchmarks/doses.py`.",
-        "",
-        f"adjoint {adjoint.__version__}, torch {torch.__version__}, {os.cpu_count()} cores"
-        + ("." if share is None else f", of which other processes used {100 * share:.0f} % meanwhile."),
-        "",
-        "| method | | native, all at once, s | least | first call | uncompiled | one by one, ms each | s for all | times faster | apart |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-        *lines,
-        "",
-    ]
-    out = args.out / f"{datetime.date.today():%Y-%m-%d}-doses.md"
-    out.write_text("\n".join(text))
-    print(out)
+        f"adjoint {adjoint.__version__}, torch {torch.__version__}, {cores}",
+        "\n".join([_HEAD, *lines]),
+    )
 
 
 if __name__ == "__main__":

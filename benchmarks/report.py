@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["COMPILED", "EAGER", "WRONG", "digits", "environment", "markdown", "stem", "write"]
+__all__ = ["COMPILED", "EAGER", "WRONG", "digits", "environment", "markdown", "stem", "write", "write_paragraphs"]
 
 EAGER, COMPILED = "ours discrete", "ours discrete compiled"
 PACKAGES = (
@@ -207,3 +207,10 @@ def write(results: dict[str, Any], folder: Path) -> Path:
     Path(f"{base}.json").write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n")
     Path(f"{base}.md").write_text(markdown(results))
     return base
+
+
+def write_paragraphs(folder: Path, name: str, *paragraphs: str) -> None:
+    """Write markdown of this day, and say where it is."""
+    out = folder / f"{datetime.date.today():%Y-%m-%d}-{name}.md"
+    out.write_text("\n\n".join(paragraphs) + "\n")
+    print(out)

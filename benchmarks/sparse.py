@@ -8,7 +8,6 @@ times are those of the process, the least of all. Steps have to be the same, and
 from __future__ import annotations
 
 import argparse
-import datetime
 import math
 import random
 import time
@@ -21,6 +20,8 @@ import torch
 from torch import Tensor
 
 import adjoint
+
+from .report import write_paragraphs
 
 RTOL = 1e-6
 Problem = tuple[Callable[..., Tensor], Tensor, float]
@@ -51,7 +52,7 @@ def arrow(n: int) -> Problem:
 
 
 def network(n: int) -> Problem:
-    """Rates over four decades."""
+    """Reactions of two species each, to two others, with rates over four decades."""
     draw = random.Random(0)
     kinetics = [(*(draw.randrange(n) for _ in range(4)), 10 ** (4 * draw.random() - 2)) for _ in range(n)]
 
@@ -80,6 +81,8 @@ def held(m: int) -> Problem:
     return residual, torch.cat([torch.full((m,), 0.5, dtype=torch.float64), torch.zeros(m - 1, dtype=torch.float64)]), 1.0
 
 
+_HEAD = """| problem | unknowns | trajectories | method | steps | compiled, ms | uncompiled, ms | times faster | first call, s | apart |
+|---|---:|---:|---|---:|---:|---:|---:|---:|---:|"""
 ODES = ("kvaerno5", "rodas5p", "bdf", "radau5")
 CASES: list[tuple[str, Callable[[int], Problem], int, tuple[str, ...], int]] = [
     ("grid", grid, 16, ODES, 0),
@@ -147,23 +150,16 @@ def main() -> None:
         for method in methods:
             lines.append(compared(name, make, size, method, rows, args.repeats))
             print(lines[-1], flush=True)
-    text = [
+    write_paragraphs(
+        args.out,
+        "sparse",
         "# Many unknowns, each of which depends on a few others",
-        "",
         f"Compiled and uncompiled in turns, one thread, rtol {RTOL:g}; the least times of the process, forward / with the derivative in a "
         "parameter. First call: with reading, the pattern and the C++ compiler, by the clock. Apart: values and derivatives of the two, "
         "relative. See `benchmarks/sparse.py`.",
-        "",
         f"adjoint {adjoint.__version__}, torch {torch.__version__}.",
-        "",
-        "| problem | unknowns | trajectories | method | steps | compiled, ms | uncompiled, ms | times faster | first call, s | apart |",
-        "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|",
-        *lines,
-        "",
-    ]
-    out = args.out / f"{datetime.date.today():%Y-%m-%d}-sparse.md"
-    out.write_text("\n".join(text))
-    print(out)
+        "\n".join([_HEAD, *lines]),
+    )
 
 
 if __name__ == "__main__":

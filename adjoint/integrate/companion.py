@@ -26,7 +26,10 @@ from ..torch_internals import is_functorch_wrapped_tensor
 from .numbers import Decision, Measure, any_of, any_of_each, choose, column, negated, read
 from .plan import Plan, Record
 
-__all__ = ["NEAR", "PRODUCTS", "QUIET", "WIDEST", "Beside", "Companion", "companion_of", "displaced", "drawn", "rests", "unit_of"]
+__all__ = [
+    "NEAR", "PRODUCTS", "QUIET", "STANDING", "WIDEST", "Beside", "Companion",
+    "companion_of", "displaced", "drawn", "rests", "unit_of",
+]  # fmt: skip
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 #: a right-hand side, for implicit methods with its equations; displaced or not
@@ -37,7 +40,7 @@ QUIET, _STILL = 1e-8, 1e-10
 #: rounding, beside the largest error of a state, from which on it makes errors next to nothing by chance
 _CHANCE = 1e-7
 #: movement in a step, in units of the tolerance, of a state at rest, where stability is of no concern
-_STANDING = 1e-6
+STANDING = 1e-6
 #: how many steps of how many times of the fastest mode take what is fast out of a displacement
 _ROUNDS, _PASSED = 4, 30.0
 #: products with the Jacobian that make an estimate of its size, and the part of the interval of stability from which on they are made
@@ -162,7 +165,7 @@ class Companion:
             if self.plan.method.implicit:
                 # steps that are stable are too long for derivatives only where nothing moves
                 moved, size, end = (self._constant(end) - y).abs(), y.abs(), self._constant(end)
-                still = (moved <= _STANDING * (size * self.plan.rtol + self.plan.atol)).all(-1)
+                still = (moved <= STANDING * (size * self.plan.rtol + self.plan.atol)).all(-1)
                 resting = moved <= 8 * torch.finfo(self.plan.real).eps * size
                 still, some = (taken & (x > 0) for x in read(quiet, still, resting.any(-1)))
                 quiet = quiet & still

@@ -10,7 +10,7 @@ from .expressions import FUNCTIONS, Graph
 from .reverse import cotangents
 from .text import LeafName, Scatter, Target, statements
 
-__all__ = ["Group", "Loops", "added", "groups_of", "kept_values"]
+__all__ = ["Group", "Loops", "added", "groups_of", "is_constant", "kept_values"]
 
 #: a value is computed once and kept if it is used more than once and costs as much as this
 _KEPT_COST = 6
@@ -278,12 +278,17 @@ class Loops:
                     continue
                 slot, start = g.data[leaf][1], len(pattern)
                 pattern += [(row, int(member[slot])) for row, member in zip(group.targets, group.members, strict=True)]
-                if all(g.names[x] == "constant" or g.data[x][:1] == ("c",) for x in g.cone([node]) if not g.arguments[x]):
+                if is_constant(g, node):
                     steady += pattern[start:]
                 targets.append((entry(self.index(range(start, len(pattern)))), node, "="))
             if targets:
                 loops.append(self.loop(group, targets))
         return "\n".join(loops), pattern, steady
+
+
+def is_constant(g: Graph, node: int) -> bool:
+    """Whether a node is made of constants alone, which may differ from member to member."""
+    return all(g.names[x] == "constant" or g.data[x][:1] == ("c",) for x in g.cone([node]) if not g.arguments[x])
 
 
 def added(g: Graph, slopes: dict[int, int], index: Sequence[str], cotangent_name: LeafName) -> Iterator[Target | Scatter]:

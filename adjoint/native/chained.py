@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from .alike import Group, Loops, added
+from .alike import Group, Loops, added, is_constant
 from .reverse import cotangents, times
 from .text import LeafName, Scatter, Target
 
@@ -63,7 +63,7 @@ class Chained:
             self.local += len(members)
             parts.append((leaf, node, first))
             targets.append((f"dl[{self.writer.index(range(first, self.local))}]", node, "="))
-            constant = all(g.names[x] == "constant" or g.data[x][:1] == ("c",) for x in g.cone([node]) if not g.arguments[x])
+            constant = is_constant(g, node)
             for q, (row, member) in enumerate(members):
                 columns = rows[int(member[g.data[leaf][1]])] if kind == "w" else {_TIME if kind == "t" else int(member[g.data[leaf][1]]): 0}
                 for column, factor in columns.items():

@@ -101,4 +101,3 @@ def on_cuda(text: str, device: torch.device) -> Launch:
             _called("cuLaunchKernel", functions[name], *sizes, stream, at, None)
 
     return launch
-

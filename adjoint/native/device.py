@@ -17,7 +17,7 @@ from torch import Tensor
 from .calls import Launch
 from .cuda import on_cuda
 
-__all__ = ["LAUNCHERS", "DeviceEngine", "addressed", "kernels_of"]
+__all__ = ["LAUNCHERS", "DeviceEngine", "addressed", "kernels_of", "trimmed"]
 
 #: for kernels of this text, on this device, by the type of the device
 LAUNCHERS: dict[str, Callable[[str, torch.device], Launch]] = {"cuda": on_cuda}
@@ -27,6 +27,8 @@ _FILLED = 9
 _ADDED = 64
 #: bytes of what trajectories add to cotangents of shared inputs before it is added up
 _MOST_TOTALS = 2**28
+#: bytes of a record whose room is cut to what was needed
+_LARGE = 2**20
 #: steps of a round that keeps none
 _UNLIMITED = 2**60
 
@@ -78,7 +80,7 @@ class DeviceEngine:
             room = max(min(start, most - start), 1)
         whole = rounds[0] if len(rounds) == 1 else {name: torch.cat([x[name] for x in rounds]) for name in rounds[0]}
         if keeps:
-            whole = _trimmed(whole, longest)
+            whole = trimmed(whole, longest)
             self._point(call, whole, 0)
             self.launch("fill_up", rows, (call, ctypes.c_long(longest)))
         return longest, whole
@@ -116,10 +118,10 @@ class DeviceEngine:
         return total.reshape(-1)
 
 
-def _trimmed(steps: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Of ``count`` steps; memory that is mostly not used is given back."""
+def trimmed(steps: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Of ``count`` steps; much memory that is mostly not used is given back."""
     cut = {name: x[: count + (name == "states")] if len(x) else x for name, x in steps.items()}
-    wasteful = 2 * count < len(steps["t"])
+    wasteful = 2 * count < len(steps["t"]) and sum(x.nbytes for x in cut.values()) > _LARGE
     return {name: x.clone() for name, x in cut.items()} if wasteful else cut
 
 

@@ -298,8 +298,8 @@ def engine_text(
     """All but the functions of the user and `prologue`, for states of ``width`` numbers.
 
     ``timed``: whether these functions look at the time. ``own``: how many numbers of each input belong to one trajectory, 0 where all
-    share it; ``numbers``: how many cotangents shared ones have. ``nonzero``: the entries of the
-    Jacobian that are not always zero. ``mass``: whether there is a matrix in front of the slopes. ``displaced``: whether the second half of
+    share it; ``numbers``: how many cotangents shared ones have. ``matrices``: how those of
+    implicit steps are kept. ``mass``: whether there is a matrix in front of the slopes. ``displaced``: whether the second half of
     the state is a displacement of the first one, and there is no way back. ``device``: with the kernels of a device in place of whole
     solves.
     """

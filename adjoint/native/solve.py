@@ -19,7 +19,7 @@ from ..integrate.record import no_events
 from ..integrate.residual import power_of
 from ..integrate.stages import TOLERANCE
 from .calls import FORWARD_CALL, filled
-from .device import DeviceEngine, addressed
+from .device import DeviceEngine, addressed, trimmed
 from .emit import recorded_stages, records_beside
 from .program import Engine, Program
 from .progress import tell, told
@@ -27,8 +27,8 @@ from .reading import Unreadable
 
 __all__ = ["COUNTS", "LOST", "Frame", "Solved", "block_of", "frame_of", "run_native", "sample_order", "shift_of", "solved", "threads_for"]
 
-#: steps for which there is room at first, and bytes of a record whose room is cut to what was needed
-_ROOM, _LARGE = 64, 2**20
+#: steps for which there is room at first
+_ROOM = 64
 #: bytes of that room
 _MOST_ROOM = 2**26
 _FEW = 32
@@ -272,9 +272,7 @@ def solved(
     if frame.keep_grid:
         program.room[rows] = most + most // 4 + 8
     if most < room:
-        steps = {name: x[: most + (name == "states")] if x.shape[0] else x for name, x in steps.items()}
-        if 2 * most < room and sum(x.nbytes for x in steps.values()) > _LARGE:
-            steps = {name: x.clone() for name, x in steps.items()}
+        steps = trimmed(steps, most)
     if lost.value:
         raise Unreadable("", "", LOST)
     if frame.few:

@@ -10,27 +10,27 @@ from __future__ import annotations
 import torch
 
 from ..integrate import Plan, Record
+from ..integrate.companion import STANDING
 from ..system.capture import readable
 from ..system.remarks import remark
 
 __all__ = ["tell_of_rest"]
 
-#: movement, in units of the tolerance, of a state at rest, and the part of the span in which it has not moved at the start
-_STANDING, _PART = 1e-6, 0.01
+#: the part of the span, from its start on, in which a state at rest has not moved
+_PART = 0.01
 
 
 def tell_of_rest(plan: Plan, record: Record) -> None:
-    """Warn where a trajectory does not move at the start, though it is solved for derivatives. Nothing is said of a step that is no longer
-    than ``max_step`` lets it be: who bounds steps has been told."""
+    """Warn where a trajectory does not move at the start, though it is solved for derivatives; who bounds steps by ``max_step`` has been
+    told."""
     h, states = record.h, record.states
     if not len(h) or len(states) != len(h) + 1 or plan.max_step < float("inf") or not readable(states):
         return
     size = torch.maximum(states[1:].abs(), states[0].abs())
-    moved = ((states[1:] - states[0]).abs() > _STANDING * (size * plan.rtol + plan.atol)).any(-1)
+    moved = ((states[1:] - states[0]).abs() > STANDING * (size * plan.rtol + plan.atol)).any(-1)
     # a trajectory that is through has steps of size zero
     still = (~moved).cumprod(0) * h.abs()
     rested, span = still.sum(0), h.abs().sum(0)
-    # one step alone may be all there is to a short span
     resting = (rested > _PART * span) & (span > 0)
     if not bool(resting.any()):
         return

@@ -16,12 +16,6 @@ class _Ops:
     columns = staticmethod(lambda x: x)
     stack = staticmethod(lambda xs: xs)
 
-    @staticmethod
-    def _none(*_: Any) -> Any:
-        raise NotImplementedError("networks are not written out number by number")
-
-    linear = tanh = softplus = _none
-
 
 class HeyokaRunner:
     """``taylor_adaptive_batch``, whose one tolerance is that of the case.

@@ -14,6 +14,7 @@ from adjoint.methods.tableaux_dirk import KVAERNO5
 from adjoint.native import entry, functions, matrices
 from adjoint.native.build import NoCompiler, compiler
 from adjoint.native.sparse import sparse_of, tables
+from benchmarks.sparse import network
 
 try:
     compiler()
@@ -67,23 +68,6 @@ def arrow(n):
     return fun, torch.linspace(0.5, 1.5, n, dtype=torch.float64)
 
 
-def network(n):
-    """Reactions of two species each, to two others, with rates over four decades."""
-    draw = random.Random(0)
-    kinetics = [(*(draw.randrange(n) for _ in range(4)), 10 ** (4 * draw.random() - 2)) for _ in range(n)]
-
-    def fun(t, y, p):
-        x = y.unbind(-1)
-        slope = [p - p * v for v in x]
-        for a, b, c, d, k in kinetics:
-            rate = p * k * x[a] * x[b]
-            slope[a], slope[b] = slope[a] - rate, slope[b] - rate
-            slope[c], slope[d] = slope[c] + rate, slope[d] + rate
-        return torch.stack(slope, -1)
-
-    return fun, torch.linspace(0.3, 0.7, n, dtype=torch.float64)
-
-
 def fluxes(n):
     """Between places nearby and far away, through values that are kept, under a load that comes and goes."""
 
@@ -125,7 +109,8 @@ def test_an_arrow(method, rows, patterns):
 
 @pytest.mark.parametrize("method, rows", [("kvaerno5", 0), ("rodas5p", 0), ("bdf", 20), ("radau5", 3)])
 def test_a_network_of_reactions(method, rows, patterns):
-    compare(network(100), method, rows=rows, span=0.1)
+    fun, y0, _ = network(100)
+    compare((fun, y0), method, rows=rows, span=0.1)
     assert patterns[0] is not None
 
 

@@ -6,8 +6,6 @@ template <int COPIES> struct Sizes {
   static constexpr bool MOVED = BANDED && (REORDERED || COPIES > 1);
   static int unknown(int r) { return MOVED ? r % COPIES * N + (REORDERED ? ORDER[r / COPIES] : r / COPIES) : r; }
 };
-FN void clear(S& x) { x = K(0); }
-FN void clear(Complex& x) { x = {K(0), K(0)}; }
 #define ENTRIES (N * (long)N)
 constexpr long room_of_factors(int copies) { return (long)copies * N * copies * N; }
 enum { BESIDE = N };

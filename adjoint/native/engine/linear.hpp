@@ -88,6 +88,8 @@ template <int D, int LOW = D - 1, int UP = D - 1, class V> static void solve_tra
     exchanged<D, LOW>(P, x, k, true);
   }
 }
+FN void clear(S& x) { x = K(0); }
+FN void clear(Complex& x) { x = {K(0), K(0)}; }
 // a place in a Jacobian of the state: row and column, which of its entries that is (of implicit equations: by the value; by the slope it is BESIDE
 // further on), and the column's copy where there are some
 struct At { int i, j; long entry; int copy; };

@@ -50,8 +50,6 @@ template <int C> FN Column<C> transposed(const Block<C>& b, const Column<C>& x) 
   for (int j = 0; j < C; j++) { r.v[j] = b.a[0][j] * x.v[0]; for (int i = 1; i < C; i++) r.v[j] += b.a[i][j] * x.v[i]; }
   return r;
 }
-FN void clear(S& x) { x = K(0); }
-FN void clear(Complex& x) { x = {K(0), K(0)}; }
 template <int C> FN void clear(Column<C>& x) { for (int i = 0; i < C; i++) x.v[i] = K(0); }
 
 // an entry of the factors of COPIES, what it multiplies, and of each row the part of a copy
