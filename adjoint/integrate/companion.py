@@ -43,6 +43,8 @@ _CHANCE = 1e-7
 STANDING = 1e-6
 #: how many steps of how many times of the fastest mode take what is fast out of a displacement
 _ROUNDS, _PASSED = 4, 30.0
+#: by how much displacements fall, and from which growth on, with each fall, a derivative has no bound
+_FALL, _GROWS = 1e-2, 1.2
 #: products with the Jacobian that make an estimate of its size, and the part of the interval of stability from which on they are made
 PRODUCTS, NEAR = 4, 0.3
 #: part of the interval of stability from which on steps are looked after
@@ -55,10 +57,8 @@ _LOOKS, _LONGER = (0, 8, 24), 2.0
 _FUTILE = 25
 #: steps, in units of the rounding of the time, in which the displaced solution alone jumps: what moves when `fun` switches is displaced too
 _JUMPING = 1e5
-#: an error that is refused in any case
-_HUGE = 1e30
-#: times of the fastest mode after which it has died away, if it does
-_SETTLED = 20.0
+#: an error that is refused in any case; times of the fastest mode after which it has died away, if it does
+_HUGE, _SETTLED = 1e30, 20.0
 #: bounds of the displacement beside its part above rounding, relative and absolute
 WIDEST = 1e-3
 #: drawn numbers by shape, so many of so many at the most
@@ -244,7 +244,7 @@ class Companion:
         first, self._first = self._first, False
         if self._probe is None:
             self._probe_anew(y, quiet)
-            assert self._probe is not None
+        assert self._probe is not None
         # the size of the Jacobian in a direction that comes nearer and nearer to that of its largest eigenvalue
         self._n_fun += 1
         point = torch.addcmul(y, self._probe, unit)
@@ -292,12 +292,18 @@ class Companion:
         self._first = first and soon
         if not rests and not stiff:
             return
-        self.on, self._calm, self._with = True, 0, self._with | still | limit
+        new = (still | limit) & negated(self._with)
+        if any_of(new):
+            # no step is short enough for a derivative that is infinite, and the way back says so
+            bounded = negated(self._endless(times[0], y, k1, unit, new))
+            still, limit = still & bounded, limit & bounded
+        self._with = self._with | still | limit
+        self.on, self._calm = any_of(self._with), 0
         # of modes that were resolved before only their stability is at stake
         implicit = self.plan.method.implicit
         anew = ((still & (quiet | first | implicit)) | (limit & (rate * self._elapsed < _SETTLED))) & negated(self._known)
         begun = any_of(anew)
-        if begun or (implicit and self._base is self.f):
+        if begun or (self.on and implicit and self._base is self.f):
             self._displaced = self._beside(True)
             if implicit:
                 self._base = self._beside(False)
@@ -425,6 +431,15 @@ class Companion:
         """The product of the Jacobian of ``f``, whose value is ``at``, with a direction, both in units of the displacement."""
         self._n_fun += 1
         return (self._slope(f, t, torch.addcmul(y, probe, unit)) - at) / unit
+
+    def _endless(self, t: Tensor, y: Tensor, k1: Tensor, unit: Tensor, kind: Decision) -> Decision:
+        """Whose derivative grows by one and the same factor whenever the displacement falls, as of a power below one at zero. A jump, or
+        rounding, grows as displacements fall, and is left to the companion."""
+        probe = self._random(y).to(y.dtype)
+        sizes = [self._change(self.f, t, y, k1, probe, unit * part).abs() for part in (1.0, _FALL, _FALL**2)]
+        once, twice = sizes[1] / sizes[0], sizes[2] / sizes[1]
+        (found,) = read(kind, ((once > _GROWS) & (twice > 0.9 * once) & (twice < 1.1 * once) & (twice < 0.9 / _FALL)).any(-1))
+        return found > 0
 
     def _slope(self, f: Flat, t: Tensor, y: Tensor) -> Tensor:
         return f(t, y.reshape(self._shape)).reshape(self._flat)

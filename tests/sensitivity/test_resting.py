@@ -329,3 +329,31 @@ def test_components_of_other_sizes_and_rounding_are_no_reason_to_follow():
     y0 = torch.randn(128, 64, dtype=torch.float32)
     plain, wanted = evaluations(lambda t, y: net(y), (0.0, 1.0), y0, method="dopri5", rtol=1e-5, atol=1e-6)
     assert 0 <= int(wanted - plain) <= 30
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("power", [0.3, 0.5, 0.8])
+def test_no_step_is_short_enough_for_a_derivative_that_is_infinite(power, beside, batched):
+    def fun(t, y):
+        return torch.stack([-y[..., 0], -y[..., 1].abs() ** power], -1)
+
+    y0 = torch.tensor([float(beside), 0.0])
+    y0 = (torch.stack([y0, y0 + 1.0]) if batched else y0).requires_grad_()
+    calls = {"method": "tsit5", "batched": batched}
+    without = adjoint.solve_ivp(fun, (0.0, 1.0), y0.detach(), **calls)
+    solution = adjoint.solve_ivp(fun, (0.0, 1.0), y0, **calls)
+    rested = (lambda x: x[0]) if batched else (lambda x: x)
+    assert int(rested(solution.stats.n_steps)) <= int(rested(without.stats.n_steps)) + 4
+    torch.testing.assert_close(rested(solution.y[-1].detach()), rested(without.y[-1]), rtol=1e-6, atol=1e-9)
+    if batched:
+        assert torch.autograd.grad(solution.y[-1, 1].sum(), y0)[0][1].isfinite().all()
+    else:
+        with pytest.raises(adjoint.NonFiniteDerivative, match=r"component y\[1\]"):
+            solution.y[-1].sum().backward()
+
+
+def test_a_right_hand_side_that_jumps_at_rest_is_followed():
+    y0 = torch.zeros(1, requires_grad=True)
+    (grad,) = torch.autograd.grad(adjoint.solve_ivp(lambda t, y: -20 * y - 1e-8 * (y > 0), (0.0, 2.0), y0, method="tsit5").y[-1], y0)
+    assert abs(float(grad)) < 1e-6
