@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..doors.event_slope import with_slope
 from ..errors import InvalidInput, NonFiniteState
 from ..integrate import Monitor, shifted_times
 from ..methods import METHODS
@@ -32,6 +33,8 @@ from .request import Request
 __all__ = ["adams_event", "adams_samples"]
 
 _MAX_EVENT_STEPS = 20_000
+#: part of a step by which one of the start ends before the event
+_SHORT = 1e-3
 
 
 @dataclass
@@ -79,23 +82,42 @@ class _Adams:
         self.times.insert(0, t)
         self.slopes.insert(0, slope)
         del self.times[self.order :], self.slopes[self.order :]
+        y1 = self.end(t, t1, y)
+        if self.watch_back and y1.requires_grad:
+            where, state, size = float(t.detach()), y.detach(), float((t1 - t).detach())
+            y1.register_hook(lambda bar: self.monitor.adjoint(where, state, size, bar))
+        return _Step(t, t1 - t, y, y1, slope)
+
+    def end(self, t: Tensor, t1: Tensor, y: Tensor) -> Tensor:
+        """The state at ``t1`` of a step from ``t``, whose slope is the latest one."""
         h = t1 - t
         # the corrector's formula counts the slope at the end as well
         past = min(len(self.slopes), self.order - 1 if self.implicit and self.order > 1 else self.order)
         needed = self.start_slopes - 1 if self.implicit and self.order > 1 else self.start_slopes
-        y1 = self._started(t, h, y, slope) if past < needed else self._adams(t1, h, y, past)
-        if self.watch_back and y1.requires_grad:
-            where, state, size = float(t.detach()), y.detach(), float(h.detach())
-            y1.register_hook(lambda bar: self.monitor.adjoint(where, state, size, bar))
-        return _Step(t, h, y, y1, slope)
+        return self._started(t, h, y, self.slopes[0]) if past < needed else self._adams(t1, h, y, past)
+
+    def begun(self) -> bool:
+        """Whether there are slopes enough for the formula, and for one whose second derivative in the time is not zero."""
+        return self.order > 1 and self.start_slopes <= len(self.slopes)
+
+    def along(self, t: Tensor, y: Tensor, t1: Tensor) -> Callable[[Tensor], Tensor]:
+        """The solution from ``t``, whose slope is the latest one, to ``t1`` and a little beyond, with no evaluation from ``t1`` on."""
+        if self.begun():
+            # the predictor of a corrector too, of the order of the whole
+            return lambda time: self._predicted(time - t, y, len(self.slopes))
+        short = t + (1 - _SHORT) * (t1 - t)
+        y1 = self.end(t, short, y)
+        h = (short - t).to(self.real)
+        slopes = h * self.slopes[0], h * self.f(self._time(short, 1.0), y1)
+        curve = parabola if self.order == 1 else hermite
+        return lambda time: curve(((time - t) / (short - t)).to(self.real), y, y1, *slopes)
 
     def _started(self, t: Tensor, h: Tensor, y: Tensor, slope: Tensor) -> Tensor:
         times = [self._time(t + c * h, c) for c in self.starter.nodes]
         return self.starter.step(self.f, times, h.to(self.real), y, slope)[0]
 
     def _adams(self, t1: Tensor, h: Tensor, y: Tensor, past: int) -> Tensor:
-        slopes = self.slopes[:past]
-        y1 = y + h.to(self.real) * _weighed(self._weights(h, past, False), slopes)
+        slopes, y1 = self.slopes[:past], self._predicted(h, y, past)
         if not self.implicit:
             return y1
         end, *rest = self._weights(h, past, True)
@@ -109,6 +131,9 @@ class _Adams:
         if not functorch_active():
             warnings.warn("Functional iteration did not converge. Solution may be incorrect.", stacklevel=2)
         return y1
+
+    def _predicted(self, h: Tensor, y: Tensor, past: int) -> Tensor:
+        return y + h.to(self.real) * _weighed(self._weights(h, past, False), self.slopes[:past])
 
     def _converged(self, y0: Tensor, y1: Tensor) -> bool:
         with torch.no_grad():
@@ -175,7 +200,9 @@ def _check_finite(steps: list[_Step]) -> None:
 
 
 def adams_event(request: Request, gradient: Gradient, only: Any = None) -> tuple[Tensor, Any]:
-    """Time of the first event, and the states at the start and there; see `native.solve_event`."""
+    """Time of the first event, and the states at the start and there; see `native.solve_event`.
+
+    The last step is one that ends at the event, from the slopes before it alone: ``func`` may change where the event is."""
     from scipy.optimize import brentq
 
     # as with all methods on a grid; see `native.solve_event`
@@ -189,7 +216,6 @@ def adams_event(request: Request, gradient: Gradient, only: Any = None) -> tuple
     if size is None:
         raise InvalidInput("Event handling for fixed step solvers currently requires `step_size` to be provided in options.")
     solver = _Adams(request, gradient, only, event)
-    interp = "parabola" if solver.order == 1 else "cubic"
     t = request.t[0].to(torch.float64)
 
     def value(t: Tensor, y: Tensor) -> float:
@@ -204,24 +230,33 @@ def adams_event(request: Request, gradient: Gradient, only: Any = None) -> tuple
     else:
         raise InvalidInput(f"no event in {_MAX_EVENT_STEPS} steps of size {size}")
     _check_finite([step])
-    following = solver.f(solver._time(t, 1.0), y)
+    predicted = solver.along(step.t, step.y, t) if solver.begun() else lambda when: solver.end(step.t, when, step.y)
 
-    def at(theta: float) -> Tensor:
-        return _between(solver, interp, step, step.t + theta * step.h, following)
-
-    def along(theta: float) -> float:
+    def left(theta: float) -> float:
         with torch.no_grad():
-            return value(step.t + theta * step.h, at(theta))
+            when = step.t + theta * step.h
+            return value(when, predicted(when) if theta else step.y)
 
-    theta = 1.0 if along(1.0) == 0.0 else float(brentq(along, 0.0, 1.0, xtol=1e-15))  # type: ignore[arg-type]
-    when, flat = step.t + theta * step.h, at(theta)
+    # the formula of a step and that of its last part differ by its error
+    theta = float(brentq(left, 0.0, 1.0, xtol=1e-15)) if left(1.0) < 0.0 else 1.0  # type: ignore[arg-type]
+    when = step.t + theta * step.h
+    state = solver.along(step.t, step.y, when)
+
+    def residual(t: Tensor) -> Tensor:
+        return event(t.to(spec.real_dtype), spec.unflatten(state(t))).reshape(()).to(torch.float64)
+
+    def rate(t: Tensor) -> Tensor:
+        return tangent(residual, (t,), (torch.ones_like(t),))
+
+    flat = state(when)
     if solver.derivatives:
-        # two Newton steps with differentiable slopes, begun at the root, have all its derivatives up to the third
-        def residual(t: Tensor) -> Tensor:
-            state = spec.unflatten(_between(solver, interp, step, t, following))
-            return event(t.to(spec.real_dtype), state).reshape(()).to(torch.float64)
-
-        for _ in range(2):
-            when = when - residual(when) / tangent(residual, (when,), (torch.ones_like(when),))
-        flat = _between(solver, interp, step, when, following)
+        slope = rate(when).detach()
+        sloping = torch.isfinite(slope) & (slope != 0)
+        if bool(sloping):
+            # two Newton steps with differentiable slopes, begun at the root, have all its derivatives up to the third
+            for _ in range(2):
+                when = when - residual(when) / rate(when)
+            flat = state(when)
+        else:
+            when, flat = with_slope(when, sloping, flat), with_slope(flat, sloping)
     return when.to(request.t.dtype), spec.unflatten(torch.stack([start, flat]))

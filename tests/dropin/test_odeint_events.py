@@ -192,3 +192,46 @@ def test_second_derivatives_of_event_times_by_methods_of_first_order(method, int
     (second,) = torch.autograd.grad(first, p)
     torch.testing.assert_close(first, -torch.log(torch.tensor(2.0, dtype=torch.float64)) / p**2, rtol=0.05, atol=0)
     torch.testing.assert_close(second, 2 * torch.log(torch.tensor(2.0, dtype=torch.float64)) / p**3, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("level", [0.12, 0.6, 0.7])
+@pytest.mark.parametrize(
+    ("method", "order"), [*((m, k) for m in ("explicit_adams", "implicit_adams") for k in (1, 2, 4, 8)), ("rk4", 0), ("dopri5", 0)]
+)
+def test_a_right_hand_side_that_changes_where_the_event_is(method, order, level):
+    """The state at the event is the level itself, whatever follows; in the first steps and in those of the formula."""
+    level = torch.tensor(level, requires_grad=True)
+
+    def func(t, y):
+        return torch.stack([torch.ones_like(y[0]), torch.where(y[0] < level, 1.0, 5.0)])
+
+    options = {"step_size": 0.07} | ({"max_order": order} if order else {})
+    when, states = odeint_event(
+        func,
+        torch.zeros(2),
+        torch.tensor(0.0),
+        event_fn=lambda t, y: y[0] - level,
+        odeint_interface=odeint,
+        method=method,
+        options=options if method != "dopri5" else {},
+    )
+    for value in (when, states[-1, 0], states[-1, 1]):
+        torch.testing.assert_close(value, level, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(torch.autograd.grad(value, level, retain_graph=True)[0], torch.tensor(1.0), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("method", ["explicit_adams", "implicit_adams", "rk4"])
+def test_an_adams_event_without_slope_has_a_time_and_no_derivative(method):
+    rate = torch.tensor(1.0, requires_grad=True)
+    when, _ = odeint_event(
+        lambda t, y: -rate * y,
+        torch.ones(1),
+        torch.tensor(0.0),
+        event_fn=lambda t, y: y[0] > 0.5,
+        odeint_interface=odeint,
+        method=method,
+        options={"step_size": 0.02},
+    )
+    assert abs(float(when) - 0.6931471805599453) < 1e-7
+    with pytest.raises(adjoint.InvalidInput, match="no slope"):
+        when.backward()
