@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .adams import AdamsSolver
 from .additive import AdditiveStageSolver
-from .alone import LoneStages
 from .bdf import BdfSolver
 from .bdf_alone import solve_bdf_alone
 from .companion import Beside
 from .controller import IController, PIController, PIDController
 from .loop import Walk
 from .multistep import MultistepSolver, solve_multistep
+from .numbers import lifted
 from .one_step import OneStepOfMany, OneStepOfOne
 from .paired import integrate_paired, stands, too_long
 from .plan import Event, Monitor, Plan, Record, Status, rms_norm, shifted_times
@@ -33,7 +33,6 @@ __all__ = [
     "BdfSolver",
     "Event",
     "IController",
-    "LoneStages",
     "Monitor",
     "MultistepSolver",
     "PIController",
@@ -77,7 +76,7 @@ def integrate(
     recording : stops autograd's recording of one trajectory when it has grown too large
     beside : see `Companion`; None for steps by the state alone
     """
-    if isinstance(f, LoneStages):
+    if isinstance(f, StageSolver) and f.alone:
         record = _of_one(f, plan, anchors, t_eval, y0, inputs, _flat(shape), None, beside)
     elif isinstance(f, MultistepSolver):
         if isinstance(f, BdfSolver) and not batched and not f.residual:
@@ -102,10 +101,7 @@ def integrate(
         record,
         status=torch.where(failed, int(Status.NEWTON_FAILED), record.status),
         n_fun=record.n_fun + work.n_fun,
-        n_jac=work.n_jac,
-        n_factorizations=work.n_factorizations,
-        n_solves=work.n_solves,
-        n_newton=work.n_newton,
+        **{name: lifted(getattr(work, name), record.n_fun) for name in ("n_jac", "n_factorizations", "n_solves", "n_newton")},
     )
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..linalg import Factorization, LinearOperator, Matrix
-from ..linalg.dense import factor_one
+from ..linalg.dense import factor_one, solved
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling_alone
-from .alone import row_norm, solved
+from .alone import row_norm
 from .bdf import BOUND, LARGEST, NEWTON, SAFETY, SIZE, SMALLEST, BdfSolver, update_matrix
 from .clock import initial_step
 from .loop import Walk

@@ -16,11 +16,13 @@ __all__ = [
     "Decision",
     "Measure",
     "absent",
+    "along",
     "any_of",
     "any_of_each",
     "at_least",
     "at_most",
     "choose",
+    "choose_states",
     "column",
     "finite",
     "larger",
@@ -30,6 +32,7 @@ __all__ = [
     "lowered",
     "negated",
     "read",
+    "same",
     "unset",
     "widened",
 ]
@@ -46,6 +49,11 @@ def choose(on: Decision, new: Any, old: Any) -> Any:
     """``new`` where ``on``, else ``old``."""
     # a test for Python's own flags is the quicker one, and these functions are called some fifty times a step
     return new if on is True else old if on is False else torch.where(on, new, old)
+
+
+def choose_states(on: Decision, new: Any, old: Any) -> Any:
+    """`choose` of states ``(B, n)``."""
+    return new if on is True else old if on is False else torch.where(on.unsqueeze(-1), new, old)
 
 
 def negated(x: Decision) -> Decision:
@@ -119,15 +127,21 @@ def larger(x: Measure, y: Measure) -> Measure:
     return torch.maximum(x, y) if isinstance(x, Tensor) else x if x >= y else y
 
 
+def same(x: Any, y: Any) -> bool:
+    """Whether two numbers, or two tensors, are the same."""
+    return x == y if type(x) is float else torch.equal(x, y)
+
+
+def along(x: Tensor, slope: Tensor, h: Any) -> Tensor:
+    """``x + h slope`` of states; ``h``: a float, or ``(B, 1)``."""
+    return torch.add(x, slope, alpha=h) if type(h) is float else x + h * slope
+
+
 def less(x: Tensor, change: Tensor, on: Decision) -> Tensor:
     """``x - change`` in the trajectories ``on``, of states: of one, in any shape, or ``(B, n)``."""
-    if isinstance(on, Tensor):
-        return torch.where(on.unsqueeze(-1), x - change, x)
-    return x - change if on else x
+    return x if on is False else choose_states(on, x - change, x)
 
 
 def lost(on: Decision, x: Tensor) -> Tensor:
     """States ``x``, in the trajectories ``on`` NaN."""
-    if isinstance(on, Tensor):
-        return torch.where(on.unsqueeze(-1), math.nan, x)
-    return torch.full_like(x, math.nan) if on else x
+    return torch.full_like(x, math.nan) if on is True else choose_states(on, math.nan, x)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..linalg import LinearSolver, Matrix
 from ..linalg.pencil import Pencil, ScaledFactors, scaled_factors, split
 from ..methods.tableaux_implicit import CollocationTableau, Mode
-from .coupled import solve_coupled
+from .coupled import StagesOfMany, solve_coupled
 from .guesses import StageGuess
 from .plan import Plan
 from .stages import SEARCHES
@@ -60,7 +60,7 @@ class ResidualSolver(Equations):
         tolerance: float = 1e-3,
     ) -> None:
         self.f, self.plan, self.jacobian, self.linear_solver, self.tolerance = f, plan, jacobian, linear_solver, tolerance
-        self.work = StageWork.zero(rows, device)
+        self.work, self.norm = StageWork.zero(rows, device), plan.norm
         self.power = power_of(index, plan.real)
         self.skipped = skipped
         self._at: tuple[Tensor, Tensor, Tensor] | None = None
@@ -164,7 +164,7 @@ class ResidualSolver(Equations):
             self._at = now
             self._pencil, self._fresh = self._take(*now), True
         self._real.clear()
-        return solve_coupled(self, tableau, times, step, y, k1)
+        return solve_coupled(self, StagesOfMany(tableau), tableau, times, step, y, k1)
 
     def _take(self, t: Tensor, y: Tensor, slope: Tensor) -> Pencil:
         return split(self.jacobian(lambda pair: self.f(t, pair), torch.cat([y, slope], -1)))
@@ -183,6 +183,14 @@ class ResidualSolver(Equations):
         if mode.value.imag == 0:
             return self._factors(mode.value.real, step * mode.value.real, step)
         return self._factors(mode.value, step * mode.value, step)
+
+    def running(self, step: Tensor) -> Tensor:
+        """See `CoupledSystem`: finished trajectories have steps of size zero."""
+        return (step != 0).squeeze(-1)
+
+    def with_slope(self, b: Tensor, hg: Tensor, k1: Tensor) -> Tensor:
+        """See `CoupledSystem`."""
+        return b + self.mass(hg * k1)
 
     def filtered(self, hg: Tensor, b: Tensor) -> Tensor:
         """See `CoupledSystem`."""

@@ -1,19 +1,25 @@
-"""Newton's iteration for the stages of implicit methods, for many trajectories in lock step."""
+"""Newton's iteration for the stages of implicit methods: of one trajectory by numbers, of many in lock step by masks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..linalg import Factorization, LinearOperator, LinearSolver, Matrix
+from ..linalg.dense import SmallFactors, as_numpy, factor_one, solved
 from ..methods.tableaux_implicit import CollocationTableau, Mode
-from .coupled import solve_coupled
-from .guesses import StageGuess
+from ..methods.tableaux_rosenbrock import RosenbrockTableau
+from ..system.jacobians import dense_with_time, jvp
+from ..system.stage_jacobian import StageJacobian
+from .alone import row_norm, small_linear_stages
+from .coupled import StagesOfMany, StagesOfOne, solve_coupled
+from .guesses import LoneGuess, StageGuess
 from .matrices import complex_shifted, jacobian_at, mass_product, shifted, tangent
 from .newton import iterate
-from .numbers import less
+from .numbers import Decision, Measure, along, any_of, choose, choose_states, less, lost, negated, same
 from .plan import Plan
 from .work import Equations, StageWork
 
@@ -48,20 +54,24 @@ def _between(value: float | Tensor, low: float, high: float) -> float | Tensor:
 
 
 class StageSolver(Equations):
-    """A flat right-hand side with `implicit`: simplified Newton iterations with the Jacobian at the start of the step.
+    """A flat right-hand side with `implicit` and `coupled`: simplified Newton iterations with the Jacobian at the start of the step.
 
     The iteration ends when its error, estimated from the rate of convergence, is below ``tolerance`` in units of the error tolerance
     (Hairer & Wanner, Solving ordinary differential equations II, section IV.8). Rows that have converged do not move any more, so a
     trajectory does not depend on the others of its batch.
 
+    Many trajectories have states ``(B, n)`` and sizes of steps ``(B, 1)``. One alone has its state in the shape ``(n,)`` or ``(1, n)`` in
+    which the loop carries it; the size of its step is a float, and a small matrix goes to LAPACK itself.
+
     Parameters
     ----------
     f : flat right-hand side on ``(B,)`` times and ``(B, n)`` states
     jacobian : ``(r, x) -> Matrix`` for a function ``r`` of ``(B, n)``
+    rows : how many trajectories; None for one alone
     tolerance : float
         Of the iteration, relative to the tolerance of the step.
     mass_matrix : (1 or B, n, n) or None
-        That of ``M y' = f(t, y)``, for Rosenbrock methods.
+        That of ``M y' = f(t, y)``, for Rosenbrock methods of many trajectories.
     """
 
     #: see `Constrained`
@@ -73,26 +83,31 @@ class StageSolver(Equations):
         plan: Plan,
         jacobian: Callable[[Callable[[Tensor], Tensor], Tensor], Matrix],
         linear_solver: LinearSolver,
-        rows: int,
+        rows: int | None,
         device: torch.device,
         tolerance: float = TOLERANCE,
         mass_matrix: Tensor | None = None,
     ) -> None:
         self.f, self.plan, self.jacobian, self.linear_solver, self.tolerance = f, plan, jacobian, linear_solver, tolerance
         self.rtol, self.atol = tolerances_of_stages(plan, tolerance)
-        self.mass_matrix = mass_matrix
+        self.mass_matrix, self.device, self.alone = mass_matrix, device, rows is None
+        self.norm: Callable[[Tensor], Measure] = row_norm(plan) if self.alone else plan.norm
         self.work = StageWork.zero(rows, device)
         self._matrix: Matrix | None = None
+        #: its entries, where it is a small dense one
+        self._entries: np.ndarray | None = None
+        #: of one trajectory and methods that weigh it: ``f_t``, which comes with the Jacobian where that is not the user's own
+        self._slope: Tensor | None = None
         self._at: tuple[Tensor, Tensor] | None = None
-        self._factors: Factorization | None = None
-        self._factored: Tensor | None = None
+        #: by the eigenvalue, 1 for all real ones: the step, None when the matrix is another by now, and what the next factors can use
+        self._factors: dict[complex, tuple[Measure | None, Factorization]] = {}
         self._fresh = False
-        self._guess: StageGuess | None = None
-        #: ``(B,)``: whether the iteration, and not ``f``, failed in the last attempt of each row
-        self.stuck = torch.zeros(rows, dtype=torch.bool, device=device)
-        self._failing = torch.zeros_like(self.stuck)
-        #: of coupled stages, by the eigenvalue: kept for what the next factorisation can use of them
-        self._complex: dict[complex, Factorization] = {}
+        self._guess: StageGuess | LoneGuess | None = None
+        self._layout: StagesOfOne | StagesOfMany | None = None
+        self._rows: tuple[list[np.ndarray], list[np.ndarray], np.ndarray] | None = None
+        #: whether the iteration, and not ``f``, failed in the last attempt of each row
+        self.stuck: Decision = False if rows is None else torch.zeros(rows, dtype=torch.bool, device=device)
+        self._sound = self._failing = self.stuck
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """``f(t, y)``; what is asked for at the start of a step is also where the Jacobian will be taken."""
@@ -106,65 +121,84 @@ class StageSolver(Equations):
 
     def begin(self, t: Tensor, y: Tensor) -> None:
         """A step is attempted from here: the Jacobian is taken anew, unless the attempt before began at the same place."""
-        self._failing = torch.zeros_like(self.stuck)
-        if self._at is not None and torch.equal(self._at[0], t) and torch.equal(self._at[1], y):
+        self._failing = self._sound
+        at = self._at
+        # of one trajectory that was not taken again the state is another object
+        if at is not None and (at[1] is y if self.alone else torch.equal(at[1], y)) and torch.equal(at[0], t):
             return
-        self._at, self._factored = (t, y), None
-        self._matrix = jacobian_at(self.jacobian, self.f, t, y)
+        self._at, self._entries, self._slope = (t, y), None, None
+        time, state, found = (t.reshape(1), y.reshape(1, -1), None) if self.alone else (t, y, None)
+        if self.alone and self.plan.method.needs_time_slope:
+            takes = isinstance(self.jacobian, StageJacobian) and self.jacobian.takes_dense(state)
+            found = dense_with_time(self.f, time, state) if takes else None
+        if found is not None:
+            self._matrix, slope = found
+            self._slope = slope.reshape(y.shape)
+        else:
+            self._matrix = jacobian_at(self.jacobian, self.f, time, state)
+        self._factors = {key: (None, factors) for key, (_, factors) in self._factors.items()}
         self._fresh = True
 
-    def _factors_for(self, hd: Tensor) -> Factorization:
-        if self._factored is None or not torch.equal(self._factored, hd):
-            assert self._matrix is not None
-            matrix = shifted(self._matrix, hd, self.mass_matrix)
-            again = self._factors is not None and not isinstance(matrix, LinearOperator)
-            solver, log = self.linear_solver, self.work.log
-            self._factors = solver.refactor(self._factors, matrix) if again and self._factors is not None else solver.factor(matrix, log)
-            self._factored = hd
-            # finished trajectories take part with steps of size zero: that is no work of theirs
-            self._count((hd != 0).squeeze(-1))
-        assert self._factors is not None
-        return self._factors
+    def _step(self, h: float | Tensor, like: Tensor) -> Measure:
+        """Sizes of steps as they are compared here: a float, or ``(B, 1)``."""
+        if self.alone:
+            return float(h)
+        return h if isinstance(h, Tensor) else torch.full((like.shape[0], 1), h, dtype=self.plan.real, device=like.device)
 
-    def _count(self, running: Tensor) -> None:
-        """A factorisation, and the Jacobian if it is the first with it."""
+    def running(self, step: Measure) -> Decision:
+        """Who takes part: finished trajectories have steps of size zero, and what is done for them is no work of theirs."""
+        return True if self.alone else (step != 0).squeeze(-1)
+
+    def _factors_for(self, step: Measure, value: complex = 1.0) -> Factorization:
+        """Of ``I - step value J`` (``M`` in the place of ``I``), for real steps of the value 1 and for complex values."""
+        before, old = self._factors.get(value, (None, None))
+        if old is not None and before is not None and same(before, step):
+            return old
+        matrix, log = self._matrix, self.work.log
+        assert matrix is not None
+        if isinstance(old, SmallFactors) and isinstance(matrix, Tensor):
+            # the same solver would come to the same
+            if self._entries is None:
+                self._entries = as_numpy(matrix[0])
+            factors: Factorization = SmallFactors(np.eye(old.n, dtype=self._entries.dtype) - step * value * self._entries, old.dtype, log)
+        else:
+            size = torch.tensor([[step]], dtype=self.plan.real, device=self.device) if self.alone else step
+            matrix = shifted(matrix, size, self.mass_matrix) if value == 1.0 else complex_shifted(matrix, size * value)
+            again = None if isinstance(matrix, LinearOperator) else old
+            if self.alone:
+                factors = factor_one(self.linear_solver, matrix, log, again)
+            else:
+                factors = self.linear_solver.factor(matrix, log) if again is None else self.linear_solver.refactor(again, matrix)
+        self._factors[value] = step, factors
+        running = self.running(step)
         self.work.n_factorizations += running
         if self._fresh:
+            # the Jacobian counts with its first factors
             self.work.n_jac += running
             self._fresh = False
+        return factors
 
-    def guess(self, nodes: tuple[float, ...]) -> StageGuess | None:
-        """See `CoupledSystem`. One stage has no polynomial; steps that are taken again must not depend on what was before."""
-        if len(nodes) < 2 or self.plan.keep_grid:
-            return None
-        if self._guess is None:
-            self._guess = StageGuess(nodes)
-        return self._guess
-
-    def note_failure(self, failed: Tensor, attempted: Tensor) -> None:
+    def note_failure(self, failed: Decision, attempted: Decision) -> None:
         """The iteration of these rows did not converge; see ``stuck``."""
         self._failing = self._failing | failed
-        self.stuck = torch.where(attempted, self._failing, self.stuck)
+        self.stuck = choose(attempted, self._failing, self.stuck)
 
     def solve(self, t: Tensor, y: Tensor, hd: float | Tensor, b: Tensor) -> Tensor:
         """See `StageEquations.solve`."""
-        step = hd if isinstance(hd, Tensor) else torch.full((b.shape[0], 1), hd, dtype=self.plan.real, device=b.device)
-        self.work.n_solves += (step != 0).squeeze(-1)
-        return self._factors_for(step).solve(b)
+        step = self._step(hd, b)
+        self.work.n_solves += self.running(step)
+        return solved(self._factors_for(step), b)
 
     def time_slope(self, t: Tensor, y: Tensor) -> Tensor:
         """See `StageEquations.time_slope`."""
-        return tangent(lambda s: self.f(s, y), t)
-
-    def coupled(
-        self, tableau: CollocationTableau, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """See `CoupledEquations.coupled`."""
-        return solve_coupled(self, tableau, times, h, y, k1)
-
-    def stage_residual(self, t: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        """See `CoupledSystem`: ``K - f(t, Y)``."""
-        return slope - self.f(t, value)
+        if not self.alone:
+            return tangent(lambda s: self.f(s, y), t)
+        if self._slope is not None:
+            # the loop counts an evaluation for it, which there was none of
+            self.work.n_fun -= 1
+        else:
+            self._slope = jvp(lambda s: self.f(s, y).reshape(1, -1), t.reshape(1), torch.ones_like(t).reshape(1), False).reshape(y.shape)
+        return self._slope
 
     def mass(self, v: Tensor) -> Tensor:
         """See `StageEquations` and `CoupledSystem`."""
@@ -197,28 +231,6 @@ class StageSolver(Equations):
         first = torch.minimum(1e-3 * span, 0.5 / speed.clamp(min=1e-300))
         return torch.where(torch.isfinite(first), first, 1e-6 * span)
 
-    def mode_factors(self, mode: Mode, step: Tensor) -> Factorization:
-        """See `CoupledSystem`: ``I - step l J``; factors of a real ``l`` serve the error estimate too."""
-        if mode.value.imag == 0:
-            return self._factors_for(step * mode.value.real)
-        assert self._matrix is not None
-        matrix = complex_shifted(self._matrix, step * mode.value)
-        old = None if isinstance(matrix, LinearOperator) else self._complex.get(mode.value)
-        factors = self.linear_solver.factor(matrix, self.work.log) if old is None else self.linear_solver.refactor(old, matrix)
-        self._complex[mode.value] = factors
-        self._count((step != 0).squeeze(-1))
-        return factors
-
-    def filtered(self, hg: Tensor, b: Tensor) -> Tensor:
-        """See `CoupledSystem`."""
-        assert self._at is not None
-        return self.solve(*self._at, hg, b)
-
-    def mass_slope(self, y: Tensor, k1: Tensor) -> Tensor:
-        """See `CoupledSystem`: ``f`` at the start of the step."""
-        assert self._at is not None
-        return self.f(self._at[0], y)
-
     @property
     def constrained(self) -> bool:
         """Whether there may be constraints, so that steps are tested between their ends; see `Constrained`."""
@@ -232,32 +244,88 @@ class StageSolver(Equations):
         """See `Constrained`."""
         self.work.n_fun += (h != 0).squeeze(-1)
 
-    def weigh(self, x: Tensor, step: Tensor, error: bool) -> Tensor:
-        """See `CoupledSystem`: all components alike."""
-        return x
+    # ---- stages one after the other
 
     def implicit(self, index: int, t: Tensor, base: Tensor, hd: float | Tensor, guess: Tensor) -> Tensor:
         """See `StageEquations.implicit`."""
-        plan = self.plan
-        step = hd if isinstance(hd, Tensor) else torch.full((base.shape[0], 1), hd, dtype=plan.real, device=base.device)
+        f, work, step = self.f, self.work, self._step(hd, base)
         factors = self._factors_for(step)
-        size = base.abs() * self.rtol + self.atol
-        running = (step != 0).squeeze(-1)
+        weight = abs(step) / (base.abs() * self.rtol + self.atol)
+        running = self.running(step)
         # rows of finished trajectories take part with steps of size zero: their slope is asked for all the same
-        done = ~running
-        still = self.f(t, base) if bool(done.any()) else guess
-        self.work.n_fun += done
+        done = negated(running)
+        still = f(t, base) if any_of(done) else guess
+        work.n_fun += done
+        before = work.n_newton
 
-        def change(k: Tensor, running: Tensor) -> tuple[Tensor, Tensor]:
-            residual = k - self.f(t, base + step * k)
+        def change(k: Tensor, running: Decision) -> tuple[Tensor, Measure]:
             # (I - hd J) dk = -(k - f): in terms of the slopes the iteration is the same, and hd = 0 is no special case
-            found = factors.solve(torch.where(running.unsqueeze(-1), residual, 0.0))
-            self.work.n_fun += running
-            self.work.n_newton += running
-            self.work.n_solves += running
-            return found, plan.norm(step * found / size)
+            found = solved(factors, choose_states(running, k - f(t, along(base, k, step)), 0.0))
+            work.n_newton = work.n_newton + running
+            return found, self.norm(found * weight)
 
-        k, failed, stalled = iterate(guess, change, less, running, self.tolerance, MOST, early=plan.method.adaptive)
+        k, failed, stalled = iterate(guess, change, less, running, self.tolerance, MOST, early=self.plan.method.adaptive)
+        rounds = work.n_newton - before
+        work.n_fun += rounds
+        work.n_solves += rounds
         self.note_failure(stalled, running)
-        k = torch.where(done.unsqueeze(-1), still, k)
-        return torch.where(failed.unsqueeze(-1), float("nan"), k)
+        return lost(failed, choose_states(done, still, k))
+
+    def linear_stages(
+        self, tableau: RosenbrockTableau, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor, slope: Tensor
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """See `StageEquations.linear_stages`: of one trajectory, where its matrix is a small dense one."""
+        if not self.alone:
+            return None
+        size = float(h)
+        factors = self._factors_for(size * tableau.gamma)
+        if not isinstance(factors, SmallFactors):
+            return None
+        if self._rows is None:
+            self._rows = [np.array(row) for row in tableau.a], [np.array(row) for row in tableau.coupling], np.array(tableau.b)
+        self.work.n_solves += len(tableau.b)
+        return small_linear_stages(self.f, factors, tableau, self._rows, times, size, y, k1, slope)
+
+    # ---- coupled stages
+
+    def coupled(
+        self, tableau: CollocationTableau, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """See `CoupledEquations.coupled`."""
+        if self._layout is None:
+            self._layout = StagesOfOne(tableau, y, self.norm, self.plan) if self.alone else StagesOfMany(tableau)
+        return solve_coupled(self, self._layout, tableau, times, self._step(h, y), y, k1)
+
+    def guess(self, nodes: tuple[float, ...]) -> StageGuess | LoneGuess | None:
+        """See `CoupledSystem`. One stage has no polynomial; steps that are taken again must not depend on what was before."""
+        if len(nodes) < 2 or self.plan.keep_grid:
+            return None
+        if self._guess is None:
+            self._guess = LoneGuess(nodes) if self.alone else StageGuess(nodes)
+        return self._guess
+
+    def stage_residual(self, t: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        """See `CoupledSystem`: ``K - f(t, Y)``."""
+        return slope - self.f(t, value)
+
+    def mode_factors(self, mode: Mode, step: Measure) -> Factorization:
+        """See `CoupledSystem`: ``I - step l J``; factors of a real ``l`` serve the error estimate too."""
+        return self._factors_for(step, mode.value) if mode.value.imag else self._factors_for(step * mode.value.real)
+
+    def filtered(self, hg: Measure, b: Tensor) -> Tensor:
+        """See `CoupledSystem`."""
+        assert self._at is not None
+        return self.solve(*self._at, hg, b)
+
+    def with_slope(self, b: Tensor, hg: Measure, k1: Tensor) -> Tensor:
+        """See `CoupledSystem`."""
+        return along(b, k1, hg)
+
+    def mass_slope(self, y: Tensor, k1: Tensor) -> Tensor:
+        """See `CoupledSystem`: ``f`` at the start of the step."""
+        assert self._at is not None
+        return self.f(self._at[0], y)
+
+    def weigh(self, x: Tensor, step: Measure, error: bool) -> Tensor:
+        """See `CoupledSystem`: all components alike."""
+        return x

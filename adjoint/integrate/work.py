@@ -17,19 +17,21 @@ __all__ = ["Equations", "StageWork"]
 
 @dataclass
 class StageWork:
-    """Counts for each trajectory, ``(B,)``."""
+    """Counts for each trajectory, ``(B,)``; of one alone they are numbers."""
 
-    n_fun: Tensor
-    n_jac: Tensor
-    n_factorizations: Tensor
-    n_solves: Tensor
-    n_newton: Tensor
+    n_fun: Any
+    n_jac: Any
+    n_factorizations: Any
+    n_solves: Any
+    n_newton: Any
     log: Log = field(default_factory=Log)
 
     @classmethod
-    def zero(cls, rows: int, device: torch.device) -> StageWork:
-        """Nothing done yet."""
-        fun, jac, factorizations, solves, newton = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(5))
+    def zero(cls, rows: int | None, device: torch.device) -> StageWork:
+        """Nothing done yet; ``rows``: None for one trajectory alone."""
+        fun, jac, factorizations, solves, newton = (
+            0 if rows is None else torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(5)
+        )
         return cls(fun, jac, factorizations, solves, newton)
 
 

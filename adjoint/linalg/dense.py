@@ -15,7 +15,7 @@ from ..errors import InvalidInput
 from ..torch_internals import is_functorch_wrapped_tensor
 from .protocol import Factorization, LinearOperator, LinearSolver, Log, Matrix, SolverTraits, SparseMatrix, check_sides, traits_of
 
-__all__ = ["DenseLU", "SmallFactors", "as_numpy", "factor_one"]
+__all__ = ["DenseLU", "SmallFactors", "as_numpy", "factor_one", "solved"]
 
 
 #: unknowns up to which one matrix on the CPU goes to LAPACK directly: the operators of ``torch.linalg`` take longer than its arithmetic
@@ -78,6 +78,15 @@ class SmallFactors(Factorization):
 
     def singular(self) -> Tensor:
         return torch.tensor([self._fails])
+
+
+def solved(factors: Factorization, b: Tensor) -> Tensor:
+    """``A^-1 b`` for sides ``(B, n)``, of one matrix ``(n,)`` too."""
+    if isinstance(factors, SmallFactors):
+        if b.dim() == 1:
+            return torch.from_numpy(factors.solve_one(as_numpy(b)))
+        return torch.from_numpy(factors.solve_one(as_numpy(b.reshape(-1)))).reshape(b.shape)
+    return factors.solve(b) if b.dim() == 2 else factors.solve(b.unsqueeze(0)).squeeze(0)
 
 
 def as_numpy(x: Tensor) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
-from ..integrate import LoneStages, Monitor, StageSolver, integrate
+from ..integrate import Monitor, StageSolver, integrate
 from ..integrate.grid import Grid
 from ..integrate.numbers import widened
 from ..linalg.nodes import copy_by_copy
@@ -168,8 +168,8 @@ class Recall:
         """Evaluations of ``fun`` for the steps taken again."""
         method = self.plan.method
         own = (1 + method.evaluations - method.error_uses_end) * self.n_steps
-        solver = self.f
-        return own + (int(solver.work.n_fun.max()) if isinstance(solver, (StageSolver, LoneStages)) and len(solver.work.n_fun) else 0)
+        iterated = torch.as_tensor(self.f.work.n_fun if isinstance(self.f, StageSolver) else 0)
+        return own + (int(iterated.max()) if iterated.numel() else 0)
 
 
 class _Slopes:

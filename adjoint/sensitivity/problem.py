@@ -13,7 +13,6 @@ from ..integrate import (
     AdamsSolver,
     AdditiveStageSolver,
     BdfSolver,
-    LoneStages,
     Plan,
     Record,
     ResidualSolver,
@@ -189,9 +188,7 @@ class Problem:
         if self.plan.method.additive:
             explicit, implicit = (bound(part, inputs) for part in self.system.parts)
             return AdditiveStageSolver(explicit, implicit, *given, rows, device, tolerance)
-        if self.alone:
-            return LoneStages(f, *given, device, tolerance)
-        return StageSolver(f, *given, rows, device, tolerance, mass_matrix=self.system.mass_matrix(inputs))
+        return StageSolver(f, *given, None if self.alone else rows, device, tolerance, mass_matrix=self.system.mass_matrix(inputs))
 
     def _watched(self, system: System | VmappedSystem, inputs: Sequence[Tensor]) -> Any:
         return self.witness.watch(system.bind(inputs), lambda: system.bind(inputs))

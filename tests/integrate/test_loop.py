@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adjoint import solve_dae, solve_ivp
-from adjoint.integrate import AdamsSolver, BdfSolver, LoneStages, Plan, StageSolver
+from adjoint.integrate import AdamsSolver, BdfSolver, Plan, StageSolver
 from adjoint.integrate.bdf_alone import LoneBdf
 from adjoint.integrate.numbers import any_of, negated
 from adjoint.integrate.one_step import OneStepOfMany, OneStepOfOne
@@ -117,7 +117,7 @@ def steppers(kind: str) -> Driven:
         return Driven(solver, plan, line)
     equations: Any = f
     if method.implicit:
-        equations = LoneStages(f, plan, jacobian, linear, cpu) if one else StageSolver(f, plan, jacobian, linear, rows, cpu)
+        equations = StageSolver(f, plan, jacobian, linear, None if one else rows, cpu)
     if one:
         return Driven(OneStepOfOne(equations, plan, line, y0, (1, 3), None, None), plan, line)
     return Driven(OneStepOfMany(equations, plan, line, y0, True, None), plan, line)
