@@ -102,10 +102,6 @@ class AutomaticJacobian(JacobianRule):
         self.notes.append(why)
         return strategy
 
-    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
-        """The same: rows are independent."""
-        return self
-
 
 @dataclass(frozen=True)
 class FixedJacobian(FixedRule):

@@ -14,7 +14,7 @@ __all__ = ["AdditiveStageSolver"]
 
 
 class AdditiveStageSolver(StageSolver):
-    """See `SplitEquations`; a `StageSolver` of the implicit part.
+    """See `StageEquations`; a `StageSolver` of the implicit part.
 
     ``explicit``: the flat explicit part; the other arguments are those of `StageSolver` for the implicit part.
     """
@@ -33,7 +33,7 @@ class AdditiveStageSolver(StageSolver):
         return parts[0] + parts[1]
 
     def both(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """See `SplitEquations.both`."""
+        """See `StageEquations.both`."""
         for time, state, explicit, implicit in self._seen:
             if torch.equal(time, t) and torch.equal(state, y):
                 self._seen = [(time, state, explicit, implicit)]

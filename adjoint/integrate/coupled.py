@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,7 @@ from .guesses import LoneGuess, StageGuess
 from .newton import iterate
 from .numbers import Decision, Measure, along, any_of, choose_states, less, lost, negated
 from .plan import Plan, rms_norm
-
-if TYPE_CHECKING:
-    from .work import StageWork
+from .work import Equations, StageWork
 
 __all__ = ["CoupledSystem", "StagesOfMany", "StagesOfOne", "combined", "solve_coupled", "solve_modes"]
 
@@ -26,8 +24,8 @@ __all__ = ["CoupledSystem", "StagesOfMany", "StagesOfOne", "combined", "solve_co
 MOST, MOST_CONSTANT = 10, 50
 
 
-class CoupledSystem(Protocol):
-    """The equations of the stages, ``F(t, Y, K) = 0`` for the slope ``K`` at the value ``Y``: for an ODE ``K - f(t, Y)``.
+class CoupledSystem(Equations):
+    """The equations of implicit stages, ``F(t, Y, K) = 0`` for the slope ``K`` at the value ``Y``: for an ODE ``K - f(t, Y)``.
 
     With ``E = F_y'`` and ``G = F_y`` at the start of the step.
     """
@@ -35,48 +33,64 @@ class CoupledSystem(Protocol):
     plan: Plan
     work: StageWork
     tolerance: float
-    #: of errors ``(B, n)``
-    norm: Callable[[Tensor], Measure]
+    #: whether there is one trajectory, whose sizes of steps are numbers
+    alone: bool = False
+    #: of every variable, the powers of ``h`` by which it counts less in the iteration; None: of none
+    power: Tensor | None = None
+    #: (n,) flags of variables that the error test leaves out, or None
+    skipped: Tensor | None = None
+    _guess: StageGuess | LoneGuess | None = None
+
+    def norm(self, x: Tensor) -> Measure:
+        """Of errors ``(B, n)``."""
+        return self.plan.norm(x)
 
     def running(self, step: Measure) -> Decision:
-        """Who takes part."""
-        ...
+        """Who takes part: finished trajectories have steps of size zero, and what is done for them is no work of theirs."""
+        return True if self.alone else (step != 0).squeeze(-1)
 
-    def stage_residual(self, t: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        """``F(t, Y, K)``."""
-        ...
+    def guess(self, nodes: tuple[float, ...]) -> StageGuess | LoneGuess | None:
+        """Where the iteration starts from; None: from the slope at the start of the step.
+
+        One stage has no polynomial; steps that are taken again must not depend on what was before.
+        """
+        if len(nodes) < 2 or self.plan.keep_grid:
+            return None
+        if self._guess is None:
+            self._guess = LoneGuess(nodes) if self.alone else StageGuess(nodes)
+        return self._guess
+
+    def residual(self, t: Tensor, y: Tensor, slope: Tensor) -> Tensor:
+        """``F(t, y, y')``."""
+        raise NotImplementedError
 
     def mass(self, v: Tensor) -> Tensor:
         """``E v``."""
-        ...
+        raise NotImplementedError
 
     def mode_factors(self, mode: Mode, step: Measure) -> Any:
         """Factors, which `solve`, of ``E + step l G`` for the eigenvalue ``l`` of the mode."""
-        ...
+        raise NotImplementedError
 
     def with_slope(self, b: Tensor, hg: Measure, k1: Tensor) -> Tensor:
         """``b + hg E k1``."""
-        ...
+        raise NotImplementedError
 
     def filtered(self, hg: Measure, b: Tensor) -> Tensor:
         """``(E + hg G)^-1 b``."""
-        ...
+        raise NotImplementedError
 
     def mass_slope(self, y: Tensor, k1: Tensor) -> Tensor:
         """``E y'`` at the state ``y`` at the start of the step, near which the slope is ``k1``."""
-        ...
-
-    def guess(self, nodes: tuple[float, ...]) -> StageGuess | LoneGuess | None:
-        """Where the iteration starts from; None: from the slope at the start of the step."""
-        ...
+        raise NotImplementedError
 
     def note_failure(self, failed: Decision, attempted: Decision) -> None:
         """The iteration of these rows, of those that were attempted, did not converge."""
-        ...
+        raise NotImplementedError
 
     def weigh(self, x: Tensor, step: Measure, error: bool) -> Tensor:
         """Changes (or, with ``error``, errors) of the state, as the norms shall see them."""
-        ...
+        return x
 
 
 class StagesOfMany:
@@ -95,7 +109,7 @@ class StagesOfMany:
 
     def residuals(self, solver: CoupledSystem, times: Sequence[Tensor], points: list[Tensor], ks: list[Tensor], on: Tensor) -> list[Tensor]:
         """What is left of the equations of those who are still ``on``."""
-        return [choose_states(on, solver.stage_residual(t, x, k), 0.0) for t, x, k in zip(times, points, ks, strict=True)]
+        return [choose_states(on, solver.residual(t, x, k), 0.0) for t, x, k in zip(times, points, ks, strict=True)]
 
     def solve(self, systems: Sequence[tuple[Mode, Any]], residuals: list[Tensor]) -> list[Tensor]:
         """See `solve_modes`."""
@@ -154,7 +168,7 @@ class StagesOfOne:
 
     def residuals(self, solver: CoupledSystem, times: Sequence[Tensor], points: Sequence[Tensor], ks: Tensor, on: bool) -> Tensor:
         """What is left of the equations, (s, n)."""
-        left = [solver.stage_residual(t, x, k) for t, x, k in zip(times, points, self.slopes(points[0], ks), strict=True)]
+        left = [solver.residual(t, x, k) for t, x, k in zip(times, points, self.slopes(points[0], ks), strict=True)]
         found = torch.stack(left)
         return found if found.dim() == 2 else found.reshape(ks.shape)
 

@@ -11,16 +11,17 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..methods import Method
 from ..methods.sums import weighted_sum
+from .coupled import CoupledSystem
 from .plan import Plan
 
-__all__ = ["NARROW", "NOISE", "Constrained", "Point", "inner_error", "points_of"]
+__all__ = ["NARROW", "NOISE", "Point", "inner_error", "points_of"]
 
 #: where methods are looked at whose stages are no points of their dense output
 _THIRDS = (1 / 3, 2 / 3)
@@ -28,32 +29,6 @@ _THIRDS = (1 / 3, 2 / 3)
 NARROW = 1e-7
 #: times the tolerance of the iteration: what is taken for noise in the defect of a constraint, and in its slope
 NOISE = 10.0
-
-
-class Constrained(Protocol):
-    """Equations ``F(t, y, y') = 0`` with constraints, and the matrices ``E = F_y'``, ``G = F_y`` at the start of the step."""
-
-    tolerance: float
-    #: of every variable, the powers of ``h`` by which it counts less in the iteration; None: of none
-    power: Tensor | None
-    #: (n,) flags of variables that the error test leaves out, or None
-    skipped: Tensor | None
-
-    def residual(self, t: Tensor, y: Tensor, slope: Tensor) -> Tensor:
-        """``F(t, y, y')``."""
-        ...
-
-    def mass(self, v: Tensor) -> Tensor:
-        """``E v``."""
-        ...
-
-    def filtered(self, hg: Tensor, b: Tensor) -> Tensor:
-        """``(E + hg G)^-1 b``."""
-        ...
-
-    def count_residual(self, h: Tensor) -> None:
-        """An evaluation more for the rows whose step is not of size zero."""
-        ...
 
 
 class Point(NamedTuple):
@@ -91,7 +66,7 @@ def points_of(method: Method) -> tuple[Point, ...]:
 
 
 def inner_error(
-    f: Constrained, plan: Plan, start: Callable[[float], Tensor], h: Tensor, span: Tensor, y: Tensor, size: Tensor, ks: Sequence[Tensor]
+    f: CoupledSystem, plan: Plan, start: Callable[[float], Tensor], h: Tensor, span: Tensor, y: Tensor, size: Tensor, ks: Sequence[Tensor]
 ) -> Tensor:
     """The largest error between the ends of the step, ``(B, n)``, in units of the tolerance.
 
@@ -116,7 +91,7 @@ def inner_error(
         moved, slope = weighted_sum(point.values, stages), weighted_sum(point.slopes, stages)
         assert moved is not None and slope is not None
         defect = f.residual(start(point.theta), y + h * moved, slope)
-        f.count_residual(h)
+        f.work.n_fun += f.running(h)
         error = f.filtered(hg, hg * defect)
         if f.power is not None:
             error = error + _of_index_two(f, plan, hg, (1.0 - g * point.rate), error, size)
@@ -127,7 +102,7 @@ def inner_error(
     return worst if f.skipped is None else torch.where(f.skipped, 0.0, worst)
 
 
-def _of_index_two(f: Constrained, plan: Plan, hg: Tensor, rest: float, error: Tensor, size: Tensor) -> Tensor:
+def _of_index_two(f: CoupledSystem, plan: Plan, hg: Tensor, rest: float, error: Tensor, size: Tensor) -> Tensor:
     """What is to be added to the error of variables of index 2. Their slope is that of the defect of a constraint, divided by ``h``, and so
     is what the iteration leaves in it: tolerance and noise add up, and no smaller step is asked for than one that shows the defect."""
     assert f.power is not None

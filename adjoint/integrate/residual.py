@@ -10,11 +10,10 @@ from torch import Tensor
 from ..linalg import LinearSolver, Matrix
 from ..linalg.pencil import Pencil, ScaledFactors, scaled_factors, split
 from ..methods.tableaux_implicit import CollocationTableau, Mode
-from .coupled import StagesOfMany, solve_coupled
-from .guesses import StageGuess
+from .coupled import CoupledSystem, StagesOfMany, solve_coupled
 from .plan import Plan
 from .stages import SEARCHES
-from .work import Equations, StageWork
+from .work import StageWork
 
 __all__ = ["NEWTON", "ResidualSolver", "power_of"]
 
@@ -29,8 +28,8 @@ def power_of(index: Tensor | None, real: torch.dtype) -> Tensor | None:
     return None if index is None or not bool((index > 1).any()) else (index - 1).clamp(min=0).to(real)
 
 
-class ResidualSolver(Equations):
-    """`CoupledEquations` for ``F(t, y, y') = 0``, with the matrices ``E = F_y'`` and ``G = F_y`` at the start of each step.
+class ResidualSolver(CoupledSystem):
+    """`StageEquations` for ``F(t, y, y') = 0``, with the matrices ``E = F_y'`` and ``G = F_y`` at the start of each step.
 
     The iteration and its convergence test are those of `solve_coupled`. Equations are scaled by rows, so their units do not count.
 
@@ -60,7 +59,7 @@ class ResidualSolver(Equations):
         tolerance: float = 1e-3,
     ) -> None:
         self.f, self.plan, self.jacobian, self.linear_solver, self.tolerance = f, plan, jacobian, linear_solver, tolerance
-        self.work, self.norm = StageWork.zero(rows, device), plan.norm
+        self.work = StageWork.zero(rows, device)
         self.power = power_of(index, plan.real)
         self.skipped = skipped
         self._at: tuple[Tensor, Tensor, Tensor] | None = None
@@ -69,7 +68,6 @@ class ResidualSolver(Equations):
         self.stuck = torch.zeros(rows, dtype=torch.bool, device=device)
         self._pencil: Pencil | None = None
         self._fresh = False
-        self._guess: StageGuess | None = None
         self._real: dict[float, tuple[Tensor, ScaledFactors]] = {}
         self._old: dict[complex, ScaledFactors] = {}
 
@@ -77,12 +75,8 @@ class ResidualSolver(Equations):
         """``F(t, y, y')``."""
         return self.f(t, torch.cat([y, slope], -1))
 
-    #: steps are tested between their ends; see `Constrained`
+    #: steps are tested between their ends
     constrained = True
-
-    def count_residual(self, h: Tensor) -> None:
-        """See `Constrained`."""
-        self.work.n_fun += (h != 0).squeeze(-1)
 
     # ---- the start of a solve
 
@@ -157,7 +151,7 @@ class ResidualSolver(Equations):
     def coupled(
         self, tableau: CollocationTableau, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor
     ) -> tuple[list[Tensor], Tensor | None]:
-        """See `CoupledEquations.coupled`; ``k1`` is the slope at the start."""
+        """See `StageEquations.coupled`; ``k1`` is the slope at the start."""
         step = h if isinstance(h, Tensor) else torch.full((y.shape[0], 1), h, dtype=self.plan.real, device=y.device)
         now = (self._begin, y, k1)
         if self._at is None or not all(torch.equal(a, b) for a, b in zip(self._at, now, strict=True)):
@@ -169,10 +163,6 @@ class ResidualSolver(Equations):
     def _take(self, t: Tensor, y: Tensor, slope: Tensor) -> Pencil:
         return split(self.jacobian(lambda pair: self.f(t, pair), torch.cat([y, slope], -1)))
 
-    def stage_residual(self, t: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        """See `CoupledSystem`."""
-        return self.residual(t, value, slope)
-
     def mass(self, v: Tensor) -> Tensor:
         """See `CoupledSystem`."""
         assert self._pencil is not None
@@ -183,10 +173,6 @@ class ResidualSolver(Equations):
         if mode.value.imag == 0:
             return self._factors(mode.value.real, step * mode.value.real, step)
         return self._factors(mode.value, step * mode.value, step)
-
-    def running(self, step: Tensor) -> Tensor:
-        """See `CoupledSystem`: finished trajectories have steps of size zero."""
-        return (step != 0).squeeze(-1)
 
     def with_slope(self, b: Tensor, hg: Tensor, k1: Tensor) -> Tensor:
         """See `CoupledSystem`."""
@@ -218,14 +204,6 @@ class ResidualSolver(Equations):
         """See `CoupledSystem`."""
         assert self._at is not None
         return self.mass(k1) - self.residual(self._at[0], y, k1)
-
-    def guess(self, nodes: tuple[float, ...]) -> StageGuess | None:
-        """See `CoupledSystem`. One stage has no polynomial; steps that are taken again must not depend on what was before."""
-        if len(nodes) < 2 or self.plan.keep_grid:
-            return None
-        if self._guess is None:
-            self._guess = StageGuess(nodes)
-        return self._guess
 
     def note_failure(self, failed: Tensor, attempted: Tensor) -> None:
         """See `CoupledSystem`."""

@@ -15,13 +15,12 @@ from ..methods.tableaux_rosenbrock import RosenbrockTableau
 from ..system.jacobians import dense_with_time, jvp
 from ..system.stage_jacobian import StageJacobian
 from .alone import row_norm, small_linear_stages
-from .coupled import StagesOfMany, StagesOfOne, solve_coupled
-from .guesses import LoneGuess, StageGuess
+from .coupled import CoupledSystem, StagesOfMany, StagesOfOne, solve_coupled
 from .matrices import complex_shifted, jacobian_at, mass_product, shifted, tangent
 from .newton import iterate
 from .numbers import Decision, Measure, along, any_of, choose, choose_states, less, lost, negated, same
 from .plan import Plan
-from .work import Equations, StageWork
+from .work import StageWork
 
 __all__ = ["LOOSEST", "MOST", "SEARCHES", "TOLERANCE", "StageSolver", "tolerances_of_stages"]
 
@@ -53,7 +52,7 @@ def _between(value: float | Tensor, low: float, high: float) -> float | Tensor:
     return max(min(value, high), low)
 
 
-class StageSolver(Equations):
+class StageSolver(CoupledSystem):
     """A flat right-hand side with `implicit` and `coupled`: simplified Newton iterations with the Jacobian at the start of the step.
 
     The iteration ends when its error, estimated from the rate of convergence, is below ``tolerance`` in units of the error tolerance
@@ -74,9 +73,6 @@ class StageSolver(Equations):
         That of ``M y' = f(t, y)``, for Rosenbrock methods of many trajectories.
     """
 
-    #: see `Constrained`
-    power = skipped = None
-
     def __init__(
         self,
         f: Flat,
@@ -91,7 +87,7 @@ class StageSolver(Equations):
         self.f, self.plan, self.jacobian, self.linear_solver, self.tolerance = f, plan, jacobian, linear_solver, tolerance
         self.rtol, self.atol = tolerances_of_stages(plan, tolerance)
         self.mass_matrix, self.device, self.alone = mass_matrix, device, rows is None
-        self.norm: Callable[[Tensor], Measure] = row_norm(plan) if self.alone else plan.norm
+        self.norm = row_norm(plan) if self.alone else plan.norm
         self.work = StageWork.zero(rows, device)
         self._matrix: Matrix | None = None
         #: its entries, where it is a small dense one
@@ -102,7 +98,6 @@ class StageSolver(Equations):
         #: by the eigenvalue, 1 for all real ones: the step, None when the matrix is another by now, and what the next factors can use
         self._factors: dict[complex, tuple[Measure | None, Factorization]] = {}
         self._fresh = False
-        self._guess: StageGuess | LoneGuess | None = None
         self._layout: StagesOfOne | StagesOfMany | None = None
         self._rows: tuple[list[np.ndarray], list[np.ndarray], np.ndarray] | None = None
         #: whether the iteration, and not ``f``, failed in the last attempt of each row
@@ -144,10 +139,6 @@ class StageSolver(Equations):
         if self.alone:
             return float(h)
         return h if isinstance(h, Tensor) else torch.full((like.shape[0], 1), h, dtype=self.plan.real, device=like.device)
-
-    def running(self, step: Measure) -> Decision:
-        """Who takes part: finished trajectories have steps of size zero, and what is done for them is no work of theirs."""
-        return True if self.alone else (step != 0).squeeze(-1)
 
     def _factors_for(self, step: Measure, value: complex = 1.0) -> Factorization:
         """Of ``I - step value J`` (``M`` in the place of ``I``), for real steps of the value 1 and for complex values."""
@@ -233,16 +224,12 @@ class StageSolver(Equations):
 
     @property
     def constrained(self) -> bool:
-        """Whether there may be constraints, so that steps are tested between their ends; see `Constrained`."""
+        """Whether there may be constraints, so that steps are tested between their ends."""
         return self.mass_matrix is not None
 
     def residual(self, t: Tensor, y: Tensor, slope: Tensor) -> Tensor:
-        """See `Constrained`: ``M y' - f(t, y)``."""
+        """See `CoupledSystem`: ``M y' - f(t, y)``."""
         return self.mass(slope) - self.f(t, y)
-
-    def count_residual(self, h: Tensor) -> None:
-        """See `Constrained`."""
-        self.work.n_fun += (h != 0).squeeze(-1)
 
     # ---- stages one after the other
 
@@ -291,22 +278,10 @@ class StageSolver(Equations):
     def coupled(
         self, tableau: CollocationTableau, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor
     ) -> tuple[list[Tensor], Tensor | None]:
-        """See `CoupledEquations.coupled`."""
+        """See `StageEquations.coupled`."""
         if self._layout is None:
             self._layout = StagesOfOne(tableau, y, self.norm, self.plan) if self.alone else StagesOfMany(tableau)
         return solve_coupled(self, self._layout, tableau, times, self._step(h, y), y, k1)
-
-    def guess(self, nodes: tuple[float, ...]) -> StageGuess | LoneGuess | None:
-        """See `CoupledSystem`. One stage has no polynomial; steps that are taken again must not depend on what was before."""
-        if len(nodes) < 2 or self.plan.keep_grid:
-            return None
-        if self._guess is None:
-            self._guess = LoneGuess(nodes) if self.alone else StageGuess(nodes)
-        return self._guess
-
-    def stage_residual(self, t: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        """See `CoupledSystem`: ``K - f(t, Y)``."""
-        return slope - self.f(t, value)
 
     def mode_factors(self, mode: Mode, step: Measure) -> Factorization:
         """See `CoupledSystem`: ``I - step l J``; factors of a real ``l`` serve the error estimate too."""
@@ -325,7 +300,3 @@ class StageSolver(Equations):
         """See `CoupledSystem`: ``f`` at the start of the step."""
         assert self._at is not None
         return self.f(self._at[0], y)
-
-    def weigh(self, x: Tensor, step: Measure, error: bool) -> Tensor:
-        """See `CoupledSystem`: all components alike."""
-        return x

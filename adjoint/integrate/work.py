@@ -42,7 +42,7 @@ class Equations:
     work: Any
     #: whether the iteration, and not ``fun``, failed in the last attempt
     stuck: Any
-    #: whether there may be constraints, so that steps are tested between their ends; see `Constrained`
+    #: whether there may be constraints, so that steps are tested between their ends
     constrained: bool = False
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:

@@ -2,60 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .additive_tableau import AdditiveTableau
 from .family import TableauMethod
+from .protocol import StageEquations, StageLinearize
 from .runge_kutta import stability_interval
 from .sums import StepCotangents, added, combine, over, row_dot, update, weighted_sum
 
-__all__ = ["AdditiveLinearize", "AdditiveRungeKutta", "SplitEquations"]
-
-
-class SplitEquations(Protocol):
-    """A right-hand side in two parts, of which the second one's stage equations can be solved; see `StageEquations`."""
-
-    def begin(self, t: Tensor, y: Tensor) -> None:
-        """A step is attempted from here."""
-        ...
-
-    def both(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The explicit and the implicit part at ``(t, y)``."""
-        ...
-
-    def explicit(self, t: Tensor, y: Tensor) -> Tensor:
-        """The explicit part at ``(t, y)``."""
-        ...
-
-    def implicit(self, index: int, t: Tensor, base: Tensor, hd: float | Tensor, guess: Tensor) -> Tensor:
-        """``k = g(t, base + hd k)`` with the implicit part ``g``; ``index`` is that of the recorded slope."""
-        ...
-
-
-class AdditiveLinearize(Protocol):
-    """What the adjoint of an additive step asks for."""
-
-    def __call__(self, t: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor | None]]]:
-        """The implicit part at a point with its pullback."""
-        ...
-
-    def explicit(self, t: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor | None]]]:
-        """The same for the explicit part."""
-        ...
-
-    def stages(self) -> list[Tensor]:
-        """The recorded slopes of the step."""
-        ...
-
-    def solve_adjoint(self, index: int, point: Tensor, w: Tensor) -> Tensor:
-        """``(I - h d_ii g_y(Y_i))*^-1 w`` for stage ``index``, whose value ``Y_i`` is ``point``."""
-        ...
+__all__ = ["AdditiveRungeKutta"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +54,7 @@ class AdditiveRungeKutta(TableauMethod):
         """Length of the interval of stability on the negative axis of the explicit method."""
         return stability_interval(self.tableau.explicit_a, self.tableau.explicit_b)
 
-    def step(self, f: SplitEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def step(self, f: StageEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, list[Tensor]]:
         """One step from ``y``: the new state and all slopes. ``k1``, the sum at the start, is not used: both parts are asked for."""
         tab = self.tableau
         s = len(tab.c)
@@ -112,7 +73,7 @@ class AdditiveRungeKutta(TableauMethod):
 
     def adjoint_step(
         self,
-        linearize: AdditiveLinearize,
+        linearize: StageLinearize,
         times: Sequence[Tensor],
         h: float | Tensor,
         y: Tensor,

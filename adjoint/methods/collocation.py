@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from torch import Tensor
 
 from .family import TableauMethod
+from .protocol import StageEquations, StageLinearize
 from .sums import StepCotangents, added, combine, row_dot, update, weighted_sum
 from .tableaux_implicit import CollocationTableau
 
-__all__ = ["CoupledEquations", "CoupledLinearize", "FullyImplicitRungeKutta"]
-
-
-class CoupledEquations(Protocol):
-    """A right-hand side that also solves the equations of all stages at once. Which way is the caller's business: by Newton's iteration
-    while the solution is computed, as a differentiable root when it is differentiated."""
-
-    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        """``f(t, y)``."""
-        ...
-
-    def begin(self, t: Tensor, y: Tensor) -> None:
-        """A step is attempted from here."""
-        ...
-
-    def coupled(
-        self, tableau: CollocationTableau, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """The slopes ``k_i = f(times[i], y + h sum_j a_ij k_j)``, NaN in rows where no solution is found; and the error estimate of the
-        step, or None where nobody needs it (it is not differentiated). ``k1`` is ``f(t, y)``."""
-        ...
-
-
-class CoupledLinearize(Protocol):
-    """What the adjoint of a step with coupled stages asks for."""
-
-    def stages(self) -> list[Tensor]:
-        """The recorded slopes of the step."""
-        ...
-
-    def coupled_adjoint(
-        self, a: Sequence[Sequence[float]], times: Sequence[Tensor], points: Sequence[Tensor], w: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Callable[[Tensor], tuple[Tensor, Tensor | None]]]]:
-        """The solution ``v_i`` of ``E_i* v_i + h sum_j a_ji G_j* v_j = w_i`` at the values ``points`` of the stages; and for every stage
-        the pullback ``v -> (-G_i* v, -F_t* v)``, which adds ``-F_p* v`` to the cotangents of the inputs."""
-        ...
+__all__ = ["FullyImplicitRungeKutta"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +39,7 @@ class FullyImplicitRungeKutta(TableauMethod):
         """No stage is handed on where the slope at the end can be evaluated: it is known to the tolerance of the iteration only."""
         return self.n_stages - 1 if self.residual else None
 
-    def step(self, f: CoupledEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def step(self, f: StageEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, list[Tensor]]:
         """One step from ``y``, where ``f(t, y)`` is ``k1``: the new state, and the stages with the error estimate behind them if the
         solver of the equations made one."""
         f.begin(times[0], y)
@@ -86,14 +52,14 @@ class FullyImplicitRungeKutta(TableauMethod):
         return ks[-1]
 
     def dense_stages(
-        self, f: CoupledEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, ks: Sequence[Tensor], end: Tensor | None = None
+        self, f: StageEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, ks: Sequence[Tensor], end: Tensor | None = None
     ) -> list[Tensor]:
         """All stages that the dense output weighs: those of the step, without the error estimate."""
         return list(ks[: self.n_stages])
 
     def adjoint_step(
         self,
-        linearize: CoupledLinearize,
+        linearize: StageLinearize,
         times: Sequence[Tensor],
         h: float | Tensor,
         y: Tensor,

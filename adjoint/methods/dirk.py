@@ -2,71 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .dirk_tableau import DirkTableau
 from .family import TableauMethod
+from .protocol import StageEquations, StageLinearize
 from .sums import StepCotangents, added, combine, over, row_dot, update, weighted_sum
 
-__all__ = ["DiagonallyImplicitRungeKutta", "ImplicitLinearize", "StageEquations"]
-
-
-class StageEquations(Protocol):
-    """A right-hand side that also solves the equations of implicit stages. Which way is the caller's business: by Newton's iteration
-    while the solution is computed, as a differentiable root when it is differentiated."""
-
-    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        """``f(t, y)``."""
-        ...
-
-    def begin(self, t: Tensor, y: Tensor) -> None:
-        """A step is attempted from here."""
-        ...
-
-    def solve(self, t: Tensor, y: Tensor, hd: float | Tensor, b: Tensor) -> Tensor:
-        """``(I - hd f_y(t, y))^-1 b``, with ``(t, y)`` where the step began."""
-        ...
-
-    def time_slope(self, t: Tensor, y: Tensor) -> Tensor:
-        """``f_t(t, y)``."""
-        ...
-
-    def mass(self, v: Tensor) -> Tensor:
-        """``M v`` for equations ``M y' = f(t, y)`` (in `solve`, ``M`` is in the place of ``I``); else ``v``."""
-        ...
-
-    def linear_stages(
-        self, tableau: Any, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor, slope: Tensor
-    ) -> tuple[Tensor, list[Tensor]] | None:
-        """The whole step of `Rosenbrock.step`, which begins with ``k1`` and ``f_t`` = ``slope``, where that is cheaper than stage by
-        stage; else None."""
-        ...
-
-    def implicit(self, index: int, t: Tensor, base: Tensor, hd: float | Tensor, guess: Tensor) -> Tensor:
-        """``k = f(t, base + hd k)`` for stage ``index``; ``guess`` is one of ``k``. NaN in rows where there is no solution to be found."""
-        ...
-
-
-class ImplicitLinearize(Protocol):
-    """What the adjoint of a step with implicit stages asks for."""
-
-    def __call__(self, t: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor | None]]]:
-        """``f(t, y)`` with its pullback, as for explicit methods."""
-        ...
-
-    def stages(self) -> list[Tensor]:
-        """The recorded slopes of the step."""
-        ...
-
-    def solve_adjoint(self, index: int, point: Tensor, w: Tensor) -> Tensor:
-        """``(I - h a_ii f_y(Y_i))*^-1 w`` for stage ``index``, whose value ``Y_i`` is ``point``."""
-        ...
+__all__ = ["DiagonallyImplicitRungeKutta"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +70,7 @@ class DiagonallyImplicitRungeKutta(TableauMethod):
 
     def adjoint_step(
         self,
-        linearize: ImplicitLinearize,
+        linearize: StageLinearize,
         times: Sequence[Tensor],
         h: float | Tensor,
         y: Tensor,

@@ -2,49 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .dirk import StageEquations
 from .family import TableauMethod
+from .protocol import StageEquations, StageLinearize
 from .sums import StepCotangents, added, combine, row_dot, update, weighted_sum
 from .tableaux_rosenbrock import RosenbrockTableau
 
-__all__ = ["Rosenbrock", "StartLinearize"]
-
-
-class StartLinearize(Protocol):
-    """What the adjoint of a Rosenbrock step asks for."""
-
-    def __call__(self, t: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor | None]]]:
-        """``f(t, y)`` with its pullback, as for explicit methods."""
-        ...
-
-    def stages(self) -> list[Tensor]:
-        """The recorded stages of the step."""
-        ...
-
-    def solve_start(self, t: Tensor, y: Tensor, hd: float | Tensor, w: Tensor) -> Tensor:
-        """``(I - hd f_y(t, y))*^-1 w``, with ``(t, y)`` where the step began."""
-        ...
-
-    def mass_adjoint(self, v: Tensor) -> Tensor:
-        """``M* v``; ``v`` where there is no ``M``."""
-        ...
-
-    def bend_mass(self, x: Callable[[], Sequence[Tensor]], v: Sequence[Tensor]) -> None:
-        """Add the gradient of ``sum_i Re <v_i, M x_i>`` in the inputs to their cotangents; ``x`` is not called where there is no ``M``."""
-        ...
-
-    def bend(
-        self, t: Tensor, y: Tensor, k: Sequence[Tensor], d: Sequence[float], v: Sequence[Tensor], scale: float | Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Of ``phi = sum_i Re <v_i, f_y k_i + d_i f_t>``: the gradients of ``scale phi`` in ``y`` and ``t``, and ``phi``."""
-        ...
+__all__ = ["Rosenbrock"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +71,7 @@ class Rosenbrock(TableauMethod):
 
     def adjoint_step(
         self,
-        linearize: StartLinearize,
+        linearize: StageLinearize,
         times: Sequence[Tensor],
         h: float | Tensor,
         y: Tensor,

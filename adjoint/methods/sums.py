@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Flat", "Linearize", "StepCotangents", "added", "combine", "over", "powers", "row_dot", "update", "weighted_sum"]
+__all__ = ["Flat", "Linearize", "Pullback", "StepCotangents", "added", "combine", "over", "powers", "row_dot", "update", "weighted_sum"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 #: ``linearize(t, y) -> (f(t, y), pullback)`` with ``pullback(v) -> (f_y* v, f_t* v or None)``
-Linearize = Callable[[Tensor, Tensor], tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor | None]]]]
+Pullback = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+Linearize = Callable[[Tensor, Tensor], tuple[Tensor, Pullback]]
 
 
 def combine(y: Tensor, h: float | Tensor, weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:

@@ -38,7 +38,7 @@ def _passed_on(order: Tensor, restart: Tensor, size: int, real: torch.dtype) -> 
 
 
 class AdamsReplay:
-    """The steps as differentiable functions of the table; see `multistep.Replay`."""
+    """The steps as differentiable functions of the table."""
 
     def __init__(self, problem: Problem, grid: Grid, inputs: Sequence[Tensor], schedule: Schedule) -> None:
         self.f, self.grid = problem.system.bind(inputs), grid

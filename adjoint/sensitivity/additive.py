@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..integrate.matrices import jacobian_at, shifted
 from ..linalg import Factorization, Matrix, SparseMatrix
+from ..methods.sums import Pullback
 from ..system.system import System, VmappedSystem
-from .linearize import Pullback
 from .problem import Problem, StageAlgebra
 from .stages import RecordedStages, StageLinearizer
 
@@ -18,7 +18,7 @@ __all__ = ["AdditiveLinearizer", "RecordedAdditive"]
 
 
 class RecordedAdditive(RecordedStages):
-    """`SplitEquations` for one recorded step, whose implicit stages are differentiable roots to any order."""
+    """`StageEquations` for one recorded step, whose implicit stages are differentiable roots to any order."""
 
     def __init__(self, system: System | VmappedSystem, inputs: Sequence[Tensor], stages: Tensor, algebra: StageAlgebra) -> None:
         explicit, implicit = system.parts
@@ -30,12 +30,12 @@ class RecordedAdditive(RecordedStages):
         return torch.zeros_like(y)
 
     def both(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """See `SplitEquations.both`."""
+        """See `StageEquations.both`."""
         return self.explicit(t, y), self.f(t, y)
 
 
 class AdditiveLinearizer(StageLinearizer):
-    """See `AdditiveLinearize`; a `StageLinearizer` of the implicit part."""
+    """See `StageLinearize`; a `StageLinearizer` of the implicit part."""
 
     def __init__(self, problem: Problem, stages: Tensor, inputs: Sequence[Tensor], wants: Sequence[bool], time: bool) -> None:
         explicit, implicit = problem.system.parts

@@ -68,10 +68,6 @@ class _DenseRule(JacobianRule):
     def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
         return DenseJacobian()(r, x)
 
-    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
-        """The same: rows are independent."""
-        return self
-
 
 def _known(r: Any, x: Tensor, inputs: Any, jacobian: Any) -> RootRecord:
     count = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
@@ -162,7 +158,7 @@ def _moved(grid: Grid, h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class BdfReplay:
-    """The steps as differentiable functions of the table; see `multistep.Replay`."""
+    """The steps as differentiable functions of the table."""
 
     size = SIZE
 

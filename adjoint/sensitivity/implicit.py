@@ -74,7 +74,7 @@ class SystemConditions:
         return self.system.spec
 
 
-class JacobianRule(Protocol):
+class JacobianRule:
     """How the matrix of the conditions is had."""
 
     @property
@@ -84,11 +84,11 @@ class JacobianRule(Protocol):
 
     def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
         """The Jacobian of ``r`` at ``x`` (B, n)."""
-        ...
+        raise NotImplementedError
 
     def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
-        """The rule for ``size`` copies, with inputs mapped along ``in_dims``."""
-        ...
+        """The rule for ``size`` copies, with inputs mapped along ``in_dims``: the same where rows are independent."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,6 @@ class FixedRule(JacobianRule):
 
     def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
         return self.strategy(r, x)
-
-    def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> JacobianRule:
-        """The same: rows are independent."""
-        return self
 
 
 class FactorStore:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,12 +10,13 @@ from torch.autograd.variable import Variable
 
 from ..errors import CapturedTensorLost
 from ..integrate.grid import Grid
+from ..methods.sums import Pullback
 from ..system.capture import depends_on_others, unknown_leaves
 from ..system.system import Flat, System, VmappedSystem
 from ..system.transforms import functorch_active
 from ..torch_internals import foreach_add_
 
-__all__ = ["LOST", "Linearizer", "Pullback", "check_known", "vjp"]
+__all__ = ["LOST", "Linearizer", "check_known", "vjp"]
 
 #: of so many evaluations one is checked by `Linearizer.check_often`
 _CHECKED = 4
@@ -25,8 +26,6 @@ LOST = (
     "torch.autograd.Function or of compiled code), so their gradient would be missing. Pass them through args=, or make fun an nn.Module "
     "that owns them. Or it keeps a tensor from call to call that it writes into: return a new one instead."
 )
-
-Pullback = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 def vjp(

@@ -6,7 +6,6 @@ Orders and step sizes are held fixed, but for those of the steps that land on an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,19 +14,12 @@ from ..integrate.grid import Grid
 from .adams import AdamsReplay
 from .asked import Asked
 from .bdf import BdfReplay
-from .multistep_step import Schedule, StepTime
+from .multistep_step import Schedule
 from .padding import padding, shelter
 from .problem import Outputs, Problem, interpolate
 from .products import tangent, vjp
 
-__all__ = ["Replay", "multistep_functional", "multistep_outputs", "multistep_tangents"]
-
-
-class Replay(Protocol):
-    """The steps of a method, taken again."""
-
-    def begin(self, y0: Tensor, time: Tensor) -> Tensor: ...
-    def step(self, k: int, D: Tensor, time: StepTime) -> tuple[Tensor, Tensor]: ...
+__all__ = ["multistep_functional", "multistep_outputs", "multistep_tangents"]
 
 
 def _replay(
@@ -35,9 +27,8 @@ def _replay(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(final, samples, states, stages)`` as differentiable functions of anchors, sample times, ``y0`` and inputs."""
     plan, h = problem.plan, grid.h
-    method = AdamsReplay if problem.algebra is None else BdfReplay
     schedule = Schedule(problem, grid, anchors)
-    steps: Replay = method(problem, grid, inputs, schedule)
+    steps = (AdamsReplay if problem.algebra is None else BdfReplay)(problem, grid, inputs, schedule)
     n_steps = h.shape[0]
     D = begin = y0.unsqueeze(0)
     if n_steps:

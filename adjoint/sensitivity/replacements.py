@@ -6,31 +6,25 @@ Nothing is asked of a row that failed. But whatever is evaluated for it is summe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..system.system import StateSpec, VmappedSystem
+from ..system.system import VmappedSystem
 
-__all__ = ["Laid", "replacements"]
+if TYPE_CHECKING:
+    from .implicit import Conditions
+
+__all__ = ["replacements"]
 
 #: the user's function at some points, ``(B, ...)`` each, for given inputs
 Values = Callable[[Sequence[Tensor]], list[Tensor]]
 _Rows = tuple[Tensor, Tensor]
 
 
-class Laid(Protocol):
-    """A system, or what is made of one."""
-
-    @property
-    def spec(self) -> StateSpec:
-        """The layout of its state."""
-        ...
-
-
 def replacements(
-    system: Laid | VmappedSystem, values: Values, dead: Tensor, donor: Tensor, inputs: Sequence[Tensor], unseen: int | None = None
+    system: Conditions, values: Values, dead: Tensor, donor: Tensor, inputs: Sequence[Tensor], unseen: int | None = None
 ) -> tuple[Sequence[Tensor], list[Tensor | None]]:
     """Inputs without what made the rows ``dead`` (B,) fail, and which of their entries are those of the ``donor`` (0-d) now.
 
@@ -46,7 +40,7 @@ def replacements(
     return _tried(values, ~dead, given, replaced, rows, only_bad=False)
 
 
-def _rows_of(system: Laid | VmappedSystem, index: int, x: Tensor, dead: Tensor, donor: Tensor) -> _Rows | None:
+def _rows_of(system: Conditions, index: int, x: Tensor, dead: Tensor, donor: Tensor) -> _Rows | None:
     """Which entries of an input are of rows that failed, as flags of its shape, and the input of the ``donor`` for all."""
     if not (x.is_floating_point() or x.is_complex()):
         return None

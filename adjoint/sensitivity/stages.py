@@ -12,13 +12,13 @@ from torch import Tensor
 from ..integrate.matrices import jacobian_at, mass_product, shifted
 from ..linalg import Factorization, Log
 from ..linalg.pencil import scaled_factors, split
-from ..methods.sums import row_dot
+from ..methods.sums import Pullback, row_dot
 from ..methods.tableaux_implicit import CollocationTableau
 from ..nonlinear import RootRecord
 from ..system.system import Flat, System, VmappedSystem
 from .coupled import coupled_matrix, coupled_pencils, coupled_root
 from .implicit import FixedRule, RootNode, RootOutputs, RootTask, SystemConditions, linear
-from .linearize import Linearizer, Pullback, vjp
+from .linearize import Linearizer, vjp
 from .problem import Problem, StageAlgebra
 from .products import tangent
 
@@ -108,7 +108,7 @@ class RecordedStages:
     def coupled(
         self, tableau: CollocationTableau, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor
     ) -> tuple[list[Tensor], None]:
-        """See `CoupledEquations.coupled`."""
+        """See `StageEquations.coupled`."""
         return coupled_root(self.system, self.inputs, self.recorded, self.algebra, _known, tableau.a, times, h, y), None
 
 
@@ -151,7 +151,7 @@ class StageLinearizer(Linearizer):
     def coupled_adjoint(
         self, a: Sequence[Sequence[float]], times: Sequence[Tensor], points: Sequence[Tensor], w: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Pullback]]:
-        """See `CoupledLinearize.coupled_adjoint`."""
+        """See `StageLinearize.coupled_adjoint`."""
         ks, implicit = self.stages(), self.residual
         xs = [torch.cat([x, k], -1) for x, k in zip(points, ks, strict=True)] if implicit else list(points)
         pulls = [self(t, x)[1] for t, x in zip(times, xs, strict=True)]
@@ -181,11 +181,11 @@ class StageLinearizer(Linearizer):
             return self._start.solve(w, transposed=True, conjugated=True)
 
     def mass_adjoint(self, v: Tensor) -> Tensor:
-        """See `StartLinearize`."""
+        """See `StageLinearize`."""
         return mass_product(None if self.mass_matrix is None else self.mass_matrix.mH, v)
 
     def bend_mass(self, x: Callable[[], Sequence[Tensor]], v: Sequence[Tensor]) -> None:
-        """See `StartLinearize`."""
+        """See `StageLinearize`."""
         if self.mass_matrix is None or not self.targets:
             return
         with torch.enable_grad():

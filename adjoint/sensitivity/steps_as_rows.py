@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd.variable import Variable
 
 from ..integrate import Plan
-from ..methods.sums import combine, row_dot
+from ..methods.sums import Pullback, combine, row_dot
 from ..system.capture import saved_bytes
 from ..system.system import Flat
-from .linearize import Linearizer, Pullback, vjp
+from .linearize import Linearizer, vjp
 from .replay import hands_on
 
 __all__ = ["Rows", "StepRows", "adjoint_apply", "maps", "most_rows", "rows_of"]
@@ -118,7 +118,7 @@ class _Solver:
 
 
 class StepRows:
-    """`ImplicitLinearize`, `CoupledLinearize` and `StartLinearize` for ``K`` steps of one trajectory as rows.
+    """`StageLinearize` for ``K`` steps of one trajectory as rows.
 
     Parameters
     ----------
@@ -195,17 +195,17 @@ class StepRows:
         return self._solvers[place]
 
     def solve_adjoint(self, index: int, point: Tensor, w: Tensor) -> Tensor:
-        """See `ImplicitLinearize`."""
+        """See `StageLinearize`."""
         return self._solver(self.places.index(index), self.h * self.method.diagonal[index])(w)
 
     def solve_start(self, t: Tensor, y: Tensor, hd: Tensor | float, w: Tensor) -> Tensor:
-        """See `StartLinearize`."""
+        """See `StageLinearize`."""
         return self._solver(0, self.h * self.method.tableau.gamma)(w)
 
     def coupled_adjoint(
         self, a: Sequence[Sequence[float]], times: Sequence[Tensor], points: Sequence[Tensor], w: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Pullback]]:
-        """See `CoupledLinearize`: ``v_i - h sum_j a_ji J_j* v_j = w_i``."""
+        """See `StageLinearize`: ``v_i - h sum_j a_ji J_j* v_j = w_i``."""
         s, n = len(a), self.y.shape[-1]
         if 0 not in self._solvers:
             weights = torch.tensor(a, dtype=self.h.dtype, device=self.h.device).T
@@ -217,16 +217,16 @@ class StepRows:
         return list(v.unflatten(-1, (s, n)).unbind(-2)), [self._pullback(i) for i in range(s)]
 
     def mass_adjoint(self, v: Tensor) -> Tensor:
-        """See `StartLinearize`: there is no matrix here."""
+        """See `StageLinearize`: there is no matrix here."""
         return v
 
     def bend_mass(self, x: Callable[[], Sequence[Tensor]], v: Sequence[Tensor]) -> None:
-        """See `StartLinearize`."""
+        """See `StageLinearize`."""
 
     def bend(
         self, t: Tensor, y: Tensor, k: Sequence[Tensor], d: Sequence[float], v: Sequence[Tensor], scale: float | Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """See `StartLinearize`."""
+        """See `StageLinearize`."""
         if self._bent is None:
             self._bent = _Bent(self._mapped, t, y, k, d, self.time)
             self.linearize.n_fun += len(t)
