@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.dense import SmallFactors, as_numpy
-from ..methods.sums import weighted_sum
+from ..methods.family import weighted_sum
 from ..methods.tableaux_implicit import CollocationTableau, Mode
 from .guesses import LoneGuess, StageGuess
 from .newton import iterate

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..methods import Method
-from ..methods.sums import weighted_sum
+from ..methods.family import weighted_sum
 from .coupled import CoupledSystem
 from .plan import Plan
 

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from .additive_tableau import AdditiveTableau
-from .family import TableauMethod
+from .family import StepCotangents, TableauMethod, added, combine, over, row_dot, update, weighted_sum
 from .protocol import StageEquations, StageLinearize
 from .runge_kutta import stability_interval
-from .sums import StepCotangents, added, combine, over, row_dot, update, weighted_sum
 
 __all__ = ["AdditiveRungeKutta"]
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
-from .family import TableauMethod, Traits
-from .sums import combine, powers
+from .family import TableauMethod, Traits, combine, powers
 
 __all__ = ["AutoSwitch", "Polynomial", "stages_at_end"]
 

@@ -8,9 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .family import TableauMethod
+from .family import StepCotangents, TableauMethod, added, combine, row_dot, update, weighted_sum
 from .protocol import StageEquations, StageLinearize
-from .sums import StepCotangents, added, combine, row_dot, update, weighted_sum
 from .tableaux_implicit import CollocationTableau
 
 __all__ = ["FullyImplicitRungeKutta"]

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from .dirk_tableau import DirkTableau
-from .family import TableauMethod
+from .family import StepCotangents, TableauMethod, added, combine, over, row_dot, update, weighted_sum
 from .protocol import StageEquations, StageLinearize
-from .sums import StepCotangents, added, combine, over, row_dot, update, weighted_sum
 
 __all__ = ["DiagonallyImplicitRungeKutta"]
 

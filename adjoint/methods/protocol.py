@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from .sums import Flat, Linearize, Pullback, StepCotangents
+from .family import Flat, Linearize, Pullback, StepCotangents
 
 if TYPE_CHECKING:
     from .tableaux_implicit import CollocationTableau

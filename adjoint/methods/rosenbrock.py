@@ -9,9 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .family import TableauMethod
+from .family import StepCotangents, TableauMethod, added, combine, row_dot, update, weighted_sum
 from .protocol import StageEquations, StageLinearize
-from .sums import StepCotangents, added, combine, row_dot, update, weighted_sum
 from .tableaux_rosenbrock import RosenbrockTableau
 
 __all__ = ["Rosenbrock"]

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .family import TableauMethod
-from .sums import Flat, Linearize, StepCotangents, added, combine, row_dot, update, weighted_sum
+from .family import Flat, Linearize, StepCotangents, TableauMethod, added, combine, row_dot, update, weighted_sum
 from .tableau import Tableau
 
 __all__ = ["ExplicitRungeKutta", "stability_interval"]

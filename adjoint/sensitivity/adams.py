@@ -14,7 +14,7 @@ from torch import Tensor
 from ..integrate.adams import corrected, predicted, updated
 from ..integrate.grid import Grid
 from ..methods.abm import Weights, step_weights, stretching
-from ..methods.sums import row_dot
+from ..methods.family import row_dot
 from ..system.system import Flat
 from .linearize import Linearizer
 from .multistep_step import Schedule, StepBack, StepBars, StepTime

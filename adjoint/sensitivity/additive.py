@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..integrate.matrices import jacobian_at, shifted
 from ..linalg import Factorization, Matrix, SparseMatrix
-from ..methods.sums import Pullback
+from ..methods.family import Pullback
 from ..system.system import System, VmappedSystem
 from .problem import Problem, StageAlgebra
 from .stages import RecordedStages, StageLinearizer

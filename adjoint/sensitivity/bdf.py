@@ -19,7 +19,7 @@ from ..integrate.matrices import jacobian_at, shifted
 from ..linalg import Log, Matrix
 from ..linalg.pencil import scaled_factors, split
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling, rescaling_slopes
-from ..methods.sums import row_dot
+from ..methods.family import row_dot
 from ..nonlinear import RootRecord
 from ..system.jacobians import DenseJacobian
 from ..system.system import Flat, System, VmappedSystem

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..integrate import Monitor
 from ..integrate.numbers import widened
-from ..methods.sums import StepCotangents
+from ..methods.family import StepCotangents
 from ..system.capture import cut_apart
 from ..system.system import System
 from .additive import AdditiveLinearizer

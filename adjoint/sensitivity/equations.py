@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.sums import StepCotangents
+from ..methods.family import StepCotangents
 from .additive import RecordedAdditive
 from .linearize import vjp
 from .problem import Problem

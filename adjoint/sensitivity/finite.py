@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteDerivative
 from ..integrate.grid import Grid
-from ..methods.family import TableauMethod
-from ..methods.sums import combine
+from ..methods.family import TableauMethod, combine
 from ..system.finite import REWRITE, bad_component
 from ..system.system import Flat
 from .asked import all_finite, visible

@@ -10,7 +10,7 @@ from torch.autograd.variable import Variable
 
 from ..errors import CapturedTensorLost
 from ..integrate.grid import Grid
-from ..methods.sums import Pullback
+from ..methods.family import Pullback
 from ..system.capture import depends_on_others, unknown_leaves
 from ..system.system import Flat, System, VmappedSystem
 from ..system.transforms import functorch_active

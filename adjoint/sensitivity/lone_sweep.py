@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..integrate import Monitor
-from ..methods.sums import StepCotangents
+from ..methods.family import StepCotangents
 from ..system.capture import cut_apart
 from ..system.system import Flat
 from .asked import Asked

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..methods.sums import row_dot
+from ..methods.family import row_dot
 from .asked import Asked
 
 __all__ = ["Losses", "both"]

@@ -9,7 +9,7 @@ from ..integrate.bdf import SIZE, update_matrix
 from ..linalg import Log
 from ..linalg.dense import factor_one
 from ..methods.bdf import MAX_ORDER, coefficients
-from ..methods.sums import row_dot
+from ..methods.family import row_dot
 from ..system.capture import cut_apart
 from ..system.system import Flat
 from .asked import Asked

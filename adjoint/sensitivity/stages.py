@@ -12,7 +12,7 @@ from torch import Tensor
 from ..integrate.matrices import jacobian_at, mass_product, shifted
 from ..linalg import Factorization, Log
 from ..linalg.pencil import scaled_factors, split
-from ..methods.sums import Pullback, row_dot
+from ..methods.family import Pullback, row_dot
 from ..methods.tableaux_implicit import CollocationTableau
 from ..nonlinear import RootRecord
 from ..system.system import Flat, System, VmappedSystem

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.variable import Variable
 
 from ..integrate import Plan
-from ..methods.sums import Pullback, combine, row_dot
+from ..methods.family import Pullback, combine, row_dot
 from ..system.capture import saved_bytes
 from ..system.system import Flat
 from .linearize import Linearizer, vjp
