@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from .dropin.odeint import moves_event, odeint, odeint_dense, odeint_event, solve_with_adjoint
-from .system.entrance import full_precision
+from .system.ownership import full_precision
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]
 

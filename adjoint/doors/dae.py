@@ -19,7 +19,7 @@ from ..sensitivity import Gradient, Outputs, Problem
 from ..sensitivity.consistent import Initial
 from ..sensitivity.problem import interpolate_slopes, step_times
 from ..system.capture import needs_derivatives, stand_ins
-from ..system.entrance import full_precision
+from ..system.ownership import full_precision
 from ..system.realification import suited_to_jacobians
 from ..system.system import StateSpec, System
 from ..system.transforms import transforming

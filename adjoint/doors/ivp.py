@@ -17,8 +17,7 @@ from ..native.entry import NativeSolve, own_algebra
 from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Problem
 from ..system.capture import moves, needs_derivatives, stand_ins
-from ..system.entrance import full_precision
-from ..system.ownership import as_part
+from ..system.ownership import as_part, full_precision
 from ..system.realification import refuse_parts, suited_to_jacobians
 from ..system.split import SplitFunction
 from ..system.system import StateSpec, System

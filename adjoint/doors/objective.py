@@ -20,9 +20,8 @@ from ..sensitivity.implicit import FactorStore, RootNode, RootOutputs
 from ..sensitivity.witness import CHANGED
 from ..system.capture import needs_derivatives
 from ..system.ownership import owning
-from ..system.rewriting import naming_faults
 from ..system.system import StateSpec
-from ..system.transforms import functorch_active
+from ..system.transforms import functorch_active, naming_faults
 from . import objective_scipy
 from .laplace import Laplace
 from .layout import Layout

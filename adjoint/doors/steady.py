@@ -16,7 +16,7 @@ from ..nonlinear import RootRecord
 from ..sensitivity.fingerprint import RootWitness
 from ..sensitivity.implicit import RootNode, RootOutputs, RootTask
 from ..system.capture import needs_derivatives, stand_ins
-from ..system.entrance import full_precision
+from ..system.ownership import full_precision
 from ..system.realification import suited_to_jacobians
 from ..system.system import StateSpec
 from ..torch_internals import is_functorch_wrapped_tensor

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..errors import InvalidInput, UnsupportedCombination
 from ..sensitivity import DiscreteAdjoint, strategies
 from ..system.capture import is_differentiable
-from ..system.entrance import full_precision
+from ..system.ownership import full_precision
 from .continuous import adjoint_parameters, continuous_adjoint
 from .event_gradient import through_event
 from .multistep import adams_event, adams_samples

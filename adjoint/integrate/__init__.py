@@ -10,22 +10,20 @@ import torch
 from torch import Tensor
 
 from .adams import AdamsSolver
-from .additive import AdditiveStageSolver
 from .bdf import BdfSolver
 from .bdf_alone import solve_bdf_alone
+from .clock import TimelineOfMany, TimelineOfOne
 from .companion import Beside
-from .controller import IController, PIController, PIDController
 from .loop import Walk
 from .multistep import MultistepSolver, solve_multistep
 from .numbers import lifted
 from .one_step import OneStepOfMany, OneStepOfOne
 from .paired import integrate_paired, stands, too_long
-from .plan import Event, Monitor, Plan, Record, Status, rms_norm, shifted_times
+from .plan import Event, IController, Monitor, PIController, PIDController, Plan, Record, Status, rms_norm, shifted_times
 from .recording import Recording
 from .residual import ResidualSolver
-from .stages import StageSolver
-from .timeline import TimelineOfMany, TimelineOfOne
-from .work import Equations
+from .stages import AdditiveStageSolver, StageSolver
+from .stepper import Equations
 
 __all__ = [
     "AdamsSolver",

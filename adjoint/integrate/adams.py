@@ -12,7 +12,7 @@ from ..methods.abm import Weights, step_weights, uniform_errors
 from .clock import initial_step
 from .multistep import MultistepSolver, Outcome, Predicted
 from .plan import Plan
-from .work import StageWork
+from .stepper import StageWork
 
 __all__ = ["PATIENCE", "AdamsSolver", "Prediction", "corrected", "predicted", "shifted_nodes", "updated"]
 

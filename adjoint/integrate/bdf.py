@@ -19,7 +19,7 @@ from .numbers import less
 from .plan import Plan
 from .residual import ResidualSolver
 from .stages import tolerances_of_stages
-from .work import StageWork
+from .stepper import StageWork
 
 __all__ = ["BOUND", "LARGEST", "NEWTON", "SAFETY", "SIZE", "SMALLEST", "BdfSolver", "update_matrix"]
 

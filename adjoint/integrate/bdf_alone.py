@@ -14,14 +14,12 @@ from ..linalg.dense import factor_one, solved
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling_alone
 from .alone import row_norm
 from .bdf import BOUND, LARGEST, NEWTON, SAFETY, SIZE, SMALLEST, BdfSolver, update_matrix
-from .clock import initial_step
+from .clock import TimelineOfOne, initial_step
 from .loop import Walk
 from .matrices import jacobian_at, shifted
 from .newton import iterate
 from .plan import Plan, Record, shifted_times
-from .stepper import Attempt, Fate
-from .timeline import TimelineOfOne
-from .work import StageWork
+from .stepper import Attempt, Fate, StageWork
 
 __all__ = ["LoneBdf", "solve_bdf_alone"]
 

@@ -12,11 +12,10 @@ from torch import Tensor
 from ..linalg.dense import SmallFactors, as_numpy
 from ..methods.family import weighted_sum
 from ..methods.tableaux_implicit import CollocationTableau, Mode
-from .guesses import LoneGuess, StageGuess
-from .newton import iterate
+from .newton import LoneGuess, StageGuess, iterate
 from .numbers import Decision, Measure, along, any_of, choose_states, less, lost, negated
 from .plan import Plan, rms_norm
-from .work import Equations, StageWork
+from .stepper import Equations, StageWork
 
 __all__ = ["CoupledSystem", "StagesOfMany", "StagesOfOne", "combined", "solve_coupled", "solve_modes"]
 

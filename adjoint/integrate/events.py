@@ -15,8 +15,8 @@ from torch import Tensor
 from .event_roots import GRID, crossings, may_cross
 from .numbers import Decision, Measure, absent, any_of, choose, lifted, lowered, negated, unset
 from .plan import Event, Plan
+from .sampling import WithinMany, WithinOne, within
 from .stepper import Attempt, Trial
-from .within import WithinMany, WithinOne, within
 
 __all__ = ["EventWatch"]
 

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .clock import TimelineOfMany
 from .loop import Walk
 from .plan import Plan, Record, shifted_times
-from .stepper import Attempt, Fate
-from .timeline import TimelineOfMany
-from .work import Equations
+from .stepper import Attempt, Equations, Fate
 
 __all__ = ["MultistepSolver", "Outcome", "Predicted", "solve_multistep"]
 

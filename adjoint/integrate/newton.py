@@ -1,17 +1,19 @@
-"""Simplified Newton iterations for the stages of a step: one rule, for one trajectory and for many, whatever the equations are."""
+"""Simplified Newton iterations for the stages of a step: one rule, for one trajectory and for many, whatever the equations are; and where
+those for coupled stages start: from the slopes of the step before, extrapolated."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .numbers import Decision, Measure, any_of, at_least, at_most, choose, finite, negated
 
-__all__ = ["iterate"]
+__all__ = ["LoneGuess", "StageGuess", "iterate"]
 
 X = TypeVar("X")
 D = TypeVar("D")
@@ -72,3 +74,73 @@ def _hopeless(rate: Measure, length: Measure, left: int) -> Decision:
     # a power of what is larger may be beyond all numbers
     slow = at_most(rate, 1.0)
     return (rate >= 1.0) | (slow ** (left + 1) / at_least(1 - slow, 1e-3) * length > 1.0)
+
+
+#: a step that is so many times longer than the one before is too far away for its polynomial
+_FAR = 8.0
+
+
+class StageGuess:
+    """The polynomial through the slopes of the last accepted step of each trajectory (Hairer & Wanner, Solving ordinary differential
+    equations II, section IV.8: starting values)."""
+
+    def __init__(self, nodes: Sequence[float]) -> None:
+        self.nodes = nodes
+        # coefficients (s, s) of the Lagrange polynomials of the nodes: column j belongs to the slope of stage j
+        self.lagrange = np.linalg.inv(np.vander(nodes, increasing=True))
+        #: of the last attempt, and of the last one that was accepted: start, size (B, 1) and slopes (s, B, n)
+        self._tried: tuple[Tensor, Tensor, Tensor] | None = None
+        self._size: Tensor | None = None
+        self._slopes: Tensor | None = None
+
+    def __call__(self, step: Tensor, y: Tensor, k1: Tensor) -> list[Tensor]:
+        """Slopes of the stages of a step from ``y`` (B, n); ``k1``, the slope there, where nothing is known of the step before."""
+        if self._tried is None:
+            return [k1] * len(self.nodes)
+        start, size, slopes = self._tried
+        # an attempt from another state: the last one was accepted
+        moved = (start != y).any(-1, keepdim=True)
+        if self._size is None or self._slopes is None:
+            self._size, self._slopes = torch.where(moved, size, 0.0), slopes
+        elif bool(moved.all()):
+            self._size, self._slopes = size, slopes
+        else:
+            self._size, self._slopes = torch.where(moved, size, self._size), torch.where(moved, slopes, self._slopes)
+        ratio = step / torch.where(self._size == 0, 1.0, self._size)
+        near = (self._size != 0) & (ratio > 0) & (ratio < _FAR)
+        real = {"dtype": step.dtype, "device": step.device}
+        theta = 1 + ratio * torch.tensor(self.nodes, **real)
+        powers = theta.unsqueeze(-1) ** torch.arange(len(self.nodes), **real)
+        weights = (powers @ torch.as_tensor(self.lagrange, **real)).to(k1.dtype)
+        found = torch.einsum("bij,jbn->ibn", weights, self._slopes)
+        fine = near & torch.isfinite(found).all(0).all(-1, keepdim=True)
+        return list(torch.where(fine, found, k1).unbind())
+
+    def keep(self, step: Tensor, y: Tensor, slopes: Sequence[Tensor]) -> None:
+        """Remember an attempt."""
+        self._tried = (y, step, torch.stack(list(slopes)))
+
+
+class LoneGuess:
+    """`StageGuess` for one trajectory, whose sizes of steps are numbers; slopes are (s, n)."""
+
+    def __init__(self, nodes: Sequence[float]) -> None:
+        self.nodes = np.array(nodes)
+        self.lagrange = np.linalg.inv(np.vander(nodes, increasing=True))
+        self._tried: tuple[Tensor, float, Tensor] | None = None
+        self._last: tuple[float, Tensor] | None = None
+
+    def __call__(self, h: float, y: Tensor, k1: Tensor) -> Tensor:
+        """See `StageGuess`."""
+        if self._tried is not None and self._tried[0] is not y:
+            # an attempt from another state: the last one was accepted
+            self._last = self._tried[1:]
+        if self._last is None or not 0 < h / self._last[0] < _FAR:
+            return k1.reshape(1, -1).expand(len(self.nodes), -1)
+        size, slopes = self._last
+        weights = np.vander(1 + h / size * self.nodes, len(self.nodes), increasing=True) @ self.lagrange
+        return torch.mm(torch.from_numpy(weights).to(slopes), slopes)
+
+    def keep(self, h: float, y: Tensor, slopes: Tensor) -> None:
+        """Remember an attempt."""
+        self._tried = (y, h, slopes)

@@ -10,17 +10,14 @@ import torch
 from torch import Tensor
 
 from ..methods import Method
-from .clock import Verdict, initial_step, judge_step
+from .clock import TimelineOfMany, TimelineOfOne, Verdict, initial_step, judge_step
 from .companion import QUIET, Beside, companion_of
-from .controller import tamed
-from .defect import inner_error
+from .loop import evaluations_of_attempt
 from .numbers import Decision, Measure, absent, any_of, choose, larger, widened
-from .plan import Plan, shifted_times
-from .record import evaluations_of_attempt
+from .plan import Plan, shifted_times, tamed
 from .recording import Recording
-from .stepper import Attempt, Fate
-from .timeline import TimelineOfMany, TimelineOfOne
-from .work import Equations
+from .residual import inner_error
+from .stepper import Attempt, Equations, Fate
 
 __all__ = ["OneStepOfMany", "OneStepOfOne"]
 

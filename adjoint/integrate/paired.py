@@ -22,7 +22,7 @@ from .bdf import BdfSolver
 from .companion import Beside, drawn, unit_of
 from .multistep import MultistepSolver, Predicted, solve_multistep
 from .plan import Plan, Record
-from .work import StageWork
+from .stepper import StageWork
 
 __all__ = ["integrate_paired", "stands", "too_long"]
 

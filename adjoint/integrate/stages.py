@@ -1,8 +1,10 @@
-"""Newton's iteration for the stages of implicit methods: of one trajectory by numbers, of many in lock step by masks."""
+"""Newton's iteration for the stages of implicit methods: of one trajectory by numbers, of many in lock step by masks;
+of both parts of the right-hand side of implicit-explicit ones, of which one is evaluated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +22,9 @@ from .matrices import complex_shifted, jacobian_at, mass_product, shifted, tange
 from .newton import iterate
 from .numbers import Decision, Measure, along, any_of, choose, choose_states, less, lost, negated, same
 from .plan import Plan
-from .work import StageWork
+from .stepper import StageWork
 
-__all__ = ["LOOSEST", "MOST", "SEARCHES", "TOLERANCE", "StageSolver", "tolerances_of_stages"]
+__all__ = ["LOOSEST", "MOST", "SEARCHES", "TOLERANCE", "AdditiveStageSolver", "StageSolver", "tolerances_of_stages"]
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 
@@ -300,3 +302,34 @@ class StageSolver(CoupledSystem):
         """See `CoupledSystem`: ``f`` at the start of the step."""
         assert self._at is not None
         return self.f(self._at[0], y)
+
+
+class AdditiveStageSolver(StageSolver):
+    """See `StageEquations`; a `StageSolver` of the implicit part.
+
+    ``explicit``: the flat explicit part; the other arguments are those of `StageSolver` for the implicit part.
+    """
+
+    def __init__(self, explicit: Callable[[Tensor, Tensor], Tensor], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.explicit = explicit
+        # the start of a step is evaluated by the loop first, as the end of the step before
+        self._seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        """The sum of both parts."""
+        parts = self.explicit(t, y), self.f(t, y)
+        # two: a rejected step goes back to its start
+        self._seen = [*self._seen[-1:], (t, y, *parts)]
+        return parts[0] + parts[1]
+
+    def both(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """See `StageEquations.both`."""
+        for time, state, explicit, implicit in self._seen:
+            if torch.equal(time, t) and torch.equal(state, y):
+                self._seen = [(time, state, explicit, implicit)]
+                return explicit, implicit
+        parts = self.explicit(t, y), self.f(t, y)
+        self._seen = [(t, y, *parts)]
+        self.work.n_fun += 1
+        return parts

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..integrate.grid import Grid
-from ..integrate.plan import Plan
+from ..integrate.plan import Grid, Plan
 from .calls import BACKWARD_CALL
 from .device import DeviceEngine, addressed
 from .program import Program

@@ -10,7 +10,7 @@ from typing import TypeGuard
 import numpy as np
 import torch
 
-from ..integrate import adams, bdf, companion, coupled, defect, residual, stages, stiffness
+from ..integrate import adams, bdf, companion, coupled, residual, stages, stiffness
 from ..methods.abm import Adams, projection, stretching, uniform_errors
 from ..methods.auto import stages_at_end
 from ..methods.bdf import MAX_ORDER, Bdf, coefficients, rescaling_slopes
@@ -155,11 +155,11 @@ def _iteration() -> str:
 
 
 def _constraints(method: Compiled) -> list[str]:
-    """The constants of the defect of constraints, see `defect.inner_error`, and of how a solve begins."""
-    points = defect.points_of(method)
+    """The constants of the defect of constraints, see `residual.inner_error`, and of how a solve begins."""
+    points = residual.points_of(method)
     return [
         _flags(POINTS=len(points)),
-        f"static constexpr double NARROW = {number(defect.NARROW)}, NOISE = {number(defect.NOISE)};",
+        f"static constexpr double NARROW = {number(residual.NARROW)}, NOISE = {number(residual.NOISE)};",
         *(_array(name, [getattr(p, name.lower()) for p in points]) for name in ("THETA", "RATE")),
         *(_matrix(name, [getattr(p, name.lower()) for p in points], method.n_stages) for name in ("VALUES", "SLOPES")),
         source("constraints.hpp"),

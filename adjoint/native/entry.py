@@ -9,9 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..integrate.controller import PIDController
-from ..integrate.grid import Grid
-from ..integrate.plan import Plan, Record, rms_norm
+from ..integrate.plan import Grid, PIDController, Plan, Record, rms_norm
 from ..methods import Method
 from ..system.remarks import remark
 from ..system.system import System, VmappedSystem

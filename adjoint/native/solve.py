@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ..integrate.companion import drawn
-from ..integrate.controller import PIDController
-from ..integrate.plan import Plan, Record
-from ..integrate.record import no_events
+from ..integrate.loop import no_events
+from ..integrate.plan import PIDController, Plan, Record
 from ..integrate.residual import power_of
 from ..integrate.stages import TOLERANCE
 from .calls import FORWARD_CALL, filled

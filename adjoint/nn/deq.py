@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..doors.root_solution import RootSolution
 from ..doors.steady import solve_root
 from ..errors import InvalidInput, UnsupportedCombination
-from ..system.entrance import full_precision
+from ..system.ownership import full_precision
 from ..system.transforms import functorch_active
 from .deq_backward import ITERATIONS, Guarded, backward_solver
 

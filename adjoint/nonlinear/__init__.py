@@ -4,8 +4,7 @@ from .bordered import border_problem, dependent_rows, replace_rows
 from .continuation import Branch, BranchProblem, Continuation, Fold
 from .diagnose import explain, left_null_vectors, right_null_vectors
 from .fixed_point import Anderson, Broyden, FixedPoint
-from .linesearch import Backtracking
-from .newton import EisenstatWalker, Newton
+from .newton import Backtracking, EisenstatWalker, Newton
 from .protocol import RootMethod, RootProblem, RootRecord, RootStatus, scaled_norm
 from .pseudo_transient import PseudoTransient
 from .robust import Auto

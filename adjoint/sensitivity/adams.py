@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..integrate.adams import corrected, predicted, updated
-from ..integrate.grid import Grid
+from ..integrate.plan import Grid
 from ..methods.abm import Weights, step_weights, stretching
 from ..methods.family import row_dot
 from ..system.system import Flat

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..integrate.bdf import SIZE, update_matrix
-from ..integrate.grid import Grid
 from ..integrate.matrices import jacobian_at, shifted
+from ..integrate.plan import Grid
 from ..linalg import Log, Matrix
 from ..linalg.pencil import scaled_factors, split
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling, rescaling_slopes

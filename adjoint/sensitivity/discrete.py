@@ -17,16 +17,14 @@ from ..integrate.numbers import widened
 from ..methods.family import StepCotangents
 from ..system.capture import cut_apart
 from ..system.system import System
-from .additive import AdditiveLinearizer
-from .asked import Asked, anchors_bar, in_shelter
-from .equations import recorded_adjoint
+from .asked import Asked, Losses, anchors_bar, both, in_shelter
+from .equations import AdditiveLinearizer, recorded_adjoint
 from .linearize import Linearizer
-from .lone_sweep import LoneSweep
-from .losses import Losses, both
 from .multistep_adjoint import MultistepOneByOne
 from .multistep_rows import BdfByRows
 from .problem import stage_times
 from .stages import StageLinearizer
+from .steps_as_rows import LoneSweep
 
 if TYPE_CHECKING:
     from .checkpoints import Recall

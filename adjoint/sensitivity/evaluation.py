@@ -15,8 +15,8 @@ from ..errors import SolveError
 from ..linalg.nodes import copy_by_copy
 from ..system.capture import cut_apart
 from ..system.ownership import owned
-from ..system.rewriting import naming_writes
 from ..system.system import System
+from ..system.transforms import naming_writes
 from .linearize import Linearizer
 from .witness import CHANGED, differs
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteDerivative
-from ..integrate.grid import Grid
+from ..integrate.plan import Grid
 from ..methods.family import TableauMethod, combine
 from ..system.finite import REWRITE, bad_component
 from ..system.system import Flat

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import CapturedTensorLost, InvalidInput, UnsupportedCombination
 from ..integrate import Record
-from ..integrate.grid import Grid
+from ..integrate.plan import Grid
 from ..system.transforms import functorch_active
 from .asked import Asked
 from .discrete import eager_sweep

@@ -18,9 +18,8 @@ from ..linalg.nodes import copy_by_copy
 from ..nonlinear import RootRecord
 from ..system.capture import alive, below_jvp, readable
 from ..system.ownership import owned
-from ..system.rewriting import naming_writes
 from ..system.system import Flat, StateSpec, System, VmappedSystem
-from ..system.transforms import functorch_active
+from ..system.transforms import functorch_active, naming_writes
 from ..torch_internals import get_unwrapped, is_functorch_wrapped_tensor
 from .fingerprint import RootWitness
 from .products import tangent, vjp

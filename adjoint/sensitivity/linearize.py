@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.variable import Variable
 
 from ..errors import CapturedTensorLost
-from ..integrate.grid import Grid
+from ..integrate.plan import Grid
 from ..methods.family import Pullback
 from ..system.capture import depends_on_others, unknown_leaves
 from ..system.system import Flat, System, VmappedSystem

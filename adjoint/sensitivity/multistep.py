@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..integrate.grid import Grid
+from ..integrate.plan import Grid
 from .adams import AdamsReplay
 from .asked import Asked
 from .bdf import BdfReplay

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from ..system.capture import cut_apart
 from .adams import AdamsAdjoint
-from .asked import Asked
+from .asked import Asked, Losses
 from .bdf import BdfAdjoint
 from .linearize import Linearizer
-from .losses import Losses
 from .multistep_step import Schedule, StepBars
 
 __all__ = ["MultistepOneByOne"]

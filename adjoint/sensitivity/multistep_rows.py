@@ -12,10 +12,9 @@ from ..methods.bdf import MAX_ORDER, coefficients
 from ..methods.family import row_dot
 from ..system.capture import cut_apart
 from ..system.system import Flat
-from .asked import Asked
+from .asked import Asked, Losses
 from .bdf import Formula, matrices
 from .linearize import Linearizer, vjp
-from .losses import Losses
 from .steps_as_rows import Rows, most_rows, rows_of
 
 __all__ = ["BdfByRows"]

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..integrate.grid import Grid
-from ..integrate.plan import shifted_times
+from ..integrate.plan import Grid, shifted_times
 from ..methods import Method
 from .problem import Problem
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..integrate.grid import Grid
+from ..integrate.plan import Grid
 from ..system.capture import readable
 from ..system.transforms import functorch_active
 from .problem import Problem

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from ..integrate import Plan, stands
-from ..integrate.grid import Grid
+from ..integrate.plan import Grid
 from ..linalg.nodes import copy_by_copy
 from ..native.back import sweep_native
 from ..native.program import Program
 from ..native.reading import Unreadable
 from ..native.solve import Frame, Solved, solved
-from ..system.rewriting import naming_writes
-from ..system.transforms import functorch_active
+from ..system.transforms import functorch_active, naming_writes
 from .undeclared import REJECTED
 
 __all__ = ["Prepared", "PreparedNode", "Run", "run_of"]

@@ -23,7 +23,7 @@ from ..integrate import (
 )
 from ..integrate.companion import Beside, displaced, rests
 from ..integrate.stages import TOLERANCE
-from ..integrate.work import StageWork
+from ..integrate.stepper import StageWork
 from ..linalg import DenseLU, LinearSolver, Matrix
 from ..native.entry import NativeSolve, Sought
 from ..system.capture import is_differentiable, listed

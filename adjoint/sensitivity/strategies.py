@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import Monitor, Record, Recording, integrate
-from ..integrate.grid import Grid
+from ..integrate.plan import Grid
 from ..native.entry import Sought
 from ..system.ownership import owned
 from ..system.transforms import functorch_active

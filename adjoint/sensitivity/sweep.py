@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..integrate.grid import Grid
+from ..integrate.plan import Grid
 from .asked import Asked, in_shelter
 from .equations import equations
 from .multistep import multistep_functional, multistep_tangents

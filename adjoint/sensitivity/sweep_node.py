@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..integrate.grid import RECORDED, Grid
+from ..integrate.plan import RECORDED, Grid
 from ..linalg.nodes import below_jvp
 from ..system.ownership import owned
 from ..system.transforms import functorch_active

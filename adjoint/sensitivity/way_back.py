@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import SolveError
 from ..integrate import Plan, Record, Status
-from ..integrate.grid import Grid
+from ..integrate.plan import Grid
 from ..system.capture import saved_bytes
 from ..system.system import Flat, VmappedSystem
 from .asked import Asked

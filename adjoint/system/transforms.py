@@ -1,11 +1,17 @@
-"""Which transforms of ``torch.func`` run, and what of a tensor they wrap."""
+"""Which transforms of ``torch.func`` run, and what of a tensor they wrap; named errors in the place of PyTorch's own, for what functions of
+the user do that cannot be differentiated there."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import torch_internals as internals
+from ..errors import UnsupportedCombination
 
 __all__ = [
     "below_vmap",
@@ -14,11 +20,12 @@ __all__ = [
     "functorch_level",
     "has_tangent",
     "jvp_active",
+    "naming_faults",
+    "naming_writes",
     "transforming",
     "unwrapped",
     "vmap_active",
 ]
-
 
 def functorch_active() -> bool:
     """Whether a ``torch.func`` transform (or its vmap) is running."""
@@ -82,3 +89,95 @@ def has_tangent(x: Tensor) -> bool:
 def functorch_level() -> int:
     stack = internals.peek_interpreter_stack()
     return 0 if stack is None else stack.level()
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_WRITES = (
+    "fun (or an event function, jac, quadrature) keeps a tensor from call to call that it writes into, or computed in another call, and "
+    "its derivative is asked for, which goes through each call on its own: return a new tensor, and make the one it writes into anew in "
+    "every call"
+)
+_NOT_RECORDED = (
+    "fun takes derivatives itself where nothing is recorded, under torch.no_grad() or of tensors that do not require grad: use "
+    "torch.func.grad there, or enter torch.enable_grad() in fun and let what it differentiates by require grad"
+)
+_NESTED = (
+    "fun uses forward mode itself (torch.func.jvp, jacfwd, hessian), and the solve is within forward_ad.dual_level(), which PyTorch does "
+    "not nest: take torch.func.jvp around the solve, which nests, or torch.func.grad or vjp in fun"
+)
+_HOOKED = (
+    "torch.func is used by the solve (ForwardSensitivity) or by fun where hooks on saved tensors are active (torch.utils.checkpoint with "
+    "use_reentrant=False, save_on_cpu), which PyTorch refuses: use gradient=DiscreteAdjoint(), whose checkpoints= saves memory itself, or "
+    "use_reentrant=True"
+)
+_INFERENCE = (
+    "fun uses tensors that were made in torch.inference_mode(), which autograd refuses, and Jacobians are taken by it: make them under "
+    "torch.no_grad() instead, or .clone() them outside of inference mode"
+)
+_OUT = (
+    "an operator in fun (or in an event function, jac, quadrature) writes its result into out=, which autograd refuses, and derivatives "
+    "are taken by it (those that are asked for, or the Jacobian that implicit methods and roots need): return a new tensor, without out="
+)
+_WIDENED = (
+    "an operator in fun was given two precisions, though its arguments agree: in forward mode (torch.func.jvp, jacfwd, hessian, "
+    "ForwardSensitivity) PyTorch gives a number times a 0-d tensor, such as 0.5 * y[0], a tangent in double precision. Keep a dimension "
+    "(y[:1] and torch.cat in the place of y[0] and torch.stack), take reverse mode (torch.func.vjp, grad), or a float64 state"
+)
+#: how PyTorch says so: its transforms, and autograd
+_WRITTEN = {
+    "would mutate a captured Tensor": _WRITES,
+    "requires grad is being used in an in-place operation": _WRITES,
+    "modified by an inplace operation": _WRITES,
+    "backward through the graph a second time": _WRITES,
+    "functions with out=... arguments don't support": _OUT,
+    "because it is an out= function": _OUT,
+}
+_SAID = _WRITTEN | {
+    "does not require grad and does not have a grad_fn": _NOT_RECORDED,
+    "One of the differentiated Tensors does not require grad": _NOT_RECORDED,
+    "Inference tensors cannot be saved for backward": _INFERENCE,
+    "Nested forward mode AD is not supported": _NESTED,
+    "don't yet support saved tensor hooks": _HOOKED,
+}
+#: how it says so in forward mode, where alone ours is the likely cause
+_SAID_FORWARD = {"have the same dtype": _WIDENED}
+
+
+def naming_writes(function: Callable[P, R]) -> Callable[P, R]:
+    """``function``, with a named error in the place of PyTorch's own for writes into kept tensors."""
+    return _naming(function, _WRITTEN)
+
+
+def naming_faults(function: Callable[P, R]) -> Callable[P, R]:
+    """As `naming_writes`; a front door, in which functions of the user may also ask for derivatives of nothing."""
+    return _naming(function, _SAID, _SAID_FORWARD)
+
+
+def _naming(function: Callable[P, R], said: dict[str, str], forward: dict[str, str] | None = None) -> Callable[P, R]:
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            known = said | forward if forward and transforming() else said
+            named = next((ours for words, ours in known.items() if words in str(error)), None)
+            if type(error) in (RuntimeError, NotImplementedError) and named is not None and not (args and _of_context(args[0], error)):
+                raise UnsupportedCombination(named) from error
+            raise
+
+    return call
+
+
+def _of_context(context: object, raised: RuntimeError) -> bool:
+    """Whether this is the context of a node that was gone back through before, or one of whose inputs, a leaf such as a parameter, was
+    written to since, and that is what was ``raised``: then the error is about that, and not about ``fun``. (What ``fun`` writes results
+    into is no leaf.)"""
+    written = "modified by an inplace operation"
+    try:
+        getattr(context, "saved_tensors", None)
+    except RuntimeError as error:
+        ours = written in str(error) and written in str(raised) and "which is output" not in str(raised)
+        return "second time" in str(error) or ours
+    return False

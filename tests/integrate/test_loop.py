@@ -12,11 +12,10 @@ from torch import Tensor
 from adjoint import solve_dae, solve_ivp
 from adjoint.integrate import AdamsSolver, BdfSolver, Plan, StageSolver
 from adjoint.integrate.bdf_alone import LoneBdf
+from adjoint.integrate.clock import TimelineOfMany, TimelineOfOne
 from adjoint.integrate.numbers import any_of, negated
 from adjoint.integrate.one_step import OneStepOfMany, OneStepOfOne
-from adjoint.integrate.stepper import Attempt, Fate
-from adjoint.integrate.timeline import TimelineOfMany, TimelineOfOne
-from adjoint.integrate.work import StageWork
+from adjoint.integrate.stepper import Attempt, Fate, StageWork
 from adjoint.linalg import DenseLU
 from adjoint.methods import METHODS as METHODS_BY_NAME
 from adjoint.system.jacobians import DenseJacobian

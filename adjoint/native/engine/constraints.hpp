@@ -1,5 +1,5 @@
 // Equations with constraints, F(t, y, y') = 0 or M y' = f(t, y): the error between the ends of a step, and how a solve of the latter begins;
-// the rules of `integrate/defect.py` and of `StageSolver.first_step`. Constants: POINTS in the step, of each its place THETA, weights of the
+// the rules of `integrate/residual.py` and of `StageSolver.first_step`. Constants: POINTS in the step, of each its place THETA, weights of the
 // dense output there (VALUES) and of its slope (SLOPES), and RATE; NARROW, NOISE, SEARCHES (rounds for a first step). The family gives, for
 // E = F_y' and G = F_y at the start of the step: residual, filtered ((E + h gamma G)^-1 in place), mass_times (E v).
 FN S part_of(const double* w, const S* ks, int n) {

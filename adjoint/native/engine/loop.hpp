@@ -1,5 +1,5 @@
 // The adaptive loop: W trajectories side by side; a lane whose trajectory has ended takes the next one. The rules are those of
-// `integrate/clock.py`, `controller.py` and the samplers.
+// `integrate/clock.py`, `plan.py` and the samplers.
 
 // of size one, unlike each other
 FN double scattered(int n) { return 1.5 + BD(cos)((n + 1.0) * (n + 1.0)); }
