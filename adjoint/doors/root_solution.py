@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..linalg import Log
 from ..nonlinear import RootStatus
-from ..system.ownership import WithTensors
 from ..system.transforms import functorch_active
+from .solution import Ended
 
 __all__ = ["RootSolution", "RootStats"]
 
@@ -56,7 +56,7 @@ class RootStats:
 
 
 @dataclass(frozen=True)
-class RootSolution(WithTensors):
+class RootSolution(Ended):
     """A root.
 
     Attributes
@@ -79,17 +79,7 @@ class RootSolution(WithTensors):
     stats: RootStats
     note: str = ""
 
-    @property
-    def success(self) -> bool | Tensor:
-        """Whether the iteration converged."""
-        return self.status >= 0
-
-    @property
-    def message(self) -> str | list[str]:
-        """The status in words; a list, one per system, when batched."""
-        if isinstance(self.status, int):
-            return _MESSAGES[RootStatus(self.status)]
-        return [_MESSAGES[RootStatus(s)] for s in self.status.reshape(-1).tolist()]
+    said: ClassVar[dict[Any, str]] = _MESSAGES
 
     def with_tensors(self, function: Callable[[Any], Any]) -> RootSolution:
         """The same with ``function`` of the root."""

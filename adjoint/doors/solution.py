@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..system.ownership import WithTensors
 from ..system.transforms import functorch_active
 from .arguments import as_times
 
-__all__ = ["BackwardStats", "EventLog", "EventRecord", "Solution", "Stats"]
+__all__ = ["BackwardStats", "Ended", "EventLog", "EventRecord", "Solution", "Stats"]
 
 _MESSAGES = {
     Status.SUCCESS: "the solver reached the end of t_span",
@@ -114,8 +114,25 @@ class EventLog(tuple[EventRecord, ...]):
         return found[0]
 
 
+class Ended(WithTensors):
+    """What came of a solve: its status, below zero where it failed, and what is ``said`` of each."""
+
+    status: int | Tensor
+    said: ClassVar[dict[Any, str]]
+
+    @property
+    def success(self) -> bool | Tensor:
+        """Whether the end, or a terminal event, was reached; of a root, whether the iteration converged."""
+        return self.status >= 0
+
+    @property
+    def message(self) -> str | list[str]:
+        """The status in words; a list, one of each trajectory or system, when batched."""
+        return self.said[self.status] if isinstance(self.status, int) else [self.said[s] for s in self.status.reshape(-1).tolist()]
+
+
 @dataclass(frozen=True)
-class Solution(WithTensors):
+class Solution(Ended):
     """The solution of an initial value problem.
 
     Attributes
@@ -145,17 +162,7 @@ class Solution(WithTensors):
     yp: Any = None
     interpolant: Callable[..., Any] | None = None
 
-    @property
-    def success(self) -> bool | Tensor:
-        """Whether the end, or a terminal event, was reached."""
-        return self.status >= 0
-
-    @property
-    def message(self) -> str | list[str]:
-        """The status in words; a list, one per trajectory, when batched."""
-        if isinstance(self.status, int):
-            return _MESSAGES[Status(self.status)]
-        return [_MESSAGES[Status(s)] for s in self.status.reshape(-1).tolist()]
+    said: ClassVar[dict[Any, str]] = _MESSAGES
 
     def __call__(self, t: float | Tensor, side: str = "right") -> Any:
         """The state at any times within the span, from the dense output; differentiable in ``t`` too.

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg import Factorization, LinearOperator, LinearSolver, Matrix, SparseMatrix
+from ..linalg import Factorization, LinearSolver, Matrix, SparseMatrix
+from ..linalg.dense import factor_again
 from ..linalg.pencil import Pencil, ScaledFactors, scaled_factors, split
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling
 from .clock import initial_step
@@ -232,11 +233,7 @@ class BdfSolver(MultistepSolver):
                 self._factors = scaled_factors(self.linear_solver, self._pencil.at(safe), self.work.log, self._factors)
             else:
                 assert self._pencil is not None
-                matrix = shifted(self._pencil, safe)
-                if self._plain is None or isinstance(matrix, LinearOperator):
-                    self._plain = self.linear_solver.factor(matrix, self.work.log)
-                else:
-                    self._plain = self.linear_solver.refactor(self._plain, matrix)
+                self._plain = factor_again(self.linear_solver, shifted(self._pencil, safe), self.work.log, self._plain)
             self.work.n_factorizations += changed
         self.work.n_solves += running
         factors = self._factors if isinstance(self._pencil, Pencil) else self._plain

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..linalg import Factorization, LinearOperator, Matrix
+from ..linalg import Factorization, Matrix
 from ..linalg.dense import factor_one, solved
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling_alone
 from .alone import row_norm
@@ -73,7 +73,7 @@ class _Newton:
             assert self._matrix is not None
             matrix = shifted(self._matrix, torch.tensor([[c]], dtype=self.solver.plan.real, device=self.device))
             linear, log = self.solver.linear_solver, self.solver.work.log
-            self._factors = factor_one(linear, matrix, log, None if isinstance(matrix, LinearOperator) else self._factors)
+            self._factors = factor_one(linear, matrix, log, self._factors)
             self._c = c
             self.n_factorizations += 1
         return self._factors

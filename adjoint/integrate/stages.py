@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..linalg import Factorization, LinearOperator, LinearSolver, Matrix
-from ..linalg.dense import SmallFactors, as_numpy, factor_one, solved
+from ..linalg import Factorization, LinearSolver, Matrix
+from ..linalg.dense import SmallFactors, as_numpy, factor_again, factor_one, solved
 from ..methods.tableaux_implicit import CollocationTableau, Mode
 from ..methods.tableaux_rosenbrock import RosenbrockTableau
 from ..system.jacobians import dense_with_time, jvp
@@ -157,11 +157,7 @@ class StageSolver(CoupledSystem):
         else:
             size = torch.tensor([[step]], dtype=self.plan.real, device=self.device) if self.alone else step
             matrix = shifted(matrix, size, self.mass_matrix) if value == 1.0 else complex_shifted(matrix, size * value)
-            again = None if isinstance(matrix, LinearOperator) else old
-            if self.alone:
-                factors = factor_one(self.linear_solver, matrix, log, again)
-            else:
-                factors = self.linear_solver.factor(matrix, log) if again is None else self.linear_solver.refactor(again, matrix)
+            factors = (factor_one if self.alone else factor_again)(self.linear_solver, matrix, log, old)
         self._factors[value] = step, factors
         running = self.running(step)
         self.work.n_factorizations += running

@@ -15,7 +15,7 @@ from ..errors import InvalidInput
 from ..torch_internals import is_functorch_wrapped_tensor
 from .protocol import Factorization, LinearOperator, LinearSolver, Log, Matrix, SolverTraits, SparseMatrix, check_sides, traits_of
 
-__all__ = ["DenseLU", "SmallFactors", "as_numpy", "factor_one", "solved"]
+__all__ = ["DenseLU", "SmallFactors", "as_numpy", "factor_again", "factor_one", "solved"]
 
 
 #: unknowns up to which one matrix on the CPU goes to LAPACK directly: the operators of ``torch.linalg`` take longer than its arithmetic
@@ -169,7 +169,12 @@ def factor_one(solver: LinearSolver, matrix: Matrix, log: Log, old: Factorizatio
     the LU of `DenseLU` (its last bits are others). ``old``: of the same pattern."""
     if isinstance(matrix, Tensor) and traits_of(solver).dense_lu and _is_small(matrix):
         return SmallFactors(as_numpy(matrix[0]), matrix.dtype, log)
-    return solver.factor(matrix, log) if old is None else solver.refactor(old, matrix)
+    return factor_again(solver, matrix, log, old)
+
+
+def factor_again(solver: LinearSolver, matrix: Matrix, log: Log, old: Factorization | None) -> Factorization:
+    """Factors, with what is of use in ``old`` ones of the same pattern; an operator has no pattern."""
+    return solver.factor(matrix, log) if old is None or isinstance(matrix, LinearOperator) else solver.refactor(old, matrix)
 
 
 def _columns(operator: LinearOperator) -> Tensor:

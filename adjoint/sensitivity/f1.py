@@ -239,18 +239,6 @@ class Expansion:
             return self.state_jacobian().T @ top + bottom
         return bottom - self.pull_residual(self._solves().transposed(top))
 
-    def hessian_columns(self, V: Tensor) -> Tensor:
-        """``H V`` for ``V`` of shape ``(m, k)``: k forward and k transposed solves, in two blocks."""
-        if "H" in self._kept:
-            H = self.hessian()
-            return H @ V.to(H)
-        tangents = self.state_jacobian() @ V.to(self.x) if "S" in self._kept else -self._solves().forward(self.push_residual(V))
-        top, bottom = self.lagrangian_products(tangents, V)
-        if "S" in self._kept:
-            return self.state_jacobian().T @ top + bottom
-        _, p, residual = self._recorded_residual()
-        return bottom - _pull_columns([residual], [p], [self._solves().transposed(top)])[0]
-
     # -- third order -----------------------------------------------------------------------------------------------------------------
 
     def _bent(self, s_v: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:

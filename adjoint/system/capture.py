@@ -31,7 +31,6 @@ __all__ = [
     "depends_on_others",
     "elsewhere",
     "find_captured",
-    "find_constants",
     "is_differentiable",
     "leads_to",
     "listed",
@@ -336,15 +335,6 @@ def _used_again(calls: Sequence[Callable[..., Any]], kept: dict[int, Tensor], en
                 "missing: compute them in every call, or all of them before the solve."
             )
     return used
-
-
-def find_constants(calls: Sequence[Callable[[], Any]], known: Iterable[Any]) -> list[Tensor]:
-    """All tensors, differentiable or not, that the calls use and that are not among ``known``."""
-    watch = _Watch(known, lambda x: isinstance(x, Tensor))
-    with torch.no_grad(), watch:
-        for call in calls:
-            call()
-    return list(watch.captured.values())
 
 
 class Substitute(TorchFunctionMode):
