@@ -2,11 +2,18 @@
 
 Nothing else in the package names anything of PyTorch's that begins with an underscore (`torch.utils._pytree` apart, the only name of
 pytrees). A new version of PyTorch that has moved one of these has to be answered here alone.
+
+And what is made of it for all: what autograd asks of a node beside its derivative (many cotangents at once, as with
+``is_grads_batched=True``, which ``torch.autograd.functional.jacobian(vectorize=True)`` asks for; forward mode within forward mode; views),
+and leaves of pytrees, quickly where they are tensors and numbers in tuples and lists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from types import NoneType
 from typing import Any, cast
 
 import torch
@@ -15,6 +22,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter,
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "DisableFuncTorch",
@@ -22,6 +30,8 @@ __all__ = [
     "TorchDispatchMode",
     "TransformType",
     "add_batch_dim",
+    "below_jvp",
+    "copy_by_copy",
     "core_decompositions",
     "current_function_modes",
     "decomposition_table",
@@ -44,10 +54,12 @@ __all__ = [
     "is_gradtrackingtensor",
     "is_legacy_batchedtensor",
     "is_written_down",
+    "leaves_of",
     "legacy_add_batch_dim",
     "legacy_remove_batch_dim",
     "len_torch_dispatch_stack",
     "len_torch_function_stack",
+    "mapped",
     "maybe_current_level",
     "maybe_get_bdim",
     "maybe_get_level",
@@ -64,6 +76,7 @@ __all__ = [
     "switch_fwd_grad",
     "sync",
     "temporarily_clear_interpreter_stack",
+    "unviewed",
     "unwrap_for_grad",
     "unwrap_if_dead",
     "vmapmode_decrement_nesting",
@@ -169,3 +182,97 @@ def most_graphs(n: int) -> Any:
 def skipped(function: Callable[..., Any]) -> None:
     """Let the compiler not look into the frame of a function."""
     cast(Any, torch)._dynamo.decorators.skip(function)
+
+
+# ---- nodes of autograd
+
+_Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+def _is_mapped(x: Any) -> bool:
+    return isinstance(x, Tensor) and is_legacy_batchedtensor(x)
+
+
+def copy_by_copy(backward: _Backward) -> _Backward:
+    """The ``backward`` of a node, called for one cotangent after the other: autograd maps it by a vmap of its own from before torch.func,
+    which has rules for few operators, and none for compiled code. Derivatives of derivatives are left to that.
+    """
+
+    @wraps(backward)
+    def call(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or not any(map(_is_mapped, bars)):
+            return backward(ctx, *bars)
+        vmapmode_increment_nesting()
+        level = vmapmode_decrement_nesting()
+        whole = [legacy_remove_batch_dim(x, level, 1, 0) if x is not None and _is_mapped(x) else x for x in bars]
+        size = next(len(x) for x, bar in zip(whole, bars, strict=True) if x is not None and _is_mapped(bar))
+        found = [
+            backward(ctx, *(x[k] if _is_mapped(bar) else x for x, bar in zip(whole, bars, strict=True)))  # type: ignore[index]
+            for k in range(size)
+        ]
+        return tuple(_as_mapped(xs, level) for xs in zip(*found, strict=True))
+
+    return call
+
+
+def _as_mapped(copies: tuple[Tensor | None, ...], level: int) -> Tensor | None:
+    if all(x is None for x in copies):
+        return None
+    like = next(x for x in copies if x is not None)
+    stacked = torch.stack([torch.zeros_like(like) if x is None else x for x in copies])
+    return cast(Tensor, legacy_add_batch_dim(stacked, 0, level))
+
+
+@contextmanager
+def below_jvp() -> Iterator[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+    """For the body of a node's ``jvp``: run it one transform further out, and give the functions that carry
+    tensors down (inside) and back up (after the context has ended).
+
+    PyTorch runs this body with forward mode off, at the level of the ``torch.func.jvp`` that asked. An outer forward-mode transform
+    would then see no tangents, and nested forward mode would silently lose terms.
+    """
+    top = peek_interpreter_stack()
+    if top is None or top.key() != TransformType.Jvp:
+        yield _same, _same
+        return
+    interpreter = retrieve_current_functorch_interpreter()
+    level = interpreter.level()
+    with interpreter.lower(), torch.enable_grad(), set_fwd_grad_enabled(True):
+        yield lambda x: unwrap_for_grad(x, level), lambda x: wrap_for_grad(x, level)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def unviewed(x: Tensor) -> Tensor:
+    """An output of a node's ``forward`` without what it is a view of: PyTorch asks that tangents of views are laid out as these are, and
+    fails an internal assertion where they are not."""
+    return x.data if x._is_view() else x
+
+
+# ---- leaves of pytrees: PyTorch's own walk takes as long as several operators, and a solve makes a dozen of them
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, float, int, bool, NoneType, str, torch.dtype, torch.device})
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """``tree_leaves(tree)``."""
+    kind = type(tree)
+    if kind in _PLAIN:
+        return [tree]
+    if kind is tuple or kind is list:
+        return [leaf for part in tree for leaf in leaves_of(part)]
+    return tree_leaves(tree) if kind is not dict or tree else []
+
+
+def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+    """``tree_map(function, tree)``."""
+    kind = type(tree)
+    if kind in _PLAIN:
+        return function(tree)
+    if kind is tuple or kind is list:
+        return kind([mapped(function, part) for part in tree])
+    if kind is dict:
+        return {key: mapped(function, part) for key, part in tree.items()}
+    return tree_map(function, tree)

@@ -18,8 +18,7 @@ from ..methods.adams import ADAMS_NAMES
 from ..system.capture import moves
 from ..system.system import StateSpec
 from ..system.transforms import unwrapped
-from ..system.trees import leaves_of
-from ..torch_internals import DisableFuncTorch, is_functorch_wrapped_tensor
+from ..torch_internals import DisableFuncTorch, is_functorch_wrapped_tensor, leaves_of
 
 __all__ = [
     "RoundSpan",

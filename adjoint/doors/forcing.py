@@ -12,7 +12,7 @@ from torch.utils._pytree import register_pytree_node, tree_leaves
 
 from ..errors import InvalidInput
 from ..system.capture import readable
-from ..system.homes import held_by
+from ..system.origins import held_by
 from .arguments import as_times
 from .rows import wide
 

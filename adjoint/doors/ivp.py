@@ -22,7 +22,7 @@ from ..system.realification import refuse_parts, suited_to_jacobians
 from ..system.split import SplitFunction
 from ..system.system import StateSpec, System
 from ..system.transforms import transforming, vmap_active
-from ..system.trees import leaves_of
+from ..torch_internals import leaves_of
 from .arguments import (
     check_callable,
     check_compile,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import InvalidInput, RootError, SingularJacobian, UnsupportedCombination
 from ..linalg import Factorization, LinearOperator, Matrix
-from ..nonlinear.rows import near_null
+from ..nonlinear.protocol import near_null
 from ..sensitivity.implicit import RootTask
 from ..system.jacobians import DenseJacobian
 from ..system.jacobians_sparse import agrees

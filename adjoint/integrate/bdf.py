@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,22 +14,38 @@ from ..linalg.dense import factor_again
 from ..linalg.pencil import Pencil, ScaledFactors, scaled_factors, split
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling
 from .clock import initial_step
-from .matrices import jacobian_at, shifted
 from .multistep import MultistepSolver, Outcome, Predicted
-from .newton import iterate
-from .numbers import less
+from .newton import iterate, jacobian_at, shifted
+from .numbers import Decision, Measure, at_least, at_most, choose, finite, less
 from .plan import Plan
 from .residual import ResidualSolver
 from .stages import tolerances_of_stages
 from .stepper import StageWork
 
-__all__ = ["BOUND", "LARGEST", "NEWTON", "SAFETY", "SIZE", "SMALLEST", "BdfSolver", "update_matrix"]
+__all__ = ["BOUND", "LARGEST", "NEWTON", "SAFETY", "SIZE", "SMALLEST", "BdfSolver", "changed", "safety_after", "shrunk", "update_matrix"]
 
 #: rows of the table of differences
 SIZE = MAX_ORDER + 3
 NEWTON, SMALLEST, LARGEST, SAFETY = 5, 0.2, 10.0, 0.9
 #: what is left by the iteration, in units of its own tolerance
 BOUND = 1e-3
+
+
+def safety_after(rounds: Any) -> Any:
+    """The safety factor of the next step, after so many rounds of the iteration."""
+    return SAFETY * (2 * NEWTON + 1) / (2 * NEWTON + rounds)
+
+
+def shrunk(error: Measure, order: Any, safety: Measure) -> Measure:
+    """The factor of a step whose error was too large, or is no number."""
+    factor = at_most(at_least(safety * at_least(error, 1e-30) ** (-1 / (order + 1)), SMALLEST), 1.0)
+    return choose(finite(error), factor, SMALLEST)
+
+
+def changed(factor: Measure, same_order: Decision) -> Measure:
+    """The factor of a step after one that was accepted: small changes are not worth a new matrix."""
+    factor = at_most(at_least(factor, SMALLEST), LARGEST)
+    return choose((factor > 0.95) & (factor < 1.2) & same_order, 1.0, factor)
 
 
 def update_matrix(order: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,8 +156,8 @@ class BdfSolver(MultistepSolver):
     def propose(self, found: Predicted, outcome: Outcome) -> Tensor:
         """See `MultistepSolver.propose`."""
         running, passed, failed, rejected, restart, error, scale = outcome
-        safety = SAFETY * (2 * NEWTON + 1) / (2 * NEWTON + found.kept[1].to(torch.float64))
-        shrink = (safety * error.double().clamp(min=1e-30) ** (-1 / (self.order + 1))).clamp(min=SMALLEST, max=1.0)
+        safety = safety_after(found.kept[1].to(torch.float64))
+        shrink = shrunk(error.double(), self.order, safety)
         ready = passed & running & (self.equal > self.order) & ~restart
         factor = torch.where(failed, 0.5, torch.where(rejected, shrink, 1.0))
         if bool(ready.any()):
@@ -198,10 +215,7 @@ class BdfSolver(MultistepSolver):
         powers = torch.stack([order, order + 1, order + 2]).double()
         factors = norms ** (-1 / powers)
         best = factors.argmax(0)
-        factor = (safety * factors.amax(0)).clamp(max=LARGEST, min=SMALLEST)
-        # small changes are not worth a new matrix
-        factor = torch.where((factor > 0.95) & (factor < 1.2) & (best == 1), 1.0, factor)
-        return factor, order + best - 1
+        return changed(safety * factors.amax(0), best == 1), order + best - 1
 
     def equation(self, t: Tensor, y: Tensor, slope: Tensor) -> Tensor:
         """``F(t, y, y')``."""

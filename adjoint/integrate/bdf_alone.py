@@ -13,11 +13,10 @@ from ..linalg import Factorization, Matrix
 from ..linalg.dense import factor_one, solved
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling_alone
 from .alone import row_norm
-from .bdf import BOUND, LARGEST, NEWTON, SAFETY, SIZE, SMALLEST, BdfSolver, update_matrix
+from .bdf import BOUND, NEWTON, SIZE, BdfSolver, changed, safety_after, shrunk, update_matrix
 from .clock import TimelineOfOne, initial_step
 from .loop import Walk
-from .matrices import jacobian_at, shifted
-from .newton import iterate
+from .newton import iterate, jacobian_at, shifted
 from .plan import Plan, Record, shifted_times
 from .stepper import Attempt, Fate, StageWork
 
@@ -204,13 +203,9 @@ class LoneBdf:
         """See `Stepper.follow`."""
         if fate.again:
             return size
-        safety, factor = SAFETY * (2 * NEWTON + 1) / (2 * NEWTON + trial.count), 1.0
+        safety, factor = safety_after(trial.count), 1.0
         if not fate.accepted:
-            factor, error = 0.5, trial.error
-            if not trial.bad:
-                factor = SMALLEST
-                if math.isfinite(error):
-                    factor = min(max(safety * max(error, 1e-30) ** (-1 / (self.order + 1)), SMALLEST), 1.0)
+            factor = 0.5 if trial.bad else shrunk(trial.error, self.order, safety)
         else:
             self.y, self._size, self.D, self.ratio, self.kept = trial.y, trial.size, trial.table, 1.0, 1.0
             self.equal += 1
@@ -235,11 +230,7 @@ class LoneBdf:
         norms = [level(order - 1) if order > 1 else math.inf, trial.error, level(order + 1) if order < MAX_ORDER else math.inf]
         factors = [max(x, 1e-30) ** (-1 / (order + i)) if x == x else math.nan for i, x in enumerate(norms)]
         best = int(np.argmax(factors))
-        factor = min(max(safety * factors[best], SMALLEST), LARGEST)
-        # small changes are not worth a new matrix
-        if 0.95 < factor < 1.2 and best == 1:
-            factor = 1.0
-        return factor, order + best - 1
+        return changed(safety * factors[best], best == 1), order + best - 1
 
     def evaluations(self, attempts: int) -> int:
         """See `Stepper.evaluations`; those of the iteration are in the work of the solver."""

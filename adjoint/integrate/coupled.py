@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..linalg.dense import SmallFactors, as_numpy
+from ..methods.collocation import CollocationTableau, Mode
 from ..methods.family import weighted_sum
-from ..methods.tableaux_implicit import CollocationTableau, Mode
 from .newton import LoneGuess, StageGuess, iterate
 from .numbers import Decision, Measure, along, any_of, choose_states, less, lost, negated
 from .plan import Plan, rms_norm

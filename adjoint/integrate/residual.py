@@ -20,8 +20,8 @@ from torch import Tensor
 from ..linalg import LinearSolver, Matrix
 from ..linalg.pencil import Pencil, ScaledFactors, scaled_factors, split
 from ..methods import Method
+from ..methods.collocation import CollocationTableau, Mode
 from ..methods.family import weighted_sum
-from ..methods.tableaux_implicit import CollocationTableau, Mode
 from .coupled import CoupledSystem, StagesOfMany, solve_coupled
 from .plan import Plan
 from .stages import SEARCHES

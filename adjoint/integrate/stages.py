@@ -12,14 +12,13 @@ from torch import Tensor
 
 from ..linalg import Factorization, LinearSolver, Matrix
 from ..linalg.dense import SmallFactors, as_numpy, factor_again, factor_one, solved
-from ..methods.tableaux_implicit import CollocationTableau, Mode
+from ..methods.collocation import CollocationTableau, Mode
 from ..methods.tableaux_rosenbrock import RosenbrockTableau
 from ..system.jacobians import dense_with_time, jvp
 from ..system.stage_jacobian import StageJacobian
 from .alone import row_norm, small_linear_stages
 from .coupled import CoupledSystem, StagesOfMany, StagesOfOne, solve_coupled
-from .matrices import complex_shifted, jacobian_at, mass_product, shifted, tangent
-from .newton import iterate
+from .newton import complex_shifted, iterate, jacobian_at, mass_product, shifted, tangent
 from .numbers import Decision, Measure, along, any_of, choose, choose_states, less, lost, negated, same
 from .plan import Plan
 from .stepper import StageWork

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import AdjointError, InvalidInput
+from ..torch_internals import below_jvp, copy_by_copy
 from .functions import inverse
-from .nodes import below_jvp, copy_by_copy
 
 __all__ = ["DegenerateEigenvalue", "eigenpair"]
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput, UnsupportedCombination
-from ..torch_internals import peek_interpreter_stack
-from .nodes import below_jvp, copy_by_copy
+from ..torch_internals import below_jvp, copy_by_copy, peek_interpreter_stack
 
 __all__ = ["discrete_lyapunov", "inverse", "lstsq", "lyapunov", "sylvester"]
 

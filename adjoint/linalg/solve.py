@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import InvalidInput, UnsupportedCombination
-from ..torch_internals import is_functorch_wrapped_tensor, unwrap_if_dead
+from ..torch_internals import below_jvp, copy_by_copy, is_functorch_wrapped_tensor, unwrap_if_dead
 from .choice import default_solver
-from .nodes import below_jvp, copy_by_copy
 from .protocol import Factorization, LinearOperator, LinearSolver, Log, SparseMatrix
 
 __all__ = ["linear_solve"]

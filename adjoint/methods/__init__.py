@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from .abm import Adams
-from .additive import AdditiveRungeKutta
-from .additive_tableau import AdditiveTableau
+from .additive import AdditiveRungeKutta, AdditiveTableau
 from .auto import AutoSwitch
 from .bdf import BDF, Bdf
-from .collocation import FullyImplicitRungeKutta
-from .dirk import DiagonallyImplicitRungeKutta
-from .dirk_tableau import DirkTableau
+from .collocation import IMPLICIT_TABLEAUX, CollocationTableau, FullyImplicitRungeKutta
+from .dirk import DiagonallyImplicitRungeKutta, DirkTableau
 from .family import TableauMethod, Traits
 from .protocol import Method
 from .rosenbrock import Rosenbrock
@@ -18,7 +16,6 @@ from .tableau import Tableau
 from .tableaux import TABLEAUX
 from .tableaux_additive import ADDITIVE_TABLEAUX
 from .tableaux_dirk import DIRK_TABLEAUX
-from .tableaux_implicit import IMPLICIT_TABLEAUX, CollocationTableau
 from .tableaux_rosenbrock import ROSENBROCK_TABLEAUX, RosenbrockTableau
 
 __all__ = [

@@ -11,7 +11,7 @@ from torch import Tensor
 from .family import Flat, Linearize, Pullback, StepCotangents
 
 if TYPE_CHECKING:
-    from .tableaux_implicit import CollocationTableau
+    from .collocation import CollocationTableau
     from .tableaux_rosenbrock import RosenbrockTableau
 
 __all__ = ["Method", "StageEquations", "StageLinearize"]

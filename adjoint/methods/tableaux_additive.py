@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import sqrt
 
-from .additive_tableau import AdditiveTableau, Rows, continuous_weights
+from .additive import AdditiveTableau, Rows, continuous_weights
 
 __all__ = ["ADDITIVE_TABLEAUX", "ARS232", "ARS443", "KENCARP3", "KENCARP4", "KENCARP5"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import sqrt
 
-from .dirk_tableau import DirkTableau, continuous_extension
+from .dirk import DirkTableau, continuous_extension
 
 __all__ = ["DIRK_TABLEAUX", "IMPLICIT_EULER", "KVAERNO3", "KVAERNO5", "SDIRK2", "TRAPEZOID", "TRBDF2"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..system.homes import parameter_homes
+from ..system.origins import parameter_homes
 from ..system.system import System
 from ..torch_internals import is_functorch_wrapped_tensor
 from .fingerprint import fingerprint

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InvalidInput
 from ..linalg import DenseLU, Factorization, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix
-from .rows import product
+from .protocol import product
 
 __all__ = ["Branch", "BranchProblem", "Continuation", "Fold"]
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..errors import InvalidInput
 from ..linalg import Factorization
-from .protocol import RootProblem, RootRecord, RootStatus
-from .rows import ErrorMeasure, Rows, clip, ill_determined, need_jacobian, pick
+from .protocol import ErrorMeasure, RootProblem, RootRecord, RootStatus, Rows, clip, ill_determined, need_jacobian, pick
 
 __all__ = ["Anderson", "Broyden", "FixedPoint"]
 

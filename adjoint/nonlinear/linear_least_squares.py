@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import Factorization, SparseMatrix
-from .protocol import RootProblem
-from .rows import ill_determined, product
+from .protocol import RootProblem, ill_determined, product
 
 __all__ = ["DenseLeastSquares", "SparseLeastSquares"]
 

@@ -13,8 +13,19 @@ from torch import Tensor
 
 from ..errors import InvalidInput, UnsupportedCombination
 from ..linalg import Factorization, LinearOperator, Matrix, SparseMatrix
-from .protocol import RootProblem, RootRecord, RootStatus
-from .rows import Rows, clip, ill_determined, need_jacobian, pick, rounding_floor, stationary, step_measure
+from .protocol import (
+    RootProblem,
+    RootRecord,
+    RootStatus,
+    Rows,
+    clip,
+    ill_determined,
+    need_jacobian,
+    pick,
+    rounding_floor,
+    stationary,
+    step_measure,
+)
 
 __all__ = ["Backtracking", "EisenstatWalker", "Newton", "Searched"]
 

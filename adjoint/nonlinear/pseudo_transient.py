@@ -10,8 +10,7 @@ from torch import Tensor
 from ..errors import InvalidInput
 from ..linalg import Factorization, LinearOperator, Matrix, SparseMatrix
 from .newton import merge
-from .protocol import RootProblem, RootRecord, RootStatus
-from .rows import Rows, clip, ill_determined, need_jacobian, step_measure
+from .protocol import RootProblem, RootRecord, RootStatus, Rows, clip, ill_determined, need_jacobian, step_measure
 
 __all__ = ["PseudoTransient", "add_diagonal"]
 

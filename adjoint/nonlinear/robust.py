@@ -13,9 +13,8 @@ from ..linalg import LinearOperator
 from .diagnose import right_null_vectors
 from .fixed_point import Anderson, Broyden
 from .newton import Newton, merge
-from .protocol import RootMethod, RootProblem, RootRecord, RootStatus, RootTraits
+from .protocol import RootMethod, RootProblem, RootRecord, RootStatus, RootTraits, ill_determined, pick
 from .pseudo_transient import PseudoTransient
-from .rows import ill_determined, pick
 from .trust_region import Dogleg, LevenbergMarquardt
 
 __all__ = ["Auto"]

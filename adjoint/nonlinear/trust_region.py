@@ -14,8 +14,11 @@ from ..linalg import Factorization, Matrix, SparseMatrix
 from ..linalg.protocol import traits_of
 from .linear_least_squares import DenseLeastSquares, SparseLeastSquares
 from .newton import merge
-from .protocol import RootProblem, RootRecord, RootStatus, RootTraits
-from .rows import (
+from .protocol import (
+    RootProblem,
+    RootRecord,
+    RootStatus,
+    RootTraits,
     Rows,
     adjoint_product,
     as_dense,

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import BacksolveDiverged, UnsupportedCombination
-from ..linalg.nodes import copy_by_copy
 from ..system.ownership import owned
 from ..system.transforms import functorch_active, naming_writes
-from ..torch_internals import dual_level, is_functorch_wrapped_tensor
+from ..torch_internals import copy_by_copy, dual_level, is_functorch_wrapped_tensor
 
 __all__ = ["Backsolve", "Refuse", "backsolve"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..integrate.bdf import SIZE, update_matrix
-from ..integrate.matrices import jacobian_at, shifted
+from ..integrate.newton import jacobian_at, shifted
 from ..integrate.plan import Grid
 from ..linalg import Log, Matrix
 from ..linalg.pencil import scaled_factors, split

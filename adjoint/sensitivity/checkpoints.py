@@ -14,11 +14,11 @@ from ..errors import SolveError
 from ..integrate import Monitor, StageSolver, integrate
 from ..integrate.numbers import widened
 from ..integrate.plan import Grid
-from ..linalg.nodes import copy_by_copy
 from ..system.capture import alive
 from ..system.ownership import owned
 from ..system.system import System
 from ..system.transforms import functorch_active, naming_writes
+from ..torch_internals import copy_by_copy
 from .asked import Asked
 from .discrete import eager_sweep
 from .finite import raise_not_finite

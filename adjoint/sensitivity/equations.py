@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..integrate.matrices import jacobian_at, shifted
+from ..integrate.newton import jacobian_at, shifted
 from ..linalg import Factorization, Matrix, SparseMatrix
 from ..methods.family import Pullback, StepCotangents
 from ..system.system import System, VmappedSystem

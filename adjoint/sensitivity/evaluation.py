@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
-from ..linalg.nodes import copy_by_copy
 from ..system.capture import cut_apart
 from ..system.ownership import owned
 from ..system.system import System
 from ..system.transforms import naming_writes
+from ..torch_internals import copy_by_copy
 from .linearize import Linearizer
 from .witness import CHANGED, differs
 

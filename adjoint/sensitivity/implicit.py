@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from ..linalg import Factorization, LinearSolver, Log, Matrix
-from ..linalg.nodes import copy_by_copy
 from ..nonlinear import RootRecord
 from ..system.capture import alive, below_jvp, readable
 from ..system.ownership import owned
 from ..system.system import Flat, StateSpec, System, VmappedSystem
 from ..system.transforms import functorch_active, naming_writes
-from ..torch_internals import get_unwrapped, is_functorch_wrapped_tensor
+from ..torch_internals import copy_by_copy, get_unwrapped, is_functorch_wrapped_tensor
 from .fingerprint import RootWitness
 from .products import tangent, vjp
 from .replacements import replacements

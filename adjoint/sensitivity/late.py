@@ -22,10 +22,9 @@ from torch.overrides import TorchFunctionMode
 from ..errors import CapturedTensorLost
 from ..integrate import Record
 from ..system.capture import stood_in_for
-from ..system.homes import closed_over
+from ..system.origins import closed_over
 from ..system.system import System, VmappedSystem
-from ..system.trees import leaves_of
-from ..torch_internals import dual_level, is_functorch_wrapped_tensor, set_fwd_grad_enabled
+from ..torch_internals import dual_level, is_functorch_wrapped_tensor, leaves_of, set_fwd_grad_enabled
 from .linearize import LOST
 
 __all__ = ["check_strangers", "naming_strangers"]

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..integrate import rms_norm
 from ..integrate.plan import RECORDED, Grid
-from ..linalg.nodes import copy_by_copy, unviewed
 from ..system.capture import alive, below_jvp
 from ..system.ownership import owned, under_transform
 from ..system.system import System, VmappedSystem
 from ..system.transforms import below_vmap, functorch_active, jvp_active, naming_writes
+from ..torch_internals import copy_by_copy, unviewed
 from .asked import Asked
 from .discrete import eager_sweep
 from .finite import raise_not_finite

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ..integrate import Plan, stands
 from ..integrate.plan import Grid
-from ..linalg.nodes import copy_by_copy
 from ..native.back import sweep_native
 from ..native.program import Program
 from ..native.reading import Unreadable
 from ..native.solve import Frame, Solved, solved
 from ..system.transforms import functorch_active, naming_writes
+from ..torch_internals import copy_by_copy
 from .undeclared import REJECTED
 
 __all__ = ["Prepared", "PreparedNode", "Run", "run_of"]

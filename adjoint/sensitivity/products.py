@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..system.autograd_graph import has_unknown
 from ..system.capture import ask
+from ..system.origins import has_unknown
 from ..system.transforms import functorch_active
 from ..torch_internals import dual_level
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..integrate.matrices import jacobian_at, mass_product, shifted
+from ..integrate.newton import jacobian_at, mass_product, shifted
 from ..linalg import Factorization, LinearOperator, Log, Matrix, SparseMatrix
 from ..linalg.pencil import Pencil, regular_size, scaled_factors, split
+from ..methods.collocation import CollocationTableau
 from ..methods.family import Pullback, row_dot
-from ..methods.tableaux_implicit import CollocationTableau
 from ..nonlinear import RootRecord
 from ..system.system import Flat, System, VmappedSystem
 from .implicit import FixedRule, JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions, linear

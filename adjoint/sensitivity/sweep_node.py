@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..integrate.plan import RECORDED, Grid
-from ..linalg.nodes import below_jvp
 from ..system.ownership import owned
 from ..system.transforms import functorch_active
+from ..torch_internals import below_jvp
 from .asked import Asked
 from .discrete import eager_sweep
 from .problem import Problem

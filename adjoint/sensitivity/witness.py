@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
-from ..system.trees import leaves_of, mapped
-from ..torch_internals import is_functorch_wrapped_tensor
+from ..torch_internals import is_functorch_wrapped_tensor, leaves_of, mapped
 
 __all__ = ["CHANGED", "Witness", "differs"]
 

@@ -13,11 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from .. import torch_internals as internals
 from ..errors import AdjointError, CapturedTensorLost, UnsupportedCombination
-from ..linalg.nodes import below_jvp
-from .autograd_graph import alive, cut_apart, leads_to, listed, readable, saved_bytes, unknown_leaves
-from .homes import Home
+from ..torch_internals import below_jvp, leaves_of, mapped
+from .origins import Home, alive, cut_apart, leads_to, listed, readable, saved_bytes, unknown_leaves
 from .transforms import functorch_active, functorch_level, has_tangent, vmap_active
-from .trees import leaves_of, mapped
 
 __all__ = [
     "Captured",

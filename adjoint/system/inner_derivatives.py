@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedCombination
-from ..torch_internals import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_level, peek_interpreter_stack
-from .autograd_graph import made_here
+from ..torch_internals import get_unwrapped, is_functorch_wrapped_tensor, leaves_of, mapped, maybe_get_level, peek_interpreter_stack
 from .capture import ask, asking, asks_for_gradients, unmapped
+from .origins import made_here
 from .transforms import functorch_active
-from .trees import leaves_of, mapped
 
 __all__ = ["beneath", "differentiating"]
 

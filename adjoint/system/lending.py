@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
-from ..torch_internals import storage_use_count
-from .trees import leaves_of, mapped
+from ..torch_internals import leaves_of, mapped, storage_use_count
 
 __all__ = ["aliased", "changed", "check_unchanged", "copied", "lending", "own", "remembering"]
 

@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..torch_internals import dual_level, skipped
+from ..torch_internals import dual_level, mapped, skipped
 from .transforms import functorch_active, naming_faults
-from .trees import mapped
 
 __all__ = ["Owned", "WithTensors", "as_part", "full_precision", "owned", "owning", "under_transform", "untraced"]
 

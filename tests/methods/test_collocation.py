@@ -12,7 +12,7 @@ import adjoint
 from adjoint import Backprop, DiscreteAdjoint, solve_ivp
 from adjoint.linalg import LinearOperator, SparseMatrix
 from adjoint.methods import METHODS, CollocationTableau
-from adjoint.methods.tableaux_implicit import IMPLICIT_TABLEAUX
+from adjoint.methods.collocation import IMPLICIT_TABLEAUX
 from adjoint.sensitivity.stages import coupled_matrix
 
 from ..helpers.problems import HEAT_POINTS, heat_by_scipy, heat_with_source

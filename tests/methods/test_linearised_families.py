@@ -10,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from adjoint import Backprop, DiscreteAdjoint, solve_ivp
 from adjoint.methods import CollocationTableau, FullyImplicitRungeKutta
-from adjoint.methods.tableaux_implicit import IMPLICIT_TABLEAUX
+from adjoint.methods.collocation import IMPLICIT_TABLEAUX
 from adjoint.methods.tableaux_rosenbrock import ROSENBROCK_TABLEAUX
 
 from ..helpers import stiff_problems as stiff

@@ -13,7 +13,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 import adjoint
 from adjoint import Backprop, InvalidInput, UnsupportedCombination, solve_ivp
 from adjoint.methods import METHODS
-from adjoint.methods.dirk_tableau import square
+from adjoint.methods.dirk import square
 from adjoint.methods.tableaux_dirk import DIRK_TABLEAUX
 
 from ..helpers.rooted_trees import elementary_weights, inverse_densities

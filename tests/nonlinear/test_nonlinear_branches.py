@@ -21,7 +21,7 @@ from adjoint.nonlinear import (
     replace_rows,
     right_null_vectors,
 )
-from adjoint.nonlinear.rows import ill_determined
+from adjoint.nonlinear.protocol import ill_determined
 
 from ..helpers.nonlinear_problems import problem, sparse
 from ..helpers.steady_problems import bratu

@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from adjoint.doors.forcing import Forcing
-from adjoint.system.trees import leaves_of, mapped
+from adjoint.torch_internals import leaves_of, mapped
 
 Pair = namedtuple("Pair", "a b")
 x, y = torch.arange(2.0), torch.nn.Parameter(torch.ones(3))
