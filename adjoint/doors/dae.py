@@ -40,9 +40,9 @@ from .dae_arguments import (
     check_state,
     dae_failure,
     initial_bounds,
-    initial_values,
     residual_algebra,
 )
+from .dae_initial import initial_values
 from .dae_start import consistently, from_start
 from .forcing import with_knots
 from .given import Given, finished, reporting, steering
@@ -103,7 +103,8 @@ def solve_dae(
         structure. ``t`` is 0-d (``(B,)`` with ``batched=True``). ``args``, parameters of modules and captured tensors are differentiated.
     t_span, t_eval, rtol, atol, gradient, batched, events, mode, max_events, dense_output, controller, norm, first_step, max_step
         And ``min_step``, ``max_steps``, ``step_ts``, ``compile``, ``throw``, ``progress``: as for `solve_ivp`. With ``mode=`` it is
-        ``fun(t, y, yp, mode, *args)``. What a reset returns is made consistent as by ``consistent="solve"``.
+        ``fun(t, y, yp, mode, *args)``. What a reset returns is made consistent as by ``consistent="solve"``. With ``throw=False`` a
+        trajectory without consistent values fails at its start.
     y0, yp0 : Tensor or pytree of tensors
         Initial state and slope. See ``consistent`` for what is done with them. ``yp0=None``: unknown. Derivatives in ``y0`` are those in
         its differential part; the algebraic part is a guess on which the solution does not depend.
@@ -191,6 +192,7 @@ def solve_dae(
         tolerances={"rtol": plan.rtol, "atol": plan.atol},
         bounds=initial_bounds(y0_bounds, user_spec, y0, sum(spec.sizes), consistent),
         native=native.start(Sought(plan, system, batched, inputs, y_flat, times.anchors)) if compile and not transforming() else None,
+        throw=throw,
     )
     check_index(chosen, algebra)
     backward = BackwardStats()
@@ -200,7 +202,7 @@ def solve_dae(
     out = strategy_of(gradient).solve(problem, times.anchors, times.samples, start.y, inputs)
     first_slopes = start.yp
     if times.samples is not None and algebra.structure is not None:
-        out, first_slopes = from_start(out, start, times, spec.real_dtype, consistently(system, algebra, inputs))
+        out, first_slopes = from_start(out, start, times, spec.real_dtype, consistently(system, algebra, inputs, throw))
     parts = Parts(out, problem, times, user_spec, spec, integrand, start.y, watched, args, backward, derivatives, dense_output)
     parts, found = finished(parts)
     return replace(solution_of(parts, found), yp=parts.state(_slopes(parts, parts.out, first_slopes, found.slope)))

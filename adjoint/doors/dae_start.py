@@ -25,12 +25,19 @@ __all__ = ["consistently", "from_start"]
 Consistent = Callable[[Tensor, Initial], Initial]
 
 
-def consistently(system: System, algebra: StageAlgebra, inputs: Sequence[Tensor]) -> Consistent:
-    """Values that satisfy the equations, by the structure that is known of them."""
+def consistently(system: System, algebra: StageAlgebra, inputs: Sequence[Tensor], throw: bool) -> Consistent:
+    """Values that satisfy the equations, by the structure that is known of them. Without ``throw`` trajectories that have none stay as they
+    are: NaN would reach the others by parameters that they share."""
     structure = algebra.structure
     assert structure is not None
     rtol = 1e-6 if system.spec.real_dtype.itemsize < 8 else 1e-12
-    return lambda t, at: complete(system, algebra, structure, t, at.y, at.yp, inputs, rtol)
+
+    def consistent(t: Tensor, at: Initial) -> Initial:
+        found = complete(system, algebra, structure, t, at.y, at.yp, inputs, rtol, throw=throw)
+        there = torch.isfinite(found.y.detach()).all(-1, keepdim=True)
+        return found if throw else Initial(torch.where(there, found.y, at.y), torch.where(there, found.yp, at.yp))
+
+    return consistent
 
 
 def second_order(consistent: Consistent, t: Tensor, at: Initial) -> tuple[Tensor, Tensor]:

@@ -229,7 +229,9 @@ def solve_ivp(
     )
     backward, failing, implicit_system = BackwardStats(), raise_failure, system
     if mass is not None:
-        y_flat, implicit_system = consistent_start(system, times, y_flat, user_spec, {"rtol": plan.rtol, "atol": plan.atol})
+        y_flat, implicit_system = consistent_start(
+            system, times, y_flat, user_spec, tolerances={"rtol": plan.rtol, "atol": plan.atol}, throw=throw
+        )
         failing = dae_failure
     algebra = stage_algebra(system, inputs, spec, **implicit_options, exact=chosen.needs_time_slope, mass=mass) if chosen.implicit else None
     ways = {"algebra": algebra, "derivatives": derivatives, "native": native, "idle": times.readable_idle}

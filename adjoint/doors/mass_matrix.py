@@ -18,7 +18,8 @@ from ..methods import METHODS, Method, Traits
 from ..sensitivity.consistent import Initial
 from ..system.system import StateSpec, System
 from .arguments import Times, check_method, listed_args
-from .dae_arguments import initial_values, residual_algebra
+from .dae_arguments import residual_algebra
+from .dae_initial import initial_values
 
 __all__ = ["RESIDUAL_METHODS", "as_residual", "consistent_start", "in_step", "with_mass", "with_matrix", "without_last"]
 
@@ -74,8 +75,9 @@ def with_matrix(fun: Any, mass: Tensor, y0: Any, batched: bool) -> Callable[...,
     return lambda t, y, *rest: fun(t, y, *rest[:-1])
 
 
-def consistent_start(system: System, times: Times, y0: Tensor, user_spec: StateSpec, tolerances: dict[str, Any]) -> tuple[Tensor, System]:
-    """``y0`` (B, n) with its algebraic part solved for, differentiable, and ``M y' - f = 0`` as implicit equations.
+def consistent_start(system: System, times: Times, y0: Tensor, user_spec: StateSpec, **options: Any) -> tuple[Tensor, System]:
+    """``y0`` (B, n) with its algebraic part solved for, differentiable, and ``M y' - f = 0`` as implicit equations. ``options``: those of
+    `initial_values`.
 
     Raises `HigherIndexDAE` where Rosenbrock methods lose their order.
     """
@@ -91,7 +93,7 @@ def consistent_start(system: System, times: Times, y0: Tensor, user_spec: StateS
     inputs, still = implicit.inputs, torch.zeros_like(y0.detach())
     algebra = residual_algebra(implicit, inputs, spec, times, y0, still, None, None)
     given = Initial(y0, still)
-    options: dict[str, Any] = {"consistent": "solve", "differential": None, "user_spec": user_spec, "skip": False, "tolerances": tolerances}
+    options |= {"consistent": "solve", "differential": None, "user_spec": user_spec, "skip": False}
     start, algebra = initial_values(implicit, algebra, times.anchors[0], given, inputs, **options)
     if algebra.structure is not None and algebra.structure.index > 1:
         raise HigherIndexDAE("Rosenbrock methods are for equations of index 0 and 1, and these are of index 2: give method='radau5'")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -197,6 +197,7 @@ def complete(
     rtol: float,
     bounds: Bounds = (None, None),
     native: NativeStart | None = None,
+    throw: bool = True,
 ) -> Initial:
     """Values of algebraic variables and slopes of differential ones, from those of differential variables (IDA's ``YA_YDP``; Brown,
     Hindmarsh & Petzold 1998), by Newton's method with a line search.
@@ -206,7 +207,7 @@ def complete(
     algebraic variables; where these are no single entries of the state, bounds raise `UnsupportedCombination`. ``native``: finds the values
     where Newton's method goes straight to them.
 
-    Raises `InconsistentInitialCondition` if there is no solution to be found.
+    Raises `InconsistentInitialCondition` if there is no solution to be found; without ``throw`` such trajectories are NaN.
     """
     plain = structure.plain
     conditions = _conditions(system, structure)
@@ -217,7 +218,7 @@ def complete(
     if native is not None and plain and not structure.hidden.shape[-1] and bounds == (None, None):
         find = _native_finder(native, structure, rtol, find)
     advice = "Give a better guess of the algebraic variables in y0 (and of the slopes in yp0), or check the equations"
-    report = _reporter(system, structure, advice, bounds)
+    report = _reporter(system, structure, advice, bounds) if throw else _silent
     task = RootTask(conditions, conditions, find, rule, linear_solver, Log(), report)
     known, free = structure.basis[..., : structure.rank], structure.basis[..., structure.rank :]
     with torch.no_grad():
@@ -242,15 +243,18 @@ def complete_values(
     inputs: Sequence[Tensor],
     rtol: float,
     bounds: Bounds = (None, None),
+    throw: bool = True,
 ) -> Initial:
     """All of ``y`` from the slopes ``yp0`` (IDA's ``Y``: Brown, Hindmarsh & Petzold 1998), by Newton's method with ``F_y``.
 
     ``t0`` (B,), the guess ``y0`` and ``yp0`` (B, n). The result is differentiable in ``yp0``, and does not depend on ``y0``.
 
-    Raises `InconsistentInitialCondition` if there is no solution to be found, as where ``F_y`` is singular.
+    Raises `InconsistentInitialCondition` if there is no solution to be found, as where ``F_y`` is singular; without ``throw`` such
+    trajectories are NaN.
     """
     advice = "F_y must be regular for this: give a better guess y0, or keep differential variables with consistent='solve'"
-    find, report = _finder(rtol, algebra.linear_solver, bounds), _reporter(system, structure, advice, bounds)
+    find = _finder(rtol, algebra.linear_solver, bounds)
+    report = _reporter(system, structure, advice, bounds) if throw else _silent
     task = RootTask(_Values(system), _Values(system), find, _ValuesRule(system, algebra), algebra.linear_solver, Log(), report)
     return Initial(RootOutputs(*RootNode.apply(task, y0.detach(), t0, yp0, *inputs)).x, yp0)
 
@@ -275,14 +279,26 @@ def _finder(rtol: float, linear_solver: LinearSolver, bounds: Bounds) -> Callabl
         record = Newton().solve(problem(rtol), x)
         for factor in (1e3, 1e6):
             # rounding in entries of y that are not solved for may be all that is left: as near to the root as it lets one come
-            if not bool((record.status == int(RootStatus.STALLED)).any()):
+            stalled = record.status == int(RootStatus.STALLED)
+            if not bool(stalled.any()):
                 break
             again = Newton().solve(problem(factor * rtol), torch.where(torch.isfinite(record.x), record.x, x))
-            if bool((again.status >= 0).all()):
-                record = again
+            record = again if bool((again.status >= 0).all()) else _mixed(stalled & (again.status >= 0), again, record)
         return record
 
     return find
+
+
+def _mixed(chosen: Tensor, new: RootRecord, old: RootRecord) -> RootRecord:
+    """``new`` in the rows that are ``chosen`` (B,), and ``old`` elsewhere."""
+    names = ("x", "residual", "residual_norm", "status", "n_steps", "n_fun", "n_jac")
+    pairs = {name: (getattr(new, name), getattr(old, name)) for name in names}
+    mixed = {name: torch.where(chosen.unsqueeze(-1) if a.dim() == 2 else chosen, a, b) for name, (a, b) in pairs.items()}
+    return replace(old, **mixed, factors=None)
+
+
+def _silent(record: RootRecord) -> None:
+    """Says nothing of rows that failed."""
 
 
 def _native_finder(native: NativeStart, structure: Structure, rtol: float, find: Callable[..., RootRecord]) -> Callable[..., RootRecord]:

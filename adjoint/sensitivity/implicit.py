@@ -310,16 +310,20 @@ class RootNode(torch.autograd.Function):
         task = ctx.task()
         raw, status, *inputs = alive(ctx.saved_tensors)
         with torch.autocast(raw.device.type, enabled=False), below_jvp() as (lower, raise_):
-            raw, ok, inputs = lower(raw), lower(status) >= 0, [lower(x) for x in inputs]
+            raw, status, inputs = lower(raw), lower(status), [lower(x) for x in inputs]
+            ok = status >= 0
+            # what a row failed with would be summed with the rest by whatever differentiates this
+            raw, inputs, _, _ = _sheltered(task, raw, status, torch.zeros_like(raw), inputs)
+            live = ok.unsqueeze(-1)
             where = [i for i in _smooth(inputs) if inputs_dot[i] is not None]
             if where:
                 primals, dots = [inputs[i] for i in where], [lower(inputs_dot[i]) for i in where]
                 moved = tangent(lambda *some: task.residual(_merge(inputs, where, some))(raw), primals, dots)
-                dot = linear(task, -moved, raw, inputs, adjoint=False)
+                dot = linear(task, torch.where(live, -moved, 0.0), raw, inputs, adjoint=False)
             else:
                 dot = torch.zeros_like(raw)
             # where a row failed, its last iterate is no function of anything
-            dot, shown = (torch.where(ok.unsqueeze(-1), dot, other) for other in (0.0, float("nan")))
+            dot, shown = (torch.where(live, dot, other) for other in (0.0, float("nan")))
         return (raise_(dot), raise_(shown), *([None] * (len(RootOutputs._fields) - 2)))
 
     @staticmethod

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..system.system import VmappedSystem
+from ..system.transforms import functorch_active
 
 if TYPE_CHECKING:
     from .implicit import Conditions
@@ -30,9 +31,9 @@ def replacements(
 
     An entry for each row is had by inputs that ``torch.vmap`` maps over, and, with ``batched=True``, it seems, by all of the length
     of the batch. Whether that is so is not known: none is replaced on which ``values`` depend in a row that did not fail. ``unseen``: the
-    place of an input about which they say nothing.
+    place of an input about which they say nothing, a matrix; where it is one of three dimensions each row has its own.
     """
-    rows = [None if i == unseen else _rows_of(system, i, x, dead, donor) for i, x in enumerate(inputs)]
+    rows = [_rows_of(system, i, x, dead, donor, 3 if i == unseen else 1) for i, x in enumerate(inputs)]
     given, replaced = list(inputs), [None] * len(inputs)
     given, replaced = _tried(values, ~dead, given, replaced, rows, only_bad=True)
     if bool(torch.stack([torch.isfinite(x).all(-1) for x in values(given)]).all()):
@@ -40,8 +41,9 @@ def replacements(
     return _tried(values, ~dead, given, replaced, rows, only_bad=False)
 
 
-def _rows_of(system: Conditions, index: int, x: Tensor, dead: Tensor, donor: Tensor) -> _Rows | None:
-    """Which entries of an input are of rows that failed, as flags of its shape, and the input of the ``donor`` for all."""
+def _rows_of(system: Conditions, index: int, x: Tensor, dead: Tensor, donor: Tensor, least: int) -> _Rows | None:
+    """Which entries of an input are of rows that failed, as flags of its shape, and the input of the ``donor`` for all; ``least``: the
+    dimensions of an input that has an entry for each row."""
     if not (x.is_floating_point() or x.is_complex()):
         return None
     sizes, mapped = [], []
@@ -52,7 +54,7 @@ def _rows_of(system: Conditions, index: int, x: Tensor, dead: Tensor, donor: Ten
     if system.spec.batch is not None:
         place = sum(mapped)
         sizes.append(system.spec.batch)
-        mapped.append(x.dim() > place and x.shape[place] == system.spec.batch)
+        mapped.append(x.dim() >= place + least and x.shape[place] == system.spec.batch)
     lead = [size for size, own in zip(sizes, mapped, strict=True) if own]
     if not lead:
         return None
@@ -91,7 +93,7 @@ def _tried(
             continue
         mask = flags & bad if only_bad else flags
         new = torch.where(mask, other, x)
-        if x.requires_grad and not new.requires_grad:
+        if x.requires_grad and not new.requires_grad and not functorch_active():
             new.requires_grad_(True)
         trial = [*given[:i], new, *given[i + 1 :]]
         if all(torch.equal(a[live], b[live]) for a, b in zip(values(given), values(trial), strict=True)):

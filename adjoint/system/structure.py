@@ -14,6 +14,8 @@ __all__ = ["Structure", "analyse", "analyse_large"]
 
 #: what counts as zero among numbers whose largest is one
 _ZERO = 1e-11
+#: rows among which one is looked for whose equations determine every variable, where those of the first do not
+_LOOKED_AT = 100
 #: the highest index that is told apart from "singular"
 _HIGHEST = 6
 
@@ -58,6 +60,8 @@ class Structure:
     suspects: Tensor
     #: whether the basis is one of single variables
     single: bool
+    #: the row that speaks for all
+    lead: int = 0
 
     @property
     def plain(self) -> bool:
@@ -89,8 +93,10 @@ class Structure:
         return torch.where(self.differential, 0, algebraic)
 
 
-def analyse(E: Tensor, G: Tensor, differential: Tensor | None = None) -> Structure:
-    """From dense ``(B, n, n)`` matrices. Ranks, index and names of variables are those of the first row of the batch, bases each row's own.
+def analyse(E: Tensor, G: Tensor, differential: Tensor | None = None, lead: int | None = None) -> Structure:
+    """From dense ``(B, n, n)`` matrices. Ranks, index and names of variables are those of one row of the batch, bases each row's own. It is
+    the row ``lead``; by default the first one, or one that differentiates, or whose constraints determine, more: what is singular in one
+    row does not speak for others.
 
     ``differential``: ``(n,)`` bool, where the user names the variables.
     """
@@ -100,30 +106,41 @@ def analyse(E: Tensor, G: Tensor, differential: Tensor | None = None) -> Structu
     # every equation in units of its own derivatives where it has some: capacities may be tiny beside conductances
     size = torch.where(size > _ZERO * largest, size, largest)
     scale = torch.where(size > 0, 1 / size, 1.0)
-    own, G = E * scale.unsqueeze(-1), G * scale.unsqueeze(-1)
-    singular_values = torch.linalg.svdvals(own[0])
-    rank = int((singular_values > _ZERO * singular_values.max().clamp(min=1e-300)).sum()) if n else 0
-    rank = 0 if float(own[0].abs().max() if n else 0.0) <= _ZERO else rank
-    named = own[0].abs().amax(0) > _ZERO if differential is None else differential
+    own, given = E * scale.unsqueeze(-1), G
+    G = given * scale.unsqueeze(-1)
+    left, sizes, right = torch.linalg.svd(own)
+    ranks = (sizes > _ZERO * sizes[:, :1]).sum(-1) * (own.abs().amax((-2, -1)) > _ZERO) if n else torch.zeros(len(E), dtype=torch.int64)
+    free_choice, lead = lead is None, lead or 0
+    lead = int(ranks.argmax()) if free_choice and bool((ranks > ranks[lead]).any()) else lead
+    first, rank = own[lead], int(ranks[lead])
+    named = first.abs().amax(0) > _ZERO if differential is None else differential
     if int(named.sum()) == rank:
         order = torch.cat([named.nonzero()[:, 0], (~named).nonzero()[:, 0]])
         basis = torch.eye(n, dtype=E.dtype, device=E.device)[:, order].expand(E.shape[0], n, n)
         single = True
     else:
         single = False
-        basis = torch.linalg.svd(own).Vh.mH
-    left = torch.linalg.svd(own).U if rank else torch.eye(n, dtype=E.dtype, device=E.device).expand_as(E)
+        basis = right.mH
+    left = left if rank else torch.eye(n, dtype=E.dtype, device=E.device).expand_as(E)
     free, constraints = basis[:, :, rank:], left[:, :, rank:]
     # which constraints determine algebraic variables, and which of these are determined
     core = constraints.mH @ G @ free
     u, s, vh = torch.linalg.svd(core)
-    found = int((s[0] > 1e-9 * s[0].max().clamp(min=_ZERO)).sum()) if s.numel() else 0
+    found = int((s[lead] > 1e-9 * s[lead].max().clamp(min=_ZERO)).sum()) if s.numel() else 0
+    index = _index(first, G[lead])
+    if free_choice and len(E) > 1 and s.numel():
+        counts = torch.where(ranks == rank, (s > 1e-9 * s[:, :1].clamp(min=_ZERO)).sum(-1), 0)
+        if bool((counts > found).any()):
+            return analyse(E, given, differential, int(counts.argmax()))
+        some = range(min(len(E), _LOOKED_AT)) if index < 0 else ()
+        if (regular := next((i for i in some if int(ranks[i]) == rank and _index(own[i], G[i]) >= 0), None)) is not None:
+            return analyse(E, given, differential, regular)
     hidden = constraints @ u[:, :, found:]
     rest = torch.cat([left[:, :, :rank], constraints @ u[:, :, :found]], -1)
-    open_directions = (free @ vh.mH[:, :, found:])[0].abs()
+    open_directions = (free @ vh.mH[:, :, found:])[lead].abs()
     undetermined = open_directions.amax(-1) > 0.1 if open_directions.shape[-1] else torch.zeros_like(named)
-    suspects = hidden[0].abs().amax(-1) > 0.1 if hidden.shape[-1] else torch.zeros_like(named)
-    return Structure(rank, basis, named, _index(own[0], G[0]), hidden, rest, scale, undetermined, suspects, single)
+    suspects = hidden[lead].abs().amax(-1) > 0.1 if hidden.shape[-1] else torch.zeros_like(named)
+    return Structure(rank, basis, named, index, hidden, rest, scale, undetermined, suspects, single, lead)
 
 
 def analyse_large(pencil: Pencil, linear_solver: LinearSolver, differential: Tensor | None = None) -> Structure | None:

@@ -3,10 +3,11 @@ the user do that cannot be differentiated there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -15,6 +16,9 @@ from ..errors import UnsupportedCombination
 
 __all__ = [
     "below_vmap",
+    "copies_of",
+    "copy_at",
+    "copy_where",
     "every_copy",
     "functorch_active",
     "functorch_level",
@@ -22,6 +26,7 @@ __all__ = [
     "jvp_active",
     "naming_faults",
     "naming_writes",
+    "one_copy",
     "transforming",
     "unwrapped",
     "vmap_active",
@@ -56,14 +61,48 @@ def unwrapped(x: Tensor) -> Tensor:
     return x
 
 
-def every_copy(x: Tensor) -> Tensor:
-    """The values of ``x`` without levels of transforms and tangents, those of all copies, ``(*copies, *x.shape)``. For use below all
-    transforms."""
+def copies_of(x: Tensor) -> tuple[Tensor, list[int]]:
+    """The values of ``x`` without levels of transforms and tangents, those of all copies, ``(*copies, *x.shape)``, and the levels of the
+    maps that made them. For use below all transforms."""
+    levels: list[int] = []
     while internals.is_functorch_wrapped_tensor(x):
         dim = internals.maybe_get_bdim(x) if internals.is_batchedtensor(x) else None
+        if dim is not None:
+            levels.insert(0, internals.maybe_get_level(x))
         x = internals.get_unwrapped(x)
         x = x if dim is None else x.movedim(dim, 0)
-    return (forward_ad.unpack_dual(x).primal if internals.dual_level() >= 0 else x).detach()
+    return (forward_ad.unpack_dual(x).primal if internals.dual_level() >= 0 else x).detach(), levels
+
+
+def every_copy(x: Tensor) -> Tensor:
+    """The values of `copies_of`."""
+    return copies_of(x)[0]
+
+
+def copy_where(found: Tensor) -> dict[int, int]:
+    """The first copy whose flag ``found`` () is set, the very first where none is: its place at the level of each map. For use below all
+    transforms."""
+    flags, levels = copies_of(found)
+    return copy_at(int(flags.to(torch.int64).flatten().argmax()), flags.shape, levels)
+
+
+def copy_at(number: int, copies: Sequence[int], levels: Sequence[int]) -> dict[int, int]:
+    """The place at the level of each map of the copy that has this number among all of them."""
+    if not levels:
+        return {}
+    places = torch.unravel_index(torch.tensor(number, device="cpu"), tuple(copies))
+    return dict(zip(levels, map(int, places), strict=True))
+
+
+def one_copy(x: Tensor, place: dict[int, int] | None = None) -> Tensor:
+    """The values of a tensor without levels of transforms and tangents; of a mapped one those of the copy at ``place`` (see `copy_where`),
+    of the first one without it. For use below all transforms."""
+    while internals.is_functorch_wrapped_tensor(x):
+        dim = internals.maybe_get_bdim(x) if internals.is_batchedtensor(x) else None
+        level = internals.maybe_get_level(x)
+        x = internals.get_unwrapped(x)
+        x = x if dim is None else x.select(dim, (place or {}).get(level, 0))
+    return every_copy(x)
 
 
 def below_vmap(x: Tensor, size: int) -> Tensor:
