@@ -164,7 +164,7 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 # counts what PyTorch holds of a tensor; the first name may be asked for inside a transform, where that would be something else
-import_module(".system.lending", __name__)
+import_module(".system.ownership", __name__)
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from ..linalg.sparsity import SparsityPattern
 from ..nonlinear import BranchProblem, Continuation
 from ..system.jacobians import DenseJacobian
 from ..system.jacobians_sparse import SparseJacobian, choose_jacobian
-from ..system.lending import lending
+from ..system.ownership import lending
 from ..system.system import StateSpec
 from .arguments import check_callable, listed_args
 from .root_solution import RootSolution

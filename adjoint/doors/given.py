@@ -18,8 +18,8 @@ from ..methods import Method
 from ..native.entry import NativeSolve
 from ..native.graphs import Heard
 from ..system.capture import Captured, elsewhere, find_captured
-from ..system.lending import aliased, check_unchanged, copied, remembering
 from ..system.origins import parameter_homes
+from ..system.ownership import aliased, check_unchanged, copied, remembering
 from ..system.system import StateSpec, System
 from ..system.transforms import transforming
 from .arguments import flat_norm, flat_tolerance, positive

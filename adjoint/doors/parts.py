@@ -15,7 +15,7 @@ from ..integrate import Event
 from ..sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
 from ..sensitivity.problem import interpolate, step_times
 from ..system.capture import readable
-from ..system.lending import lending
+from ..system.ownership import lending
 from ..system.system import StateSpec, System
 from ..system.transforms import vmap_active
 from ..torch_internals import is_functorch_wrapped_tensor

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..errors import InvalidInput
-from ..system.lending import copied
+from ..system.ownership import copied
 from ..system.split import SplitFunction
 from ..system.system import StateSpec
 from .arguments import Times

@@ -22,7 +22,7 @@ from ..nonlinear.protocol import RootTraits
 from ..sensitivity.implicit import FixedRule, JacobianRule
 from ..system.jacobians import DenseJacobian, jacobian_operator
 from ..system.jacobians_sparse import SparseJacobian, choose_jacobian
-from ..system.lending import own
+from ..system.ownership import own
 from ..system.realification import given_pattern, refuse_parts
 from ..system.system import StateSpec, System
 from ..torch_internals import is_functorch_wrapped_tensor

@@ -21,11 +21,11 @@ from ..system.realification import suited_to_jacobians
 from ..system.system import StateSpec
 from ..torch_internals import is_functorch_wrapped_tensor
 from .arguments import check_callable, check_finite, check_not_half, flat_tolerance, listed_args
+from .failures import raise_root_failure
 from .given import Given
 from .progress import root_monitor
 from .root_arguments import AutomaticJacobian, RootChoice, check_bounds, choose
 from .root_examination import Examination
-from .root_failures import raise_root_failure
 from .root_search import RootSearch
 from .root_solution import RootSolution, RootStats
 from .root_systems import StationarySystem, check_conserved

@@ -24,7 +24,7 @@ from ..methods import METHODS
 from ..sensitivity import DiscreteAdjoint, Gradient, Problem
 from ..sensitivity.evaluation import Evaluation
 from ..system.capture import Captured, is_differentiable, leads_to, listed, needs_derivatives, stand_ins
-from ..system.lending import copied
+from ..system.ownership import copied
 from ..system.realification import suited_to_jacobians
 from ..system.system import System
 from ..system.transforms import functorch_active, transforming, vmap_active

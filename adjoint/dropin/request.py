@@ -15,7 +15,7 @@ from ..doors.arguments import check_precision, flat_tolerance
 from ..errors import InvalidInput
 from ..integrate import Monitor, rms_norm
 from ..methods.adams import ADAMS_NAMES
-from ..system.lending import changed
+from ..system.ownership import changed
 from ..system.system import StateSpec
 
 __all__ = ["ADAMS", "ADAPTIVE", "FIXED", "IMPLICIT", "CallbackMonitor", "InvalidType", "Request", "make_request"]

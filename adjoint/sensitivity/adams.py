@@ -16,7 +16,7 @@ from ..integrate.plan import Grid
 from ..methods.abm import Weights, step_weights, stretching
 from ..methods.family import row_dot
 from ..system.system import Flat
-from .linearize import Linearizer
+from .asked import Linearizer
 from .multistep_step import Schedule, StepBack, StepBars, StepTime
 from .problem import Problem
 

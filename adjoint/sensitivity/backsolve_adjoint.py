@@ -15,8 +15,8 @@ from ..methods import METHODS, Method
 from ..system.capture import cut_apart
 from ..system.system import System
 from ..system.transforms import functorch_active, has_tangent
+from .asked import Linearizer
 from .backsolve import Backsolve, backsolve
-from .linearize import Linearizer
 from .node import SolveNode
 from .problem import GradientTraits, Outputs, Problem
 from .way_back import carried_step, check_way_back

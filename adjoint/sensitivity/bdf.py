@@ -23,8 +23,8 @@ from ..methods.family import row_dot
 from ..nonlinear import RootRecord
 from ..system.jacobians import DenseJacobian
 from ..system.system import Flat, System, VmappedSystem
+from .asked import Linearizer
 from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions
-from .linearize import Linearizer
 from .multistep_step import Schedule, StepBack, StepBars, StepTime
 from .problem import Problem, StageAlgebra
 

@@ -14,10 +14,9 @@ from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import Monitor, Plan, rms_norm
 from ..methods import DAE_METHODS, METHODS, Method
 from ..system.capture import cut_apart
-from .asked import Asked
+from .asked import Asked, Linearizer
 from .discrete import eager_sweep
 from .implicit_adjoint import ImplicitBack
-from .linearize import Linearizer
 from .node import SolveNode
 from .ode_adjoint import OdeBack
 from .padding import padding, shelter

@@ -17,9 +17,8 @@ from ..integrate.numbers import widened
 from ..methods.family import StepCotangents
 from ..system.capture import cut_apart
 from ..system.system import System
-from .asked import Asked, Losses, anchors_bar, both, in_shelter
+from .asked import Asked, Linearizer, Losses, anchors_bar, both, in_shelter
 from .equations import AdditiveLinearizer, recorded_adjoint
-from .linearize import Linearizer
 from .multistep_adjoint import MultistepOneByOne
 from .multistep_rows import BdfByRows
 from .problem import stage_times

@@ -12,7 +12,7 @@ from ..integrate.newton import jacobian_at, shifted
 from ..linalg import Factorization, Matrix, SparseMatrix
 from ..methods.family import Pullback, StepCotangents
 from ..system.system import System, VmappedSystem
-from .linearize import vjp
+from .asked import vjp
 from .problem import Problem, StageAlgebra
 from .stages import RecordedStages, StageLinearizer
 

@@ -17,7 +17,7 @@ from ..system.ownership import owned
 from ..system.system import System
 from ..system.transforms import naming_writes
 from ..torch_internals import copy_by_copy
-from .linearize import Linearizer
+from .asked import Linearizer
 from .witness import CHANGED, differs
 
 __all__ = ["Evaluation"]

@@ -14,9 +14,8 @@ from ..errors import CapturedTensorLost, InvalidInput, UnsupportedCombination
 from ..integrate import Record
 from ..integrate.plan import Grid
 from ..system.transforms import functorch_active
-from .asked import Asked
+from .asked import LOST, Asked
 from .discrete import eager_sweep
-from .linearize import LOST
 from .node import SolveNode
 from .problem import Outputs, Problem
 from .sweep import tangents

@@ -22,8 +22,8 @@ from ..linalg import LinearSolver, Log, Matrix, SparseMatrix
 from ..linalg.pencil import Pencil, scaled_factors, split
 from ..system.structure import Structure, analyse
 from ..system.system import Flat
+from .asked import Linearizer, vjp
 from .consistent import completion
-from .linearize import Linearizer, vjp
 from .problem import Problem
 from .way_back import Products, Trajectory, check_way_back, copies, in_units_of
 

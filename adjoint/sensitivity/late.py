@@ -25,7 +25,7 @@ from ..system.capture import stood_in_for
 from ..system.origins import closed_over
 from ..system.system import System, VmappedSystem
 from ..torch_internals import dual_level, is_functorch_wrapped_tensor, leaves_of, set_fwd_grad_enabled
-from .linearize import LOST
+from .asked import LOST
 
 __all__ = ["check_strangers", "naming_strangers"]
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..system.capture import cut_apart
 from .adams import AdamsAdjoint
-from .asked import Asked, Losses
+from .asked import Asked, Linearizer, Losses
 from .bdf import BdfAdjoint
-from .linearize import Linearizer
 from .multistep_step import Schedule, StepBars
 
 __all__ = ["MultistepOneByOne"]

@@ -12,9 +12,8 @@ from ..methods.bdf import MAX_ORDER, coefficients
 from ..methods.family import row_dot
 from ..system.capture import cut_apart
 from ..system.system import Flat
-from .asked import Asked, Losses
+from .asked import Asked, Linearizer, Losses, vjp
 from .bdf import Formula, matrices
-from .linearize import Linearizer, vjp
 from .steps_as_rows import Rows, most_rows, rows_of
 
 __all__ = ["BdfByRows"]

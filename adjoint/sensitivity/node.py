@@ -18,11 +18,10 @@ from ..system.ownership import owned, under_transform
 from ..system.system import System, VmappedSystem
 from ..system.transforms import below_vmap, functorch_active, jvp_active, naming_writes
 from ..torch_internals import copy_by_copy, unviewed
-from .asked import Asked
+from .asked import Asked, check_known
 from .discrete import eager_sweep
 from .finite import raise_not_finite
 from .late import check_strangers, naming_strangers
-from .linearize import check_known
 from .native_sweep import native_sweep
 from .problem import Outputs, Problem
 from .sweep import functional_sweep, tangents

@@ -14,7 +14,7 @@ from ..integrate import Plan, Record, StageSolver, integrate
 from ..linalg import DenseLU, LinearOperator, LinearSolver, Matrix, SparseMatrix
 from ..system.jacobians import DenseJacobian
 from ..system.system import Flat
-from .linearize import Linearizer, vjp
+from .asked import Linearizer, vjp
 from .problem import Problem
 from .way_back import Products, Trajectory, carried_step, check_way_back, copies, in_units_of
 

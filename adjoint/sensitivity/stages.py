@@ -17,8 +17,8 @@ from ..methods.collocation import CollocationTableau
 from ..methods.family import Pullback, row_dot
 from ..nonlinear import RootRecord
 from ..system.system import Flat, System, VmappedSystem
+from .asked import Linearizer, vjp
 from .implicit import FixedRule, JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions, linear
-from .linearize import Linearizer, vjp
 from .problem import Problem, StageAlgebra
 from .products import tangent
 

@@ -19,8 +19,7 @@ from ..integrate import Monitor, Plan
 from ..methods.family import Pullback, StepCotangents, combine, row_dot
 from ..system.capture import cut_apart, saved_bytes
 from ..system.system import Flat
-from .asked import Asked, Losses
-from .linearize import Linearizer, vjp
+from .asked import Asked, Linearizer, Losses, vjp
 from .replay import hands_on
 
 __all__ = ["LoneSweep", "Rows", "StepRows", "adjoint_apply", "maps", "most_rows", "rows_of"]

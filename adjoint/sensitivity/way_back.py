@@ -13,8 +13,7 @@ from ..integrate import Plan, Record, Status
 from ..integrate.plan import Grid
 from ..system.capture import saved_bytes
 from ..system.system import Flat, VmappedSystem
-from .asked import Asked
-from .linearize import Linearizer, vjp
+from .asked import Asked, Linearizer, vjp
 from .problem import Problem
 from .steps_as_rows import maps
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import InvalidInput
 from ..linalg import Matrix, SparseMatrix
 from .jacobians_sparse import agrees
-from .lending import own
+from .ownership import own
 from .system import System, VmappedSystem
 
 __all__ = ["GivenStageJacobian", "StageJacobian"]

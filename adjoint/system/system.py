@@ -15,8 +15,8 @@ from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_wit
 from ..errors import InvalidInput
 from .capture import Substitute
 from .inner_derivatives import beneath, differentiating
-from .lending import lending
 from .origins import Home
+from .ownership import lending
 from .split import SplitFunction
 
 __all__ = ["Flat", "StateSpec", "System", "VmappedSystem"]

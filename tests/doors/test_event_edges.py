@@ -10,7 +10,7 @@ import torch
 import adjoint
 from adjoint import odeint, odeint_adjoint, odeint_event, solve_dae, solve_ivp
 from adjoint.errors import InvalidInput
-from adjoint.integrate.event_roots import crossings
+from adjoint.integrate.events import crossings
 
 
 def event(f, terminal=False, direction=0.0):

@@ -9,7 +9,7 @@ import torch
 
 from adjoint import Backprop, DiscreteAdjoint, ForwardSensitivity, SplitFunction, solve_dae, solve_ivp
 from adjoint.errors import InvalidInput
-from adjoint.integrate.event_roots import chandrupatla
+from adjoint.integrate.events import chandrupatla
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 

@@ -11,7 +11,7 @@ import torch
 
 from adjoint import Backprop, DiscreteAdjoint, SteadyStateObjective, odeint, odeint_event, solve_dae, solve_ivp, solve_root
 from adjoint.errors import CapturedTensorLost, InvalidInput, UnsupportedCombination
-from adjoint.system.lending import own
+from adjoint.system.ownership import own
 
 RATE = -1.3
 SPAN = torch.tensor([0.0, 1.0])

@@ -1,5 +1,5 @@
-// Events: changes of sign of functions over a step, located on its dense output. The rules are those of `integrate/events.py`,
-// `batch_events.py` and `event_roots.py`, for one trajectory at a time. Constants: EVENTS, FARTHEST (of the nodes, at least 1), REAL_EPSILON.
+// Events: changes of sign of functions over a step, located on its dense output. The rules are those of
+// `integrate/events.py`, for one trajectory at a time. Constants: EVENTS, FARTHEST (of the nodes, at least 1), REAL_EPSILON.
 struct Found { long id, row, step; double t; };
 struct Log {
   Found* found; long n, room; pthread_mutex_t lock;
