@@ -16,11 +16,11 @@ from ..linalg import DenseLU, LinearSolver
 from ..linalg.protocol import check_solver
 from ..linalg.sparsity import SparsityPattern
 from ..methods import DAE_METHODS, METHODS, Method, Traits
-from ..sensitivity.consistent import Bounds, dense_pencil
+from ..sensitivity.consistent import Bounds
 from ..sensitivity.problem import StageAlgebra
 from ..system.jacobians import DenseJacobian
 from ..system.jacobians_sparse import SparseJacobian, choose_jacobian
-from ..system.structure import analyse
+from ..system.structure import analyse, dense_pencil
 from ..system.system import StateSpec, System
 from ..system.transforms import one_copy
 from ..torch_internals import is_functorch_wrapped_tensor, temporarily_clear_interpreter_stack

@@ -14,9 +14,9 @@ from ..errors import HigherIndexDAE, InconsistentInitialCondition, InvalidInput,
 from ..linalg import SparseMatrix
 from ..linalg.pencil import Pencil, split
 from ..native.consistent import NativeStart
-from ..sensitivity.consistent import Bounds, Initial, all_lost, complete, complete_values, dense_pencil, lost_rows, residual_report
+from ..sensitivity.consistent import Bounds, Initial, all_lost, complete, complete_values, lost_rows, residual_report
 from ..sensitivity.problem import StageAlgebra
-from ..system.structure import Structure, analyse, analyse_large
+from ..system.structure import Structure, analyse, analyse_large, dense_pencil
 from ..system.system import StateSpec, System
 from ..system.transforms import copies_of, copy_at, copy_where, one_copy, vmap_active
 from ..torch_internals import temporarily_clear_interpreter_stack

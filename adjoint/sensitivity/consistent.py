@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InconsistentInitialCondition, UnsupportedCombination
 from ..linalg import DenseLU, LinearSolver, Log, Matrix
-from ..linalg.pencil import Pencil, split
+from ..linalg.pencil import split
 from ..native.consistent import NativeStart
 from ..nonlinear import Newton, RootProblem, RootRecord, RootStatus
 from ..system.jacobians import DenseJacobian
@@ -31,7 +31,6 @@ __all__ = [
     "complete",
     "complete_values",
     "completion",
-    "dense_pencil",
     "lost_rows",
     "residual_report",
 ]
@@ -382,12 +381,3 @@ def residual_report(residual: Tensor, scale: Tensor, most: int = 8) -> str:
     weighed = torch.nan_to_num((residual * scale).abs(), nan=float("inf"))
     order = weighed.argsort(descending=True)[:most]
     return "row(s) " + ", ".join(f"{int(i)} (residual {float(residual[i].real):.3g})" for i in order if float(weighed[i]) > 0)
-
-
-def dense_pencil(system: System, inputs: Sequence[Tensor], t: Tensor, y: Tensor, yp: Tensor) -> tuple[Tensor, Tensor]:
-    """``E`` and ``G``, dense ``(B, n, n)``, without derivatives."""
-    with torch.no_grad():
-        f = system.bind(inputs)
-        found = split(DenseJacobian(differentiable=False)(lambda pair: f(t, pair), torch.cat([y, yp], -1)))
-    assert isinstance(found, Pencil) and isinstance(found.E, Tensor) and isinstance(found.G, Tensor)
-    return found.E, found.G

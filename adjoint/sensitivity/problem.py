@@ -31,7 +31,7 @@ from ..system.jacobians import DenseJacobian
 from ..system.stage_jacobian import StageJacobian
 from ..system.structure import Structure
 from ..system.system import System, VmappedSystem
-from .standing import tell_of_rest
+from .standing import longest_step
 from .undeclared import REJECTED, tell_of_jumps
 from .witness import Witness
 
@@ -99,7 +99,9 @@ class Problem:
         """The solve itself, some of whose evaluations the witness remembers."""
         record = self._run(inputs, y0, anchors, t_eval)
         if self._constrained and self.derivatives:
-            tell_of_rest(self.plan, record)
+            longest = longest_step(self.system, self.plan, record, inputs)
+            if longest is not None:
+                record = replace(self, plan=replace(self.plan, max_step=longest))._run(inputs, y0, anchors, t_eval)
         return record
 
     def _run(self, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor, t_eval: Tensor | None) -> Record:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..linalg import LinearSolver, Log, Matrix, SparseMatrix, condition_estimate
-from ..linalg.pencil import Pencil, scaled_factors
+from ..linalg.pencil import Pencil, scaled_factors, split
+from .jacobians import DenseJacobian
+from .system import System, VmappedSystem
 
-__all__ = ["Structure", "analyse", "analyse_large"]
+__all__ = ["Structure", "analyse", "analyse_large", "dense_pencil"]
 
 #: what counts as zero among numbers whose largest is one
 _ZERO = 1e-11
@@ -141,6 +144,21 @@ def analyse(E: Tensor, G: Tensor, differential: Tensor | None = None, lead: int 
     undetermined = open_directions.amax(-1) > 0.1 if open_directions.shape[-1] else torch.zeros_like(named)
     suspects = hidden[lead].abs().amax(-1) > 0.1 if hidden.shape[-1] else torch.zeros_like(named)
     return Structure(rank, basis, named, index, hidden, rest, scale, undetermined, suspects, single, lead)
+
+
+def dense_pencil(
+    system: System | VmappedSystem, inputs: Sequence[Tensor], t: Tensor, y: Tensor, yp: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``E`` and ``G``, dense ``(B, n, n)``, without derivatives; also of ``M y' - f(t, y)``."""
+    jacobian = DenseJacobian(differentiable=False)
+    with torch.no_grad():
+        f = system.bind(inputs)
+        if (mass := system.mass_matrix(inputs)) is not None:
+            slopes = jacobian(lambda at: f(t, at), y)
+            return mass.expand_as(slopes), -slopes
+        found = split(jacobian(lambda pair: f(t, pair), torch.cat([y, yp], -1)))
+    assert isinstance(found, Pencil) and isinstance(found.E, Tensor) and isinstance(found.G, Tensor)
+    return found.E, found.G
 
 
 def analyse_large(pencil: Pencil, linear_solver: LinearSolver, differential: Tensor | None = None) -> Structure | None:
