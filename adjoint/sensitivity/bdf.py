@@ -20,11 +20,10 @@ from ..linalg import Log, Matrix
 from ..linalg.pencil import scaled_factors, split
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling, rescaling_slopes
 from ..methods.family import row_dot
-from ..nonlinear import RootRecord
 from ..system.jacobians import DenseJacobian
 from ..system.system import Flat, System, VmappedSystem
 from .asked import Linearizer
-from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions
+from .implicit import JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions, known_root
 from .multistep_step import Schedule, StepBack, StepBars, StepTime
 from .problem import Problem, StageAlgebra
 
@@ -67,11 +66,6 @@ class _Rule(JacobianRule):
 class _DenseRule(JacobianRule):
     def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
         return DenseJacobian()(r, x)
-
-
-def _known(r: Any, x: Tensor, inputs: Any, jacobian: Any) -> RootRecord:
-    count = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-    return RootRecord(x, torch.zeros_like(x), x.new_zeros(x.shape[0], dtype=x.dtype.to_real()), count, count, count, count)
 
 
 def _low(order: Tensor, real: torch.dtype) -> Tensor:
@@ -182,7 +176,7 @@ class BdfReplay:
         psi = torch.einsum("bi,ibn->bn", formula.weights(D.dtype), near)
         c = formula.c(real)
         conditions, solver = _StepConditions(system), self.algebra.linear_solver
-        task = RootTask(conditions, conditions, _known, _Rule(system, self.algebra), solver, Log(), lambda record: None)
+        task = RootTask(conditions, conditions, known_root, _Rule(system, self.algebra), solver, Log(), lambda record: None)
         known = grid.states[k + 1].detach()
         y = RootOutputs(*RootNode.apply(task, known, time.end, psi - predicted, c, *self.inputs)).raw
         S, s = update_matrix(formula.order)

@@ -18,6 +18,7 @@ from ..system.system import System
 from ..system.transforms import naming_writes
 from ..torch_internals import copy_by_copy
 from .asked import Linearizer
+from .products import exchanged
 from .witness import CHANGED, differs
 
 __all__ = ["Evaluation"]
@@ -71,10 +72,7 @@ def _differentiable(
     smooth = [i for i, want in enumerate(wants) if want]
 
     def call(t: Tensor, y: Tensor, *some: Tensor) -> Tensor:
-        merged = list(inputs)
-        for i, x in zip(smooth, some, strict=True):
-            merged[i] = x
-        return system.bind(merged)(t, y)
+        return system.bind(exchanged(inputs, smooth, some))(t, y)
 
     again, pull, *_ = torch.func.vjp(call, t, y, *(inputs[i] for i in smooth))
     _compare(again, known)

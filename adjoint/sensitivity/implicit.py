@@ -21,7 +21,7 @@ from ..system.system import Flat, StateSpec, System, VmappedSystem
 from ..system.transforms import functorch_active, naming_writes
 from ..torch_internals import copy_by_copy, get_unwrapped, is_functorch_wrapped_tensor
 from .fingerprint import RootWitness
-from .products import tangent, vjp
+from .products import exchanged, smooth_places, tangent, vjp
 from .replacements import replacements
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "RootOutputs",
     "RootTask",
     "SystemConditions",
+    "known_root",
     "linear",
     "timeless",
 ]
@@ -153,6 +154,12 @@ class Examiner(Protocol):
         ...
 
 
+def known_root(r: Any, x: Tensor, inputs: Any, jacobian: Any) -> RootRecord:
+    """A search, see `RootTask`, for a root that is known: there is nothing to iterate."""
+    count = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    return RootRecord(x, torch.zeros_like(x), x.new_zeros(x.shape[0], dtype=x.dtype.to_real()), count, count, count, count)
+
+
 class RootOutputs(NamedTuple):
     """What the node gives; the first two are differentiable."""
 
@@ -224,17 +231,6 @@ def linear(task: RootTask, b: Tensor, x: Tensor, inputs: Sequence[Tensor], adjoi
     return _LinearNode.apply(task, adjoint, b.unsqueeze(0), x, *inputs)[0]
 
 
-def _smooth(inputs: Sequence[Tensor]) -> list[int]:
-    return [i for i, x in enumerate(inputs) if x.is_floating_point() or x.is_complex()]
-
-
-def _merge(inputs: Sequence[Tensor], where: Sequence[int], some: Sequence[Tensor]) -> list[Tensor]:
-    merged = list(inputs)
-    for i, x in zip(where, some, strict=True):
-        merged[i] = x
-    return merged
-
-
 def _sheltered(
     task: RootTask, raw: Tensor, status: Tensor, bar: Tensor, inputs: list[Tensor]
 ) -> tuple[Tensor, Sequence[Tensor], list[Tensor | None], Tensor | None]:
@@ -300,10 +296,10 @@ class RootNode(torch.autograd.Function):
             if lost is not None:
                 # zero, whatever the matrix of such a row, and so are its derivatives
                 adjoint = torch.where(lost.unsqueeze(-1), 0.0, adjoint)
-            pulled = _pull(lambda *some: task.residual(_merge(inputs, wanted, some))(raw), [inputs[i] for i in wanted], -adjoint)
+            pulled = _pull(lambda *some: task.residual(exchanged(inputs, wanted, some))(raw), [inputs[i] for i in wanted], -adjoint)
         masks = [replaced[i] for i in wanted]
         pulled = tuple(x if mask is None else torch.where(mask, float("nan"), x) for x, mask in zip(pulled, masks, strict=True))
-        return (None, None, *ctx.task.let_out(_merge(nothing, wanted, pulled)))  # type: ignore[arg-type]
+        return (None, None, *ctx.task.let_out(exchanged(nothing, wanted, pulled)))  # type: ignore[arg-type]
 
     @staticmethod
     def jvp(ctx: Any, _: None, x0_dot: Tensor | None, *inputs_dot: Any) -> tuple[Any, ...]:
@@ -315,10 +311,10 @@ class RootNode(torch.autograd.Function):
             # what a row failed with would be summed with the rest by whatever differentiates this
             raw, inputs, _, _ = _sheltered(task, raw, status, torch.zeros_like(raw), inputs)
             live = ok.unsqueeze(-1)
-            where = [i for i in _smooth(inputs) if inputs_dot[i] is not None]
+            where = [i for i in smooth_places(inputs) if inputs_dot[i] is not None]
             if where:
                 primals, dots = [inputs[i] for i in where], [lower(inputs_dot[i]) for i in where]
-                moved = tangent(lambda *some: task.residual(_merge(inputs, where, some))(raw), primals, dots)
+                moved = tangent(lambda *some: task.residual(exchanged(inputs, where, some))(raw), primals, dots)
                 dot = linear(task, torch.where(live, -moved, 0.0), raw, inputs, adjoint=False)
             else:
                 dot = torch.zeros_like(raw)
@@ -379,10 +375,10 @@ class _LinearNode(torch.autograd.Function):
             left, right = (u, other) if adjoint else (other, u)
 
             def products(x: Tensor, *some: Tensor) -> Tensor:
-                return _products(task.residual(_merge(inputs, wanted, some)), x, right)
+                return _products(task.residual(exchanged(inputs, wanted, some)), x, right)
 
             x_bar, *pulled = _pull(products, [x, *(inputs[i] for i in wanted)], -left)
-            nothing = _merge(nothing, wanted, pulled)  # type: ignore[arg-type,assignment]
+            nothing = exchanged(nothing, wanted, pulled)  # type: ignore[arg-type,assignment]
         return (None, None, *ctx.task.let_out([other, x_bar, *nothing]))
 
     @staticmethod
@@ -392,12 +388,12 @@ class _LinearNode(torch.autograd.Function):
         with below_jvp() as (lower, raise_):
             u, x, inputs = lower(u), lower(x), [lower(i) for i in inputs]
             side = torch.zeros_like(u) if b_dot is None else lower(b_dot)
-            where = [i for i in _smooth(inputs) if inputs_dot[i] is not None]
+            where = [i for i in smooth_places(inputs) if inputs_dot[i] is not None]
             if x_dot is not None or where:
                 move = torch.zeros_like(x) if x_dot is None else lower(x_dot)
 
                 def products(x: Tensor, *some: Tensor) -> Tensor:
-                    r = task.residual(_merge(inputs, where, some))
+                    r = task.residual(exchanged(inputs, where, some))
                     return _adjoint_products(r, x, u) if adjoint else _products(r, x, u)
 
                 side = side - tangent(products, [x, *(inputs[i] for i in where)], [move, *(lower(inputs_dot[i]) for i in where)])

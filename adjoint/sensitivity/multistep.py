@@ -17,7 +17,7 @@ from .bdf import BdfReplay
 from .multistep_step import Schedule
 from .padding import padding, shelter
 from .problem import Outputs, Problem, interpolate
-from .products import tangent, vjp
+from .products import exchanged, tangent, vjp
 
 __all__ = ["multistep_functional", "multistep_outputs", "multistep_tangents"]
 
@@ -81,18 +81,13 @@ def multistep_functional(asked: Asked) -> tuple[Tensor | None, ...]:
     where = [i for i, (x, want) in enumerate(zip(given, wants, strict=True)) if want and x is not None]
 
     def function(*some: Tensor) -> tuple[Tensor, ...]:
-        full = list(given)
-        for i, x in zip(where, some, strict=True):
-            full[i] = x
-        return _replay(problem, grid, full[0], full[1], full[2], full[3:])  # type: ignore[arg-type]
+        full = exchanged(given, where, some)
+        return _replay(problem, grid, full[0], full[1], full[2], full[3:])
 
     outs, pull = vjp(function, *(x for i in where if (x := given[i]) is not None))
     found = pull(_filled(bars, outs))
-    out: list[Tensor | None] = [None] * len(given)
-    for i, bar in zip(where, found, strict=True):
-        out[i] = bar
     problem.backward_report(grid.t.shape[0], grid.t.shape[0])
-    return tuple(out)
+    return tuple(exchanged([None] * len(given), where, found))
 
 
 def multistep_tangents(
@@ -108,10 +103,8 @@ def multistep_tangents(
     where = [i for i, x in enumerate(given) if x is not None and _smooth(x) and dots[i] is not None]
 
     def function(*some: Tensor) -> tuple[Tensor, ...]:
-        full = list(given)
-        for i, x in zip(where, some, strict=True):
-            full[i] = x
-        return _replay(problem, grid, full[0], full[1], full[2], full[3:])  # type: ignore[arg-type]
+        full = exchanged(given, where, some)
+        return _replay(problem, grid, full[0], full[1], full[2], full[3:])
 
     primals, moved = [given[i] for i in where], [dots[i] for i in where]
     if not where:

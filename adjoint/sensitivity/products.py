@@ -14,7 +14,20 @@ from ..system.origins import has_unknown
 from ..system.transforms import functorch_active
 from ..torch_internals import dual_level
 
-__all__ = ["behind", "tangent", "vjp"]
+__all__ = ["behind", "exchanged", "smooth_places", "tangent", "vjp"]
+
+
+def smooth_places(inputs: Sequence[Tensor]) -> list[int]:
+    """Where those are that may have a derivative: integers and flags have none."""
+    return [i for i, x in enumerate(inputs) if x.is_floating_point() or x.is_complex()]
+
+
+def exchanged(inputs: Sequence[Any], where: Sequence[int], some: Sequence[Any]) -> list[Any]:
+    """``inputs`` with others in some places."""
+    found = list(inputs)
+    for i, x in zip(where, some, strict=True):
+        found[i] = x
+    return found
 
 
 def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:

@@ -18,7 +18,7 @@ from ..methods.family import Pullback, row_dot
 from ..nonlinear import RootRecord
 from ..system.system import Flat, System, VmappedSystem
 from .asked import Linearizer, vjp
-from .implicit import FixedRule, JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions, linear
+from .implicit import FixedRule, JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions, known_root, linear
 from .problem import Problem, StageAlgebra
 from .products import tangent
 
@@ -239,12 +239,6 @@ class _ShiftedConditions(SystemConditions):
         return lambda _, y: mass_product(mass, y, hd) - hd * f(t, y)
 
 
-def _known(r: Any, x: Tensor, inputs: Any, jacobian: Any) -> RootRecord:
-    """The recorded slope is the root: there is nothing to iterate."""
-    count = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-    return RootRecord(x, torch.zeros_like(x), x.new_zeros(x.shape[0], dtype=x.dtype.to_real()), count, count, count, count)
-
-
 class RecordedStages:
     """`StageEquations` for one recorded step, whose stages are differentiable roots to any order.
 
@@ -270,7 +264,7 @@ class RecordedStages:
         if self._shifted is None:
             conditions = _ShiftedConditions(self.system)
             rule, solver = FixedRule(self.algebra.jacobian), self.algebra.linear_solver
-            self._shifted = RootTask(conditions, conditions, _known, rule, solver, Log(), lambda record: None)
+            self._shifted = RootTask(conditions, conditions, known_root, rule, solver, Log(), lambda record: None)
         return linear(self._shifted, b, y, (t, step, *self.inputs), adjoint=False)
 
     def linear_stages(
@@ -292,7 +286,7 @@ class RecordedStages:
         step = hd if isinstance(hd, Tensor) else base.new_full((base.shape[0], 1), hd, dtype=base.dtype.to_real())
         conditions = _StageConditions(self.system)
         task = RootTask(
-            conditions, conditions, _known, FixedRule(self.algebra.jacobian), self.algebra.linear_solver, Log(), lambda record: None
+            conditions, conditions, known_root, FixedRule(self.algebra.jacobian), self.algebra.linear_solver, Log(), lambda record: None
         )
         return RootOutputs(*RootNode.apply(task, self.recorded[index].detach(), t, base, step, *self.inputs)).raw
 
@@ -300,7 +294,7 @@ class RecordedStages:
         self, tableau: CollocationTableau, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor
     ) -> tuple[list[Tensor], None]:
         """See `StageEquations.coupled`."""
-        return coupled_root(self.system, self.inputs, self.recorded, self.algebra, _known, tableau.a, times, h, y), None
+        return coupled_root(self.system, self.inputs, self.recorded, self.algebra, known_root, tableau.a, times, h, y), None
 
 
 class StageLinearizer(Linearizer):

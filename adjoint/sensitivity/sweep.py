@@ -17,7 +17,7 @@ from .equations import equations
 from .multistep import multistep_functional, multistep_tangents
 from .padding import shelter
 from .problem import Problem, StepTimes, interpolate, kept_steps, stage_times, step_times
-from .products import tangent, vjp
+from .products import exchanged, tangent, vjp
 from .replay import hands_on, replay_step
 
 __all__ = ["functional_sweep", "tangents"]
@@ -54,10 +54,8 @@ def _smooth(step: Callable[..., Any], inputs: Sequence[Tensor], smooth: Sequence
     """The step as a function of some of its inputs only (integer ones have no derivative)."""
 
     def partial(*args: Tensor) -> Any:
-        merged, leading = list(inputs), len(args) - len(smooth)
-        for i, x in zip(smooth, args[leading:], strict=True):
-            merged[i] = x
-        return step(*args[:leading], *merged)
+        leading = len(args) - len(smooth)
+        return step(*args[:leading], *exchanged(inputs, smooth, args[leading:]))
 
     return partial
 

@@ -20,7 +20,7 @@ from ..torch_internals import below_jvp
 from .asked import Asked
 from .discrete import eager_sweep
 from .problem import Problem
-from .products import vjp
+from .products import exchanged, smooth_places, vjp
 from .replay import hands_on
 from .sweep import functional_sweep
 
@@ -80,12 +80,10 @@ class _SweepNode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *bars: Tensor | None) -> tuple[Any, ...]:
         problem, layout, tensors = ctx.problem(), ctx.layout, list(ctx.saved_tensors)
-        smooth = [i for i, x in enumerate(tensors) if x.is_floating_point() or x.is_complex()]
+        smooth = smooth_places(tensors)
 
         def sweep(*some: Tensor) -> tuple[Tensor, ...]:
-            merged = list(tensors)
-            for i, x in zip(smooth, some, strict=True):
-                merged[i] = x
+            merged = exchanged(tensors, smooth, some)
             return tuple(_full(layout, merged, functional_sweep(layout.asked(problem, merged))))
 
         value, pull = vjp(sweep, *(tensors[i] for i in smooth))
@@ -133,9 +131,7 @@ def _moved(problem: Problem, layout: _Layout, tensors: list[Tensor], dots: list[
     links = [RECORDED.index(name) for name in (("states", "stages") if hands_on(problem.plan) else ("states",))]
 
     def sweep(*some: Tensor) -> tuple[Tensor, ...]:
-        merged = list(tensors)
-        for place, x in zip([*links, *places], some, strict=True):
-            merged[place] = x
+        merged = exchanged(tensors, [*links, *places], some)
         found = functional_sweep(layout.asked(problem, merged)._replace(wants=wants))
         return tuple(g for g, d in zip(_full(layout, merged, found), along, strict=True) if d is not None)
 
