@@ -12,12 +12,11 @@ from torch import Tensor
 from ..linalg import Factorization, Matrix
 from ..linalg.dense import factor_one, solved
 from ..methods.bdf import MAX_ORDER, coefficients, rescaling_alone
-from .alone import row_norm
 from .bdf import BOUND, NEWTON, SIZE, BdfSolver, changed, safety_after, shrunk, update_matrix
 from .clock import TimelineOfOne, initial_step
 from .loop import Walk
 from .newton import iterate, jacobian_at, shifted
-from .plan import Plan, Record, shifted_times
+from .plan import Plan, Record, row_norm, shifted_times
 from .stepper import Attempt, Fate, StageWork
 
 __all__ = ["LoneBdf", "solve_bdf_alone"]

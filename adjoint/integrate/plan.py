@@ -27,6 +27,7 @@ __all__ = [
     "Status",
     "default_controller",
     "rms_norm",
+    "row_norm",
     "tamed",
 ]
 
@@ -255,6 +256,14 @@ class Plan:
     def scaled(self, error: Tensor, size: Tensor) -> Tensor:
         """Error in units of the tolerance; ``size`` is ``max(|y0|, |y1|)``. Both may have the shape of the user's state."""
         return error / (size * _shaped(self.rtol, error) + _shaped(self.atol, error))
+
+
+def row_norm(plan: Plan) -> Callable[[Tensor], float]:
+    """The norm of the plan for one state of any shape, as a number."""
+    if plan.norm is rms_norm:
+        norm = torch.linalg.vector_norm
+        return lambda x: norm(x).item() * max(x.numel(), 1) ** -0.5
+    return lambda x: float(plan.norm(x.reshape(1, -1)))
 
 
 def _shaped(tolerance: float | Tensor, error: Tensor) -> float | Tensor:

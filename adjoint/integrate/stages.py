@@ -16,11 +16,10 @@ from ..methods.collocation import CollocationTableau, Mode
 from ..methods.tableaux_rosenbrock import RosenbrockTableau
 from ..system.jacobians import dense_with_time, jvp
 from ..system.stage_jacobian import StageJacobian
-from .alone import row_norm, small_linear_stages
 from .coupled import CoupledSystem, StagesOfMany, StagesOfOne, solve_coupled
 from .newton import complex_shifted, iterate, jacobian_at, mass_product, shifted, tangent
 from .numbers import Decision, Measure, along, any_of, choose, choose_states, less, lost, negated, same
-from .plan import Plan
+from .plan import Plan, row_norm
 from .stepper import StageWork
 
 __all__ = ["LOOSEST", "MOST", "SEARCHES", "TOLERANCE", "AdditiveStageSolver", "StageSolver", "tolerances_of_stages"]
@@ -268,7 +267,7 @@ class StageSolver(CoupledSystem):
         if self._rows is None:
             self._rows = [np.array(row) for row in tableau.a], [np.array(row) for row in tableau.coupling], np.array(tableau.b)
         self.work.n_solves += len(tableau.b)
-        return small_linear_stages(self.f, factors, tableau, self._rows, times, size, y, k1, slope)
+        return _small_linear_stages(self.f, factors, tableau, self._rows, times, size, y, k1, slope)
 
     # ---- coupled stages
 
@@ -328,3 +327,36 @@ class AdditiveStageSolver(StageSolver):
         self._seen = [(t, y, *parts)]
         self.work.n_fun += 1
         return parts
+
+
+def _small_linear_stages(
+    f: Callable[[Tensor, Tensor], Tensor],
+    factors: SmallFactors,
+    tableau: RosenbrockTableau,
+    rows: tuple[list[np.ndarray], list[np.ndarray], np.ndarray],
+    times: Sequence[Tensor],
+    size: float,
+    y: Tensor,
+    k1: Tensor,
+    slope: Tensor,
+) -> tuple[Tensor, list[Tensor]]:
+    """The step of `Rosenbrock.step` by NumPy and LAPACK; ``rows``: those of the tableau as arrays."""
+    a, coupling, b = rows
+    start, first, moving = as_numpy(y.reshape(-1)), as_numpy(k1.reshape(-1)), as_numpy(slope.reshape(-1)) * size
+    ks = np.empty((len(b), len(start)), dtype=start.dtype)
+    values = []
+    for i, first_use in enumerate(tableau.same_as):
+        if i == 0:
+            value = first
+        elif first_use < i:
+            value = values[first_use]
+        else:
+            point = start + (a[i][:i] @ ks[:i]) * size
+            value = as_numpy(f(times[i], torch.from_numpy(point.astype(start.dtype, copy=False)).reshape(y.shape)).reshape(-1))
+        values.append(value)
+        side = value + coupling[i][:i] @ ks[:i] if i else value
+        if tableau.d[i]:
+            side = side + moving * tableau.d[i]
+        ks[i] = factors.solve_one((side * tableau.gamma).astype(start.dtype, copy=False))
+    end = (start + (b @ ks) * size).astype(start.dtype, copy=False)
+    return torch.from_numpy(end).reshape(y.shape), list(torch.from_numpy(ks).reshape(-1, *y.shape).unbind())
