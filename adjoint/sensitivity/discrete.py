@@ -19,8 +19,7 @@ from ..system.capture import cut_apart
 from ..system.system import System
 from .asked import Asked, Linearizer, Losses, anchors_bar, both, in_shelter
 from .equations import AdditiveLinearizer, recorded_adjoint
-from .multistep_adjoint import MultistepOneByOne
-from .multistep_rows import BdfByRows
+from .multistep_adjoint import BdfByRows, MultistepOneByOne
 from .problem import stage_times
 from .stages import StageLinearizer
 from .steps_as_rows import LoneSweep
