@@ -309,7 +309,7 @@ class RootNode(torch.autograd.Function):
             raw, status, inputs = lower(raw), lower(status), [lower(x) for x in inputs]
             ok = status >= 0
             # what a row failed with would be summed with the rest by whatever differentiates this
-            raw, inputs, _, _ = _sheltered(task, raw, status, torch.zeros_like(raw), inputs)
+            raw, inputs = _sheltered(task, raw, status, torch.zeros_like(raw), inputs)[:2]
             live = ok.unsqueeze(-1)
             where = [i for i in smooth_places(inputs) if inputs_dot[i] is not None]
             if where:
