@@ -38,7 +38,7 @@ class Graph:
     #: whether one known by its fingerprint could not be read as it stands, for which a tracer is asked instead
     refused: bool = False
     #: places, among the tensors of a call, of what `find_captured` found, with its flags
-    captured: tuple[tuple[int, ...], tuple[bool, bool]] | None = None
+    captured: tuple[tuple[int, ...], dict[str, bool]] | None = None
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         if self.kinds is None:
@@ -80,10 +80,10 @@ class Heard:
         if self.graph.captured is None:
             return None
         places, flags = self.graph.captured
-        return Captured([self.tensors[i] for i in places], *flags)
+        return Captured([self.tensors[i] for i in places], **flags)
 
     def remember(self, found: Captured) -> None:
         """Answer with what was found from now on: the guards of the graph see to it that it is the same."""
         place = {id(x): i for i, x in enumerate(self.tensors)}
         if all(id(x) in place for x in found.tensors):
-            self.graph.captured = tuple(place[id(x)] for x in found.tensors), (found.transforms, found.inner_grad)
+            self.graph.captured = tuple(place[id(x)] for x in found.tensors), found.flags

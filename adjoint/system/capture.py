@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from .. import torch_internals as internals
 from ..errors import AdjointError, CapturedTensorLost, UnsupportedCombination
 from ..torch_internals import below_jvp, leaves_of, mapped
+from .normalizing import NORMALIZATIONS
 from .origins import Home, alive, cut_apart, leads_to, listed, readable, saved_bytes, unknown_leaves
 from .transforms import functorch_active, functorch_level, has_tangent, vmap_active
 
@@ -168,7 +169,7 @@ class _Watch(TorchFunctionMode):
         self.made: list[weakref.ref[Tensor]] = []
         #: tensors that got their derivatives by being written into; see `find_captured`
         self.written: list[weakref.ref[Tensor]] = []
-        self.transforms = self.inner_grad = self.asked = False
+        self.transforms = self.inner_grad = self.asked = self.normalizes = False
         self.begun, self.traced = internals.get_sequence_nr(), internals.is_written_down()
         #: of solves around this one: operators are given what they put in
         self.outer = _substitutes()
@@ -182,6 +183,7 @@ class _Watch(TorchFunctionMode):
             )
         if func in _QUESTIONS:
             self.asked = True
+        self.normalizes |= func in NORMALIZATIONS
         if functorch_level() > self.level:
             self.transforms = True
         elif func is Tensor.backward:
@@ -240,16 +242,17 @@ class _Watch(TorchFunctionMode):
 
 class Captured(NamedTuple):
     """What functions use beside their arguments, and whether they take derivatives themselves: by `torch.func` or vmap
-    (``transforms``), by `torch.autograd.grad` (``inner_grad``)."""
+    (``transforms``), by `torch.autograd.grad` (``inner_grad``); whether they use any of the `NORMALIZATIONS`."""
 
     tensors: list[Tensor]
     transforms: bool = False
     inner_grad: bool = False
+    normalizes: bool = False
 
     @property
-    def flags(self) -> dict[str, Any]:
+    def flags(self) -> dict[str, bool]:
         """As fields of a `System`."""
-        return {"transforms": self.transforms, "inner_grad": self.inner_grad}
+        return {"transforms": self.transforms, "inner_grad": self.inner_grad, "normalizes": self.normalizes}
 
 
 def find_captured(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], owners: Iterable[Any] = (), end: Any = None) -> Captured:
@@ -264,7 +267,8 @@ def find_captured(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], o
     """
     watch = _watched(calls, point)
     found = dict(watch.captured)
-    flags = watch.transforms, watch.inner_grad or (watch.asked and _branches(calls, point, list(found.values())))
+    differentiates = watch.inner_grad or (watch.asked and _branches(calls, point, list(found.values())))
+    flags = watch.transforms, differentiates, watch.normalizes
     kept = watch.left()
     written = {id(x): (x, x._version) for x in (made() for made in watch.written) if x is not None}
     if (kept or written) and end is not None:

@@ -70,17 +70,13 @@ def must_differentiate(differentiable: bool | None) -> bool:
 
 
 def jvp(f: Function, x: Tensor, v: Tensor, differentiable: bool | None = None) -> Tensor:
-    """``J v`` for ``v`` (B, n): (B, m). Where forward mode cannot be used, the transpose of a vjp serves."""
+    """``J v`` for ``v`` (B, n): (B, m), the transpose of a vjp; in forward mode where that cannot be had."""
     if not must_differentiate(differentiable):
         found = plain_push(f, x, v.unsqueeze(0), None)
         if found is not None:
             return found[0]
-    try:
-        return torch.func.jvp(f, (x,), (v,))[1]
-    except RuntimeError as error:
-        if not _lacks_forward(error):
-            raise
-        return _linearized(f, x)(v)
+    push = _linearized(f, x)
+    return torch.func.jvp(f, (x,), (v,))[1] if push is None else push(v)
 
 
 def complex_differentiable(f: Function, x: Tensor) -> bool:
@@ -112,15 +108,15 @@ def _vjp(f: Function, x: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tenso
     return found[0], found[1]
 
 
-def _lacks_forward(error: RuntimeError) -> bool:
-    """An operator without forward mode, or a ``forward_ad`` level around us, which PyTorch does not nest."""
-    return isinstance(error, NotImplementedError) or "Nested forward mode" in str(error)
+def _linearized(f: Function, x: Tensor) -> Function | None:
+    """``v -> J v`` as the transpose of the vjp, which is linear; None for complex results of real arguments.
 
-
-def _linearized(f: Function, x: Tensor) -> Function:
-    """``v -> J v`` as the transpose of the vjp, which is linear."""
+    Not PyTorch's forward mode: its formulas are differentiable by name, but some (of ``linalg.solve``, ``det``, norms of layers) take what
+    the operator keeps for constants, and the derivatives of their results are wrong without a word.
+    """
     out, pull = _vjp(f, x)
-    _same_field(out, x)
+    if out.is_complex() != x.is_complex():
+        return None
     _, transpose = _vjp(lambda w: pull(w)[0], torch.zeros_like(out))
     return lambda v: transpose(v)[0]
 
@@ -136,21 +132,16 @@ def _same_field(out: Tensor, x: Tensor) -> None:
 def forward_products(f: Function, x: Tensor, seeds: Tensor, chunk_size: int | None = None, differentiable: bool | None = None) -> Tensor:
     """``J s`` for the ``k`` directions ``seeds`` (k, n), the same for all rows: (k, B, m).
 
-    If it need not be differentiable, the transpose of a recorded vjp is taken: 2 to 5 times as quick as a vmapped ``torch.func.jvp`` for
-    up to some ten thousand unknowns (whose very first use in a process costs a second more).
+    As the transpose of a vjp, recorded by plain autograd if it need not be differentiable: 2 to 5 times as quick as a vmapped
+    ``torch.func.jvp`` for up to some ten thousand unknowns (whose very first use in a process costs a second more).
     """
     seeds = seeds.to(x.dtype)
     if not must_differentiate(differentiable):
         found = plain_push(f, x, seeds.unsqueeze(1).expand(-1, *x.shape), chunk_size)
         if found is not None:
             return found
-    try:
-        return _mapped(lambda s: torch.func.jvp(f, (x,), (s.expand_as(x),))[1], seeds, chunk_size)
-    except RuntimeError as error:
-        if not _lacks_forward(error):
-            raise
-        push = _linearized(f, x)
-        return _mapped(lambda s: push(s.expand_as(x)), seeds, chunk_size)
+    push = _linearized(f, x) or (lambda v: torch.func.jvp(f, (x,), (v,))[1])
+    return _mapped(lambda s: push(s.expand_as(x)), seeds, chunk_size)
 
 
 def reverse_products(f: Function, x: Tensor, seeds: Tensor, chunk_size: int | None = None, differentiable: bool | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_wit
 from ..errors import InvalidInput
 from .capture import Substitute
 from .inner_derivatives import beneath, differentiating
+from .normalizing import composing
 from .origins import Home
 from .ownership import lending
 from .split import SplitFunction
@@ -210,6 +211,8 @@ class System:
     #: whether ``fun`` uses transforms of its own, and `torch.autograd.grad`; see `Captured`
     transforms: bool = False
     inner_grad: bool = False
+    #: whether it uses normalizations whose second derivatives are wrong; see `composing`
+    normalizes: bool = False
 
     @property
     def rows(self) -> int:
@@ -248,7 +251,8 @@ class System:
     def substituted(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
         """A function of the user with the given tensors in the place of captured ones; itself where they are the same already."""
         given = self._given(inputs)
-        call = differentiating(function, (*self.captured, *inputs)) if self.inner_grad else function
+        call = composing(function) if self.normalizes else function
+        call = differentiating(call, (*self.captured, *inputs)) if self.inner_grad else call
         if all(x is c for x, c in zip(given, self.captured, strict=True)) and self._at_home(given):
             return call
         mode = Substitute(self.captured, given, self.homes)
@@ -269,7 +273,8 @@ class System:
             if any(x is not c for x, c in zip(given, self.captured, strict=True)) or not self._at_home(given):
                 assert isinstance(self.fun, torch.nn.Module)
                 module, parameters = self.fun, dict(zip(self.parameter_names, given, strict=True))
-                return self._flat(lambda *a: torch.func.functional_call(module, parameters, a), inputs)
+                call = lambda *a: torch.func.functional_call(module, parameters, a)  # noqa: E731
+                return self._flat(composing(call) if self.normalizes else call, inputs)
         return self._flat(self.substituted(self.fun, inputs), inputs)
 
     def _given(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -265,6 +265,21 @@ def test_derivatives_of_the_entries(kind):
     torch.testing.assert_close(hessian, plain.reshape(B * N, B * N))
 
 
+@pytest.mark.parametrize("operator", ["det", "solve"])
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_operators_whose_forward_mode_cannot_be_differentiated(kind, operator):
+    """PyTorch gives ``torch.func.grad`` of ``torch.func.jvp`` of these without an error, and wrong."""
+
+    def f(u, p):
+        beside = u.roll(-1, 1)
+        matrix = torch.stack([torch.stack([u.exp(), p * beside], -1), torch.stack([-beside, 2 + u * p], -1)], -2)
+        return torch.linalg.det(matrix) if operator == "det" else torch.linalg.solve(matrix, torch.stack([u, beside], -1))[..., 0]
+
+    strategy, x, p = STRATEGIES[kind](None), points(), torch.tensor(1.5, requires_grad=True)
+    weights = torch.rand(B, N, N)
+    assert torch.autograd.gradcheck(lambda x, p: (entries(strategy, lambda u: f(u, p), x) * weights).sum(), (x.requires_grad_(), p))
+
+
 def test_derivative_by_parameters_of_a_large_pattern():
     n = 6
     f, x = rad(n), torch.rand(1, n * n)

@@ -1,0 +1,139 @@
+"""Normalizations by formulas whose derivatives of every order are right.
+
+PyTorch's layer, batch and instance norms keep mean and deviation for their first derivatives. Those of forward mode take what is kept for
+constants where they are differentiated once more, and so do batched cotangents where state and weights both are differentiated: no error,
+and numbers of the right size. Jacobians of ``fun``, which implicit methods differentiate, and all second derivatives go through these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["NORMALIZATIONS", "composing"]
+
+
+def _scaled(x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    out = (x - mean) * torch.rsqrt(var + eps)
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
+
+
+def _centred(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, with the dimensions that they are taken over."""
+    mean = x.mean(dims, keepdim=True)
+    return mean, (x - mean).square().mean(dims, keepdim=True)
+
+
+def _layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any
+) -> Tensor:
+    count = 1 if isinstance(normalized_shape, int) else len(normalized_shape)
+    return _scaled(input, *_centred(input, tuple(range(-count, 0))), eps, weight, bias)
+
+
+def _by_channel(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dims: Sequence[int] | None,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """``dims``: those that mean and variance are taken over, or None: running ones are used."""
+    shape = (1, -1, *(1 for _ in range(x.dim() - 2)))
+    of_channel = lambda p: None if p is None else p.reshape(shape)  # noqa: E731
+    if dims is None:
+        assert running_mean is not None and running_var is not None
+        return _scaled(x, running_mean.reshape(shape), running_var.reshape(shape), eps, of_channel(weight), of_channel(bias))
+    mean, var = _centred(x, dims)
+    if running_mean is not None and running_var is not None:
+        count = 1
+        for d in dims:
+            count *= x.shape[d]
+        with torch.no_grad():
+            # what is kept is the mean over a batch, of the unbiased variance
+            means, variances = (s.transpose(0, 1).flatten(1).mean(1) for s in (mean, var * (count / (count - 1))))
+            running_mean.mul_(1 - momentum).add_(momentum * means)
+            running_var.mul_(1 - momentum).add_(momentum * variances)
+    return _scaled(x, mean, var, eps, of_channel(weight), of_channel(bias))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    dims = (0, *range(2, input.dim())) if training else None
+    return _by_channel(input, running_mean, running_var, weight, bias, dims, momentum, eps)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    dims = tuple(range(2, input.dim())) if use_input_stats else None
+    return _by_channel(input, running_mean, running_var, weight, bias, dims, momentum, eps)
+
+
+def _weights_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As the functions of ``torch`` itself order their arguments."""
+
+    def call(
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        by_input: bool,
+        momentum: float,
+        eps: float,
+        cudnn_enabled: bool = True,
+    ) -> Tensor:
+        return function(input, running_mean, running_var, weight, bias, by_input, momentum, eps)
+
+    return call
+
+
+#: what stands in the place of PyTorch's functions
+NORMALIZATIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    functional.layer_norm: _layer_norm,
+    functional.batch_norm: _batch_norm,
+    functional.instance_norm: _instance_norm,
+    torch.layer_norm: _layer_norm,
+    torch.batch_norm: _weights_first(_batch_norm),
+    torch.instance_norm: _weights_first(_instance_norm),
+}
+
+
+class _Composed(TorchFunctionMode):
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return NORMALIZATIONS.get(func, func)(*args, **(kwargs or {}))
+
+
+def composing(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call`` with the normalizations in it by formulas."""
+
+    def run(*args: Any) -> Any:
+        with _Composed():
+            return call(*args)
+
+    return run

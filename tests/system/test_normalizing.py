@@ -1,0 +1,146 @@
+"""Functions with layer, batch and instance norms: PyTorch's own second derivatives of these are wrong in some modes, without an error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+import adjoint
+from adjoint.system.normalizing import NORMALIZATIONS, composing
+
+SPAN = (0.0, 0.5)
+POINT = torch.tensor([1.0, 0.5, 0.2, 0.7, 0.3, 1.1], dtype=torch.float64)
+ALONG = torch.arange(1.0, 7.0, dtype=torch.float64)
+
+
+def by_hand(t, y, k):
+    c = y - y.mean(-1, keepdim=True)
+    return k * c / (c.square().mean(-1, keepdim=True) + 1e-5).sqrt() - y
+
+
+def by_torch(t, y, k):
+    return functional.layer_norm(y, (3,), k) - y
+
+
+def end(fun, method, **options):
+    return lambda x: (adjoint.solve_ivp(fun, SPAN, x[:3], args=(x[3:],), method=method, **options).y[-1] * ALONG[:3]).sum()
+
+
+def double(f):
+    x = POINT.clone().requires_grad_()
+    (g,) = torch.autograd.grad(f(x), x, create_graph=True)
+    return torch.autograd.grad(g @ ALONG, x)[0]
+
+
+WAYS = {
+    "gradient": lambda f: torch.func.grad(f)(POINT),
+    "backward": lambda f: torch.autograd.grad(f(x := POINT.clone().requires_grad_()), x)[0],
+    "forward": lambda f: torch.func.jacfwd(f)(POINT),
+    "double backward": double,
+    "reverse over forward": lambda f: torch.func.grad(lambda x: torch.func.jvp(f, (x,), (ALONG,))[1])(POINT),
+    "forward over reverse": lambda f: torch.func.jvp(torch.func.grad(f), (POINT,), (ALONG,))[1],
+    "hessian": lambda f: torch.func.hessian(f)(POINT),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "way"),
+    [(m, w) for m in ("tsit5", "rodas5p", "kvaerno5", "radau5") for w in WAYS if w.endswith("backward") or m in ("tsit5", "rodas5p")],
+)
+def test_derivatives_in_state_and_weights(method, way):
+    torch.testing.assert_close(WAYS[way](end(by_torch, method)), WAYS[way](end(by_hand, method)), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("gradient", [adjoint.ForwardSensitivity(), adjoint.InterpolatingAdjoint(), adjoint.DiscreteAdjoint(checkpoints=3)])
+def test_strategies(gradient):
+    found, truth = (WAYS["backward"](end(fun, "kvaerno5", gradient=gradient)) for fun in (by_torch, by_hand))
+    torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-9)
+
+
+def test_a_root():
+    def root(fun):
+        def residual(u, x):
+            return fun(None, u, x[3:]) + 0.1 * (x[:3] - u)
+
+        return lambda x: (adjoint.solve_root(residual, POINT[:3], args=(x,)).x * ALONG[:3]).sum()
+
+    for way in ("backward", "forward", "double backward", "reverse over forward", "hessian"):
+        torch.testing.assert_close(WAYS[way](root(by_torch)), WAYS[way](root(by_hand)), rtol=1e-7, atol=1e-7)
+
+
+class Net(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.inner, self.norm, self.outer = nn.Linear(4, 6), norm, nn.Linear(6, 4)
+
+    def forward(self, t, y):
+        return self.outer(torch.tanh(self.norm(self.inner(y))))
+
+
+NORMS = {"layer": nn.LayerNorm(6), "batch": nn.BatchNorm1d(6, track_running_stats=False), "running": nn.BatchNorm1d(6).eval()}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_second_derivatives_in_the_parameters_of_a_network(norm):
+    torch.manual_seed(0)
+    net, y0 = Net(NORMS[norm]).double(), torch.randn(3, 4)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+
+    directions = [torch.cos(torch.arange(p.numel(), dtype=p.dtype)).reshape(p.shape) for p in parameters]
+
+    def squared():
+        end = adjoint.solve_ivp(net, (0.0, 0.3), y0, method="kvaerno5").y[-1]
+        return sum(g.square().sum() for g in torch.autograd.grad(end.square().sum(), parameters, create_graph=True))
+
+    def moved(step):
+        with torch.no_grad():
+            for p, d in zip(parameters, directions, strict=True):
+                p += step * d
+        return squared().detach()
+
+    slope = torch.autograd.grad(squared(), parameters)
+    along = sum((g * d).sum() for g, d in zip(slope, directions, strict=True))
+    ahead, behind = moved(1e-5), moved(-2e-5)
+    torch.testing.assert_close(along, (ahead - behind) / 2e-5, rtol=1e-5, atol=1e-5)
+
+
+class _Seen(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func)
+        return func(*args, **(kwargs or {}))
+
+
+X, CHANNELS = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+MEAN, VAR = torch.linspace(0, 1, 3, dtype=torch.float64), torch.linspace(1, 2, 3, dtype=torch.float64)
+CALLS = {
+    "layer": lambda m, v: functional.layer_norm(X, (5,), torch.rand(5, generator=torch.Generator().manual_seed(1)), None, 1e-3),
+    "layer of two": lambda m, v: functional.layer_norm(X, [3, 5]),
+    "plain layer": lambda m, v: torch.layer_norm(X, (5,)),
+    "batch": lambda m, v: functional.batch_norm(X, m, v, CHANNELS, CHANNELS, training=True, momentum=0.3),
+    "batch without": lambda m, v: functional.batch_norm(X[..., 0], None, None, training=True),
+    "running": lambda m, v: functional.batch_norm(X, m, v, weight=CHANNELS),
+    "plain batch": lambda m, v: torch.batch_norm(X, CHANNELS, None, m, v, True, 0.1, 1e-5, False),
+    "instance": lambda m, v: functional.instance_norm(X, m, v, CHANNELS, CHANNELS, momentum=0.2),
+    "instance without": lambda m, v: functional.instance_norm(X),
+    "running instance": lambda m, v: functional.instance_norm(X, m, v, use_input_stats=False),
+    "plain instance": lambda m, v: torch.instance_norm(X, None, CHANNELS, m, v, True, 0.1, 1e-5, False),
+    "module": lambda m, v: nn.LayerNorm(5, dtype=torch.float64)(X),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_formulas_are_the_functions(call):
+    """Values, and the running statistics that they leave."""
+    found, truth = [MEAN.clone(), VAR.clone()], [MEAN.clone(), VAR.clone()]
+    seen = _Seen()
+    with seen:
+        out = composing(CALLS[call])(*found)
+    torch.testing.assert_close([out, *found], [CALLS[call](*truth), *truth])
+    assert not seen.seen & set(NORMALIZATIONS)
