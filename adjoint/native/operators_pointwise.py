@@ -296,25 +296,31 @@ def _heaviside(g: Graph, a: int, b: int) -> int:
 
 @_each("xlogy", "special_xlogy")
 def _xlogy(g: Graph, a: int, b: int) -> int:
-    """Zero for a = 0, and so is its derivative, whatever the logarithm is of, unless it is of NaN."""
-    nothing = g.op("and", g.op("eq", a, g.constant(0.0)), g.op("eq", b, b))
-    return g.op("sel", nothing, g.constant(0.0), g.op("mul", a, g.op("log", g.op("sel", nothing, g.constant(1.0), b))))
+    return _times_logarithm(g, a, b, b, g.op("log", b))
 
 
 @_each("special_xlog1py")
 def _xlog1py(g: Graph, a: int, b: int) -> int:
-    """Zero for a = 0 where the logarithm is not finite, and so is its derivative."""
-    bad = g.op("or", g.op("le", b, g.constant(-1.0)), g.op("eq", b, g.constant(math.inf)))
-    nothing = g.op("and", g.op("eq", a, g.constant(0.0)), bad)
-    return g.op("sel", nothing, g.constant(0.0), g.op("mul", a, g.op("log1p", g.op("sel", nothing, g.constant(1.0), b))))
+    return _times_logarithm(g, a, b, g.op("add", b, g.constant(1.0)), g.op("log1p", b))
+
+
+def _times_logarithm(g: Graph, a: int, b: int, of: int, logarithm: int) -> int:
+    """Zero for ``a = 0``, whatever the logarithm is of, unless it is of NaN. The slope in ``a`` is the logarithm, but zero there where that
+    is no number, and the one in ``b`` is ``a / of``: none at 0 / 0."""
+    zero = g.constant(0.0)
+    nothing = g.op("eq", a, zero)
+    value = g.op("sel", g.op("and", nothing, g.op("eq", b, b)), zero, g.op("mul", a, logarithm))
+    slope = g.op("sel", g.op("and", nothing, g.op("le", of, zero)), zero, logarithm)
+    return g.given(value, ((a, slope), (b, g.op("div", a, of))))
 
 
 @_each("special_entr")
 def _entr(g: Graph, a: int) -> int:
-    zero = g.constant(0.0)
-    inside = g.op("neg", g.op("mul", a, g.op("log", a)))
+    zero, logarithm = g.constant(0.0), g.op("log", a)
+    inside = g.op("neg", g.op("mul", a, logarithm))
     outside = g.op("sel", g.op("lt", a, zero), g.constant(-math.inf), a)
-    return g.op("sel", g.op("gt", a, zero), inside, g.op("sel", g.op("eq", a, zero), zero, outside))
+    value = g.op("sel", g.op("gt", a, zero), inside, g.op("sel", g.op("eq", a, zero), zero, outside))
+    return g.given(value, ((a, g.op("neg", g.op("add", logarithm, g.constant(1.0)))),))
 
 
 @_each("sinc")

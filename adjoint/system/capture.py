@@ -203,13 +203,15 @@ class _Watch(TorchFunctionMode):
         self.written.extend(weakref.ref(_whole(x)) for x in into)
         produced = [x for x in leaves_of(out) if isinstance(x, Tensor)]
         if produced:
-            for leaf in leaves_of((args, kwargs)):
-                if isinstance(leaf, Tensor) and id(leaf) not in self.known:
+            given = {id(x): x for x in leaves_of((args, kwargs)) if isinstance(x, Tensor)}
+            for i, leaf in given.items():
+                if i not in self.known:
                     self._meet(list(_layers(leaf, self.level)))
             # kept alive here, so that no identity is given twice; with what lies in them, which is left when a transform ends
             for x in produced:
                 self.known.update((id(layer), layer) for layer in _layers(x, self.level))
-                if is_differentiable(x):
+                # what an operator gives back as it is (`to`, `contiguous`) it has not made
+                if id(x) not in given and is_differentiable(x):
                     self.made.append(weakref.ref(x))
         return out
 

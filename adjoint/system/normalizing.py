@@ -44,25 +44,16 @@ def _by_channel(
     weight: Tensor | None,
     bias: Tensor | None,
     dims: Sequence[int] | None,
-    momentum: float,
     eps: float,
 ) -> Tensor:
-    """``dims``: those that mean and variance are taken over, or None: running ones are used."""
+    """``dims``: those that mean and variance are taken over, or None: running ones are used. (PyTorch's own functions keep these, for they
+    write into them without counting that as a change of what others have saved.)"""
     shape = (1, -1, *(1 for _ in range(x.dim() - 2)))
     of_channel = lambda p: None if p is None else p.reshape(shape)  # noqa: E731
     if dims is None:
         assert running_mean is not None and running_var is not None
         return _scaled(x, running_mean.reshape(shape), running_var.reshape(shape), eps, of_channel(weight), of_channel(bias))
     mean, var = _centred(x, dims)
-    if running_mean is not None and running_var is not None:
-        count = 1
-        for d in dims:
-            count *= x.shape[d]
-        with torch.no_grad():
-            # what is kept is the mean over a batch, of the unbiased variance
-            means, variances = (s.transpose(0, 1).flatten(1).mean(1) for s in (mean, var * (count / (count - 1))))
-            running_mean.mul_(1 - momentum).add_(momentum * means)
-            running_var.mul_(1 - momentum).add_(momentum * variances)
     return _scaled(x, mean, var, eps, of_channel(weight), of_channel(bias))
 
 
@@ -77,7 +68,10 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     dims = (0, *range(2, input.dim())) if training else None
-    return _by_channel(input, running_mean, running_var, weight, bias, dims, momentum, eps)
+    if training and running_mean is not None:
+        with torch.no_grad():
+            torch.batch_norm(input, None, None, running_mean, running_var, True, momentum, eps, False)
+    return _by_channel(input, running_mean, running_var, weight, bias, dims, eps)
 
 
 def _instance_norm(
@@ -91,7 +85,10 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     dims = tuple(range(2, input.dim())) if use_input_stats else None
-    return _by_channel(input, running_mean, running_var, weight, bias, dims, momentum, eps)
+    if use_input_stats and running_mean is not None:
+        with torch.no_grad():
+            torch.instance_norm(input, None, None, running_mean, running_var, True, momentum, eps, False)
+    return _by_channel(input, running_mean, running_var, weight, bias, dims, eps)
 
 
 def _weights_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -164,6 +164,12 @@ _WIDENED = (
     "ForwardSensitivity) PyTorch gives a number times a 0-d tensor, such as 0.5 * y[0], a tangent in double precision. Keep a dimension "
     "(y[:1] and torch.cat in the place of y[0] and torch.stack), take reverse mode (torch.func.vjp, grad), or a float64 state"
 )
+_NO_DERIVATIVE = (
+    "PyTorch has no derivative, of the order that is needed, of an operator in fun (or in an event function, jac, quadrature); it is named "
+    "above. Rosenbrock methods, and second derivatives, need one order more: take an explicit method, or 'kvaerno5', 'radau5' or 'bdf' for "
+    "a first derivative of a stiff problem; of scaled_dot_product_attention enter torch.nn.attention.sdpa_kernel(SDPBackend.MATH) in fun, "
+    "which has derivatives of every order"
+)
 #: how PyTorch says so: its transforms, and autograd
 _WRITTEN = {
     "would mutate a captured Tensor": _WRITES,
@@ -172,6 +178,7 @@ _WRITTEN = {
     "backward through the graph a second time": _WRITES,
     "functions with out=... arguments don't support": _OUT,
     "because it is an out= function": _OUT,
+    "derivative for aten::": _NO_DERIVATIVE,
 }
 _SAID = _WRITTEN | {
     "does not require grad and does not have a grad_fn": _NOT_RECORDED,

@@ -58,6 +58,7 @@ _PAIRS = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "pow": torch.pow, "atan2": torch.atan2, "hypot": torch.hypot,
     "maximum": torch.maximum, "minimum": torch.minimum, "fmax": torch.fmax, "fmin": torch.fmin, "fmod": torch.fmod,
     "remainder": torch.remainder, "floor_divide": torch.floor_divide, "copysign": torch.copysign, "heaviside": torch.heaviside,
+    "xlogy of more": lambda a, b: torch.xlogy(a, b.abs() + 0.5), "xlog1py of more": lambda a, b: torch.special.xlog1py(a, b.abs()),
     "xlogy": torch.xlogy, "xlog1py": torch.special.xlog1py, "logaddexp": torch.logaddexp, "logaddexp2": torch.logaddexp2,
     "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge, "eq": torch.eq, "ne": torch.ne, "isclose": torch.isclose,
     "logical_and": lambda a, b: torch.logical_and(a > 0, b > 0), "logical_or": lambda a, b: (a > 0) | (b > 1),

@@ -45,6 +45,9 @@ def _ways(w):
         "bound method": (module.forward, (), module.w),
         "global": (lambda t, y: -GLOBAL * y, (), GLOBAL),
         "inside cat": (lambda t, y: -torch.cat([w.reshape(1), w.reshape(1)]).mean() * y, (), w),
+        "as it is": (lambda t, y: -w.to(y) * y, (), w),
+        "as it is, twice": (lambda t, y: -(0.5 * w.contiguous() + 0.5 * w.double()) * y, (), w),
+        "as it is, and returned so": (lambda t, y: -w.reshape(1).flatten().to(y).contiguous() * y, (), w),
         "twice": (lambda t, y, a, b: -(0.5 * a + 0.5 * b) * y, (w, w), w),
         "args and closure": (lambda t, y, a: -(0.5 * a + 0.5 * w) * y, (w,), w),
     }
