@@ -29,6 +29,7 @@ class CoupledSystem(Equations):
     With ``E = F_y'`` and ``G = F_y`` at the start of the step.
     """
 
+    f: Any
     plan: Plan
     work: StageWork
     tolerance: float
@@ -167,9 +168,9 @@ class StagesOfOne:
 
     def residuals(self, solver: CoupledSystem, times: Sequence[Tensor], points: Sequence[Tensor], ks: Tensor, on: bool) -> Tensor:
         """What is left of the equations, (s, n)."""
-        left = [solver.residual(t, x, k) for t, x, k in zip(times, points, self.slopes(points[0], ks), strict=True)]
-        found = torch.stack(left)
-        return found if found.dim() == 2 else found.reshape(ks.shape)
+        # of an ODE, all stages at once
+        values = torch.stack([solver.f(t, x) for t, x in zip(times, points, strict=True)])
+        return ks - (values if values.dim() == 2 else values.reshape(ks.shape))
 
     def solve(self, systems: Sequence[tuple[Mode, Any]], residuals: Tensor) -> Tensor:
         """As `solve_modes`, for residuals (s, n)."""
