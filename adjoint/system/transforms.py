@@ -164,6 +164,11 @@ _WIDENED = (
     "ForwardSensitivity) PyTorch gives a number times a 0-d tensor, such as 0.5 * y[0], a tangent in double precision. Keep a dimension "
     "(y[:1] and torch.cat in the place of y[0] and torch.stack), take reverse mode (torch.func.vjp, grad), or a float64 state"
 )
+_COMPILED = (
+    "fun is, or holds, what torch.compile has made of a function, whose backward runs once, on plain tensors, and has no derivative of its "
+    "own; here more is needed of it (a Jacobian, derivatives of it, second derivatives): hand over the function as it was (compile=True "
+    "compiles whole solves), or take an explicit method where first derivatives are all"
+)
 _NO_DERIVATIVE = (
     "PyTorch has no derivative, of the order that is needed, of an operator in fun (or in an event function, jac, quadrature); it is named "
     "above. Rosenbrock methods, and second derivatives, need one order more: take an explicit method, or 'kvaerno5', 'radau5' or 'bdf' for "
@@ -179,6 +184,9 @@ _WRITTEN = {
     "functions with out=... arguments don't support": _OUT,
     "because it is an out= function": _OUT,
     "derivative for aten::": _NO_DERIVATIVE,
+    "compiled with non-empty donated buffers": _COMPILED,
+    "does not currently support double backward": _COMPILED,
+    "data pointer of Tensor that doesn't have storage": _COMPILED,
 }
 _SAID = _WRITTEN | {
     "does not require grad and does not have a grad_fn": _NOT_RECORDED,

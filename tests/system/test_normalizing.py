@@ -156,3 +156,16 @@ def test_operators_without_the_derivative_are_named():
         torch.autograd.grad(adjoint.solve_ivp(attention, SPAN, y0, method="rodas5p").y[-1].sum(), y0)
     with pytest.raises(adjoint.UnsupportedCombination, match="no derivative"):
         adjoint.solve_ivp(lambda t, y: -y, SPAN, y0, events=lambda t, y: torch.heaviside(y.sum() - 0.5, torch.zeros(())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["kvaerno5", "rodas5p", "bdf"])
+def test_functions_that_torch_has_compiled_have_no_jacobian(method):
+    torch.manual_seed(0)
+    net, y0 = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).double(), torch.randn(5, 3)
+    plain = lambda t, y: net(y) * torch.cos(t)  # noqa: E731
+    fun = torch.compile(plain)
+    ends = (adjoint.solve_ivp(f, SPAN, y0, method="tsit5").y[-1] for f in (fun, plain))
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), list(net.parameters())) for y in ends))
+    with pytest.raises(adjoint.UnsupportedCombination, match="as it was"):
+        adjoint.solve_ivp(fun, SPAN, y0, method=method)
