@@ -206,7 +206,7 @@ def test_a_box_of_many_is_that_of_each():
     assert float(many.y.push[-1, 2, 2]) == 4.0 and many.events["left"].t.shape[0] >= 1
 
 
-@pytest.mark.parametrize("rest_speed", [0.0, 3.5])
+@pytest.mark.parametrize("rest_speed", [pytest.param(0.0, marks=pytest.mark.slow), 3.5])
 def test_a_pendulum_against_a_wall(rest_speed):
     """A rod (a constraint) and a wall (a gap), against the angle with an event: bounces, or an end at the wall, with its two forces."""
     e = torch.tensor(0.4, requires_grad=True)

@@ -245,7 +245,8 @@ def solved(method, y0, args, **options):
     return solve_ivp(semi, (0.0, 4.0), y0, args, method=name, mass_matrix=mass if kind == "mass" else lambda t, y, *args: mass, **tight)
 
 
-ALL_IMPLICIT = ["radau", "native radau", "mass radau5", "mass rodas5p", "native mass rodas5p", "varying radau5"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mass radau5", "varying radau5")]
+ALL_IMPLICIT = ["radau", "native radau", "mass rodas5p", "native mass rodas5p", *SLOW]
 
 
 @pytest.mark.parametrize("method", [*ALL_IMPLICIT, "bdf"])
@@ -273,7 +274,7 @@ def test_implicit_equations(method):
     assert torch.allclose(after[:, 2], k12 * after[:, 0] - k21 * after[:, 1], atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["radau", "native radau", "mass radau5", "native mass rodas5p"])
+@pytest.mark.parametrize("method", ["radau", "native radau", SLOW[0], "native mass rodas5p"])
 def test_implicit_equations_of_many(method):
     """Patients with schedules of their own; first and second derivatives."""
     times = torch.tensor([[0.0, 0.5], [1.0, math.nan]], requires_grad=True)

@@ -121,7 +121,7 @@ def test_derivatives_as_one_by_one(method, gradient):
     assert close(across.movedim(1, 0))
 
 
-@pytest.mark.parametrize("method", ["tsit5", "rk4"])
+@pytest.mark.parametrize("method", [pytest.param("tsit5", marks=pytest.mark.slow), "rk4"])
 def test_hessian(method):
     """Of the landing's time, by each nesting; against single solves, and with rk4, which falls exactly without drag, a closed form."""
     when = lambda x: landing(method)(x)[0]  # noqa: E731

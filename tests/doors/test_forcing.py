@@ -176,7 +176,10 @@ def switched(end, k, times, levels):
     return total
 
 
-@pytest.mark.parametrize("method", ["tsit5", "dopri8", "rodas5p", "radau5", "bdf", "abm", "native tsit5", "native rodas5p"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("radau5", "bdf")]
+
+
+@pytest.mark.parametrize("method", ["tsit5", "dopri8", "rodas5p", *SLOW, "abm", "native tsit5", "native rodas5p"])
 def test_a_schedule(method):
     """First and second derivatives in its times and values, in arguments and captured."""
     name = method.split()[-1]
