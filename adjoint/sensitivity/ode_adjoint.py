@@ -93,12 +93,17 @@ class OdeBack:
 
     def boundary(self) -> tuple[Tensor, Tensor]:
         """See `WayBack.boundary`."""
-        return self.adjoint, self._slope()
+        return self.adjoint, self._fun(self.trajectory.state(self.t))
 
-    def _slope(self) -> Tensor:
-        y = self.trajectory.state(self.t)
+    def _fun(self, y: Tensor) -> Tensor:
         with torch.no_grad():
             return self.f(self.t.to(y.dtype.to_real()), y)
+
+    def _slope(self) -> Tensor:
+        """Of the solution at the present time. ``f`` magnifies the error of a state by its Jacobian, which has no bound where the solve was
+        by an implicit method: the slope of the dense output is that of `DiscreteAdjoint` too. Of others ``f`` is the better one."""
+        y, slope = self.trajectory(self.t)
+        return slope if self.trajectory.plan.method.implicit else self._fun(y)
 
     def jump(self, bar: Tensor) -> Tensor:
         """See `WayBack.jump`."""

@@ -179,6 +179,17 @@ def test_robertson_as_an_ode(strategy):
     torch.testing.assert_close(grad, tensor(1.73414089144977e02, -5.05919140558619e-04, 8.43234646542261e-08), rtol=5e-5, atol=0)
 
 
+@pytest.mark.parametrize("method, tolerance", [("kvaerno5", 1e-2), ("rodas5p", 1e-4), ("bdf", 1e-4)])
+def test_stiff_derivatives_in_times(method, tolerance):
+    """Between steps and at the end: slopes of a tight solve. `fun` magnifies errors of states to three times the slope, and 1 %."""
+    times, end = tensor(0.1, 10.0).requires_grad_(), tensor(1e2).requires_grad_()
+    options = dict(method=method, rtol=1e-7, atol=1e-11, gradient=InterpolatingAdjoint(method="radau5"))
+    sol = solve_ivp(robertson_ode, (0.0, end[0]), ROBERTSON_Y0, args=(ROBERTSON_P,), t_eval=torch.cat([times, end]), **options)
+    found = torch.autograd.grad((sol.y * tensor(1.0, 1e4, 1.0)).sum(), (times, end))
+    exact = tensor(-7.00016388e-02, -6.24811213e-03, -2.74810476e-04)
+    torch.testing.assert_close(torch.cat(found), exact, rtol=tolerance, atol=0)
+
+
 def test_robertson_as_a_dae():
     p, errors = ROBERTSON_P.clone().requires_grad_(), []
     want = tensor(1.73414089144977e02, -5.05919140558619e-04, 8.43234646542261e-08)
