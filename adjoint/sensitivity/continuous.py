@@ -27,20 +27,23 @@ __all__ = ["GaussAdjoint", "InterpolatingAdjoint", "QuadratureAdjoint", "method_
 
 
 def method_back(method: Method, residual: bool) -> Method:
-    """The method by which an adjoint is integrated back if nobody names one; ``residual``: of implicit equations."""
-    if method.needs_time_slope or method.additive:
-        return METHODS["kvaerno5"]
-    if method.multistep:
-        return DAE_METHODS["radau"] if residual else METHODS["radau5" if method.implicit else "dopri8"]
-    return method
+    """The method by which an adjoint is integrated back if nobody names one; ``residual``: of implicit equations.
+
+    Of implicit ones that whose dense output is as good in layers as elsewhere: with it the integral for the parameters is made.
+    """
+    if residual:
+        return DAE_METHODS["radau"] if method.multistep else method
+    if method.additive or (method.implicit and method.adaptive):
+        return METHODS["radau5"]
+    return METHODS["dopri8"] if method.multistep else method
 
 
 @dataclass(frozen=True)
 class _Continuous(GradientTraits):
     """Settings of the way back.
 
-    method : str or method object; default that of the solve, or `kvaerno5` for Rosenbrock and IMEX methods, `radau5` for `bdf`, `dopri8`
-        for `abm`. For stiff problems an implicit one.
+    method : str or method object; default that of the solve, or `radau5` for implicit and IMEX ones, `dopri8` for `abm`. For stiff problems
+        an implicit one: the dense output of `radau5` is as good as its steps, that of `kvaerno5` is not in the layer behind a loss.
     rtol, atol : tolerances of the adjoint; default those of the solve if they are numbers, else 1e-6 and 1e-9. ``atol`` counts in units of
         the adjoint's largest entry where the solve back begins, so that of the solve, which has the units of the state, is a guess: it is
         raised to a hundredth of ``rtol`` and to what rounding leaves (1e-11 in double precision).
@@ -51,7 +54,7 @@ class _Continuous(GradientTraits):
     rtol: float | None = None
     atol: float | None = None
     max_steps: int = 100_000
-    _integral: ClassVar[str] = "gauss"
+    _adaptive: ClassVar[bool] = False
 
     @property
     def takes_events(self) -> bool:
@@ -87,7 +90,7 @@ class _Continuous(GradientTraits):
         if y0.is_complex():
             raise UnsupportedCombination(f"complex states with {name} are not supported: use gradient=DiscreteAdjoint()")
         back = self._plan(problem)
-        mine = replace(problem, plan=replace(plan, keep_stages=True), sweep=partial(_sweep, back, self._integral))
+        mine = replace(problem, plan=replace(plan, keep_stages=True), sweep=partial(_sweep, back, self._adaptive))
         return Outputs(*SolveNode.apply(mine, anchors, t_eval, y0, *inputs))
 
     def _plan(self, problem: Problem) -> Plan:
@@ -103,7 +106,7 @@ class _Continuous(GradientTraits):
             method = table[method]
         if method.needs_time_slope:
             raise UnsupportedCombination(
-                f"{method.name} asks for derivatives in time, which an interpolated solution does not give well: take 'kvaerno5'"
+                f"{method.name} asks for derivatives in time, which an interpolated solution does not give well: take 'radau5'"
             )
         if method.multistep:
             raise UnsupportedCombination(
@@ -111,7 +114,7 @@ class _Continuous(GradientTraits):
                 "nothing is stiff"
             )
         if method.additive:
-            raise UnsupportedCombination(f"{method.name} is for right-hand sides in two parts, which the adjoint's is not: take 'kvaerno5'")
+            raise UnsupportedCombination(f"{method.name} is for right-hand sides in two parts, which the adjoint's is not: take 'radau5'")
         if not method.adaptive:
             raise InvalidInput(f"{method.name!r} has no error control: give {type(self).__name__} a method that has, such as 'tsit5'")
         rtol = self.rtol if self.rtol is not None else plan.rtol if isinstance(plan.rtol, float) else 1e-6
@@ -141,23 +144,19 @@ class _Continuous(GradientTraits):
 class InterpolatingAdjoint(_Continuous):
     """The continuous adjoint ``l' = -f_y* l`` along the dense output of the solution (Cao, Li, Petzold & Serban 2003).
 
-    For one trajectory and an explicit way back the integral of ``l* f_p`` is part of the state, under error control; else it is that of
-    `GaussAdjoint`. By implicit methods samples are followed back side by side (in several goes where they are many, or the state is large):
-    the equation is linear, and behind each of them what is fast has to be seen to die away. Its gradient converges to the true one with
-    both tolerances, but is not that of the computed solution, as `DiscreteAdjoint`'s is. Implicit equations (`solve_dae`): the augmented
-    adjoint system, with ``l`` at every loss by docs/theory.md, section 2. Derivatives of derivatives, ``torch.func`` transforms, and losses
-    on ``sol(t)``, ``yp`` and ``t_eval="steps"`` go through the recorded steps, as with `DiscreteAdjoint`.
+    The integral of ``l* f_p`` is made by Gauss's formula, on steps of the way back that are cut where those of the solution end: few
+    evaluations, however many parameters (Norcliffe & Deisenroth 2023), and layers of the solution within a long step of the adjoint are
+    not passed over. By implicit methods samples are followed back side by side (in several goes where they are many, or the state is
+    large): the equation is linear, and behind each of them what is fast has to be seen to die away. Its gradient converges to the true one
+    with both tolerances, but is not that of the computed solution, as `DiscreteAdjoint`'s is. Implicit equations (`solve_dae`): the
+    augmented adjoint system, with ``l`` at every loss by docs/theory.md, section 2. Derivatives of derivatives, ``torch.func`` transforms,
+    and losses on ``sol(t)``, ``yp`` and ``t_eval="steps"`` go through the recorded steps, as with `DiscreteAdjoint`.
     """
-
-    _integral: ClassVar[str] = "state"
 
 
 @dataclass(frozen=True)
 class GaussAdjoint(_Continuous):
-    """As `InterpolatingAdjoint`, with the integral of ``l* f_p`` by Gauss's formula on the steps of the way back: few evaluations,
-    however many parameters (Norcliffe & Deisenroth 2023). Implicit methods have a formula of their own, on their stages."""
-
-    _integral: ClassVar[str] = "gauss"
+    """`InterpolatingAdjoint` by the name that its integral has elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -165,10 +164,10 @@ class QuadratureAdjoint(_Continuous):
     """As `InterpolatingAdjoint`, with the integral of ``l* f_p`` by adaptive Gauss-Kronrod quadrature after the adjoint is known, to the
     tolerance of the way back (Kim, Ji, Deng, Ma & Rackauckas 2021)."""
 
-    _integral: ClassVar[str] = "kronrod"
+    _adaptive: ClassVar[bool] = True
 
 
-def _sweep(plan: Plan, integral: str, asked: Asked) -> tuple[Tensor | None, ...]:
+def _sweep(plan: Plan, adaptive: bool, asked: Asked) -> tuple[Tensor | None, ...]:
     """The way back."""
     problem, grid, anchors, t_eval, inputs, given, wants = asked
     if any(bar is not None and bool((bar != 0).any()) for bar in given[2:]):
@@ -189,7 +188,7 @@ def _sweep(plan: Plan, integral: str, asked: Asked) -> tuple[Tensor | None, ...]
     if problem.system.residual is not None:
         back = ImplicitBack(problem, plan, f, trajectory, linearize, anchors[-1])
     else:
-        back = OdeBack(problem, plan, f, trajectory, linearize, anchors[-1], integral)
+        back = OdeBack(problem, plan, f, trajectory, linearize, anchors[-1], adaptive)
     found = walk(back, still)
     if linearize.targets and all(bar is None for bar in linearize.bars):
         # a loss with a gradient of zero, or of the initial state alone, is not followed back: derivatives are zero, but of what is used

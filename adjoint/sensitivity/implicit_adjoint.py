@@ -4,7 +4,7 @@ Of index 1 and 2 (Hessenberg).
 
 With ``E = F_y'`` and ``G = F_y`` along the solution, ``lb = E* l`` obeys ``lb' - G* l = 0``, ``lb - E* l = 0``: no derivative of ``E`` in
 time is asked for, and the system is as stable as the equations themselves. It is solved backwards by a method for implicit equations,
-with its own steps; ``dG/dp`` is the integral of ``-l* F_p`` by the quadrature formula of these steps. Where the loss looks at the
+with its own steps; ``dG/dp`` is the integral of ``-l* F_p`` by Gauss's formula. Where the loss looks at the
 solution, ``l`` jumps (docs/theory.md, section 2): values of algebraic variables are functions of the differential ones there, which
 carry their part of the cotangent over.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..integrate import Plan, ResidualSolver, integrate
+from ..integrate import Plan, Record, ResidualSolver, integrate
 from ..linalg import LinearSolver, Log, Matrix, SparseMatrix
 from ..linalg.pencil import Pencil, scaled_factors, split
 from ..system.structure import Structure, analyse
@@ -25,7 +25,7 @@ from ..system.system import Flat
 from .asked import Linearizer, vjp
 from .consistent import completion
 from .problem import Problem
-from .way_back import Products, Trajectory, check_way_back, copies, in_units_of
+from .way_back import Products, Trajectory, along_step, check_way_back, copies, in_units_of
 
 __all__ = ["ImplicitBack"]
 
@@ -169,35 +169,34 @@ class ImplicitBack:
             record = integrate(solver, plan, torch.stack([self.t, t]), None, start, True)
         check_way_back(record, plan, self.problem, len(self.trajectory.starts))
         self.n_steps += int(record.n_accepted.max())
-        self._accumulate(record.t, record.h, record.states, record.stages, n)
+        self._accumulate(record, n)
         self.adjoint = record.final[:, n:]
 
-    def _accumulate(self, t: Tensor, h: Tensor, states: Tensor, stages: Tensor, n: int) -> None:
-        """Add the integral of ``-l* F_p`` over the steps, by the formula of the method on its own stages."""
+    def _accumulate(self, record: Record, n: int) -> None:
+        """Add the integral of ``-l* F_p`` over the steps."""
         if not self.linearize.targets:
             return
-        tableau = self.plan.method.tableau  # type: ignore[attr-defined]
-        trajectory = self.equations.trajectory
-        for k in range(t.shape[0]):
-            step = h[k].to(states.dtype).unsqueeze(-1)
-            for c, b, row in zip(tableau.c, tableau.b, tableau.a, strict=True):
-                slope = torch.einsum("s,sbn->bn", states.new_tensor(row), stages[k])
-                adjoint = (states[k] + step * slope)[:, n:]
-                time = t[k] + c * h[k]
-                y, yp = trajectory(time)
-                _, pull = self.linearize(time.to(y.dtype), torch.cat([y, yp], -1))
-                # back in time: the sizes of these steps carry the sign
-                pull(b * step * adjoint)
 
-    def jump(self, bar: Tensor) -> Tensor:
-        """Take in a cotangent of the solution at the present time; the slope there."""
-        point, problem = self.point, self.problem
+        def add(time: Tensor, pair: Tensor, weight: Tensor) -> None:
+            y, yp = self.trajectory(time)
+            _, pull = self.linearize(time.to(y.dtype), torch.cat([y, yp], -1))
+            pull(weight * pair[:, n:])
+
+        for k in range(record.h.shape[0]):
+            along_step(self.trajectory, record, k, self.plan.method, add)
+
+    def slope(self) -> Tensor:
+        """See `WayBack.slope`."""
+        return self.point.yp
+
+    def jump(self, bar: Tensor) -> None:
+        """See `WayBack.jump`."""
+        problem = self.problem
         structure = problem.algebra.structure if problem.algebra is not None else None
         if structure is not None and structure.plain:
             self._plain_jump(bar, structure)
         else:
             self._general_jump(bar)
-        return point.yp
 
     def _plain_jump(self, bar: Tensor, structure: Structure) -> None:
         """Of index 1 with differential and algebraic variables: ``M* nu = (0; psi_a*)``, ``M* mu = (psi_d* - F_yd* nu; 0)``."""

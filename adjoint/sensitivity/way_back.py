@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import SolveError
 from ..integrate import Plan, Record, Status
 from ..integrate.plan import Grid
+from ..methods import Method
 from ..system.capture import saved_bytes
 from ..system.system import Flat, VmappedSystem
 from .asked import Asked, Linearizer, vjp
 from .problem import Problem
 from .steps_as_rows import maps
 
-__all__ = ["Products", "Trajectory", "WayBack", "carried_step", "check_way_back", "copies", "in_units_of", "walk"]
+__all__ = [
+    "Products", "Trajectory", "WayBack", "along_step", "carried_step", "check_way_back", "copies", "dense_state", "in_units_of", "walk",
+]  # fmt: skip
 
 #: losses that are followed back at once, and what they may take, in bytes; numbers that are recorded of a way back, for one of the state's
 _MOST, _BUDGET, _KEPT = 512, 64 * 2**20, 1000
+#: nodes and weights on (0, 1) of Gauss's formulas of order 6 and 8, above that of any dense output of methods up to order 5, and of others
+_GAUSS = [
+    [(0.5 * (float(x) + 1), 0.5 * float(w)) for x, w in zip(*np.polynomial.legendre.leggauss(count), strict=True)] for count in (3, 4)
+]
 
 
 class Trajectory:
     """The dense output of a record as a function of ``(B,)`` times: ``y`` and ``y'``; of ``(copies * B,)`` times where there are some of
-    every trajectory."""
+    every trajectory.
+
+    Stages of some methods lie beyond their step, and so before the start of the span: as far out as the first step is long its polynomial
+    is taken, and farther out, where it would be anything, what it is there.
+    """
 
     def __init__(self, plan: Plan, grid: Grid, sign: Tensor, copies: int = 1) -> None:
         self.plan, self.grid, self.sign, self.copies = plan, grid, sign, copies
@@ -38,14 +51,39 @@ class Trajectory:
         """``y`` alone."""
         return self(t)[0]
 
+    def _count(self, t: Tensor, right: bool) -> Tensor:
+        """How many steps begin before ``t``, or (``right``) there at the latest."""
+        ahead = (self.sign * t.unflatten(0, (self.copies, -1))).t().contiguous()
+        return torch.searchsorted(self.starts, ahead, right=right).t().flatten()
+
+    def _place(self, when: Tensor) -> tuple[Tensor, Tensor]:
+        """The step in which these times lie, and its size."""
+        # a time that is the start of a padding step lies at the end of the one before
+        place = (self._count(when, False) - 1).clamp(min=0)
+        return place, self.h[place, self.rows]
+
+    def size(self, t: Tensor) -> Tensor:
+        """Of the steps in which ``t`` lies."""
+        return self._place(t.to(torch.float64))[1]
+
+    def parts(self, t: Tensor, h: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Ends ``(B,)`` of parts, from 0 to 1, of steps of the way back from ``t`` with sizes ``h``: in each the dense output is one
+        polynomial. Trajectories with fewer of them get ones of no length."""
+        far = t + h
+        first, last = self._count(far, True), self._count(t, False)
+        count, length = (last - first).clamp(min=0), torch.where(h == 0, 1.0, h)
+        low = torch.ones_like(t)
+        for k in range(int(count.max()) + 1):
+            inner = (self.t[(first + k).clamp(max=len(self.t) - 1), self.rows] - t) / length
+            high = torch.where(k < count, inner, 0.0)
+            yield low, high
+            low = high
+
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, n)`` each."""
         rows, when = self.rows, t.to(torch.float64)
-        ahead = (self.sign * when.unflatten(0, (self.copies, -1))).t().contiguous()
-        place = (torch.searchsorted(self.starts, ahead) - 1).clamp(min=0).t().flatten()
-        # a time that is the start of a padding step lies at the end of the one before
-        h = self.h[place, rows]
-        theta = (when - self.t[place, rows]) / torch.where(h == 0, 1.0, h)
+        place, h = self._place(when)
+        theta = ((when - self.t[place, rows]) / torch.where(h == 0, 1.0, h)).clamp(min=-1.0)
         ks = self.stages[place, :, rows]
         method, kind = self.plan.method, ks.dtype
         weights = (method.dense_weights(theta) * h.unsqueeze(-1)).to(kind)
@@ -98,8 +136,12 @@ class WayBack(Protocol):
         """Take the adjoint from the present time to ``t`` (B,)."""
         ...
 
-    def jump(self, bar: Tensor) -> Tensor:
-        """Take in a cotangent of the state at the present time; gives the slope there."""
+    def jump(self, bar: Tensor) -> None:
+        """Take in a cotangent of the state at the present time."""
+        ...
+
+    def slope(self) -> Tensor:
+        """Of the solution at the present time."""
         ...
 
     def restart(self, t: Tensor, adjoint: Tensor) -> None:
@@ -113,6 +155,30 @@ class WayBack(Protocol):
     def lose(self, rows: Tensor) -> None:
         """The adjoint of these ``rows`` (B,) is NaN, and so is what has a part in them."""
         ...
+
+
+def along_step(
+    trajectory: Trajectory, record: Record, k: int, method: Method, add: Callable[[Tensor, Tensor, Tensor], None]
+) -> None:
+    """Gauss's formula on step ``k`` of the way back: ``add(time, state, weight)`` with the dense output of ``record`` at its nodes, and
+    weights ``(B, 1)`` that carry the sign of the step.
+
+    It is taken on every part in which the solution is one polynomial. A step of the adjoint may be as long as many of the solution's: where
+    that has a layer, or is driven, the adjoint may well not see it, and what ``f`` depends on does.
+    """
+    h = record.h[k]
+    for low, high in trajectory.parts(record.t[k], h):
+        for x, w in _GAUSS[method.order > 5]:
+            theta = low + (high - low) * x
+            # from far to near: against the direction of the step
+            weight = (w * (low - high) * h).to(record.states.dtype).unsqueeze(-1)
+            add(record.t[k] + theta * h, dense_state(record, k, theta, method), weight)
+
+
+def dense_state(record: Record, k: int, theta: Tensor, method: Method) -> Tensor:
+    """The dense output at parts ``theta`` (B,) of step ``k``."""
+    weights = (method.dense_weights(theta) * record.h[k].unsqueeze(-1)).to(record.states.dtype)
+    return record.states[k] + torch.einsum("bs,sbn->bn", weights, record.stages[k])
 
 
 def in_units_of(plan: Plan, adjoint: Tensor, copies: int = 1) -> Plan:
@@ -196,7 +262,9 @@ def walk(back: WayBack, asked: Asked) -> tuple[Tensor | None, ...]:
     lost = torch.zeros_like(grid.status, dtype=torch.bool)
     if final_bar is not None:
         bar, lost = _finite(final_bar)
-        end_bar = torch.where(lost, float("nan"), _dot(bar, back.jump(bar)))
+        back.jump(bar)
+        if asked.moving:
+            end_bar = torch.where(lost, float("nan"), _dot(bar, back.slope()))
     if samples_bar is not None and t_eval is not None and t_eval_bar is not None and len(t_eval):
         order = (t_eval * sign).argsort(0, descending=True)
         times = t_eval.gather(0, order)
@@ -204,7 +272,7 @@ def walk(back: WayBack, asked: Asked) -> tuple[Tensor | None, ...]:
         ordered = torch.where(ok, ordered, 0.0)
         (wanted,) = (ordered != 0).flatten(1).any(-1).nonzero(as_tuple=True)
         if len(wanted):
-            found, lost_too = _samples(back, times[wanted], ordered[wanted], anchors[0])
+            found, lost_too = _samples(back, times[wanted], ordered[wanted], anchors[0], asked.moving)
             lost = lost | lost_too
             t_eval_bar.scatter_(0, order[wanted], found)
     back.to(anchors[0])
@@ -216,28 +284,29 @@ def walk(back: WayBack, asked: Asked) -> tuple[Tensor | None, ...]:
     return asked.answer(anchors_bar, t_eval_bar, y0_bar, back.linearize.bars)
 
 
-def _samples(back: WayBack, t: Tensor, bars: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+def _samples(back: WayBack, t: Tensor, bars: Tensor, start: Tensor, moving: bool) -> tuple[Tensor, Tensor]:
     """Take in the cotangents ``bars`` (T, B, n) of samples at ``t`` (T, B), latest first, on the way to ``start`` (B,). Gives the
-    cotangents of their times, and the rows in which some are not finite."""
+    cotangents of their times, zero unless these are ``moving``, and the rows in which some are not finite."""
     bars, bad = _finite(bars)
     most = most_copies(back) if len(t) > 1 else 1
     found = []
     if most == 1:
         for time, bar in zip(t, bars, strict=True):
             back.to(time)
-            found.append(_dot(bar, back.jump(bar)))
+            back.jump(bar)
+            found.append(_dot(bar, back.slope()) if moving else torch.zeros_like(time))
     else:
         # as many at a time in all parts
         size = -(-len(t) // -(-len(t) // most))
         parts = list(zip(t.split(size), bars.split(size), strict=True))
         for place, (times, part) in enumerate(parts):
             until = parts[place + 1][0][0] if place + 1 < len(parts) else start
-            found.extend(_dot(part, _together(back, times, part, until)))
+            found.extend(_together(back, times, part, until, moving))
     return torch.where(bad, float("nan"), torch.stack(found)), bad.any(0)
 
 
-def _together(back: WayBack, t: Tensor, bars: Tensor, until: Tensor) -> Tensor:
-    """Take in cotangents ``bars`` (R, B, n) at ``t`` (R, B), latest first, and go ``until`` (B,); the slopes there.
+def _together(back: WayBack, t: Tensor, bars: Tensor, until: Tensor, moving: bool) -> Tensor:
+    """Take in cotangents ``bars`` (R, B, n) at ``t`` (R, B), latest first, and go ``until`` (B,); gives those of ``t``, see `_samples`.
 
     The adjoint equation is linear: each of them, and the adjoint of what lies behind, goes back by itself, all of them side by side, and
     what they come to is summed. So every loss has the steps that it needs.
@@ -246,14 +315,15 @@ def _together(back: WayBack, t: Tensor, bars: Tensor, until: Tensor) -> Tensor:
     if carried:
         t, bars = torch.cat([t, back.t.unsqueeze(0)]), torch.cat([bars, torch.zeros_like(bars[:1])])
     copied = back.copied(len(t), t.flatten())
-    slopes = copied.jump(bars.flatten(0, 1)).unflatten(0, (-1, rows))
+    copied.jump(bars.flatten(0, 1))
+    found = _dot(bars, copied.slope().unflatten(0, (-1, rows))) if moving else torch.zeros_like(t)
     if carried:
         copied.adjoint = torch.cat([copied.adjoint[:-rows], back.adjoint])
     copied.to(until.repeat(len(t)))
     back.linearize.take(copied.linearize)
     back.n_steps += copied.n_steps
     back.restart(until, copied.adjoint.unflatten(0, (-1, rows)).sum(0))
-    return slopes[:-1] if carried else slopes
+    return found[:-1] if carried else found
 
 
 def _finite(bar: Tensor) -> tuple[Tensor, Tensor]:

@@ -179,6 +179,57 @@ def test_robertson_as_an_ode(strategy):
     torch.testing.assert_close(grad, tensor(1.73414089144977e02, -5.05919140558619e-04, 8.43234646542261e-08), rtol=5e-5, atol=0)
 
 
+def relaxing(t, y, p):
+    """Towards the cosine, and the integral."""
+    return torch.stack([p[0] * (torch.cos(p[1] * t) - y[..., 0]), y[..., 0]], -1)
+
+
+def integral_of_relaxing(p, end=1.0):
+    share, turn = p[0] ** 2 / (p[0] ** 2 + p[1] ** 2), p[0] * p[1] / (p[0] ** 2 + p[1] ** 2)
+    angle = p[1] * end
+    return (share * torch.sin(angle) + turn * (1 - torch.cos(angle))) / p[1] - share * (1 - torch.exp(-p[0] * end)) / p[0]
+
+
+@pytest.mark.parametrize("strategy", [InterpolatingAdjoint, GaussAdjoint, QuadratureAdjoint])
+@pytest.mark.parametrize(
+    "method, back", [("rodas5p", None), ("kvaerno5", None), ("radau5", "kvaerno5"), ("radau5", "trbdf2"), ("radau", None)]
+)
+def test_layers_of_the_solution_within_steps_of_the_adjoint(strategy, method, back):
+    """The rate counts in the layer at the start alone, where the adjoint is smooth: what its steps looked at was off by 1e3 to 1e14."""
+    p = tensor(1e3, 2.0).requires_grad_()
+    start, gradient = torch.zeros(2, dtype=F64), strategy(method=back, rtol=1e-6)
+    options = dict(args=(p,), method=method, rtol=1e-8, atol=1e-12, gradient=gradient)
+    if method == "radau":
+        sol = solve_dae(lambda t, y, yp, p: yp - relaxing(t, y, p), (0.0, 1.0), start, tensor(1e3, 0.0), **options)
+    else:
+        sol = solve_ivp(relaxing, (0.0, 1.0), start, **options)
+    (found,) = torch.autograd.grad(sol.y[-1, 1], p)
+    (exact,) = torch.autograd.grad(integral_of_relaxing(p), p)
+    torch.testing.assert_close(found, exact, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("strategy", [InterpolatingAdjoint, GaussAdjoint, QuadratureAdjoint])
+def test_pulses_between_steps_of_the_adjoint(strategy, batched):
+    height = tensor(1.0).requires_grad_()
+    fun = lambda t, y, p: p * torch.exp(-(((t - 5.0) / 0.01) ** 2)).unsqueeze(-1) - y  # noqa: E731
+    start = torch.ones((3, 1) if batched else 1, dtype=F64)
+    sol = solve_ivp(fun, (0.0, 10.0), start, args=(height,), max_step=0.02, rtol=1e-8, atol=1e-10, batched=batched, gradient=strategy())
+    (found,) = torch.autograd.grad(sol.y[-1].mean(), height)
+    torch.testing.assert_close(found, tensor(0.01 * math.sqrt(math.pi) * math.exp(-5.0 + 2.5e-5)), rtol=1e-5, atol=0)
+
+
+def test_stages_beyond_the_start_of_the_span():
+    """A stage of `kvaerno5` lies before the start of the span on its way back, where the first steps' polynomials are anything."""
+    p = tensor(1e4)[0].requires_grad_()
+    fun = lambda t, y, p: torch.stack([1 - p * y[..., 0] ** 3, -y[..., 0] ** 4 * y[..., 1]], -1)  # noqa: E731
+    found = []
+    for strategy in (InterpolatingAdjoint(method="kvaerno5"), DiscreteAdjoint()):
+        sol = solve_ivp(fun, (0.0, 1.0), tensor(1.0, 1.0), args=(p,), method="radau5", rtol=1e-8, atol=1e-12, gradient=strategy)
+        found.append(torch.autograd.grad(sol.y[-1, 1], p)[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("method, tolerance", [("kvaerno5", 1e-2), ("rodas5p", 1e-4), ("bdf", 1e-4)])
 def test_stiff_derivatives_in_times(method, tolerance):
     """Between steps and at the end: slopes of a tight solve. `fun` magnifies errors of states to three times the slope, and 1 %."""
