@@ -33,12 +33,12 @@ def furthest(found, exact):
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, exact, strict=True))
 
 
-@pytest.mark.parametrize("back, rows", [("kvaerno5", 2), ("radau5", 0)])
-def test_many_samples_take_about_the_steps_of_one(back, rows):
+@pytest.mark.parametrize("back, rows, tolerance", [("kvaerno5", 2, 5e-4), ("radau5", 0, 2e-6)])
+def test_many_samples_take_about_the_steps_of_one(back, rows, tolerance):
     exact, _ = gradients(DiscreteAdjoint(), 60, "radau5", 1e-10, rows)
     _, one = gradients(InterpolatingAdjoint(method=back), 1, rows=rows)
     found, many = gradients(InterpolatingAdjoint(method=back), 60, rows=rows)
-    assert furthest(found, exact) < 1e-5
+    assert furthest(found, exact) < tolerance
     # one after the other they took 20 times as many
     assert int(many.n_steps) < 2 * int(one.n_steps)
 
