@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..integrate import Plan, Record, StageSolver, integrate
-from ..integrate.matrices import shifted
+from ..integrate.newton import shifted
 from ..linalg import DenseLU, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix
 from ..system.jacobians import DenseJacobian
 from ..system.system import Flat
