@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..linalg.dense import SmallFactors, as_numpy
+from ..linalg.dense import SmallFactors, as_numpy, unwarned
 from ..methods.collocation import CollocationTableau, Mode
 from ..methods.family import weighted_sum
 from .newton import LoneGuess, StageGuess, iterate
@@ -172,6 +172,7 @@ class StagesOfOne:
         values = torch.stack([solver.f(t, x) for t, x in zip(times, points, strict=True)])
         return ks - (values if values.dim() == 2 else values.reshape(ks.shape))
 
+    @unwarned
     def solve(self, systems: Sequence[tuple[Mode, Any]], residuals: Tensor) -> Tensor:
         """As `solve_modes`, for residuals (s, n)."""
         if not self._real or not all(isinstance(factors, SmallFactors) for _, factors in systems):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import Factorization, LinearSolver, Matrix
-from ..linalg.dense import SmallFactors, as_numpy, factor_again, factor_one, solved
+from ..linalg.dense import SmallFactors, as_numpy, factor_again, factor_one, solved, unwarned
 from ..methods.collocation import CollocationTableau, Mode
 from ..methods.tableaux_rosenbrock import RosenbrockTableau
 from ..system.jacobians import dense_with_time, jvp
@@ -151,7 +151,9 @@ class StageSolver(CoupledSystem):
             # the same solver would come to the same
             if self._entries is None:
                 self._entries = as_numpy(matrix[0])
-            factors: Factorization = SmallFactors(np.eye(old.n, dtype=self._entries.dtype) - step * value * self._entries, old.dtype, log)
+            with np.errstate(all="ignore"):
+                shifted_entries = np.eye(old.n, dtype=self._entries.dtype) - step * value * self._entries
+            factors: Factorization = SmallFactors(shifted_entries, old.dtype, log)
         else:
             size = torch.tensor([[step]], dtype=self.plan.real, device=self.device) if self.alone else step
             matrix = shifted(matrix, size, self.mass_matrix) if value == 1.0 else complex_shifted(matrix, size * value)
@@ -329,6 +331,7 @@ class AdditiveStageSolver(StageSolver):
         return parts
 
 
+@unwarned
 def _small_linear_stages(
     f: Callable[[Tensor, Tensor], Tensor],
     factors: SmallFactors,

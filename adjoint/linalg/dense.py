@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, ClassVar
+from functools import lru_cache, wraps
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -15,12 +16,25 @@ from ..errors import InvalidInput
 from ..torch_internals import is_functorch_wrapped_tensor
 from .protocol import Factorization, LinearOperator, LinearSolver, Log, Matrix, SolverTraits, SparseMatrix, check_sides, traits_of
 
-__all__ = ["DenseLU", "SmallFactors", "as_numpy", "factor_again", "factor_one", "solved"]
+__all__ = ["DenseLU", "SmallFactors", "as_numpy", "factor_again", "factor_one", "solved", "unwarned"]
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: unknowns up to which one matrix on the CPU goes to LAPACK directly: the operators of ``torch.linalg`` take longer than its arithmetic
 _SMALL = 64
 _CPU = torch.device("cpu")
+
+
+def unwarned(function: Callable[P, T]) -> Callable[P, T]:
+    """``function`` without NumPy's warnings: PyTorch says nothing either, and numbers that are not finite are named where they count."""
+
+    @wraps(function)
+    def quiet(*args: P.args, **kwargs: P.kwargs) -> T:
+        with np.errstate(all="ignore"):
+            return function(*args, **kwargs)
+
+    return quiet
 
 
 @lru_cache
@@ -34,6 +48,7 @@ def _lapack(kind: str) -> tuple[Any, Any]:
 class SmallFactors(Factorization):
     """Of one small matrix."""
 
+    @unwarned
     def __init__(self, entries: np.ndarray, dtype: torch.dtype, log: Log) -> None:
         start = time.perf_counter()
         self.rows, self.n = 1, entries.shape[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -317,3 +318,22 @@ def test_a_function_that_gives_other_values_each_time_is_called_that(method):
     with pytest.raises(SolveError) as failure:
         solve_ivp(lambda t, y: net(y), (0.0, 1.0), torch.ones(2), method=method, max_steps=1)
     assert "another value" not in str(failure.value)
+
+
+@pytest.mark.parametrize("method", ["rodas3p", "rodas5p", "radau5", "kvaerno5", "bdf"])
+@pytest.mark.parametrize(
+    "fun, start",
+    [
+        (lambda t, y: torch.where(t > 1, float("inf"), 1.0) * y, 1.0),
+        (lambda t, y: torch.exp(50 * y), 1.0),
+        (lambda t, y: 1 - torch.sqrt(y), 0.0),
+        (lambda t, y: 1e300 - 1e200 * y, 1.0),
+    ],
+    ids=["infinite", "explodes", "jacobian", "large"],
+)
+def test_what_is_not_finite_is_said_by_status_alone(method, fun, start):
+    """One small state is solved for by NumPy, which warns of such numbers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        sol = solve_ivp(fun, (0.0, 3.0), torch.tensor([start], dtype=torch.float64), method=method, max_steps=500, throw=False)
+    assert sol.success == bool(torch.isfinite(sol.y).all())
