@@ -139,19 +139,28 @@ def outputs(case: Case, spacing: float) -> dict[str, Tensor]:
 
 
 def root(pure: Pure, x: dict[str, Tensor]) -> Tensor:
-    """``y = y0 + (t1 - t0) f(t0, y)`` by Newton's iteration."""
-    size, y = (x["t1"] - x["t0"])[..., None], x["y0"] + 0.02
+    """``y = y0 + (t1 - t0) f(t0, y)`` by Newton's iteration, where no other root is met on the way to it and beyond."""
+    size, guess = (x["t1"] - x["t0"])[..., None], x["y0"] + 0.02
 
     def residual(y: Tensor) -> Tensor:
         return y - x["y0"] - size * pure.rate(x["t0"], y, x["p"])
 
-    for _ in range(30):
-        at = y.detach().requires_grad_()
-        value = residual(at)
-        rows = [torch.autograd.grad(value[..., i].sum(), at, retain_graph=True, materialize_grads=True)[0] for i in range(y.shape[-1])]
-        y = y - torch.linalg.solve(torch.stack(rows, -2), value.detach())
-    if float(residual(y).detach().abs().max()) > 1e-12:
+    def newton(y: Tensor) -> Tensor:
+        for _ in range(30):
+            at = y.detach().requires_grad_()
+            value = residual(at)
+            rows = [torch.autograd.grad(value[..., i].sum(), at, retain_graph=True, materialize_grads=True)[0] for i in range(y.shape[-1])]
+            y = y - torch.linalg.solve_ex(torch.stack(rows, -2), value.detach())[0]
+        return y
+
+    y = newton(guess)
+    if not float(residual(y).detach().abs().max()) <= 1e-12:
         raise Unsharp("the reference found no root")
+    for share in (0.5, 1.3, 2.0):
+        other = newton(guess + share * (y - guess))
+        found = residual(other).detach().abs().amax(-1) <= 1e-12
+        if bool((found & ((other - y).abs() > 1e-6 * (1 + y.abs())).any(-1)).any()):
+            raise Unsharp("there are several roots")
     return y
 
 
