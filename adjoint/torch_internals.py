@@ -10,6 +10,7 @@ and leaves of pytrees, quickly where they are tensors and numbers in tuples and 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -18,7 +19,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter, temporarily_clear_interpreter_stack
+from torch._functorch import pyfunctorch
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,6 +78,7 @@ __all__ = [
     "switch_fwd_grad",
     "sync",
     "temporarily_clear_interpreter_stack",
+    "times_below",
     "unviewed",
     "unwrap_for_grad",
     "unwrap_if_dead",
@@ -109,6 +112,30 @@ pop_dynamic_layer_stack_and_undo_to_depth: Callable[[int], None] = _functorch.po
 get_inplace_requires_grad_allowed: Callable[[], bool] = _functorch.get_inplace_requires_grad_allowed
 set_inplace_requires_grad_allowed: Callable[[bool], None] = _functorch.set_inplace_requires_grad_allowed
 DisableFuncTorch = _C._DisableFuncTorch
+
+
+class _Below(threading.local):
+    depth = 0
+
+
+_below = _Below()
+
+
+def times_below() -> int:
+    """How many times all transforms around have been put aside: their levels mean nothing there, and what lies on them is not seen."""
+    return _below.depth
+
+
+@contextmanager
+def temporarily_clear_interpreter_stack() -> Iterator[None]:
+    """Below all transforms: they are put aside, and begin to count anew."""
+    above = peek_interpreter_stack() is not None
+    _below.depth += above
+    try:
+        with pyfunctorch.temporarily_clear_interpreter_stack():
+            yield
+    finally:
+        _below.depth -= above
 
 # -- the vmap from before torch.func, which autograd's many cotangents are
 

@@ -16,6 +16,7 @@ from ..errors import AdjointError, CapturedTensorLost, UnsupportedCombination
 from ..torch_internals import below_jvp, leaves_of, mapped
 from .normalizing import NORMALIZATIONS
 from .origins import Home, alive, cut_apart, leads_to, listed, readable, saved_bytes, unknown_leaves
+from .remarks import called_by_us
 from .transforms import functorch_active, functorch_level, has_tangent, vmap_active
 
 __all__ = [
@@ -162,7 +163,7 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, known: Iterable[Any], wanted: Callable[[Any], bool] = _put_in) -> None:
         super().__init__()
-        self.wanted, self.level = wanted, functorch_level()
+        self.wanted, self.level, self.below = wanted, functorch_level(), internals.times_below()
         self.known = {id(x): x for x in known if isinstance(x, Tensor)}
         self.captured: dict[int, Tensor] = {}
         #: tensors with derivatives that came out of operators, for `left`
@@ -176,13 +177,16 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if internals.times_below() > self.below:
+            # a solve inside of the function looks at plain values: those of no level here, and nobody's results
+            return func(*args, **kwargs)
         if not self.traced and internals.is_written_down():
             raise UnsupportedCombination(
                 "fun calls torch.func.linearize (or make_fx), whose result has no derivatives: what it depends on is written down as "
                 "constants. Use torch.func.jvp there"
             )
         if func in _QUESTIONS:
-            self.asked = True
+            self.asked = self.asked or not called_by_us()
         self.normalizes |= func in NORMALIZATIONS
         if functorch_level() > self.level:
             self.transforms = True
@@ -193,9 +197,10 @@ class _Watch(TorchFunctionMode):
             )
         elif func is torch.autograd.grad:
             # pullbacks of torch.func.vjp call it too, on what their transform has left
-            self.inner_grad |= not any(isinstance(x, Tensor) and _functorch_wrapped(x, self.level) for x in leaves_of(args[:1]))
+            wrapped = any(isinstance(x, Tensor) and _functorch_wrapped(x, self.level) for x in leaves_of(args[:1]))
+            self.inner_grad |= not wrapped and not called_by_us()
         elif asks_for_gradients(func):
-            self.inner_grad = True
+            self.inner_grad |= not called_by_us()
         plain = [] if asks_for_gradients(func) else [x for x in leaves_of(args[:1]) if isinstance(x, Tensor) and not x.requires_grad]
         out = func(*args, **kwargs)
         into = [x for x in plain if x.requires_grad]

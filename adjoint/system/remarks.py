@@ -1,4 +1,4 @@
-"""Warnings at the place of the user's call."""
+"""Who calls: warnings at the place of the user's call, and operators that are not the user's."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["remark"]
+__all__ = ["called_by_us", "remark"]
 
-_INSIDE = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), contextlib.__file__)
+_OURS, _TORCH = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
+_INSIDE = (_OURS, _TORCH, contextlib.__file__)
 
 
 def remark(text: str, category: type[Warning]) -> None:
@@ -20,3 +21,13 @@ def remark(text: str, category: type[Warning]) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, category, stacklevel=level)
+
+
+def called_by_us() -> bool:
+    """Whether the operator that a mode of torch functions is asked about was called by this package: of a solve inside of the user's
+    function, say."""
+    frame = sys._getframe(2)
+    # modes hand on what they see
+    while frame is not None and (frame.f_code.co_filename.startswith(_TORCH) or frame.f_code.co_name == "__torch_function__"):
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None and frame.f_code.co_filename.startswith(_OURS)
