@@ -13,6 +13,7 @@ from ..sensitivity import Outputs
 from ..sensitivity.problem import StepTimes, step_times
 from ..sensitivity.products import behind, tangent
 from ..system.capture import listed, moves
+from ..system.normalizing import composing
 from ..system.transforms import functorch_active
 from ..torch_internals import dual_level
 from .event_slope import once, signed, with_slope
@@ -164,11 +165,12 @@ def _located(
     batched = parts.problem.batched
     around = step_around(parts, out, grid, line, found)
     t0, h, y0, ks, state = around.t, around.h, around.y, around.stages, around.state
+    event = composing(parts.events[which])
 
     def residual(t: Tensor) -> Tensor:
         flat = state(t)
         time = t.to(flat.dtype.to_real())
-        value = parts.events[which](time if batched else time.reshape(()), parts.state(flat), *parts.args)
+        value = event(time if batched else time.reshape(()), parts.state(flat), *parts.args)
         return signed(value).reshape(-1).to(torch.float64)
 
     t = at = torch.where(found, out.event_t[line], t0.detach())

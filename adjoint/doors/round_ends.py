@@ -14,7 +14,7 @@ from ..errors import UnsupportedCombination
 from ..sensitivity.problem import GradientTraits
 from ..sensitivity.products import behind, tangent
 from .arguments import RoundSpan
-from .event_slope import once, signed, with_slope
+from .event_slope import once, with_slope
 from .round_rules import Rule
 from .rows import chosen, forward_fill, wide
 from .solution import EventLog, EventRecord, Solution
@@ -83,7 +83,7 @@ def with_events(
             return moved(d, ending if slope is None else slope(end + d / 2, moved(d / 2, slope(end, y))))
 
         def residual(d: Tensor) -> Tensor:
-            return signed(rule.function((end + d).to(real), state(d), *args)).reshape(end.shape).to(torch.float64)
+            return rule.value((end + d).to(real), state(d), *args).reshape(end.shape).to(torch.float64)
 
         d, sloping = behind(torch.zeros_like(end), end, *causes), hit
         for k in range(2):

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from ..errors import InvalidInput
 from ..sensitivity.products import tangent, vjp
+from ..system.normalizing import composing
 from ..system.system import StateSpec
 from .event_data import Event
 from .event_slope import signed
@@ -58,12 +59,16 @@ class Rule:
         """Whether it ends rounds; else it is recorded only."""
         return self.reset is not None or self.terminal > 0
 
+    def value(self, *args: Any) -> Tensor:
+        """The event function, as real numbers."""
+        return signed(composing(self.function)(*args))
+
     def applied(self, on: Tensor, at: Boundary, args: tuple[Any, ...], spec: StateSpec) -> tuple[Boundary, Any]:
         """The boundary after the reset of the trajectories that are ``on``, and the states that it gave."""
         if self.reset is None:
             return at, None
         t, y, mode = forward_fill(on, (at.t.to(spec.real_dtype), at.y, at.mode))
-        given = self.reset(t, y, *mode, *args)
+        given = composing(self.reset)(t, y, *mode, *args)
         if at.mode:
             if not isinstance(given, tuple) or len(given) != 2:
                 raise InvalidInput(f"the reset of {self.title} must return (y, mode), as there is mode=; got {_shown(given)}")
@@ -187,7 +192,7 @@ _Point = tuple[Tensor, Any, tuple[Any, ...]]
 def _value(rule: Rule, at: _Point, args: tuple[Any, ...]) -> Tensor:
     """The event function ``(R)``."""
     t, y, mode = at
-    return signed(rule.function(t, y, *mode, *args)).reshape(t.shape).to(t.dtype)
+    return rule.value(t, y, *mode, *args).reshape(t.shape).to(t.dtype)
 
 
 def _terms(rule: Rule, at: _Point, rates: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:

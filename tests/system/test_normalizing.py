@@ -71,6 +71,33 @@ def test_a_root():
         torch.testing.assert_close(WAYS[way](root(by_torch)), WAYS[way](root(by_hand)), rtol=1e-7, atol=1e-7)
 
 
+def torch_norm(y, k):
+    return functional.layer_norm(y, (3,), k)
+
+
+def hand_norm(y, k):
+    return by_hand(None, y, k) + y
+
+
+@pytest.mark.parametrize("way", ["double backward", "reverse over forward", "forward over reverse"])
+@pytest.mark.parametrize("kind", ["terminal", "reset", "quadrature"])
+def test_events_resets_and_integrals(kind, way):
+    def result(norm):
+        def f(x):
+            reset = (lambda t, y, k: y + norm(y, k)) if kind == "reset" else None
+            event = adjoint.Event(lambda t, y, k: norm(y, k)[0] + 4 * y[2] - 2.5, 1, kind == "terminal", reset)
+            integrand = (lambda t, y, k: norm(y, k).square().sum()) if kind == "quadrature" else None
+            fun = lambda t, y, k: torch.stack([-y[1], y[0], 1.0 + 0 * t])  # noqa: E731
+            events = None if integrand else event
+            sol = adjoint.solve_ivp(fun, (0.0, 0.8), x[:3], args=(x[3:],), events=events, quadrature=integrand, rtol=1e-9, atol=1e-11)
+            assert integrand or sol.events[0].t.shape[0] >= 1
+            return sol.quadrature if integrand else sol.t[-1] if kind == "terminal" else (sol.y[-1] * ALONG[:3]).sum()
+
+        return f
+
+    torch.testing.assert_close(WAYS[way](result(torch_norm)), WAYS[way](result(hand_norm)), rtol=1e-7, atol=1e-8)
+
+
 class Net(nn.Module):
     def __init__(self, norm):
         super().__init__()
