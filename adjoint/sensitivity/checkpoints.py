@@ -15,7 +15,7 @@ from ..integrate import Monitor, StageSolver, integrate
 from ..integrate.numbers import widened
 from ..integrate.plan import Grid
 from ..system.capture import alive
-from ..system.ownership import owned
+from ..system.ownership import continuing, owned
 from ..system.system import System
 from ..system.transforms import functorch_active, naming_writes
 from ..torch_internals import copy_by_copy
@@ -223,6 +223,7 @@ class CheckpointNode(torch.autograd.Function):
     @staticmethod
     @copy_by_copy
     @naming_writes
+    @continuing("problem")
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         problem = ctx.problem()
         final, *saved = alive(ctx.saved_tensors)

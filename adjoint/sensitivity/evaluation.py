@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import SolveError
 from ..system.capture import cut_apart
-from ..system.ownership import owned
+from ..system.ownership import continuing, owned
 from ..system.system import System
 from ..system.transforms import naming_writes
 from ..torch_internals import copy_by_copy
@@ -45,6 +45,7 @@ class Evaluation(torch.autograd.Function):
     @staticmethod
     @copy_by_copy
     @naming_writes
+    @continuing("system")
     def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
         system = ctx.system()
         known, t, y, *inputs = ctx.saved_tensors

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..linalg import Factorization, LinearSolver, Log, Matrix
 from ..nonlinear import RootRecord
 from ..system.capture import alive, below_jvp, readable
-from ..system.ownership import owned
+from ..system.ownership import continuing, owned
 from ..system.system import Flat, StateSpec, System, VmappedSystem
 from ..system.transforms import functorch_active, naming_writes
 from ..torch_internals import copy_by_copy, get_unwrapped, is_functorch_wrapped_tensor
@@ -280,6 +280,7 @@ class RootNode(torch.autograd.Function):
     @staticmethod
     @copy_by_copy
     @naming_writes
+    @continuing("task")
     def backward(ctx: Any, raw_bar: Tensor | None, x_bar: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         raw, status, *inputs = alive(ctx.saved_tensors)
         wanted = [i for i, want in enumerate(ctx.needs_input_grad[2:]) if want]
@@ -361,6 +362,7 @@ class _LinearNode(torch.autograd.Function):
     @staticmethod
     @copy_by_copy
     @naming_writes
+    @continuing("task")
     def backward(ctx: Any, bar: Tensor | None) -> tuple[Tensor | None, ...]:
         u, x, *inputs = alive(ctx.saved_tensors)
         nothing: list[Tensor | None] = [None] * len(inputs)

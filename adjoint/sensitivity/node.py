@@ -14,7 +14,7 @@ from torch import Tensor
 from ..integrate import rms_norm
 from ..integrate.plan import RECORDED, Grid
 from ..system.capture import alive, below_jvp
-from ..system.ownership import owned, under_transform
+from ..system.ownership import continuing, owned, under_transform
 from ..system.system import System, VmappedSystem
 from ..system.transforms import below_vmap, functorch_active, jvp_active, naming_writes
 from ..torch_internals import copy_by_copy, unviewed
@@ -70,6 +70,7 @@ class SolveNode(torch.autograd.Function):
     @staticmethod
     @copy_by_copy
     @naming_writes
+    @continuing("problem")
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         problem = ctx.problem()
         grid, anchors, t_eval, inputs = unpack(ctx)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..integrate.plan import RECORDED, Grid
-from ..system.ownership import owned
+from ..system.ownership import continuing, owned
 from ..system.transforms import functorch_active
 from ..torch_internals import below_jvp
 from .asked import Asked
@@ -78,6 +78,7 @@ class _SweepNode(torch.autograd.Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
+    @continuing("problem")
     def backward(ctx: Any, *bars: Tensor | None) -> tuple[Any, ...]:
         problem, layout, tensors = ctx.problem(), ctx.layout, list(ctx.saved_tensors)
         smooth = smooth_places(tensors)

@@ -41,6 +41,7 @@ __all__ = [
     "as_part",
     "changed",
     "check_unchanged",
+    "continuing",
     "copied",
     "full_precision",
     "lending",
@@ -226,6 +227,27 @@ def owned(value: T) -> Owned[T]:
     if things is not None:
         things.append(value)
     return Owned(value, things)
+
+
+def continuing(name: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """For the backward of a node whose context holds what it needs under this ``name``: what is made on the way back, nodes of derivatives
+    that can be differentiated again, is owned by those that own the node. No front door is open there."""
+
+    def decorate(backward: Callable[..., R]) -> Callable[..., R]:
+        @wraps(backward)
+        def call(ctx: Any, *bars: Any) -> R:
+            things = getattr(ctx, name)._things()
+            if things is None or not torch.is_grad_enabled():
+                return backward(ctx, *bars)
+            _doors.open.append(things)
+            try:
+                return backward(ctx, *bars)
+            finally:
+                _doors.open.pop()
+
+        return call
+
+    return decorate
 
 
 def under_transform() -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -67,3 +69,22 @@ def test_what_fun_differentiates_itself_is_seen_beside_a_solve():
     torch.testing.assert_close(torch.autograd.grad(x, k)[0], 2 / 3 * x.detach(), rtol=1e-5, atol=0)
     with pytest.raises(UnsupportedCombination, match=r"torch\.vmap cannot see through torch\.autograd\.grad, which fun calls"):
         torch.vmap(lambda k: solve_root(slope, torch.ones(1, dtype=torch.float64), args=(k,)).x)(K)
+
+
+@pytest.mark.parametrize("method", ["tsit5", "kvaerno5", "radau5", "rodas5p", "bdf", "abm", "solve_dae"])
+def test_backward_through_backward(method):
+    """``x exp(p) = 2``: a node of the solve is met again on the way back of the root's own way back, when its solution is long gone."""
+    tight = {"rtol": 1e-9, "atol": 1e-11}
+
+    def end(x, p):
+        if method == "solve_dae":
+            fun = lambda t, y, yp, p: torch.stack([yp[0] - p * y[1], y[1] - y[0]])  # noqa: E731
+            return solve_dae(fun, (0.0, 1.0), torch.cat([x, x]), args=(p,), **tight).y[-1, :1]
+        return solve_ivp(lambda t, y, p: p * y, (0.0, 1.0), x, args=(p,), method=method, **tight).y[-1]
+
+    p = torch.tensor(0.5, requires_grad=True)
+    found = [solve_root(lambda x, p: end(x, p) - 2.0, torch.ones(1), args=(p,)).x[0]]
+    for _ in range(2):
+        found += torch.autograd.grad(found[-1], p, create_graph=True)
+    x = 2 * math.exp(-0.5)
+    assert [float(value.detach()) for value in found] == pytest.approx([x, -x, x], rel=1e-6)
