@@ -357,7 +357,10 @@ def jacobian_operator(f: Function, x: Tensor) -> LinearOperator:
     if transforms_active():
         out, pull = _vjp(f, x)
         _check_square(out, x)
-        return _operator(x, _linearized(f, x), lambda w: pull(w.conj())[0].conj() if out.is_complex() else pull(w)[0])
+        _same_field(out, x)
+        push = _linearized(f, x)
+        assert push is not None
+        return _operator(x, push, lambda w: pull(w.conj())[0].conj() if out.is_complex() else pull(w)[0])
     out, leaf, probe, turned = _record(f, x)
     _check_square(out, x)
     if turned is None:

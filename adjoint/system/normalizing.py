@@ -7,7 +7,7 @@ and numbers of the right size. Jacobians of ``fun``, which implicit methods diff
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def _scaled(x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | N
     return out if bias is None else out + bias
 
 
-def _centred(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _centred(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, with the dimensions that they are taken over."""
     mean = x.mean(dims, keepdim=True)
     return mean, (x - mean).square().mean(dims, keepdim=True)
@@ -43,7 +43,7 @@ def _by_channel(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    dims: Sequence[int] | None,
+    dims: tuple[int, ...] | None,
     eps: float,
 ) -> Tensor:
     """``dims``: those that mean and variance are taken over, or None: running ones are used. (PyTorch's own functions keep these, for they
