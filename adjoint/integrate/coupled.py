@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ __all__ = ["CoupledSystem", "StagesOfMany", "StagesOfOne", "combined", "solve_co
 MOST, MOST_CONSTANT = 10, 50
 
 
-class CoupledSystem(Equations):
+class CoupledSystem(Equations, ABC):
     """The equations of implicit stages, ``F(t, Y, K) = 0`` for the slope ``K`` at the value ``Y``: for an ODE ``K - f(t, Y)``.
 
     With ``E = F_y'`` and ``G = F_y`` at the start of the step.
@@ -60,33 +61,33 @@ class CoupledSystem(Equations):
             self._guess = LoneGuess(nodes) if self.alone else StageGuess(nodes)
         return self._guess
 
+    @abstractmethod
     def residual(self, t: Tensor, y: Tensor, slope: Tensor) -> Tensor:
         """``F(t, y, y')``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mass(self, v: Tensor) -> Tensor:
         """``E v``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mode_factors(self, mode: Mode, step: Measure) -> Any:
         """Factors, which `solve`, of ``E + step l G`` for the eigenvalue ``l`` of the mode."""
-        raise NotImplementedError
 
+    @abstractmethod
     def with_slope(self, b: Tensor, hg: Measure, k1: Tensor) -> Tensor:
         """``b + hg E k1``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def filtered(self, hg: Measure, b: Tensor) -> Tensor:
         """``(E + hg G)^-1 b``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mass_slope(self, y: Tensor, k1: Tensor) -> Tensor:
         """``E y'`` at the state ``y`` at the start of the step, near which the slope is ``k1``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def note_failure(self, failed: Decision, attempted: Decision) -> None:
         """The iteration of these rows, of those that were attempted, did not converge."""
-        raise NotImplementedError
 
     def weigh(self, x: Tensor, step: Measure, error: bool) -> Tensor:
         """Changes (or, with ``error``, errors) of the state, as the norms shall see them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +124,7 @@ def _scale(sides: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Krylov(SolverTraits):
+class Krylov(SolverTraits, ABC):
     """Common settings of the Krylov methods.
 
     Parameters
@@ -171,9 +172,9 @@ class Krylov(SolverTraits):
         """See `LinearSolver.refactor`."""
         return _Iterative(matrix, self, factorization.log, None)
 
+    @abstractmethod
     def iterate(self, product: Product, precondition: Product, b: Tensor, goal: Tensor, log: Log) -> tuple[Tensor, Tensor]:
         """The solution ``(B, n)`` and the norms of its residuals ``(B,)``, computed anew, which are to reach ``goal``."""
-        raise NotImplementedError
 
     def goal(self, b: Tensor, unit: Tensor) -> Tensor:
         """``(B,)``: what the norm of the residual is to reach, for sides that have been divided by ``unit``."""
@@ -297,12 +298,12 @@ class ShortRecurrence(Krylov):
                 break
         return x, norm
 
+    @abstractmethod
     def run(
         self, product: Product, precondition: Product, b: Tensor, running: Tensor, goal: Tensor, most: int, draw: int
     ) -> tuple[Tensor, int, Tensor]:
         """The solution by the recursion for the rows that are ``running``, how many products it took, and ``(B,)`` which rows it
         thinks are solved. ``draw`` numbers the shadow vectors: other numbers, other vectors."""
-        raise NotImplementedError
 
 
 def shadow_vectors(b: Tensor, s: int, draw: int) -> Tensor:

@@ -19,7 +19,7 @@ from ..system.structure import Structure
 from ..system.system import Flat, System, VmappedSystem
 from ..system.transforms import every_copy
 from ..torch_internals import temporarily_clear_interpreter_stack
-from .implicit import FixedRule, JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions
+from .implicit import FixedRule, JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions, known_root
 from .problem import Problem, StageAlgebra
 from .products import tangent
 
@@ -361,11 +361,7 @@ def completion(problem: Problem, structure: Structure, t: Tensor, y: Tensor, yp:
     conditions = _conditions(problem.system, structure)
     solver = DenseLU()
 
-    def find(r: Any, x: Tensor, inputs: Any, jacobian: Any) -> RootRecord:
-        count = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        return RootRecord(x, torch.zeros_like(x), x.new_zeros(x.shape[0]), count, count, count, count)
-
-    task = RootTask(conditions, conditions, find, FixedRule(DenseJacobian()), solver, Log(), lambda record: None)
+    task = RootTask(conditions, conditions, known_root, FixedRule(DenseJacobian()), solver, Log(), lambda record: None)
     known, free = structure.basis[..., : structure.rank], structure.basis[..., structure.rank :]
     with torch.no_grad():
         u = torch.cat([_times(known.mH, yp), _times(free.mH, y.detach())], -1)

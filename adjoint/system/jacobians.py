@@ -75,8 +75,8 @@ def jvp(f: Function, x: Tensor, v: Tensor, differentiable: bool | None = None) -
         found = plain_push(f, x, v.unsqueeze(0), None)
         if found is not None:
             return found[0]
-    push = _linearized(f, x)
-    return torch.func.jvp(f, (x,), (v,))[1] if push is None else push(v)
+    out, pull = _vjp(f, x)
+    return _transposed(out, pull)(v) if out.is_complex() == x.is_complex() else torch.func.jvp(f, (x,), (v,))[1]
 
 
 def complex_differentiable(f: Function, x: Tensor) -> bool:
@@ -108,15 +108,12 @@ def _vjp(f: Function, x: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tenso
     return found[0], found[1]
 
 
-def _linearized(f: Function, x: Tensor) -> Function | None:
-    """``v -> J v`` as the transpose of the vjp, which is linear; None for complex results of real arguments.
+def _transposed(out: Tensor, pull: Callable[[Tensor], tuple[Tensor]]) -> Function:
+    """``v -> J v`` as the transpose of a vjp, which is linear.
 
     Not PyTorch's forward mode: its formulas are differentiable by name, but some (of ``linalg.solve``, ``det``, norms of layers) take what
     the operator keeps for constants, and the derivatives of their results are wrong without a word.
     """
-    out, pull = _vjp(f, x)
-    if out.is_complex() != x.is_complex():
-        return None
     _, transpose = _vjp(lambda w: pull(w)[0], torch.zeros_like(out))
     return lambda v: transpose(v)[0]
 
@@ -140,7 +137,9 @@ def forward_products(f: Function, x: Tensor, seeds: Tensor, chunk_size: int | No
         found = plain_push(f, x, seeds.unsqueeze(1).expand(-1, *x.shape), chunk_size)
         if found is not None:
             return found
-    push = _linearized(f, x) or (lambda v: torch.func.jvp(f, (x,), (v,))[1])
+    out, pull = _vjp(f, x)
+    same = out.is_complex() == x.is_complex()
+    push = _transposed(out, pull) if same else lambda v: torch.func.jvp(f, (x,), (v,))[1]
     return _mapped(lambda s: push(s.expand_as(x)), seeds, chunk_size)
 
 
@@ -358,9 +357,7 @@ def jacobian_operator(f: Function, x: Tensor) -> LinearOperator:
         out, pull = _vjp(f, x)
         _check_square(out, x)
         _same_field(out, x)
-        push = _linearized(f, x)
-        assert push is not None
-        return _operator(x, push, lambda w: pull(w.conj())[0].conj() if out.is_complex() else pull(w)[0])
+        return _operator(x, _transposed(out, pull), lambda w: pull(w.conj())[0].conj() if out.is_complex() else pull(w)[0])
     out, leaf, probe, turned = _record(f, x)
     _check_square(out, x)
     if turned is None:

@@ -38,23 +38,27 @@ def _layer_norm(
 
 
 def _by_channel(
+    own: Callable[..., Tensor],
     x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    running: tuple[Tensor | None, Tensor | None],
     weight: Tensor | None,
     bias: Tensor | None,
     dims: tuple[int, ...] | None,
+    momentum: float,
     eps: float,
 ) -> Tensor:
-    """``dims``: those that mean and variance are taken over, or None: running ones are used. (PyTorch's own functions keep these, for they
-    write into them without counting that as a change of what others have saved.)"""
+    """``dims``: those that mean and variance are taken over, or None: the ``running`` ones are used. These are kept by PyTorch's ``own``
+    function, which writes into them without counting that as a change of what others have saved."""
     shape = (1, -1, *(1 for _ in range(x.dim() - 2)))
-    of_channel = lambda p: None if p is None else p.reshape(shape)  # noqa: E731
+    weight, bias, *kept = (None if p is None else p.reshape(shape) for p in (weight, bias, *running))
     if dims is None:
-        assert running_mean is not None and running_var is not None
-        return _scaled(x, running_mean.reshape(shape), running_var.reshape(shape), eps, of_channel(weight), of_channel(bias))
-    mean, var = _centred(x, dims)
-    return _scaled(x, mean, var, eps, of_channel(weight), of_channel(bias))
+        mean, var = kept
+        assert mean is not None and var is not None
+        return _scaled(x, mean, var, eps, weight, bias)
+    if running[0] is not None:
+        with torch.no_grad():
+            own(x, None, None, *running, True, momentum, eps, False)
+    return _scaled(x, *_centred(x, dims), eps, weight, bias)
 
 
 def _batch_norm(
@@ -68,10 +72,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     dims = (0, *range(2, input.dim())) if training else None
-    if training and running_mean is not None:
-        with torch.no_grad():
-            torch.batch_norm(input, None, None, running_mean, running_var, True, momentum, eps, False)
-    return _by_channel(input, running_mean, running_var, weight, bias, dims, eps)
+    return _by_channel(torch.batch_norm, input, (running_mean, running_var), weight, bias, dims, momentum, eps)
 
 
 def _instance_norm(
@@ -85,10 +86,7 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     dims = tuple(range(2, input.dim())) if use_input_stats else None
-    if use_input_stats and running_mean is not None:
-        with torch.no_grad():
-            torch.instance_norm(input, None, None, running_mean, running_var, True, momentum, eps, False)
-    return _by_channel(input, running_mean, running_var, weight, bias, dims, eps)
+    return _by_channel(torch.instance_norm, input, (running_mean, running_var), weight, bias, dims, momentum, eps)
 
 
 def _weights_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
