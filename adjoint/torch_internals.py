@@ -10,10 +10,12 @@ and leaves of pytrees, quickly where they are tensors and numbers in tuples and 
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import cached_property, wraps
 from types import NoneType
 from typing import Any, cast
 
@@ -77,6 +79,7 @@ __all__ = [
     "storage_use_count",
     "switch_fwd_grad",
     "sync",
+    "team_of_threads",
     "temporarily_clear_interpreter_stack",
     "times_below",
     "unviewed",
@@ -185,6 +188,35 @@ foreach_add_: Callable[[Any, Any], None] = cast(Any, torch)._foreach_add_
 is_functional_tensor: Callable[[Tensor], bool] = cast(Any, torch)._is_functional_tensor
 from_functional_tensor: Callable[[Tensor], Tensor] = cast(Any, torch)._from_functional_tensor
 sync: Callable[[Tensor], None] = cast(Any, torch)._sync
+
+
+class _Team:
+    """PyTorch's threads. ``gone``: in a process that was forked, which has none of them."""
+
+    gone = False
+
+    @cached_property
+    def entry(self) -> int:
+        try:
+            # the library of OpenMP that PyTorch was linked with, of several in a process
+            return ctypes.cast(ctypes.CDLL(_C.__file__).GOMP_parallel, ctypes.c_void_p).value or 0
+        except (AttributeError, OSError):
+            return 0
+
+    def leave(self) -> None:
+        self.gone = True
+
+
+_team = _Team()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_team.leave)
+
+
+def team_of_threads() -> int:
+    """The address of a C function ``(function, argument, threads, 0)`` that runs one in so many of the threads of PyTorch's operators; zero
+    where there is none. For milliseconds after their last work these stand ready for more, and keep processors from other threads.
+    """
+    return 0 if _team.gone else _team.entry
 
 
 def decomposition_table() -> dict[Any, Callable[..., Any]]:

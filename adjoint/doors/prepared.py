@@ -91,7 +91,7 @@ class Asked:
             run = Run(prepared, found, anchors, times, values, tuple(i for i, _ in wanted), again, backward.add, y)
             y = PreparedNode.apply(run, y0, *(x for _, x in wanted))
         if self.options["batched"]:
-            n_steps, n_accepted, n_fun, status, _, *work = found.counts.clone().unbind()
+            n_steps, n_accepted, n_fun, status, _, *work = found.counts.unbind()
         else:
             n_steps, n_accepted, n_fun, status, _, *work = found.counts[:, 0].tolist()
         return Solution(t, y, status, Stats(n_steps, n_accepted, n_steps - n_accepted, n_fun, *work, backward=backward))

@@ -76,7 +76,8 @@ def sweep_native(
     found = [torch.zeros_like(x) for x in inputs]
     call.inputs, _inputs_at = addressed(inputs, states.device)
     call.input_bars, _bars_at = addressed(found, states.device)
-    call.rows, call.block, call.threads = rows, block_of(rows), threads_for(program, rows)
+    call.rows, call.block = rows, block_of(rows)
+    call.threads, call.team = threads_for(program, rows)
     call.n_anchors, call.n_steps, call.n_samples = anchors.shape[0], n_steps, n_samples
     call.jumps, call.timed = shift_of(plan, anchors), timed
     for name, x in keep.items():

@@ -31,6 +31,7 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("long", "rows"),
     ("long", "block"),  # rows that one thread takes at a time
     ("long", "threads"),
+    ("void*", "team"),  # see `team_of_threads`
     ("const double*", "anchors"),  # (A, B)
     ("long", "n_anchors"),
     ("const double*", "t_eval"),  # (T, B)
@@ -108,6 +109,7 @@ BACKWARD: tuple[tuple[str, str], ...] = (
     ("long", "rows"),
     ("long", "block"),
     ("long", "threads"),
+    ("void*", "team"),  # see `team_of_threads`
     ("const double*", "anchors"),
     ("long", "n_anchors"),
     ("long", "n_steps"),

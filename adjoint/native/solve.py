@@ -17,9 +17,11 @@ from ..integrate.loop import no_events
 from ..integrate.plan import PIDController, Plan, Record
 from ..integrate.residual import power_of
 from ..integrate.stages import TOLERANCE
+from ..torch_internals import team_of_threads
 from .calls import FORWARD_CALL, filled
 from .device import DeviceEngine, addressed, trimmed
 from .emit import recorded_stages, records_beside
+from .memory import in_large_pages
 from .program import Engine, Program
 from .progress import tell, told
 from .reading import Unreadable
@@ -43,12 +45,13 @@ _SHIFTS = {"none": 0, "inner": 1, "all": 2}
 
 def block_of(rows: int) -> int:
     """Rows that one thread takes at a time: sums over rows go by blocks, so these must not depend on the number of threads."""
-    return max(64, -(-rows // 32))
+    return max(64, -(-rows // 64))
 
 
-def threads_for(program: Program, rows: int) -> int:
-    """Threads among which blocks are shared out, where that is worth the tenth of a millisecond that it takes to begin one."""
-    return torch.get_num_threads() if rows > block_of(rows) and rows * program.values_of_fun >= _WORTH else 1
+def threads_for(program: Program, rows: int) -> tuple[int, int]:
+    """Threads among which blocks are shared out, where there is work for them, and their team."""
+    count = torch.get_num_threads() if rows > block_of(rows) and rows * program.values_of_fun >= _WORTH else 1
+    return count, team_of_threads() if count > 1 else 0
 
 
 def shift_of(plan: Plan, anchors: Tensor) -> int:
@@ -222,7 +225,7 @@ def solved(
         if n_anchors > 2:
             made["segment"] = torch.empty((steps, rows), dtype=torch.int64, device=at)
             made["lands"] = torch.empty((steps, rows), dtype=torch.bool, device=at)
-        return made
+        return {name: in_large_pages(x) for name, x in made.items()}
 
     def point(call: Any, steps: dict[str, Tensor], room: int) -> None:
         call.room = room
@@ -235,7 +238,7 @@ def solved(
     samples, sample_step = y0.new_empty((n_samples, rows, n)), torch.empty((n_samples, rows), dtype=torch.int64, device=at)
     call = FORWARD_CALL.from_buffer_copy(frame.call)
     call.inputs, _inputs_at = addressed(inputs, at)
-    call.threads = threads_for(program, rows)
+    call.threads, call.team = threads_for(program, rows)
     call.anchors, call.n_anchors, call.shift = anchors.data_ptr(), n_anchors, shift_of(plan, anchors)
     call.t_eval, call.n_samples, call.order = _address(t_eval), n_samples, _address(order)
     call.y0 = y0.data_ptr()

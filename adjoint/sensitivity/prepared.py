@@ -107,7 +107,8 @@ class PreparedNode(torch.autograd.Function):
         steps = found.steps
         ctx.run = run
         ctx.set_materialize_grads(False)
-        kept = [steps["states"], steps["t"], steps["h"], found.counts[3], found.sample_step]
+        # what is written to one of the counts is not written to this one
+        kept = [steps["states"], steps["t"], steps["h"], found.counts[3].clone(), found.sample_step]
         method = run.prepared.plan.method
         kept += [steps["stages"]] if method.implicit else []
         kept += [steps["extra"]] if method.multistep else []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ import adjoint
 from adjoint.methods import METHODS, SWITCHING_METHODS
 from adjoint.native.build import NoCompiler, compiler
 from adjoint.native.emit import takes
+from adjoint.native.memory import in_large_pages
+from adjoint.torch_internals import team_of_threads
 
 try:
     compiler()
@@ -223,11 +228,55 @@ def test_many_trajectories_of_a_small_function_are_those_of_few(method, dtype):
     assert all(x[others].isfinite().all() for x in grads)
 
 
-def test_bits_do_not_depend_on_the_number_of_threads():
-    found = []
+def by_threads(count):
     before = torch.get_num_threads()
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        found.append(solve(True, "dopri5", rows=700, shared=True)[1])
+    torch.set_num_threads(count)
+    found = solve(True, "dopri5", rows=700, shared=True)[1]
     torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    return found
+
+
+@pytest.mark.parametrize("team", [True, False])
+def test_bits_do_not_depend_on_the_number_of_threads(team, monkeypatch):
+    if not team:
+        monkeypatch.setattr("adjoint.native.solve.team_of_threads", lambda: 0)
+    elif not team_of_threads():
+        pytest.skip("PyTorch has no team of threads here")
+    first, *others = map(by_threads, (1, 2, 3))
+    assert all(torch.equal(a, b) for found in others for a, b in zip(found, first, strict=True))
+
+
+def _in_a_fork(results, y0, p):
+    torch.set_num_threads(2)
+    y = adjoint.solve_ivp(swings, (0.0, 2.0), y0, (p,), batched=True, compile=True).y
+    results.put((team_of_threads(), y[-1].tolist()))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes are not forked here")
+def test_a_forked_process_has_threads_of_its_own():
+    """None of PyTorch's team are in it: a solve that waited for them would not end."""
+    y0, p = torch.linspace(0.5, 1.5, 1400, dtype=torch.float64).reshape(700, 2), torch.tensor([1.1, 0.4], dtype=torch.float64)
+    by_threads(2)
+    found = adjoint.solve_ivp(swings, (0.0, 2.0), y0, (p,), batched=True, compile=True).y
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    child = context.Process(target=_in_a_fork, args=(results, y0, p), daemon=True)
+    child.start()
+    child.join(120)
+    assert child.exitcode == 0
+    assert results.get() == (0, found[-1].tolist())
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no large pages")
+def test_large_records_are_in_large_pages():
+    """As the system's own list of what lies where has it: ``hg`` among the flags."""
+    x = in_large_pages(torch.empty(2**23, dtype=torch.float64))
+    inside, flags = False, []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            low, high = (int(part, 16) for part in line.split()[0].split("-"))
+            inside = low <= x.data_ptr() + x.nbytes // 2 < high
+        elif inside and line.startswith("VmFlags:"):
+            flags = line.split()
+    assert "hg" in flags

@@ -242,7 +242,7 @@ extern "C" void backward(const Backward* q) {
   S* totals = lanes_of(blocks * SHARED);
   for (long e = 0; e < blocks * SHARED; e++) totals[e] = K(0);
   Sweep s{q, totals};
-  together(q->threads, blocks, block_back, &s);
+  together(q->threads, q->team, blocks, block_back, &s);
   long at = 0;
   for (int i = 0; i < INPUTS; i++) if (!OWN[i]) {
     for (long e = 0; e < NUMBERS[i]; e++) {

@@ -167,9 +167,13 @@ static void* member(void* p) {
     crew->work(crew->with, b);
   }
 }
-static void together(long threads, long blocks, void (*work)(void*, long), void* with) {
+static void one_of_team(void* p) { member(p); }
+// team: what runs a function in so many threads that are there already; without one, threads are begun
+typedef void (*Team)(void (*)(void*), void*, unsigned, unsigned);
+static void together(long threads, void* team, long blocks, void (*work)(void*, long), void* with) {
   Crew crew{blocks, 0, work, with};
   if (threads > blocks) threads = blocks;
+  if (threads > 1 && team) return ((Team)team)(one_of_team, &crew, (unsigned)threads, 0);
   pthread_t others[64];
   long started = 0;
   for (long i = 1; i < threads && started < 64; i++) if (!pthread_create(&others[started], nullptr, member, &crew)) started++;

@@ -40,7 +40,7 @@ KERNEL solve(const __grid_constant__ Forward q, const long* which, long count, S
 }
 // the ends of rows with fewer steps than others
 KERNEL fill_up(const __grid_constant__ Forward q, long steps) {
-  if (THREAD < q.rows) pad(q, q, steps, THREAD);
+  if (THREAD < q.rows) pad(q, q, steps, THREAD, THREAD + 1);
 }
 #if !DISPLACED
 // the way back of count trajectories from the one numbered ``from`` on; totals (SHARED, count): what each adds to cotangents of shared inputs

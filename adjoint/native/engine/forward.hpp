@@ -13,7 +13,7 @@ extern "C" void* forward(const Forward* q) {
   pthread_mutex_init(&tape->log.lock, nullptr);
 #endif
   Whole w{q, tape};
-  together(q->threads, (q->rows + q->block - 1) / q->block, block_forward, &w);
+  together(q->threads, q->team, (q->rows + q->block - 1) / q->block, block_forward, &w);
   return tape;
 }
 #if EVENTS > 0

@@ -55,9 +55,12 @@ static Place place_of(const Forward& q, Tape& tape, long k, long row) {
 #endif
 }
 
-// rows with fewer steps than there are go on with steps of size zero
-static void pad(const Forward& q, const Forward& to, long steps, long r) {
-  for (long k = q.n_accepted[r]; k < steps; k++) {
+// rows with fewer steps than there are go on with steps of size zero; step by step, as rows lie side by side in memory
+static void pad(const Forward& q, const Forward& to, long steps, long from, long end) {
+  long first = steps;
+  for (long r = from; r < end; r++) if (q.n_accepted[r] < first) first = q.n_accepted[r];
+  for (long k = first; k < steps; k++) for (long r = from; r < end; r++) {
+    if (k < q.n_accepted[r]) continue;
     const long i = k * q.rows + r;
     to.t[i] = q.t_final[r]; to.h[i] = 0;
     for (int e = 0; e < EXTRA; e++) to.extra[(k * EXTRA + e) * q.rows + r] = IDLE[e];
@@ -71,8 +74,7 @@ static void pad(const Forward& q, const Forward& to, long steps, long r) {
 struct Sealing { const Forward* q; const Forward* to; Tape* tape; long steps; };
 static void block_seal(void* p, long b) {
   Sealing& s = *(Sealing*)p;
-  const long end = least((b + 1) * s.q->block, s.q->rows);
-  for (long r = b * s.q->block; r < end; r++) pad(*s.q, *s.to, s.steps, r);
+  pad(*s.q, *s.to, s.steps, b * s.q->block, least((b + 1) * s.q->block, s.q->rows));
 }
 extern "C" void seal(void* p, const Forward* q, const Forward* to, long steps) {
   Tape* tape = (Tape*)p;
@@ -95,7 +97,7 @@ extern "C" void seal(void* p, const Forward* q, const Forward* to, long steps) {
   }
   if (q->keep_grid) {
     Sealing s{q, to, tape, steps};
-    together(q->threads, (q->rows + q->block - 1) / q->block, block_seal, &s);
+    together(q->threads, q->team, (q->rows + q->block - 1) / q->block, block_seal, &s);
   }
   for (Chunk* c = tape->first; c;) { Chunk* next = c->next; free(c->states); free(c->stages); free(c->t); free(c->h); free(c->segment); free(c->lands); free(c->extra); free(c); c = next; }
   pthread_mutex_destroy(&tape->lock);
