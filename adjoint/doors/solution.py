@@ -60,6 +60,7 @@ class Stats:
     """Work of the forward solve: integers, or one per trajectory in a ``(B,)`` tensor when batched.
 
     ``n_steps`` counts attempted steps. ``n_fun`` is of the steps: looks at ``fun`` before a solve, and for jumps after it, are not in it.
+    What is counted of a trajectory does not depend on those beside it; ``df/dt`` belongs to the Jacobian, of which it is a column.
     The counters of Jacobians, factorisations and solves are zero for explicit methods.
     ``compile_seconds``: spent on making native code (``compile=True``).
     """

@@ -113,7 +113,7 @@ def _of_many(
 ) -> Record:
     line = TimelineOfMany(plan, anchors)
     walk = Walk(plan, line, t_eval, y0, inputs)
-    return walk.solve(OneStepOfMany(f, plan, line, y0, walk.dense, beside))
+    return walk.solve(OneStepOfMany(f, plan, line, y0, beside))
 
 
 def _of_one(

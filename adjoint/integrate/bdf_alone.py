@@ -16,6 +16,7 @@ from .bdf import BOUND, NEWTON, SIZE, BdfSolver, changed, safety_after, shrunk, 
 from .clock import TimelineOfOne, initial_step
 from .loop import Walk
 from .newton import iterate, jacobian_at, shifted
+from .numbers import Decision
 from .plan import Plan, Record, row_norm, shifted_times
 from .stepper import Attempt, Fate, StageWork
 
@@ -121,7 +122,7 @@ class _Trial:
         """See `Trial`."""
         return torch.tensor(self._known, dtype=torch.float64, device="cpu")
 
-    def stages(self) -> Sequence[Tensor]:
+    def stages(self, who: Decision) -> Sequence[Tensor]:
         """(6, ...): the differences behind the state up to the order, and the correction, over ``h``."""
         if self._stages is None:
             out = self.table.new_zeros(MAX_ORDER + 1, *self.d.shape)

@@ -201,7 +201,7 @@ class EventWatch:
         taken again; None if all simply go on.
         """
         aimed = False if aiming is None else aiming & accepted & step.cut
-        inside = within(self.plan.method, step, trial, y)
+        inside = within(self.plan.method, step, trial, y, accepted)
         points = [*((step.t + c * step.h, x) for c, x in zip(GRID, inside.on_grid(self.weights), strict=True)), (step.end, trial.y)]
         values = [self.values, *(self._values(*point) for point in points)]
         before, self.values = self.values, choose(accepted, values[-1], self.values)

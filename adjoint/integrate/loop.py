@@ -21,7 +21,7 @@ from .sampling import Sampler
 from .stepper import Attempt, Fate, Stepper, Trial
 from .stiffness import SwitchWatch
 
-__all__ = ["Ended", "LogOfMany", "LogOfOne", "Walk", "evaluations_of_attempt", "no_events", "record_of"]
+__all__ = ["Ended", "LogOfMany", "LogOfOne", "Walk", "no_events", "record_of"]
 
 class Ended(NamedTuple):
     """Where a loop came to; see `Record`. ``scaled``: None where there was no step."""
@@ -93,7 +93,7 @@ class LogOfOne:
     def add(self, step: Attempt, trial: Trial, accepted: bool, y: Tensor, stages: bool) -> None:
         """A step that was accepted."""
         if stages or self.plan.keep_stages:
-            self._stages.append((len(self._t), torch.stack(list(trial.stages()))))
+            self._stages.append((len(self._t), torch.stack(list(trial.stages(accepted)))))
         self._t.append(step.t)
         self._h.append(step.h)
         self._segment.append(step.segment)
@@ -156,7 +156,7 @@ class LogOfMany:
         if plan.keep_states:
             self._states.append(y)
         if plan.keep_stages:
-            self._stages.append(torch.stack(list(trial.stages())))
+            self._stages.append(torch.stack(list(trial.stages(accepted))))
 
     def steps(self, ended: Ended, plain: bool) -> dict[str, Tensor]:
         """Move the accepted steps of every trajectory to the front, padded with steps of size zero at its end.
@@ -228,17 +228,6 @@ class LogOfMany:
         }
 
 
-def evaluations_of_attempt(plan: Plan, dense: bool, jumps: bool) -> int:
-    """Evaluations of ``fun`` in an attempt; ``dense``: with the stages of the dense output."""
-    method = plan.method
-    if method.implicit:
-        # the slope at the end, and what the step evaluates beside its iterations, which count their own; so does the slope behind a jump
-        # where it takes an iteration
-        return (method.end_index is None) + method.evaluations + (jumps and not method.residual)
-    each = method.n_stages if method.end_index is None or method.end_index == method.n_stages else method.n_stages - 1
-    return each + (method.extra_evaluations if dense else 0) + jumps
-
-
 _SILENT = Monitor()
 
 
@@ -262,8 +251,6 @@ class Walk:
         self.events = EventWatch(plan, inputs, line.start, y0) if plan.events else None
         self.watch = None if plan.switch is None else SwitchWatch(plan.switch, plan, 1 if alone else len(y0), y0.device)
         self.log: Any = (LogOfOne if alone else LogOfMany)(plan, y0, idle)
-        #: whether somebody looks at the stages of every step
-        self.dense = plan.keep_stages or self.sampler.wanted or self.events is not None or self.watch is not None
 
     def run(self, stepper: Stepper, recording: Recording | None = None) -> Ended:
         """Take steps to the end. ``recording``: what stops autograd's when it has grown too large."""
@@ -313,7 +300,7 @@ class Walk:
                 each.accepted(t, y, h)
                 if watch is not None:
                     staying = accepted & negated(lands) if found is None else accepted & negated(lands | stopped)
-                    over = watch.after_step(stepper.f, staying, h, y, trial.stages(), stepper.rate)
+                    over = watch.after_step(stepper.f, staying, h, y, trial.stages(staying), stepper.rate)
                 if sampler.wanted:
                     sampler.take(attempt, trial, accepted, upto, n_accepted, y)
                 log.add(attempt, trial, accepted, y, events is not None and events.found_in(n_accepted))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .clock import TimelineOfMany
 from .loop import Walk
+from .numbers import Decision
 from .plan import Plan, Record, shifted_times
 from .stepper import Attempt, Equations, Fate
 
@@ -54,7 +55,7 @@ class _Trial:
         self.found, self.error, self.scale, self.y, self.extra = found, error, scale, found.y, found.extra
         self.bad, self.passed, self.hopeless = ~found.solved, found.solved & (error <= 1.0), False
 
-    def stages(self) -> Sequence[Tensor]:
+    def stages(self, who: Decision) -> Sequence[Tensor]:
         """See `Trial.stages`."""
         return self.found.slopes.unbind()
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from ..methods import Method
 from .clock import TimelineOfMany, TimelineOfOne, Verdict, initial_step, judge_step
 from .companion import QUIET, Beside, companion_of
-from .loop import evaluations_of_attempt
-from .numbers import Decision, Measure, absent, any_of, choose, larger, widened
+from .numbers import Decision, Measure, absent, any_of, choose, larger, negated, widened
 from .plan import Plan, shifted_times, tamed
 from .recording import Recording
 from .residual import inner_error
@@ -31,7 +30,7 @@ class _Trial:
     """
 
     __slots__ = (
-        *("_dense", "_f", "_method", "bad", "end", "extra", "h", "hopeless", "memory", "n_fun", "passed", "size"),
+        *("_dense", "_f", "_method", "bad", "end", "extra", "h", "hopeless", "looked", "memory", "passed", "size"),
         *("slopes", "start", "step", "times", "y"),
     )
 
@@ -44,21 +43,21 @@ class _Trial:
         self.size, self.extra = y, None
         self.passed: Decision = True
         self.bad = self.hopeless = False
-        self.n_fun = 0
+        #: who has looked at the stages of the dense output
+        self.looked: Decision = False
 
     def judged(self, verdict: Verdict) -> None:
         """Take over what a verdict says."""
         self.passed, self.bad, self.hopeless, self.step, self.memory = verdict
 
-    def stages(self) -> list[Tensor]:
+    def stages(self, who: Decision) -> list[Tensor]:
         """See `Trial.stages`."""
+        self.looked = self.looked | who
         if self._dense is None:
             method = self._method
             if self.end is None and method.end_index == method.n_stages:
                 self.end = self._f(self.times[method.n_stages], self.y)
-                self.n_fun += 1
             self._dense = method.dense_stages(self._f, self.times, self.h, self.start, self.slopes, self.end)
-            self.n_fun += method.extra_evaluations
         return self._dense
 
     def detach(self) -> None:
@@ -77,6 +76,28 @@ class _OneStep:
         self.companion = None if beside is None else companion_of(f, plan, beside, y0, flat)
         self._memory: tuple[Measure, Measure] = (1.0, 1.0)
         self._rejected: Decision = False
+        self._n_fun: Any = 0
+        method = plan.method
+        # asked for in every step
+        self._adaptive, self._implicit, self._nodes = method.adaptive, method.implicit, method.nodes
+        self._cost, self._asks_end, self._n_stages = method.evaluations, method.error_uses_end, method.n_stages
+        self._ends_stages = method.end_index == method.n_stages - 1
+        # which take iterations to a slope, and count them
+        self._residual = method.residual
+        #: whether each step comes to know the slope at its end, or those do whose dense output is looked at; what that costs
+        self._knows_end, shows_end = self._ends_stages or self._asks_end, method.end_index == method.n_stages and not self._asks_end
+        self._shows_end, self._look = shows_end, method.extra_evaluations + shows_end
+
+    def _followed(self, step: Attempt, trial: _Trial, fate: Fate) -> None:
+        """Count what a step costs beside its own stages: a look at its dense output, and the slope where the next one starts, unless it is
+        known. Behind a jump it is not."""
+        looked, onward = trial.looked, fate.accepted & fate.going
+        if self._look:
+            self._n_fun = self._n_fun + self._look * looked
+        if not self._knows_end:
+            self._n_fun = self._n_fun + ((onward & (step.before | negated(looked))) if self._shows_end else onward)
+        elif not (absent(step.before) or self._residual):
+            self._n_fun = self._n_fun + (onward & step.before)
 
     @property
     def rate(self) -> float | Tensor:
@@ -106,12 +127,6 @@ class OneStepOfOne(_OneStep):
     ) -> None:
         super().__init__(f, plan, y0, beside, flat)
         self._line, self._flat, self._recording = line, flat, recording
-        self._n_fun = 0
-        method = plan.method
-        # asked for in every step
-        self._adaptive, self._implicit, self._nodes = method.adaptive, method.implicit, method.nodes
-        self._cost, self._asks_end, self._n_stages = method.evaluations, method.error_uses_end, method.n_stages
-        self._ends_stages = method.end_index == method.n_stages - 1
 
     def begin(self) -> tuple[float, bool, bool]:
         """See `Stepper.begin`."""
@@ -176,7 +191,7 @@ class OneStepOfOne(_OneStep):
     def follow(self, step: Attempt, trial: _Trial, size: float, fate: Fate) -> float:
         """See `Stepper.follow`."""
         accepted, again, aim, going, _ = fate
-        self._n_fun += trial.n_fun
+        self._followed(step, trial, fate)
         if again:
             assert aim is not None
             return max(size, abs(aim - step.t))
@@ -184,7 +199,6 @@ class OneStepOfOne(_OneStep):
             self.y, self._size = trial.y, trial.size
             if going and (step.before or (trial.end is None and not self._ends_stages)):
                 self._k1 = self.f(self._time(step.end, bool(step.before)), trial.y)
-                self._n_fun += 1
             else:
                 self._k1 = trial.slopes[-1] if trial.end is None else trial.end
         if not self._adaptive:
@@ -206,18 +220,16 @@ class OneStepOfMany(_OneStep):
     ----------
     f : flat right-hand side, for implicit methods with their equations
     y0 : (B, n)
-    dense : compute the stages of the dense output in every attempt
     beside : see `Companion`
     """
 
-    def __init__(self, f: Any, plan: Plan, line: TimelineOfMany, y0: Tensor, dense: bool, beside: Beside | None) -> None:
+    def __init__(self, f: Any, plan: Plan, line: TimelineOfMany, y0: Tensor, beside: Beside | None) -> None:
         super().__init__(f, plan, y0, beside, None)
-        self._line, self._dense = line, dense
+        self._line = line
         self._width = 0 if plan.method.implicit else y0.shape[-1]
         self._constrained = self._equations is not None and self._equations.constrained
         self._span = (line.end - line.start).abs()
-        self._nodes = line.start.new_tensor(plan.method.nodes).unsqueeze(-1)
-        self._begun = 0
+        self._fractions = line.start.new_tensor(plan.method.nodes).unsqueeze(-1)
 
     def _spread(self, x: Tensor) -> Tensor:
         return widened(x.unsqueeze(-1), self._width)
@@ -227,7 +239,7 @@ class OneStepOfMany(_OneStep):
         plan, line, y0, f = self.plan, self._line, self.y, self.f
         t0, stops, sign = line.start, line.anchors, line.sign
         time, equations = shifted_times([t0.to(plan.real)], [0.0], line.every, False, sign)[0], self._equations
-        self._k1, self._begun = (f(time, y0), 1) if equations is None else equations.slope_at_start(stops, sign, time, y0)
+        self._k1, begun = (f(time, y0), 1) if equations is None else equations.slope_at_start(stops, sign, time, y0)
         if plan.first_step is not None:
             step = torch.zeros_like(t0) + plan.first_step
         elif not plan.method.adaptive:
@@ -236,8 +248,9 @@ class OneStepOfMany(_OneStep):
             found = None if equations is None else equations.first_step(stops, sign, y0)
             if found is None:
                 found = initial_step(f, plan, stops, y0, self._k1, sign)
-                self._begun += 1
+                begun += 1
             step = found.clamp(min=plan.min_step)
+        self._n_fun = torch.full_like(t0, begun, dtype=torch.int64)
         level = torch.ones_like(t0, dtype=torch.float32)
         self._memory = level, level
         self._rejected = torch.zeros_like(t0, dtype=torch.bool)
@@ -251,14 +264,14 @@ class OneStepOfMany(_OneStep):
         plan, f, y, k1 = self.plan, self.f, self.y, self._k1
         method, real, t, h = plan.method, plan.real, step.t, step.h
         hr = self._spread(h.to(real))
-        times: Sequence[Tensor] = (t + h * self._nodes).to(real).unbind()
+        times: Sequence[Tensor] = (t + h * self._fractions).to(real).unbind()
         if self._line.jumps:
             times = shifted_times(times, method.nodes, step.behind, step.before, self._line.sign)
         y1, ks = method.step(f, times, hr, y, k1)
+        self._n_fun = self._n_fun + self._cost * step.running
         trial = _Trial(f, method, times, hr, y, y1, ks)
-        inside = method.end_index is not None and method.end_index < method.n_stages
-        if not inside:
-            trial.end = f(times[method.n_stages] if method.end_index is not None else (t + h).to(real), y1)
+        if self._asks_end:
+            trial.end = f(times[method.n_stages], y1)
         if method.adaptive:
             estimate = method.error(hr, [*ks, trial.end] if method.error_uses_end else ks)
             size = torch.maximum(y.abs(), y1.abs())
@@ -276,8 +289,6 @@ class OneStepOfMany(_OneStep):
             # without an error estimate the state itself says when it stops being finite
             trial.bad = trial.hopeless = ~torch.isfinite(y1).all(-1)
             trial.passed = ~trial.bad
-        if self._dense:
-            trial.stages()
         return trial
 
     def _accompanied(self, step: Attempt, times: Sequence[Tensor], y1: Tensor, error: Tensor, verdict: Verdict) -> Verdict:
@@ -306,23 +317,14 @@ class OneStepOfMany(_OneStep):
 
     def follow(self, step: Attempt, trial: _Trial, size: Tensor, fate: Fate) -> Tensor:
         """See `Stepper.follow`."""
-        accepted, again, aim, _, _ = fate
-        plan, f, line = self.plan, self.f, self._line
+        accepted, again, aim, going, _ = fate
+        plan = self.plan
+        self._followed(step, trial, fate)
         column = self._spread(accepted)
-        y = torch.where(column, trial.y, self.y)
-        slope = trial.slopes[plan.method.end_index] if trial.end is None else trial.end  # type: ignore[index]
-        if line.jumps:
-            # after a discontinuity the first stage is taken anew, from the far side of it
-            jumped = accepted & step.before
-            end = torch.where(accepted, step.end, step.t)
-            time = shifted_times([end.to(plan.real)], [0.0], jumped, False, line.sign)[0]
-            if self._equations is None:
-                slope = torch.where(self._spread(jumped), f(time, y), slope)
-            else:
-                room = (line.target(line.behind(step.segment, accepted & step.lands)[0]) - end).abs()
-                slope = self._equations.slope_behind(jumped, time, y, slope, line.sign, torch.where(room > 0, room, self._span))
-        self._k1 = torch.where(column, slope, self._k1)
-        self.y = y
+        self.y = y = torch.where(column, trial.y, self.y)
+        slope = self._slope(step, trial, accepted, accepted & going, y)
+        if slope is not None:
+            self._k1 = torch.where(column, slope, self._k1)
         if not plan.method.adaptive:
             return self._once_more(step, size, size, again, aim)
         rejected = step.running & ~trial.passed
@@ -332,11 +334,29 @@ class OneStepOfMany(_OneStep):
             self._memory = torch.where(accepted, now[0], before[0]), torch.where(accepted, now[1], before[1])
         return self._once_more(step, trial.step, size, again, aim)
 
+    def _slope(self, step: Attempt, trial: _Trial, accepted: Tensor, onward: Tensor, y: Tensor) -> Tensor | None:
+        """The slope at the states ``y`` from which the next steps start, None where it is that of this one."""
+        f, line = self.f, self._line
+        known = trial.slopes[self._n_stages - 1] if self._ends_stages else trial.end
+        # after a discontinuity the first stage is taken anew, from the far side of it
+        jumped = accepted & step.before if line.jumps else False
+        if not any_of(onward if known is None else onward & jumped):
+            return known
+        end = torch.where(accepted, step.end, step.t)
+        # of a step that was refused it is the time it began at: equations remember what they were asked
+        behind = torch.where(accepted, step.before, step.behind) if line.jumps else False
+        time = shifted_times([end.to(self.plan.real)], [0.0], behind, False, line.sign)[0]
+        if known is None:
+            return f(time, y)
+        if self._equations is None:
+            return torch.where(self._spread(jumped), f(time, y), known)
+        room = (line.target(line.behind(step.segment, accepted & step.lands)[0]) - end).abs()
+        return self._equations.slope_behind(jumped, time, y, known, line.sign, torch.where(room > 0, room, self._span))
+
     @staticmethod
     def _once_more(step: Attempt, following: Tensor, size: Tensor, again: Decision, aim: Tensor | None) -> Tensor:
         return following if absent(again) or aim is None else choose(again, larger(size, (aim - step.t).abs()), following)
 
     def evaluations(self, attempts: Tensor) -> Tensor:
         """See `Stepper.evaluations`."""
-        found = self._begun + evaluations_of_attempt(self.plan, self._dense, self._line.last > 0) * attempts
-        return found if self.companion is None else found + self.companion.n_fun
+        return self._n_fun if self.companion is None else self._n_fun + self.companion.n_fun

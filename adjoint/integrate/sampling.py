@@ -24,9 +24,9 @@ __all__ = ["Sampler", "WithinMany", "WithinOne", "within"]
 _FEW = 8
 
 
-def within(method: Method, step: Attempt, trial: Trial, y: Tensor) -> WithinOne | WithinMany:
-    """The states in a step that began at ``y``."""
-    return (WithinMany if isinstance(step.h, Tensor) else WithinOne)(method, step, trial, y)
+def within(method: Method, step: Attempt, trial: Trial, y: Tensor, who: Decision = False) -> WithinOne | WithinMany:
+    """The states in a step that began at ``y``, at places for those ``who`` look at them, beside samples."""
+    return WithinMany(method, step, trial, y, who) if isinstance(step.h, Tensor) else WithinOne(method, step, trial, y)
 
 
 class WithinOne:
@@ -39,7 +39,7 @@ class WithinOne:
     def on_grid(self, weights: Tensor) -> Sequence[Tensor]:
         """States ``(n,)`` at places of which these are the weights ``(P, S)``."""
         if self._flat is None:
-            ks = torch.stack([k.detach() for k in self._trial.stages()])
+            ks = torch.stack([k.detach() for k in self._trial.stages(True)])
             self._flat = self._y.detach().reshape(1, -1), ks.reshape(len(ks), -1)
         return torch.addmm(self._flat[0], weights, self._flat[1], alpha=self._step.h).unbind()
 
@@ -57,7 +57,7 @@ class WithinOne:
         pieces, n_ends = [], len(times) - len(thetas)
         if thetas:
             weights = self._weights(thetas, h)
-            known = torch.stack([y, *self._trial.stages()]).reshape(weights.shape[1], -1)
+            known = torch.stack([y, *self._trial.stages(True)]).reshape(weights.shape[1], -1)
             pieces.append(torch.mm(weights, known).reshape(len(thetas), *y.shape))
         if n_ends:
             pieces.append(self.end.expand(n_ends, *self.end.shape))
@@ -77,9 +77,8 @@ class WithinOne:
 class WithinMany:
     """Of many, with states ``(B, n)``."""
 
-    def __init__(self, method: Method, step: Attempt, trial: Trial, y: Tensor) -> None:
-        self._method, self._step, self._y, self.end = method, step, y, trial.y
-        self._stages = trial.stages()
+    def __init__(self, method: Method, step: Attempt, trial: Trial, y: Tensor, who: Decision) -> None:
+        self._method, self._step, self._y, self._trial, self._who, self.end = method, step, y, trial, who, trial.y
 
     @property
     def _size(self) -> Tensor:
@@ -87,7 +86,7 @@ class WithinMany:
 
     def on_grid(self, weights: Tensor) -> Sequence[Tensor]:
         """States ``(B, n)`` at places, the same for all, of which these are the weights ``(P, S)``."""
-        y, ks = self._y, torch.stack(list(self._stages))
+        y, ks = self._y, torch.stack(list(self._trial.stages(self._who)))
         inside = y + self._size * (weights @ ks.reshape(len(ks), -1)).reshape(len(weights), *y.shape)
         return inside.unbind()
 
@@ -95,16 +94,18 @@ class WithinMany:
         """States ``(B, n)``, each at its own part ``(B,)`` of the step, which may be beyond its end."""
         y = self._y
         weights = self._method.dense_weights(theta).to(y.dtype)
-        inside = y + self._size * sum(weights[:, i : i + 1] * k for i, k in enumerate(self._stages))
+        inside = y + self._size * sum(weights[:, i : i + 1] * k for i, k in enumerate(self._trial.stages(self._who)))
         return torch.where((theta == 0).unsqueeze(-1), y, torch.where((theta == 1).unsqueeze(-1), self.end, inside))
 
     def samples(self, times: Tensor, rows: Tensor) -> Tensor:
         """States ``(N, n)`` of trajectories at times in their steps ``(N,)``, in any order and with repetitions."""
-        h = self._step.h[rows]
-        theta = (times - self._step.t[rows]) / h
+        step = self._step
+        h = step.h[rows]
+        theta = (times - step.t[rows]) / h
+        inside = torch.zeros_like(step.segment).index_add_(0, rows, (times != step.end[rows]).to(step.segment.dtype)) > 0
         weights = (self._method.dense_weights(theta) * h.unsqueeze(-1)).to(self._y.dtype)
         value = self._y.index_select(0, rows)
-        for i, k in enumerate(self._stages):
+        for i, k in enumerate(self._trial.stages(inside)):
             value = torch.addcmul(value, weights[:, i : i + 1], k.index_select(0, rows))
         return value
 

@@ -182,10 +182,7 @@ class StageSolver(CoupledSystem):
         """See `StageEquations.time_slope`."""
         if not self.alone:
             return tangent(lambda s: self.f(s, y), t)
-        if self._slope is not None:
-            # the loop counts an evaluation for it, which there was none of
-            self.work.n_fun -= 1
-        else:
+        if self._slope is None:
             self._slope = jvp(lambda s: self.f(s, y).reshape(1, -1), t.reshape(1), torch.ones_like(t).reshape(1), False).reshape(y.shape)
         return self._slope
 
@@ -240,7 +237,6 @@ class StageSolver(CoupledSystem):
         # rows of finished trajectories take part with steps of size zero: their slope is asked for all the same
         done = negated(running)
         still = f(t, base) if any_of(done) else guess
-        work.n_fun += done
         before = work.n_newton
 
         def change(k: Tensor, running: Decision) -> tuple[Tensor, Measure]:

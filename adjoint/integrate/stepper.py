@@ -60,8 +60,8 @@ class Trial(Protocol):
     #: what is to be recorded beside, if anything
     extra: Any
 
-    def stages(self) -> Sequence[Tensor]:
-        """All that the dense output weighs."""
+    def stages(self, who: Decision) -> Sequence[Tensor]:
+        """All that the dense output weighs; ``who`` looks at it, whose evaluations count."""
         ...
 
     def detach(self) -> None:

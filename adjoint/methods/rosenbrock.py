@@ -41,8 +41,8 @@ class Rosenbrock(TableauMethod):
 
     @property
     def evaluations(self) -> int:
-        """Evaluations of ``fun`` in an attempted step whose first one is known; ``f_t`` counts as one."""
-        return len(set(self.tableau.same_as))
+        """Evaluations of ``fun`` in an attempted step whose first one is known; ``f_t`` is a part of the Jacobian."""
+        return len(set(self.tableau.same_as)) - 1
 
     def step(self, f: StageEquations, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, list[Tensor]]:
         """One step from ``y``, where ``f(t, y)`` is ``k1``: the new state and all stages, see `RosenbrockTableau`."""

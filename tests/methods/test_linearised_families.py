@@ -178,14 +178,10 @@ def test_batched_is_one_by_one(name):
     for b in range(3):
         a, q = y0[b].detach().requires_grad_(True), p[b].detach().requires_grad_(True)
         alone = solve(a, q, False)
-        # the loop for one trajectory rounds its step sizes elsewhere, has the slope in time with the Jacobian where that is wanted, and
-        # evaluates no slope behind a rejected step
+        # the loop for one trajectory rounds its step sizes elsewhere
         torch.testing.assert_close(together.y[:, b], alone.y, rtol=values[0], atol=values[1])
-        for count in ("n_steps", "n_newton", "n_solves"):
+        for count in ("n_steps", "n_newton", "n_solves", "n_fun"):
             assert int(getattr(together.stats, count)[b]) == getattr(alone.stats, count), count
-        beyond = int(together.stats.n_fun[b]) - alone.stats.n_fun
-        least = alone.stats.n_steps if name in ROSENBROCK else 0
-        assert least <= beyond <= least + alone.stats.n_rejected + 1
         one = torch.autograd.grad(alone.y.square().sum(), (a, q))
         for x, y in zip(grads, one, strict=True):
             torch.testing.assert_close(x[b], y, rtol=slopes[0], atol=slopes[1])

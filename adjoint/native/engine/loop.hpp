@@ -155,6 +155,7 @@ struct Loop : Standing {
       }
       to_next_anchor(l);
       to_next_sample(l);
+      while (due[l] <= sign[l] * t[l]) write_sample(l, y, 0);
 #if EVENTS > 0
       watch[l].begin(q, r);
       for (int i = 0; i < EVENTS; i++) watch[l].values[i] = get(starts.events[i], j);
@@ -443,11 +444,13 @@ struct Loop : Standing {
       S at = K(0);
       if (TIMED) for (int l = 0; l < W; l++) put(at, l, moved((R)(t[l] + h[l]), jumps_end[l], -sign[l] * BEYOND_ALL));
       f.fun(&c, &at, y1, k_end);
-      n_fun.v -= passed.v;
     }
+    // what a step costs beside its stages: a look at its dense output, and the slope where the next one starts, unless it is known
+    Flags looked;
+    looked.v = q.keep_stages || q.interval || EVENTS > 0 ? passed.v : passed.v & THAT(due.v < sign.v * end.v);
     if (dense && (ALL > STAGES || LEGENDRE)) {
       dense_stages<STAGES>(a);
-      n_fun.v += passed.v & (l_all(ALL - STAGES - NEXT_FIRST));
+      n_fun.v += looked.v & (l_all(ALL - STAGES - (NEXT_FIRST && ERROR_USES_END)));
     }
     bool ended = false, jumped = false;
     Flags over;
@@ -505,6 +508,10 @@ struct Loop : Standing {
       segment[l]++;
       to_next_anchor(l);
     }
+    if (!MULTISTEP) for (int l = 0; l < W; l++) {
+      const bool ends = (EVENTS > 0 && stop[l] == stop[l]) || over[l] || segment[l] >= q.n_anchors - 1;
+      if (passed[l] && !ends) n_fun[l] += FSAL || ERROR_USES_END ? jump[l] && !IMPLICIT : jump[l] || !(NEXT_FIRST && looked[l]);
+    }
     // where a solve ends at once its end is its only step
     if (q.watched && !q.interval && end_known) look(passed, reached);
     if (EVENTS > 0 || some(over.v | (passed.v & THAT(segment.v >= l_all(q.n_anchors - 1))))) for (int l = 0; l < W; l++) {
@@ -532,10 +539,7 @@ struct Loop : Standing {
 #else
       f.fun(&c, &at, y, anew);
 #endif
-      for (int l = 0; l < W; l++) if (passed[l] && jump[l]) {
-        n_fun[l] += !IMPLICIT;
-        for (int n = 0; n < N; n++) put(k1[n], l, get(anew[n], l));
-      }
+      for (int l = 0; l < W; l++) if (passed[l] && jump[l]) for (int n = 0; n < N; n++) put(k1[n], l, get(anew[n], l));
     }
 #endif
     if (ended) refill();
