@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
 import torch
 
-from adjoint.methods import METHODS
+from adjoint.methods import METHODS, ExplicitRungeKutta
 from adjoint.native.build import LEVELS, NoCompiler, compiler
+
+
+def pytest_configure(config):
+    """Compiled so often, code is not optimised; in the slow run as little as lets the compiler move things about."""
+    LEVELS.update({False: "-O0", True: "-O0" if "not slow" in config.getoption("-m") else "-O1"})
+
+
+def pytest_collection_finish():
+    """What was imported and collected stays: it is not looked through again and again for what can be freed."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _cache_of_native_code(tmp_path_factory):
-    """What is compiled serves the tests of one run, in all of its processes, and no later ones; compiled so often, it is optimised less."""
-    LEVELS.update({False: "-O0", True: "-O1"})
+    """What is compiled serves the tests of one run, in all of its processes, and no later ones."""
     if "ADJOINT_CACHE" in os.environ:
         return
     base = tmp_path_factory.getbasetemp()
@@ -52,14 +63,20 @@ def _sweeps(request, monkeypatch):
 #: the shared matrices of tests run these implicit methods always, the other ones in the slow run: each has tests of its own
 QUICK_IMPLICIT = {"kvaerno3", "rodas4"}
 MATRICES = {"test_batched", "test_gradients", "test_order", "test_quadrature", "test_solution", "test_transforms", "test_memory"}
+#: of explicit Runge-Kutta methods, whose code is one: of first order, without error control, and of those with it one that has its last
+#: slope for the next step, one with a dense output of its own, and one that takes more stages for that
+QUICK_EXPLICIT = {"euler", "rk4", "dopri5", "tsit5", "verner7"}
+LONG_MATRICES = {"test_batched", "test_gradients", "test_solution", "test_transforms"}
+LONG_MATRICES |= {"test_companion", "test_engine", "test_jointly", "test_resets"}
 
 
 def pytest_collection_modifyitems(items):
     implicit = {name for name, method in METHODS.items() if method.implicit} - QUICK_IMPLICIT
+    explicit = {name for name, method in METHODS.items() if isinstance(method, ExplicitRungeKutta)} - QUICK_EXPLICIT
     for item in items:
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
         used = {value for value in values if isinstance(value, str)}
-        if item.path.stem in MATRICES and used & implicit:
+        if (item.path.stem in MATRICES and used & implicit) or (item.path.stem in LONG_MATRICES and used & explicit):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

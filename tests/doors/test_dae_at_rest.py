@@ -46,8 +46,12 @@ def no_warning():
         yield
 
 
-@pytest.mark.parametrize("gradient", [None, Backprop(), ForwardSensitivity(), InterpolatingAdjoint()])
-@pytest.mark.parametrize("method", ["radau", "radau3"])
+@pytest.mark.parametrize(
+    "method, gradient",
+    [(method, gradient) for method in ("radau", "radau3") for gradient in (None, Backprop())]
+    + [("radau", gradient) for gradient in (ForwardSensitivity(), InterpolatingAdjoint())]
+    + [pytest.param("radau3", gradient, marks=pytest.mark.slow) for gradient in (ForwardSensitivity(), InterpolatingAdjoint())],
+)
 def test_a_state_that_rests(method, gradient):
     found = jacobian(with_constraint, [0.0, 0.0, 0.0], method=method, gradient=gradient)
     torch.testing.assert_close(found, END, rtol=0, atol=1e-4)

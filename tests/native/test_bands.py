@@ -48,8 +48,12 @@ def solved(fun, n, method, compile, rows=0, dtype=torch.float64, rtol=1e-5):
     return sol, torch.autograd.grad(sol.y[1:].square().sum(), (y0, p))
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("method", ["kvaerno5", "rodas5p", "bdf", "radau5"])
-@pytest.mark.parametrize("fun, rows", [(brusselator, 0), (brusselator, 20), (turning, 0), (turning, 20)])
+@pytest.mark.parametrize("fun, rows", [(brusselator, 0), slow(brusselator, 20), slow(turning, 0), (turning, 20)])
 def test_as_without_compile(method, fun, rows):
     (native, mine), (eager, theirs) = (solved(fun, 48, method, x, rows) for x in (True, False))
     assert torch.equal(torch.as_tensor(native.stats.n_steps), torch.as_tensor(eager.stats.n_steps))

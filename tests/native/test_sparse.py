@@ -22,7 +22,7 @@ except NoCompiler:
     pytest.skip("there is no C++ compiler", allow_module_level=True)
 
 pytestmark = pytest.mark.filterwarnings("error:compile=True")
-METHODS = ["kvaerno5", "trbdf2", "rodas5p", "bdf", "radau5"]
+METHODS = ["kvaerno5", pytest.param("trbdf2", marks=pytest.mark.slow), "rodas5p", "bdf", "radau5"]
 
 
 @pytest.fixture(autouse=True)

@@ -147,6 +147,8 @@ def cases() -> list[Any]:
     slow += [
         case for case in quick if case.second_order and case.strategy != "default" and case.method not in ("dopri8", "tsit5", "rk4", "abm")
     ]
+    # and where a trajectory is followed to where it fails, of all steps that lead there
+    slow += [case for case in quick if case.second_order and case.form == "dying" and case.method != "tsit5"]
     return [pytest.param(case, id="-".join(case), marks=[pytest.mark.slow] * (case in slow)) for case in dict.fromkeys(quick + slow)]
 
 
