@@ -87,7 +87,7 @@ def main(quick: bool = False, out: Path = Path(__file__).parent / "figures") -> 
     """Train, compare with baselines, draw. Returns the errors of the held-out years (root mean square of logarithms)."""
     data = torch.tensor([HARE, LYNX], dtype=torch.float64).T.log()
     seen, unseen = data[:TRAINING], data[TRAINING:]
-    steps = 40 if quick else 300
+    steps = 16 if quick else 300
     print("with the network")
     model, start, losses = train(seen, steps, network=True)
     print("without the network")

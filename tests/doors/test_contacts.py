@@ -188,12 +188,12 @@ def test_a_box_of_many_is_that_of_each():
     g = torch.tensor(4.0, requires_grad=True)
     q0 = torch.tensor([[0.3, 0.5], [0.6, 0.9], [0.2, 0.0]], requires_grad=True)
     v0 = torch.tensor([[1.1, 0.2], [-0.7, 2.0], [0.9, 0.0]])
-    many = box().solve((0.0, 1.2), q0, v0, (g,), batched=True)
+    many = box().solve((0.0, 0.9), q0, v0, (g,), batched=True, rtol=1e-4, atol=1e-6)
     weights = torch.cos(torch.arange(12.0)).reshape(3, 4)
     bars = torch.autograd.grad((both(many.y)[-1] * weights).sum(), (g, q0))
     total = torch.zeros(())
     for b in range(3):
-        one = box().solve((0.0, 1.2), q0[b], v0[b], (g,))
+        one = box().solve((0.0, 0.9), q0[b], v0[b], (g,), rtol=1e-4, atol=1e-6)
         assert torch.allclose(both(many.y)[-1, b], both(one.y)[-1], atol=1e-9)
         assert torch.allclose(many.y.push[-1, b], one.y.push[-1], atol=1e-9)
         for record, other in zip(many.events, one.events, strict=True):
@@ -213,10 +213,8 @@ def test_a_pendulum_against_a_wall(rest_speed):
     wall = Contact(lambda t, q, e: q[..., 0] - 0.1, restitution=lambda e: e, rest_speed=rest_speed, name="wall")
     pull = lambda t, q, v, e: torch.stack([-2.0 + 0 * q[0], -9.81 + 0 * q[1]])  # noqa: E731
     model = mechanics(torch.ones(2), pull, lambda t, q, e: (q @ q - 1.0).reshape(1), contacts=wall)
-    sol = model.solve((0.0, 1.3), torch.tensor([1.0, 0.0]), torch.zeros(2), args=(e,), rtol=1e-7, atol=1e-9)
-    swing = lambda t, y, e: torch.stack([y[1], -9.81 * torch.sin(y[0]) - 2.0 * torch.cos(y[0])])  # noqa: E731
-    angle = Event(lambda t, y, e: torch.sin(y[0]) - 0.1, direction=-1, reset=lambda t, y, e: torch.stack([y[0], -e * y[1]]), name="wall")
-    same = solve_ivp(swing, (0.0, 1.3), torch.tensor([torch.pi / 2, 0.0]), (e,), events=angle, rtol=1e-11, atol=1e-12)
+    fine = {"rtol": 1e-5, "atol": 1e-7} if rest_speed else {"rtol": 1e-7, "atol": 1e-9}
+    sol = model.solve((0.0, 1.3), torch.tensor([1.0, 0.0]), torch.zeros(2), args=(e,), **fine)
     if rest_speed:
         c = 0.99**0.5
         assert sol.events["wall"].t.shape == (1,) and not sol.y.v.detach()[-1].abs().max() > 1e-9
@@ -224,6 +222,9 @@ def test_a_pendulum_against_a_wall(rest_speed):
         assert torch.allclose(sol.y.q[-1], torch.tensor([0.1, -c]), atol=1e-9)
         assert float(sol.y.push[-1, 0]) == pytest.approx(2.0 + 9.81 * 0.1 / c, rel=1e-6)
         return
+    swing = lambda t, y, e: torch.stack([y[1], -9.81 * torch.sin(y[0]) - 2.0 * torch.cos(y[0])])  # noqa: E731
+    angle = Event(lambda t, y, e: torch.sin(y[0]) - 0.1, direction=-1, reset=lambda t, y, e: torch.stack([y[0], -e * y[1]]), name="wall")
+    same = solve_ivp(swing, (0.0, 1.3), torch.tensor([torch.pi / 2, 0.0]), (e,), events=angle, rtol=1e-11, atol=1e-12)
     assert sol.events["wall"].t.shape == same.events["wall"].t.shape and len(sol.events["wall"].t) > 1
     assert torch.allclose(sol.events["wall"].t, same.events["wall"].t, atol=1e-7)
     for x, other in zip(

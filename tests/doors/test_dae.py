@@ -93,7 +93,7 @@ def test_akzo_nobel():
     assert float(sol.y[0, 5]) == pytest.approx(115.83 * 0.444 * 0.007, rel=1e-12)
 
 
-@pytest.mark.parametrize("index", [1, 2])
+@pytest.mark.parametrize("index", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_pendulum(index):
     g, length = tensor(1.0).squeeze().requires_grad_(), tensor(1.0).squeeze().requires_grad_()
     integrand = lambda t, s, g, L: s[4] ** 2  # noqa: E731

@@ -367,7 +367,8 @@ def test_steps_of_first_order_have_no_second_derivatives_of_their_ends(method, t
     """They were 0, and twice what is right."""
 
     def f(end):
-        return solve_ivp(lambda t, y: -1.3 * y, (0.0, end), torch.ones(1, dtype=torch.float64), method=method, first_step=0.02).y[-1, 0]
+        options = {"method": method, "first_step": 0.02, "rtol": 1e-2}
+        return solve_ivp(lambda t, y: -1.3 * y, (0.0, end), torch.ones(1, dtype=torch.float64), **options).y[-1, 0]
 
     end = torch.tensor(1.03, dtype=torch.float64)
     assert float(torch.func.grad(f)(end)) == pytest.approx(-1.3 * math.exp(-1.3 * 1.03), rel=0.1)
@@ -378,8 +379,8 @@ def test_steps_of_first_order_have_no_second_derivatives_of_their_ends(method, t
 @pytest.mark.parametrize("method", ["midpoint", "trapezoid", "tsit5"])
 def test_steps_of_higher_order_have_second_derivatives_of_their_ends(method):
     end = torch.tensor(1.03, dtype=torch.float64, requires_grad=True)
-    first_step = None if method == "tsit5" else 0.02
-    y = solve_ivp(lambda t, y: -1.3 * y, (0.0, end), torch.ones(1, dtype=torch.float64), method=method, first_step=first_step).y[-1, 0]
+    options = {"method": method, "first_step": None if method == "tsit5" else 0.02, "rtol": 1e-2 if method == "trapezoid" else 1e-3}
+    y = solve_ivp(lambda t, y: -1.3 * y, (0.0, end), torch.ones(1, dtype=torch.float64), **options).y[-1, 0]
     (first,) = torch.autograd.grad(y, end, create_graph=True)
     assert float(torch.autograd.grad(first, end)[0]) == pytest.approx(1.69 * math.exp(-1.3 * 1.03), rel=0.05)
 

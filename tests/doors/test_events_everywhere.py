@@ -13,7 +13,8 @@ from adjoint.integrate.events import chandrupatla
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
-RECORDED = ["kvaerno3", "kvaerno5", "rodas4", "rodas5p", "radau5", "bdf", "abm", "kencarp5"]
+RECORDED = ["kvaerno5", "rodas5p", "radau5", "bdf", "abm", "kencarp5"]
+RECORDED += [pytest.param(method, marks=pytest.mark.slow) for method in ("kvaerno3", "rodas4")]
 FINE = {"rtol": 1e-8, "atol": 1e-10}
 W = torch.tensor([1.0, 1.5, 0.1], dtype=torch.float64)
 
@@ -64,9 +65,9 @@ def test_times_states_and_derivatives(method):
 
 @pytest.mark.parametrize("method", ["tsit5", "dopri8", "rk4", "kvaerno5", "rodas5p", "radau5", "bdf", "abm", "kencarp5"])
 def test_batch_as_one_by_one(method):
-    options = {"method": method, "events": [X, STOP], **FINE}
+    options = {"method": method, "events": [X, STOP], "rtol": 1e-6, "atol": 1e-8}
     if method == "rk4":
-        options["first_step"] = 0.01
+        options["first_step"] = 0.03
     y0 = torch.tensor([[1.0, 0.0]]).repeat(3, 1)
     times = torch.tensor([0.5, 2.9, 4.4, 9.0])
     w = W.clone().requires_grad_(True)

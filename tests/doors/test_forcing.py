@@ -18,6 +18,8 @@ from adjoint import Forcing, Schedule, solve_dae, solve_ivp
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 FINE = {"rtol": 1e-11, "atol": 1e-13}
+#: of implicit methods, whose steps are of fifth order
+FAIR = {"rtol": 1e-10, "atol": 1e-12}
 TIMES, VALUES = [0.2, 0.5, 0.9, 1.4], [1.0, -0.5, 2.0, 0.3]
 
 
@@ -87,11 +89,11 @@ def test_knots_are_ends_of_steps(kind, method):
     """Derivatives in knots and values to the second, those of jumps too."""
     native, method = method.startswith("native"), method.removeprefix("native ")
     k, times, table = p = values(0.8, TIMES, VALUES)
-    u = Forcing(times, table, kind)
-    sol = solve_ivp(relax, (0.0, 1.2), torch.zeros(1), (k, u), method=method, t_eval=[0.7, 1.2], compile=native, **FINE)
+    u, options = Forcing(times, table, kind), {"method": method, **(FAIR if method == "rodas5p" else FINE)}
+    sol = solve_ivp(relax, (0.0, 1.2), torch.zeros(1), (k, u), t_eval=[0.7, 1.2], compile=native, **options)
     wanted = torch.stack([response(t, *p, kind) for t in (0.7, 1.2)])
     agree(sol.y[:, 0], wanted, p)
-    steps = solve_ivp(relax, (0.0, 1.2), torch.zeros(1), (k, u), method=method, t_eval="steps", **FINE)
+    steps = solve_ivp(relax, (0.0, 1.2), torch.zeros(1), (k, u), t_eval="steps", **options)
     assert all(bool(((steps.t - t).abs() < 1e-12).any()) for t in TIMES[:3])
 
 
@@ -143,10 +145,10 @@ def test_implicit_equations_and_mass_matrices():
     k, times, table = p = values(0.8, TIMES, VALUES)
     u = Forcing(times, table, "constant")
     wanted = response(1.2, *p, "constant")
-    dae = solve_dae(lambda t, y, yp, k, u: yp - relax(t, y, k, u), (0.0, 1.2), torch.zeros(1), args=(k, u), **FINE)
+    dae = solve_dae(lambda t, y, yp, k, u: yp - relax(t, y, k, u), (0.0, 1.2), torch.zeros(1), args=(k, u), **FAIR)
     agree(dae.y[-1, 0], wanted, p, second=False)
     for method in ("radau5", "rodas5p"):
-        mass = solve_ivp(relax, (0.0, 1.2), torch.zeros(1), (k, u), mass_matrix=torch.eye(1), method=method, **FINE)
+        mass = solve_ivp(relax, (0.0, 1.2), torch.zeros(1), (k, u), mass_matrix=torch.eye(1), method=method, **FAIR)
         agree(mass.y[-1, 0], wanted, p, second=False)
 
 
@@ -183,7 +185,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("radau5", "bdf")
 def test_a_schedule(method):
     """First and second derivatives in its times and values, in arguments and captured."""
     name = method.split()[-1]
-    options = {"method": name, "compile": method != name, **FINE}
+    options = {"method": name, "compile": method != name, **(FAIR if name == "rodas5p" else FINE)}
     k, times, levels = p = values(0.8, [0.2, 0.5, 0.9], [1.0, -0.5, 2.0, 0.3])
     tol = 1e-7 if name in ("bdf", "abm") else 1e-9
     wanted = switched(1.2, *p)
@@ -201,7 +203,7 @@ def test_schedules_of_each_trajectory_and_of_implicit_equations():
         sol = solve_ivp(fun, *given, (k, Schedule(times, levels)), batched=True, method="dopri5", compile=native, **FINE)
         agree(sol.y[-1, :, 0], wanted, p)
     residual = lambda t, y, yp, k, u: yp - fun(t, y, k, u)  # noqa: E731
-    sol = solve_dae(residual, *given, args=(k, Schedule(times, levels)), batched=True, **FINE)
+    sol = solve_dae(residual, *given, args=(k, Schedule(times, levels)), batched=True, **FAIR)
     agree(sol.y[-1, :, 0], wanted, p, second=False)
 
 

@@ -44,14 +44,14 @@ def test_pendulum_against_trusted_values(pendulum):
 def test_pendulum_against_its_angle(pendulum):
     """Minimal coordinates, also of the multiplier: ``lam = v^2 - g y``; both constraints hold all the way, energy to tolerance."""
     g = torch.tensor(1.3, requires_grad=True)
-    times = torch.linspace(0.0, 3.0, 7)
-    sol = pendulum.solve((0.0, 3.0), torch.tensor([1.0, 0.0]), torch.zeros(2), (g,), t_eval=times, rtol=1e-8, atol=1e-10)
+    times = torch.linspace(0.0, 1.6, 5)
+    sol = pendulum.solve((0.0, 1.6), torch.tensor([1.0, 0.0]), torch.zeros(2), (g,), t_eval=times, rtol=1e-8, atol=1e-10)
     swing = lambda t, y, g: torch.stack([y[1], -g * torch.sin(y[0])])  # noqa: E731
-    angle = solve_ivp(swing, (0.0, 3.0), torch.tensor([math.pi / 2, 0.0]), (g,), t_eval=times, rtol=1e-11, atol=1e-12).y
+    angle = solve_ivp(swing, (0.0, 1.6), torch.tensor([math.pi / 2, 0.0]), (g,), t_eval=times, rtol=1e-11, atol=1e-12).y
     a, w = angle.unbind(-1)
     truth = torch.stack([a.sin(), -a.cos(), w * a.cos(), w * a.sin(), w**2 + g * a.cos()], -1)
     assert torch.allclose(flat(sol.y), truth, atol=1e-6)
-    weights = torch.cos(torch.arange(35.0)).reshape(7, 5)
+    weights = torch.cos(torch.arange(25.0)).reshape(5, 5)
     mine, theirs = (torch.autograd.grad((x * weights).sum(), g)[0] for x in (flat(sol.y), truth))
     assert torch.allclose(mine, theirs, rtol=1e-6)
     q, v = sol.y.q.detach(), sol.y.v.detach()
@@ -76,11 +76,11 @@ def test_other_strategies(pendulum, gradient):
 def test_batch(pendulum):
     g = torch.tensor([1.0, 2.0], requires_grad=True)
     q0, v0 = torch.tensor([[1.0, 0.0], [0.6, -0.8]]), torch.zeros(2, 2)
-    many = pendulum.solve((0.0, 1.0), q0, v0, (g,), batched=True, rtol=1e-7)
+    many = pendulum.solve((0.0, 0.6), q0, v0, (g,), batched=True, rtol=1e-5)
     (bars,) = torch.autograd.grad(many.y.q[-1, :, 0].sum(), g)
     for b in range(2):
         k = g[b].detach().clone().requires_grad_(True)
-        one = pendulum.solve((0.0, 1.0), q0[b], v0[b], (k,), rtol=1e-7)
+        one = pendulum.solve((0.0, 0.6), q0[b], v0[b], (k,), rtol=1e-5)
         assert torch.allclose(many.y.q[-1, b], one.y.q[-1], atol=1e-9) and torch.allclose(many.y.lam[-1, b], one.y.lam[-1], atol=1e-7)
         assert torch.allclose(bars[b], torch.autograd.grad(one.y.q[-1, 0], k)[0], rtol=1e-6)
 
@@ -116,7 +116,7 @@ def test_driven_constraint_and_full_mass_matrix():
     wire = lambda t, q, c: (q[..., 1] - q[..., 0] ** 2 / 2 - s(t)).unsqueeze(-1)  # noqa: E731
     c = torch.tensor(0.5, requires_grad=True)
     q0 = torch.tensor([1.0, 0.5])
-    sol = mechanics(mass, force, wire).solve((0.0, 2.0), q0, torch.tensor([0.0, 0.0]), (c,), rtol=1e-8, atol=1e-10)
+    sol = mechanics(mass, force, wire).solve((0.0, 1.0), q0, torch.tensor([0.0, 0.0]), (c,), rtol=1e-8, atol=1e-10)
     # the start is projected: v on q1 v1 + s' = v2 with the metric of the mass
     y = mechanics(mass, force, wire).initial(q0, torch.zeros(2), c)[0]
 
@@ -125,7 +125,7 @@ def test_driven_constraint_and_full_mass_matrix():
         # (1 + c x^2 + x^2) x'' = -c x x'^2 - x (1 + x'^2 + s'')
         return torch.stack([w, (-c * x * w**2 - x * (1 + w**2 - torch.sin(t) / 3)) / (1 + (c + 1) * x**2)])
 
-    truth = solve_ivp(reduced, (0.0, 2.0), torch.stack([y.q[0], y.v[0]]), (c,), rtol=1e-11, atol=1e-12).y[-1]
+    truth = solve_ivp(reduced, (0.0, 1.0), torch.stack([y.q[0], y.v[0]]), (c,), rtol=1e-11, atol=1e-12).y[-1]
     assert torch.allclose(torch.stack([sol.y.q[-1, 0], sol.y.v[-1, 0]]), truth, atol=1e-6)
     mine, theirs = (torch.autograd.grad(x, c)[0] for x in (sol.y.q[-1, 0], truth[0]))
     assert torch.allclose(mine, theirs, rtol=1e-5)
@@ -171,7 +171,7 @@ def test_derivatives_of_batches_and_maps_are_those_of_each(pendulum):
     q0, g = torch.stack([angles.sin(), -angles.cos()], -1), torch.tensor(9.81)
 
     def end(q, **batched):
-        return pendulum.solve((0.0, 0.5), q, torch.zeros_like(q), (g,), rtol=1e-4, atol=1e-5, **batched).y.q[-1, ..., 0]
+        return pendulum.solve((0.0, 0.3), q, torch.zeros_like(q), (g,), rtol=1e-4, atol=1e-5, **batched).y.q[-1, ..., 0]
 
     slopes = torch.stack([torch.func.jacrev(end)(q) for q in q0])
     torch.testing.assert_close(torch.vmap(torch.func.jacfwd(end))(q0), slopes, rtol=1e-6, atol=1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from adjoint import Event, solve_dae, solve_ivp
 
 from ..helpers.bouncing import between, contact, flight
 
-FINE = {"rtol": 1e-10, "atol": 1e-12}
+FINE = {"rtol": 1e-9, "atol": 1e-11}
 
 
 def values(*numbers):
@@ -151,7 +152,7 @@ def test_pendulum_against_a_wall():
     )
     wall = Event(lambda t, y, e: y.q[0], direction=-1, reset=lambda t, y, e: y._replace(v=-e * y.v), name="wall")
     q0, v0 = torch.tensor([1.0, 0.0]), torch.zeros(2)
-    sol = model.solve((0.0, 2.0), q0, v0, args=(e,), events=wall, rtol=1e-6, atol=1e-8)
+    sol = model.solve((0.0, 2.0), q0, v0, args=(e,), events=wall, rtol=1e-5, atol=1e-7)
 
     def swing(t, y, e):
         return torch.stack([y[1], -9.81 * torch.sin(y[0])])
@@ -169,11 +170,25 @@ def test_modes_of_implicit_equations():
     q = torch.tensor(2.0, requires_grad=True)
     fun = lambda t, y, yp, on, q: torch.stack([yp[0] - y[1], y[1] - on * q + y[0]])  # noqa: E731
     off = Event(lambda t, y, on, q: y[0] - 1.0, direction=1, reset=lambda t, y, on, q: (y, 0 * on), name="off")
-    sol = solve_dae(fun, (0.0, 2.0), torch.zeros(2), args=(q,), events=off, mode=torch.ones(()), **FINE)
+    sol = solve_dae(fun, (0.0, 1.0), torch.zeros(2), args=(q,), events=off, mode=torch.ones(()), rtol=1e-10, atol=1e-12)
     t = (q / (q - 1)).log()
     agree(sol.events["off"].t[0], t, [q])
-    agree(sol.y[-1, 0], (-(2.0 - t)).exp(), [q])
+    agree(sol.y[-1, 0], (-(1.0 - t)).exp(), [q])
     assert torch.allclose(sol.events["off"].after[0], torch.tensor([1.0, -1.0]), atol=1e-8)
+
+
+@cache
+def network():
+    """The peak as a function of parameters, these, a step in them, and the difference of peaks along it."""
+    spec = importlib.util.spec_from_file_location("power_swing", Path(__file__).parents[2] / "examples" / "power_swing.py")
+    swing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(swing)
+    start = swing.power_flow()
+    peak = lambda p, **options: swing.angle(swing.course(p, start, 1e-8, **options).events["peak"].y[0])  # noqa: E731
+    step = 1e-3 * swing.P0 * torch.tensor([0.0, 1.0, 0.0, 1.0])
+    with torch.no_grad():
+        near = [float(peak(swing.P0 + k * step)) for k in (1, -1, 2, -2)]
+    return peak, swing.P0, step, (8 * (near[0] - near[1]) - (near[2] - near[3])) / 12
 
 
 @pytest.mark.parametrize(
@@ -194,15 +209,7 @@ def test_modes_of_implicit_equations():
 )
 def test_a_power_network_whose_relay_trips(gradient):
     """Twenty-five equations, new consistent voltages at the trip, the peak behind it: six digits of differences, by every strategy."""
-    spec = importlib.util.spec_from_file_location("power_swing", Path(__file__).parents[2] / "examples" / "power_swing.py")
-    swing = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(swing)
-    start = swing.power_flow()
-    peak = lambda p, **options: swing.angle(swing.course(p, start, 1e-9, **options).events["peak"].y[0])  # noqa: E731
-    p = swing.P0.clone().requires_grad_()
+    peak, p0, step, difference = network()
+    p = p0.clone().requires_grad_()
     (slope,) = torch.autograd.grad(peak(p, gradient=gradient), p)
-    with torch.no_grad():
-        step = 1e-3 * swing.P0 * torch.tensor([0.0, 1.0, 0.0, 1.0])
-        near = [float(peak(swing.P0 + k * step)) for k in (1, -1, 2, -2)]
-    difference = (8 * (near[0] - near[1]) - (near[2] - near[3])) / 12
     assert abs(float(slope @ step) / difference - 1) < 1e-6

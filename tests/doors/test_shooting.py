@@ -9,7 +9,7 @@ import torch
 
 from adjoint import UnsupportedCombination, solve_dae, solve_ivp, solve_root
 
-FINE = {"rtol": 1e-7, "atol": 1e-9}
+FINE = {"rtol": 1e-6, "atol": 1e-8}
 MASS = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
 
 
@@ -74,7 +74,7 @@ def test_what_fun_differentiates_itself_is_seen_beside_a_solve():
 @pytest.mark.parametrize("method", ["tsit5", "kvaerno5", "radau5", "rodas5p", "bdf", "abm", "solve_dae"])
 def test_backward_through_backward(method):
     """``x exp(p) = 2``: a node of the solve is met again on the way back of the root's own way back, when its solution is long gone."""
-    tight = {"rtol": 1e-9, "atol": 1e-11}
+    tight = {"rtol": 1e-9, "atol": 1e-11} if method in ("kvaerno5", "bdf", "abm") else {"rtol": 1e-7, "atol": 1e-9}
 
     def end(x, p):
         if method == "solve_dae":

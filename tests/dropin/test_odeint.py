@@ -188,11 +188,11 @@ def test_forward_mode_and_nested_transforms_leave_nothing_behind():
     t = torch.tensor([0.0, 0.5, 1.0])
     rates = torch.tensor([0.5, 0.7])
     for entry in (odeint, odeint_adjoint):
-        for method, options in (("bosh3", {}), ("heun3", {"step_size": 0.07}), ("implicit_adams", {"step_size": 0.1})):
+        for method, options in (("bosh3", {}), ("heun3", {"step_size": 0.12}), ("implicit_adams", {"step_size": 0.2})):
 
             def end(rate, entry=entry, method=method, options=options):
                 extra = {"adjoint_params": (rate,)} if entry is odeint_adjoint else {}
-                return entry(lambda t, y: -rate * y, torch.ones(1), t, method=method, options=options, **extra)[-1, 0]
+                return entry(lambda t, y: -rate * y, torch.ones(1), t, rtol=1e-4, atol=1e-6, method=method, options=options, **extra)[-1, 0]
 
             value, slope = torch.func.jvp(end, (rates[0],), (torch.ones(()),))
             torch.testing.assert_close(slope, -value, rtol=1e-3, atol=0)

@@ -234,7 +234,7 @@ def loss_of(strategy, batched, f=lotka, **more):
     start, end = torch.tensor(0.1).requires_grad_(), torch.tensor(4.0).requires_grad_()
     times = torch.tensor([0.4, 1.1, 3.7]).requires_grad_()
     y, q = (torch.stack([y0, 1.2 * y0, 0.7 * y0]), torch.stack([p, 0.9 * p, 1.1 * p])) if batched else (y0, p)
-    options = {"t_eval": times, "method": "abm", "rtol": 1e-7, "atol": 1e-8, "dense_output": True} | more
+    options = {"t_eval": times, "method": "abm", "rtol": 1e-5, "atol": 1e-6, "dense_output": True} | more
     sol = solve_ivp(f, (start, end), y, (q,), batched=batched, gradient=strategy, quadrature=lambda t, y, p: y[..., 0] ** 2, **options)
     loss = sol.y.square().sum() + sol.quadrature.sum() + (sol(torch.tensor(2.77)).sum() if options["dense_output"] else 0.0)
     return torch.autograd.grad(loss, (p, y0, times, start, end))
@@ -289,7 +289,7 @@ def test_second_derivatives_of_a_solve_with_error_control():
     from torch.func import hessian, jacfwd, jacrev, jvp, vjp, vmap
 
     def objective(p, method="abm", tol=1e-9):
-        return solve_ivp(lotka, (0.0, 2.0), Y0, args=(p,), method=method, rtol=tol, atol=tol).y[-1, 0]
+        return solve_ivp(lotka, (0.0, 1.0), Y0, args=(p,), method=method, rtol=tol, atol=tol).y[-1, 0]
 
     want = hessian(lambda p: objective(p, "dopri8", 1e-12))(P)
     for outer in (jacfwd, jacrev):

@@ -63,7 +63,7 @@ def test_discrete_adjoint_is_backprop():
         mu = torch.tensor(50.0, requires_grad=True)
         y0 = torch.tensor([2.0, 0.0], requires_grad=True)
         times = torch.linspace(0.0, 60.0, 13)
-        sol = solve_ivp(vdpol, (0.0, 60.0), y0, (mu,), method="auto", t_eval=times, gradient=strategy, rtol=1e-6)
+        sol = solve_ivp(vdpol, (0.0, 60.0), y0, (mu,), method="auto", t_eval=times, gradient=strategy, rtol=1e-4)
         assert 0 < sol.stats.n_jac < sol.stats.n_steps
         return torch.autograd.grad((sol.y * torch.sin(torch.arange(26.0)).reshape(13, 2)).sum(), (mu, y0))
 
@@ -73,7 +73,7 @@ def test_discrete_adjoint_is_backprop():
             assert torch.allclose(mine, theirs, rtol=1e-9)
 
 
-@pytest.mark.parametrize("end", [30.0, -30.0])
+@pytest.mark.parametrize("end", [20.0, -20.0])
 def test_batch_as_one_by_one(end):
     """Stiff and other trajectories side by side, each switched for itself; forwards and backwards in time."""
     sign = math.copysign(1.0, end)

@@ -131,7 +131,7 @@ def test_a_stiff_part_does_not_limit_the_steps():
         sol = solve_ivp(stiff, (0.0, 3.0), torch.ones(1), method=name, rtol=1e-6, atol=1e-8)
         assert sol.stats.n_steps < 1000 and torch.allclose(sol.y[-1], torch.cos(torch.tensor([3.0])), atol=1e-5)
     with pytest.raises(adjoint.MaxStepsReached):
-        solve_ivp(stiff, (0.0, 3.0), torch.ones(1), method="tsit5", rtol=1e-6, atol=1e-8, max_steps=2_000)
+        solve_ivp(stiff, (0.0, 3.0), torch.ones(1), method="tsit5", rtol=1e-6, atol=1e-8, max_steps=500)
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
@@ -232,14 +232,14 @@ def test_second_order_in_every_nesting(method, gradient):
 
 
 def test_batched_equals_one_by_one_and_vmap():
-    many = torch.linspace(1.0, 20.0, 5)
-    y0 = Y0 + 0.1 * torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    many = torch.linspace(1.0, 20.0, 3)
+    y0 = Y0 + 0.1 * torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
     mu = many.clone().requires_grad_()
     sol = solve_ivp(VDP, (0.0, 1.0), y0, args=(mu,), method="kencarp4", rtol=1e-4, atol=1e-6, batched=True)
     assert sol.stats.n_accepted.unique().numel() > 1 and bool((sol.stats.n_newton > 0).all())
     (g,) = torch.autograd.grad((sol.y[-1] ** 2).sum(), mu)
     cost = lambda m, y: (_solve(m, y, method="kencarp4")[-1] ** 2).sum()  # noqa: E731
-    for b in range(5):
+    for b in range(3):
         assert torch.allclose(_solve(many[b], y0[b], method="kencarp4"), sol.y[:, b], rtol=1e-12, atol=1e-14)
         assert torch.allclose(grad(cost)(many[b], y0[b]), g[b], rtol=1e-10)
     assert torch.allclose(vmap(grad(cost))(many, y0), g, rtol=1e-10)

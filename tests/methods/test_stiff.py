@@ -144,7 +144,7 @@ def test_discrete_adjoint_is_backprop_through_the_steps(method):
 
 
 @pytest.mark.parametrize("gradient", [None, Backprop()], ids=["discrete", "backprop"])
-@pytest.mark.parametrize("method", ["kvaerno3", "trbdf2", "sdirk2"])
+@pytest.mark.parametrize("method", ["kvaerno3", "trbdf2", pytest.param("sdirk2", marks=pytest.mark.slow)])
 def test_second_order_in_every_nesting(method, gradient):
     def cost(mu):
         return (_solve(mu, method=method, end=0.2, t_eval=torch.tensor([0.1, 0.2]), gradient=gradient, rtol=1e-3, atol=1e-4) ** 2).sum()
@@ -171,8 +171,8 @@ def test_gradients_agree_with_differences_of_the_solution():
 
 
 def test_batched_equals_one_by_one_and_vmap():
-    many = torch.linspace(1.0, 20.0, 5)
-    y0 = Y0 + 0.1 * torch.randn(5, 2)
+    many = torch.linspace(1.0, 20.0, 3)
+    y0 = Y0 + 0.1 * torch.randn(3, 2)
 
     def batch(t, y, mu):
         return torch.stack([y[:, 1], mu * (1 - y[:, 0] ** 2) * y[:, 1] - y[:, 0] + 0.1 * torch.sin(t)], 1)
@@ -182,7 +182,7 @@ def test_batched_equals_one_by_one_and_vmap():
     assert sol.stats.n_accepted.unique().numel() > 1 and bool((sol.stats.n_newton > 0).all())
     (g,) = torch.autograd.grad((sol.y[-1] ** 2).sum(), mu)
     cost = lambda m, y: (_solve(m, y)[-1] ** 2).sum()  # noqa: E731
-    for b in range(5):
+    for b in range(3):
         row = solve_ivp(batch, (0.0, 1.0), y0[b : b + 1], args=(many[b : b + 1],), method="kvaerno3", rtol=1e-4, atol=1e-6, batched=True)
         assert torch.allclose(row.y[:, 0], sol.y[:, b], rtol=1e-12, atol=1e-14)
         # the loop for one trajectory rounds its step sizes elsewhere
@@ -196,7 +196,7 @@ def test_one_failing_trajectory_fails_alone():
         return a.unsqueeze(-1) * y**2
 
     a = torch.tensor([-1.0, 2.0])
-    sol = solve_ivp(blow_up, (0.0, 1.0), torch.ones(2, 1), args=(a,), method="kvaerno3", batched=True, throw=False)
+    sol = solve_ivp(blow_up, (0.0, 1.0), torch.ones(2, 1), args=(a,), method="kvaerno3", rtol=1e-5, batched=True, throw=False)
     assert sol.success.tolist() == [True, False]
     assert torch.allclose(sol.y[-1, 0], torch.tensor([0.5]), rtol=1e-4) and bool(sol.y[-1, 1].isnan())
 

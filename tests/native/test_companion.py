@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import cache
 
 import pytest
 import torch
@@ -95,6 +96,12 @@ def solved(method, rows=slice(None), compile=True, **options):
     return sol, torch.autograd.grad(loss, (y0, k))
 
 
+@cache
+def tightly_solved():
+    """The truth, without compiled code."""
+    return solved("dopri8", compile=False, rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.usefixtures("natively")
 @pytest.mark.parametrize("method", ["tsit5", "rodas5p", "kvaerno5"])
 def test_some_of_many(method, monkeypatch):
@@ -108,7 +115,7 @@ def test_some_of_many(method, monkeypatch):
         for x, y in zip(some, bars, strict=True):
             torch.testing.assert_close(x[reached], y[rows][reached], rtol=1e-8, atol=1e-10)
     monkeypatch.undo()
-    tight, wanted = solved("dopri8", compile=False, rtol=1e-11, atol=1e-13)
+    tight, wanted = tightly_solved()
     assert torch.equal(sol.status, tight.status) and {-3} < set(sol.status.tolist())
     fine = sol.status >= 0
     torch.testing.assert_close(sol.y[:, fine], tight.y[:, fine], rtol=1e-6, atol=1e-7)

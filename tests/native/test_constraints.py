@@ -102,7 +102,7 @@ SOLVES = [
 
 @pytest.mark.parametrize("form", SOLVES)
 class TestAgainstEager:
-    @pytest.mark.parametrize("rows, shared", [(0, False), (3, False), (18, False), (18, True)])
+    @pytest.mark.parametrize("rows, shared", [(0, False), pytest.param(3, False, marks=pytest.mark.slow), (18, False), (18, True)])
     def test_samples(self, form, rows, shared):
         solve, method = form
         agree(solve, rows=rows, shared=shared, method=method, t_eval=torch.linspace(0.1, 1.9, 5, dtype=F64))
@@ -177,7 +177,7 @@ class TestAgainstEager:
     def test_second_derivatives_and_forward_mode_go_on_from_the_record(self, form):
         solve, method = form
         y0, p, mass = (x.detach() for x in given(0))
-        end = lambda p, compile: solve(compile, y0, p, mass, method=method, rtol=1e-5, atol=1e-7).y[-1].square().sum()  # noqa: E731
+        end = lambda p, compile: solve(compile, y0, p, mass, (0.0, 1.0), method=method, rtol=1e-4, atol=1e-6).y[-1].square().sum()  # noqa: E731
         for transform in (torch.func.hessian, torch.func.jacfwd, torch.func.jacrev):
             mine, theirs = (transform(lambda p, x=x: end(p, x))(p) for x in (True, False))
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
@@ -185,10 +185,10 @@ class TestAgainstEager:
     @pytest.mark.parametrize("dims", [(0, 0, 0), (None, 0, None), (None, None, 0)])
     def test_mapped(self, form, dims):
         solve, method = form
-        xs = [x.detach() if d == 0 else x[0].detach() for x, d in zip(given(5), dims, strict=True)]
+        xs = [x.detach() if d == 0 else x[0].detach() for x, d in zip(given(3), dims, strict=True)]
 
         def value(y0, p, mass, compile):
-            return solve(compile, y0, p, mass, method=method, rtol=1e-7, atol=1e-9).y[-1].square().sum()
+            return solve(compile, y0, p, mass, (0.0, 1.0), method=method, rtol=1e-5, atol=1e-7).y[-1].square().sum()
 
         def total(p, compile):
             return torch.vmap(lambda *x: value(*x, compile), in_dims=dims)(xs[0], p, xs[2]).sum()

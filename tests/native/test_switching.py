@@ -50,9 +50,9 @@ def as_one_by_one(span, rows, tolerance=1e-6, **options):
             torch.testing.assert_close(x[b], y, rtol=10 * tolerance, atol=10 * tolerance * float(y.abs().max()))
 
 
-@pytest.mark.parametrize("rows", [5, 21])
+@pytest.mark.parametrize("rows", [5, 17])
 def test_many_are_as_the_eager_engine_solves_each(rows):
-    as_one_by_one((0.0, 60.0), rows, 1e-5, t_eval=torch.linspace(0, 60, 7, dtype=F64))
+    as_one_by_one((0.0, 40.0), rows, 1e-5, t_eval=torch.linspace(0, 40, 7, dtype=F64))
 
 
 def test_steps_and_spans_of_their_own():
@@ -72,7 +72,7 @@ def test_there_and_back(mu):
 def test_values_alone(rows):
     """Of steps that no derivatives are wanted of, many at once are as those of the eager engine."""
     y0, mu = spread(rows)
-    mine, theirs = (adjoint.solve_ivp(vdpol, (0.0, 60.0), y0, (mu,), method="auto", batched=True, compile=x) for x in (True, False))
+    mine, theirs = (adjoint.solve_ivp(vdpol, (0.0, 30.0), y0, (mu,), method="auto", batched=True, compile=x) for x in (True, False))
     for name in ("n_accepted", "n_factorizations"):
         assert torch.equal(getattr(mine.stats, name), getattr(theirs.stats, name))
     torch.testing.assert_close(mine.y, theirs.y, rtol=1e-5, atol=1e-5)
@@ -164,7 +164,7 @@ def test_events_count_through_all_phases(rows):
     found = []
     for compile in (True, False):
         p = mu.clone().requires_grad_()
-        options = {"method": "auto", "events": [falls, passes], "rtol": 1e-7, "atol": 1e-9, "batched": bool(rows), "compile": compile}
+        options = {"method": "auto", "events": [falls, passes], "rtol": 1e-5, "atol": 1e-7, "batched": bool(rows), "compile": compile}
         sol = adjoint.solve_ivp(vdpol, (0.0, 60.0), y0, (p,), **options)
         assert bool((torch.as_tensor(sol.status) == 1).all())
         times, states = [x.nan_to_num() for x in sol.t_events], [x.nan_to_num() for x in sol.y_events]
@@ -191,7 +191,7 @@ def test_what_failed_says_so():
 def test_transforms():
     def end(k, compile):
         y0 = torch.tensor([2.0], dtype=F64)
-        return adjoint.solve_ivp(relax, (0.0, 0.5), y0, (k,), method="auto", rtol=1e-6, compile=compile).y[-1, 0]
+        return adjoint.solve_ivp(relax, (0.0, 0.5), y0, (k,), method="auto", rtol=1e-4, compile=compile).y[-1, 0]
 
     ks = torch.tensor([3.0, 400.0, 1000.0], dtype=F64)
     for f in (torch.vmap, lambda f: torch.vmap(torch.func.grad(f)), lambda f: torch.vmap(torch.func.jacfwd(torch.func.grad(f)))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ def rooms():
     module = importlib.util.module_from_spec(spec)
     sys.modules["rooms"] = module
     spec.loader.exec_module(module)
+    # all files are read once
+    module.imports = functools.cache(lambda imports=module.imports: list(imports()))
     return module
 
 

@@ -42,7 +42,7 @@ def cells(tables, column):
 def solve(method, **options):
     y0 = torch.tensor([1.0, 0.5], requires_grad=True)
     first = None if (METHODS | SWITCHING_METHODS)[method].adaptive else 0.1
-    return solve_ivp(lambda t, y: -y, (0.0, 0.3), y0, method=method, first_step=first, **options).y[-1].sum().backward()
+    return solve_ivp(lambda t, y: -y, (0.0, 0.3), y0, method=method, first_step=first, rtol=1e-2, **options).y[-1].sum().backward()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -29,28 +31,32 @@ def gradients(gradient, count, method="rodas5p", rtol=1e-7, rows=0, fun=robertso
     return [found[0] * p.detach(), found[1]], sol.stats.backward
 
 
+@cache
+def truth(count, rows=0):
+    """By a tight solve."""
+    return gradients(DiscreteAdjoint(), count, "radau5", 1e-9, rows)[0]
+
+
 def furthest(found, exact):
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, exact, strict=True))
 
 
 @pytest.mark.parametrize("back, rows, tolerance", [("kvaerno5", 2, 5e-4), ("radau5", 0, 2e-6)])
 def test_many_samples_take_about_the_steps_of_one(back, rows, tolerance):
-    exact, _ = gradients(DiscreteAdjoint(), 60, "radau5", 1e-10, rows)
     _, one = gradients(InterpolatingAdjoint(method=back), 1, rows=rows)
     found, many = gradients(InterpolatingAdjoint(method=back), 60, rows=rows)
-    assert furthest(found, exact) < tolerance
+    assert furthest(found, truth(60, rows)) < tolerance
     # one after the other they took 20 times as many
     assert int(many.n_steps) < 2 * int(one.n_steps)
 
 
 @pytest.mark.parametrize("strategy", [InterpolatingAdjoint, QuadratureAdjoint])
 def test_in_several_goes(strategy, monkeypatch):
-    exact, _ = gradients(DiscreteAdjoint(), 6, "radau5", 1e-10)
     at_once = gradients(strategy(method="radau5"), 6, rtol=1e-5)
     monkeypatch.setattr(way_back, "_MOST", 3)
     in_goes = gradients(strategy(method="radau5"), 6, rtol=1e-5)
     for found, _ in (at_once, in_goes):
-        assert furthest(found, exact) < 1e-3
+        assert furthest(found, truth(6)) < 1e-3
     assert int(at_once[1].n_steps) < int(in_goes[1].n_steps)
 
 
@@ -58,10 +64,9 @@ def test_functions_that_cannot_be_mapped_go_back_one_sample_after_another():
     def unmapped(t, y, p):
         return robertson(t, y, p) if float(y.detach().abs().sum()) < 1e9 else y
 
-    exact, _ = gradients(DiscreteAdjoint(), 4, "radau5", 1e-10)
-    found, many = gradients(InterpolatingAdjoint(method="radau5"), 4, rtol=1e-5, fun=unmapped)
-    mapped, fewer = gradients(InterpolatingAdjoint(method="radau5"), 4, rtol=1e-5)
-    assert furthest(found, exact) < 1e-3 and furthest(mapped, exact) < 1e-3
+    found, many = gradients(InterpolatingAdjoint(method="radau5"), 6, rtol=1e-5, fun=unmapped)
+    mapped, fewer = gradients(InterpolatingAdjoint(method="radau5"), 6, rtol=1e-5)
+    assert furthest(found, truth(6)) < 1e-3 and furthest(mapped, truth(6)) < 1e-3
     assert int(many.n_steps) > int(fewer.n_steps)
 
 
@@ -93,7 +98,7 @@ def test_differential_algebraic_equations(index, batched):
     times = torch.linspace(0.1, 2.0, 15, dtype=F64).requires_grad_()
     y0, yp0 = torch.stack([x0, x0, a * x0]), torch.stack([-a * x0, -a * x0, -a * a * x0])
     scale = torch.tensor([1.0, 1.5], dtype=F64).unsqueeze(-1) if batched else torch.tensor(1.0, dtype=F64)
-    options = dict(method="radau", rtol=1e-8, atol=1e-8, batched=batched, gradient=InterpolatingAdjoint())
+    options = dict(method="radau", rtol=1e-7, atol=1e-7, batched=batched, gradient=InterpolatingAdjoint())
     sol = solve_dae(residual, (0.0, 2.5), scale * y0, scale * yp0, args=(a,), t_eval=times, **options)
     found = torch.autograd.grad((sol.y**2).sum(), (a, x0, times))
     x = x0 * torch.exp(-a * times)

@@ -33,7 +33,7 @@ def decay(t, y, p):
 def test_methods(method, batched):
     y0, p = given()
     state = torch.stack([y0, 2 * y0]) if batched else y0
-    more = {} if METHODS[method].adaptive else {"first_step": 0.05}
+    more = {"rtol": 1e-2} if METHODS[method].adaptive else {"first_step": 0.05}
     sol = adjoint.solve_ivp(decay, (0.0, 1.0), state, (p,), method=method, batched=batched, t_eval=TIMES, **more)
     slopes = torch.autograd.grad(sol.y[-1].sum(), [y0, p])
     assert all(x.device.type == "cpu" and bool(x.isfinite().all()) for x in (sol.y, sol.t, *slopes))

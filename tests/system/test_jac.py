@@ -67,7 +67,7 @@ def test_second_derivatives_and_transforms():
     y0 = torch.tensor([1.0, 0.0, 0.0])
 
     def end(k, jac=None):
-        return solve_ivp(robertson, (0.0, 1.0), y0, (k,), method="kvaerno5", jac=jac, **TIGHT).y[-1, 2]
+        return solve_ivp(robertson, (0.0, 1.0), y0, (k,), method="kvaerno5", jac=jac, rtol=1e-4, atol=1e-8).y[-1, 2]
 
     k = torch.tensor(K)
     for transform in (torch.func.grad, torch.func.hessian):
