@@ -10,8 +10,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..system.capture import readable
+from ..system.transforms import unwrapped
+from ..torch_internals import DisableFuncTorch
 
-__all__ = ["chosen", "forward_fill", "gathered", "still", "usable", "wide"]
+__all__ = ["anywhere", "chosen", "forward_fill", "gathered", "still", "usable", "wide"]
+
+
+def anywhere(on: Tensor) -> bool:
+    """Whether a flag is set in any trajectory, of any copy under ``torch.vmap``."""
+    on = unwrapped(on)
+    with DisableFuncTorch():
+        return bool(on.any())
 
 
 def wide(x: Tensor, like: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def pieces(A, w, e, drag, end):
             return x[0] - f(s) if s > t + 1e-7 else 1.0
 
         gap.terminal, gap.direction = True, -1
-        part = scipy_solve(fall, (t, end), y, events=gap, rtol=1e-12, atol=1e-13, max_step=0.01)
+        part = scipy_solve(fall, (t, end), y, events=gap, rtol=1e-12, atol=1e-13, max_step=0.03)
         t, y = part.t[-1], part.y[:, -1]
         if part.status != 1:
             return hits, free, y

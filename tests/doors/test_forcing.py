@@ -83,8 +83,11 @@ def test_values(kind, own):
         assert torch.allclose(Forcing(TIMES, VALUES, kind)(torch.tensor(0.7)), torch.tensor(float(known(0.7))))
 
 
-@pytest.mark.parametrize("method", ["dopri5", "radau5", "rodas5p", "native dopri5", "native rodas5p"])
-@pytest.mark.parametrize("kind", ["constant", "linear"])
+@pytest.mark.parametrize(
+    "kind, method",
+    [(kind, method) for kind in ("constant", "linear") for method in ("dopri5", "rodas5p", "native dopri5", "native rodas5p")]
+    + [("constant", "radau5"), pytest.param("linear", "radau5", marks=pytest.mark.slow)],
+)
 def test_knots_are_ends_of_steps(kind, method):
     """Derivatives in knots and values to the second, those of jumps too."""
     native, method = method.startswith("native"), method.removeprefix("native ")

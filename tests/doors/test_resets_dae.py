@@ -66,16 +66,16 @@ def test_consistent_values_after_a_reset(method, batched):
     y0, args = torch.stack([h, 0 * h, 0 * h]), (e, g)
     if batched:
         y0, args = torch.stack([y0, y0 * 0.5]), (torch.stack([e, e]), torch.stack([g, g]))
-    keys = {"events": GROUND, "batched": batched, "t_eval": [0.2, 1.2, 1.9], "method": method, "compile": native, **FINE}
+    keys = {"events": GROUND, "batched": batched, "t_eval": [0.2, 0.9, 1.2], "method": method, "compile": native, **FINE}
     sol = (
-        solve_ivp(explicit, (0.0, 2.0), y0, args, mass_matrix=MASS, **keys)
+        solve_ivp(explicit, (0.0, 1.25), y0, args, mass_matrix=MASS, **keys)
         if mass
-        else solve_dae(implicit, (0.0, 2.0), y0, args=args, **keys)
+        else solve_dae(implicit, (0.0, 1.25), y0, args=args, **keys)
     )
     for row, high in enumerate((h, h / 2) if batched else (h,)):
         own = (lambda x, row=row: x[:, row]) if batched else lambda x: x
-        counts = [sum(bool(contact(k, high, e, g) < t) for k in range(1, 12)) for t in (0.2, 1.2, 1.9)]
-        wanted = torch.stack([full(flight(torch.tensor(t), n, high, e, g)) for t, n in zip((0.2, 1.2, 1.9), counts, strict=True)])
+        counts = [sum(bool(contact(k, high, e, g) < t) for k in range(1, 12)) for t in (0.2, 0.9, 1.2)]
+        wanted = torch.stack([full(flight(torch.tensor(t), n, high, e, g)) for t, n in zip((0.2, 0.9, 1.2), counts, strict=True)])
         loose = method == "bdf"
         agree(own(sol.y), wanted, p, 1e-5 if loose else 1e-8, second=not loose and not batched)
         speed = e * (2 * g * high).sqrt()
@@ -158,7 +158,7 @@ def test_pendulum_against_a_wall():
         return torch.stack([y[1], -9.81 * torch.sin(y[0])])
 
     angle = Event(lambda t, y, e: y[0], direction=-1, reset=lambda t, y, e: torch.stack([y[0], -e * y[1]]), name="wall")
-    same = solve_ivp(swing, (0.0, 2.0), torch.tensor([torch.pi / 2, 0.0]), (e,), events=angle, rtol=1e-10, atol=1e-12)
+    same = solve_ivp(swing, (0.0, 2.0), torch.tensor([torch.pi / 2, 0.0]), (e,), events=angle, method="dopri8", rtol=1e-10, atol=1e-12)
     assert sol.events["wall"].t.shape == same.events["wall"].t.shape == (2,)
     assert torch.allclose(sol.events["wall"].t, same.events["wall"].t, atol=1e-5)
     x, other = sol.y.q[-1, 0], torch.sin(same.y[-1, 0])

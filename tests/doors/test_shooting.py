@@ -10,6 +10,8 @@ import torch
 from adjoint import UnsupportedCombination, solve_dae, solve_ivp, solve_root
 
 FINE = {"rtol": 1e-6, "atol": 1e-8}
+#: until when
+T = 0.5
 MASS = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
 
 
@@ -24,19 +26,19 @@ def explicit(t, y, k):
 def end(x, k, method):
     start = torch.stack([x[0], x[0] ** 2])
     if method == "dae":
-        return solve_dae(implicit, (0.0, 1.0), start, args=(k,), **FINE).y[-1, 1]
+        return solve_dae(implicit, (0.0, T), start, args=(k,), **FINE).y[-1, 1]
     if method == "kvaerno5":
-        return solve_ivp(lambda t, y, k: -k * y, (0.0, 1.0), start[:1], args=(k,), method=method, **FINE).y[-1, 0] ** 2
-    return solve_ivp(explicit, (0.0, 1.0), start, args=(k,), method=method, mass_matrix=MASS, **FINE).y[-1, 1]
+        return solve_ivp(lambda t, y, k: -k * y, (0.0, T), start[:1], args=(k,), method=method, **FINE).y[-1, 0] ** 2
+    return solve_ivp(explicit, (0.0, T), start, args=(k,), method=method, mass_matrix=MASS, **FINE).y[-1, 1]
 
 
 def start(p, k, method):
-    """From where the square of what decays at the rate ``k`` comes to ``p``: ``sqrt(p) exp(k)``."""
+    """From where the square of what decays at the rate ``k`` comes to ``p``: ``sqrt(p) exp(k T)``."""
     return solve_root(lambda x, p, k: (end(x, k, method) - p).reshape(1), torch.ones(1, dtype=torch.float64), args=(p, k)).x[0]
 
 
 def true(p, k):
-    return p.sqrt() * k.exp()
+    return p.sqrt() * (k * T).exp()
 
 
 P, K = torch.tensor([0.5, 0.6], dtype=torch.float64), torch.tensor([0.3, 0.2], dtype=torch.float64)
@@ -48,10 +50,10 @@ def test_boundary_values_and_their_derivatives(method):
     both = torch.func.grad(shoot, argnums=(0, 1))
     torch.testing.assert_close(torch.vmap(shoot)(P, K), true(P, K), rtol=1e-5, atol=0)
     for found in (torch.vmap(both)(P, K), torch.vmap(torch.func.jacfwd(shoot, argnums=(0, 1)))(P, K)):
-        torch.testing.assert_close(found, (0.5 / P.sqrt() * K.exp(), true(P, K)), rtol=1e-5, atol=0)
+        torch.testing.assert_close(found, (0.5 * true(P, K) / P, T * true(P, K)), rtol=1e-5, atol=0)
     forward, second = torch.func.jacfwd(shoot)(P[0], K[0]), torch.func.hessian(shoot)(P[0], K[0])
-    torch.testing.assert_close(forward, 0.5 / P[0].sqrt() * K[0].exp(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(second, -0.25 * P[0] ** -1.5 * K[0].exp(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(forward, 0.5 * true(P, K)[0] / P[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(second, -0.25 * true(P, K)[0] / P[0] ** 2, rtol=1e-5, atol=0)
 
 
 def test_what_fun_differentiates_itself_is_seen_beside_a_solve():
@@ -62,11 +64,11 @@ def test_what_fun_differentiates_itself_is_seen_beside_a_solve():
         at = x if x.requires_grad else x.detach().requires_grad_()
         return torch.autograd.grad(energy(at, k), at, create_graph=True)[0] - 1.0
 
-    # 4 x^3 exp(-2 k) = 1
+    # 4 x^3 exp(-2 k T) = 1
     k = K[0].clone().requires_grad_()
     x = solve_root(slope, torch.ones(1, dtype=torch.float64), args=(k,)).x[0]
-    torch.testing.assert_close(x.detach(), (torch.exp(2 * K[0]) / 4) ** (1 / 3), rtol=1e-5, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(x, k)[0], 2 / 3 * x.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(x.detach(), (torch.exp(2 * T * K[0]) / 4) ** (1 / 3), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(x, k)[0], 2 * T / 3 * x.detach(), rtol=1e-5, atol=0)
     with pytest.raises(UnsupportedCombination, match=r"torch\.vmap cannot see through torch\.autograd\.grad, which fun calls"):
         torch.vmap(lambda k: solve_root(slope, torch.ones(1, dtype=torch.float64), args=(k,)).x)(K)
 

@@ -40,8 +40,8 @@ def test_stays_with_the_explicit_method_where_nothing_is_stiff():
 def test_switches_there_and_back():
     """Van der Pol's oscillator is stiff between its jumps only: fewer Jacobians than steps, far fewer steps than the explicit method."""
     y0, mu = torch.tensor([2.0, 0.0]), torch.tensor(100.0)
-    sol = solve_ivp(vdpol, (0.0, 300.0), y0, (mu,), method="auto", **FINE)
-    stiff = solve_ivp(vdpol, (0.0, 300.0), y0, (mu,), method="kvaerno5", **FINE)
+    sol = solve_ivp(vdpol, (0.0, 170.0), y0, (mu,), method="auto", **FINE)
+    stiff = solve_ivp(vdpol, (0.0, 170.0), y0, (mu,), method="kvaerno5", **FINE)
     assert 0 < sol.stats.n_jac < 0.6 * stiff.stats.n_jac and sol.stats.n_steps < 2 * stiff.stats.n_steps
     assert torch.allclose(sol.y[-1], stiff.y[-1], rtol=1e-5)
 

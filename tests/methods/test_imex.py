@@ -215,11 +215,11 @@ def test_gradient_against_scipy(method):
 @pytest.mark.parametrize("gradient", [None, Backprop()], ids=["discrete", "backprop"])
 @pytest.mark.parametrize("method", ["kencarp3", "ars443"])
 def test_second_order_in_every_nesting(method, gradient):
-    steps = {} if method == "kencarp3" else {"first_step": 0.1}
+    steps = {} if method == "kencarp3" else {"first_step": 0.05}
 
     def cost(mu):
-        times = torch.tensor([0.1, 0.2])
-        return (_solve(mu, method=method, end=0.2, t_eval=times, gradient=gradient, rtol=1e-3, atol=1e-4, **steps) ** 2).sum()
+        times = torch.tensor([0.05, 0.1])
+        return (_solve(mu, method=method, end=0.1, t_eval=times, gradient=gradient, rtol=1e-3, atol=1e-4, **steps) ** 2).sum()
 
     want = hessian(cost)(MU)
     for outer, inner in itertools.product([jacrev, jacfwd], repeat=2):
@@ -304,7 +304,7 @@ def test_other_methods_and_continuous_adjoints_take_the_sum():
 
 
 def _any(mu, method, gradient):
-    return solve_ivp(VDP, (0.0, 1.0), Y0, args=(mu,), method=method, rtol=1e-8, atol=1e-10, gradient=gradient).y[-1]
+    return solve_ivp(VDP, (0.0, 1.0), Y0, args=(mu,), method=method, rtol=1e-7, atol=1e-9, gradient=gradient).y[-1]
 
 
 def test_refusals():

@@ -24,7 +24,9 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 LANES = {"one": (torch.float64, 0), "four": (torch.float64, 4), "eight single": (torch.float32, 8), "pairs of pairs": (torch.float64, 32)}
 
 
-@pytest.mark.parametrize("dtype, lanes", LANES.values(), ids=LANES)
+@pytest.mark.parametrize(
+    "dtype, lanes", [pytest.param(*x, id=name, marks=[pytest.mark.slow] * (name == "pairs of pairs")) for name, x in LANES.items()]
+)
 def test_all_operators(tmp_path, dtype, lanes):
     """Values, and all derivatives where they are not scattered."""
     y, p = states(dtype), PARAMETERS.to(dtype)

@@ -12,8 +12,8 @@ import torch
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-#: take a minute even so
-LONG = {"stiff_neural_ode", "slider_crank", "church_bell"}
+#: take ten seconds to a minute even so
+LONG = {"stiff_neural_ode", "slider_crank", "church_bell", "glycolysis", "brusselator"}
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
 

@@ -22,7 +22,7 @@ def _relative(got, want):
 def _loss(form, gradient, method, y0, p, batched, t_span=(0.0, 1.0), times=None):
     kind = {"ends": {}, "steps": {"t_eval": "steps"}, "dense": {"dense_output": True}}
     extra = kind.get(form, {"t_eval": times if times is not None else torch.tensor([0.0, 0.21, 0.5, 0.5, 0.93, 1.0])})
-    sol = solve_ivp(driven, t_span, y0, (p,), batched=batched, gradient=gradient, **options(method), **extra)
+    sol = solve_ivp(driven, t_span, y0, (p,), batched=batched, gradient=gradient, **options(method, rtol=1e-4, atol=1e-6), **extra)
     y = sol(torch.tensor([0.13, 0.48, 0.77])) if form == "dense" else sol.y
     weights = torch.linspace(1.0, 2.0, y[0].numel()).reshape(y[0].shape)
     # the norm of the steps' states, NaN padding left out
@@ -79,13 +79,13 @@ def test_gradcheck_of_times(method, gradient):
         return solve_ivp(driven, (t0, t1), y0, (p,), t_eval=ts, gradient=gradient, method=method, first_step=0.2, **grid).y
 
     ends = torch.tensor(0.0, requires_grad=True), torch.tensor(0.7, requires_grad=True)
-    assert torch.autograd.gradcheck(solve, (*ends, torch.tensor([0.11, 0.33, 0.65], requires_grad=True)))
+    assert torch.autograd.gradcheck(solve, (*ends, torch.tensor([0.11, 0.65], requires_grad=True)))
     if method == "euler":
         # the samples of its steps lie on straight lines, whose second derivatives are not those of the solution
         with pytest.raises(InvalidInput, match=r"straight line|of first order"):
-            torch.autograd.gradgradcheck(solve, (*ends, torch.tensor([0.11, 0.33, 0.65], requires_grad=True)))
+            torch.autograd.gradgradcheck(solve, (*ends, torch.tensor([0.11, 0.65], requires_grad=True)))
         return
-    assert torch.autograd.gradgradcheck(solve, (*ends, torch.tensor([0.11, 0.33, 0.65], requires_grad=True)))
+    assert torch.autograd.gradgradcheck(solve, (*ends, torch.tensor([0.11, 0.65], requires_grad=True)))
 
 
 @pytest.mark.parametrize("gradient", STRATEGIES, ids=["discrete", "backprop"])
@@ -134,10 +134,11 @@ def test_autonomous_shift(gradient):
 def test_backwards_in_time(gradient):
     """There and back again is the identity, and so is its Jacobian."""
     p = torch.tensor([1.5, 1.0, 3.0, 1.0])
+    tight = {"method": "dopri8", "rtol": 1e-11, "atol": 1e-11, "gradient": gradient}
 
     def round_trip(u):
-        there = solve_ivp(lotka_volterra, (0.0, 2.0), u, (p,), rtol=1e-11, atol=1e-11, gradient=gradient).y[-1]
-        return solve_ivp(lotka_volterra, (2.0, 0.0), there, (p,), rtol=1e-11, atol=1e-11, gradient=gradient).y[-1]
+        there = solve_ivp(lotka_volterra, (0.0, 2.0), u, (p,), **tight).y[-1]
+        return solve_ivp(lotka_volterra, (2.0, 0.0), there, (p,), **tight).y[-1]
 
     u = torch.tensor([1.0, 0.7])
     assert torch.allclose(round_trip(u), u, atol=1e-9)
@@ -171,7 +172,7 @@ def test_complex_state(gradient):
         def rate(t, y, w, c):
             return 1j * w * y + c * y.conj()
 
-        return solve_ivp(rate, (0.0, 1.0), y0, (w, c), rtol=1e-9, atol=1e-9, gradient=gradient).y[-1]
+        return solve_ivp(rate, (0.0, 1.0), y0, (w, c), method="dopri8", rtol=1e-9, atol=1e-9, gradient=gradient).y[-1]
 
     assert torch.autograd.gradcheck(end, (y0, w, c), atol=1e-6)
     assert torch.autograd.gradgradcheck(end, (y0, w, c), atol=1e-5)

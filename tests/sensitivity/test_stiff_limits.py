@@ -110,7 +110,7 @@ def test_slopes_handed_on_have_the_derivative_of_the_steps(method):
         more = {"step_ts": jump.unsqueeze(0)} if jumps else {}
         ts = torch.linspace(0.1, 1.9, 7)
         sol = adjoint.solve_ivp(
-            fun, (torch.tensor(0.0), end), state, t_eval=ts, method=method, rtol=1e-4, gradient=gradient, batched=batched,
+            fun, (torch.tensor(0.0), end), state, t_eval=ts, method=method, rtol=1e-3, gradient=gradient, batched=batched,
             **more,
         )  # fmt: skip
         loss = (sol.y**2).sum()

@@ -100,9 +100,9 @@ def test_a_loss_on_the_way_costs_no_start_anew(strategy, batched):
         (grad,) = torch.autograd.grad(sol.y.square().sum() / count, (p,))
         return grad, sol.stats.backward.n_steps
 
-    exact, _ = run(DiscreteAdjoint(), 60, 1e-10)
-    one, many = run(strategy, 1, 1e-7)[1], run(strategy, 60, 1e-7)
-    assert many[1] <= 60 + one
+    exact, _ = run(DiscreteAdjoint(), 30, 1e-10)
+    one, many = run(strategy, 1, 1e-7)[1], run(strategy, 30, 1e-7)
+    assert many[1] <= 30 + one
     assert torch.allclose(many[0], exact, rtol=1e-5)
 
 

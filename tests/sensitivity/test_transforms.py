@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -20,11 +21,13 @@ pytestmark = pytest.mark.parametrize("gradient", STRATEGIES, ids=IDS)
 Y0 = torch.tensor([0.5, -1.0], dtype=torch.float64)
 P = torch.tensor([0.9, 1.3], dtype=torch.float64)
 TIMES = torch.tensor([0.25, 0.6, 1.0], dtype=torch.float64)
+#: what is compared goes by the same steps, however few they are
+LOOSE = functools.partial(options, rtol=1e-3, atol=1e-5)
 
 
 def _loss(gradient, method="dopri5", **more):
     def loss(p, y0=Y0, times=TIMES, end=1.0):
-        return solve_ivp(driven, (0.0, end), y0, (p,), t_eval=times, gradient=gradient, **{**options(method), **more}).y.sin().sum()
+        return solve_ivp(driven, (0.0, end), y0, (p,), t_eval=times, gradient=gradient, **{**LOOSE(method), **more}).y.sin().sum()
 
     return loss
 
@@ -36,8 +39,7 @@ def _reference_gradient(loss, p):
 
 @pytest.mark.parametrize("method", ALL)
 def test_first_order(gradient, method):
-    # the same steps, however few they are
-    loss = _loss(gradient, method, rtol=1e-4, atol=1e-6)
+    loss = _loss(gradient, method)
     want = _reference_gradient(loss, P)
     for got in (grad(loss)(P), jacrev(loss)(P), jacfwd(loss)(P), vjp(loss, P)[1](torch.tensor(1.0))[0]):
         assert torch.allclose(got, want, rtol=1e-10)
@@ -59,7 +61,7 @@ def test_second_order_in_every_nesting(gradient, method, outer, inner):
 
 
 def test_third_order(gradient):
-    loss = _loss(gradient, "rk4")
+    loss = _loss(gradient, "rk4", first_step=0.25)
     want = jacfwd(jacfwd(jacfwd(loss)))(P)
     for outer, middle, inner in ((jacfwd, jacfwd, jacrev), (jacrev, jacfwd, jacrev), (jacfwd, jacrev, jacfwd), (jacrev, jacrev, jacrev)):
         assert torch.allclose(outer(middle(inner(loss)))(P), want, rtol=1e-8, atol=1e-10)
@@ -79,7 +81,8 @@ def test_vmap_is_a_loop_of_single_solves(gradient, over, transform):
     scale = torch.linspace(0.9, 1.1, n).unsqueeze(-1)
     full = {"p": P * scale, "y0": Y0 * scale, "times": TIMES * scale.min() * scale / scale.max(), "end": torch.linspace(1.0, 1.2, n)}
     names = over.split(", ")
-    loss = _loss(gradient)
+    # sizes of steps differ by the rounding of controllers: results by so much of an error
+    loss = _loss(gradient, rtol=1e-5, atol=1e-7)
 
     def evaluate(p, y0, times, end):
         def scalar(p):
@@ -141,7 +144,8 @@ def test_captured_tensors_under_transforms(gradient):
     """A closure over the transformed tensor: nothing is passed, and nothing may be lost."""
 
     def end(w):
-        return solve_ivp(lambda t, y: -w * y, (0.0, 1.0), torch.ones(1), rtol=1e-10, atol=1e-10, gradient=gradient).y[-1, 0]
+        options = {"method": "dopri8", "rtol": 1e-10, "atol": 1e-10, "gradient": gradient}
+        return solve_ivp(lambda t, y: -w * y, (0.0, 1.0), torch.ones(1), **options).y[-1, 0]
 
     w = torch.tensor(1.3)
     exact = torch.exp(-w)
@@ -159,7 +163,7 @@ def test_captured_tensors_under_transforms(gradient):
 def test_quadrature_and_dense_output_under_transforms(gradient):
     def values(p):
         sol = solve_ivp(
-            driven, (0.0, 1.0), Y0, (p,), quadrature=lambda t, y, p: (y**2).sum() * p[0], dense_output=True, gradient=gradient, rtol=1e-8
+            driven, (0.0, 1.0), Y0, (p,), quadrature=lambda t, y, p: (y**2).sum() * p[0], dense_output=True, gradient=gradient, rtol=1e-4
         )
         return torch.stack([sol.quadrature, sol(torch.tensor(0.4)).sum()])
 
@@ -237,7 +241,7 @@ def test_many_cotangents_at_once(gradient, method, batched):
     """``is_grads_batched=True``, which is how ``torch.autograd.functional.jacobian(vectorize=True)`` asks."""
     y0, p, times = Y0.clone().requires_grad_(), P.clone().requires_grad_(), TIMES.clone().requires_grad_()
     state = torch.stack([y0, 2 * y0]) if batched else y0
-    more = {**options(method), "gradient": gradient, "batched": batched, "rtol": 1e-4, "atol": 1e-6}
+    more = {**LOOSE(method), "gradient": gradient, "batched": batched}
     y = solve_ivp(driven, (0.0, 1.0), state, (p,), t_eval=times, **more).y[1].reshape(-1)
     bars = torch.eye(y.numel(), dtype=y.dtype)
     found = torch.autograd.grad(y, [y0, p, times], bars, is_grads_batched=True, retain_graph=True)
