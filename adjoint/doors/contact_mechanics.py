@@ -11,16 +11,16 @@ from torch import Tensor
 from ..errors import EventsAccumulate, InvalidInput, UnsupportedCombination
 from ..system.capture import readable
 from ..system.system import StateSpec
+from ..system.transforms import anywhere
 from .contacts import Contacts
 from .dae import solve_dae
 from .doses import Doses
 from .event_data import Event
 from .holonomic import bend, jacobian, rate, saddle, solved
 from .impacts import complementary, compliance, pressed
-from .mechanism import Mechanism, check_options, start_time
+from .mechanism import Mechanism, check_options
 from .round_rules import NEAR, Rule, listed, rule_of
 from .round_task import mode_of
-from .rows import anywhere
 from .solution import Solution
 
 __all__ = ["ContactMechanics", "ContactState"]
@@ -150,37 +150,43 @@ class ContactMechanics(Mechanism):
         eps = torch.finfo(speed.dtype).eps
         return (site.gap <= NEAR * (eps * t.unsqueeze(-1).abs() * speed.abs() + site.noise)).detach()
 
-    def initial(self, q0: Tensor, v0: Tensor, *args: Any, t0: Any = 0.0) -> tuple[ContactState, ContactState, Tensor]:
-        """Consistent state and slope at ``t0`` near the given coordinates and velocities, and which contacts rest; see `Mechanism.placed`.
+    def initial(
+        self, q0: Tensor, v0: Tensor, *args: Any, t0: Any = 0.0, throw: bool = True
+    ) -> tuple[ContactState, ContactState, Tensor]:
+        """Consistent state and slope at ``t0`` near the given coordinates and velocities, and which contacts rest; see `Mechanics.initial`.
 
         Contacts that are closed and do not open rest if they push. Raises `InvalidInput` where parts overlap.
         """
-        t = start_time(t0, q0, v0)
-        q, v = self.placed(t, q0, v0, args)
+        q, v, a, lam, push, resting = self.started(self._start, t0, q0, v0, args, throw)
+        zero, resting = torch.zeros_like(lam), (resting > 0).detach()
+        return ContactState(q, v, lam, zero, push), ContactState(v, a, zero, zero, torch.zeros_like(push)), resting
+
+    def _start(self, t: Tensor, q0: Tensor, v0: Tensor, args: tuple[Any, ...], throw: bool) -> tuple[Tensor, ...]:
+        """Coordinates, velocities, accelerations, forces in constraints and in contacts, and which of these rest."""
+        q, v = self.placed(t, q0, v0, args, throw)
         site = self._site(t, q, args)
         speed = site.speed(v)
-        self._check_apart(site, torch.zeros_like(speed, dtype=torch.bool), "at the start: give other coordinates q0")
+        bad = self._overlaps(site, torch.zeros_like(speed, dtype=torch.bool), "at the start: give other coordinates q0", throw)
         near = self._touching(t, site, speed)
         # those that close are left to their event
         resting = self._lasting(t, q, v, site, near & (speed.abs() <= site.doubt(v)).detach(), args)
         v = site.nearest(v, resting, torch.zeros_like(speed))
-        q = self._apart(q, site, near, resting)
+        q = torch.where(bad.any(-1, keepdim=True), float("nan"), self._apart(q, site, near, resting))
         every = self._accelerations(t, q, v, jacobian(self.contacts.gaps(args), t, q), resting, args)
         n, m = q.shape[-1], site.G.shape[-2]
-        a, lam, push = every[..., :n], every[..., n : n + m], every[..., n + m :]
-        zero = torch.zeros_like(lam)
-        return ContactState(q, v, lam, zero, push), ContactState(v, a, zero, zero, torch.zeros_like(push)), resting
+        return q, v, every[..., :n], every[..., n : n + m], every[..., n + m :], resting.to(q.dtype)
 
-    def _check_apart(self, site: _Site, known: Tensor, where: str) -> None:
-        """Raise for gaps that are negative, but those that are ``known``."""
+    def _overlaps(self, site: _Site, known: Tensor, where: str, throw: bool = True) -> Tensor:
+        """Gaps (..., c) that are negative, but those that are ``known``: raises for them."""
         overlap = site.gap.detach()
         allowed = torch.finfo(overlap.dtype).eps ** (_OVERLAP - 1) * site.noise
         bad = (overlap < -allowed) & ~known
-        if readable(bad) and bool(bad.any()):
+        if throw and readable(bad) and bool(bad.any()):
             row, i = divmod(int(bad.reshape(-1).to(torch.int64).argmax()), bad.shape[-1])
             many = f" in trajectory {row}" if bad.dim() == 2 else ""
             size = float(overlap.reshape(-1, bad.shape[-1])[row, i])
             raise InvalidInput(f"the gap of {self.contacts.names[i]!r} is {size:.3g}{many} {where}, so that no gap is negative")
+        return bad
 
     def _impact(self, i: int) -> Callable[..., Any]:
         """The reset of a contact that closes."""
@@ -259,7 +265,7 @@ class ContactMechanics(Mechanism):
         site = self._site(t, y.q, inner)
         # a contact that rests goes on where neither its gap nor the rate of it was changed
         resting = resting & (site.gap - gap <= NEAR * site.noise).detach()
-        self._check_apart(
+        self._overlaps(
             site, (resting & (site.gap - gap >= -NEAR * site.noise)).detach(), f"behind the reset of {title}: give a state there"
         )
         return self._followed(t, y, mode, args, site, resting, torch.where(resting, given, 0.0), torch.zeros_like(resting))
@@ -292,7 +298,7 @@ class ContactMechanics(Mechanism):
         if any(isinstance(event, Doses) for event in listed(events)):
             raise UnsupportedCombination("Doses change the state, which contacts= does by resets: give an Event of the time with a reset")
         modes = () if mode is None else (mode_of(mode, StateSpec.of(q0, q0.dim() == 2)),)
-        y0, yp0, resting = self.initial(q0, v0, *modes, *args, t0=t_span[0])
+        y0, yp0, resting = self.initial(q0, v0, *modes, *args, t0=t_span[0], throw=options.get("throw", True))
         every = [self._own(rule_of(event, i), bool(modes)) for i, event in enumerate(listed(events))] + self._events()
         integrand = quadrature
         if callable(quadrature):

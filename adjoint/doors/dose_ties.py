@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..system.capture import is_differentiable
+from ..system.transforms import anywhere
 from .event_slope import once
 from .round_rules import Boundary
 from .round_task import Progress, Task
-from .rows import anywhere, chosen, wide
+from .rows import chosen, wide
 
 __all__ = ["given_apart", "ties"]
 

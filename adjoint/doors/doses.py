@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..errors import InvalidInput
 from ..system.capture import readable
 from ..system.system import StateSpec
+from ..system.transforms import anywhere
 from .arguments import as_times
 from .round_rules import Boundary
-from .rows import anywhere, wide
+from .rows import wide
 
 __all__ = ["DoseRule", "Doses", "check_places", "with_mass_and_rate", "with_rate", "with_rate_of_slope", "without_rate"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..linalg.functions import inverse
 
-__all__ = ["Rows", "bend", "jacobian", "linear", "products", "rate", "saddle", "solved"]
+__all__ = ["Rows", "bend", "independent_rows", "jacobian", "linear", "products", "rate", "saddle", "solved"]
 
 Rows = Callable[[Tensor, Tensor], Tensor]
 
@@ -47,6 +47,14 @@ def jacobian(g: Rows, t: Tensor, q: Tensor) -> Tensor:
     return torch.stack([pull(row.expand_as(value).contiguous())[0] for row in eye], -2)
 
 
+def independent_rows(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the rows of ``G`` (..., m, n) are independent, (...,), and the rank; of one that is not finite they are not."""
+    G = G.detach()
+    values = torch.linalg.svdvals(torch.where(torch.isfinite(G).all(-1, keepdim=True).all(-2, keepdim=True), G, 0.0))
+    rank = (values > 1e-10 * values[..., :1]).sum(-1)
+    return rank == G.shape[-2], rank
+
+
 def saddle(M: Tensor, G: Tensor) -> Tensor:
     """``[[M, G^T], [G, 0]]``."""
     corner = G.new_zeros(*G.shape[:-1], G.shape[-2])
@@ -54,5 +62,5 @@ def saddle(M: Tensor, G: Tensor) -> Tensor:
 
 
 def solved(matrix: Tensor, *parts: Tensor) -> Tensor:
-    """The solution (..., n) of linear equations whose right-hand side is the ``parts``, one below the other."""
+    """The solution (..., n) of linear equations whose right-hand side is the ``parts``, one below the other; NaN if they are singular."""
     return (inverse(matrix) @ torch.cat(parts, -1).unsqueeze(-1)).squeeze(-1)

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..errors import SingularJacobian
 from ..linalg.functions import inverse
 from ..system.capture import readable
+from ..system.transforms import anywhere
 from .holonomic import saddle
-from .rows import anywhere
 
 __all__ = ["complementary", "compliance", "pressed"]
 
@@ -63,6 +63,8 @@ def _check_independent(W: Tensor, diagonal: Tensor, among: Tensor, names: Sequen
     both = among.unsqueeze(-1) & among.unsqueeze(-2)
     eye = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
     scaled = torch.where(both, W * size.unsqueeze(-1) * size.unsqueeze(-2), eye)
+    # a trajectory that is lost already is found out elsewhere
+    scaled = torch.where(torch.isfinite(scaled).all(-1, keepdim=True).all(-2, keepdim=True), scaled, eye)
     bad = (torch.linalg.svdvals(scaled)[..., -1] <= 1e3 * torch.finfo(W.dtype).eps).reshape(-1)
     if bool(bad.any()):
         row = int(bad.to(torch.int64).argmax())

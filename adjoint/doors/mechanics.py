@@ -14,7 +14,7 @@ from .contact_mechanics import ContactMechanics
 from .contacts import Contact
 from .dae import solve_dae
 from .holonomic import saddle, solved
-from .mechanism import Mechanism, check_options, start_time
+from .mechanism import Mechanism, check_options
 from .round_task import mode_of
 from .solution import Solution
 
@@ -38,20 +38,24 @@ class Mechanics(Mechanism):
         """See `Mechanism.stabilised`."""
         return MechanicalState(*self.stabilised(t, y, (yp.q, yp.v), args))
 
-    def initial(self, q0: Tensor, v0: Tensor, *args: Any, t0: Any = 0.0) -> tuple[MechanicalState, MechanicalState]:
+    def initial(self, q0: Tensor, v0: Tensor, *args: Any, t0: Any = 0.0, throw: bool = True) -> tuple[MechanicalState, MechanicalState]:
         """Consistent state and slope at ``t0`` near the given coordinates and velocities, differentiable in everything.
 
         Coordinates are moved to the nearest ones on the constraint, velocities to the nearest ones in the metric of ``M`` that stay on it;
         accelerations and constraint forces are those of the equations of motion. Raises `SingularJacobian` for redundant constraints (under
-        ``torch.vmap``, which lets nobody look at values, one is found out by the solve only).
+        ``torch.vmap``, which lets nobody look at values, one is found out by the solve only) and where masses determine no accelerations,
+        `InconsistentInitialCondition` for values that are not finite; without ``throw`` such trajectories are NaN.
         """
-        t = start_time(t0, q0, v0)
-        q, v = self.placed(t, q0, v0, args)
-        G, curve = self.curved(t, q, v, args)
-        both = solved(saddle(self.mass_matrix(q, args), G), self.force(t, q, v, *args), -curve)
-        a, lam = both[..., : q.shape[-1]], both[..., q.shape[-1] :]
+        q, v, a, lam = self.started(self._start, t0, q0, v0, args, throw)
         zero = torch.zeros_like(lam)
         return MechanicalState(q, v, lam, zero), MechanicalState(v, a, zero, zero)
+
+    def _start(self, t: Tensor, q0: Tensor, v0: Tensor, args: tuple[Any, ...], throw: bool) -> tuple[Tensor, ...]:
+        """Coordinates, velocities, accelerations and constraint forces."""
+        q, v = self.placed(t, q0, v0, args, throw)
+        G, curve = self.curved(t, q, v, args)
+        both = solved(saddle(self.mass_matrix(q, args), G), self.force(t, q, v, *args), -curve)
+        return q, v, both[..., : q.shape[-1]], both[..., q.shape[-1] :]
 
     def solve(self, t_span: Any, q0: Tensor, v0: Tensor, args: Any = (), *, mode: Any = None, **options: Any) -> Solution:
         """`solve_dae` from consistent values near ``q0``, ``v0``; ``sol.y`` is a `MechanicalState` of tensors with time first.
@@ -62,7 +66,7 @@ class Mechanics(Mechanism):
         args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
         check_options(q0, options)
         modes = () if mode is None else (mode_of(mode, StateSpec.of(q0, q0.dim() == 2)),)
-        y0, yp0 = self.initial(q0, v0, *modes, *args, t0=t_span[0])
+        y0, yp0 = self.initial(q0, v0, *modes, *args, t0=t_span[0], throw=options.get("throw", True))
         return solve_dae(self.residual, t_span, y0, yp0, args=args, mode=mode, consistent="trust", **options)
 
 

@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InvalidInput, SingularJacobian
+from ..errors import InconsistentInitialCondition, InvalidInput, SingularJacobian
 from ..system.capture import readable
-from .holonomic import Rows, bend, jacobian, linear, products, rate, saddle, solved
+from ..system.transforms import anywhere
+from .holonomic import Rows, bend, independent_rows, jacobian, linear, products, rate, saddle, solved
 from .steady import solve_root
 
 __all__ = ["Mechanism", "check_options", "start_time"]
+
+#: ``start(t, q0, v0, args, throw)``: what a motion begins with, coordinates and velocities first
+Start = Callable[[Tensor, Tensor, Tensor, tuple[Any, ...], bool], tuple[Tensor, ...]]
 
 
 class Mechanism:
@@ -85,22 +89,25 @@ class Mechanism:
         down, side, drift = pull(mu)[1], pull(lam)[1], push((torch.ones_like(t), v))[0]
         return rates[0] - v + down, balance + side, g, drift
 
-    def placed(self, t: Tensor, q0: Tensor, v0: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    def placed(self, t: Tensor, q0: Tensor, v0: Tensor, args: tuple[Any, ...], throw: bool = True) -> tuple[Tensor, Tensor]:
         """Coordinates moved to the nearest ones on the constraint, velocities to the nearest ones in the metric of ``M`` that stay on it.
 
         Raises `SingularJacobian` for redundant constraints (under ``torch.vmap``, which lets nobody look at values, one is found out by the
-        solve only).
+        solve only); without ``throw`` trajectories that have none are NaN.
         """
         if self.constraint is None:
             return q0, v0
         rows = self._rows(args)
         G = jacobian(rows, t, q0)
         m, n = G.shape[-2:]
-        values = torch.linalg.svdvals(G.detach())
-        if m > n or (readable(values) and bool((values[..., -1] <= 1e-10 * values[..., 0].clamp(min=1e-300)).any())):
-            rank = n if not readable(values) else int((values > 1e-10 * values[..., :1]).sum(-1).min())
+        independent, rank = independent_rows(G)
+        if m > n or (throw and readable(independent) and not bool(independent.all())):
+            row = 0 if m > n else int((~independent).reshape(-1).to(torch.int64).argmax())
+            many = f" of trajectory {row}" if q0.dim() == 2 and m <= n else ""
+            if not bool(torch.isfinite(G.detach().reshape(-1, m, n)[row]).all()):
+                raise InconsistentInitialCondition(f"the Jacobian of the constraint{many} is not finite at q0: check q0 and the parameters")
             raise SingularJacobian(
-                f"the {m} constraints are redundant at q0: their Jacobian has rank {rank}. "
+                f"the {m} constraints{many} are redundant at q0: their Jacobian has rank {int(rank.reshape(-1)[row])}. "
                 "Leave out those that follow from the others (and start away from singular positions)"
             )
 
@@ -108,10 +115,44 @@ class Mechanism:
             (along,) = products(self._rows(tuple(rest)), time, z["q"], z["s"])
             return {"q": z["q"] - start - along, "s": self._rows(tuple(rest))(time, z["q"])}
 
-        guess = {"q": q0.detach(), "s": q0.detach().new_zeros(*q0.shape[:-1], m)}
-        q = solve_root(onto, guess, (t, q0, *args), batched=q0.dim() == 2).x["q"]
+        near = q0 if throw else torch.where(independent.unsqueeze(-1), q0, float("nan"))
+        guess = {"q": torch.nan_to_num(q0.detach()), "s": q0.detach().new_zeros(*q0.shape[:-1], m)}
+        q = solve_root(onto, guess, (t, near, *args), batched=q0.dim() == 2, throw=throw).x["q"]
         G, drift = self.sloped(t, q, args)
         return q, solved(saddle(self.mass_matrix(q, args), G), self.times_mass(q, v0, args), -drift)[..., :n]
+
+
+    def started(self, start: Start, t0: Any, q0: Tensor, v0: Tensor, args: tuple[Any, ...], throw: bool) -> tuple[Tensor, ...]:
+        """What ``start`` gives of every trajectory that has it; others raise, or without ``throw`` are NaN, and are in
+        the way of nobody's derivatives."""
+        t, batched = start_time(t0, q0, v0), q0.dim() == 2
+        found = start(t, q0, v0, args, throw)
+        lost = ~torch.stack([torch.isfinite(x.detach()).all(-1) for x in found]).all(0)
+        if not anywhere(lost):
+            return found
+        if throw and readable(lost):
+            self._refuse(found[0].detach(), args, lost)
+
+        def off(z: tuple[Tensor, ...], t: Tensor, q0: Tensor, v0: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+            return tuple(x - y for x, y in zip(z, start(t, q0, v0, rest, False), strict=True))
+
+        # explicit as it is, a root: whose node keeps what trajectories fail with from others
+        guess = tuple(torch.nan_to_num(x.detach()) for x in found)
+        found = solve_root(off, guess, (t, q0, v0, *args), method="newton", batched=batched, throw=False).x
+        # what the way back says of them reaches their own values alone
+        own = (q0, v0, *(x.detach() for x in found[2:]))
+        return tuple(torch.where(lost.unsqueeze(-1), y + float("nan"), x) for x, y in zip(found, own, strict=True))
+
+    def _refuse(self, q: Tensor, args: tuple[Any, ...], lost: Tensor) -> None:
+        """Raise for the first of the trajectories that are ``lost`` at the coordinates ``q``."""
+        many = f" of trajectory {int(lost.to(torch.int64).argmax())}" if lost.dim() else ""
+        matrix = self.mass_matrix(q, args).detach()
+        if bool(torch.isfinite(q).all(-1)[lost].all()) and bool(torch.isfinite(matrix).all(-1).all(-1)[lost].all()):
+            raise SingularJacobian(
+                f"the mass matrix{many} is singular at the start in a direction that the constraints leave free, or they are redundant "
+                "there: accelerations are not determined. Give every coordinate that moves freely a mass"
+            )
+        raise InconsistentInitialCondition(f"mass, force or constraint{many} are not finite at the start: check q0, v0 and the parameters")
 
 
 def start_time(t0: Any, q0: Tensor, v0: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from ..integrate import PIDController
 from ..methods import METHODS, Traits
 from ..native.build import NoCompiler
 from ..native.fingerprint import Fingerprint, fingerprint
+from ..native.memory import plain
 from ..native.reading import Unreadable
 from ..native.solve import frame_of
 from ..sensitivity import DiscreteAdjoint, Problem
@@ -67,23 +68,17 @@ class Asked:
             return None
         rows = prepared.rows
         t_eval: Tensor | None = self.options["t_eval"]
-        ends = prepared.ends(self.span)
-        anchors = ends.unsqueeze(-1) if rows == 1 else ends.unsqueeze(-1).expand(2, rows).contiguous()
-        times = None if self.samples is None else self.samples.unsqueeze(1).expand(-1, rows).contiguous()
+        ends, anchors = prepared.ends(self.span)
+        times = None if self.samples is None else plain(self.samples.unsqueeze(1).expand(-1, rows))
         try:
             made = run_of(prepared, anchors, times, self.y0, self.found.tensors)
         except Unreadable:
             return None
         if made is None:
             return None
-        found, values = made
-        backward = BackwardStats()
-        y0, shape = self.y0, self.y0.shape
-        if t_eval is None:
-            y = torch.stack([y0.detach(), found.ends[0].view(shape)])
-            t = ends.to(y0.dtype, copy=True)
-        else:
-            y, t = found.samples.reshape(-1, *shape), t_eval
+        found, y, values = made
+        backward, y0 = BackwardStats(), self.y0
+        t = t_eval if t_eval is not None else ends.clone() if y0.dtype is ends.dtype else ends.to(y0.dtype)
         if self.derivatives:
             tensors = self.found.tensors
             wanted = [(i, tensors[k]) for i, k in enumerate(prepared.places) if tensors[k].requires_grad]

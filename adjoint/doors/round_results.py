@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InvalidInput
 from ..system.capture import readable
+from ..system.transforms import anywhere
 from .arguments import Times
 from .doses import DoseRule
 from .round_rules import Boundary, Rule
-from .rows import anywhere, chosen, gathered, wide
+from .rows import chosen, gathered, wide
 from .solution import BackwardStats, EventLog, EventRecord, Solution, Stats
 
 __all__ = ["Piece", "Taken", "joined"]

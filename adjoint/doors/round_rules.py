@@ -14,10 +14,11 @@ from ..errors import InvalidInput
 from ..sensitivity.products import tangent, vjp
 from ..system.normalizing import composing
 from ..system.system import StateSpec
+from ..system.transforms import anywhere
 from .event_data import Event
 from .event_slope import signed
 from .parts import event_list, event_name, terminal_count
-from .rows import anywhere, chosen, forward_fill, still, wide
+from .rows import chosen, forward_fill, still, wide
 
 __all__ = ["NEAR", "Boundary", "Rule", "Scale", "like_mode", "listed", "rearmed", "rule_of", "shifted"]
 

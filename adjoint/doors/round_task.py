@@ -15,12 +15,13 @@ from ..errors import InvalidInput
 from ..sensitivity.products import tangent
 from ..system.split import SplitFunction
 from ..system.system import StateSpec
+from ..system.transforms import anywhere
 from .arguments import RoundSpan, Times, check_times
 from .doses import DoseRule, Doses, check_places, with_mass_and_rate, with_rate, with_rate_of_slope, without_rate
 from .mass_matrix import with_mass
 from .round_results import Piece
 from .round_rules import NEAR, Boundary, Rule, Scale, listed, rule_of
-from .rows import anywhere, chosen, still, usable
+from .rows import chosen, still, usable
 from .solution import Solution
 
 __all__ = ["Progress", "Task", "mode_of", "needs_rounds", "task_of"]
@@ -114,7 +115,7 @@ class Task:
         if self.implicit is None or not anywhere(changed):
             return at
         t, y = chosen(lost, self.start.detach(), at.t), chosen(lost, still(otherwise), at.y)
-        known = {name: self.options[name] for name in ("rtol", "atol", "batched", "linear_solver")}
+        known = {name: self.options[name] for name in ("rtol", "atol", "batched", "linear_solver", "throw")}
         known |= {name: self.options[name] for name in ("differential", "y0_bounds", "jac_sparsity", "suppress_algebraic") if self._dae}
         fun, args = self.fun, (*at.mode, *self.args, *infused)
         if not self._dae:

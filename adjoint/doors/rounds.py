@@ -20,7 +20,7 @@ from ..errors import EventsAccumulate, SolveError
 from ..integrate import Monitor, Status
 from ..sensitivity.undeclared import once
 from ..system.capture import readable
-from ..system.transforms import unwrapped
+from ..system.transforms import anywhere, unwrapped
 from .arguments import RoundSpan
 from .dose_ties import given_apart, ties
 from .progress import in_parts
@@ -28,7 +28,7 @@ from .round_ends import check_rules, ended_before, takes_events, with_events
 from .round_results import Piece, Taken, joined
 from .round_rules import Boundary, Rule, rearmed, shifted
 from .round_task import Progress, Task, needs_rounds, task_of
-from .rows import anywhere, chosen, still, wide
+from .rows import chosen, still, wide
 from .solution import EventRecord, Solution
 
 __all__ = ["in_rounds"]

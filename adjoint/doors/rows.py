@@ -10,17 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..system.capture import readable
-from ..system.transforms import unwrapped
-from ..torch_internals import DisableFuncTorch
 
-__all__ = ["anywhere", "chosen", "forward_fill", "gathered", "still", "usable", "wide"]
-
-
-def anywhere(on: Tensor) -> bool:
-    """Whether a flag is set in any trajectory, of any copy under ``torch.vmap``."""
-    on = unwrapped(on)
-    with DisableFuncTorch():
-        return bool(on.any())
+__all__ = ["chosen", "forward_fill", "gathered", "still", "usable", "wide"]
 
 
 def wide(x: Tensor, like: Tensor) -> Tensor:

@@ -115,6 +115,9 @@ class EventLog(tuple[EventRecord, ...]):
         return found[0]
 
 
+_NO_EVENTS = EventLog.of((), ())
+
+
 class Ended(WithTensors):
     """What came of a solve: its status, below zero where it failed, and what is ``said`` of each."""
 
@@ -158,7 +161,7 @@ class Solution(Ended):
     y: Any
     status: int | Tensor
     stats: Stats
-    events: EventLog = field(default_factory=lambda: EventLog.of((), ()))
+    events: EventLog = _NO_EVENTS
     quadrature: Any = None
     yp: Any = None
     interpolant: Callable[..., Any] | None = None

@@ -65,8 +65,9 @@ def lyapunov(A: Tensor, Q: Tensor) -> Tensor:
 
 def inverse(A: Tensor) -> Tensor:
     """``A^-1``, for small matrices that are differentiated: forward mode of ``torch.linalg.solve`` loses terms where it is nested, and is
-    NaN for all copies but the first under ``torch.vmap`` (seen on torch 2.13)."""
-    return torch.linalg.inv(A)
+    NaN for all copies but the first under ``torch.vmap`` (seen on torch 2.13). That of a singular matrix is NaN."""
+    found, info = torch.linalg.inv_ex(A)
+    return torch.where((info != 0)[..., None, None], float("nan"), found)
 
 
 def discrete_lyapunov(A: Tensor, Q: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Literal
 
 from .expressions import FUNCTIONS, Graph
 from .reverse import cotangents
@@ -22,7 +23,7 @@ _COMMUTATIVE = frozenset({"add", "mul", "eq", "ne", "and", "or"})
 class Group:
     """Expressions alike: a graph with leaves (kind, ..., slot), and for each member the indices of its leaves by slot.
 
-    Constants that differ from member to member are leaves ("c", slot).
+    Constants that differ from member to member are leaves ("c", slot). ``targets``: where each is written, or added to.
     """
 
     graph: Graph
@@ -52,9 +53,11 @@ def kept_values(graph: Graph, outputs: Sequence[int]) -> dict[int, int]:
     return kept
 
 
-def groups_of(graph: Graph, outputs: Sequence[int], kept: dict[int, int]) -> list[list[Group]]:
-    """Groups of kept values, level by level, as they are made of each other, and at last those of the outputs."""
-    shapes = _shapes(graph, outputs)
+def groups_of(graph: Graph, outputs: Sequence[int], kept: dict[int, int], summed: bool = False) -> list[list[Group]]:
+    """Groups of kept values, level by level, as they are made of each other, and at last those of the outputs; ``summed``: those of the
+    terms that outputs are sums of, each with the output that it is added to."""
+    parts = [_terms(graph, node, kept) if summed else [node] for node in outputs]
+    shapes = _shapes(graph, [*outputs, *(term for terms in parts for term in terms)])
     level: dict[int, int] = {}
     height: dict[int, int] = {}
     for node in graph.cone(outputs):
@@ -66,9 +69,26 @@ def groups_of(graph: Graph, outputs: Sequence[int], kept: dict[int, int]) -> lis
     tables: list[dict[tuple, Group]] = [{} for _ in range(count + 1)]
     for node, place in kept.items():
         _join(tables[level[node]], graph, node, place, kept, shapes)
-    for place, node in enumerate(outputs):
-        _join(tables[-1], graph, node, place, kept, shapes, whole=node not in kept)
+    for place, terms in enumerate(parts):
+        for node in terms:
+            _join(tables[-1], graph, node, place, kept, shapes, whole=node not in kept)
     return [[_without_equal_constants(group) for group in table.values()] for table in tables]
+
+
+def _terms(graph: Graph, root: int, kept: Collection[int]) -> list[int]:
+    """What a node is the sum of, in its order."""
+    found: list[int] = []
+    waiting = [(root, False)]
+    while waiting:
+        node, negative = waiting.pop()
+        name, below = graph.names[node], graph.arguments[node]
+        if node in kept or name not in ("add", "sub", "neg") or graph.types[node] != "float":
+            found.append(graph.op("neg", node) if negative else node)
+        elif name == "neg":
+            waiting.append((below[0], not negative))
+        else:
+            waiting += [(below[1], negative ^ (name == "sub")), (below[0], negative)]
+    return found
 
 
 def _shapes(graph: Graph, outputs: Sequence[int]) -> dict[int, int]:
@@ -244,9 +264,9 @@ class Loops:
         self.size += size
         return f"  for (int q = 0; q < {len(group.members)}; q++) {{\n{body}\n  }}"
 
-    def values(self, group: Group, target: Callable[[str], str]) -> str:
+    def values(self, group: Group, target: Callable[[str], str], how: Literal["=", "+="] = "=") -> str:
         """A loop that computes the members of a group."""
-        return self.loop(group, [(target(self.index(group.targets)), group.root, "=")])
+        return self.loop(group, [(target(self.index(group.targets)), group.root, how)])
 
     def derivatives(
         self, group: Group, seed: Callable[[str], str], cotangent_name: LeafName, kinds: Collection[str], kept: bool = False

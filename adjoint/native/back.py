@@ -12,6 +12,7 @@ from torch import Tensor
 from ..integrate.plan import Grid, Plan
 from .calls import BACKWARD_CALL
 from .device import DeviceEngine, addressed
+from .memory import plain
 from .program import Program
 from .reading import Unreadable
 from .solve import LOST, block_of, sample_order, shift_of, threads_for
@@ -22,15 +23,20 @@ __all__ = ["Cotangents", "sweep_native"]
 _BARS = ("final_bar", "samples_bar", "states_bar", "stages_bar")
 
 
+#: of times that nobody asked for
+_NONE = torch.empty(0, 0, dtype=torch.float64, device="cpu")
+
+
 class Cotangents(NamedTuple):
     """Of the initial state (B, n), of every input of the program, and where they were asked for of starts and sizes of the steps (K, B) and
-    of the sample times (T, B)."""
+    of the sample times (T, B). ``finite``: whether all of the former are, which is looked at for one trajectory on a CPU."""
 
     y0: Tensor
     inputs: list[Tensor]
     t: Tensor
     h: Tensor
     t_eval: Tensor
+    finite: bool
 
 
 def sweep_native(
@@ -43,55 +49,68 @@ def sweep_native(
     bars: Sequence[Tensor | None],
     timed: bool,
     ordered: bool = False,
+    pair: Tensor | None = None,
+    n_steps: int | None = None,
 ) -> Cotangents:
     """Cotangents from those of ``(final, samples, states, stages)``, each of them a tensor or None; ``timed``: those of times as well;
-    ``ordered``: samples are in the order of time, which else is looked at. Raises `Unreadable` as `solved` does."""
-    states = grid.states.detach().contiguous()
-    n_steps, rows = grid.t.shape
+    ``ordered``: samples are in the order of time, which else is looked at; ``pair`` (2, B, n): of the initial and the final state.
+    ``grid``: without ``status`` where nothing failed, and perhaps with room for more than ``n_steps``. Raises `Unreadable` as `solved`
+    does."""
+    room, rows = grid.t.shape
+    n_steps = room if n_steps is None else n_steps
     engine = program.engine(program.lanes(rows))
     call = BACKWARD_CALL.from_buffer_copy(program.backward_call(engine))
-    names = ("t", "h", "status", "sample_step", *(("segment", "lands") if anchors.shape[0] > 2 else ()))
-    keep = {name: getattr(grid, name).detach().contiguous() for name in names}
-    keep["states"], keep["anchors"] = states, anchors.detach().contiguous()
+    keep = {"t": grid.t, "h": grid.h, "status": grid.status, "sample_step": grid.sample_step, "states": grid.states, "anchors": anchors}
+    if anchors.shape[0] > 2:
+        keep |= {"segment": grid.segment, "lands": grid.lands}
     if program.method.implicit or program.method.multistep:
-        keep["stages"] = grid.stages.detach().contiguous()
+        keep["stages"] = grid.stages
     if program.method.multistep:
-        keep["extra"] = grid.extra.detach().contiguous()
+        keep["extra"] = grid.extra
     n_samples = 0
     if t_eval is not None and bars[1] is not None:
-        keep["t_eval"] = t_eval.detach().contiguous()
-        order = None if ordered else sample_order(keep["t_eval"], keep["anchors"])
+        keep["t_eval"] = t_eval
+        order = None if ordered else sample_order(t_eval.detach(), anchors.detach())
         if order is not None:
             keep["order"] = order
         n_samples = t_eval.shape[0]
     for name, bar in zip(_BARS, bars, strict=True):
-        if bar is not None and bar.numel():
-            keep[name] = bar.detach().contiguous()
-    keep["y0_bar"] = y0_bar = torch.empty_like(states[0])
-    none = torch.zeros(0, rows, dtype=torch.float64, device=states.device)
-    times = [none] * 3
+        if bar is not None:
+            keep[name] = bar
+    # what is read stays until it has been
+    keep = {name: plain(x) for name, x in keep.items() if x.numel()}
+    for name, x in keep.items():
+        setattr(call, name, x.data_ptr())
+    at = grid.states.device
+    if pair is not None:
+        pair = plain(pair)
+        call.initial_bar = pair.data_ptr()
+        call.final_bar = call.initial_bar + pair.nbytes // 2
+    y0_bar = grid.states.new_empty((rows, program.width))
+    call.y0_bar = y0_bar.data_ptr()
+    times = [_NONE] * 3
     if timed:
-        times = [torch.zeros((k, rows), dtype=torch.float64, device=states.device) for k in (n_steps, n_steps, n_samples)]
-        keep |= dict(zip(("t_bar", "h_bar", "t_eval_bar"), times, strict=True))
+        times = [torch.zeros((k, rows), dtype=torch.float64, device=at) for k in (n_steps, n_steps, n_samples)]
+        call.t_bar, call.h_bar, call.t_eval_bar = (x.data_ptr() for x in times)
     found = [torch.zeros_like(x) for x in inputs]
-    call.inputs, _inputs_at = addressed(inputs, states.device)
-    call.input_bars, _bars_at = addressed(found, states.device)
+    call.inputs, _inputs_at = addressed(inputs, at)
+    call.input_bars, _bars_at = addressed(found, at)
     call.rows, call.block = rows, block_of(rows)
     call.threads, call.team = threads_for(program, rows)
     call.n_anchors, call.n_steps, call.n_samples = anchors.shape[0], n_steps, n_samples
     call.jumps, call.timed = shift_of(plan, anchors), timed
-    for name, x in keep.items():
-        setattr(call, name, x.data_ptr())
     if isinstance(engine, DeviceEngine):
         sizes = [n if not own else 0 for n, own in zip(program.numbers, program.own, strict=True)]
-        for x, bar in zip(found, engine.sweep(call, states).split(sizes), strict=True):
+        for x, bar in zip(found, engine.sweep(call, grid.states).split(sizes), strict=True):
             if len(bar):
                 x.copy_(bar.reshape(x.shape))
-        return Cotangents(y0_bar, found, *times)
+        return Cotangents(y0_bar, found, *times, True)
     assert engine.backward is not None
-    lost = ctypes.c_long()
+    lost, infinite = ctypes.c_long(), ctypes.c_long()
     call.lost = ctypes.addressof(lost)
+    if rows == 1:
+        call.infinite = ctypes.addressof(infinite)
     engine.backward(ctypes.byref(call))
     if lost.value:
         raise Unreadable("", "", LOST)
-    return Cotangents(y0_bar, found, *times)
+    return Cotangents(y0_bar, found, *times, not infinite.value)

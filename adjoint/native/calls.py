@@ -84,6 +84,7 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("double*", "extra"),  # (room, E, B): what multistep methods record beside
     ("R*", "samples"),  # (T, B, n)
     ("long*", "sample_step"),  # (T, B)
+    ("R*", "initial"),  # (B, n): where the initial state goes, or nothing
     ("R*", "final"),  # (B, n)
     ("R*", "last"),
     ("R*", "scaled"),
@@ -94,6 +95,7 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("long*", "status"),
     ("double*", "t_final"),
     ("double*", "next_step"),
+    ("long*", "summary"),  # (5,), see `Summary`
     ("double*", "covered"),  # (B,): the times that trajectories have come to, while the solve goes on; or nothing
 )
 
@@ -120,7 +122,7 @@ BACKWARD: tuple[tuple[str, str], ...] = (
     ("const R*", "states"),  # (K + 1, B, n)
     ("const R*", "stages"),  # (K, S, B, n), or nothing
     ("const double*", "extra"),  # (K, E, B), of multistep methods
-    ("const long*", "status"),
+    ("const long*", "status"),  # or nothing where none has failed
     ("const double*", "t_eval"),
     ("const long*", "order"),
     ("const long*", "sample_step"),
@@ -128,6 +130,7 @@ BACKWARD: tuple[tuple[str, str], ...] = (
     ("long", "jumps"),
     ("long", "timed"),  # cotangents of times are wanted
     ("long*", "lost"),
+    ("const R*", "initial_bar"),  # (B, n), or nothing
     ("const R*", "final_bar"),  # (B, n), or nothing
     ("const R*", "samples_bar"),  # (T, B, n), or nothing
     ("const R*", "states_bar"),  # (K + 1, B, n), or nothing
@@ -137,6 +140,7 @@ BACKWARD: tuple[tuple[str, str], ...] = (
     ("double*", "t_bar"),  # (K, B)
     ("double*", "h_bar"),
     ("double*", "t_eval_bar"),  # (T, B)
+    ("long*", "infinite"),  # how many of the numbers in y0_bar and input_bars are not finite, where it is asked for
 )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .calls import CONSISTENT_CALL, filled
 from .device import addressed
+from .memory import plain
 from .program import Engine, Program
 
 __all__ = ["NativeStart"]
@@ -45,7 +46,7 @@ class NativeStart:
         program = self.program
         engine = program.engine(program.lanes(len(y)))
         assert isinstance(engine, Engine) and engine.consistent is not None
-        given: dict[str, Tensor] = {name: x.detach().contiguous() for name, x in (("t", t), ("y", y), ("yp", yp))}
+        given: dict[str, Tensor] = {name: plain(x) for name, x in (("t", t), ("y", y), ("yp", yp))}
         inputs, _inputs_at = addressed(self.values, y.device)
         call = filled(
             CONSISTENT_CALL,

@@ -120,6 +120,8 @@ class DeviceEngine:
 
 def trimmed(steps: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     """Of ``count`` steps; much memory that is mostly not used is given back."""
+    if len(steps["t"]) == count:
+        return steps
     cut = {name: x[: count + (name == "states")] if len(x) else x for name, x in steps.items()}
     wasteful = 2 * count < len(steps["t"]) and sum(x.nbytes for x in cut.values()) > _LARGE
     return {name: x.clone() for name, x in cut.items()} if wasteful else cut

@@ -68,15 +68,30 @@ def user_functions(
     try:
         # of implicit equations values and slopes stand side by side
         arguments = 2 * width if is_residual(method) else width
-        return _texts(_Writer(reading, arguments, own, timed), width, events, method, mass, back)
+        rest = width, events, method, mass, back
+        try:
+            return _texts(_Writer(reading, arguments, own, timed), *rest)
+        except Unreadable as error:
+            return _texts(_Writer(reading, arguments, own, timed), *rest, error)
     except NotImplementedError as error:
         raise Unreadable("", "", f"{error} is not known as a formula") from error
 
 
-def _texts(writer: _Writer, width: int, events: Sequence[Reading], method: Compiled, mass: Reading | None, back: bool) -> UserFunctions:
+def _texts(
+    writer: _Writer,
+    width: int,
+    events: Sequence[Reading],
+    method: Compiled,
+    mass: Reading | None,
+    back: bool,
+    too_long: Unreadable | None = None,
+) -> UserFunctions:
+    """See `user_functions`. ``too_long``: why outputs are not written as they are, but in loops over the terms that they are sums of."""
     reading, own = writer.reading, writer.own
     names = {"entry_name": "jy[PATTERN[{}]]".format, "weight_name": "weights[BENT[{}]]".format}
-    loops = rolled(reading.graph, reading.outputs, _leaf, _cotangent, writer.shared, ("t", "y", "a"), **names)
+    loops = rolled(reading.graph, reading.outputs, _leaf, _cotangent, writer.shared, ("t", "y", "a"), **names, summed=too_long is not None)
+    if loops is None and too_long is not None:
+        raise too_long
     texts = writer.straight(("fun", "vjp") if back else ("fun", None)) if loops is None else writer.loops(loops)
     tables = "" if loops is None else loops.tables
     matrices = None

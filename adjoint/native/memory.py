@@ -1,4 +1,4 @@
-"""Memory of records: where it is new, its first touch costs as much as what is written there, unless its pages are large."""
+"""Memory that compiled code reads and writes: how numbers lie there, and its pages."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import ctypes
 import mmap
 from functools import cache
 
+import torch
 from torch import Tensor
 
-__all__ = ["in_large_pages"]
+__all__ = ["FEW_BYTES", "in_large_pages", "plain"]
 
 #: bytes of a large page
 _PAGE = 2**21
 #: bytes from which on memory is asked for in large pages: below, it is mostly that of a solve before
-_MOST = 2**22
+FEW_BYTES = 2**22
 
 
 @cache
@@ -25,11 +26,20 @@ def _advise() -> ctypes._NamedFuncPointer | None:
     return found
 
 
-def in_large_pages(x: Tensor) -> Tensor:
-    """``x``, not yet written to, whose memory the system is asked to lay out in large pages. It may decline."""
-    if x.nbytes >= _MOST and x.device.type == "cpu" and (advise := _advise()) is not None:
+def in_large_pages(x: Tensor) -> None:
+    """Ask the system to lay out the memory of ``x``, not yet written to, in large pages: the first touch of small ones costs as much as
+    what is written there. It may decline."""
+    if x.nbytes >= FEW_BYTES and x.device.type == "cpu" and (advise := _advise()) is not None:
         start = -(-x.data_ptr() // _PAGE) * _PAGE
         length = (x.data_ptr() + x.nbytes) // _PAGE * _PAGE - start
         if length > 0:
             advise(start, length, mmap.MADV_HUGEPAGE)
-    return x
+
+
+def plain(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``x`` without derivatives, in this dtype, its numbers side by side as they are: a lazy negation is not to be seen by its address."""
+    x = x.detach()
+    if (dtype is None or x.dtype is dtype) and x.is_contiguous() and not x.is_neg():
+        return x
+    x = x.resolve_neg()
+    return (x if dtype is None else x.to(dtype)).contiguous()

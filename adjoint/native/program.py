@@ -19,6 +19,7 @@ from .device import LAUNCHERS, DeviceEngine, addressed, kernels_of
 from .emit import Compiled, device_functions, device_prologue, engine_text, is_residual, prologue
 from .functions import UserFunctions, depends, inputs_of, user_functions
 from .jointly import of_all_rows
+from .memory import plain
 from .reading import Reading, Unreadable
 from .tangents import with_displacement
 from .text import vector_library
@@ -174,7 +175,7 @@ class Program:
         """
         found = []
         for x in tensors:
-            value = x.detach().resolve_neg().to(self.real).contiguous()
+            value = plain(x, self.real)
             if not x.is_floating_point() and not torch.equal(value.to(x.dtype), x):
                 raise Unreadable("", "", f"it uses whole numbers that {self.real} has not")
             found.append(value.clone() if kept and value.data_ptr() == x.data_ptr() else value)
@@ -293,7 +294,7 @@ def program_of(
     own = tuple(steps)
     shared = tuple(x.numel() if (joint or not step) and x.is_floating_point() else 0 for step, x in zip(steps, inputs, strict=True))
     timed = any(depends(reading, "t") for reading in readings)
-    tables = tuple(x.contiguous().to(y0) for reading in readings for x in reading.tables)
+    tables = tuple(plain(x, y0.dtype).to(y0) for reading in readings for x in reading.tables)
     events, matrix = (readings[1:-1], readings[-1]) if mass else (readings[1:], None)
     of_one = (0,) * len(own) if joint else own
     whole = frozenset(k for k, x in enumerate(inputs) if not x.is_floating_point())

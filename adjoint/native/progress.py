@@ -7,7 +7,7 @@ does not hold Python's lock.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Event, Thread
 from typing import Any
 
@@ -20,6 +20,7 @@ __all__ = ["tell", "told", "watches_steps"]
 
 #: seconds between two looks
 _PAUSE = 0.1
+_SILENT = nullcontext()
 
 
 def watches_steps(monitor: Monitor) -> bool:
@@ -39,12 +40,13 @@ def tell(monitor: Monitor, anchors: Tensor, covered: Tensor) -> None:
     monitor.advanced(float(part.mean()) if part.numel() else 1.0)
 
 
-@contextmanager
-def told(monitor: Monitor, call: Any, anchors: Tensor) -> Iterator[None]:
+def told(monitor: Monitor, call: Any, anchors: Tensor) -> AbstractContextManager[None]:
     """`tell` ``monitor`` now and then of what ``call``, made within, has covered: trajectories are not solved side by side."""
-    if type(monitor).advanced is Monitor.advanced:
-        yield
-        return
+    return _SILENT if type(monitor).advanced is Monitor.advanced else _telling(monitor, call, anchors)
+
+
+@contextmanager
+def _telling(monitor: Monitor, call: Any, anchors: Tensor) -> Iterator[None]:
     covered, done = anchors[0].clone(), Event()
     call.covered = covered.data_ptr()
 

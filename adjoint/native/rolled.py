@@ -73,6 +73,7 @@ def rolled(
     entry_name: Callable[[str], str] = "jy[{}]".format,
     slope_name: Callable[[str], str] = "slope[{}]".format,
     weight_name: Callable[[str], str] = "weights[{}]".format,
+    summed: bool = False,
 ) -> Rolled | None:
     """Functions that compute outputs and their derivatives in loops; None where that is not shorter.
 
@@ -85,18 +86,20 @@ def rolled(
         kinds: of leaves that derivatives are wanted by.
         output_name, seed_name, entry_name, slope_name, weight_name: how outputs, their cotangents, entries of the Jacobian, slopes in
             time and weights of entries are called.
+        summed: outputs that are unlike each other may be sums of terms that are alike (the rates of a network): loops go over terms.
     """
     straight = len(graph.cone(outputs))
     if len(outputs) < LEAST and straight < _LONG:
         return None
     kept = kept_values(graph, outputs)
-    levels = groups_of(graph, outputs, kept)
+    levels = groups_of(graph, outputs, kept, summed)
     length = sum(len(group.graph) for level in levels for group in level)
     if 2 * length > straight:
         return None
     writer = Loops(leaf_name, shared)
     forward = [writer.values(group, "w[{}]".format) for level in levels[:-1] for group in level]
-    results = [writer.values(group, output_name) for group in levels[-1]]
+    results = [f"  for (int i = 0; i < {len(outputs)}; i++) {output_name('i')} = K(R(0));"] if summed else []
+    results += [writer.values(group, output_name, "+=" if summed else "=") for group in levels[-1]]
 
     def backward(seed: Callable[[str], str], by: LeafName, wanted: Collection[str]) -> str:
         found = [writer.derivatives(group, seed, by, wanted) for group in levels[-1]]
@@ -110,7 +113,7 @@ def rolled(
     chain = Chained(writer, levels)
     sparse = chain.products() <= _MOST_PRODUCTS and len(chain.pattern) <= _FILLED * len(outputs) ** 2
     jac, pattern, steady = "", [], []
-    if sum(_lengths(graph, outputs)) <= _MOST_OF_JACOBIAN:
+    if not summed and sum(_lengths(graph, outputs)) <= _MOST_OF_JACOBIAN:
         (whole,) = groups_of(graph, outputs, {}) if kept else levels
         if sum(len(group.graph) for group in whole) <= min(straight, _LONGEST_JACOBIAN):
             jac, pattern, steady = writer.jacobian(whole, entry_name, slope_name)

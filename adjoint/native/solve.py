@@ -21,7 +21,7 @@ from ..torch_internals import team_of_threads
 from .calls import FORWARD_CALL, filled
 from .device import DeviceEngine, addressed, trimmed
 from .emit import recorded_stages, records_beside
-from .memory import in_large_pages
+from .memory import FEW_BYTES, in_large_pages, plain
 from .program import Engine, Program
 from .progress import tell, told
 from .reading import Unreadable
@@ -79,7 +79,7 @@ def _tolerance(x: float | Tensor, y0: Tensor) -> tuple[Tensor, int, int]:
     """Its numbers, and the strides of rows and columns."""
     if not isinstance(x, Tensor):
         return torch.tensor([x], dtype=y0.dtype, device=y0.device), 0, 0
-    return x.detach().to(y0.dtype).expand(y0.shape).contiguous(), y0.shape[1], 1
+    return plain(x.expand(y0.shape), y0.dtype), y0.shape[1], 1
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -108,6 +108,8 @@ class Frame:
     few: bool
     #: bytes of one recorded step
     size: int
+    #: what is not kept of steps, by name
+    absent: dict[str, Tensor]
 
 
 def frame_of(
@@ -127,10 +129,13 @@ def frame_of(
     keep_stages = plan.keep_stages or few
     keep_grid = plan.keep_states or plan.keep_grid or keep_stages
     beside = records_beside(program.method)
-    size = rows * (n * y0.element_size() * (1 + (recorded_stages(program.method) if keep_stages else 0)) + 16 + 8 * beside)
+    stages = recorded_stages(program.method)
+    size = rows * (n * y0.element_size() * (1 + (stages if keep_stages else 0)) + 16 + 8 * beside)
+    absent = {} if plan.keep_states else {"states": y0.new_empty((0, rows, n))}
+    absent |= {} if keep_stages else {"stages": y0.new_empty((0, stages, rows, n))}
     rtol, atol = _tolerance(plan.rtol, y0), _tolerance(plan.atol, y0)
     first = plan.first_step
-    first = None if first is None else torch.as_tensor(first, dtype=torch.float64, device=y0.device).reshape(-1).contiguous()
+    first = None if first is None else plain(torch.as_tensor(first, dtype=torch.float64, device=y0.device).reshape(-1))
     power, skipped = power_of(index, y0.dtype), None if skipped is None else skipped.contiguous()
     directions = torch.tensor([e.direction for e in plan.events], dtype=torch.float64, device=y0.device)
     terminal = torch.tensor([e.terminal for e in plan.events], dtype=torch.int64, device=y0.device)
@@ -172,11 +177,30 @@ def frame_of(
         keep_stages=keep_stages,
     )
     kept = (rtol[0], atol[0], first, power, skipped, directions, terminal, counts, begun, idle, program)
-    return Frame(engine, call, kept, keep_grid, plan.keep_states, keep_stages, few, size)
+    return Frame(engine, call, kept, keep_grid, plan.keep_states, keep_stages, few, size, absent)
+
+
+class Summary(NamedTuple):
+    """Of all trajectories: most accepted and most rejected steps, how many ended by something else than their time, whose steps were not
+    stable, and how many components are at their end where they began."""
+
+    most: int
+    rejected: int
+    otherwise: int
+    unstable: int
+    resting: int
+
+    @classmethod
+    def of(cls, counts: Tensor, last: Tensor, y0: Tensor) -> Summary:
+        """By tensors, those of `Solved`."""
+        steps, accepted, _, status, unstable = counts[:_FIRST_OF_WORK]
+        largest = [x.max() if len(x) else x.sum() for x in (accepted, steps - accepted)]
+        return cls(*torch.stack([*largest, (status != 0).sum(), (unstable != 0).sum(), (last == y0).sum()]).tolist())
 
 
 class Solved(NamedTuple):
-    """What the compiled code wrote. ``steps``: tensors of `Record` by name; of one span without ``segment`` and ``lands``.
+    """What the compiled code wrote. ``steps``: tensors of `Record` by name, with room for more steps; of one span without ``segment`` and
+    ``lands``.
 
     ``counts`` (9, B) int64 in the order of `COUNTS`; ``times`` (2, B): where trajectories ended, and the step that would follow; ``ends``
     (3, B, n): the final state, the last one, the scaled error.
@@ -189,6 +213,34 @@ class Solved(NamedTuple):
     sample_step: Tensor
     steps: dict[str, Tensor]
     events: dict[str, Tensor] | None
+    summary: Summary
+
+
+def _grid_of(program: Program, frame: Frame, y0: Tensor, anchors: int, steps: int, first: bool = True) -> dict[str, Tensor]:
+    """Tensors for so many steps, and, with ``first``, for the state before them."""
+    rows, n = y0.shape
+    at, made = y0.device, dict(frame.absent)
+    if frame.keep_states:
+        made["states"] = y0.new_empty((steps + first, rows, n))
+    if frame.keep_stages:
+        made["stages"] = y0.new_empty((steps, recorded_stages(program.method), rows, n))
+    made["t"] = torch.empty((steps, rows), dtype=torch.float64, device=at)
+    made["h"] = torch.empty((steps, rows), dtype=torch.float64, device=at)
+    if beside := records_beside(program.method):
+        made["extra"] = torch.empty((steps, beside, rows), dtype=torch.float64, device=at)
+    if anchors > 2:
+        made["segment"] = torch.empty((steps, rows), dtype=torch.int64, device=at)
+        made["lands"] = torch.empty((steps, rows), dtype=torch.bool, device=at)
+    if steps * frame.size >= FEW_BYTES:
+        for x in made.values():
+            in_large_pages(x)
+    return made
+
+
+def _point(call: Any, steps: dict[str, Tensor], room: int) -> None:
+    call.room = room
+    for name, x in steps.items():
+        setattr(call, name, x.data_ptr())
 
 
 def solved(
@@ -200,38 +252,18 @@ def solved(
     y0: Tensor,
     inputs: Sequence[Tensor],
     ordered: bool = False,
+    pair: Tensor | None = None,
 ) -> Solved:
     """A solve; all tensors contiguous and without derivatives, ``inputs`` in the dtype of the state. ``ordered``: samples are in the order
-    of time, which else is looked at. Raises `Unreadable` where a sparse matrix has no factors in the order of its pattern."""
+    of time, which else is looked at. ``pair`` (2, B, n): where the initial and the final state go, if not into ``ends``; on CPUs.
+    Raises `Unreadable` where a sparse matrix has no factors in the order of its pattern."""
     rows, n = y0.shape
     n_anchors = anchors.shape[0]
     n_samples = 0 if t_eval is None else t_eval.shape[0]
     order = None if ordered else sample_order(t_eval, anchors)
     room = program.room.get(rows, max(1, min(_ROOM, _MOST_ROOM // max(frame.size, 1)))) if frame.keep_grid else 0
     room = min(room, plan.max_steps)
-    stages, beside = recorded_stages(program.method), records_beside(program.method)
-
     at = y0.device
-
-    def grid(steps: int, first: bool = True) -> dict[str, Tensor]:
-        made = {
-            "states": y0.new_empty((steps + first, rows, n) if frame.keep_states else (0, rows, n)),
-            "stages": y0.new_empty((steps, stages, rows, n) if frame.keep_stages else (0, stages, rows, n)),
-            "t": torch.empty((steps, rows), dtype=torch.float64, device=at),
-            "h": torch.empty((steps, rows), dtype=torch.float64, device=at),
-        }
-        if beside:
-            made["extra"] = torch.empty((steps, beside, rows), dtype=torch.float64, device=at)
-        if n_anchors > 2:
-            made["segment"] = torch.empty((steps, rows), dtype=torch.int64, device=at)
-            made["lands"] = torch.empty((steps, rows), dtype=torch.bool, device=at)
-        return {name: in_large_pages(x) for name, x in made.items()}
-
-    def point(call: Any, steps: dict[str, Tensor], room: int) -> None:
-        call.room = room
-        for name, x in steps.items():
-            setattr(call, name, x.data_ptr())
-
     counts = torch.empty((len(COUNTS), rows), dtype=torch.int64, device=at)
     times = torch.empty((2, rows), dtype=torch.float64, device=at)
     ends = y0.new_empty((3, rows, n))
@@ -250,37 +282,40 @@ def solved(
     call.next_step = call.t_final + row
     address, row = ends.data_ptr(), y0.nbytes
     call.final, call.last, call.scaled = address, address + row, address + 2 * row
+    if pair is not None:
+        call.initial = pair.data_ptr()
+        call.final = call.initial + row
     call.samples, call.sample_step = samples.data_ptr(), sample_step.data_ptr()
-    engine = frame.engine
+    engine, found = frame.engine, None
     if isinstance(engine, DeviceEngine):
+        grid = partial(_grid_of, program, frame, y0, n_anchors)
         most, steps = engine.rounds(call, counts, grid, room, partial(tell, plan.monitor, anchors, times[0]))
-        if frame.keep_grid:
-            program.room[rows] = most + most // 4 + 8
-        return Solved(counts, times, ends, samples, sample_step, steps, None)
-    # `made` is read until it is sealed
-    made, lost = grid(room), ctypes.c_long()
-    steps, call.lost = made, ctypes.addressof(lost)
-    point(call, made, room)
-    with told(plan.monitor, call, anchors):
-        tape = engine.forward(ctypes.byref(call))
-    found = _events(engine, tape) if plan.events else None
-    most = int(counts[1].max()) if rows and frame.keep_grid else 0
-    to = call
-    if most > room:
-        steps = grid(most)
-        to = FORWARD_CALL.from_buffer_copy(call)
-        point(to, steps, most)
-    engine.seal(ctypes.c_void_p(tape), ctypes.byref(call), ctypes.byref(to), ctypes.c_long(most))
+        summary = Summary.of(counts, ends[1], y0)
+    else:
+        # `made` is read until it is sealed
+        made, lost, seen = _grid_of(program, frame, y0, n_anchors, room), ctypes.c_long(), (ctypes.c_long * len(Summary._fields))()
+        steps, call.lost, call.summary = made, ctypes.addressof(lost), ctypes.addressof(seen)
+        _point(call, made, room)
+        with told(plan.monitor, call, anchors):
+            tape = engine.forward(ctypes.byref(call))
+        summary = Summary(*seen)
+        most = summary.most if frame.keep_grid else 0
+        if tape is not None:
+            found = _events(engine, tape) if plan.events else None
+            to = call
+            if most > room:
+                steps = _grid_of(program, frame, y0, n_anchors, most)
+                to = FORWARD_CALL.from_buffer_copy(call)
+                _point(to, steps, most)
+            engine.seal(ctypes.c_void_p(tape), ctypes.byref(call), ctypes.byref(to), ctypes.c_long(most))
+        if lost.value:
+            raise Unreadable("", "", LOST)
+        if frame.few:
+            assert found is not None
+            steps["stages"] = steps["stages"][torch.unique(found["event_step"])]
     if frame.keep_grid:
         program.room[rows] = most + most // 4 + 8
-    if most < room:
-        steps = trimmed(steps, most)
-    if lost.value:
-        raise Unreadable("", "", LOST)
-    if frame.few:
-        assert found is not None
-        steps["stages"] = steps["stages"][torch.unique(found["event_step"])]
-    return Solved(counts, times, ends, samples, sample_step, steps, found)
+    return Solved(counts, times, ends, samples, sample_step, steps, found, summary)
 
 
 def run_native(
@@ -300,15 +335,15 @@ def run_native(
     ``inputs``: contiguous, in the dtype of the state. ``watched``: see `frame_of`. ``index``, ``skipped`` and ``idle``: see
     `frame_of`.
     """
-    anchors, y0 = anchors.detach().contiguous(), y0.detach().contiguous()
-    t_eval = None if t_eval is None else t_eval.detach().contiguous()
+    anchors, y0, t_eval = plain(anchors), plain(y0), None if t_eval is None else plain(t_eval)
     frame = frame_of(program, plan, y0, watched, index, skipped, idle)
     found = solved(program, frame, plan, anchors, t_eval, y0, inputs)
     counts = dict(zip(COUNTS, found.counts.unbind(), strict=True))
     # what is written to one of the others is not written to this one, which the way back keeps
     counts["status"] = counts["status"].clone()
     unstable = counts.pop("unstable") != 0
-    steps, most = found.steps, found.steps["t"].shape[0]
+    most = found.summary.most if frame.keep_grid else 0
+    steps = trimmed(found.steps, most)
     if "segment" not in steps:
         steps["segment"] = torch.zeros((1, 1), dtype=torch.int64, device=y0.device).expand(most, y0.shape[0])
         # at its end the last step lands

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..linalg import Factorization, LinearSolver, Log, Matrix
 from ..nonlinear import RootRecord
-from ..system.capture import alive, below_jvp, readable
+from ..system.capture import alive, below_jvp
 from ..system.ownership import continuing, owned
 from ..system.system import Flat, StateSpec, System, VmappedSystem
-from ..system.transforms import functorch_active, naming_writes
+from ..system.transforms import anywhere, functorch_active, naming_writes
 from ..torch_internals import copy_by_copy, get_unwrapped, is_functorch_wrapped_tensor
 from .fingerprint import RootWitness
 from .products import exchanged, smooth_places, tangent, vjp
@@ -237,7 +237,7 @@ def _sheltered(
     """Roots and inputs with those of another row in the places of what rows failed with of which nothing is asked; which entries of inputs
     are others' now; and those rows, ``(B,)``, or None."""
     dead = (status < 0) & (bar == 0).all(-1)
-    if not readable(dead) or not bool(dead.any()) or bool((status < 0).all()):
+    if not anywhere(dead) or not anywhere(status >= 0):
         return raw, inputs, [None] * len(inputs), None
     donor = (status >= 0).to(torch.int64).argmax()
     moved = torch.where(dead.unsqueeze(-1), raw.detach().index_select(0, donor.reshape(1)), raw)

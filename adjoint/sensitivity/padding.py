@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from ..integrate.plan import Grid
-from ..system.capture import readable
-from ..system.transforms import functorch_active
+from ..system.transforms import anywhere, functorch_active
 from .problem import Problem
 from .replacements import replacements
 
@@ -103,7 +102,8 @@ def shelter(problem: Problem, grid: Grid, t_eval: Tensor | None, inputs: Sequenc
     methods at its end, of which only the first of them is none, and at the start of the first one.
 
     Where trajectories failed, their own parts of the inputs (those with an entry for each trajectory) are replaced by those of another
-    one if they are not finite, or if ``fun`` is not finite with them: see `replacements`.
+    one if they are not finite, or if ``fun`` is not finite with them; of implicit methods all of a trajectory that took no step: see
+    `replacements`.
     """
     pad = padding(grid.h, grid.lands)
     nothing: list[Tensor | None] = [None] * len(inputs)
@@ -111,14 +111,16 @@ def shelter(problem: Problem, grid: Grid, t_eval: Tensor | None, inputs: Sequenc
         return Shelter(replace(grid, sizes=None, moved=None), inputs, nothing)
     grid = _moved_grid(problem, grid, t_eval, pad)
     dead = grid.status < 0
-    if not readable(dead) or not bool(dead.any()):
+    if not anywhere(dead):
         return Shelter(grid, inputs, nothing)
     given, replaced = inputs, nothing
-    if not bool(dead.all()):
+    if anywhere(~dead):
         donor = torch.where(dead, -1, (~pad.still).sum(0)).argmax()
         values = partial(_points, problem, grid)
-        # fun says nothing about the mass matrix, which it does not see
-        given, replaced = replacements(problem.system, values, dead, donor, inputs, unseen=problem.system.mass)
+        # fun says nothing about the mass matrix, which it does not see; and where steps solve with matrices that need not be regular, a
+        # trajectory without a step may have failed for theirs
+        more = {"unseen": problem.system.mass, "wholly": None if problem.algebra is None else dead & pad.unborn}
+        given, replaced = replacements(problem.system, values, dead, donor, inputs, **more)
     return Shelter(grid, given, replaced, dead, pad.unborn)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor
 from ..integrate import Plan, stands
 from ..integrate.plan import Grid
 from ..native.back import sweep_native
+from ..native.device import trimmed
+from ..native.memory import FEW_BYTES, plain
 from ..native.program import Program
 from ..native.reading import Unreadable
 from ..native.solve import Frame, Solved, solved
@@ -22,10 +23,8 @@ from .undeclared import REJECTED
 
 __all__ = ["Prepared", "PreparedNode", "Run", "run_of"]
 
-
-#: numbers
-_FEW = 32
-
+#: what the way back does not read
+_NOTHING = torch.empty(0, device="cpu")
 
 @dataclass(eq=False)
 class Prepared:
@@ -42,13 +41,14 @@ class Prepared:
     rows: int
     width: int
     derivatives: bool
-    _ends: tuple[tuple[float, float], Tensor] | None = None
+    _ends: tuple[tuple[float, float], Tensor, Tensor] | None = None
 
-    def ends(self, span: tuple[float, float]) -> Tensor:
-        """Those of a span, (2,), which nobody writes to: the same tensor while the span is the same."""
+    def ends(self, span: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        """Those of a span, (2,), and of each trajectory, (2, B), which nobody writes to: the same tensors while the span is the same."""
         if self._ends is None or self._ends[0] != span:
-            self._ends = span, torch.tensor(span, dtype=torch.float64)
-        return self._ends[1]
+            ends = torch.tensor(span, dtype=torch.float64)
+            self._ends = span, ends, ends.unsqueeze(-1).expand(2, self.rows).contiguous()
+        return self._ends[1:]
 
     def to_be_looked_at(self, rejected: int) -> bool:
         """Whether the general way is to look for jumps of ``fun`` in a solve with so many rejected steps."""
@@ -74,26 +74,25 @@ class Run:
 
 def run_of(
     prepared: Prepared, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, tensors: Sequence[Tensor]
-) -> tuple[Solved, list[Tensor]] | None:
-    """The solve and the tensors as the program takes them; None where the general way has to look: something failed, or rests.
+) -> tuple[Solved, Tensor, list[Tensor]] | None:
+    """The solve, the states asked for (T, *state), and the tensors as the program takes them; None where the general way has to look:
+    something failed, or rests.
 
-    ``t_eval``: in the order of time; ``tensors``: those of the fingerprint.
+    ``t_eval``: in the order of time; None: the two ends. ``tensors``: those of the fingerprint.
     """
     program, plan = prepared.program, prepared.plan
     values = program.values([tensors[k] for k in prepared.places], prepared.derivatives)
-    flat = y0.detach().resolve_neg().to(program.real).reshape(prepared.rows, prepared.width).contiguous()
-    found = solved(program, prepared.frame, plan, anchors, t_eval, flat, values, ordered=True)
-    if prepared.rows == 1:
-        counts = found.counts[:, 0].tolist()
-        if counts[3] != 0 or counts[4] or prepared.to_be_looked_at(counts[0] - counts[1]):
-            return None
-    elif bool(found.counts[3:5].any()) or prepared.to_be_looked_at(int((found.counts[0] - found.counts[1]).max())):
+    flat = plain(y0, program.real).view(prepared.rows, prepared.width)
+    y = flat.new_empty((2, *y0.shape)) if t_eval is None else None
+    found = solved(program, prepared.frame, plan, anchors, t_eval, flat, values, True, y)
+    summary = found.summary
+    if summary.otherwise or summary.unstable or prepared.to_be_looked_at(summary.rejected):
         return None
     if prepared.derivatives:
-        states = found.steps["states"]
-        if bool((stands(states) if plan.method.multistep else states[-1] == states[0]).any()):
+        states = found.steps["states"][: summary.most + 1] if plan.method.multistep else None
+        if summary.resting if states is None else bool(stands(states).any()):
             return None
-    return found, values
+    return found, found.samples.view(-1, *y0.shape) if y is None else y, values
 
 
 class PreparedNode(torch.autograd.Function):
@@ -104,11 +103,11 @@ class PreparedNode(torch.autograd.Function):
         y, found = run.y, run.found
         run.y = run.found = None
         assert y is not None and found is not None
-        steps = found.steps
-        ctx.run = run
+        ctx.run, ctx.n_steps = run, found.summary.most
+        # what there is room for beyond the steps is worth no tensors of its own, as long as it is little
+        steps = found.steps if run.prepared.frame.size * ctx.n_steps < FEW_BYTES else trimmed(found.steps, ctx.n_steps)
         ctx.set_materialize_grads(False)
-        # what is written to one of the counts is not written to this one
-        kept = [steps["states"], steps["t"], steps["h"], found.counts[3].clone(), found.sample_step]
+        kept = [steps["states"], steps["t"], steps["h"], found.sample_step]
         method = run.prepared.plan.method
         kept += [steps["stages"]] if method.implicit else []
         kept += [steps["extra"]] if method.multistep else []
@@ -130,32 +129,24 @@ class PreparedNode(torch.autograd.Function):
         if torch.is_grad_enabled() or functorch_active():
             return (None, *_again(run, inputs, bar, needed))
         prepared = run.prepared
-        bars = bar.reshape(-1, prepared.rows, prepared.width)
-        nothing = saved[0].new_empty(0)
-        states, t, h, status, sample_step, stages, extra = [*saved[: ctx.n_kept], nothing, nothing][:7]
-        grid = Grid(states, t, h, nothing, nothing, sample_step, status, nothing, stages, extra)
-        ends = (bars[1], None, None, None) if run.t_eval is None else (None, bars, None, None)
+        program, plan = prepared.program, prepared.plan
+        states, t, h, sample_step, stages, extra = [*saved[: ctx.n_kept], _NOTHING, _NOTHING][:6]
+        grid = Grid(states, t, h, _NOTHING, _NOTHING, sample_step, _NOTHING, _NOTHING, stages, extra)
+        bars, pair = ((None,) * 4, bar) if run.t_eval is None else ((None, bar, None, None), None)
         try:
-            back = sweep_native(prepared.program, prepared.plan, grid, run.anchors, run.t_eval, run.values, ends, False, ordered=True)
+            back = sweep_native(program, plan, grid, run.anchors, run.t_eval, run.values, bars, False, True, pair, ctx.n_steps)
         except Unreadable:
             # the general way says why
             return (None, *_again(run, inputs, bar, needed))
-        steps = saved[1].shape[0]
-        run.report(steps * len(prepared.plan.method.nodes), steps)
-        y0_bar = back.y0 if run.t_eval is not None else back.y0 + bars[0]
-        results = [y0_bar.view(inputs[0].shape)]
+        run.report(ctx.n_steps * len(plan.method.nodes), ctx.n_steps)
+        if not back.finite:
+            # which of the user's functions it was, the general way finds out
+            return (None, *_again(run, inputs, bar, needed))
+        results = [back.y0.view(inputs[0].shape)]
         for k, x in zip(run.wanted, inputs[1:], strict=True):
             found = back.inputs[k]
             results.append(found if found.shape == x.shape else found.reshape(x.shape))
-        if prepared.rows == 1 and not all(map(_finite, results)):
-            # which of the user's functions it was, the general way finds out
-            return (None, *_again(run, inputs, bar, needed))
         return (None, *(x if need else None for x, need in zip(results, needed, strict=True)))
-
-
-def _finite(x: Tensor) -> bool:
-    # few numbers are looked at faster by Python
-    return all(map(isfinite, x.reshape(-1).tolist())) if x.numel() <= _FEW else isfinite(float(x.sum()))
 
 
 def _again(run: Run, inputs: Sequence[Tensor], bar: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:

@@ -6,13 +6,13 @@ Nothing is asked of a row that failed. But whatever is evaluated for it is summe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..system.system import VmappedSystem
-from ..system.transforms import functorch_active
+from ..system.transforms import anywhere, functorch_active
 
 if TYPE_CHECKING:
     from .implicit import Conditions
@@ -25,20 +25,30 @@ _Rows = tuple[Tensor, Tensor]
 
 
 def replacements(
-    system: Conditions, values: Values, dead: Tensor, donor: Tensor, inputs: Sequence[Tensor], unseen: int | None = None
+    system: Conditions,
+    values: Values,
+    dead: Tensor,
+    donor: Tensor,
+    inputs: Sequence[Tensor],
+    unseen: int | None = None,
+    wholly: Tensor | None = None,
 ) -> tuple[Sequence[Tensor], list[Tensor | None]]:
     """Inputs without what made the rows ``dead`` (B,) fail, and which of their entries are those of the ``donor`` (0-d) now.
 
     An entry for each row is had by inputs that ``torch.vmap`` maps over, and, with ``batched=True``, it seems, by all of the length
     of the batch. Whether that is so is not known: none is replaced on which ``values`` depend in a row that did not fail. ``unseen``: the
-    place of an input about which they say nothing, a matrix; where it is one of three dimensions each row has its own.
+    place of an input about which they say nothing, a matrix; where it is one of three dimensions each row has its own. ``wholly`` (B,):
+    those of the rows of which everything is replaced, however finite it is.
     """
-    rows = [_rows_of(system, i, x, dead, donor, 3 if i == unseen else 1) for i, x in enumerate(inputs)]
-    given, replaced = list(inputs), [None] * len(inputs)
-    given, replaced = _tried(values, ~dead, given, replaced, rows, only_bad=True)
-    if bool(torch.stack([torch.isfinite(x).all(-1) for x in values(given)]).all()):
-        return given, replaced
-    return _tried(values, ~dead, given, replaced, rows, only_bad=False)
+
+    def tried(given: Sequence[Tensor], replaced: Sequence[Tensor | None], which: Tensor, only_bad: bool) -> Any:
+        rows = [_rows_of(system, i, x, which, donor, 3 if i == unseen else 1) for i, x in enumerate(inputs)]
+        return _tried(values, ~dead, given, replaced, rows, only_bad)
+
+    given, replaced = tried(inputs, [None] * len(inputs), dead, True)
+    if any(anywhere(~torch.isfinite(x)) for x in values(given)):
+        return tried(given, replaced, dead, False)
+    return (given, replaced) if wholly is None or not anywhere(wholly) else tried(given, replaced, wholly, False)
 
 
 def _rows_of(system: Conditions, index: int, x: Tensor, dead: Tensor, donor: Tensor, least: int) -> _Rows | None:
@@ -89,13 +99,14 @@ def _tried(
             continue
         flags, other = found
         bad = ~torch.isfinite(x.detach())
-        if only_bad and (not bool(bad.any()) or bool((bad & ~flags).any())):
+        if only_bad and (not anywhere(bad) or anywhere(bad & ~flags)):
             continue
         mask = flags & bad if only_bad else flags
         new = torch.where(mask, other, x)
         if x.requires_grad and not new.requires_grad and not functorch_active():
             new.requires_grad_(True)
         trial = [*given[:i], new, *given[i + 1 :]]
-        if all(torch.equal(a[live], b[live]) for a, b in zip(values(given), values(trial), strict=True)):
-            given, out[i] = trial, mask
+        if not any(anywhere((a != b) & live.unsqueeze(-1)) for a, b in zip(values(given), values(trial), strict=True)):
+            before = out[i]
+            given, out[i] = trial, mask if before is None else mask | before
     return given, out

@@ -15,6 +15,7 @@ from .. import torch_internals as internals
 from ..errors import UnsupportedCombination
 
 __all__ = [
+    "anywhere",
     "below_vmap",
     "copies_of",
     "copy_at",
@@ -59,6 +60,13 @@ def unwrapped(x: Tensor) -> Tensor:
     while internals.is_functorch_wrapped_tensor(x):
         x = internals.get_unwrapped(x)
     return x
+
+
+def anywhere(on: Tensor) -> bool:
+    """Whether a flag is set in any trajectory, of any copy under ``torch.vmap``."""
+    on = unwrapped(on)
+    with internals.DisableFuncTorch():
+        return bool(on.any())
 
 
 def copies_of(x: Tensor) -> tuple[Tensor, list[int]]:

@@ -228,6 +228,39 @@ def test_many_trajectories_of_a_small_function_are_those_of_few(method, dtype):
     assert all(x[others].isfinite().all() for x in grads)
 
 
+def negated_lazily(x):
+    """A tensor of these numbers, in whose memory are others: PyTorch negates them where they are read."""
+    found = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert found.is_neg() and found.is_contiguous()
+    return found
+
+
+@pytest.mark.filterwarnings("error:compile=True")
+@pytest.mark.parametrize("method", ["dopri5", "rodas5p"])
+@pytest.mark.parametrize("negated", ["y0", "p", "captured", "t_eval", "rtol", "cotangent"])
+def test_lazily_negated_tensors(negated, method):
+    """Everything that compiled code reads by its address; the first solve is prepared for the others. The truth is y0 exp(-p b t)."""
+
+    def number(name, value):
+        x = torch.tensor([value], dtype=torch.float64)
+        return negated_lazily(x) if name == negated else x
+
+    b = number("captured", 1.1)
+
+    def fun(t, y, p):
+        return -p * b * y
+
+    for _ in range(3):
+        y0, p, times = number("y0", 1.3).requires_grad_(), number("p", 0.7).requires_grad_(), number("t_eval", 0.8)
+        rtol = number("rtol", 1e-9) if negated == "rtol" else 1e-9
+        y = adjoint.solve_ivp(fun, (0.0, 1.0), y0, (p,), t_eval=times, method=method, rtol=rtol, atol=1e-12, compile=True).y
+        true = 1.3 * torch.exp(torch.tensor([-0.7 * 1.1 * 0.8], dtype=torch.float64))
+        torch.testing.assert_close(y[0], true, rtol=1e-7, atol=0)
+        of_y0, of_p = torch.autograd.grad(y[0], [y0, p], number("cotangent", 0.4))
+        torch.testing.assert_close(of_y0, 0.4 * true / 1.3, rtol=1e-6, atol=0)
+        torch.testing.assert_close(of_p, -0.4 * 1.1 * 0.8 * true, rtol=1e-6, atol=0)
+
+
 def by_threads(count):
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -271,7 +304,8 @@ def test_a_forked_process_has_threads_of_its_own():
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no large pages")
 def test_large_records_are_in_large_pages():
     """As the system's own list of what lies where has it: ``hg`` among the flags."""
-    x = in_large_pages(torch.empty(2**23, dtype=torch.float64))
+    x = torch.empty(2**23, dtype=torch.float64)
+    in_large_pages(x)
     inside, flags = False, []
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match("[0-9a-f]+-[0-9a-f]+ ", line):

@@ -114,6 +114,46 @@ def test_a_network_of_reactions(method, rows, patterns):
     assert patterns[0] is not None
 
 
+def tangle(n):
+    """Sums unlike each other, of rates that several share, with a clock; some outputs are a rate, another one's sum, or a number."""
+    draw = random.Random(1)
+    ends = [draw.sample(range(n), 3) for _ in range(2 * n)]
+
+    def fun(t, y, p):
+        x, clock = y.unbind(-1), torch.sin(5 * torch.as_tensor(t))
+        slope = [clock - p * v if i % 3 else -(p * v - clock * v) for i, v in enumerate(x)]
+        for k, (a, b, c) in enumerate(ends):
+            rate = torch.exp(-p * x[a] ** 2) * torch.sin(x[b]) * (1 + 0.1 * k) if k % 4 else 2 * torch.tanh(x[a] * x[b] - clock)
+            slope[a], slope[c] = slope[a] - (rate - p * x[c]), rate + slope[c]
+        slope[1], slope[2], slope[3] = 2 * torch.tanh(x[0] * x[5] - clock), slope[4], 0 * x[0] + 0.3
+        return torch.stack(slope, -1)
+
+    return fun, torch.linspace(0.3, 0.7, n, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method, rows", [("dopri5", 20), ("kvaerno5", 0), ("rodas5p", 0), ("rodas5p", 20), ("bdf", 0), ("radau5", 3)])
+def test_outputs_unlike_each_other_in_loops_over_their_terms(method, rows, patterns, monkeypatch):
+    """Where they would be too long written out."""
+    by_terms, real = [], functions.rolled
+
+    def watched(*arguments, **named):
+        by_terms.append(named["summed"])
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(functions, "MOST_VALUES", 400)
+    monkeypatch.setattr(functions, "rolled", watched)
+    compare(tangle(40 + rows), method, rows=rows, span=0.2)
+    assert by_terms == [False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rodas5p", "kvaerno5", "radau5"])
+def test_a_large_network_of_reactions(method, patterns):
+    fun, y0, _ = network(160)
+    compare((fun, y0), method, span=0.1)
+    assert patterns[0] is not None
+
+
 @pytest.mark.parametrize("method", ["kvaerno5", "rodas5p", "bdf", "radau5"])
 def test_two_dimensions(method, patterns):
     compare(brusselator(16), method)

@@ -43,7 +43,7 @@ struct Back_ {
         own.load(q.inputs, l, r);
         for (int i = 0; i < INPUTS; i++) for (long e = 0; e < OWN[i]; e++) put(bars[i][e], l, R(0));
         for (int n = 0; n < N; n++) { put(bar[n], l, R(0)); put(ybar[n], l, R(0)); put(handed[n], l, R(0)); }
-        if (q.final_bar && q.status[r] >= 0) add(bar, l, q.final_bar + r * N);
+        if (q.final_bar && (!q.status || q.status[r] >= 0)) add(bar, l, q.final_bar + r * N);
         sign[l] = q.anchors[(q.n_anchors - 1) * q.rows + r] >= q.anchors[r] ? 1.0 : -1.0;
         sampled[l] = q.samples_bar ? q.n_samples - 1 : -1;
         while (sampled[l] >= 0 && q.sample_step[sample(l, sampled[l])] < 0) sampled[l]--;
@@ -72,6 +72,7 @@ struct Back_ {
     for (int n = 0; n < N; n++) {
       R x = get(bar[n], l);
       if (q.states_bar) x += q.states_bar[r * N + n];
+      if (q.initial_bar) x += q.initial_bar[r * N + n];
       q.y0_bar[r * N + n] = x;
       put(bar[n], l, R(0));
     }
@@ -231,6 +232,7 @@ struct Back_ {
 
 #if !DEVICE
 struct Sweep { const Backward* q; S* totals; };
+static long infinite(const R* x, long count) { long found = 0; for (long i = 0; i < count; i++) found += !finite(x[i]); return found; }
 static void block_back(void* p, long b) {
   Sweep& s = *(Sweep*)p;
   const long from = b * s.q->block, to = least(from + s.q->block, s.q->rows);
@@ -253,5 +255,8 @@ extern "C" void backward(const Backward* q) {
     at += NUMBERS[i];
   }
   free(totals);
+  if (!q->infinite) return;
+  *q->infinite = infinite(q->y0_bar, q->rows * N);
+  for (int i = 0; i < INPUTS; i++) *q->infinite += infinite(q->input_bars[i], OWN[i] ? q->rows * OWN[i] : NUMBERS[i]);
 }
 #endif

@@ -6,6 +6,21 @@ static void block_forward(void* p, long b) {
   Loop loop(*w.q, *w.tape, from, to);
   loop.run();
 }
+// what is asked of all trajectories together
+enum { MOST_ACCEPTED, MOST_REJECTED, ENDED_OTHERWISE, UNSTABLE_ONES, AT_REST };
+static void sum_up(const Forward& q) {
+  long* found = q.summary;
+  for (int i = 0; i <= AT_REST; i++) found[i] = 0;
+  for (long r = 0; r < q.rows; r++) {
+    const long rejected = q.n_steps[r] - q.n_accepted[r];
+    if (q.n_accepted[r] > found[MOST_ACCEPTED]) found[MOST_ACCEPTED] = q.n_accepted[r];
+    if (rejected > found[MOST_REJECTED]) found[MOST_REJECTED] = rejected;
+    found[ENDED_OTHERWISE] += q.status[r] != 0;
+    found[UNSTABLE_ONES] += q.unstable[r] != 0;
+  }
+  for (long i = 0; i < q.rows * N; i++) found[AT_REST] += q.last[i] == q.y0[i];
+}
+// what `seal` is to be called with, or nothing where that has been done
 extern "C" void* forward(const Forward* q) {
   Tape* tape = (Tape*)calloc(1, sizeof(Tape));
   pthread_mutex_init(&tape->lock, nullptr);
@@ -14,7 +29,12 @@ extern "C" void* forward(const Forward* q) {
 #endif
   Whole w{q, tape};
   together(q->threads, q->team, (q->rows + q->block - 1) / q->block, block_forward, &w);
-  return tape;
+  sum_up(*q);
+  if (q->initial) memcpy(q->initial, q->y0, q->rows * N * sizeof(R));
+  const long steps = q->keep_grid ? q->summary[MOST_ACCEPTED] : 0;
+  if (EVENTS > 0 || steps > q->room) return tape;
+  seal(tape, q, q, steps);
+  return nullptr;
 }
 #if EVENTS > 0
 extern "C" long count_events(void* p) { return ((Tape*)p)->log.n; }
