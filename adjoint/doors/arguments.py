@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isnan
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from ..methods import IMEX_METHODS, METHODS, SWITCHING_METHODS, Method, Traits
 from ..methods.adams import ADAMS_NAMES
 from ..system.capture import moves
 from ..system.system import StateSpec
-from ..system.transforms import unwrapped
+from ..system.transforms import anywhere, unwrapped
 from ..torch_internals import DisableFuncTorch, is_functorch_wrapped_tensor, leaves_of
 
 __all__ = [
@@ -183,7 +183,8 @@ class Times:
     """The times of a solve as float64 tensors, differentiable in what the user gave.
 
     ``anchors`` (A, B): start, times to land on, end. ``samples`` (T, B) or None. ``shown``: ``sol.t`` for given or default times.
-    ``idle`` (B): trajectories that take no part, or None.
+    ``idle`` (B): trajectories that take no part, or None. ``named`` (2, B): the ends of the span, where some of them are among the times to
+    land on: such anchors lie within the span by rounding, so that what jumps there is seen from within. None where none is.
     """
 
     anchors: Tensor
@@ -191,6 +192,23 @@ class Times:
     shown: Tensor | None
     steps: bool
     idle: Tensor | None = None
+    named: Tensor | None = None
+
+    def within(self, times: Tensor) -> Tensor:
+        """``times`` (..., B), of which those that are ends of the span are the anchors there."""
+        if self.named is None:
+            return times
+        ends, at = torch.stack([self.anchors[0], self.anchors[-1]]).detach(), times.detach()
+        inner = torch.where(at == self.named[0], ends[0], torch.where(at == self.named[1], ends[1], at))
+        return times + (inner - at)
+
+    def shown_as(self, times: Tensor) -> Tensor:
+        """`within` undone."""
+        if self.named is None:
+            return times
+        at = times.detach()
+        outer = torch.where(at == self.anchors[0].detach(), self.named[0], torch.where(at == self.anchors[-1].detach(), self.named[1], at))
+        return times + (outer - at)
 
     @property
     def readable_idle(self) -> Tensor | None:
@@ -282,11 +300,14 @@ def check_times(t_span: Any, t_eval: Any, step_ts: Any, spec: StateSpec) -> Time
     own = any(x.dim() == 1 for x in ends)
     first, last = (x.expand(spec.rows) for x in ends)
     concrete = _concrete(first) and _concrete(last)
+    named, ends_given = None, (first, last)
     rows = [first.unsqueeze(0), last.unsqueeze(0)]
     if step_ts is not None:
         inner = _time(step_ts, "step_ts", spec, (1, 2) if batched else (1,))
         inner = inner.unsqueeze(-1).expand(-1, spec.rows) if inner.dim() == 1 else inner
         inner = snapped(inner, first, last, step_ts, start, end)
+        first, last, named = _from_within(first, last, inner, spec.real_dtype)
+        rows = [first.unsqueeze(0), last.unsqueeze(0)]
         backwards = first > last
         inner = torch.where(backwards, inner.sort(0, descending=True).values, inner.sort(0).values)
         # what is beyond an end, or there, is that end, with all of its derivatives: no step is taken in between
@@ -302,24 +323,38 @@ def check_times(t_span: Any, t_eval: Any, step_ts: Any, spec: StateSpec) -> Time
     if steps:
         if t_eval != "steps":
             raise InvalidInput(f't_eval must be None, "steps" or times, got {t_eval!r}')
-        return Times(anchors, None, None, True, idle)
+        return Times(anchors, None, None, True, idle, named)
     if t_eval is None:
-        shown = torch.stack([first, last]) if own else torch.stack(ends)
-        return Times(anchors, None, _as_given(shown, t_span, spec), False, idle)
+        shown = torch.stack(ends_given) if own else torch.stack(ends)
+        return Times(anchors, None, _as_given(shown, t_span, spec), False, idle, named)
     times = _time(t_eval, "t_eval", spec, (1, 2) if batched else (1,))
     if times.shape[0] == 0:
         raise InvalidInput('t_eval is empty; leave it out for the two ends, or give "steps"')
     full = times.unsqueeze(-1).expand(-1, spec.rows) if times.dim() == 1 else times
-    full = snapped(full, first, last, t_eval, start, end)
+    full = snapped(full, *ends_given, t_eval, start, end)
     if concrete and _concrete(full):
-        low, high = torch.minimum(first, last), torch.maximum(first, last)
+        low, high = torch.minimum(*ends_given), torch.maximum(*ends_given)
         outside = (full < low) | (full > high)
         if bool(outside.any()):
             raise InvalidInput(f"t_eval has times outside of t_span, for example {float(full[outside][0]):.10g}")
         change = full.diff(dim=0)
         if not bool(((change >= 0).all(0) | (change <= 0).all(0)).all()):
             raise InvalidInput("t_eval is not monotonic: sort it (repeated times are allowed)")
-    return Times(anchors, full, _as_given(times, (t_eval,), spec), False, idle)
+    found = Times(anchors, full, _as_given(times, (t_eval,), spec), False, idle, named)
+    return found if named is None else replace(found, samples=found.within(full))
+
+
+def _from_within(first: Tensor, last: Tensor, named: Tensor, real: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The ends of a span (B,), moved into it by the rounding of times where they are among those that are ``named`` (K, B), with all of
+    their derivatives; and the ends (2, B) as they were, None where none is."""
+    start, end = first.detach(), last.detach()
+    long = (end - start).abs() > 8 * torch.finfo(real).eps * torch.maximum(start.abs(), end.abs())
+    hit = [(named.detach() == x).any(0) & long for x in (start, end)]
+    if not anywhere(hit[0] | hit[1]):
+        return first, last, None
+    near = [torch.nextafter(x.to(real), y.to(real)).to(torch.float64) for x, y in ((start, end), (end, start))]
+    moved = (torch.where(on, y - x, 0.0) for on, x, y in zip(hit, (start, end), near, strict=True))
+    return *(x + way for x, way in zip((first, last), moved, strict=True)), torch.stack([start, end])
 
 
 def method_for(times: Times, chosen: Method, one_step: Method, explicit: bool = True) -> Method:

@@ -36,7 +36,8 @@ class Forcing:
         ``(K, ...)``, with knots of each trajectory ``(K, B, ...)``. Of constant tables also one more, which comes first and holds before
         the first knot.
     kind : "constant", "linear" or "cubic"
-        "constant" holds a value from its knot on to the next one (see `Schedule`); "cubic" is the natural spline.
+        "constant" holds a value from its knot on to the next one (see `Schedule`); "cubic" is the natural spline. At ends of the span of a
+        solve the side within it counts.
 
     Raises
     ------

@@ -133,9 +133,9 @@ def _steps(parts: Parts, stop_t: Tensor | None, stop_y: Tensor | None) -> tuple[
         states = torch.where((place == out.n_accepted).unsqueeze(-1), stop_y, states)
     real = parts.spec.real_dtype
     if not parts.problem.batched and not vmap_active():
-        return t[:, 0].to(real), states
+        return parts.times.shown_as(t)[:, 0].to(real), states
     beyond = place > out.n_accepted
-    t = torch.where(place == out.n_accepted, out.t_final + (end - end.detach()), t)
+    t = parts.times.shown_as(torch.where(place == out.n_accepted, out.t_final + (end - end.detach()), t))
     t, states = torch.where(beyond, float("nan"), t).to(real), torch.where(beyond.unsqueeze(-1), float("nan"), states)
     return t if parts.problem.batched else t[:, 0], states
 
@@ -151,7 +151,7 @@ def interpolant_of(parts: Parts) -> Callable[..., Any]:
             raise InvalidInput(f"sol(t) takes t of shape () or (T,){' or (T, B)' if batched else ''}, got {tuple(t.shape)}")
         times = t.to(device=out.t.device, dtype=torch.float64)
         full = times.reshape(-1, 1).expand(-1, rows) if times.dim() < 2 else times
-        full = snapped(full, parts.times.anchors[0], parts.times.anchors[-1], t)
+        full = snapped(parts.times.within(full), parts.times.anchors[0], parts.times.anchors[-1], t)
         start, reached = parts.times.anchors[0].detach(), out.t_final
         last = torch.where(out.status < 0, parts.times.anchors[-1].detach(), reached)
         # the located time of an event and its differentiable value are the same to rounding

@@ -133,7 +133,16 @@ def _inv(call: Call, x: Elements, *, check_errors: bool = False) -> list[Element
     n = x.shape[-1]
     _check_size(n, _LARGEST_SOLVED)
     g = call.graph
-    return _with_info(call, _by_matrix(call, x, lambda batch: _solved(g, _matrix(x, batch), _identity(g, n))), 2)
+
+    def info(place: Place) -> int:
+        """The number of the first pivot that is zero."""
+        upper, none = _eliminated(g, _matrix(x, place), [[] for _ in range(n)])[0], g.constant(0.0)
+        found = none
+        for i in reversed(range(n)):
+            found = g.op("sel", g.op("eq", upper[i][i], none), g.constant(i + 1.0), found)
+        return found
+
+    return [_by_matrix(call, x, lambda batch: _solved(g, _matrix(x, batch), _identity(g, n))), call.made(info, 1)]
 
 
 @_reads("_linalg_det")

@@ -258,6 +258,66 @@ def test_the_same_solve_again():
             agree(sol.y[-1, 0], response(1.2, k, times, table, "constant"), [times, table], second=False)
 
 
+def algebraic(t, y, k, u):
+    """``y[1]`` jumps where the table does."""
+    a, z = y.unbind(-1)
+    return torch.stack([u(t) - k * a, z - a - u(t)], -1)
+
+
+def implicit(t, y, yp, k, u):
+    slope, constraint = algebraic(t, y, k, u).unbind(-1)
+    return torch.stack([yp[..., 0] - slope, constraint], -1)
+
+
+FORMS = ["radau", "bdf", "radau batched", "radau native", "rodas5p", "radau5 native"]
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_knots_at_the_ends_of_the_span(form, backwards):
+    """They are seen from within it, in samples, steps and dense output; a sample at one within the span is on the side that is left."""
+    method, *how = form.split()
+    k, knots, levels = torch.tensor(0.8), torch.tensor([0.0, 0.4, 1.0]), torch.tensor([1.0, -2.0, 5.0])
+    ends = [torch.tensor(0.5)]
+    for level, length in ((levels[0], 0.4), (levels[1], 0.6)):
+        ends.append(level / k + (ends[-1] - level / k) * torch.exp(-k * length))
+    wanted = torch.stack([torch.stack([y, y + u]) for y, u in zip(ends, levels[[0, 1, 1] if backwards else [0, 0, 1]], strict=True)])
+    span, times, wanted = ((1.0, 0.0), [1.0, 0.4, 0.0], wanted.flip(0)) if backwards else ((0.0, 1.0), [0.0, 0.4, 1.0], wanted)
+    y0 = torch.stack([wanted[0, 0], torch.tensor(0.0)])
+    y0 = torch.stack([y0, y0]) if "batched" in how else y0
+    options = {"args": (k, Forcing(knots, levels, "constant")), "batched": "batched" in how, "compile": "native" in how}
+    options |= {"rtol": 1e-9, "atol": 1e-11, "method": method, "dense_output": True}
+
+    def solve(t_eval):
+        if method in ("radau", "bdf"):
+            return solve_dae(implicit, span, y0, t_eval=t_eval, **options)
+        return solve_ivp(algebraic, span, y0, mass_matrix=torch.diag(torch.tensor([1.0, 0.0])), t_eval=t_eval, **options)
+
+    sol, steps = solve(times), solve("steps")
+    assert steps.t[0].unique().tolist() == [span[0]] and steps.t[-1].unique().tolist() == [span[1]]
+    found = [sol.y, sol(torch.tensor(times)), steps.y[[0, -1]]]
+    for y, true in zip(found, (wanted, wanted, wanted[[0, -1]]), strict=True):
+        true = true.unsqueeze(1).expand_as(y) if "batched" in how else true
+        torch.testing.assert_close(y, true, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_derivatives_in_a_knot_at_the_end(native):
+    """With the end that moves along, the slope is that within; alone it leaves the span, and nothing depends on it."""
+    k, levels = torch.tensor(0.8), torch.tensor([1.0, -2.0, 5.0])
+    end = torch.tensor(1.0, requires_grad=True)
+    for solve, fun, y0 in ((solve_ivp, relax, torch.ones(1)), (solve_dae, implicit, torch.ones(2))):
+        knots = torch.tensor([0.0, 0.4, 1.0], requires_grad=True)
+        moving = (end, torch.cat([knots[:2].detach(), end.reshape(1)])), (1.0, knots)
+        last = [solve(fun, (0.0, e), y0, args=(k, Forcing(x, levels, "constant")), compile=native, **FINE).y[-1] for e, x in moving]
+        slope = -0.8 * float(last[0][0]) - 2.0
+        first = torch.autograd.grad(last[0].sum(), end, create_graph=True)[0]
+        assert float(first) == pytest.approx(len(y0) * slope, rel=1e-9)
+        assert float(torch.autograd.grad(first, end)[0]) == pytest.approx(-0.8 * len(y0) * slope, rel=1e-7)
+        moved = torch.autograd.grad(last[1][0], knots)[0].tolist()
+        assert moved == pytest.approx([0.0, 3.0 * float(torch.exp(-k * 0.6)), 0.0], rel=1e-8, abs=1e-12)
+
+
 @pytest.mark.parametrize("made", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy, lambda x: tree_map(torch.clone, x)])
 def test_a_table_that_was_made_without_its_constructor_is_found(made, monkeypatch):
     first = Forcing([0.0, 0.4, 2.0], [0.0, 1.0, 3.0], "constant")

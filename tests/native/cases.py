@@ -178,6 +178,10 @@ def _regular(y: Tensor, n: int) -> Tensor:
     return _square(y)[:, :n, :n] + torch.arange(1.0, n + 1, dtype=y.dtype).diag() * 3
 
 
+#: of which the second pivot of what it is multiplied with is zero
+_SECOND = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64).diag()
+
+
 def _definite(y: Tensor, n: int) -> Tensor:
     a = _regular(y, n)
     return a @ a.mT
@@ -237,6 +241,7 @@ PRODUCTS: dict[str, Case] = {
     "det": lambda y, p: torch.stack([torch.linalg.det(_regular(y, n)) for n in (1, 2, 3, 5)], -1),
     "slogdet": lambda y, p: torch.linalg.slogdet(_regular(y, 3))[1],
     "inv": lambda y, p: torch.linalg.inv(_regular(y, 3)),
+    "inv_ex": lambda y, p: torch.stack([torch.linalg.inv_ex(_regular(y, 3) * m)[1] + y[:, 0] for m in (1.0, _SECOND.to(y))], -1),
     "solve": lambda y, p: torch.linalg.solve(_regular(y, 4), y[:, :4]),
     "solve many": lambda y, p: torch.linalg.solve(_regular(y, 2), y.view(-1, 2, 3)),
     "solve right": lambda y, p: torch.linalg.solve(_regular(y, 3), y.view(-1, 2, 3), left=False),
