@@ -86,17 +86,16 @@ class Asked(NamedTuple):
     def sound(self, found: Sequence[Tensor | None]) -> bool:
         """Whether the cotangents that a way back ``found`` from these are finite, if these are.
 
-        Those of a batch always are: each of its trajectories has a gradient of its own. So are those of one that failed, and what a
-        transform is around, whose numbers cannot be looked at.
+        So are those of solves that all failed, and what a transform is around, whose numbers cannot be looked at.
         """
         if not visible(self.problem, self.bars) or all_finite(found):
             return True
-        return not all_finite(self.bars) or int(self.grid.status[0]) < 0
+        return not all_finite(self.bars) or bool((self.grid.status < 0).all())
 
 
 def visible(problem: Problem, bars: Sequence[Tensor | None]) -> bool:
-    """Whether cotangents are those of one trajectory that can be looked at."""
-    if problem.batched or not isinstance(problem.system, System) or functorch_active():
+    """Whether cotangents can be looked at."""
+    if not isinstance(problem.system, System) or functorch_active():
         return False
     return not any(x is not None and is_legacy_batchedtensor(x) for x in bars)
 

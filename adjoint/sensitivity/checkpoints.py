@@ -21,7 +21,7 @@ from ..system.transforms import functorch_active, naming_writes
 from ..torch_internals import copy_by_copy
 from .asked import Asked
 from .discrete import eager_sweep
-from .finite import raise_not_finite
+from .finite import tell_not_finite
 from .node import SolveNode
 from .padding import padding, shelter
 from .problem import Outputs, Problem, StepTimes, stage_times, step_times
@@ -247,7 +247,7 @@ class CheckpointNode(torch.autograd.Function):
             found = eager_sweep(asked, recall)
             problem.backward_report(recall.n_fun, 0)
             if not asked.sound(found):
-                raise_not_finite(problem, Grid.of(problem.run(inputs, start, anchors.detach(), t_eval)), inputs)
+                tell_not_finite(problem, Grid.of(problem.run(inputs, start, anchors.detach(), t_eval)), inputs, found[2])
             return (None, None, *found)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,32 +12,68 @@ from torch import Tensor
 from ..errors import NonFiniteDerivative
 from ..integrate.plan import Grid
 from ..methods.family import TableauMethod, combine
-from ..system.finite import REWRITE, bad_component
+from ..system.finite import COMPONENTS, REWRITE, bad_component
+from ..system.ownership import owned
 from ..system.system import Flat
+from ..system.transforms import functorch_active
+from ..torch_internals import dual_level
 from .asked import all_finite, visible
 from .problem import Problem
 
-__all__ = ["guarded", "raise_not_finite"]
+__all__ = ["guarded", "tell_not_finite"]
+
+#: so many trajectories of a batch, and numbers in their states, are gone through in the search for the point that is behind it
+_ROWS, _NUMBERS = 3, 10_000_000
+_NOWHERE = (
+    "is not finite, though the solution is: derivatives of fun (those in the parameters too) are infinite or NaN, or the adjoint grew "
+    "beyond all numbers on the way back"
+)
 
 
-def raise_not_finite(problem: Problem, grid: Grid, inputs: Sequence[Tensor]) -> NoReturn:
-    """Raise `NonFiniteDerivative` for cotangents of one trajectory that are not `Asked.sound`."""
-    _name(problem, grid, inputs)
-    raise NonFiniteDerivative(
-        "the gradient of the solution is not finite, though the solution is: derivatives of fun (those in the parameters too) are infinite "
-        f"or NaN, or the adjoint grew beyond all numbers on the way back. {REWRITE}."
-    )
+def tell_not_finite(problem: Problem, grid: Grid, inputs: Sequence[Tensor], y0_bar: Tensor | None) -> None:
+    """Name what is behind cotangents that are not `Asked.sound`: of one trajectory it is an error, `NonFiniteDerivative`. In a batch, each
+    of which has a gradient of its own, it is a warning. ``y0_bar`` (B, n): where there is one, it tells the trajectories apart."""
+    if not problem.batched:
+        _name(problem, grid, inputs)
+        raise NonFiniteDerivative(f"the gradient of the solution {_NOWHERE}. {REWRITE}.")
+    finished = grid.status >= 0
+    own = finished if y0_bar is None else finished & ~torch.isfinite(y0_bar).all(-1)
+    blamed = y0_bar is not None and bool(own.any())
+    rows = (own if blamed else finished).nonzero()[:_ROWS, 0].tolist()
+    try:
+        for row in rows:
+            _name(problem, grid, inputs, row)
+    except NonFiniteDerivative as culprit:
+        found = str(culprit)
+    else:
+        if not blamed and not bool(finished.all()):
+            # what belongs to trajectories that failed
+            return
+        found = f"the gradient of {f'trajectory {rows[0]}' if blamed else 'a batch'} {_NOWHERE}. {REWRITE}."
+    warnings.warn(f"{found} So is that of whatever this trajectory shares with others.", RuntimeWarning, stacklevel=2)
 
 
 def guarded(problem: Problem, f: Flat, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> tuple[Flat, Tensor]:
     """``f`` and ``y0`` for a solve that autograd records, whose first cotangents are looked at as `Asked.sound` does. Whatever is not
     finite later in the solve has reached them; a loss that is not finite itself is left alone."""
 
+    if functorch_active() or dual_level() >= 0:
+        return f, y0
+    # a tensor that ``fun`` put aside may outlive the problem: nothing is looked at then
+    held, told = owned(problem), False
+
     def look(bar: Tensor) -> None:
+        nonlocal told
+        if told or not held.alive:
+            return
+        problem = held()
         if visible(problem, (bar,)) and not all_finite((bar,)):
             with torch.no_grad():
                 record = problem.run([x.detach() for x in inputs], y0.detach(), anchors.detach(), t_eval)
-            _name(problem, Grid.of(record), inputs)
+            if not problem.batched:
+                return _name(problem, Grid.of(record), inputs)
+            told = True
+            tell_not_finite(problem, Grid.of(record), inputs, bar)
 
     start = y0
     if y0.requires_grad:
@@ -56,22 +93,27 @@ def guarded(problem: Problem, f: Flat, anchors: Tensor, t_eval: Tensor | None, y
     return first_watched, start
 
 
-def _name(problem: Problem, grid: Grid, inputs: Sequence[Tensor]) -> None:
-    """Raise with the last point of the solution where a derivative of ``fun`` is not finite; return if there is none."""
-    spec, f = problem.system.spec, problem.system.bind(inputs)
+def _name(problem: Problem, grid: Grid, inputs: Sequence[Tensor], row: int = 0) -> None:
+    """Raise with the last point of the solution ``row`` where a derivative of ``fun`` is not finite; return if none is found."""
+    spec, f, left = problem.system.spec, problem.system.bind(inputs), _NUMBERS
     for t, y in _points(problem, grid, inputs):
-        culprit = bad_component(f, t, y) if bool(torch.isfinite(y).all()) else None
+        left -= y.numel() * min(y.shape[1], COMPONENTS)
+        if problem.batched and left < 0:
+            return
+        culprit = bad_component(f, t, y, row) if bool(torch.isfinite(y[row]).all()) else None
         if culprit is not None:
+            many = f" in trajectory {row}" if problem.batched else ""
             raise NonFiniteDerivative(
-                f"{culprit[1]} is not finite at t = {float(t[0]):.8g}, component {spec.component(culprit[0])} of its result, where fun "
-                f"itself is: the gradient of the solution would be NaN. {REWRITE}.",
-                t=float(t[0]),
+                f"{culprit[1]} is not finite at t = {float(t[row]):.8g}{many}, component {spec.component(culprit[0])} of its result, where "
+                f"fun itself is: the gradient of the solution would be NaN. {REWRITE}.",
+                t=float(t[row]),
+                trajectory=row if problem.batched else None,
                 component=culprit[0],
             )
 
 
 def _points(problem: Problem, grid: Grid, inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Times ``(1,)`` and states ``(1, n)`` at which the steps evaluated ``fun``, from the last to the first. Not those of implicit
+    """Times ``(B,)`` and states ``(B, n)`` at which the steps evaluated ``fun``, from the last to the first. Not those of implicit
     equations, and of multistep methods the ends of the steps alone."""
     method, system = problem.plan.method, problem.system
     states, times, sizes = grid.states.detach(), grid.t, grid.h

@@ -20,7 +20,7 @@ from ..system.transforms import below_vmap, functorch_active, jvp_active, naming
 from ..torch_internals import copy_by_copy, unviewed
 from .asked import Asked, check_known
 from .discrete import eager_sweep
-from .finite import raise_not_finite
+from .finite import tell_not_finite
 from .late import check_strangers, naming_strangers
 from .native_sweep import native_sweep
 from .problem import Outputs, Problem
@@ -95,7 +95,7 @@ class SolveNode(torch.autograd.Function):
             asked = Asked(problem, grid, anchors, t_eval, inputs, bars, wants)
             found = sweep(asked)
             if not asked.sound(found):
-                raise_not_finite(problem, grid, inputs)
+                tell_not_finite(problem, grid, inputs, found[2])
         return (None, *ctx.problem.let_out(found))
 
     @staticmethod

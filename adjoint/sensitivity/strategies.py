@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import Monitor, Record, Recording, integrate
 from ..integrate.plan import Grid
 from ..native.entry import Sought
-from ..system.ownership import owned
 from ..system.transforms import functorch_active
 from ..torch_internals import dual_level
 from .checkpoints import CheckpointNode
@@ -129,9 +127,9 @@ class Backprop:
         if problem.plan.method.multistep:
             return multistep_outputs(problem, grid, anchors, t_eval, y0, inputs)
         safe = shelter(problem, Grid.of(grid).mapped(Tensor.detach), t_eval, inputs)
+        f, y0 = guarded(problem, problem.system.bind(safe.inputs), anchors, t_eval, y0, inputs)
         inputs = safe.inputs
         if problem.algebra is None:
-            f = problem.system.bind(inputs)
             return replay(lambda k: f, problem.plan, grid, anchors, t_eval, y0)
         stages = safe.grid.stages
         return replay(lambda k: equations(problem, inputs, stages[k]), problem.plan, grid, anchors, t_eval, y0)
@@ -151,26 +149,13 @@ def _recorded(
     if recording is not None:
         # it may have to be evaluated again
         f = witness.watch(f, lambda: system.bind(inputs))
-    f, y0 = guarded(cast(Problem, _Seen(problem)), f, anchors, t_eval, y0, inputs)
+    f, y0 = guarded(problem, f, anchors, t_eval, y0, inputs)
     with torch.enable_grad():
         beside = problem.beside(inputs, y0.shape[0])
         record = integrate(f, problem.plan, anchors, t_eval, y0, False, inputs, system.natural_shape, recording, beside)
     witness.settle()
     return record
 
-
-class _Seen:
-    """A problem as the hooks of a graph see it. A tensor that ``fun`` put aside may outlive it: nothing is looked at then."""
-
-    def __init__(self, problem: Problem) -> None:
-        self._problem = owned(problem)
-
-    @property
-    def batched(self) -> bool:
-        return not self._problem.alive or self._problem().batched
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._problem(), name)
 
 
 def _decided(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Problem:

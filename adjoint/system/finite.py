@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .jacobians import jvp
 
-__all__ = ["REWRITE", "WAVERS", "bad_component", "wavers"]
+__all__ = ["COMPONENTS", "REWRITE", "WAVERS", "bad_component", "wavers"]
 
 #: what to do about it, for messages
 REWRITE = (
@@ -23,7 +23,7 @@ WAVERS = (
 )
 
 #: components up to which each is asked by itself
-_MOST = 256
+COMPONENTS = 256
 
 
 def bad_component(f: Callable[[Tensor, Tensor], Tensor], t: Tensor, y: Tensor, row: int = 0) -> tuple[int, str] | None:
@@ -36,7 +36,7 @@ def bad_component(f: Callable[[Tensor, Tensor], Tensor], t: Tensor, y: Tensor, r
     if not out.requires_grad or not bool(torch.isfinite(out[row]).all()):
         return None
     units = [torch.ones_like(out)]
-    if out.shape[1] <= _MOST:
+    if out.shape[1] <= COMPONENTS:
         units = [torch.zeros_like(out) for _ in range(out.shape[1])]
         for j, unit in enumerate(units):
             unit[row, j] = 1.0

@@ -81,3 +81,31 @@ def test_a_loss_that_is_not_finite_is_the_users_own(name):
     k = torch.tensor(1.0, requires_grad=True)
     y = adjoint.solve_ivp(lambda t, y: -k * y, (0.0, 1.0), torch.ones(1), gradient=GRADIENTS[name]).y[-1]
     assert torch.autograd.grad((y * float("nan")).sum(), k)[0].isnan()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_in_a_batch_the_trajectory_is_named(name, compiled):
+    """The first one starts in the corner; the gradient of the second one is its own."""
+    if compiled and name in ("forward", "recorded", "checkpoints"):
+        pytest.skip("without compiled code, or the same as 'discrete'")
+    y0, k = torch.tensor([[0.0, 2.0], [1.0, 2.0]], requires_grad=True), torch.tensor(1.0, requires_grad=True)
+
+    def fun(t, y, k):
+        return torch.stack([k - torch.sqrt(y[..., 0]), -y[..., 1]], -1)
+
+    y = adjoint.solve_ivp(fun, (0.0, 1.0), y0, (k,), batched=True, gradient=GRADIENTS[name], compile=compiled).y[-1]
+    with pytest.warns(RuntimeWarning, match=r"t = 0 in trajectory 0, component y\[0\] of its result.*shares with others"):
+        found = torch.autograd.grad(y[:, 0].sum(), y0)[0]
+    assert not found[0].isfinite().all()
+    alone = y0[1].detach().requires_grad_()
+    want = torch.autograd.grad(adjoint.solve_ivp(fun, (0.0, 1.0), alone, (k,)).y[-1, 0], alone)[0]
+    torch.testing.assert_close(found[1], want)
+
+
+def test_a_batch_with_a_row_that_failed_is_not_blamed(recwarn):
+    y0 = torch.tensor([[1.0], [2.0]], requires_grad=True)
+    fun = lambda t, y: y * torch.where(y > 1.5, float("nan"), 1.0)  # noqa: E731
+    sol = adjoint.solve_ivp(fun, (0.0, 0.3), y0, batched=True, throw=False)
+    found = torch.autograd.grad(sol.y[-1, 0].sum(), y0)[0]
+    assert found[0].isfinite() and not [w for w in recwarn if "not finite" in str(w.message)]
