@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import InvalidInput
 from ..sensitivity.backsolve import Backsolve, backsolve
 from ..sensitivity.witness import Witness
-from ..system.capture import leads_to, unknown_leaves
+from ..system.capture import Substitute, cut_apart, leads_to, unknown_leaves
 from .event_gradient import through_event
 from .native import given_of, start_event
 from .request import Request, family_of, mixed_norm, rms
@@ -92,7 +92,22 @@ def continuous_adjoint(
 
     checked = family_of(adjoint_method) == "adaptive" and isinstance(adjoint_rtol, (int, float)) and isinstance(adjoint_atol, (int, float))
     tolerances = (float(adjoint_rtol), float(adjoint_atol)) if checked else None
-    config = Backsolve(lambda t, y: join(request.fun(t, split(y))), forward, backward, options, witness.check, tolerances=tolerances)
+
+    def fun(t: Tensor, y: Tensor) -> Tensor:
+        return join(request.fun(t, split(y)))
+
+    def apart() -> tuple[Any, Sequence[Tensor], None]:
+        used = cut_apart(params, [True] * len(params))
+        if all(x is p for x, p in zip(used, params, strict=True)):
+            return fun, params, None
+
+        def substituted(t: Tensor, y: Tensor) -> Tensor:
+            with Substitute(params, used):
+                return fun(t, y)
+
+        return substituted, used, None
+
+    config = Backsolve(fun, forward, backward, options, witness.check, tolerances=tolerances, apart=apart)
     when, states = backsolve(config, join(request.y0), request.t, params)
     if is_tuple:
         # one slice and one view a leaf

@@ -28,6 +28,9 @@ _TWICE = (
 )
 
 
+Fun = Callable[[Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Backsolve:
     """One solve with its continuous adjoint.
@@ -40,19 +43,18 @@ class Backsolve:
         ``(time cotangent, y, adj_y, *parameter cotangents)``
     adjoint_options : the options that ``backward`` will use; visible on the autograd node
     check : called before the way back; raises if ``fun`` is not what it was
-    see : ``see(slope, t, y)`` raises if an evaluation of ``fun`` depends on what is not among the parameters
     tolerances : rtol and atol of the way back, if the state that comes back is to be held against the one that went out
-    apart : what ``fun`` uses in the place of the parameters, if that is not they themselves: see `cut_apart`
+    apart : for the way back ``fun`` and what it uses in the place of the parameters, see `cut_apart`, and ``see(slope, t, y)``, which
+        raises if an evaluation of it depends on what is not among these
     """
 
-    fun: Callable[[Tensor, Tensor], Tensor]
+    fun: Fun
     forward: Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor]]
     backward: Callable[[Callable[..., Any], tuple[Tensor, ...], Tensor], Sequence[Tensor]]
     adjoint_options: dict[str, Any] = field(default_factory=dict)
     check: Callable[[], None] = lambda: None
-    see: Callable[[Tensor, Tensor, Tensor], None] | None = None
     tolerances: tuple[float, float] | None = None
-    apart: Sequence[Tensor] | None = None
+    apart: Callable[[], tuple[Fun, Sequence[Tensor], Callable[[Tensor, Tensor, Tensor], None] | None]] | None = None
 
 
 def backsolve(config: Backsolve, y0: Tensor, t: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, Tensor]:
@@ -122,14 +124,15 @@ def _sweep(
 ) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
     """Integrate the augmented system from the last time to the first, adding the cotangents of the states on the way."""
     real = states.dtype.to_real()
-    dynamics = _Dynamics(config, params if config.apart is None else config.apart, wants_t)
+    fun, used, see = (config.fun, params, None) if config.apart is None else config.apart()
+    dynamics = _Dynamics(fun, used, see, wants_t)
     t_bar = torch.zeros((), dtype=real, device=states.device)
     y_bar = bar[-1]
     param_bars: list[Tensor] = [torch.zeros_like(p) for p in params]
     t_bars = torch.zeros_like(t) if wants_t else None
     for i in range(t.shape[0] - 1, 0, -1):
         if t_bars is not None:
-            slope = config.fun(t[i].to(real), states[i])
+            slope = fun(t[i].to(real), states[i])
             moved = _dot(slope, bar[i])
             t_bar = t_bar - moved
             t_bars[i] = moved
@@ -172,8 +175,8 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 class _Dynamics:
     """Right-hand side of the augmented system: ``(-f_t* a, f, -f_y* a, -f_p* a)``. Callbacks may be hung on it."""
 
-    def __init__(self, config: Backsolve, params: Sequence[Tensor], time: bool) -> None:
-        self.fun, self.see, self.params, self.time = config.fun, config.see, tuple(params), time
+    def __init__(self, fun: Fun, params: Sequence[Tensor], see: Callable[[Tensor, Tensor, Tensor], None] | None, time: bool) -> None:
+        self.fun, self.see, self.params, self.time = fun, see, tuple(params), time
 
     def __call__(self, t: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
         _, y, y_bar, *_ = state

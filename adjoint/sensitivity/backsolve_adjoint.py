@@ -126,8 +126,6 @@ class BacksolveAdjoint(GradientTraits):
             back = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
             times = torch.cat([times[:1], t_eval[:, 0][order], times[1:]])
             states = torch.cat([states[:1], out.samples[order], states[1:]])
-        apart = cut_apart(inputs)
-        f = problem.system.bind(apart)
         # the step to go on with from a time that the way back has come to; from its start there is none
         steps: dict[float, Tensor | None] = {}
 
@@ -152,22 +150,22 @@ class BacksolveAdjoint(GradientTraits):
             steps[float(t[1])] = carried_step(record, plan)
             return pieces(record.final)
 
-        watch = Linearizer(f, apart, [False] * len(inputs), False)
+        wants = [x.requires_grad for x in inputs]
+        smooth = [i for i, want in enumerate(wants) if want]
 
-        def see(slope: Tensor, t: Tensor, y: Tensor) -> None:
-            watch.check_next = isinstance(problem.system, System)
-            watch.check(slope, t, y)
+        def apart() -> tuple[Any, list[Tensor], Any]:
+            used = cut_apart(inputs, wants)
+            f = problem.system.bind(used)
+            watch = Linearizer(f, used, [False] * len(inputs), False)
 
-        smooth = [i for i, x in enumerate(inputs) if x.requires_grad]
-        config = Backsolve(
-            f,
-            lambda y, t: (None, states),
-            backward,
-            check=problem.witness.check,
-            see=see,
-            tolerances=(plan.rtol, plan.atol),
-            apart=[apart[i] for i in smooth],
-        )
+            def see(slope: Tensor, t: Tensor, y: Tensor) -> None:
+                watch.check_next = isinstance(problem.system, System)
+                watch.check(slope, t, y)
+
+            return f, [used[i] for i in smooth], see
+
+        f, check, tolerances = problem.system.bind(inputs), problem.witness.check, (plan.rtol, plan.atol)
+        config = Backsolve(f, lambda y, t: (None, states), backward, check=check, tolerances=tolerances, apart=apart)
         _, found = backsolve(config, y0, times, [inputs[i] for i in smooth])
         if t_eval is None:
             return out._replace(final=found[1])

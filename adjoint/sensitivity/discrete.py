@@ -98,7 +98,7 @@ class _OneByOne:
     def __init__(self, asked: Asked, losses: Losses, recall: Recall | None) -> None:
         problem, grid, self._asked, self._recall, self._losses = asked.problem, asked.grid, asked, recall, losses
         system, self.plan = problem.system, problem.plan
-        self._inputs = cut_apart(asked.inputs)
+        self._inputs = cut_apart(asked.inputs, asked.wants[3:])
         self._f = system.bind(self._inputs)
         self.implicit, self._rows = problem.algebra is not None, grid.t.shape[1]
         given = (self._inputs, asked.wants[3:], asked.moving)

@@ -52,7 +52,7 @@ class Evaluation(torch.autograd.Function):
         _, time, _, *wants = ctx.needs_input_grad
         if torch.is_grad_enabled():
             return ctx.system.let_out(_differentiable(system, t, y, inputs, wants, bar, known))
-        inputs = cut_apart(system.inputs if ctx.own else inputs)
+        inputs = cut_apart(system.inputs if ctx.own else inputs, wants)
         linearize = Linearizer(system.bind(inputs), inputs, wants, time)
         linearize.check_next = True
         again, pullback = linearize(t, y)

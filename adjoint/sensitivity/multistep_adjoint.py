@@ -33,7 +33,7 @@ class MultistepOneByOne:
         problem, grid = asked.problem, asked.grid
         self._losses, self._moving, self._method = losses, asked.moving, problem.plan.method
         self._grid = replace(grid, states=grid.states.detach(), stages=grid.stages.detach())
-        inputs = cut_apart(asked.inputs)
+        inputs = cut_apart(asked.inputs, asked.wants[3:])
         f = problem.system.bind(inputs)
         self.linearize = Linearizer(f, inputs, asked.wants[3:], asked.moving)
         kind = AdamsAdjoint if problem.algebra is None else BdfAdjoint
@@ -99,7 +99,7 @@ class BdfByRows:
         states = grid.states.detach()
         if asked.n_steps < 5 or asked.anchors.shape[0] > 2 or not problem.for_one or (time and states.is_complex()):
             return None
-        inputs = cut_apart(asked.inputs)
+        inputs = cut_apart(asked.inputs, asked.wants[3:])
         f = problem.system.bind(inputs)
         size = most_rows(f, grid.t[0].to(states.dtype.to_real()), states[0], inputs, 1)
         return None if size is None else cls(asked, losses, f, Linearizer(f, inputs, asked.wants[3:], time), size)

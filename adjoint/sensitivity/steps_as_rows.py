@@ -301,7 +301,7 @@ class LoneSweep:
         bent = method.n_stages if method.needs_time_slope else 0
         if (time or bent) and grid.states.is_complex():
             return None
-        inputs = cut_apart(asked.inputs)
+        inputs = cut_apart(asked.inputs, asked.wants[3:])
         f = problem.system.bind(inputs)
         size = most_rows(f, grid.t[0].to(plan.real), grid.states[0].detach(), inputs, method.n_stages, bent)
         return None if size is None else cls(asked, losses, f, Linearizer(f, inputs, asked.wants[3:], time), size)

@@ -131,16 +131,25 @@ def leads_to(x: Tensor, wanted: Sequence[Tensor]) -> bool:
     return False
 
 
-def cut_apart(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The inputs, those cut off from their history that were computed from another one.
-
-    Without the cut the cotangent of the one would go on to the other inside of a sweep, and a second time after it.
-    """
-    made = [x for x in inputs if x.grad_fn is not None]
-    if not made or len(inputs) == 1:
+def cut_apart(inputs: Sequence[Tensor], wants: Sequence[bool]) -> list[Tensor]:
+    """The inputs, some cut off from their history: those that were computed from another one, whose cotangent would go on to the other
+    inside of a sweep, and a second time after it; those that somebody listens to, who would hear every part of the cotangent beside the
+    whole; and those that are ``wanted`` and were told since not to require grad."""
+    cut = {id(x) for x, want in zip(inputs, wants, strict=True) if (x.requires_grad and _heard(x)) or (want and not x.requires_grad)}
+    made = [x for x in inputs if x.grad_fn is not None] if len(inputs) > 1 else []
+    for x in made:
+        if id(x) not in cut and leads_to(x, [p for p in inputs if p is not x and p.requires_grad]):
+            cut.add(id(x))
+    if not cut:
         return list(inputs)
-    others = {id(x): [p for p in inputs if p is not x and p.requires_grad] for x in made}
-    return [x.detach().requires_grad_(True) if id(x) in others and leads_to(x, others[id(x)]) else x for x in inputs]
+    # one that is an input twice stays one
+    copies = {id(x): x.detach().requires_grad_(True) for x in inputs if id(x) in cut}
+    return [copies.get(id(x), x) for x in inputs]
+
+
+def _heard(x: Tensor) -> bool:
+    """Whether a hook or ``retain_grad`` gets what comes to this tensor."""
+    return bool(x._backward_hooks) or x.retains_grad
 
 
 def alive(tensors: Iterable[Tensor]) -> list[Tensor]:
