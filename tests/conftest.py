@@ -10,6 +10,7 @@ import torch
 
 from adjoint.methods import METHODS, ExplicitRungeKutta
 from adjoint.native.build import LEVELS, NoCompiler, compiler
+from adjoint.sensitivity import strategies
 
 
 def pytest_configure(config):
@@ -39,12 +40,16 @@ def _has_compiler() -> bool:
         return False
 
 
+#: without a device its seed is put down for later with all of the stack, each time
+SEED = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+
+
 @pytest.fixture(autouse=True)
 def _defaults():
     before, threads = torch.get_default_dtype(), torch.get_num_threads()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    SEED(0)
     yield
     torch.set_default_dtype(before)
     torch.set_num_threads(threads)
@@ -57,7 +62,7 @@ def _sweeps(request, monkeypatch):
     Those marked ``users_defaults`` keep what users have.
     """
     if request.node.get_closest_marker("users_defaults") is None:
-        monkeypatch.setattr("adjoint.sensitivity.strategies.KEEP_BYTES", 0)
+        monkeypatch.setattr(strategies, "KEEP_BYTES", 0)
 
 
 #: the shared matrices of tests run these implicit methods always, the other ones in the slow run: each has tests of its own

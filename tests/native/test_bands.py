@@ -35,7 +35,7 @@ def turning(t, y, p):
     return 300 * (3 * (behind - before) - y + p.unsqueeze(-1)) - y**3
 
 
-def solved(fun, n, method, compile, rows=0, dtype=torch.float64, rtol=1e-5):
+def solved(fun, n, method, compile, rows=0, dtype=torch.float64, rtol=1e-4):
     x = torch.linspace(0, 1, n, dtype=dtype)
     y0, p = 1 + 0.5 * torch.sin(6.28 * x), torch.tensor(0.3, dtype=dtype)
     if rows:

@@ -59,7 +59,7 @@ def found(solve, compile, rows, dtype=F64, shared=False, **options):
     times = [options[name].clone().requires_grad_() for name in ("t_eval", "span") if isinstance(options.get(name), torch.Tensor)]
     names = [name for name in ("t_eval", "span") if isinstance(options.get(name), torch.Tensor)]
     options = options | dict(zip(names, times, strict=True))
-    sol = solve(compile, *xs, **({"rtol": 1e-5, "atol": 1e-7} | options))
+    sol = solve(compile, *xs, **({"rtol": 1e-4, "atol": 1e-6} | options))
     values = [sol.y, *([] if sol.yp is None else [sol.yp]), *([] if sol.quadrature is None else [sol.quadrature])]
     values += [x for e in sol.events for x in (e.t, e.y)]
     total = sum((x.nan_to_num() * torch.cos(torch.arange(x.numel(), dtype=x.dtype)).reshape(x.shape)).sum() for x in values)
@@ -177,7 +177,7 @@ class TestAgainstEager:
     def test_second_derivatives_and_forward_mode_go_on_from_the_record(self, form):
         solve, method = form
         y0, p, mass = (x.detach() for x in given(0))
-        end = lambda p, compile: solve(compile, y0, p, mass, (0.0, 1.0), method=method, rtol=1e-4, atol=1e-6).y[-1].square().sum()  # noqa: E731
+        end = lambda p, compile: solve(compile, y0, p, mass, (0.0, 0.6), method=method, rtol=1e-4, atol=1e-6).y[-1].square().sum()  # noqa: E731
         for transform in (torch.func.hessian, torch.func.jacfwd, torch.func.jacrev):
             mine, theirs = (transform(lambda p, x=x: end(p, x))(p) for x in (True, False))
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
@@ -261,8 +261,9 @@ def test_index_two(method, rows):
 @pytest.mark.parametrize("method", ["radau", "bdf"])
 @pytest.mark.parametrize("rows", [0, 18])
 def test_algebraic_variables_out_of_the_error_test(rows, method):
-    mine, _ = agree(by_residual, rows=rows, method=method, suppress_algebraic=True)
-    everything, _ = agree(by_residual, rows=rows, method=method)
+    fine = {"rows": rows, "method": method, "rtol": 1e-5, "atol": 1e-7}
+    mine, _ = agree(by_residual, suppress_algebraic=True, **fine)
+    everything, _ = agree(by_residual, **fine)
     assert int(torch.as_tensor(mine.stats.n_steps).sum()) < int(torch.as_tensor(everything.stats.n_steps).sum())
 
 

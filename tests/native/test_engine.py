@@ -45,7 +45,7 @@ def solve(compile, method, *, rows=0, dtype=torch.float64, shared=False, fun=swi
     with warnings.catch_warnings():
         if compile:
             warnings.simplefilter("error", RuntimeWarning)
-        given = {"t_span": (0.0, 2.0), "rtol": 1e-5, "atol": 1e-7, **options, **times, **fixed}
+        given = {"t_span": (0.0, 2.0), "rtol": 1e-4, "atol": 1e-6, **options, **times, **fixed}
         sol = adjoint.solve_ivp(fun, y0=y0, args=(p,), method=method, batched=bool(rows), compile=compile, **given)
     values = sol.y.nan_to_num()
     weights = torch.cos(torch.arange(values.numel(), dtype=dtype)).reshape(values.shape)
@@ -120,7 +120,8 @@ class TestForms:
 
         mine, theirs = check(method, rows=18, fun=ends, throw=False)
         assert torch.equal(mine.status, theirs.status) and bool((mine.status < 0).any()) and bool((mine.status == 0).any())
-        mine, theirs = (solve(x, method, rows=18, max_steps=9 if method == "dopri5" else 6, throw=False)[0] for x in (True, False))
+        few = {"max_steps": 9 if method == "dopri5" else 6, "rtol": 1e-5, "atol": 1e-7}
+        mine, theirs = (solve(x, method, rows=18, throw=False, **few)[0] for x in (True, False))
         assert torch.equal(mine.status, theirs.status) and bool((mine.status == -1).any())
 
 

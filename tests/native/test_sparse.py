@@ -79,7 +79,7 @@ def fluxes(n):
     return fun, torch.linspace(0, 1, n, dtype=torch.float64).sin() + 0.1 * torch.linspace(0, 50, n, dtype=torch.float64).cos()
 
 
-def solved(problem, method, compile, rows=0, dtype=torch.float64, rtol=1e-5, span=1.0):
+def solved(problem, method, compile, rows=0, dtype=torch.float64, rtol=1e-4, span=1.0):
     fun, y0 = problem
     y0, p, end = y0.to(dtype), torch.tensor(0.7, dtype=dtype), span
     if rows:

@@ -65,6 +65,8 @@ P = torch.tensor([[0.9, 1.3], [1.1, 0.7]], dtype=torch.float64)
 C = torch.tensor([0.4, -0.2], dtype=torch.float64)
 #: compiling takes seconds: other methods, and strategies, are compiled in the slow run
 COMPILED_ALWAYS = {"bosh3", "rodas3p"}
+#: of each family, and with error control or not: batches and maps of the others, which share its code, in the slow run
+FAMILIES = {"tsit5", "rk4", "kvaerno5", "rodas5p", "radau5", "gl4", "bdf", "abm", "kencarp4", "ars443", *SWITCHING_METHODS}
 
 
 class Case(NamedTuple):
@@ -104,6 +106,7 @@ def cases(strategies: Iterable[str]) -> list[Any]:
             continue
         compiles = case.compiles and refusal(case) is None
         slow = compiles and (case.method not in COMPILED_ALWAYS or case.strategy != "discrete" or case.form != "compiled")
+        slow |= case.form in ("batched", "vmapped") and case.method not in FAMILIES
         marks = [pytest.mark.compile] * compiles + [pytest.mark.slow] * slow
         out.append(pytest.param(case, marks=marks, id="-".join(case)))
     return out
