@@ -8,7 +8,7 @@ import torch
 import adjoint
 from adjoint import Event, solve_ivp
 
-FINE = {"rtol": 1e-12, "atol": 1e-13, "method": "dopri8"}
+FINE = {"rtol": 1e-12, "atol": 1e-13, "method": "dopri8", "first_step": 0.1}
 
 
 def values(*numbers):

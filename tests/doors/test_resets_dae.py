@@ -67,6 +67,8 @@ def test_consistent_values_after_a_reset(method, batched):
     if batched:
         y0, args = torch.stack([y0, y0 * 0.5]), (torch.stack([e, e]), torch.stack([g, g]))
     keys = {"events": GROUND, "batched": batched, "t_eval": [0.2, 0.9, 1.2], "method": method, "compile": native, **FINE}
+    if method != "bdf":
+        keys["first_step"] = 0.05  # parabolas are exact in any step: most others would be first ones behind contacts, which grow
     sol = (
         solve_ivp(explicit, (0.0, 1.25), y0, args, mass_matrix=MASS, **keys)
         if mass
@@ -96,7 +98,8 @@ def test_strategies(gradient):
     }[gradient]
     h, e, g = p = values(2.0, 0.8, 9.81)
     t = between(3, *p)
-    sol = solve_dae(implicit, (0.0, t), torch.stack([h, 0 * h, 0 * h]), args=(e, g), events=GROUND, gradient=strategy, **FINE)
+    keys = {"args": (e, g), "events": GROUND, "gradient": strategy, "first_step": 0.05, **FINE}
+    sol = solve_dae(implicit, (0.0, t), torch.stack([h, 0 * h, 0 * h]), **keys)
     agree(sol.y[-1], full(flight(t, 3, *p)), p, 1e-7, second=False)
     assert torch.allclose(sol.yp[-1][:2], torch.stack([sol.y[-1, 1], -g]), atol=1e-6)
     if gradient in ("interpolating", "gauss", "quadrature"):
