@@ -54,7 +54,7 @@ def held(t, y, yp, p, s, q):
 
 
 def solved(form, p, s, q, y, **options):
-    options = {"rtol": 1e-5, "atol": 1e-7, "throw": False, "batched": True, "t_eval": [0.0, 0.4, 1.0]} | options
+    options = {"rtol": 1e-5, "atol": 1e-7, "first_step": 0.05, "throw": False, "batched": True, "t_eval": [0.0, 0.4, 1.0]} | options
     if form in ("rodas5p", "bdf"):
         options |= {"method": form, "mass_matrix": torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))}
         return solve_ivp(explicit, (0.0, 1.0), y, args=(p, s, q), **options)

@@ -44,7 +44,8 @@ EVENTS = [LANDS, TOP, level(), level(direction=-1)]
 def throw(method="tsit5", events=EVENTS, end=0.8, **more):
     """``(drag, ground, y0) -> Solution``."""
     tolerances = FINE if method in ("tsit5", "auto") else {"rtol": 1e-4, "atol": 1e-6}
-    options = {"method": method, "events": events, **tolerances, **({"first_step": 0.1} if method == "rk4" else {}), **more}
+    first = {"first_step": 0.1} if method in ("rk4", "rodas4", "kencarp3") else {}
+    options = {"method": method, "events": events, **tolerances, **first, **more}
     half = lambda *args: fall(*args) / 2  # noqa: E731
     fun = SplitFunction(half, half) if method.startswith("kencarp") else fall
     return lambda drag, ground, y0=START: solve_ivp(fun, (0.0, end), y0, (drag, ground), **options)

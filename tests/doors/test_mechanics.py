@@ -76,11 +76,11 @@ def test_other_strategies(pendulum, gradient):
 def test_batch(pendulum):
     g = torch.tensor([1.0, 2.0], requires_grad=True)
     q0, v0 = torch.tensor([[1.0, 0.0], [0.6, -0.8]]), torch.zeros(2, 2)
-    many = pendulum.solve((0.0, 0.6), q0, v0, (g,), batched=True, rtol=1e-5)
+    many = pendulum.solve((0.0, 0.6), q0, v0, (g,), batched=True, rtol=1e-5, first_step=0.05)
     (bars,) = torch.autograd.grad(many.y.q[-1, :, 0].sum(), g)
     for b in range(2):
         k = g[b].detach().clone().requires_grad_(True)
-        one = pendulum.solve((0.0, 0.6), q0[b], v0[b], (k,), rtol=1e-5)
+        one = pendulum.solve((0.0, 0.6), q0[b], v0[b], (k,), rtol=1e-5, first_step=0.05)
         assert torch.allclose(many.y.q[-1, b], one.y.q[-1], atol=1e-9) and torch.allclose(many.y.lam[-1, b], one.y.lam[-1], atol=1e-7)
         assert torch.allclose(bars[b], torch.autograd.grad(one.y.q[-1, 0], k)[0], rtol=1e-6)
 
@@ -171,7 +171,7 @@ def test_derivatives_of_batches_and_maps_are_those_of_each(pendulum):
     q0, g = torch.stack([angles.sin(), -angles.cos()], -1), torch.tensor(9.81)
 
     def end(q, **batched):
-        return pendulum.solve((0.0, 0.3), q, torch.zeros_like(q), (g,), rtol=1e-4, atol=1e-5, **batched).y.q[-1, ..., 0]
+        return pendulum.solve((0.0, 0.3), q, torch.zeros_like(q), (g,), rtol=1e-4, atol=1e-5, first_step=0.05, **batched).y.q[-1, ..., 0]
 
     slopes = torch.stack([torch.func.jacrev(end)(q) for q in q0])
     torch.testing.assert_close(torch.vmap(torch.func.jacfwd(end))(q0), slopes, rtol=1e-6, atol=1e-9)

@@ -177,7 +177,8 @@ class TestAgainstEager:
     def test_second_derivatives_and_forward_mode_go_on_from_the_record(self, form):
         solve, method = form
         y0, p, mass = (x.detach() for x in given(0))
-        end = lambda p, compile: solve(compile, y0, p, mass, (0.0, 0.6), method=method, rtol=1e-4, atol=1e-6).y[-1].square().sum()  # noqa: E731
+        options = {"method": method, "first_step": 0.1, "rtol": 1e-4, "atol": 1e-6}
+        end = lambda p, compile: solve(compile, y0, p, mass, (0.0, 0.6), **options).y[-1].square().sum()  # noqa: E731
         for transform in (torch.func.hessian, torch.func.jacfwd, torch.func.jacrev):
             mine, theirs = (transform(lambda p, x=x: end(p, x))(p) for x in (True, False))
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
@@ -188,7 +189,8 @@ class TestAgainstEager:
         xs = [x.detach() if d == 0 else x[0].detach() for x, d in zip(given(3), dims, strict=True)]
 
         def value(y0, p, mass, compile):
-            return solve(compile, y0, p, mass, (0.0, 1.0), method=method, rtol=1e-5, atol=1e-7).y[-1].square().sum()
+            options = {"method": method, "first_step": 0.1, "rtol": 1e-5, "atol": 1e-7}
+            return solve(compile, y0, p, mass, (0.0, 1.0), **options).y[-1].square().sum()
 
         def total(p, compile):
             return torch.vmap(lambda *x: value(*x, compile), in_dims=dims)(xs[0], p, xs[2]).sum()

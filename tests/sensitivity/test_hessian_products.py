@@ -16,7 +16,7 @@ METHODS = ["tsit5", "rodas5p", "kvaerno5"]
 def end(p, t1, method, batched=False, sampled=False):
     """``exp(-p t1)``."""
     y0 = torch.ones((2, 1) if batched else 1, dtype=F64)
-    options = dict(method=method, rtol=1e-6, atol=1e-7, batched=batched)
+    options = dict(method=method, rtol=1e-6, atol=1e-7, first_step=0.2, batched=batched)
     if sampled:
         return solve_ivp(lambda t, y, p: -p * y, (0.0, 2.0), y0, args=(p,), t_eval=t1.reshape(1), **options).y[-1].mean()
     return solve_ivp(lambda t, y, p: -p * y, (0.0, t1), y0, args=(p,), **options).y[-1].mean()

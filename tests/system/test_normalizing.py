@@ -26,7 +26,7 @@ def by_torch(t, y, k):
 
 
 def end(fun, method, **options):
-    options = {"rtol": 1e-3, "atol": 1e-5} | options
+    options = {"rtol": 1e-3, "atol": 1e-5, "first_step": 0.1} | options
     return lambda x: (adjoint.solve_ivp(fun, SPAN, x[:3], args=(x[3:],), method=method, **options).y[-1] * ALONG[:3]).sum()
 
 
