@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from ..errors import InvalidInput
 from ..integrate import PIDController, Plan
 from ..methods import DAE_METHODS, Method
-from ..native.entry import NativeSolve, Sought, own_algebra
+from ..native.entry import NativeSolve, Sought, in_parts_for, own_algebra
 from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Outputs, Problem
 from ..sensitivity.consistent import Initial
@@ -160,12 +160,15 @@ def solve_dae(
     given = Given(residual, (fun,), spec, (state, slope), args, (times.anchors[0], times.anchors[-1]), watched, quadrature)
     if spec.holds_complex:
         (start_time,), _ = given.times()
-        spec = suited_to_jacobians(spec, lambda y, yp: residual(start_time, y, yp, *args), state, slope)
+        if compile and in_parts_for(chosen, spec, (jac_sparsity, linear_solver)):
+            spec = spec.in_parts()
+        else:
+            spec = suited_to_jacobians(spec, lambda y, yp: residual(start_time, y, yp, *args), state, slope)
         user_spec = user_spec.in_parts() if spec.split else user_spec
         given = replace(given, spec=spec)
     own = [name for name, x in (("jac_sparsity", jac_sparsity), ("linear_solver", linear_solver)) if x is not None]
     native = NativeSolve(own_algebra(own) if own else None, check_compile(compile) and compile == "background")
-    system = _system(given, native, chosen, bool(compile) and not spec.holds_complex)
+    system = _system(given, native, chosen, bool(compile) and (spec.split or not spec.holds_complex))
     inputs, y_flat, slope_flat = stand_ins(system.inputs), given.state(), given.state(1)
     algebra = residual_algebra(system, inputs, spec, times, y_flat, slope_flat, jac_sparsity, linear_solver)
     derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])

@@ -96,6 +96,7 @@ def explain(
         return Explanation(False, f"method={chosen.name!r} has no native form", chosen.name)
     args = args if isinstance(args, (tuple, list)) else (args,)
     spec = StateSpec.of(y0, batched)
+    spec = spec.in_parts() if spec.holds_complex else spec
     leaves, tree = tree_flatten(tuple(args))
     system = System(fun, spec, tree, tuple(leaves), residual=_layout(fun, spec, y0, args, t0) if is_residual(chosen) else None)
     y, t = spec.taken(y0).detach(), torch.full((spec.rows,), t0, dtype=spec.real_dtype, device=spec.device)
@@ -117,7 +118,8 @@ def _layout(fun: Callable[..., Any], spec: StateSpec, y0: Any, args: tuple[Any, 
     """How a residual is flat."""
     t = torch.full((spec.rows,), t0, dtype=spec.real_dtype, device=spec.device)
     with torch.no_grad():
-        return StateSpec.of(fun(t if spec.batch is not None else t[0], y0, y0, *args), spec.batch is not None, "what fun returned")
+        found = StateSpec.of(fun(t if spec.batch is not None else t[0], y0, y0, *args), spec.batch is not None, "what fun returned")
+    return found.in_parts() if spec.split else found
 
 
 def _inputs(found: Recognised) -> tuple[tuple[tuple[int, ...], str], ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import PIDController, Plan
 from ..methods import METHODS, Method
-from ..native.entry import NativeSolve, own_algebra
+from ..native.entry import NativeSolve, in_parts_for, own_algebra
 from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Problem
 from ..system.capture import moves, needs_derivatives, stand_ins
@@ -143,8 +143,8 @@ def solve_ivp(
     step_ts : times
         Times at which a step must end, where ``fun`` may jump: the stages on either side see ``t`` from within their own step.
     compile : bool or "background"
-        Run the solve and its first derivatives as native code, where that can be: one-step methods and "bdf", real states on a CPU; on
-        CUDA devices explicit, Rosenbrock and ESDIRK methods and "auto", without events, whose code NVRTC makes.
+        Run the solve and its first derivatives as native code, where that can be: one-step methods and "bdf" on a CPU; on CUDA devices
+        explicit, Rosenbrock and ESDIRK methods and "auto", without events, whose code NVRTC makes. Complex states go in two parts.
         The first solve of a ``fun`` calls a C++ compiler (g++, clang++, or that of ``pip install ziglang``), which takes a second or a few;
         what it makes is kept on disk. "background": it is called beside, and solves run uncompiled until its code is there. All else runs
         as without ``compile=``, after one warning that says why (docs/choosing.md).
@@ -206,7 +206,10 @@ def solve_ivp(
     spec = StateSpec.of(state, batched)
     watched = event_list(events)
     given = Given(right_hand_side, _pieces(fun), spec, (state,), args, (times.anchors[0], times.anchors[-1]), watched, quadrature)
-    if chosen.implicit and spec.holds_complex:
+    if compile and in_parts_for(chosen, spec, (mass, norm, *implicit_options.values())):
+        spec = spec.in_parts()
+        given = replace(given, spec=spec)
+    elif chosen.implicit and spec.holds_complex:
         spec = _suited(given, None if mass is None else chosen)
         given = replace(given, spec=spec)
     native = NativeSolve(own_algebra(implicit_options) if implicit_options else None, compile == "background")

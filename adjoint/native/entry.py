@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..integrate.plan import Grid, PIDController, Plan, Record, rms_norm
 from ..methods import Method
 from ..system.remarks import remark
-from ..system.system import System, VmappedSystem
+from ..system.system import StateSpec, System, VmappedSystem
 from .back import Cotangents, sweep_native
 from .build import NoCompiler, spent
 from .companion import solved_again
@@ -20,12 +20,13 @@ from .consistent import NativeStart
 from .device import LAUNCHERS
 from .emit import DEVICE_METHODS, takes
 from .graphs import Heard
+from .memory import put_together
 from .progress import watches_steps
 from .reading import Unreadable
 from .recognise import Recognised, compile_key, hear, recognise
 from .solve import run_native
 
-__all__ = ["NativeSolve", "Sought", "own_algebra", "suits"]
+__all__ = ["NativeSolve", "Sought", "in_parts_for", "own_algebra", "suits"]
 
 _remarked: set[tuple[Hashable, str]] = set()
 
@@ -65,6 +66,12 @@ def _not_on_a_device(plan: Plan, base: System) -> str | None:
     if base.residual is not None or base.mass is not None:
         return "equations are implicit" if base.residual is not None else "there is a mass matrix"
     return None if isinstance(method, DEVICE_METHODS) else f"there is method={method.name!r}"
+
+
+def in_parts_for(method: Method, spec: StateSpec, others: Iterable[Any]) -> bool:
+    """Whether a complex state is carried in real and imaginary parts, which compiled code is for; ``others``: options that it has no form
+    for, where they are given."""
+    return spec.holds_complex and all(map(takes, method.members)) and all(x is None for x in others)
 
 
 def own_algebra(options: Iterable[str]) -> str:
@@ -247,6 +254,6 @@ class NativeSolve:
             return _remark(plan.compile, str(error))
         of_inputs: list[Tensor | None] = [None] * n_inputs
         for slot, x, bar in zip(found.slots, found.tensors, cotangents.inputs, strict=True):
-            if slot is not None and x.is_floating_point():
-                of_inputs[slot] = bar.reshape(x.shape)
+            if slot is not None and (x.is_floating_point() or x.is_complex()):
+                of_inputs[slot] = put_together(bar, x)
         return cotangents, of_inputs

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["FEW_BYTES", "in_large_pages", "plain"]
+__all__ = ["FEW_BYTES", "in_large_pages", "in_parts", "plain", "put_together"]
 
 #: bytes of a large page
 _PAGE = 2**21
@@ -43,3 +43,13 @@ def plain(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return x
     x = x.resolve_neg()
     return (x if dtype is None else x.to(dtype)).contiguous()
+
+
+def in_parts(x: Tensor) -> Tensor:
+    """``x``, and where it is complex its real and imaginary parts, (..., 2)."""
+    return torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x
+
+
+def put_together(bar: Tensor, x: Tensor) -> Tensor:
+    """The cotangent of ``x`` from that of `in_parts` of it."""
+    return torch.view_as_complex(bar.reshape(*x.shape, 2)) if x.is_complex() else bar.reshape(x.shape)

@@ -19,7 +19,7 @@ from .device import LAUNCHERS, DeviceEngine, addressed, kernels_of
 from .emit import Compiled, device_functions, device_prologue, engine_text, is_residual, prologue
 from .functions import UserFunctions, depends, inputs_of, user_functions
 from .jointly import of_all_rows
-from .memory import plain
+from .memory import in_parts, plain
 from .reading import Reading, Unreadable
 from .tangents import with_displacement
 from .text import vector_library
@@ -174,7 +174,7 @@ class Program:
         ``kept``: for a way back, which is that of the solve whatever is written to ``tensors`` later.
         """
         found = []
-        for x in tensors:
+        for x in map(in_parts, tensors):
             value = plain(x, self.real)
             if not x.is_floating_point() and not torch.equal(value.to(x.dtype), x):
                 raise Unreadable("", "", f"it uses whole numbers that {self.real} has not")

@@ -26,6 +26,7 @@ from .direct import hear_directly
 from .emit import Compiled, is_residual
 from .graphs import Graph, Heard, ear
 from .levels import above, relative
+from .memory import in_parts
 from .program import Program, program_of
 from .reading import Unreadable, read
 from .tracing import VALUE, PickedByNumbers
@@ -141,7 +142,7 @@ def hear(
     Raises `Unreadable`.
     """
     spec = base.spec
-    if spec.holds_complex or spec.split or any(d != spec.dtype for d in spec.dtypes):
+    if (spec.holds_complex and not spec.split) or any(d.to_real() != spec.dtype for d in spec.dtypes):
         raise Unreadable("", "", "the state is complex, or its leaves differ in dtype")
     if any(is_functorch_wrapped_tensor(x) for x in base.captured):
         raise Unreadable("", "", "fun captures a tensor of a transform around the solve (pass it through args=)")
@@ -253,7 +254,8 @@ def recognise(
     known = graphs[0].programs
     found = known.get(layout)
     if found is None:
-        flats = [_flat(part.module, *where, base, k > 0) for k, (part, where) in enumerate(zip(parts, layouts, strict=True))]
+        pairs = [x.is_complex() for x in values]
+        flats = [_flat(part.module, *where, base, k > 0, pairs) for k, (part, where) in enumerate(zip(parts, layouts, strict=True))]
         flats += [] if mass is None else [_matrix(base, mass)]
         flats = [_mapped(flat, dims, base) for flat in flats]
         originals = frozenset(id(x) for part in parts if part.graph.module is None for x in part.tensors)
@@ -325,14 +327,17 @@ def _place(x: Any, stand_ins: Sequence[Tensor], known: dict[int, tuple[str, int]
     return known[id(x)]
 
 
-def _flat(module: Callable[..., Any], places: _Places, results: _Places, base: System, event: bool) -> Callable[..., Tensor]:
+def _flat(
+    module: Callable[..., Any], places: _Places, results: _Places, base: System, event: bool, pairs: Sequence[bool]
+) -> Callable[..., Tensor]:
     """``f(t, y, *inputs)`` with ``y`` (rows, n), of implicit equations (rows, 2 n), of a traced function; of one of an ``event`` the result
-    is (rows,)."""
+    is (rows,). ``pairs``: which inputs are real and imaginary parts of what the function takes."""
     spec, n = base.spec, sum(base.spec.sizes)
     returns = spec if base.residual is None else base.residual
 
     def flat(t: Tensor, y: Tensor, *inputs: Tensor) -> Tensor:
         states = [spec.unflatten(part) for part in y.split(n, 1)]
+        inputs = tuple(torch.complex(x[..., 0], x[..., 1]) if pair else x for x, pair in zip(inputs, pairs, strict=True))
         values: dict[str, Sequence[Tensor]] = {"t": [t], "y": tree_flatten(states)[0], "input": inputs}
         with above():
             values["out"] = module(*(values[kind][i] for kind, i in places))
@@ -389,8 +394,9 @@ def _program(
     originals: frozenset[int],
     base: System,
 ) -> Program:
+    given = [in_parts(x) for x in given]
     for x in given:
-        if x.is_complex() or (x.is_floating_point() and x.dtype != y0.dtype):
+        if x.is_floating_point() and x.dtype != y0.dtype:
             raise Unreadable("", "", f"it uses a tensor of {x.dtype} beside a state of {y0.dtype}")
     joint = rows_of(base) if len(flats) == 1 and not batched and not method.implicit else 0
     if joint:

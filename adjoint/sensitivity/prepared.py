@@ -13,7 +13,7 @@ from ..integrate import Plan, stands
 from ..integrate.plan import Grid
 from ..native.back import sweep_native
 from ..native.device import trimmed
-from ..native.memory import FEW_BYTES, plain
+from ..native.memory import FEW_BYTES, plain, put_together
 from ..native.program import Program
 from ..native.reading import Unreadable
 from ..native.solve import Frame, Solved, solved
@@ -145,7 +145,7 @@ class PreparedNode(torch.autograd.Function):
         results = [back.y0.view(inputs[0].shape)]
         for k, x in zip(run.wanted, inputs[1:], strict=True):
             found = back.inputs[k]
-            results.append(found if found.shape == x.shape else found.reshape(x.shape))
+            results.append(found if found.shape == x.shape else put_together(found, x))
         return (None, *(x if need else None for x, need in zip(results, needed, strict=True)))
 
 
