@@ -21,7 +21,7 @@ from ..integrate import PIDController
 from ..methods import METHODS, Traits
 from ..native.build import NoCompiler
 from ..native.fingerprint import Fingerprint, fingerprint
-from ..native.memory import plain
+from ..native.memory import in_parts, plain
 from ..native.reading import Unreadable
 from ..native.solve import frame_of
 from ..sensitivity import DiscreteAdjoint, Problem
@@ -37,6 +37,7 @@ _MOST, _FEW = 512, 32
 _known: dict[Hashable, Prepared | None] = {}
 _NUMBERS = (int, float, type(None))
 _REALS = (torch.float32, torch.float64)
+_STATES = (*_REALS, torch.complex64, torch.complex128)
 #: arguments of `solve_ivp`: those that go the general way if they are there, those that are numbers, and those of `asked`
 _BESIDE = ("events", "quadrature", "step_ts", "mass_matrix", "norm", "jac", "jac_sparsity", "linear_solver")
 _AS_NUMBERS = ("rtol", "atol", "first_step", "max_step", "min_step", "max_steps")
@@ -78,7 +79,7 @@ class Asked:
             return None
         found, y, values = made
         backward, y0 = BackwardStats(), self.y0
-        t = t_eval if t_eval is not None else ends.clone() if y0.dtype is ends.dtype else ends.to(y0.dtype)
+        t = t_eval if t_eval is not None else ends.clone() if y0.dtype is ends.dtype else ends.to(y0.dtype.to_real(), copy=True)
         if self.derivatives:
             tensors = self.found.tensors
             wanted = [(i, tensors[k]) for i, k in enumerate(prepared.places) if tensors[k].requires_grad]
@@ -118,8 +119,8 @@ class Asked:
         if not all(id(x) in place for x in read):
             return
         rows = self.y0.shape[0] if self.options["batched"] else 1
-        width = self.y0.numel() // max(rows, 1)
-        like = self.y0.detach().reshape(rows, width)
+        like = in_parts(self.y0.detach()).reshape(rows, -1)
+        width = like.shape[1]
         plan = problem.plan
         explicit = not plan.method.implicit
         if explicit and plan.method.multistep and self.derivatives:
@@ -157,7 +158,7 @@ def asked(
     numbers: dict[str, Any],
 ) -> Asked | None:
     """A call by its arguments, or None where it has more to it than numbers. ``numbers``: options that may be tensors."""
-    if type(y0) not in (Tensor, torch.nn.Parameter) or y0.dtype not in _REALS or y0.device.type != "cpu":
+    if type(y0) not in (Tensor, torch.nn.Parameter) or y0.dtype not in _STATES or y0.device.type != "cpu":
         return None
     if not y0.numel() or (batched and not y0.dim()) or any(type(x) not in _NUMBERS for x in numbers.values()):
         return None

@@ -13,12 +13,12 @@ from ..integrate import Plan, stands
 from ..integrate.plan import Grid
 from ..native.back import sweep_native
 from ..native.device import trimmed
-from ..native.memory import FEW_BYTES, plain, put_together
+from ..native.memory import FEW_BYTES, in_parts, plain, put_together
 from ..native.program import Program
 from ..native.reading import Unreadable
 from ..native.solve import Frame, Solved, solved
 from ..system.transforms import functorch_active, naming_writes
-from ..torch_internals import copy_by_copy
+from ..torch_internals import copy_by_copy, unviewed
 from .undeclared import REJECTED
 
 __all__ = ["Prepared", "PreparedNode", "Run", "run_of"]
@@ -82,9 +82,10 @@ def run_of(
     """
     program, plan = prepared.program, prepared.plan
     values = program.values([tensors[k] for k in prepared.places], prepared.derivatives)
-    flat = plain(y0, program.real).view(prepared.rows, prepared.width)
-    y = flat.new_empty((2, *y0.shape)) if t_eval is None else None
-    found = solved(program, prepared.frame, plan, anchors, t_eval, flat, values, True, y)
+    start = plain(in_parts(y0), program.real)
+    pair = start.new_empty((2, *start.shape)) if t_eval is None else None
+    flat = start.view(prepared.rows, prepared.width)
+    found = solved(program, prepared.frame, plan, anchors, t_eval, flat, values, True, pair)
     summary = found.summary
     if summary.otherwise or summary.unstable or prepared.to_be_looked_at(summary.rejected):
         return None
@@ -92,7 +93,8 @@ def run_of(
         states = found.steps["states"][: summary.most + 1] if plan.method.multistep else None
         if summary.resting if states is None else bool(stands(states).any()):
             return None
-    return found, found.samples.view(-1, *y0.shape) if y is None else y, values
+    y = found.samples.view(-1, *start.shape) if pair is None else pair
+    return found, unviewed(torch.view_as_complex(y)) if y0.is_complex() else y, values
 
 
 class PreparedNode(torch.autograd.Function):
@@ -132,7 +134,8 @@ class PreparedNode(torch.autograd.Function):
         program, plan = prepared.program, prepared.plan
         states, t, h, sample_step, stages, extra = [*saved[: ctx.n_kept], _NOTHING, _NOTHING][:6]
         grid = Grid(states, t, h, _NOTHING, _NOTHING, sample_step, _NOTHING, _NOTHING, stages, extra)
-        bars, pair = ((None,) * 4, bar) if run.t_eval is None else ((None, bar, None, None), None)
+        parts = in_parts(bar)
+        bars, pair = ((None,) * 4, parts) if run.t_eval is None else ((None, parts, None, None), None)
         try:
             back = sweep_native(program, plan, grid, run.anchors, run.t_eval, run.values, bars, False, True, pair, ctx.n_steps)
         except Unreadable:
@@ -142,7 +145,7 @@ class PreparedNode(torch.autograd.Function):
         if not back.finite:
             # which of the user's functions it was, the general way finds out
             return (None, *_again(run, inputs, bar, needed))
-        results = [back.y0.view(inputs[0].shape)]
+        results = [put_together(back.y0, inputs[0])]
         for k, x in zip(run.wanted, inputs[1:], strict=True):
             found = back.inputs[k]
             results.append(found if found.shape == x.shape else put_together(found, x))
