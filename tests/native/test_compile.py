@@ -225,7 +225,6 @@ UNCOMPILED = {
     "linear_solver": ("leave linear_solver= or compile out", {"method": "rodas4", "linear_solver": adjoint.linalg.DenseLU()}),
     "event of a sign": ("an event", {"events": lambda t, y: y[0] > 0.7}),
     "norm": ("norm= is", {"norm": lambda y: y.abs().amax()}),
-    "norm of a complex state": ("norm= is", {"y0": torch.ones(2, dtype=torch.complex128), "norm": lambda y: y.abs().amax()}),
     "numbers": ("", {"fun": _reads_numbers}),
 }
 
