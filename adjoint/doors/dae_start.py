@@ -19,7 +19,7 @@ from ..system.capture import moves, readable
 from ..system.system import System
 from .arguments import Times
 
-__all__ = ["consistently", "from_start"]
+__all__ = ["consistently", "from_start", "second_order"]
 
 #: consistent values at times (B,), of which the state's differential part is given, and guesses of the rest
 Consistent = Callable[[Tensor, Initial], Initial]

@@ -8,25 +8,22 @@ those that hold behind.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
+from ..sensitivity.consistent import Initial
 from ..system.capture import is_differentiable
 from ..system.transforms import anywhere
-from .event_slope import once
+from .dae_start import second_order
 from .round_rules import Boundary
 from .round_task import Progress, Task
-from .rows import chosen, wide
+from .rows import chosen, still, wide
 
 __all__ = ["given_apart", "ties"]
-
-_TWICE = (
-    "a derivative of a derivative was to be taken in the time of a dose of implicit equations (solve_dae, mass_matrix=) that is given at "
-    "the start of the solve or together with something else: there are first derivatives only. Give it apart, or detach its time"
-)
 
 
 def ties(task: Task, dues: list[Tensor], hits: list[Tensor], begun: Tensor, t: Tensor) -> Tensor:
@@ -53,31 +50,47 @@ def given_apart(
             continue
         way = torch.where(due[line] & tied, rule.stops[line] - on.t, 0.0)
         way = way - way.detach()
-        if task.implicit is not None:
-            way = once(way, tied, _TWICE, *(x for x in (rule.stops, on.t, *tree_leaves(on.y)) if is_differentiable(x)))
-        then = _moved(task, run, on, 0 * way, way)
+        then = _moved(task, run, on, 0 * way, way, lost)
         earlier = run.given[k] & due
         now = due[line] & ~earlier.any(0)
         first, before = torch.where(now, way, first), chosen(now, then.y, before)
         then, _ = rule.applied(one, then)
         run.given[k] = run.given[k] | one
         if task.implicit is not None:
-            then = task.settled(then, task.infused(run.given), due[line], lost, on.y)
+            then = task.settled(replace(then, t=on.t + way), task.infused(run.given), due[line], lost, on.y)
+            then = replace(then, t=on.t)
         after = chosen(due[line], then.y, after)
-        on = _moved(task, run, then, way, -way)
+        on = _moved(task, run, then, way, -way, lost)
     return on, after, first, before
 
 
-def _moved(task: Task, run: Progress, at: Boundary, aside: Tensor, way: Tensor) -> Boundary:
-    """Along the solution by a ``way`` of value zero, from ``aside`` of the time of the boundary; to second order where the equations tell
-    the slope."""
+def _moved(task: Task, run: Progress, at: Boundary, aside: Tensor, way: Tensor, lost: Tensor) -> Boundary:
+    """Along the solution by a ``way`` of value zero, from ``aside`` of the time of the boundary, to second order."""
     infused = task.infused(run.given)
     slope = task.slope(infused)
 
-    def by(share: float, rate: Any) -> Any:
-        return tree_map(lambda a, b: a + share * wide(way, a).to(a.dtype) * b, at.y, rate)
+    def by(share: float, rate: Any, power: int = 1) -> Any:
+        return tree_map(lambda a, b: a + share * wide(way**power, a).to(a.dtype) * b, at.y, rate)
 
     if slope is None:
-        return at if at.yp is None else Boundary(at.t, by(1.0, at.yp), at.mode, at.yp)
+        rate, bend = _along(task, replace(at, t=at.t + aside), infused, lost)
+        y = tree_map(lambda a, b, c: a + (b - c), by(1.0, rate), by(0.5, bend, 2), at.y)
+        return replace(at, y=y)
     t = at.t + aside
-    return Boundary(at.t, by(1.0, slope(t + way / 2, by(0.5, slope(t, at.y, at.mode)), at.mode)), at.mode, at.yp)
+    return replace(at, y=by(1.0, slope(t + way / 2, by(0.5, slope(t, at.y, at.mode)), at.mode)))
+
+
+def _along(task: Task, at: Boundary, infused: tuple[Any, ...], lost: Tensor) -> tuple[Any, Any]:
+    """``y'``, which is differentiable, and ``y''`` of the solution of implicit equations through a boundary; none of ``lost`` trajectories,
+    which are NaN."""
+    spec, every = task.spec, torch.ones_like(lost)
+    y = chosen(lost, tree_map(torch.zeros_like, still(at.y)), at.y)
+
+    def consistent(t: Tensor, at_t: Initial) -> Initial:
+        found = task.settled(Boundary(t if task.batched else t[0], spec.unflatten(at_t.y), at.mode), infused, every, lost, y)
+        return Initial(spec.flatten(found.y), spec.flatten(found.yp))
+
+    flat = spec.flatten(y)
+    found = second_order(consistent, at.t.reshape(-1), Initial(flat, torch.zeros_like(flat)))
+    rate, bend = (spec.unflatten(x) for x in found)
+    return rate, bend

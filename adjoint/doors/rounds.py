@@ -94,7 +94,7 @@ def _round(task: Task, run: Progress) -> None:
     t, end, y = chosen(going, at.t, rest), chosen(going, end, rest), chosen(going, at.y, chosen(lost, origin, resting.y))
     # implicit equations tell no slope in a span of no length: doses there move by themselves
     begun = going & (end == t).detach() if task.implicit is not None and task.doses else torch.zeros_like(going)
-    span = RoundSpan(chosen(begun, still(t), t), chosen(begun, still(t), end), ~going)
+    span = RoundSpan(chosen(begun, still(t), t), chosen(begun, still(t), end), ~going | begun)
     end = chosen(begun, t, end)
     sol, taken, last = _solved(task, run, span, y)
     hits = [_occurred(rule, record.t, going) for rule, record in zip(task.watched, sol.events, strict=True)]

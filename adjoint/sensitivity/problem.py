@@ -31,6 +31,7 @@ from ..system.jacobians import DenseJacobian
 from ..system.stage_jacobian import StageJacobian
 from ..system.structure import Structure
 from ..system.system import System, VmappedSystem
+from ..system.transforms import anywhere
 from .standing import longest_step
 from .undeclared import REJECTED, tell_of_jumps
 from .witness import Witness
@@ -359,12 +360,16 @@ def interpolate(plan: Plan, states: Tensor, stages: Tensor, t: Tensor, h: Tensor
     n_samples, rows = sample_step.shape
     n, n_stages = states.shape[-1], stages.shape[1]
     h_k = h.gather(0, index)
-    # a step over a span of no length goes on as its first slope does
-    h_k = torch.where(h_k == 0, 1.0, h_k)
+    empty = h_k == 0
+    h_k = torch.where(empty, 1.0, h_k)
     theta = (t_eval - t.gather(0, index)) / h_k
     y = states.gather(0, index.unsqueeze(-1).expand(-1, -1, n))
     ks = stages.gather(0, index[:, None, :, None].expand(n_samples, n_stages, rows, n))
-    weights = (plan.method.dense_weights(theta) * h_k.unsqueeze(-1)).to(states.dtype)
+    weights = plan.method.dense_weights(theta) * h_k.unsqueeze(-1)
+    if anywhere(empty):
+        # over a span of no length it goes on by the slope of the whole step: an end that moves has its second derivative
+        weights = torch.where(empty.unsqueeze(-1), theta.unsqueeze(-1) * plan.method.dense_weights(torch.ones_like(theta)), weights)
+    weights = weights.to(states.dtype)
     value = y + torch.einsum("tbs,tsbn->tbn", weights, ks)
     return torch.where((sample_step >= 0).unsqueeze(-1), value, float("nan"))
 
