@@ -34,6 +34,7 @@ __all__ = [
     "TorchDispatchMode",
     "TransformType",
     "add_batch_dim",
+    "ask_before_custom_functions",
     "below_jvp",
     "copy_by_copy",
     "core_decompositions",
@@ -173,6 +174,20 @@ dispatch_has_kernel_for_dispatch_key: Callable[[str, str], bool] = _C._dispatch_
 def is_written_down() -> bool:
     """Whether a tracer of graphs sees every operator."""
     return _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is not None
+
+
+def ask_before_custom_functions(change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> None:
+    """Where function modes are at work, and no transform is, custom functions (`torch.autograd.Function`) get what ``change`` makes of
+    their arguments: ``apply`` is no operator that modes see, and methods that were taken from it before may be called too."""
+    utils: Any = torch._functorch.utils
+    plain: Callable[[tuple[Any, ...]], tuple[Any, ...]] = utils.unwrap_dead_wrappers
+
+    @wraps(plain)
+    def unwrapped(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        args = plain(args)
+        return change(args) if _C._len_torch_function_stack() else args
+
+    utils.unwrap_dead_wrappers = unwrapped
 
 
 # -- autograd, memory, compilers

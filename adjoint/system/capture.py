@@ -220,6 +220,14 @@ class _Watch(TorchFunctionMode):
                     self.made.append(weakref.ref(x))
         return out
 
+    def given(self, args: Sequence[Any]) -> None:
+        """What a custom function gets, see `_given_to_custom`."""
+        if internals.times_below() > self.below:
+            return
+        for x in args:
+            if isinstance(x, Tensor) and id(x) not in self.known:
+                self._meet(list(_layers(x, self.level)))
+
     def left(self) -> dict[int, Tensor]:
         """The tensors with derivatives that were made while this watched and that somebody keeps; it forgets all others itself."""
         self.known.clear()
@@ -239,11 +247,18 @@ class _Watch(TorchFunctionMode):
                 self.captured[id(x)] = self.known[id(x)] = x
                 return
         x = layers[-1]
-        if not any(id(layer) in self.known for layer in layers) and self.wanted(x) and not (self.transforms and self._made_here(x)):
-            self.captured[id(x)] = self.known[id(x)] = x
+        if any(id(layer) in self.known for layer in layers) or not self.wanted(x):
+            return
+        made = self._made_here(x)
+        if made and self.transforms:
+            return
+        # of what TorchScript or a custom function made, whose own operators are not seen, it is what that was computed from
+        for origin in unknown_leaves(x, list(self.known.values())) if made else (x,):
+            self.captured[id(origin)] = self.known[id(origin)] = origin
+        self.known[id(x)] = x
 
     def _made_here(self, x: Tensor) -> bool:
-        """Whether ``x`` was computed since the watch began: results of a transform leave it by no operator that is seen."""
+        """Whether ``x`` was computed since the watch began: results of transforms and of TorchScript come from no operator that is seen."""
         return x.grad_fn is not None and x.grad_fn._sequence_nr() >= self.begun
 
 
@@ -318,9 +333,13 @@ def _branches(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], captu
     known = [*(x for x in leaves_of(point) if isinstance(x, Tensor)), *captured]
     asked = [x if internals.is_batchedtensor(x) else ask(x) for x in known]
     watch = _Watch([*known, *asked])
-    with torch.enable_grad(), asking(), watch, Substitute(known, asked, answers=False):
-        for call in calls:
-            call(*point)
+    try:
+        with torch.enable_grad(), asking(), watch, Substitute(known, asked, answers=False):
+            for call in calls:
+                call(*point)
+    except RuntimeError:
+        # what is no operator (custom functions, hooks of modules) gets the tensors themselves, whose answers are others
+        pass
     return watch.inner_grad
 
 
@@ -389,8 +408,13 @@ class Substitute(TorchFunctionMode):
             return self._ask(func, args, kwargs or {})
         if self.answers and func in _QUESTIONS and id(args[0]) in self.table and id(args[0]) not in self.variables:
             return func(*args, **(kwargs or {}))
-        swap = self._swap if functorch_level() == self.level and not self.variables else self._swap_wrapped
+        swap = self.swap
         return func(*mapped(swap, args), **mapped(swap, kwargs or {}))
+
+    @property
+    def swap(self) -> Callable[[Any], Any]:
+        """What stands in the place of ``x``, or ``x``."""
+        return self._swap if functorch_level() == self.level and not self.variables else self._swap_wrapped
 
     def run(self, call: Callable[..., Any], *a: Any) -> Any:
         """``call(*a)`` with the replacements, also where it returns a captured tensor as it is."""
@@ -434,6 +458,19 @@ def stood_in_for() -> set[int]:
 def _substitutes() -> list[Substitute]:
     """Those that are at work, from the innermost on."""
     return [mode for mode in reversed(internals.current_function_modes()) if isinstance(mode, Substitute)]
+
+
+def _given_to_custom(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a custom function (`torch.autograd.Function`) is to be given: outside of transforms PyTorch shows it to no mode."""
+    for mode in reversed(internals.current_function_modes()):
+        if isinstance(mode, Substitute):
+            args = tuple(map(mode.swap, args))
+        elif isinstance(mode, _Watch):
+            mode.given(args)
+    return args
+
+
+internals.ask_before_custom_functions(_given_to_custom)
 
 
 def stand_ins(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

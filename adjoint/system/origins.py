@@ -194,6 +194,9 @@ def parameter_homes(functions: Iterable[Any], captured: Sequence[Tensor]) -> lis
     homes: list[Home | None] = [None] * len(captured)
     for module in held_by(functions, torch.nn.Module) if wanted else ():
         for owner in module.modules():
+            if isinstance(owner, torch.jit.ScriptModule):
+                # nothing is put in the places of its parameters
+                continue
             for name, parameter in owner._parameters.items():
                 i = wanted.get(id(parameter))
                 if i is not None and homes[i] is None:

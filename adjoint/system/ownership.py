@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..errors import InvalidInput
-from ..torch_internals import dual_level, leaves_of, mapped, skipped, storage_use_count
+from ..errors import InvalidInput, UnsupportedCombination
+from ..torch_internals import dual_level, is_written_down, leaves_of, mapped, skipped, storage_use_count
 from .transforms import functorch_active, naming_faults
 
 __all__ = [
@@ -255,6 +255,12 @@ def under_transform() -> bool:
     return bool(_doors.open) and _doors.open[-1] is None
 
 
+_TRACED = (
+    "a tracer of graphs (torch.func.linearize, make_fx, torch.export) writes down the operators of one call, and a solve whose steps and "
+    "iterations go by what they find is no fixed list of them: take torch.func.jvp in the place of linearize, and trace fun alone"
+)
+
+
 def owning(function: Callable[P, R]) -> Callable[P, R]:
     """A front door whose results (tensors, pytrees of them, objects with a method ``with_tensors``, functions that give such) keep what
     their graphs need.
@@ -263,6 +269,8 @@ def owning(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         inner, _doors.inner = _doors.inner, False
+        if is_written_down():
+            raise UnsupportedCombination(_TRACED)
         plain = not functorch_active() and dual_level() < 0
         things = _doors.open[-1] if inner else _Things() if plain else None
         _doors.open.append(things)
