@@ -39,8 +39,16 @@ class Mechanism:
     def _mass(self, q: Tensor, args: tuple[Any, ...]) -> Tensor:
         M: Tensor = self.mass(q, *args) if callable(self.mass) else self.mass  # type: ignore[assignment]
         n = q.shape[-1]
-        if M.shape[-1] != n or (M.dim() >= 2 and M.shape[-2] not in (n, *M.shape[:-1])):
-            raise InvalidInput(f"mass has shape {tuple(M.shape)}, but there are {n} coordinates: (..., {n}, {n}) or ({n},) is expected")
+        if M.shape[-1] != n or (M.dim() >= 2 and M.shape[-2] != n):
+            raise InvalidInput(
+                f"mass has shape {tuple(M.shape)}, but there are {n} coordinates: (..., {n}, {n}) or ({n},) is expected. Of diagonals of "
+                "each trajectory torch.diag_embed makes matrices"
+            )
+        if callable(self.mass) and M.dim() == q.dim() == 2 and M.shape == q.shape:
+            raise InvalidInput(
+                f"mass returned {tuple(M.shape)} for {n} trajectories with {n} coordinates: one matrix, or diagonals of each? Return "
+                "(B, n, n): matrix.expand(B, n, n), or torch.diag_embed(diagonals)"
+            )
         if M.dtype != q.dtype:
             raise InvalidInput(f"mass is {M.dtype}, but coordinates are {q.dtype}: give one dtype")
         return M
@@ -128,6 +136,7 @@ class Mechanism:
         t, batched = start_time(t0, q0, v0), q0.dim() == 2
         found = start(t, q0, v0, args, throw)
         lost = ~torch.stack([torch.isfinite(x.detach()).all(-1) for x in found]).all(0)
+        lost = lost | (torch.linalg.inv_ex(self.mass_matrix(found[0], args).detach())[1] != 0)
         if not anywhere(lost):
             return found
         if throw and readable(lost):
@@ -147,10 +156,15 @@ class Mechanism:
         """Raise for the first of the trajectories that are ``lost`` at the coordinates ``q``."""
         many = f" of trajectory {int(lost.to(torch.int64).argmax())}" if lost.dim() else ""
         matrix = self.mass_matrix(q, args).detach()
+        if bool((torch.linalg.inv_ex(matrix)[1] != 0)[lost].all()):
+            raise SingularJacobian(
+                f"the mass matrix{many} is singular at the start: every coordinate needs a mass, also one that constraints carry along "
+                "(express it by the others)"
+            )
         if bool(torch.isfinite(q).all(-1)[lost].all()) and bool(torch.isfinite(matrix).all(-1).all(-1)[lost].all()):
             raise SingularJacobian(
-                f"the mass matrix{many} is singular at the start in a direction that the constraints leave free, or they are redundant "
-                "there: accelerations are not determined. Give every coordinate that moves freely a mass"
+                f"the constraints{many} are redundant at the start: accelerations and forces are not determined. Leave out those that "
+                "follow from the others (and start away from singular positions)"
             )
         raise InconsistentInitialCondition(f"mass, force or constraint{many} are not finite at the start: check q0, v0 and the parameters")
 

@@ -145,6 +145,14 @@ def test_what_is_refused(pendulum):
         mechanics(3.0, gravity, rod)
     with pytest.raises(InvalidInput, match="mass has shape"):
         mechanics(torch.ones(3), gravity, rod).initial(torch.tensor([1.0, 0.0]), torch.zeros(2), torch.tensor(1.0))
+    # diagonals of each trajectory, which would be taken for one matrix where there are as many of them as coordinates
+    for rows, match in ((3, "torch.diag_embed"), (2, "one matrix, or diagonals")):
+        model = mechanics(lambda q, g: torch.ones_like(q), gravity, rod)
+        with pytest.raises(InvalidInput, match=match):
+            model.initial(torch.eye(3)[:rows, :2] + 0.1, torch.zeros(rows, 2), torch.tensor(1.0))
+    # a mass that constraints carry along is none either
+    with pytest.raises(SingularJacobian, match="every coordinate needs a mass"):
+        mechanics(torch.tensor([1.0, 0.0]), gravity, rod).initial(torch.tensor([0.6, 0.8]), torch.zeros(2), torch.tensor(1.0))
 
 
 def test_mapped_motions_are_those_one_by_one(pendulum):
