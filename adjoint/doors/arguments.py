@@ -353,8 +353,8 @@ def _from_within(first: Tensor, last: Tensor, named: Tensor, real: torch.dtype) 
     if not anywhere(hit[0] | hit[1]):
         return first, last, None
     near = [torch.nextafter(x.to(real), y.to(real)).to(torch.float64) for x, y in ((start, end), (end, start))]
-    moved = (torch.where(on, y - x, 0.0) for on, x, y in zip(hit, (start, end), near, strict=True))
-    return *(x + way for x, way in zip((first, last), moved, strict=True)), torch.stack([start, end])
+    ways = [torch.where(on, y - x, 0.0) for on, x, y in zip(hit, (start, end), near, strict=True)]
+    return first + ways[0], last + ways[1], torch.stack([start, end])
 
 
 def method_for(times: Times, chosen: Method, one_step: Method, explicit: bool = True) -> Method:

@@ -339,7 +339,7 @@ class OneStepOfMany(_OneStep):
         f, line = self.f, self._line
         known = trial.slopes[self._n_stages - 1] if self._ends_stages else trial.end
         # after a discontinuity the first stage is taken anew, from the far side of it
-        jumped = accepted & step.before if line.jumps else False
+        jumped: Any = accepted & step.before if line.jumps else False
         if not any_of(onward if known is None else onward & jumped):
             return known
         end = torch.where(accepted, step.end, step.t)

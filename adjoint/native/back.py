@@ -88,10 +88,10 @@ def sweep_native(
         call.final_bar = call.initial_bar + pair.nbytes // 2
     y0_bar = grid.states.new_empty((rows, program.width))
     call.y0_bar = y0_bar.data_ptr()
-    times = [_NONE] * 3
+    t_bar = h_bar = t_eval_bar = _NONE
     if timed:
-        times = [torch.zeros((k, rows), dtype=torch.float64, device=at) for k in (n_steps, n_steps, n_samples)]
-        call.t_bar, call.h_bar, call.t_eval_bar = (x.data_ptr() for x in times)
+        t_bar, h_bar, t_eval_bar = (torch.zeros((k, rows), dtype=torch.float64, device=at) for k in (n_steps, n_steps, n_samples))
+        call.t_bar, call.h_bar, call.t_eval_bar = t_bar.data_ptr(), h_bar.data_ptr(), t_eval_bar.data_ptr()
     found = [torch.zeros_like(x) for x in inputs]
     call.inputs, _inputs_at = addressed(inputs, at)
     call.input_bars, _bars_at = addressed(found, at)
@@ -104,7 +104,7 @@ def sweep_native(
         for x, bar in zip(found, engine.sweep(call, grid.states).split(sizes), strict=True):
             if len(bar):
                 x.copy_(bar.reshape(x.shape))
-        return Cotangents(y0_bar, found, *times, True)
+        return Cotangents(y0_bar, found, t_bar, h_bar, t_eval_bar, True)
     assert engine.backward is not None
     lost, infinite = ctypes.c_long(), ctypes.c_long()
     call.lost = ctypes.addressof(lost)
@@ -113,4 +113,4 @@ def sweep_native(
     engine.backward(ctypes.byref(call))
     if lost.value:
         raise Unreadable("", "", LOST)
-    return Cotangents(y0_bar, found, *times, not infinite.value)
+    return Cotangents(y0_bar, found, t_bar, h_bar, t_eval_bar, not infinite.value)
