@@ -216,8 +216,8 @@ class Losses:
 _CHECKED = 4
 #: what is wrong where a derivative would be missing
 LOST = (
-    "fun uses captured tensor(s) that it does not use at the start of the span, or where no derivative can be seen (inside of a "
-    "torch.autograd.Function or of compiled code), so their gradient would be missing. Pass them through args=, or make fun an nn.Module "
+    "fun uses captured tensor(s) that it does not use at the start of the span, or where no derivative can be seen (inside of TorchScript "
+    "or of compiled code), so their gradient would be missing. Pass them through args=, or make fun an nn.Module "
     "that owns them. Or it keeps a tensor from call to call that it writes into: return a new one instead."
 )
 

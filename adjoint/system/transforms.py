@@ -183,6 +183,11 @@ _NO_DERIVATIVE = (
     "a first derivative of a stiff problem; of scaled_dot_product_attention enter torch.nn.attention.sdpa_kernel(SDPBackend.MATH) in fun, "
     "which has derivatives of every order"
 )
+_CHECKPOINTED = (
+    "fun calls torch.utils.checkpoint, which makes operators again for one way back alone, and here more is asked of it (a Jacobian, or "
+    "derivatives of derivatives); or it keeps a tensor that was made inside of a vmap. Leave the checkpoint out of fun: "
+    "DiscreteAdjoint(checkpoints=n) bounds the memory of whole solves; or take an explicit method"
+)
 #: how PyTorch says so: its transforms, and autograd
 _WRITTEN = {
     "would mutate a captured Tensor": _WRITES,
@@ -195,6 +200,8 @@ _WRITTEN = {
     "compiled with non-empty donated buffers": _COMPILED,
     "does not currently support double backward": _COMPILED,
     "data pointer of Tensor that doesn't have storage": _COMPILED,
+    "may have escaped from inside a function being vmapped": _CHECKPOINTED,
+    "torch.utils.checkpoint is incompatible with .grad()": _CHECKPOINTED,
 }
 _SAID = _WRITTEN | {
     "does not require grad and does not have a grad_fn": _NOT_RECORDED,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import adjoint
 
@@ -137,6 +138,20 @@ def test_hooks_of_modules():
     found = torch.autograd.grad(adjoint.solve_ivp(lambda t, y: net(y), (0.0, 1.0), START).y[-1].sum(), list(net.parameters()))
     assert heard
     torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("method", ["tsit5", "rodas5p", "kvaerno5", "bdf"])
+def test_checkpoints_inside(method):
+    """Operators that are made again serve one way back: Jacobians are taken by many at a time."""
+    rate = torch.tensor([0.7, 0.2, 1.1], requires_grad=True)
+    plain = lambda t, y: -torch.tanh(rate * y)  # noqa: E731
+    fun = lambda t, y: torch.utils.checkpoint.checkpoint(plain, t, y, use_reentrant=False)  # noqa: E731
+    if method == "tsit5":
+        found, want = (torch.autograd.grad(adjoint.solve_ivp(f, (0.0, 1.0), START).y[-1].sum(), rate)[0] for f in (fun, plain))
+        torch.testing.assert_close(found, want)
+        return
+    with pytest.raises(adjoint.UnsupportedCombination, match=r"fun calls torch\.utils\.checkpoint"):
+        torch.autograd.grad(adjoint.solve_ivp(fun, (0.0, 1.0), START, method=method).y[-1].sum(), rate)
 
 
 def test_tracers_of_graphs_are_refused():
