@@ -91,13 +91,14 @@ class _OneStep:
     def _followed(self, step: Attempt, trial: _Trial, fate: Fate) -> None:
         """Count what a step costs beside its own stages: a look at its dense output, and the slope where the next one starts, unless it is
         known. Behind a jump it is not."""
-        looked, onward = trial.looked, fate.accepted & fate.going
-        if self._look:
+        looked = trial.looked
+        if self._look and not absent(looked):
             self._n_fun = self._n_fun + self._look * looked
         if not self._knows_end:
+            onward = fate.accepted & fate.going
             self._n_fun = self._n_fun + ((onward & (step.before | negated(looked))) if self._shows_end else onward)
         elif not (absent(step.before) or self._residual):
-            self._n_fun = self._n_fun + (onward & step.before)
+            self._n_fun = self._n_fun + (fate.accepted & fate.going & step.before)
 
     @property
     def rate(self) -> float | Tensor:
@@ -268,7 +269,6 @@ class OneStepOfMany(_OneStep):
         if self._line.jumps:
             times = shifted_times(times, method.nodes, step.behind, step.before, self._line.sign)
         y1, ks = method.step(f, times, hr, y, k1)
-        self._n_fun = self._n_fun + self._cost * step.running
         trial = _Trial(f, method, times, hr, y, y1, ks)
         if self._asks_end:
             trial.end = f(times[method.n_stages], y1)
@@ -322,7 +322,7 @@ class OneStepOfMany(_OneStep):
         self._followed(step, trial, fate)
         column = self._spread(accepted)
         self.y = y = torch.where(column, trial.y, self.y)
-        slope = self._slope(step, trial, accepted, accepted & going, y)
+        slope = self._slope(step, trial, accepted, going, y)
         if slope is not None:
             self._k1 = torch.where(column, slope, self._k1)
         if not plan.method.adaptive:
@@ -334,12 +334,15 @@ class OneStepOfMany(_OneStep):
             self._memory = torch.where(accepted, now[0], before[0]), torch.where(accepted, now[1], before[1])
         return self._once_more(step, trial.step, size, again, aim)
 
-    def _slope(self, step: Attempt, trial: _Trial, accepted: Tensor, onward: Tensor, y: Tensor) -> Tensor | None:
+    def _slope(self, step: Attempt, trial: _Trial, accepted: Tensor, going: Tensor, y: Tensor) -> Tensor | None:
         """The slope at the states ``y`` from which the next steps start, None where it is that of this one."""
         f, line = self.f, self._line
         known = trial.slopes[self._n_stages - 1] if self._ends_stages else trial.end
         # after a discontinuity the first stage is taken anew, from the far side of it
         jumped: Any = accepted & step.before if line.jumps else False
+        if known is not None and absent(jumped):
+            return known
+        onward = accepted & going
         if not any_of(onward if known is None else onward & jumped):
             return known
         end = torch.where(accepted, step.end, step.t)
@@ -359,4 +362,5 @@ class OneStepOfMany(_OneStep):
 
     def evaluations(self, attempts: Tensor) -> Tensor:
         """See `Stepper.evaluations`."""
-        return self._n_fun if self.companion is None else self._n_fun + self.companion.n_fun
+        found = self._n_fun + self._cost * attempts
+        return found if self.companion is None else found + self.companion.n_fun

@@ -102,7 +102,10 @@ class WithinMany:
         step = self._step
         h = step.h[rows]
         theta = (times - step.t[rows]) / h
-        inside = torch.zeros_like(step.segment).index_add_(0, rows, (times != step.end[rows]).to(step.segment.dtype)) > 0
+        # whose evaluations count, where there are any
+        inside: Decision = False
+        if self._method.extra_evaluations or self._method.end_index == self._method.n_stages:
+            inside = torch.zeros_like(step.segment).index_add_(0, rows, (times != step.end[rows]).to(step.segment.dtype)) > 0
         weights = (self._method.dense_weights(theta) * h.unsqueeze(-1)).to(self._y.dtype)
         value = self._y.index_select(0, rows)
         for i, k in enumerate(self._trial.stages(inside)):
