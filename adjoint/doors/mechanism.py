@@ -129,7 +129,6 @@ class Mechanism:
         G, drift = self.sloped(t, q, args)
         return q, solved(saddle(self.mass_matrix(q, args), G), self.times_mass(q, v0, args), -drift)[..., :n]
 
-
     def started(self, start: Start, t0: Any, q0: Tensor, v0: Tensor, args: tuple[Any, ...], throw: bool) -> tuple[Tensor, ...]:
         """What ``start`` gives of every trajectory that has it; others raise, or without ``throw`` are NaN, and are in
         the way of nobody's derivatives."""

@@ -26,6 +26,7 @@ __all__ = ["Prepared", "PreparedNode", "Run", "run_of"]
 #: what the way back does not read
 _NOTHING = torch.empty(0, device="cpu")
 
+
 @dataclass(eq=False)
 class Prepared:
     """What solves of one right-hand side by one plan have in common, for states of one shape ``(B, n)``.

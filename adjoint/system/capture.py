@@ -252,7 +252,7 @@ class _Watch(TorchFunctionMode):
         made = self._made_here(x)
         if made and self.transforms:
             return
-        # of what TorchScript or a custom function made, whose own operators are not seen, it is what that was computed from
+        # of what TorchScript made, whose own operators are not seen, it is what that was computed from
         for origin in unknown_leaves(x, list(self.known.values())) if made else (x,):
             self.captured[id(origin)] = self.known[id(origin)] = origin
         self.known[id(x)] = x
@@ -333,13 +333,9 @@ def _branches(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], captu
     known = [*(x for x in leaves_of(point) if isinstance(x, Tensor)), *captured]
     asked = [x if internals.is_batchedtensor(x) else ask(x) for x in known]
     watch = _Watch([*known, *asked])
-    try:
-        with torch.enable_grad(), asking(), watch, Substitute(known, asked, answers=False):
-            for call in calls:
-                call(*point)
-    except RuntimeError:
-        # what is no operator (custom functions, hooks of modules) gets the tensors themselves, whose answers are others
-        pass
+    with torch.enable_grad(), asking(), watch, Substitute(known, asked, answers=False):
+        for call in calls:
+            call(*point)
     return watch.inner_grad
 
 

@@ -9,6 +9,8 @@ import torch.utils.checkpoint
 
 import adjoint
 
+from ..helpers.custom_functions import OldProduct
+
 START = torch.tensor([1.0, 0.5, 0.2], dtype=torch.float64)
 
 
@@ -33,18 +35,6 @@ class Product(torch.autograd.Function):
     def jvp(ctx, a_dot, b_dot):
         a, b = ctx.saved_tensors
         return a_dot * b + a * b_dot
-
-
-class OldProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a, b):
-        ctx.save_for_backward(a, b)
-        return a * b
-
-    @staticmethod
-    def backward(ctx, bar):
-        a, b = ctx.saved_tensors
-        return bar * b, bar * a
 
 
 # taken from the class once, as many do

@@ -21,6 +21,8 @@ from adjoint import (
     solve_root,
 )
 
+from ..helpers.custom_functions import OldProduct
+
 # y' = -2 k y, y0 = 1, two components: sum of the state at 1, its first and second derivative in k
 K = 1.3
 VALUE, FIRST, SECOND = 2 * math.exp(-2 * K), -4 * math.exp(-2 * K), 8 * math.exp(-2 * K)
@@ -209,21 +211,9 @@ def test_the_divergence_of_a_flow():
         assert torch.allclose(got, -torch.eye(2), atol=1e-10)
 
 
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, k, y):
-        ctx.save_for_backward(k, y)
-        return k * y
-
-    @staticmethod
-    def backward(ctx, bar):
-        k, y = ctx.saved_tensors
-        return (bar * y).sum(), bar * k
-
-
 def test_custom_functions_and_a_backward_inside():
     k = torch.tensor(K, requires_grad=True)
-    fun = lambda t, y: -_Product.apply(k, y) - k * y  # noqa: E731
+    fun = lambda t, y: -OldProduct.apply(k.expand_as(y), y) - k * y  # noqa: E731
     gradient = DiscreteAdjoint(keep_bytes=0)
     assert close(torch.autograd.grad(end(fun, gradient), k)[0], FIRST)
     first = [torch.autograd.grad(end(f, gradient), k, create_graph=True)[0] for f in (fun, lambda t, y: -2 * k * y)]

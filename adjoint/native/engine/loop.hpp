@@ -508,7 +508,7 @@ struct Loop : Standing {
       segment[l]++;
       to_next_anchor(l);
     }
-    if (!MULTISTEP) for (int l = 0; l < W; l++) {
+    if (!MULTISTEP && (!(FSAL || ERROR_USES_END) || jumped)) for (int l = 0; l < W; l++) {
       const bool ends = (EVENTS > 0 && stop[l] == stop[l]) || over[l] || segment[l] >= q.n_anchors - 1;
       if (passed[l] && !ends) n_fun[l] += FSAL || ERROR_USES_END ? jump[l] && !IMPLICIT : jump[l] || !(NEXT_FIRST && looked[l]);
     }
