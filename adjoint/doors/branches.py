@@ -8,21 +8,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from ..errors import InvalidInput
+from ..errors import InvalidInput, UnsupportedCombination
 from ..linalg import LinearSolver, Log
 from ..linalg.choice import SolverByKind
 from ..linalg.protocol import check_solver
 from ..linalg.sparsity import SparsityPattern
 from ..nonlinear import BranchProblem, Continuation
+from ..sensitivity.implicit import timeless
+from ..sensitivity.products import tangent
+from ..system.capture import stand_ins
 from ..system.jacobians import DenseJacobian
 from ..system.jacobians_sparse import SparseJacobian, choose_jacobian
-from ..system.ownership import lending
+from ..system.origins import readable
 from ..system.system import StateSpec
+from ..system.transforms import every_copy, naming_faults
+from ..torch_internals import DisableFuncTorch
 from .arguments import check_callable, listed_args
 from .root_solution import RootSolution
-from .steady import solve_root
+from .steady import root_system, solve_root
 
 __all__ = ["BranchSolution", "FoldPoint", "continuation"]
 
@@ -99,22 +104,32 @@ class BranchSolution:
         The fold is a regular root of ``F = 0, F_x v = 0, |v|^2 = const`` in ``x``, ``v`` and ``lam`` (Moore & Spence 1980).
         """
         known = self.folds[i]
-        spec, tangent = self._spec, self.tangents[known.after]
-        flat = spec.flatten(known.x)[0]
-        v = tangent[:-1]
+        spec, flat = self._spec, self._spec.flatten(known.x)[0]
+        v = self.tangents[known.after][:-1]
         length = (v @ v).detach()
         n = flat.numel()
 
         def extended(z: Tensor, *args: Any) -> Tensor:
             x, w, lam = z[:n], z[n : 2 * n], z[2 * n]
             f = lambda at: spec.flatten(self._fun(spec.unflatten(at.unsqueeze(0)), lam, *args))[0]  # noqa: E731
-            value, slope, *_ = torch.func.jvp(f, (x,), (w,))
-            return torch.cat([value, slope, (w @ w - length).reshape(1)])
+            return torch.cat([f(x), tangent(f, (x,), (w,)), (w @ w - length).reshape(1)])
 
         found = solve_root(extended, torch.cat([flat, v, known.lam.reshape(1)]).detach(), self._args).x
         return replace(known, x=spec.unflatten(found[:n].unsqueeze(0)), lam=found[2 * n])
 
 
+def _plain(x: Tensor) -> Tensor:
+    """The values of a tensor, for a search that has no derivatives."""
+    if not readable(x):
+        raise UnsupportedCombination(
+            "torch.vmap (also that of jacfwd, hessian and vectorized Jacobians) maps over what continuation depends on, and every copy has "
+            "a branch of its own: call continuation outside, and inside solve_root(fun, branch.x[k], (lam, *args)) at its points"
+        )
+    with DisableFuncTorch():
+        return every_copy(x)
+
+
+@naming_faults
 def continuation(
     fun: Callable[..., Any],
     x0: Any,
@@ -174,34 +189,31 @@ def continuation(
         raise InvalidInput(f"lam_span must be a pair of numbers, got {lam_span!r}") from error
     check_solver(linear_solver, "SparseLU")
     method = Continuation(kind, step, min_step, max_step, max_points, tol)  # type: ignore[arg-type]
-    flat = spec.taken(x0).detach()
+    flat = _plain(spec.taken(x0))
     if not bool(torch.isfinite(flat).all()):
         raise InvalidInput("x0 has non-finite entries")
-    detached = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, args)
-
-    lent = lending(lambda lam, x: spec.flatten(fun(spec.unflatten(x), lam.reshape(()), *detached)))
+    start = flat.new_tensor([first])
+    system, *_ = root_system(fun, spec.unflatten(flat), (start.reshape(()), *args), spec)
+    given = [_plain(x) for x in stand_ins(system.inputs)[1:]]
 
     def residual(x: Tensor, lam: Tensor) -> Tensor:
-        return lent(lam, x)
+        return timeless(system, [lam.reshape(()), *given])(x)
 
     with torch.no_grad():
-        start = flat.new_tensor([first])
-        spec.check(fun(spec.unflatten(flat.clone()), start.clone().reshape(()), *detached), "what fun returned", "x0")
         strategy: Any = DenseJacobian()
         if jac_sparsity is not None:
             strategy = SparseJacobian(SparsityPattern.from_any(jac_sparsity, (flat.shape[1], flat.shape[1])))
         elif flat.shape[1] > _SMALL:
-            parameters = [x for x in tree_leaves(detached) if isinstance(x, Tensor) and x.is_floating_point()]
-            strategy, _ = choose_jacobian(lambda x: residual(x, start.expand(x.shape[0])), flat, parameters=parameters)
+            strategy, _ = choose_jacobian(lambda x: residual(x, start), flat, parameters=[x for x in given if x.is_floating_point()])
         problem = BranchProblem(
             residual=residual,
             jacobian=lambda x, lam: strategy(lambda at: residual(at, lam), x),
-            lam_derivative=lambda x, lam: torch.func.jvp(lambda s: residual(x, s), (lam,), (torch.ones_like(lam),))[1],
+            lam_derivative=lambda x, lam: tangent(lambda s: residual(x, s), (lam,), (torch.ones_like(lam),)),
             linear_solver=SolverByKind() if linear_solver is None else linear_solver,
         )
         # the corrector alone wants a good guess
-        root = solve_root(lambda x: fun(x, start.reshape(()), *detached), tree_map(lambda x: x.detach(), x0), throw=False)
-        guess = spec.flatten(root.x) if root.success else flat
+        root = solve_root(lambda x: residual(x.unsqueeze(0), start)[0], flat[0], throw=False)
+        guess = root.x.unsqueeze(0) if root.success else flat
         branch = method.trace(problem, guess[0], first, last, direction)
     folds = tuple(FoldPoint(spec.unflatten(f.x.unsqueeze(0)), f.lam, f.after) for f in branch.folds)
     states = spec.unflatten(branch.x.unsqueeze(1))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import EventsAccumulate, InvalidInput, UnsupportedCombination
 from ..system.capture import readable
 from ..system.system import StateSpec
-from ..system.transforms import anywhere
+from ..system.transforms import anywhere, naming_faults
 from .contacts import Contacts
 from .dae import solve_dae
 from .doses import Doses
@@ -92,7 +92,7 @@ class ContactMechanics(Mechanism):
         """Accelerations, forces in constraints and in contacts, one behind the other."""
         G, curve = self.curved(t, q, v, args)
         matrix = pressed(self.mass_matrix(q, args), G, N, resting)
-        return solved(matrix, self.force(t, q, v, *args), -curve, torch.where(resting, -bend(self.contacts.gaps(args), t, q, v), 0.0))
+        return solved(matrix, self.forced(t, q, v, args), -curve, torch.where(resting, -bend(self.contacts.gaps(args), t, q, v), 0.0))
 
     def _site(self, t: Tensor, q: Tensor, args: tuple[Any, ...]) -> _Site:
         gaps = self.contacts.gaps(args)
@@ -128,7 +128,7 @@ class ContactMechanics(Mechanism):
 
         One without force or acceleration is not held, so that it may open at any time.
         """
-        free = solved(saddle(site.M, site.G), self.force(t, q, v, *args), -self.curved(t, q, v, args)[1])[..., : q.shape[-1]]
+        free = solved(saddle(site.M, site.G), self.forced(t, q, v, args), -self.curved(t, q, v, args)[1])[..., : q.shape[-1]]
         curve = bend(self.contacts.gaps(args), t, q, v)
         noise, W = site.doubt(free, curve), compliance(site.M, site.G, site.N)
         resting, push = complementary(W, site.speed(free, curve), able, noise, self.contacts.names)
@@ -150,6 +150,7 @@ class ContactMechanics(Mechanism):
         eps = torch.finfo(speed.dtype).eps
         return (site.gap <= NEAR * (eps * t.unsqueeze(-1).abs() * speed.abs() + site.noise)).detach()
 
+    @naming_faults
     def initial(
         self, q0: Tensor, v0: Tensor, *args: Any, t0: Any = 0.0, throw: bool = True
     ) -> tuple[ContactState, ContactState, Tensor]:
@@ -270,6 +271,7 @@ class ContactMechanics(Mechanism):
         )
         return self._followed(t, y, mode, args, site, resting, torch.where(resting, given, 0.0), torch.zeros_like(resting))
 
+    @naming_faults
     def solve(
         self,
         t_span: Any,

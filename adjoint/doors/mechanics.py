@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import InvalidInput
 from ..system.system import StateSpec
+from ..system.transforms import naming_faults
 from .contact_mechanics import ContactMechanics
 from .contacts import Contact
 from .dae import solve_dae
@@ -38,6 +39,7 @@ class Mechanics(Mechanism):
         """See `Mechanism.stabilised`."""
         return MechanicalState(*self.stabilised(t, y, (yp.q, yp.v), args))
 
+    @naming_faults
     def initial(self, q0: Tensor, v0: Tensor, *args: Any, t0: Any = 0.0, throw: bool = True) -> tuple[MechanicalState, MechanicalState]:
         """Consistent state and slope at ``t0`` near the given coordinates and velocities, differentiable in everything.
 
@@ -54,9 +56,10 @@ class Mechanics(Mechanism):
         """Coordinates, velocities, accelerations and constraint forces."""
         q, v = self.placed(t, q0, v0, args, throw)
         G, curve = self.curved(t, q, v, args)
-        both = solved(saddle(self.mass_matrix(q, args), G), self.force(t, q, v, *args), -curve)
+        both = solved(saddle(self.mass_matrix(q, args), G), self.forced(t, q, v, args), -curve)
         return q, v, both[..., : q.shape[-1]], both[..., q.shape[-1] :]
 
+    @naming_faults
     def solve(self, t_span: Any, q0: Tensor, v0: Tensor, args: Any = (), *, mode: Any = None, **options: Any) -> Solution:
         """`solve_dae` from consistent values near ``q0``, ``v0``; ``sol.y`` is a `MechanicalState` of tensors with time first.
 

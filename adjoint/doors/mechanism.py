@@ -32,13 +32,20 @@ class Mechanism:
         self.mass: Any = mass
         self.force, self.constraint = force, constraint
 
+    def forced(self, t: Tensor, q: Tensor, v: Tensor, args: tuple[Any, ...]) -> Tensor:
+        """``f`` (..., n)."""
+        return _returned(self.force(t, q, v, *args), "force", q, q.shape[-1])
+
     def times_mass(self, q: Tensor, x: Tensor, args: tuple[Any, ...]) -> Tensor:
         M = self._mass(q, args)
         return M * x if self._diagonal(M, q) else (M @ x.unsqueeze(-1)).squeeze(-1)
 
     def _mass(self, q: Tensor, args: tuple[Any, ...]) -> Tensor:
-        M: Tensor = self.mass(q, *args) if callable(self.mass) else self.mass  # type: ignore[assignment]
+        M: Any = self.mass(q, *args) if callable(self.mass) else self.mass
         n = q.shape[-1]
+        if not isinstance(M, Tensor) or not M.dim():
+            got = "a number" if isinstance(M, Tensor) else type(M).__name__
+            raise InvalidInput(f"mass must be a tensor ({n}, {n}) or ({n},), got {got}")
         if M.shape[-1] != n or (M.dim() >= 2 and M.shape[-2] != n):
             raise InvalidInput(
                 f"mass has shape {tuple(M.shape)}, but there are {n} coordinates: (..., {n}, {n}) or ({n},) is expected. Of diagonals of "
@@ -68,7 +75,7 @@ class Mechanism:
         """The constraints at fixed arguments."""
         constraint = self.constraint
         assert constraint is not None
-        return lambda t, q: constraint(t, q, *args)
+        return lambda t, q: _returned(constraint(t, q, *args), "constraint", q)
 
     def sloped(self, t: Tensor, q: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """``G`` (..., m, n) and ``g_t`` (..., m)."""
@@ -90,7 +97,7 @@ class Mechanism:
         ``q' = v - G^T mu``, ``M v' = f - G^T lam``, ``g = 0``, ``G v + g_t = 0``. Both constraints are there, so that neither drifts.
         """
         q, v, lam, mu = y
-        balance = self.times_mass(q, rates[1], args) - self.force(t, q, v, *args)
+        balance = self.times_mass(q, rates[1], args) - self.forced(t, q, v, args)
         if self.constraint is None:
             return rates[0] - v, balance, lam, mu
         g, pull, push = linear(self._rows(args), t, q)
@@ -171,9 +178,22 @@ class Mechanism:
 def start_time(t0: Any, q0: Tensor, v0: Tensor) -> Tensor:
     """The time at the start, ``()`` or ``(B,)``; raises for coordinates and velocities that are none."""
     if q0.shape != v0.shape or q0.dim() not in (1, 2) or q0.dtype != v0.dtype:
-        raise InvalidInput(f"q0 and v0 must have one shape, (n,) or (B, n), and dtype; got {tuple(q0.shape)} and {tuple(v0.shape)}")
+        got = " and ".join(f"{tuple(x.shape)}, {x.dtype}" for x in (q0, v0))
+        raise InvalidInput(f"q0 and v0 must have one shape, (n,) or (B, n), and dtype; got {got}")
     t = torch.as_tensor(t0, dtype=q0.dtype, device=q0.device)
     return t.expand(q0.shape[0]).contiguous() if q0.dim() == 2 else t.reshape(())
+
+
+def _returned(value: Any, what: str, q: Tensor, length: int | None = None) -> Tensor:
+    """What a function gives for coordinates ``q``, of one last dimension more than a trajectory has; raises `InvalidInput`."""
+    fits = isinstance(value, Tensor) and value.dim() == q.dim() and value.shape[:-1] == q.shape[:-1] and value.dtype == q.dtype
+    if not fits or (length is not None and value.shape[-1] != length):
+        got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        many = "m" if length is None else str(length)
+        wanted = f"({q.shape[0]}, {many})" if q.dim() == 2 else f"({many},)"
+        of_many = " (m constraints)" if length is None else ""
+        raise InvalidInput(f"{what} must return a tensor of shape {wanted}{of_many}, {q.dtype}, for q of shape {tuple(q.shape)}; got {got}")
+    return value
 
 
 def check_options(q0: Tensor, options: dict[str, Any]) -> None:

@@ -251,20 +251,30 @@ class SteadyStateObjective:
     @naming_faults
     def state(self, p: Any) -> Any:
         """The steady state ``s(p)``, like ``x0``; differentiable in ``p`` (and in tensors that ``F`` captured) to any order."""
-        if needs_derivatives(tree_leaves(p)) or functorch_active():
+        if self._asked(p):
             return self._differentiable_state(p)
         point = self._at(p)
         return point.spec.unflatten(point.x.unsqueeze(0).clone())
 
     @naming_faults
     def value(self, p: Any) -> Tensor:
-        """``f(s(p), p)``, 0-d; differentiable in ``p`` to any order, also inside of ``torch.func`` transforms."""
-        if needs_derivatives(tree_leaves(p)) or functorch_active():
+        """``f(s(p), p)``, 0-d; differentiable in ``p`` (and in tensors that ``f`` and ``F`` captured) to any order, also inside of
+        ``torch.func`` transforms."""
+        if self._asked(p):
             value = self.f(self._differentiable_state(p), p)
             return _real(value).square().sum() / 2 if self.residuals else value.reshape(())
         return self._at(p).expansion.value()
 
     __call__ = value
+
+    def _asked(self, p: Any) -> bool:
+        """Whether anybody may ask for derivatives through the state: in ``p``, or in what ``f`` and ``F`` captured."""
+        if needs_derivatives(tree_leaves(p)) or functorch_active():
+            return True
+        if not torch.is_grad_enabled():
+            return False
+        point = self._at(p)
+        return needs_derivatives(tree_leaves(point.functions(point.x, point.p)[:2]))
 
     @owning
     def _differentiable_state(self, p: Any) -> Any:

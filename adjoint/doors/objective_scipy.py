@@ -46,7 +46,8 @@ class ScipyAdapter:
     def fun(self, x: np.ndarray) -> float:
         """The objective, infinite where there is no steady state."""
         try:
-            return float(self.objective.value(self.structured(x)))
+            with torch.no_grad():
+                return float(self.objective.value(self.structured(x)))
         except RootError:
             self.failures += 1
             return float("inf")

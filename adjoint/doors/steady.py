@@ -171,7 +171,7 @@ def prepare(
     spec = StateSpec.of(x0, batched, "x0")
     check_not_half(spec, "x0")
     check_finite(x0, spec, "x0{} has non-finite entries")
-    system, spec, returns = _system(fun, x0, args, spec, least_squares, in_parts)
+    system, spec, returns = root_system(fun, x0, args, spec, least_squares, in_parts)
     conditions, flat0 = system, spec.taken(x0)
     if conserved is not None:
         system = conditions = check_conserved(conserved, system, flat0, least_squares)
@@ -209,8 +209,8 @@ def prepare(
     return RootSetup(task, spec, flat0, tuple(inputs), choice, batched)
 
 
-def _system(
-    fun: Callable[..., Any], x0: Any, args: tuple[Any, ...], spec: StateSpec, least_squares: bool, in_parts: bool
+def root_system(
+    fun: Callable[..., Any], x0: Any, args: tuple[Any, ...], spec: StateSpec, least_squares: bool = False, in_parts: bool = False
 ) -> tuple[Any, StateSpec, StateSpec | None]:
     """The flat system with the tensors that ``fun`` captured, the layout of its state, and that of what ``fun`` returns where it is
     another."""

@@ -94,12 +94,6 @@ class DEQ(torch.nn.Module):
         self.solution: RootSolution | None = None
         self._checked: set[bool] = set()
 
-    def _call(self, parameters: dict[str, Tensor], z: Any, x: Any) -> Any:
-        """The module with the given parameters: derivatives call it again after a ``torch.func.functional_call`` around us has ended."""
-        if all(p is parameters[name] for name, p in _parameters(self.module).items()):
-            return self.module(z, x)
-        return torch.func.functional_call(self.module, parameters, (z, x))
-
     @full_precision
     def forward(self, x: Any, z0: Any = None) -> Any:
         """The fixed point, like ``z0`` (a tensor or a pytree, ``(B, *state_shape)``; by default zeros).
@@ -114,14 +108,13 @@ class DEQ(torch.nn.Module):
         inner = backward_solver(self.linear_solver, count // max(rows, 1), leaves[0].dtype, self.backward_tol, self.backward_max_steps)
         guarded = Guarded(inner, self.throw)
 
-        # no bound method: parameters are arguments, and would be found through it a second time
-        def residual(z: Any, x: Any, parameters: dict[str, Tensor]) -> Any:
-            return tree_map(lambda new, old: new - old, self._call(parameters, z, x), z)
+        def residual(z: Any, x: Any) -> Any:
+            return tree_map(lambda new, old: new - old, self.module(z, x), z)
 
         solution = solve_root(
             residual,
             guess,
-            (x, _parameters(self.module)),
+            (x,),
             method=ITERATIONS.get(self.solver, self.solver) if isinstance(self.solver, str) else self.solver,
             ftol=self.tol,
             batched=self.batched,
@@ -145,7 +138,6 @@ class DEQ(torch.nn.Module):
             raise InvalidInput("x holds no floating tensor with a batch dimension to make the first guess like: give z0=")
         return like.new_zeros(like.shape[:1] + tuple(self.state_shape) if self.batched else tuple(self.state_shape))
 
-    @torch.no_grad()
     def _check_function(self, z: Any, x: Any) -> None:
         """Change the first sample only, and see that the others do not mind; once in each mode, training and evaluation."""
         if self.training in self._checked or functorch_active():
@@ -159,12 +151,13 @@ class DEQ(torch.nn.Module):
             return leaf
 
         z = tree_map(lambda leaf: leaf + 0.5, z)  # dropout of a guess of zeros would not be seen
+        # with derivatives, as the module is called later: weights that it makes for all calls are made now
         before = tree_leaves(self.module(z, x))
         after = tree_leaves(self.module(tree_map(moved, z) if several else z, x))
         for old, new in zip(before, after, strict=True):
             old, new = (old[1:], new[1:]) if several else (old, new)
-            size = torch.finfo(old.dtype).eps ** 0.5 * (1 + old.abs().amax()) if old.numel() else 0.0
-            if bool(((new - old).abs() > size).any()):
+            size = torch.finfo(old.dtype).eps ** 0.5 * (1 + old.detach().abs().amax()) if old.numel() else 0.0
+            if bool(((new - old).detach().abs() > size).any()):
                 raise UnsupportedCombination(
                     "module is not a function of each sample alone: either two calls differ (dropout: draw the mask once and hand it in "
                     "with x; spectral normalisation: eval()) or its samples depend on each other (batch normalisation: use group or layer "
@@ -206,7 +199,3 @@ class DEQ(torch.nn.Module):
             parts.append(f"state_shape={tuple(self.state_shape)}")
         parts += [f"{name}={getattr(self, name)}" for name in ("batched", "throw") if not getattr(self, name)]
         return ", ".join(parts + [f"{k}={v!r}" for k, v in self.options.items()])
-
-
-def _parameters(module: Any) -> dict[str, Tensor]:
-    return dict(module.named_parameters()) if isinstance(module, torch.nn.Module) else {}

@@ -170,7 +170,7 @@ class _Watch(TorchFunctionMode):
         self.made: list[weakref.ref[Tensor]] = []
         #: tensors that got their derivatives by being written into; see `find_captured`
         self.written: list[weakref.ref[Tensor]] = []
-        self.transforms = self.inner_grad = self.asked = self.normalizes = False
+        self.transforms = self.inner_grad = self.asked = self.normalizes = self.unseen = False
         self.begun, self.traced = internals.get_sequence_nr(), internals.is_written_down()
         #: of solves around this one: operators are given what they put in
         self.outer = _substitutes()
@@ -253,6 +253,7 @@ class _Watch(TorchFunctionMode):
         if made and self.transforms:
             return
         # of what TorchScript made, whose own operators are not seen, it is what that was computed from
+        self.unseen |= made and not _made_by_custom_function(x)
         for origin in unknown_leaves(x, list(self.known.values())) if made else (x,):
             self.captured[id(origin)] = self.known[id(origin)] = origin
         self.known[id(x)] = x
@@ -262,19 +263,27 @@ class _Watch(TorchFunctionMode):
         return x.grad_fn is not None and x.grad_fn._sequence_nr() >= self.begun
 
 
+def _made_by_custom_function(x: Tensor) -> bool:
+    """Whether this is a result of a `torch.autograd.Function`, or a view of one: what that was given is seen."""
+    node = x.grad_fn if x._base is None else x._base.grad_fn
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
 class Captured(NamedTuple):
     """What functions use beside their arguments, and whether they take derivatives themselves: by `torch.func` or vmap
-    (``transforms``), by `torch.autograd.grad` (``inner_grad``); whether they use any of the `NORMALIZATIONS`."""
+    (``transforms``), by `torch.autograd.grad` (``inner_grad``); whether they use any of the `NORMALIZATIONS`; whether they call what
+    hides its operators (``unseen``): TorchScript, extensions in C++."""
 
     tensors: list[Tensor]
     transforms: bool = False
     inner_grad: bool = False
     normalizes: bool = False
+    unseen: bool = False
 
     @property
     def flags(self) -> dict[str, bool]:
         """As fields of a `System`."""
-        return {"transforms": self.transforms, "inner_grad": self.inner_grad, "normalizes": self.normalizes}
+        return {name: getattr(self, name) for name in ("transforms", "inner_grad", "normalizes", "unseen")}
 
 
 def find_captured(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], owners: Iterable[Any] = (), end: Any = None) -> Captured:
@@ -290,7 +299,7 @@ def find_captured(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], o
     watch = _watched(calls, point)
     found = dict(watch.captured)
     differentiates = watch.inner_grad or (watch.asked and _branches(calls, point, list(found.values())))
-    flags = watch.transforms, differentiates, watch.normalizes
+    flags = watch.transforms, differentiates, watch.normalizes, watch.unseen
     kept = watch.left()
     written = {id(x): (x, x._version) for x in (made() for made in watch.written) if x is not None}
     if (kept or written) and end is not None:

@@ -50,9 +50,18 @@ def has_unknown(output: Tensor, known: Sequence[Tensor]) -> bool:
     return any(True for _ in _unknown(output, known, nearest=True))
 
 
+def _node(x: Tensor) -> Any:
+    """The node at which the graph reaches ``x``; None for leaves where a transform records."""
+    if x.grad_fn is not None:
+        return x.grad_fn
+    with torch.enable_grad():
+        view = x.view_as(x)
+    return None if view.grad_fn is None else view.grad_fn.next_functions[0][0]
+
+
 def _unknown(output: Tensor, known: Sequence[Tensor], nearest: bool) -> Iterator[Tensor]:
     # by their nodes, not by their identities: hooks on saved tensors hand out others that share the node
-    nodes = [torch.autograd.graph.get_gradient_edge(x).node for x in known if x.requires_grad]
+    nodes = [_node(x) for x in known if x.requires_grad]
     stop = {id(node) for node in nodes}
     leaves = {id(x) for x in known}
     seen: set[int] = set()

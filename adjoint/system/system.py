@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
+from functools import reduce
 from math import prod
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from ..errors import InvalidInput, UnsupportedCombination
 from .capture import Substitute
 from .inner_derivatives import beneath, differentiating
 from .normalizing import composing
-from .origins import Home, held_by
+from .origins import Home
 from .ownership import lending
 from .split import SplitFunction
 
@@ -213,6 +213,8 @@ class System:
     inner_grad: bool = False
     #: whether it uses normalizations whose second derivatives are wrong; see `composing`
     normalizes: bool = False
+    #: whether it calls what hides its operators
+    unseen: bool = False
 
     @property
     def rows(self) -> int:
@@ -255,7 +257,7 @@ class System:
         call = differentiating(call, (*self.captured, *inputs)) if self.inner_grad else call
         if all(x is c for x, c in zip(given, self.captured, strict=True)) and self._at_home(given):
             return call
-        self._refuse_script()
+        self._refuse_unseen()
         mode = Substitute(self.captured, given, self.homes)
 
         def with_others(*a: Any) -> Any:
@@ -263,20 +265,14 @@ class System:
 
         return beneath(with_others, self.captured) if self.transforms else with_others
 
-    @cached_property
-    def _scripted(self) -> bool:
-        """Whether ``fun`` is TorchScript or holds some."""
-        modules = [m for module in held_by([self.fun], torch.nn.Module) for m in module.modules()]
-        functions = list(held_by([self.fun], torch.jit.ScriptFunction))
-        return bool(functions) or any(isinstance(m, torch.jit.ScriptModule) for m in modules)
-
-    def _refuse_script(self) -> None:
-        """Raise where other tensors cannot be put in: the operators of TorchScript are not seen from outside."""
-        if self._scripted:
+    def _refuse_unseen(self) -> None:
+        """Raise where other tensors cannot be put in: operators of TorchScript are not seen from outside."""
+        if self.unseen:
             raise UnsupportedCombination(
-                "fun is TorchScript, or calls some: nothing can be put in the place of the tensors that it captured, which derivatives of "
-                "derivatives, ForwardSensitivity, torch.func transforms and hooks on these tensors ask for. Give the module itself, not "
-                "torch.jit.script or trace of it (compile=True makes native code), or take first derivatives by DiscreteAdjoint()"
+                "fun is TorchScript or an extension that hides its operators, or calls some: nothing can be put in the place of tensors "
+                "that it captured, which roots, derivatives of derivatives, ForwardSensitivity, torch.func transforms and hooks on these "
+                "tensors ask for. Give the module itself, not torch.jit.script or trace of it (compile=True makes native code), an "
+                "extension by a torch.autograd.Function, or take first derivatives by DiscreteAdjoint()"
             )
 
     def _at_home(self, given: Sequence[Tensor]) -> bool:
@@ -289,7 +285,7 @@ class System:
             given = self._given(inputs)
             if any(x is not c for x, c in zip(given, self.captured, strict=True)) or not self._at_home(given):
                 assert isinstance(self.fun, torch.nn.Module)
-                self._refuse_script()
+                self._refuse_unseen()
                 module, parameters = self.fun, dict(zip(self.parameter_names, given, strict=True))
                 call = lambda *a: torch.func.functional_call(module, parameters, a)  # noqa: E731
                 return self._flat(composing(call) if self.normalizes else call, inputs)

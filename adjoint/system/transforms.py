@@ -155,9 +155,9 @@ _NESTED = (
     "not nest: take torch.func.jvp around the solve, which nests, or torch.func.grad or vjp in fun"
 )
 _HOOKED = (
-    "torch.func is used by the solve (ForwardSensitivity) or by fun where hooks on saved tensors are active (torch.utils.checkpoint with "
-    "use_reentrant=False, save_on_cpu), which PyTorch refuses: use gradient=DiscreteAdjoint(), whose checkpoints= saves memory itself, or "
-    "use_reentrant=True"
+    "torch.func is used by the solve (ForwardSensitivity, mechanics) or by fun where hooks on saved tensors are active "
+    "(torch.utils.checkpoint with use_reentrant=False, save_on_cpu), which PyTorch refuses: use gradient=DiscreteAdjoint(), whose "
+    "checkpoints= saves memory itself, or use_reentrant=True"
 )
 _INFERENCE = (
     "fun uses tensors that were made in torch.inference_mode(), which autograd refuses, and Jacobians are taken by it: make them under "

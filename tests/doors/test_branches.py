@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
-from adjoint import InvalidInput, continuation, solve_root
+from adjoint import InvalidInput, UnsupportedCombination, continuation, solve_root
 
 from ..helpers.steady_problems import bratu
 
@@ -177,3 +178,45 @@ def test_imperfect_and_perfect_bifurcations_and_neighbours_in_parallel():
     below = lambda x, lam: x - lam.sin()  # noqa: E731
     _, x = _end(lambda x, lam: below(x, lam) * (below(x, lam) - 0.1) * (below(x, lam) - 0.2), [-0.9], (-1.2, 1.2))
     assert abs(float(x - torch.tensor(1.2).sin())) < 1e-9
+
+
+def _dual(function, x, dot):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, dot))).tangent
+
+
+WAYS = {
+    "jvp": lambda function, x, dot: torch.func.jvp(function, (x,), (dot,))[1],
+    "dual": _dual,
+    "jacrev": lambda function, x, dot: torch.func.jacrev(function)(x) @ dot,
+    "jacfwd": lambda function, x, dot: torch.func.jacfwd(function)(x) @ dot,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("captures", [False, True])
+@pytest.mark.parametrize("folds", [False, True])
+def test_points_and_folds_have_no_derivatives_of_the_search(folds, captures, way):
+    """``lam`` of a point moves with the parameters of the search; what a transform sees is the root there, or the fold."""
+
+    def found(a):
+        if captures:
+            sol = continuation(lambda x, lam: cubic(x, lam, a), torch.ones(1), (-1.0, 1.0))
+        else:
+            sol = continuation(cubic, torch.ones(1), (-1.0, 1.0), (a,))
+        assert not sol.lam.requires_grad and not sol.x.requires_grad
+        fold = sol.fold(0)
+        return torch.stack([fold.x[0], fold.lam[0] if fold.lam.dim() else fold.lam]) if folds else sol.root(2).x
+
+    a, dot = torch.tensor([1.2]), torch.ones(1)
+    if folds:
+        want = torch.stack([(a / 3).sqrt() / (2 * a), (a / 3).sqrt()]).squeeze(-1)
+    else:
+        x = continuation(cubic, torch.ones(1), (-1.0, 1.0), (a,)).x[2]
+        want = x / (3 * x**2 - a)
+    torch.testing.assert_close(WAYS[way](found, a, dot), want, rtol=1e-6, atol=1e-9)
+
+
+def test_copies_of_a_vmap_have_branches_of_their_own():
+    with pytest.raises(UnsupportedCombination, match="a branch of its own: call continuation outside"):
+        torch.vmap(lambda a: continuation(lambda x, lam: cubic(x, lam, a), torch.ones(1), (-1.0, 1.0)).root(2).x)(torch.ones(2, 1))

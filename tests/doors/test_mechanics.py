@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from adjoint import ForwardSensitivity, InterpolatingAdjoint, InvalidInput, SingularJacobian, mechanics, solve_ivp
+from adjoint import ForwardSensitivity, InterpolatingAdjoint, InvalidInput, SingularJacobian, UnsupportedCombination, mechanics, solve_ivp
 
 #: of REFERENCES: x, y, u, v and the multiplier at t = 10 for g = L = 1, and their derivatives in g
 PENDULUM = [-0.8115864461913029, -0.584232351345397, -0.6315291490650206, 0.8772887988410706, 1.7526970540361941]
@@ -145,6 +145,18 @@ def test_what_is_refused(pendulum):
         mechanics(3.0, gravity, rod)
     with pytest.raises(InvalidInput, match="mass has shape"):
         mechanics(torch.ones(3), gravity, rod).initial(torch.tensor([1.0, 0.0]), torch.zeros(2), torch.tensor(1.0))
+    start = torch.tensor([1.0, 0.0]), torch.zeros(2), torch.tensor(1.0)
+    wrong = [
+        (torch.ones(2), gravity, lambda t, q, g: rod(t, q, g)[0], r"constraint must return .* shape \(m,\)"),
+        (torch.ones(2), lambda t, q, v, g: -g, rod, r"force must return .* shape \(2,\).* got shape \(\)"),
+        (torch.ones(2), lambda t, q, v, g: [0.0, -1.0], rod, "force must return .* got a list"),
+        (lambda q, g: [1.0, 1.0], gravity, rod, "mass must be a tensor .* got list"),
+    ]
+    for *parts, match in wrong:
+        with pytest.raises(InvalidInput, match=match):
+            mechanics(*parts).initial(*start)
+    with torch.autograd.graph.save_on_cpu(), pytest.raises(UnsupportedCombination, match="hooks on saved tensors"):
+        pendulum.solve((0.0, 1.0), torch.tensor([1.0, 0.0]), torch.zeros(2), (torch.tensor(1.0, requires_grad=True),))
     # diagonals of each trajectory, which would be taken for one matrix where there are as many of them as coordinates
     for rows, match in ((3, "torch.diag_embed"), (2, "one matrix, or diagonals")):
         model = mechanics(lambda q, g: torch.ones_like(q), gravity, rod)

@@ -346,3 +346,20 @@ def test_inside_of_transforms():
     assert torch.allclose(torch.vmap(torch.func.hessian(obj.value))(p.expand(2, 3))[1], H, rtol=1e-9)
     constant = torch.func.grad(lambda q: obj.value(p) * q.sum())(p)
     assert torch.allclose(constant, obj.value(p).expand(3), rtol=1e-10)
+
+
+def test_tensors_that_functions_captured():
+    """Derivatives in them are there whether or not ``p`` asks for any."""
+    theta, p = torch.tensor([0.5, 0.7], requires_grad=True), torch.tensor([0.3, 0.2])
+    F = lambda x, p: x**3 + theta * x - p  # noqa: E731
+    f = lambda x, p: (x**2).sum() + theta.sum() * x[0]  # noqa: E731
+    x = solve_root(lambda x: F(x, p), torch.ones(2)).x
+    (want,) = torch.autograd.grad(f(x, p), theta)
+    for given in (p, p.clone().requires_grad_()):
+        obj = SteadyStateObjective(f, F, torch.ones(2))
+        torch.testing.assert_close(torch.autograd.grad(obj.value(given), theta)[0], want)
+        torch.testing.assert_close(torch.autograd.grad(f(obj.state(given), p), theta)[0], want)
+    with torch.no_grad():
+        assert not obj.value(p).requires_grad
+    theta.requires_grad_(False)
+    assert not obj.value(p).requires_grad

@@ -378,3 +378,18 @@ def test_behind_half_precision_under_autocast():
     torch.testing.assert_close(root, z, rtol=0, atol=1e-4)
     z.sum().backward()
     assert first.weight.grad.dtype == torch.float32 and bool(first.weight.grad.abs().sum() > 0)
+
+
+def test_weights_that_are_made_once_for_all_calls():
+    class Half(torch.nn.Module):
+        def forward(self, weight):
+            return 0.5 * weight
+
+    torch.manual_seed(0)
+    cell, x = Cell(), torch.ones(2, 3)
+    torch.nn.utils.parametrize.register_parametrization(cell, "W", Half())
+    weight = cell.parametrizations.W.original
+    (want,) = torch.autograd.grad(DEQ(cell, state_shape=(4,))(x).sum(), weight)
+    with torch.nn.utils.parametrize.cached():
+        (found,) = torch.autograd.grad(DEQ(cell, state_shape=(4,))(x).sum(), weight)
+    torch.testing.assert_close(found, want)

@@ -103,8 +103,20 @@ def test_torchscript(name):
 
 @pytest.mark.parametrize("name", ["forward", "dae", "root"])
 def test_torchscript_where_tensors_are_replaced(name):
-    with pytest.raises(adjoint.UnsupportedCombination, match="fun is TorchScript, or calls some"):
+    with pytest.raises(adjoint.UnsupportedCombination, match="fun is TorchScript or an extension"):
         derivatives(name, scripted, False, 1)
+
+
+@pytest.mark.parametrize("door", ["layer", "branch"])
+def test_torchscript_that_no_search_finds(door):
+    """In a function that an object holds: what hides its operators is known by its results."""
+    rate = torch.tensor([0.7, 0.2, 1.1], requires_grad=True)
+    fun = lambda x, s: 0.3 * scripted(rate, x) - x + s  # noqa: E731
+    layer = adjoint.nn.DEQ(lambda z, x: fun(z, x) + z)
+    branch = lambda: adjoint.continuation(fun, START, (0.2, 0.4)).root(1).x  # noqa: E731
+    solve = branch if door == "branch" else lambda: layer(START.unsqueeze(0))
+    with pytest.raises(adjoint.UnsupportedCombination, match="fun is TorchScript or an extension"):
+        solve().sum().backward()
 
 
 def test_a_module_in_torchscript():
