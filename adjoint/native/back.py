@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,11 @@ from ..integrate.plan import Grid, Plan
 from .calls import BACKWARD_CALL
 from .device import DeviceEngine, addressed
 from .memory import plain
-from .program import Program
+from .program import Engine, Program
 from .reading import Unreadable
 from .solve import LOST, block_of, sample_order, shift_of, threads_for
 
-__all__ = ["Cotangents", "sweep_native"]
+__all__ = ["Cotangents", "sweep_native", "swept"]
 
 
 _BARS = ("final_bar", "samples_bar", "states_bar", "stages_bar")
@@ -29,14 +29,13 @@ _NONE = torch.empty(0, 0, dtype=torch.float64, device="cpu")
 
 class Cotangents(NamedTuple):
     """Of the initial state (B, n), of every input of the program, and where they were asked for of starts and sizes of the steps (K, B) and
-    of the sample times (T, B). ``finite``: whether all of the former are, which is looked at for one trajectory on a CPU."""
+    of the sample times (T, B)."""
 
     y0: Tensor
     inputs: list[Tensor]
     t: Tensor
     h: Tensor
     t_eval: Tensor
-    finite: bool
 
 
 def sweep_native(
@@ -48,16 +47,10 @@ def sweep_native(
     inputs: Sequence[Tensor],
     bars: Sequence[Tensor | None],
     timed: bool,
-    ordered: bool = False,
-    pair: Tensor | None = None,
-    n_steps: int | None = None,
 ) -> Cotangents:
-    """Cotangents from those of ``(final, samples, states, stages)``, each of them a tensor or None; ``timed``: those of times as well;
-    ``ordered``: samples are in the order of time, which else is looked at; ``pair`` (2, B, n): of the initial and the final state.
-    ``grid``: without ``status`` where nothing failed, and perhaps with room for more than ``n_steps``. Raises `Unreadable` as `solved`
-    does."""
-    room, rows = grid.t.shape
-    n_steps = room if n_steps is None else n_steps
+    """Cotangents from those of ``(final, samples, states, stages)``, each of them a tensor or None; ``timed``: those of times as well.
+    Raises `Unreadable` as `made` does."""
+    n_steps, rows = grid.t.shape
     engine = program.engine(program.lanes(rows))
     call = BACKWARD_CALL.from_buffer_copy(program.backward_call(engine))
     keep = {"t": grid.t, "h": grid.h, "status": grid.status, "sample_step": grid.sample_step, "states": grid.states, "anchors": anchors}
@@ -70,7 +63,7 @@ def sweep_native(
     n_samples = 0
     if t_eval is not None and bars[1] is not None:
         keep["t_eval"] = t_eval
-        order = None if ordered else sample_order(t_eval.detach(), anchors.detach())
+        order = sample_order(t_eval.detach(), anchors.detach())
         if order is not None:
             keep["order"] = order
         n_samples = t_eval.shape[0]
@@ -82,10 +75,6 @@ def sweep_native(
     for name, x in keep.items():
         setattr(call, name, x.data_ptr())
     at = grid.states.device
-    if pair is not None:
-        pair = plain(pair)
-        call.initial_bar = pair.data_ptr()
-        call.final_bar = call.initial_bar + pair.nbytes // 2
     y0_bar = grid.states.new_empty((rows, program.width))
     call.y0_bar = y0_bar.data_ptr()
     t_bar = h_bar = t_eval_bar = _NONE
@@ -104,13 +93,18 @@ def sweep_native(
         for x, bar in zip(found, engine.sweep(call, grid.states).split(sizes), strict=True):
             if len(bar):
                 x.copy_(bar.reshape(x.shape))
-        return Cotangents(y0_bar, found, t_bar, h_bar, t_eval_bar, True)
+        return Cotangents(y0_bar, found, t_bar, h_bar, t_eval_bar)
+    swept(engine, call)
+    return Cotangents(y0_bar, found, t_bar, h_bar, t_eval_bar)
+
+
+def swept(engine: Engine, call: Any, watched: bool = False) -> bool:
+    """Make a call of a way back. Where that is ``watched``: whether all cotangents of the initial state and of the inputs are finite.
+    Raises `Unreadable` as `made` does."""
     assert engine.backward is not None
     lost, infinite = ctypes.c_long(), ctypes.c_long()
-    call.lost = ctypes.addressof(lost)
-    if rows == 1:
-        call.infinite = ctypes.addressof(infinite)
+    call.lost, call.infinite = ctypes.addressof(lost), ctypes.addressof(infinite) if watched else None
     engine.backward(ctypes.byref(call))
     if lost.value:
         raise Unreadable("", "", LOST)
-    return Cotangents(y0_bar, found, t_bar, h_bar, t_eval_bar, not infinite.value)
+    return not infinite.value

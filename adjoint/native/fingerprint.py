@@ -58,12 +58,13 @@ _QUIET = _words(
     "__firstlineno__ __static_attributes__ __parameters__ __orig_bases__ __constants__ __annotate__ __annotations_cache__"
 )
 _MODULES = (torch, torch.special, torch.linalg, torch.fft, nn, nn.functional, math, cmath)
+_TENSORS = frozenset((Tensor, nn.Parameter))
 _OWNERS = ("builtins", "math", "cmath", "torch", "torch._C._nn", "torch._C._special", "torch._C._linalg", "")
 _LIBRARIES = frozenset(("torch", "numpy", "scipy", "jax", "pandas", *sys.stdlib_module_names)) - {"__main__"}
 #: classes that bring nothing of their own
 _BASES = (nn.Module, object, tuple, ABC, Generic, Protocol)
 _DESCRIBED = type(Tensor.add)
-_PLAIN = (bool, int, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.Size)
+_PLAIN = frozenset((bool, int, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.Size))
 #: how much is looked at before a tracer is as fast, and how much code is remembered
 _MOST, _MOST_KNOWN = 2000, 4096
 #: bytes of an array that is compared
@@ -82,9 +83,9 @@ def _is_named_tuple(owner: Any) -> bool:
 
 
 def _is_own_of_torch(f: FunctionType) -> bool:
-    """Whether a function of Python is one that PyTorch has under its name, and no wrapper that was made around one of the user's."""
-    home = f.__globals__.get("__name__", "")
-    return home.split(".")[0] == "torch" and getattr(sys.modules.get(home), f.__name__, None) is f
+    """Whether a function of a module of PyTorch's is the one that this has under its name, and no wrapper that was made around one of the
+    user's."""
+    return getattr(sys.modules.get(f.__globals__["__name__"]), f.__name__, None) is f
 
 
 def _is_written_for(kind: type, name: str) -> bool:
@@ -199,6 +200,8 @@ class _Walk:
 
     def value(self, x: Any) -> Hashable:
         kind = type(x)
+        if kind is Tensor:
+            return self.tensor(x)
         if kind in _PLAIN:
             return kind, x
         if kind is float or kind is complex:
@@ -215,14 +218,14 @@ class _Walk:
             return "again", self.seen[id(x)]
         self.seen[id(x)] = len(self.seen)
         self.kept.append(x)
+        if kind is FunctionType:
+            return self.function(x)
         if kind is tuple or kind is list:
             self.containers |= kind is list
             return kind, *map(self.value, x)
         if kind is dict:
             self.containers = True
             return kind, *((self.value(k), self.value(v)) for k, v in x.items())
-        if kind is FunctionType:
-            return self.function(x)
         if kind is MethodType:
             return "method", self.value(x.__self__), self.value(x.__func__)
         if kind is functools.partial:
@@ -276,7 +279,7 @@ class _Walk:
         return name not in _REFUSED and any(getattr(m, name, None) is x for m in (torch, nn.functional, math, cmath, builtins))
 
     def tensor(self, x: Tensor) -> Hashable:
-        if type(x) not in (Tensor, nn.Parameter) or x.is_inference() or x.device.type != "cpu":
+        if type(x) not in _TENSORS or not x.is_cpu or x.is_inference():
             raise _Unknown
         if id(x) in self.seen:
             return "again", self.seen[id(x)]
@@ -285,9 +288,9 @@ class _Walk:
         return "tensor", x.shape, x.dtype, x.requires_grad
 
     def function(self, f: FunctionType) -> Hashable:
-        if _is_own_of_torch(f):
-            return "torch", f
         if f.__globals__.get("__name__", "").split(".")[0] == "torch":
+            if _is_own_of_torch(f):
+                return "torch", f
             raise _Unknown
         facts = _facts_of(f.__code__)
         self.attributes |= facts.attributes

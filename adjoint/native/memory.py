@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["FEW_BYTES", "in_large_pages", "in_parts", "plain", "put_together"]
+__all__ = ["FEW_BYTES", "as_given", "bytes_of", "in_large_pages", "in_parts", "plain", "put_together"]
 
 #: bytes of a large page
 _PAGE = 2**21
@@ -45,6 +45,17 @@ def plain(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return (x if dtype is None else x.to(dtype)).contiguous()
 
 
+def as_given(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`plain` of `in_parts` of ``x``, to be read by its address: ``x`` itself where that is so."""
+    return x if x.dtype is dtype and x.is_contiguous() and not x.is_neg() else plain(in_parts(x), dtype)
+
+
+def bytes_of(x: Tensor) -> bytes:
+    """What stands in the memory of a real tensor."""
+    x = x if x.is_contiguous() and not x.is_neg() else plain(x)
+    return ctypes.string_at(x.data_ptr(), x.nbytes)
+
+
 def in_parts(x: Tensor) -> Tensor:
     """``x``, and where it is complex its real and imaginary parts, (..., 2)."""
     return torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x
@@ -52,4 +63,6 @@ def in_parts(x: Tensor) -> Tensor:
 
 def put_together(bar: Tensor, x: Tensor) -> Tensor:
     """The cotangent of ``x`` from that of `in_parts` of it."""
-    return torch.view_as_complex(bar.reshape(*x.shape, 2)) if x.is_complex() else bar.reshape(x.shape)
+    if x.is_complex():
+        return torch.view_as_complex(bar.reshape(*x.shape, 2))
+    return bar if bar.shape == x.shape else bar.reshape(x.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -26,7 +26,24 @@ from .program import Engine, Program
 from .progress import tell, told
 from .reading import Unreadable
 
-__all__ = ["COUNTS", "LOST", "Frame", "Solved", "block_of", "frame_of", "run_native", "sample_order", "shift_of", "solved", "threads_for"]
+__all__ = [
+    "COUNTS",
+    "LOST",
+    "Frame",
+    "Solved",
+    "Summary",
+    "block_of",
+    "frame_of",
+    "made",
+    "make_room",
+    "point_at_counts",
+    "point_at_ends",
+    "room_for",
+    "run_native",
+    "sample_order",
+    "shift_of",
+    "threads_for",
+]
 
 #: steps for which there is room at first
 _ROOM = 64
@@ -198,6 +215,9 @@ class Summary(NamedTuple):
         return cls(*torch.stack([*largest, (status != 0).sum(), (unstable != 0).sum(), (last == y0).sum()]).tolist())
 
 
+_SUMMARY = ctypes.c_long * len(Summary._fields)
+
+
 class Solved(NamedTuple):
     """What the compiled code wrote. ``steps``: tensors of `Record` by name, with room for more steps; of one span without ``segment`` and
     ``lands``.
@@ -243,6 +263,53 @@ def _point(call: Any, steps: dict[str, Tensor], room: int) -> None:
         setattr(call, name, x.data_ptr())
 
 
+def room_for(program: Program, frame: Frame, plan: Plan, rows: int) -> int:
+    """Steps for which there is memory at first."""
+    if not frame.keep_grid:
+        return 0
+    return min(program.room.get(rows, max(1, min(_ROOM, _MOST_ROOM // max(frame.size, 1)))), plan.max_steps)
+
+
+def make_room(program: Program, rows: int, most: int) -> None:
+    """Remember that a solve took so many steps."""
+    program.room[rows] = most + most // 4 + 8
+
+
+def point_at_counts(call: Any, address: int, row: int) -> None:
+    """`COUNTS` go to this address, ``row`` bytes each."""
+    for k, name in enumerate(COUNTS[:_FIRST_OF_WORK]):
+        setattr(call, name, address + k * row)
+    call.work = address + _FIRST_OF_WORK * row
+
+
+def point_at_ends(call: Any, times: int, row: int, ends: int, state: int) -> None:
+    """Times of ends go to one address, ``row`` bytes each, and states there, of ``state`` bytes, to another one."""
+    call.t_final, call.next_step = times, times + row
+    call.final, call.last, call.scaled = ends, ends + state, ends + 2 * state
+
+
+def made(
+    engine: Engine, call: Any, plan: Plan, anchors: Tensor, more: Callable[[Any, int], None]
+) -> tuple[Summary, dict[str, Tensor] | None]:
+    """Make a call of compiled code: its summary, and events. ``more``: point a call at memory for so many steps, where there were more than
+    there was ``room`` for. Raises `Unreadable` where a sparse matrix has no factors in the order of its pattern."""
+    found, lost, seen = None, ctypes.c_long(), _SUMMARY()
+    call.lost, call.summary = ctypes.addressof(lost), ctypes.addressof(seen)
+    with told(plan.monitor, call, anchors):
+        tape = engine.forward(ctypes.byref(call))
+    summary = Summary(*seen)
+    if tape is not None:
+        found, to = _events(engine, tape) if plan.events else None, call
+        most = summary.most if call.keep_grid else 0
+        if most > call.room:
+            to = FORWARD_CALL.from_buffer_copy(call)
+            more(to, most)
+        engine.seal(ctypes.c_void_p(tape), ctypes.byref(call), ctypes.byref(to), ctypes.c_long(most))
+    if lost.value:
+        raise Unreadable("", "", LOST)
+    return summary, found
+
+
 def solved(
     program: Program,
     frame: Frame,
@@ -251,18 +318,14 @@ def solved(
     t_eval: Tensor | None,
     y0: Tensor,
     inputs: Sequence[Tensor],
-    ordered: bool = False,
-    pair: Tensor | None = None,
 ) -> Solved:
-    """A solve; all tensors contiguous and without derivatives, ``inputs`` in the dtype of the state. ``ordered``: samples are in the order
-    of time, which else is looked at. ``pair`` (2, B, n): where the initial and the final state go, if not into ``ends``; on CPUs.
-    Raises `Unreadable` where a sparse matrix has no factors in the order of its pattern."""
+    """A solve; all tensors contiguous and without derivatives, ``inputs`` in the dtype of the state. Raises `Unreadable` where a sparse
+    matrix has no factors in the order of its pattern."""
     rows, n = y0.shape
     n_anchors = anchors.shape[0]
     n_samples = 0 if t_eval is None else t_eval.shape[0]
-    order = None if ordered else sample_order(t_eval, anchors)
-    room = program.room.get(rows, max(1, min(_ROOM, _MOST_ROOM // max(frame.size, 1)))) if frame.keep_grid else 0
-    room = min(room, plan.max_steps)
+    order = sample_order(t_eval, anchors)
+    room = room_for(program, frame, plan, rows)
     at = y0.device
     counts = torch.empty((len(COUNTS), rows), dtype=torch.int64, device=at)
     times = torch.empty((2, rows), dtype=torch.float64, device=at)
@@ -274,17 +337,8 @@ def solved(
     call.anchors, call.n_anchors, call.shift = anchors.data_ptr(), n_anchors, shift_of(plan, anchors)
     call.t_eval, call.n_samples, call.order = _address(t_eval), n_samples, _address(order)
     call.y0 = y0.data_ptr()
-    address, row = counts.data_ptr(), 8 * rows
-    for k, name in enumerate(COUNTS[:_FIRST_OF_WORK]):
-        setattr(call, name, address + k * row)
-    call.work = address + _FIRST_OF_WORK * row
-    call.t_final = times.data_ptr()
-    call.next_step = call.t_final + row
-    address, row = ends.data_ptr(), y0.nbytes
-    call.final, call.last, call.scaled = address, address + row, address + 2 * row
-    if pair is not None:
-        call.initial = pair.data_ptr()
-        call.final = call.initial + row
+    point_at_counts(call, counts.data_ptr(), 8 * rows)
+    point_at_ends(call, times.data_ptr(), 8 * rows, ends.data_ptr(), y0.nbytes)
     call.samples, call.sample_step = samples.data_ptr(), sample_step.data_ptr()
     engine, found = frame.engine, None
     if isinstance(engine, DeviceEngine):
@@ -292,29 +346,22 @@ def solved(
         most, steps = engine.rounds(call, counts, grid, room, partial(tell, plan.monitor, anchors, times[0]))
         summary = Summary.of(counts, ends[1], y0)
     else:
-        # `made` is read until it is sealed
-        made, lost, seen = _grid_of(program, frame, y0, n_anchors, room), ctypes.c_long(), (ctypes.c_long * len(Summary._fields))()
-        steps, call.lost, call.summary = made, ctypes.addressof(lost), ctypes.addressof(seen)
-        _point(call, made, room)
-        with told(plan.monitor, call, anchors):
-            tape = engine.forward(ctypes.byref(call))
-        summary = Summary(*seen)
+        steps = first = _grid_of(program, frame, y0, n_anchors, room)
+        _point(call, first, room)
+
+        def more(to: Any, most: int) -> None:
+            nonlocal steps
+            steps = _grid_of(program, frame, y0, n_anchors, most)
+            _point(to, steps, most)
+
+        # `first` is read until it is sealed
+        summary, found = made(engine, call, plan, anchors, more)
         most = summary.most if frame.keep_grid else 0
-        if tape is not None:
-            found = _events(engine, tape) if plan.events else None
-            to = call
-            if most > room:
-                steps = _grid_of(program, frame, y0, n_anchors, most)
-                to = FORWARD_CALL.from_buffer_copy(call)
-                _point(to, steps, most)
-            engine.seal(ctypes.c_void_p(tape), ctypes.byref(call), ctypes.byref(to), ctypes.c_long(most))
-        if lost.value:
-            raise Unreadable("", "", LOST)
         if frame.few:
             assert found is not None
             steps["stages"] = steps["stages"][torch.unique(found["event_step"])]
     if frame.keep_grid:
-        program.room[rows] = most + most // 4 + 8
+        make_room(program, rows, most)
     return Solved(counts, times, ends, samples, sample_step, steps, found, summary)
 
 

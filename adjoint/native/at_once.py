@@ -1,0 +1,238 @@
+"""Solves like one before, by calls that are filled but for addresses: what they write and their ways back read is one piece of memory."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..integrate.plan import Plan
+from .back import swept
+from .calls import BACKWARD_CALL, FORWARD_CALL
+from .emit import recorded_stages, records_beside
+from .memory import FEW_BYTES, as_given, in_large_pages
+from .program import Engine, Program
+from .solve import Frame, Summary, block_of, made, make_room, point_at_counts, point_at_ends, room_for, shift_of, threads_for
+
+__all__ = ["AtOnce", "Kept"]
+
+#: of a part of the memory: it begins at a line of the cache
+_LINE = 64
+#: bytes of memory that is not used, from which on it is given back
+_LARGE = 2**20
+#: rows that one thread takes
+_FEW = block_of(1)
+#: anchors, start and end
+_ENDS = torch.empty(2, 1, device="cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where parts of the memory begin, in bytes, for ``room`` steps. ``steps``: by name those that grow with it, which come last, from
+    ``first`` on."""
+
+    room: int
+    size: int
+    first: int
+    steps: tuple[tuple[str, int], ...]
+    inputs: tuple[int, ...]
+    sample_step: int
+    times: int
+    ends: int
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The memory of one solve, for its way back: ``n_steps`` are recorded."""
+
+    memory: Tensor
+    layout: Layout
+    n_steps: int
+
+
+@dataclass(eq=False)
+class AtOnce:
+    """The calls of one program by one plan, for ``rows`` states of ``width`` numbers.
+
+    ``shapes``: of the inputs as the program takes them. ``kept``: there may be a way back, which reads what the solve read, whatever is
+    written to tensors later.
+    """
+
+    program: Program
+    plan: Plan
+    frame: Frame
+    rows: int
+    width: int
+    shapes: tuple[torch.Size, ...]
+    kept: bool
+    _layouts: dict[tuple[int, int], Layout] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        real = self.program.real
+        self._bytes = tuple(prod(shape) * real.itemsize for shape in self.shapes)
+        self._state = self.rows * self.width * real.itemsize
+        method, frame = self.plan.method, self.frame
+        recorded = {"t": 8 * self.rows, "h": 8 * self.rows} if frame.keep_grid else {}
+        recorded |= {"states": self._state} if frame.keep_states else {}
+        recorded |= {"stages": self._state * recorded_stages(self.program.method)} if frame.keep_stages else {}
+        recorded |= {"extra": 8 * self.rows * records_beside(self.program.method)} if frame.keep_grid and method.multistep else {}
+        self._recorded = recorded
+        assert isinstance(frame.engine, Engine)
+        self._engine = frame.engine
+        self._addresses = ctypes.c_void_p * max(len(self.shapes), 1)
+        self._forward = FORWARD_CALL.from_buffer_copy(frame.call)
+        self._backward = BACKWARD_CALL.from_buffer_copy(self.program.backward_call(frame.engine))
+        for call in (self._forward, self._backward):
+            call.rows, call.block, call.threads, call.n_anchors = self.rows, block_of(self.rows), 1, len(_ENDS)
+        self._forward.shift = self._backward.jumps = shift_of(self.plan, _ENDS)
+
+    def _layout(self, room: int, samples: int) -> Layout:
+        found = self._layouts.get((room, samples))
+        if found is None:
+            if len(self._layouts) > 64:
+                self._layouts.clear()
+            at = 0
+
+            def place(size: int) -> int:
+                nonlocal at
+                begin, at = at, at + -(-size // _LINE) * _LINE
+                return begin
+
+            inputs = tuple(place(n) for n in self._bytes) if self.kept else ()
+            others = place(8 * samples * self.rows), place(16 * self.rows), place(3 * self._state)
+            first = at
+            steps = tuple((name, place(n * (room + (name == "states")))) for name, n in self._recorded.items())
+            found = self._layouts[room, samples] = Layout(room, at, first, steps, inputs, *others)
+        return found
+
+    def forward(
+        self, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, tensors: Sequence[Tensor], y: Tensor, counts: int
+    ) -> tuple[Kept, Summary]:
+        """A solve of one span, with ``anchors`` (2, B), into ``y`` (T, B, n): the samples, or without ``t_eval`` (T, B), in the order of
+        time, both ends. ``y0``: as the program takes it; ``tensors``: of its inputs; ``counts``: the address of `COUNTS`. Raises
+        `Unreadable`."""
+        program, plan, frame, rows = self.program, self.plan, self.frame, self.rows
+        samples = 0 if t_eval is None else len(t_eval)
+        layout = self._layout(room_for(program, frame, plan, rows), samples)
+        memory = _memory(layout)
+        call, at = FORWARD_CALL.from_buffer_copy(self._forward), memory.data_ptr()
+        read = self._read(tensors)
+        if self.kept:
+            addresses = self._addresses(*[at + k for k in layout.inputs])
+            for k, x, size in zip(layout.inputs, read, self._bytes, strict=True):
+                ctypes.memmove(at + k, x.data_ptr(), size)
+        else:
+            addresses = self._addresses(*[x.data_ptr() for x in read])
+        call.inputs, call.y0, call.anchors = ctypes.addressof(addresses), y0.data_ptr(), anchors.data_ptr()
+        if rows > _FEW:
+            call.threads, call.team = threads_for(program, rows)
+        point_at_counts(call, counts, 8 * rows)
+        point_at_ends(call, at + layout.times, 8 * rows, at + layout.ends, self._state)
+        call.samples = y.data_ptr()
+        if t_eval is None:
+            call.initial, call.final = call.samples, call.samples + self._state
+        else:
+            call.t_eval, call.n_samples, call.sample_step = t_eval.data_ptr(), samples, at + layout.sample_step
+        _point(call, at, layout)
+        kept = memory, layout
+
+        def more(to: Any, most: int) -> None:
+            nonlocal kept
+            kept = self._moved(memory, layout, self._layout(most, samples), 0)
+            _point(to, kept[0].data_ptr(), kept[1])
+
+        summary, _ = made(self._engine, call, plan, anchors, more)
+        most = summary.most if frame.keep_grid else 0
+        if frame.keep_grid:
+            make_room(program, rows, most)
+            if 2 * most < layout.room and layout.size > _LARGE:
+                # what is not used is given back
+                kept = self._moved(memory, layout, self._layout(most, samples), most)
+        return Kept(*kept, most), summary
+
+    def backward(
+        self, kept: Kept, anchors: Tensor, t_eval: Tensor | None, bar: Tensor, wanted: Mapping[int | None, bool]
+    ) -> tuple[dict[int | None, Tensor], bool]:
+        """Cotangents from that of what `forward` has written, and whether all there are are finite: those of the initial state (None) and
+        of the inputs (by their place) that are ``wanted``. Raises `Unreadable`."""
+        program, layout = self.program, kept.layout
+        call, at = BACKWARD_CALL.from_buffer_copy(self._backward), kept.memory.data_ptr()
+        bar = as_given(bar, program.real)
+        if t_eval is None:
+            call.initial_bar = bar.data_ptr()
+            call.final_bar = call.initial_bar + self._state
+        else:
+            call.samples_bar, call.sample_step = bar.data_ptr(), at + layout.sample_step
+            call.t_eval, call.n_samples = t_eval.data_ptr(), len(t_eval)
+        if self.rows > _FEW:
+            call.threads, call.team = threads_for(program, self.rows)
+        found: dict[int | None, Tensor] = {}
+        # those that nobody wants are written too
+        unwanted = []
+
+        def written(key: int | None, shape: Sequence[int], size: int) -> int:
+            if wanted.get(key):
+                x = found[key] = torch.empty(shape, dtype=program.real, device="cpu")
+                return x.data_ptr()
+            unwanted.append(ctypes.create_string_buffer(size))
+            return ctypes.addressof(unwanted[-1])
+
+        call.y0_bar = written(None, (self.rows, self.width), self._state)
+        bars = self._addresses(*[written(k, shape, size) for k, (shape, size) in enumerate(zip(self.shapes, self._bytes, strict=True))])
+        addresses = self._addresses(*[at + k for k in layout.inputs])
+        call.inputs, call.input_bars = ctypes.addressof(addresses), ctypes.addressof(bars)
+        call.anchors, call.n_steps = anchors.data_ptr(), kept.n_steps
+        _point(call, at, layout)
+        return found, swept(self._engine, call, True)
+
+    def inputs(self, kept: Kept) -> list[Tensor]:
+        """What the solve read."""
+        return [
+            _part(kept.memory, k, size, self.program.real).view(shape)
+            for k, size, shape in zip(kept.layout.inputs, self._bytes, self.shapes, strict=True)
+        ]
+
+    def states(self, kept: Kept) -> Tensor:
+        """(K + 1, B, n), where they are recorded."""
+        begin = dict(kept.layout.steps)["states"]
+        return _part(kept.memory, begin, self._state * (kept.n_steps + 1), self.program.real).view(-1, self.rows, self.width)
+
+    def _read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What the program takes of its inputs."""
+        real = self.program.real
+        if all(x.dtype is real and x.is_contiguous() and not x.is_neg() for x in tensors):
+            return list(tensors)
+        return self.program.values(tensors, False)
+
+    def _moved(self, memory: Tensor, old: Layout, new: Layout, steps: int) -> tuple[Tensor, Layout]:
+        """A copy of the memory in another layout, with so many steps."""
+        to = _memory(new)
+        source, target = memory.data_ptr(), to.data_ptr()
+        ctypes.memmove(target, source, old.first)
+        for (name, k), (_, j) in zip(old.steps, new.steps, strict=True):
+            if steps:
+                ctypes.memmove(target + j, source + k, self._recorded[name] * (steps + (name == "states")))
+        return to, new
+
+
+def _memory(layout: Layout) -> Tensor:
+    made = torch.empty(layout.size, dtype=torch.uint8, device="cpu")
+    if layout.size >= FEW_BYTES:
+        in_large_pages(made)
+    return made
+
+
+def _point(call: Any, at: int, layout: Layout) -> None:
+    """Steps are at their places in memory that begins at this address."""
+    call.room = layout.room
+    for name, k in layout.steps:
+        setattr(call, name, at + k)
+
+
+def _part(memory: Tensor, begin: int, size: int, dtype: torch.dtype) -> Tensor:
+    return memory[begin : begin + size].view(dtype)
