@@ -246,7 +246,7 @@ def solve_ivp(
         out = strategy.solve(problem, times.anchors, times.samples, y_flat, inputs)
     if known is not None and step_ts is None:
         # with knots of tables there is more to a call than numbers
-        known.remember(problem, [x for x in leaves_of(args) if isinstance(x, Tensor)])
+        known.remember(problem, [x for x in leaves_of(args) if isinstance(x, Tensor)], integrand)
     if chosen.needs_time_slope:
         warn_of_lost_time(problem, inputs, (times.anchors[0], out.t_final), (y_flat, out.final), out.n_steps)
     parts = Parts(out, problem, times, user_spec, spec, integrand, y_flat, watched, args, backward, derivatives, dense_output)

@@ -27,7 +27,7 @@ from ..native.reading import Unreadable
 from ..native.solve import frame_of
 from ..sensitivity import DiscreteAdjoint, Problem
 from ..sensitivity.prepared import Prepared, Run, at_once, run_of
-from ..system.system import System
+from ..system.system import StateSpec, System
 from ..torch_internals import (
     dual_level,
     is_functorch_wrapped_tensor,
@@ -48,9 +48,9 @@ _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _NUMBERS, _NOTHING = frozenset((int, float, type(None))), frozenset((type(None),))
 _DISCRETE = DiscreteAdjoint()
 #: arguments of `solve_ivp`: those that go the general way if they are there, those that are numbers, and the others
-_beside = itemgetter("events", "quadrature", "step_ts", "mass_matrix", "norm", "jac", "jac_sparsity", "linear_solver")
+_beside = itemgetter("events", "step_ts", "mass_matrix", "norm", "jac", "jac_sparsity", "linear_solver")
 _numbers = itemgetter("rtol", "atol", "first_step", "max_step", "min_step", "max_steps")
-_given = itemgetter("fun", "t_span", "y0", "args", "method", "controller", "t_eval", "gradient", "batched")
+_given = itemgetter("fun", "quadrature", "t_span", "y0", "args", "method", "controller", "t_eval", "gradient", "batched")
 _CHANGED = (
     "fun is not the function any more that the solve went by (what it captures was replaced or changed), and derivatives of its "
     "derivatives evaluate it again: keep it as it is until they are taken"
@@ -93,12 +93,17 @@ class Asked:
             wanted = tuple([i for i, k in enumerate(prepared.places) if tensors[k].requires_grad])
             run = Run(prepared, anchors, times, wanted, partial(self._solved_again, door, prepared, times), backward.add)
             y = at_once(run, done, y0, *[tensors[prepared.places[i]] for i in wanted])
+        y, integral = prepared.shown(y, y0, times is not None)
+        quadrature = None if integral is None or prepared.integrand is None else prepared.integrand.unflatten(integral)
         n_steps, n_accepted, n_fun, status, _, *work = done.counts
-        return Solution(t, y, status, Stats(n_steps, n_accepted, n_steps - n_accepted, n_fun, *work, backward=backward))
+        return Solution(t, y, status, Stats(n_steps, n_accepted, n_steps - n_accepted, n_fun, *work, backward=backward), quadrature=quadrature)
 
-    def _solved_again(self, door: Callable[..., Solution], prepared: Prepared, times: Tensor | None, values: Sequence[Tensor]) -> Tensor:
+    def _solved_again(
+        self, door: Callable[..., Solution], prepared: Prepared, times: Tensor | None, values: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
         """``times`` (T, B) and ``values``: what the solve read."""
-        now = fingerprint(self.arguments["fun"], self.args)
+        fun, quadrature = self.arguments["fun"], self.arguments["quadrature"]
+        now = fingerprint(fun if quadrature is None else (fun, quadrature), self.args)
         if now is None or now.key != self.found.key or any(x is not y for x, y in zip(now.tensors, self.found.tensors, strict=True)):
             raise CapturedTensorLost(_CHANGED)
         held = prepared.calls.program.values([now.tensors[k] for k in prepared.places], False)
@@ -107,15 +112,20 @@ class Asked:
         # times that are tensors go the general way
         span = tuple(torch.tensor(t, dtype=torch.float64) for t in self.span)
         t_eval = None if times is None else times[:, 0]
-        return door(**{**self.arguments, "t_span": span, "t_eval": t_eval, "args": self.args}).y
+        sol = door(**{**self.arguments, "t_span": span, "t_eval": t_eval, "args": self.args})
+        return sol.y, None if prepared.integrand is None else prepared.integrand.taken(sol.quadrature)
 
-    def remember(self, problem: Problem, arguments: Sequence[Tensor]) -> None:
-        """Keep what the general way has made of a call, ``arguments`` being the tensors among its ``args``."""
+    def remember(self, problem: Problem, arguments: Sequence[Tensor], integrand: StateSpec | None) -> None:
+        """Keep what the general way has made of a call, ``arguments`` being the tensors among its ``args``, ``integrand`` the layout of an
+        integral along the solution."""
         native = problem.native.recognised
         if len(_known) >= _MOST:
             _known.clear()
         _known[self.key] = None
         if native is None or not native.program.lanes(1):
+            return
+        if integrand is not None and (self.y0.is_complex() or any(x is not self.y0.dtype for x in integrand.dtypes)):
+            # of the state alone all is in one dtype
             return
         place = {id(x): k for k, x in enumerate(self.found.tensors)}
         assert isinstance(problem.system, System)
@@ -124,8 +134,8 @@ class Asked:
         if not all(id(x) in place for x in read):
             return
         rows = self.y0.shape[0] if self.arguments["batched"] else 1
-        like = in_parts(self.y0.detach()).reshape(rows, -1)
-        width = like.shape[1]
+        width = in_parts(self.y0).numel() // rows + (0 if integrand is None else sum(integrand.sizes))
+        like = torch.empty((rows, width), dtype=native.program.real, device="cpu")
         plan = problem.plan
         explicit = not plan.method.implicit
         if explicit and plan.method.multistep and self.derivatives:
@@ -136,15 +146,15 @@ class Asked:
         except NoCompiler:
             return
         shapes = tuple(x.shape for x in native.program.values(read, False))
-        calls = AtOnce(native.program, plan, frame, rows, width, shapes, self.derivatives)
-        _known[self.key] = Prepared(calls, tuple(place[id(x)] for x in read), self.derivatives, self.arguments["batched"])
+        calls = AtOnce(native.program, plan, frame, rows, width, shapes, self.derivatives, integrand is not None)
+        _known[self.key] = Prepared(calls, tuple(place[id(x)] for x in read), self.derivatives, self.arguments["batched"], integrand)
 
 
 def asked_before(arguments: dict[str, Any]) -> Asked | None:
     """A call of `solve_ivp` with these arguments, with ``compile=``, or None where it has more to it than numbers."""
     if not _NOTHING.issuperset(map(type, _beside(arguments))) or arguments["dense_output"] or arguments["progress"]:
         return None
-    fun, t_span, y0, args, method, controller, t_eval, gradient, batched = _given(arguments)
+    fun, quadrature, t_span, y0, args, method, controller, t_eval, gradient, batched = _given(arguments)
     numbers = _numbers(arguments)
     if type(y0) not in _TENSORS or y0.dtype not in _STATES or not _NUMBERS.issuperset(map(type, numbers)):
         return None
@@ -162,7 +172,7 @@ def asked_before(arguments: dict[str, Any]) -> Asked | None:
     if span is None or not (t_eval is None or _are_times(t_eval)):
         return None
     args = listed_args(args)
-    found = fingerprint(fun, args)
+    found = fingerprint(fun if quadrature is None else (fun, quadrature), args)
     if found is None or any(map(is_functorch_wrapped_tensor, found.tensors)):
         return None
     derivatives = torch.is_grad_enabled() and (y0.requires_grad or any([x.requires_grad for x in found.tensors]))

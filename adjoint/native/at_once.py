@@ -60,7 +60,7 @@ class AtOnce:
     """The calls of one program by one plan, for ``rows`` states of ``width`` numbers.
 
     ``shapes``: of the inputs as the program takes them. ``kept``: there may be a way back, which reads what the solve read, whatever is
-    written to tensors later.
+    written to tensors later. ``ended``: the final state is wanted behind samples.
     """
 
     program: Program
@@ -70,6 +70,7 @@ class AtOnce:
     width: int
     shapes: tuple[torch.Size, ...]
     kept: bool
+    ended: bool
     _layouts: dict[tuple[int, int], Layout] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -113,7 +114,7 @@ class AtOnce:
     def forward(
         self, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, tensors: Sequence[Tensor], y: Tensor, counts: int
     ) -> tuple[Kept, Summary]:
-        """A solve of one span, with ``anchors`` (2, B), into ``y`` (T, B, n): the samples, or without ``t_eval`` (T, B), in the order of
+        """A solve of one span, with ``anchors`` (2, B), into ``y``: the samples (T, B, n), or without ``t_eval`` (T, B), in the order of
         time, both ends. ``y0``: as the program takes it; ``tensors``: of its inputs; ``counts``: the address of `COUNTS`. Raises
         `Unreadable`."""
         program, plan, frame, rows = self.program, self.plan, self.frame, self.rows
@@ -138,6 +139,8 @@ class AtOnce:
             call.initial, call.final = call.samples, call.samples + self._state
         else:
             call.t_eval, call.n_samples, call.sample_step = t_eval.data_ptr(), samples, at + layout.sample_step
+            if self.ended:
+                call.final = call.samples + samples * self._state
         _point(call, at, layout)
         kept = memory, layout
 
@@ -169,6 +172,8 @@ class AtOnce:
         else:
             call.samples_bar, call.sample_step = bar.data_ptr(), at + layout.sample_step
             call.t_eval, call.n_samples = t_eval.data_ptr(), len(t_eval)
+            if self.ended:
+                call.final_bar = call.samples_bar + len(t_eval) * self._state
         if self.rows > _FEW:
             call.threads, call.team = threads_for(program, self.rows)
         found: dict[int | None, Tensor] = {}

@@ -15,6 +15,7 @@ from ..native.at_once import AtOnce, Kept
 from ..native.memory import as_given, bytes_of, put_together
 from ..native.reading import Unreadable
 from ..native.solve import COUNTS
+from ..system.system import StateSpec
 from ..system.transforms import functorch_active, naming_writes
 from ..torch_internals import copy_by_copy, unviewed
 from .undeclared import REJECTED
@@ -29,13 +30,15 @@ class Prepared:
     """What solves of one right-hand side by one plan have in common, for states of one shape ``(B, n)``.
 
     ``places``: of every tensor that the program reads, its place among those of the `Fingerprint`. ``derivatives``: of the first order, by
-    one plain way back, may be asked for. ``batched``: states are ``(B, n)`` for the user too.
+    one plain way back, may be asked for. ``batched``: states are ``(B, n)`` for the user too. ``integrand``: the layout of an integral
+    along the solution, which stands behind the state.
     """
 
     calls: AtOnce
     places: tuple[int, ...]
     derivatives: bool
     batched: bool
+    integrand: StateSpec | None = None
     _ends: tuple[tuple[float, float], Tensor, Tensor] | None = None
     _samples: tuple[tuple[float, float], tuple[torch.dtype, bytes], Tensor] | None = None
 
@@ -57,13 +60,29 @@ class Prepared:
             self._samples = span, numbers, found.unsqueeze(-1).repeat(1, self.calls.rows)
         return self._samples[2]
 
+    def start(self, y0: Tensor) -> Tensor:
+        """The state at the start as the program takes it."""
+        calls, y = self.calls, as_given(y0, self.calls.program.real)
+        if self.integrand is None:
+            return y
+        y = y.reshape(calls.rows, -1)
+        return torch.cat([y, torch.zeros((calls.rows, calls.width - y.shape[1]), dtype=y.dtype, device="cpu")], -1)
+
+    def shown(self, found: Tensor, y0: Tensor, sampled: bool) -> tuple[Tensor, Tensor | None]:
+        """Of what a solve gives, or its cotangent, the states, and the integral (B, m) where there is one."""
+        if self.integrand is None:
+            return found, None
+        n = self.calls.width - sum(self.integrand.sizes)
+        states = found[: len(found) - sampled, :, :n]
+        return states.reshape(-1, *y0.shape), found[-1, :, n:]
+
     def to_be_looked_at(self, rejected: int) -> bool:
         """Whether the general way is to look for jumps of ``fun`` in a solve with so many rejected steps."""
         return self.derivatives and rejected >= REJECTED and self.calls.program.looks.coming()
 
 
 class Done(NamedTuple):
-    """A solve: the states asked for (T, *state), what was counted, of one trajectory numbers and of many tensors (B,), and what its way
+    """A solve: the states asked for (T, *state), with an integral (T, B, n) and the final one behind, what was counted, of one trajectory numbers and of many tensors (B,), and what its way
     back needs."""
 
     y: Tensor
@@ -79,7 +98,7 @@ class Run(NamedTuple):
     anchors: Tensor
     t_eval: Tensor | None
     wanted: tuple[int, ...]
-    again: Callable[[Sequence[Tensor]], Tensor]
+    again: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor | None]]
     report: Callable[[int, int], None]
 
 
@@ -90,8 +109,8 @@ def run_of(prepared: Prepared, anchors: Tensor, t_eval: Tensor | None, y0: Tenso
     """
     calls = prepared.calls
     program, plan, rows = calls.program, calls.plan, calls.rows
-    start = as_given(y0, program.real)
-    y = torch.empty((2 if t_eval is None else len(t_eval), *start.shape), dtype=program.real, device="cpu")
+    start = prepared.start(y0)
+    y = torch.empty((2 if t_eval is None else len(t_eval) + calls.ended, *start.shape), dtype=program.real, device="cpu")
     if prepared.batched:
         counts = torch.empty((len(COUNTS), rows), dtype=torch.int64, device="cpu")
         at = counts.data_ptr()
@@ -129,7 +148,8 @@ class PreparedNode(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         if bar is None:
             return (None, None, *([None] * len(needed)))
-        kept, calls = Kept(memory, ctx.layout, ctx.n_steps), run.prepared.calls
+        prepared, calls = run.prepared, run.prepared.calls
+        kept = Kept(memory, ctx.layout, ctx.n_steps)
         if torch.is_grad_enabled() or functorch_active():
             return (None, None, *_again(run, kept, inputs, bar, needed))
         try:
@@ -141,6 +161,8 @@ class PreparedNode(torch.autograd.Function):
         if not finite:
             # which of the user's functions it was, the general way finds out
             return (None, None, *_again(run, kept, inputs, bar, needed))
+        if prepared.integrand is not None and None in found:
+            found[None] = found[None][:, : inputs[0].numel() // calls.rows]
         # in the order in which they were asked for
         results = [put_together(found[k], x) if need else None for k, x, need in zip((None, *run.wanted), inputs, needed, strict=True)]
         return (None, None, *results)
@@ -150,8 +172,11 @@ at_once: Callable[..., Tensor] = super(torch.autograd.Function, PreparedNode).ap
 
 
 def _again(run: Run, kept: Kept, inputs: Sequence[Tensor], bar: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+    prepared = run.prepared
     with torch.enable_grad():
-        y = run.again(run.prepared.calls.inputs(kept))
+        outputs = run.again(prepared.calls.inputs(kept))
     wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, bar, create_graph=torch.is_grad_enabled(), allow_unused=True))
+    bars = prepared.shown(bar, inputs[0], run.t_eval is not None)
+    made, given = zip(*[(y, v) for y, v in zip(outputs, bars, strict=True) if y is not None and y.requires_grad], strict=True)
+    found = iter(torch.autograd.grad(made, wanted, given, create_graph=torch.is_grad_enabled(), allow_unused=True))
     return [next(found) if need else None for need in needed]

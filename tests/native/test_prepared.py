@@ -360,6 +360,48 @@ class TestDerivatives:
         torch.autograd.grad(y, y0)
 
 
+class TestIntegrals:
+    @staticmethod
+    def weighed(t, y, p):
+        return {"one": y[..., 0] * p[0], "two": torch.stack([y[..., 1] ** 2, t * y[..., 0]], -1)}
+
+    @pytest.mark.parametrize("method", ["tsit5", "kvaerno5"])
+    @pytest.mark.parametrize("rows", [0, 3, 20])
+    @pytest.mark.parametrize("sampled", [False, True])
+    def test_as_the_general_way(self, method, rows, sampled, counted):
+        found = []
+        for compile in (True, True, True, False):
+            y0, p = start(*([rows] if rows else [])), p4()
+            options = {"t_eval": torch.linspace(0.25, 1.5, 4, dtype=F64)} if sampled else {}
+            sol = solve(lotka, y0, (p,), quadrature=self.weighed, compile=compile, batched=rows > 0, method=method, **options)
+            value = (sol.quadrature["one"] + sol.quadrature["two"].sum(-1)).sum() + (sol.y[1:] ** 2).sum()
+            found.append((sol.y, *sol.quadrature.values(), *torch.autograd.grad(value, [y0, p])))
+        assert len(counted) == 2 and all(x is not None for x in counted)
+        for a, b, c, d in zip(*found, strict=True):
+            assert a.shape == b.shape == d.shape and torch.equal(a, b) and torch.equal(a, c)
+            torch.testing.assert_close(b, d, rtol=1e-8, atol=1e-10)
+
+    @pytest.mark.parametrize("sampled", [False, True])
+    def test_second_order(self, sampled, counted):
+        times = torch.linspace(0.25, 1.5, 4, dtype=F64) if sampled else None
+
+        def value(p, compile):
+            sol = solve(lotka, start().detach(), (p,), quadrature=lambda t, y, p: y.prod(-1), t_eval=times, compile=compile)
+            return sol.quadrature**2 + sol.y[-1].sum()
+
+        found = [torch.autograd.functional.hessian(lambda p, c=c: value(p, c), p4().detach()) for c in (True, True, False)]
+        assert counted
+        torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found[1], found[2], rtol=1e-6, atol=1e-6)
+
+    def test_another_integrand(self):
+        ends = []
+        for k in (1.0, 1.0, 2.0):
+            sol = solve(at_rate, torch.ones(1, dtype=F64), quadrature=lambda t, y, k=k: k * y[0], rtol=1e-9)
+            ends.append(float(sol.quadrature))
+        assert ends == pytest.approx([(1 - math.exp(-2)) * k for k in (1, 1, 2)], rel=1e-8)
+
+
 class TestFaults:
     def test_failures(self, counted):
         def fun(t, y):
