@@ -96,7 +96,8 @@ class Asked:
         y, integral = prepared.shown(y, y0, times is not None)
         quadrature = None if integral is None or prepared.integrand is None else prepared.integrand.unflatten(integral)
         n_steps, n_accepted, n_fun, status, _, *work = done.counts
-        return Solution(t, y, status, Stats(n_steps, n_accepted, n_steps - n_accepted, n_fun, *work, backward=backward), quadrature=quadrature)
+        stats = Stats(n_steps, n_accepted, n_steps - n_accepted, n_fun, *work, backward=backward)
+        return Solution(t, y, status, stats, quadrature=quadrature)
 
     def _solved_again(
         self, door: Callable[..., Solution], prepared: Prepared, times: Tensor | None, values: Sequence[Tensor]

@@ -14,7 +14,7 @@ import functools
 import math
 import sys
 from abc import ABC, ABCMeta
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
@@ -363,8 +363,8 @@ class _Walk:
         return tuple(found)
 
 
-def fingerprint(fun: Callable[..., Any], values: Any = ()) -> Fingerprint | None:
-    """That of a function, and of ``values`` that it is called with; None where there is none."""
+def fingerprint(fun: Any, values: Any = ()) -> Fingerprint | None:
+    """That of a function, or of several, and of ``values`` that they are called with; None where there is none."""
     # a debugger, which traces, wants to see what runs
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks or sys.gettrace() is not None:
         return None

@@ -82,8 +82,8 @@ class Prepared:
 
 
 class Done(NamedTuple):
-    """A solve: the states asked for (T, *state), with an integral (T, B, n) and the final one behind, what was counted, of one trajectory numbers and of many tensors (B,), and what its way
-    back needs."""
+    """A solve: the states asked for (T, *state), with an integral (T, B, n) and the final one behind; what was counted, of one trajectory
+    numbers and of many tensors (B,); and what its way back needs."""
 
     y: Tensor
     counts: Sequence[int] | Sequence[Tensor]
