@@ -257,7 +257,7 @@ def _matrices(matrices: Matrices, real: torch.dtype) -> list[str]:
     return [
         *linear,
         _flags(ENTRIES=len(sparse.entries), FACTORS=sparse.factors),
-        f"static constexpr double GOOD = {number(info.eps ** (2 / 3))}, LARGEST = {number(info.max)};",
+        f"static constexpr double GOOD = {number(info.eps ** (2 / 3))}, SHARP = {number(64 * info.eps)}, LARGEST = {number(info.max)};",
         *(_table(name, values) for name, values in tables(sparse).items()),
         source("sparse.hpp"),
         source("shifted.hpp"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import adjoint
+from adjoint.doors import prepared
 from adjoint.methods import METHODS
 from adjoint.native import device
 from adjoint.native.emit import DEVICE_METHODS
@@ -35,6 +36,8 @@ def emulator(monkeypatch):
 
     class Switched(Emulator):
         def on(self, on: bool) -> None:
+            # solves like one before would go by its code, on or off
+            prepared.forget()
             if on:
                 monkeypatch.setitem(device.LAUNCHERS, "cpu", self)
             else:

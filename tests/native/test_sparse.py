@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import adjoint
+from adjoint.methods.collocation import RADAU5
 from adjoint.methods.tableaux_dirk import KVAERNO5
 from adjoint.native import entry, functions, matrices
 from adjoint.native.build import NoCompiler, compiler
@@ -298,6 +299,34 @@ class TestPivotsThatVanish:
         eager, theirs = self.solve(False, **loose)
         assert patterns[0] is not None
         assert torch.equal(native.y, eager.y) and torch.equal(mine, theirs)
+
+
+class TestPivotsThatAreSmall:
+    """The diagonal entries of cells are some 1e-6 in the matrix of the first step, and two equations are stiff: what rounding makes of
+    multipliers that have grown by as much is mended. (Gradients were wrong by 2.5e-6.)"""
+
+    H = 1e-3
+
+    def cells(self, t, y, p):
+        rate = (1 - 3e-6) / (self.H * float(RADAU5.gamma)) * p
+        hub, a, b = y[..., :1], y[..., 1:31], y[..., 31:]
+        return torch.cat([1e6 * (a.mean(-1, keepdim=True) - hub) - 0.3 * hub, rate * (a - 3 * b) + 1e6 * hub, rate * (3 * a + b)], -1)
+
+    @pytest.mark.parametrize("rows", [0, 20])
+    def test_gradients(self, rows, patterns):
+        found = []
+        for compile in (True, False):
+            p, y0 = torch.ones((), dtype=torch.float64), torch.linspace(0.5, 1.5, 61, dtype=torch.float64)
+            if rows:
+                p, y0 = p * torch.linspace(1.0, 1.2, rows, dtype=torch.float64).unsqueeze(-1), y0.expand(rows, -1)
+            p = p.requires_grad_()
+            given = {"rtol": 1e-2, "atol": 1e25, "first_step": self.H, "batched": rows > 0, "compile": compile}
+            sol = adjoint.solve_ivp(self.cells, (0.0, self.H), y0, (p,), method="radau5", **given)
+            weights = torch.cos(torch.arange(61, dtype=torch.float64))
+            found.append((sol.y[-1].detach(), *torch.autograd.grad((sol.y[-1] * weights).sum(), p)))
+        assert patterns[0] is not None
+        for mine, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9 * float(theirs.abs().max()))
 
 
 def dense_of(entries, n, seed=0):

@@ -11,7 +11,11 @@
 enum { BESIDE = ENTRIES };
 #define EXCHANGES 1
 constexpr long room_of_rows(int) { return 1; }
-constexpr long room_of_factors(int copies) { return (long)copies * copies * FACTORS; }
+// behind the factors the entries of the matrix, and for each lane whether solutions are made better by what they leave of it
+constexpr long room_of_factors(int copies) { return (long)copies * copies * (FACTORS + ENTRIES) + 1; }
+FN S& first_part(S& x) { return x; }
+FN S& first_part(Complex& x) { return x.re; }
+template <int COPIES, class V> FN S& unsharp(const V* factors) { return first_part(((V*)factors)[(long)COPIES * COPIES * (FACTORS + ENTRIES)]); }
 template <class F> FN void row_of(int i, const F& f) { for (long e = ROWS[i]; e < ROWS[i + 1]; e++) f(At{i, COLUMNS[e], e, 0}); }
 
 // blocks, and what they multiply
@@ -113,7 +117,7 @@ template <class V> APART static void eliminate(const V* __restrict LU, V* __rest
   }
 }
 // Factors L U, and whether they are that: rows of both times a vector, beside those of the matrix. Lanes where they are not (a pivot is all but zero,
-// or multipliers have grown) solve nothing, and are told of.
+// or multipliers have grown) solve nothing, and are told of; where multipliers have grown less, what rounding has spoilt is mended by each solve.
 template <int COPIES, class V> APART static void factorise_filled(const Functions& f, V* factors, V*, S* scale) {
   typedef Of<COPIES, V> O;
   typedef typename O::T T;
@@ -121,7 +125,7 @@ template <int COPIES, class V> APART static void factorise_filled(const Function
   T* LU = (T*)factors;
   T w[N];
   X image[N];
-  M good = KM(true);
+  M good = KM(true), sharp = KM(true);
   for (int r = 0; r < N; r++) {
     const int n = EQUATION[r];
     S size[COPIES];
@@ -144,6 +148,7 @@ template <int COPIES, class V> APART static void factorise_filled(const Function
       O::part(wanted, i) = O::part(wanted, i) + times(x, trial(COLUMN[e], j));
       size[i] += modulus(x);
     }
+    for (long e = ROWS[n]; e < ROWS[n + 1]; e++) LU[FACTORS + e] = LU[PLACE[e]];
     below(r, [&](long p, int c) { w[c] = LU[p]; });
     w[r] = LU[MIDDLE[r]];
     above(r, [&](long p, int c) { w[c] = LU[p]; });
@@ -162,8 +167,10 @@ template <int COPIES, class V> APART static void factorise_filled(const Function
       X copy = off;
       // what is no number is none of the matrix either
       good = (M)(good & ((M)(modulus(O::part(copy, i)) <= K(R(GOOD)) * size[i]) | m_not((M)(size[i] <= K(R(LARGEST))))));
+      sharp = (M)(sharp & (M)(modulus(O::part(copy, i)) <= K(R(SHARP)) * size[i]));
     }
   }
+  unsharp<COPIES>(factors) = m_sel(sharp, K(0), K(1));
   bool fine[W], all = true;
   for (int l = 0; l < W; l++) all &= fine[l] = holds(good, l);
   if (all) return;
@@ -174,12 +181,9 @@ template <int COPIES, class V> APART static void factorise_filled(const Function
     x = times(x, m_sel(on, K(1), K(NOT_A_NUMBER)));
   }
 }
-template <int COPIES, bool TRANSPOSED = false, class V> APART static void solve_filled(const V* factors, const V*, V* x) {
-  typedef Of<COPIES, V> O;
-  typedef typename O::X X;
-  const typename O::T* LU = (const typename O::T*)factors;
-  X z[N];
-  for (int r = 0; r < N; r++) for (int i = 0; i < COPIES; i++) O::part(z[r], i) = x[i * N + (TRANSPOSED ? UNKNOWN : EQUATION)[r]];
+// z, in the order of the factors, becomes what they make of it
+template <int COPIES, bool TRANSPOSED, class V> FN void through(const typename Of<COPIES, V>::T* LU, typename Of<COPIES, V>::X* z) {
+  typedef typename Of<COPIES, V>::X X;
   if (TRANSPOSED) {
     for (int r = 0; r < N; r++) {
       const X v = z[r] = transposed(LU[MIDDLE[r]], z[r]);
@@ -201,6 +205,32 @@ template <int COPIES, bool TRANSPOSED = false, class V> APART static void solve_
       z[r] = LU[MIDDLE[r]] * v;
     }
   }
+}
+// a solution z of the system with the right-hand side b, made better (Higham 2002, chapter 12) where factors are not sharp
+template <int COPIES, bool TRANSPOSED, class V> APART static void refine(const V* factors, typename Of<COPIES, V>::X* b, typename Of<COPIES, V>::X* z) {
+  typedef Of<COPIES, V> O;
+  const typename O::T* LU = (const typename O::T*)factors;
+  const M on = (M)(unsharp<COPIES>(factors) > K(0));
+  for (int r = 0; r < N; r++) for (long e = ROWS[EQUATION[r]]; e < ROWS[EQUATION[r] + 1]; e++) {
+    const typename O::T& x = LU[FACTORS + e];
+    if (TRANSPOSED) b[COLUMN[e]] = b[COLUMN[e]] - transposed(x, z[r]);
+    else b[r] = b[r] - x * z[COLUMN[e]];
+  }
+  through<COPIES, TRANSPOSED, V>(LU, b);
+  for (int r = 0; r < N; r++) for (int i = 0; i < COPIES; i++) {
+    auto& to = O::part(z[r], i);
+    to = m_sel(on, to + O::part(b[r], i), to);
+  }
+}
+template <int COPIES, bool TRANSPOSED = false, class V> APART static void solve_filled(const V* factors, const V*, V* x) {
+  typedef Of<COPIES, V> O;
+  typedef typename O::X X;
+  X z[N], b[N];
+  for (int r = 0; r < N; r++) for (int i = 0; i < COPIES; i++) O::part(z[r], i) = x[i * N + (TRANSPOSED ? UNKNOWN : EQUATION)[r]];
+  const bool again = !nothing(unsharp<COPIES>(factors));
+  if (again) for (int r = 0; r < N; r++) b[r] = z[r];
+  through<COPIES, TRANSPOSED, V>((const typename O::T*)factors, z);
+  if (again) refine<COPIES, TRANSPOSED>(factors, b, z);
   for (int r = 0; r < N; r++) for (int i = 0; i < COPIES; i++) x[i * N + (TRANSPOSED ? EQUATION : UNKNOWN)[r]] = O::part(z[r], i);
 }
 template <class V> FN V inverse_pivot(const V* LU, int n) { return LU[MIDDLE[n]]; }
