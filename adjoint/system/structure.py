@@ -17,6 +17,8 @@ __all__ = ["Structure", "analyse", "analyse_large", "dense_pencil"]
 
 #: what counts as zero among numbers whose largest is one
 _ZERO = 1e-11
+#: the same for derivatives beside the largest of other equations: rounding of sums that cancel
+_ROUNDING = 1e-13
 #: rows among which one is looked for whose equations determine every variable, where those of the first do not
 _LOOKED_AT = 100
 #: the highest index that is told apart from "singular"
@@ -106,9 +108,7 @@ def analyse(E: Tensor, G: Tensor, differential: Tensor | None = None, lead: int 
     n = E.shape[-1]
     largest = torch.cat([G, E], -1).abs().amax(-1)
     size = E.abs().amax(-1)
-    # every equation in units of its own derivatives where it has some: capacities may be tiny beside conductances
-    size = torch.where(size > _ZERO * largest, size, largest)
-    scale = torch.where(size > 0, 1 / size, 1.0)
+    scale = _units(size, largest)
     own, given = E * scale.unsqueeze(-1), G
     G = given * scale.unsqueeze(-1)
     left, sizes, right = torch.linalg.svd(own)
@@ -174,8 +174,7 @@ def analyse_large(pencil: Pencil, linear_solver: LinearSolver, differential: Ten
         assert isinstance(E, Tensor) and isinstance(G, Tensor)
         n = E.shape[-1]
         largest, size = torch.cat([G, E], -1).abs().amax(-1), E.abs().amax(-1)
-    size = torch.where(size > _ZERO * largest, size, largest)
-    scale = torch.where(size > 0, 1 / size, 1.0)
+    scale = _units(size, largest)
     named = differential
     if named is None:
         if isinstance(E, SparseMatrix):
@@ -195,6 +194,14 @@ def analyse_large(pencil: Pencil, linear_solver: LinearSolver, differential: Ten
     return found if bool((condition < 1e11).all()) else None
 
 
+def _units(size: Tensor, largest: Tensor) -> Tensor:
+    """``(B, n)``: what makes of every equation one in units of its own derivatives, where it has some: capacities may be tiny beside
+    conductances, and rates beyond bounds beside derivatives. ``size``: its largest entry of ``E``, ``largest``: of ``E`` and ``G``."""
+    some = size > torch.minimum(_ZERO * largest, _ROUNDING * size.amax(-1, keepdim=True)) if size.numel() else size > 0
+    size = torch.where(some, size, largest)
+    return torch.where(size > 0, 1 / size, 1.0)
+
+
 def _most(values: Tensor, places: Tensor, n: int) -> Tensor:
     """``(B, n)``: the largest of the ``values`` (B, nnz) at each place."""
     return values.new_zeros(values.shape[0], n).scatter_reduce(1, places.expand_as(values), values, "amax")
@@ -209,10 +216,12 @@ def _index(E: Tensor, G: Tensor) -> int:
         rank = int((s > 1e-9 * s.max().clamp(min=1e-300)).sum()) if n else 0
         if rank == n:
             return index
+        # what a combination of equations could be where nothing cancels: others, of fast rates, may be much larger
+        full = u.mH.abs() @ torch.linalg.vector_norm(G, dim=-1, keepdim=True)
         E, G = u.mH @ E, u.mH @ G
         rows = G[rank:]
         length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        if bool((length <= 1e-9 * torch.linalg.matrix_norm(G).clamp(min=1e-300)).any()):
+        if bool((length <= 1e-9 * full[rank:].clamp(min=1e-300)).any()):
             return -1
         E = torch.cat([E[:rank], rows / length])
         G = torch.cat([G[:rank], torch.zeros_like(rows)])

@@ -14,6 +14,7 @@ from adjoint import (
     MaxStepsReached,
     SingularJacobian,
     solve_dae,
+    solve_ivp,
 )
 from adjoint.system.structure import analyse
 
@@ -99,6 +100,41 @@ def test_index_does_not_depend_on_units_of_equations(scale):
 
 
 # ---- initial values
+
+
+@pytest.mark.parametrize("rate", [1e10, 1e12, 1e14, 1e16])
+@pytest.mark.parametrize("unit", [1.0, 1e-9])
+def test_index_does_not_depend_on_fast_rates(rate, unit):
+    """Fast exchange between two amounts, and their sum: derivatives are nothing beside the rates, and constraints beside them neither."""
+    E = torch.diag(tensor(1.0, 1.0, 0.0))
+    G = torch.tensor([[rate, -rate, 2.0], [-rate, rate, 0.0], [-1.0, -1.0, 1.0]], dtype=F64)
+    units = tensor(1.0, unit, 1.0).unsqueeze(-1)
+    found = analyse((units * E)[None], (units * G)[None])
+    assert (found.rank, found.index, found.differential.tolist()) == (2, 1, [True, True, False])
+    relaxed = analyse(E[None, 1:, 1:], torch.tensor([[[rate, -rate], [0.0, 1.0]]], dtype=F64))
+    assert (relaxed.rank, relaxed.index) == (1, 1)
+    noise = analyse(torch.diag(tensor(1.0, 1e-17))[None], torch.tensor([[[1.0, 0.0], [0.5, 1.0]]], dtype=F64))
+    assert (noise.rank, noise.index) == (1, 1)
+
+
+@pytest.mark.parametrize("method", ["radau", "bdf", "rodas5p"])
+def test_a_fast_exchange_beside_a_constraint(method):
+    p = torch.tensor([1e12, 2.0], dtype=F64, requires_grad=True)
+    options = {"args": (p,), "method": method, "rtol": 1e-6, "atol": 1e-8}
+
+    def fun(t, y, p):
+        flow = p[0] * (y[0] - y[1])
+        return torch.stack([-flow - p[1] * y[2], flow, y[2] - y[0] - y[1]])
+
+    matrix = torch.diag(tensor(1.0, 1.0, 0.0))
+    if method == "rodas5p":
+        sol = solve_ivp(fun, (0.0, 1.0), tensor(0.5, 0.5, 1.0), mass_matrix=matrix, **options)
+    else:
+        sol = solve_dae(lambda t, y, yp, p: matrix @ yp - fun(t, y, p), (0.0, 1.0), tensor(0.5, 0.5, 1.0), **options)
+    truth = torch.exp(-p.detach()[1])
+    torch.testing.assert_close(sol.y[-1, 2].detach(), truth, rtol=1e-5, atol=0)
+    slope = torch.autograd.grad(sol.y[-1, 2], p)[0] * p.detach()
+    torch.testing.assert_close(slope, torch.stack([0 * truth, -2 * truth]), rtol=0, atol=1e-4)
 
 
 def test_index_three_names_the_multiplier_and_the_constraint():
