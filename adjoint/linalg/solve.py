@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..torch_internals import below_jvp, copy_by_copy, is_functorch_wrapped_tens
 from .choice import default_solver
 from .protocol import Factorization, LinearOperator, LinearSolver, Log, SparseMatrix
 
-__all__ = ["linear_solve"]
+__all__ = ["linear_solve", "shared_solve"]
 
 
 @dataclass(frozen=True)
@@ -201,3 +202,9 @@ def linear_solve(
         )
     kept = _Kept(solver, places, factorization)
     return _Solve.apply(kept, transposed, conjugated, sides, values).reshape(b.shape)
+
+
+def shared_solve(matrix: Tensor, solver: LinearSolver) -> Callable[[Tensor], Tensor]:
+    """``b -> A^-1 b`` for ``A`` (B, n, n) and ``b`` (B, n), differentiable as `linear_solve`: all solves share one factorisation."""
+    kept = _Kept(solver, _Places(None, (matrix.shape[1], matrix.shape[2])))
+    return lambda b: _Solve.apply(kept, False, False, b.unsqueeze(-1), matrix).squeeze(-1)

@@ -13,9 +13,11 @@ from torch import Tensor
 from ..integrate.newton import jacobian_at, mass_product, shifted
 from ..linalg import Factorization, LinearOperator, Log, Matrix, SparseMatrix
 from ..linalg.pencil import Pencil, regular_size, scaled_factors, split
+from ..linalg.solve import shared_solve
 from ..methods.collocation import CollocationTableau
 from ..methods.family import Pullback, row_dot
 from ..nonlinear import RootRecord
+from ..system.stage_jacobian import StageJacobian
 from ..system.system import Flat, System, VmappedSystem
 from .asked import Linearizer, vjp
 from .implicit import FixedRule, JacobianRule, RootNode, RootOutputs, RootTask, SystemConditions, known_root, linear
@@ -25,6 +27,10 @@ from .products import tangent
 __all__ = ["RecordedStages", "StageLinearizer", "coupled_matrix", "coupled_pencils", "coupled_root"]
 
 Rows = Sequence[Sequence[float]]
+
+#: unknowns up to which the stages of a linear method share one Jacobian with a graph: it has as many products as there are unknowns, all at
+#: once, in the place of two for each stage, one by one
+_SHARED_UP_TO = 64
 
 
 def coupled_root(
@@ -250,21 +256,34 @@ class RecordedStages:
         self.f = system.bind(inputs)
         self.mass_matrix = system.mass_matrix(inputs)
         self._shifted: RootTask | None = None
+        self._solve: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """``f(t, y)``; of implicit equations no slope is asked for that would not be a stage."""
         return torch.zeros_like(y) if self.system.residual is not None else self.f(t, y)
 
     def begin(self, t: Tensor, y: Tensor) -> None:
-        """Nothing to prepare."""
+        """The matrix of the step before is none of this one."""
+        self._solve = None
 
     def solve(self, t: Tensor, y: Tensor, hd: float | Tensor, b: Tensor) -> Tensor:
-        """See `StageEquations.solve`; differentiable in everything, the Jacobian included."""
+        """See `StageEquations.solve`; differentiable in everything, the Jacobian included.
+
+        A small dense Jacobian is taken once, as a function that is differentiated, and serves all stages of the step: each else takes the
+        products with it, and with its derivatives, that it needs.
+        """
         step = hd if isinstance(hd, Tensor) else b.new_full((b.shape[0], 1), hd, dtype=b.dtype.to_real())
+        if self._solve is not None:
+            return self._solve(b)
+        strategy, solver = self.algebra.jacobian, self.algebra.linear_solver
+        if y.shape[1] <= _SHARED_UP_TO and isinstance(strategy, StageJacobian) and strategy.takes_dense(y):
+            matrix = shifted(strategy(lambda x: self.f(t, x), y), step, self.mass_matrix)
+            assert isinstance(matrix, Tensor)
+            self._solve = shared_solve(matrix, solver)
+            return self._solve(b)
         if self._shifted is None:
             conditions = _ShiftedConditions(self.system)
-            rule, solver = FixedRule(self.algebra.jacobian), self.algebra.linear_solver
-            self._shifted = RootTask(conditions, conditions, known_root, rule, solver, Log(), lambda record: None)
+            self._shifted = RootTask(conditions, conditions, known_root, FixedRule(strategy), solver, Log(), lambda record: None)
         return linear(self._shifted, b, y, (t, step, *self.inputs), adjoint=False)
 
     def linear_stages(
