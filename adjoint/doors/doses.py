@@ -81,8 +81,9 @@ class Doses:
         when = spread(times, "times") + spread(self.lag, "lag")
         given = ~when.detach().isnan()
         when = torch.where(given, when, float("inf"))
-        if readable(when) and bool((when < start).any()):
-            first = float(when.detach()[when < start].min())
+        early = (when < start).detach()
+        if readable(early) and bool(early.any()):
+            first = float(when.detach()[early].min())
             raise InvalidInput(f"{title} has a time before the start of the solve, {first:.8g}: start earlier, or leave it out")
         amounts = torch.where(given, spread(self.amounts, "amounts", spec.dtype), 0.0)
         places = self._places(spec, len(times), title)

@@ -106,7 +106,8 @@ class Forcing:
 
         def at(table: Tensor, k: int) -> Tensor:
             if self.knots.dim() == 1:
-                return table[i + k]
+                # an index that torch.vmap maps over is no number
+                return table.index_select(0, (i + k).reshape(-1)).reshape((*i.shape, *table.shape[1:]))
             return table.gather(1, wide((i + k).unsqueeze(-1), table).expand(-1, 1, *table.shape[2:])).squeeze(1)
 
         low = at(self.levels, 0)

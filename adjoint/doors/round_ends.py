@@ -60,9 +60,11 @@ def with_events(
     span: RoundSpan,
     args: tuple[Any, ...],
     slope: Callable[[Tensor, Any], Any] | None,
+    integrand: Callable[[Tensor, Any], Any] | None,
     real: torch.dtype,
 ) -> Solution:
-    """``sol`` with the events of ``first`` at its end, where the state is ``last``; their times and states are differentiable.
+    """``sol`` with the events of ``first`` at its end, where the state is ``last``; their times and states are differentiable, and the
+    integrals of an ``integrand`` up to them.
 
     ``span`` is that of ``sol``. The time of an event is a root of the event function on the solution continued beyond its end, to
     second order where the equations tell the slope, else to first: two of Newton's steps have its first and second derivatives
@@ -70,7 +72,10 @@ def with_events(
     """
     ending = None if sol.yp is None else tree_map(lambda x: x[-1].detach(), sol.yp)
 
+    integrals = sol.quadrature
+
     def one(rule: Rule, record: EventRecord) -> EventRecord:
+        nonlocal integrals
         if not record.t.shape[0]:
             return record
         hit = ~record.t[0].detach().isnan()
@@ -92,9 +97,16 @@ def with_events(
             d = d - torch.where(sloping, value, 0.0) / torch.where(sloping, rate, 1.0)
         d = with_slope(d - d.detach(), sloping | ~hit, *causes)
         d = once(d, hit, _TWICE, *causes) if slope is None else d
+        if integrand is not None:
+            # of second order, as the state
+            rate = integrand((end + d / 2).to(real), moved(d / 2, ending if slope is None else slope(end, y)))
+            integrals = tree_map(
+                lambda q, g, total: torch.where(wide(hit, q), q + wide(d, g).to(g.dtype) * g, total), sol.quadrature, rate, integrals
+            )
         t = torch.where(hit, end + d, float("nan")).to(record.t.dtype).unsqueeze(0)
         return EventRecord(t, tree_map(lambda x: torch.where(wide(hit, x), x, float("nan")).unsqueeze(0), state(d)))
 
     causes = [x for x in tree_leaves((last, args)) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
-    records = [one(rule, record) for rule, record in zip(rules, first.events, strict=True)]
-    return replace(sol, events=EventLog.of(records, (rule.name for rule in rules)))
+    # of several at one time the first one is where the round ends
+    records = [one(rule, record) for rule, record in reversed(list(zip(rules, first.events, strict=True)))]
+    return replace(sol, events=EventLog.of(records[::-1], (rule.name for rule in rules)), quadrature=integrals)

@@ -28,7 +28,7 @@ from .round_ends import check_rules, ended_before, takes_events, with_events
 from .round_results import Piece, Taken, joined
 from .round_rules import Boundary, Rule, rearmed, shifted
 from .round_task import Progress, Task, needs_rounds, task_of
-from .rows import chosen, still, wide
+from .rows import chosen, still, usable, wide
 from .solution import EventRecord, Solution
 
 __all__ = ["in_rounds"]
@@ -199,7 +199,9 @@ def _solved(task: Task, run: Progress, span: RoundSpan, y: Any) -> tuple[Solutio
     sol = solve(span, y, args, events=None, t_eval="steps" if task.times.steps else samples, progress=False)
     last, slope = _last(task, sol.y, sol, taken), task.slope(infused)
     bound = None if slope is None else lambda t, y: slope(t, y, mode)
-    return with_events(task.watched, first, sol, last, span, (*mode, *task.args), bound, real), taken, last
+    quadrature = options["quadrature"]
+    integrand = None if quadrature is None else lambda t, y: quadrature(t, y, *usable(args))
+    return with_events(task.watched, first, sol, last, span, (*mode, *task.args), bound, integrand, real), taken, last
 
 
 def _samples(task: Task, going: Tensor, t: Tensor, end: Tensor) -> tuple[Tensor | None, Taken | None]:

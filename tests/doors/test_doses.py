@@ -141,6 +141,10 @@ def test_vmap():
     assert torch.allclose(found, wanted, atol=1e-9)
     slopes = torch.vmap(torch.func.jacfwd(end))(times, amounts)
     assert torch.allclose(slopes[1, :, 0], torch.func.jacrev(end)(times[1], amounts[1])[:, 0], atol=1e-8)
+    # the ends of the span alone are mapped
+    stopped = lambda stop: solve_ivp(two, (0.0, stop), torch.zeros(2), tuple(p), events=Doses([0.5], 1.0, 0), **FINE).y[-1]  # noqa: E731
+    wanted = torch.stack([bolus(stop, 0.5, 1.0, 0, matrix(*p)) for stop in (2.0, 3.0)])
+    assert torch.allclose(torch.vmap(stopped)(torch.tensor([2.0, 3.0])), wanted, atol=1e-9)
 
 
 def test_beside_events():

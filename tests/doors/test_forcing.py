@@ -163,6 +163,15 @@ def test_between_events():
     agree(sol.y[-1, 0], response(1.2, *p, "constant") + (-k * 0.6).exp(), p)
 
 
+def test_between_events_of_mapped_states():
+    k, table = torch.tensor(0.8), Forcing(TIMES, VALUES, "constant")
+    event = adjoint.Event(lambda t, y, k: y[0] - 0.5, direction=-1, reset=lambda t, y, k: y + 1.0)
+    fun = lambda t, y, k: table(t) - k * y  # noqa: E731
+    end = lambda y0: solve_ivp(fun, (0.0, 1.2), y0, (k,), events=event, **FINE).y[-1]  # noqa: E731
+    starts = torch.tensor([[0.6], [0.7]])
+    assert torch.allclose(torch.vmap(end)(starts), torch.stack([end(y0) for y0 in starts]), atol=1e-9)
+
+
 def test_vmap_and_user_jumps():
     k, times = torch.tensor(0.8), torch.tensor(TIMES)
     tables = torch.tensor([VALUES, [1.0, 1.0, 1.0, 1.0]])

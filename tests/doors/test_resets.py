@@ -154,11 +154,21 @@ def test_every_strategy(name, batched):
     def gradients(gradient):
         y0 = torch.stack([h, 0 * h])
         y0 = torch.stack([y0, 0.5 * y0]) if batched else y0
-        sol = solve_ivp(drag, (0.0, 2.5), y0, (e, c), events=BOUNCE, batched=batched, gradient=gradient, t_eval=[0.3, 1.1, 2.5], **FINE)
-        return torch.autograd.grad((sol.y**2).sum() + sol.events[0].t[:2].sum(), [h, e, c])
+        keys = {"events": BOUNCE, "batched": batched, "gradient": gradient, "t_eval": [0.3, 1.1, 2.5], **FINE}
+        sol = solve_ivp(drag, (0.0, 2.5), y0, (e, c), quadrature=lambda t, y, *a: (y**2).sum(-1), **keys)
+        return torch.autograd.grad((sol.y**2).sum() + sol.events[0].t[:2].sum() + sol.quadrature.sum(), [h, e, c])
 
     found, wanted = gradients(GRADIENTS[name]), gradients(adjoint.Backprop())
     assert torch.allclose(torch.stack(found), torch.stack(wanted), rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "interpolating"])
+def test_integrals_of_rounds_whose_end_is_known(name):
+    """The speed jumps where rounds end, so that the integral of it depends on when they do: it is the height."""
+    h, e, g = inputs = values(2.0, 0.8, 9.81)
+    keys = {"events": BOUNCE, "gradient": GRADIENTS[name], "quadrature": lambda t, y, *a: y[..., 1], **options("dopri8")}
+    sol = solve_ivp(fall, (0.0, 2.0), torch.stack([h, 0 * h]), (e, g), **keys)
+    compared(sol.quadrature, flight(torch.tensor(2.0), 2, *inputs)[0] - h, inputs, 1e-8)
 
 
 @pytest.mark.parametrize("batched", [False, True])
