@@ -33,13 +33,13 @@ _ENDS = torch.empty(2, 1, device="cpu")
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where parts of the memory begin, in bytes, for ``room`` steps. ``steps``: by name those that grow with it, which come last, from
-    ``first`` on."""
+    """Where parts of the memory begin, in bytes, for ``room`` steps. ``sizes``: of its pieces. ``steps``: by name the piece and place of
+    those that grow with it; what does not comes before, in the first piece up to ``first``."""
 
     room: int
-    size: int
+    sizes: tuple[int, ...]
     first: int
-    steps: tuple[tuple[str, int], ...]
+    steps: tuple[tuple[str, int, int], ...]
     inputs: tuple[int, ...]
     sample_step: int
     times: int
@@ -50,7 +50,7 @@ class Layout:
 class Kept:
     """The memory of one solve, for its way back: ``n_steps`` are recorded."""
 
-    memory: Tensor
+    memory: Sequence[Tensor]
     layout: Layout
     n_steps: int
 
@@ -107,8 +107,12 @@ class AtOnce:
             inputs = tuple(place(n) for n in self._bytes) if self.kept else ()
             others = place(8 * samples * self.rows), place(16 * self.rows), place(3 * self._state)
             first = at
-            steps = tuple((name, place(n * (room + (name == "states")))) for name, n in self._recorded.items())
-            found = self._layouts[room, samples] = Layout(room, at, first, steps, inputs, *others)
+            lengths = {name: n * (room + (name == "states")) for name, n in self._recorded.items()}
+            # what is large is a piece by itself: allocators keep those of some size for the next solve, but not larger ones
+            large = [name for name, n in lengths.items() if n >= FEW_BYTES]
+            steps = tuple((name, 1 + large.index(name), 0) if name in large else (name, 0, place(n)) for name, n in lengths.items())
+            sizes = at, *(lengths[name] for name in large)
+            found = self._layouts[room, samples] = Layout(room, sizes, first, steps, inputs, *others)
         return found
 
     def forward(
@@ -121,7 +125,7 @@ class AtOnce:
         samples = 0 if t_eval is None else len(t_eval)
         layout = self._layout(room_for(program, frame, plan, rows), samples)
         memory = _memory(layout)
-        call, at = FORWARD_CALL.from_buffer_copy(self._forward), memory.data_ptr()
+        call, at = FORWARD_CALL.from_buffer_copy(self._forward), memory[0].data_ptr()
         read = self._read(tensors)
         if self.kept:
             addresses = self._addresses(*[at + k for k in layout.inputs])
@@ -141,19 +145,19 @@ class AtOnce:
             call.t_eval, call.n_samples, call.sample_step = t_eval.data_ptr(), samples, at + layout.sample_step
             if self.ended:
                 call.final = call.samples + samples * self._state
-        _point(call, at, layout)
+        _point(call, memory, layout)
         kept = memory, layout
 
         def more(to: Any, most: int) -> None:
             nonlocal kept
             kept = self._moved(memory, layout, self._layout(most, samples), 0)
-            _point(to, kept[0].data_ptr(), kept[1])
+            _point(to, *kept)
 
         summary, _ = made(self._engine, call, plan, anchors, more)
         most = summary.most if frame.keep_grid else 0
         if frame.keep_grid:
             make_room(program, rows, most)
-            if 2 * most < layout.room and layout.size > _LARGE:
+            if 2 * most < layout.room and sum(layout.sizes) > _LARGE:
                 # what is not used is given back
                 kept = self._moved(memory, layout, self._layout(most, samples), most)
         return Kept(*kept, most), summary
@@ -164,7 +168,7 @@ class AtOnce:
         """Cotangents from that of what `forward` has written, and whether all there are are finite: those of the initial state (None) and
         of the inputs (by their place) that are ``wanted``. Raises `Unreadable`."""
         program, layout = self.program, kept.layout
-        call, at = BACKWARD_CALL.from_buffer_copy(self._backward), kept.memory.data_ptr()
+        call, at = BACKWARD_CALL.from_buffer_copy(self._backward), kept.memory[0].data_ptr()
         bar = as_given(bar, program.real)
         if t_eval is None:
             call.initial_bar = bar.data_ptr()
@@ -192,20 +196,20 @@ class AtOnce:
         addresses = self._addresses(*[at + k for k in layout.inputs])
         call.inputs, call.input_bars = ctypes.addressof(addresses), ctypes.addressof(bars)
         call.anchors, call.n_steps = anchors.data_ptr(), kept.n_steps
-        _point(call, at, layout)
+        _point(call, kept.memory, layout)
         return found, swept(self._engine, call, True)
 
     def inputs(self, kept: Kept) -> list[Tensor]:
         """What the solve read."""
         return [
-            _part(kept.memory, k, size, self.program.real).view(shape)
+            _part(kept.memory[0], k, size, self.program.real).view(shape)
             for k, size, shape in zip(kept.layout.inputs, self._bytes, self.shapes, strict=True)
         ]
 
     def states(self, kept: Kept) -> Tensor:
         """(K + 1, B, n), where they are recorded."""
-        begin = dict(kept.layout.steps)["states"]
-        return _part(kept.memory, begin, self._state * (kept.n_steps + 1), self.program.real).view(-1, self.rows, self.width)
+        piece, begin = next((piece, k) for name, piece, k in kept.layout.steps if name == "states")
+        return _part(kept.memory[piece], begin, self._state * (kept.n_steps + 1), self.program.real).view(-1, self.rows, self.width)
 
     def _read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What the program takes of its inputs."""
@@ -214,29 +218,30 @@ class AtOnce:
             return list(tensors)
         return self.program.values(tensors, False)
 
-    def _moved(self, memory: Tensor, old: Layout, new: Layout, steps: int) -> tuple[Tensor, Layout]:
+    def _moved(self, memory: Sequence[Tensor], old: Layout, new: Layout, steps: int) -> tuple[Sequence[Tensor], Layout]:
         """A copy of the memory in another layout, with so many steps."""
         to = _memory(new)
-        source, target = memory.data_ptr(), to.data_ptr()
-        ctypes.memmove(target, source, old.first)
-        for (name, k), (_, j) in zip(old.steps, new.steps, strict=True):
+        ctypes.memmove(to[0].data_ptr(), memory[0].data_ptr(), old.first)
+        for (name, piece, k), (_, other, j) in zip(old.steps, new.steps, strict=True):
             if steps:
-                ctypes.memmove(target + j, source + k, self._recorded[name] * (steps + (name == "states")))
+                length = self._recorded[name] * (steps + (name == "states"))
+                ctypes.memmove(to[other].data_ptr() + j, memory[piece].data_ptr() + k, length)
         return to, new
 
 
-def _memory(layout: Layout) -> Tensor:
-    made = torch.empty(layout.size, dtype=torch.uint8, device="cpu")
-    if layout.size >= FEW_BYTES:
-        in_large_pages(made)
+def _memory(layout: Layout) -> Sequence[Tensor]:
+    made = [torch.empty(size, dtype=torch.uint8, device="cpu") for size in layout.sizes]
+    for x in made[1:]:
+        in_large_pages(x)
     return made
 
 
-def _point(call: Any, at: int, layout: Layout) -> None:
-    """Steps are at their places in memory that begins at this address."""
+def _point(call: Any, memory: Sequence[Tensor], layout: Layout) -> None:
+    """Steps are at their places in this memory."""
+    at = [x.data_ptr() for x in memory]
     call.room = layout.room
-    for name, k in layout.steps:
-        setattr(call, name, at + k)
+    for name, piece, k in layout.steps:
+        setattr(call, name, at[piece] + k)
 
 
 def _part(memory: Tensor, begin: int, size: int, dtype: torch.dtype) -> Tensor:

@@ -44,21 +44,23 @@ class Prepared:
 
     def ends(self, span: tuple[float, float]) -> tuple[Tensor, Tensor]:
         """Those of a span, (2,), and of each trajectory, (2, B), which nobody writes to: the same tensors while the span is the same."""
-        if self._ends is None or self._ends[0] != span:
+        # another thread may put those of another span in their place meanwhile
+        known = self._ends
+        if known is None or known[0] != span:
             ends = torch.tensor(span, dtype=torch.float64, device="cpu")
-            self._ends = span, ends, ends.unsqueeze(-1).expand(2, self.calls.rows).contiguous()
-        return self._ends[1:]
+            known = self._ends = span, ends, ends.unsqueeze(-1).expand(2, self.calls.rows).contiguous()
+        return known[1:]
 
     def samples(self, times: Tensor, span: tuple[float, float], checked: Callable[..., Tensor | None]) -> Tensor | None:
         """Sample times of each trajectory, (T, B), which nobody writes to, by those that were given, (T,), as they are ``checked`` for a
         span; None where they are not in order."""
-        numbers = times.dtype, bytes_of(times)
-        if self._samples is None or self._samples[0] != span or self._samples[1] != numbers:
+        known, numbers = self._samples, (times.dtype, bytes_of(times))
+        if known is None or known[0] != span or known[1] != numbers:
             found = checked(times, span)
             if found is None:
                 return None
-            self._samples = span, numbers, found.unsqueeze(-1).repeat(1, self.calls.rows)
-        return self._samples[2]
+            known = self._samples = span, numbers, found.unsqueeze(-1).repeat(1, self.calls.rows)
+        return known[2]
 
     def start(self, y0: Tensor) -> Tensor:
         """The state at the start as the program takes it."""
@@ -135,7 +137,7 @@ class PreparedNode(torch.autograd.Function):
         kept = done.kept
         ctx.run, ctx.layout, ctx.n_steps = run, kept.layout, kept.n_steps
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(kept.memory, *inputs)
+        ctx.save_for_backward(*kept.memory, *inputs)
         return done.y
 
     @staticmethod
@@ -144,12 +146,13 @@ class PreparedNode(torch.autograd.Function):
     def backward(ctx: Any, bar: Tensor | None) -> tuple[Tensor | None, ...]:
         run: Run = ctx.run
         # also says so where the graph is gone, or one of the inputs was written to
-        memory, *inputs = ctx.saved_tensors
+        saved, pieces = ctx.saved_tensors, len(ctx.layout.sizes)
+        inputs = saved[pieces:]
         needed = ctx.needs_input_grad[2:]
         if bar is None:
             return (None, None, *([None] * len(needed)))
         prepared, calls = run.prepared, run.prepared.calls
-        kept = Kept(memory, ctx.layout, ctx.n_steps)
+        kept = Kept(saved[:pieces], ctx.layout, ctx.n_steps)
         if torch.is_grad_enabled() or functorch_active():
             return (None, None, *_again(run, kept, inputs, bar, needed))
         try:
