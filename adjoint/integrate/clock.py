@@ -159,7 +159,8 @@ class TimelineOfMany:
         return torch.zeros(self.anchors.shape[1], dtype=torch.int64, device=self.anchors.device)
 
 
-_EPS = float(torch.finfo(torch.float64).eps)
+#: the smallest step, beside the time
+RESOLVED = 16 * float(torch.finfo(torch.float64).eps)
 #: part by which a step may be longer than asked for to end on its target
 _STRETCH, _ROUNDING = 1.01, 1 - 1e-10
 
@@ -183,6 +184,11 @@ class Verdict(NamedTuple):
     hopeless: Decision
     step: Measure
     memory: tuple[Measure, Measure]
+
+
+def resolved(step: Tensor, t: Tensor) -> Tensor:
+    """A guessed first step, no shorter than what times around ``t`` (B,) resolve: where that is too long, the error test says so."""
+    return torch.maximum(step, 2 * RESOLVED * t.abs())
 
 
 def initial_step(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tensor, y0: Tensor, f0: Tensor, sign: Tensor) -> Tensor:
@@ -214,7 +220,7 @@ def initial_step(f: Callable[[Tensor, Tensor], Tensor], plan: Plan, stops: Tenso
     h1 = torch.where(worst <= 1e-15, torch.clamp(h0 * 1e-3, min=1e-6), (0.01 / worst) ** (1.0 / (plan.method.error_order + 1)))
     h = torch.minimum(100 * h0, h1)
     # a non-finite fun gives the smallest of all guesses, and the loop reports it
-    return torch.where(torch.isfinite(h) & (h > 0), h, h0)
+    return resolved(torch.where(torch.isfinite(h) & (h > 0), h, h0), t0)
 
 
 def aim_step(plan: Plan, step: Measure, t: Measure, remaining: Measure, attempts: Measure) -> Aim:
@@ -231,7 +237,7 @@ def aim_step(plan: Plan, step: Measure, t: Measure, remaining: Measure, attempts
             lands = lands & (remaining <= plan.max_step)
     else:
         lands = size >= remaining * _ROUNDING
-    tiny = size <= 16 * _EPS * abs(t)
+    tiny = size <= RESOLVED * abs(t)
     if plan.min_step:
         tiny = tiny | (size < plan.min_step)
     spent = attempts >= plan.max_steps
@@ -273,7 +279,7 @@ def judge_step(
     proposal = choose(lands & negated(rejected_last), larger(proposal, size), proposal)
     given_up = controller.min_factor if stalled is None else choose(stalled, controller.stuck_factor, controller.min_factor)
     step = choose(passed, proposal, length * choose(bad, given_up, down))
-    least = step <= 16 * _EPS * abs(t)
+    least = step <= RESOLVED * abs(t)
     if plan.accept_smallest:
         least = least | smallest
     remembered = controller.remember(level, length, memory) if controller.remembers else memory

@@ -22,6 +22,7 @@ from ..linalg.pencil import Pencil, ScaledFactors, scaled_factors, split
 from ..methods import Method
 from ..methods.collocation import CollocationTableau, Mode
 from ..methods.family import weighted_sum
+from .clock import resolved
 from .coupled import CoupledSystem, StagesOfMany, solve_coupled
 from .plan import Plan
 from .stages import SEARCHES
@@ -97,7 +98,7 @@ class ResidualSolver(CoupledSystem):
         its tolerance, and not more than a thousandth of the span (Brenan, Campbell & Petzold 1996, section 5.2)."""
         span = (stops[-1] - stops[0]).abs()
         slope, speed = self.slope(stops[0], y0, sign, 1e-3 * span)
-        step = torch.minimum(1e-3 * span, 0.5 / speed.clamp(min=1e-300).double())
+        step = resolved(torch.minimum(1e-3 * span, 0.5 / speed.clamp(min=1e-300).double()), stops[0])
         # no step of a state that is not finite succeeds: it begins with one that is given up soon
         return slope, torch.where(torch.isfinite(y0).all(-1), step, torch.finfo(torch.float64).tiny)
 

@@ -16,6 +16,7 @@ from ..methods.collocation import CollocationTableau, Mode
 from ..methods.tableaux_rosenbrock import RosenbrockTableau
 from ..system.jacobians import dense_with_time, jvp
 from ..system.stage_jacobian import StageJacobian
+from .clock import resolved
 from .coupled import CoupledSystem, StagesOfMany, StagesOfOne, solve_coupled
 from .newton import complex_shifted, iterate, jacobian_at, mass_product, shifted, tangent
 from .numbers import Decision, Measure, along, any_of, choose, choose_states, less, lost, negated, same
@@ -215,7 +216,7 @@ class StageSolver(CoupledSystem):
                 break
             width = torch.where(going & torch.isfinite(wanted), wanted, width)
         first = torch.minimum(1e-3 * span, 0.5 / speed.clamp(min=1e-300))
-        return torch.where(torch.isfinite(first), first, 1e-6 * span)
+        return resolved(torch.where(torch.isfinite(first), first, 1e-6 * span), stops[0])
 
     @property
     def constrained(self) -> bool:

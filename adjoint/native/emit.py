@@ -10,7 +10,7 @@ from typing import TypeGuard
 import numpy as np
 import torch
 
-from ..integrate import adams, bdf, companion, coupled, residual, stages, stiffness
+from ..integrate import adams, bdf, clock, companion, coupled, residual, stages, stiffness
 from ..methods.abm import Adams, projection, stretching, uniform_errors
 from ..methods.auto import stages_at_end
 from ..methods.bdf import MAX_ORDER, Bdf, coefficients, rescaling_slopes
@@ -326,6 +326,7 @@ def engine_text(
             f"#define DISPLACED {int(displaced)}",
             f"#define BY_STAGES {int(implicit or not method.spares_stages)}",
             f"static constexpr double FARTHEST = {number(max(1.0, *nodes))}, REAL_EPSILON = {number(torch.finfo(real).eps)};",
+            f"static constexpr double RESOLVED = {number(clock.RESOLVED)};",
             source("lanes.hpp"),
             source("common.hpp"),
             *_family(method, real, matrices),

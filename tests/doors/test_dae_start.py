@@ -185,3 +185,36 @@ def test_samples_at_the_start_of_many():
     assert float(second[1]) == pytest.approx(-8 * 0.7)
     mapped = torch.vmap(lambda t: by_time(t, x0))(torch.zeros(3, 2, dtype=torch.float64))
     assert mapped[:, 1].tolist() == pytest.approx([4 * 0.7] * 3)
+
+
+@pytest.mark.parametrize("method", ["radau", "rodas5p"])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.compile)])
+def test_a_fast_layer_where_times_are_large(method, compile):
+    """A first step by the slope alone would be shorter than what times resolve; the error test passes longer ones."""
+    p = torch.tensor([1e6, 0.5], dtype=torch.float64, requires_grad=True)
+    start, end, y0 = 1e5, 1e5 + 5e-5, torch.tensor([1e3, 1e3], dtype=torch.float64)
+    options = {"args": (p,), "rtol": 1e-6, "atol": 1e-9, "compile": compile}
+
+    def fun(t, y, p):
+        return torch.stack([-p[0] * (y[..., 0] - p[1]), y[..., 1] - y[..., 0]], -1)
+
+    mass = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    if method == "rodas5p":
+        sol = solve_ivp(fun, (start, end), y0, mass_matrix=mass, method=method, **options)
+    else:
+        sol = solve_dae(lambda t, y, yp, p: mass @ yp - fun(t, y, p), (start, end), y0, **options)
+    torch.testing.assert_close(sol.y[-1], p[1].expand(2), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(sol.y[-1, 1], p)[0], torch.tensor([0.0, 1.0], dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+def test_a_fast_layer_on_the_way_back_where_times_are_large():
+    p = torch.tensor([1e6, 0.5], dtype=torch.float64, requires_grad=True)
+    start, end = torch.tensor([1e5 - 1, 1e5], dtype=torch.float64)
+
+    def fun(t, y, yp, p):
+        return torch.stack([yp[0] + p[0] * (y[0] - p[1] * torch.cos(t)), y[1] - y[0]])
+
+    y0 = (0.5 * torch.cos(start)).expand(2)
+    sol = solve_dae(fun, (start, end), y0, args=(p,), rtol=1e-6, atol=1e-9, gradient=InterpolatingAdjoint())
+    gradient = torch.autograd.grad(sol.y[-1, 1], p)[0]
+    torch.testing.assert_close(gradient, torch.stack([0 * end, torch.cos(end)]), rtol=0, atol=1e-5)

@@ -186,7 +186,7 @@ struct Loop : Standing {
     const DV remaining = d_abs(end_at - t.v);
     LV there = q.adaptive ? THAT(s * 1.01 >= remaining) : THAT(s >= remaining * (1 - 1e-10));
     if (q.adaptive && q.max_step < BEYOND_ALL) there = there & THAT(remaining <= d_all(q.max_step));
-    LV tiny = THAT(s <= 16 * 2.220446049250313e-16 * d_abs(t.v));
+    LV tiny = THAT(s <= RESOLVED * d_abs(t.v));
     if (q.min_step) tiny = tiny | THAT(s < d_all(q.min_step));
     const LV spent = THAT(attempts.v >= l_all(q.max_steps)), none = live.v & (spent | (tiny & ~there));
     if (some(none)) for (int l = 0; l < W; l++) if (((Flags&)none)[l]) finish(l, ((Flags&)spent)[l] ? -1 : bad[l] ? -3 : -2);
@@ -237,7 +237,7 @@ struct Loop : Standing {
       error1.v = d_sel(passed, q.predictive ? d_most(level, d_all(1e-2)) : level, error1.v);
       error2.v = d_sel(passed, q.predictive ? -length : before, error2.v);
     }
-    const LV hopeless = on.v & bad.v & (THAT(step.v <= 16 * 2.220446049250313e-16 * d_abs(t.v)) | smallest);
+    const LV hopeless = on.v & bad.v & (THAT(step.v <= RESOLVED * d_abs(t.v)) | smallest);
     rejected.v = ~passed;
     if (some(hopeless)) for (int l = 0; l < W; l++) if (((Flags&)hopeless)[l]) finish(l, -3);
     return passed & on.v;

@@ -80,7 +80,8 @@ struct Starts {
 #else
       hairer(row, sign);
 #endif
-      for (int l = 0; l < W; l++) if (step[l] < q.min_step) step[l] = q.min_step;
+      // a guess, but one that the times resolve
+      for (int l = 0; l < W; l++) step[l] = most(most(step[l], 2 * RESOLVED * BD(fabs)(anchor(row[l], 0))), q.min_step);
     }
     for (int l = 0; l < W; l++) for (int n = 0; n < N; n++) {
       // nothing goes on from a state that is not finite: a step of no size says so at once
