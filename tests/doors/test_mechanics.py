@@ -44,10 +44,10 @@ def test_pendulum_against_trusted_values(pendulum):
 def test_pendulum_against_its_angle(pendulum):
     """Minimal coordinates, also of the multiplier: ``lam = v^2 - g y``; both constraints hold all the way, energy to tolerance."""
     g = torch.tensor(1.3, requires_grad=True)
-    times = torch.linspace(0.0, 1.6, 5)
-    sol = pendulum.solve((0.0, 1.6), torch.tensor([1.0, 0.0]), torch.zeros(2), (g,), t_eval=times, rtol=1e-8, atol=1e-10)
+    times = torch.linspace(0.0, 0.8, 5)
+    sol = pendulum.solve((0.0, 0.8), torch.tensor([1.0, 0.0]), torch.zeros(2), (g,), t_eval=times, rtol=1e-8, atol=1e-10)
     swing = lambda t, y, g: torch.stack([y[1], -g * torch.sin(y[0])])  # noqa: E731
-    angle = solve_ivp(swing, (0.0, 1.6), torch.tensor([math.pi / 2, 0.0]), (g,), t_eval=times, method="dopri8", rtol=1e-11, atol=1e-12).y
+    angle = solve_ivp(swing, (0.0, 0.8), torch.tensor([math.pi / 2, 0.0]), (g,), t_eval=times, method="dopri8", rtol=1e-11, atol=1e-12).y
     a, w = angle.unbind(-1)
     truth = torch.stack([a.sin(), -a.cos(), w * a.cos(), w * a.sin(), w**2 + g * a.cos()], -1)
     assert torch.allclose(flat(sol.y), truth, atol=1e-6)

@@ -52,7 +52,7 @@ def compared(found, wanted, inputs, tol=1e-9):
 def test_a_ball_that_bounces(method):
     """End state after n contacts, one trajectory: values and derivatives to the second in restitution, height and gravity."""
     h, e, g = inputs = values(2.0, 0.8, 9.81)
-    for n in (1, 2, 5) if method == "tsit5" else (1, 3):
+    for n in (1, 2, 5) if method == "tsit5" else (3,):
         t = between(n, *inputs)
         sol = solve_ivp(right(method), (0.0, t), torch.stack([h, 0 * h]), (e, g), events=BOUNCE, **options(method))
         assert sol.status == 0 and sol.events["bounce"].t.shape == (n,)

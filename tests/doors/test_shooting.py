@@ -11,7 +11,7 @@ from adjoint import UnsupportedCombination, solve_dae, solve_ivp, solve_root
 
 FINE = {"rtol": 1e-6, "atol": 1e-8, "first_step": 0.1}
 #: until when
-T = 0.5
+T = 0.25
 MASS = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
 
 

@@ -244,7 +244,7 @@ class TestNotHolomorphic:
             start, parameters = (torch.view_as_complex(x.contiguous()) if packed else x.clone() for x in (y0, rows))
             start, parameters = start.requires_grad_(), parameters.requires_grad_()
             fun = self.pendulum if packed else self.real
-            sol = adjoint.solve_ivp(fun, (0.0, 0.5), start, args=(parameters,), **options)
+            sol = adjoint.solve_ivp(fun, (0.0, 0.25), start, args=(parameters,), **options)
             y = torch.view_as_real(sol.y) if packed else sol.y
             found = torch.autograd.grad((y[-1] * torch.tensor([1.0, 0.3], dtype=torch.float64)).sum(), (start, parameters))
             return [torch.view_as_real(x) for x in found] if packed else found
