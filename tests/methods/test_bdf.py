@@ -202,7 +202,7 @@ def test_gradcheck(form):
 
 @pytest.mark.parametrize("form", ["ode", "dae"])
 def test_transforms(form):
-    options = dict(method="bdf", rtol=1e-6, atol=1e-8)
+    options = dict(method="bdf", rtol=1e-5, atol=1e-7)
 
     def objective(p):
         if form == "ode":
