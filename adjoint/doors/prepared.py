@@ -27,6 +27,7 @@ from ..native.reading import Unreadable
 from ..native.solve import frame_of
 from ..sensitivity import DiscreteAdjoint, Problem
 from ..sensitivity.prepared import Prepared, Run, at_once, run_of
+from ..system.ownership import owned
 from ..system.system import StateSpec, System
 from ..torch_internals import (
     dual_level,
@@ -92,7 +93,8 @@ class Asked:
             tensors = self.found.tensors
             wanted = tuple([i for i, k in enumerate(prepared.places) if tensors[k].requires_grad])
             run = Run(prepared, anchors, times, wanted, partial(self._solved_again, door, prepared, times), backward.add)
-            y = at_once(run, done, y0, *[tensors[prepared.places[i]] for i in wanted])
+            # with an integral results are parts of that of the node
+            y = at_once(run if prepared.integrand is None else owned(run), done, y0, *[tensors[prepared.places[i]] for i in wanted])
         y, integral = prepared.shown(y, y0, times is not None)
         quadrature = None if integral is None or prepared.integrand is None else prepared.integrand.unflatten(integral)
         n_steps, n_accepted, n_fun, status, _, *work = done.counts

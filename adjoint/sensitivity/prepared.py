@@ -15,6 +15,7 @@ from ..native.at_once import AtOnce, Kept
 from ..native.memory import as_given, bytes_of, put_together
 from ..native.reading import Unreadable
 from ..native.solve import COUNTS
+from ..system.ownership import Owned
 from ..system.system import StateSpec
 from ..system.transforms import functorch_active, naming_writes
 from ..torch_internals import copy_by_copy, unviewed
@@ -92,7 +93,8 @@ class Done(NamedTuple):
     kept: Kept
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Run:
     """What the way back of a solve needs beside what is saved of it. ``again`` solves once more by the general way, for all but plain first
     derivatives."""
 
@@ -130,10 +132,11 @@ def run_of(prepared: Prepared, anchors: Tensor, t_eval: Tensor | None, y0: Tenso
 
 class PreparedNode(torch.autograd.Function):
     """``apply(run, done, y0, *inputs)`` is the result as a function of the initial state and of those tensors that require grad. Where
-    there is no transform, ``at_once`` is that, without looking whether there is one."""
+    there is no transform, ``at_once`` is that, without looking whether there is one. ``run``: owned by the results, where these are not
+    this node's own."""
 
     @staticmethod
-    def forward(ctx: Any, run: Run, done: Done, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, run: Run | Owned[Run], done: Done, *inputs: Tensor) -> Tensor:
         kept = done.kept
         ctx.run, ctx.layout, ctx.n_steps = run, kept.layout, kept.n_steps
         ctx.set_materialize_grads(False)
@@ -144,7 +147,7 @@ class PreparedNode(torch.autograd.Function):
     @copy_by_copy
     @naming_writes
     def backward(ctx: Any, bar: Tensor | None) -> tuple[Tensor | None, ...]:
-        run: Run = ctx.run
+        run: Run = ctx.run() if isinstance(ctx.run, Owned) else ctx.run
         # also says so where the graph is gone, or one of the inputs was written to
         saved, pieces = ctx.saved_tensors, len(ctx.layout.sizes)
         inputs = saved[pieces:]

@@ -448,7 +448,8 @@ class TestFaults:
         ends = [float(solve(lambda t, y, k: k * y, torch.ones(1, dtype=F64), (k,), rtol=1e-9).y[-1]) for _ in range(2)]
         assert ends == pytest.approx([math.exp(-4.0)] * 2, rel=1e-6)
 
-    def test_a_solution_on_its_module(self):
+    @pytest.mark.parametrize("integrated", [False, True])
+    def test_a_solution_on_its_module(self, integrated, counted):
         class Field(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -457,13 +458,22 @@ class TestFaults:
             def forward(self, t, y):
                 return -self.k * y
 
+            def total(self, t, y):
+                return (self.k * y).sum(-1)
+
+        made = []
         for _ in range(2):
             field = Field()
-            field.kept = solve(field, torch.ones(2, dtype=F64)).y
+            sol = solve(field, torch.ones(2, dtype=F64), quadrature=field.total if integrated else None)
+            field.kept = sol.y, sol.quadrature
             gone = weakref.ref(field)
-            del field
+            # which holds results
+            made += [x is not None for x in counted]
+            counted.clear()
+            del field, sol
             gc.collect()
             assert gone() is None
+        assert made == [True]
 
     def test_node(self):
         # of a function that no other test solves with: looks for jumps are had every so many solves
