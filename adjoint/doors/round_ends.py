@@ -14,9 +14,9 @@ from ..errors import UnsupportedCombination
 from ..sensitivity.problem import GradientTraits
 from ..sensitivity.products import behind, tangent
 from .arguments import RoundSpan
-from .event_slope import once, with_slope
-from .round_rules import Rule
-from .rows import chosen, forward_fill, wide
+from .event_slope import once, refused, with_slope
+from .round_rules import Boundary, Rule
+from .rows import chosen, forward_fill, still, wide
 from .solution import EventLog, EventRecord, Solution
 
 __all__ = ["check_rules", "ended_before", "takes_events", "with_events"]
@@ -24,6 +24,10 @@ __all__ = ["check_rules", "ended_before", "takes_events", "with_events"]
 _TWICE = (
     "the time of an event was to be differentiated twice in equations that do not give the slope (solve_dae, mass_matrix=) by a strategy "
     "that does not take events: use gradient=DiscreteAdjoint()"
+)
+_SLOPE_THERE = (
+    "the slope (yp) at an event that ends a step of t_eval='steps' was to be differentiated by a strategy that does not take events: use "
+    "gradient=DiscreteAdjoint()"
 )
 
 
@@ -56,22 +60,20 @@ def with_events(
     rules: Sequence[Rule],
     first: Solution,
     sol: Solution,
-    last: Any,
-    span: RoundSpan,
+    end: Boundary,
     args: tuple[Any, ...],
     slope: Callable[[Tensor, Any], Any] | None,
     integrand: Callable[[Tensor, Any], Any] | None,
     real: torch.dtype,
+    steps: bool,
 ) -> Solution:
-    """``sol`` with the events of ``first`` at its end, where the state is ``last``; their times and states are differentiable, and the
-    integrals of an ``integrand`` up to them.
+    """``sol`` with the events of ``first`` at its ``end``; their times and states are differentiable, and the integrals of an
+    ``integrand`` up to them; so are the ends of the last of the ``steps``, where these are what ``sol`` gives.
 
-    ``span`` is that of ``sol``. The time of an event is a root of the event function on the solution continued beyond its end, to
-    second order where the equations tell the slope, else to first: two of Newton's steps have its first and second derivatives
-    (docs/theory.md, events).
+    The time of an event is a root of the event function on the solution continued beyond its end, to second order where the equations
+    tell the slope, else to first: two of Newton's steps have its first and second derivatives (docs/theory.md, events).
     """
-    ending = None if sol.yp is None else tree_map(lambda x: x[-1].detach(), sol.yp)
-
+    ending = still(end.yp)
     integrals = sol.quadrature
 
     def one(rule: Rule, record: EventRecord) -> EventRecord:
@@ -79,18 +81,18 @@ def with_events(
         if not record.t.shape[0]:
             return record
         hit = ~record.t[0].detach().isnan()
-        end, y = forward_fill(hit, (span.end, last))
+        now, y = forward_fill(hit, (end.t, end.y))
 
         def moved(h: Tensor, rate: Any) -> Any:
             return tree_map(lambda a, k: a + wide(h, a).to(a.dtype) * k, y, rate)
 
         def state(d: Tensor) -> Any:
-            return moved(d, ending if slope is None else slope(end + d / 2, moved(d / 2, slope(end, y))))
+            return moved(d, ending if slope is None else slope(now + d / 2, moved(d / 2, slope(now, y))))
 
         def residual(d: Tensor) -> Tensor:
-            return rule.value((end + d).to(real), state(d), *args).reshape(end.shape).to(torch.float64)
+            return rule.value((now + d).to(real), state(d), *args).reshape(now.shape).to(torch.float64)
 
-        d, sloping = behind(torch.zeros_like(end), end, *causes), hit
+        d, sloping = behind(torch.zeros_like(now), now, *causes), hit
         for k in range(2):
             rate, value = tangent(residual, (d,), (torch.ones_like(d),)), residual(d)
             sloping = (torch.isfinite(rate) & (rate != 0)).detach() if k == 0 else sloping
@@ -99,14 +101,25 @@ def with_events(
         d = once(d, hit, _TWICE, *causes) if slope is None else d
         if integrand is not None:
             # of second order, as the state
-            rate = integrand((end + d / 2).to(real), moved(d / 2, ending if slope is None else slope(end, y)))
+            rate = integrand((now + d / 2).to(real), moved(d / 2, ending if slope is None else slope(now, y)))
             integrals = tree_map(
                 lambda q, g, total: torch.where(wide(hit, q), q + wide(d, g).to(g.dtype) * g, total), sol.quadrature, rate, integrals
             )
-        t = torch.where(hit, end + d, float("nan")).to(record.t.dtype).unsqueeze(0)
+        t = torch.where(hit, now + d, float("nan")).to(record.t.dtype).unsqueeze(0)
         return EventRecord(t, tree_map(lambda x: torch.where(wide(hit, x), x, float("nan")).unsqueeze(0), state(d)))
 
-    causes = [x for x in tree_leaves((last, args)) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
+    causes = [x for x in tree_leaves((end.y, args)) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
     # of several at one time the first one is where the round ends
     records = [one(rule, record) for rule, record in reversed(list(zip(rules, first.events, strict=True)))]
-    return replace(sol, events=EventLog.of(records[::-1], (rule.name for rule in rules)), quadrature=integrals)
+    times, states, slopes = sol.t, sol.y, sol.yp
+    for record in records if steps else ():
+        if record.t.shape[0]:
+            present = ~times.detach().isnan()
+            ends = present & (present.cumsum(0) == present.sum(0)) & ~record.t[0].detach().isnan()
+            times = torch.where(ends, record.t[0].to(times.dtype), times)
+            states = tree_map(lambda a, b, on=ends: torch.where(wide(on, a), b[0], a), states, record.y)
+            if slopes is not None:
+                moving = (*causes, record.t)
+                slopes = tree_map(lambda a, on=ends, of=moving: refused(a, wide(on, a).expand_as(a), _SLOPE_THERE, *of), slopes)
+    events = EventLog.of(records[::-1], (rule.name for rule in rules))
+    return replace(sol, t=times, y=states, yp=slopes, events=events, quadrature=integrals)

@@ -201,7 +201,8 @@ def _solved(task: Task, run: Progress, span: RoundSpan, y: Any) -> tuple[Solutio
     bound = None if slope is None else lambda t, y: slope(t, y, mode)
     quadrature = options["quadrature"]
     integrand = None if quadrature is None else lambda t, y: quadrature(t, y, *usable(args))
-    return with_events(task.watched, first, sol, last, span, (*mode, *task.args), bound, integrand, real), taken, last
+    end = Boundary(span.end, last, mode, _last(task, sol.yp, sol, taken))
+    return with_events(task.watched, first, sol, end, (*mode, *task.args), bound, integrand, real, task.times.steps), taken, last
 
 
 def _samples(task: Task, going: Tensor, t: Tensor, end: Tensor) -> tuple[Tensor | None, Taken | None]:

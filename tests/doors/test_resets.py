@@ -172,6 +172,35 @@ def test_integrals_of_rounds_whose_end_is_known(name):
 
 
 @pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("door", ["ivp", "mass", "dae"])
+def test_steps_of_rounds_whose_end_is_known(door, batched):
+    """Times and states of steps that a reset ends move with it, in batches beside trajectories that reach theirs later."""
+    level = torch.tensor(1.0, requires_grad=True)
+    event = Event(lambda t, y: y[..., 0] - level, direction=1, reset=lambda t, y: 0.2 * y, name="event")
+    fun = lambda t, y: torch.stack([1.0 + 0.1 * y[..., 1], torch.sin(3 * t) - y[..., 1]], -1)  # noqa: E731
+    y0 = torch.tensor([[0.3, 0.5], [0.6, 0.2]]) if batched else torch.tensor([0.3, 0.5])
+
+    def solved(gradient):
+        keys = {"events": event, "batched": batched, "t_eval": "steps", "gradient": gradient, **FINE}
+        if door == "dae":
+            return adjoint.solve_dae(lambda t, y, yp: yp - fun(t, y), (0.0, 1.2), y0, **keys)
+        mass = {"mass_matrix": torch.eye(2), "method": "radau5"} if door == "mass" else {}
+        return solve_ivp(fun, (0.0, 1.2), y0, **mass, **keys)
+
+    def slopes(gradient):
+        sol = solved(gradient)
+        same = sol.t.diff(dim=0) == 0
+        states = [x[same].sum() for x in (sol.y[:-1], sol.y[1:])]
+        return torch.stack([torch.autograd.grad(x, level, retain_graph=True)[0] for x in (sol.t[:-1][same].sum(), *states)])
+
+    assert torch.allclose(slopes(adjoint.InterpolatingAdjoint()), slopes(adjoint.Backprop()), rtol=1e-6)
+    if door == "dae":
+        sol = solved(adjoint.InterpolatingAdjoint())
+        with pytest.raises(adjoint.InvalidInput, match=r"the slope .* at an event that ends a step"):
+            sol.yp.nansum().backward()
+
+
+@pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("backwards", [False, True])
 def test_samples_on_both_sides(batched, backwards):
     """What is returned at the time of a reset is the state after it; times may be given in either order."""
