@@ -29,8 +29,8 @@ __all__ = ["RecordedStages", "StageLinearizer", "coupled_matrix", "coupled_penci
 Rows = Sequence[Sequence[float]]
 
 #: unknowns up to which the stages of a linear method share one Jacobian with a graph: it has as many products as there are unknowns, all at
-#: once, in the place of two for each stage, one by one
-_SHARED_UP_TO = 64
+#: once, in the place of two for each stage, one by one; and entries of it up to which it may have more than these, which are memory
+_SHARED_UP_TO, _ENTRIES_UP_TO = 64, 2**16
 
 
 def coupled_root(
@@ -276,7 +276,9 @@ class RecordedStages:
         if self._solve is not None:
             return self._solve(b)
         strategy, solver = self.algebra.jacobian, self.algebra.linear_solver
-        if y.shape[1] <= _SHARED_UP_TO and isinstance(strategy, StageJacobian) and strategy.takes_dense(y):
+        n = y.shape[1]
+        few = n <= 2 * len(self.recorded) or (n <= _SHARED_UP_TO and y.numel() * n <= _ENTRIES_UP_TO)
+        if few and isinstance(strategy, StageJacobian) and strategy.takes_dense(y):
             matrix = shifted(strategy(lambda x: self.f(t, x), y), step, self.mass_matrix)
             assert isinstance(matrix, Tensor)
             self._solve = shared_solve(matrix, solver)
