@@ -29,8 +29,9 @@ __all__ = ["RecordedStages", "StageLinearizer", "coupled_matrix", "coupled_penci
 Rows = Sequence[Sequence[float]]
 
 #: unknowns up to which the stages of a linear method share one Jacobian with a graph: it has as many products as there are unknowns, all at
-#: once, in the place of two for each stage, one by one; and entries of it up to which it may have more than these, which are memory
-_SHARED_UP_TO, _ENTRIES_UP_TO = 64, 2**16
+#: once, in the place of two for each stage, one by one; and entries of it up to which it may have more than these: beyond, they cost time
+#: and memory
+_SHARED_UP_TO, _ENTRIES_UP_TO = 64, 2**13
 
 
 def coupled_root(
