@@ -102,9 +102,10 @@ class ContactMechanics(Mechanism):
         return _Site(self.mass_matrix(q, args), G, N, drift, opening, gap, torch.finfo(q.dtype).eps * terms.detach())
 
     def _meet(
-        self, t: Tensor, q: Tensor, v: Tensor, site: _Site, closed: Tensor, given: Tensor, loose: Tensor, args: tuple[Any, ...]
+        self, t: Tensor, q: Tensor, v: Tensor, site: _Site, closed: Tensor, given: Tensor, loose: Tensor, args: tuple[Any, ...], throw: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What follows where contacts are ``closed`` (..., c): coordinates, velocities, and which contacts rest.
+        """What follows where contacts are ``closed`` (..., c): coordinates and velocities, NaN where these are not determined, and which
+        contacts rest.
 
         ``given``: rates of the gaps that count as zero; ``loose``: contacts that are not to rest.
 
@@ -117,22 +118,26 @@ class ContactMechanics(Mechanism):
         rebound = torch.where(slow, 0.0, e) * speed.clamp(max=0.0)
         with torch.no_grad():
             W = compliance(site.M, site.G, site.N)
-        active, _ = complementary(W, speed + rebound, closed, site.doubt(v), self.contacts.names)
+        active, _, known = complementary(W, speed + rebound, closed, site.doubt(v), self.contacts.names, throw)
         v = site.nearest(v, active, -rebound)
-        resting = self._lasting(t, q, v, site, active & slow & ~loose, args)
-        return self._apart(q, site, closed, resting), v, resting
+        resting, determined = self._lasting(t, q, v, site, active & slow & ~loose, args, throw)
+        known = known & determined
+        return torch.where(known, self._apart(q, site, closed & known, resting), float("nan")), torch.where(known, v, float("nan")), resting
 
     @torch.no_grad()
-    def _lasting(self, t: Tensor, q: Tensor, v: Tensor, site: _Site, able: Tensor, args: tuple[Any, ...]) -> Tensor:
+    def _lasting(
+        self, t: Tensor, q: Tensor, v: Tensor, site: _Site, able: Tensor, args: tuple[Any, ...], throw: bool
+    ) -> tuple[Tensor, Tensor]:
         """Those of the contacts that are ``able`` to rest which push then: of a force and an acceleration, both at least zero, one is zero.
+        And whether (..., 1) that is determined.
 
         One without force or acceleration is not held, so that it may open at any time.
         """
         free = solved(saddle(site.M, site.G), self.forced(t, q, v, args), -self.curved(t, q, v, args)[1])[..., : q.shape[-1]]
         curve = bend(self.contacts.gaps(args), t, q, v)
         noise, W = site.doubt(free, curve), compliance(site.M, site.G, site.N)
-        resting, push = complementary(W, site.speed(free, curve), able, noise, self.contacts.names)
-        return resting & (push * W.diagonal(dim1=-2, dim2=-1) > noise)
+        resting, push, known = complementary(W, site.speed(free, curve), able, noise, self.contacts.names, throw)
+        return resting & (push * W.diagonal(dim1=-2, dim2=-1) > noise), known
 
     def _apart(self, q: Tensor, site: _Site, touching: Tensor, resting: Tensor) -> Tensor:
         """Coordinates with which gaps are zero where contacts rest, and open, by no more than rounding, where they only touch."""
@@ -170,9 +175,9 @@ class ContactMechanics(Mechanism):
         bad = self._overlaps(site, torch.zeros_like(speed, dtype=torch.bool), "at the start: give other coordinates q0", throw)
         near = self._touching(t, site, speed)
         # those that close are left to their event
-        resting = self._lasting(t, q, v, site, near & (speed.abs() <= site.doubt(v)).detach(), args)
+        resting, known = self._lasting(t, q, v, site, near & (speed.abs() <= site.doubt(v)).detach(), args, throw)
         v = site.nearest(v, resting, torch.zeros_like(speed))
-        q = torch.where(bad.any(-1, keepdim=True), float("nan"), self._apart(q, site, near, resting))
+        q = torch.where(bad.any(-1, keepdim=True) | ~known, float("nan"), self._apart(q, site, near & known, resting))
         every = self._accelerations(t, q, v, jacobian(self.contacts.gaps(args), t, q), resting, args)
         n, m = q.shape[-1], site.G.shape[-2]
         return q, v, every[..., :n], every[..., n : n + m], every[..., n + m :], resting.to(q.dtype)
@@ -189,33 +194,35 @@ class ContactMechanics(Mechanism):
             raise InvalidInput(f"the gap of {self.contacts.names[i]!r} is {size:.3g}{many} {where}, so that no gap is negative")
         return bad
 
-    def _impact(self, i: int) -> Callable[..., Any]:
+    def _impact(self, i: int, throw: bool) -> Callable[..., Any]:
         """The reset of a contact that closes."""
-        return lambda t, y, mode, *args: self._changed(t, y, mode, args, self._only(i, mode[0]), self._only(None, mode[0]))
+        return lambda t, y, mode, *args: self._changed(t, y, mode, args, self._only(i, mode[0]), self._only(None, mode[0]), throw)
 
-    def _release(self, i: int) -> Callable[..., Any]:
+    def _release(self, i: int, throw: bool) -> Callable[..., Any]:
         """The reset of one that ceases to push."""
-        return lambda t, y, mode, *args: self._changed(t, y, mode, args, self._only(i, mode[0]), self._only(i, mode[0]))
+        return lambda t, y, mode, *args: self._changed(t, y, mode, args, self._only(i, mode[0]), self._only(i, mode[0]), throw)
 
     @staticmethod
     def _only(i: int | None, resting: Tensor) -> Tensor:
         place = torch.arange(resting.shape[-1], device=resting.device)
         return (place == (-1 if i is None else i)).expand_as(resting)
 
-    def _changed(self, t: Tensor, y: ContactState, mode: Any, args: Any, own: Tensor, loose: Tensor) -> tuple[ContactState, Any]:
+    def _changed(
+        self, t: Tensor, y: ContactState, mode: Any, args: Any, own: Tensor, loose: Tensor, throw: bool
+    ) -> tuple[ContactState, Any]:
         site = self._site(t, y.q, (*mode[1:], *args))
         # what those that rest are off by is no speed
-        return self._followed(t, y, mode, args, site, own | mode[0], torch.where(mode[0], site.speed(y.v), 0.0), loose)
+        return self._followed(t, y, mode, args, site, own | mode[0], torch.where(mode[0], site.speed(y.v), 0.0), loose, throw)
 
     def _followed(
-        self, t: Tensor, y: ContactState, mode: Any, args: Any, site: _Site, closed: Tensor, given: Tensor, loose: Tensor
+        self, t: Tensor, y: ContactState, mode: Any, args: Any, site: _Site, closed: Tensor, given: Tensor, loose: Tensor, throw: bool
     ) -> tuple[ContactState, Any]:
         """State and mode behind `_meet`, of the contacts ``closed`` and those that touch."""
         closed = closed | self._touching(t, site, site.speed(y.v))
-        q, v, resting = self._meet(t, y.q, y.v, site, closed, given.detach(), loose, (*mode[1:], *args))
+        q, v, resting = self._meet(t, y.q, y.v, site, closed, given.detach(), loose, (*mode[1:], *args), throw)
         return y._replace(q=q, v=v), (resting, *mode[1:])
 
-    def _events(self) -> list[Event]:
+    def _events(self, throw: bool) -> list[Event]:
         """Of every contact where it closes, and where it ceases to push."""
         out = []
         for i, name in enumerate(self.contacts.names):
@@ -231,12 +238,12 @@ class ContactMechanics(Mechanism):
                 return torch.where(mode[0][..., i], push, torch.ones_like(push))
 
             out += [
-                Event(closing, -1, reset=self._impact(i), name=name),
-                Event(pushing, -1, reset=self._release(i), name=f"{name} released"),
+                Event(closing, -1, reset=self._impact(i, throw), name=name),
+                Event(pushing, -1, reset=self._release(i, throw), name=f"{name} released"),
             ]
         return out
 
-    def _own(self, rule: Rule, owned: bool) -> Event:
+    def _own(self, rule: Rule, owned: bool, throw: bool) -> Event:
         """An event of the user; what its reset gives may open and close contacts."""
 
         def function(t: Tensor, y: ContactState, mode: Any, *args: Any) -> Tensor:
@@ -254,11 +261,13 @@ class ContactMechanics(Mechanism):
                 raise InvalidInput(
                     f"the reset of {rule.title} must return a ContactState (y._replace(v=...)), got a {type(given).__name__}"
                 )
-            return self._after(t, y, given, (resting, *own), args, rule.title)
+            return self._after(t, y, given, (resting, *own), args, rule.title, throw)
 
         return Event(function, rule.direction, rule.terminal, None if rule.reset is None else reset, rule.name)
 
-    def _after(self, t: Tensor, before: ContactState, y: ContactState, mode: Any, args: Any, title: str) -> tuple[ContactState, Any]:
+    def _after(
+        self, t: Tensor, before: ContactState, y: ContactState, mode: Any, args: Any, title: str, throw: bool
+    ) -> tuple[ContactState, Any]:
         """What follows where the user's reset gave ``y``."""
         inner, resting = (*mode[1:], *args), mode[0]
         gaps = self.contacts.gaps(inner)
@@ -266,10 +275,11 @@ class ContactMechanics(Mechanism):
         site = self._site(t, y.q, inner)
         # a contact that rests goes on where neither its gap nor the rate of it was changed
         resting = resting & (site.gap - gap <= NEAR * site.noise).detach()
-        self._overlaps(
-            site, (resting & (site.gap - gap >= -NEAR * site.noise)).detach(), f"behind the reset of {title}: give a state there"
-        )
-        return self._followed(t, y, mode, args, site, resting, torch.where(resting, given, 0.0), torch.zeros_like(resting))
+        known = (resting & (site.gap - gap >= -NEAR * site.noise)).detach()
+        bad = self._overlaps(site, known, f"behind the reset of {title}: give a state there", throw).any(-1, keepdim=True)
+        none = torch.zeros_like(resting)
+        y, mode = self._followed(t, y, mode, args, site, resting, torch.where(resting, given, 0.0), none, throw)
+        return y._replace(q=torch.where(bad, float("nan"), y.q)), mode
 
     @naming_faults
     def solve(
@@ -301,7 +311,8 @@ class ContactMechanics(Mechanism):
             raise UnsupportedCombination("Doses change the state, which contacts= does by resets: give an Event of the time with a reset")
         modes = () if mode is None else (mode_of(mode, StateSpec.of(q0, q0.dim() == 2)),)
         y0, yp0, resting = self.initial(q0, v0, *modes, *args, t0=t_span[0], throw=options.get("throw", True))
-        every = [self._own(rule_of(event, i), bool(modes)) for i, event in enumerate(listed(events))] + self._events()
+        throw = bool(options.get("throw", True))
+        every = [self._own(rule_of(event, i), bool(modes), throw) for i, event in enumerate(listed(events))] + self._events(throw)
         integrand = quadrature
         if callable(quadrature):
             integrand = lambda t, y, mode, *args: quadrature(t, y, *mode[1:], *args)  # noqa: E731

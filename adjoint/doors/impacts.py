@@ -33,16 +33,24 @@ def compliance(M: Tensor, G: Tensor, N: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def complementary(W: Tensor, b: Tensor, among: Tensor, noise: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The contacts ``among`` (..., c) that push: ``p >= 0``, ``w = W p + b >= 0``, ``p w = 0``; and with what ``p``.
+def complementary(
+    W: Tensor, b: Tensor, among: Tensor, noise: Tensor, names: Sequence[str], throw: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The contacts ``among`` (..., c) that push: ``p >= 0``, ``w = W p + b >= 0``, ``p w = 0``; with what ``p``, NaN where that is not
+    determined; and whether it is (..., 1).
 
     All are tried first; then the first one that is wrong changes sides until none is (Murty 1974, Opsearch 11:123, which ends for positive
-    definite ``W``). ``noise`` (..., c): what rates are uncertain by. Raises `SingularJacobian` for contacts that depend on each other.
+    definite ``W``). ``noise`` (..., c): what rates are uncertain by. Raises `SingularJacobian` for contacts that depend on each other, with
+    ``throw`` and where values can be looked at.
     """
     W, b, noise = W.detach(), b.detach(), noise.detach()
     diagonal = W.diagonal(dim1=-2, dim2=-1)
     eye = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
-    _check_independent(W, diagonal, among, names)
+    bad = _dependent(W, diagonal, among)
+    if throw and readable(bad):
+        _refuse(bad, among, names)
+    # nothing is asked of a trajectory that is lost
+    among = among & ~bad
     least = noise / torch.where(diagonal > 0, diagonal, 1.0)
     active, p = among, torch.zeros_like(b)
     for _ in range(2 ** min(W.shape[-1], 12) + 1):
@@ -51,21 +59,30 @@ def complementary(W: Tensor, b: Tensor, among: Tensor, noise: Tensor, names: Seq
         w = b + (W @ p.unsqueeze(-1)).squeeze(-1)
         wrong = among & torch.where(active, p < -least, w < -noise)
         if not anywhere(wrong):
-            return active, p
+            return active, torch.where(bad, float("nan"), p), ~bad
         active = active ^ (wrong & (wrong.to(torch.int64).cumsum(-1) == 1))
-    raise SingularJacobian(f"it is not decided which of the contacts {', '.join(map(repr, names))} push: they all but depend on each other")
+    if throw:
+        raise SingularJacobian(
+            f"it is not decided which of the contacts {', '.join(map(repr, names))} push: they all but depend on each other"
+        )
+    bad = bad | wrong.any(-1, keepdim=True)
+    return active & ~bad, torch.where(bad, float("nan"), p), ~bad
 
 
-def _check_independent(W: Tensor, diagonal: Tensor, among: Tensor, names: Sequence[str]) -> None:
-    if not readable(W) or not readable(among):
-        return
+def _dependent(W: Tensor, diagonal: Tensor, among: Tensor) -> Tensor:
+    """``(..., 1)``: whether some of the contacts ``among`` follow from others."""
     size = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
     both = among.unsqueeze(-1) & among.unsqueeze(-2)
     eye = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
     scaled = torch.where(both, W * size.unsqueeze(-1) * size.unsqueeze(-2), eye)
     # a trajectory that is lost already is found out elsewhere
     scaled = torch.where(torch.isfinite(scaled).all(-1, keepdim=True).all(-2, keepdim=True), scaled, eye)
-    bad = (torch.linalg.svdvals(scaled)[..., -1] <= 1e3 * torch.finfo(W.dtype).eps).reshape(-1)
+    return torch.linalg.svdvals(scaled)[..., -1:] <= 1e3 * torch.finfo(W.dtype).eps
+
+
+def _refuse(bad: Tensor, among: Tensor, names: Sequence[str]) -> None:
+    """Raise for the first trajectory that is ``bad`` (..., 1)."""
+    bad = bad.reshape(-1)
     if bool(bad.any()):
         row = int(bad.to(torch.int64).argmax())
         closed = among.reshape(-1, among.shape[-1])[row]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InconsistentInitialCondition, InvalidInput, SingularJacobian
+from ..errors import InconsistentInitialCondition, InvalidInput, RootError, SingularJacobian
 from ..system.capture import readable
 from ..system.transforms import anywhere
 from .holonomic import Rows, bend, independent_rows, jacobian, linear, products, rate, saddle, solved
@@ -132,7 +132,13 @@ class Mechanism:
 
         near = q0 if throw else torch.where(independent.unsqueeze(-1), q0, float("nan"))
         guess = {"q": torch.nan_to_num(q0.detach()), "s": q0.detach().new_zeros(*q0.shape[:-1], m)}
-        q = solve_root(onto, guess, (t, near, *args), batched=q0.dim() == 2, throw=throw).x["q"]
+        try:
+            q = solve_root(onto, guess, (t, near, *args), batched=q0.dim() == 2, throw=throw).x["q"]
+        except RootError as error:
+            raise InconsistentInitialCondition(
+                "no coordinates that satisfy the constraint were found from q0: check that there are any, and start nearer to them. Of the "
+                f"search, in which x['q'] are coordinates and x['s'] multiples of the constraints' slopes: {error}"
+            ) from error
         G, drift = self.sloped(t, q, args)
         return q, solved(saddle(self.mass_matrix(q, args), G), self.times_mass(q, v0, args), -drift)[..., :n]
 
@@ -146,7 +152,7 @@ class Mechanism:
         if not anywhere(lost):
             return found
         if throw and readable(lost):
-            self._refuse(found[0].detach(), args, lost)
+            self._refuse(t, found[0].detach(), v0, args, lost)
 
         def off(z: tuple[Tensor, ...], t: Tensor, q0: Tensor, v0: Tensor, *rest: Any) -> tuple[Tensor, ...]:
             return tuple(x - y for x, y in zip(z, start(t, q0, v0, rest, False), strict=True))
@@ -158,8 +164,8 @@ class Mechanism:
         own = (q0, v0, *(x.detach() for x in found[2:]))
         return tuple(torch.where(lost.unsqueeze(-1), y + float("nan"), x) for x, y in zip(found, own, strict=True))
 
-    def _refuse(self, q: Tensor, args: tuple[Any, ...], lost: Tensor) -> None:
-        """Raise for the first of the trajectories that are ``lost`` at the coordinates ``q``."""
+    def _refuse(self, t: Tensor, q: Tensor, v: Tensor, args: tuple[Any, ...], lost: Tensor) -> None:
+        """Raise for the first of the trajectories that are ``lost`` at the coordinates ``q`` with velocities ``v``."""
         many = f" of trajectory {int(lost.to(torch.int64).argmax())}" if lost.dim() else ""
         matrix = self.mass_matrix(q, args).detach()
         if bool((torch.linalg.inv_ex(matrix)[1] != 0)[lost].all()):
@@ -167,7 +173,8 @@ class Mechanism:
                 f"the mass matrix{many} is singular at the start: every coordinate needs a mass, also one that constraints carry along "
                 "(express it by the others)"
             )
-        if bool(torch.isfinite(q).all(-1)[lost].all()) and bool(torch.isfinite(matrix).all(-1).all(-1)[lost].all()):
+        moves = torch.cat([q, v.detach(), self.forced(t, q, v, args).detach()], -1)
+        if bool(torch.isfinite(moves).all(-1)[lost].all()) and bool(torch.isfinite(matrix).all(-1).all(-1)[lost].all()):
             raise SingularJacobian(
                 f"the constraints{many} are redundant at the start: accelerations and forces are not determined. Leave out those that "
                 "follow from the others (and start away from singular positions)"

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import EventsAccumulate, SolveError
 from ..integrate import Monitor, Status
@@ -159,6 +159,10 @@ def _resets(
         every.append(hit)
         records.append(record)
         states.append(given)
+    bad = alive & ~torch.stack([torch.isfinite(x.detach()).flatten(alive.dim()).all(-1) for x in tree_leaves(on.y)]).all(0)
+    if anywhere(bad):
+        # nothing goes on from there, and what the way back says of that is nothing for the rounds before, nor for parameters shared in them
+        on = Boundary(on.t, chosen(bad, tree_map(lambda x: torch.full_like(x.detach(), float("nan")), on.y), on.y), on.mode, on.yp)
     return on, (every, records, states)
 
 

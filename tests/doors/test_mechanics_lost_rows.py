@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adjoint import Contact, Event, InconsistentInitialCondition, SingularJacobian, mechanics, solve_dae
+from adjoint import Contact, Event, InconsistentInitialCondition, SingularJacobian, mechanics, solve_dae, solve_ivp
 
 nan = float("nan")
 F64 = torch.float64
@@ -120,3 +120,55 @@ def test_resets_of_implicit_equations(kind):
     first, wanted = (torch.autograd.grad(x.sum(), q, create_graph=True)[0] for x in (value, true))
     torch.testing.assert_close(first, wanted, rtol=1e-6, atol=0.0)
     torch.testing.assert_close(*(torch.autograd.grad(x, q)[0] for x in (first, wanted)), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_a_reset_that_makes_a_part_of_a_state_no_number(implicit):
+    """What it leaves as it was comes from rounds in which the trajectory was sound."""
+    bad = torch.tensor([False, True, False])
+    jump = Event(lambda t, y, g: t - 0.5, reset=lambda t, y, g: torch.stack([y[:, 0], torch.where(bad, nan, 2 * y[:, 1])], -1))
+    g = G.clone().requires_grad_()
+    options = {"args": (g,), "events": jump, "batched": True, "throw": False, "rtol": 1e-8, "atol": 1e-10}
+    y0 = torch.ones(3, 2, dtype=F64)
+    if implicit:
+        sol = solve_dae(lambda t, y, yp, g: torch.stack([yp[:, 0] + g * y[:, 0], yp[:, 1] + y[:, 0]], -1), (0.0, 1.0), y0, **options)
+    else:
+        sol = solve_ivp(lambda t, y, g: torch.stack([-g * y[:, 0], -y[:, 0]], -1), (0.0, 1.0), y0, **options)
+    assert [int(x) < 0 for x in sol.status] == [False, True, False]
+    first = torch.autograd.grad(sol.y[-1, OTHERS, 0].sum(), g)[0]
+    torch.testing.assert_close(first, -2 * torch.exp(-G), rtol=1e-6, atol=0)
+
+
+def test_velocities_and_forces_that_are_no_numbers_are_named():
+    m, r, _ = given("redundant")
+    for force, v in ((weight, V + nan), (lambda *x: nan * weight(*x), V)):
+        with pytest.raises(InconsistentInitialCondition, match="not finite at the start"):
+            mechanics(mass, force, rod).solve((0.0, SPAN), Q, v, (G, torch.ones_like(m), torch.ones_like(r)), batched=True)
+
+
+@pytest.mark.slow
+def test_constraints_that_cannot_be_satisfied():
+    model = mechanics(torch.ones(2, dtype=F64), lambda t, q, v, s: -torch.ones_like(q), lambda t, q, s: (q**2).sum(-1, keepdim=True) - s)
+    s = torch.tensor([[1.0], [-1.0], [2.0]], dtype=F64)
+    with pytest.raises(InconsistentInitialCondition, match=r"no coordinates that satisfy the constraint.* in system 1"):
+        model.solve((0.0, SPAN), 10 * Q, V, (s,), batched=True)
+
+
+@pytest.mark.parametrize("height", [0.0, 0.2], ids=["at the start", "at an impact"])
+def test_contacts_that_depend_on_each_other_in_one_row(height):
+    """One weight on two legs that are one and the same in the second row."""
+    legs = [Contact(lambda t, q, g, s: q[..., 0], 0.5), Contact(lambda t, q, g, s: (1 - s) * q[..., 1] + 2 * s * q[..., 0], 0.5)]
+    model = mechanics(torch.ones(2, dtype=F64), lambda t, q, v, g, s: -g * torch.ones_like(q), contacts=legs)
+
+    def run(rows, g, throw=False):
+        s, q = torch.tensor([0.0, 1.0, 0.0], dtype=F64)[rows], height * torch.tensor([[1.0, 1.0], [1.1, 1.1], [1.2, 1.2]], dtype=F64)[rows]
+        return model.solve((0.0, 0.8), q, torch.zeros_like(q), (g, s), batched=True, throw=throw, rtol=1e-4, atol=1e-5)
+
+    g = G.clone().requires_grad_()
+    sol, alone = run([0, 1, 2], g), run(OTHERS, g)
+    assert [int(x) < 0 for x in sol.status] == [False, True, False] and bool(sol.y.q[-1, 1].isnan().all())
+    torch.testing.assert_close(sol.y.q[-1, OTHERS], alone.y.q[-1], rtol=1e-9, atol=1e-12)
+    first, wanted = (torch.autograd.grad(x.sum(), g)[0] for x in (sol.y.q[-1, OTHERS], alone.y.q[-1]))
+    torch.testing.assert_close(first, wanted, rtol=1e-8, atol=1e-12)
+    with pytest.raises(SingularJacobian, match=r"in trajectory 1.*depend on each other"):
+        run([0, 1, 2], g, throw=True)
