@@ -10,6 +10,7 @@ import torch
 
 from ..fuzz.case import Case
 from ..fuzz.draw import draw
+from ..fuzz.hybrid import judge as judge_hybrid
 from ..fuzz.judge import Verdict, errors, judge, run, script
 from ..fuzz.reference import truth
 
@@ -32,6 +33,13 @@ def test_random_cases(first):
     said = [f"python -m tests.fuzz --cheap --show {v.seed}: {v.kind}; {v.summary}; {v.detail}" for v in wrong]
     assert not wrong, "\n".join(said)
     assert sum(v.outcome == "right" for v in found) > CHUNK // 3
+
+
+def test_random_cases_with_resets():
+    found = [judge_hybrid(seed, cheap=True) for seed in range(8)]
+    wrong = [f"{v.seed}: {v.kind} {v.detail}; {v.summary}" for v in found if v.outcome == "failed"]
+    assert not wrong, "\n".join(wrong)
+    assert sum(v.outcome == "right" for v in found) > 5
 
 
 def test_cases_follow_from_their_seeds():
