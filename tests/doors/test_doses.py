@@ -206,7 +206,8 @@ def test_each_of_several_at_one_time_moves_alone(method, batched):
         Doses(twice, [1.0, 0.5], [0, 1], name="twice"),
     ]
     y0 = torch.zeros(2, 2) if batched else torch.zeros(2)
-    tight = {"rtol": 1e-11, "atol": 1e-13, "compile": native, "batched": batched, "events": events}
+    rtol = 1e-9 if name == "radau" else 1e-11
+    tight = {"rtol": rtol, "atol": rtol / 100, "compile": native, "batched": batched, "events": events}
     if name == "radau":
         sol = adjoint.solve_dae(lambda t, y, yp, *args: yp - two(t, y, *args), (0.0, 2.0), y0, args=tuple(p), **tight)
     else:

@@ -36,10 +36,10 @@ def test_random_cases(first):
 
 
 def test_random_cases_with_resets():
-    found = [judge_hybrid(seed, cheap=True) for seed in range(8)]
+    found = [judge_hybrid(seed, cheap=True) for seed in range(5)]
     wrong = [f"{v.seed}: {v.kind} {v.detail}; {v.summary}" for v in found if v.outcome == "failed"]
     assert not wrong, "\n".join(wrong)
-    assert sum(v.outcome == "right" for v in found) > 5
+    assert sum(v.outcome == "right" for v in found) > 3
 
 
 def test_cases_follow_from_their_seeds():

@@ -110,7 +110,7 @@ def test_an_own_method_and_own_tolerances(truth):
     loose = gradients(InterpolatingAdjoint(rtol=1e-2, atol=1e-2), "dopri8", 1e-10)
     tight = gradients(InterpolatingAdjoint(method="dopri8", rtol=1e-10, atol=1e-10), "dopri8", 1e-10)
     size = truth[False][0].abs().max()
-    assert float((tight[0] - truth[False][0]).abs().max() / size) < 1e-7 < float((loose[0] - truth[False][0]).abs().max() / size)
+    assert float((tight[0] - truth[False][0]).abs().max() / size) < 1e-9 < float((loose[0] - truth[False][0]).abs().max() / size)
 
 
 def test_backsolve_is_right_where_it_can_be(truth):
