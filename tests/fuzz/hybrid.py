@@ -31,8 +31,8 @@ TIGHT: dict[str, Any] = {"method": "dopri8", "rtol": 1e-11, "atol": 1e-13}
 SHARES = (0.0, 0.21, 0.5, 0.77, 1.0)
 #: what values, first and second derivatives may be off by, in parts of what is largest
 LIMITS = (3e-6, 1e-4, 1e-4)
-#: second derivatives in times at which steps end are of one order less than steps: by methods of order two of the first
-LOW = ("trbdf2",)
+#: second derivatives in times at which steps end are of one order less than steps: wider by methods of order two, or that begin with less
+LOW = ("trbdf2", "bdf")
 METHODS = {
     "ivp": ["tsit5", "dopri5", "dopri8", "verner7", "bosh3", "rodas5p", "kvaerno3", "radau5", "bdf", "auto", "abm", "trbdf2"],
     "mass": ["radau5", "rodas5p", "bdf"],
