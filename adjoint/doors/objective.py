@@ -13,10 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import InvalidInput, RootError, SingularJacobian, SolveError, UnsupportedCombination
 from ..linalg import Factorization, Log
-from ..nonlinear import RootRecord
 from ..sensitivity.f1 import Expansion, Functions, Solves
 from ..sensitivity.fingerprint import Fingerprint
-from ..sensitivity.implicit import FactorStore, RootNode, RootOutputs
+from ..sensitivity.implicit import FactorStore, RootNode, RootOutputs, known_root
 from ..sensitivity.witness import CHANGED
 from ..system.capture import needs_derivatives
 from ..system.ownership import owning
@@ -96,7 +95,7 @@ class SteadyStateObjective:
     At one ``p`` the state, value, gradient, Hessian, products and third derivatives share one steady state and one factorisation. They
     are kept until another ``p`` is asked for, or ``f`` or ``F`` change, whatever it is that they read (tensors changed in place, by
     ``.data`` or for others of the same name, as minibatches are; buffers and modes of modules; numbers): with every question both are
-    evaluated once, at a point beside ``p`` and the state.
+    evaluated once, at a point beside ``p`` and the state; for `value` and `state`, where derivatives are recorded, also there.
 
     Parameters
     ----------
@@ -251,30 +250,30 @@ class SteadyStateObjective:
     @naming_faults
     def state(self, p: Any) -> Any:
         """The steady state ``s(p)``, like ``x0``; differentiable in ``p`` (and in tensors that ``F`` captured) to any order."""
-        if self._asked(p):
+        point = self._alone(p)
+        if point is None:
             return self._differentiable_state(p)
-        point = self._at(p)
         return point.spec.unflatten(point.x.unsqueeze(0).clone())
 
     @naming_faults
     def value(self, p: Any) -> Tensor:
         """``f(s(p), p)``, 0-d; differentiable in ``p`` (and in tensors that ``f`` and ``F`` captured) to any order, also inside of
         ``torch.func`` transforms."""
-        if self._asked(p):
+        point = self._alone(p)
+        if point is None:
             value = self.f(self._differentiable_state(p), p)
             return _real(value).square().sum() / 2 if self.residuals else value.reshape(())
-        return self._at(p).expansion.value()
+        return point.expansion.value()
 
     __call__ = value
 
-    def _asked(self, p: Any) -> bool:
-        """Whether anybody may ask for derivatives through the state: in ``p``, or in what ``f`` and ``F`` captured."""
+    def _alone(self, p: Any) -> _Point | None:
+        """The point, where nobody may ask for derivatives through the state, in ``p`` or in what ``f`` and ``F`` captured; else None."""
         if needs_derivatives(tree_leaves(p)) or functorch_active():
-            return True
-        if not torch.is_grad_enabled():
-            return False
+            return None
         point = self._at(p)
-        return needs_derivatives(tree_leaves(point.functions(point.x, point.p)[:2]))
+        recorded = torch.is_grad_enabled() and needs_derivatives(tree_leaves(point.functions(point.x, point.p)[:2]))
+        return None if recorded else point
 
     @owning
     def _differentiable_state(self, p: Any) -> Any:
@@ -285,11 +284,7 @@ class SteadyStateObjective:
         point = self._at(p)
         setup = prepare(self.F, point.spec.unflatten(point.x.unsqueeze(0)), (p,), log=self.stats.log, in_parts=True, **options)
 
-        def known(r: Any, x: Tensor, inputs: Any, jacobian: Any) -> RootRecord:
-            count = torch.zeros(1, dtype=torch.int64, device=x.device)
-            return RootRecord(x, torch.zeros_like(x), x.new_zeros(1, dtype=x.dtype.to_real()), count, count, count, count)
-
-        task = replace(setup.task, find=known, store=_Borrowed(point))
+        task = replace(setup.task, find=known_root, store=_Borrowed(point))
         return setup.spec.unflatten(RootOutputs(*RootNode.apply(task, setup.x0.detach(), *setup.inputs)).x)
 
     @naming_faults

@@ -6,6 +6,8 @@ import warnings
 
 import pytest
 
+from adjoint.doors import prepared
+
 
 @pytest.fixture
 def no_fallback():
@@ -13,3 +15,18 @@ def no_fallback():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="compile=True", category=RuntimeWarning)
         yield
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many solves were made at once."""
+    seen = []
+    real = prepared.run_of
+
+    def spy(*args):
+        seen.append(real(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(prepared, "run_of", spy)
+    prepared.forget()
+    return seen
