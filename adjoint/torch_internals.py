@@ -11,6 +11,7 @@ and leaves of pytrees, quickly where they are tensors and numbers in tuples and 
 from __future__ import annotations
 
 import ctypes
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "DisableFuncTorch",
+    "Node",
     "OpOverload",
     "TorchDispatchMode",
     "TransformType",
@@ -259,6 +261,17 @@ def skipped(function: Callable[..., Any]) -> None:
 
 
 # ---- nodes of autograd
+
+
+class Node(torch.autograd.Function):
+    """A custom function whose signature is made once: ``apply`` asks for that of ``forward`` at every call, which takes longer than a small
+    operator."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        forward: Any = cls.forward
+        forward.__signature__ = inspect.signature(forward)
+
 
 _Backward = Callable[..., tuple[Tensor | None, ...]]
 

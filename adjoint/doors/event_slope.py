@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import InvalidInput
 from ..system.capture import alive, below_jvp, readable
+from ..torch_internals import Node
 
 __all__ = ["NO_SLOPE", "once", "refused", "signed", "with_slope"]
 
@@ -55,7 +56,7 @@ def once(x: Tensor, only: Tensor, why: str, *causes: Tensor) -> Tensor:
     return out
 
 
-class _Guarded(torch.autograd.Function):
+class _Guarded(Node):
     @staticmethod
     def forward(t: Tensor, sloping: Tensor, why: str, *causes: Tensor) -> Tensor:
         # no view: forward mode would ask that tangents are views too
@@ -97,7 +98,7 @@ def _copies(size: int, in_dims: tuple[int | None, ...], *tensors: Tensor) -> lis
     return [x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in zip(tensors, in_dims, strict=True)]
 
 
-class _Demanded(torch.autograd.Function):
+class _Demanded(Node):
     """Passes a derivative on after a look at it, which under ``torch.vmap`` only a rule of its own can have."""
 
     @staticmethod
@@ -125,7 +126,7 @@ class _Demanded(torch.autograd.Function):
         return _Demanded.apply(*_copies(info.batch_size, in_dims[:2], x, sloping), why), 0  # type: ignore[return-value]
 
 
-class _Once(torch.autograd.Function):
+class _Once(Node):
     """Passes a tensor on. Its derivative goes through a node that has none, tied to the causes: the cotangent may well be a constant."""
 
     @staticmethod
@@ -156,7 +157,7 @@ class _Once(torch.autograd.Function):
         return _Once.apply(x, free, why, *causes), 0  # type: ignore[return-value]
 
 
-class _Never(torch.autograd.Function):
+class _Never(Node):
     """Passes a derivative on that may not be differentiated."""
 
     @staticmethod

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..doors.event_slope import signed, with_slope
 from ..sensitivity.backsolve import Refuse
 from ..sensitivity.sweep import tangent
+from ..torch_internals import Node
 
 __all__ = ["through_event"]
 
@@ -21,7 +22,7 @@ _TWICE = (
 )
 
 
-class _Once(torch.autograd.Function):
+class _Once(Node):
     """Passes a tensor on; its derivative may not be differentiated again."""
 
     generate_vmap_rule = True

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdjointError, InvalidInput
-from ..torch_internals import below_jvp, copy_by_copy
+from ..torch_internals import Node, below_jvp, copy_by_copy
 from .functions import inverse
 
 __all__ = ["DegenerateEigenvalue", "eigenpair"]
@@ -35,7 +35,7 @@ def eigenpair(A: Tensor, sigma: complex) -> tuple[Tensor, Tensor]:
     return value, u / torch.linalg.vector_norm(u, dim=-1, keepdim=True)
 
 
-class _Pair(torch.autograd.Function):
+class _Pair(Node):
     @staticmethod
     def forward(a: Tensor, sigma: complex) -> tuple[Tensor, Tensor, Tensor]:
         values, vectors = torch.linalg.eig(a)

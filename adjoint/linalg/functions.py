@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput, UnsupportedCombination
-from ..torch_internals import below_jvp, copy_by_copy, peek_interpreter_stack
+from ..torch_internals import Node, below_jvp, copy_by_copy, peek_interpreter_stack
 
 __all__ = ["discrete_lyapunov", "inverse", "lstsq", "lyapunov", "sylvester"]
 
@@ -80,7 +80,7 @@ def discrete_lyapunov(A: Tensor, Q: Tensor) -> Tensor:
     return lyapunov(f @ (A - eye), 2 * f @ Q @ f.mH)
 
 
-class _Sylvester(torch.autograd.Function):
+class _Sylvester(Node):
     @staticmethod
     def forward(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         flat = [x.detach().resolve_conj().reshape(-1, *x.shape[-2:]).numpy() for x in (a, b, c)]

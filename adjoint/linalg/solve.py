@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import InvalidInput, UnsupportedCombination
-from ..torch_internals import below_jvp, copy_by_copy, is_functorch_wrapped_tensor, unwrap_if_dead
+from ..torch_internals import Node, below_jvp, copy_by_copy, is_functorch_wrapped_tensor, unwrap_if_dead
 from .choice import default_solver
 from .protocol import Factorization, LinearOperator, LinearSolver, Log, SparseMatrix
 
@@ -67,7 +67,7 @@ class _Kept:
         return self.factors
 
 
-class _Solve(torch.autograd.Function):
+class _Solve(Node):
     """``apply(kept, transposed, conjugated, b, values)`` with ``b`` (B, n, k)."""
 
     @staticmethod

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from ..errors import BacksolveDiverged, UnsupportedCombination
 from ..system.ownership import owned
 from ..system.transforms import functorch_active, naming_writes
-from ..torch_internals import copy_by_copy, dual_level, is_functorch_wrapped_tensor
+from ..torch_internals import Node, copy_by_copy, dual_level, is_functorch_wrapped_tensor
 
 __all__ = ["Backsolve", "Refuse", "backsolve"]
 
@@ -75,7 +75,7 @@ def _transformed(x: Tensor) -> bool:
     return dual_level() >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
-class _Node(torch.autograd.Function):
+class _Node(Node):
     @staticmethod
     def forward(config: Backsolve, y0: Tensor, t: Tensor, *params: Tensor) -> Any:
         when, states = config.forward(y0, t)
@@ -208,7 +208,7 @@ class _Dynamics:
         return (torch.zeros_like(t), slope, pull(-y_bar)[0], *(torch.zeros_like(p) for p in self.params))
 
 
-class Refuse(torch.autograd.Function):
+class Refuse(Node):
     """``apply(message, n, *tensors)`` passes the first ``n`` tensors on; whoever differentiates them gets the message as an error."""
 
     generate_vmap_rule = True

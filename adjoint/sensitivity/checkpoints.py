@@ -18,7 +18,7 @@ from ..system.capture import alive
 from ..system.ownership import continuing, owned
 from ..system.system import System
 from ..system.transforms import functorch_active, naming_writes
-from ..torch_internals import copy_by_copy
+from ..torch_internals import Node, copy_by_copy
 from .asked import Asked
 from .discrete import eager_sweep
 from .finite import tell_not_finite
@@ -189,7 +189,7 @@ class _Slopes:
         return self._value
 
 
-class CheckpointNode(torch.autograd.Function):
+class CheckpointNode(Node):
     """As `SolveNode`, with a grid of times and no states; ``apply(problem, slots, anchors, t_eval, y0, *inputs)``.
 
     For plain reverse mode. Derivatives of derivatives solve again with all states kept.

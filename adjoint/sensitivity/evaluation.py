@@ -16,7 +16,7 @@ from ..system.capture import cut_apart
 from ..system.ownership import continuing, owned
 from ..system.system import System
 from ..system.transforms import naming_writes
-from ..torch_internals import copy_by_copy
+from ..torch_internals import Node, copy_by_copy
 from .asked import Linearizer
 from .products import exchanged
 from .witness import CHANGED, differs
@@ -24,7 +24,7 @@ from .witness import CHANGED, differs
 __all__ = ["Evaluation"]
 
 
-class Evaluation(torch.autograd.Function):
+class Evaluation(Node):
     """``apply(system, t, y, *inputs)`` is ``fun`` at a time, 0-d, and a flat state, ``(1, n)``.
 
     Differentiable to any order; made for plain autograd, not for ``torch.func`` transforms and forward mode.

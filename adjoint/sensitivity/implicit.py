@@ -19,7 +19,7 @@ from ..system.capture import alive, below_jvp
 from ..system.ownership import continuing, owned
 from ..system.system import Flat, StateSpec, System, VmappedSystem
 from ..system.transforms import anywhere, functorch_active, naming_writes
-from ..torch_internals import copy_by_copy, get_unwrapped, is_functorch_wrapped_tensor
+from ..torch_internals import Node, copy_by_copy, get_unwrapped, is_functorch_wrapped_tensor
 from .fingerprint import RootWitness
 from .products import exchanged, smooth_places, tangent, vjp
 from .replacements import replacements
@@ -249,7 +249,7 @@ def _sheltered(
     return moved, *replacements(task.conditions, values, dead, donor, inputs), dead
 
 
-class RootNode(torch.autograd.Function):
+class RootNode(Node):
     """``apply(task, x0, *inputs)`` gives the tensors of `RootOutputs`.
 
     ``raw`` is the last iterate of every row; ``x`` is NaN where a row failed, and so is the gradient of whatever uses that row.
@@ -334,7 +334,7 @@ class RootNode(torch.autograd.Function):
         return tuple(x.unflatten(0, (size, rows)) for x in out), (0,) * len(out)
 
 
-class _LinearNode(torch.autograd.Function):
+class _LinearNode(Node):
     """``apply(task, adjoint, b, x, *inputs)`` gives ``u`` with ``A(x, inputs) u = b``; ``b`` and ``u`` are ``(K, B, n)``."""
 
     @staticmethod

@@ -17,7 +17,7 @@ from ..system.capture import alive, below_jvp
 from ..system.ownership import continuing, owned, under_transform
 from ..system.system import System, VmappedSystem
 from ..system.transforms import below_vmap, functorch_active, jvp_active, naming_writes
-from ..torch_internals import copy_by_copy, unviewed
+from ..torch_internals import Node, copy_by_copy, unviewed
 from .asked import Asked, check_known
 from .discrete import eager_sweep
 from .finite import tell_not_finite
@@ -32,7 +32,7 @@ __all__ = ["SolveNode", "unpack"]
 _DIFFERENTIABLE = 4
 
 
-class SolveNode(torch.autograd.Function):
+class SolveNode(Node):
     """``apply(problem, anchors, t_eval, y0, *inputs)`` gives the tensors of `Outputs`, of which the first four are differentiable."""
 
     @staticmethod

@@ -18,7 +18,7 @@ from ..native.solve import COUNTS
 from ..system.ownership import Owned
 from ..system.system import StateSpec
 from ..system.transforms import functorch_active, naming_writes
-from ..torch_internals import copy_by_copy, unviewed
+from ..torch_internals import Node, copy_by_copy, unviewed
 from .undeclared import REJECTED
 
 __all__ = ["Prepared", "PreparedNode", "Run", "at_once", "run_of"]
@@ -130,7 +130,7 @@ def run_of(prepared: Prepared, anchors: Tensor, t_eval: Tensor | None, y0: Tenso
     return Done(y, counts.unbind() if isinstance(counts, Tensor) else list(counts), kept)
 
 
-class PreparedNode(torch.autograd.Function):
+class PreparedNode(Node):
     """``apply(run, done, y0, *inputs)`` is the result as a function of the initial state and of those tensors that require grad. Where
     there is no transform, ``at_once`` is that, without looking whether there is one. ``run``: owned by the results, where these are not
     this node's own."""

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..system.capture import ask
 from ..system.origins import has_unknown
 from ..system.transforms import functorch_active
-from ..torch_internals import dual_level
+from ..torch_internals import Node, dual_level
 
 __all__ = ["behind", "exchanged", "smooth_places", "tangent", "vjp"]
 
@@ -95,7 +95,7 @@ def behind(x: Tensor, *history: Tensor) -> Tensor:
     return out
 
 
-class _Behind(torch.autograd.Function):
+class _Behind(Node):
     @staticmethod
     def forward(x: Tensor, *history: Tensor) -> Tensor:
         return x.clone()

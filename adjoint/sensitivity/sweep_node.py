@@ -16,7 +16,7 @@ from torch import Tensor
 from ..integrate.plan import RECORDED, Grid
 from ..system.ownership import continuing, owned
 from ..system.transforms import functorch_active
-from ..torch_internals import below_jvp
+from ..torch_internals import Node, below_jvp
 from .asked import Asked
 from .discrete import eager_sweep
 from .problem import Problem
@@ -62,7 +62,7 @@ class _Layout:
         return [first, first + 1 if self.sampled else None, None, *range(rest, len(tensors) - len(self.given))]
 
 
-class _SweepNode(torch.autograd.Function):
+class _SweepNode(Node):
     """``apply(problem, layout, *tensors)``: zeros in the place of what is not wanted."""
 
     @staticmethod

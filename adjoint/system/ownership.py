@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..errors import InvalidInput, UnsupportedCombination
-from ..torch_internals import dual_level, is_written_down, leaves_of, mapped, skipped, storage_use_count
+from ..torch_internals import Node, dual_level, is_written_down, leaves_of, mapped, skipped, storage_use_count
 from .transforms import functorch_active, naming_faults
 
 __all__ = [
@@ -326,7 +326,7 @@ def _held(x: Tensor, things: _Things) -> Tensor:
     return cast(Tensor, _Owner.apply(x, things))
 
 
-class _Owner(torch.autograd.Function):
+class _Owner(Node):
     """``apply(x, things)`` is ``x`` with a node of its own, alone on it, as the collector wants it."""
 
     @staticmethod

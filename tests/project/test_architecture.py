@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 
 import pytest
+
+from adjoint.sensitivity.node import SolveNode
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "rooms.py"
 
@@ -48,3 +51,11 @@ def test_the_top_is_the_public_door(rooms):
 
 def test_files_are_of_a_size_to_be_read(rooms):
     assert {name: n for name, path in rooms.modules().items() if (n := len(path.read_text().splitlines())) > 500} == {}
+
+
+def test_nodes_are_of_one_kind(rooms):
+    """What PyTorch asks of a custom function at every call is made once."""
+    plain = [name for name, path in rooms.modules().items() if "(torch.autograd.Function)" in path.read_text()]
+    assert plain == ["adjoint.torch_internals"]
+    assert inspect.signature(SolveNode.forward) is inspect.signature(SolveNode.forward)
+    assert list(inspect.signature(SolveNode.forward).parameters) == ["problem", "anchors", "t_eval", "y0", "inputs"]
