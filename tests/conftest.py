@@ -75,7 +75,24 @@ LONG_MATRICES = {"test_batched", "test_gradients", "test_solution", "test_transf
 LONG_MATRICES |= {"test_companion", "test_engine", "test_jointly", "test_resets"}
 
 
-def pytest_collection_modifyitems(items):
+def _mark_slow_cases(config, items):
+    """``pytest.mark.slow_cases`` names cases of a test, as in its brackets, that are slow ones beside neighbours with the same code."""
+    left = {}
+    for item in items:
+        for mark in item.iter_markers("slow_cases"):
+            unseen = left.setdefault(item.nodeid.split("[")[0], set(mark.args))
+            if item.callspec.id in mark.args:
+                item.add_marker(pytest.mark.slow)
+                unseen.discard(item.callspec.id)
+    # of single cases that were asked for nothing is known of the others
+    few = config.getoption("lf") or any("::" in arg for arg in config.args)
+    unknown = [] if few else [f"{test}[{case}]" for test, cases in left.items() for case in cases]
+    if unknown:
+        raise pytest.UsageError(f"slow_cases names cases that there are not: {', '.join(sorted(unknown))}")
+
+
+def pytest_collection_modifyitems(config, items):
+    _mark_slow_cases(config, items)
     implicit = {name for name, method in METHODS.items() if method.implicit} - QUICK_IMPLICIT
     explicit = {name for name, method in METHODS.items() if isinstance(method, ExplicitRungeKutta)} - QUICK_EXPLICIT
     for item in items:

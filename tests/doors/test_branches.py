@@ -196,6 +196,9 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("captures", [False, True])
 @pytest.mark.parametrize("folds", [False, True])
+@pytest.mark.slow_cases(
+    "False-False-jvp", "False-False-jacrev", "False-True-jacfwd", "False-True-dual", "True-False-jacfwd", "True-True-jacrev",
+)
 def test_points_and_folds_have_no_derivatives_of_the_search(folds, captures, way):
     """``lam`` of a point moves with the parameters of the search; what a transform sees is the root there, or the fold."""
 

@@ -74,6 +74,7 @@ def test_backwards_in_time_and_growth():
 
 @pytest.mark.parametrize("method", ["radau", "radau5", "rodas5p", "rodas4"])
 @pytest.mark.parametrize("rtol", [1e-4, 1e-7])
+@pytest.mark.slow_cases("1e-07-radau5", "0.0001-rodas4")
 def test_components_that_rest_beside_one_that_moves(method, rtol):
     y0, p = numbers(1.0, 0.0, 0.0, 0.0), numbers(0.3)
     options = {"method": method, "rtol": rtol, "atol": rtol * 1e-3}

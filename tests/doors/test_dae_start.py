@@ -144,6 +144,7 @@ def test_a_first_step_does_not_depend_on_the_other_trajectories(method):
 @pytest.mark.parametrize(
     ("method", "rtol"), [("radau", 1e-5), ("radau", 1e-9), ("radau3", 1e-5), pytest.param("radau3", 1e-9, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow_cases("radau-1e-09")
 def test_samples_at_the_start_have_second_derivatives(method, rtol):
     """Of ``x' = z``, ``z = -2 x + cos t``, however small the first step is: by times of samples and by that of the start."""
     curve = lambda t, x0, t0: forced(t) + (x0 - forced(t0)) * torch.exp(-2 * (t - t0))  # noqa: E731

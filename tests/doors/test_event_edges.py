@@ -38,6 +38,7 @@ TWICE = {
 
 @pytest.mark.parametrize("twice", TWICE)
 @pytest.mark.parametrize("method", ["euler", "implicit_euler", "implicit_midpoint"])
+@pytest.mark.slow_cases("implicit_midpoint-forward twice", "implicit_euler-mapped", "implicit_midpoint-double backward")
 def test_straight_lines_have_no_second_derivatives_of_event_times(method, twice):
     """First derivatives are as good as the steps are; second ones, which would be off by a third whatever the steps are, are refused."""
     p = torch.tensor(1.3, dtype=torch.float64)
@@ -104,6 +105,7 @@ def test_switch_at_the_event(method):
 @pytest.mark.parametrize("end", [3.0, -3.0])
 @pytest.mark.parametrize("form", ["batched", "vmapped"])
 @pytest.mark.parametrize("method", ["tsit5", "kvaerno5", "bdf"])
+@pytest.mark.slow_cases("kvaerno5-vmapped--3.0", "kvaerno5-batched-3.0", "bdf-vmapped-3.0", "tsit5-vmapped--3.0")
 def test_switch_at_the_event_of_many(method, form, end):
     p = (torch.tensor([P, (2.0, 0.5, 1.1), (0.1, 1.0, 0.9)]) * math.copysign(1.0, end) ** torch.tensor([1, 1, 0])).requires_grad_(True)
     options = {"events": REACHED, "method": method, "rtol": 1e-4, "atol": 1e-4}

@@ -155,6 +155,7 @@ def test_events_on_steps_count_once():
 
 @pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3", "dopri8", "rk4"])
 @pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.slow_cases("True-rk4")
 def test_scipy_agrees(method, backwards):
     """A pendulum, Lotka-Volterra style nonlinearity: all times, states and the end against DOP853."""
 
@@ -217,6 +218,7 @@ def _inputs():
 
 @BOTH
 @pytest.mark.parametrize("what", ["t", "y"])
+@pytest.mark.slow_cases("y-backprop", "t-discrete")
 def test_gradcheck(what, gradient):
     """Event times, or states, with respect to the state, arguments, a captured parameter of the event, and the start."""
 

@@ -46,6 +46,7 @@ THIRD = 2 * math.pi - math.acos(-0.3)
 
 
 @pytest.mark.parametrize("method", RECORDED)
+@pytest.mark.slow_cases("bdf")
 def test_times_states_and_derivatives(method):
     """Against the closed form: where, when it stops, and first and second derivatives of the time in the frequency."""
     w = torch.tensor(1.5, requires_grad=True)
@@ -64,6 +65,7 @@ def test_times_states_and_derivatives(method):
 
 
 @pytest.mark.parametrize("method", ["tsit5", "dopri8", "rk4", "kvaerno5", "rodas5p", "radau5", "bdf", "abm", "kencarp5"])
+@pytest.mark.slow_cases("kencarp5")
 def test_batch_as_one_by_one(method):
     options = {"method": method, "events": [X, STOP], "rtol": 1e-6, "atol": 1e-8}
     if method == "rk4":
@@ -91,6 +93,7 @@ def test_batch_as_one_by_one(method):
 
 @pytest.mark.parametrize("gradient", [Backprop(), ForwardSensitivity()], ids=["backprop", "forward"])
 @pytest.mark.parametrize("method", ["tsit5", "kvaerno5", "rodas5p", "radau5", "abm"])
+@pytest.mark.slow_cases("kvaerno5-forward", "radau5-forward", "rodas5p-backprop", "abm-backprop")
 def test_strategies_agree(method, gradient):
     def derivative(strategy):
         w = W.clone().requires_grad_(True)

@@ -104,6 +104,7 @@ X = torch.stack([DRAG, GROUND], 1)[:2]
 
 @pytest.mark.parametrize("gradient", [None, Backprop(), ForwardSensitivity()], ids=["discrete", "backprop", "forward"])
 @pytest.mark.parametrize("method", ["tsit5", "rodas4", "bdf"])
+@pytest.mark.slow_cases("bdf-forward", "bdf-backprop", "rodas4-backprop", "tsit5-discrete")
 def test_derivatives_as_one_by_one(method, gradient):
     """In every order of mapping and differentiating."""
     values = landing(method, gradient=gradient)
@@ -244,6 +245,7 @@ def test_automatic_switching():
 
 
 @pytest.mark.parametrize("method", ["radau", "bdf"])
+@pytest.mark.slow_cases("bdf")
 def test_implicit_equations(method):
     """``z = exp(-2 k t)`` passes 1/4 at ``log 2 / k``; the slopes there are ``-k/2`` both."""
     residual = lambda t, y, yp, k: torch.stack([yp[0] + k * y[0], y[1] - y[0] ** 2])  # noqa: E731

@@ -88,6 +88,7 @@ def test_values(kind, own):
     [(kind, method) for kind in ("constant", "linear") for method in ("dopri5", "rodas5p", "native dopri5", "native rodas5p")]
     + [("constant", "radau5"), pytest.param("linear", "radau5", marks=pytest.mark.slow)],
 )
+@pytest.mark.slow_cases("linear-dopri5", "linear-native rodas5p")
 def test_knots_are_ends_of_steps(kind, method):
     """Derivatives in knots and values to the second, those of jumps too."""
     native, method = method.startswith("native"), method.removeprefix("native ")
@@ -194,6 +195,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("radau5", "bdf")
 
 
 @pytest.mark.parametrize("method", ["tsit5", "dopri8", "rodas5p", *SLOW, "abm", "native tsit5", "native rodas5p"])
+@pytest.mark.slow_cases("native rodas5p")
 def test_a_schedule(method):
     """First and second derivatives in its times and values, in arguments and captured."""
     name = method.split()[-1]
@@ -311,6 +313,7 @@ def test_knots_at_the_ends_of_the_span(form, backwards):
 
 
 @pytest.mark.parametrize("native", [False, True])
+@pytest.mark.slow_cases("False")
 def test_derivatives_in_a_knot_at_the_end(native):
     """With the end that moves along, the slope is that within; alone it leaves the span, and nothing depends on it."""
     k, levels = torch.tensor(0.8), torch.tensor([1.0, -2.0, 5.0])

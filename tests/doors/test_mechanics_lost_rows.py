@@ -57,6 +57,7 @@ def loss(model, m, r, q, rows, **options):
 
 
 @pytest.mark.parametrize(("model", "kind"), CASES)
+@pytest.mark.slow_cases("rod-nan", "floor-below")
 def test_values_and_derivatives_of_the_others(model, kind):
     m, r, q = given(kind)
 
@@ -100,6 +101,7 @@ def test_errors_name_the_trajectory(kind, error, text):
 
 
 @pytest.mark.parametrize("kind", ["parameter", "state"])
+@pytest.mark.slow_cases("parameter")
 def test_resets_of_implicit_equations(kind):
     def fun(t, y, yp, p, q):
         x, z = y.unbind(-1)

@@ -49,6 +49,7 @@ def compared(found, wanted, inputs, tol=1e-9):
 
 
 @pytest.mark.parametrize("method", FAMILIES)
+@pytest.mark.slow_cases("kencarp5", "gl4")
 def test_a_ball_that_bounces(method):
     """End state after n contacts, one trajectory: values and derivatives to the second in restitution, height and gravity."""
     h, e, g = inputs = values(2.0, 0.8, 9.81)
@@ -91,6 +92,7 @@ def test_what_lies_behind_an_event_is_not_swept_for_it(gradient, compile):
 
 
 @pytest.mark.parametrize("method", [*FAMILIES, "native tsit5", "native rodas5p"])
+@pytest.mark.slow_cases("bdf", "kvaerno5")
 def test_every_trajectory_of_a_batch_has_its_own_contacts(method):
     native, method = method.startswith("native"), method.removeprefix("native ")
     h, e, g = inputs = [torch.tensor(x, requires_grad=True) for x in ([2.0, 1.0, 0.5], [0.8, 0.5, 0.9], [9.81, 9.0, 8.0])]
@@ -141,6 +143,7 @@ GRADIENTS = {
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.slow_cases("forward-True", "backprop-True", "interpolating-True", "gauss-True", "quadrature-True")
 def test_every_strategy(name, batched):
     """A ball with drag, by every strategy as by recording all."""
 
@@ -173,6 +176,7 @@ def test_integrals_of_rounds_whose_end_is_known(name):
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("door", ["ivp", "mass", "dae"])
+@pytest.mark.slow_cases("mass-True", "dae-False")
 def test_steps_of_rounds_whose_end_is_known(door, batched):
     """Times and states of steps that a reset ends move with it, in batches beside trajectories that reach theirs later."""
     level = torch.tensor(1.0, requires_grad=True)

@@ -59,6 +59,7 @@ def full(y):
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("method", ["radau", "bdf", "mass radau5", "mass rodas5p", "native radau", "native bdf", "native mass rodas5p"])
+@pytest.mark.slow_cases("native radau-True", "native mass rodas5p-False")
 def test_consistent_values_after_a_reset(method, batched):
     native, method = method.startswith("native"), method.removeprefix("native ")
     mass, method = method.startswith("mass"), method.removeprefix("mass ")
@@ -87,6 +88,7 @@ def test_consistent_values_after_a_reset(method, batched):
 
 
 @pytest.mark.parametrize("gradient", ["discrete", "backprop", "forward", "interpolating", "gauss", "quadrature"])
+@pytest.mark.slow_cases("quadrature")
 def test_strategies(gradient):
     strategy = {
         "discrete": adjoint.DiscreteAdjoint(),

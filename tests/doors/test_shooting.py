@@ -45,6 +45,7 @@ P, K = torch.tensor([0.5, 0.6], dtype=torch.float64), torch.tensor([0.3, 0.2], d
 
 
 @pytest.mark.parametrize("method", ["dae", "kvaerno5", "rodas5p"])
+@pytest.mark.slow_cases("rodas5p")
 def test_boundary_values_and_their_derivatives(method):
     shoot = lambda p, k: start(p, k, method)  # noqa: E731
     both = torch.func.grad(shoot, argnums=(0, 1))

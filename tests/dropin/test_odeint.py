@@ -132,6 +132,7 @@ def test_perturb_keeps_grid_points_out_of_sight(method, perturb):
 
 @pytest.mark.parametrize("method", [*ADAPTIVE, *FIXED, *ADAMS])
 @pytest.mark.parametrize("entry", [odeint, odeint_adjoint])
+@pytest.mark.slow_cases("odeint-fixed_adams", "odeint_adjoint-implicit_adams")
 def test_gradients_in_state_times_and_parameters(method, entry):
     speed = torch.tensor(1.3, requires_grad=True)
     y0 = torch.tensor([1.0, -0.4], requires_grad=True)

@@ -27,6 +27,7 @@ def one_by_one(t, y, p):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow_cases("trbdf2")
 def test_gradients_with_steps_as_rows_and_one_after_the_other(method):
     times = torch.tensor([0.3, 1.1, 2.0], dtype=F64)
     found = []

@@ -20,6 +20,7 @@ def _data():
 
 @pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("t_eval", [None, [0.3, 0.7, 1.5]], ids=["ends", "samples"])
+@pytest.mark.slow_cases("samples-kvaerno3", "ends-abm")
 def test_equals_one_by_one(method, t_eval):
     """Values to rounding, gradients too, and the same step counts."""
     p, u = _data()

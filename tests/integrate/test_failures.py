@@ -143,6 +143,7 @@ def test_a_bad_start_fails_alone(y0):
 
 @pytest.mark.parametrize("gradient", [DiscreteAdjoint(), Backprop()], ids=["discrete", "backprop"])
 @pytest.mark.parametrize("t_eval", [None, [0.3, 0.9]], ids=["end", "samples"])
+@pytest.mark.slow_cases("end-backprop", "samples-discrete")
 def test_survivors_keep_their_gradients(gradient, t_eval):
     """Sums over survivors only: finite and right for them, zero for the failed."""
     p, y0 = torch.tensor(RATES, requires_grad=True), torch.ones(5, 2).requires_grad_()
@@ -169,6 +170,7 @@ def test_samples_before_a_failure_keep_their_gradients(batched):
 
 @pytest.mark.parametrize("method", ["tsit5", "kvaerno5", "bdf", "abm", "rk4"])
 @pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.slow_cases("True-bdf", "False-abm")
 def test_the_sample_at_the_start_is_there_though_no_step_was(batched, method):
     y0 = torch.tensor([1.0, 2.0], dtype=torch.float64).expand((2, 2) if batched else (2,))
     options = {"first_step": 0.1} if method == "rk4" else {}

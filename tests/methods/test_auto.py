@@ -74,6 +74,7 @@ def test_discrete_adjoint_is_backprop():
 
 
 @pytest.mark.parametrize("end", [20.0, -20.0])
+@pytest.mark.slow_cases("20.0")
 def test_batch_as_one_by_one(end):
     """Stiff and other trajectories side by side, each switched for itself; forwards and backwards in time."""
     sign = math.copysign(1.0, end)

@@ -75,6 +75,7 @@ def test_rescaling_keeps_the_polynomial(order):
 
 
 @pytest.mark.parametrize("rtol", [1e-4, 1e-7])
+@pytest.mark.slow_cases("1e-07")
 def test_robertson_takes_the_steps_of_scipy(rtol):
     options = dict(rtol=rtol, atol=rtol * 1e-6)
     mine = solve_ivp(kinetics, (0.0, 1e5), ROBERTSON_Y0, args=(ROBERTSON_P,), method="bdf", **options)
@@ -157,6 +158,7 @@ def gradients(strategy, form="ode", batched=False):
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("form", ["ode", "dae"])
+@pytest.mark.slow_cases("ode-True", "dae-False")
 def test_discrete_adjoint_is_backprop_and_forward_sensitivity(form, batched):
     want = gradients(Backprop(), form, batched)
     for a, b in zip(gradients(DiscreteAdjoint(), form, batched), want, strict=True):

@@ -135,6 +135,7 @@ def test_a_stiff_part_does_not_limit_the_steps():
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.slow_cases("kencarp3")
 def test_against_scipy(name):
     """A driven oscillator with a stiff nonlinear sink."""
     from scipy.integrate import solve_ivp as scipy_solve
@@ -199,6 +200,7 @@ def test_discrete_adjoint_is_backprop_through_the_steps(method):
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
+@pytest.mark.slow_cases("kencarp4")
 def test_gradient_against_scipy(method):
     from scipy.integrate import solve_ivp as scipy_solve
 
@@ -214,6 +216,7 @@ def test_gradient_against_scipy(method):
 
 @pytest.mark.parametrize("gradient", [None, Backprop()], ids=["discrete", "backprop"])
 @pytest.mark.parametrize("method", ["kencarp3", "ars443"])
+@pytest.mark.slow_cases("ars443-backprop", "kencarp3-discrete")
 def test_second_order_in_every_nesting(method, gradient):
     steps = {"first_step": 0.02 if method == "kencarp3" else 0.05}
 

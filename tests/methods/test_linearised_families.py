@@ -65,6 +65,7 @@ def free(name, rtol, atol, size=0.1):
         *(("hires", "radau5"), slow("orego", "radau5"), slow("vdpol", "radau5")),
     ],
 )
+@pytest.mark.slow_cases("orego-rodas5p")
 def test_stiff_references(problem, name):
     fun, end, y0, truth = STIFF[problem]
     sol = solve_ivp(fun, (0.0, end), y0, method=name, rtol=1e-8, atol=1e-12)
@@ -124,6 +125,7 @@ def test_discrete_adjoint_is_backprop(name):
 
 @pytest.mark.parametrize("gradient", [DiscreteAdjoint(), Backprop()])
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow_cases("rodas4-gradient1", "rodas3p-gradient0")
 def test_gradcheck(name, gradient):
     """Of the computed solution, not of the exact one."""
     assert gradcheck(loss(held(name, 0.25 if name in ROSENBROCK else 0.5), gradient=gradient), arguments())

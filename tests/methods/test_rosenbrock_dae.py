@@ -64,6 +64,7 @@ def test_order(name, order, sizes):
 
 
 @pytest.mark.parametrize("name, tolerance", [("rodas3p", 1e-6), ("rodas4", 1e-8), ("rodas5p", 1e-9)])
+@pytest.mark.slow_cases("rodas4-1e-08")
 def test_robertson(name, tolerance):
     p = ROBERTSON_P.clone().requires_grad_()
     y0 = tensor(1, 0, 0.3).requires_grad_()

@@ -35,6 +35,7 @@ def given(rows):
 
 @pytest.mark.parametrize("tol", [1e-3, 1e-6, 1e-10])
 @pytest.mark.parametrize("rows", [0, 3, 20])
+@pytest.mark.slow_cases("20-1e-10", "0-0.001", "3-1e-06")
 def test_every_count(rows, tol):
     """Values and gradients but for rounding, by one trajectory and by lanes, at the end and at samples."""
     y0, p = given(rows)

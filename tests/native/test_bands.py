@@ -54,6 +54,7 @@ def slow(*values):
 
 @pytest.mark.parametrize("method", ["kvaerno5", "rodas5p", "bdf", "radau5"])
 @pytest.mark.parametrize("fun, rows", [(brusselator, 0), slow(brusselator, 20), slow(turning, 0), (turning, 20)])
+@pytest.mark.slow_cases("turning-20-radau5", "turning-20-kvaerno5", "brusselator-0-rodas5p", "brusselator-0-bdf")
 def test_as_without_compile(method, fun, rows):
     (native, mine), (eager, theirs) = (solved(fun, 48, method, x, rows) for x in (True, False))
     assert torch.equal(torch.as_tensor(native.stats.n_steps), torch.as_tensor(eager.stats.n_steps))

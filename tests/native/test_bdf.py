@@ -18,6 +18,7 @@ F64 = torch.float64
 
 @pytest.mark.parametrize("rows", [0, 20])
 @pytest.mark.parametrize("name", ["robertson", "hires", "vdpol", pytest.param("pollu", marks=pytest.mark.slow)])
+@pytest.mark.slow_cases("hires-20", "robertson-0")
 def test_stiff_problems(name, rows):
     """Every count; values and gradients but for rounding, by one trajectory and by lanes, each with parameters of its own."""
     problem = STIFF[name]

@@ -312,6 +312,7 @@ FORCES = {
 
 @pytest.mark.parametrize("method", ["dopri5", "rodas5p"])
 @pytest.mark.parametrize("name", FORCES)
+@pytest.mark.slow_cases("hessian-rodas5p", "vjp-rodas5p", "vmap-dopri5")
 def test_functions_that_take_derivatives(name, method):
     k, y0 = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), torch.tensor([1.0, 0.4], dtype=torch.float64, requires_grad=True)
 

@@ -53,6 +53,7 @@ def in_parts(t, y, g, c):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rows", [0, 3, 20])
+@pytest.mark.slow_cases("3-rodas5p", "3-bdf", "20-kvaerno5", "20-radau5")
 def test_as_the_eager_engine_in_parts(method, rows):
     times = torch.linspace(0, 2, 5, dtype=F64)
     y0, g, c = inputs(rows)
@@ -71,6 +72,7 @@ def test_as_the_eager_engine_in_parts(method, rows):
 @pytest.mark.parametrize("method", ["dopri5", "rodas5p", "bdf"])
 @pytest.mark.parametrize("rows", [0, 3])
 @pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.slow_cases("False-0-bdf", "False-3-rodas5p", "True-0-rodas5p", "True-3-bdf")
 def test_solves_like_one_before(method, rows, sampled, monkeypatch):
     """Compiled code is called at once; second derivatives go the general way again."""
     made, real = [], prepared.run_of

@@ -103,6 +103,10 @@ SOLVES = [
 @pytest.mark.parametrize("form", SOLVES)
 class TestAgainstEager:
     @pytest.mark.parametrize("rows, shared", [(0, False), pytest.param(3, False, marks=pytest.mark.slow), (18, False), (18, True)])
+    @pytest.mark.slow_cases(
+        "0-False-rodas5p", "0-False-residual radau", "18-False-radau5", "18-False-residual bdf", "18-True-rodas5p",
+        "18-True-residual radau",
+    )
     def test_samples(self, form, rows, shared):
         solve, method = form
         agree(solve, rows=rows, shared=shared, method=method, t_eval=torch.linspace(0.1, 1.9, 5, dtype=F64))
@@ -116,6 +120,7 @@ class TestAgainstEager:
         agree(solve, 1e-10, rows=rows, method=method, t_eval=torch.tensor([0.33, 1.1, 2.0], dtype=F64), **fixed)
 
     @pytest.mark.parametrize("rows", [0, 18])
+    @pytest.mark.slow_cases("0-rodas5p", "0-residual bdf", "18-radau5", "18-residual radau")
     def test_derivatives_in_times(self, form, rows):
         solve, method = form
         options = {"t_eval": torch.tensor([0.4, 1.1, 1.9], dtype=F64), "span": torch.tensor([0.1, 2.0], dtype=F64)}
@@ -130,6 +135,7 @@ class TestAgainstEager:
         agree(solve, rows=rows, method=method, span=(0.0, end))
 
     @pytest.mark.parametrize("rows", [0, 18])
+    @pytest.mark.slow_cases("0-radau5", "0-residual radau", "18-rodas5p", "18-residual bdf")
     def test_jumps(self, form, rows):
         def kicked(t, y, p):
             push = 1 - 3 * (t > 0.7).to(t.dtype) + 3 * (t > 1.3).to(t.dtype)
@@ -141,6 +147,7 @@ class TestAgainstEager:
         agree(solve, close, rows=rows, method=method, fun=kicked, step_ts=[0.7, 1.3], t_eval=torch.tensor([0.5, 0.9, 2.0], dtype=F64))
 
     @pytest.mark.parametrize("rows", [0, 18])
+    @pytest.mark.slow_cases("0-rodas5p", "0-residual bdf", "18-radau5", "18-residual radau")
     def test_events_quadrature_all_steps_and_dense_output(self, form, rows):
         solve, method = form
         mine, _ = agree(solve, 1e-6, rows=rows, method=method, events=[rises, ends], quadrature=lambda t, y, p: y[..., 0] * y[..., 2])
@@ -184,6 +191,9 @@ class TestAgainstEager:
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
 
     @pytest.mark.parametrize("dims", [(0, 0, 0), (None, 0, None), (None, None, 0)])
+    @pytest.mark.slow_cases(
+        "dims0-rodas5p", "dims0-residual bdf", "dims1-radau5", "dims1-residual radau", "dims2-rodas5p", "dims2-residual bdf",
+    )
     def test_mapped(self, form, dims):
         solve, method = form
         xs = [x.detach() if d == 0 else x[0].detach() for x, d in zip(given(3), dims, strict=True)]

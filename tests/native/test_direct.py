@@ -131,6 +131,9 @@ def agree(mine, theirs, tolerance=1e-9):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("rows", [0, 3])
 @pytest.mark.parametrize("method", ["dopri5", "kvaerno5"])
+@pytest.mark.slow_cases(
+    "dopri5-0-globals", "dopri5-0-shape", "dopri5-0-module", "kvaerno5-0-loop", "kvaerno5-0-closure", "kvaerno5-3-table",
+)
 def test_three_ways(name, rows, method, monkeypatch):
     asked = []
     tracer = recognise._asked

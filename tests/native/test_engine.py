@@ -145,6 +145,7 @@ rises.direction = 1
 
 @pytest.mark.parametrize("method", [*QUICK[:2], "rodas5p", "kvaerno5", "bdf"])
 @pytest.mark.parametrize("rows", [0, 18])
+@pytest.mark.slow_cases("0-rodas5p", "0-kvaerno5", "18-bdf", "18-dopri5")
 def test_events(method, rows):
     """Times, states and their derivatives, of events that are recorded and of one that ends the solve, with samples before and after it."""
     found = []
@@ -204,6 +205,7 @@ def test_chaos_is_not_taken_for_instability(monkeypatch, rtol):
 @pytest.mark.filterwarnings("error:compile=True")
 @pytest.mark.parametrize("method", ["dopri5", "rodas5p", "kvaerno5"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
+@pytest.mark.slow_cases("single-rodas5p", "double-kvaerno5")
 def test_many_trajectories_of_a_small_function_are_those_of_few(method, dtype):
     """Registers side by side, with a trajectory that fails (its parameter is no number) and one that ends at once, against one by one."""
 

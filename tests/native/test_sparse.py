@@ -103,12 +103,14 @@ def compare(problem, method, value=1e-7, gradient=1e-6, **options):
 
 @pytest.mark.parametrize("rows", [0, 20])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow_cases("radau5-20", "rodas5p-0", "bdf-20", "kvaerno5-20")
 def test_an_arrow(method, rows, patterns):
     compare(arrow(60), method, rows=rows)
     assert patterns[0] is not None
 
 
 @pytest.mark.parametrize("method, rows", [("kvaerno5", 0), ("rodas5p", 0), ("bdf", 20), ("radau5", 3)])
+@pytest.mark.slow_cases("rodas5p-0")
 def test_a_network_of_reactions(method, rows, patterns):
     fun, y0, _ = network(60)
     compare((fun, y0), method, rows=rows, span=0.1)
@@ -133,6 +135,7 @@ def tangle(n):
 
 
 @pytest.mark.parametrize("method, rows", [("dopri5", 20), ("kvaerno5", 0), ("rodas5p", 0), ("rodas5p", 20), ("bdf", 0), ("radau5", 3)])
+@pytest.mark.slow_cases("rodas5p-20")
 def test_outputs_unlike_each_other_in_loops_over_their_terms(method, rows, patterns, monkeypatch):
     """Where they would be too long written out."""
     by_terms, real = [], functions.rolled

@@ -51,6 +51,7 @@ def as_one_by_one(span, rows, tolerance=1e-6, **options):
 
 
 @pytest.mark.parametrize("rows", [5, 17])
+@pytest.mark.slow_cases("5")
 def test_many_are_as_the_eager_engine_solves_each(rows):
     as_one_by_one((0.0, 40.0), rows, 1e-5, t_eval=torch.linspace(0, 40, 7, dtype=F64))
 
@@ -159,6 +160,7 @@ def passes(t, y, mu):
 
 
 @pytest.mark.parametrize("rows", [0, 20])
+@pytest.mark.slow_cases("20")
 def test_events_count_through_all_phases(rows):
     y0, mu = (Y0.repeat(rows, 1), torch.linspace(1.0, 30.0, rows, dtype=F64)) if rows else (Y0, torch.tensor(30.0, dtype=F64))
     found = []

@@ -100,6 +100,7 @@ def gradients(strategy, method, batched=False, **options):
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("method", METHODS_TRIED)
+@pytest.mark.slow_cases("kvaerno3-False", "rodas5p-True")
 def test_the_same_to_the_last_bit(method, batched):
     want = gradients(DiscreteAdjoint(), method, batched)
     found = [gradients(DiscreteAdjoint(checkpoints=count), method, batched) for count in (2, 5, 1000)]

@@ -69,6 +69,7 @@ def test_gradcheck(method, batched, gradient):
 
 @pytest.mark.parametrize("gradient", STRATEGIES, ids=["discrete", "backprop"])
 @pytest.mark.parametrize("method", ALL)
+@pytest.mark.slow_cases("rodas4-backprop", "kvaerno3-backprop", "verner7-discrete", "abm-discrete")
 def test_gradcheck_of_times(method, gradient):
     """Ends and sample times: with constant steps the discretisation moves with the start and its last step with the end."""
     grid = {"rtol": 1e30, "atol": 1e30, "max_step": 0.2} if METHODS[method].adaptive else {}
@@ -90,6 +91,7 @@ def test_gradcheck_of_times(method, gradient):
 
 @pytest.mark.parametrize("gradient", STRATEGIES, ids=["discrete", "backprop"])
 @pytest.mark.parametrize("method", [m for m in ADAPTIVE if METHODS[m].order >= 5])
+@pytest.mark.slow_cases("tsit5-backprop", "dopri5-discrete", "abm-backprop")
 def test_lotka_volterra_reference(method, gradient):
     """Trusted values: u(10), and the gradient of |1 - u(10)|^2 / 2 in parameters and initial state."""
     p = torch.tensor([1.5, 1.0, 3.0, 1.0], requires_grad=True)

@@ -39,6 +39,11 @@ def exact(p, t1, *orders):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("first", [0, 1], ids=["parameter", "time"])
 @pytest.mark.parametrize("second", [0, 1], ids=["parameter", "time"])
+@pytest.mark.slow_cases(
+    "parameter-parameter-kvaerno5-one", "parameter-parameter-rodas5p-sample", "parameter-time-kvaerno5-sample",
+    "parameter-time-rodas5p-batched", "time-parameter-kvaerno5-batched", "time-parameter-rodas5p-sample", "time-time-kvaerno5-one",
+    "time-time-kvaerno5-batched",
+)
 def test_parameters_and_times(method, batched, sampled, first, second):
     p, t1 = given()
     f = lambda p, t1: end(p, t1, method, batched, sampled)  # noqa: E731

@@ -42,6 +42,7 @@ def furthest(found, exact):
 
 
 @pytest.mark.parametrize("back, rows, tolerance", [("kvaerno5", 2, 5e-4), ("radau5", 0, 2e-6)])
+@pytest.mark.slow_cases("radau5-0-2e-06")
 def test_many_samples_take_about_the_steps_of_one(back, rows, tolerance):
     _, one = gradients(InterpolatingAdjoint(method=back), 1, rows=rows)
     found, many = gradients(InterpolatingAdjoint(method=back), 30, rows=rows)
@@ -51,6 +52,7 @@ def test_many_samples_take_about_the_steps_of_one(back, rows, tolerance):
 
 
 @pytest.mark.parametrize("strategy", [InterpolatingAdjoint, QuadratureAdjoint])
+@pytest.mark.slow_cases("QuadratureAdjoint")
 def test_in_several_goes(strategy, monkeypatch):
     at_once = gradients(strategy(method="radau5"), 6, rtol=1e-5)
     monkeypatch.setattr(way_back, "_MOST", 3)
@@ -73,6 +75,7 @@ def test_functions_that_cannot_be_mapped_go_back_one_sample_after_another():
 
 @pytest.mark.parametrize("tolerance", [1e-6, 1e-8])
 @pytest.mark.parametrize("method", ["kvaerno5", "radau5"])
+@pytest.mark.slow_cases("kvaerno5-1e-06", "radau5-1e-08")
 def test_integrals_through_layers(method, tolerance):
     """``y = p cos t`` up to a layer at every sample; by its dense output kvaerno5 was off by 3e-5 at any tolerance."""
     p = torch.tensor(1.3, dtype=F64, requires_grad=True)
@@ -87,6 +90,7 @@ def test_integrals_through_layers(method, tolerance):
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("index", [1, 2])
+@pytest.mark.slow_cases("1-True", "2-False")
 def test_differential_algebraic_equations(index, batched):
     """``x = x0 exp(-a t)``, ``z = a x`` by a constraint on ``z``, or (index 2) on ``x`` and ``u``: ``u = x``, ``u' = -z``."""
 

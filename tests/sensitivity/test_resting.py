@@ -232,6 +232,7 @@ def test_oscillators_whose_components_differ_in_size_are_not_taken_for_stiff():
 
 
 @pytest.mark.parametrize("method", ["abm", "bdf"])
+@pytest.mark.slow_cases("abm")
 def test_rows_of_multistep_solves_do_not_know_of_each_other(method):
     """One at rest, which is solved again, beside one that is not, and one that fails."""
 
@@ -277,6 +278,7 @@ def test_a_component_that_rests_in_tiny_steps_alone():
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("declared", [True, False])
 @pytest.mark.parametrize("method", ["kvaerno3", "rodas5p", "radau5", "tsit5"])
+@pytest.mark.slow_cases("kvaerno3-True-False", "kvaerno3-False-True", "radau5-False-True")
 def test_a_pulse_that_ends_a_rest(method, declared, batched):
     """A displaced time of a switch is another one, before which the solution jumps and its displaced one does not."""
     rate, (on, off) = 5.0, (0.3, 0.7)

@@ -66,6 +66,7 @@ def truth():
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow_cases("kvaerno5-True", "abm-False")
 def test_forward_sensitivities_are_the_discrete_adjoint(method, batched):
     tolerance = 1e-3
     want = gradients(DiscreteAdjoint(), method, tolerance, batched)
@@ -87,6 +88,7 @@ def test_continuous_adjoints_converge(strategy, method, batched, truth):
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("strategy", [InterpolatingAdjoint(), GaussAdjoint()], ids=lambda s: type(s).__name__)
+@pytest.mark.slow_cases("GaussAdjoint-False", "InterpolatingAdjoint-True")
 def test_a_loss_on_the_way_costs_no_start_anew(strategy, batched):
     """One step from loss to loss where losses lie closer than steps; a first step found anew at each took three."""
 
@@ -165,6 +167,7 @@ def robertson_ode(t, y, p):
 
 
 @pytest.mark.parametrize("strategy", [InterpolatingAdjoint(), QuadratureAdjoint(), ForwardSensitivity()], ids=lambda s: type(s).__name__)
+@pytest.mark.slow_cases("QuadratureAdjoint")
 def test_robertson_as_an_ode(strategy):
     p = ROBERTSON_P.clone().requires_grad_()
     sol = solve_ivp(
@@ -189,6 +192,10 @@ def integral_of_relaxing(p, end=1.0):
 @pytest.mark.parametrize("strategy", [InterpolatingAdjoint, GaussAdjoint, QuadratureAdjoint])
 @pytest.mark.parametrize(
     "method, back", [("rodas5p", None), ("kvaerno5", None), ("radau5", "kvaerno5"), ("radau5", "trbdf2"), ("radau", None)]
+)
+@pytest.mark.slow_cases(
+    "radau-None-GaussAdjoint", "radau-None-QuadratureAdjoint", "radau5-trbdf2-QuadratureAdjoint", "kvaerno5-None-QuadratureAdjoint",
+    "radau5-kvaerno5-GaussAdjoint", "kvaerno5-None-GaussAdjoint",
 )
 def test_layers_of_the_solution_within_steps_of_the_adjoint(strategy, method, back):
     """The rate counts in the layer at the start alone, where the adjoint is smooth: what its steps looked at was off by 1e3 to 1e14."""
@@ -243,6 +250,7 @@ def test_robertson_as_a_dae():
 
 
 @pytest.mark.parametrize("index", [1, 2])
+@pytest.mark.slow_cases("1")
 def test_pendulum_with_losses_on_the_multiplier_at_many_times(index):
     one = torch.ones((), dtype=F64)
     y0 = PENDULUM_Y0.clone().requires_grad_()

@@ -38,6 +38,7 @@ def _reference_gradient(loss, p):
 
 
 @pytest.mark.parametrize("method", ALL)
+@pytest.mark.slow_cases("kvaerno3-backprop", "rodas4-discrete")
 def test_first_order(gradient, method):
     loss = _loss(gradient, method)
     want = _reference_gradient(loss, P)
@@ -60,6 +61,7 @@ def test_second_order_in_every_nesting(gradient, method, outer, inner):
     assert torch.allclose(outer(inner(loss))(P), want, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow_cases("backprop")
 def test_third_order(gradient):
     loss = _loss(gradient, "rk4", first_step=0.25)
     want = jacfwd(jacfwd(jacfwd(loss)))(P)
@@ -75,6 +77,10 @@ def test_forward_over_reverse_hessian_vector_product(gradient):
 
 @pytest.mark.parametrize("over", ["p", "y0", "times", "end", "p, y0, times, end"])
 @pytest.mark.parametrize("transform", ["value", "grad", "jvp", "hessian"])
+@pytest.mark.slow_cases(
+    "hessian-p-discrete", "hessian-y0-discrete", "hessian-times-discrete", "hessian-end-discrete", "hessian-p-backprop",
+    "hessian-y0-backprop", "hessian-times-backprop", "hessian-end-backprop",
+)
 def test_vmap_is_a_loop_of_single_solves(gradient, over, transform):
     """Over parameters, states, sample times and ends, together and alone, with derivatives inside."""
     n = 2

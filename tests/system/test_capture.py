@@ -213,6 +213,7 @@ ORDERS = {
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("method", ["tsit5", "trbdf2"])
+@pytest.mark.slow_cases("trbdf2-forward twice-backprop", "trbdf2-reverse twice-discrete")
 def test_masks_and_indices_made_within_a_transform(method, gradient, order):
     """They wear its wrapper, though nothing is differentiated in them: ``fun``, which runs below it, is given others in their place."""
 

@@ -234,6 +234,7 @@ class TestNotHolomorphic:
         [adjoint.DiscreteAdjoint(), adjoint.Backprop(), adjoint.ForwardSensitivity(), adjoint.ForwardSensitivity(rowwise=True)],
         ids=["discrete", "backprop", "forward", "rowwise"],
     )
+    @pytest.mark.slow_cases("rowwise-rodas5p", "rowwise-kvaerno5", "forward-bdf")
     def test_gradients_are_those_of_real_and_imaginary_parts(self, method, gradient):
         y0 = torch.tensor([[2.01, 0.57], [2.26, 0.51]], dtype=torch.float64)
         p = torch.tensor([[1.3, 0.9], [1.1, 1.2]], dtype=torch.float64)

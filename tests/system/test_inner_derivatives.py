@@ -393,6 +393,7 @@ def test_linearize_is_refused(where):
 @pytest.mark.parametrize("mode", ["grad", "jvp"])
 @pytest.mark.parametrize("given", ["captured", "argument"])
 @pytest.mark.parametrize("inner", ["root", pytest.param("solve", marks=pytest.mark.slow)])
+@pytest.mark.slow_cases("root-argument-jvp", "root-captured-grad")
 def test_a_solve_in_the_function_of_another_one_is_differentiated(inner, given, mode):
     # the inner root is 2 k y, the end of the inner solve exp(-2 k)
     def fun(k):

@@ -52,6 +52,7 @@ def solved(method, jac, batched=False, **options):
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("form", ["dense", "sparse", "batched"])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow_cases("kvaerno3-batched")
 def test_same_as_automatic(method, form):
     jac = Jacobian(form == "sparse")
     sol, grads = solved(method, jac, form == "batched")
