@@ -163,15 +163,15 @@ def _read(code: CodeType) -> _Facts | None:
     return _Facts(code, tuple(names), frozenset(attributes), changing or bool(_CHANGING & attributes))
 
 
-#: by class, and whether it is called: how many names its classes had, these, and names that count anyway
-_classes: WeakKeyDictionary[type, dict[bool, tuple[int, list[Any], frozenset[str]]]] = WeakKeyDictionary()
+#: by class, and whether it is called: its bases with how many names they had, those of the user, and names that count anyway
+_classes: WeakKeyDictionary[type, dict[bool, tuple[Hashable, list[Any], frozenset[str]]]] = WeakKeyDictionary()
 
 
 def _class_of(kind: type, called: bool) -> tuple[list[Any], frozenset[str]]:
     """The classes of the user that a class is made of, and names that count whether they are named or not. Raises `_Unknown`."""
-    size = sum([len(c.__dict__) for c in kind.__mro__])
+    bases = kind.__mro__, sum([len(c.__dict__) for c in kind.__mro__])
     known = _classes.get(kind, {}).get(called)
-    if known is None or known[0] != size:
+    if known is None or known[0] != bases:
         mine = [c for c in kind.__mro__ if c not in _BASES]
         if type(kind) not in (type, ABCMeta) or not mine or any(_is_foreign(c.__module__) for c in mine):
             raise _Unknown
@@ -180,7 +180,7 @@ def _class_of(kind: type, called: bool) -> tuple[list[Any], frozenset[str]]:
             raise _Unknown
         quiet = _QUIET - {"__init__", "__new__"} if called else _QUIET
         special = {name for c in mine for name in c.__dict__ if name.startswith("__") and not _is_written_for(c, name)} - quiet
-        known = _classes.setdefault(kind, {})[called] = size, mine, frozenset(special)
+        known = _classes.setdefault(kind, {})[called] = bases, mine, frozenset(special)
     return known[1:]
 
 
@@ -229,10 +229,16 @@ class _Walk:
         if kind is MethodType:
             return "method", self.value(x.__self__), self.value(x.__func__)
         if kind is functools.partial:
+            self.named(x)
             return "partial", self.value(x.func), self.value(x.args), self.value(x.keywords)
         if isinstance(x, nn.Module):
             return self.module(x)
         return self.thing(x, kind)
+
+    def named(self, x: Any) -> None:
+        """What an object holds counts as far as code names it."""
+        if x.__dict__:
+            self.owners.append(([x], frozenset()))
 
     def thing(self, x: Any, kind: type) -> Hashable:
         """What is neither a container nor a function of Python."""
@@ -253,7 +259,8 @@ class _Walk:
         if kind is np.ndarray and x.nbytes <= _SMALL and not x.dtype.hasobject:
             return kind, x.dtype.str, x.shape, x.tobytes()
         if isinstance(x, Enum):
-            return kind, x.name
+            self.owners.append(([x, *(c for c in kind.__mro__ if not _is_foreign(c.__module__))], frozenset()))
+            return kind, x.name, self.value(x._value_)
         if isinstance(x, type):
             if x in (Tensor, int, float, tuple, list, dict, nn.Module):
                 return "class", x
@@ -263,14 +270,13 @@ class _Walk:
             return mine, *map(self.value, tuple(x))
         if type(getattr(x, "__dict__", None)) is not dict or isinstance(x, (list, dict, set, frozenset, str, bytes, int, float, complex)):
             raise _Unknown
-        # what it holds counts as far as code names it
-        self.owners.append(([x], frozenset()))
+        self.named(x)
         return mine
 
     def class_of(self, kind: type, called: bool) -> Hashable:
         """A class of the user, which may be ``called``: its methods count as far as they are named."""
         self.owners.append(_class_of(kind, called))
-        return kind
+        return kind, kind.__mro__
 
     @staticmethod
     def known(x: Any) -> bool:
@@ -285,6 +291,7 @@ class _Walk:
             return "again", self.seen[id(x)]
         self.seen[id(x)] = len(self.seen)
         self.tensors.append(x)
+        self.named(x)
         return "tensor", x.shape, x.dtype, x.requires_grad
 
     def function(self, f: FunctionType) -> Hashable:
@@ -293,6 +300,7 @@ class _Walk:
                 return "torch", f
             raise _Unknown
         facts = _facts_of(f.__code__)
+        self.named(f)
         self.attributes |= facts.attributes
         self.changing |= facts.changing
         space, read = f.__globals__, []
@@ -330,7 +338,7 @@ class _Walk:
             if name not in _OWN_OF_MODULES and name not in ("training", "_parameters", "_buffers", "_modules"):
                 parts.append((name, self.value(x)))
         if not theirs:
-            self.class_of(kind, False)
+            parts.append(self.class_of(kind, False))
             self.owners.append(([c for c in kind.__mro__ if c not in _BASES], frozenset(("forward",))))
         return "nn", *parts
 

@@ -37,6 +37,8 @@ class Graph:
     own_derivative: bool = False
     #: whether one known by its fingerprint could not be read as it stands, for which a tracer is asked instead
     refused: bool = False
+    #: whether a program was made of it, so that it is not random
+    was_read: bool = False
     #: places, among the tensors of a call, of what `find_captured` found, with its flags
     captured: tuple[tuple[int, ...], dict[str, bool]] | None = None
 

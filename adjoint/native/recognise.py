@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ __all__ = ["Recognised", "compile_key", "hear", "recognise"]
 
 #: graphs of one piece of code (shapes, dtypes, constants) before recognising costs more than it brings
 _MOST_GRAPHS = 64
+#: how far beside the state a graph that is known is compared with its function, in parts of one and of the state
+_BESIDE = 0.01
 #: of a state, before it is looked at row by row
 _FEWEST_ROWS = 8
 
@@ -70,6 +72,16 @@ def _hear(module: GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
     return graph
 
 
+class _Call(NamedTuple):
+    """What is asked: a function with its arguments, as `_evaluate` takes them."""
+
+    fun: Callable[..., Any]
+    time: Tensor
+    states: tuple[Any, ...]
+    args: tuple[Any, ...]
+    lone: tuple[bool, ...] | None
+
+
 def _evaluate(fun: Callable[..., Any], t: Tensor, states: tuple[Any, ...], args: tuple[Any, ...], lone: tuple[bool, ...] | None) -> Any:
     # of an input without dimensions the tracer knows the number that a branch asks for (float(t) > 1), and would take that of the first
     # call for that of all: times and states are inputs of one number, and lose their dimension on the way
@@ -82,8 +94,8 @@ def _evaluate(fun: Callable[..., Any], t: Tensor, states: tuple[Any, ...], args:
 
 
 @lru_cache(maxsize=512)
-def _tracer(key: Hashable) -> Callable[..., Any]:
-    """A tracer of its own for each piece of code, since its cache is one for each code object."""
+def _tracer(key: Hashable, turn: int) -> Callable[..., Any]:
+    """A tracer of its own for each piece of code, since its cache is one for each code object; ``turn``: how often it began anew."""
     f = _evaluate
     copy = FunctionType(f.__code__.replace(co_name="fun"), f.__globals__, "fun", f.__defaults__, f.__closure__)
     return torch.compile(copy, backend=_hear, dynamic=False, fullgraph=True)
@@ -91,6 +103,8 @@ def _tracer(key: Hashable) -> Callable[..., Any]:
 
 #: why code was not traced, by its key and the kinds of what it is called with: trying takes as long as a small solve, and is done once
 _refusals: dict[Hashable, str] = {}
+#: how often graphs of code were forgotten, by its key
+_turns: dict[Hashable, int] = {}
 #: code that picks numbers from tables by a computed integer
 _picking: set[Hashable] = set()
 
@@ -111,8 +125,9 @@ def _asked(key: Hashable, *arguments: Any) -> Any:
 
 def _traced(key: Hashable, arguments: Sequence[Any]) -> Any:
     """A call of the tracer, also where warnings are errors: it asks tensors for their gradients, and then hides what is said to that."""
+    tracer = _tracer(key, _turns.get(key, 0))
     try:
-        return _tracer(key)(*arguments)
+        return tracer(*arguments)
     except Exception as error:
         limit = "LimitHit" in type(error).__name__
         if not limit and "The .grad attribute" not in str(error):
@@ -121,10 +136,10 @@ def _traced(key: Hashable, arguments: Sequence[Any]) -> Any:
     if limit:
         # shapes, and numbers of Python that fun depends on, have a graph each
         with most_graphs(_MOST_GRAPHS):
-            return _tracer(key)(*arguments)
+            return tracer(*arguments)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The .grad attribute")
-        return _tracer(key)(*arguments)
+        return tracer(*arguments)
 
 
 def hear(
@@ -163,25 +178,68 @@ def hear(
             raise Unreadable("", "", _refusals[kinds])
         try:
             with above():
-                states = tuple(map(_with_dimensions, states))
-                result = _asked(key, asked, time, states, base.arguments(arguments), lone)
+                call = _Call(asked, time, tuple(map(_with_dimensions, states)), base.arguments(arguments), lone)
+                found = _found(key, call, arguments)
+                if found is not None and not _holds(found, call):
+                    _turns[key] = _turns.get(key, 0) + 1
+                    found = _found(key, call, arguments)
+        except Unreadable:
+            raise
         except Exception as error:  # tracers, and fun where it is traced, raise whatever they like
             reason = _refusals[kinds] = _reason(error)
             raise Unreadable("", "", reason) from error
-    if len(ear.heard) != 1:
+    if found is None:
         raise Unreadable("", "", "it is no single graph")
-    graph, tensors, stand_ins = ear.heard.pop()
-    if graph.writes:
+    if found.graph.writes:
         raise Unreadable("", "", "it changes the state, or a tensor that it captured, in place")
-    if graph.own_derivative:
+    if found.graph.own_derivative:
         raise Unreadable("", "", "a torch.autograd.Function in it has a derivative of its own")
-    known = {id(time): ("t", 0)} | {id(x): ("y", i) for i, x in enumerate(tree_flatten(states)[0])}
-    given = {id(x): k for k, x in reversed(list(enumerate(arguments)))}
-    known |= {i: ("argument", k) for i, k in given.items()}
+    return found
+
+
+def _found(key: Hashable, call: _Call, arguments: Sequence[Tensor]) -> Heard | None:
+    """Which graph a call is, by the guards of the tracer; None where it is several."""
+    ear.heard = []
+    result = _asked(key, *call)
+    if len(ear.heard) != 1:
+        return None
+    graph, tensors, stand_ins = ear.heard.pop()
+    known = {id(call.time): ("t", 0)} | {id(x): ("y", i) for i, x in enumerate(tree_flatten(call.states)[0])}
+    known |= {id(x): ("argument", k) for k, x in reversed(list(enumerate(arguments)))}
     results = tuple(_place(x, stand_ins, known) for x in tree_flatten(result)[0])
     assert graph.module is not None
     module = _with_dimensions_of(graph.module, [known.get(id(x), ("", 0))[0] in ("t", "y") for x in tensors])
     return Heard(graph, module, tensors, tuple(arguments), known, results, result)
+
+
+def _holds(found: Heard, call: _Call) -> bool:
+    """Whether a graph that was known already gives what ``fun`` gives now: guards of tracers do not see attributes of tensors, which of
+    two objects without value there is, names whose absence is caught, nor modules that are imported anew.
+
+    Beside the state, where a component that is zero does not hide a factor. Only of graphs that were read: others may be random.
+    """
+    if not found.graph.was_read:
+        return True
+    leaves, tree = tree_flatten(call.states)
+    beside = [(x + _BESIDE * (1.0 + x.abs())).detach().requires_grad_().clone() for x in leaves]
+    place = {id(x): y for x, y in zip(leaves, beside, strict=True)}
+    tensors = [place.get(id(x), x) for x in found.tensors]
+    outs = found.module(*tensors)
+    values = {"out": outs, "argument": found.arguments, "t": [call.time], "y": beside}
+    theirs = tree_flatten(_evaluate(*call._replace(states=tree_unflatten(beside, tree))))[0]
+    return len(theirs) == len(found.results) and all(_same(x, values[kind][k]) for x, (kind, k) in zip(theirs, found.results, strict=True))
+
+
+def _same(x: Any, y: Tensor) -> bool:
+    """Whether two tensors are one but for rounding."""
+    if not isinstance(x, Tensor) or x.numel() != y.numel() or x.dtype != y.dtype:
+        return False
+    x, y = x.detach().reshape(-1), y.detach().reshape(-1)
+    same = (x == y) | ((x != x) & (y != y))
+    if bool(same.all()) or not (x.is_floating_point() or x.is_complex()):
+        return bool(same.all())
+    size = x.abs().nan_to_num(0.0, 0.0).amax()
+    return bool((same | ((x - y).abs() <= torch.finfo(x.dtype).eps ** 0.75 * size)).all())
 
 
 def _reason(error: Exception) -> str:
@@ -272,6 +330,8 @@ def recognise(
         for graph in direct:
             graph.refused = True
         return recognise(key, system, method, t, y0, inputs, batched, None, events)
+    for graph in graphs:
+        graph.was_read = True
     return Recognised(found, tuple(values), slots)
 
 
