@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput, UnsupportedCombination
-from ..sensitivity.fingerprint import beside
+from ..system.agreement import beside
 from ..system.realification import totals_in_parts, unwrapped, weights_in_parts
 from ..system.system import Flat, StateSpec, System
 from ..torch_internals import temporarily_clear_interpreter_stack

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from ..system.agreement import beside, differs
 from ..system.system import System, VmappedSystem
 from ..torch_internals import get_data_attr, is_functorch_wrapped_tensor, most_graphs
 from .build import spending
@@ -35,7 +36,7 @@ __all__ = ["Recognised", "compile_key", "hear", "recognise"]
 
 #: graphs of one piece of code (shapes, dtypes, constants) before recognising costs more than it brings
 _MOST_GRAPHS = 64
-#: how far beside the state a graph that is known is compared with its function, in parts of one and of the state
+#: how far beside the state a graph that is known is compared with its function
 _BESIDE = 0.01
 #: of a state, before it is looked at row by row
 _FEWEST_ROWS = 8
@@ -221,25 +222,19 @@ def _holds(found: Heard, call: _Call) -> bool:
     if not found.graph.was_read:
         return True
     leaves, tree = tree_flatten(call.states)
-    beside = [(x + _BESIDE * (1.0 + x.abs())).detach().requires_grad_().clone() for x in leaves]
-    place = {id(x): y for x, y in zip(leaves, beside, strict=True)}
-    tensors = [place.get(id(x), x) for x in found.tensors]
-    outs = found.module(*tensors)
-    values = {"out": outs, "argument": found.arguments, "t": [call.time], "y": beside}
-    theirs = tree_flatten(_evaluate(*call._replace(states=tree_unflatten(beside, tree))))[0]
-    return len(theirs) == len(found.results) and all(_same(x, values[kind][k]) for x, (kind, k) in zip(theirs, found.results, strict=True))
+    moved = [beside(x.detach(), _BESIDE).requires_grad_().clone() for x in leaves]
+    place = {id(x): y for x, y in zip(leaves, moved, strict=True)}
+    outs = found.module(*(place.get(id(x), x) for x in found.tensors))
+    values = {"out": outs, "argument": found.arguments, "t": [call.time], "y": moved}
+    known = [values[kind][k] for kind, k in found.results]
+    now = tree_flatten(_evaluate(*call._replace(states=tree_unflatten(moved, tree))))[0]
+    return len(now) == len(known) and all(_agree(x, y) for x, y in zip(now, known, strict=True))
 
 
-def _same(x: Any, y: Tensor) -> bool:
-    """Whether two tensors are one but for rounding."""
-    if not isinstance(x, Tensor) or x.numel() != y.numel() or x.dtype != y.dtype:
+def _agree(now: Any, known: Tensor) -> bool:
+    if not isinstance(now, Tensor) or now.dtype != known.dtype or now.numel() != known.numel():
         return False
-    x, y = x.detach().reshape(-1), y.detach().reshape(-1)
-    same = (x == y) | ((x != x) & (y != y))
-    if bool(same.all()) or not (x.is_floating_point() or x.is_complex()):
-        return bool(same.all())
-    size = x.abs().nan_to_num(0.0, 0.0).amax()
-    return bool((same | ((x - y).abs() <= torch.finfo(x.dtype).eps ** 0.75 * size)).all())
+    return not bool(differs(now.detach().reshape(-1), known.detach().reshape(-1)))
 
 
 def _reason(error: Exception) -> str:

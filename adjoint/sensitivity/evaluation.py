@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
+from ..system.agreement import differs
 from ..system.capture import cut_apart
 from ..system.ownership import continuing, owned
 from ..system.system import System
@@ -19,7 +20,7 @@ from ..system.transforms import naming_writes
 from ..torch_internals import Node, copy_by_copy
 from .asked import Linearizer
 from .products import exchanged
-from .witness import CHANGED, differs
+from .witness import CHANGED
 
 __all__ = ["Evaluation"]
 

@@ -15,22 +15,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..errors import SolveError
-from .witness import CHANGED, differs
+from ..system.agreement import beside, differs
+from .witness import CHANGED
 
-__all__ = ["Fingerprint", "RootWitness", "beside"]
+__all__ = ["Fingerprint", "RootWitness"]
 
 #: how far beside the root, as parts of every unknown; a function that is defined at none of these points is looked at in the root
 _PARTS = (1e-2, 1e-4, 0.0)
-
-
-def beside(x: Tensor, part: float) -> Tensor:
-    """``x`` (..., n) with every entry moved by between 0.5 and 2.5 times ``part`` of its size, outward from zero, so that what is positive
-    stays so."""
-    k = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype.to_real()) + 1
-    size = x.abs()
-    size = size + 1e-3 * size.amax(-1, keepdim=True) if x.shape[-1] else size
-    size = torch.where(size > 0, size, 1.0)
-    return x + part * size * (1.5 + torch.cos(k * k)) * torch.where(x.real < 0, -1.0, 1.0)
 
 
 @dataclass(frozen=True)

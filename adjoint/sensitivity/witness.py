@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
+from ..system.agreement import differs
 from ..torch_internals import is_functorch_wrapped_tensor, leaves_of, mapped
 
-__all__ = ["CHANGED", "Witness", "differs"]
+__all__ = ["CHANGED", "Witness"]
 
 #: what the errors say
 CHANGED = (
@@ -89,16 +90,3 @@ def _within(*tensors: Any) -> bool:
 def _copied(f: Any, *tensors: Any) -> tuple[Any, Any, Any, Any]:
     t, y, k = (mapped(lambda x: x.detach().clone(), x) for x in tensors)
     return f, t, y, k
-
-
-def differs(again: Tensor, known: Tensor) -> Tensor:
-    """Whether two evaluations at one point differ by more than kernels do that add in another order; 0-d.
-
-    A number counts beside the largest one of all: sums of terms that nearly cancel are rounded as these terms are.
-    """
-    single = torch.finfo(known.dtype).eps > 1e-10
-    size = known.abs().nan_to_num(0.0, 0.0, 0.0)
-    near, far = (1e-3, 1e-5) if single else (1e-6, 1e-9)
-    allowed = near * size + far * size.amax() if size.numel() else size
-    # what was not finite (a step that was rejected) says nothing
-    return (~((again - known).abs() <= allowed) & torch.isfinite(known)).any()
