@@ -14,14 +14,14 @@ from ..errors import HigherIndexDAE, InconsistentInitialCondition, InvalidInput,
 from ..linalg import SparseMatrix
 from ..linalg.pencil import Pencil, split
 from ..native.consistent import NativeStart
-from ..sensitivity.consistent import Bounds, Initial, all_lost, complete, complete_values, lost_rows, residual_report
+from ..sensitivity.consistent import Bounds, Initial, all_lost, complete, complete_values, lost_rows, residual_report, rtol_of_search
 from ..sensitivity.problem import StageAlgebra
 from ..system.structure import Structure, analyse, analyse_large, dense_pencil
 from ..system.system import StateSpec, System
 from ..system.transforms import copies_of, copy_at, copy_where, one_copy, vmap_active
 from ..torch_internals import temporarily_clear_interpreter_stack
 
-__all__ = ["initial_values"]
+__all__ = ["initial_values", "off_given"]
 
 #: unknowns above which the structure is looked for by one factorisation before anything else
 _LARGE = 128
@@ -92,11 +92,11 @@ def initial_values(
         refused = there & _off_constraints(place, structure, _residual(system, t, given, inputs), tolerances)
         if throw and (row := _first(refused)) is not None:
             raise _violated(system, structure, _residual(system, t, given, inputs), row)
-    rtol = 1e-6 if real.itemsize < 8 else 1e-12
+    rtol = rtol_of_search(real)
     where = (system, algebra, structure, t, given.y, given.yp, inputs, rtol, bounds)
     found = complete_values(*where, throw) if consistent == "slopes" else complete(*where, native, throw)
     if consistent in ("auto", "check"):
-        off = _off_given(consistent, structure, given, found, tolerances)
+        off = off_given(consistent, structure.differential, given, found, tolerances)
         refused = refused | (there & off.any(-1))
         if throw and (row := _first(refused)) is not None:
             raise _inconsistent(system, structure, _residual(system, t, given, inputs), off, row)
@@ -264,8 +264,8 @@ def _violated(system: System, structure: Structure, residual: Tensor, row: tuple
     )
 
 
-def _off_given(consistent: str, structure: Structure, given: Initial, found: Initial, tolerances: dict[str, Any]) -> Tensor:
-    """Which values (B, n) that were given are not those that the equations ask for."""
+def off_given(consistent: str, differential: Tensor, given: Initial, found: Initial, tolerances: dict[str, Any]) -> Tensor:
+    """Which values (B, n) that were given are not those that the equations ask for; ``differential`` (n,): which variables are."""
     with torch.no_grad():
         y, yp = found.y.detach(), found.yp.detach()
         allowed = 1e3 * (y.abs() * tolerances["rtol"] + tolerances["atol"])
@@ -274,7 +274,7 @@ def _off_given(consistent: str, structure: Structure, given: Initial, found: Ini
         off = (given.y - y).abs() > allowed
         if consistent == "check":
             speed = torch.linalg.vector_norm(yp, dim=-1, keepdim=True)
-            off = off | ((given.yp - yp).abs() > 1e-3 * speed + allowed) & structure.differential
+            off = off | ((given.yp - yp).abs() > 1e-3 * speed + allowed) & differential
             # of what has no consistent values none were given
             off = off | ~torch.isfinite(y)
         return off

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..sensitivity import Outputs
-from ..sensitivity.consistent import Initial, complete, lost_rows
+from ..sensitivity.consistent import Initial, complete, lost_rows, rtol_of_search
 from ..sensitivity.problem import StageAlgebra
 from ..sensitivity.products import tangent
 from ..system.capture import moves, readable
@@ -30,7 +30,7 @@ def consistently(system: System, algebra: StageAlgebra, inputs: Sequence[Tensor]
     are: NaN would reach the others by parameters that they share."""
     structure = algebra.structure
     assert structure is not None
-    rtol = 1e-6 if system.spec.real_dtype.itemsize < 8 else 1e-12
+    rtol = rtol_of_search(system.spec.real_dtype)
 
     def consistent(t: Tensor, at: Initial) -> Initial:
         found = complete(system, algebra, structure, t, at.y, at.yp, inputs, rtol, throw=throw)

@@ -6,7 +6,7 @@ whose key is new, or that has anything out of the ordinary about it, goes the ge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from ..errors import CapturedTensorLost
-from ..methods import METHODS, Traits
-from ..native.at_once import AtOnce
+from ..methods import DAE_METHODS, METHODS, Method, Traits
+from ..native.at_once import AtOnce, Beginning
 from ..native.build import NoCompiler
 from ..native.fingerprint import Fingerprint, fingerprint
-from ..native.memory import in_parts
+from ..native.memory import as_given, in_parts
 from ..native.reading import Unreadable
 from ..native.solve import frame_of
 from ..sensitivity import DiscreteAdjoint, Problem
-from ..sensitivity.prepared import Prepared, Run, at_once, run_of
+from ..sensitivity.consistent import Initial, rtol_of_search
+from ..sensitivity.prepared import Done, Prepared, Run, at_once, run_of
 from ..system.ownership import owned
 from ..system.system import StateSpec, System
 from ..torch_internals import (
@@ -37,19 +38,22 @@ from ..torch_internals import (
     peek_interpreter_stack,
 )
 from .arguments import listed_args, snapped
+from .dae_initial import off_given
 from .solution import BackwardStats, Solution, Stats
 
 __all__ = ["Asked", "asked_before", "forget"]
 
 _MOST, _FEW = 512, 32
+#: of implicit equations, beyond which their structure costs more to look at than Python does
+_MOST_UNKNOWNS = 64
 _known: dict[Hashable, Prepared | None] = {}
 _REALS = (torch.float32, torch.float64)
 _STATES = frozenset((*_REALS, torch.complex64, torch.complex128))
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _NUMBERS, _NOTHING = frozenset((int, float, type(None))), frozenset((type(None),))
 _DISCRETE = DiscreteAdjoint()
-#: arguments of `solve_ivp`: those that go the general way if they are there, those that are numbers, and the others
-_beside = itemgetter("events", "step_ts", "mass_matrix", "norm", "jac", "jac_sparsity", "linear_solver")
+#: arguments of front doors: those that go the general way if they are there, those that are numbers, and the others
+_BESIDE = ("events", "step_ts", "norm", "jac_sparsity", "linear_solver")
 _numbers = itemgetter("rtol", "atol", "first_step", "max_step", "min_step", "max_steps")
 _given = itemgetter("fun", "quadrature", "t_span", "y0", "args", "method", "controller", "t_eval", "gradient", "batched")
 _CHANGED = (
@@ -58,9 +62,24 @@ _CHANGED = (
 )
 
 
+@dataclass(frozen=True)
+class _Door:
+    """A front door: its methods, and those of its arguments that go the general way if they are there. ``implicit``: for implicit
+    equations."""
+
+    methods: Mapping[str, Method]
+    beside: Callable[[dict[str, Any]], tuple[Any, ...]]
+    implicit: bool
+
+
+_IVP = _Door(METHODS, itemgetter(*_BESIDE, "mass_matrix", "jac"), False)
+_DAE = _Door(DAE_METHODS, itemgetter(*_BESIDE, "differential", "y0_bounds"), True)
+
+
 @dataclass(eq=False, slots=True)
 class Asked:
-    """A call that may have been made before, with its ``arguments``, and what is known of such calls."""
+    """A call that may have been made before, with its ``arguments``, and what is known of such calls. ``yp0``: of implicit equations, the
+    slopes that were given."""
 
     key: Hashable
     prepared: Prepared | None
@@ -70,6 +89,7 @@ class Asked:
     y0: Tensor
     span: tuple[float, float]
     derivatives: bool
+    yp0: Tensor | None = None
 
     def solution(self, door: Callable[..., Solution]) -> Solution | None:
         """What compiled code gives; None where the general way is to be gone, through ``door``."""
@@ -82,28 +102,41 @@ class Asked:
         if times is None and t_eval is not None:
             return None
         try:
-            done = run_of(prepared, anchors, times, self.y0, self.found.tensors)
+            done = run_of(prepared, anchors, times, self.y0, self.found.tensors, self.yp0)
         except Unreadable:
             return None
-        if done is None:
+        if done is None or (self.yp0 is not None and self._off(prepared, done)):
             return None
-        backward, y, y0 = BackwardStats(), done.y, self.y0
+        backward, y, yp, y0 = BackwardStats(), done.y, done.yp, self.y0
         t = t_eval if t_eval is not None else ends.clone() if y0.dtype is ends.dtype else ends.to(y0.dtype.to_real(), copy=True)
         if self.derivatives:
             tensors = self.found.tensors
             wanted = tuple([i for i, k in enumerate(prepared.places) if tensors[k].requires_grad])
             run = Run(prepared, anchors, times, wanted, partial(self._solved_again, door, prepared, times), backward.add)
-            # with an integral results are parts of that of the node
-            y = at_once(run if prepared.integrand is None else owned(run), done, y0, *[tensors[prepared.places[i]] for i in wanted])
+            # with an integral results are parts of that of the node, and with slopes there are two
+            alone = prepared.integrand is None and yp is None
+            found = at_once(run if alone else owned(run), done, y0, *[tensors[prepared.places[i]] for i in wanted])
+            y, yp = (found, None) if yp is None else found
         y, integral = prepared.shown(y, y0, times is not None)
         quadrature = None if integral is None or prepared.integrand is None else prepared.integrand.unflatten(integral)
         n_steps, n_accepted, n_fun, status, _, *work = done.counts
         stats = Stats(n_steps, n_accepted, n_steps - n_accepted, n_fun, *work, backward=backward)
-        return Solution(t, y, status, stats, quadrature=quadrature)
+        return Solution(t, y, status, stats, quadrature=quadrature, yp=None if yp is None else yp.reshape(y.shape))
+
+    def _off(self, prepared: Prepared, done: Done) -> bool:
+        """Whether consistent values are not those that were given."""
+        assert self.yp0 is not None
+        if self.arguments["consistent"] == "solve":
+            return False
+        calls = prepared.calls
+        y, yp = calls.begun(done.kept)
+        given = Initial(as_given(self.y0, y.dtype).reshape(y.shape), as_given(self.yp0, y.dtype).reshape(y.shape))
+        tolerances = {"rtol": calls.plan.rtol, "atol": calls.plan.atol}
+        return bool(off_given("auto", calls.differential, given, Initial(y, yp), tolerances).any())
 
     def _solved_again(
         self, door: Callable[..., Solution], prepared: Prepared, times: Tensor | None, values: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Sequence[Tensor | None]:
         """``times`` (T, B) and ``values``: what the solve read."""
         fun, quadrature = self.arguments["fun"], self.arguments["quadrature"]
         now = fingerprint(fun if quadrature is None else (fun, quadrature), self.args)
@@ -116,7 +149,8 @@ class Asked:
         span = tuple(torch.tensor(t, dtype=torch.float64) for t in self.span)
         t_eval = None if times is None else times[:, 0]
         sol = door(**{**self.arguments, "t_span": span, "t_eval": t_eval, "args": self.args})
-        return sol.y, None if prepared.integrand is None else prepared.integrand.taken(sol.quadrature)
+        integral = None if prepared.integrand is None else prepared.integrand.taken(sol.quadrature)
+        return (sol.y, integral) if sol.yp is None else (sol.y, integral, sol.yp)
 
     def remember(self, problem: Problem, arguments: Sequence[Tensor], integrand: StateSpec | None) -> None:
         """Keep what the general way has made of a call, ``arguments`` being the tensors among its ``args``, ``integrand`` the layout of an
@@ -139,6 +173,11 @@ class Asked:
         rows = self.y0.shape[0] if self.arguments["batched"] else 1
         width = in_parts(self.y0).numel() // rows + (0 if integrand is None else sum(integrand.sizes))
         like = torch.empty((rows, width), dtype=native.program.real, device="cpu")
+        beginning = None
+        if problem.system.residual is not None:
+            beginning = None if integrand is not None or width > _MOST_UNKNOWNS else _beginning(problem)
+            if beginning is None:
+                return
         plan = problem.plan
         explicit = not plan.method.implicit
         if explicit and plan.method.multistep and self.derivatives:
@@ -149,13 +188,23 @@ class Asked:
         except NoCompiler:
             return
         shapes = tuple(x.shape for x in native.program.values(read, False))
-        calls = AtOnce(native.program, plan, frame, rows, width, shapes, self.derivatives, integrand is not None)
+        calls = AtOnce(native.program, plan, frame, rows, width, shapes, self.derivatives, integrand is not None, beginning)
         _known[self.key] = Prepared(calls, tuple(place[id(x)] for x in read), self.derivatives, self.arguments["batched"], integrand)
 
 
+def _beginning(problem: Problem) -> Beginning | None:
+    """How implicit equations begin, where variables are differential or algebraic one by one."""
+    algebra = problem.algebra
+    structure = None if algebra is None else algebra.structure
+    if structure is None or not structure.plain or algebra is None or algebra.skipped is not None:
+        return None
+    return Beginning(structure.differential.clone(), rtol_of_search(problem.plan.real))
+
+
 def asked_before(arguments: dict[str, Any]) -> Asked | None:
-    """A call of `solve_ivp` with these arguments, with ``compile=``, or None where it has more to it than numbers."""
-    if not _NOTHING.issuperset(map(type, _beside(arguments))) or arguments["dense_output"] or arguments["progress"]:
+    """A call of `solve_ivp` or `solve_dae` with these arguments, with ``compile=``, or None where it has more to it than numbers."""
+    door = _DAE if "yp0" in arguments else _IVP
+    if not _NOTHING.issuperset(map(type, door.beside(arguments))) or arguments["dense_output"] or arguments["progress"]:
         return None
     fun, quadrature, t_span, y0, args, method, controller, t_eval, gradient, batched = _given(arguments)
     numbers = _numbers(arguments)
@@ -166,7 +215,10 @@ def asked_before(arguments: dict[str, Any]) -> Asked | None:
     if gradient is not None and gradient != _DISCRETE:
         return None
     name = method if type(method) is str else method.name if isinstance(method, Traits) else ""
-    if name not in METHODS or (name is not method and METHODS[name] is not method):
+    if name not in door.methods or (name is not method and door.methods[name] is not method):
+        return None
+    yp0, begun = (arguments["yp0"], _begun(arguments, y0)) if door.implicit else (None, ())
+    if begun is None:
         return None
     around = len_torch_function_stack() or len_torch_dispatch_stack() or dual_level() >= 0
     if around or peek_interpreter_stack() is not None or torch.is_inference_mode_enabled() or not _is_plain(y0):
@@ -179,12 +231,22 @@ def asked_before(arguments: dict[str, Any]) -> Asked | None:
     if found is None or any(map(is_functorch_wrapped_tensor, found.tensors)):
         return None
     derivatives = torch.is_grad_enabled() and (y0.requires_grad or any([x.requires_grad for x in found.tensors]))
-    key = (found.key, y0.shape, y0.dtype, batched, derivatives, t_eval is None, name, controller, numbers)
+    key = (found.key, y0.shape, y0.dtype, batched, derivatives, t_eval is None, name, controller, numbers, begun)
     try:
         prepared = _known.get(key)
     except TypeError:
         return None
-    return Asked(key, prepared, arguments, args, found, y0, span, derivatives)
+    return Asked(key, prepared, arguments, args, found, y0, span, derivatives, yp0)
+
+
+def _begun(arguments: dict[str, Any], y0: Tensor) -> tuple[Any, ...] | None:
+    """How implicit equations are told to begin; None where not by a search for what follows from the differential part of ``y0``."""
+    yp0, consistent, suppress = (arguments[name] for name in ("yp0", "consistent", "suppress_algebraic"))
+    if type(consistent) is not str or consistent not in ("auto", "solve") or type(suppress) is not bool:
+        return None
+    if yp0 is not None and (type(yp0) not in _TENSORS or yp0.shape != y0.shape or yp0.dtype is not y0.dtype or not _is_plain(yp0)):
+        return None
+    return "implicit", consistent, suppress, yp0 is None
 
 
 def _span(given: Any) -> tuple[float, float] | None:

@@ -6,20 +6,21 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..integrate.plan import Plan
 from .back import swept
-from .calls import BACKWARD_CALL, FORWARD_CALL
+from .calls import BACKWARD_CALL, CONSISTENT_CALL, FORWARD_CALL, filled
+from .consistent import LEAST, MOST
 from .emit import recorded_stages, records_beside
 from .memory import FEW_BYTES, as_given, in_large_pages
 from .program import Engine, Program
 from .solve import Frame, Summary, block_of, made, make_room, point_at_counts, point_at_ends, room_for, shift_of, threads_for
 
-__all__ = ["AtOnce", "Kept"]
+__all__ = ["AtOnce", "Beginning", "Kept", "Target"]
 
 #: of a part of the memory: it begins at a line of the cache
 _LINE = 64
@@ -29,6 +30,28 @@ _LARGE = 2**20
 _FEW = block_of(1)
 #: anchors, start and end
 _ENDS = torch.empty(2, 1, device="cpu")
+
+
+#: condition up to which matrices leave no doubt which variables are differential, and in single precision
+_CLEAR, _CLEAR_SINGLE = 1e7, 1e4
+
+
+@dataclass(frozen=True, eq=False)
+class Beginning:
+    """How implicit equations begin: which variables are ``differential`` (n,), and to which relative tolerance the others, and slopes, are
+    found."""
+
+    differential: Tensor
+    rtol: float
+
+
+class Target(NamedTuple):
+    """Where results of a solve go: ``y`` the samples (T, B, n), or without sample times (2, B, n) both ends; of implicit equations ``yp``
+    the slopes there; ``counts``: the address of `COUNTS`."""
+
+    y: Tensor
+    yp: Tensor | None
+    counts: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +67,8 @@ class Layout:
     sample_step: int
     times: int
     ends: int
+    #: consistent values and slopes
+    begun: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +85,7 @@ class AtOnce:
     """The calls of one program by one plan, for ``rows`` states of ``width`` numbers.
 
     ``shapes``: of the inputs as the program takes them. ``kept``: there may be a way back, which reads what the solve read, whatever is
-    written to tensors later. ``ended``: the final state is wanted behind samples.
+    written to tensors later. ``ended``: the final state is wanted behind samples. ``beginning``: of implicit equations.
     """
 
     program: Program
@@ -71,6 +96,7 @@ class AtOnce:
     shapes: tuple[torch.Size, ...]
     kept: bool
     ended: bool
+    beginning: Beginning | None = None
     _layouts: dict[tuple[int, int], Layout] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,6 +117,13 @@ class AtOnce:
         for call in (self._forward, self._backward):
             call.rows, call.block, call.threads, call.n_anchors = self.rows, block_of(self.rows), 1, len(_ENDS)
         self._forward.shift = self._backward.jumps = shift_of(self.plan, _ENDS)
+        self._consistent: Any = None
+        if self.beginning is not None:
+            functions, tables, rtol = frame.engine.functions, self.program.table_addresses[0], self.beginning.rtol
+            clear = _CLEAR if real.itemsize > 4 else _CLEAR_SINGLE
+            self._consistent = filled(CONSISTENT_CALL, **functions, tables=tables, rtol=rtol, least=LEAST, most=MOST, condition=clear)
+            self._consistent.rows, self._consistent.differential = self.rows, self.beginning.differential.data_ptr()
+            self._flags = ctypes.c_ubyte * self.rows
 
     def _layout(self, room: int, samples: int) -> Layout:
         found = self._layouts.get((room, samples))
@@ -106,20 +139,21 @@ class AtOnce:
 
             inputs = tuple(place(n) for n in self._bytes) if self.kept else ()
             others = place(8 * samples * self.rows), place(16 * self.rows), place(3 * self._state)
+            begun = place(2 * self._state if self.beginning is not None else 0)
             first = at
             lengths = {name: n * (room + (name == "states")) for name, n in self._recorded.items()}
             # what is large is a piece by itself: allocators keep those of some size for the next solve, but not larger ones
             large = [name for name, n in lengths.items() if n >= FEW_BYTES]
             steps = tuple((name, 1 + large.index(name), 0) if name in large else (name, 0, place(n)) for name, n in lengths.items())
             sizes = at, *(lengths[name] for name in large)
-            found = self._layouts[room, samples] = Layout(room, sizes, first, steps, inputs, *others)
+            found = self._layouts[room, samples] = Layout(room, sizes, first, steps, inputs, *others, begun)
         return found
 
     def forward(
-        self, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, tensors: Sequence[Tensor], y: Tensor, counts: int
-    ) -> tuple[Kept, Summary]:
-        """A solve of one span, with ``anchors`` (2, B), into ``y``: the samples (T, B, n), or without ``t_eval`` (T, B), in the order of
-        time, both ends. ``y0``: as the program takes it; ``tensors``: of its inputs; ``counts``: the address of `COUNTS`. Raises
+        self, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, tensors: Sequence[Tensor], to: Target, yp0: Tensor | None = None
+    ) -> tuple[Kept, Summary] | None:
+        """A solve of one span, with ``anchors`` (2, B) and samples at ``t_eval`` (T, B), in the order of time. ``y0`` and ``yp0``: as the
+        program takes them; ``tensors``: of its inputs. None where the general way has to look for how implicit equations begin. Raises
         `Unreadable`."""
         program, plan, frame, rows = self.program, self.plan, self.frame, self.rows
         samples = 0 if t_eval is None else len(t_eval)
@@ -134,24 +168,34 @@ class AtOnce:
         else:
             addresses = self._addresses(*[x.data_ptr() for x in read])
         call.inputs, call.y0, call.anchors = ctypes.addressof(addresses), y0.data_ptr(), anchors.data_ptr()
+        if self._consistent is not None:
+            assert yp0 is not None and to.yp is not None
+            call.y0 = at + layout.begun
+            call.first_slope = call.y0 + self._state
+            if not self._begin(call, anchors, y0, yp0):
+                return None
         if rows > _FEW:
             call.threads, call.team = threads_for(program, rows)
-        point_at_counts(call, counts, 8 * rows)
+        point_at_counts(call, to.counts, 8 * rows)
         point_at_ends(call, at + layout.times, 8 * rows, at + layout.ends, self._state)
-        call.samples = y.data_ptr()
+        call.samples = to.y.data_ptr()
         if t_eval is None:
             call.initial, call.final = call.samples, call.samples + self._state
+            if to.yp is not None:
+                ctypes.memmove(to.yp.data_ptr(), call.first_slope, self._state)
+                call.final_slope = to.yp.data_ptr() + self._state
         else:
+            call.slopes = None if to.yp is None else to.yp.data_ptr()
             call.t_eval, call.n_samples, call.sample_step = t_eval.data_ptr(), samples, at + layout.sample_step
             if self.ended:
                 call.final = call.samples + samples * self._state
         _point(call, memory, layout)
         kept = memory, layout
 
-        def more(to: Any, most: int) -> None:
+        def more(further: Any, most: int) -> None:
             nonlocal kept
             kept = self._moved(memory, layout, self._layout(most, samples), 0)
-            _point(to, *kept)
+            _point(further, *kept)
 
         summary, _ = made(self._engine, call, plan, anchors, more)
         most = summary.most if frame.keep_grid else 0
@@ -197,7 +241,35 @@ class AtOnce:
         call.inputs, call.input_bars = ctypes.addressof(addresses), ctypes.addressof(bars)
         call.anchors, call.n_steps = anchors.data_ptr(), kept.n_steps
         _point(call, kept.memory, layout)
-        return found, swept(self._engine, call, True)
+        finite = swept(self._engine, call, True)
+        return found, finite if self._consistent is None else self._begun_back(call, at + layout.begun, anchors)
+
+    def _begin(self, call: Any, anchors: Tensor, y0: Tensor, yp0: Tensor) -> bool:
+        """Find consistent values, which go where a ``call`` reads them. Whether they are beyond doubt."""
+        found, sound, time = self._flags(), self._flags(), self._start(anchors)
+        begin = CONSISTENT_CALL.from_buffer_copy(self._consistent)
+        begin.inputs, begin.t, begin.y, begin.yp = call.inputs, time.data_ptr(), y0.data_ptr(), yp0.data_ptr()
+        begin.y_found, begin.yp_found = call.y0, call.first_slope
+        begin.found, begin.sound = ctypes.addressof(found), ctypes.addressof(sound)
+        assert self._engine.consistent is not None
+        self._engine.consistent(ctypes.byref(begin))
+        return all(found) and all(sound)
+
+    def _begun_back(self, call: Any, begun: int, anchors: Tensor) -> bool:
+        """From the cotangent of consistent values, written by the ``call`` of a way back, to that of what they were found from, and to
+        those of inputs. Whether all are finite."""
+        infinite, time = ctypes.c_long(), self._start(anchors)
+        begin = CONSISTENT_CALL.from_buffer_copy(self._consistent)
+        begin.inputs, begin.t, begin.y, begin.yp = call.inputs, time.data_ptr(), begun, begun + self._state
+        begin.y_bar, begin.y0_bar, begin.input_bars = call.y0_bar, call.y0_bar, call.input_bars
+        begin.infinite = ctypes.addressof(infinite)
+        assert self._engine.consistent is not None
+        self._engine.consistent(ctypes.byref(begin))
+        return not infinite.value
+
+    def _start(self, anchors: Tensor) -> Tensor:
+        """Where trajectories start, (B,), in the dtype of the state."""
+        return anchors[0].to(self.program.real)
 
     def inputs(self, kept: Kept) -> list[Tensor]:
         """What the solve read."""
@@ -206,10 +278,29 @@ class AtOnce:
             for k, size, shape in zip(kept.layout.inputs, self._bytes, self.shapes, strict=True)
         ]
 
+    @property
+    def differential(self) -> Tensor:
+        """Which variables of implicit equations are, (n,)."""
+        assert self.beginning is not None
+        return self.beginning.differential
+
+    def begun(self, kept: Kept) -> tuple[Tensor, Tensor]:
+        """Consistent values and slopes (B, n), of implicit equations."""
+        y, yp = _part(kept.memory[0], kept.layout.begun, 2 * self._state, self.program.real).view(2, self.rows, self.width)
+        return y, yp
+
     def states(self, kept: Kept) -> Tensor:
         """(K + 1, B, n), where they are recorded."""
-        piece, begin = next((piece, k) for name, piece, k in kept.layout.steps if name == "states")
-        return _part(kept.memory[piece], begin, self._state * (kept.n_steps + 1), self.program.real).view(-1, self.rows, self.width)
+        return self._steps(kept, "states", self._state, 1, self.program.real).view(-1, self.rows, self.width)
+
+    def sizes(self, kept: Kept) -> Tensor:
+        """Of steps, (K, B)."""
+        return self._steps(kept, "h", 8 * self.rows, 0, torch.float64).view(-1, self.rows)
+
+    @staticmethod
+    def _steps(kept: Kept, wanted: str, size: int, more: int, dtype: torch.dtype) -> Tensor:
+        piece, begin = next((piece, k) for name, piece, k in kept.layout.steps if name == wanted)
+        return _part(kept.memory[piece], begin, size * (kept.n_steps + more), dtype)
 
     def _read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What the program takes of its inputs."""

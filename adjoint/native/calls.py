@@ -97,6 +97,9 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("double*", "next_step"),
     ("long*", "summary"),  # (5,), see `Summary`
     ("double*", "covered"),  # (B,): the times that trajectories have come to, while the solve goes on; or nothing
+    ("const R*", "first_slope"),  # (B, n), of implicit equations, and where slopes go:
+    ("R*", "slopes"),  # (T, B, n), those at samples, or nothing
+    ("R*", "final_slope"),  # (B, n), or nothing
 )
 
 BACKWARD: tuple[tuple[str, str], ...] = (
@@ -144,7 +147,8 @@ BACKWARD: tuple[tuple[str, str], ...] = (
 )
 
 
-#: of initial values of implicit equations; ``pencil``: asked for alone, with [G E] in it
+#: of initial values of implicit equations; ``pencil``: asked for alone, with [G E] in it; ``y_bar``: of their way back, from consistent
+#: values ``y`` and ``yp`` and their cotangents
 CONSISTENT: tuple[tuple[str, str], ...] = (
     *((kind, name) for kind, name in FORWARD[:6]),
     ("const R* const*", "inputs"),
@@ -162,6 +166,12 @@ CONSISTENT: tuple[tuple[str, str], ...] = (
     ("R*", "y_found"),  # (B, n)
     ("R*", "yp_found"),
     ("unsigned char*", "found"),  # (B,)
+    ("unsigned char*", "sound"),  # (B,): whether matrices say beyond doubt that variables are as in ``differential``, where it is asked for
+    ("double", "condition"),  # the largest with which they do
+    ("const R*", "y_bar"),  # (B, n)
+    ("R*", "y0_bar"),  # (B, n)
+    ("R* const*", "input_bars"),  # to which something is added
+    ("long*", "infinite"),  # how many of the numbers there are not finite
 )
 
 

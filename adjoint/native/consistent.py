@@ -13,10 +13,10 @@ from .device import addressed
 from .memory import plain
 from .program import Engine, Program
 
-__all__ = ["NativeStart"]
+__all__ = ["LEAST", "MOST", "NativeStart"]
 
 #: pivots below this part of the largest one, and steps, that are left to whoever tells why
-_LEAST, _MOST = 1e-10, 50
+LEAST, MOST = 1e-10, 50
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class NativeStart:
             tables=program.table_addresses[0],
             rows=len(y),
             rtol=rtol,
-            least=_LEAST,
-            most=_MOST,
+            least=LEAST,
+            most=MOST,
             **{name: x.data_ptr() for name, x in (given | out).items()},
         )
         engine.consistent(ctypes.byref(call))

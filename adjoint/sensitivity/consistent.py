@@ -33,6 +33,7 @@ __all__ = [
     "completion",
     "lost_rows",
     "residual_report",
+    "rtol_of_search",
 ]
 
 
@@ -66,6 +67,11 @@ class LostRows:
         """Consistent values, and those that are lost as they were given."""
         column = self.lost.unsqueeze(-1)
         return Initial(torch.where(column, given.y, found.y), torch.where(column, given.yp, found.yp))
+
+
+def rtol_of_search(real: torch.dtype) -> float:
+    """To which relative tolerance consistent values are found."""
+    return 1e-6 if real.itemsize < 8 else 1e-12
 
 
 def lost_rows(given: Initial) -> LostRows | None:
@@ -227,8 +233,8 @@ def complete(
     # slopes of algebraic variables enter nothing: what was given of them is handed on
     yp = yp + _times(free, _times(free.mH, yp0.detach()))
     if plain:
-        # entries that are kept are kept to the last bit
-        y = torch.where(structure.differential, y0, y)
+        # entries that are kept are kept to the last bit, and those that were found do not go by their guesses
+        y = y0.index_copy(1, structure.order[structure.rank :], u[..., structure.rank :])
     return Initial(y, yp)
 
 

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from ..integrate import stands
-from ..native.at_once import AtOnce, Kept
+from ..native.at_once import AtOnce, Kept, Target
 from ..native.memory import as_given, bytes_of, put_together
 from ..native.reading import Unreadable
-from ..native.solve import COUNTS
+from ..native.solve import COUNTS, Summary
 from ..system.ownership import Owned
 from ..system.system import StateSpec
 from ..system.transforms import functorch_active, naming_writes
 from ..torch_internals import Node, copy_by_copy, unviewed
+from .standing import some_rest
 from .undeclared import REJECTED
 
 __all__ = ["Prepared", "PreparedNode", "Run", "at_once", "run_of"]
@@ -71,6 +72,12 @@ class Prepared:
         y = y.reshape(calls.rows, -1)
         return torch.cat([y, torch.zeros((calls.rows, calls.width - y.shape[1]), dtype=y.dtype, device="cpu")], -1)
 
+    def slopes(self, yp0: Tensor | None, start: Tensor) -> Tensor | None:
+        """Guesses of the slopes at the start of implicit equations; None of others."""
+        if self.calls.beginning is None:
+            return None
+        return torch.zeros_like(start) if yp0 is None else as_given(yp0, start.dtype)
+
     def shown(self, found: Tensor, y0: Tensor, sampled: bool) -> tuple[Tensor, Tensor | None]:
         """Of what a solve gives, or its cotangent, the states, and the integral (B, m) where there is one."""
         if self.integrand is None:
@@ -81,16 +88,26 @@ class Prepared:
 
     def to_be_looked_at(self, rejected: int) -> bool:
         """Whether the general way is to look for jumps of ``fun`` in a solve with so many rejected steps."""
-        return self.derivatives and rejected >= REJECTED and self.calls.program.looks.coming()
+        return self.calls.plan.keep_states and rejected >= REJECTED and self.calls.program.looks.coming()
+
+    def rests(self, kept: Kept, summary: Summary) -> bool:
+        """Whether something rests, so that the general way is to look whether steps bear derivatives."""
+        calls, plan = self.calls, self.calls.plan
+        if not self.derivatives:
+            return False
+        if calls.beginning is not None:
+            return some_rest(plan, calls.sizes(kept), calls.states(kept))
+        return bool(stands(calls.states(kept)).any()) if plan.method.multistep else summary.resting > 0
 
 
 class Done(NamedTuple):
     """A solve: the states asked for (T, *state), with an integral (T, B, n) and the final one behind; what was counted, of one trajectory
-    numbers and of many tensors (B,); and what its way back needs."""
+    numbers and of many tensors (B,); what its way back needs; and of implicit equations the slopes beside the states."""
 
     y: Tensor
     counts: Sequence[int] | Sequence[Tensor]
     kept: Kept
+    yp: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,17 +119,19 @@ class Run:
     anchors: Tensor
     t_eval: Tensor | None
     wanted: tuple[int, ...]
-    again: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor | None]]
+    again: Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
     report: Callable[[int, int], None]
 
 
-def run_of(prepared: Prepared, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, tensors: Sequence[Tensor]) -> Done | None:
+def run_of(
+    prepared: Prepared, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, tensors: Sequence[Tensor], yp0: Tensor | None = None
+) -> Done | None:
     """The solve; None where the general way has to look: something failed, or rests.
 
-    ``t_eval``: in the order of time; None: the two ends. ``tensors``: those of the fingerprint.
+    ``t_eval``: in the order of time; None: the two ends. ``tensors``: those of the fingerprint. ``yp0``: of implicit equations.
     """
     calls = prepared.calls
-    program, plan, rows = calls.program, calls.plan, calls.rows
+    program, rows = calls.program, calls.rows
     start = prepared.start(y0)
     y = torch.empty((2 if t_eval is None else len(t_eval) + calls.ended, *start.shape), dtype=program.real, device="cpu")
     if prepared.batched:
@@ -121,52 +140,57 @@ def run_of(prepared: Prepared, anchors: Tensor, t_eval: Tensor | None, y0: Tenso
     else:
         counts = _COUNTED()
         at = ctypes.addressof(counts)
-    kept, summary = calls.forward(anchors, t_eval, start, [tensors[k] for k in prepared.places], y, at)
-    if summary.otherwise or summary.unstable or prepared.to_be_looked_at(summary.rejected):
+    slopes = prepared.slopes(yp0, start)
+    yp = None if slopes is None else torch.empty_like(y)
+    made = calls.forward(anchors, t_eval, start, [tensors[k] for k in prepared.places], Target(y, yp, at), slopes)
+    if made is None:
         return None
-    if prepared.derivatives and (bool(stands(calls.states(kept)).any()) if plan.method.multistep else summary.resting):
+    kept, summary = made
+    if summary.otherwise or summary.unstable or prepared.to_be_looked_at(summary.rejected) or prepared.rests(kept, summary):
         return None
-    y = unviewed(torch.view_as_complex(y)) if y0.is_complex() else y
-    return Done(y, counts.unbind() if isinstance(counts, Tensor) else list(counts), kept)
+    y, yp = (unviewed(torch.view_as_complex(x)) if x is not None and y0.is_complex() else x for x in (y, yp))
+    assert y is not None
+    return Done(y, counts.unbind() if isinstance(counts, Tensor) else list(counts), kept, yp)
 
 
 class PreparedNode(Node):
-    """``apply(run, done, y0, *inputs)`` is the result as a function of the initial state and of those tensors that require grad. Where
-    there is no transform, ``at_once`` is that, without looking whether there is one. ``run``: owned by the results, where these are not
-    this node's own."""
+    """``apply(run, done, y0, *inputs)`` is the result, of implicit equations with the slopes behind it, as a function of the initial state
+    and of those tensors that require grad. Where there is no transform, ``at_once`` is that, without looking whether there is one. ``run``:
+    owned by the results, where these are not this node's own."""
 
     @staticmethod
-    def forward(ctx: Any, run: Run | Owned[Run], done: Done, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, run: Run | Owned[Run], done: Done, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         kept = done.kept
         ctx.run, ctx.layout, ctx.n_steps = run, kept.layout, kept.n_steps
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept.memory, *inputs)
-        return done.y
+        return done.y if done.yp is None else (done.y, done.yp)
 
     @staticmethod
     @copy_by_copy
     @naming_writes
-    def backward(ctx: Any, bar: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, bar: Tensor | None, *beside: Tensor | None) -> tuple[Tensor | None, ...]:
         run: Run = ctx.run() if isinstance(ctx.run, Owned) else ctx.run
         # also says so where the graph is gone, or one of the inputs was written to
         saved, pieces = ctx.saved_tensors, len(ctx.layout.sizes)
         inputs = saved[pieces:]
         needed = ctx.needs_input_grad[2:]
-        if bar is None:
+        others = any(x is not None for x in beside)
+        if bar is None and not others:
             return (None, None, *([None] * len(needed)))
         prepared, calls = run.prepared, run.prepared.calls
         kept = Kept(saved[:pieces], ctx.layout, ctx.n_steps)
-        if torch.is_grad_enabled() or functorch_active():
-            return (None, None, *_again(run, kept, inputs, bar, needed))
+        if bar is None or others or torch.is_grad_enabled() or functorch_active():
+            return (None, None, *_again(run, kept, inputs, (bar, *beside), needed))
         try:
             found, finite = calls.backward(kept, run.anchors, run.t_eval, bar, dict(zip((None, *run.wanted), needed, strict=True)))
         except Unreadable:
             # the general way says why
-            return (None, None, *_again(run, kept, inputs, bar, needed))
+            return (None, None, *_again(run, kept, inputs, (bar,), needed))
         run.report(kept.n_steps * len(calls.plan.method.nodes), kept.n_steps)
         if not finite:
             # which of the user's functions it was, the general way finds out
-            return (None, None, *_again(run, kept, inputs, bar, needed))
+            return (None, None, *_again(run, kept, inputs, (bar,), needed))
         if prepared.integrand is not None and None in found:
             found[None] = found[None][:, : inputs[0].numel() // calls.rows]
         # in the order in which they were asked for
@@ -174,15 +198,19 @@ class PreparedNode(Node):
         return (None, None, *results)
 
 
-at_once: Callable[..., Tensor] = super(torch.autograd.Function, PreparedNode).apply
+at_once: Callable[..., Any] = super(torch.autograd.Function, PreparedNode).apply
 
 
-def _again(run: Run, kept: Kept, inputs: Sequence[Tensor], bar: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
-    prepared = run.prepared
+def _again(
+    run: Run, kept: Kept, inputs: Sequence[Tensor], bars: Sequence[Tensor | None], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    prepared, (bar, *beside) = run.prepared, bars
     with torch.enable_grad():
         outputs = run.again(prepared.calls.inputs(kept))
     wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
-    bars = prepared.shown(bar, inputs[0], run.t_eval is not None)
-    made, given = zip(*[(y, v) for y, v in zip(outputs, bars, strict=True) if y is not None and y.requires_grad], strict=True)
+    bars = (*((None, None) if bar is None else prepared.shown(bar, inputs[0], run.t_eval is not None)), *beside)
+    # without slopes, or where nobody asks for theirs, there are fewer cotangents
+    known = [(y, v) for y, v in zip(outputs, bars, strict=False) if y is not None and v is not None and y.requires_grad]
+    made, given = zip(*known, strict=True)
     found = iter(torch.autograd.grad(made, wanted, given, create_graph=torch.is_grad_enabled(), allow_unused=True))
     return [next(found) if need else None for need in needed]

@@ -26,7 +26,7 @@ from ..system.remarks import remark
 from ..system.structure import dense_pencil
 from ..system.system import System, VmappedSystem
 
-__all__ = ["longest_step"]
+__all__ = ["longest_step", "some_rest"]
 
 #: the part of the span for which a component rests, from which on its modes are looked at
 _PART = 0.01
@@ -42,19 +42,12 @@ _AFFORDED = 20_000
 def longest_step(system: System | VmappedSystem, plan: Plan, record: Record, inputs: Sequence[Tensor]) -> float | None:
     """How long the steps of a solve may be so that they bear derivatives in components that rest; None where those that were taken do, or
     where nothing can be said. Warns where that is too short. Who bounds steps by ``max_step`` has been told."""
-    h, states = record.h, record.states
-    if not len(h) or len(states) != len(h) + 1 or plan.max_step < float("inf") or not plan.method.adaptive or not readable(states):
+    h = record.h
+    found = _found_resting(plan, h, record.states)
+    if found is None:
         return None
-    size = torch.maximum(states[1:].abs(), states[:-1].abs()) * plan.rtol + plan.atol
-    # a trajectory that is through has steps of size zero
-    still = ((states[1:] - states[:-1]).abs() <= STANDING * size) & (h != 0).unsqueeze(-1)
-    span = h.abs().sum(0)
-    many = states.shape[-1] > _MOST
-    resting = still.all(-1, keepdim=True) if many else still
-    part = (resting * h.abs().unsqueeze(-1)).sum(0).amax(-1) / torch.where(span > 0, span, 1.0)
-    if not bool((part > _PART).any()):
-        return None
-    if many:
+    resting, size, span, part = found
+    if resting.shape[-1] != size.shape[-1]:
         return _told(plan, int(part.argmax()), h.shape[1])
     weight = (resting.any(-1) * h.abs())[:, part > _PART].sum(-1)
     bounds = []
@@ -67,6 +60,26 @@ def longest_step(system: System | VmappedSystem, plan: Plan, record: Record, inp
     if length > 0 and float(span.max()) / length <= min(_AFFORDED, plan.max_steps / 2):
         return length
     return _told(plan, row, h.shape[1])
+
+
+def some_rest(plan: Plan, h: Tensor, states: Tensor) -> bool:
+    """Whether components rest for so long, in steps of these sizes (K, B) through ``states`` (K + 1, B, n), that `longest_step` has to look
+    at them."""
+    return _found_resting(plan, h, states) is not None
+
+
+def _found_resting(plan: Plan, h: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """What rests in which steps (K, B, n), of many unknowns whether all do (K, B, 1); what counts as nothing (K, B, n); lengths of spans
+    (B,) and the part of them that is rest. None where that is too little."""
+    if not len(h) or len(states) != len(h) + 1 or plan.max_step < float("inf") or not plan.method.adaptive or not readable(states):
+        return None
+    size = torch.maximum(states[1:].abs(), states[:-1].abs()) * plan.rtol + plan.atol
+    # a trajectory that is through has steps of size zero
+    still = ((states[1:] - states[:-1]).abs() <= STANDING * size) & (h != 0).unsqueeze(-1)
+    span = h.abs().sum(0)
+    resting = still.all(-1, keepdim=True) if states.shape[-1] > _MOST else still
+    part = (resting * h.abs().unsqueeze(-1)).sum(0).amax(-1) / torch.where(span > 0, span, 1.0)
+    return (resting, size, span, part) if bool((part > _PART).any()) else None
 
 
 def _told(plan: Plan, row: int, rows: int) -> None:

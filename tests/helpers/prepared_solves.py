@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 import adjoint
 
 F64 = torch.float64
+#: of solves that are made at once
+FORMS = ("explicit", "implicit")
 
 
 def lotka(t, y, p):
@@ -23,5 +27,16 @@ def start(*shape):
     return (1 + torch.rand(*shape, 2, generator=torch.Generator().manual_seed(3), dtype=F64)).requires_grad_()
 
 
-def solve(fun, y0, args=(), span=(0.0, 2.0), **options):
-    return adjoint.solve_ivp(fun, span, y0, args, **({"method": "dopri5", "rtol": 1e-7, "compile": True} | options))
+def solve(fun, y0, args=(), span=(0.0, 2.0), form="explicit", **options):
+    """By one of the `FORMS`. As implicit equations, with an algebraic variable beside that is the sum of the others."""
+    options = {"method": "dopri5", "rtol": 1e-7, "compile": True} | options
+    if form == "explicit":
+        return adjoint.solve_ivp(fun, span, y0, args, **options)
+
+    def residual(t, z, zp, *args):
+        y = z[..., :-1]
+        return torch.cat([zp[..., :-1] - fun(t, y, *args), z[..., -1:] - y.sum(-1, keepdim=True)], -1)
+
+    state = torch.cat([y0, torch.zeros_like(y0[..., :1])], -1)
+    sol = adjoint.solve_dae(residual, span, state, None, args, **(options | {"method": "radau"}))
+    return replace(sol, y=sol.y[..., :-1])

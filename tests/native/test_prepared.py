@@ -11,7 +11,7 @@ from torch import nn
 
 import adjoint
 
-from ..helpers.prepared_solves import F64, lotka, p4, solve, start
+from ..helpers.prepared_solves import F64, FORMS, lotka, p4, solve, start
 
 pytestmark = [pytest.mark.compile, pytest.mark.users_defaults]
 RATE = 1.0
@@ -62,10 +62,11 @@ class TestTheSame:
             assert torch.equal(results[0].y, results[1].y) and all(torch.equal(r.t, times) and r.t.dtype == dtype for r in results)
         assert len(counted) == 3
 
-    def test_other_numbers(self, counted):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_other_numbers(self, form, counted):
         for scale in (1.0, 1.3, 0.7):
             y0, p = start().detach() * scale, p4().detach() / scale
-            mine, theirs = (solve(lotka, y0, (p,), (0.0, scale), compile=x) for x in (True, False))
+            mine, theirs = (solve(lotka, y0, (p,), (0.0, scale), compile=x, form=form) for x in (True, False))
             torch.testing.assert_close(mine.y, theirs.y, rtol=1e-10, atol=1e-12)
         assert len(counted) == 2
 
@@ -79,7 +80,8 @@ class TestTheSame:
         assert len(counted) == 1 and torch.equal(grads[0], grads[1])
         torch.testing.assert_close(grads[1], grads[2], rtol=1e-9, atol=1e-12)
 
-    def test_a_module(self, counted):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_a_module(self, form, counted):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).double()
 
@@ -98,7 +100,7 @@ class TestTheSame:
 
         def grads(compile):
             field.zero_grad()
-            solve(field, start(4), batched=True, compile=compile).y[-1].square().sum().backward()
+            solve(field, start(4), batched=True, compile=compile, form=form).y[-1].square().sum().backward()
             return [p.grad.clone() for p in field.parameters()]
 
         found = [grads(True), grads(True), grads(False)]
@@ -120,14 +122,16 @@ class TestTheSame:
 class TestWhatChanges:
     """Everything that ``fun`` reads is looked at in every call."""
 
-    def test_a_global_number(self, monkeypatch, counted):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_a_global_number(self, form, monkeypatch, counted):
         for rate in (1.0, 1.0, 2.0, 0.5):
             monkeypatch.setitem(globals(), "RATE", rate)
-            end = solve(at_rate, torch.ones(1, dtype=F64), method="dopri5", rtol=1e-9).y[-1]
+            end = solve(at_rate, torch.ones(1, dtype=F64), method="dopri5", rtol=1e-9, form=form).y[-1]
             torch.testing.assert_close(end, torch.exp(torch.tensor([-2.0 * rate], dtype=F64)), rtol=1e-7, atol=0)
         assert len(counted) == 1
 
-    def test_a_closure_a_default_a_partial_and_an_argument(self):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_a_closure_a_default_a_partial_and_an_argument(self, form):
         from functools import partial
 
         def made(k):
@@ -138,10 +142,11 @@ class TestWhatChanges:
 
         for k in (1.0, 1.0, 3, 2.0):
             for f, args in ((made(k), ()), (lambda t, y, k=k: -k * y, ()), (partial(fun, k=k), ()), (fun, (k,))):
-                end = solve(f, torch.ones(1, dtype=F64), args, rtol=1e-9).y[-1]
+                end = solve(f, torch.ones(1, dtype=F64), args, rtol=1e-9, form=form).y[-1]
                 torch.testing.assert_close(end, torch.exp(torch.tensor([-2.0 * k], dtype=F64)), rtol=1e-7, atol=1e-9)
 
-    def test_a_list_of_tensors(self, counted):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_a_list_of_tensors(self, form, counted):
         weights = [torch.tensor(1.0, dtype=F64), torch.tensor(0.5, dtype=F64)]
 
         def fun(t, y):
@@ -152,15 +157,16 @@ class TestWhatChanges:
 
         ends = []
         for _ in range(2):
-            ends.append(float(solve(fun, torch.ones(1, dtype=F64), rtol=1e-9).y[-1]))
+            ends.append(float(solve(fun, torch.ones(1, dtype=F64), rtol=1e-9, form=form).y[-1]))
         weights.append(torch.tensor(0.5, dtype=F64))
-        ends.append(float(solve(fun, torch.ones(1, dtype=F64), rtol=1e-9).y[-1]))
+        ends.append(float(solve(fun, torch.ones(1, dtype=F64), rtol=1e-9, form=form).y[-1]))
         weights[0].fill_(0.0)
-        ends.append(float(solve(fun, torch.ones(1, dtype=F64), rtol=1e-9).y[-1]))
+        ends.append(float(solve(fun, torch.ones(1, dtype=F64), rtol=1e-9, form=form).y[-1]))
         assert ends == pytest.approx([math.exp(-3), math.exp(-3), math.exp(-4), math.exp(-2)], rel=1e-7)
         assert len(counted) == 2
 
-    def test_training(self):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_training(self, form):
         class Field(nn.Module):
             def forward(self, t, y):
                 return -y if self.training else -2 * y
@@ -168,13 +174,14 @@ class TestWhatChanges:
         field = Field()
         for mode, k in ((True, 1), (True, 1), (False, 2), (True, 1)):
             field.train(mode)
-            assert float(solve(field, torch.ones(1, dtype=F64), rtol=1e-9).y[-1]) == pytest.approx(math.exp(-2 * k), rel=1e-7)
+            assert float(solve(field, torch.ones(1, dtype=F64), rtol=1e-9, form=form).y[-1]) == pytest.approx(math.exp(-2 * k), rel=1e-7)
 
 
 class TestDerivatives:
-    def test_second_order(self, counted):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_second_order(self, form, counted):
         def end(y0, p, compile):
-            return (solve(lotka, y0, (p,), compile=compile, rtol=1e-9).y[-1] ** 2).sum()
+            return (solve(lotka, y0, (p,), compile=compile, rtol=1e-9, form=form).y[-1] ** 2).sum()
 
         found = []
         for compile in (True, True, False):
@@ -189,40 +196,45 @@ class TestDerivatives:
         hessians = [torch.autograd.functional.hessian(lambda q, c=c: end(y0, q, c), p) for c in (True, True, False)]
         torch.testing.assert_close(hessians[1], hessians[2], rtol=1e-6, atol=1e-6)
 
-    def test_many_at_once(self):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_many_at_once(self, form):
         for _ in range(2):
             y0, p = start(), p4()
-            y = solve(lotka, y0, (p,)).y[-1]
+            y = solve(lotka, y0, (p,), form=form).y[-1]
             rows = [torch.autograd.grad(y[k], p, retain_graph=True)[0] for k in range(2)]
             (found,) = torch.autograd.grad(y, p, torch.eye(2, dtype=F64), is_grads_batched=True)
             torch.testing.assert_close(found, torch.stack(rows), rtol=1e-9, atol=1e-12)
 
-    def test_transforms_go_the_general_way(self, counted):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_transforms_go_the_general_way(self, form, counted):
         y0, p = start().detach(), p4().detach()
-        f = lambda p: solve(lotka, y0, (p,)).y[-1]  # noqa: E731
+        f = lambda p: solve(lotka, y0, (p,), form=form).y[-1]  # noqa: E731
         f(p), f(p)
         assert len(counted) == 1
         forward, backward = torch.func.jacfwd(f)(p), torch.func.jacrev(f)(p)
         torch.testing.assert_close(forward, backward, rtol=1e-9, atol=1e-12)
         assert len(counted) == 1
 
-    def test_some_of_them(self):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_some_of_them(self, form):
         for _ in range(2):
             y0, p = start(), p4()
-            y = solve(lotka, y0.detach(), (p,)).y
+            y = solve(lotka, y0.detach(), (p,), form=form).y
             assert torch.autograd.grad(y[0].sum(), y0, allow_unused=True) == (None,)
-            y = solve(lotka, y0, (p.detach(),)).y
+            y = solve(lotka, y0, (p.detach(),), form=form).y
             (bar,) = torch.autograd.grad(y[0, 0], y0)
             assert torch.equal(bar, torch.tensor([1.0, 0.0], dtype=F64))
 
-    def test_once_only(self):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_once_only(self, form):
         for _ in range(2):
-            total = solve(lotka, start(), (p4(),)).y.sum()
+            total = solve(lotka, start(), (p4(),), form=form).y.sum()
             total.backward()
             with pytest.raises(RuntimeError, match="second time"):
                 total.backward()
 
-    def test_memory_is_given_back(self):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_memory_is_given_back(self, form):
         """After its way back a result holds no states."""
 
         class Box:
@@ -233,45 +245,49 @@ class TestDerivatives:
         boxes = weakref.WeakSet()
         for _ in range(2):
             with torch.autograd.graph.saved_tensors_hooks(Box, lambda box: box.x):
-                y = solve(lotka, start(20), (p4(),), batched=True).y
+                y = solve(lotka, start(20), (p4(),), batched=True, form=form).y
             assert sum(box.x.nbytes for box in boxes) > 20 * y.nbytes // 2
             y.sum().backward()
             assert not len(boxes)
 
-    def test_counts_are_the_users_own(self):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_counts_are_the_users_own(self, form):
         for _ in range(2):
-            sol = solve(lotka, start(3), (p4(),), batched=True)
+            sol = solve(lotka, start(3), (p4(),), batched=True, form=form)
             sol.status.fill_(7)
             sol.stats.n_steps.zero_()
             sol.y.sum().backward()
 
-    def test_inputs_written_to(self):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_inputs_written_to(self, form):
         for _ in range(2):
             p = p4()
-            total = solve(lotka, start(), (p,)).y.sum()
+            total = solve(lotka, start(), (p,), form=form).y.sum()
             with torch.no_grad():
                 p.mul_(2)
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 total.backward()
 
-    def test_sample_times_written_to(self):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_sample_times_written_to(self, form):
         """The way back goes by the times of the solve."""
         found = []
         for written in (False, False, True):
             p, times = p4(), torch.linspace(0, 2, 5, dtype=F64)
-            total = solve(lotka, start().detach(), (p,), t_eval=times).y.square().sum()
+            total = solve(lotka, start().detach(), (p,), t_eval=times, form=form).y.square().sum()
             if written:
                 times[1:4] = 0.3
             found.append(torch.autograd.grad(total, p, retain_graph=True)[0])
             torch.testing.assert_close(torch.autograd.grad(total, p, create_graph=True)[0], found[0], rtol=1e-9, atol=1e-12)
         assert torch.equal(found[1], found[0]) and torch.equal(found[2], found[0])
 
-    def test_saved_elsewhere(self):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_saved_elsewhere(self, form):
         found = []
         for elsewhere in (False, False, True):
             y0, p = start(3), p4()
             with torch.autograd.graph.saved_tensors_hooks(*((lambda x: x.clone(),) * 2 if elsewhere else (lambda x: x,) * 2)):
-                y = solve(lotka, y0, (p,), batched=True).y
+                y = solve(lotka, y0, (p,), batched=True, form=form).y
             found.append(torch.autograd.grad(y.square().sum(), [y0, p]))
         assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
 
@@ -308,7 +324,8 @@ class TestDerivatives:
         (slope,) = torch.autograd.grad(ends[1], a, create_graph=True)
         assert float(torch.autograd.grad(slope, a)[0]) == pytest.approx(4.0 * float(ends[1].detach()), rel=1e-5)
 
-    def test_a_function_that_has_changed(self):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_a_function_that_has_changed(self, form):
         w = [p4()]
 
         def fun(t, y):
@@ -316,7 +333,7 @@ class TestDerivatives:
 
         y0 = start()
         for _ in range(2):
-            y = solve(fun, y0).y[-1].sum()
+            y = solve(fun, y0, form=form).y[-1].sum()
         w[0] = p4()
         with pytest.raises(adjoint.CapturedTensorLost, match="not the function any more"):
             torch.autograd.grad(y, y0, create_graph=True)

@@ -15,35 +15,37 @@ import adjoint
 from adjoint.native.program import Program
 from adjoint.sensitivity.prepared import PreparedNode
 
-from ..helpers.prepared_solves import F64, lotka, p4, solve, start
+from ..helpers.prepared_solves import F64, FORMS, lotka, p4, solve, start
 
 pytestmark = [pytest.mark.compile, pytest.mark.users_defaults]
 
 
 class TestFaults:
-    def test_failures(self, counted):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_failures(self, form, counted):
         def fun(t, y):
             return y**2
 
         for _ in range(2):
-            sol = solve(fun, torch.full((1,), 0.4, dtype=F64))
+            sol = solve(fun, torch.full((1,), 0.4, dtype=F64), form=form)
             assert sol.success
             with pytest.raises(adjoint.SolveError):
-                solve(fun, torch.full((1,), 0.6, dtype=F64))
-            bad = solve(fun, torch.full((1,), 0.6, dtype=F64), throw=False)
+                solve(fun, torch.full((1,), 0.6, dtype=F64), form=form)
+            bad = solve(fun, torch.full((1,), 0.6, dtype=F64), throw=False, form=form)
             assert bad.status < 0 and bool(bad.y[-1].isnan().all())
             with pytest.raises(adjoint.InvalidInput, match="finite"):
-                solve(fun, torch.full((1,), math.nan, dtype=F64))
+                solve(fun, torch.full((1,), math.nan, dtype=F64), form=form)
 
     @pytest.mark.parametrize("batched", [False, True])
-    def test_gradients_that_are_not_finite(self, batched, counted):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_gradients_that_are_not_finite(self, form, batched, counted):
         def fun(t, y, k):
             return -(1 + torch.sqrt(k)) * y
 
         y0 = torch.ones(*([3] if batched else []), 1, dtype=F64)
         for k in (1.0, 1.0, 0.0):
             k = torch.tensor(k, dtype=F64, requires_grad=True)
-            y = solve(fun, y0, (k,), batched=batched).y[-1].sum()
+            y = solve(fun, y0, (k,), batched=batched, form=form).y[-1].sum()
             if float(k.detach()):
                 y.backward()
             else:
@@ -51,19 +53,21 @@ class TestFaults:
                     y.backward()
         assert counted[-1] is not None
 
-    def test_bad_times(self):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_bad_times(self, form):
         y0 = torch.ones(1, dtype=F64)
         for times in ([0.0, 1.0, 2.0], [0.0, 1.0, 2.0]):
-            solve(lambda t, y: -y, y0, t_eval=torch.tensor(times, dtype=F64))
+            solve(lambda t, y: -y, y0, t_eval=torch.tensor(times, dtype=F64), form=form)
         for times in ([0.0, 3.0], [1.0, 0.5, 1.5], [0.0, math.nan]):
             with pytest.raises(adjoint.InvalidInput):
-                solve(lambda t, y: -y, y0, t_eval=torch.tensor(times, dtype=F64))
+                solve(lambda t, y: -y, y0, t_eval=torch.tensor(times, dtype=F64), form=form)
 
-    def test_negated_views(self, counted):
+    @pytest.mark.parametrize("form", FORMS)
+    def test_negated_views(self, form, counted):
         z = torch.tensor([[1.0 + 2.0j]], dtype=torch.complex128)
         k = z.conj().imag.reshape(1)
         assert k.is_neg()
-        ends = [float(solve(lambda t, y, k: k * y, torch.ones(1, dtype=F64), (k,), rtol=1e-9).y[-1]) for _ in range(2)]
+        ends = [float(solve(lambda t, y, k: k * y, torch.ones(1, dtype=F64), (k,), rtol=1e-9, form=form).y[-1]) for _ in range(2)]
         assert ends == pytest.approx([math.exp(-4.0)] * 2, rel=1e-6)
 
     @pytest.mark.parametrize("integrated", [False, True])

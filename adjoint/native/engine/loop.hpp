@@ -105,6 +105,20 @@ struct Loop : Standing {
     to_next_sample(l);
   }
 
+#if IMPLICIT
+  // of the slope within the step of a lane
+  void write_slope(int l, double theta, R* to) const {
+    double w[ALL];
+    dense_slopes(theta, w);
+    for (int n = 0; n < N; n++) {
+      R v = 0;
+      for (int s = 0; s < ALL; s++) if (w[s]) v += (R)w[s] * get(ks[s * N + n], l);
+      to[n] = v;
+    }
+  }
+  R* slope_of_sample(int l) const { return q.slopes + (sample(l, next[l]) * q.rows + row[l]) * N; }
+#endif
+
   void finish(int l, long status) {
     const long r = row[l];
     live.set(l, false);
@@ -155,7 +169,12 @@ struct Loop : Standing {
       }
       to_next_anchor(l);
       to_next_sample(l);
-      while (due[l] <= sign[l] * t[l]) write_sample(l, y, 0);
+      while (due[l] <= sign[l] * t[l]) {
+#if IMPLICIT
+        if (q.slopes) for (int n = 0; n < N; n++) slope_of_sample(l)[n] = q.first_slope[r * N + n];
+#endif
+        write_sample(l, y, 0);
+      }
 #if EVENTS > 0
       watch[l].begin(q, r);
       for (int i = 0; i < EVENTS; i++) watch[l].values[i] = get(starts.events[i], j);
@@ -475,8 +494,14 @@ struct Loop : Standing {
       while (due[l] <= sign[l] * (stops ? stop[l] : end[l])) {
         const double when = sample_time(l, next[l]);
         if (when != end[l]) within(l, (when - t[l]) / h[l], inside);
+#if IMPLICIT
+        if (q.slopes) write_slope(l, when == end[l] ? 1.0 : (when - t[l]) / h[l], slope_of_sample(l));
+#endif
         write_sample(l, when == end[l] ? y1 : inside, accepted[l]);
       }
+#if IMPLICIT
+      if (q.final_slope && lands[l] && segment[l] >= q.n_anchors - 2) write_slope(l, 1.0, q.final_slope + row[l] * N);
+#endif
       if (q.keep_grid) {
         const Place p = place_of(q, tape, accepted[l], row[l]);
         *p.t = t[l]; *p.h = h[l];
