@@ -226,7 +226,7 @@ def test_gradcheck(what, gradient):
         sol = _outcome(gradient, *inputs)
         return (*(getattr(e, what) for e in sol.events), getattr(sol, what)[-1])
 
-    assert gradcheck(outcome, _inputs(), eps=1e-6, atol=1e-6)
+    assert gradcheck(outcome, _inputs(), eps=1e-6, atol=1e-6, fast_mode=True)
 
 
 @pytest.mark.parametrize("what", ["t", "y"])
@@ -235,7 +235,7 @@ def test_gradgradcheck(what):
         sol = _outcome(DiscreteAdjoint(), *inputs)
         return sol.events[0].t[-1] if what == "t" else sol.events[0].y[-1].sum()
 
-    assert gradgradcheck(outcome, _inputs(), eps=1e-6, atol=1e-5)
+    assert gradgradcheck(outcome, _inputs(), eps=1e-6, atol=1e-5, fast_mode=True)
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_gradients_in_state_times_and_parameters(method, entry):
         for a, b in zip(got, torch.autograd.grad(y, (y0, t, speed), weight), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e3 * tol if tol < 1e-8 else 2e-2)
         return
-    assert torch.autograd.gradcheck(solve, (y0, t, speed), atol=1e-6, rtol=1e-5)
+    assert torch.autograd.gradcheck(solve, (y0, t, speed), atol=1e-6, rtol=1e-5, fast_mode=True)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_second_derivatives(method, options):
     def end(y0, rate):
         return odeint_adjoint(lambda t, y: -rate * y, y0, t, method=method, options=options, adjoint_params=(rate,))[-1]
 
-    assert torch.autograd.gradgradcheck(end, (y0, rate), atol=1e-5)
+    assert torch.autograd.gradgradcheck(end, (y0, rate), atol=1e-5, fast_mode=True)
 
 
 def test_transforms():

@@ -128,12 +128,12 @@ def test_discrete_adjoint_is_backprop(name):
 @pytest.mark.slow_cases("rodas4-gradient1", "rodas3p-gradient0")
 def test_gradcheck(name, gradient):
     """Of the computed solution, not of the exact one."""
-    assert gradcheck(loss(held(name, 0.25 if name in ROSENBROCK else 0.5), gradient=gradient), arguments())
+    assert gradcheck(loss(held(name, 0.25 if name in ROSENBROCK else 0.5), gradient=gradient), arguments(), fast_mode=True)
 
 
 @pytest.mark.parametrize(("name", "size"), [("rodas3p", 0.5), slow("rodas5p", 0.5), ("gl4", 0.6), slow("radau5", 0.6)])
 def test_gradgradcheck(name, size):
-    assert gradgradcheck(loss(held(name, size)), arguments())
+    assert gradgradcheck(loss(held(name, size)), arguments(), fast_mode=True)
 
 
 @pytest.mark.parametrize("name", ["rodas3p", slow("rodas5p"), "radauIIA3", slow("radau5"), slow("gl6")])

@@ -80,11 +80,11 @@ def test_gradcheck_of_times(method, gradient):
         return solve_ivp(driven, (t0, t1), y0, (p,), t_eval=ts, gradient=gradient, method=method, first_step=0.2, **grid).y
 
     ends = torch.tensor(0.0, requires_grad=True), torch.tensor(0.5, requires_grad=True)
-    assert torch.autograd.gradcheck(solve, (*ends, torch.tensor([0.11, 0.45], requires_grad=True)))
+    assert torch.autograd.gradcheck(solve, (*ends, torch.tensor([0.11, 0.45], requires_grad=True)), fast_mode=True)
     if method == "euler":
         # the samples of its steps lie on straight lines, whose second derivatives are not those of the solution
         with pytest.raises(InvalidInput, match=r"straight line|of first order"):
-            torch.autograd.gradgradcheck(solve, (*ends, torch.tensor([0.11, 0.45], requires_grad=True)))
+            torch.autograd.gradgradcheck(solve, (*ends, torch.tensor([0.11, 0.45], requires_grad=True)), fast_mode=True)
         return
     assert torch.autograd.gradgradcheck(solve, (*ends, torch.tensor([0.11, 0.45], requires_grad=True)), fast_mode=True)
 
@@ -176,8 +176,8 @@ def test_complex_state(gradient):
 
         return solve_ivp(rate, (0.0, 1.0), y0, (w, c), rtol=1e-9, atol=1e-9, gradient=gradient).y[-1]
 
-    assert torch.autograd.gradcheck(end, (y0, w, c), atol=1e-6)
-    assert torch.autograd.gradgradcheck(end, (y0, w, c), atol=1e-5)
+    assert torch.autograd.gradcheck(end, (y0, w, c), atol=1e-6, fast_mode=True)
+    assert torch.autograd.gradgradcheck(end, (y0, w, c), atol=1e-5, fast_mode=True)
 
 
 def test_float32_agrees_with_float64():
