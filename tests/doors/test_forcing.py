@@ -17,9 +17,9 @@ from adjoint import Forcing, Schedule, solve_dae, solve_ivp
 #: all native solves here are
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
-FINE = {"rtol": 1e-11, "atol": 1e-13}
+FINE = {"rtol": 1e-9, "atol": 1e-11}
 #: of implicit methods, whose steps are of fifth order
-FAIR = {"rtol": 1e-10, "atol": 1e-12}
+FAIR = {"rtol": 1e-8, "atol": 1e-10}
 TIMES, VALUES = [0.2, 0.5, 0.9, 1.4], [1.0, -0.5, 2.0, 0.3]
 
 
@@ -47,7 +47,7 @@ def response(end, k, times, table, kind):
     return total
 
 
-def agree(found, wanted, inputs, tol=1e-9, second=True):
+def agree(found, wanted, inputs, tol=1e-7, second=True):
     assert torch.allclose(found, wanted, rtol=tol, atol=tol)
     one, other = (
         torch.autograd.grad(x.sum(), inputs, create_graph=second, retain_graph=True, materialize_grads=True) for x in (found, wanted)
@@ -106,9 +106,9 @@ def test_a_spline():
     p = values(0.8, TIMES, VALUES)
 
     def end(k, times, table):
-        return solve_ivp(relax, (0.0, 1.2), torch.zeros(1), (k, Forcing(times, table, "cubic")), **FINE).y[-1, 0]
+        return solve_ivp(relax, (0.0, 1.2), torch.zeros(1), (k, Forcing(times, table, "cubic")), method="verner7", **FINE).y[-1, 0]
 
-    assert torch.autograd.gradcheck(end, p, eps=1e-4, atol=1e-7, rtol=1e-6)
+    assert torch.autograd.gradcheck(end, p, eps=1e-4, atol=1e-6, rtol=1e-5, fast_mode=True)
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -178,7 +178,7 @@ def test_vmap_and_user_jumps():
     tables = torch.tensor([VALUES, [1.0, 1.0, 1.0, 1.0]])
     end = lambda v: solve_ivp(relax, (0.0, 1.2), torch.zeros(1), (k, Forcing(times, v, "constant")), step_ts=[0.3], **FINE).y[-1, 0]  # noqa: E731
     found = torch.vmap(end)(tables)
-    assert torch.allclose(found, torch.stack([response(1.2, k, times, v, "constant") for v in tables]), atol=1e-9)
+    assert torch.allclose(found, torch.stack([response(1.2, k, times, v, "constant") for v in tables]), atol=1e-7)
     assert torch.allclose(torch.func.jacrev(end)(tables[0]), torch.func.jacfwd(end)(tables[0]), atol=1e-9)
 
 
@@ -201,7 +201,7 @@ def test_a_schedule(method):
     name = method.split()[-1]
     options = {"method": name, "compile": method != name, **(FAIR if name == "rodas5p" else FINE)}
     k, times, levels = p = values(0.8, [0.2, 0.5, 0.9], [1.0, -0.5, 2.0, 0.3])
-    tol = 1e-7 if name in ("bdf", "abm") else 1e-9
+    tol = 1e-6 if name in ("bdf", "abm") else 1e-7
     wanted = switched(1.2, *p)
     agree(solve_ivp(relax, (0.0, 1.2), torch.zeros(1), (k, Schedule(times, levels)), **options).y[-1, 0], wanted, p, tol)
     u = Schedule(times, levels)
@@ -324,10 +324,10 @@ def test_derivatives_in_a_knot_at_the_end(native):
         last = [solve(fun, (0.0, e), y0, args=(k, Forcing(x, levels, "constant")), compile=native, **FINE).y[-1] for e, x in moving]
         slope = -0.8 * float(last[0][0]) - 2.0
         first = torch.autograd.grad(last[0].sum(), end, create_graph=True)[0]
-        assert float(first) == pytest.approx(len(y0) * slope, rel=1e-9)
-        assert float(torch.autograd.grad(first, end)[0]) == pytest.approx(-0.8 * len(y0) * slope, rel=1e-7)
+        assert float(first) == pytest.approx(len(y0) * slope, rel=1e-7)
+        assert float(torch.autograd.grad(first, end)[0]) == pytest.approx(-0.8 * len(y0) * slope, rel=1e-5)
         moved = torch.autograd.grad(last[1][0], knots)[0].tolist()
-        assert moved == pytest.approx([0.0, 3.0 * float(torch.exp(-k * 0.6)), 0.0], rel=1e-8, abs=1e-12)
+        assert moved == pytest.approx([0.0, 3.0 * float(torch.exp(-k * 0.6)), 0.0], rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("made", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy, lambda x: tree_map(torch.clone, x)])
