@@ -97,16 +97,16 @@ def test_akzo_nobel():
 def test_pendulum(index):
     g, length = tensor(1.0).squeeze().requires_grad_(), tensor(1.0).squeeze().requires_grad_()
     integrand = lambda t, s, g, L: s[4] ** 2  # noqa: E731
-    sol = solve_dae(pendulum(index), (0.0, 10.0), PENDULUM_Y0, args=(g, length), rtol=1e-8, atol=1e-8, quadrature=integrand)
+    sol = solve_dae(pendulum(index), (0.0, 10.0), PENDULUM_Y0, args=(g, length), rtol=1e-6, atol=1e-6, quadrature=integrand)
     # the multiplier of index 2 is the least exact: ten tolerances of its size
-    torch.testing.assert_close(sol.y[-1], PENDULUM_END, rtol=1e-7, atol=1e-7)
-    assert abs(float(sol.quadrature) - 32.63186639652321) < 1e-6
+    torch.testing.assert_close(sol.y[-1], PENDULUM_END, rtol=1e-5, atol=1e-5)
+    assert abs(float(sol.quadrature) - 32.63186639652321) < 1e-4
     # the multiplier too
     for i in (0, 4):
         (by_g,) = torch.autograd.grad(sol.y[-1, i], g, retain_graph=True)
-        assert abs(float(by_g - PENDULUM_END_BY_G[i])) < 1e-6
+        assert abs(float(by_g - PENDULUM_END_BY_G[i])) < 1e-4
     by_g, by_length = torch.autograd.grad(sol.quadrature, (g, length), allow_unused=True)
-    assert abs(float(by_g) - 64.3075344109204) < 1e-5
+    assert abs(float(by_g) - 64.3075344109204) < 1e-3
     # index 1 and 2 do not hold the length: it is that of y0
     assert by_length is None or float(by_length) == 0
 
@@ -228,11 +228,11 @@ def test_vmap_and_batched_are_one_by_one():
 def test_batch_of_robertson_with_parameters_of_their_own():
     p = (ROBERTSON_P * torch.tensor([[1.0], [1.1], [0.7]], dtype=F64)).requires_grad_()
     y0, yp0 = ROBERTSON_Y0.repeat(3, 1), torch.zeros(3, 3, dtype=F64)
-    sol = solve_dae(robertson, (0.0, 10.0), y0, yp0, args=(p,), batched=True, rtol=1e-7, atol=1e-11)
+    sol = solve_dae(robertson, (0.0, 10.0), y0, yp0, args=(p,), batched=True, rtol=1e-5, atol=1e-9)
     (grad,) = torch.autograd.grad(sol.y[-1, :, 2].sum(), p)
     for i in range(3):
         q = p[i].detach().clone().requires_grad_()
-        one = solve_robertson(q, 10.0, rtol=1e-7, atol=1e-11)
+        one = solve_robertson(q, 10.0, rtol=1e-5, atol=1e-9)
         torch.testing.assert_close(sol.y[-1, i], one.y[-1], rtol=1e-10, atol=1e-14)
         torch.testing.assert_close(grad[i], torch.autograd.grad(one.y[-1, 2], q)[0], rtol=1e-8, atol=0)
 
@@ -293,11 +293,12 @@ def test_auxiliary_variables_change_nothing():
         return torch.stack([d1 + p1 * y1 - product, d2 - p1 * y1 + product + p3 * y2**2, y1 + y2 + y3 - 1, product - p2 * y2 * y3], -1)
 
     p = ROBERTSON_P.clone().requires_grad_()
-    plain = solve_robertson(p, 40.0)
-    more = solve_dae(longer, (0.0, 40.0), tensor(1, 0, 0, 0), args=(p,), rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(more.y[-1, :3], plain.y[-1], rtol=1e-7, atol=1e-12)
+    loose = {"rtol": 1e-6, "atol": 1e-10}
+    plain = solve_robertson(p, 40.0, **loose)
+    more = solve_dae(longer, (0.0, 40.0), tensor(1, 0, 0, 0), args=(p,), **loose)
+    torch.testing.assert_close(more.y[-1, :3], plain.y[-1], rtol=1e-5, atol=1e-10)
     got, want = (torch.autograd.grad(sol.y[-1, 2], p)[0] for sol in (more, plain))
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
 
 
 def test_autonomous_shift_in_time():

@@ -38,15 +38,15 @@ def test_pendulum_from_index_three():
 
     g = torch.tensor(1.2, requires_grad=True)
     reduced = reduce_index(pendulum, LOW, args=(g,))
-    sol = reduced.solve((0.0, 0.5), LOW, args=(g,), rtol=1e-8, atol=1e-10)
+    sol = reduced.solve((0.0, 0.5), LOW, args=(g,), rtol=1e-6, atol=1e-8)
     swing = lambda t, y, g: torch.stack([y[1], -g * torch.sin(y[0])])  # noqa: E731
     tight = {"method": "dopri8", "rtol": 1e-11, "atol": 1e-12}
     a, w = solve_ivp(swing, (0.0, 0.5), torch.tensor([math.atan2(0.6, 0.8), 0.0]), (g,), **tight).y[-1]
     truth = torch.stack([a.sin(), -a.cos(), w * a.cos(), w * a.sin(), w**2 + g * a.cos()])
-    assert torch.allclose(sol.y[-1], truth, atol=1e-7)
+    assert torch.allclose(sol.y[-1], truth, atol=1e-5)
     weights = torch.tensor([1.0, 2.0, -1.0, 0.5, 0.3])
     mine, theirs = (torch.autograd.grad((x * weights).sum(), g)[0] for x in (sol.y[-1], truth))
-    assert torch.allclose(mine, theirs, rtol=1e-6)
+    assert torch.allclose(mine, theirs, rtol=1e-4)
     x, y, u, v, _ = sol.y[-1].detach()
     assert abs(float(x**2 + y**2 - 1)) < 1e-11 and abs(float(x * u + y * v)) < 1e-10
 

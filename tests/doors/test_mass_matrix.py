@@ -24,11 +24,11 @@ def robertson_right(t, y, p):
 
 def test_robertson_in_semi_explicit_form():
     mass, p = torch.diag(tensor(1, 1, 0)), ROBERTSON_P.clone().requires_grad_()
-    options = dict(rtol=1e-8, atol=1e-12, quadrature=lambda t, y, p: y[2])
+    options = dict(rtol=1e-6, atol=1e-10, quadrature=lambda t, y, p: y[2])
     sol = solve_ivp(robertson_right, (0.0, 50.0), ROBERTSON_Y0, args=(p,), method="radau5", mass_matrix=mass, **options)
-    assert abs(float(sol.quadrature) - 10.94864848057496) < 1e-8
+    assert abs(float(sol.quadrature) - 10.94864848057496) < 1e-5
     (grad,) = torch.autograd.grad(sol.quadrature, p)
-    torch.testing.assert_close(grad, tensor(1.73414089144977e02, -5.05919140558619e-04, 8.43234646542261e-08), rtol=1e-8, atol=0)
+    torch.testing.assert_close(grad, tensor(1.73414089144977e02, -5.05919140558619e-04, 8.43234646542261e-08), rtol=1e-5, atol=0)
 
 
 def test_a_regular_matrix_is_its_inverse():

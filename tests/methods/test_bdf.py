@@ -176,8 +176,8 @@ def test_gradients_are_the_truth_to_tolerance():
 
     want = run("dopri8", 1e-12)
     for options in ({}, {"gradient": InterpolatingAdjoint()}):
-        for a, b in zip(run("bdf", 1e-8, **options), want, strict=True):
-            torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-5)
+        for a, b in zip(run("bdf", 1e-6, **options), want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_ends_of_the_span():

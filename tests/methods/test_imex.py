@@ -128,10 +128,10 @@ def test_a_stiff_part_does_not_limit_the_steps():
     """Prothero & Robinson's problem at stiffness 1e6: the implicit part takes it, an explicit method cannot; the solution is known."""
     stiff = SplitFunction(lambda t, y: -torch.sin(t).expand_as(y), lambda t, y: -1e6 * (y - torch.cos(t)))
     for name in ADAPTIVE:
-        sol = solve_ivp(stiff, (0.0, 3.0), torch.ones(1), method=name, rtol=1e-6, atol=1e-8)
-        assert sol.stats.n_steps < 1000 and torch.allclose(sol.y[-1], torch.cos(torch.tensor([3.0])), atol=1e-5)
+        sol = solve_ivp(stiff, (0.0, 1.0), torch.ones(1), method=name, rtol=1e-5, atol=1e-7)
+        assert sol.stats.n_steps < 200 and torch.allclose(sol.y[-1], torch.cos(torch.ones(1)), atol=1e-4)
     with pytest.raises(adjoint.MaxStepsReached):
-        solve_ivp(stiff, (0.0, 3.0), torch.ones(1), method="tsit5", rtol=1e-6, atol=1e-8, max_steps=500)
+        solve_ivp(stiff, (0.0, 1.0), torch.ones(1), method="tsit5", rtol=1e-5, atol=1e-7, max_steps=500)
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)

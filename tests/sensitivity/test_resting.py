@@ -206,7 +206,7 @@ def test_ordinary_solves_take_the_steps_that_they_take_without_derivatives():
             for batched in (False, True):
                 y0 = torch.tensor([1.0, 0.3])
                 y0 = y0.expand(2, -1) if batched else y0
-                sol = adjoint.solve_ivp(volterra, (0.0, 10.0), y0, args=(p,), method=method, rtol=1e-4, batched=batched)
+                sol = adjoint.solve_ivp(volterra, (0.0, 5.0), y0, args=(p,), method=method, rtol=1e-4, batched=batched)
                 steps.append(int(torch.as_tensor(sol.stats.n_steps).max()))
         assert len(set(steps)) == 1, (method, steps)
 
@@ -289,20 +289,20 @@ def test_a_pulse_that_ends_a_rest(method, declared, batched):
         return -k * (y - torch.where(inside, 1.0, 0.0).reshape(-1, 1) if batched else y - torch.where(inside, 1.0, 0.0))
 
     y0 = torch.zeros(2, 1) if batched else torch.zeros(1)
-    keys = {"method": method, "rtol": 1e-7, "atol": 1e-9, "batched": batched, "step_ts": times if declared else None}
+    keys = {"method": method, "rtol": 1e-6, "atol": 1e-8, "batched": batched, "step_ts": times if declared else None}
     with warnings.catch_warnings():
         # what is declared is no jump to be told of
         warnings.filterwarnings("error" if declared else "ignore", "fun jumps at")
         end = adjoint.solve_ivp(fun, (0.0, 1.0), y0, (k,), **keys).y[-1].mean()
     exact = math.exp(-rate * (1 - off)) - math.exp(-rate * (1 - on))
-    assert float(end.detach()) == pytest.approx(exact, abs=1e-6)
+    assert float(end.detach()) == pytest.approx(exact, abs=1e-4)
     (by_k,) = torch.autograd.grad(end, k, retain_graph=True)
     slope = -(1 - off) * math.exp(-rate * (1 - off)) + (1 - on) * math.exp(-rate * (1 - on))
-    assert float(by_k) == pytest.approx(slope, abs=1e-5)
+    assert float(by_k) == pytest.approx(slope, abs=1e-4)
     if declared:
         (by_times,) = torch.autograd.grad(end, times)
         wanted = torch.tensor([-rate * math.exp(-rate * (1 - on)), rate * math.exp(-rate * (1 - off))])
-        torch.testing.assert_close(by_times, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(by_times, wanted, rtol=1e-4, atol=1e-4)
 
 
 def evaluations(fun, span, y0, **options):

@@ -236,7 +236,7 @@ def test_stiff_derivatives_in_times(method, tolerance):
 def test_robertson_as_a_dae():
     p, errors = ROBERTSON_P.clone().requires_grad_(), []
     want = tensor(1.73414089144977e02, -5.05919140558619e-04, 8.43234646542261e-08)
-    for tolerance in (1e-4, 1e-6):
+    for tolerance in (1e-3, 1e-5):
         sol = solve_dae(
             robertson, (0.0, 50.0), ROBERTSON_Y0, ROBERTSON_YP0, args=(p,), rtol=tolerance, atol=tolerance * 1e-4,
             gradient=InterpolatingAdjoint(), quadrature=lambda t, y, p: y[2],
@@ -245,8 +245,8 @@ def test_robertson_as_a_dae():
         errors.append(float((grad / want - 1).abs().max()))
         # the end value of an algebraic variable has a term of its own
         (by_end,) = torch.autograd.grad(sol.y[-1, 2], p)
-        torch.testing.assert_close(by_end, tensor(4.47082, -1.48789e-5, 2.47985e-9), rtol=max(10 * tolerance, 5e-6), atol=0)
-    assert errors[1] < 1e-6 and errors[1] < 0.1 * errors[0]
+        torch.testing.assert_close(by_end, tensor(4.47082, -1.48789e-5, 2.47985e-9), rtol=10 * tolerance, atol=0)
+    assert errors[1] < 1e-5 and errors[1] < 0.1 * errors[0]
 
 
 @pytest.mark.parametrize("index", [1, 2])
@@ -275,7 +275,7 @@ def test_pendulum_end_values(index):
 
 def test_batched_dae_is_one_by_one():
     p = (ROBERTSON_P * torch.tensor([[1.0], [1.2]], dtype=F64)).requires_grad_()
-    options = dict(rtol=1e-5, atol=1e-9, gradient=InterpolatingAdjoint(rtol=1e-7, atol=1e-7))
+    options = dict(rtol=1e-4, atol=1e-8, gradient=InterpolatingAdjoint(rtol=1e-5, atol=1e-5))
     sol = solve_dae(robertson, (0.0, 0.1), ROBERTSON_Y0.repeat(2, 1), args=(p,), batched=True, **options)
     (together,) = torch.autograd.grad(sol.y[-1, :, 2].sum(), p)
     for i in range(2):
