@@ -7,7 +7,7 @@ whose key is new, or that has anything out of the ordinary about it, goes the ge
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from math import isfinite
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CapturedTensorLost
+from ..errors import CapturedTensorLost, InvalidInput
 from ..methods import DAE_METHODS, METHODS, Method, Traits
 from ..native.at_once import AtOnce, Beginning
 from ..native.build import NoCompiler
@@ -39,7 +39,9 @@ from ..torch_internals import (
 )
 from .arguments import listed_args, snapped
 from .dae_initial import off_given
-from .solution import BackwardStats, Solution, Stats
+from .event_data import Event
+from .parts import event_list, event_name, terminal_count
+from .solution import BackwardStats, EventLog, EventRecord, Solution, Stats
 
 __all__ = ["Asked", "asked_before", "forget"]
 
@@ -53,9 +55,9 @@ _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _NUMBERS, _NOTHING = frozenset((int, float, type(None))), frozenset((type(None),))
 _DISCRETE = DiscreteAdjoint()
 #: arguments of front doors: those that go the general way if they are there, those that are numbers, and the others
-_BESIDE = ("events", "step_ts", "norm", "jac_sparsity", "linear_solver")
+_BESIDE = ("step_ts", "norm", "jac_sparsity", "linear_solver")
 _numbers = itemgetter("rtol", "atol", "first_step", "max_step", "min_step", "max_steps")
-_given = itemgetter("fun", "quadrature", "t_span", "y0", "args", "method", "controller", "t_eval", "gradient", "batched")
+_given = itemgetter("quadrature", "t_span", "y0", "args", "method", "controller", "t_eval", "gradient", "batched")
 _CHANGED = (
     "fun is not the function any more that the solve went by (what it captures was replaced or changed), and derivatives of its "
     "derivatives evaluate it again: keep it as it is until they are taken"
@@ -90,6 +92,7 @@ class Asked:
     span: tuple[float, float]
     derivatives: bool
     yp0: Tensor | None = None
+    events: Sequence[Any] = ()
 
     def solution(self, door: Callable[..., Solution]) -> Solution | None:
         """What compiled code gives; None where the general way is to be gone, through ``door``."""
@@ -107,21 +110,38 @@ class Asked:
             return None
         if done is None or (self.yp0 is not None and self._off(prepared, done)):
             return None
-        backward, y, yp, y0 = BackwardStats(), done.y, done.yp, self.y0
+        backward, y, beside, y0 = BackwardStats(), done.y, done.beside, self.y0
         t = t_eval if t_eval is not None else ends.clone() if y0.dtype is ends.dtype else ends.to(y0.dtype.to_real(), copy=True)
         if self.derivatives:
             tensors = self.found.tensors
             wanted = tuple([i for i, k in enumerate(prepared.places) if tensors[k].requires_grad])
-            run = Run(prepared, anchors, times, wanted, partial(self._solved_again, door, prepared, times), backward.add)
-            # with an integral results are parts of that of the node, and with slopes there are two
-            alone = prepared.integrand is None and yp is None
+            again = partial(self._solved_again, door, prepared, times)
+            run = Run(prepared, anchors, times, wanted, again, backward.add, done.ending)
+            # with an integral results are parts of that of the node, which is alone on the states where there is nothing beside
+            alone = prepared.integrand is None and not beside
             found = at_once(run if alone else owned(run), done, y0, *[tensors[prepared.places[i]] for i in wanted])
-            y, yp = (found, None) if yp is None else found
+            y, *beside = (found,) if not beside else found
         y, integral = prepared.shown(y, y0, times is not None)
         quadrature = None if integral is None or prepared.integrand is None else prepared.integrand.unflatten(integral)
         n_steps, n_accepted, n_fun, status, _, *work = done.counts
         stats = Stats(n_steps, n_accepted, n_steps - n_accepted, n_fun, *work, backward=backward)
-        return Solution(t, y, status, stats, quadrature=quadrature, yp=None if yp is None else yp.reshape(y.shape))
+        yp, *of_events = beside if prepared.calls.beginning is not None else (None, *beside)
+        sol = Solution(t, y, status, stats, quadrature=quadrature, yp=yp)
+        return self._with_events(sol, of_events, done) if self.events else sol
+
+    def _with_events(self, sol: Solution, beside: Sequence[Tensor], done: Done) -> Solution:
+        """Times and states of events, function by function."""
+        real, shape = self.y0.dtype, self.y0.shape
+        times, states = beside or (torch.empty(0, dtype=real, device="cpu"), torch.empty((0, *shape), dtype=real, device="cpu"))
+        times = times.to(real)
+        total, records, first = len(times), [], 0
+        for count in done.kept.events:
+            records.append(EventRecord(*(x if count == total else x[first : first + count] for x in (times, states))))
+            first += count
+        log = EventLog.of(records, map(event_name, self.events))
+        if done.ending is None or self.arguments["t_eval"] is not None:
+            return replace(sol, events=log)
+        return replace(sol, events=log, t=torch.cat([sol.t[:1], times[done.ending : done.ending + 1]]))
 
     def _off(self, prepared: Prepared, done: Done) -> bool:
         """Whether consistent values are not those that were given."""
@@ -138,8 +158,7 @@ class Asked:
         self, door: Callable[..., Solution], prepared: Prepared, times: Tensor | None, values: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
         """``times`` (T, B) and ``values``: what the solve read."""
-        fun, quadrature = self.arguments["fun"], self.arguments["quadrature"]
-        now = fingerprint(fun if quadrature is None else (fun, quadrature), self.args)
+        now = fingerprint(_functions(self.arguments, self.events), self.args)
         if now is None or now.key != self.found.key or any(x is not y for x, y in zip(now.tensors, self.found.tensors, strict=True)):
             raise CapturedTensorLost(_CHANGED)
         held = prepared.calls.program.values([now.tensors[k] for k in prepared.places], False)
@@ -150,7 +169,10 @@ class Asked:
         t_eval = None if times is None else times[:, 0]
         sol = door(**{**self.arguments, "t_span": span, "t_eval": t_eval, "args": self.args})
         integral = None if prepared.integrand is None else prepared.integrand.taken(sol.quadrature)
-        return (sol.y, integral) if sol.yp is None else (sol.y, integral, sol.yp)
+        slopes = () if sol.yp is None else (sol.yp,)
+        if not any(len(e.t) for e in sol.events):
+            return sol.y, integral, *slopes
+        return sol.y, integral, *slopes, torch.cat([e.t for e in sol.events]).double(), torch.cat([e.y for e in sol.events])
 
     def remember(self, problem: Problem, arguments: Sequence[Tensor], integrand: StateSpec | None) -> None:
         """Keep what the general way has made of a call, ``arguments`` being the tensors among its ``args``, ``integrand`` the layout of an
@@ -187,6 +209,8 @@ class Asked:
             frame = frame_of(native.program, plan, like, self.derivatives and explicit)
         except NoCompiler:
             return
+        if plan.events and self.derivatives and "events_vjp" not in native.program.functions.texts:
+            return
         shapes = tuple(x.shape for x in native.program.values(read, False))
         calls = AtOnce(native.program, plan, frame, rows, width, shapes, self.derivatives, integrand is not None, beginning)
         _known[self.key] = Prepared(calls, tuple(place[id(x)] for x in read), self.derivatives, self.arguments["batched"], integrand)
@@ -206,7 +230,7 @@ def asked_before(arguments: dict[str, Any]) -> Asked | None:
     door = _DAE if "yp0" in arguments else _IVP
     if not _NOTHING.issuperset(map(type, door.beside(arguments))) or arguments["dense_output"] or arguments["progress"]:
         return None
-    fun, quadrature, t_span, y0, args, method, controller, t_eval, gradient, batched = _given(arguments)
+    quadrature, t_span, y0, args, method, controller, t_eval, gradient, batched = _given(arguments)
     numbers = _numbers(arguments)
     if type(y0) not in _TENSORS or y0.dtype not in _STATES or not _NUMBERS.issuperset(map(type, numbers)):
         return None
@@ -226,17 +250,38 @@ def asked_before(arguments: dict[str, Any]) -> Asked | None:
     span = _span(t_span)
     if span is None or not (t_eval is None or _are_times(t_eval)):
         return None
+    watched = _watched(arguments["events"])
+    if watched is None or (watched[0] and (batched or quadrature is not None or y0.is_complex())):
+        return None
+    events, rules = watched
     args = listed_args(args)
-    found = fingerprint(fun if quadrature is None else (fun, quadrature), args)
+    found = fingerprint(_functions(arguments, events), args)
     if found is None or any(map(is_functorch_wrapped_tensor, found.tensors)):
         return None
     derivatives = torch.is_grad_enabled() and (y0.requires_grad or any([x.requires_grad for x in found.tensors]))
-    key = (found.key, y0.shape, y0.dtype, batched, derivatives, t_eval is None, name, controller, numbers, begun)
+    key = (found.key, y0.shape, y0.dtype, batched, derivatives, t_eval is None, name, controller, numbers, begun, rules)
     try:
         prepared = _known.get(key)
     except TypeError:
         return None
-    return Asked(key, prepared, arguments, args, found, y0, span, derivatives, yp0)
+    return Asked(key, prepared, arguments, args, found, y0, span, derivatives, yp0, events)
+
+
+def _functions(arguments: dict[str, Any], events: Sequence[Any]) -> Any:
+    """The functions of the user's."""
+    fun, quadrature = arguments["fun"], arguments["quadrature"]
+    return fun if quadrature is None and not events else (fun, quadrature, *[e.function if type(e) is Event else e for e in events])
+
+
+def _watched(events: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
+    """Event functions with their rules, nothing of each where there are none; None where there is something wrong with one."""
+    if events is None:
+        return (), ()
+    try:
+        listed = event_list(events)
+        return tuple(listed), tuple([(terminal_count(e), float(getattr(e, "direction", 0.0))) for e in listed])
+    except (InvalidInput, TypeError, ValueError):
+        return None
 
 
 def _begun(arguments: dict[str, Any], y0: Tensor) -> tuple[Any, ...] | None:

@@ -16,11 +16,11 @@ from .back import swept
 from .calls import BACKWARD_CALL, CONSISTENT_CALL, FORWARD_CALL, filled
 from .consistent import LEAST, MOST
 from .emit import recorded_stages, records_beside
-from .memory import FEW_BYTES, as_given, in_large_pages
+from .memory import FEW_BYTES, as_given, in_large_pages, plain
 from .program import Engine, Program
 from .solve import Frame, Summary, block_of, made, make_room, point_at_counts, point_at_ends, room_for, shift_of, threads_for
 
-__all__ = ["AtOnce", "Beginning", "Kept", "Target"]
+__all__ = ["AtOnce", "Beginning", "EventBars", "Kept", "Target"]
 
 #: of a part of the memory: it begins at a line of the cache
 _LINE = 64
@@ -73,11 +73,41 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """The memory of one solve, for its way back: ``n_steps`` are recorded."""
+    """The memory of one solve, for its way back: ``n_steps`` are recorded. ``events``: how many of each function there are, in the last
+    piece of the memory."""
 
     memory: Sequence[Tensor]
     layout: Layout
     n_steps: int
+    events: tuple[int, ...] = ()
+
+
+class Table(NamedTuple):
+    """Where events are in their piece of memory, in bytes: numbers of each, and states and slopes behind them."""
+
+    id: int
+    row: int
+    step: int
+    t: int
+    value: int
+    y: int
+    slope: int
+    size: int
+
+    @classmethod
+    def of(cls, count: int, state: int) -> Table:
+        """Of so many, with states of so many bytes."""
+        begin, states = 8 * count, state * count
+        return cls(0, begin, 2 * begin, 3 * begin, 4 * begin, 5 * begin, 5 * begin + states, 5 * begin + 2 * states)
+
+
+class EventBars(NamedTuple):
+    """Cotangents of times (E,), in double precision, and states (E, n) of events; ``ended``: one of them ended the solve, whose last state
+    is its own."""
+
+    t: Tensor
+    y: Tensor
+    ended: bool
 
 
 @dataclass(eq=False)
@@ -104,9 +134,10 @@ class AtOnce:
         self._bytes = tuple(prod(shape) * real.itemsize for shape in self.shapes)
         self._state = self.rows * self.width * real.itemsize
         method, frame = self.plan.method, self.frame
+        stages = frame.keep_stages and not frame.few
         recorded = {"t": 8 * self.rows, "h": 8 * self.rows} if frame.keep_grid else {}
         recorded |= {"states": self._state} if frame.keep_states else {}
-        recorded |= {"stages": self._state * recorded_stages(self.program.method)} if frame.keep_stages else {}
+        recorded |= {"stages": self._state * recorded_stages(self.program.method)} if stages else {}
         recorded |= {"extra": 8 * self.rows * records_beside(self.program.method)} if frame.keep_grid and method.multistep else {}
         self._recorded = recorded
         assert isinstance(frame.engine, Engine)
@@ -117,6 +148,9 @@ class AtOnce:
         for call in (self._forward, self._backward):
             call.rows, call.block, call.threads, call.n_anchors = self.rows, block_of(self.rows), 1, len(_ENDS)
         self._forward.shift = self._backward.jumps = shift_of(self.plan, _ENDS)
+        self._forward.noting = 0 if not self.plan.events else 2 if self.kept else 1
+        # states and slopes at events are noted
+        self._forward.keep_stages = "stages" in self._recorded
         self._consistent: Any = None
         if self.beginning is not None:
             functions, tables, rtol = frame.engine.functions, self.program.table_addresses[0], self.beginning.rtol
@@ -197,20 +231,53 @@ class AtOnce:
             kept = self._moved(memory, layout, self._layout(most, samples), 0)
             _point(further, *kept)
 
-        summary, _ = made(self._engine, call, plan, anchors, more)
+        summary, events = made(self._engine, call, plan, anchors, more, self._taken)
         most = summary.most if frame.keep_grid else 0
         if frame.keep_grid:
             make_room(program, rows, most)
             if 2 * most < layout.room and sum(layout.sizes) > _LARGE:
                 # what is not used is given back
                 kept = self._moved(memory, layout, self._layout(most, samples), most)
-        return Kept(*kept, most), summary
+        if events is None:
+            return Kept(*kept, most), summary
+        jumps, table, each = events
+        return None if jumps else (Kept((*kept[0], table), kept[1], most, each), summary)
+
+    def _taken(self, engine: Engine, tape: int) -> tuple[bool, Tensor, tuple[int, ...]]:
+        """The events of a solve: whether ``fun`` jumps at some, their table, and how many there are of each function."""
+        assert engine.count_events is not None and engine.take_events is not None
+        count, jumps = engine.count_events(ctypes.c_void_p(tape)), ctypes.c_long()
+        table = Table.of(count, self._state)
+        memory = torch.empty(max(table.size, 1), dtype=torch.uint8, device="cpu")
+        at = memory.data_ptr()
+        places = [ctypes.c_void_p(at + k) for k in table[:-1]]
+        engine.take_events(ctypes.c_void_p(tape), *places, ctypes.byref(jumps))
+        ids = (ctypes.c_long * count).from_address(at)[:] if count else []
+        return bool(jumps.value), memory, tuple([ids.count(k) for k in range(len(self.plan.events))])
+
+    def event_times(self, kept: Kept) -> Tensor:
+        """(E,), in double precision, function by function."""
+        count = sum(kept.events)
+        return _part(kept.memory[-1], Table.of(count, self._state).t, 8 * count, torch.float64).clone()
+
+    def event_states(self, kept: Kept) -> tuple[Tensor, Tensor]:
+        """States (E, n) and slopes at `event_times`."""
+        count = sum(kept.events)
+        begin = Table.of(count, self._state).y
+        y, slope = _part(kept.memory[-1], begin, 2 * self._state * count, self.program.real).clone().view(2, count, self.width)
+        return y, slope
 
     def backward(
-        self, kept: Kept, anchors: Tensor, t_eval: Tensor | None, bar: Tensor, wanted: Mapping[int | None, bool]
+        self,
+        kept: Kept,
+        anchors: Tensor,
+        t_eval: Tensor | None,
+        bar: Tensor,
+        wanted: Mapping[int | None, bool],
+        events: EventBars | None = None,
     ) -> tuple[dict[int | None, Tensor], bool]:
-        """Cotangents from that of what `forward` has written, and whether all there are are finite: those of the initial state (None) and
-        of the inputs (by their place) that are ``wanted``. Raises `Unreadable`."""
+        """Cotangents from that of what `forward` has written, and whether all there are are finite, and there: those of the initial state
+        (None) and of the inputs (by their place) that are ``wanted``. Raises `Unreadable`."""
         program, layout = self.program, kept.layout
         call, at = BACKWARD_CALL.from_buffer_copy(self._backward), kept.memory[0].data_ptr()
         bar = as_given(bar, program.real)
@@ -222,6 +289,10 @@ class AtOnce:
             call.t_eval, call.n_samples = t_eval.data_ptr(), len(t_eval)
             if self.ended:
                 call.final_bar = call.samples_bar + len(t_eval) * self._state
+        flat = ctypes.c_long()
+        if events is not None:
+            call.flat = ctypes.addressof(flat)
+            _held = self._with_events(call, kept, t_eval, bar, events)
         if self.rows > _FEW:
             call.threads, call.team = threads_for(program, self.rows)
         found: dict[int | None, Tensor] = {}
@@ -241,8 +312,35 @@ class AtOnce:
         call.inputs, call.input_bars = ctypes.addressof(addresses), ctypes.addressof(bars)
         call.anchors, call.n_steps = anchors.data_ptr(), kept.n_steps
         _point(call, kept.memory, layout)
-        finite = swept(self._engine, call, True)
+        finite = swept(self._engine, call, True) and not flat.value
         return found, finite if self._consistent is None else self._begun_back(call, at + layout.begun, anchors)
+
+    def _with_events(self, call: Any, kept: Kept, t_eval: Tensor | None, bar: Tensor, events: EventBars) -> Sequence[Tensor]:
+        """Fill the ``call`` of a way back with cotangents of events, whose states are samples at fixed times beside those of ``t_eval``:
+        what has to be held while it is made."""
+        count, real, samples = sum(kept.events), self.program.real, 0 if t_eval is None else len(t_eval)
+        at, table = kept.memory[-1].data_ptr(), Table.of(count, self._state)
+        bars, places = torch.empty(samples + count, self.width, dtype=real, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
+        t_bar, y_bar = plain(events.t, torch.float64), plain(events.y, real)
+        times, steps = (_part(kept.memory[-1], k, 8 * count, kind) for k, kind in ((table.t, torch.float64), (table.step, torch.int64)))
+        if t_eval is None:
+            call.final_bar = None if events.ended else call.final_bar
+        else:
+            bars[:samples] = bar[:samples].reshape(samples, self.width)
+            of_samples = _part(kept.memory[0], kept.layout.sample_step, 8 * samples, torch.int64)
+            times, steps = torch.cat([t_eval[:, 0], times]), torch.cat([of_samples, steps])
+        if samples + count > 1:
+            # by time, in the order of steps; samples behind the end of a solve are in none
+            by_time = times.argsort(stable=True)
+            late = torch.where(steps < 0, kept.n_steps, steps)[by_time]
+            places = by_time[late.argsort(stable=True)]
+            call.order = places.data_ptr()
+        call.samples_bar, call.sample_step, call.t_eval, call.n_samples = bars.data_ptr(), steps.data_ptr(), times.data_ptr(), len(times)
+        call.n_events, call.event_bar = count, call.samples_bar + samples * self._state
+        for name in ("id", "row", "step", "t", "value", "y", "slope"):
+            setattr(call, f"event_{name}", at + getattr(table, name))
+        call.event_t_bar, call.event_y_bar = t_bar.data_ptr(), y_bar.data_ptr()
+        return bars, places, times, steps, t_bar, y_bar
 
     def _begin(self, call: Any, anchors: Tensor, y0: Tensor, yp0: Tensor) -> bool:
         """Find consistent values, which go where a ``call`` reads them. Whether they are beyond doubt."""

@@ -100,6 +100,7 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("const R*", "first_slope"),  # (B, n), of implicit equations, and where slopes go:
     ("R*", "slopes"),  # (T, B, n), those at samples, or nothing
     ("R*", "final_slope"),  # (B, n), or nothing
+    ("long", "noting"),  # whether of events more is noted than their times, and with 2 whether fun jumps there
 )
 
 BACKWARD: tuple[tuple[str, str], ...] = (
@@ -144,6 +145,19 @@ BACKWARD: tuple[tuple[str, str], ...] = (
     ("double*", "h_bar"),
     ("double*", "t_eval_bar"),  # (T, B)
     ("long*", "infinite"),  # how many of the numbers in y0_bar and input_bars are not finite, where it is asked for
+    ("void*", "events_vjp"),
+    ("long", "n_events"),  # E, of which cotangents are given, by trajectory
+    ("const long*", "event_id"),
+    ("const long*", "event_row"),
+    ("const long*", "event_step"),
+    ("const double*", "event_t"),
+    ("const double*", "event_value"),  # of their functions
+    ("const R*", "event_y"),  # (E, n): states and slopes there
+    ("const R*", "event_slope"),
+    ("const double*", "event_t_bar"),  # (E,)
+    ("const R*", "event_y_bar"),  # (E, n)
+    ("R*", "event_bar"),  # (E, n): what is written for the sweep, as samples at fixed times
+    ("long*", "flat"),  # how many of them have no derivative, as their functions have no slope there
 )
 
 

@@ -44,8 +44,8 @@ _COUPLED, _ALONE = _Size(150, 400, 100, 40_000_000), _Size(400, 2000, 300, 400_0
 @dataclass(frozen=True)
 class UserFunctions:
     """Text by the name of the function: "fun" and "vjp", for implicit methods "jac", for those whose steps hold the Jacobian "bend", with a
-    matrix in front of the slopes "mass" and "mass_vjp", with events "events"; what has to stand before; and how the matrices of implicit
-    steps are kept."""
+    matrix in front of the slopes "mass" and "mass_vjp", with events "events" and, where that can be, "events_vjp"; what has to stand
+    before; and how the matrices of implicit steps are kept."""
 
     texts: dict[str, str]
     tables: str
@@ -113,6 +113,8 @@ def _texts(
                 tables += _places("BENT", matrices, loops.bent)
     if events:
         texts["events"] = _events(reading, events, width, own)
+        if back and (slopes := _events_vjp(reading, events, width, own)) is not None:
+            texts["events_vjp"] = slopes
     if mass is not None:
         before = len(reading.tables) + sum(len(event.tables) for event in events)
         texts |= _Writer(mass, 0, own, False, before).straight(("mass", "mass_vjp"))
@@ -136,6 +138,24 @@ def _events(reading: Reading, events: Sequence[Reading], width: int, own: Sequen
     return _Writer(reading, width, own, True, before - len(reading.tables)).function("events", "const S* y, S* g", "\n".join(bodies))
 
 
+def _events_vjp(reading: Reading, events: Sequence[Reading], width: int, own: Sequence[int]) -> str | None:
+    """From the cotangent of one of them; None where that is not known as a formula, or would be too long: values alone are there then."""
+    bodies, before = [], len(reading.tables)
+    for i, event in enumerate(events):
+        writer, graph = _Writer(event, width, own, True, before), event.graph
+        try:
+            found = cotangents(graph, seeded(graph, event.outputs), ("t", "y", "a"))
+        except NotImplementedError:
+            return None
+        body, size = statements(graph, writer.of_state_and_inputs(found), writer.leaf, writer.shared, prefix=f"e{i}w")
+        if size > MOST_VALUES:
+            return None
+        bodies.append(f"if (which == {i}) {{ {body} }}")
+        before += len(event.tables)
+    signature = "const S* y, long which, const S* v, S* yb, S* tb"
+    return _Writer(reading, width, own, True, before - len(reading.tables)).function("events_vjp", signature, "\n".join(bodies))
+
+
 class _Writer:
     """The functions of one reading; ``before``: so many tables stand before its own, in the one list of those of all functions."""
 
@@ -157,9 +177,13 @@ class _Writer:
         if names[1] is None:
             return function
         found = cotangents(graph, seeded(graph, outputs), ("t", "y", "a"))
-        zero = graph.constant(0.0)
-        of_state: list[Target | Scatter] = [(f"yb[{i}]", found.pop(graph.leaf("y", i), zero), "=") for i in range(self.width)]
-        return function | {names[1]: self._written(names[1], "const S* y, const S* v, S* yb, S* tb", of_state + self._added(found))}
+        return function | {names[1]: self._written(names[1], "const S* y, const S* v, S* yb, S* tb", self.of_state_and_inputs(found))}
+
+    def of_state_and_inputs(self, found: dict[int, int]) -> list[Target | Scatter]:
+        """What is done with cotangents: those of the state are written, others added."""
+        zero = self.graph.constant(0.0)
+        of_state: list[Target | Scatter] = [(f"yb[{i}]", found.pop(self.graph.leaf("y", i), zero), "=") for i in range(self.width)]
+        return of_state + self._added(found)
 
     def loops(self, loops: Rolled) -> dict[str, str]:
         """``fun`` and ``vjp``, in loops."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ __all__ = [
     "threads_for",
 ]
 
+T = TypeVar("T")
 #: steps for which there is room at first
 _ROOM = 64
 #: bytes of that room
@@ -289,17 +290,18 @@ def point_at_ends(call: Any, times: int, row: int, ends: int, state: int) -> Non
 
 
 def made(
-    engine: Engine, call: Any, plan: Plan, anchors: Tensor, more: Callable[[Any, int], None]
-) -> tuple[Summary, dict[str, Tensor] | None]:
-    """Make a call of compiled code: its summary, and events. ``more``: point a call at memory for so many steps, where there were more than
-    there was ``room`` for. Raises `Unreadable` where a sparse matrix has no factors in the order of its pattern."""
+    engine: Engine, call: Any, plan: Plan, anchors: Tensor, more: Callable[[Any, int], None], take: Callable[[Engine, int], T]
+) -> tuple[Summary, T | None]:
+    """Make a call of compiled code: its summary, and its events as they are to be taken. ``more``: point a call at memory for so many
+    steps, where there were more than there was ``room`` for. Raises `Unreadable` where a sparse matrix has no factors in the order of its
+    pattern."""
     found, lost, seen = None, ctypes.c_long(), _SUMMARY()
     call.lost, call.summary = ctypes.addressof(lost), ctypes.addressof(seen)
     with told(plan.monitor, call, anchors):
         tape = engine.forward(ctypes.byref(call))
     summary = Summary(*seen)
     if tape is not None:
-        found, to = _events(engine, tape) if plan.events else None, call
+        found, to = take(engine, tape) if plan.events else None, call
         most = summary.most if call.keep_grid else 0
         if most > call.room:
             to = FORWARD_CALL.from_buffer_copy(call)
@@ -355,7 +357,7 @@ def solved(
             _point(to, steps, most)
 
         # `first` is read until it is sealed
-        summary, found = made(engine, call, plan, anchors, more)
+        summary, found = made(engine, call, plan, anchors, more, _events)
         most = summary.most if frame.keep_grid else 0
         if frame.few:
             assert found is not None
@@ -421,6 +423,6 @@ def _events(engine: Engine, tape: int) -> dict[str, Tensor]:
     names = ("event_id", "event_row", "event_step")
     found = {name: torch.empty(count, dtype=torch.int64, device="cpu") for name in names}
     found["event_t"] = torch.empty(count, dtype=torch.float64, device="cpu")
-    engine.take_events(ctypes.c_void_p(tape), *(ctypes.c_void_p(x.data_ptr()) for x in found.values()))
+    engine.take_events(ctypes.c_void_p(tape), *(ctypes.c_void_p(x.data_ptr()) for x in found.values()), None, None, None, None)
     order = torch.sort(found["event_row"], stable=True).indices
     return {name: x[order] for name, x in found.items()}

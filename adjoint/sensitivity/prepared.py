@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..integrate import stands
-from ..native.at_once import AtOnce, Kept, Target
+from ..integrate import Status, stands
+from ..native.at_once import AtOnce, EventBars, Kept, Target
 from ..native.memory import as_given, bytes_of, put_together
 from ..native.reading import Unreadable
 from ..native.solve import COUNTS, Summary
@@ -24,7 +24,7 @@ from .undeclared import REJECTED
 
 __all__ = ["Prepared", "PreparedNode", "Run", "at_once", "run_of"]
 
-_COUNTED = ctypes.c_long * len(COUNTS)
+_COUNTED, _STATUS = ctypes.c_long * len(COUNTS), COUNTS.index("status")
 
 
 @dataclass(eq=False)
@@ -64,6 +64,11 @@ class Prepared:
             known = self._samples = span, numbers, found.unsqueeze(-1).repeat(1, self.calls.rows)
         return known[2]
 
+    def ending(self, kept: Kept) -> int:
+        """Which of the events, by function, is the one that ended a solve."""
+        last = [sum(kept.events[: k + 1]) - 1 for k, e in enumerate(self.calls.plan.events) if 0 < e.terminal == kept.events[k]]
+        return last[-1]
+
     def start(self, y0: Tensor) -> Tensor:
         """The state at the start as the program takes it."""
         calls, y = self.calls, as_given(y0, self.calls.program.real)
@@ -102,12 +107,15 @@ class Prepared:
 
 class Done(NamedTuple):
     """A solve: the states asked for (T, *state), with an integral (T, B, n) and the final one behind; what was counted, of one trajectory
-    numbers and of many tensors (B,); what its way back needs; and of implicit equations the slopes beside the states."""
+    numbers and of many tensors (B,); what its way back needs; and what there is ``beside`` the states: of implicit equations the slopes,
+    and times (E,) and states (E, *state) of events, where there are some."""
 
     y: Tensor
     counts: Sequence[int] | Sequence[Tensor]
     kept: Kept
-    yp: Tensor | None = None
+    beside: tuple[Tensor, ...] = ()
+    #: the event, by function, that ended it
+    ending: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +129,29 @@ class Run:
     wanted: tuple[int, ...]
     again: Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
     report: Callable[[int, int], None]
+    #: of a solve that an event ended, which one
+    ending: int | None = None
+
+    def cotangents(
+        self, kept: Kept, y0: Tensor, bar: Tensor | None, beside: Sequence[Tensor | None]
+    ) -> tuple[Tensor, EventBars | None]:
+        """Those of the states, and those of events where there are some."""
+        calls = self.prepared.calls
+        rows = 2 if self.t_eval is None else len(self.t_eval) + calls.ended
+        if bar is None:
+            bar = torch.zeros((rows, *y0.shape), dtype=y0.dtype, device="cpu")
+        if not any(kept.events):
+            return bar, None
+        (of_times, of_states), count, real = beside[-2:], sum(kept.events), calls.program.real
+        t = torch.zeros(count, dtype=torch.float64, device="cpu") if of_times is None else of_times
+        shape = count, calls.width
+        y = torch.zeros(shape, dtype=real, device="cpu") if of_states is None else as_given(of_states, real).reshape(shape)
+        ended = self.ending is not None and self.t_eval is None
+        if ended:
+            # the last state is that of the event
+            y = y.clone()
+            y[self.ending] += as_given(bar[-1], real).reshape(-1)
+        return bar, EventBars(t, y, ended)
 
 
 def run_of(
@@ -146,51 +177,64 @@ def run_of(
     if made is None:
         return None
     kept, summary = made
-    if summary.otherwise or summary.unstable or prepared.to_be_looked_at(summary.rejected) or prepared.rests(kept, summary):
+    ended = calls.plan.events and counts[_STATUS] == Status.TERMINAL_EVENT
+    if (summary.otherwise and not ended) or summary.unstable or prepared.to_be_looked_at(summary.rejected) or prepared.rests(kept, summary):
         return None
-    y, yp = (unviewed(torch.view_as_complex(x)) if x is not None and y0.is_complex() else x for x in (y, yp))
-    assert y is not None
-    return Done(y, counts.unbind() if isinstance(counts, Tensor) else list(counts), kept, yp)
+    beside, ending = () if yp is None else (yp,), None
+    if any(kept.events):
+        states, of_states = (x.reshape(-1, *y0.shape) for x in calls.event_states(kept))
+        beside = *beside, calls.event_times(kept), states.clone() if yp is not None else states
+        ending = prepared.ending(kept) if ended else None
+        if ending is not None and t_eval is None:
+            y[-1] = states[ending]
+            if yp is not None:
+                yp[-1] = of_states[ending]
+    if y0.is_complex():
+        y, *beside = (unviewed(torch.view_as_complex(x)) for x in (y, *beside))
+    return Done(y, counts.unbind() if isinstance(counts, Tensor) else list(counts), kept, tuple(beside), ending)
 
 
 class PreparedNode(Node):
-    """``apply(run, done, y0, *inputs)`` is the result, of implicit equations with the slopes behind it, as a function of the initial state
-    and of those tensors that require grad. Where there is no transform, ``at_once`` is that, without looking whether there is one. ``run``:
-    owned by the results, where these are not this node's own."""
+    """``apply(run, done, y0, *inputs)`` is the result, with what there is beside it, as a function of the initial state and of those
+    tensors that require grad. Where there is no transform, ``at_once`` is that, without looking whether there is one. ``run``: owned by
+    the results, where these are not this node's own."""
 
     @staticmethod
     def forward(ctx: Any, run: Run | Owned[Run], done: Done, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         kept = done.kept
-        ctx.run, ctx.layout, ctx.n_steps = run, kept.layout, kept.n_steps
+        ctx.run, ctx.layout, ctx.n_steps, ctx.events = run, kept.layout, kept.n_steps, kept.events
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept.memory, *inputs)
-        return done.y if done.yp is None else (done.y, done.yp)
+        return (done.y, *done.beside) if done.beside else done.y
 
     @staticmethod
     @copy_by_copy
     @naming_writes
     def backward(ctx: Any, bar: Tensor | None, *beside: Tensor | None) -> tuple[Tensor | None, ...]:
         run: Run = ctx.run() if isinstance(ctx.run, Owned) else ctx.run
+        given = bar, *beside
         # also says so where the graph is gone, or one of the inputs was written to
-        saved, pieces = ctx.saved_tensors, len(ctx.layout.sizes)
+        saved, pieces = ctx.saved_tensors, len(ctx.layout.sizes) + bool(ctx.events)
         inputs = saved[pieces:]
         needed = ctx.needs_input_grad[2:]
-        others = any(x is not None for x in beside)
-        if bar is None and not others:
+        if bar is None and all(x is None for x in beside):
             return (None, None, *([None] * len(needed)))
         prepared, calls = run.prepared, run.prepared.calls
-        kept = Kept(saved[:pieces], ctx.layout, ctx.n_steps)
-        if bar is None or others or torch.is_grad_enabled() or functorch_active():
-            return (None, None, *_again(run, kept, inputs, (bar, *beside), needed))
+        kept = Kept(saved[:pieces], ctx.layout, ctx.n_steps, ctx.events)
+        of_slopes = calls.beginning is not None and beside[0] is not None
+        if of_slopes or torch.is_grad_enabled() or functorch_active():
+            return (None, None, *_again(run, kept, inputs, given, needed))
         try:
-            found, finite = calls.backward(kept, run.anchors, run.t_eval, bar, dict(zip((None, *run.wanted), needed, strict=True)))
+            wanted = dict(zip((None, *run.wanted), needed, strict=True))
+            bar, events = run.cotangents(kept, inputs[0], bar, beside)
+            found, finite = calls.backward(kept, run.anchors, run.t_eval, bar, wanted, events)
         except Unreadable:
             # the general way says why
-            return (None, None, *_again(run, kept, inputs, (bar,), needed))
+            return (None, None, *_again(run, kept, inputs, given, needed))
         run.report(kept.n_steps * len(calls.plan.method.nodes), kept.n_steps)
         if not finite:
             # which of the user's functions it was, the general way finds out
-            return (None, None, *_again(run, kept, inputs, (bar,), needed))
+            return (None, None, *_again(run, kept, inputs, given, needed))
         if prepared.integrand is not None and None in found:
             found[None] = found[None][:, : inputs[0].numel() // calls.rows]
         # in the order in which they were asked for
@@ -208,9 +252,8 @@ def _again(
     with torch.enable_grad():
         outputs = run.again(prepared.calls.inputs(kept))
     wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
-    bars = (*((None, None) if bar is None else prepared.shown(bar, inputs[0], run.t_eval is not None)), *beside)
-    # without slopes, or where nobody asks for theirs, there are fewer cotangents
-    known = [(y, v) for y, v in zip(outputs, bars, strict=False) if y is not None and v is not None and y.requires_grad]
+    bars = *((None, None) if bar is None else prepared.shown(bar, inputs[0], run.t_eval is not None)), *beside
+    known = [(y, v) for y, v in zip(outputs, bars, strict=True) if y is not None and v is not None and y.requires_grad]
     made, given = zip(*known, strict=True)
     found = iter(torch.autograd.grad(made, wanted, given, create_graph=torch.is_grad_enabled(), allow_unused=True))
     return [next(found) if need else None for need in needed]

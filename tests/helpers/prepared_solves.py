@@ -11,6 +11,8 @@ import adjoint
 F64 = torch.float64
 #: of solves that are made at once
 FORMS = ("explicit", "implicit")
+#: with those of one trajectory alone
+ALONE = (*FORMS, "watched")
 
 
 def lotka(t, y, p):
@@ -27,11 +29,26 @@ def start(*shape):
     return (1 + torch.rand(*shape, 2, generator=torch.Generator().manual_seed(3), dtype=F64)).requires_grad_()
 
 
+def at_one(t, y, *args):
+    return t - 1.0
+
+
+def never(t, y, *args):
+    return (y**2).sum() + 1.0
+
+
+never.terminal = True
+
+
 def solve(fun, y0, args=(), span=(0.0, 2.0), form="explicit", **options):
-    """By one of the `FORMS`. As implicit equations, with an algebraic variable beside that is the sum of the others."""
+    """By one of the `FORMS`: as implicit equations, with an algebraic variable beside that is the sum of the others; watched by functions
+    of events, of which none ends the solve."""
     options = {"method": "dopri5", "rtol": 1e-7, "compile": True} | options
     if form == "explicit":
         return adjoint.solve_ivp(fun, span, y0, args, **options)
+
+    if form == "watched":
+        return adjoint.solve_ivp(fun, span, y0, args, events=[at_one, never], **options)
 
     def residual(t, z, zp, *args):
         y = z[..., :-1]

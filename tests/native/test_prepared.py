@@ -11,7 +11,7 @@ from torch import nn
 
 import adjoint
 
-from ..helpers.prepared_solves import F64, FORMS, lotka, p4, solve, start
+from ..helpers.prepared_solves import ALONE, F64, FORMS, lotka, p4, solve, start
 
 pytestmark = [pytest.mark.compile, pytest.mark.users_defaults]
 RATE = 1.0
@@ -62,7 +62,7 @@ class TestTheSame:
             assert torch.equal(results[0].y, results[1].y) and all(torch.equal(r.t, times) and r.t.dtype == dtype for r in results)
         assert len(counted) == 3
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", ALONE)
     def test_other_numbers(self, form, counted):
         for scale in (1.0, 1.3, 0.7):
             y0, p = start().detach() * scale, p4().detach() / scale
@@ -122,7 +122,7 @@ class TestTheSame:
 class TestWhatChanges:
     """Everything that ``fun`` reads is looked at in every call."""
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", ALONE)
     def test_a_global_number(self, form, monkeypatch, counted):
         for rate in (1.0, 1.0, 2.0, 0.5):
             monkeypatch.setitem(globals(), "RATE", rate)
@@ -130,7 +130,7 @@ class TestWhatChanges:
             torch.testing.assert_close(end, torch.exp(torch.tensor([-2.0 * rate], dtype=F64)), rtol=1e-7, atol=0)
         assert len(counted) == 1
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", ALONE)
     def test_a_closure_a_default_a_partial_and_an_argument(self, form):
         from functools import partial
 
@@ -145,7 +145,7 @@ class TestWhatChanges:
                 end = solve(f, torch.ones(1, dtype=F64), args, rtol=1e-9, form=form).y[-1]
                 torch.testing.assert_close(end, torch.exp(torch.tensor([-2.0 * k], dtype=F64)), rtol=1e-7, atol=1e-9)
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", ALONE)
     def test_a_list_of_tensors(self, form, counted):
         weights = [torch.tensor(1.0, dtype=F64), torch.tensor(0.5, dtype=F64)]
 
@@ -165,7 +165,7 @@ class TestWhatChanges:
         assert ends == pytest.approx([math.exp(-3), math.exp(-3), math.exp(-4), math.exp(-2)], rel=1e-7)
         assert len(counted) == 2
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", ALONE)
     def test_training(self, form):
         class Field(nn.Module):
             def forward(self, t, y):
@@ -178,7 +178,7 @@ class TestWhatChanges:
 
 
 class TestDerivatives:
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", ALONE)
     def test_second_order(self, form, counted):
         def end(y0, p, compile):
             return (solve(lotka, y0, (p,), compile=compile, rtol=1e-9, form=form).y[-1] ** 2).sum()
@@ -205,7 +205,7 @@ class TestDerivatives:
             (found,) = torch.autograd.grad(y, p, torch.eye(2, dtype=F64), is_grads_batched=True)
             torch.testing.assert_close(found, torch.stack(rows), rtol=1e-9, atol=1e-12)
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", ALONE)
     def test_transforms_go_the_general_way(self, form, counted):
         y0, p = start().detach(), p4().detach()
         f = lambda p: solve(lotka, y0, (p,), form=form).y[-1]  # noqa: E731
@@ -215,7 +215,7 @@ class TestDerivatives:
         torch.testing.assert_close(forward, backward, rtol=1e-9, atol=1e-12)
         assert len(counted) == 1
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", ALONE)
     def test_some_of_them(self, form):
         for _ in range(2):
             y0, p = start(), p4()
@@ -225,7 +225,7 @@ class TestDerivatives:
             (bar,) = torch.autograd.grad(y[0, 0], y0)
             assert torch.equal(bar, torch.tensor([1.0, 0.0], dtype=F64))
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", ALONE)
     def test_once_only(self, form):
         for _ in range(2):
             total = solve(lotka, start(), (p4(),), form=form).y.sum()
@@ -258,7 +258,7 @@ class TestDerivatives:
             sol.stats.n_steps.zero_()
             sol.y.sum().backward()
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", ALONE)
     def test_inputs_written_to(self, form):
         for _ in range(2):
             p = p4()
@@ -268,7 +268,7 @@ class TestDerivatives:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 total.backward()
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", ALONE)
     def test_sample_times_written_to(self, form):
         """The way back goes by the times of the solve."""
         found = []
@@ -324,7 +324,7 @@ class TestDerivatives:
         (slope,) = torch.autograd.grad(ends[1], a, create_graph=True)
         assert float(torch.autograd.grad(slope, a)[0]) == pytest.approx(4.0 * float(ends[1].detach()), rel=1e-5)
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", ALONE)
     def test_a_function_that_has_changed(self, form):
         w = [p4()]
 

@@ -74,6 +74,36 @@ class TestTheSame:
         torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-11)
         torch.testing.assert_close(found[1], found[2], rtol=1e-6, atol=1e-7)
 
+    @pytest.mark.parametrize("times", [None, 2.0])
+    def test_events(self, times, counted):
+        """One that is recorded, of the algebraic variable, and one that ends the solve."""
+
+        def level(t, y, p):
+            return y[1] - p[2] * 1.2
+
+        def low(t, y, p):
+            return y[0] - 0.7 * p[0]
+
+        low.terminal = True
+        found = []
+        for compile in (True, True, False):
+            y0, p = start(), p3()
+            samples = None if times is None else torch.linspace(0, times, 5, dtype=F64)
+            sol = solve(residual, y0, (p,), events=[level, low], t_eval=samples, compile=compile)
+            shown = [sol.t, sol.y, *(x for e in sol.events for x in (e.t, e.y))]
+            total = sum((torch.cos(x.nan_to_num(0.0)) * (k + 1)).sum() for k, x in enumerate(shown))
+            slopes = torch.autograd.grad(total, [y0, p], retain_graph=True)
+            second = torch.autograd.grad(total + (sol.yp.nan_to_num(0.0) ** 2).sum(), [y0, p])
+            found.append(([*shown, sol.yp], [*slopes, *second]))
+            assert sol.status == 1 and len(sol.events[0].t) == 1
+        assert len(counted) == 1 and counted[0] is not None
+        (first, slopes), (again, same), (eager, others) = found
+        for a, b, c in zip(again, first, eager, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13, equal_nan=True)
+            torch.testing.assert_close(a, c, rtol=1e-8, atol=1e-9, equal_nan=True)
+        torch.testing.assert_close(same, slopes, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(same, others, rtol=1e-7, atol=1e-8)
+
     def test_values_at_the_start(self, counted):
         """With their derivatives: closed forms."""
         for _ in range(2):

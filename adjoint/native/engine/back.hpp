@@ -239,7 +239,52 @@ static void block_back(void* p, long b) {
   Back_ back(*s.q, from, to, s.totals + b * SHARED);
   back.run();
 }
+#if EVENTS > 0
+// of the state, as one of the functions whose number comes first
+typedef void (*EventsVjp)(const Ctx*, const S* t, const S* y, long which, const S* v, S* yb, S* tb);
+// Of events r(t, y(t), p) = 0, whose times move by dt = -(r_y dy + r_p dp) / (r_y y' + r_t), dy being what moves the state at a fixed time: what
+// comes to that, and to the inputs.
+struct EventsBack {
+  const Backward& q; R* of_inputs[INPUTS + 1];
+  EventsBack(const Backward& q) : q(q) {
+    for (int i = 0; i < INPUTS; i++) of_inputs[i] = q.n_events ? (R*)calloc(size(i) + 1, sizeof(R)) : nullptr;
+    if (!q.n_events) return;
+    Own own; Memory<OWNED + SHARED + N> room; S* bars[INPUTS + 1];
+    S *at = room, *gy = at + OWNED + SHARED, *const first = at;
+    for (int i = 0; i < INPUTS; i++) { bars[i] = at; at += OWN[i] ? OWN[i] : NUMBERS[i]; }
+    Ctx c{q.inputs, own.a, q.tables, bars};
+    for (long e = 0; e < q.n_events; e++) {
+      const long r = q.event_row[e];
+      const R *v = q.event_y_bar + e * N, *slope = q.event_slope + e * N;
+      R* to = q.event_bar + e * N;
+      double along = q.event_t_bar[e], rate = 0;
+      bool any = along != 0;
+      for (int n = 0; n < N; n++) { along += (double)v[n] * slope[n]; any = any || v[n] != 0; to[n] = v[n]; }
+      if (!any) continue;
+      for (S* x = first; x < gy; x++) *x = K(0);
+      for (int l = 0; l < W; l++) own.load(q.inputs, l, r);
+      S now = K((R)q.event_t[e]), gt = K(0), one = K(1), y[N];
+      for (int n = 0; n < N; n++) y[n] = K(q.event_y[e * N + n]);
+      ((EventsVjp)q.events_vjp)(&c, &now, y, q.event_id[e], &one, gy, &gt);
+      rate = get(gt, 0);
+      for (int n = 0; n < N; n++) rate += (double)get(gy[n], 0) * slope[n];
+      // at a jump there is a slope perhaps, but no root
+      const double h = q.h[q.event_step[e] * q.rows + r], close = 1e-3 * BD(fabs)(h) + BD(sqrt)(REAL_EPSILON) * BD(fabs)(q.event_t[e]);
+      if (!(finite(rate) && rate != 0 && BD(fabs)(q.event_value[e] / rate) <= close)) { ++*q.flat; continue; }
+      const double by = -along / rate;
+      for (int n = 0; n < N; n++) to[n] += (R)(by * get(gy[n], 0));
+      for (int i = 0; i < INPUTS; i++) for (long k = 0; k < (OWN[i] ? OWN[i] : NUMBERS[i]); k++) of_inputs[i][OWN[i] ? r * OWN[i] + k : k] += (R)(by * get(bars[i][k], 0));
+    }
+  }
+  long size(int i) const { return OWN[i] ? q.rows * OWN[i] : NUMBERS[i]; }
+  void add() const { for (int i = 0; i < INPUTS && q.n_events; i++) for (long k = 0; k < size(i); k++) q.input_bars[i][k] += of_inputs[i][k]; }
+  ~EventsBack() { for (int i = 0; i < INPUTS; i++) free(of_inputs[i]); }
+};
+#endif
 extern "C" void backward(const Backward* q) {
+#if EVENTS > 0
+  const EventsBack events(*q);
+#endif
   const long blocks = (q->rows + q->block - 1) / q->block;
   S* totals = lanes_of(blocks * SHARED);
   for (long e = 0; e < blocks * SHARED; e++) totals[e] = K(0);
@@ -255,6 +300,9 @@ extern "C" void backward(const Backward* q) {
     at += NUMBERS[i];
   }
   free(totals);
+#if EVENTS > 0
+  events.add();
+#endif
   if (!q->infinite) return;
   *q->infinite = infinite(q->y0_bar, q->rows * N);
   for (int i = 0; i < INPUTS; i++) *q->infinite += infinite(q->input_bars[i], OWN[i] ? q->rows * OWN[i] : NUMBERS[i]);

@@ -126,6 +126,7 @@ constexpr long added(const long* numbers, const long* but_for = nullptr) {
   return total;
 }
 // numbers of each trajectory's own inputs, and of cotangents of shared ones
+static constexpr int ARGUMENTS_OF_FUN = (1 + IMPLICIT) * N;
 static constexpr long OWNED = added(OWN), SHARED = added(NUMBERS, OWN);
 
 // the inputs that each trajectory has for itself, one for every lane

@@ -1,6 +1,12 @@
 // Events: changes of sign of functions over a step, located on its dense output. The rules are those of
 // `integrate/events.py`, for one trajectory at a time. Constants: EVENTS, FARTHEST (of the nodes, at least 1), REAL_EPSILON.
-struct Found { long id, row, step; double t; };
+struct Found { long id, row, step; double t; struct Noted* noted; };
+// the function and whether fun jumps there, and behind them the state and its slope
+struct Noted {
+  double value; long jumps;
+  R* y() { return (R*)(this + 1); }
+  static Noted* made() { return (Noted*)malloc(sizeof(Noted) + 2 * N * sizeof(R)); }
+};
 struct Log {
   Found* found; long n, room; pthread_mutex_t lock;
   void add(const Found& x) {
@@ -107,9 +113,10 @@ template <class F> static int crossings(const F& f, const double* places, const 
 }
 
 // what the changes of sign in a step from t to end mean; value(i, theta): function i along it; aimed: it ends where it was told to
-template <class F>
-static Outcome locate(const F& value, Watch& w, const double (*values)[5], const double* places, int count, bool aimed, bool first, double t, double h,
-                      double end, bool adaptive, const double* directions, const long* terminal, long row, long step, Log& log) {
+// add(i, t): there is one
+template <class F, class A>
+static Outcome locate(const F& value, const A& add, Watch& w, const double (*values)[5], const double* places, int count, bool aimed, bool first, double t, double h,
+                      double end, bool adaptive, const double* directions, const long* terminal) {
   double theta[EVENTS * 8];
   int kind[EVENTS * 8], n = 0;
   for (int i = 0; i < EVENTS; i++) {
@@ -156,7 +163,7 @@ static Outcome locate(const F& value, Watch& w, const double (*values)[5], const
   const double bound = again ? -1 : ending ? last + together : 1;
   for (int j = 0; j < n; j++) if (theta[j] <= bound) {
     w.counts[kind[j]]++;
-    log.add({kind[j], row, step, time(theta[j])});
+    add(kind[j], time(theta[j]));
   }
   const Outcome out{ending ? time(last) : NONE, again};
   if (again && last == 1) w.hint = end;

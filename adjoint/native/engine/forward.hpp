@@ -38,9 +38,21 @@ extern "C" void* forward(const Forward* q) {
 }
 #if EVENTS > 0
 extern "C" long count_events(void* p) { return ((Tape*)p)->log.n; }
-extern "C" void take_events(void* p, long* id, long* row, long* step, double* t) {
+// by function, in the order in which they were found, where more was noted than times: then value and what follows are written too
+extern "C" void take_events(void* p, long* id, long* row, long* step, double* t, double* value, R* y, R* slope, long* jumps) {
   Log& log = ((Tape*)p)->log;
-  for (long i = 0; i < log.n; i++) { id[i] = log.found[i].id; row[i] = log.found[i].row; step[i] = log.found[i].step; t[i] = log.found[i].t; }
+  long k = 0;
+  for (int kind = 0; kind < (value ? EVENTS : 1); kind++) for (long i = 0; i < log.n; i++) {
+    const Found& x = log.found[i];
+    if (value && x.id != kind) continue;
+    id[k] = x.id; row[k] = x.row; step[k] = x.step; t[k] = x.t;
+    if (value) {
+      value[k] = x.noted->value; *jumps += x.noted->jumps;
+      memcpy(y + k * N, x.noted->y(), N * sizeof(R)); memcpy(slope + k * N, x.noted->y() + N, N * sizeof(R));
+    }
+    k++;
+  }
+  for (long i = 0; i < log.n; i++) free(log.found[i].noted);
   free(log.found);
 }
 #endif

@@ -126,6 +126,9 @@ struct Loop : Standing {
     for (; next[l] < q.n_samples;) {
       const long i = sample(l, next[l]++) * q.rows + r;
       for (int n = 0; n < N; n++) q.samples[i * N + n] = R(NO_NUMBER);
+#if IMPLICIT
+      for (int n = 0; n < N && q.slopes; n++) q.slopes[i * N + n] = R(NO_NUMBER);
+#endif
       q.sample_step[i] = -1;
     }
     for (int n = 0; n < N; n++) {
@@ -330,6 +333,46 @@ struct Loop : Standing {
   }
 
 #if EVENTS > 0
+  // what there is to be noted of an event of a lane
+  Noted* noted(int l, int i, double when) {
+    Noted* to = Noted::made();
+    S *z = inside, at = K(0), g[EVENTS];
+    const double theta = (when - t[l]) / h[l];
+    double w[ALL];
+    within(l, theta, z);
+    put(at, l, (R)when);
+    events(&c, &at, z, g);
+    to->value = get(g[i], l); to->jumps = 0;
+    dense_slopes(theta, w);
+    R *y_there = to->y(), *slope = y_there + N;
+    for (int n = 0; n < N; n++) {
+      y_there[n] = get(z[n], l);
+      slope[n] = 0;
+      for (int s = 0; s < ALL; s++) if (w[s]) slope[n] += (R)w[s] * get(ks[s * N + n], l);
+    }
+    // steps end just before a terminal one
+    if (q.noting < 2 || (q.terminal[i] && q.terminal[i] == watch[l].counts[i])) return to;
+    // As `event_jumps.py` does: a gap between the sides that is much wider than what a side varies by
+    const double third = BD(pow)(REAL_EPSILON, 1.0 / 3), distance = h[l] * third + sign_of(h[l]) * 64 * REAL_EPSILON * BD(fabs)(when), shares[4] = {-1.0, -0.25, 0.25, 1.0};
+    Memory<4 * N + ARGUMENTS_OF_FUN> room;
+    S *sides = room, *pair = sides + 4 * N;
+    for (int e = 0; e < ARGUMENTS_OF_FUN; e++) pair[e] = K(0);
+    for (int k = 0; k < 4; k++) {
+      const double there = when + shares[k] * distance;
+      within(l, (there - t[l]) / h[l], pair);
+      if (IMPLICIT) for (int n = 0; n < N; n++) put(pair[N + n], l, slope[n]);
+      put(at, l, (R)there);
+      f.fun(&c, &at, pair, sides + k * N);
+    }
+    for (int n = 0; n < N; n++) {
+      double v[4];
+      for (int k = 0; k < 4; k++) v[k] = get(sides[k * N + n], l);
+      const double gap = BD(fabs)(v[2] - v[1]), size = most(BD(fabs)(v[1]), BD(fabs)(v[2])), varies = BD(fabs)(v[1] - v[0]) + BD(fabs)(v[3] - v[2]);
+      if (!(gap <= 10 * varies || gap <= BD(sqrt)(REAL_EPSILON) * size)) to->jumps = 1;
+    }
+    return to;
+  }
+
   // the events of the steps that passed, whose stages are all known: where trajectories stop, and which did not pass after all, as they are to be taken again
   void events_of(Flags& passed) {
     S *z = inside, at = K(0), g[3][EVENTS];
@@ -378,8 +421,8 @@ struct Loop : Standing {
         for (int i = 0; i < EVENTS; i++) values[i][4] = value(i, places[4]);
         count = 5;
       }
-      const Outcome out = locate(value, w, values, places, count, aimed, accepted[l] == 0 && !q.event_counts, t[l], h[l], end[l], q.adaptive, q.directions, q.terminal, row[l],
-                                 accepted[l], tape.log);
+      auto add = [&](int i, double when) { tape.log.add({i, row[l], accepted[l], when, q.noting ? noted(l, i, when) : nullptr}); };
+      const Outcome out = locate(value, add, w, values, places, count, aimed, accepted[l] == 0 && !q.event_counts, t[l], h[l], end[l], q.adaptive, q.directions, q.terminal);
       stop[l] = out.stop;
       if (!out.again) continue;
       passed.set(l, false);
