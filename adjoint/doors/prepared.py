@@ -81,7 +81,7 @@ _DAE = _Door(DAE_METHODS, itemgetter(*_BESIDE, "differential", "y0_bounds"), Tru
 @dataclass(eq=False, slots=True)
 class Asked:
     """A call that may have been made before, with its ``arguments``, and what is known of such calls. ``yp0``: of implicit equations, the
-    slopes that were given."""
+    slopes that were given; ``events``: their functions, and ``rules``: of each at which occurrence it ends the solve, and its direction."""
 
     key: Hashable
     prepared: Prepared | None
@@ -92,7 +92,8 @@ class Asked:
     span: tuple[float, float]
     derivatives: bool
     yp0: Tensor | None = None
-    events: Sequence[Any] = ()
+    events: tuple[Any, ...] = ()
+    rules: tuple[Any, ...] = ()
 
     def solution(self, door: Callable[..., Solution]) -> Solution | None:
         """What compiled code gives; None where the general way is to be gone, through ``door``."""
@@ -114,6 +115,8 @@ class Asked:
         t = t_eval if t_eval is not None else ends.clone() if y0.dtype is ends.dtype else ends.to(y0.dtype.to_real(), copy=True)
         if self.derivatives:
             tensors = self.found.tensors
+            # a guess, for which nobody looks whether it was written to
+            self.yp0 = None if self.yp0 is None else self.yp0.detach().clone()
             wanted = tuple([i for i, k in enumerate(prepared.places) if tensors[k].requires_grad])
             again = partial(self._solved_again, door, prepared, times)
             run = Run(prepared, anchors, times, wanted, again, backward.add, done.ending)
@@ -161,13 +164,17 @@ class Asked:
         now = fingerprint(_functions(self.arguments, self.events), self.args)
         if now is None or now.key != self.found.key or any(x is not y for x, y in zip(now.tensors, self.found.tensors, strict=True)):
             raise CapturedTensorLost(_CHANGED)
+        if _watched(self.events) != (self.events, self.rules):
+            raise CapturedTensorLost(_CHANGED)
         held = prepared.calls.program.values([now.tensors[k] for k in prepared.places], False)
         if not all(torch.equal(x, y) or torch.allclose(x, y, 0.0, 0.0, equal_nan=True) for x, y in zip(held, values, strict=True)):
             raise CapturedTensorLost(_CHANGED)
         # times that are tensors go the general way
         span = tuple(torch.tensor(t, dtype=torch.float64) for t in self.span)
         t_eval = None if times is None else times[:, 0]
-        sol = door(**{**self.arguments, "t_span": span, "t_eval": t_eval, "args": self.args})
+        more = {"t_span": span, "t_eval": t_eval, "args": self.args, "events": self.events or None}
+        more |= {} if self.yp0 is None else {"yp0": self.yp0}
+        sol = door(**{**self.arguments, **more})
         integral = None if prepared.integrand is None else prepared.integrand.taken(sol.quadrature)
         slopes = () if sol.yp is None else (sol.yp,)
         if not any(len(e.t) for e in sol.events):
@@ -264,7 +271,7 @@ def asked_before(arguments: dict[str, Any]) -> Asked | None:
         prepared = _known.get(key)
     except TypeError:
         return None
-    return Asked(key, prepared, arguments, args, found, y0, span, derivatives, yp0, events)
+    return Asked(key, prepared, arguments, args, found, y0, span, derivatives, yp0, events, rules)
 
 
 def _functions(arguments: dict[str, Any], events: Sequence[Any]) -> Any:

@@ -261,11 +261,11 @@ class AtOnce:
         return _part(kept.memory[-1], Table.of(count, self._state).t, 8 * count, torch.float64).clone()
 
     def event_states(self, kept: Kept) -> tuple[Tensor, Tensor]:
-        """States (E, n) and slopes at `event_times`."""
+        """States (E, n) at `event_times`, and slopes, which nobody writes to."""
         count = sum(kept.events)
         begin = Table.of(count, self._state).y
-        y, slope = _part(kept.memory[-1], begin, 2 * self._state * count, self.program.real).clone().view(2, count, self.width)
-        return y, slope
+        y, slope = _part(kept.memory[-1], begin, 2 * self._state * count, self.program.real).view(2, count, self.width)
+        return y.clone(), slope
 
     def backward(
         self,

@@ -182,8 +182,9 @@ def run_of(
         return None
     beside, ending = () if yp is None else (yp,), None
     if any(kept.events):
-        states, of_states = (x.reshape(-1, *y0.shape) for x in calls.event_states(kept))
-        beside = *beside, calls.event_times(kept), states.clone() if yp is not None else states
+        states, of_states = calls.event_states(kept)
+        states, of_states = unviewed(states.view(-1, *y0.shape)), of_states.view(-1, *y0.shape)
+        beside = *beside, calls.event_times(kept), states
         ending = prepared.ending(kept) if ended else None
         if ending is not None and t_eval is None:
             y[-1] = states[ending]
