@@ -39,6 +39,9 @@ def tell_not_finite(problem: Problem, grid: Grid, inputs: Sequence[Tensor], y0_b
     finished = grid.status >= 0
     own = finished if y0_bar is None else finished & ~torch.isfinite(y0_bar).all(-1)
     blamed = y0_bar is not None and bool(own.any())
+    if y0_bar is not None and not blamed and not bool(finished.all()):
+        # what is not finite within a trajectory reaches its initial state: this belongs to those that failed
+        return
     rows = (own if blamed else finished).nonzero()[:_ROWS, 0].tolist()
     try:
         for row in rows:
