@@ -85,7 +85,7 @@ def _mark_slow_cases(config, items):
                 item.add_marker(pytest.mark.slow)
                 unseen.discard(item.callspec.id)
     # of single cases that were asked for nothing is known of the others
-    few = config.getoption("lf") or any("::" in arg for arg in config.args)
+    few = config.getoption("lf", False) or any("::" in arg for arg in config.args)
     unknown = [] if few else [f"{test}[{case}]" for test, cases in left.items() for case in cases]
     if unknown:
         raise pytest.UsageError(f"slow_cases names cases that there are not: {', '.join(sorted(unknown))}")

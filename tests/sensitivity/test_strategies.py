@@ -201,7 +201,9 @@ def test_layers_of_the_solution_within_steps_of_the_adjoint(strategy, method, ba
     """The rate counts in the layer at the start alone, where the adjoint is smooth: what its steps looked at was off by 1e3 to 1e14."""
     p = tensor(1e3, 2.0).requires_grad_()
     start, gradient = torch.zeros(2, dtype=F64), strategy(method=back, rtol=1e-6)
-    options = dict(args=(p,), method=method, rtol=1e-8, atol=1e-12, gradient=gradient)
+    # kvaerno5 by itself is not as exact in layers
+    rtol = 1e-8 if method == "kvaerno5" else 1e-6
+    options = dict(args=(p,), method=method, rtol=rtol, atol=1e-4 * rtol, gradient=gradient)
     if method == "radau":
         sol = solve_dae(lambda t, y, yp, p: yp - relaxing(t, y, p), (0.0, 1.0), start, tensor(1e3, 0.0), **options)
     else:
