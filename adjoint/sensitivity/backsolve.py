@@ -23,8 +23,8 @@ from ..torch_internals import Node, copy_by_copy, dual_level, is_functorch_wrapp
 __all__ = ["Backsolve", "Refuse", "backsolve"]
 
 _TWICE = (
-    "the continuous (backsolve) adjoint has no second derivatives. Use adjoint.odeint_adjoint without adjoint_rtol, adjoint_atol, "
-    "adjoint_method and adjoint_options: its default gradient is exact and can be differentiated again"
+    "the continuous (backsolve) adjoint has no second derivatives. Use gradient=DiscreteAdjoint(), of adjoint.odeint_adjoint no "
+    "adjoint_rtol, adjoint_atol, adjoint_method and adjoint_options: that gradient is exact and can be differentiated again"
 )
 
 
