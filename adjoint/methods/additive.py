@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .family import StepCotangents, TableauMethod, added, combine, over, row_dot, update, weighted_sum
+from .family import StepCotangents, TableauMethod, TakenStep, added, combine, over, row_dot, update, weighted_sum
 from .protocol import StageEquations, StageLinearize
 from .runge_kutta import stability_interval
 
@@ -206,23 +206,15 @@ class AdditiveRungeKutta(TableauMethod):
         ks = [*explicit, *implicit]
         return update(y, h, (*tab.explicit_b, *tab.implicit_b), ks), ks
 
-    def adjoint_step(
-        self,
-        linearize: StageLinearize,
-        times: Sequence[Tensor],
-        h: float | Tensor,
-        y: Tensor,
-        end_bar: Tensor,
-        k_bar: Sequence[Tensor | None],
-        time_bars: bool,
-    ) -> StepCotangents:
-        """The discrete adjoint of a step; arguments as for `ExplicitRungeKutta.adjoint_step`.
+    def adjoint_step(self, linearize: StageLinearize, step: TakenStep) -> StepCotangents:
+        """The discrete adjoint of a step.
 
         With ``u_j`` the cotangent of the explicitly known part of ``Y_j``, from the last stage to the first:
         ``p_i = f_y(Y_i)* h (b_i l1 + sum_{j > i} a_ji u_j)``, then one solve with the adjoint of the stage's own matrix,
         ``(I - h d_ii g_y(Y_i))* v_i = h (w_i l1 + sum_{j > i} d_ji u_j + d_ii p_i)``, then ``u_i = p_i + g_y(Y_i)* v_i``; at the end
         ``l0 = l1 + sum_i u_i``. The explicit part is never asked for more than products.
         """
+        times, h, y, end_bar, k_bar, timed = step
         tab, ks = self.tableau, linearize.stages()
         s = len(tab.c)
         bars = [*k_bar, *([None] * (2 * s - len(k_bar)))]
@@ -261,7 +253,7 @@ class AdditiveRungeKutta(TableauMethod):
             u = sum(parts[1:], parts[0])
             us.append(u)
             y_bar = y_bar + u
-            if time_bars:
+            if timed:
                 weighed = [(ks[i], direct), (ks[s + i], w), (ks[s + i], u * diagonal if diagonal else None)]
                 for k, cotangent in weighed:
                     if cotangent is not None:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from .family import StepCotangents, TableauMethod, added, combine, row_dot, update, weighted_sum
+from .family import StepCotangents, TableauMethod, TakenStep, added, combine, row_dot, update, weighted_sum
 from .protocol import StageEquations, StageLinearize
 
 __all__ = [
@@ -219,23 +219,15 @@ class FullyImplicitRungeKutta(TableauMethod):
         """All stages that the dense output weighs: those of the step, without the error estimate."""
         return list(ks[: self.n_stages])
 
-    def adjoint_step(
-        self,
-        linearize: StageLinearize,
-        times: Sequence[Tensor],
-        h: float | Tensor,
-        y: Tensor,
-        end_bar: Tensor,
-        k_bar: Sequence[Tensor | None],
-        time_bars: bool,
-    ) -> StepCotangents:
+    def adjoint_step(self, linearize: StageLinearize, step: TakenStep) -> StepCotangents:
         """The discrete adjoint of a step (docs/theory.md, section 1): with ``E_i = F_y'`` and ``G_i = F_y`` at stage ``i``,
 
             ``E_i* v_i + h sum_j a_ji G_j* v_j = k_bar_i + h b_i l1``,  ``l0 = l1 - sum_i G_i* v_i``.
 
         For an ODE ``E = I`` and ``G = -f_y``. Stage slopes are the recorded ones: Newton's iteration is neither run again nor
-        differentiated. Arguments as for `ExplicitRungeKutta.adjoint_step`.
+        differentiated.
         """
+        times, h, y, end_bar, k_bar, timed = step
         tab, ks = self.tableau, linearize.stages()
         points, w = [], []
         for i, row in enumerate(tab.a):
@@ -248,7 +240,7 @@ class FullyImplicitRungeKutta(TableauMethod):
         for i, (v, pull) in enumerate(zip(vs, pulls, strict=True)):
             u, time_bar = pull(v)
             y_bar = y_bar + u
-            if time_bars:
+            if timed:
                 h_bar = added(h_bar, tab.b[i] * row_dot(ks[i], end_bar))
                 slope = weighted_sum(tab.a[i], ks)
                 assert slope is not None

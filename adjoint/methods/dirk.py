@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .family import StepCotangents, TableauMethod, added, combine, over, row_dot, update, weighted_sum
+from .family import StepCotangents, TableauMethod, TakenStep, added, combine, over, row_dot, update, weighted_sum
 from .protocol import StageEquations, StageLinearize
 
 __all__ = ["DiagonallyImplicitRungeKutta", "DirkTableau", "continuous_extension"]
@@ -205,24 +205,15 @@ class DiagonallyImplicitRungeKutta(TableauMethod):
             return base + ks[-1] * (h * tab.a[-1][-1]), ks
         return update(y, h, tab.b, ks), ks
 
-    def adjoint_step(
-        self,
-        linearize: StageLinearize,
-        times: Sequence[Tensor],
-        h: float | Tensor,
-        y: Tensor,
-        end_bar: Tensor,
-        k_bar: Sequence[Tensor | None],
-        time_bars: bool,
-    ) -> StepCotangents:
+    def adjoint_step(self, linearize: StageLinearize, step: TakenStep) -> StepCotangents:
         """The discrete adjoint of a step (docs/theory.md, section 1; Sandu 2006).
 
         With ``w_i = h (b_i l1 + sum_{j > i} a_ji u_j)`` each stage takes one solve with the adjoint of its own matrix,
         ``(I - h a_ii f_y(Y_i))* v_i = w_i``, then ``u_i = f_y(Y_i)* v_i = (v_i - w_i) / (h a_ii)`` and ``l0 = l1 + sum_i u_i``: a product
         with ``f_y*`` would magnify the rounding of ``v_i`` by the stiffness. Stage slopes are the recorded ones: Newton's iteration is
-        neither run again nor differentiated. The cotangent of a first stage that was handed on goes to the step before. Arguments as for
-        `ExplicitRungeKutta.adjoint_step`.
+        neither run again nor differentiated. The cotangent of a first stage that was handed on goes to the step before.
         """
+        times, h, y, end_bar, k_bar, timed = step
         tab, ks = self.tableau, linearize.stages()
         s = len(ks)
         one = (1, -1) if isinstance(h, float) else ks[0].shape
@@ -240,7 +231,7 @@ class DiagonallyImplicitRungeKutta(TableauMethod):
                 continue
             if i == 0 and self.hands_on:
                 first = v
-                if time_bars and w is not None:
+                if timed and w is not None:
                     h_bar = added(h_bar, row_dot(ks[0].reshape(one), w.reshape(one)))
                 break
             diagonal = tab.a[i][i]
@@ -254,7 +245,7 @@ class DiagonallyImplicitRungeKutta(TableauMethod):
                 u, time_bar = pullback(v)
             us.append(u)
             y_bar = y_bar + u
-            if time_bars:
+            if timed:
                 if w is not None:
                     h_bar = added(h_bar, row_dot(ks[i].reshape(one), w.reshape(one)))
                 if diagonal:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ __all__ = [
     "Pullback",
     "StepCotangents",
     "TableauMethod",
+    "TakenStep",
     "Traits",
     "added",
     "combine",
@@ -75,6 +76,22 @@ def powers(theta: Tensor, count: int, lowest: int = 1) -> Tensor:
     for _ in range(count - 1):
         found.append(found[-1] * theta)
     return torch.stack(found, dim=-1)
+
+
+class TakenStep(NamedTuple):
+    """A step that is taken back, as ``step`` took it, and what comes back to it.
+
+    ``end_bar``: the cotangent of the new state. ``k_bar``: those of the stages by way of the dense output, extra stages included, None for
+    those without; stages behind the last one that matters are not computed. ``timed``: whether cotangents of ``t`` and ``h`` are wanted,
+    which are row sums of shape ``(B,)``.
+    """
+
+    times: Sequence[Tensor]
+    h: float | Tensor
+    y: Tensor
+    end_bar: Tensor
+    k_bar: Sequence[Tensor | None]
+    timed: bool
 
 
 @dataclass(frozen=True)
@@ -139,7 +156,7 @@ class Traits:
     same_as: tuple[int, ...] | None = None
     #: length of the interval of stability on the negative axis, where steps are held within it
     interval: float = 1e300
-    #: takes a step back, see `ExplicitRungeKutta.adjoint_step`; None: by automatic differentiation through ``step``
+    #: ``adjoint_step(linearize, step: TakenStep) -> StepCotangents``; None: by automatic differentiation through ``step``
     adjoint_step: Any = None
 
     @property

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from .family import Flat, Linearize, Pullback, StepCotangents
+from .family import Flat, Linearize, Pullback, StepCotangents, TakenStep
 
 if TYPE_CHECKING:
     from .collocation import CollocationTableau
@@ -178,13 +178,4 @@ class Method(Protocol):
     def dense_weights(self, theta: Tensor) -> Tensor: ...
     def dense_numbers(self, theta: float) -> list[float]: ...
     def dense_slopes(self, theta: Tensor) -> Tensor: ...
-    def adjoint_step(
-        self,
-        linearize: Linearize,
-        times: Sequence[Tensor],
-        h: float | Tensor,
-        y: Tensor,
-        end_bar: Tensor,
-        k_bar: Sequence[Tensor | None],
-        time_bars: bool,
-    ) -> StepCotangents: ...
+    def adjoint_step(self, linearize: Linearize, step: TakenStep) -> StepCotangents: ...

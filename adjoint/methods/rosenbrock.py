@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .family import StepCotangents, TableauMethod, added, combine, row_dot, update, weighted_sum
+from .family import StepCotangents, TableauMethod, TakenStep, added, combine, row_dot, update, weighted_sum
 from .protocol import StageEquations, StageLinearize
 from .tableaux_rosenbrock import RosenbrockTableau
 
@@ -68,17 +68,8 @@ class Rosenbrock(TableauMethod):
             ks.append(f.solve(start, y, h * tab.gamma, side * tab.gamma))
         return update(y, h, tab.b, ks), ks
 
-    def adjoint_step(
-        self,
-        linearize: StageLinearize,
-        times: Sequence[Tensor],
-        h: float | Tensor,
-        y: Tensor,
-        end_bar: Tensor,
-        k_bar: Sequence[Tensor | None],
-        time_bars: bool,
-    ) -> StepCotangents:
-        """The discrete adjoint of a step; arguments as for `ExplicitRungeKutta.adjoint_step`.
+    def adjoint_step(self, linearize: StageLinearize, step: TakenStep) -> StepCotangents:
+        """The discrete adjoint of a step.
 
         With ``W = I - h gamma f_y(t, y)`` and ``u_j = f_y(Y_j)* v_j``, the stages take one solve each, from the last to the first:
         ``v_i = gamma W*^-1 (h b_i l1 + sum_{j > i} (gamma_ji v_j + h a_ji u_j))`` is the cotangent of the right-hand side of stage ``i``.
@@ -86,6 +77,7 @@ class Rosenbrock(TableauMethod):
         term at ``(t, y)``. With a matrix, ``W = M - h gamma f_y``, ``M* v_j`` is in the place of ``v_j`` in the sum over ``gamma_ji``, and
         the cotangent of ``M`` is the gradient of ``sum_i <v_i, M (sum_j gamma_ij K_j - K_i / gamma)>``.
         """
+        times, h, y, end_bar, k_bar, timed = step
         tab, ks = self.tableau, linearize.stages()
         s = len(ks)
         start = times[0]
@@ -102,7 +94,7 @@ class Rosenbrock(TableauMethod):
             parts = [x for x in (k_bar[i] if i < len(k_bar) else None, coupled, None if w is None else w * h) if x is not None]
             total = sum(parts[1:], parts[0]) if parts else torch.zeros_like(y)
             vs[i] = linearize.solve_start(start, y, h * tab.gamma, total) * tab.gamma
-            if time_bars and w is not None:
+            if timed and w is not None:
                 h_bar = added(h_bar, row_dot(ks[i].reshape(one), w.reshape(one)))
             if tab.same_as[i] < i:
                 continue
@@ -114,12 +106,12 @@ class Rosenbrock(TableauMethod):
             u, time_bar = pullback(v)
             us[i] = u
             y_bar = y_bar + u
-            if time_bars and time_bar is not None:
+            if timed and time_bar is not None:
                 t_bar = added(t_bar, time_bar)
                 h_bar = added(h_bar, time_bar * tab.c[i])
         linearize.bend_mass(lambda: [_moved(tab, i, ks) for i in range(s)], vs)
         bent, time_bar, phi = linearize.bend(start, y, ks, tab.d, vs, h)
-        if time_bars and time_bar is not None and phi is not None:
+        if timed and time_bar is not None and phi is not None:
             t_bar, h_bar = added(t_bar, time_bar), added(h_bar, phi)
         return StepCotangents(y_bar + bent, t_bar, h_bar, ks)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .family import Flat, Linearize, StepCotangents, TableauMethod, added, combine, row_dot, update, weighted_sum
+from .family import Flat, Linearize, StepCotangents, TableauMethod, TakenStep, added, combine, row_dot, update, weighted_sum
 from .tableau import Tableau
 
 __all__ = ["ExplicitRungeKutta", "stability_interval"]
@@ -107,32 +107,14 @@ class ExplicitRungeKutta(TableauMethod):
             out.append(total)
         return out
 
-    def adjoint_step(
-        self,
-        linearize: Linearize,
-        times: Sequence[Tensor],
-        h: float | Tensor,
-        y: Tensor,
-        end_bar: Tensor,
-        k_bar: Sequence[Tensor | None],
-        time_bars: bool,
-    ) -> StepCotangents:
+    def adjoint_step(self, linearize: Linearize, step: TakenStep) -> StepCotangents:
         """The discrete adjoint of a step (Hager 2000; Sandu 2006; docs/theory.md, section 1).
 
         With ``v_i = h (b_i l1 + sum_j a_ji u_j)`` and ``u_i = f_y(Y_i)* v_i`` it is ``l0 = l1 + sum_i u_i``.
 
-        Parameters
-        ----------
-        linearize : callable
-            ``f`` at a point with its pullback, which also adds ``f_p* v`` to the caller's parameter cotangents.
-        end_bar : Tensor
-            ``l1``, the cotangent of the new state.
-        k_bar : sequence
-            Cotangents of the stages by way of the dense output, extra stages included; None for those without. Stages behind the last
-            one that matters are not computed.
-        time_bars : bool
-            Whether cotangents of ``t`` and ``h`` are wanted; they are row sums of shape ``(B,)``.
+        ``linearize``: ``f`` at a point with its pullback, which also adds ``f_p* v`` to the caller's parameter cotangents.
         """
+        times, h, y, end_bar, k_bar, timed = step
         tab = self.tableau
         used = max([tab.n_stages - tab.fsal, *(i + 1 for i, bar in enumerate(k_bar) if bar is not None)])
         rows = (*tab.a, *tab.extra_a)[:used]
@@ -157,7 +139,7 @@ class ExplicitRungeKutta(TableauMethod):
             u, time_bar = pullbacks[i](v)
             us.append(u)
             y_bar = y_bar + u
-            if time_bars:
+            if timed:
                 if w is not None:
                     # a float h belongs to one trajectory, whatever its shape
                     one = (1, -1) if isinstance(h, float) else ks[i].shape

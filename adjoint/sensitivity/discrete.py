@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..integrate import Monitor
 from ..integrate.numbers import widened
-from ..methods.family import StepCotangents
+from ..methods.family import StepCotangents, TakenStep
 from ..system.capture import cut_apart
 from ..system.system import System
 from .asked import Asked, Linearizer, Losses, anchors_bar, both, in_shelter
@@ -199,7 +199,7 @@ class _OneByOne:
         elif self._rows > 1:
             size = widened(size, y.shape[-1])
         if method.adjoint_step is not None:
-            result = method.adjoint_step(linearize, at, size, y, bar, k_bar, self._asked.moving)
+            result = method.adjoint_step(linearize, TakenStep(at, size, y, bar, k_bar, self._asked.moving))
         else:
             result = recorded_adjoint(problem, linearize, at, size, y, bar, k_bar, self._asked.moving)
         return result, lambda own: linearize(at[0], y)[1](own)

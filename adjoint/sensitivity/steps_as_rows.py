@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.variable import Variable
 
 from ..integrate import Monitor, Plan
-from ..methods.family import Pullback, StepCotangents, combine, row_dot
+from ..methods.family import Pullback, StepCotangents, TakenStep, combine, row_dot
 from ..system.capture import cut_apart, saved_bytes
 from ..system.system import Flat
 from .asked import Asked, Linearizer, Losses, vjp
@@ -330,10 +330,11 @@ class LoneSweep:
         both = 2 * n if chained else n
         units = torch.eye(both, dtype=y.dtype, device=y.device).unsqueeze(1).expand(-1, len(part), -1)
         last = [*([None] * (len(ks) - 1)), units[..., n:]] if chained else []
-        matrices = _joined(method.adjoint_step(lin, times, h, y, units[..., :n], last, False)).permute(1, 2, 0).contiguous().unbind()
+        joined = _joined(method.adjoint_step(lin, TakenStep(times, h, y, units[..., :n], last, False)))
+        matrices = joined.permute(1, 2, 0).contiguous().unbind()
         k_bar, moved = self._stage_bars(part, y, len(ks)), None
         if k_bar:
-            moved = _joined(method.adjoint_step(lin, times, h, y, torch.zeros_like(y), k_bar, False))
+            moved = _joined(method.adjoint_step(lin, TakenStep(times, h, y, torch.zeros_like(y), k_bar, False)))
         ends: list[Tensor] = [bar] * len(part)
         if chained:
             bar = torch.cat([bar, torch.zeros_like(bar) if handed is None else handed])
@@ -353,7 +354,7 @@ class LoneSweep:
         if chained:
             k_bar = k_bar or [torch.zeros_like(y)] * len(ks)
             k_bar = [*k_bar[:-1], k_bar[-1] + every[:, n:]]
-        result = method.adjoint_step(lin, times, h, y, every[:, :n], k_bar, self.linearize.time)
+        result = method.adjoint_step(lin, TakenStep(times, h, y, every[:, :n], k_bar, self.linearize.time))
         lin.finish()
         bar, handed = bar[:n], bar[n:] if chained else None
         first = None
