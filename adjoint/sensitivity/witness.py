@@ -25,7 +25,7 @@ CHANGED = (
     "changed in between)"
 )
 #: one evaluation in so many is remembered at first, and so many at the most beside the first and the last one
-_STRIDE, _MOST = 64, 8
+_STRIDE, _MOST = 16, 8
 
 
 class Witness:
