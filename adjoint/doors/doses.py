@@ -90,11 +90,16 @@ class Doses:
         if self.duration is None and self.rate is None:
             return DoseRule(self.name, title, spec, when, None, amounts, places)
         name = "duration" if self.rate is None else "rate"
-        other = spread(self.duration if self.rate is None else self.rate, name, spec.dtype)
+        # both are real, also where amounts are complex
+        other = spread(self.duration if self.rate is None else self.rate, name, spec.real_dtype)
         other = torch.where(given, other, 1.0)
         if readable(other) and not bool((other > 0).all()):
             raise InvalidInput(f"{name} of {title} must be positive")
-        rate, duration = (amounts / other, other) if self.rate is None else (other, amounts / other)
+        if self.rate is not None and amounts.is_complex():
+            if readable(amounts) and bool((amounts.imag != 0).any()):
+                raise InvalidInput(f"amounts of {title} of a complex state must be real where they enter at a rate: give a duration")
+            amounts = amounts.real
+        rate, duration = (amounts / other, other) if self.rate is None else (other.to(spec.dtype), amounts / other)
         if readable(duration) and bool((duration < 0).any()):
             raise InvalidInput(f"amounts of {title} must not be negative where they enter at a rate")
         return DoseRule(self.name, title, spec, when, when + duration.to(when.dtype), torch.where(given, rate, 0.0), places)

@@ -20,10 +20,12 @@ from .event_slope import signed
 from .parts import event_list, event_name, terminal_count
 from .rows import chosen, forward_fill, still, wide
 
-__all__ = ["NEAR", "Boundary", "Rule", "Scale", "like_mode", "listed", "rearmed", "rule_of", "shifted"]
+__all__ = ["NEAR", "Boundary", "Rule", "Scale", "like_mode", "listed", "off_zero", "rearmed", "rule_of", "shifted"]
 
 #: times that differ by less, in units of rounding of the times of the solve, are one
 NEAR = 64.0
+#: what a reset that leaves an event function at zero may make of what it was off, times that
+_TIMES = 8.0
 
 
 @dataclass(frozen=True)
@@ -141,17 +143,36 @@ class Scale:
     eps: float
 
 
+def off_zero(rule: Rule, hit: Tensor, left: Boundary, args: tuple[Any, ...]) -> Tensor:
+    """By how much ``(R)`` an event function is not zero where its event ended a round, ``left``: more than by rounding where another solve
+    found the event than the one that comes to it."""
+    if not anywhere(hit):
+        return torch.zeros_like(hit, dtype=left.t.dtype)
+    with torch.inference_mode(False), torch.no_grad():
+        at = left.still()
+        return torch.where(hit, _value(rule, forward_fill(hit, (at.t, at.y, at.mode)), still(args)).abs(), 0.0)
+
+
 def rearmed(
-    rule: Rule, hit: Tensor, begun: Boundary, shift: Tensor, after: Boundary, args: tuple[Any, ...], slope: Slope | None, scale: Scale
+    rule: Rule,
+    hit: Tensor,
+    off: Tensor,
+    begun: Boundary,
+    shift: Tensor,
+    after: Boundary,
+    args: tuple[Any, ...],
+    slope: Slope | None,
+    scale: Scale,
 ) -> Tensor:
-    """What is added ``(R)`` to the event function in the round after its own event.
+    """What is added ``(R)`` to the event function in the round after its own event, where it was ``off`` zero: see `off_zero`.
 
     ``begun``: where the round that ended so began, with the ``shift`` that was added there; ``after``: where the next one does. ``slope``:
     the right-hand side, None where there are slopes ``after.yp``.
 
     Where a reset leaves the function at zero, rounding decides its sign, and with it whether the event is found again at once. There it
     counts as being on the side of zero to which it moves, however little: a ball that leaves the ground is above it, and what goes on
-    through a switching surface is beyond it. Zero is what lies within `NEAR` units of rounding of the time or of the terms of the function.
+    through a switching surface is beyond it. Zero is what lies within `NEAR` units of rounding of the time or of the terms of the function,
+    or within some times of what it was ``off`` before.
     A function that does not move at first order, but for rounding, moves where it is bent to; if that is on across, its event is found
     again, and in the end `EventsAccumulate` says that nothing turns it back. One that does not move at all is where it came from.
     """
@@ -160,12 +181,20 @@ def rearmed(
         return zero
     # slopes are taken here whatever the caller wants, in his inference mode too
     with torch.inference_mode(False), torch.no_grad():
-        hit, shift = still((hit, shift))
-        return _shift(rule, hit, begun.still(), shift, after.still(), still(args), slope, scale)
+        hit, shift, off = still((hit, shift, off))
+        return _shift(rule, hit, off, begun.still(), shift, after.still(), still(args), slope, scale)
 
 
 def _shift(
-    rule: Rule, hit: Tensor, begun: Boundary, shift: Tensor, after: Boundary, args: tuple[Any, ...], slope: Slope | None, scale: Scale
+    rule: Rule,
+    hit: Tensor,
+    off: Tensor,
+    begun: Boundary,
+    shift: Tensor,
+    after: Boundary,
+    args: tuple[Any, ...],
+    slope: Slope | None,
+    scale: Scale,
 ) -> Tensor:
     """See `rearmed`."""
     at = forward_fill(hit, (after.t, after.y, after.mode))
@@ -174,7 +203,7 @@ def _shift(
         rates = still(forward_fill(hit, after.yp) if slope is None else slope(*at))
     terms, moving = _terms(rule, at, rates, args)
     value, rate, bend = _along(rule, at, NEAR * scale.eps * moving, None if slope is not None else rates, args, slope)
-    near = hit & (value.abs() <= NEAR * scale.eps * (scale.reach * rate.abs() + terms))
+    near = hit & (value.abs() <= NEAR * scale.eps * (scale.reach * rate.abs() + terms) + _TIMES * off)
     if rule.direction:
         crossed = torch.full_like(rate, rule.direction).sign()
     else:

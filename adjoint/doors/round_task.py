@@ -144,6 +144,8 @@ class Progress:
     shifts: list[Tensor]
     #: events that happened at the time where the trajectory is
     fired: list[Tensor]
+    #: by how much their functions were not zero there: see `off_zero`
+    off: list[Tensor]
     #: how often each happened
     counts: list[Tensor]
     happened: Tensor
@@ -181,7 +183,7 @@ def task_of(door: Callable[..., Solution], implicit: Callable[..., Solution] | N
     modes = () if mode is None else (mode_of(mode, spec),)
     at, n = Boundary(task.start, y0, modes), len(task.watched)
     given = [torch.zeros_like(rule.stops, dtype=torch.bool) for rule in task.doses]
-    return task, Progress(at, ~none, count, given, [zero] * n, [none] * n, [count] * n, count, count)
+    return task, Progress(at, ~none, count, given, [zero] * n, [none] * n, [zero] * n, [count] * n, count, count)
 
 
 def _infused(fun: Any, options: dict[str, Any], spec: StateSpec) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ..errors import EventsAccumulate, SolveError
 from ..integrate import Monitor, Status
@@ -26,7 +26,7 @@ from .dose_ties import given_apart, ties
 from .progress import in_parts
 from .round_ends import check_rules, ended_before, takes_events, with_events
 from .round_results import Piece, Taken, joined
-from .round_rules import Boundary, Rule, rearmed, shifted
+from .round_rules import Boundary, Rule, off_zero, rearmed, shifted
 from .round_task import Progress, Task, needs_rounds, task_of
 from .rows import chosen, still, usable, wide
 from .solution import EventRecord, Solution
@@ -121,10 +121,13 @@ def _round(task: Task, run: Progress) -> None:
     short = (on.t - t).detach().abs() <= task.resolution
     run.stalled = torch.where(short & ended, run.stalled + 1, 0)
     _check_progress(task, run, hits)
+    away = [off_zero(rule, hit, left, task.args) for rule, hit in zip(task.watched, hits, strict=True)]
+    run.off = [torch.where(short & ~hit, was, now) for hit, was, now in zip(hits, run.off, away, strict=True)]
     run.fired = [(now | (short & was)) & run.going for now, was in zip(_at_end(task, hits, sol, on.t, going), run.fired, strict=True)]
     begun, arguments = Boundary(t, y, at.mode), (task.args, task.slope(task.infused(run.given)), task.scale)
     run.shifts = [
-        rearmed(rule, fired, begun, shift, on, *arguments) for rule, fired, shift in zip(task.watched, run.fired, run.shifts, strict=True)
+        rearmed(rule, fired, off, begun, shift, on, *arguments)
+        for rule, fired, off, shift in zip(task.watched, run.fired, run.off, run.shifts, strict=True)
     ]
 
 
@@ -159,7 +162,7 @@ def _resets(
         every.append(hit)
         records.append(record)
         states.append(given)
-    bad = alive & ~torch.stack([torch.isfinite(x.detach()).flatten(alive.dim()).all(-1) for x in tree_leaves(on.y)]).all(0)
+    bad = alive & ~torch.isfinite(task.spec.flatten(still(on.y))).all(-1).reshape(alive.shape)
     if anywhere(bad):
         # nothing goes on from there, and what the way back says of that is nothing for the rounds before, nor for parameters shared in them
         on = Boundary(on.t, chosen(bad, tree_map(lambda x: torch.full_like(x.detach(), float("nan")), on.y), on.y), on.mode, on.yp)

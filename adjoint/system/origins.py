@@ -225,7 +225,11 @@ def held_by(functions: Iterable[Any], kind: type[T]) -> Iterator[T]:
         if isinstance(thing, kind):
             yield thing
         else:
-            todo.extend((part, depth + 1) for part in _parts(thing))
+            # what is in a container, or in a module of modules, is no further away than that
+            inside = depth if isinstance(thing, (list, tuple, dict)) else depth + 1
+            todo.extend((part, inside) for part in _parts(thing))
+            if isinstance(thing, torch.nn.Module):
+                todo.extend((part, depth) for part in thing.children())
 
 
 def _parts(thing: Any) -> Iterable[Any]:

@@ -72,6 +72,23 @@ def test_boluses_and_infusions(native):
     assert torch.allclose(sol.events["infusion"].t, torch.tensor([0.6, 1.35, 1.9, 2.65]))
 
 
+@pytest.mark.parametrize("rate", [False, True])
+def test_infusions_into_complex_states(rate):
+    """Amounts are complex, durations real."""
+    w, when, long = values(1.3, 0.4, 0.5)
+    amount = torch.tensor(0.7 if rate else 0.7 - 0.4j, requires_grad=True)
+    other = {"rate": amount / long} if rate else {"duration": long}
+    drip = Doses(when.unsqueeze(0), amount, 0, **other)
+    sol = solve_ivp(lambda t, y: 1j * w * y, (0.0, 1.5), torch.zeros(1, dtype=torch.complex128), events=drip, **FINE)
+    grown = lambda s: ((1j * w * (1.5 - s)).exp() - 1) / (1j * w) * amount / long  # noqa: E731
+    wanted = grown(when) - grown(when + long)
+    inputs = [w, when, long, amount]
+    agree(torch.view_as_real(sol.y[-1, 0]), torch.view_as_real(wanted), inputs, second=not amount.is_complex())
+    if rate:
+        with pytest.raises(adjoint.InvalidInput, match="real where they enter at a rate"):
+            solve_ivp(lambda t, y: y, (0.0, 1.0), torch.zeros(1, dtype=torch.complex128), events=Doses([0.1], 1j, 0, rate=1.0))
+
+
 def test_a_rate_in_place_of_a_duration():
     p = values(0.3, 0.5, 0.2)
     rate, amount = q = values(2.0, [1.0, 3.0])

@@ -144,6 +144,18 @@ def test_captured():
 
     agree(solve_ivp(Driven(), (0.0, 1.2), torch.zeros(1), method="dopri5", **FINE).y[-1, 0], response(1.2, *p, "constant"), p)
 
+    class Around(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.parts = torch.nn.ModuleList([inner])
+
+        def forward(self, t, y):
+            return self.parts[0](t, y)
+
+    for inner in (Driven(), Around(Around(Driven()))):
+        layer = adjoint.nn.NeuralODE(inner, t_span=(0.0, 1.2), time_dependent=True, method="dopri5", **FINE)
+        agree(layer(torch.zeros(1))[0], response(1.2, *p, "constant"), p)
+
 
 def test_implicit_equations_and_mass_matrices():
     k, times, table = p = values(0.8, TIMES, VALUES)

@@ -170,6 +170,31 @@ def test_single_precision_and_pytrees():
     assert sol.y["h"].dtype == torch.float32 and abs(float(sol.y["h"][-1]) - float(true[0])) < 1e-4
 
 
+def test_entries_of_the_state_that_are_one_number_of_each_trajectory():
+    """What a reset or a dose gives is looked at leaf by leaf, of whatever shape."""
+    h, e, g = torch.tensor([3.0, 1.0], requires_grad=True), torch.tensor(0.8), torch.tensor(9.81)
+    fun = lambda t, y: {"h": y["v"], "v": -g.expand(2), "none": y["none"]}  # noqa: E731
+    event = Event(lambda t, y: y["h"], direction=-1, reset=lambda t, y: y | {"v": -e * y["v"]})
+    state = {"h": h + 1, "v": torch.zeros(2), "none": torch.zeros(2, 0)}
+    sol = solve_ivp(fun, (0.0, 0.7), state, events=[event, adjoint.Doses([0.0], -1.0, 0)], batched=True, **FINE)
+    compared(sol.y["h"][-1], torch.stack([flight(torch.tensor(0.7), n, h[n], e, g)[0] for n in (0, 1)]), [h])
+
+
+@pytest.mark.parametrize("gradient", [adjoint.DiscreteAdjoint(checkpoints=3), adjoint.InterpolatingAdjoint()])
+def test_an_event_that_was_found_by_another_solve_is_not_found_again(gradient):
+    """A kick that leaves its function at zero: rounds that come to its time by steps of their own are off zero by their tolerance."""
+    rotate = lambda t, y, c: torch.stack([-c * y[1], y[0]])  # noqa: E731
+    kick = Event(lambda t, y, c: y[0] - 0.3, reset=lambda t, y, c: torch.stack([y[0], y[1] * 1.1]), name="kick")
+    found = []
+    for way in (adjoint.DiscreteAdjoint(), gradient):
+        c = torch.tensor(1.0, requires_grad=True)
+        keys = {"method": "kvaerno3", "rtol": 1e-6, "atol": 1e-8, "gradient": way}
+        sol = solve_ivp(rotate, (0.0, 6.0), torch.tensor([1.0, 0.0]), (c,), events=kick, **keys)
+        found.append((sol.events["kick"].t, torch.autograd.grad(sol.y[-1].sum(), c)[0]))
+    assert found[1][0].shape == (2,) and torch.allclose(found[1][0], found[0][0], atol=1e-3)
+    assert torch.allclose(found[1][1], found[0][1], atol=5e-3)
+
+
 def test_the_ball_that_loses_nothing():
     """The sign of d(height)/d(start height) of an elastic ball at every bounce, which alternates as its phase does."""
     h, g = torch.tensor(1.0, requires_grad=True), torch.tensor(9.81)
