@@ -23,7 +23,7 @@ from .round_rules import Boundary
 from .round_task import Progress, Task
 from .rows import chosen, still, wide
 
-__all__ = ["given_apart", "ties"]
+__all__ = ["given_apart", "slopes", "ties"]
 
 
 def ties(task: Task, dues: list[Tensor], hits: list[Tensor], begun: Tensor, t: Tensor) -> Tensor:
@@ -73,14 +73,14 @@ def _moved(task: Task, run: Progress, at: Boundary, aside: Tensor, way: Tensor, 
         return tree_map(lambda a, b: a + share * wide(way**power, a).to(a.dtype) * b, at.y, rate)
 
     if slope is None:
-        rate, bend = _along(task, replace(at, t=at.t + aside), infused, lost)
+        rate, bend = slopes(task, replace(at, t=at.t + aside), infused, lost)
         y = tree_map(lambda a, b, c: a + (b - c), by(1.0, rate), by(0.5, bend, 2), at.y)
         return replace(at, y=y)
     t = at.t + aside
     return replace(at, y=by(1.0, slope(t + way / 2, by(0.5, slope(t, at.y, at.mode)), at.mode)))
 
 
-def _along(task: Task, at: Boundary, infused: tuple[Any, ...], lost: Tensor) -> tuple[Any, Any]:
+def slopes(task: Task, at: Boundary, infused: tuple[Any, ...], lost: Tensor) -> tuple[Any, Any]:
     """``y'``, which is differentiable, and ``y''`` of the solution of implicit equations through a boundary; none of ``lost`` trajectories,
     which are NaN."""
     spec, every = task.spec, torch.ones_like(lost)

@@ -158,12 +158,15 @@ def _bends(knots: Tensor, levels: Tensor) -> Tensor:
     count = knots.shape[-1]
     if count < 3:
         return torch.zeros_like(levels)
+    from ..linalg.functions import inverse
+
     h = knots.diff(dim=-1)
     slopes = levels.diff(dim=along) / wide(h, levels)
     diagonal, beside = (h[..., :-1] + h[..., 1:]) / 3, h[..., 1:-1] / 6
     matrix = torch.diag_embed(diagonal) + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
     right = slopes.diff(dim=along)
-    found = torch.linalg.solve(matrix.to(right.dtype), right.reshape(*right.shape[: along + 1], -1)).reshape(right.shape)
+    # dominated by its diagonal, so that nothing is lost by its inverse, which has derivatives of all orders and modes
+    found = (inverse(matrix.to(right.dtype)) @ right.reshape(*right.shape[: along + 1], -1)).reshape(right.shape)
     none = torch.zeros_like(levels.narrow(along, 0, 1))
     return torch.cat([none, found, none], along)
 

@@ -80,6 +80,8 @@ def joined(
         quadrature = first.sol.quadrature
         for piece in pieces[1:]:
             quadrature = tree_map(lambda a, b, on=piece.going: a + chosen(on, b, torch.zeros_like(b)), quadrature, piece.sol.quadrature)
+        # of those that were given up between two rounds, too
+        quadrature = chosen(status < 0, tree_map(lambda x: torch.full_like(x, float("nan")), quadrature), quadrature)
     return Solution(
         t=t,
         y=values[0],

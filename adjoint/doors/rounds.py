@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from typing import Any, ParamSpec
 
@@ -22,7 +23,7 @@ from ..sensitivity.undeclared import once
 from ..system.capture import readable
 from ..system.transforms import anywhere, unwrapped
 from .arguments import RoundSpan
-from .dose_ties import given_apart, ties
+from .dose_ties import given_apart, slopes, ties
 from .progress import in_parts
 from .round_ends import check_rules, ended_before, takes_events, with_events
 from .round_results import Piece, Taken, joined
@@ -209,6 +210,11 @@ def _solved(task: Task, run: Progress, span: RoundSpan, y: Any) -> tuple[Solutio
     quadrature = options["quadrature"]
     integrand = None if quadrature is None else lambda t, y: quadrature(t, y, *usable(args))
     end = Boundary(span.end, last, mode, _last(task, sol.yp, sol, taken))
+    if slope is None and end.yp is None:
+        # methods with the mass matrix in their steps have no slopes
+        with torch.no_grad():
+            lost = ~torch.isfinite(task.spec.flatten(last)).all(-1).reshape(span.idle.shape)
+            end = replace(end, yp=still(slopes(task, end.still(), still(infused), lost)[0]))
     return with_events(task.watched, first, sol, end, (*mode, *task.args), bound, integrand, real, task.times.steps), taken, last
 
 

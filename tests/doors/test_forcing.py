@@ -101,6 +101,15 @@ def test_knots_are_ends_of_steps(kind, method):
     assert all(bool(((steps.t - t).abs() < 1e-12).any()) for t in TIMES[:3])
 
 
+def test_a_spline_by_forward_mode_differentiated_once_more():
+    k, dot = torch.tensor(TIMES), torch.tensor([0.3, -0.2, 0.5, 0.7])
+    value = lambda k: Forcing(k, torch.tensor(VALUES), "cubic")(torch.tensor([0.6, 1.0])).sum()  # noqa: E731
+    over = torch.func.grad(lambda k: torch.func.jvp(value, (k,), (dot,))[1])(k)
+    h = 1e-5
+    differences = (torch.func.grad(value)(k + h * dot) - torch.func.grad(value)(k - h * dot)) / (2 * h)
+    assert torch.allclose(over, differences, rtol=1e-7, atol=1e-7)
+
+
 def test_a_spline():
     """Its differentiated knots and values, against differences of tight solves."""
     p = values(0.8, TIMES, VALUES)

@@ -219,3 +219,23 @@ def test_a_power_network_whose_relay_trips(gradient):
     p = p0.clone().requires_grad_()
     (slope,) = torch.autograd.grad(peak(p, gradient=gradient), p)
     assert abs(float(slope @ step) / difference - 1) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_a_rosenbrock_method_with_checkpoints(rows):
+    """Its rounds end where another solve found the event, and it has no slopes there: x' = a, 0 = a - c x, from x = 1 to 1/2."""
+    c, x0 = torch.tensor(0.8, requires_grad=True), torch.tensor([0.6, 0.5], requires_grad=True)
+    jump = Event(lambda t, y, c: y[..., 0] - 1, reset=lambda t, y, c: torch.stack([0.5 + 0 * y[..., 0], y[..., 1]], -1), name="jump")
+    fun = lambda t, y, c: torch.stack([y[..., 1], y[..., 1] - c * y[..., 0]], -1)  # noqa: E731
+    start = torch.stack([x0, 0 * x0], -1) if rows else torch.stack([x0[0], 0 * x0[0]])
+    keys = {"mass_matrix": torch.diag(torch.tensor([1.0, 0.0])), "method": "rodas5p", "rtol": 1e-9, "atol": 1e-11}
+    sol = solve_ivp(fun, (0.0, 1.4), start, (c,), events=jump, gradient=adjoint.DiscreteAdjoint(checkpoints=3), batched=rows > 0, **keys)
+    first = x0 if rows else x0[0]
+    when = -first.log() / c
+    end = 0.5 * (c * (1.4 - when)).exp()
+    found = torch.stack([sol.events["jump"].t[0], *sol.events["jump"].y[0].unbind(-1), *sol.y[-1].unbind(-1)])
+    wanted = torch.stack([when, 1 + 0 * when, c + 0 * when, end, c * end])
+    assert torch.allclose(found, wanted, atol=1e-7)
+    for a, b in zip(found, wanted, strict=True):
+        for one, other in zip(*(torch.autograd.grad(x.sum(), (c, x0), retain_graph=True, materialize_grads=True) for x in (a, b)), strict=True):
+            assert torch.allclose(one, other, atol=1e-6)

@@ -24,7 +24,9 @@ def test_zeno():
     with pytest.raises(adjoint.EventsAccumulate, match="Zeno") as caught:
         solve_ivp(fall, (0.0, 2.0), both, (e, g), events=BOUNCE, batched=True, **FINE)
     assert caught.value.trajectory == 0
-    sol = solve_ivp(fall, (0.0, 2.0), both, (e, g), events=BOUNCE, batched=True, throw=False, **FINE)
+    height = {"quadrature": lambda t, y, e, g: y[..., 0]}
+    sol = solve_ivp(fall, (0.0, 2.0), both, (e, g), events=BOUNCE, batched=True, throw=False, **height, **FINE)
+    assert sol.quadrature.isnan().tolist() == [True, False]
     assert sol.status.tolist() == [-5, 0] and bool(sol.y[-1, 0].isnan().all()) and torch.isfinite(sol.y[-1, 1]).all()
     assert "events" in sol.message[0]
     with pytest.raises(adjoint.EventsAccumulate, match="max_events = 3"):
