@@ -85,8 +85,8 @@ def test_infusions_into_complex_states(rate):
     inputs = [w, when, long, amount]
     agree(torch.view_as_real(sol.y[-1, 0]), torch.view_as_real(wanted), inputs, second=not amount.is_complex())
     if rate:
+        wrong = Doses([0.1], torch.tensor(1j), 0, rate=1.0)
         with pytest.raises(adjoint.InvalidInput, match="real where they enter at a rate"):
-            wrong = Doses([0.1], torch.tensor(1j), 0, rate=1.0)
             solve_ivp(lambda t, y: y, (0.0, 1.0), torch.zeros(1, dtype=torch.complex128), events=wrong)
 
 

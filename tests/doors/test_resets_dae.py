@@ -237,5 +237,5 @@ def test_a_rosenbrock_method_with_checkpoints(rows):
     wanted = torch.stack([when, 1 + 0 * when, c + 0 * when, end, c * end])
     assert torch.allclose(found, wanted, atol=1e-7)
     for a, b in zip(found, wanted, strict=True):
-        for one, other in zip(*(torch.autograd.grad(x.sum(), (c, x0), retain_graph=True, materialize_grads=True) for x in (a, b)), strict=True):
-            assert torch.allclose(one, other, atol=1e-6)
+        both = [torch.autograd.grad(x.sum(), (c, x0), retain_graph=True, materialize_grads=True) for x in (a, b)]
+        assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*both, strict=True))
