@@ -141,6 +141,19 @@ class TestStructure:
         y, eager, *_ = ends([1e-3, 1.0, 0.0])
         torch.testing.assert_close(y, eager, rtol=1e-8, atol=1e-10)
 
+    @pytest.mark.parametrize("rate", [1.0, 1e9])
+    def test_that_is_mixed(self, rate, counted):
+        """Every equation holds a derivative; where there are fast rates besides, it is Python that looks."""
+
+        def fun(t, y, yp, k):
+            first, second = yp[0] + k * (y[0] - torch.cos(t)), y[1] - y[0]
+            return torch.stack([first + second, first - 2 * second])
+
+        for k in (1.0, 1.0, rate):
+            y = [solve(fun, torch.ones(2, dtype=F64), (torch.tensor(k, dtype=F64),), compile=x, rtol=1e-8).y for x in (True, False)]
+            torch.testing.assert_close(*y, rtol=1e-8, atol=1e-10)
+        assert [x is not None for x in counted] == [True, rate == 1.0]
+
     @pytest.mark.parametrize("k", [1e-3, 1e-6, 1e-10])
     def test_that_is_in_doubt(self, k, counted):
         """A constraint that says little in the units of the derivatives."""

@@ -41,11 +41,12 @@ struct Beginning {
   // of F_u
   S entry(const At& at) const { return J[at.entry + (q.differential[at.j] ? BESIDE : 0)]; }
   // Whether ranks and index can be nothing else than what ``differential`` says (see `analyse`): where algebraic variables have no derivative in
-  // any equation, as many equations have none as there are such variables, and M is far from singular, in equations that are in units of
-  // their derivatives.
+  // any equation, and M is far from singular, in equations that are in units of their derivatives. As many equations as there are such
+  // variables have none, or combinations of equations that have none do not consist of what is left of rates that cancel.
   void judge() {
     bool fine[W];
-    S *weight = spare, total = K(0), inverse = K(0);
+    S *weight = spare, total = K(0), inverse = K(0), rates = K(0);
+    bool apart[W];
     f.jac(&c, &now, pair, J, spare);
     long rank = 0;
     for (int n = 0; n < N; n++) rank += q.differential[n] != 0;
@@ -69,9 +70,9 @@ struct Beginning {
         fine[l] = fine[l] && (size == 0 || size > least(1e-11 * largest, 1e-13 * all));
         put(weight[i], l, (R)(1 / (size > 0 ? size : largest > 0 ? largest : 1)));
       }
-      fine[l] = fine[l] && with == rank;
+      apart[l] = with == rank;
     }
-    for (int i = 0; i < N; i++) row_of(i, [&](const At& at) { const S x = weight[i] * entry(at); total += x * x; });
+    for (int i = 0; i < N; i++) row_of(i, [&](const At& at) { const S x = weight[i] * entry(at), g = weight[i] * J[at.entry]; total += x * x; rates += g * g; });
     fill<1>(LU, 0, [&](const At& at) { return weight[at.i] * entry(at); });
     factorise_filled<1>(f, LU, P, scale);
     for (int n = 0; n < N; n++) {
@@ -79,8 +80,8 @@ struct Beginning {
       solve_filled<1>(LU, P, step);
       for (int i = 0; i < N; i++) inverse += step[i] * step[i];
     }
-    const S condition = m_sqrt(total * inverse);
-    for (int l = 0; l < W; l++) q.sound[row[l]] = fine[l] && get(condition, l) <= q.condition;
+    const S condition = m_sqrt(total * inverse), cancelling = m_sqrt(rates * inverse);
+    for (int l = 0; l < W; l++) q.sound[row[l]] = fine[l] && get(condition, l) <= q.condition && (apart[l] || get(cancelling, l) <= q.condition);
     // slopes of algebraic variables enter nothing
     for (int n = 0; n < N; n++) { handed[n] = pair[N + n]; if (!q.differential[n]) pair[N + n] = K(0); }
   }
