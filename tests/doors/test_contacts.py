@@ -217,7 +217,7 @@ def test_a_pendulum_against_a_wall(rest_speed):
     wall = Contact(lambda t, q, e: q[..., 0] - 0.1, restitution=lambda e: e, rest_speed=rest_speed, name="wall")
     pull = lambda t, q, v, e: torch.stack([-2.0 + 0 * q[0], -9.81 + 0 * q[1]])  # noqa: E731
     model = mechanics(torch.ones(2), pull, lambda t, q, e: (q @ q - 1.0).reshape(1), contacts=wall)
-    fine = {"rtol": 1e-5, "atol": 1e-7} if rest_speed else {"rtol": 1e-7, "atol": 1e-9}
+    fine = {"rtol": 1e-3, "atol": 1e-5} if rest_speed else {"rtol": 1e-7, "atol": 1e-9}
     sol = model.solve((0.0, 1.3), torch.tensor([1.0, 0.0]), torch.zeros(2), args=(e,), **fine)
     if rest_speed:
         c = 0.99**0.5

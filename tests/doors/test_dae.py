@@ -81,7 +81,7 @@ def test_robertson_hessian():
     torch.testing.assert_close(hessian, want, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("tolerance, error", [(1e-4, 1e-4), pytest.param(1e-7, 1e-7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tolerance, error", [(1e-3, 1e-2), pytest.param(1e-7, 1e-7, marks=pytest.mark.slow)])
 def test_transistor_amplifier(tolerance, error):
     sol = solve_dae(transistor, (0.0, 0.2), TRANSISTOR_Y0, TRANSISTOR_YP0, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(sol.y[-1], TRANSISTOR_END, rtol=0, atol=error)

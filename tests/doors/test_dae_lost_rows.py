@@ -114,7 +114,7 @@ def test_values_and_derivatives_of_the_others(form, kind):
 
 
 @pytest.mark.parametrize("kind", ["nan", "no root", "state"])
-@pytest.mark.slow_cases("nan")
+@pytest.mark.slow_cases("nan", "no root")
 def test_forward_mode_and_maps(kind):
     given, fewer, others, _ = with_and_without(kind)
     every, ways = slice(None), [torch.ones_like(x) for x in given]

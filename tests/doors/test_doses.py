@@ -57,6 +57,7 @@ def agree(found, wanted, inputs, tol=1e-9, second=True):
 
 
 @pytest.mark.parametrize("native", [False, True])
+@pytest.mark.slow_cases("True")
 def test_boluses_and_infusions(native):
     k, k12, k21 = p = values(0.3, 0.5, 0.2)
     times, amounts, lag, duration, start, dose = q = values([0.0, 1.0, 2.5], [1.0, 2.0, 0.5], 0.1, 0.75, [0.6, 1.9], 3.0)

