@@ -275,9 +275,11 @@ class AtOnce:
         bar: Tensor,
         wanted: Mapping[int | None, bool],
         events: EventBars | None = None,
+        yp_bar: Tensor | None = None,
     ) -> tuple[dict[int | None, Tensor], bool]:
         """Cotangents from that of what `forward` has written, and whether all there are are finite, and there: those of the initial state
-        (None) and of the inputs (by their place) that are ``wanted``. Raises `Unreadable`."""
+        (None) and of the inputs (by their place) that are ``wanted``. ``yp_bar``: of slopes, of a solve that no event ended. Raises
+        `Unreadable`."""
         program, layout = self.program, kept.layout
         call, at = BACKWARD_CALL.from_buffer_copy(self._backward), kept.memory[0].data_ptr()
         bar = as_given(bar, program.real)
@@ -312,8 +314,29 @@ class AtOnce:
         call.inputs, call.input_bars = ctypes.addressof(addresses), ctypes.addressof(bars)
         call.anchors, call.n_steps = anchors.data_ptr(), kept.n_steps
         _point(call, kept.memory, layout)
+        of_stages, of_first = (None, None) if yp_bar is None else self._slopes_back(kept, anchors, t_eval, plain(yp_bar, program.real))
+        call.stages_bar = None if of_stages is None else of_stages.data_ptr()
         finite = swept(self._engine, call, True) and not flat.value
-        return found, finite if self._consistent is None else self._begun_back(call, at + layout.begun, anchors)
+        return found, finite if self._consistent is None else self._begun_back(call, at + layout.begun, anchors, of_first)
+
+    def _slopes_back(self, kept: Kept, anchors: Tensor, t_eval: Tensor | None, bar: Tensor) -> tuple[Tensor, Tensor]:
+        """Cotangents of stages (K, S, B, n), and of the slopes at the start (B, n), from those of slopes where the states are."""
+        bar, h, rows = bar.reshape(-1, self.rows, self.width), self.sizes(kept), torch.arange(self.rows, device="cpu")
+        if t_eval is None:
+            # each trajectory has steps of size zero behind its last one
+            first, bar, step = bar[0], bar[1:], (h != 0).sum(0, keepdim=True) - 1
+            share = torch.ones(step.shape, dtype=torch.float64, device="cpu")
+        else:
+            found = _part(kept.memory[0], kept.layout.sample_step, t_eval.nbytes, torch.int64).view(t_eval.shape)
+            begun, step = (t_eval == anchors[0]).unsqueeze(-1), found.clamp(min=0)
+            first = torch.where(begun, bar, 0.0).sum(0)
+            bar = torch.where(begun | (found < 0).unsqueeze(-1), 0.0, bar)
+            t = self._steps(kept, "t", 8 * self.rows, 0, torch.float64).view(-1, self.rows)
+            share = (t_eval - t.gather(0, step)) / h.gather(0, step)
+        parts = torch.einsum("tbs,tbn->tsbn", self.plan.method.dense_slopes(share).to(bar.dtype), bar)
+        out = torch.zeros((kept.n_steps, *parts.shape[1:]), dtype=bar.dtype, device="cpu")
+        stage = torch.arange(parts.shape[1], device="cpu").unsqueeze(-1)
+        return out.index_put_((step.unsqueeze(1), stage, rows), parts, accumulate=True), first.contiguous()
 
     def _with_events(self, call: Any, kept: Kept, t_eval: Tensor | None, bar: Tensor, events: EventBars) -> Sequence[Tensor]:
         """Fill the ``call`` of a way back with cotangents of events, whose states are samples at fixed times beside those of ``t_eval``:
@@ -353,14 +376,14 @@ class AtOnce:
         self._engine.consistent(ctypes.byref(begin))
         return all(found) and all(sound)
 
-    def _begun_back(self, call: Any, begun: int, anchors: Tensor) -> bool:
+    def _begun_back(self, call: Any, begun: int, anchors: Tensor, yp_bar: Tensor | None) -> bool:
         """From the cotangent of consistent values, written by the ``call`` of a way back, to that of what they were found from, and to
         those of inputs. Whether all are finite."""
         infinite, time = ctypes.c_long(), self._start(anchors)
         begin = CONSISTENT_CALL.from_buffer_copy(self._consistent)
         begin.inputs, begin.t, begin.y, begin.yp = call.inputs, time.data_ptr(), begun, begun + self._state
         begin.y_bar, begin.y0_bar, begin.input_bars = call.y0_bar, call.y0_bar, call.input_bars
-        begin.infinite = ctypes.addressof(infinite)
+        begin.infinite, begin.yp_bar = ctypes.addressof(infinite), None if yp_bar is None else yp_bar.data_ptr()
         assert self._engine.consistent is not None
         self._engine.consistent(ctypes.byref(begin))
         return not infinite.value

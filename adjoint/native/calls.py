@@ -183,6 +183,7 @@ CONSISTENT: tuple[tuple[str, str], ...] = (
     ("unsigned char*", "sound"),  # (B,): whether matrices say beyond doubt that variables are as in ``differential``, where it is asked for
     ("double", "condition"),  # the largest with which they do
     ("const R*", "y_bar"),  # (B, n)
+    ("const R*", "yp_bar"),  # (B, n), or nothing
     ("R*", "y0_bar"),  # (B, n)
     ("R* const*", "input_bars"),  # to which something is added
     ("long*", "infinite"),  # how many of the numbers there are not finite

@@ -222,13 +222,15 @@ class PreparedNode(Node):
             return (None, None, *([None] * len(needed)))
         prepared, calls = run.prepared, run.prepared.calls
         kept = Kept(saved[:pieces], ctx.layout, ctx.n_steps, ctx.events)
-        of_slopes = calls.beginning is not None and beside[0] is not None
-        if of_slopes or torch.is_grad_enabled() or functorch_active():
+        slopes = beside[0] if calls.beginning is not None else None
+        # at an event slopes move with its time
+        if (slopes is not None and run.ending is not None) or torch.is_grad_enabled() or functorch_active():
             return (None, None, *_again(run, kept, inputs, given, needed))
         try:
             wanted = dict(zip((None, *run.wanted), needed, strict=True))
             bar, events = run.cotangents(kept, inputs[0], bar, beside)
-            found, finite = calls.backward(kept, run.anchors, run.t_eval, bar, wanted, events)
+            of_slopes = None if slopes is None else as_given(slopes, calls.program.real)
+            found, finite = calls.backward(kept, run.anchors, run.t_eval, bar, wanted, events, of_slopes)
         except Unreadable:
             # the general way says why
             return (None, None, *_again(run, kept, inputs, given, needed))

@@ -44,7 +44,8 @@ class TestTheSame:
             times = torch.linspace(0, 2, 7, dtype=F64) if sampled else None
             sol = solve(residual, y0, (p,), method=method, batched=rows > 0, t_eval=times)
             weights = torch.cos(torch.arange(sol.y.numel(), dtype=F64)).reshape(sol.y.shape)
-            found.append((sol, torch.autograd.grad((sol.y * weights).sum(), [y0, p])))
+            slopes = torch.autograd.grad((sol.y * weights).sum(), [y0, p], retain_graph=True)
+            found.append((sol, (*slopes, *torch.autograd.grad((sol.yp * weights).sum(), [y0, p]))))
         assert len(counted) == 2 and all(x is not None for x in counted)
         (first, slopes), *others = found
         for sol, grads in others:

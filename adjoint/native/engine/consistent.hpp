@@ -89,7 +89,10 @@ struct Beginning {
     f.jac(&c, &now, pair, J, spare);
     fill<1>(LU, 0, [&](const At& at) { return entry(at); });
     factorise_filled<1>(f, LU, P, scale);
-    for (int l = 0; l < W; l++) for (int n = 0; n < N; n++) put(step[n], l, row[l] == first + l && !q.differential[n] ? q.y_bar[row[l] * N + n] : R(0));
+    for (int l = 0; l < W; l++) for (int n = 0; n < N; n++) {
+      const R* of = row[l] != first + l ? nullptr : q.differential[n] ? q.yp_bar : q.y_bar;
+      put(step[n], l, of ? of[row[l] * N + n] : R(0));
+    }
     solve_filled<1, true>(LU, P, step);
     for (int n = 0; n < N; n++) step[n] = -(scale[n] * step[n]);
     S* of_own = own_bars, tb = K(0);
