@@ -217,7 +217,7 @@ def solve_dae(
         out, first_slopes = from_start(out, start, times, spec.real_dtype, consistently(system, algebra, inputs, throw))
     parts = Parts(out, problem, times, user_spec, spec, integrand, start.y, watched, args, backward, derivatives, dense_output)
     parts, found = finished(parts)
-    return replace(solution_of(parts, found), yp=parts.state(_slopes(parts, parts.out, first_slopes, found.slope)))
+    return replace(solution_of(parts, found), yp=parts.shown(_slopes(parts, parts.out, first_slopes, found.slope)))
 
 
 def _system(given: Given, native: NativeSolve, method: Method, compiled: bool) -> System:

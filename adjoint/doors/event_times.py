@@ -80,7 +80,7 @@ def event_records(parts: Parts, out: Outputs, between: Between | None = None) ->
             states.append(torch.where(found.unsqueeze(-1), y, float("nan")))
         t_all = torch.stack(times) if times else out.t.new_empty((0, rows))
         flat = torch.stack(states) if states else parts.y0.new_empty((0, *parts.y0.shape))
-        records.append(EventRecord((t_all if batched else t_all[:, 0]).to(real), parts.state(flat)))
+        records.append(EventRecord((t_all if batched else t_all[:, 0]).to(real), parts.shown(flat)))
     if not any_stop:
         return Found(tuple(records), None, None, None)
     return Found(tuple(records), ends, states_there, slopes_there)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..errors import InvalidInput
 from ..integrate import Event
@@ -21,6 +22,7 @@ from ..system.transforms import vmap_active
 from ..torch_internals import is_functorch_wrapped_tensor
 from .arguments import Times, snapped
 from .event_slope import signed
+from .rows import wholly_lost
 from .solution import BackwardStats, EventLog, EventRecord, Solution, Stats
 
 __all__ = [
@@ -83,6 +85,11 @@ class Parts:
         tree = self.spec.unflatten(flat)
         return tree if self.integrand is None else tree[0]
 
+    def shown(self, flat: Tensor) -> Any:
+        """The same as users see it: what is lost is NaN in both parts of complex numbers."""
+        state = self.state(flat)
+        return tree_map(wholly_lost, state) if self.spec.holds_complex else state
+
 
 def solution_of(parts: Parts, found: Found) -> Solution:
     out, times, batched = parts.out, parts.times, parts.problem.batched
@@ -100,7 +107,7 @@ def solution_of(parts: Parts, found: Found) -> Solution:
     else:
         flat = out.samples
     assert shown is not None
-    quadrature = None if parts.integrand is None else parts.spec.unflatten(final)[1]
+    quadrature = None if parts.integrand is None else tree_map(wholly_lost, parts.spec.unflatten(final)[1])
     # the way back needs its own, whatever the user does to this one
     status: int | Tensor = out.status.clone()
     counts = [out.n_steps, out.n_accepted, out.n_rejected, out.n_fun, out.n_jac, out.n_factorizations, out.n_solves, out.n_newton]
@@ -112,7 +119,7 @@ def solution_of(parts: Parts, found: Found) -> Solution:
         counts = [c.squeeze(0) for c in counts]
     return Solution(
         t=shown,
-        y=parts.state(flat),
+        y=parts.shown(flat),
         status=status,
         stats=Stats(*counts, backward=parts.backward, compile_seconds=parts.problem.native.seconds),
         events=EventLog.of(records, map(event_name, parts.events)),
@@ -164,7 +171,7 @@ def interpolant_of(parts: Parts) -> Callable[..., Any]:
         index = ((ahead & inside).sum(1) - 1).clamp(min=0)
         index = torch.where((out.status != 0) & (sign * (full.detach() - reached) > slack), -1, index)
         flat = interpolate(plan, out.states, out.stages, grid.t, grid.h, full, index)
-        return parts.state(flat[0] if times.dim() == 0 else flat)
+        return parts.shown(flat[0] if times.dim() == 0 else flat)
 
     return at
 

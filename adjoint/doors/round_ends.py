@@ -16,7 +16,7 @@ from ..sensitivity.products import behind, tangent
 from .arguments import RoundSpan
 from .event_slope import once, refused, with_slope
 from .round_rules import Boundary, Rule
-from .rows import chosen, forward_fill, still, wide
+from .rows import chosen, forward_fill, no_number, still, wide
 from .solution import EventLog, EventRecord, Solution
 
 __all__ = ["check_rules", "ended_before", "takes_events", "with_events"]
@@ -106,7 +106,7 @@ def with_events(
                 lambda q, g, total: torch.where(wide(hit, q), q + wide(d, g).to(g.dtype) * g, total), sol.quadrature, rate, integrals
             )
         t = torch.where(hit, now + d, float("nan")).to(record.t.dtype).unsqueeze(0)
-        return EventRecord(t, tree_map(lambda x: torch.where(wide(hit, x), x, float("nan")).unsqueeze(0), state(d)))
+        return EventRecord(t, tree_map(lambda x: torch.where(wide(hit, x), x, no_number(x)).unsqueeze(0), state(d)))
 
     causes = [x for x in tree_leaves((end.y, args)) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
     # of several at one time the first one is where the round ends

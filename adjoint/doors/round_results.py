@@ -16,7 +16,7 @@ from ..system.transforms import anywhere
 from .arguments import Times
 from .doses import DoseRule
 from .round_rules import Boundary, Rule
-from .rows import chosen, gathered, wide
+from .rows import chosen, gathered, no_number, wide
 from .solution import BackwardStats, EventLog, EventRecord, Solution, Stats
 
 __all__ = ["Piece", "Taken", "joined"]
@@ -81,7 +81,7 @@ def joined(
         for piece in pieces[1:]:
             quadrature = tree_map(lambda a, b, on=piece.going: a + chosen(on, b, torch.zeros_like(b)), quadrature, piece.sol.quadrature)
         # of those that were given up between two rounds, too
-        quadrature = chosen(status < 0, tree_map(lambda x: torch.full_like(x, float("nan")), quadrature), quadrature)
+        quadrature = chosen(status < 0, tree_map(lambda x: torch.full_like(x, no_number(x)), quadrature), quadrature)
     return Solution(
         t=t,
         y=values[0],
@@ -121,7 +121,7 @@ def _samples(times: Times, pieces: Sequence[Piece], batched: bool) -> Any:
         if anywhere(moved):
             values = tree_map(lambda x, y, on=moved: chosen(on, y.expand_as(x), x), values, _values(piece.right, piece.sol))
         if out is None:
-            out = tree_map(lambda x: x.new_full((len(every), *x.shape[1:]), float("nan")), values)
+            out = tree_map(lambda x: x.new_full((len(every), *x.shape[1:]), no_number(x)), values)
         out = tree_map(
             lambda old, new, on=mine, t=taken: torch.cat(
                 [old[: t.low], torch.where(wide(on, new), new, old[t.low : t.high]), old[t.high :]]

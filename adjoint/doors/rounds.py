@@ -29,7 +29,7 @@ from .round_ends import check_rules, ended_before, takes_events, with_events
 from .round_results import Piece, Taken, joined
 from .round_rules import Boundary, Rule, off_zero, rearmed, shifted
 from .round_task import Progress, Task, needs_rounds, task_of
-from .rows import chosen, still, usable, wide
+from .rows import chosen, no_number, still, usable, wide
 from .solution import EventRecord, Solution
 
 __all__ = ["in_rounds"]
@@ -166,7 +166,7 @@ def _resets(
     bad = alive & ~torch.isfinite(task.spec.flatten(still(on.y))).all(-1).reshape(alive.shape)
     if anywhere(bad):
         # nothing goes on from there, and what the way back says of that is nothing for the rounds before, nor for parameters shared in them
-        on = Boundary(on.t, chosen(bad, tree_map(lambda x: torch.full_like(x.detach(), float("nan")), on.y), on.y), on.mode, on.yp)
+        on = Boundary(on.t, chosen(bad, tree_map(lambda x: torch.full_like(x.detach(), no_number(x)), on.y), on.y), on.mode, on.yp)
     return on, (every, records, states)
 
 
@@ -308,7 +308,7 @@ def _check_progress(task: Task, run: Progress, hits: list[Tensor]) -> None:
                 "larger max_events; if they come ever faster (Zeno behaviour), switch to another mode (mode=) or make the event terminal"
             )
         raise EventsAccumulate(text, t=t, trajectory=row if flags.numel() > 1 else None)
-    nan = tree_map(lambda x: torch.full_like(x, float("nan")), run.at.y)
+    nan = tree_map(lambda x: torch.full_like(x, no_number(x)), run.at.y)
     run.at = Boundary(run.at.t, chosen(wrong, nan, run.at.y), run.at.mode, run.at.yp)
     run.status = torch.where(wrong, int(Status.EVENTS_ACCUMULATE), run.status)
     run.going = run.going & ~wrong

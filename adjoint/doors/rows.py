@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from ..system.capture import readable
 
-__all__ = ["chosen", "forward_fill", "gathered", "still", "usable", "wide"]
+__all__ = ["chosen", "forward_fill", "gathered", "no_number", "still", "usable", "wholly_lost", "wide"]
 
 
 def wide(x: Tensor, like: Tensor) -> Tensor:
@@ -24,6 +25,16 @@ def chosen(on: Tensor, new: Any, old: Any) -> Any:
     if on.dim() == 0 and readable(on):
         return new if bool(on) else old
     return tree_map(lambda a, b: torch.where(wide(on, a), a, b), new, old)
+
+
+def no_number(like: Tensor) -> float | complex:
+    """NaN, of complex numbers in both parts: an imaginary part of zero would be a plausible number."""
+    return complex(math.nan, math.nan) if like.is_complex() else math.nan
+
+
+def wholly_lost(x: Tensor) -> Tensor:
+    """The same with complex numbers NaN in both parts where they are in one; differentiated as it is."""
+    return x + torch.where(x.detach().isnan(), no_number(x), 0.0) if x.is_complex() else x
 
 
 def usable(tree: Any) -> Any:
@@ -62,6 +73,6 @@ def gathered(pieces: Sequence[Any], empty: Sequence[Tensor], ragged: bool) -> An
 
     def one(x: Tensor) -> Tensor:
         moved = x.gather(0, wide(order, x).expand(*order.shape, *x.shape[order.dim() :]))
-        return torch.where(wide(gone.gather(0, order), x), float("nan"), moved)
+        return torch.where(wide(gone.gather(0, order), x), no_number(x), moved)
 
     return tree_map(one, joined)

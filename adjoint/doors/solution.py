@@ -16,6 +16,7 @@ from ..integrate import Status
 from ..system.ownership import WithTensors
 from ..system.transforms import functorch_active
 from .arguments import as_times
+from .rows import no_number
 
 __all__ = ["BackwardStats", "Ended", "EventLog", "EventRecord", "Solution", "Stats"]
 
@@ -216,7 +217,7 @@ class Solution(Ended):
             parts = (right, left) if trajectory is None else tree_map(lambda x: x[:, trajectory], (right, left))
             if states:
                 times.append(a.reshape(1))
-                states.append(tree_map(lambda x: torch.full_like(x[:1], float("nan")), parts[0]))
+                states.append(tree_map(lambda x: torch.full_like(x[:1], no_number(x)), parts[0]))
             times.append(at)
             states.append(tree_map(lambda x, y, e=last: torch.where(e.reshape(-1, *[1] * (x.dim() - 1)), y, x), *parts))
         return torch.cat(times), tree_map(lambda *xs: torch.cat(xs), *states)

@@ -348,3 +348,19 @@ def test_progress_bar_of_compiled_code(method, batched, monkeypatch):
             sol = solve_ivp(fun, span, y0, progress=True, **settings)
             torch.testing.assert_close(sol.y, plain.y, rtol=0, atol=0)
             assert parts == sorted(parts) and parts[-1] == 1.0 and any(0 < x < 1 for x in parts)
+
+
+def test_complex_numbers_that_are_lost_are_lost_in_both_parts():
+    """An imaginary part of zero beside NaN would be a plausible number."""
+    y0 = torch.tensor([[1.0 + 1.0j], [-1.0 + 0.5j]])
+    fun = lambda t, y: torch.where(t.unsqueeze(-1) > 0.7, float("nan"), 1.0) + 0 * y  # noqa: E731
+    back = Event(lambda t, y: y[:, 0].real - 1.5, reset=lambda t, y: y - 1)
+    plain = {"quadrature": lambda t, y: y[:, 0], "throw": False, "batched": True}
+    for events in (None, back, Event(back.function, terminal=True)):
+        sol = solve_ivp(fun, (0.0, 1.0), y0, events=events, t_eval=[0.1, 0.9], **plain)
+        found = [sol.y, sol.quadrature] + ([sol.events[0].y, sol.events[0].after] if events is not None else [])
+        for x in found:
+            assert x is None or torch.equal(x.real.isnan(), x.imag.isnan())
+        assert sol.y[-1].imag.isnan().all()
+    many = solve_ivp(fun, (0.0, 0.6), y0, events=back, max_events=1, **plain)
+    assert many.status.tolist() == [-5, 0] and bool(many.y[-1, 0].imag.isnan().all()) and bool(many.quadrature[0].imag.isnan())
