@@ -11,16 +11,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..errors import InvalidInput
-from ..integrate import PIDController, Plan
+from ..integrate import PIDController
 from ..methods import DAE_METHODS, Method
-from ..native.entry import NativeSolve, Sought, in_parts_for, own_algebra
+from ..native.entry import NativeSolve, Sought, own_algebra
 from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Outputs, Problem
 from ..sensitivity.consistent import Initial
 from ..sensitivity.problem import interpolate_slopes, step_times
 from ..system.capture import needs_derivatives, stand_ins
 from ..system.ownership import full_precision
-from ..system.realification import suited_to_jacobians
 from ..system.system import StateSpec, System
 from ..system.transforms import transforming
 from ..torch_internals import leaves_of
@@ -46,8 +45,8 @@ from .dae_arguments import (
 from .dae_initial import initial_values
 from .dae_start import consistently, from_start
 from .forcing import with_knots
-from .given import Given, finished, reporting, steering
-from .parts import Parts, event_list, flat_event, solution_of, strategy_of
+from .given import Given, finished, reporting
+from .parts import Parts, event_list, solution_of, strategy_of
 from .prepared import asked_before
 from .quadrature import first_rate
 from .rounds import in_rounds
@@ -164,30 +163,17 @@ def solve_dae(
     spec = StateSpec.of(state, batched)
     watched = event_list(events)
     given = Given(residual, (fun,), spec, (state, slope), args, (times.anchors[0], times.anchors[-1]), watched, quadrature)
-    if spec.holds_complex:
-        (start_time,), _ = given.times()
-        if compile and in_parts_for(chosen, spec, (jac_sparsity, linear_solver)):
-            spec = spec.in_parts()
-        else:
-            spec = suited_to_jacobians(spec, lambda y, yp: residual(start_time, y, yp, *args), state, slope)
-        user_spec = user_spec.in_parts() if spec.split else user_spec
-        given = replace(given, spec=spec)
+    given = given.laid_out(chosen, bool(compile), (jac_sparsity, linear_solver))
+    spec, user_spec = given.spec, user_spec.in_parts() if given.spec.split else user_spec
     own = [name for name, x in (("jac_sparsity", jac_sparsity), ("linear_solver", linear_solver)) if x is not None]
     native = NativeSolve(own_algebra(own) if own else None, check_compile(compile) and compile == "background")
     system = _system(given, native, chosen, bool(compile) and (spec.split or not spec.holds_complex))
     inputs, y_flat, slope_flat = stand_ins(system.inputs), given.state(), given.state(1)
     algebra = residual_algebra(system, inputs, spec, times, y_flat, slope_flat, jac_sparsity, linear_solver)
     derivatives = needs_derivatives([times.anchors, y_flat, *inputs, *([] if times.samples is None else [times.samples])])
-    plan = Plan(
-        method=chosen,
-        keep_states=True,
-        # slopes are part of the solution, and derivatives are taken at them
-        keep_stages=True,
-        events=tuple(flat_event(e, system, user_spec, integrand is not None) for e in watched),
-        results_of_steps=True,
-        compile=compile_key(fun) if compile else None,
-        **steering(spec, arguments),
-    )
+    # slopes are part of the solution, and derivatives are taken at them
+    kept = {"keep_states": True, "keep_stages": True, "results_of_steps": True}
+    plan = given.plan(system, chosen, user_spec, integrand is not None, arguments, compile_key(fun) if compile else None, **kept)
     searched = native.start(Sought(plan, system, batched, inputs, y_flat, times.anchors)) if compile and not transforming() else None
     start, algebra = initial_values(
         system,

@@ -1,13 +1,13 @@
 """What a front door was given, and the steps from there to a solution, which all doors take alike.
 
 A door checks its arguments (``arguments.py`` and its like), makes a `Given` of them, asks it for the flat `System` of the user's function,
-makes a `Plan` of `steering` and of what it has to keep, and a `Problem`; a strategy solves that, and `finished` puts the solution together.
+makes a `Plan` of what it has to keep, and a `Problem`; a strategy solves that, and `finished` puts the solution together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -15,20 +15,21 @@ from torch.utils._pytree import tree_flatten
 
 from ..integrate import Monitor, Plan, Record, Status
 from ..methods import Method
-from ..native.entry import NativeSolve
+from ..native.entry import NativeSolve, in_parts_for
 from ..native.graphs import Heard
 from ..system.capture import Captured, elsewhere, find_captured
 from ..system.origins import parameter_homes
 from ..system.ownership import aliased, check_unchanged, copied, remembering
+from ..system.realification import refuse_parts, suited_to_jacobians
 from ..system.system import StateSpec, System
 from ..system.transforms import transforming
 from .arguments import flat_norm, flat_tolerance, positive
 from .event_jumps import jumps_refused
 from .event_times import event_records
-from .parts import NO_EVENTS, Found, Parts
+from .parts import NO_EVENTS, Found, Parts, flat_event
 from .progress import progress_monitor
 
-__all__ = ["Given", "finished", "reporting", "steering"]
+__all__ = ["Given", "finished", "reporting"]
 
 #: the arguments of front doors that say how steps are chosen
 _STEERING = ("rtol", "atol", "controller", "norm", "first_step", "max_step", "min_step", "max_steps", "progress")
@@ -57,6 +58,21 @@ class Given:
     events: Sequence[Callable[..., Tensor]] = ()
     quadrature: Callable[..., Any] | None = None
 
+    def laid_out(self, method: Method, compiled: bool, options: Iterable[Any], in_step: bool = False) -> Given:
+        """With complex states in real and imaginary parts for native code, and as suits Jacobians where ``method`` needs them.
+
+        ``options``: those for which there is no native code, where they are given; ``in_step``: a mass matrix is part of the steps.
+        """
+        if compiled and in_parts_for(method, self.spec, options):
+            return replace(self, spec=self.spec.in_parts())
+        if not (method.implicit and self.spec.holds_complex):
+            return self
+        (start,), _ = self.times()
+        spec = suited_to_jacobians(self.spec, lambda *states: self.fun(start, *states, *self.args), *self.states)
+        if in_step:
+            refuse_parts(f"mass_matrix= with {method.name!r}", spec)
+        return replace(self, spec=spec)
+
     def times(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Start and end as functions of the user are given them, of tensors that are nobody else's; nothing of each without a time."""
         if self.ends is None:
@@ -64,6 +80,14 @@ class Given:
         real, batched = self.spec.real_dtype, self.spec.batch is not None
         start, end = (x.detach().to(real, copy=True) for x in self.ends)
         return ((start,), (end,)) if batched else ((start.reshape(()),), (end.reshape(()),))
+
+    def plan(
+        self, system: System, method: Method, seen: StateSpec, integral: bool, arguments: dict[str, Any], key: Hashable, **kept: bool
+    ) -> Plan:
+        """How the solve is made. ``seen``: the state that events see, which has no running ``integral``; ``key``: of code, see
+        `compile_key`; ``kept``: what a `Plan` keeps."""
+        events = tuple(flat_event(e, system, seen, integral) for e in self.events)
+        return Plan(method=method, events=events, compile=key, **kept, **_steering(self.spec, arguments))
 
     def state(self, k: int = 0) -> Tensor:
         """The ``k``-th of the states, flat: ``(B, n)``."""
@@ -114,7 +138,7 @@ class Given:
         return System(fun, self.spec, tree, tuple(leaves), tuple(used.tensors), homes=homes, **used.flags, **more)
 
 
-def steering(spec: StateSpec, arguments: dict[str, Any]) -> dict[str, Any]:
+def _steering(spec: StateSpec, arguments: dict[str, Any]) -> dict[str, Any]:
     """The fields of a `Plan` that say how steps are chosen, from those arguments of a front door."""
     rtol, atol, controller, norm, first_step, max_step, min_step, max_steps, progress = (arguments[name] for name in _STEERING)
     single = spec.real_dtype.itemsize < 8

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput, UnsupportedCombination
-from ..integrate import PIDController, Plan
+from ..integrate import PIDController
 from ..methods import METHODS, Method
-from ..native.entry import NativeSolve, in_parts_for, own_algebra
+from ..native.entry import NativeSolve, own_algebra
 from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Problem
 from ..system.capture import moves, needs_derivatives, stand_ins
 from ..system.ownership import as_part, full_precision
-from ..system.realification import refuse_parts, suited_to_jacobians
 from ..system.split import SplitFunction
 from ..system.system import StateSpec, System
 from ..system.transforms import transforming, vmap_active
@@ -39,9 +38,9 @@ from .dae_arguments import dae_failure
 from .event_times import ended_once, sampled_once
 from .failures import raise_failure
 from .forcing import with_knots
-from .given import Given, finished, reporting, steering
+from .given import Given, finished, reporting
 from .mass_matrix import as_residual, consistent_start, in_step, with_matrix, without_last
-from .parts import Parts, event_list, flat_event, solution_of, strategy_of
+from .parts import Parts, event_list, solution_of, strategy_of
 from .prepared import asked_before
 from .quadrature import with_integral
 from .rounds import in_rounds
@@ -206,12 +205,8 @@ def solve_ivp(
     spec = StateSpec.of(state, batched)
     watched = event_list(events)
     given = Given(right_hand_side, _pieces(fun), spec, (state,), args, (times.anchors[0], times.anchors[-1]), watched, quadrature)
-    if compile and in_parts_for(chosen, spec, (mass, norm, *implicit_options.values())):
-        spec = spec.in_parts()
-        given = replace(given, spec=spec)
-    elif chosen.implicit and spec.holds_complex:
-        spec = _suited(given, None if mass is None else chosen)
-        given = replace(given, spec=spec)
+    given = given.laid_out(chosen, bool(compile), (mass, norm, *implicit_options.values()), mass is not None)
+    spec = given.spec
     native = NativeSolve(own_algebra(implicit_options) if implicit_options else None, compile == "background")
     system, y_flat = _system(given, native, chosen, bool(compile) and mass is None, mass is not None), given.state()
     inputs = stand_ins(system.inputs)
@@ -221,15 +216,12 @@ def solve_ivp(
     differentiated = derivatives and recorded and (moving or not chosen.spares_stages)
     # what is made of the steps when they are all taken
     afterwards = times.steps or dense_output or bool(watched)
-    plan = Plan(
-        method=chosen,
-        keep_states=derivatives or afterwards,
-        keep_stages=dense_output or differentiated or (bool(watched) and (batched or vmap_active() or recorded)),
-        results_of_steps=afterwards,
-        events=tuple(flat_event(e, system, user_spec, integrand is not None) for e in watched),
-        compile=compile_key(fun) if compile else None,
-        **steering(spec, arguments),
-    )
+    kept = {
+        "keep_states": derivatives or afterwards,
+        "keep_stages": dense_output or differentiated or (bool(watched) and (batched or vmap_active() or recorded)),
+        "results_of_steps": afterwards,
+    }
+    plan = given.plan(system, chosen, user_spec, integrand is not None, arguments, compile_key(fun) if compile else None, **kept)
     backward, failing, implicit_system = BackwardStats(), raise_failure, system
     if mass is not None:
         y_flat, implicit_system = consistent_start(
@@ -251,15 +243,6 @@ def solve_ivp(
         warn_of_lost_time(problem, inputs, (times.anchors[0], out.t_final), (y_flat, out.final), out.n_steps)
     parts = Parts(out, problem, times, user_spec, spec, integrand, y_flat, watched, args, backward, derivatives, dense_output)
     return solution_of(*finished(parts))
-
-
-def _suited(given: Given, with_mass: Method | None) -> StateSpec:
-    """The layout of a complex state for a method that needs Jacobians; ``with_mass``: one that has a mass matrix in its steps."""
-    ((start,), _), (state,) = given.times(), given.states
-    spec = suited_to_jacobians(given.spec, lambda y: given.fun(start, y, *given.args), state)
-    if with_mass is not None:
-        refuse_parts(f"mass_matrix= with {with_mass.name!r}", spec)
-    return spec
 
 
 def _system(given: Given, native: NativeSolve, method: Method, compiled: bool, has_mass: bool) -> System:

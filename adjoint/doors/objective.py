@@ -16,11 +16,11 @@ from ..linalg import Factorization, Log
 from ..sensitivity.f1 import Expansion, Functions, Solves
 from ..sensitivity.fingerprint import Fingerprint
 from ..sensitivity.implicit import FactorStore, RootNode, RootOutputs, known_root
-from ..sensitivity.witness import CHANGED
 from ..system.capture import needs_derivatives
 from ..system.ownership import owning
 from ..system.system import StateSpec
 from ..system.transforms import functorch_active, naming_faults
+from ..system.witness import CHANGED
 from . import objective_scipy
 from .laplace import Laplace
 from .layout import Layout

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput, UnsupportedCombination
-from ..system.agreement import beside
 from ..system.realification import totals_in_parts, unwrapped, weights_in_parts
 from ..system.system import Flat, StateSpec, System
+from ..system.witness import beside
 from ..torch_internals import temporarily_clear_interpreter_stack
 
 __all__ = ["ConservedSystem", "StationarySystem", "check_conserved"]

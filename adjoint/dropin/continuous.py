@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import InvalidInput
 from ..sensitivity.backsolve import Backsolve, backsolve
-from ..sensitivity.witness import Witness
 from ..system.capture import Substitute, cut_apart, leads_to, unknown_leaves
+from ..system.witness import Witness
 from .event_gradient import through_event
 from .native import given_of, start_event
 from .request import Request, family_of, mixed_norm, rms

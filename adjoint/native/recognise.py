@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ..system.agreement import beside, differs
 from ..system.system import System, VmappedSystem
+from ..system.witness import beside, differs
 from ..torch_internals import get_data_attr, is_functorch_wrapped_tensor, most_graphs
 from .build import spending
 from .direct import hear_directly

@@ -18,6 +18,7 @@ from ..system.capture import alive
 from ..system.ownership import continuing, owned
 from ..system.system import System
 from ..system.transforms import functorch_active, naming_writes
+from ..system.witness import CHANGED, differs
 from ..torch_internals import Node, copy_by_copy
 from .asked import Asked
 from .discrete import eager_sweep
@@ -27,7 +28,6 @@ from .padding import padding, shelter
 from .problem import Outputs, Problem, StepTimes, stage_times, step_times
 from .products import vjp
 from .replay import first_slope, hands_on
-from .witness import CHANGED, differs
 
 __all__ = ["CheckpointNode", "Recall", "first_part", "repetitions"]
 

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
-from ..system.agreement import differs
 from ..system.capture import cut_apart
 from ..system.ownership import continuing, owned
 from ..system.system import System
 from ..system.transforms import naming_writes
+from ..system.witness import CHANGED, differs
 from ..torch_internals import Node, copy_by_copy
 from .asked import Linearizer
 from .products import exchanged
-from .witness import CHANGED
 
 __all__ = ["Evaluation"]
 

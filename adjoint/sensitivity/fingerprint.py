@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..errors import SolveError
-from ..system.agreement import beside, differs
-from .witness import CHANGED
+from ..system.witness import CHANGED, beside, differs
 
 __all__ = ["Fingerprint", "RootWitness"]
 

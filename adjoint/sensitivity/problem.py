@@ -32,9 +32,9 @@ from ..system.stage_jacobian import StageJacobian
 from ..system.structure import Structure
 from ..system.system import System, VmappedSystem
 from ..system.transforms import anywhere
+from ..system.witness import Witness
 from .standing import longest_step
 from .undeclared import REJECTED, tell_of_jumps
-from .witness import Witness
 
 __all__ = [
     "Gradient",

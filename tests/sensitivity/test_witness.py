@@ -22,7 +22,7 @@ from adjoint import (
     solve_ivp,
 )
 from adjoint.errors import SolveError
-from adjoint.sensitivity.witness import Witness, differs
+from adjoint.system.witness import Witness, differs
 
 SPAN = (0.0, 1.0)
 SWEEP = DiscreteAdjoint(keep_bytes=0)
