@@ -27,7 +27,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_map, tree_structure
 
 __all__ = [
     "DisableFuncTorch",
@@ -258,6 +258,20 @@ def most_graphs(n: int) -> Any:
 def skipped(function: Callable[..., Any]) -> None:
     """Let the compiler not look into the frame of a function."""
     cast(Any, torch)._dynamo.decorators.skip(function)
+
+
+# ---- structures of pytrees
+
+
+def _let_structures_be_keys() -> None:
+    """Give structures of pytrees a hash where PyTorch has none for them (2.6): what is remembered of functions is found by them."""
+    try:
+        hash(tree_structure(0))
+    except TypeError:
+        cast(Any, TreeSpec).__hash__ = lambda tree: hash((tree.type, tree.num_leaves, tuple(tree.children_specs)))
+
+
+_let_structures_be_keys()
 
 
 # ---- nodes of autograd
