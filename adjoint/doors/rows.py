@@ -34,7 +34,7 @@ def no_number(like: Tensor) -> float | complex:
 
 def wholly_lost(x: Tensor) -> Tensor:
     """The same with complex numbers NaN in both parts where they are in one; differentiated as it is."""
-    return x + torch.where(x.detach().isnan(), no_number(x), 0.0) if x.is_complex() else x
+    return x + x.new_tensor(no_number(x)).where(x.detach().isnan(), 0.0) if x.is_complex() else x
 
 
 def usable(tree: Any) -> Any:
