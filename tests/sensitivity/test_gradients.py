@@ -72,7 +72,9 @@ def test_gradcheck(method, batched, gradient):
 @pytest.mark.slow_cases("rodas4-backprop", "kvaerno3-backprop", "verner7-discrete", "abm-discrete")
 def test_gradcheck_of_times(method, gradient):
     """Ends and sample times: with constant steps the discretisation moves with the start and its last step with the end."""
-    grid = {"rtol": 1e30, "atol": 1e30, "max_step": 0.2} if METHODS[method].adaptive else {}
+    # with wider tolerances iterations for stages end early, whose rest is not differentiated
+    wide = 0.1 if method in ("radau5", "radauIIA3") else 1e30
+    grid = {"rtol": wide, "atol": wide, "max_step": 0.2} if METHODS[method].adaptive else {}
     p = torch.tensor([0.9, 1.3])
 
     def solve(t0, t1, ts):
@@ -81,8 +83,8 @@ def test_gradcheck_of_times(method, gradient):
 
     ends = torch.tensor(0.0, requires_grad=True), torch.tensor(0.5, requires_grad=True)
     assert torch.autograd.gradcheck(solve, (*ends, torch.tensor([0.11, 0.45], requires_grad=True)), fast_mode=True)
-    if method == "euler":
-        # the samples of its steps lie on straight lines, whose second derivatives are not those of the solution
+    if method in ("euler", "implicit_euler", "implicit_midpoint"):
+        # samples of their steps lie on straight lines, whose second derivatives are not those of the solution
         with pytest.raises(InvalidInput, match=r"straight line|of first order"):
             torch.autograd.gradgradcheck(solve, (*ends, torch.tensor([0.11, 0.45], requires_grad=True)), fast_mode=True)
         return
