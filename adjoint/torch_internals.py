@@ -36,11 +36,13 @@ __all__ = [
     "TorchDispatchMode",
     "TransformType",
     "add_batch_dim",
+    "are_transforms_active",
     "ask_before_custom_functions",
     "below_jvp",
     "copy_by_copy",
     "core_decompositions",
     "current_function_modes",
+    "custom_functions_may_hide",
     "decomposition_table",
     "dispatch_has_kernel_for_dispatch_key",
     "dual_level",
@@ -178,18 +180,40 @@ def is_written_down() -> bool:
     return _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is not None
 
 
+are_transforms_active: Callable[[], bool] = _C._are_functorch_transforms_active
+#: whether methods of custom functions may be about that ask nobody, see `_let_custom_functions_ask`
+custom_functions_may_hide: bool = not isinstance(torch.autograd.Function.__dict__["apply"], classmethod)
+#: see `ask_before_custom_functions`
+_changes: list[Callable[[tuple[Any, ...]], tuple[Any, ...]]] = []
+
+
 def ask_before_custom_functions(change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> None:
     """Where function modes are at work, and no transform is, custom functions (`torch.autograd.Function`) get what ``change`` makes of
-    their arguments: ``apply`` is no operator that modes see, and methods that were taken from it before may be called too."""
-    utils: Any = torch._functorch.utils
-    plain: Callable[[tuple[Any, ...]], tuple[Any, ...]] = utils.unwrap_dead_wrappers
+    their arguments: ``apply`` is no operator that modes see."""
+    _changes[:] = [change]
 
-    @wraps(plain)
-    def unwrapped(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        args = plain(args)
-        return change(args) if _C._len_torch_function_stack() else args
 
-    utils.unwrap_dead_wrappers = unwrapped
+def _let_custom_functions_ask() -> None:
+    """By what each ``apply`` calls before anything else, or, where that is written in C (2.14), by another ``apply``: one that was taken
+    from its class before this asks nobody."""
+    utils, functions = cast(Any, torch)._functorch.utils, cast(Any, torch.autograd.Function)
+
+    def changed(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _changes[0](args) if _changes and _C._len_torch_function_stack() else args
+
+    in_c = functions.__dict__["apply"]
+    if not custom_functions_may_hide:
+        plain: Callable[[tuple[Any, ...]], tuple[Any, ...]] = utils.unwrap_dead_wrappers
+        utils.unwrap_dead_wrappers = wraps(plain)(lambda args: changed(plain(args)))
+        return
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return in_c.__get__(None, cls)(*(args if are_transforms_active() else changed(args)), **kwargs)
+
+    functions.apply = classmethod(apply)
+
+
+_let_custom_functions_ask()
 
 
 # -- autograd, memory, compilers

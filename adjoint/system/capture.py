@@ -20,27 +20,10 @@ from .remarks import called_by_us
 from .transforms import functorch_active, functorch_level, has_tangent, vmap_active
 
 __all__ = [
-    "Captured",
-    "Substitute",
-    "alive",
-    "ask",
-    "asking",
-    "asks_for_gradients",
-    "below_jvp",
-    "cut_apart",
-    "depends_on_others",
-    "elsewhere",
-    "find_captured",
-    "is_differentiable",
-    "leads_to",
-    "listed",
-    "moves",
-    "needs_derivatives",
-    "readable",
-    "saved_bytes",
-    "unknown_leaves",
-    "unmapped",
-]
+    "Captured", "Substitute", "alive", "ask", "asking", "asks_for_gradients", "below_jvp", "cut_apart",
+    "depends_on_others", "elsewhere", "find_captured", "is_differentiable", "leads_to", "listed", "moves",
+    "needs_derivatives", "readable", "saved_bytes", "unknown_leaves", "unmapped",
+]  # fmt: skip
 
 
 def is_differentiable(x: Any) -> bool:
@@ -172,6 +155,8 @@ class _Watch(TorchFunctionMode):
         self.written: list[weakref.ref[Tensor]] = []
         self.transforms = self.inner_grad = self.asked = self.normalizes = self.unseen = False
         self.begun, self.traced = internals.get_sequence_nr(), internals.is_written_down()
+        #: numbers of the nodes of custom functions that said what they were given
+        self.customs: set[int] = set()
         #: of solves around this one: operators are given what they put in
         self.outer = _substitutes()
 
@@ -212,6 +197,8 @@ class _Watch(TorchFunctionMode):
             for i, leaf in given.items():
                 if i not in self.known:
                     self._meet(list(_layers(leaf, self.level)))
+                elif internals.custom_functions_may_hide:
+                    self.unseen |= self._hides(leaf)
             # kept alive here, so that no identity is given twice; with what lies in them, which is left when a transform ends
             for x in produced:
                 self.known.update((id(layer), layer) for layer in _layers(x, self.level))
@@ -224,6 +211,7 @@ class _Watch(TorchFunctionMode):
         """What a custom function gets, see `_given_to_custom`."""
         if internals.times_below() > self.below:
             return
+        self.customs.add(internals.get_sequence_nr())
         for x in args:
             if isinstance(x, Tensor) and id(x) not in self.known:
                 self._meet(list(_layers(x, self.level)))
@@ -239,6 +227,7 @@ class _Watch(TorchFunctionMode):
         for x in leaves_of(results):
             if isinstance(x, Tensor) and not (self.transforms and internals.is_functorch_wrapped_tensor(x)):
                 self._meet(list(_layers(x, self.level)))
+                self.unseen |= internals.custom_functions_may_hide and self._hides(x)
 
     def _meet(self, layers: list[Tensor]) -> None:
         for x in layers if self.outer else ():
@@ -253,20 +242,25 @@ class _Watch(TorchFunctionMode):
         if made and self.transforms:
             return
         # of what TorchScript made, whose own operators are not seen, it is what that was computed from
-        self.unseen |= made and not _made_by_custom_function(x)
-        for origin in unknown_leaves(x, list(self.known.values())) if made else (x,):
+        origins = unknown_leaves(x, list(self.known.values())) if made else (x,)
+        self.unseen |= made and not self._announced(x)
+        for origin in origins:
             self.captured[id(origin)] = self.known[id(origin)] = origin
         self.known[id(x)] = x
+
+    def _announced(self, x: Tensor) -> bool:
+        """Whether this is a result of a `torch.autograd.Function`, or a view of one, that said what it was given."""
+        node = _whole(x).grad_fn
+        return isinstance(node, torch.autograd.function.BackwardCFunction) and node._sequence_nr() in self.customs
+
+    def _hides(self, x: Tensor) -> bool:
+        """Whether what an operator within made is the result of a custom function that did not say what it was given."""
+        custom = isinstance(x.grad_fn, torch.autograd.function.BackwardCFunction)
+        return custom and self._made_here(x) and not (self._announced(x) or self.transforms or internals.are_transforms_active())
 
     def _made_here(self, x: Tensor) -> bool:
         """Whether ``x`` was computed since the watch began: results of transforms and of TorchScript come from no operator that is seen."""
         return x.grad_fn is not None and x.grad_fn._sequence_nr() >= self.begun
-
-
-def _made_by_custom_function(x: Tensor) -> bool:
-    """Whether this is a result of a `torch.autograd.Function`, or a view of one: what that was given is seen."""
-    node = x.grad_fn if x._base is None else x._base.grad_fn
-    return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
 class Captured(NamedTuple):

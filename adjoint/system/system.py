@@ -272,7 +272,8 @@ class System:
                 "fun is TorchScript or an extension that hides its operators, or calls some: nothing can be put in the place of tensors "
                 "that it captured, which roots, derivatives of derivatives, ForwardSensitivity, torch.func transforms and hooks on these "
                 "tensors ask for. Give the module itself, not torch.jit.script or trace of it (compile=True makes native code), an "
-                "extension by a torch.autograd.Function, or take first derivatives by DiscreteAdjoint()"
+                "extension by a torch.autograd.Function (with PyTorch 2.14 its apply taken after adjoint was imported), or take first "
+                "derivatives by DiscreteAdjoint()"
             )
 
     def _at_home(self, given: Sequence[Tensor]) -> bool:
