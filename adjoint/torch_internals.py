@@ -14,9 +14,10 @@ import ctypes
 import inspect
 import os
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, wraps
+from functools import cache, cached_property, wraps
 from types import NoneType
 from typing import Any, cast
 
@@ -36,6 +37,7 @@ __all__ = [
     "TorchDispatchMode",
     "TransformType",
     "add_batch_dim",
+    "alive",
     "are_transforms_active",
     "ask_before_custom_functions",
     "below_jvp",
@@ -44,6 +46,7 @@ __all__ = [
     "current_function_modes",
     "custom_functions_may_hide",
     "decomposition_table",
+    "differentiates_in_inference_mode",
     "dispatch_has_kernel_for_dispatch_key",
     "dual_level",
     "enter_dual_level",
@@ -145,6 +148,14 @@ def temporarily_clear_interpreter_stack() -> Iterator[None]:
     finally:
         _below.depth -= above
 
+
+@cache
+def differentiates_in_inference_mode() -> bool:
+    """Whether transforms of torch.func record in inference mode; where they do not (2.6) they give zeros there, without a word."""
+    with temporarily_clear_interpreter_stack(), torch.inference_mode():
+        return bool(torch.func.vjp(torch.square, torch.ones(()))[1](torch.ones(()))[0])
+
+
 # -- the vmap from before torch.func, which autograd's many cotangents are
 
 legacy_add_batch_dim: Callable[[Tensor, int, int], Tensor] = cast(Any, torch)._add_batch_dim
@@ -225,10 +236,20 @@ saved_tensors_hooks_enable: Callable[[], None] = _C._autograd._saved_tensors_hoo
 get_data_attr: Any = getattr(_C._autograd, "_get_data_attr", "")
 #: how many tensors lie in a storage; None where PyTorch does not tell
 storage_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+_regain: Callable[[Tensor], None] = getattr(Tensor, "_fix_weakref", lambda x: None)
 foreach_add_: Callable[[Any, Any], None] = cast(Any, torch)._foreach_add_
 is_functional_tensor: Callable[[Tensor], bool] = cast(Any, torch)._is_functional_tensor
 from_functional_tensor: Callable[[Tensor], Tensor] = cast(Any, torch)._from_functional_tensor
 sync: Callable[[Tensor], None] = cast(Any, torch)._sync
+
+
+def alive(references: Iterable[weakref.ref[Tensor]]) -> list[Tensor]:
+    """The tensors among weakly held ones that are still there. What PyTorch alone holds is its own until it is told otherwise: then its
+    Python object could go while somebody uses it."""
+    found = [x for x in (reference() for reference in references) if x is not None]
+    for x in found:
+        _regain(x)
+    return found
 
 
 class _Team:

@@ -30,7 +30,7 @@ from .levels import above, relative
 from .memory import in_parts
 from .program import Program, program_of
 from .reading import Unreadable, read
-from .tracing import VALUE, PickedByNumbers
+from .tracing import VALUE, PickedByNumbers, asks_for_values
 
 __all__ = ["Recognised", "compile_key", "hear", "recognise"]
 
@@ -240,7 +240,7 @@ def _agree(now: Any, known: Tensor) -> bool:
 def _reason(error: Exception) -> str:
     """Why code was not traced, in a line."""
     text = str(error).strip()
-    if "data-dependent" in text.lower():
+    if asks_for_values(text):
         return VALUE
     if "torch.autograd.grad" in text:
         return "it takes derivatives by torch.autograd: use torch.func.grad, vjp or jvp"

@@ -35,7 +35,7 @@ from ..torch_internals import (
     sync,
 )
 
-__all__ = ["VALUE", "Node", "PickedByNumbers", "Result", "Trace", "Untraceable", "trace"]
+__all__ = ["VALUE", "Node", "PickedByNumbers", "Result", "Trace", "Untraceable", "asks_for_values", "trace"]
 
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -404,9 +404,18 @@ def _plain(function: Callable[..., Any], tensors: Sequence[Tensor], read: frozen
         torch.autograd.Function.apply = apply
 
 
+#: how PyTorch says that a tracer met a number that it does not know; the last two in 2.6
+_ASKED = ("data-dependent", "item()", "tensor.item", "dynamic control flow")
+
+
+def asks_for_values(text: str) -> bool:
+    """Whether an error of PyTorch's tracers says that code looks at the value of a tensor."""
+    return any(words in text.lower() for words in _ASKED)
+
+
 def _reason(error: Exception) -> str:
     text = str(error)
-    if isinstance(error, _Depends) or "item()" in text or "data-dependent" in text.lower() or "data pointer" in text:
+    if isinstance(error, _Depends) or asks_for_values(text) or "data pointer" in text:
         return VALUE
     if "mutating a non-functional tensor" in text:
         return _CHANGES

@@ -219,8 +219,7 @@ class _Watch(TorchFunctionMode):
     def left(self) -> dict[int, Tensor]:
         """The tensors with derivatives that were made while this watched and that somebody keeps; it forgets all others itself."""
         self.known.clear()
-        alive = [x for x in (made() for made in self.made) if x is not None]
-        return {id(x): x for x in alive}
+        return {id(x): x for x in internals.alive(self.made)}
 
     def returned(self, results: Any) -> None:
         """What a function gives back may be a captured tensor itself, that enters no operator."""
@@ -295,13 +294,15 @@ def find_captured(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], o
     differentiates = watch.inner_grad or (watch.asked and _branches(calls, point, list(found.values())))
     flags = watch.transforms, differentiates, watch.normalizes, watch.unseen
     kept = watch.left()
-    written = {id(x): (x, x._version) for x in (made() for made in watch.written) if x is not None}
+    written = {id(x): (x, x._version) for x in internals.alive(watch.written)}
     if (kept or written) and end is not None:
-        found.update(_used_again(calls, kept, end))
+        used = _used_again(calls, {**{i: x for i, (x, _) in written.items()}, **kept}, end)
         for i, (x, version) in written.items():
-            if x._version > version and i not in found:
+            if x._version > version and not (i in found or (i in kept and i in used)):
                 # every call writes into it: what this look has left there would be the history of whatever the solve writes
                 x.detach_()
+                used.pop(i, None)
+        found.update(used)
     inputs = {id(x) for x in leaves_of(point) if isinstance(x, Tensor)}
     for owner in owners:
         module = owner if isinstance(owner, torch.nn.Module) else getattr(owner, "__self__", None)

@@ -31,7 +31,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..errors import InvalidInput, UnsupportedCombination
-from ..torch_internals import Node, dual_level, is_written_down, leaves_of, mapped, skipped, storage_use_count
+from ..torch_internals import (
+    Node,
+    differentiates_in_inference_mode,
+    dual_level,
+    is_written_down,
+    leaves_of,
+    mapped,
+    skipped,
+    storage_use_count,
+)
 from .transforms import functorch_active, naming_faults
 
 __all__ = [
@@ -90,7 +99,9 @@ def _counts(make: Callable[[], Tensor]) -> tuple[int, int, int]:
     x = make()
     references = getrefcount(x)
     base = x._base
-    uses = 0 if storage_use_count is None else storage_use_count(x.untyped_storage()._cdata)
+    # held here as in `_owned`: in some versions (2.6) an object for the memory is one more user of it, as long as it lives
+    storage = x.untyped_storage()
+    uses = 0 if storage_use_count is None else storage_use_count(storage._cdata)
     return references, uses, 0 if base is None else getrefcount(base)
 
 
@@ -364,11 +375,15 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     """A front door under autocast: half precision tensors among the arguments become single, and autocast is off inside, there and on the
-    way back. ``fun`` may switch it on for itself. Compilers of callers stay out too.
+    way back. ``fun`` may switch it on for itself. Compilers of callers stay out too, and so does inference mode where PyTorch takes no
+    Jacobians in it.
     """
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.is_inference_mode_enabled() and not differentiates_in_inference_mode():
+            with torch.inference_mode(False), torch.no_grad():
+                return call(*args, **kwargs)
         devices = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
         if not devices:
             return function(*args, **kwargs)

@@ -68,6 +68,12 @@ def _default(dtype):
     torch.set_default_dtype(before)
 
 
+def _bent_below() -> bool:
+    """Whether PyTorch (2.6) takes the slope from above where hardswish begins; later ones take that from below, zero."""
+    x = torch.tensor(-3.0, requires_grad=True)
+    return bool(torch.autograd.grad(torch.nn.functional.hardswish(x), x)[0])
+
+
 @pytest.mark.usefixtures("_default")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
 @pytest.mark.parametrize("group, name", NAMES)
@@ -109,6 +115,8 @@ def test_values_and_derivatives(group, name, dtype):
     wanted = torch.zeros_like(y) if wanted is None else wanted
     # an infinity times a zero which stands for no dependence is NaN in eager mode only
     sure = wanted.isfinite() & ~y.isnan()
+    if name == "hardswish" and _bent_below():
+        sure &= y != -3
     for row in counts.nonzero()[:, 0].tolist():
         near(ours[0][row][sure[row]], wanted[row][sure[row]], msg=lambda m, row=row: f"row {row} {y[row].tolist()}: {m}")
         # an infinity is no number here either

@@ -232,5 +232,5 @@ def test_masks_and_indices_made_within_a_transform(method, gradient, order):
 def test_mapped_indices_are_captured(gradient):
     table = torch.tensor([[1.0, 2.0], [0.5, 1.5]], dtype=torch.float64)
     y0 = torch.ones(2, dtype=torch.float64)
-    solve = lambda i: solve_ivp(lambda t, y: -table[i] * y, (0.0, 1.0), y0, gradient=gradient).y[-1]  # noqa: E731
+    solve = lambda i: solve_ivp(lambda t, y: -table[i.reshape(1)][0] * y, (0.0, 1.0), y0, gradient=gradient).y[-1]  # noqa: E731
     assert torch.allclose(torch.vmap(solve)(torch.arange(2)), torch.exp(-table), rtol=1e-5)
