@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -270,7 +271,7 @@ class _Team:
 
 
 _team = _Team()
-if hasattr(os, "register_at_fork"):
+if sys.platform != "win32":
     os.register_at_fork(after_in_child=_team.leave)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 from functools import cache
 
 import torch
@@ -20,9 +21,10 @@ FEW_BYTES = 2**22
 @cache
 def _advise() -> ctypes._NamedFuncPointer | None:
     """``madvise`` of the C library; None where there are no large pages to be asked for."""
-    found = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_HUGEPAGE") else None
-    if found is not None:
-        found.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    if sys.platform != "linux":
+        return None
+    found = ctypes.CDLL(None).madvise
+    found.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return found
 
 
