@@ -250,6 +250,9 @@ def _slopes(parts: Parts, out: Outputs, yp0: Tensor, stop: Tensor | None) -> Ten
         # ends of steps
         weights = plan.method.dense_slopes(torch.ones((), dtype=torch.float64, device=out.t.device)).to(out.stages.dtype)
         ends = torch.cat([yp0.unsqueeze(0), torch.einsum("s,ksbn->kbn", weights, out.stages)]) if n_steps else yp0.unsqueeze(0)
+        # a step of no length is none of the equations: no slope follows from it
+        empty = (times.anchors[0] == times.anchors[-1]).detach().unsqueeze(-1)
+        ends = torch.where(empty, yp0, ends)
         if times.steps:
             beyond = torch.arange(n_steps + 1, device=out.t.device).unsqueeze(-1) > out.n_accepted
             if stop is not None:

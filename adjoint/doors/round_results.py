@@ -67,6 +67,7 @@ def joined(
         begun = tree_map(lambda x: x[0], _values(first.sol))
         for piece in pieces:
             there = piece.going & (piece.stop == first.start).detach()
+            there = there & torch.stack([*piece.hits, torch.zeros_like(there)]).any(0)
             if not anywhere(there):
                 break
             begun = chosen(there, _values(piece.right, first.sol), begun)

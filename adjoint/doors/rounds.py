@@ -25,6 +25,7 @@ from ..system.transforms import anywhere, unwrapped
 from .arguments import RoundSpan
 from .dose_ties import given_apart, slopes, ties
 from .progress import in_parts
+from .round_empty import along
 from .round_ends import check_rules, ended_before, takes_events, with_events
 from .round_results import Piece, Taken, joined
 from .round_rules import Boundary, Rule, off_zero, rearmed, shifted
@@ -93,20 +94,26 @@ def _round(task: Task, run: Progress) -> None:
     lost, origin = run.status < 0, still(run.pieces[0].y0) if run.pieces else at.y
     rest = chosen(lost, task.start.detach(), resting.t)
     t, end, y = chosen(going, at.t, rest), chosen(going, end, rest), chosen(going, at.y, chosen(lost, origin, resting.y))
-    # implicit equations tell no slope in a span of no length: doses there move by themselves
-    begun = going & (end == t).detach() if task.implicit is not None and task.doses else torch.zeros_like(going)
-    span = RoundSpan(chosen(begun, still(t), t), chosen(begun, still(t), end), ~going | begun)
+    # implicit equations tell no slope in a span of no length: doses there move by themselves, and what is there follows behind them
+    begun = going & (end == t).detach() if task.implicit is not None else torch.zeros_like(going)
     end = chosen(begun, t, end)
+    span = RoundSpan(t, end, ~going | begun)
     sol, taken, last = _solved(task, run, span, y)
     hits = [_occurred(rule, record.t, going) for rule, record in zip(task.watched, sol.events, strict=True)]
     status = torch.as_tensor(sol.status, device=t.device)
     # the last ones of events that accumulate are too close for a step
     status = torch.where((status == int(Status.STEP_TOO_SMALL)) & (run.stalled > 0), int(Status.EVENTS_ACCUMULATE), status)
     failed = going & (status < 0)
-    left = _left(task, sol, hits, Boundary(end, last, at.mode, _last(task, sol.yp, sol, taken)))
+    slope = _last(task, sol.yp, sol, taken)
+    if anywhere(begun):
+        last = chosen(begun, tree_map(lambda x: x[0], sol.y), last)
+        slope = None if slope is None else chosen(begun, tree_map(lambda x: x[0], sol.yp), slope)
+    left = _left(task, sol, hits, Boundary(end, last, at.mode, slope))
     on, piece = _resets(task, run, sol, hits, left, going & ~failed, begun)
     happened = torch.stack([torch.zeros_like(going), *(hit for rule, hit in zip(task.rules, piece[0], strict=True) if rule.ends)]).any(0)
     on = task.settled(on, task.infused(run.given), happened, lost | failed, origin)
+    if anywhere(begun):
+        sol, on = along(task, run, sol, taken, on, begun, happened, ~going | failed)
     counts = [count + hit for count, hit in zip(run.counts, hits, strict=True)]
     none = torch.zeros_like(going)
     ended = torch.stack([none, *(hit for rule, hit in zip(task.watched, hits, strict=True) if rule.ends)]).any(0)
@@ -194,7 +201,7 @@ def _solved(task: Task, run: Progress, span: RoundSpan, y: Any) -> tuple[Solutio
             raise EventsAccumulate(_ZENO.format("events", error.t), t=error.t, trajectory=error.trajectory) from error
 
     if not events or takes_events(options["gradient"]):
-        samples, taken = _samples(task, ~span.idle, span.start, span.end)
+        samples, taken = _samples(task, run.going, span.start, span.end)
         sol = solve(span, y, args, events=events or None, t_eval="steps" if task.times.steps else samples)
         return sol, taken, _last(task, sol.y, sol, taken)
     check_rules(task.watched, options["gradient"])
@@ -202,7 +209,7 @@ def _solved(task: Task, run: Progress, span: RoundSpan, y: Any) -> tuple[Solutio
     with torch.no_grad():
         first = solve(known, still(y), still(args), events=events, t_eval=None, gradient=None, quadrature=None, dense_output=False)
     span = ended_before(first, span)
-    samples, taken = _samples(task, ~span.idle, span.start, span.end)
+    samples, taken = _samples(task, run.going, span.start, span.end)
     # the bar, if any, has shown this part
     sol = solve(span, y, args, events=None, t_eval="steps" if task.times.steps else samples, progress=False)
     last, slope = _last(task, sol.y, sol, taken), task.slope(infused)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import LinearSolver, Matrix
-from ..linalg.pencil import Pencil, ScaledFactors, scaled_factors, split
+from ..linalg.pencil import Pencil, ScaledFactors, regular_size, scaled_factors, split
 from ..methods import Method
 from ..methods.collocation import CollocationTableau, Mode
 from ..methods.family import weighted_sum
@@ -203,7 +203,8 @@ class ResidualSolver(CoupledSystem):
         assert self._pencil is not None
         running = step != 0
         # trajectories that are done have steps of size zero, at which the matrix is singular
-        factors = scaled_factors(self.linear_solver, self._pencil.at(torch.where(running, c, 1.0)), self.work.log, self._old.get(key))
+        regular = torch.where(running, c, regular_size(torch.where(running, c.real, 0.0), self._pencil))
+        factors = scaled_factors(self.linear_solver, self._pencil.at(regular), self.work.log, self._old.get(key))
         self._old[key] = factors
         if not c.is_complex():
             self._real[key.real] = (c, factors)
