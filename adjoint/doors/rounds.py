@@ -250,7 +250,7 @@ def _samples(task: Task, going: Tensor, t: Tensor, end: Tensor) -> tuple[Tensor 
     low_end, high_end = torch.minimum(start, stop), torch.maximum(start, stop)
     own = every + (torch.minimum(torch.maximum(every, low_end), high_end) - every).detach()
     kept = torch.where(inside, own, torch.where(ahead, stop, start))
-    first, last = torch.where(along, start, end), torch.where(along, end, start)
+    first, last = torch.where(along, t, end), torch.where(along, end, t)
     return torch.cat([first.unsqueeze(0), kept, last.unsqueeze(0)]), Taken(low, high, inside, along)
 
 
