@@ -155,7 +155,8 @@ class Solution(Ended):
     quadrature : Tensor, pytree or None
         The integral of ``quadrature=`` over the span.
     yp : Tensor, pytree or None
-        Of `solve_dae`: the slopes at ``t``, shaped like ``y``.
+        Of `solve_dae`: the slopes at ``t``, shaped like ``y``. At the start those of algebraic variables, which the equations do not name,
+        are the ones given, and zero without ``yp0=``; behind it they are slopes of the solution between the steps.
     """
 
     t: Tensor

@@ -14,6 +14,8 @@ from .expressions import FUNCTIONS, Graph
 __all__ = ["READERS"]
 
 READERS: dict[str, Reader] = {}
+#: whether equal ones share the derivative, and have none at a bound that is a number: PyTorch from 2.14 on
+_SHARED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 _reads = registering(READERS)
 
 
@@ -205,10 +207,15 @@ def _masked_fill(call: Call, x: Any, mask: Any, value: Any) -> Elements:
 
 @_reads("clamp")
 def _clamp(call: Call, x: Any, min: Any = None, max: Any = None) -> Elements:
-    """At a bound the derivative is one; NaN stays."""
-    if min is not None:
-        x = call.elementwise(lambda a, b: _bounded(call.graph, "lt", a, b), x, min)
-    return x if max is None else call.elementwise(lambda a, b: _bounded(call.graph, "gt", a, b), x, max)
+    """At a bound the derivative is one, or see `_SHARED`; NaN stays."""
+    beyond = ("le", "ge") if _SHARED else ("lt", "gt")
+    if _SHARED and isinstance(min, (Elements, torch.Tensor)):
+        x = call.elementwise(lambda a, b: call.graph.op("max", a, b), x, min)
+    elif min is not None:
+        x = call.elementwise(lambda a, b: _bounded(call.graph, beyond[0], a, b), x, min)
+    if _SHARED and isinstance(max, (Elements, torch.Tensor)):
+        return call.elementwise(lambda a, b: call.graph.op("min", a, b), x, max)
+    return x if max is None else call.elementwise(lambda a, b: _bounded(call.graph, beyond[1], a, b), x, max)
 
 
 def _bounded(g: Graph, beyond: str, a: int, bound: int) -> int:
@@ -267,13 +274,17 @@ def _addcdiv(call: Call, x: Any, a: Any, b: Any, *, value: float = 1) -> Element
 
 @_each("fmax")
 def _fmax(g: Graph, a: int, b: int) -> int:
-    """The greater one, or the one which is a number; equal ones: the first has the derivative."""
-    return g.op("sel", g.op("or", g.op("ge", a, b), g.op("ne", b, b)), a, b)
+    """The greater one, or the one which is a number; equal ones: the first has the derivative, or see `_SHARED`."""
+    return _of_numbers(g, "max", a, b) if _SHARED else g.op("sel", g.op("or", g.op("ge", a, b), g.op("ne", b, b)), a, b)
 
 
 @_each("fmin")
 def _fmin(g: Graph, a: int, b: int) -> int:
-    return g.op("sel", g.op("or", g.op("le", a, b), g.op("ne", b, b)), a, b)
+    return _of_numbers(g, "min", a, b) if _SHARED else g.op("sel", g.op("or", g.op("le", a, b), g.op("ne", b, b)), a, b)
+
+
+def _of_numbers(g: Graph, which: str, a: int, b: int) -> int:
+    return g.op("sel", g.op("ne", b, b), a, g.op("sel", g.op("ne", a, a), b, g.op(which, a, b)))
 
 
 @_each("copysign")
