@@ -180,8 +180,11 @@ class TestWhatChanges:
 class TestDerivatives:
     @pytest.mark.parametrize("form", ALONE)
     def test_second_order(self, form, counted):
+        # derivatives of implicit steps, one by one, take their time
+        rtol = 1e-5 if form == "implicit" else 1e-9
+
         def end(y0, p, compile):
-            return (solve(lotka, y0, (p,), compile=compile, rtol=1e-9, form=form).y[-1] ** 2).sum()
+            return (solve(lotka, y0, (p,), compile=compile, rtol=rtol, form=form).y[-1] ** 2).sum()
 
         found = []
         for compile in (True, True, False):
