@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..errors import UnsupportedCombination
 from ..sensitivity.consistent import Initial
 from ..system.capture import is_differentiable
 from ..system.transforms import anywhere
@@ -50,6 +51,12 @@ def given_apart(
             continue
         way = torch.where(due[line] & tied, rule.stops[line] - on.t, 0.0)
         way = way - way.detach()
+        if task.options["quadrature"] is not None and is_differentiable(way):
+            # the integral would have to be followed along the way as well
+            raise UnsupportedCombination(
+                "quadrature= has no derivatives in the time of a dose that is beside another dose or an event, or in implicit equations at "
+                "the start, at one time: give them times that differ, detach these times, or carry the integral as a part of the state"
+            )
         then = _moved(task, run, on, 0 * way, way, lost)
         earlier = run.given[k] & due
         now = due[line] & ~earlier.any(0)
