@@ -16,7 +16,7 @@ from .dose_ties import slopes
 from .round_results import Taken
 from .round_rules import Boundary
 from .round_task import Progress, Task
-from .rows import forward_fill, usable, wide
+from .rows import chosen, forward_fill, usable, wide
 from .solution import Solution
 
 __all__ = ["along"]
@@ -47,40 +47,31 @@ def along(
         on, t=torch.where(arriving, task.end, start), y=at(way, on.y, rate, bend), yp=None if on.yp is None else slope(way, on.yp, bend)
     )
     quiet = arriving & ~hit
+    # one line of what has a line for each time
+    line = lambda tree: tree_map(lambda x: None if x is None else x.unsqueeze(0), tree)  # noqa: E731
     if task.options["quadrature"] is not None:
         sol = replace(sol, quadrature=_integrals(task, on, arriving, way, rate, infused, sol.quadrature))
     if times.steps:
         present = ~sol.t.detach().isnan()
         last = present & (present.cumsum(0) == present.sum(0)) & quiet
-        sol = replace(
-            sol,
-            t=torch.where(last, arrived.t.to(sol.t.dtype), sol.t),
-            y=_where(last, arrived.y, sol.y),
-            yp=sol.yp if sol.yp is None or arrived.yp is None else _where(last, arrived.yp, sol.yp),
-        )
+        y, yp = line((arrived.y, arrived.yp))
+        sol = replace(sol, t=torch.where(last, arrived.t.to(sol.t.dtype), sol.t), y=chosen(last, y, sol.y))
+        sol = sol if sol.yp is None or yp is None else replace(sol, yp=chosen(last, yp, sol.yp))
     elif taken is not None and times.samples is not None:
         every = times.samples if task.batched else times.samples[:, 0]
         here = every[taken.low : taken.high]
-        mine = taken.inside & quiet
-        ways = torch.where(mine, here - start, 0.0)
-        ends = torch.zeros_like(mine[:1])
-        inner = torch.cat([ends, mine, ends])
-        ways = torch.cat([torch.zeros_like(ways[:1]), ways, torch.zeros_like(ways[:1])]) if len(ways) else ways.new_zeros(inner.shape)
-        y, yp, rate, bend = tree_map(lambda x: None if x is None else x.unsqueeze(0), (on.y, on.yp, rate, bend))
-        sol = replace(sol, y=_where(inner, at(ways, y, rate, bend), sol.y))
+        # between the ends of the round, which are no samples
+        ends = quiet.new_zeros((1, *quiet.shape))
+        inner = torch.cat([ends, taken.inside & quiet, ends])
+        ways = torch.where(inner, torch.cat([ends, here - start, ends]), 0.0)
+        y, yp, rate, bend = line((on.y, on.yp, rate, bend))
+        sol = replace(sol, y=chosen(inner, at(ways, y, rate, bend), sol.y))
         if sol.yp is not None and yp is not None:
-            sol = replace(sol, yp=_where(inner, slope(ways, yp, bend), sol.yp))
+            sol = replace(sol, yp=chosen(inner, slope(ways, yp, bend), sol.yp))
     return sol, arrived
 
 
-def _where(on: Tensor, new: Any, old: Any) -> Any:
-    """``new``, of one line or as many, in the lines of ``old`` that are ``on``."""
-    return tree_map(lambda a, b: torch.where(wide(on, b), a, b), new, old)
-
-
-def _integrals(
-    task: Task, on: Boundary, arriving: Tensor, way: Tensor, rate: Any, infused: tuple[Any, ...], found: Any
-) -> Any:
+def _integrals(task: Task, on: Boundary, arriving: Tensor, way: Tensor, rate: Any, infused: tuple[Any, ...], found: Any) -> Any:
     """Of second order, as the state."""
     args = usable((*on.mode, *task.args, *infused))
     # rows that are not asked for meet no state that the integrand is not made for

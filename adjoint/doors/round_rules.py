@@ -181,39 +181,25 @@ def rearmed(
         return zero
     # slopes are taken here whatever the caller wants, in his inference mode too
     with torch.inference_mode(False), torch.no_grad():
-        hit, shift, off = still((hit, shift, off))
-        return _shift(rule, hit, off, begun.still(), shift, after.still(), still(args), slope, scale)
-
-
-def _shift(
-    rule: Rule,
-    hit: Tensor,
-    off: Tensor,
-    begun: Boundary,
-    shift: Tensor,
-    after: Boundary,
-    args: tuple[Any, ...],
-    slope: Slope | None,
-    scale: Scale,
-) -> Tensor:
-    """See `rearmed`."""
-    at = forward_fill(hit, (after.t, after.y, after.mode))
-    with torch.enable_grad():
-        # which the right-hand side may want for derivatives of its own
-        rates = still(forward_fill(hit, after.yp) if slope is None else slope(*at))
-    terms, moving = _terms(rule, at, rates, args)
-    value, rate, bend = _along(rule, at, NEAR * scale.eps * moving, None if slope is not None else rates, args, slope)
-    near = hit & (value.abs() <= NEAR * scale.eps * (scale.reach * rate.abs() + terms) + _TIMES * off)
-    if rule.direction:
-        crossed = torch.full_like(rate, rule.direction).sign()
-    else:
-        crossed = -(_value(rule, forward_fill(hit, (begun.t, begun.y, begun.mode)), args) + shift).sign()
-    rate = scale.sign * rate
-    held = torch.where((bend != 0) & (bend.sign() != crossed), bend.sign(), -crossed)
-    side = torch.where(rate != 0, rate.sign(), held)
-    # more than what the same terms may differ by when they are computed in another order
-    least = torch.clamp(8 * scale.eps * terms, min=16 * torch.finfo(torch.float32 if scale.eps > 1e-10 else torch.float64).tiny)
-    return torch.where(near, side * least - value, 0.0)
+        hit, shift, off, args = still((hit, shift, off, args))
+        begun, after = begun.still(), after.still()
+        at = forward_fill(hit, (after.t, after.y, after.mode))
+        with torch.enable_grad():
+            # which the right-hand side may want for derivatives of its own
+            rates = still(forward_fill(hit, after.yp) if slope is None else slope(*at))
+        terms, moving = _terms(rule, at, rates, args)
+        value, rate, bend = _along(rule, at, NEAR * scale.eps * moving, None if slope is not None else rates, args, slope)
+        near = hit & (value.abs() <= NEAR * scale.eps * (scale.reach * rate.abs() + terms) + _TIMES * off)
+        if rule.direction:
+            crossed = torch.full_like(rate, rule.direction).sign()
+        else:
+            crossed = -(_value(rule, forward_fill(hit, (begun.t, begun.y, begun.mode)), args) + shift).sign()
+        rate = scale.sign * rate
+        held = torch.where((bend != 0) & (bend.sign() != crossed), bend.sign(), -crossed)
+        side = torch.where(rate != 0, rate.sign(), held)
+        # more than what the same terms may differ by when they are computed in another order
+        least = torch.clamp(8 * scale.eps * terms, min=16 * torch.finfo(torch.float32 if scale.eps > 1e-10 else torch.float64).tiny)
+        return torch.where(near, side * least - value, 0.0)
 
 
 _Point = tuple[Tensor, Any, tuple[Any, ...]]

@@ -22,7 +22,7 @@ from ..torch_internals import Node, copy_by_copy, unviewed
 from .standing import some_rest
 from .undeclared import REJECTED
 
-__all__ = ["Prepared", "PreparedNode", "Run", "at_once", "run_of"]
+__all__ = ["Done", "Prepared", "PreparedNode", "Run", "at_once", "run_of"]
 
 _COUNTED, _STATUS = ctypes.c_long * len(COUNTS), COUNTS.index("status")
 

@@ -241,9 +241,8 @@ class _Watch(TorchFunctionMode):
         if made and self.transforms:
             return
         # of what TorchScript made, whose own operators are not seen, it is what that was computed from
-        origins = unknown_leaves(x, list(self.known.values())) if made else (x,)
         self.unseen |= made and not self._announced(x)
-        for origin in origins:
+        for origin in unknown_leaves(x, list(self.known.values())) if made else (x,):
             self.captured[id(origin)] = self.known[id(origin)] = origin
         self.known[id(x)] = x
 

@@ -105,7 +105,7 @@ struct Loop : Standing {
     to_next_sample(l);
   }
 
-#if IMPLICIT
+#if IMPLICIT || EVENTS > 0
   // of the slope within the step of a lane
   void write_slope(int l, double theta, R* to) const {
     double w[ALL];
@@ -116,6 +116,8 @@ struct Loop : Standing {
       to[n] = v;
     }
   }
+#endif
+#if IMPLICIT
   R* slope_of_sample(int l) const { return q.slopes + (sample(l, next[l]) * q.rows + row[l]) * N; }
 #endif
 
@@ -338,18 +340,13 @@ struct Loop : Standing {
     Noted* to = Noted::made();
     S *z = inside, at = K(0), g[EVENTS];
     const double theta = (when - t[l]) / h[l];
-    double w[ALL];
     within(l, theta, z);
     put(at, l, (R)when);
     events(&c, &at, z, g);
     to->value = get(g[i], l); to->jumps = 0;
-    dense_slopes(theta, w);
     R *y_there = to->y(), *slope = y_there + N;
-    for (int n = 0; n < N; n++) {
-      y_there[n] = get(z[n], l);
-      slope[n] = 0;
-      for (int s = 0; s < ALL; s++) if (w[s]) slope[n] += (R)w[s] * get(ks[s * N + n], l);
-    }
+    for (int n = 0; n < N; n++) y_there[n] = get(z[n], l);
+    write_slope(l, theta, slope);
     // steps end just before a terminal one
     if (q.noting < 2 || (q.terminal[i] && q.terminal[i] == watch[l].counts[i])) return to;
     // As `event_jumps.py` does: a gap between the sides that is much wider than what a side varies by
