@@ -18,6 +18,7 @@ from ..system.system import StateSpec
 from ..system.transforms import functorch_active
 from .arguments import check_callable
 from .dae import solve_dae
+from .parts import with_rules_of
 from .solution import EventLog, Solution
 
 __all__ = ["ReducedDAE", "reduce_index"]
@@ -283,8 +284,7 @@ class ReducedDAE:
             def g(t: Tensor, z: Tensor, *args: Any) -> Any:
                 return f(t, self.original(z), *args)
 
-            g.__dict__.update(getattr(f, "__dict__", {}))
-            return g
+            return with_rules_of(f, g)
 
         return [one(f) for f in functions] if isinstance(functions, (list, tuple)) else one(functions)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import wraps
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from ..system.system import StateSpec, System
 from .arguments import Times, check_method, listed_args
 from .dae_arguments import residual_algebra
 from .dae_initial import initial_values
+from .parts import with_rules_of
 
 __all__ = ["RESIDUAL_METHODS", "as_residual", "consistent_start", "in_step", "with_mass", "with_matrix", "without_last"]
 
@@ -106,7 +106,7 @@ def without_last(events: Any) -> Any:
     def one(event: Any) -> Any:
         if not callable(event):
             return event
-        return wraps(event, updated=("__dict__",))(lambda t, y, *args: event(t, y, *args[:-1]))
+        return with_rules_of(event, lambda t, y, *args: event(t, y, *args[:-1]))
 
     return [one(e) for e in events] if isinstance(events, Sequence) else None if events is None else one(events)
 

@@ -16,6 +16,7 @@ from ..integrate import Event
 from ..sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
 from ..sensitivity.problem import interpolate, step_times
 from ..system.capture import readable
+from ..system.origins import attribute
 from ..system.ownership import lending
 from ..system.system import StateSpec, System
 from ..system.transforms import vmap_active
@@ -36,6 +37,7 @@ __all__ = [
     "solution_of",
     "strategy_of",
     "terminal_count",
+    "with_rules_of",
 ]
 
 
@@ -211,17 +213,26 @@ def flat_event(event: Callable[..., Tensor], system: System, user_spec: StateSpe
         return value
 
     alone = (lambda t, y, *args: event(t, y[0], *args)) if has_quadrature else event
-    return Event(bind, float(getattr(event, "direction", 0.0)), terminal_count(event), alone)
+    return Event(bind, float(attribute(event, "direction", 0.0)), terminal_count(event), alone)
+
+
+def with_rules_of(event: Any, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``function`` in the place of an event function, of which it has what is said of it, be that in itself, in its class or in a slot."""
+    for name in ("direction", "terminal", "reset", "name", "__name__"):
+        value = attribute(event, name)
+        if value is not None:
+            setattr(function, name, value)
+    return function
 
 
 def event_name(event: Any) -> str | None:
     """The name of an event, of a plain function its own."""
-    return getattr(event, "name", None) or getattr(event, "__name__", None)
+    return attribute(event, "name") or attribute(event, "__name__")
 
 
 def terminal_count(event: Any) -> int:
     """At which of its occurrences an event ends the solve, 0 for never; raises `InvalidInput` for what is no count."""
-    terminal = getattr(event, "terminal", None) or 0
+    terminal = attribute(event, "terminal") or 0
     if not isinstance(terminal, Real) or terminal % 1 != 0 or terminal < 0:
         raise InvalidInput(f"The `terminal` attribute of each event must be a boolean or positive integer, got {terminal!r}")
     return int(float(terminal))

@@ -28,6 +28,7 @@ from ..native.solve import frame_of
 from ..sensitivity import DiscreteAdjoint, Problem
 from ..sensitivity.consistent import Initial, rtol_of_search
 from ..sensitivity.prepared import Done, Prepared, Run, at_once, run_of
+from ..system.origins import attribute
 from ..system.ownership import owned
 from ..system.system import StateSpec, System
 from ..torch_internals import (
@@ -286,7 +287,7 @@ def _watched(events: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
         return (), ()
     try:
         listed = event_list(events)
-        return tuple(listed), tuple([(terminal_count(e), float(getattr(e, "direction", 0.0))) for e in listed])
+        return tuple(listed), tuple([(terminal_count(e), float(attribute(e, "direction", 0.0))) for e in listed])
     except (InvalidInput, TypeError, ValueError):
         return None
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from ..errors import InvalidInput
 from ..sensitivity.products import tangent, vjp
 from ..system.normalizing import composing
+from ..system.origins import attribute
 from ..system.system import StateSpec
 from ..system.transforms import anywhere
 from .event_data import Event
@@ -112,8 +113,8 @@ def rule_of(event: Any, i: int) -> Rule:
     name = event_name(event)
     title = f"event {name!r}" if name and name != "<lambda>" else f"events[{i}]"
     own = event.function if isinstance(event, Event) else event
-    direction = float(getattr(event, "direction", 0.0))
-    return Rule(own, direction, terminal_count(event), getattr(event, "reset", None), name, title)
+    direction = float(attribute(event, "direction", 0.0))
+    return Rule(own, direction, terminal_count(event), attribute(event, "reset"), name, title)
 
 
 def shifted(rule: Rule, shift: Tensor, extra: int) -> Callable[..., Tensor]:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InvalidInput
 from ..sensitivity.products import tangent
+from ..system.origins import attribute
 from ..system.split import SplitFunction
 from ..system.system import StateSpec
 from ..system.transforms import anywhere
@@ -29,7 +30,7 @@ __all__ = ["Progress", "Task", "mode_of", "needs_rounds", "task_of"]
 
 def needs_rounds(events: Any) -> bool:
     """Whether some event has a reset, or is no function at all."""
-    return any(isinstance(e, Doses) or getattr(e, "reset", None) is not None for e in listed(events))
+    return any(isinstance(e, Doses) or attribute(e, "reset") is not None for e in listed(events))
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def task_of(door: Callable[..., Solution], implicit: Callable[..., Solution] | N
     start = times.anchors[0] if spec.batch is not None else times.anchors[0, 0]
     rules: list[Rule | DoseRule] = []
     for i, event in enumerate(listed(events)):
-        title = f"{type(event).__name__.lower()} {event.name!r}" if getattr(event, "name", None) else f"events[{i}]"
+        title = f"{type(event).__name__.lower()} {event.name!r}" if attribute(event, "name") else f"events[{i}]"
         rules.append(event.rule(spec, start.detach(), title) if isinstance(event, Doses) else rule_of(event, i))
     doses = [rule for rule in rules if isinstance(rule, DoseRule)]
     if doses and implicit is not None:

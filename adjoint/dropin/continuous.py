@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import InvalidInput
 from ..sensitivity.backsolve import Backsolve, backsolve
 from ..system.capture import Substitute, cut_apart, leads_to, unknown_leaves
+from ..system.origins import attribute
 from ..system.witness import Witness
 from .event_gradient import through_event
 from .native import given_of, start_event
@@ -83,7 +84,7 @@ def continuous_adjoint(
 
     def backward(dynamics: Any, state: tuple[Tensor, ...], t: Tensor) -> Sequence[Tensor]:
         for name in _CALLBACKS:
-            callback = getattr(request.func, f"{name}_adjoint", None)
+            callback = attribute(request.func, f"{name}_adjoint")
             if callback is not None:
                 setattr(dynamics, name, callback)
         rtol, atol = (_augmented(x, request, state, shape) for x in (adjoint_rtol, adjoint_atol))

@@ -15,6 +15,7 @@ from ..doors.arguments import check_precision, flat_tolerance
 from ..errors import InvalidInput
 from ..integrate import Monitor, rms_norm
 from ..methods.adams import ADAMS_NAMES
+from ..system.origins import attribute
 from ..system.ownership import changed
 from ..system.system import StateSpec
 
@@ -114,7 +115,7 @@ def family_of(method: str) -> str:
 
 
 def _callback(func: Any, name: str) -> Callable[..., Any] | None:
-    value = getattr(func, name, None)
+    value = attribute(func, name)
     return value if callable(value) else None
 
 

@@ -13,7 +13,7 @@ from ..methods import Method
 from .clock import TimelineOfMany, TimelineOfOne, Verdict, initial_step, judge_step
 from .companion import QUIET, Beside, companion_of
 from .numbers import Decision, Measure, absent, any_of, choose, larger, negated, widened
-from .plan import Plan, shifted_times, tamed
+from .plan import Plan, shifted_times
 from .recording import Recording
 from .residual import inner_error
 from .stepper import Attempt, Equations, Fate
@@ -283,17 +283,23 @@ class OneStepOfMany(_OneStep):
             assert self.scaled is not None
             self.scaled = torch.where(self._spread(step.running), scaled, self.scaled)
             stalled = None if self._equations is None else self._equations.stuck
-            verdict = judge_step(plan, error, t, h.abs(), step.size, step.cut, self._rejected, self._memory, stalled)
-            trial.judged(verdict if self.companion is None else self._accompanied(step, times, y1, error, verdict))
+            judge = lambda error: judge_step(  # noqa: E731
+                plan, error, t, h.abs(), step.size, step.cut, self._rejected, self._memory, stalled
+            )
+            verdict = judge(error)
+            if self.companion is not None:
+                error = self._accompanied(step, times, y1, error, verdict)
+                verdict = verdict if error is None else judge(error)
+            trial.judged(verdict)
         else:
             # without an error estimate the state itself says when it stops being finite
             trial.bad = trial.hopeless = ~torch.isfinite(y1).all(-1)
             trial.passed = ~trial.bad
         return trial
 
-    def _accompanied(self, step: Attempt, times: Sequence[Tensor], y1: Tensor, error: Tensor, verdict: Verdict) -> Verdict:
-        """Steps that are too long for the companion refused, and those that follow bounded by its error."""
-        companion, controller, plan, scaled, y = self.companion, self.plan.control, self.plan, self.scaled, self.y
+    def _accompanied(self, step: Attempt, times: Sequence[Tensor], y1: Tensor, error: Tensor, verdict: Verdict) -> Tensor | None:
+        """The error of a step with that of the companion; None where this has nothing to say."""
+        companion, plan, scaled, y = self.companion, self.plan, self.scaled, self.y
         assert companion is not None and scaled is not None
         size = step.h * self._line.sign
         small = error <= QUIET
@@ -301,19 +307,16 @@ class OneStepOfMany(_OneStep):
         # of finished rows, whose steps have no size, and of a step that was cut short a small error says nothing
         quiet = small & step.running & ~(step.cut & (size < 0.5 * step.size)) if ahead > 0 else None
         if not companion.due(quiet is not None and any_of(quiet), longest):
-            return verdict
+            return None
         taken = step.running & verdict.passed
         quiet = torch.zeros_like(taken) if quiet is None else quiet & taken
         end = torch.where(self._spread(taken), y1, y)
         found = companion.error(times, step.h.to(plan.real).unsqueeze(-1), y, self._k1, scaled, taken, quiet, longest, end)
         if found is None:
-            return verdict
+            return None
         assert isinstance(found, Tensor)
-        passed = taken & (found <= 1.0)
-        companion.moved(passed)
-        up, down = controller.both(plan.method.error_order + 1, tamed(found), self._memory, size)
-        bounded = torch.where(passed, torch.minimum(verdict.step, size * up), verdict.step)
-        return verdict._replace(passed=passed, step=torch.where(taken & ~passed, size * down, bounded))
+        companion.moved(taken & (found <= 1.0))
+        return torch.where(taken, torch.maximum(error, found.to(error.dtype)), error)
 
     def follow(self, step: Attempt, trial: _Trial, size: Tensor, fate: Fate) -> Tensor:
         """See `Stepper.follow`."""

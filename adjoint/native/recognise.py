@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from ..system.origins import attribute
 from ..system.system import System, VmappedSystem
 from ..system.witness import beside, differs
 from ..torch_internals import get_data_attr, is_functorch_wrapped_tensor, most_graphs
@@ -45,8 +46,8 @@ _FEWEST_ROWS = 8
 def compile_key(fun: Callable[..., Any]) -> Hashable:
     """What makes two right-hand sides share compiled code: their Python code, with that of what they wrap, or for other callables their
     type."""
-    code = getattr(fun, "__code__", None) or getattr(getattr(fun, "__func__", None), "__code__", None)
-    inner = getattr(fun, "__wrapped__", None)
+    code = attribute(fun, "__code__") or attribute(attribute(fun, "__func__"), "__code__")
+    inner = attribute(fun, "__wrapped__")
     key: Hashable = code if code is not None else _kind_of(fun)
     return (key, compile_key(inner)) if callable(inner) and inner is not fun else key
 

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import CapturedTensorLost
 from ..integrate import Record
 from ..system.capture import stood_in_for
-from ..system.origins import closed_over
+from ..system.origins import attribute, closed_over
 from ..system.system import System, VmappedSystem
 from ..torch_internals import dual_level, is_functorch_wrapped_tensor, leaves_of, set_fwd_grad_enabled
 from .asked import LOST
@@ -108,8 +108,8 @@ def _in_reach(function: Any) -> Iterator[Tensor]:
             todo += x.values()
         elif isinstance(x, (list, tuple, set)):
             todo += x
-        elif hasattr(x, "__dict__"):
-            todo += vars(x).values()
+        elif (own := attribute(x, "__dict__")) is not None:
+            todo += own.values()
             todo += [m for name in ("forward", "__call__") if isinstance(m := getattr(type(x), name, None), FunctionType)]
 
 

@@ -15,7 +15,7 @@ from .. import torch_internals as internals
 from ..errors import AdjointError, CapturedTensorLost, UnsupportedCombination
 from ..torch_internals import below_jvp, leaves_of, mapped
 from .normalizing import NORMALIZATIONS
-from .origins import Home, alive, cut_apart, leads_to, listed, readable, saved_bytes, unknown_leaves
+from .origins import Home, alive, attribute, cut_apart, leads_to, listed, readable, saved_bytes, unknown_leaves
 from .remarks import called_by_us
 from .transforms import functorch_active, functorch_level, has_tangent, vmap_active
 
@@ -304,7 +304,7 @@ def find_captured(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], o
         found.update(used)
     inputs = {id(x) for x in leaves_of(point) if isinstance(x, Tensor)}
     for owner in owners:
-        module = owner if isinstance(owner, torch.nn.Module) else getattr(owner, "__self__", None)
+        module = owner if isinstance(owner, torch.nn.Module) else attribute(owner, "__self__")
         if isinstance(module, torch.nn.Module):
             found.update((id(p), p) for p in module.parameters() if id(p) not in inputs and is_differentiable(p))
     return Captured(list(found.values()), *flags)

@@ -17,6 +17,7 @@ from ..torch_internals import DisableFuncTorch, get_unwrapped, is_batchedtensor,
 __all__ = [
     "Home",
     "alive",
+    "attribute",
     "closed_over",
     "cut_apart",
     "has_unknown",
@@ -187,6 +188,18 @@ def readable(x: Tensor) -> bool:
     return True
 
 
+def attribute(thing: Any, name: str, default: Any = None) -> Any:
+    """An attribute of an object of the user's, or what stands for none: a ``__getattr__`` that looks into a table may say so by the error
+    of the table."""
+    try:
+        return getattr(thing, name, default)
+    except LookupError:
+        if any(name in kind.__dict__ for kind in type(thing).__mro__):
+            # there is one, which failed
+            raise
+        return default
+
+
 T = TypeVar("T")
 
 #: where a captured tensor was found: a module and the name of its parameter
@@ -249,7 +262,7 @@ def _parts(thing: Any) -> Iterable[Any]:
         return thing.values() if len(thing) <= 100 else ()
     if isinstance(thing, (type, ModuleType, Tensor)):
         return ()
-    own = getattr(thing, "__dict__", None)
+    own = attribute(thing, "__dict__")
     return own.values() if isinstance(own, dict) else ()
 
 

@@ -411,3 +411,28 @@ def test_precisions_that_forward_mode_mixes_are_named():
         torch.func.jvp(lambda y: end(y, True), (y0,), (y0,))
     along = torch.func.jvp(lambda y: end(y, False), (y0,), (y0,))[1]
     torch.testing.assert_close(along, torch.func.grad(lambda y: end(y, True))(y0).sum(), rtol=1e-3, atol=0.0)
+
+
+class Table:
+    """What it has stands in a table, by whose error it says what it has not."""
+
+    def __init__(self, **table):
+        self.__dict__["table"] = table
+
+    def __getattr__(self, name):
+        return self.table[name]
+
+    def __call__(self, t, y):
+        return self.rate * y
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_objects_whose_missing_attributes_are_other_errors(compile):
+    rate = torch.tensor(-0.5, dtype=torch.float64, requires_grad=True)
+    stop = Table(rate=torch.ones((), dtype=torch.float64))
+    sol = solve_ivp(Table(rate=rate), (0.0, 2.0), _one()[:1], method="rodas5p", events=stop, compile=compile, rtol=1e-6)
+    (found,) = torch.autograd.grad(sol.y[-1, 0], rate)
+    assert found.item() == pytest.approx(2 / math.e, rel=1e-4) and sol.status == 0
+    assert adjoint.odeint(Table(rate=rate), _one(), torch.tensor([0.0, 2.0]))[-1, 0].item() == pytest.approx(1 / math.e, rel=1e-4)
+    with pytest.raises(KeyError, match="lost"):
+        solve_ivp(decay, (0.0, 1.0), _one(), events=type("Broken", (Table,), {"terminal": property(lambda self: self.lost)})(rate=1.0))

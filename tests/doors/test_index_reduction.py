@@ -91,9 +91,14 @@ def test_states_of_any_structure_events_and_dense_output():
     y0 = {"x": torch.tensor(0.0), "v": torch.tensor(1.0), "a": torch.tensor(0.0), "f": torch.tensor(-1.0)}
     reduced = reduce_index(chain, y0)
     assert reduced.structural_index == 4
-    event = lambda t, y: y["f"]  # noqa: E731
-    event.terminal = True
-    sol = reduced.solve((0.0, 3.0), y0, events=event, dense_output=True, quadrature=lambda t, y: y["v"], max_step=0.2, **FINE)
+
+    class Stop:
+        terminal = True
+
+        def __call__(self, t, y):
+            return y["f"]
+
+    sol = reduced.solve((0.0, 3.0), y0, events=Stop(), dense_output=True, quadrature=lambda t, y: y["v"], max_step=0.2, **FINE)
     assert float(sol.t[-1]) == pytest.approx(math.pi / 2, abs=1e-8) and abs(float(sol.events[0].y["f"][0])) < 1e-8
     assert float(sol(torch.tensor(1.0))["a"]) == pytest.approx(-math.sin(1.0), abs=1e-6)
     assert float(sol.quadrature) == pytest.approx(1.0, abs=1e-7)

@@ -79,6 +79,29 @@ def test_the_same_as_the_residual():
     torch.testing.assert_close(one.y, two.y, rtol=1e-9, atol=1e-14)
 
 
+class Below:
+    """An event with its rules in the class."""
+
+    terminal = True
+
+    def __call__(self, t, y):
+        return y[0] - 0.5
+
+
+class BelowInSlots(Below):
+    __slots__ = ("direction",)
+
+    def __init__(self):
+        self.direction = -1
+
+
+@pytest.mark.parametrize("event", [Below, BelowInSlots])
+@pytest.mark.parametrize("method", ["radau5", "rodas5p"])
+def test_events_keep_their_rules_wherever_they_are(method, event):
+    sol = solve_ivp(lambda t, y: -y, (0.0, 2.0), tensor(1.0), method=method, mass_matrix=tensor(2.0).diag(), events=event())
+    assert sol.status == 1 and float(sol.t[-1]) == pytest.approx(2 * torch.tensor(2.0, dtype=F64).log().item(), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "options, error, match",
     [

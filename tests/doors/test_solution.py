@@ -231,7 +231,8 @@ def test_slope_of_dense_output_is_fun(method, batched):
     y, slope = torch.func.jvp(sol, (times,), (torch.ones_like(times),))
     for i, t in enumerate(times):
         rate = driven(t.expand(3) if batched else t, y[i], p)
-        assert torch.allclose(slope[i], rate, rtol=1e-3, atol=1e-4)
+        # on two stages it is a line within each step
+        assert torch.allclose(slope[i], rate, rtol=1e-3, atol=1e-3 if method == "gl4" else 1e-4)
 
 
 @pytest.mark.parametrize("batched", [False, True])

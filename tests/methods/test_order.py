@@ -84,4 +84,5 @@ def test_error_follows_the_tolerance(name):
             y = solve_ivp(_rate, (0.0, 2.0), torch.ones(2), method=name, rtol=tol, atol=tol).y[-1]
             errors.append(float((y - _exact(torch.tensor(2.0))).norm()))
     assert errors[1] < errors[0] / 5
-    assert errors[1] < 500 * 1e-6
+    # of first order: a thousand steps, each with an error of that size
+    assert errors[1] < (500 if METHODS[name].order > 1 else 2000) * 1e-6

@@ -86,6 +86,15 @@ def test_many_trajectories_of_implicit_methods(method):
     torch.testing.assert_close(found, truth[0].expand(2, -1), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("method, controller", [("tsit5", adjoint.PIController()), ("kvaerno3", None)])
+def test_controllers_that_remember_are_told_the_error_beside(method, controller):
+    # alone and as a row: the steps are the same
+    y0 = torch.zeros(2, requires_grad=True)
+    options = {"method": method, "controller": controller, **LOOSE}
+    alone, row = (adjoint.solve_ivp(linear(OSCILLATOR), (0.0, 4.0), y, batched=y.dim() > 1, **options) for y in (y0, y0.unsqueeze(0)))
+    assert alone.stats.n_steps == int(row.stats.n_steps[0]) > 10
+
+
 @pytest.mark.parametrize("stiffness", [30.0, 100.0])
 def test_a_slow_manifold_with_a_multistep_method(stiffness):
     y0 = torch.ones(1, requires_grad=True)
