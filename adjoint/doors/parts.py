@@ -216,7 +216,7 @@ def flat_event(event: Callable[..., Tensor], system: System, user_spec: StateSpe
     return Event(bind, float(attribute(event, "direction", 0.0)), terminal_count(event), alone)
 
 
-def with_rules_of(event: Any, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def with_rules_of(event: Any, function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` in the place of an event function, of which it has what is said of it, be that in itself, in its class or in a slot."""
     for name in ("direction", "terminal", "reset", "name", "__name__"):
         value = attribute(event, name)

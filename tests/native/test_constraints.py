@@ -152,7 +152,8 @@ class TestAgainstEager:
         solve, method = form
         mine, _ = agree(solve, 1e-6, rows=rows, method=method, events=[rises, ends], quadrature=lambda t, y, p: y[..., 0] * y[..., 2])
         assert bool((torch.as_tensor(mine.status) == 1).all()) and mine.events[1].t.numel() == max(rows, 1)
-        agree(solve, 1e-6, rows=rows, method=method, t_eval="steps")
+        # one of them comes to steps of 1e-7, whose rounding the derivative in the matrix shows
+        agree(solve, 1e-5 if method == "rodas3p" else 1e-6, rows=rows, method=method, t_eval="steps")
         mine, theirs = agree(solve, rows=rows, method=method, dense_output=True)
         torch.testing.assert_close(mine(1.234), theirs(1.234), rtol=1e-7, atol=1e-7)
 
