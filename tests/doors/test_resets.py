@@ -62,17 +62,19 @@ def test_a_ball_that_bounces(method):
 
 #: where restarts at the first order leave errors of the size of the tolerance
 FINER = {"bdf": {"rtol": 1e-11, "atol": 1e-13}}
+#: and contacts, of which each takes long
+FEWER = {"bdf": 6}
 
 
 @pytest.mark.parametrize("method", ["tsit5", *(pytest.param(m, marks=pytest.mark.slow) for m in FAMILIES[1:])])
 def test_twenty_contacts(method):
     h, e, g = inputs = values(2.0, 0.8, 9.81)
-    keys = options(method) | FINER.get(method, {})
-    sol = solve_ivp(right(method), (0.0, between(20, *inputs)), torch.stack([h, 0 * h]), (e, g), events=BOUNCE, **keys)
+    keys, many = options(method) | FINER.get(method, {}), FEWER.get(method, 20)
+    sol = solve_ivp(right(method), (0.0, between(many, *inputs)), torch.stack([h, 0 * h]), (e, g), events=BOUNCE, **keys)
     record = sol.events["bounce"]
-    times = torch.stack([contact(k, *inputs) for k in range(1, 21)])
+    times = torch.stack([contact(k, *inputs) for k in range(1, many + 1)])
     compared(record.t, times, inputs)
-    compared(sol.y[-1], flight(between(20, *inputs), 20, *inputs), inputs)
+    compared(sol.y[-1], flight(between(many, *inputs), many, *inputs), inputs)
     assert torch.allclose(record.after[:, 1], -e * record.y[:, 1]) and float(record.y[:, 0].detach().abs().max()) < 1e-11
 
 
