@@ -19,6 +19,7 @@ from ..system.transforms import functorch_active
 from .arguments import check_callable
 from .dae import solve_dae
 from .parts import with_rules_of
+from .round_task import needs_rounds
 from .solution import EventLog, Solution
 
 __all__ = ["ReducedDAE", "reduce_index"]
@@ -143,16 +144,21 @@ class ReducedDAE:
 
         At the start the values of the variables that stay differential are kept, the others (and all derivatives) are solved for.
         Where the choice of dummy derivatives wears out (a pendulum that swings through the horizontal) the solve goes on from there with
-        the best choice at that place; a first solve without derivatives finds these times, if there is a choice at all. Not supported
-        in batches, under transforms, and together with events, dense output, quadrature, ``step_ts`` and ``t_eval="steps"``:
+        the best choice at that place; a first solve without derivatives finds these times, if there is a choice at all. It does not go
+        on in batches, under transforms, and together with events, dense output, quadrature, ``step_ts`` and ``t_eval="steps"``:
         `UnsupportedCombination` then says at what time the choice would have to change.
-        ``options`` are those of `solve_dae`.
+        ``options`` are those of `solve_dae`; events with a reset, and doses, raise `UnsupportedCombination`.
         """
         for name in ("consistent", "differential", "jac_sparsity"):
             if name in options:
                 raise InvalidInput(f"{name}= is decided here: use solve_dae with residual and initial for a choice of your own")
         if bool(options.get("batched", False)) != (self._spec.batch is not None):
             raise InvalidInput("batched= must be as it was for reduce_index")
+        if needs_rounds(options.get("events")):
+            raise UnsupportedCombination(
+                "events with a reset, and doses, are not supported here: end at the event (terminal=True), or at the time of the dose, and "
+                "solve on from the state that follows"
+            )
         z0, _ = self.initial(y0, yp0)
         for name in ("events", "quadrature"):
             if options.get(name) is not None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from adjoint import HigherIndexDAE, InvalidInput, UnsupportedCombination, reduce_index, solve_dae
+from adjoint import Doses, Event, HigherIndexDAE, InvalidInput, UnsupportedCombination, reduce_index, solve_dae
 
 from ..helpers.dae_problems import ROBERTSON_P, ROBERTSON_Y0, robertson
 
@@ -102,6 +102,15 @@ def test_states_of_any_structure_events_and_dense_output():
     assert float(sol.t[-1]) == pytest.approx(math.pi / 2, abs=1e-8) and abs(float(sol.events[0].y["f"][0])) < 1e-8
     assert float(sol(torch.tensor(1.0))["a"]) == pytest.approx(-math.sin(1.0), abs=1e-6)
     assert float(sol.quadrature) == pytest.approx(1.0, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    "event", [Event(lambda t, y: y[0] - 0.5, reset=lambda t, y: -y), Doses(torch.tensor([0.5]), torch.tensor([1.0]), 0)]
+)
+def test_resets_and_doses_are_refused_by_name(event):
+    f = lambda t, y, yp: torch.stack([yp[0] + y[0], y[1] - y[0]])  # noqa: E731
+    with pytest.raises(UnsupportedCombination, match="reset"):
+        reduce_index(f, torch.ones(2)).solve((0.0, 1.0), torch.ones(2), events=event)
 
 
 def test_structurally_singular():
