@@ -33,7 +33,7 @@ def test_equals_one_by_one(method, t_eval):
         q = p[i].detach().requires_grad_()
         alone = solve_ivp(lotka_volterra, (0.0, 2.0), u[i], (q,), **kwargs)
         # controllers of tensors work in single precision, so steps differ in the eighth digit, and results by that much of an error
-        assert torch.allclose(together.y[:, i], alone.y, rtol=1e-9, atol=1e-11)
+        assert torch.allclose(together.y[:, i], alone.y, rtol=1e-9 if METHODS[method].order > 1 else 1e-8, atol=1e-11)
         assert torch.allclose(grads[i], torch.autograd.grad(alone.y.square().sum(), q)[0], rtol=1e-7)
         assert int(together.stats.n_accepted[i]) == alone.stats.n_accepted
         assert int(together.stats.n_rejected[i]) == alone.stats.n_rejected

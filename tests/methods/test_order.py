@@ -26,7 +26,7 @@ def _exact(t):
 
 
 def _step_counts(order):
-    coarse = {1: 128, 2: 64, 3: 48, 4: 32, 5: 20, 7: 6, 8: 5, 9: 4}[order]
+    coarse = {1: 128, 2: 64, 3: 48, 4: 32, 5: 20, 6: 6, 7: 6, 8: 5, 9: 4}[order]
     return [coarse * 2, coarse * 3, coarse * 4]
 
 
@@ -45,7 +45,11 @@ def test_order_of_the_steps(name):
     with torch.no_grad():
         for n in _step_counts(method.order):
             h = 2.0 / n
-            sol = solve_ivp(_rate, (0.0, 2.0), torch.ones(2), t_eval="steps", **constant_steps(name, h))
+            given = constant_steps(name, h)
+            # iterations for coupled stages end by the tolerance: as fine as the error that it is held against lets these steps be
+            fine = {"radau5": 0.16 * h**4, "gl6": 1e-12}.get(name)
+            given |= {} if fine is None else {"rtol": fine, "atol": fine}
+            sol = solve_ivp(_rate, (0.0, 2.0), torch.ones(2), t_eval="steps", **given)
             sizes.append(h)
             errors.append(float((sol.y - _exact(sol.t)).norm(dim=-1).max()))
     observed = _observed(sizes, errors)
@@ -60,8 +64,8 @@ def test_order_of_the_dense_output(name):
     q = method.tableau.dense_order
     sizes, errors = [], []
     with torch.no_grad():
-        # the asymptotic range of the Rosenbrock methods begins late
-        small = (0.025, 0.018, 0.0125) if name.startswith("rodas") else (0.1, 0.07, 0.05)
+        # the asymptotic range of these begins late
+        small = (0.025, 0.018, 0.0125) if name.startswith(("rodas", "kvaerno5")) else (0.1, 0.07, 0.05)
         for h in (0.4, 0.28, 0.2) if q > 5 else small:
             worst = 0.0
             for start in (0.3, 0.9, 1.4):

@@ -313,6 +313,11 @@ def truth(case: Case) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("case", cases())
 def test_against_the_closed_form(case):
+    if case.method == "bdf" and case.output == "samples" and case.second_order:
+        # the first one lies in a step of first order
+        with pytest.raises(InvalidInput, match="straight line"):
+            derivatives(case, solved)
+        return
     got, want = derivatives(case, solved), truth(case._replace(method=next(m for m in METHODS if METHODS[m][0] == case.kind)))
     assert len(got) == len(want)
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
