@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -155,7 +155,7 @@ class DoseRule:
             return at, at.y
         added = self._summed(torch.where(on, self.sizes, 0.0))
         y = tree_map(torch.add, at.y, added)
-        return Boundary(at.t, y, at.mode, at.yp), y
+        return replace(at, y=y), y
 
     def rate(self, given: Tensor) -> Any:
         """What infusions add to the slope, as a state."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,7 +37,10 @@ class Taken:
 @dataclass(frozen=True)
 class Piece:
     """A round: its solution, whose it was ``(R)``, from when to when ``(R)``, from which state, what there was at its end before and after
-    the resets; of every rule to which trajectories it was applied, the record of the round, and the states that it gave."""
+    the resets; of every rule to which trajectories it was applied, the record of the round, and the states that it gave.
+
+    ``arrived``: what was after the resets, at the end of the solve where the round ended there. ``beyond``: states and slopes after the
+    resets as functions of times, and where they are wanted. ``begun``: whose round had no length, in implicit equations."""
 
     sol: Solution
     going: Tensor
@@ -45,10 +49,18 @@ class Piece:
     y0: Any
     left: Boundary
     right: Boundary
+    arrived: Boundary
+    beyond: Callable[[Tensor, Tensor], tuple[Any, Any]]
+    begun: Tensor
     hits: Sequence[Tensor]
     records: Sequence[EventRecord]
     states: Sequence[Any]
     taken: Taken | None
+
+    @cached_property
+    def hit(self) -> Tensor:
+        """Where ``(R)`` anything happened at its end."""
+        return torch.stack([*self.hits, torch.zeros_like(self.going)]).any(0)
 
 
 def joined(
@@ -66,12 +78,11 @@ def joined(
         t = torch.stack(ends) if own or not batched else times.shown
         begun = tree_map(lambda x: x[0], _values(first.sol))
         for piece in pieces:
-            there = piece.going & (piece.stop == first.start).detach()
-            there = there & torch.stack([*piece.hits, torch.zeros_like(there)]).any(0)
+            there = piece.going & piece.hit & (piece.stop == first.start).detach()
             if not anywhere(there):
                 break
-            begun = chosen(there, _values(piece.right, first.sol), begun)
-        values = tree_map(lambda a, b: torch.stack([a, b]), begun, _values(last, first.sol))
+            begun = chosen(there, piece.beyond(first.start, there)[: len(begun)], begun)
+        values = tree_map(lambda a, b: torch.stack([a, b]), begun, (last.y, last.yp)[: len(begun)])
     else:
         assert times.shown is not None
         t, values = times.shown, _samples(times, pieces, batched)
@@ -95,9 +106,9 @@ def joined(
     )
 
 
-def _values(of: Solution | Boundary, like: Solution | None = None) -> tuple[Any, ...]:
-    """States, and of implicit equations slopes, of a solution or at one time (``like`` what solution)."""
-    return (of.y,) if (like or of).yp is None else (of.y, of.yp)
+def _values(sol: Solution) -> tuple[Any, ...]:
+    """States, and of implicit equations slopes."""
+    return (sol.y,) if sol.yp is None else (sol.y, sol.yp)
 
 
 def _samples(times: Times, pieces: Sequence[Piece], batched: bool) -> Any:
@@ -117,10 +128,11 @@ def _samples(times: Times, pieces: Sequence[Piece], batched: bool) -> Any:
         at_end = ahead.abs() <= 8 * torch.finfo(torch.float64).eps * here.detach().abs()
         # what is at the end of a round is that of the next one; of the last one, it has gone through its resets
         mine = taken.inside & ((ahead <= 0) | at_end) & ~(at_end & more)
-        moved = at_end & torch.stack([*piece.hits, torch.zeros_like(piece.going)]).any(0)
+        moved = mine & at_end & (piece.hit | piece.begun)
         values = tree_map(lambda x: x[1:-1], _values(piece.sol))
         if anywhere(moved):
-            values = tree_map(lambda x, y, on=moved: chosen(on, y.expand_as(x), x), values, _values(piece.right, piece.sol))
+            there = piece.beyond(here, moved)[: len(values)]
+            values = tree_map(lambda x, y, on=moved: chosen(on, y.expand_as(x), x), values, there)
         if out is None:
             out = tree_map(lambda x: x.new_full((len(every), *x.shape[1:]), no_number(x)), values)
         out = tree_map(
@@ -139,10 +151,16 @@ def _steps(pieces: Sequence[Piece], ragged: bool) -> tuple[Tensor, Any]:
     for k, piece in enumerate(pieces):
         t, y = piece.sol.t, _values(piece.sol)
         more = torch.zeros_like(piece.going) if k + 1 == len(pieces) else pieces[k + 1].going
-        ends = piece.going & torch.stack([*piece.hits, torch.zeros_like(piece.going)]).any(0) & ~more
+        end, states = piece.arrived.t.to(t.dtype), (piece.arrived.y, piece.arrived.yp)[: len(y)]
+        resting = piece.begun & ~piece.hit
+        if anywhere(resting):
+            present = ~t.detach().isnan()
+            there = present & (present.cumsum(0) == present.sum(0)) & resting
+            t, y = torch.where(there, end, t), tree_map(lambda a, b, on=there: chosen(on, b.unsqueeze(0).expand_as(a), a), y, states)
+        ends = piece.going & piece.hit & ~more
         if anywhere(ends):
-            t = torch.cat([t, chosen(ends, piece.stop.to(t.dtype), torch.full_like(piece.stop, float("nan"), dtype=t.dtype)).unsqueeze(0)])
-            y = tree_map(lambda a, b: torch.cat([a, b.unsqueeze(0)]), y, _values(piece.right, piece.sol))
+            t = torch.cat([t, chosen(ends, end, torch.full_like(end, float("nan"))).unsqueeze(0)])
+            y = tree_map(lambda a, b: torch.cat([a, b.unsqueeze(0)]), y, states)
         parts.append((t, y))
         gone.append(t.detach().isnan() | ~piece.going)
     t, y = gathered(parts, gone, ragged)
@@ -158,9 +176,10 @@ def _events(rules: Sequence[Rule | DoseRule], pieces: Sequence[Piece], ragged: b
             record, state = piece.records[i], piece.states[i]
             tree = [record.t, record.y]
             if rule.resets:
-                # of implicit equations the consistent one, after all that happened there
-                state = state if state is None or piece.right.yp is None else piece.right.y
                 lines = record.t.shape[0] if state is not None else 0
+                if lines and piece.right.yp is not None:
+                    # of implicit equations the consistent one, after all that happened there
+                    state = piece.beyond(record.t[0].to(piece.stop.dtype), piece.hits[i])[0]
                 tree.append(tree_map(lambda x, n=lines: x.unsqueeze(0)[:n], piece.right.y if state is None else state))
             parts.append(tuple(tree))
             gone.append(record.t.detach().isnan() | ~piece.going)
@@ -211,9 +230,12 @@ def _interpolant(times: Times, pieces: Sequence[Piece], last: Boundary, batched:
             within = (now >= low) & (now <= high)
             value = piece.sol(torch.where(mine & within, full, torch.where(now < low, low, torch.where(now > high, high, now))))
             out = value if out is None else chosen(mine, value, out)
-        final = (sign * (now - last.t) >= 0) & torch.stack([*pieces[-1].hits, torch.zeros_like(pieces[-1].going)]).any(0)
-        if side == "right" and anywhere(final):
-            out = tree_map(lambda x, y: torch.where(wide(final, x), y.expand_as(x), x), out, last.y)
+            # the last round of a trajectory, which has gone through its resets
+            final = piece.going & (piece.hit | piece.begun) & (sign * (now - last.t) >= 0)
+            final = final & ~pieces[k + 1].going if k + 1 < len(pieces) else final
+            if side == "right" and anywhere(final):
+                there = piece.beyond(full, final)[0]
+                out = tree_map(lambda x, y, on=final: chosen(on, y.expand_as(x), x), out, there)
         return tree_map(lambda x: x[0], out) if lone else out
 
     return at

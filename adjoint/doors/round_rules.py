@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,12 +31,14 @@ _TIMES = 8.0
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where rounds meet: time ``(R)``, state and mode of every trajectory, before or after the resets; of implicit equations the slopes."""
+    """Where rounds meet: time ``(R)``, state and mode of every trajectory, before or after the resets; of implicit equations the slopes.
+    ``integral``: what is added to the integrals up to there, if anything."""
 
     t: Tensor
     y: Any
     mode: tuple[Any, ...]
     yp: Any = None
+    integral: Any = None
 
     def still(self) -> Boundary:
         return Boundary(still(self.t), still(self.y), still(self.mode), None if self.yp is None else still(self.yp))
@@ -79,7 +81,7 @@ class Rule:
             given, new = given
             mode = (like_mode(new, at.mode[0], f"the mode that the reset of {self.title} returned"),)
         spec.check(given, f"what the reset of {self.title} returned")
-        return Boundary(at.t, chosen(on, given, at.y), chosen(on, mode, at.mode) if at.mode else (), at.yp), given
+        return replace(at, y=chosen(on, given, at.y), mode=chosen(on, mode, at.mode) if at.mode else ()), given
 
 
 def like_mode(new: Any, old: Any, what: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
@@ -125,7 +125,7 @@ class Task:
         none = RoundSpan(t, t, torch.ones_like(changed))
         sol = self.implicit(fun, none, y, args=args, consistent="solve", **known)
         y, yp = (tree_map(lambda x: x[0], part) for part in (sol.y, sol.yp))
-        return Boundary(at.t, chosen(lost, at.y, y), at.mode, yp)
+        return replace(at, y=chosen(lost, at.y, y), yp=yp)
 
     @property
     def _dae(self) -> bool:

@@ -23,9 +23,9 @@ from ..sensitivity.undeclared import once
 from ..system.capture import readable
 from ..system.transforms import anywhere, unwrapped
 from .arguments import RoundSpan
-from .dose_ties import given_apart, slopes, ties
+from .dose_ties import given_apart, ties
 from .progress import in_parts
-from .round_empty import along
+from .round_course import Course, slopes
 from .round_ends import check_rules, ended_before, takes_events, with_events
 from .round_results import Piece, Taken, joined
 from .round_rules import Boundary, Rule, off_zero, rearmed, shifted
@@ -112,19 +112,25 @@ def _round(task: Task, run: Progress) -> None:
     on, piece = _resets(task, run, sol, hits, left, going & ~failed, begun)
     happened = torch.stack([torch.zeros_like(going), *(hit for rule, hit in zip(task.rules, piece[0], strict=True) if rule.ends)]).any(0)
     on = task.settled(on, task.infused(run.given), happened, lost | failed, origin)
-    if anywhere(begun):
-        sol, on = along(task, run, sol, taken, on, begun, happened, ~going | failed)
     counts = [count + hit for count, hit in zip(run.counts, hits, strict=True)]
     none = torch.zeros_like(going)
     ended = torch.stack([none, *(hit for rule, hit in zip(task.watched, hits, strict=True) if rule.ends)]).any(0)
     reached = [(count >= rule.terminal) & hit for rule, count, hit in zip(task.watched, counts, hits, strict=True) if rule.terminal]
     stop = torch.stack([none, *reached]).any(0)
-    run.pieces.append(Piece(sol, going, t, on.t, y, left, on, *piece, taken))
-    run.status = torch.where(going, torch.where(failed, status, torch.where(stop, int(Status.TERMINAL_EVENT), 0)), run.status)
-    yp = chosen(going, on.yp, at.yp) if on.yp is not None and at.yp is not None else on.yp
-    run.at = Boundary(chosen(going, on.t, at.t), chosen(going, on.y, at.y), chosen(going, on.mode, at.mode) if at.mode else (), yp)
     # a time that a trajectory is at already is its end
-    run.going = going & ~stop & ~failed & (on.t != task.end).detach()
+    final = going & ~stop & ~failed & (on.t == task.end).detach()
+    course, arriving = Course(task, on, task.infused(run.given), ~going | failed), final & (happened | begun)
+    arrived = course.by(torch.where(arriving, task.end - on.t, 0.0)) if anywhere(arriving) else on
+    if arrived is not on:
+        arrived = task.settled(arrived, course.infused, arriving, ~arriving, origin)
+    if arrived.integral is not None:
+        sol = replace(sol, quadrature=tree_map(torch.add, sol.quadrature, arrived.integral))
+    run.pieces.append(Piece(sol, going, t, on.t, y, left, on, arrived, course.to, begun, *piece, taken))
+    run.status = torch.where(going, torch.where(failed, status, torch.where(stop, int(Status.TERMINAL_EVENT), 0)), run.status)
+    mode, last = chosen(going, on.mode, at.mode) if at.mode else (), arrived
+    yp = chosen(going, last.yp, at.yp) if last.yp is not None and at.yp is not None else last.yp
+    run.at = Boundary(chosen(going, last.t, at.t), chosen(going, last.y, at.y), mode, yp)
+    run.going = going & ~stop & ~failed & ~final
     run.counts, run.happened = counts, run.happened + ended
     short = (on.t - t).detach().abs() <= task.resolution
     run.stalled = torch.where(short & ended, run.stalled + 1, 0)
@@ -149,6 +155,7 @@ def _resets(
     due = [
         alive & ~given & ((rule.stops - left.t).detach() <= task.resolution) for rule, given in zip(task.doses, run.given, strict=True)
     ]
+    came = Course(task, left, task.infused(run.given), ~alive)
     tied = ties(task, due, hits, begun & alive, left.t) if due else begun
     watched, doses = iter(zip(hits, sol.events, strict=True)), iter(range(len(task.doses)))
     for rule in task.rules:
@@ -159,8 +166,9 @@ def _resets(
             k = next(doses)
             hit, t, y = due[k].any(0), left.t, left.y
             if anywhere(hit & tied):
-                on, given, way, y = given_apart(task, run, k, due[k], on, tied, ~alive)
-                t = t + way
+                on, given, way = given_apart(task, run, k, due[k], on, tied, ~alive)
+                before = came.by(way)
+                t, y = before.t, before.y
             else:
                 on, given = rule.applied(due[k], on)
                 run.given[k] = run.given[k] | due[k]
@@ -173,7 +181,7 @@ def _resets(
     bad = alive & ~torch.isfinite(task.spec.flatten(still(on.y))).all(-1).reshape(alive.shape)
     if anywhere(bad):
         # nothing goes on from there, and what the way back says of that is nothing for the rounds before, nor for parameters shared in them
-        on = Boundary(on.t, chosen(bad, tree_map(lambda x: torch.full_like(x.detach(), no_number(x)), on.y), on.y), on.mode, on.yp)
+        on = replace(on, y=chosen(bad, tree_map(lambda x: torch.full_like(x.detach(), no_number(x)), on.y), on.y))
     return on, (every, records, states)
 
 

@@ -373,10 +373,3 @@ def test_doses_into_algebraic_variables_are_refused(method, rate):
     p = tuple(values(0.3, 0.5, 0.2))
     with pytest.raises(adjoint.InvalidInput, match=r"y\[2\], which is an algebraic variable"):
         solved(method, torch.zeros(3), p, events=Doses([0.5], 1.0, 2, rate=rate))
-
-
-def test_integrals_beside_several_at_one_time_are_refused():
-    times = torch.tensor([0.5, 0.5], requires_grad=True)
-    doses = adjoint.Doses(times, torch.tensor([1.0, 0.7]), 0)
-    with pytest.raises(adjoint.UnsupportedCombination, match="carry the integral"):
-        adjoint.solve_ivp(lambda t, y: -y, (0.0, 1.0), torch.ones(1), events=doses, quadrature=lambda t, y: y.sum())

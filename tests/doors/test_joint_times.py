@@ -1,0 +1,131 @@
+"""Doses and resets at the start, at the end, at a sample, and beside each other: every time moves alone, integrals with it.
+
+The truth is the flow of ``y' = -k y + t`` and its integral in closed form, from each thing that happens to the next one.
+"""
+
+import pytest
+import torch
+
+import adjoint
+from adjoint import Doses, Event
+
+START = {"x": 0.7, "k": 0.8, "t0": 0.25, "end": 1.25, "sample": 1.25, "when": 1.25, "a": 0.5, "other": 1.25, "c": 0.4}
+CASES = {
+    "a bolus at the end": ("bolus", {}),
+    "an infusion from the end": ("infusion", {}),
+    "a reset at the end": ("reset", {}),
+    "a bolus and a reset at the end": ("bolus reset", {}),
+    "a bolus at the start": ("bolus", {"when": 0.25, "sample": 0.25}),
+    "a reset and a bolus at a sample": ("reset bolus", {"when": 0.75, "other": 0.75, "sample": 0.75}),
+    "two within": ("bolus second", {"when": 0.5, "other": 0.5}),
+}
+D = {"dtype": torch.float64}
+
+
+def flow(z, t, s, k, r):
+    y, q = z
+    at = lambda u: (u + r) / k - 1 / k**2  # noqa: E731
+    gap, fading = y - at(t), torch.exp(-k * (s - t))
+    return at(s) + gap * fading, q + (s**2 - t**2) / (2 * k) + (r / k - 1 / k**2) * (s - t) + gap * (1 - fading) / k
+
+
+def truth(kinds, v, s):
+    """State and integral at ``s``."""
+    z, t, r = (v["x"], torch.zeros((), **D)), v["t0"], 0.0
+    for kind in kinds.split():
+        then = v["other"] if kind in ("reset", "second") else v["when"]
+        if float(then) > float(s):
+            continue
+        z, t = flow(z, t, then, v["k"], r), then
+        if kind == "infusion":
+            r = v["a"] / 2
+        else:
+            z = (v["c"] * z[0] if kind == "reset" else z[0] + v["a"], z[1])
+    return flow(z, t, s, v["k"], r)
+
+
+def solved(kinds, v, door, batched, sampled, **options):
+    events = []
+    for kind in kinds.split():
+        if kind == "reset":
+            events.append(Event(lambda t, y: t - v["other"] + 0 * y[..., 0], reset=lambda t, y: v["c"] * y))
+        else:
+            then = v["other" if kind == "second" else "when"].reshape(1)
+            events.append(Doses(then, v["a"], 0, duration=2.0 if kind == "infusion" else None, name=kind))
+    y0 = v["x"].expand(2, 1) if batched else v["x"].reshape(1)
+    t_eval = v["sample"].reshape(1) if sampled else None
+    tol = 1e-7 if door == "dae" else 1e-10
+    given = {"events": events, "t_eval": t_eval, "batched": batched, "quadrature": lambda t, y: y[..., 0], "rtol": tol, "atol": tol / 100}
+    fun = lambda t, y: -v["k"] * y + t.unsqueeze(-1)  # noqa: E731
+    span = v["t0"], v["end"]
+    if door == "dae":
+        return adjoint.solve_dae(lambda t, y, yp: 2 * (yp - fun(t, y)), span, y0, **given, **options)
+    return adjoint.solve_ivp(fun, span, y0, method="verner7", **given, **options)
+
+
+def seen(kinds, v, door, batched, **options):
+    sol, sampled = (solved(kinds, v, door, batched, sampled, **options) for sampled in (False, True))
+    pick = (lambda x: x[1]) if batched else (lambda x: x)
+    return torch.stack([*(pick(y)[0] for y in (*sol.y, sampled.y[0])), pick(sol.quadrature)])
+
+
+def right(kinds, v):
+    return torch.stack([*(truth(kinds, v, v[name])[0] for name in ("t0", "end", "sample")), truth(kinds, v, v["end"])[1]])
+
+
+def jacobians(function, x, second):
+    found = [function(x), torch.func.jacrev(function)(x)]
+    return [*found, torch.func.jacfwd(torch.func.jacrev(function))(x)] if second else found
+
+
+#: with implicit equations
+FEW = ("a bolus at the end", "a reset at the end", "a bolus at the start", "two within")
+ALL = [*((case, "ode", batched) for case in CASES for batched in (False, True)), *((case, "dae", False) for case in FEW)]
+
+
+@pytest.mark.parametrize(("case", "door", "batched"), ALL)
+def test_every_time_moves_alone(case, door, batched):
+    kinds, change = CASES[case]
+    x = torch.tensor(list((START | change).values()), **D)
+    named = lambda x: dict(zip(START, x.unbind(), strict=True))  # noqa: E731
+    # second derivatives of one
+    twice = door == "ode" or case == "a reset at the end"
+    found = jacobians(lambda x: seen(kinds, named(x), door, batched), x, twice)
+    wanted = jacobians(lambda x: right(kinds, named(x)), x, twice)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gradient", [adjoint.InterpolatingAdjoint(rtol=1e-9, atol=1e-11), adjoint.ForwardSensitivity(), adjoint.Backprop()])
+@pytest.mark.parametrize("case", ["a bolus at the end", "a reset at the end", "two within"])
+def test_by_other_strategies(case, gradient):
+    kinds, change = CASES[case]
+    leaves = {name: torch.tensor(x, **D, requires_grad=True) for name, x in (START | change).items()}
+    found, wanted = seen(kinds, leaves, "ode", False, gradient=gradient), right(kinds, leaves)
+    for a, b in zip(found, wanted, strict=True):
+        one, other = (torch.autograd.grad(y, list(leaves.values()), materialize_grads=True, retain_graph=True) for y in (a, b))
+        torch.testing.assert_close(torch.stack(one), torch.stack(other), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("door", ["ode", "dae"])
+def test_of_rows_that_end_before_others(door):
+    """Of a ragged batch the first row has a dose at its end, and the last one has no length: dense output, records."""
+    t0, when, ends = torch.tensor(0.25, **D), torch.tensor(0.75, **D, requires_grad=True), torch.tensor([0.75, 1.25, 0.25], **D)
+    ends = ends.requires_grad_()
+    k, size = torch.tensor(0.8, **D), torch.tensor(0.5, **D)
+    fun = lambda t, y: -k * y  # noqa: E731
+    options = {"events": [Doses(when.reshape(1), size, 0)], "batched": True, "rtol": 1e-8, "atol": 1e-10, "dense_output": True}
+    span, y0 = (t0.expand(3), ends), torch.ones(3, 1, **D)
+    if door == "dae":
+        sol = adjoint.solve_dae(lambda t, y, yp: yp - fun(t, y), span, y0, **options)
+    else:
+        sol = adjoint.solve_ivp(fun, span, y0, **options)
+    times = ends.detach().clone().requires_grad_()
+    for y, at in ((sol.y[-1, :, 0], ends), (sol(times.unsqueeze(0))[0, :, 0], times)):
+        faded = torch.exp(-k * (at - t0))
+        wanted = faded + torch.where(at >= when, size * torch.exp(-k * (at - when)), 0.0)
+        torch.testing.assert_close(y, wanted, rtol=1e-6, atol=1e-6)
+        for a, b in zip(*(torch.autograd.grad(z.sum(), [at, when], retain_graph=True) for z in (y, wanted)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    before, after = (torch.autograd.grad(x[0, 0, 0], when, retain_graph=True)[0] for x in (sol.events[0].y, sol.events[0].after))
+    assert float(before) == pytest.approx(-0.8 * float(torch.exp(-k * 0.5)), rel=1e-5) and float(after) == pytest.approx(float(before))
