@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..errors import EventsAccumulate, SolveError
+from ..errors import EventsAccumulate, NonFiniteState, SolveError
 from ..integrate import Monitor, Status
 from ..sensitivity.undeclared import once
 from ..system.capture import readable
@@ -111,7 +111,9 @@ def _round(task: Task, run: Progress) -> None:
     left = _left(task, sol, hits, Boundary(end, last, at.mode, slope))
     on, piece = _resets(task, run, sol, hits, left, going & ~failed, begun)
     happened = torch.stack([torch.zeros_like(going), *(hit for rule, hit in zip(task.rules, piece[0], strict=True) if rule.ends)]).any(0)
-    on = task.settled(on, task.infused(run.given), happened, lost | failed, origin)
+    bad = _bad(task, on, going & ~failed, piece[0])
+    status, failed = torch.where(bad, int(Status.NON_FINITE), status), failed | bad
+    on = _given_up(task.settled(on, task.infused(run.given), happened, lost | failed, origin), failed)
     counts = [count + hit for count, hit in zip(run.counts, hits, strict=True)]
     none = torch.zeros_like(going)
     ended = torch.stack([none, *(hit for rule, hit in zip(task.watched, hits, strict=True) if rule.ends)]).any(0)
@@ -134,7 +136,7 @@ def _round(task: Task, run: Progress) -> None:
     run.counts, run.happened = counts, run.happened + ended
     short = (on.t - t).detach().abs() <= task.resolution
     run.stalled = torch.where(short & ended, run.stalled + 1, 0)
-    _check_progress(task, run, hits)
+    _check_progress(task, run, piece[0])
     away = [off_zero(rule, hit, left, task.args) for rule, hit in zip(task.watched, hits, strict=True)]
     run.off = [torch.where(short & ~hit, was, now) for hit, was, now in zip(hits, run.off, away, strict=True)]
     run.fired = [(now | (short & was)) & run.going for now, was in zip(_at_end(task, hits, sol, on.t, going), run.fired, strict=True)]
@@ -178,11 +180,37 @@ def _resets(
         every.append(hit)
         records.append(record)
         states.append(given)
-    bad = alive & ~torch.isfinite(task.spec.flatten(still(on.y))).all(-1).reshape(alive.shape)
-    if anywhere(bad):
-        # nothing goes on from there, and what the way back says of that is nothing for the rounds before, nor for parameters shared in them
-        on = replace(on, y=chosen(bad, tree_map(lambda x: torch.full_like(x.detach(), no_number(x)), on.y), on.y))
     return on, (every, records, states)
+
+
+def _bad(task: Task, on: Boundary, alive: Tensor, hits: list[Tensor]) -> Tensor:
+    """Where ``(R)`` what happened, by ``hits`` of all rules, left a state that is no number; raises `NonFiniteState` if that is wanted."""
+    bad = alive & ~torch.isfinite(task.spec.flatten(still(on.y))).all(-1).reshape(alive.shape)
+    if task.options["throw"] and anywhere(bad):
+        row, t, named, where = _first(task, bad, on, hits)
+        text = f"the state became non-finite by {named or 'an event'} {where}: look at what the reset returns, or the amounts of doses"
+        raise NonFiniteState(text, t=t, trajectory=row)
+    return bad
+
+
+def _given_up(at: Boundary, wrong: Tensor) -> Boundary:
+    """Of trajectories that are ``wrong`` nothing goes on: what the way back says of that is nothing for the rounds before, nor for
+    parameters shared in them."""
+    if not anywhere(wrong):
+        return at
+    state = (at.y,) if at.yp is None else (at.y, at.yp)
+    state = chosen(wrong, tree_map(lambda x: torch.full_like(x.detach(), no_number(x)), state), state)
+    return replace(at, y=state[0], yp=None if at.yp is None else state[1])
+
+
+def _first(task: Task, wrong: Tensor, at: Boundary, hits: list[Tensor]) -> tuple[int | None, float, str, str]:
+    """The first trajectory that is ``wrong``, if there are many, its time, what happened to it, and where that is in words."""
+    flags, times = unwrapped(wrong).reshape(-1), unwrapped(at.t.detach())
+    row = int(flags.to(torch.int64).argmax())
+    named = [rule.title for rule, hit in zip(task.rules, hits, strict=True) if readable(hit) and bool(hit.reshape(-1)[row])]
+    t = float(times.reshape(-1)[row if times.numel() > 1 else 0])
+    many = flags.numel() > 1
+    return row if many else None, t, ", ".join(named), f"at t = {t:.8g}" + (f" in trajectory {row}" if many else "")
 
 
 def _solved(task: Task, run: Progress, span: RoundSpan, y: Any) -> tuple[Solution, Taken | None, Any]:
@@ -309,12 +337,8 @@ def _check_progress(task: Task, run: Progress, hits: list[Tensor]) -> None:
     if not anywhere(wrong):
         return
     if task.options["throw"]:
-        flags, times = unwrapped(wrong).reshape(-1), unwrapped(run.at.t.detach())
-        row = int(flags.to(torch.int64).argmax())
-        named = [rule.title for rule, hit in zip(task.watched, hits, strict=True) if readable(hit) and bool(hit.reshape(-1)[row])]
-        t = float(times.reshape(-1)[row if times.numel() > 1 else 0])
-        what = "occurrences of " + (", ".join(named) or "events")
-        where = f"at t = {t:.8g}" + (f" in trajectory {row}" if flags.numel() > 1 else "")
+        row, t, named, where = _first(task, wrong, run.at, hits)
+        what = "occurrences of " + (named or "events")
         if anywhere(zeno):
             text = _ZENO.format(what, t)
         else:
@@ -322,8 +346,7 @@ def _check_progress(task: Task, run: Progress, hits: list[Tensor]) -> None:
                 f"there were max_events = {task.max_events} events with resets, the last ones {what}, {where}. If they are meant, give a "
                 "larger max_events; if they come ever faster (Zeno behaviour), switch to another mode (mode=) or make the event terminal"
             )
-        raise EventsAccumulate(text, t=t, trajectory=row if flags.numel() > 1 else None)
-    nan = tree_map(lambda x: torch.full_like(x, no_number(x)), run.at.y)
-    run.at = Boundary(run.at.t, chosen(wrong, nan, run.at.y), run.at.mode, run.at.yp)
+        raise EventsAccumulate(text, t=t, trajectory=row)
+    run.at = _given_up(run.at, wrong)
     run.status = torch.where(wrong, int(Status.EVENTS_ACCUMULATE), run.status)
     run.going = run.going & ~wrong

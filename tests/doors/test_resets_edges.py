@@ -273,3 +273,36 @@ def test_a_trajectory_that_ended_on_its_event(native):
     assert int((~sol.events["tick"].t[:, 0].isnan()).sum()) >= 1 and bool(sol.events["tick"].t[:, 1].isnan().all())
     (slope,) = torch.autograd.grad(sol.events["stop"].t[0, 1], w)
     assert torch.allclose(slope, torch.tensor([0.0, -0.25 / 4]))
+
+
+@pytest.mark.parametrize("door", ["ode", "dae"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_what_is_given_up_has_no_numbers(door, batched):
+    """Of resets that return NaN, that are too many, and of a row that fails beside one with a reset: states, and slopes too. The second row
+    has no event."""
+    y0 = torch.tensor([[1.0], [0.1]]) if batched else torch.ones(1)
+    grown = lambda t, y: y + torch.where((t > 0.6).unsqueeze(-1) & (y < 0.5) & failing, float("nan"), 0.0)  # noqa: E731
+
+    def solved(factor, throw=False, **options):
+        options |= {"events": [Event(lambda t, y: y[..., 0] - 1.5, reset=lambda t, y: factor * y, name="kick")]}
+        options |= {"batched": batched, "throw": throw}
+        if door == "ode":
+            return solve_ivp(grown, (0.0, 1.0), y0, **options)
+        return adjoint.solve_dae(lambda t, y, yp: yp - grown(t, y), (0.0, 1.0), y0, **options)
+
+    failing = False
+    nan = float("nan")
+    for status, factor, options in ((-3, nan, {}), (-5, 0.9, {"max_events": 1})):
+        sol = solved(factor, **options)
+        assert torch.as_tensor(sol.status).reshape(-1).tolist() == [status, 0][: 1 + batched]
+        for x in (sol.y, sol.yp) if door == "dae" else (sol.y,):
+            assert x[-1].reshape(-1).isnan().tolist() == [True, False][: 1 + batched]
+    with pytest.raises(adjoint.NonFiniteState, match=r"non-finite by event 'kick' at t = 0\.405") as caught:
+        solved(nan, throw=True)
+    assert abs(caught.value.t - 0.405465) < 1e-4 and caught.value.trajectory == (0 if batched else None)
+    if batched:
+        failing = True
+        sol = solved(0.9)
+        assert sol.status[0] == 0 and sol.status[1] < 0
+        for x in (sol.y, sol.yp) if door == "dae" else (sol.y,):
+            assert x[-1].reshape(-1).isnan().tolist() == [False, True]
