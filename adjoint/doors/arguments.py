@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import PIDController, rms_norm
@@ -24,6 +24,7 @@ __all__ = [
     "RoundSpan",
     "Times",
     "as_times",
+    "beside_integral",
     "check_callable",
     "check_compile",
     "check_controller",
@@ -121,6 +122,16 @@ def flat_tolerance(value: Any, name: str, spec: StateSpec, default: float) -> fl
     if not bool((flat >= 0).all()):
         raise InvalidInput(f"{name} has negative or NaN entries")
     return flat
+
+
+def beside_integral(value: Any, spec: StateSpec, seen: StateSpec, default: float) -> Any:
+    """A tolerance that is shaped like the state ``seen`` for that and an integral, ``spec``, which has the ``default``."""
+    leaves, tree = tree_flatten(value)
+    if tree.is_leaf() and isinstance(value, Tensor) and value.dim():
+        leaves = leaves * len(seen.shapes)
+    elif tree.is_leaf() or tree != seen.tree:
+        return value
+    return tree_unflatten([*leaves, *[default] * (len(spec.shapes) - len(seen.shapes))], spec.tree)
 
 
 def check_not_half(spec: StateSpec, name: str) -> None:

@@ -1,12 +1,14 @@
-"""Doses beside something else at one time: each of them moves alone when its own time does.
+"""Events and doses beside something else at one time: each of them moves alone when its own time does.
 
 A round ends at one time, that of the dose or event that comes first. What else happens then is at the same time but for rounding, and yet
-by a time of its own: a bolus with the start of an infusion, infusions one behind the other, a dose at the start or at the end of the solve.
-The solution is followed along the way to the dose's own time, with the rates that hold before, and back, with those that hold behind.
+by a time of its own: a ball in a corner, two parts that reach their stops, a bolus with the start of an infusion, infusions one behind the
+other, a dose at the start or at the end of the solve. The solution is followed along the way to its own time, with the equations that hold
+before, and back, with those that hold behind.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,21 +17,50 @@ from torch import Tensor
 from ..system.capture import is_differentiable
 from ..system.transforms import anywhere
 from .round_course import Course
-from .round_rules import Boundary
+from .round_rules import Boundary, Rule
 from .round_task import Progress, Task
 from .rows import chosen
+from .solution import EventRecord
 
-__all__ = ["given_apart", "ties"]
+__all__ = ["given_apart", "reset_apart", "ties"]
 
 
-def ties(task: Task, dues: list[Tensor], hits: list[Tensor], begun: Tensor, t: Tensor) -> Tensor:
-    """Where ``(R)`` more than one thing happens at the end ``t`` of a round, the end of the solve among them, or implicit equations have a
-    dose where the round ``begun``: if anything depends on that."""
-    happening = [*dues, *(hit.unsqueeze(0) for rule, hit in zip(task.watched, hits, strict=True) if rule.ends)]
-    if not any(is_differentiable(x) for x in (t, *(rule.stops for rule in task.doses))):
+def ties(task: Task, dues: list[Tensor], hits: list[Tensor], records: Sequence[EventRecord], begun: Tensor, t: Tensor) -> Tensor:
+    """Where ``(R)`` more than one thing happens at the end ``t`` of a round, or there is a dose at the end of the solve, or one of implicit
+    equations where the round ``begun``: if anything depends on that."""
+    ending = [(hit.unsqueeze(0), record.t) for rule, hit, record in zip(task.watched, hits, records, strict=True) if rule.ends]
+    happening = [*dues, *(hit for hit, _ in ending)]
+    if not happening or not any(is_differentiable(x) for x in (t, *(rule.stops for rule in task.doses), *(t for _, t in ending))):
         return torch.zeros_like(begun)
-    dosed = torch.stack([due.any(0) for due in dues]).any(0)
-    return dosed & ((torch.cat(happening).sum(0) > 1) | begun | (t == task.end).detach())
+    several = torch.cat(happening).sum(0) > 1
+    return several | (torch.cat(dues).any(0) & (begun | (t == task.end).detach())) if dues else several
+
+
+def reset_apart(
+    task: Task, run: Progress, rule: Rule, hit: Tensor, t: Tensor, on: Boundary, tied: Tensor, lost: Tensor
+) -> tuple[Boundary, Any]:
+    """The boundary after the reset of an event at its own time ``t`` (R), and the states after it. ``lost`` trajectories have none."""
+    return _apart(task, run, on, t - on.t, hit, tied, lost, lambda at: rule.applied(hit, at, task.args, task.spec)[0])[:2]
+
+
+def _apart(
+    task: Task,
+    run: Progress,
+    on: Boundary,
+    way: Tensor,
+    hit: Tensor,
+    tied: Tensor,
+    lost: Tensor,
+    applied: Callable[[Boundary], Boundary],
+) -> tuple[Boundary, Any, Tensor]:
+    """The boundary after what is ``applied`` where ``hit`` (R), a ``way`` (R) behind it where ``tied``, the states there, and the way."""
+    way = torch.where(hit & tied, way, 0.0)
+    way = way - way.detach()
+    then = applied(Course(task, on, task.infused(run.given), lost).by(way))
+    infused = task.infused(run.given)
+    if task.implicit is not None:
+        then = task.settled(then, infused, hit, lost, on.y)
+    return Course(task, then, infused, lost).by(-way), then.y, way
 
 
 def given_apart(
@@ -44,17 +75,12 @@ def given_apart(
         one = due & (lines == line)
         if not anywhere(one):
             continue
-        way = torch.where(due[line] & tied, rule.stops[line] - on.t, 0.0)
-        way = way - way.detach()
-        then = Course(task, on, task.infused(run.given), lost).by(way)
-        earlier = run.given[k] & due
-        now = due[line] & ~earlier.any(0)
-        first = torch.where(now, way, first)
-        then, _ = rule.applied(one, then)
-        run.given[k] = run.given[k] | one
-        infused = task.infused(run.given)
-        if task.implicit is not None:
-            then = task.settled(then, infused, due[line], lost, on.y)
-        after = chosen(due[line], then.y, after)
-        on = Course(task, then, infused, lost).by(-way)
+        now = due[line] & ~(run.given[k] & due).any(0)
+
+        def applied(at: Boundary, one: Tensor = one) -> Boundary:
+            run.given[k] = run.given[k] | one
+            return rule.applied(one, at)[0]
+
+        on, then, way = _apart(task, run, on, rule.stops[line] - on.t, due[line], tied, lost, applied)
+        first, after = torch.where(now, way, first), chosen(due[line], then, after)
     return on, after, first

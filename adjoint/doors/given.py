@@ -23,7 +23,7 @@ from ..system.ownership import aliased, check_unchanged, copied, remembering
 from ..system.realification import refuse_parts, suited_to_jacobians
 from ..system.system import StateSpec, System
 from ..system.transforms import transforming
-from .arguments import flat_norm, flat_tolerance, positive
+from .arguments import beside_integral, flat_norm, flat_tolerance, positive
 from .event_jumps import jumps_refused
 from .event_times import event_records
 from .parts import NO_EVENTS, Found, Parts, flat_event
@@ -87,7 +87,7 @@ class Given:
         """How the solve is made. ``seen``: the state that events see, which has no running ``integral``; ``key``: of code, see
         `compile_key`; ``kept``: what a `Plan` keeps."""
         events = tuple(flat_event(e, system, seen, integral) for e in self.events)
-        return Plan(method=method, events=events, compile=key, **kept, **_steering(self.spec, arguments))
+        return Plan(method=method, events=events, compile=key, **kept, **_steering(self.spec, seen if integral else None, arguments))
 
     def state(self, k: int = 0) -> Tensor:
         """The ``k``-th of the states, flat: ``(B, n)``."""
@@ -138,14 +138,19 @@ class Given:
         return System(fun, self.spec, tree, tuple(leaves), tuple(used.tensors), homes=homes, **used.flags, **more)
 
 
-def _steering(spec: StateSpec, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a `Plan` that say how steps are chosen, from those arguments of a front door."""
+def _steering(spec: StateSpec, seen: StateSpec | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `Plan` that say how steps are chosen, from those arguments of a front door. ``seen``: the state that the user gave,
+    where ``spec`` is that and an integral."""
     rtol, atol, controller, norm, first_step, max_step, min_step, max_steps, progress = (arguments[name] for name in _STEERING)
     single = spec.real_dtype.itemsize < 8
+
+    def tolerance(value: Any, name: str, default: float) -> float | Tensor:
+        return flat_tolerance(value if seen is None else beside_integral(value, spec, seen, default), name, spec, default)
+
     return {
         "real": spec.real_dtype,
-        "rtol": flat_tolerance(rtol, "rtol", spec, 1e-4 if single else 1e-6),
-        "atol": flat_tolerance(atol, "atol", spec, 1e-6 if single else 1e-9),
+        "rtol": tolerance(rtol, "rtol", 1e-4 if single else 1e-6),
+        "atol": tolerance(atol, "atol", 1e-6 if single else 1e-9),
         "controller": controller,
         "norm": flat_norm(norm, spec),
         "first_step": None if first_step is None else positive(first_step, "first_step"),

@@ -23,7 +23,7 @@ from ..sensitivity.undeclared import once
 from ..system.capture import readable
 from ..system.transforms import anywhere, unwrapped
 from .arguments import RoundSpan
-from .dose_ties import given_apart, ties
+from .dose_ties import given_apart, reset_apart, ties
 from .progress import in_parts
 from .round_course import Course, slopes
 from .round_ends import check_rules, ended_before, takes_events, with_events
@@ -158,12 +158,15 @@ def _resets(
         alive & ~given & ((rule.stops - left.t).detach() <= task.resolution) for rule, given in zip(task.doses, run.given, strict=True)
     ]
     came = Course(task, left, task.infused(run.given), ~alive)
-    tied = ties(task, due, hits, begun & alive, left.t) if due else begun
+    tied = ties(task, due, hits, sol.events, begun & alive, left.t)
     watched, doses = iter(zip(hits, sol.events, strict=True)), iter(range(len(task.doses)))
     for rule in task.rules:
         if isinstance(rule, Rule):
             hit, record = next(watched)
-            on, given = rule.applied(hit, on, task.args, task.spec) if rule.ends and anywhere(hit) else (on, None)
+            if rule.resets and anywhere(hit & tied):
+                on, given = reset_apart(task, run, rule, hit, record.t[0].to(on.t.dtype), on, tied, ~alive)
+            else:
+                on, given = rule.applied(hit, on, task.args, task.spec) if rule.ends and anywhere(hit) else (on, None)
         else:
             k = next(doses)
             hit, t, y = due[k].any(0), left.t, left.y
