@@ -40,7 +40,8 @@ class Piece:
     the resets; of every rule to which trajectories it was applied, the record of the round, and the states that it gave.
 
     ``arrived``: what was after the resets, at the end of the solve where the round ended there. ``beyond``: states and slopes after the
-    resets as functions of times, and where they are wanted. ``begun``: whose round had no length, in implicit equations."""
+    resets as functions of times, and where they are wanted. ``begun``: whose round had no length, in implicit equations; ``apart``: where
+    doses have ways to their own times."""
 
     sol: Solution
     going: Tensor
@@ -55,6 +56,7 @@ class Piece:
     hits: Sequence[Tensor]
     records: Sequence[EventRecord]
     states: Sequence[Any]
+    apart: Tensor
     taken: Taken | None
 
     @cached_property
@@ -179,7 +181,9 @@ def _events(rules: Sequence[Rule | DoseRule], pieces: Sequence[Piece], ragged: b
                 lines = record.t.shape[0] if state is not None else 0
                 if lines and piece.right.yp is not None:
                     # of implicit equations the consistent one, after all that happened there
-                    state = piece.beyond(record.t[0].to(piece.stop.dtype), piece.hits[i])[0]
+                    state, apart = piece.right.y, piece.hits[i] & piece.apart
+                    if isinstance(rule, DoseRule) and anywhere(apart):
+                        state = piece.beyond(record.t[0].to(piece.stop.dtype), apart)[0]
                 tree.append(tree_map(lambda x, n=lines: x.unsqueeze(0)[:n], piece.right.y if state is None else state))
             parts.append(tuple(tree))
             gone.append(record.t.detach().isnan() | ~piece.going)

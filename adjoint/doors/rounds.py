@@ -149,7 +149,7 @@ def _round(task: Task, run: Progress) -> None:
 
 def _resets(
     task: Task, run: Progress, sol: Solution, hits: list[Tensor], left: Boundary, alive: Tensor, begun: Tensor
-) -> tuple[Boundary, tuple[list[Tensor], list[EventRecord], list[Any]]]:
+) -> tuple[Boundary, tuple[list[Tensor], list[EventRecord], list[Any], Tensor]]:
     """What follows after all that happens at the ends of a round, in the order of the user; and of each rule where it does, the record of
     the round, and the states that it gave. Notes which doses are given."""
     on, states = left, []
@@ -183,7 +183,7 @@ def _resets(
         every.append(hit)
         records.append(record)
         states.append(given)
-    return on, (every, records, states)
+    return on, (every, records, states, tied)
 
 
 def _bad(task: Task, on: Boundary, alive: Tensor, hits: list[Tensor]) -> Tensor:
