@@ -127,21 +127,19 @@ def _asked(key: Hashable, *arguments: Any) -> Any:
 
 def _traced(key: Hashable, arguments: Sequence[Any]) -> Any:
     """A call of the tracer, also where warnings are errors: it asks tensors for their gradients, and then hides what is said to that."""
-    tracer = _tracer(key, _turns.get(key, 0))
-    try:
-        return tracer(*arguments)
-    except Exception as error:
-        limit = "LimitHit" in type(error).__name__
-        if not limit and "The .grad attribute" not in str(error):
-            raise
-    ear.heard = []
-    if limit:
-        # shapes, and numbers of Python that fun depends on, have a graph each
-        with most_graphs(_MOST_GRAPHS):
+    # shapes, and numbers of Python that fun depends on, have a graph each; told of the limit only when it is reached, the tracer would log
+    # a warning for each graph beyond
+    with most_graphs(_MOST_GRAPHS):
+        tracer = _tracer(key, _turns.get(key, 0))
+        try:
             return tracer(*arguments)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The .grad attribute")
-        return tracer(*arguments)
+        except Exception as error:
+            if "The .grad attribute" not in str(error):
+                raise
+        ear.heard = []
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The .grad attribute")
+            return tracer(*arguments)
 
 
 def hear(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 import adjoint
@@ -36,3 +38,27 @@ def test_why_not():
         found = adjoint.explain(fun, y0)
         assert not found.native and word in found.reason and found.reason in str(found)
     assert "sort" in adjoint.explain(lambda t, y: 1j * sorts(t, y.real), y0.to(torch.complex128)).reason
+
+
+def test_many_shapes():
+    """Each has a graph of its own, of a function that only PyTorch's tracer can read: it has nothing to say to that."""
+
+    def fun(t, y):
+        hash(0)
+        return -y
+
+    told = []
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            told.append(record.getMessage())
+
+    log, listener = logging.getLogger("torch._dynamo.convert_frame"), Listener()
+    log.addHandler(listener)
+    try:
+        for n in range(1, 12):
+            found = adjoint.explain(fun, torch.ones(n, dtype=torch.float64))
+            assert found.native and found.unknowns == n
+    finally:
+        log.removeHandler(listener)
+    assert not told
