@@ -10,9 +10,11 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from ..errors import UnsupportedCombination
 from ..integrate import Monitor, Plan, Record, Status
 from ..methods import Method
 from ..native.entry import NativeSolve, in_parts_for
@@ -23,6 +25,7 @@ from ..system.ownership import aliased, check_unchanged, copied, remembering
 from ..system.realification import refuse_parts, suited_to_jacobians
 from ..system.system import StateSpec, System
 from ..system.transforms import transforming
+from ..torch_internals import leaves_of
 from .arguments import beside_integral, flat_norm, flat_tolerance, positive
 from .event_jumps import jumps_refused
 from .event_times import event_records
@@ -95,12 +98,14 @@ class Given:
 
     def probed(self) -> tuple[Captured, Any]:
         """What the user's functions captured, and what ``fun`` returned at the start."""
+        _refuse_sparse(leaves_of(self.args), "args holds", "let fun capture it instead (a closure, or a buffer of a module)")
         states, args, found = tuple(copied(x) for x in self.states), aliased(self.args), []
         start, end = self.times()
         calls = [remembering(self.fun, found), *map(self._of_all, self.events)]
         beyond = (*end, *(elsewhere(x) for x in self.states), *args)
         used = find_captured(calls, (*start, *states, *args), [*self.pieces, *self.events], beyond)
         check_unchanged(states, "fun")
+        _refuse_sparse(used.tensors, "fun depends on", "make it in fun from its values, which may, or make it dense")
         return used, found[0]
 
     def _of_all(self, event: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -180,3 +185,13 @@ def finished(parts: Parts) -> tuple[Parts, Found]:
         return parts, NO_EVENTS
     parts = jumps_refused(parts)
     return parts, event_records(parts, parts.out)
+
+
+def _refuse_sparse(tensors: Iterable[Any], what: str, way: str) -> None:
+    """Raise for what is to be an input of derivatives."""
+    for x in tensors:
+        if isinstance(x, Tensor) and x.layout is not torch.strided:
+            raise UnsupportedCombination(
+                f"{what} a sparse tensor ({x.layout}, {tuple(x.shape)}), which can be no input of derivatives, though fun may use sparse "
+                f"tensors that do not require grad: {way}"
+            )

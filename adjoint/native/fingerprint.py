@@ -285,7 +285,7 @@ class _Walk:
         return name not in _REFUSED and any(getattr(m, name, None) is x for m in (torch, nn.functional, math, cmath, builtins))
 
     def tensor(self, x: Tensor) -> Hashable:
-        if type(x) not in _TENSORS or not x.is_cpu or x.is_inference():
+        if type(x) not in _TENSORS or not x.is_cpu or x.is_inference() or x.layout is not torch.strided:
             raise _Unknown
         if id(x) in self.seen:
             return "again", self.seen[id(x)]

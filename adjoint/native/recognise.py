@@ -190,6 +190,8 @@ def hear(
             raise Unreadable("", "", reason) from error
     if found is None:
         raise Unreadable("", "", "it is no single graph")
+    if any(x.layout is not torch.strided for x in found.tensors):
+        raise Unreadable("", "", "it uses a sparse tensor")
     if found.graph.writes:
         raise Unreadable("", "", "it changes the state, or a tensor that it captured, in place")
     if found.graph.own_derivative:

@@ -10,7 +10,7 @@ import torch
 from ..doors.ivp import solve_ivp
 from ..doors.solution import Solution
 from ..errors import InvalidInput
-from ..system.ownership import as_part, owning
+from ..system.ownership import as_part, owning, untraced
 
 __all__ = ["NeuralODE"]
 
@@ -59,6 +59,7 @@ class NeuralODE(torch.nn.Module):
     def _rate(self, t: torch.Tensor, y: Any) -> Any:
         return self.module(t, y) if self.time_dependent else self.module(y)
 
+    @untraced
     @owning
     def forward(self, y0: Any, t_eval: Any = None, t_span: Any = None) -> Any:
         """The state at the end, ``y0``'s shape; or at ``t_eval``, ``(T, *y0.shape)``. Arguments given here override those of the layer."""

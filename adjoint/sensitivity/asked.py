@@ -102,7 +102,9 @@ def visible(problem: Problem, bars: Sequence[Tensor | None]) -> bool:
 
 def all_finite(values: Sequence[Tensor | None]) -> bool:
     """Whether they are numbers."""
-    flags = [torch.isfinite(x).all() for x in values if x is not None and x.numel()]
+    # a gradient may be sparse (embeddings)
+    numbers = [x if x is None or x.layout is torch.strided else x.coalesce().values() for x in values]
+    flags = [torch.isfinite(x).all() for x in numbers if x is not None and x.numel()]
     # read at once
     return not flags or bool(torch.stack([x.to(flags[0].device) for x in flags]).all())
 

@@ -23,6 +23,7 @@ from .multistep_adjoint import BdfByRows, MultistepOneByOne
 from .problem import stage_times
 from .stages import StageLinearizer
 from .steps_as_rows import LoneSweep
+from .sweep import look_at_step
 
 if TYPE_CHECKING:
     from .checkpoints import Recall
@@ -61,6 +62,9 @@ def eager_sweep(asked: Asked, recall: Recall | None = None) -> tuple[Tensor | No
     """
     if recall is None:
         asked.problem.witness.check()
+    if asked.problem.plan.method.needs_time_slope and asked.problem.native.recognised is None:
+        # the adjoint of a step goes by the derivative of the Jacobian
+        look_at_step(asked.problem, asked.grid, asked.inputs, [i for i, want in enumerate(asked.wants[3:]) if want])
     grid, n_steps, losses = asked.grid, asked.n_steps, Losses(asked)
     way = _way(asked, losses, recall)
     t_bars, h_bars = torch.zeros_like(grid.t), torch.zeros_like(grid.t)

@@ -18,10 +18,10 @@ from ..nonlinear import RootRecord
 from ..system.capture import alive, below_jvp
 from ..system.ownership import continuing, owned
 from ..system.system import Flat, StateSpec, System, VmappedSystem
-from ..system.transforms import anywhere, functorch_active, naming_writes
+from ..system.transforms import anywhere, differentiated_again, functorch_active, naming_writes
 from ..torch_internals import Node, copy_by_copy, get_unwrapped, is_functorch_wrapped_tensor
 from .fingerprint import RootWitness
-from .products import exchanged, smooth_places, tangent, vjp
+from .products import exchanged, look_again, smooth_places, tangent, vjp
 from .replacements import replacements
 
 __all__ = [
@@ -249,6 +249,11 @@ def _sheltered(
     return moved, *replacements(task.conditions, values, dead, donor, inputs), dead
 
 
+def _look_again(task: RootTask, raw: Tensor, inputs: Sequence[Tensor], smooth: Sequence[int]) -> None:
+    """Raise where derivatives of the derivatives of the conditions would miss a part."""
+    look_again(lambda x, *some: task.residual(exchanged(inputs, smooth, some))(x), raw, *(inputs[i] for i in smooth))
+
+
 class RootNode(Node):
     """``apply(task, x0, *inputs)`` gives the tensors of `RootOutputs`.
 
@@ -293,6 +298,8 @@ class RootNode(Node):
         task = ctx.task()
         with torch.autocast(raw.device.type, enabled=False):
             raw, inputs, replaced, lost = _sheltered(task, raw, status, bar, inputs)
+            if differentiated_again([raw, *inputs]):
+                _look_again(task, raw, inputs, wanted)
             adjoint = linear(task, bar, raw, inputs, adjoint=True)
             if lost is not None:
                 # zero, whatever the matrix of such a row, and so are its derivatives
@@ -314,6 +321,7 @@ class RootNode(Node):
             live = ok.unsqueeze(-1)
             where = [i for i in smooth_places(inputs) if inputs_dot[i] is not None]
             if where:
+                _look_again(task, raw, inputs, where)
                 primals, dots = [inputs[i] for i in where], [lower(inputs_dot[i]) for i in where]
                 moved = tangent(lambda *some: task.residual(exchanged(inputs, where, some))(raw), primals, dots)
                 dot = linear(task, torch.where(live, -moved, 0.0), raw, inputs, adjoint=False)

@@ -101,7 +101,7 @@ class BdfByRows:
             return None
         inputs = cut_apart(asked.inputs, asked.wants[3:])
         f = problem.system.bind(inputs)
-        size = most_rows(f, grid.t[0].to(states.dtype.to_real()), states[0], inputs, 1)
+        size = most_rows(problem.system, f, grid.t[0].to(states.dtype.to_real()), states[0], inputs, 1)
         return None if size is None else cls(asked, losses, f, Linearizer(f, inputs, asked.wants[3:], time), size)
 
     def start(self, final_bar: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -27,9 +27,30 @@ from .problem import Outputs, Problem
 from .sweep import functional_sweep, tangents
 from .sweep_node import swept
 
-__all__ = ["SolveNode", "unpack"]
+__all__ = ["LookNode", "SolveNode", "unpack"]
 
 _DIFFERENTIABLE = 4
+
+
+class LookNode(Node):
+    """``apply(look, *tensors)`` gives the tensors, whose derivatives autograd has recorded; ``look()`` raises where the record would not do
+    for derivatives of these."""
+
+    @staticmethod
+    def forward(look: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(unviewed, tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.look = owned(inputs[0])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @copy_by_copy
+    def backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            ctx.look()()
+        return (None, *bars)
 
 
 class SolveNode(Node):

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..errors import UnsupportedCombination
 from ..system.capture import ask
+from ..system.jacobians import UNRECORDED, unrecorded, wave
 from ..system.origins import has_unknown
-from ..system.transforms import functorch_active
+from ..system.transforms import anywhere, functorch_active
 from ..torch_internals import Node, dual_level
 
-__all__ = ["behind", "exchanged", "smooth_places", "tangent", "vjp"]
+__all__ = ["behind", "exchanged", "look_again", "smooth_places", "tangent", "vjp"]
 
 
 def smooth_places(inputs: Sequence[Tensor]) -> list[int]:
@@ -78,6 +80,19 @@ def tangent(function: Callable[..., Any], primals: Sequence[Tensor], dots: Seque
     push = vjp(pulled, *zeros)[1] if transformed else _recorded(pulled, zeros, again)[1]
     found = push(tuple(dots))
     return found if many else found[0]
+
+
+def look_again(function: Callable[..., Any], *primals: Tensor) -> None:
+    """Raise `UnsupportedCombination` where a derivative of the derivatives of ``function`` would miss a part: see `unrecorded`."""
+    record = vjp if functorch_active() else lambda f, *own: _recorded(f, own, True)[:2]
+    with torch.enable_grad():
+        out, pull = record(function, *primals)
+        many = isinstance(out, tuple)
+        weights = [wave(x.detach()) for x in (out if many else (out,))]
+        directions = tuple(wave(x.detach(), 1.0) for x in primals)
+        found, push = record(lambda *bars: tuple(pull(bars if many else bars[0])), *weights)
+        if anywhere(unrecorded(weights, push(directions), directions, found)):
+            raise UnsupportedCombination(UNRECORDED)
 
 
 def behind(x: Tensor, *history: Tensor) -> Tensor:

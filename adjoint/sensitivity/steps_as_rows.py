@@ -18,7 +18,7 @@ from torch.autograd.variable import Variable
 from ..integrate import Monitor, Plan
 from ..methods.family import Pullback, StepCotangents, TakenStep, combine, row_dot
 from ..system.capture import cut_apart, saved_bytes
-from ..system.system import Flat
+from ..system.system import Flat, System, VmappedSystem
 from .asked import Asked, Linearizer, Losses, vjp
 from .replay import hands_on
 
@@ -37,11 +37,14 @@ def rows_of(f: Flat) -> Flat:
     return torch.vmap(lambda t, y: f(t, y.unsqueeze(0)).squeeze(0), randomness="different")
 
 
-def most_rows(f: Flat, t: Tensor, y: Tensor, inputs: Sequence[Tensor], points: int, bent: int = 0) -> int | None:
+def most_rows(
+    system: System | VmappedSystem, f: Flat, t: Tensor, y: Tensor, inputs: Sequence[Tensor], points: int, bent: int = 0
+) -> int | None:
     """How many steps of ``points`` evaluations each are linearised at a time; None if that is not to be done: for too many unknowns, where
-    ``f`` cannot be mapped over rows, or where too few steps would fit. ``t`` (1,), ``y`` (1, n): some point of the solution."""
+    ``f`` cannot be mapped over rows (or has other derivatives then, see `System.asks`), or where too few steps would fit. ``t`` (1,),
+    ``y`` (1, n): some point of the solution."""
     n = y.shape[-1]
-    if n > _MOST:
+    if n > _MOST or system.asks:
         return None
     with torch.enable_grad():
         # a copy: a view would count with all that it is a view of
@@ -303,7 +306,7 @@ class LoneSweep:
             return None
         inputs = cut_apart(asked.inputs, asked.wants[3:])
         f = problem.system.bind(inputs)
-        size = most_rows(f, grid.t[0].to(plan.real), grid.states[0].detach(), inputs, method.n_stages, bent)
+        size = most_rows(problem.system, f, grid.t[0].to(plan.real), grid.states[0].detach(), inputs, method.n_stages, bent)
         return None if size is None else cls(asked, losses, f, Linearizer(f, inputs, asked.wants[3:], time), size)
 
     def start(self, final_bar: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -18,10 +18,11 @@ from .checkpoints import CheckpointNode
 from .equations import equations
 from .finite import guarded
 from .multistep import multistep_outputs
-from .node import SolveNode
+from .node import LookNode, SolveNode
 from .padding import shelter
 from .problem import GradientTraits, Outputs, Problem
 from .replay import replay
+from .sweep import look_at_fun
 
 __all__ = ["Backprop", "DiscreteAdjoint"]
 
@@ -99,7 +100,7 @@ class DiscreteAdjoint(GradientTraits):
             record = _recorded(problem, anchors, t_eval, y0, inputs, recording)
             if recording.on:
                 problem.reported(record, inputs)
-                return Outputs.of(record)
+                return _watched(problem, Outputs.of(record), anchors, y0, inputs)
             problem = replace(problem, known=[record])
             del record
         return Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))
@@ -120,7 +121,7 @@ class Backprop:
         if problem.plan.compile is None and _recordable(problem, anchors, t_eval, y0, inputs):
             record = _recorded(problem, anchors, t_eval, y0, inputs)
             problem.reported(record, inputs)
-            return Outputs.of(record)
+            return _watched(problem, Outputs.of(record), anchors, y0, inputs)
         grid = Outputs(*SolveNode.apply(replace(problem, replayed=True), anchors, t_eval, y0, *inputs))
         if not problem.plan.keep_states or not problem.derivatives:
             return grid
@@ -156,6 +157,16 @@ def _recorded(
     witness.settle()
     return record
 
+
+
+def _watched(problem: Problem, found: Outputs, anchors: Tensor, y0: Tensor, inputs: Sequence[Tensor]) -> Outputs:
+    """What autograd has recorded, looked at before derivatives of its derivatives are taken."""
+    names = [name for name in ("final", "samples", "states") if getattr(found, name).requires_grad]
+    if not names:
+        return found
+    system, t, smooth = problem.system, anchors[0].to(problem.plan.real), [i for i, x in enumerate(inputs) if x.requires_grad]
+    looked = LookNode.apply(lambda: look_at_fun(system, t, y0, inputs, smooth), *[getattr(found, name) for name in names])
+    return found._replace(**dict(zip(names, looked, strict=True)))
 
 
 def _decided(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Problem:

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from ..integrate.plan import Grid
+from ..system.system import System, VmappedSystem
+from ..system.transforms import differentiated_again
 from .asked import Asked, in_shelter
 from .equations import equations
 from .multistep import multistep_functional, multistep_tangents
 from .padding import shelter
 from .problem import Problem, StepTimes, interpolate, kept_steps, stage_times, step_times
-from .products import exchanged, tangent, vjp
+from .products import exchanged, look_again, tangent, vjp
 from .replay import hands_on, replay_step
 
-__all__ = ["functional_sweep", "tangents"]
+__all__ = ["functional_sweep", "look_at_fun", "look_at_step", "tangents"]
 
 
 def _step(problem: Problem, grid: Grid, times: StepTimes, k: int, dense: bool, moving: bool) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -60,6 +62,20 @@ def _smooth(step: Callable[..., Any], inputs: Sequence[Tensor], smooth: Sequence
     return partial
 
 
+def look_at_fun(system: System | VmappedSystem, t: Tensor, at: Tensor, inputs: Sequence[Tensor], smooth: Sequence[int]) -> None:
+    """Raise where derivatives of the derivatives of ``fun`` at a point, (B,) and (B, n), would miss a part; in the inputs ``smooth``."""
+    look_again(lambda y, *some: system.bind(exchanged(inputs, smooth, some))(t, y), at, *(inputs[i] for i in smooth))
+
+
+def look_at_step(problem: Problem, grid: Grid, inputs: Sequence[Tensor], smooth: Sequence[int]) -> None:
+    """`look_at_fun` in the last step of the solve, or in the first where nothing is kept of others."""
+    if len(grid.t):
+        first = len(grid.states) < 2
+        system, t, y = problem.system, grid.t[0 if first else -1].to(grid.states.dtype.to_real()), grid.states[0 if first else -2]
+        at = y if system.residual is None else torch.cat([y, grid.stages[-1, -1]], -1)
+        look_at_fun(system, t, at, inputs, smooth)
+
+
 def _anchored(anchors: Tensor, grid: Grid) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Shifts of step starts and sizes with the anchors: a linear function of anchor shifts."""
     following = (grid.segment + 1).clamp(max=anchors.shape[0] - 1)
@@ -80,6 +96,8 @@ def functional_sweep(asked: Asked) -> tuple[Tensor | None, ...]:
     """As `discrete.eager_sweep`, but differentiable to any order."""
     problem, grid, anchors, t_eval, inputs, bars, wants = asked
     problem.witness.check()
+    if differentiated_again([grid.states, *inputs]):
+        look_at_step(problem, grid, inputs, [i for i, want in enumerate(wants[3:]) if want])
     if problem.plan.method.multistep:
         return multistep_functional(asked)
     _, samples_bar, states_bar, kept_bar = bars
@@ -159,6 +177,7 @@ def tangents(
     safe = shelter(problem, grid, t_eval, inputs)
     grid, inputs = safe.grid, safe.inputs
     anchors_dot, t_eval_dot, y0_dot, *inputs_dot = (*dots[:3], *safe.still_dots(dots[3:]))
+    look_at_step(problem, grid, inputs, [i for i, dot in enumerate(inputs_dot) if dot is not None])
     if problem.plan.method.multistep:
         moved = (anchors_dot, t_eval_dot, y0_dot, *inputs_dot)
         return multistep_tangents(problem, grid, anchors, t_eval, inputs, moved)  # type: ignore[return-value]

@@ -203,7 +203,7 @@ def most_copies(back: WayBack) -> int:
     By explicit methods they are not: what they cost is the way, which copies would go again and again. By implicit ones it is the layer
     behind every loss, in which what is fast dies away, and the losses' layers are resolved in the same steps.
     """
-    if not back.plan.method.implicit:
+    if not back.plan.method.implicit or back.problem.system.asks:
         return 1
     trajectory, (rows, n), linearize = back.trajectory, back.adjoint.shape, back.linearize
     y, slope = trajectory(back.t)

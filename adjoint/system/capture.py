@@ -264,18 +264,20 @@ class _Watch(TorchFunctionMode):
 class Captured(NamedTuple):
     """What functions use beside their arguments, and whether they take derivatives themselves: by `torch.func` or vmap
     (``transforms``), by `torch.autograd.grad` (``inner_grad``); whether they use any of the `NORMALIZATIONS`; whether they call what
-    hides its operators (``unseen``): TorchScript, extensions in C++."""
+    hides its operators (``unseen``): TorchScript, extensions in C++; whether they ask which tensors require grad (``asks``), as what
+    registers hooks does: under ``torch.vmap`` none seems to."""
 
     tensors: list[Tensor]
     transforms: bool = False
     inner_grad: bool = False
     normalizes: bool = False
     unseen: bool = False
+    asks: bool = False
 
     @property
     def flags(self) -> dict[str, bool]:
         """As fields of a `System`."""
-        return {name: getattr(self, name) for name in ("transforms", "inner_grad", "normalizes", "unseen")}
+        return {name: getattr(self, name) for name in ("transforms", "inner_grad", "normalizes", "unseen", "asks")}
 
 
 def find_captured(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], owners: Iterable[Any] = (), end: Any = None) -> Captured:
@@ -291,7 +293,7 @@ def find_captured(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], o
     watch = _watched(calls, point)
     found = dict(watch.captured)
     differentiates = watch.inner_grad or (watch.asked and _branches(calls, point, list(found.values())))
-    flags = watch.transforms, differentiates, watch.normalizes, watch.unseen
+    flags = watch.transforms, differentiates, watch.normalizes, watch.unseen, watch.asked
     kept = watch.left()
     written = {id(x): (x, x._version) for x in internals.alive(watch.written)}
     if (kept or written) and end is not None:

@@ -29,6 +29,7 @@ from ..torch_internals import (
 )
 
 __all__ = [
+    "UNRECORDED",
     "DenseJacobian",
     "JacobianStrategy",
     "complex_differentiable",
@@ -40,10 +41,20 @@ __all__ = [
     "must_differentiate",
     "plain_push",
     "reverse_products",
+    "unrecorded",
     "vjp",
+    "wave",
 ]
 
 Function = Callable[[Tensor], Tensor]
+#: where derivatives would be differentiated of which nothing is recorded: see `unrecorded`
+UNRECORDED = (
+    "the backward of an operator in fun (or in an event function, jac, quadrature) gives derivatives of which autograd records nothing: "
+    "one of a custom torch.autograd.Function that computes by NumPy or under torch.no_grad(), or of a sparse tensor that fun makes of "
+    "values. Here they are differentiated themselves (second derivatives, forward mode, ForwardSensitivity, adjoints of Rosenbrock "
+    "methods), and a part would be missing: take first derivatives in reverse mode, with gradient=DiscreteAdjoint() and another method, or "
+    "write that backward by operators of PyTorch, and sparse products by index_add or dense tensors"
+)
 
 
 class JacobianStrategy(Protocol):
@@ -52,6 +63,30 @@ class JacobianStrategy(Protocol):
     def __call__(self, f: Function, x: Tensor) -> Matrix:
         """The ``B`` matrices ``df/dx`` at ``x`` (B, n)."""
         ...
+
+
+def wave(x: Tensor, turn: float = 0.0) -> Tensor:
+    """Numbers between -1 and 1 in the shape of ``x``, without a pattern, but the same every time."""
+    k = torch.arange(x.numel(), device=x.device, dtype=torch.float64) + 1
+    return torch.cos(k * k + turn).to(x.dtype).reshape(x.shape)
+
+
+def unrecorded(weights: Sequence[Tensor], pushed: Sequence[Tensor], directions: Sequence[Tensor], pulled: Sequence[Tensor]) -> Tensor:
+    """Whether ``pushed``, of ``directions``, misses a part that ``pulled``, of ``weights``, has; 0-d.
+
+    The backward of some operators (custom functions that compute by NumPy or under ``torch.no_grad()``, sparse tensors made of values) is
+    right, but says nothing of what its results depend on: whoever differentiates it takes them for constants, and their part is missing
+    without a word. It shows in what holds for every linear map: what is recorded of ``w -> J* w``, transposed and applied to ``v``, has
+    with ``w`` the product that ``v`` has with ``J* w``. What is not finite says nothing.
+    """
+
+    def terms(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+        return torch.cat([(x.conj() * y).real.reshape(-1) for x, y in zip(left, right, strict=True)])
+
+    forward, back = terms(weights, pushed), terms(pulled, directions)
+    allowed = torch.finfo(forward.dtype).eps ** 0.5 * (forward.abs().sum() + back.abs().sum())
+    off = (forward.sum() - back.sum()).abs()
+    return (off > allowed) & torch.isfinite(off)
 
 
 def in_transform() -> bool:
@@ -72,9 +107,11 @@ def must_differentiate(differentiable: bool | None) -> bool:
 def jvp(f: Function, x: Tensor, v: Tensor, differentiable: bool | None = None) -> Tensor:
     """``J v`` for ``v`` (B, n): (B, m), the transpose of a vjp; in forward mode where that cannot be had."""
     if not must_differentiate(differentiable):
-        found = plain_push(f, x, v.unsqueeze(0), None)
+        found = plain_push(f, x, v.unsqueeze(0), None, sure=True)
         if found is not None:
             return found[0]
+        if not transforms_active():
+            return torch.func.jvp(f, (x,), (v,))[1]
     out, pull = _vjp(f, x)
     return _transposed(out, pull)(v) if out.is_complex() == x.is_complex() else torch.func.jvp(f, (x,), (v,))[1]
 
@@ -176,18 +213,19 @@ def _pullback(f: Function, x: Tensor, differentiable: bool) -> tuple[Callable[[T
 
 
 def _record(f: Function, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """``f(x)``, its leaf, a probe ``u = 0`` and ``J^H u`` with a graph; None where ``f`` does not depend on ``x``."""
+    """``f(x)``, its leaf, a probe ``u`` and ``J^H u`` with a graph; None where ``f`` does not depend on ``x``."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         out = f(leaf)
-        probe = torch.zeros_like(out, requires_grad=True)
+        # any will do, since all is linear in it; see `unrecorded`
+        probe = wave(out.detach()).requires_grad_()
         turned = torch.autograd.grad(out, leaf, probe, create_graph=True, allow_unused=True)[0] if out.requires_grad else None
     return out, leaf, probe, turned
 
 
-def plain_push(f: Function, x: Tensor, seeds: Tensor, chunk: int | None = None) -> Tensor | None:
+def plain_push(f: Function, x: Tensor, seeds: Tensor, chunk: int | None = None, sure: bool = False) -> Tensor | None:
     """``J s`` for ``seeds`` (k, *x.shape) as the transpose of the recorded vjp, or None where that cannot be had (complex results of real
-    arguments, a backward that cannot be differentiated)."""
+    arguments, a backward that cannot be differentiated, or that is found out, if one wants to be ``sure``, not to be recorded)."""
     if transforms_active():
         return None
     try:
@@ -196,7 +234,9 @@ def plain_push(f: Function, x: Tensor, seeds: Tensor, chunk: int | None = None) 
             return None
         if turned is None:
             return out.new_zeros(seeds.shape[0], *out.shape)
-        return _plain_grads(turned, probe, seeds, chunk)
+        found = _plain_grads(turned, probe, seeds, chunk)
+        missing = sure and bool(unrecorded([probe.detach()], [found[0]], [seeds[0]], [turned.detach()]))
+        return None if missing else found
     except RuntimeError:  # a fault of f shows again in the way that is taken instead
         return None
 
@@ -247,7 +287,8 @@ def _mapped(one: Function, seeds: Tensor, chunk_size: int | None) -> Tensor:
     try:
         return torch.vmap(one, chunk_size=chunk_size)(seeds)
     except RuntimeError as error:
-        if isinstance(error, NotImplementedError) or not is_vmap_failure(error):
+        missing = isinstance(error, NotImplementedError) and not isinstance(error, UnsupportedCombination)
+        if missing or not is_vmap_failure(error):
             raise
         return torch.stack([one(s) for s in seeds])
 
@@ -368,14 +409,25 @@ def jacobian_operator(f: Function, x: Tensor) -> LinearOperator:
         found = torch.autograd.grad(out, leaf, w.conj() if out.is_complex() else w, retain_graph=True)[0]
         return found.conj() if out.is_complex() else found
 
+    forward: bool | None = None
+
     def matvec(v: Tensor) -> Tensor:
-        try:
-            return torch.autograd.grad(turned, probe, v.detach(), retain_graph=True)[0]
-        except RuntimeError as error:
-            if turned.requires_grad and "once_differentiable" not in str(error):
-                raise
-            with torch.no_grad():  # a backward that cannot be differentiated
-                return torch.func.jvp(f, (x.detach(),), (v.detach(),))[1]
+        nonlocal forward
+        v = v.detach()
+        if not forward:
+            try:
+                found = torch.autograd.grad(turned, probe, v, retain_graph=True)[0]
+            except RuntimeError as error:
+                if turned.requires_grad and "once_differentiable" not in str(error):
+                    raise
+                forward = True
+            else:
+                if forward is None:
+                    forward = bool(unrecorded([probe.detach()], [found], [v], [turned.detach()]))
+                if not forward:
+                    return found
+        with torch.no_grad():  # a backward that cannot be differentiated
+            return torch.func.jvp(f, (x.detach(),), (v,))[1]
 
     return _operator(x, matvec, rmatvec)
 

@@ -29,5 +29,8 @@ def called_by_us() -> bool:
     frame = sys._getframe(2)
     # modes hand on what they see
     while frame is not None and (frame.f_code.co_filename.startswith(_TORCH) or frame.f_code.co_name == "__torch_function__"):
+        if frame.f_code.co_name == "_call_impl":
+            # a module, which is the user's
+            return False
         frame = frame.f_back  # type: ignore[assignment]
     return frame is not None and frame.f_code.co_filename.startswith(_OURS)

@@ -55,6 +55,8 @@ class StateSpec:
                 raise InvalidInput(f"{what}{path} is a {type(leaf).__name__}; a state is a tensor or a pytree of tensors")
             if not (leaf.is_floating_point() or leaf.is_complex()):
                 raise InvalidInput(f"{what}{path} has dtype {leaf.dtype}; a state is floating or complex (try .float() or .double())")
+            if leaf.layout is not torch.strided:
+                raise InvalidInput(f"{what}{path} is sparse ({leaf.layout}); a state is dense (try .to_dense())")
             if batched and leaf.dim() == 0:
                 raise InvalidInput(f"{what}{path} is 0-d, but batched=True needs a leading batch dimension on every leaf")
         devices = {leaf.device for leaf in leaves}
@@ -162,6 +164,8 @@ class StateSpec:
                 raise InvalidInput(f"{what}{path} is a {type(leaf).__name__}, expected a tensor of shape {tuple(shape)}")
             if leaf.shape != shape:
                 raise InvalidInput(f"{what}{path} has shape {tuple(leaf.shape)}, but {like} has {tuple(shape)}")
+            if leaf.layout is not torch.strided:
+                raise InvalidInput(f"{what}{path} is sparse ({leaf.layout}), but {like} is dense; return .to_dense()")
             if leaf.device != self.device:
                 raise InvalidInput(f"{what}{path} is on {leaf.device}, but {like} is on {self.device}")
             if leaf.dtype != dtype:
@@ -215,6 +219,8 @@ class System:
     normalizes: bool = False
     #: whether it calls what hides its operators
     unseen: bool = False
+    #: whether it asks which tensors require grad, and gives other derivatives where it is mapped
+    asks: bool = False
 
     @property
     def rows(self) -> int:
@@ -380,6 +386,11 @@ class VmappedSystem:
     def mass(self) -> int | None:
         """See `System`."""
         return self.base.mass
+
+    @property
+    def asks(self) -> bool:
+        """See `System`."""
+        return self.base.asks
 
     def mass_matrix(self, inputs: Sequence[Tensor]) -> Tensor | None:
         """See `System`: that of every trajectory."""

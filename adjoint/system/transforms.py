@@ -3,7 +3,7 @@ the user do that cannot be differentiated there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -20,6 +20,7 @@ __all__ = [
     "copies_of",
     "copy_at",
     "copy_where",
+    "differentiated_again",
     "every_copy",
     "functorch_active",
     "functorch_level",
@@ -47,6 +48,17 @@ def vmap_active() -> bool:
     """Whether a ``torch.vmap`` is running, directly or inside of a transform such as `torch.func.jacfwd`."""
     stack = internals.get_interpreter_stack()
     return any(level.key() == internals.TransformType.Vmap for level in stack or ())
+
+
+def differentiated_again(tensors: Iterable[Tensor]) -> bool:
+    """Whether derivatives in these ``tensors``, which are being taken, may be differentiated themselves."""
+    stack = internals.get_interpreter_stack() or ()
+    below = map(unwrapped, tensors)
+    taking = sum(level.key() in (internals.TransformType.Grad, internals.TransformType.Jvp) for level in stack)
+    if taking != 1:
+        return taking > 1 or torch.is_grad_enabled() or any(map(has_tangent, below))
+    # one transform records whatever it takes: is there anything below it?
+    return any(has_tangent(x) or x.requires_grad for x in below)
 
 
 def jvp_active() -> bool:
@@ -188,6 +200,21 @@ _CHECKPOINTED = (
     "derivatives of derivatives); or it keeps a tensor that was made inside of a vmap. Leave the checkpoint out of fun: "
     "DiscreteAdjoint(checkpoints=n) bounds the memory of whole solves; or take an explicit method"
 )
+_SPARSE = (
+    "fun (or an event function, jac, quadrature) uses sparse tensors where PyTorch takes none: transforms of torch.func and forward mode "
+    "(ForwardSensitivity, second derivatives of some products) take no CSR or CSC tensors, torch.vmap none at all, and few operators have "
+    "derivatives that are sparse. Take first derivatives in reverse mode, with gradient=DiscreteAdjoint(), and COO tensors; or a dense "
+    "tensor, or index_add"
+)
+_BACKWARD_ONLY = (
+    "an operator in fun (or in an event function, jac, quadrature), it is named above, has no forward mode, which is asked for here: take "
+    "reverse mode (torch.func.grad, vjp, jacrev, backward), or give the custom torch.autograd.Function a jvp"
+)
+_NOT_FOR_TRANSFORMS = (
+    "a custom torch.autograd.Function in fun (or in an event function, jac, quadrature) is called under a transform of torch.func: one "
+    "around the solve, or one that the solve needs (ForwardSensitivity, second derivatives, Jacobians). Give it a forward without ctx with "
+    "setup_context, and generate_vmap_rule = True or a vmap; or take first derivatives by backward(), with gradient=DiscreteAdjoint()"
+)
 #: how PyTorch says so: its transforms, and autograd
 _WRITTEN = {
     "would mutate a captured Tensor": _WRITES,
@@ -202,6 +229,12 @@ _WRITTEN = {
     "data pointer of Tensor that doesn't have storage": _COMPILED,
     "may have escaped from inside a function being vmapped": _CHECKPOINTED,
     "torch.utils.checkpoint is incompatible with .grad()": _CHECKPOINTED,
+    "Sparse": _SPARSE,
+    "sparse tensors": _SPARSE,
+    "implement the jvp function for custom autograd.Function": _BACKWARD_ONLY,
+    "Trying to use forward AD with": _BACKWARD_ONLY,
+    "use an autograd.Function with functorch transforms": _NOT_FOR_TRANSFORMS,
+    "does not have vmap support": _NOT_FOR_TRANSFORMS,
 }
 _SAID = _WRITTEN | {
     "does not require grad and does not have a grad_fn": _NOT_RECORDED,

@@ -90,3 +90,17 @@ def test_bad_arguments():
         NeuralODE(_net(), quadrature=lambda t, y: y)
     with pytest.raises(InvalidInput, match="shape"):
         NeuralODE(torch.nn.Linear(2, 3))(torch.ones(2))
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient": Backprop()}, {"method": "kvaerno5"}])
+def test_in_a_compiled_model(options):
+    """What compiles the model breaks off before the layer, and not inside of it."""
+    torch.manual_seed(0)
+    layer = NeuralODE(_net(), rtol=1e-6, **options)
+    model, y0 = torch.nn.Sequential(torch.nn.Linear(2, 2), layer, torch.nn.Linear(2, 1)), torch.randn(3, 2)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(model(y0).square().sum(), parameters)
+    for f in (torch.compile(model, backend="aot_eager"), torch.compile(lambda y: model(y) * 1.0, backend="eager")):
+        got = torch.autograd.grad(f(y0).square().sum(), parameters)
+        torch.testing.assert_close(got, expected)
+        assert layer.stats.n_accepted > 0
