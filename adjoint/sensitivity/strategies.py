@@ -12,7 +12,7 @@ from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import Monitor, Record, Recording, integrate
 from ..integrate.plan import Grid
 from ..native.entry import Sought
-from ..system.transforms import functorch_active
+from ..system.transforms import differentiated_again, functorch_active
 from ..torch_internals import dual_level
 from .checkpoints import CheckpointNode
 from .equations import equations
@@ -126,14 +126,15 @@ class Backprop:
         if not problem.plan.keep_states or not problem.derivatives:
             return grid
         if problem.plan.method.multistep:
-            return multistep_outputs(problem, grid, anchors, t_eval, y0, inputs)
+            return _watched(problem, multistep_outputs(problem, grid, anchors, t_eval, y0, inputs), anchors, y0, inputs)
         safe = shelter(problem, Grid.of(grid).mapped(Tensor.detach), t_eval, inputs)
         f, y0 = guarded(problem, problem.system.bind(safe.inputs), anchors, t_eval, y0, inputs)
         inputs = safe.inputs
         if problem.algebra is None:
-            return replay(lambda k: f, problem.plan, grid, anchors, t_eval, y0)
+            return _watched(problem, replay(lambda k: f, problem.plan, grid, anchors, t_eval, y0), anchors, y0, inputs)
         stages = safe.grid.stages
-        return replay(lambda k: equations(problem, inputs, stages[k]), problem.plan, grid, anchors, t_eval, y0)
+        found = replay(lambda k: equations(problem, inputs, stages[k]), problem.plan, grid, anchors, t_eval, y0)
+        return found if problem.system.residual is not None else _watched(problem, found, anchors, y0, inputs)
 
 
 def _recorded(
@@ -161,12 +162,16 @@ def _recorded(
 
 def _watched(problem: Problem, found: Outputs, anchors: Tensor, y0: Tensor, inputs: Sequence[Tensor]) -> Outputs:
     """What autograd has recorded, looked at before derivatives of its derivatives are taken."""
+    system, t, smooth = problem.system, anchors[0].to(problem.plan.real), [i for i, x in enumerate(inputs) if x.requires_grad]
+    look = lambda: look_at_fun(system, t, y0, inputs, smooth)  # noqa: E731
+    if functorch_active() or dual_level() >= 0:
+        if differentiated_again([y0, *inputs]):
+            look()
+        return found
     names = [name for name in ("final", "samples", "states") if getattr(found, name).requires_grad]
     if not names:
         return found
-    system, t, smooth = problem.system, anchors[0].to(problem.plan.real), [i for i, x in enumerate(inputs) if x.requires_grad]
-    looked = LookNode.apply(lambda: look_at_fun(system, t, y0, inputs, smooth), *[getattr(found, name) for name in names])
-    return found._replace(**dict(zip(names, looked, strict=True)))
+    return found._replace(**dict(zip(names, LookNode.apply(look, *[getattr(found, name) for name in names]), strict=True)))
 
 
 def _decided(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Problem:

@@ -64,6 +64,9 @@ def _smooth(step: Callable[..., Any], inputs: Sequence[Tensor], smooth: Sequence
 
 def look_at_fun(system: System | VmappedSystem, t: Tensor, at: Tensor, inputs: Sequence[Tensor], smooth: Sequence[int]) -> None:
     """Raise where derivatives of the derivatives of ``fun`` at a point, (B,) and (B, n), would miss a part; in the inputs ``smooth``."""
+    if isinstance(system, System) and system.unseen:
+        # which takes its tensors as they are
+        smooth = []
     look_again(lambda y, *some: system.bind(exchanged(inputs, smooth, some))(t, y), at, *(inputs[i] for i in smooth))
 
 

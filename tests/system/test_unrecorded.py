@@ -117,6 +117,23 @@ def test_transforms():
         torch.func.jvp(value, (p,), (torch.ones_like(p),))
 
 
+@pytest.mark.parametrize("op", OPERATORS)
+def test_objectives(op):
+    op, p = OPERATORS[op], torch.tensor([0.8, 0.3], dtype=F64)
+
+    def objective(op):
+        return adjoint.SteadyStateObjective(
+            lambda x, p: x.square().sum() + p.prod(), lambda x, p: x + 0.5 * op(p[0], x) + p[1] * x**2 - 1, torch.ones(1, dtype=F64)
+        )
+
+    found, expected = objective(op), objective(lambda p, y: p * torch.sin(y))
+    torch.testing.assert_close(found.gradient(p), expected.gradient(p), rtol=1e-9, atol=1e-12)
+    for ask in (lambda o: o.hessian(p), lambda o: o.state_jacobian(p), lambda o: o.hvp(p, p)):
+        assert bool(torch.isfinite(torch.as_tensor(ask(expected))).all())
+        with pytest.raises(adjoint.UnsupportedCombination, match="autograd records nothing"):
+            ask(objective(op))
+
+
 # ---- sparse tensors
 
 
