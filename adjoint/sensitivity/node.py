@@ -33,24 +33,24 @@ _DIFFERENTIABLE = 4
 
 
 class LookNode(Node):
-    """``apply(look, *tensors)`` gives the tensors, whose derivatives autograd has recorded; ``look()`` raises where the record would not do
-    for derivatives of these."""
+    """``apply(look, x)`` gives ``x``, whose derivatives autograd has recorded; ``look()`` raises where the record would not do for
+    derivatives of these."""
 
     @staticmethod
-    def forward(look: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(map(unviewed, tensors))
+    def forward(look: Callable[[], None], x: Tensor) -> Tensor:
+        return unviewed(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.look = owned(inputs[0])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @copy_by_copy
-    def backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
+    def backward(ctx: Any, bar: Tensor | None) -> tuple[None, Tensor | None]:
+        if bar is not None and torch.is_grad_enabled():
             ctx.look()()
-        return (None, *bars)
+        return None, bar
 
 
 class SolveNode(Node):

@@ -83,16 +83,21 @@ def tangent(function: Callable[..., Any], primals: Sequence[Tensor], dots: Seque
 
 
 def look_again(function: Callable[..., Any], *primals: Tensor) -> None:
-    """Raise `UnsupportedCombination` where a derivative of the derivatives of ``function`` would miss a part: see `unrecorded`."""
+    """Raise `UnsupportedCombination` where a derivative of the derivatives of ``function`` would miss a part: see `unrecorded`. Where there
+    is none at all, PyTorch says so as soon as it is taken."""
     record = vjp if functorch_active() else lambda f, *own: _recorded(f, own, True)[:2]
-    with torch.enable_grad():
-        out, pull = record(function, *primals)
-        many = isinstance(out, tuple)
-        weights = [wave(x.detach()) for x in (out if many else (out,))]
-        directions = tuple(wave(x.detach(), 1.0) for x in primals)
-        found, push = record(lambda *bars: tuple(pull(bars if many else bars[0])), *weights)
-        if anywhere(unrecorded(weights, push(directions), directions, found)):
-            raise UnsupportedCombination(UNRECORDED)
+    try:
+        with torch.enable_grad():
+            out, pull = record(function, *primals)
+            many = isinstance(out, tuple)
+            weights = [wave(x.detach()) for x in (out if many else (out,))]
+            directions = tuple(wave(x.detach(), 1.0) for x in primals)
+            found, push = record(lambda *bars: tuple(pull(bars if many else bars[0])), *weights)
+            missing = anywhere(unrecorded(weights, push(directions), directions, found))
+    except RuntimeError:
+        return
+    if missing:
+        raise UnsupportedCombination(UNRECORDED)
 
 
 def behind(x: Tensor, *history: Tensor) -> Tensor:

@@ -168,10 +168,8 @@ def _watched(problem: Problem, found: Outputs, anchors: Tensor, y0: Tensor, inpu
         if differentiated_again([y0, *inputs]):
             look()
         return found
-    names = [name for name in ("final", "samples", "states") if getattr(found, name).requires_grad]
-    if not names:
-        return found
-    return found._replace(**dict(zip(names, LookNode.apply(look, *[getattr(found, name) for name in names]), strict=True)))
+    seen = {name: LookNode.apply(look, x) for name in ("final", "samples", "states") if (x := getattr(found, name)).requires_grad}
+    return found._replace(**seen)
 
 
 def _decided(problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Problem:
