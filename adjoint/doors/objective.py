@@ -142,6 +142,8 @@ class SteadyStateObjective:
         self._options = {**{k: v for k, v in known.items() if k != "args"}, **options}
         self.stats = ObjectiveStats()
         self._point: _Point | None = None
+        #: see `Functions`
+        self._seen: list[bool] = []
 
     # -- the point -------------------------------------------------------------------------------------------------------------------
 
@@ -242,7 +244,7 @@ class SteadyStateObjective:
         seen = Fingerprint.of(functions, x, flat)
         if not seen.same(functions):
             raise SolveError(f"f or F gives other values with every call: {CHANGED}. Draw random numbers once, and hand them in")
-        expansion = Expansion(Functions(objective, residual), x, flat, solves)
+        expansion = Expansion(Functions(objective, residual, self._seen), x, flat, solves)
         return _Point(flat, layout, x, spec, expansion, factors, task.store.clear, functions, seen)
 
     # -- what users ask for ------------------------------------------------------------------------------------------------------------

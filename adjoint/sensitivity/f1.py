@@ -9,13 +9,13 @@ calls cost less than those of functional transforms.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedCombination
-from ..system.jacobians import UNRECORDED, is_vmap_failure, unrecorded, wave
+from ..system.jacobians import is_vmap_failure
+from .products import look_again
 
 __all__ = ["Expansion", "Functions", "Solves"]
 
@@ -27,10 +27,19 @@ _CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class Functions:
-    """The objective ``f(x, p)``, 0-d, and the residual ``F(x, p)``, ``(n,)``."""
+    """The objective ``f(x, p)``, 0-d, and the residual ``F(x, p)``, ``(n,)``. ``seen``: holds something once both were looked at, see
+    `look_again`."""
 
     f: Callable[[Tensor, Tensor], Tensor]
     F: Callable[[Tensor, Tensor], Tensor]
+    seen: list[bool] = field(default_factory=list)
+
+    def look(self, x: Tensor, p: Tensor) -> None:
+        """Raise where derivatives of their derivatives would miss a part."""
+        if not self.seen:
+            look_again(self.F, x, p)
+            look_again(self.f, x, p)
+            self.seen.append(True)
 
 
 @dataclass(frozen=True)
@@ -48,17 +57,6 @@ def _pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], bars: Sequence[Te
         return [torch.zeros_like(x) for x in inputs]
     outs, cotangents = zip(*pairs, strict=True)
     return list(torch.autograd.grad(outs, inputs, cotangents, retain_graph=True, create_graph=again, materialize_grads=True))
-
-
-def _recorded(outputs: Sequence[Tensor], inputs: Sequence[Tensor], bar: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """A cotangent of the one output, with the values of ``bar``, and what it is pulled back to, recorded. Raises `UnsupportedCombination`
-    where the record would miss a part."""
-    w = bar.detach().requires_grad_()
-    found = _pull(outputs, inputs, [w], again=True)
-    directions = [wave(x.detach(), 1.0) for x in inputs]
-    if bool(unrecorded([w.detach()], _pull(found, [w], directions), directions, [x.detach() for x in found])):
-        raise UnsupportedCombination(UNRECORDED)
-    return w, found
 
 
 def _pull_columns(outputs: Sequence[Tensor], inputs: Sequence[Tensor], bars: Sequence[Tensor]) -> list[Tensor]:
@@ -134,7 +132,8 @@ class Expansion:
             with torch.enable_grad():
                 x, p = self._points()
                 value = self.functions.f(x, p) - torch.dot(self.adjoint(), self.functions.F(x, p))
-                return x, p, _recorded([value], [x, p], torch.ones_like(value))[1]
+                self.functions.look(self.x, self.p)
+                return x, p, _pull([value], [x, p], [torch.ones_like(value)], again=True)
 
         return self._keep("L", make)  # type: ignore[return-value]
 
@@ -144,7 +143,9 @@ class Expansion:
         def make() -> tuple[Tensor, list[Tensor]]:
             with torch.enable_grad():
                 x, p, residual = self._recorded_residual()
-                return _recorded([residual], [x, p], wave(residual.detach()))
+                self.functions.look(self.x, self.p)
+                w = torch.zeros_like(residual, requires_grad=True)
+                return w, _pull([residual], [x, p], [w], again=True)
 
         return self._keep("products", make)  # type: ignore[return-value]
 
@@ -209,7 +210,9 @@ class Expansion:
             return value.detach(), (g_p - _pull_columns([residual], [q], [self._solves().transposed(g_x)])[0]).T
         # along the m directions, however many observations there are
         with torch.enable_grad():
-            w, products = _recorded([value], [x, p], wave(value.detach()))
+            look_again(g, self.x, self.p)
+            w = torch.zeros_like(value, requires_grad=True)
+            products = _pull([value], [x, p], [w], again=True)
         eye = torch.eye(m, dtype=self.p.dtype, device=self.p.device)
         return value.detach(), _pull_columns(products, [w], [self.state_jacobian(), eye])[0]
 

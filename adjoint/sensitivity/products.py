@@ -13,10 +13,15 @@ from ..errors import UnsupportedCombination
 from ..system.capture import ask
 from ..system.jacobians import UNRECORDED, unrecorded, wave
 from ..system.origins import has_unknown
-from ..system.transforms import anywhere, functorch_active
+from ..system.transforms import functorch_active
+from ..system.witness import beside
 from ..torch_internals import Node, dual_level
 
 __all__ = ["behind", "exchanged", "look_again", "smooth_places", "tangent", "vjp"]
+
+
+#: how far beside a state `look_again` looks
+_BESIDE = 0.01
 
 
 def smooth_places(inputs: Sequence[Tensor]) -> list[int]:
@@ -84,7 +89,12 @@ def tangent(function: Callable[..., Any], primals: Sequence[Tensor], dots: Seque
 
 def look_again(function: Callable[..., Any], *primals: Tensor) -> None:
     """Raise `UnsupportedCombination` where a derivative of the derivatives of ``function`` would miss a part: see `unrecorded`. Where there
-    is none at all, PyTorch says so as soon as it is taken."""
+    is none at all, PyTorch says so as soon as it is taken.
+
+    Looked at beside the first of the ``primals``, the state: where it is, derivatives may cancel (at an optimum all do), and what is left
+    of them is rounding.
+    """
+    primals = (beside(primals[0].detach(), _BESIDE), *primals[1:])
     record = vjp if functorch_active() else lambda f, *own: _recorded(f, own, True)[:2]
     try:
         with torch.enable_grad():
@@ -92,8 +102,9 @@ def look_again(function: Callable[..., Any], *primals: Tensor) -> None:
             many = isinstance(out, tuple)
             weights = [wave(x.detach()) for x in (out if many else (out,))]
             directions = tuple(wave(x.detach(), 1.0) for x in primals)
-            found, push = record(lambda *bars: tuple(pull(bars if many else bars[0])), *weights)
-            missing = anywhere(unrecorded(weights, push(directions), directions, found))
+            pulled = lambda *bars: tuple(pull(bars if many else bars[0]))  # noqa: E731
+            found, push = record(pulled, *weights)
+            missing = unrecorded(pulled, weights, found, push(directions), directions)
     except RuntimeError:
         return
     if missing:

@@ -27,6 +27,7 @@ from ..torch_internals import (
     vmapmode_decrement_nesting,
     vmapmode_increment_nesting,
 )
+from .transforms import anywhere
 
 __all__ = [
     "UNRECORDED",
@@ -47,6 +48,8 @@ __all__ = [
 ]
 
 Function = Callable[[Tensor], Tensor]
+#: how many times the effect of rounding a part must be to be missed
+_CERTAIN = 100
 #: where derivatives would be differentiated of which nothing is recorded: see `unrecorded`
 UNRECORDED = (
     "the backward of an operator in fun (or in an event function, jac, quadrature) gives derivatives of which autograd records nothing: "
@@ -66,13 +69,19 @@ class JacobianStrategy(Protocol):
 
 
 def wave(x: Tensor, turn: float = 0.0) -> Tensor:
-    """Numbers between -1 and 1 in the shape of ``x``, without a pattern, but the same every time."""
+    """Numbers between -1 and 1 in the shape of ``x``, without a pattern, but the same every time; none is zero, and every dtype has them."""
     k = torch.arange(x.numel(), device=x.device, dtype=torch.float64) + 1
-    return torch.cos(k * k + turn).to(x.dtype).reshape(x.shape)
+    return (((8 * torch.cos(k * k + turn)).floor() + 0.5) / 8).to(x.dtype).reshape(x.shape)
 
 
-def unrecorded(weights: Sequence[Tensor], pushed: Sequence[Tensor], directions: Sequence[Tensor], pulled: Sequence[Tensor]) -> Tensor:
-    """Whether ``pushed``, of ``directions``, misses a part that ``pulled``, of ``weights``, has; 0-d.
+def unrecorded(
+    pull: Callable[..., Sequence[Tensor]],
+    weights: Sequence[Tensor],
+    found: Sequence[Tensor],
+    pushed: Sequence[Tensor],
+    directions: Sequence[Tensor],
+) -> bool:
+    """Whether ``pushed``, of ``directions``, misses a part that ``found``, which is ``pull(*weights)``, has.
 
     The backward of some operators (custom functions that compute by NumPy or under ``torch.no_grad()``, sparse tensors made of values) is
     right, but says nothing of what its results depend on: whoever differentiates it takes them for constants, and their part is missing
@@ -80,13 +89,25 @@ def unrecorded(weights: Sequence[Tensor], pushed: Sequence[Tensor], directions: 
     with ``w`` the product that ``v`` has with ``J* w``. What is not finite says nothing.
     """
 
-    def terms(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-        return torch.cat([(x.conj() * y).real.reshape(-1) for x, y in zip(left, right, strict=True)])
+    def off(weights: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        forward, back = (
+            torch.cat([(x.conj() * y).real.reshape(-1).double() for x, y in zip(left, right, strict=True)])
+            for left, right in ((weights, pushed), (found, directions))
+        )
+        return forward.sum() - back.sum(), forward.abs().sum() + back.abs().sum()
 
-    forward, back = terms(weights, pushed), terms(pulled, directions)
-    allowed = torch.finfo(forward.dtype).eps ** 0.5 * (forward.abs().sum() + back.abs().sum())
-    off = (forward.sum() - back.sum()).abs()
-    return (off > allowed) & torch.isfinite(off)
+    first, size = off(weights, found)
+    eps = max(torch.finfo(x.dtype).eps for x in (*weights, *found))
+    if not anywhere(torch.isfinite(first) & (first.abs() > eps**0.5 * size)):
+        return False
+    # rounding (of single precision inside of a function of double, say) is no linear function of the weights; what is missing is
+    others = [list(weights), *([wave(x.detach(), turn) for x in weights] for turn in (2.0, 3.0))]
+    single = [first, *(off(some, pull(*some))[0] for some in others[1:])]
+    defects = []
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        both = [x + y for x, y in zip(others[i], others[j], strict=True)]
+        defects.append((off(both, pull(*both))[0] - single[i] - single[j]).abs())
+    return anywhere(torch.stack([x.abs() for x in single]).amax(0) > _CERTAIN * torch.stack(defects).amax(0))
 
 
 def in_transform() -> bool:
@@ -223,20 +244,25 @@ def _record(f: Function, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | No
     return out, leaf, probe, turned
 
 
+def _misses(out: Tensor, leaf: Tensor, probe: Tensor, turned: Tensor, found: Tensor, direction: Tensor) -> bool:
+    """`unrecorded` of what `_record` gives; ``found``: the product with the ``direction``."""
+    pull = lambda w: torch.autograd.grad(out, leaf, w, retain_graph=True)  # noqa: E731
+    return unrecorded(pull, [probe.detach()], [turned.detach()], [found], [direction])
+
+
 def plain_push(f: Function, x: Tensor, seeds: Tensor, chunk: int | None = None, sure: bool = False) -> Tensor | None:
     """``J s`` for ``seeds`` (k, *x.shape) as the transpose of the recorded vjp, or None where that cannot be had (complex results of real
     arguments, a backward that cannot be differentiated, or that is found out, if one wants to be ``sure``, not to be recorded)."""
     if transforms_active():
         return None
     try:
-        out, _, probe, turned = _record(f, x)
+        out, leaf, probe, turned = _record(f, x)
         if out.is_complex() != x.is_complex():
             return None
         if turned is None:
             return out.new_zeros(seeds.shape[0], *out.shape)
         found = _plain_grads(turned, probe, seeds, chunk)
-        missing = sure and bool(unrecorded([probe.detach()], [found[0]], [seeds[0]], [turned.detach()]))
-        return None if missing else found
+        return None if sure and _misses(out, leaf, probe, turned, found[0], seeds[0]) else found
     except RuntimeError:  # a fault of f shows again in the way that is taken instead
         return None
 
@@ -423,7 +449,7 @@ def jacobian_operator(f: Function, x: Tensor) -> LinearOperator:
                 forward = True
             else:
                 if forward is None:
-                    forward = bool(unrecorded([probe.detach()], [found], [v], [turned.detach()]))
+                    forward = _misses(out, leaf, probe, turned, found, v)
                 if not forward:
                     return found
         with torch.no_grad():  # a backward that cannot be differentiated

@@ -134,6 +134,32 @@ def test_objectives(op):
             ask(objective(op))
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_lower_precision_inside(kind):
+    """Its rounding is not taken for something that is missing."""
+    weight = torch.linspace(-1, 1, 16, dtype=F64).reshape(4, 4).requires_grad_()
+
+    def fun(t, y):
+        return torch.tanh((weight.to(kind) @ y.to(kind).unsqueeze(-1)).squeeze(-1)).to(y.dtype) - y
+
+    for options in ({}, {"gradient": adjoint.DiscreteAdjoint(keep_bytes=0)}, {"gradient": adjoint.ForwardSensitivity()}):
+        y = adjoint.solve_ivp(fun, (0.0, 1.0), torch.linspace(0.3, 1, 4, dtype=F64), rtol=1e-2, atol=1e-2, max_steps=30, **options).y[-1]
+        (slope,) = torch.autograd.grad(y.sum(), weight, create_graph=True)
+        assert bool(torch.isfinite(torch.autograd.grad(slope.square().sum(), weight)[0]).all())
+
+
+def test_derivatives_that_cancel():
+    """At the middle of a logistic curve."""
+    for method in ("tsit5", "rodas5p"):
+        y0 = torch.tensor([0.5], dtype=F64, requires_grad=True)
+        y = adjoint.solve_ivp(lambda t, y: y * (1 - y), (0.0, 1.0), y0, method=method, rtol=1e-8, atol=1e-10).y[-1].sum()
+        (slope,) = torch.autograd.grad(y, y0, create_graph=True)
+        # y = y0 e / (1 + y0 (e - 1)) at t = 1
+        e, s = math.e, 1 + 0.5 * (math.e - 1)
+        assert float(slope) == pytest.approx(e / s**2, rel=1e-6)
+        assert float(torch.autograd.grad(slope.sum(), y0)[0]) == pytest.approx(-2 * e * (e - 1) / s**3, rel=1e-5)
+
+
 # ---- sparse tensors
 
 
