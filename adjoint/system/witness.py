@@ -98,7 +98,8 @@ def beside(x: Tensor, part: float) -> Tensor:
     size = x.abs()
     size = size + 1e-3 * size.amax(-1, keepdim=True) if x.shape[-1] else size
     size = torch.where(size > 0, size, 1.0)
-    return x + part * size * (1.5 + torch.cos(k * k)) * torch.where(x.real < 0, -1.0, 1.0)
+    away = torch.where(x.real < 0, -torch.ones_like(k), 1.0)
+    return x + part * size * (1.5 + torch.cos(k * k)) * away
 
 
 def differs(again: Tensor, known: Tensor) -> Tensor:
