@@ -69,7 +69,7 @@ class JacobianStrategy(Protocol):
 
 
 def wave(x: Tensor, turn: float = 0.0) -> Tensor:
-    """Numbers between -1 and 1 in the shape of ``x``, without a pattern, but the same every time; none is zero, and every dtype has them."""
+    """Numbers between -1 and 1 in the shape of ``x``, without a pattern, but the same every time; not zero, and numbers of every dtype."""
     k = torch.arange(x.numel(), device=x.device, dtype=torch.float64) + 1
     return (((8 * torch.cos(k * k + turn)).floor() + 0.5) / 8).to(x.dtype).reshape(x.shape)
 
