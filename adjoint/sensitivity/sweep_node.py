@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..integrate.plan import RECORDED, Grid
+from ..system.capture import alive
 from ..system.ownership import continuing, owned
 from ..system.transforms import functorch_active
 from ..torch_internals import Node, below_jvp
@@ -80,7 +81,7 @@ class _SweepNode(Node):
     @staticmethod
     @continuing("problem")
     def backward(ctx: Any, *bars: Tensor | None) -> tuple[Any, ...]:
-        problem, layout, tensors = ctx.problem(), ctx.layout, list(ctx.saved_tensors)
+        problem, layout, tensors = ctx.problem(), ctx.layout, list(alive(ctx.saved_tensors))
         smooth = smooth_places(tensors)
 
         def sweep(*some: Tensor) -> tuple[Tensor, ...]:
@@ -98,7 +99,7 @@ class _SweepNode(Node):
     def jvp(ctx: Any, _: None, __: None, *dots: Tensor | None) -> tuple[Tensor | None, ...]:
         problem, layout = ctx.problem(), ctx.layout
         with below_jvp() as (lower, raise_):
-            tensors = [lower(x) for x in ctx.saved_tensors]
+            tensors = [lower(x) for x in alive(ctx.saved_tensors)]
             found = _moved(problem, layout, tensors, [None if d is None else lower(d) for d in dots])
         # integers, which are not differentiated, are among the inputs too
         return tuple(raise_(x) if x.is_floating_point() or x.is_complex() else None for x in found)
