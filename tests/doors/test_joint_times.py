@@ -107,6 +107,45 @@ def test_by_other_strategies(case, gradient):
         torch.testing.assert_close(torch.stack(one), torch.stack(other), rtol=1e-6, atol=1e-6)
 
 
+def dual(function, x, along):
+    with torch.autograd.forward_ad.dual_level():
+        return torch.autograd.forward_ad.unpack_dual(function(torch.autograd.forward_ad.make_dual(x, along))).tangent
+
+
+FORWARD = {
+    "jvp": lambda function, x, along: torch.func.jvp(function, (x,), (along,))[1],
+    "jacfwd": lambda function, x, along: torch.func.jacfwd(function)(x) @ along,
+    "dual": dual,
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "door", "when", "other"),
+    [("jvp", "dae", 1.0, None), ("jacfwd", "mass", 0.25, None), ("dual", "dae", 0.5, 0.5), ("jvp", "mass", 0.5, 0.5)],
+)
+def test_forward_mode_of_implicit_equations(mode, door, when, other):
+    """Of ``x' = -k x`` with ``z = x^2``, with a dose at the end, at the start, and beside another one."""
+
+    def solve(v):
+        k, x, t0, end, a, *when = v.unbind()
+        doses = [Doses(t.reshape(1), a, 0) for t in when]
+        y0, span, given = torch.stack([x, x**2]), (t0, end), {"events": doses, "rtol": 1e-6, "atol": 1e-8}
+        fun = lambda t, y: torch.stack([-k * y[0], y[1] - y[0] ** 2])  # noqa: E731
+        mass = torch.diag(torch.tensor([1.0, 0.0], **D))
+        if door == "mass":
+            return adjoint.solve_ivp(fun, span, y0, method="radau5", mass_matrix=mass, **given).y[-1]
+        return adjoint.solve_dae(lambda t, y, yp: mass @ yp - fun(t, y), span, y0, **given).y[-1]
+
+    def wanted(v):
+        k, x, t0, end, a, *when = v.unbind()
+        y = x * torch.exp(-k * (end - t0)) + sum(a * torch.exp(-k * (end - t)) for t in when)
+        return torch.stack([y, y**2])
+
+    v = torch.tensor([0.8, 0.7, 0.25, 1.0, 0.5, when, *([] if other is None else [other])], **D)
+    along = torch.linspace(-0.5, 1.0, len(v), **D)
+    torch.testing.assert_close(FORWARD[mode](solve, v, along), torch.func.jacrev(wanted)(v) @ along, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("door", ["ode", "dae"])
 def test_of_rows_that_end_before_others(door):
     """Of a ragged batch the first row has a dose at its end, and the last one has no length: dense output, records."""
