@@ -216,8 +216,8 @@ _NOT_FOR_TRANSFORMS = (
     "setup_context, and generate_vmap_rule = True or a vmap; or take first derivatives by backward(), with gradient=DiscreteAdjoint()"
 )
 _NOT_MAPPED = (
-    "fun (or an event function, jac, quadrature) does what torch.vmap, which is around the solve, cannot map: it branches by the value of a "
-    "tensor, asks for it (float, item), or writes something mapped into a tensor that is not. Use torch.where and new tensors; or "
+    "fun (or an event function, jac, quadrature) does what torch.vmap, which is around the solve, cannot map: it branches by the value of "
+    "a tensor, asks for it (float, item), or writes something mapped into a tensor that is not. Use torch.where and new tensors; or "
     "batched=True in the place of torch.vmap, with which fun is called once for all rows"
 )
 #: how PyTorch says so: its transforms, and autograd
