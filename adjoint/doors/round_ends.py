@@ -109,8 +109,8 @@ def with_events(
         return EventRecord(t, tree_map(lambda x: torch.where(wide(hit, x), x, no_number(x)).unsqueeze(0), state(d)))
 
     causes = [x for x in tree_leaves((end.y, args)) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
-    # of several at one time the first one is where the round ends
-    records = [one(rule, record) for rule, record in reversed(list(zip(rules, first.events, strict=True)))]
+    # of several at one time the last one is where the round ends, as of solves that take events
+    records = [one(rule, record) for rule, record in zip(rules, first.events, strict=True)]
     times, states, slopes = sol.t, sol.y, sol.yp
     for record in records if steps else ():
         if record.t.shape[0]:
@@ -121,5 +121,5 @@ def with_events(
             if slopes is not None:
                 moving = (*causes, record.t)
                 slopes = tree_map(lambda a, on=ends, of=moving: refused(a, wide(on, a).expand_as(a), _SLOPE_THERE, *of), slopes)
-    events = EventLog.of(records[::-1], (rule.name for rule in rules))
+    events = EventLog.of(records, (rule.name for rule in rules))
     return replace(sol, t=times, y=states, yp=slopes, events=events, quadrature=integrals)

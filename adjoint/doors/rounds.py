@@ -313,9 +313,10 @@ def _last(task: Task, values: Any, sol: Solution, taken: Taken | None) -> Any:
 
 
 def _left(task: Task, sol: Solution, hits: list[Tensor], end: Boundary) -> Boundary:
-    """Time and state at the ends of the round, before the resets."""
+    """Time and state at the ends of the round, before the resets: of several events at one time the last one ends the solve, whose slopes
+    and integrals are those at its own time."""
     at = end
-    for rule, hit, record in reversed(list(zip(task.watched, hits, sol.events, strict=True))):
+    for rule, hit, record in zip(task.watched, hits, sol.events, strict=True):
         if rule.ends and record.t.shape[0]:
             state = tree_map(lambda x: x[0], record.y)
             at = Boundary(chosen(hit, record.t[0].to(at.t.dtype), at.t), chosen(hit, state, at.y), at.mode, at.yp)

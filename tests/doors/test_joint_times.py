@@ -18,6 +18,7 @@ CASES = {
     "a bolus at the start": ("bolus", {"when": 0.25, "sample": 0.25}),
     "a reset and a bolus at a sample": ("reset bolus", {"when": 0.75, "other": 0.75, "sample": 0.75}),
     "two within": ("bolus second", {"when": 0.5, "other": 0.5}),
+    "two resets": ("reset again", {"when": 0.5, "other": 0.5}),
 }
 D = {"dtype": torch.float64}
 
@@ -40,7 +41,7 @@ def truth(kinds, v, s):
         if kind == "infusion":
             r = v["a"] / 2
         else:
-            z = (v["c"] * z[0] if kind == "reset" else z[0] + v["a"], z[1])
+            z = ((v["c"] if kind in ("reset", "again") else 1.0) * z[0] + (0.0 if kind == "reset" else v["a"]), z[1])
     return flow(z, t, s, v["k"], r)
 
 
@@ -49,6 +50,8 @@ def solved(kinds, v, door, batched, sampled, **options):
     for kind in kinds.split():
         if kind == "reset":
             events.append(Event(lambda t, y: t - v["other"] + 0 * y[..., 0], reset=lambda t, y: v["c"] * y))
+        elif kind == "again":
+            events.append(Event(lambda t, y: t - v["when"] + 0 * y[..., 0], reset=lambda t, y: v["c"] * y + v["a"]))
         else:
             then = v["other" if kind == "second" else "when"].reshape(1)
             events.append(Doses(then, v["a"], 0, duration=2.0 if kind == "infusion" else None, name=kind))
@@ -97,7 +100,7 @@ def test_every_time_moves_alone(case, door, batched):
 
 
 @pytest.mark.parametrize("gradient", [adjoint.InterpolatingAdjoint(rtol=1e-9), adjoint.ForwardSensitivity(), adjoint.Backprop()])
-@pytest.mark.parametrize("case", ["a bolus at the end", "a reset at the end", "two within"])
+@pytest.mark.parametrize("case", ["a bolus at the end", "a reset at the end", "two within", "two resets"])
 def test_by_other_strategies(case, gradient):
     kinds, change = CASES[case]
     leaves = {name: torch.tensor(x, **D, requires_grad=True) for name, x in (START | change).items()}
