@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import EventsAccumulate, InvalidInput, UnsupportedCombination
-from ..system.capture import readable
+from ..system.capture import moves, readable
 from ..system.system import StateSpec
-from ..system.transforms import anywhere, naming_faults
+from ..system.transforms import anywhere, every_copy, naming_faults
 from .contacts import Contacts
 from .dae import solve_dae
 from .doses import Doses
@@ -19,7 +19,7 @@ from .event_data import Event
 from .holonomic import bend, jacobian, rate, saddle, solved
 from .impacts import complementary, compliance, pressed
 from .mechanism import Mechanism, check_options
-from .round_rules import NEAR, Rule, listed, rule_of
+from .round_rules import NEAR, Rule, asked, listed, rule_of
 from .round_task import mode_of
 from .solution import Solution
 
@@ -103,9 +103,9 @@ class ContactMechanics(Mechanism):
 
     def _meet(
         self, t: Tensor, q: Tensor, v: Tensor, site: _Site, closed: Tensor, given: Tensor, loose: Tensor, args: tuple[Any, ...], throw: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What follows where contacts are ``closed`` (..., c): coordinates and velocities, NaN where these are not determined, and which
-        contacts rest.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What follows where contacts are ``closed`` (..., c): coordinates and velocities, NaN where these are not determined, which
+        contacts rest, and which have an impulse.
 
         ``given``: rates of the gaps that count as zero; ``loose``: contacts that are not to rest.
 
@@ -117,12 +117,14 @@ class ContactMechanics(Mechanism):
         slow = (-e * speed.clamp(max=0.0) <= self.contacts.rest_speed(speed)).detach()
         rebound = torch.where(slow, 0.0, e) * speed.clamp(max=0.0)
         with torch.no_grad():
-            W = compliance(site.M, site.G, site.N)
-        active, _, known = complementary(W, speed + rebound, closed, site.doubt(v), self.contacts.names, throw)
+            W, noise = compliance(site.M, site.G, site.N), site.doubt(v)
+        active, impulse, known = complementary(W, speed + rebound, closed, noise, self.contacts.names, throw)
+        struck = active & (impulse * W.diagonal(dim1=-2, dim2=-1) > noise)
         v = site.nearest(v, active, -rebound)
         resting, determined = self._lasting(t, q, v, site, active & slow & ~loose, args, throw)
         known = known & determined
-        return torch.where(known, self._apart(q, site, closed & known, resting), float("nan")), torch.where(known, v, float("nan")), resting
+        q = torch.where(known, self._apart(q, site, closed & known, resting), float("nan"))
+        return q, torch.where(known, v, float("nan")), resting, struck
 
     @torch.no_grad()
     def _lasting(
@@ -196,11 +198,11 @@ class ContactMechanics(Mechanism):
 
     def _impact(self, i: int, throw: bool) -> Callable[..., Any]:
         """The reset of a contact that closes."""
-        return lambda t, y, mode, *args: self._changed(t, y, mode, args, self._only(i, mode[0]), self._only(None, mode[0]), throw)
+        return lambda t, y, mode, *args: self._changed(t, y, mode, args, self._only(i, mode[0]), self._only(None, mode[0]), i, throw)
 
     def _release(self, i: int, throw: bool) -> Callable[..., Any]:
         """The reset of one that ceases to push."""
-        return lambda t, y, mode, *args: self._changed(t, y, mode, args, self._only(i, mode[0]), self._only(i, mode[0]), throw)
+        return lambda t, y, mode, *args: self._changed(t, y, mode, args, self._only(i, mode[0]), self._only(i, mode[0]), i, throw)
 
     @staticmethod
     def _only(i: int | None, resting: Tensor) -> Tensor:
@@ -208,19 +210,39 @@ class ContactMechanics(Mechanism):
         return (place == (-1 if i is None else i)).expand_as(resting)
 
     def _changed(
-        self, t: Tensor, y: ContactState, mode: Any, args: Any, own: Tensor, loose: Tensor, throw: bool
+        self, t: Tensor, y: ContactState, mode: Any, args: Any, own: Tensor, loose: Tensor, i: int, throw: bool
     ) -> tuple[ContactState, Any]:
         site = self._site(t, y.q, (*mode[1:], *args))
         # what those that rest are off by is no speed
-        return self._followed(t, y, mode, args, site, own | mode[0], torch.where(mode[0], site.speed(y.v), 0.0), loose, throw)
+        given = torch.where(mode[0], site.speed(y.v), 0.0)
+        y, mode, struck = self._followed(t, y, mode, args, site, own | mode[0], given, loose, throw)
+        if moves(site.gap):
+            self._tied(t, struck, f"the contact {self.contacts.names[i]!r}")
+        return y, mode
 
     def _followed(
         self, t: Tensor, y: ContactState, mode: Any, args: Any, site: _Site, closed: Tensor, given: Tensor, loose: Tensor, throw: bool
-    ) -> tuple[ContactState, Any]:
-        """State and mode behind `_meet`, of the contacts ``closed`` and those that touch."""
-        closed = closed | self._touching(t, site, site.speed(y.v))
-        q, v, resting = self._meet(t, y.q, y.v, site, closed, given.detach(), loose, (*mode[1:], *args), throw)
-        return y._replace(q=q, v=v), (resting, *mode[1:])
+    ) -> tuple[ContactState, Any, Tensor]:
+        """State and mode behind `_meet`, of the contacts ``closed`` and those that touch; and which of the latter have an impulse."""
+        every = closed | self._touching(t, site, site.speed(y.v))
+        q, v, resting, struck = self._meet(t, y.q, y.v, site, every, given.detach(), loose, (*mode[1:], *args), throw)
+        return y._replace(q=q, v=v), (resting, *mode[1:]), struck & ~closed
+
+    def _tied(self, t: Tensor, struck: Tensor, what: str) -> None:
+        """Raise where contacts were ``struck`` (..., c) at the time of something else, ``what``: by a time of their own, and what their
+        order does to an impact is no small change."""
+        struck = asked(struck)
+        if not anywhere(struck):
+            return
+        flags = every_copy(struck).reshape(-1, struck.shape[-1])
+        row = int(flags.any(-1).to(torch.int64).argmax())
+        names = ", ".join(repr(name) for name, on in zip(self.contacts.names, flags[row].tolist(), strict=True) if on)
+        when = float(every_copy(t.expand(struck.shape[:-1])).expand(every_copy(struck).shape[:-1]).reshape(-1)[row])
+        raise UnsupportedCombination(
+            f"{what} and the impact of {names} are at one time, t = {when:.8g}: the values are those of all at once, but there are no "
+            "derivatives, which would ask what each does before and behind the other. Give a start or parameters with which they are at "
+            "different times, or take the values alone, under torch.no_grad()"
+        )
 
     def _events(self, throw: bool) -> list[Event]:
         """Of every contact where it closes, and where it ceases to push."""
@@ -278,7 +300,12 @@ class ContactMechanics(Mechanism):
         known = (resting & (site.gap - gap >= -NEAR * site.noise)).detach()
         bad = self._overlaps(site, known, f"behind the reset of {title}: give a state there", throw).any(-1, keepdim=True)
         none = torch.zeros_like(resting)
-        y, mode = self._followed(t, y, mode, args, site, resting, torch.where(resting, given, 0.0), none, throw)
+        y, mode, struck = self._followed(t, y, mode, args, site, resting, torch.where(resting, given, 0.0), none, throw)
+        if moves(gap) and anywhere(struck):
+            # a contact that the reset closes does so when it does
+            came = self._site(t, before.q, inner)
+            speed = came.speed(before.v)
+            self._tied(t, struck & self._touching(t, came, speed) & (speed < -came.doubt(before.v)).detach(), title)
         return y._replace(q=torch.where(bad, float("nan"), y.q)), mode
 
     @naming_faults

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from .event_slope import signed
 from .parts import event_list, event_name, terminal_count
 from .rows import chosen, forward_fill, still, wide
 
-__all__ = ["NEAR", "Boundary", "Rule", "Scale", "like_mode", "listed", "off_zero", "rearmed", "rule_of", "shifted"]
+__all__ = ["NEAR", "Boundary", "Rule", "Scale", "asked", "like_mode", "listed", "off_zero", "rearmed", "rule_of", "shifted"]
 
 #: times that differ by less, in units of rounding of the times of the solve, are one
 NEAR = 64.0
@@ -42,6 +43,15 @@ class Boundary:
 
     def still(self) -> Boundary:
         return Boundary(still(self.t), still(self.y), still(self.mode), None if self.yp is None else still(self.yp))
+
+
+_asked: ContextVar[Tensor | None] = ContextVar("where the reset that runs is asked for", default=None)
+
+
+def asked(flags: Tensor) -> Tensor:
+    """Of ``flags`` (..., c) that a reset raises, those of trajectories for which it is asked: what others give is not looked at."""
+    on = _asked.get()
+    return flags if on is None else flags & on.unsqueeze(-1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,11 @@ class Rule:
         if self.reset is None:
             return at, None
         t, y, mode = forward_fill(on, (at.t.to(spec.real_dtype), at.y, at.mode))
-        given = composing(self.reset)(t, y, *mode, *args)
+        token = _asked.set(on)
+        try:
+            given = composing(self.reset)(t, y, *mode, *args)
+        finally:
+            _asked.reset(token)
         if at.mode:
             if not isinstance(given, tuple) or len(given) != 2:
                 raise InvalidInput(f"the reset of {self.title} must return (y, mode), as there is mode=; got {_shown(given)}")

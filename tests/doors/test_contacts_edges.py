@@ -199,3 +199,55 @@ def test_one_of_many_that_fails_alone():
     assert sol.status.tolist() == [-5, 0] and bool(sol.y.q[-1, 0].isnan().all())
     one = model.solve((0.0, 1.0), torch.ones(1), ZERO, (e[1],))
     assert torch.allclose(sol.y.q[-1, 1], one.y.q[-1], atol=1e-10)
+
+
+def corner(x, events=None, **options):
+    """A disc that runs into a corner of two walls, from ``x``: both at once if its coordinates are the same."""
+    sides = [Contact(lambda t, q, i=i: q[..., i] + 1, restitution=e, name=n) for i, (n, e) in enumerate((("left", 0.5), ("right", 0.25)))]
+    model = mechanics(torch.tensor([[2.0, 0.5], [0.5, 1.0]]), lambda t, q, v: torch.zeros_like(q), contacts=sides)
+    keys = {"events": events, "first_step": 0.1, "batched": x.dim() == 2}
+    return model.solve((0.0, 2.0), x - 1, -torch.ones_like(x), **(keys | options)).y.q[-1] + 1
+
+
+def by_differences(points):
+    step = 1e-5 * torch.eye(2, dtype=torch.float64)
+    moved = torch.cat([x + s * step for x in points for s in (1, -1)])
+    ahead, behind = corner(moved).reshape(len(points), 2, 2, 2).unbind(1)
+    return ((ahead - behind) / 2e-5).mT
+
+
+EVEN, ODD = torch.ones(2, dtype=torch.float64), torch.tensor([1.0, 0.8], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", ["reverse", "forward", "mapped", "batched", "a kick"])
+def test_no_derivatives_of_two_impacts_at_one_time(kind):
+    """Whether the left wall is hit before the right one changes what follows: values are told, derivatives are not."""
+    x = torch.stack([ODD, EVEN]) if kind == "batched" else EVEN
+
+    def forward():
+        with torch.autograd.forward_ad.dual_level():
+            corner(torch.autograd.forward_ad.make_dual(EVEN, EVEN))
+
+    ask = {
+        "forward": forward,
+        "mapped": lambda: torch.vmap(torch.func.jacrev(corner))(torch.stack([ODD, EVEN])),
+        "a kick": lambda: corner(
+            ODD.clone().requires_grad_(),
+            [Event(lambda t, y: t - 0.8, reset=lambda t, y: y._replace(v=2 * y.v), name="kick")],
+        ),
+    }.get(kind, lambda: corner(x.clone().requires_grad_()))
+    when = 0.8 if kind == "a kick" else 1
+    names = "event 'kick' and the impact of 'right'" if kind == "a kick" else "the contact 'left' and the impact of 'right'"
+    with pytest.raises(adjoint.UnsupportedCombination, match=f"{names} are at one time, t = {when}:"):
+        ask()
+
+
+def test_values_of_two_impacts_at_one_time_and_derivatives_beside_them():
+    both = torch.stack([ODD, EVEN])
+    with torch.no_grad():
+        values = corner(both.clone().requires_grad_())
+    assert torch.allclose(values[1], torch.tensor([0.5, 0.25]), atol=1e-12)
+    assert torch.allclose(torch.vmap(corner)(both), values, atol=1e-12)
+    beside = torch.stack([ODD, ODD.flip(0)])
+    found = torch.vmap(torch.func.jacrev(corner))(beside)
+    assert torch.allclose(found, by_differences(beside), atol=1e-7)
