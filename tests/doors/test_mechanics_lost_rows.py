@@ -163,14 +163,15 @@ def test_contacts_that_depend_on_each_other_in_one_row(height):
     model = mechanics(torch.ones(2, dtype=F64), lambda t, q, v, g, s: -g * torch.ones_like(q), contacts=legs)
 
     def run(rows, g, throw=False):
-        s, q = torch.tensor([0.0, 1.0, 0.0], dtype=F64)[rows], height * torch.tensor([[1.0, 1.1], [1.1, 1.1], [1.2, 1.3]], dtype=F64)[rows]
+        s, q = torch.tensor([0.0, 1.0, 0.0], dtype=F64)[rows], height * torch.tensor([[1.0, 1.0], [1.1, 1.1], [1.2, 1.2]], dtype=F64)[rows]
         return model.solve((0.0, 0.8), q, torch.zeros_like(q), (g, s), batched=True, throw=throw, rtol=1e-4, atol=1e-5)
 
-    g = G.clone().requires_grad_()
+    g = G.clone().requires_grad_(not height)  # two impacts at one time have values only
     sol, alone = run([0, 1, 2], g), run(OTHERS, g)
     assert [int(x) < 0 for x in sol.status] == [False, True, False] and bool(sol.y.q[-1, 1].isnan().all())
     torch.testing.assert_close(sol.y.q[-1, OTHERS], alone.y.q[-1], rtol=1e-9, atol=1e-12)
-    first, wanted = (torch.autograd.grad(x.sum(), g)[0] for x in (sol.y.q[-1, OTHERS], alone.y.q[-1]))
-    torch.testing.assert_close(first, wanted, rtol=1e-8, atol=1e-12)
+    if not height:
+        first, wanted = (torch.autograd.grad(x.sum(), g)[0] for x in (sol.y.q[-1, OTHERS], alone.y.q[-1]))
+        torch.testing.assert_close(first, wanted, rtol=1e-8, atol=1e-12)
     with pytest.raises(SingularJacobian, match=r"in trajectory 1.*depend on each other"):
         run([0, 1, 2], g, throw=True)
