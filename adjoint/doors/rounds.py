@@ -117,12 +117,20 @@ def _round(task: Task, run: Progress) -> None:
     counts = [count + hit for count, hit in zip(run.counts, hits, strict=True)]
     none = torch.zeros_like(going)
     ended = torch.stack([none, *(hit for rule, hit in zip(task.watched, hits, strict=True) if rule.ends)]).any(0)
-    reached = [(count >= rule.terminal) & hit for rule, count, hit in zip(task.watched, counts, hits, strict=True) if rule.terminal]
-    stop = torch.stack([none, *reached]).any(0)
+    reached = [
+        ((count >= rule.terminal) & hit, record.t)
+        for rule, count, hit, record in zip(task.watched, counts, hits, sol.events, strict=True)
+        if rule.terminal
+    ]
+    stop = torch.stack([none, *(hit for hit, _ in reached)]).any(0)
     # a time that a trajectory is at already is its end
     final = going & ~stop & ~failed & (on.t == task.end).detach()
-    course, arriving = Course(task, on, task.infused(run.given), ~going | failed), final & (happened | begun)
-    arrived = course.by(torch.where(arriving, task.end - on.t, 0.0)) if anywhere(arriving) else on
+    # and so is that of a terminal event, whatever else is there
+    last_time, stopping = task.end, stop & piece[-1] & ~failed
+    for hit, times in reversed(reached):
+        last_time = chosen(hit & stopping, times[0].to(last_time.dtype), last_time) if times.shape[0] else last_time
+    course, arriving = Course(task, on, task.infused(run.given), ~going | failed), (final & (happened | begun)) | stopping
+    arrived = course.by(torch.where(arriving, last_time - on.t, 0.0)) if anywhere(arriving) else on
     if arrived is not on:
         arrived = task.settled(arrived, course.infused, arriving, ~arriving, origin)
     if arrived.integral is not None:

@@ -171,3 +171,33 @@ def test_of_rows_that_end_before_others(door):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     before, after = (torch.autograd.grad(x[0, 0, 0], when, retain_graph=True)[0] for x in (sol.events[0].y, sol.events[0].after))
     assert float(before) == pytest.approx(-0.8 * float(torch.exp(-k * 0.5)), rel=1e-5) and float(after) == pytest.approx(float(before))
+
+
+@pytest.mark.parametrize(("door", "order"), [("ode", 1), ("ode", -1), ("dae", 1), ("batched", 1)])
+def test_a_terminal_event_beside_a_reset(door, order):
+    """The solve ends at the time of the terminal event, in whichever order the two are listed."""
+    x = torch.tensor([START[name] for name in ("x", "k", "t0", "when", "c")] + [1.25], **D)
+
+    def seen(x):
+        start, k, t0, when, c, stop = x.unbind()
+        fun = lambda t, y: -k * y + t.unsqueeze(-1)  # noqa: E731
+        events = [
+            Event(lambda t, y: t - when + 0 * y[..., 0], reset=lambda t, y: c * y),
+            Event(lambda t, y: t - stop + 0 * y[..., 0], terminal=True),
+        ]
+        batched = door == "batched"
+        given = {"events": events[::order], "quadrature": lambda t, y: y[..., 0], "batched": batched, "rtol": 1e-8, "atol": 1e-10}
+        y0, span = start.expand(2, 1) if batched else start.reshape(1), (t0, 2.0)
+        if door == "dae":
+            sol = adjoint.solve_dae(lambda t, y, yp: yp - fun(t, y), span, y0, **given)
+        else:
+            sol = adjoint.solve_ivp(fun, span, y0, method="verner7", **given)
+        return torch.stack([x.reshape(-1)[-1] for x in (sol.t[-1], sol.y[-1], sol.quadrature)])
+
+    def right(x):
+        start, k, t0, when, c, stop = x.unbind()
+        y, q = flow((start, torch.zeros((), **D)), t0, when, k, 0.0)
+        return torch.stack([stop, *flow((c * y, q), when, stop, k, 0.0)])
+
+    for a, b in zip(jacobians(seen, x, door != "dae"), jacobians(right, x, door != "dae"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
