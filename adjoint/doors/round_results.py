@@ -231,8 +231,9 @@ def _interpolant(times: Times, pieces: Sequence[Piece], last: Boundary, batched:
             coarse = 2 * eps * stop.abs() if eps > 1e-10 else torch.zeros_like(stop)
             stop = torch.where((stop - start).abs() > coarse, stop - sign * coarse, start)
             low, high = torch.minimum(start, stop), torch.maximum(start, stop)
-            within = (now >= low) & (now <= high)
-            value = piece.sol(torch.where(mine & within, full, torch.where(now < low, low, torch.where(now > high, high, now))))
+            # a time that is put back by rounding moves as it is
+            within = torch.where(now < low, low, torch.where(now > high, high, now))
+            value = piece.sol(torch.where(mine, within + (full - now), within))
             out = value if out is None else chosen(mine, value, out)
             # the last round of a trajectory, which has gone through its resets
             final = piece.going & (piece.hit | piece.begun) & (sign * (now - last.t) >= 0)
