@@ -163,8 +163,9 @@ def interpolant_of(parts: Parts) -> Callable[..., Any]:
         full = snapped(parts.times.within(full), parts.times.anchors[0], parts.times.anchors[-1], t)
         start, reached = parts.times.anchors[0].detach(), out.t_final
         last = torch.where(out.status < 0, parts.times.anchors[-1].detach(), reached)
-        # the located time of an event and its differentiable value are the same to rounding
-        slack = torch.where(out.status > 0, 1e-14 * torch.maximum(start.abs(), last.abs()), 0.0)
+        # the located time of an event and its differentiable value, in the numbers of the state, are the same to rounding
+        eps = torch.finfo(parts.spec.real_dtype).eps
+        slack = torch.where(out.status > 0, max(1e-14, 2 * eps if eps > 1e-10 else 0.0) * torch.maximum(start.abs(), last.abs()), 0.0)
         within = (full >= torch.minimum(start, last) - slack) & (full <= torch.maximum(start, last) + slack)
         if readable(within) and not bool(within.all()):
             raise InvalidInput("sol(t): t lies outside of what was integrated")

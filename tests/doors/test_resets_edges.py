@@ -325,3 +325,19 @@ def test_dense_output_at_the_time_of_an_event_moves_with_it(rows, dtype):
         of_k, of_level = torch.autograd.grad(there, [k, level], retain_graph=True)
         assert float(there.detach()) == pytest.approx(value, rel=1e-4)
         assert float(of_level) == pytest.approx(slope, rel=1e-3) and float(of_k) == pytest.approx(0.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("door", ["solve_ivp", "solve_dae"])
+def test_dense_output_at_the_end_by_an_event_in_single_precision(door):
+    for k in (1.3, 1.55, 1.7, 1.85, 2.1, 2.35, 2.6, 2.9):
+        p = torch.tensor([k, 0.5], dtype=torch.float32, requires_grad=True)
+        end = lambda t, y, *rest: y[0] - rest[-1][1]  # noqa: E731
+        end.terminal = True
+        y0, options = torch.ones(1, dtype=torch.float32), {"args": (p,), "events": end, "dense_output": True, "rtol": 1e-5, "atol": 1e-7}
+        if door == "solve_ivp":
+            sol = adjoint.solve_ivp(lambda t, y, p: -p[0] * y, (0.0, 1.0), y0, **options)
+        else:
+            sol = adjoint.solve_dae(lambda t, y, yp, p: yp + p[0] * y, (0.0, 1.0), y0, **options)
+        there = sol(sol.events[0].t).sum()
+        assert float(there.detach()) == pytest.approx(0.5, rel=1e-4)
+        assert torch.autograd.grad(there, p)[0].tolist() == pytest.approx([0.0, 1.0], abs=1e-3)
