@@ -102,13 +102,14 @@ def test_first_derivatives_and_no_others(door, op):
 @pytest.mark.parametrize("op", ["by values", "partly"])
 def test_forward_sensitivity(op):
     """The first derivative itself goes by the derivative of a backward."""
-    with pytest.raises(adjoint.UnsupportedCombination, match="autograd records nothing"):
+    # older versions of PyTorch take no sparse tensors under transforms at all
+    with pytest.raises(adjoint.UnsupportedCombination, match="autograd records nothing|sparse tensors where PyTorch takes none"):
         first(ivp(gradient=adjoint.ForwardSensitivity()), OPERATORS[op])
 
 
 def test_transforms():
     """One that takes first derivatives does; one in another does not."""
-    value = lambda p: ivp()(by_values, p)  # noqa: E731
+    value = lambda p: ivp()(ByNumpy.apply, p)  # noqa: E731
     p = torch.tensor(0.8, dtype=F64)
     torch.testing.assert_close(torch.func.grad(value)(p), first(ivp(), lambda p, y: p * torch.sin(y)), rtol=1e-6, atol=1e-8)
     with pytest.raises(adjoint.UnsupportedCombination, match="autograd records nothing"):
