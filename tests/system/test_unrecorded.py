@@ -103,7 +103,7 @@ def test_first_derivatives_and_no_others(door, op):
 def test_forward_sensitivity(op):
     """The first derivative itself goes by the derivative of a backward."""
     # older versions of PyTorch take no sparse tensors under transforms at all
-    with pytest.raises(adjoint.UnsupportedCombination, match="autograd records nothing|sparse tensors where PyTorch takes none"):
+    with pytest.raises(adjoint.UnsupportedCombination, match=r"records nothing|sparse tensors where PyTorch takes none"):
         first(ivp(gradient=adjoint.ForwardSensitivity()), OPERATORS[op])
 
 
