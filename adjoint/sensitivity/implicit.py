@@ -250,8 +250,10 @@ def _sheltered(
 
 
 def _look_again(task: RootTask, raw: Tensor, inputs: Sequence[Tensor], smooth: Sequence[int]) -> None:
-    """Raise where derivatives of the derivatives of the conditions would miss a part."""
-    look_again(lambda x, *some: task.residual(exchanged(inputs, smooth, some))(x), raw, *(inputs[i] for i in smooth))
+    """Raise where derivatives of the derivatives of the conditions would miss a part. Roots within the steps of a solve have no witness:
+    the way back of that looks once for all of them."""
+    if task.witness is not None:
+        look_again(lambda x, *some: task.residual(exchanged(inputs, smooth, some))(x), raw, *(inputs[i] for i in smooth))
 
 
 class RootNode(Node):

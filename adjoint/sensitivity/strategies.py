@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -163,7 +164,8 @@ def _recorded(
 def _watched(problem: Problem, found: Outputs, anchors: Tensor, y0: Tensor, inputs: Sequence[Tensor]) -> Outputs:
     """What autograd has recorded, looked at before derivatives of its derivatives are taken."""
     system, t, smooth = problem.system, anchors[0].to(problem.plan.real), [i for i, x in enumerate(inputs) if x.requires_grad]
-    look = lambda: look_at_fun(system, t, y0, inputs, smooth)  # noqa: E731
+    # once, however many results and ways back there are
+    look = cache(lambda: look_at_fun(system, t, y0, inputs, smooth))
     if functorch_active() or dual_level() >= 0:
         if differentiated_again([y0, *inputs]):
             look()

@@ -141,9 +141,8 @@ def complex_differentiable(f: Function, x: Tensor) -> bool:
     """Whether ``f`` of complex ``x`` (B, n) is linear over the complex numbers to first order: ``J (i d) = i J d`` for one direction ``d``
     at a point near ``x`` (where ``abs`` is not at its corner). Derivatives that are not finite are passed over.
     """
-    k = torch.arange(2 * x.shape[1], dtype=x.dtype.to_real(), device=x.device).reshape(2, -1) + 1
-    wave = torch.cos(k * k)  # not random numbers, which `torch.vmap` refuses
-    d = torch.complex(wave[0], wave[1]).expand_as(x)
+    # not random numbers, which `torch.vmap` refuses
+    d = torch.complex(*wave(torch.empty(2, x.shape[1], dtype=x.dtype.to_real(), device=x.device))).expand_as(x)
     point = x.detach() + 1e-3 * (1 + x.detach().abs()) * d
     # PyTorch promises the conjugate of what others define for vjps: products forward are the same in every convention
     along, turned = jvp(f, point, d), jvp(f, point, 1j * d)

@@ -215,7 +215,7 @@ _NOT_FOR_TRANSFORMS = (
     "around the solve, or one that the solve needs (ForwardSensitivity, second derivatives, Jacobians). Give it a forward without ctx with "
     "setup_context, and generate_vmap_rule = True or a vmap; or take first derivatives by backward(), with gradient=DiscreteAdjoint()"
 )
-_NOT_MAPPED = (
+_BY_VALUES = (
     "fun (or an event function, jac, quadrature) does what torch.vmap, which is around the solve, cannot map: it branches by the value of "
     "a tensor, asks for it (float, item), or writes something mapped into a tensor that is not. Use torch.where and new tensors; or "
     "batched=True in the place of torch.vmap, with which fun is called once for all rows"
@@ -247,9 +247,9 @@ _SAID = _WRITTEN | {
     "Inference tensors cannot be saved for backward": _INFERENCE,
     "Nested forward mode AD is not supported": _NESTED,
     "don't yet support saved tensor hooks": _HOOKED,
-    "data-dependent control flow": _NOT_MAPPED,
-    "support vmap over calling .item()": _NOT_MAPPED,
-    "vmap: inplace arithmetic": _NOT_MAPPED,
+    "data-dependent control flow": _BY_VALUES,
+    "support vmap over calling .item()": _BY_VALUES,
+    "vmap: inplace arithmetic": _BY_VALUES,
 }
 #: how it says so in forward mode, where alone ours is the likely cause
 _SAID_FORWARD = {"have the same dtype": _WIDENED}
