@@ -16,7 +16,7 @@ The test of every so many steps is a step of power iteration for the size of the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -450,14 +450,15 @@ class Companion:
         return x if x.shape == self._flat else x.reshape(self._flat)
 
 
-def rests(record: Record) -> Tensor:
-    """Of which trajectories (B,) a component was the same after all of the steps, if there were any."""
-    states = record.states
+def rests(record: Record, y0: Tensor, states: Callable[[], Iterable[Tensor]]) -> Tensor:
+    """Of which trajectories (B,) a component was the same after all of the steps, if there were any. ``states``: those of the steps,
+    (M, B, n), part by part."""
     # few are where they began after the last one
-    returned = (states[-1] == states[0]) & (record.h != 0).any(0).unsqueeze(-1)
-    if not bool(returned.any()):
-        return returned.any(-1)
-    return (returned & (states[1:] == states[0]).all(0)).any(-1)
+    returned = (record.last == y0) & (record.h != 0).any(0).unsqueeze(-1)
+    if bool(returned.any()):
+        for some in states():
+            returned = returned & (some == y0).all(0)
+    return returned.any(-1)
 
 
 def displaced(x: Tensor) -> Tensor:

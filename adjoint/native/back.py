@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..integrate.plan import Grid, Plan
+from .again import Part, parts_back
 from .calls import BACKWARD_CALL
 from .device import DeviceEngine, addressed
 from .memory import plain
@@ -47,16 +48,20 @@ def sweep_native(
     inputs: Sequence[Tensor],
     bars: Sequence[Tensor | None],
     timed: bool,
+    slots: int | None = None,
 ) -> Cotangents:
     """Cotangents from those of ``(final, samples, states, stages)``, each of them a tensor or None; ``timed``: those of times as well.
+    ``slots``: the grid has only the first state, and as many of the others as that exist at a time.
     Raises `Unreadable` as `made` does."""
     n_steps, rows = grid.t.shape
     engine = program.engine(program.lanes(rows))
     call = BACKWARD_CALL.from_buffer_copy(program.backward_call(engine))
-    keep = {"t": grid.t, "h": grid.h, "status": grid.status, "sample_step": grid.sample_step, "states": grid.states, "anchors": anchors}
+    keep = {"t": grid.t, "h": grid.h, "status": grid.status, "sample_step": grid.sample_step, "anchors": anchors}
+    if slots is None:
+        keep["states"] = grid.states
     if anchors.shape[0] > 2:
         keep |= {"segment": grid.segment, "lands": grid.lands}
-    if program.method.implicit or program.method.multistep:
+    if slots is None and (program.method.implicit or program.method.multistep):
         keep["stages"] = grid.stages
     if program.method.multistep:
         keep["extra"] = grid.extra
@@ -89,13 +94,38 @@ def sweep_native(
     call.n_anchors, call.n_steps, call.n_samples = anchors.shape[0], n_steps, n_samples
     call.jumps, call.timed = shift_of(plan, anchors), timed
     if isinstance(engine, DeviceEngine):
+        if slots is not None:
+            raise Unreadable("", "", f"checkpoints= are states of steps, which are not taken again by compiled code on {at.type}")
         sizes = [n if not own else 0 for n, own in zip(program.numbers, program.own, strict=True)]
         for x, bar in zip(found, engine.sweep(call, grid.states).split(sizes), strict=True):
             if len(bar):
                 x.copy_(bar.reshape(x.shape))
         return Cotangents(y0_bar, found, t_bar, h_bar, t_eval_bar)
-    swept(engine, call)
+    if slots is None:
+        swept(engine, call)
+    else:
+        parts = parts_back(program, plan, grid, anchors, plain(grid.states[0]), inputs, slots)
+        _swept_in_parts(engine, call, program, parts, y0_bar, found)
     return Cotangents(y0_bar, found, t_bar, h_bar, t_eval_bar)
+
+
+def _swept_in_parts(engine: Engine, call: Any, program: Program, parts: Iterator[Part], y0_bar: Tensor, found: Sequence[Tensor]) -> None:
+    """Make a call of a way back for one part of the steps after another; cotangents of inputs are added to ``found``."""
+    one = [torch.empty_like(x) for x in found]
+    call.input_bars, _one_at = addressed(one, y0_bar.device)
+    handed = torch.zeros_like(y0_bar) if program.method.hands_on else None
+    call.handed_bar = None if handed is None else handed.data_ptr()
+    for k, part in enumerate(parts):
+        # steps are numbered as in the record, wherever they are
+        call.states = part.states.data_ptr() - part.first * part.states[0].nbytes
+        call.stages = part.stages.data_ptr() - part.first * part.stages[0].nbytes if len(part.stages) else None
+        call.first, call.n_steps = part.first, part.stop
+        swept(engine, call)
+        for x, bar in zip(found, one, strict=True):
+            x += bar
+        if k == 0:
+            # from here on what comes back at the end of a part is what its first state has; of failed trajectories too, for their samples
+            call.final_bar, call.status = y0_bar.data_ptr(), None
 
 
 def swept(engine: Engine, call: Any, watched: bool = False) -> bool:

@@ -100,6 +100,8 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("const R*", "first_slope"),  # (B, n), of implicit equations, and where slopes go:
     ("R*", "slopes"),  # (T, B, n), those at samples, or nothing
     ("R*", "final_slope"),  # (B, n), or nothing
+    ("long", "first"),  # of steps that are taken again, see `Again`
+    ("long", "until"),
     ("long", "noting"),  # whether of events more is noted than their times, and with 2 whether fun jumps there
 )
 
@@ -118,6 +120,7 @@ BACKWARD: tuple[tuple[str, str], ...] = (
     ("void*", "team"),  # see `team_of_threads`
     ("const double*", "anchors"),
     ("long", "n_anchors"),
+    ("long", "first"),  # the first of the steps that are gone back through, the last one being that before
     ("long", "n_steps"),
     ("const double*", "t"),  # (K, B)
     ("const double*", "h"),
@@ -140,6 +143,7 @@ BACKWARD: tuple[tuple[str, str], ...] = (
     ("const R*", "states_bar"),  # (K + 1, B, n), or nothing
     ("const R*", "stages_bar"),  # (K, S, B, n), or nothing
     ("R*", "y0_bar"),  # (B, n)
+    ("R*", "handed_bar"),  # (B, n): of a slope handed on, from the steps behind these, and to those before; or nothing
     ("R* const*", "input_bars"),
     ("double*", "t_bar"),  # (K, B)
     ("double*", "h_bar"),

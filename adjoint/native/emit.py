@@ -294,6 +294,7 @@ def engine_text(
     mass: bool = False,
     displaced: bool = False,
     device: bool = False,
+    again: bool = False,
 ) -> str:
     """All but the functions of the user and `prologue`, for states of ``width`` numbers.
 
@@ -301,11 +302,14 @@ def engine_text(
     share it; ``numbers``: how many cotangents shared ones have. ``matrices``: how those of
     implicit steps are kept. ``mass``: whether there is a matrix in front of the slopes. ``displaced``: whether the second half of
     the state is a displacement of the first one, and there is no way back. ``device``: with the kernels of a device in place of whole
-    solves.
+    solves. ``again``: with recorded steps that are taken again in place of solves and their ways back.
     """
     implicit, multistep, legendre = is_residual(method), method.multistep, isinstance(method, Adams)
     dense = [[0.0]] if legendre else method.dense
     # the equation of a multistep formula is that of the end of its step
+    parts = {"forward": not device, "back": not displaced, "device": device, "consistent": implicit}
+    if again:
+        parts = {"again": True}
     nodes, idle, carried = (1.0,) if multistep else method.nodes, _idle(method), method.n_stages if legendre else bdf.SIZE
     return "\n".join(
         [
@@ -341,9 +345,7 @@ def engine_text(
             *([source("slopes.hpp")] if implicit else []),
             *(_constraints(method) if (mass or implicit) and not multistep else []),
             *(["#define SWITCHES 0"] if mass or implicit else _switching(method, real)),
-            *(source(f"{name}.hpp") for name in ("tape", "starts", "loop", *([] if device else ["forward"]))),
-            *([] if displaced else [source("back.hpp")]),
-            *([source("device.hpp")] if device else []),
-            *([source("consistent.hpp")] if implicit else []),
+            *(source(f"{name}.hpp") for name in ("tape", "starts", "loop")),
+            *(source(f"{name}.hpp") for name, wanted in parts.items() if wanted),
         ]
     )

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..integrate.companion import rests
 from ..integrate.plan import Grid, PIDController, Plan, Record, rms_norm
 from ..methods import Method
 from ..system.remarks import remark
 from ..system.system import StateSpec, System, VmappedSystem
+from .again import parts_forward
 from .back import Cotangents, sweep_native
 from .build import NoCompiler, spent
 from .companion import solved_again
@@ -20,7 +22,7 @@ from .consistent import NativeStart
 from .device import LAUNCHERS
 from .emit import DEVICE_METHODS, takes
 from .graphs import Heard
-from .memory import put_together
+from .memory import plain, put_together
 from .progress import watches_steps
 from .reading import Unreadable
 from .recognise import Recognised, compile_key, hear, recognise
@@ -218,6 +220,23 @@ class NativeSolve:
         self.recognised, self.values = found, tuple(values)
         return solved
 
+    def resting(self, sought: Sought, record: Record) -> Tensor | None:
+        """See `rests`, of the solve that was made, whose states are had again where it kept none; None where the eager engine is to make
+        the solve."""
+        assert self.recognised is not None
+        program, y0 = self.recognised.program, plain(sought.y0)
+
+        def states() -> Iterable[Tensor]:
+            if len(record.states):
+                return [record.states]
+            return (part.states for part in parts_forward(program, sought.plan, Grid.of(record), sought.anchors, y0, self.values))
+
+        try:
+            return rests(record, y0, states)
+        except (Unreadable, NoCompiler) as error:
+            self.recognised = None
+            return _remark(sought.plan.compile, str(error))
+
     def for_derivatives(self, sought: Sought, t_eval: Tensor | None, record: Record, which: Tensor) -> Record | None:
         """``record``, of the solve that was made, with steps that bear derivatives of the trajectories ``which`` (B,); None where the
         eager engine is to choose them."""
@@ -243,14 +262,15 @@ class NativeSolve:
         n_inputs: int,
         bars: Sequence[Tensor | None],
         timed: bool,
+        slots: int | None = None,
     ) -> tuple[Cotangents, list[Tensor | None]] | None:
         """Cotangents, and those of the inputs of the system in their order, after a solve by compiled code; None where the eager engine is
-        to make them."""
+        to make them. ``slots``: see `sweep_native`."""
         found = self.recognised
         assert found is not None
         try:
-            cotangents = sweep_native(found.program, plan, grid, anchors, t_eval, self.values, bars, timed)
-        except Unreadable as error:
+            cotangents = sweep_native(found.program, plan, grid, anchors, t_eval, self.values, bars, timed, slots)
+        except (Unreadable, NoCompiler) as error:
             return _remark(plan.compile, str(error))
         of_inputs: list[Tensor | None] = [None] * n_inputs
         for slot, x, bar in zip(found.slots, found.tensors, cotangents.inputs, strict=True):

@@ -109,6 +109,7 @@ class Program:
     looks: Seldom = field(default_factory=Seldom)
     #: by the number of lanes; what could not be made is not tried again
     _engines: dict[int, Engine | DeviceEngine | NoCompiler | Unreadable] = field(default_factory=dict)
+    _agains: dict[int, Callable[..., Any]] = field(default_factory=dict)
     #: engines that are being made by other threads
     _waiting: set[int] = field(default_factory=set)
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -207,6 +208,17 @@ class Program:
             raise found
         return found
 
+    def again(self, lanes: int) -> Callable[..., None]:
+        """Compiled code that takes recorded steps again, made when it is first asked for, see `Again`. Raises `NoCompiler`."""
+        with self._lock:
+            found = self._agains.get(lanes)
+            if found is None:
+                with spending():
+                    made = library("\n".join([prologue(self.real, lanes), self._engine_text(again=True)]), True, links(lanes))
+                found = self._agains[lanes] = made.again
+                found.restype = None
+        return found
+
     def engine_later(self, lanes: int) -> bool:
         """Whether the compiled code is there, or cannot be made; else it is made by another thread."""
         if lanes in self._engines:
@@ -227,9 +239,9 @@ class Program:
         text = of_all_rows(theirs.texts, self.joint, self.width // self.joint, self.own_of_row, self.numbers)
         return library("\n".join([prologue(self.real, wide), CONTEXT, theirs.tables, text]), True, links(wide))
 
-    def _engine_text(self, device: bool) -> str:
+    def _engine_text(self, device: bool = False, again: bool = False) -> str:
         sizes = self.width, self.timed, self.own, self.numbers, self.functions.matrices, len(self.events), self.mass is not None
-        return engine_text(self.method, self.real, *sizes, self.displaced, device)
+        return engine_text(self.method, self.real, *sizes, self.displaced, device, again)
 
     def kernel_text(self) -> str:
         """All of the text for a device. Raises `Unreadable`."""
@@ -239,7 +251,7 @@ class Program:
             raise Unreadable("", "", f"its {self.joint} rows are one state, and {alone}")
         if theirs.matrices is not None and theirs.matrices.sparse is not None:
             raise Unreadable("", "", "of its matrices only some entries are kept, which is done on CPUs only")
-        return "\n".join([device_prologue(self.real), theirs.tables, device_functions(theirs.texts), self._engine_text(True)])
+        return "\n".join([device_prologue(self.real), theirs.tables, device_functions(theirs.texts), self._engine_text(device=True)])
 
     def _kernels(self) -> DeviceEngine:
         shared = sum(n for n, own in zip(self.numbers, self.own, strict=True) if not own)
@@ -247,7 +259,7 @@ class Program:
 
     def _made(self, lanes: int) -> Engine:
         start, theirs = prologue(self.real, lanes), self.functions
-        users, engine = self._users(start, theirs, lanes), self._engine_text(False)
+        users, engine = self._users(start, theirs, lanes), self._engine_text()
         loop = library("\n".join([start, engine]), True, links(lanes))
         addresses = {name: _address(users, name) for name in theirs.texts}
         loop.forward.restype = ctypes.c_void_p

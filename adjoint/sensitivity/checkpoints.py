@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import comb
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import SolveError
-from ..integrate import Monitor, StageSolver, integrate
+from ..integrate import Monitor, StageSolver
 from ..integrate.numbers import widened
 from ..integrate.plan import Grid
+from ..integrate.schedule import Schedule
 from ..system.capture import alive
 from ..system.ownership import continuing, owned
 from ..system.system import System
@@ -23,32 +23,17 @@ from ..torch_internals import Node, copy_by_copy
 from .asked import Asked
 from .discrete import eager_sweep
 from .finite import tell_not_finite
+from .native_sweep import by_native
 from .node import SolveNode
 from .padding import padding, shelter
 from .problem import Outputs, Problem, StepTimes, stage_times, step_times
 from .products import vjp
 from .replay import first_slope, hands_on
 
-__all__ = ["CheckpointNode", "Recall", "first_part", "repetitions"]
+__all__ = ["CheckpointNode", "Recall"]
 
 _GRID = ("t", "h", "segment", "lands", "sample_step", "status", "event_step")
 _DIFFERENTIABLE = 2
-
-
-def repetitions(length: int, slots: int) -> int:
-    """How often some step must be taken again to go back through ``length`` steps with ``slots`` states, the first one included: the
-    smallest ``r`` with ``length <= C(slots + r, slots)`` (Griewank & Walther 2000, proposition 1)."""
-    r = 0
-    while comb(slots + r, slots) < length:
-        r += 1
-    return r
-
-
-def first_part(length: int, slots: int) -> int:
-    """Where to keep the next state on the way to the last of ``length`` steps, so that the fewest steps are taken again in all
-    (Griewank & Walther 2000, equation 4): one of the best places, ``1 <= m < length``. ``slots`` (two or more) includes the first state."""
-    r = repetitions(length, slots)
-    return min(comb(slots + r - 1, slots), length - comb(slots + r - 2, slots - 1))
 
 
 class Recall:
@@ -66,7 +51,7 @@ class Recall:
 
     def __init__(self, problem: Problem, grid: Grid, times: StepTimes, inputs: Sequence[Tensor], y0: Tensor, slots: int) -> None:
         plan = self.plan = problem.plan
-        self.slots, self.times, self.flat, self.iterated = slots, times, y0.shape, problem.algebra is not None
+        self.times, self.flat, self.iterated = times, y0.shape, problem.algebra is not None
         self.alone = problem.alone
         shape = problem.system.natural_shape if self.alone else None
         if shape is not None and problem.algebra is not None and len(shape) != 1:
@@ -81,15 +66,15 @@ class Recall:
         else:
             self.sizes = grid.h.to(plan.real).unsqueeze(-1).unbind()
         self.padded = self.sizes if self.alone else grid.size.to(plan.real).unsqueeze(-1).unbind()
-        #: step, state at its start and, of methods that hand their last slope on, that of the step before
-        self.kept: list[tuple[int, Tensor, Tensor | None]] = [(0, y0 if shape is None else y0.reshape(shape), None)]
+        #: of steps the state at their start and, of methods that hand their last slope on, that of the step before
+        first: tuple[Tensor, Tensor | None] = y0 if shape is None else y0.reshape(shape), None
+        self.schedule = Schedule(first, slots)
         # where steps that do nothing are looked at: see `shelter`
         self.moved, pad = grid.moved, padding(grid.h, grid.lands)
         self.first = y0 if pad is None else pad.first(y0)
-        self._latest: tuple[int, Tensor, Tensor | None] | None = None
         self._chained = hands_on(plan)
-        #: steps taken again, and the most states that were kept at a time
-        self.n_steps, self.peak = 0, 1
+        #: steps taken again
+        self.n_steps = 0
         self.stages = _Slopes(self, (len(grid.t), len(plan.method.nodes), *self.flat), y0)
 
     moved: Tensor | None = None
@@ -101,23 +86,13 @@ class Recall:
 
     def start(self, k: int) -> tuple[Tensor, Tensor | None]:
         """What step ``k`` is taken from: the state, of a trajectory that is done its end, and the slope that it was handed."""
-        if self._latest is not None and self._latest[0] == k:
-            return self._latest[1:]
-        self._latest = None
-        while self.kept[-1][0] > k:
-            self.kept.pop()
-        place, y, slope = self.kept[-1]
-        while place < k:
-            free = self.slots - len(self.kept)
-            stop = place + first_part(k - place + 1, free + 1) if free else k
-            for i in range(place, stop):
-                y, ks, _ = self.take(i, y, slope)
-                slope = ks[-1] if self._chained else None
-            place = stop
-            if free:
-                self.kept.append((place, y, slope))
-                self.peak = max(self.peak, len(self.kept))
-        self._latest = (k, y, slope)
+        return self.schedule.start(k, self._advance)
+
+    def _advance(self, start: tuple[Tensor, Tensor | None], k: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        y, slope = start
+        for i in range(k, stop):
+            y, ks, _ = self.take(i, y, slope)
+            slope = ks[-1] if self._chained else None
         return y, slope
 
     def take(self, k: int, y: Tensor, slope: Tensor | None = None, padded: bool = False) -> tuple[Tensor, list[Tensor], Sequence[Tensor]]:
@@ -199,10 +174,7 @@ class CheckpointNode(Node):
     def forward(problem: Problem, slots: int, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         plan = replace(problem.plan, keep_states=False, keep_stages=False, keep_grid=True)
         with torch.autocast(y0.device.type, enabled=False):
-            bare = replace(problem, plan=plan)
-            f = bare.solver(inputs, y0.shape[0])
-            shape = problem.system.natural_shape
-            record = integrate(f, plan, anchors, t_eval, y0, problem.batched, inputs, shape, beside=bare.beside(inputs, y0.shape[0]))
+            record = replace(problem, plan=plan).solved(inputs, y0, anchors, t_eval)
         problem.report(record)
         return tuple(Outputs.of(record))
 
@@ -239,13 +211,17 @@ class CheckpointNode(Node):
             start = y0.detach()
             nothing = start.new_empty(0)
             grid = Grid(states=start.unsqueeze(0), stages=nothing, extra=nothing, **kept)
-            safe = shelter(problem, grid, t_eval, inputs).grid
-            times = step_times(safe.t, safe.h, safe.segment, safe.lands, anchors.detach(), problem.plan.shift)
-            recall = Recall(problem, safe, times, inputs, start, ctx.slots)
-            recall.check(final.detach(), grid.status)
             asked = Asked(problem, grid, anchors, t_eval, inputs, (*bars, None, None), wants)
-            found = eager_sweep(asked, recall)
-            problem.backward_report(recall.n_fun, 0)
+            native = problem.native.recognised is not None
+            found = by_native(asked, ctx.slots) if native else None
+            if found is None:
+                safe = shelter(problem, grid, t_eval, inputs).grid
+                times = step_times(safe.t, safe.h, safe.segment, safe.lands, anchors.detach(), problem.plan.shift)
+                recall = Recall(problem, safe, times, inputs, start, ctx.slots)
+                if not native:
+                    recall.check(final.detach(), grid.status)
+                found = eager_sweep(asked, recall)
+                problem.backward_report(recall.n_fun, 0)
             if not asked.sound(found):
                 tell_not_finite(problem, Grid.of(problem.run(inputs, start, anchors.detach(), t_eval)), inputs, found[2])
             return (None, None, *found)
@@ -255,7 +231,8 @@ def _with_all_states(
     problem: Problem, tensors: Sequence[Tensor | None], bars: Sequence[Tensor | None], wants: Sequence[bool]
 ) -> list[Tensor | None]:
     """Cotangents that can be differentiated again, by way of the solve with all states kept."""
-    full = replace(problem, plan=replace(problem.plan, monitor=Monitor()), report=lambda record: None)
+    plan, native = replace(problem.plan, monitor=Monitor()), problem.native.part()
+    full = replace(problem, plan=plan, native=native, report=lambda record: None)
     places = [i for i, want in enumerate(wants) if want]
     out: list[Tensor | None] = [None] * len(tensors)
 

@@ -21,7 +21,7 @@ from ..integrate import (
     shifted_times,
     too_long,
 )
-from ..integrate.companion import Beside, displaced, rests
+from ..integrate.companion import Beside, displaced
 from ..integrate.stages import TOLERANCE
 from ..integrate.stepper import StageWork
 from ..linalg import DenseLU, LinearSolver, Matrix
@@ -106,7 +106,11 @@ class Problem:
         return record
 
     def _run(self, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor, t_eval: Tensor | None) -> Record:
-        plan, seen = self.plan, self.plan.keep_states or self.witness.wanted
+        return self.solved(inputs, y0, anchors, t_eval, self.plan.keep_states or self.witness.wanted)
+
+    def solved(self, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor, t_eval: Tensor | None, seen: bool = False) -> Record:
+        """The solve alone, by compiled code where that can be; ``seen``: by the witness."""
+        plan = self.plan
         if plan.compile is not None:
             record = self._by_native(inputs, y0, anchors, t_eval)
             if record is not None:
@@ -114,7 +118,8 @@ class Problem:
         f = self.solver(inputs, y0.shape[0], seen)
         shape = self.system.natural_shape
         record = integrate(f, plan, anchors, t_eval, y0, self.batched, inputs, shape, beside=self.beside(inputs, y0.shape[0]))
-        self.witness.settle()
+        if seen:
+            self.witness.settle()
         return record
 
     def reported(self, record: Record, inputs: Sequence[Tensor]) -> None:
@@ -140,7 +145,10 @@ class Problem:
             doubtful, count = too_long(made(False), self.plan, record, y0)
             record = replace(record, n_fun=record.n_fun + count)
         else:
-            doubtful = doubtful | rests(record)
+            resting = self.native.resting(sought, record)
+            if resting is None:
+                return None
+            doubtful = doubtful | resting
         return self.native.for_derivatives(sought, t_eval, record, doubtful) if bool(doubtful.any()) else record
 
     @property

@@ -48,11 +48,10 @@ class DiscreteAdjoint(GradientTraits):
     ``checkpoints``: at most so many states are kept between the solve and its backward pass and during it (stages of implicit methods:
     those of one step), the initial one included; the steps between them are taken again with their recorded sizes, as often as the
     optimal schedule asks (Griewank & Walther 2000): with c states, C(c + r, c) steps are each taken again at most r times. The
-    gradient is the same to the last bit (one trajectory by implicit methods: to rounding; stages that are iterated for: to the tolerance
-    of that). Times and sizes of the steps are
-    still kept, a few numbers each. Forward mode, ``torch.func`` and derivatives of derivatives keep all states. Not with
-    ``compile=True``, ``events=``, ``dense_output=True``, ``t_eval="steps"``, `solve_dae`, and the methods "bdf" and "abm", whose
-    stages are kept (`UnsupportedCombination`).
+    gradient is the same to the last bit (one trajectory by implicit methods, and with ``compile=True``: to rounding; stages that are
+    iterated for: to the tolerance of that). Times and sizes of the steps are still kept, a few numbers each. Forward mode, ``torch.func``
+    and derivatives of derivatives keep all states. Not with ``events=``, ``dense_output=True``, ``t_eval="steps"``, `solve_dae`, and the
+    methods "bdf" and "abm", whose stages are kept (`UnsupportedCombination`).
     """
 
     keep_bytes: int | None = None
@@ -86,8 +85,6 @@ class DiscreteAdjoint(GradientTraits):
                     f"DiscreteAdjoint(checkpoints=...) takes steps again one by one, which {plan.method.name!r} cannot: choose a one-step "
                     f"method such as {'kvaerno5' if plan.method.implicit else 'dopri8'!r}, or leave checkpoints out"
                 )
-            if plan.compile is not None:
-                raise UnsupportedCombination("compile=True with DiscreteAdjoint(checkpoints=...) is not supported: leave one of them out")
             if not functorch_active() and dual_level() < 0:
                 return Outputs(*CheckpointNode.apply(problem, self.checkpoints, anchors, t_eval, y0, *inputs))
             return Outputs(*SolveNode.apply(problem, anchors, t_eval, y0, *inputs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from functools import cache
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from adjoint import DiscreteAdjoint, InvalidInput, SolveError, UnsupportedCombination, solve_dae, solve_ivp
+from adjoint.integrate.schedule import Schedule
 from adjoint.methods import METHODS
-from adjoint.sensitivity.checkpoints import Recall
+from adjoint.native import again
 
 from ..helpers.stiff_problems import ROBER_40_JACOBIAN, ROBER_P, rober
 
@@ -42,17 +44,19 @@ def fewest(length: int, slots: int) -> int:
     return min(m + fewest(length - m, slots - 1) + fewest(m, slots) for m in range(1, length))
 
 
-class Counting(Recall):
-    """States are the numbers of their steps."""
+class Counting:
+    """A schedule of states that are the numbers of their steps."""
 
     def __init__(self, slots: int) -> None:
-        self.slots, self.n_steps, self.peak = slots, 0, 1
-        self.kept, self._latest, self._chained = [(0, torch.tensor(0), None)], None, False
+        self.schedule, self.n_steps = Schedule(0, slots), 0
 
-    def take(self, k, y, slope=None):
-        assert y == k
-        self.n_steps += 1
-        return y + 1, [], []
+    def __getitem__(self, k):
+        return self.schedule.start(k, self._advance)
+
+    def _advance(self, start, k, stop):
+        assert start == k
+        self.n_steps += stop - k
+        return stop
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 5, 8, 40])
@@ -61,9 +65,8 @@ def test_no_schedule_takes_fewer_steps_again(slots):
         recall = Counting(slots)
         for k in reversed(range(length)):
             assert recall[k] == k
-            assert len(recall.kept) <= slots
         assert recall.n_steps == fewest(length, slots), (length, slots)
-        assert recall.peak <= slots
+        assert recall.schedule.peak <= slots
 
 
 def test_many_steps_need_few_repetitions():
@@ -71,7 +74,7 @@ def test_many_steps_need_few_repetitions():
     for k in reversed(range(length)):
         assert recall[k] == k
     # C(10 + 4, 4) = 1001: no step is taken again more than four times
-    assert recall.n_steps <= 4 * length and recall.peak == 10
+    assert recall.n_steps <= 4 * length and recall.schedule.peak == 10
 
 
 # ---- the same gradients
@@ -242,6 +245,95 @@ def test_how_many_states_live_in_the_backward_pass(method):
     assert few <= 3 + 8 and few < more <= few + 10 and all_of_them > 55
 
 
+# ---- by compiled code
+
+
+def _of_both(method, count, batched=False, **options):
+    """With all states, and with few; the largest difference beside the largest number."""
+    want, found = (gradients(DiscreteAdjoint(checkpoints=n), method, batched, compile=True, **options) for n in (None, count))
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("method", METHODS_TRIED)
+@pytest.mark.slow_cases("bosh3-False", "bosh3-True", "rk4-True", "dopri8-True", "rodas5p-False", "radau5-True", "kvaerno3-False")
+def test_compiled_they_are_those_of_all_states(method, batched, monkeypatch):
+    """Jumps, samples, integrals, derivatives in times; what the parts of the steps hand on to each other, one step and many at a time."""
+    parts = []
+    taken = again._Again.part
+    monkeypatch.setattr(again._Again, "part", lambda self, start, k, stop: parts.append(stop - k) or taken(self, start, k, stop))
+    # iterations for coupled stages begin elsewhere
+    close = 1e-4 if method in ("radau5", "gl4") else 1e-13
+    for count in (1, 5, 1000):
+        assert _of_both(method, count, batched, step_ts=[0.5, 1.25]) < close
+    assert min(parts) == 1 and max(parts) > 3
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("rows", [3, 70])
+@pytest.mark.parametrize("method", ["tsit5", pytest.param("kvaerno3", marks=pytest.mark.slow)])
+def test_compiled_beside_rows_that_end_or_fail(method, rows):
+    """y' = p y^2: y = 1 / (1/y0 - p t), which is infinite at t = 1 / (p y0)."""
+    y0 = torch.linspace(0.2, 0.5, rows, dtype=F64)
+    y0[1] = 4.0
+    ends = torch.linspace(0.5, 1.0, rows, dtype=F64)
+
+    def solve(y0, p, ends):
+        def fun(t, y, p):
+            return p * y**2
+
+        options = {"t_eval": [0.05], "method": method, "gradient": DiscreteAdjoint(checkpoints=4), "compile": True, "max_steps": 200}
+        return solve_ivp(fun, (0.0, ends), y0.unsqueeze(-1), (p,), batched=True, throw=False, rtol=1e-9, atol=1e-9, **options)
+
+    p = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    tensors = y0.requires_grad_(), p, ends.requires_grad_()
+    sol = solve(*tensors)
+    assert sol.status[1] < 0 and (sol.status != 0).sum() == 1
+    found = torch.autograd.grad(sol.y.square().sum(), tensors)
+    want = torch.autograd.grad((1 / (1 / tensors[0] - tensors[1] * 0.05)).square().sum(), tensors[:2])
+    for a, b in zip(found, want, strict=False):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    assert not found[2].any()
+
+
+@pytest.mark.compile
+def test_compiled_a_state_that_rests():
+    """Steps are short enough for a displacement of what rests, which is known without the states of the steps."""
+    y0 = torch.tensor([1.0, 0.0], dtype=F64, requires_grad=True)
+
+    def fun(t, y):
+        return torch.stack([-y[0], 30 * y[1]])
+
+    for compiled in (False, True):
+        gradient = DiscreteAdjoint(checkpoints=5)
+        sol = solve_ivp(fun, (0.0, 0.5), y0, method="tsit5", gradient=gradient, compile=compiled)
+        (found,) = torch.autograd.grad(sol.y[-1, 1], y0)
+        assert float(found[1]) == pytest.approx(math.exp(15.0), rel=1e-2)
+
+
+@pytest.mark.compile
+def test_compiled_second_derivatives_and_all_that_has_no_compiled_form():
+    """Derivatives of derivatives keep all states; what compiled code cannot read runs as ever, with a word."""
+
+    def end(p, fun=lambda t, y, p: -p * y, **options):
+        options = {"gradient": DiscreteAdjoint(checkpoints=3), "compile": True, "rtol": 1e-10, "atol": 1e-12} | options
+        return solve_ivp(fun, (0.0, 1.0), torch.ones(1, dtype=F64), (p,), **options).y[-1, 0]
+
+    p, truth = torch.tensor(0.5, dtype=F64, requires_grad=True), math.exp(-0.5)
+    (first,) = torch.autograd.grad(end(p), p, create_graph=True)
+    assert float(first) == pytest.approx(-truth, rel=1e-8)
+    assert float(torch.autograd.grad(first, p)[0]) == pytest.approx(truth, rel=1e-7)
+    assert float(torch.func.hessian(end)(p.detach())) == pytest.approx(truth, rel=1e-7)
+    assert float(torch.func.jvp(end, (p.detach(),), (torch.ones_like(p),))[1]) == pytest.approx(-truth, rel=1e-8)
+
+    def unread(t, y, p):
+        return -p * torch.linalg.lu_solve(*torch.linalg.lu_factor(torch.eye(1, dtype=F64)), y.unsqueeze(-1))[:, 0]
+
+    with pytest.warns(RuntimeWarning, match="runs uncompiled"):
+        assert float(end(p, unread)) == pytest.approx(truth, rel=1e-8)
+
+
 # ---- what is refused
 
 
@@ -259,8 +351,6 @@ def test_options_that_ask_for_the_states():
     for options in ({"dense_output": True}, {"t_eval": "steps"}, {"events": lambda t, y: y[0] - 0.5}):
         with pytest.raises(UnsupportedCombination, match="leave checkpoints out"):
             solve_ivp(f, (0.0, 1.0), y0, gradient=gradient, **options)
-    with pytest.raises(UnsupportedCombination, match="compile=True"):
-        solve_ivp(f, (0.0, 1.0), y0, gradient=gradient, compile=True)
     with pytest.raises(UnsupportedCombination, match="solve_dae"):
         solve_dae(lambda t, y, yp: yp + y, (0.0, 1.0), y0, -y0, gradient=gradient)
 

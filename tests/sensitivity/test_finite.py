@@ -88,7 +88,7 @@ def test_a_loss_that_is_not_finite_is_the_users_own(name):
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_in_a_batch_the_trajectory_is_named(name, compiled):
     """The first one starts in the corner; the gradient of the second one is its own."""
-    if compiled and name in ("forward", "recorded", "checkpoints"):
+    if compiled and name in ("forward", "recorded"):
         pytest.skip("without compiled code, or the same as 'discrete'")
     y0, k = torch.tensor([[0.0, 2.0], [1.0, 2.0]], requires_grad=True), torch.tensor(1.0, requires_grad=True)
 

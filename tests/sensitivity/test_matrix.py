@@ -88,7 +88,7 @@ REFUSED: list[tuple[str, Callable[[Case], bool]]] = [
     ("takes steps again one by one", lambda c: c.strategy == "checkpoints" and c.has("multistep")),
     ("batched=True with BacksolveAdjoint", lambda c: c.strategy.startswith("backsolve") and c.form in BATCHES),
     ("method='auto' with", lambda c: c.strategy in CONTINUOUS and c.has("switching")),
-    ("compile=True with", lambda c: c.compiles and c.strategy in ("checkpoints", "forward", "backsolve", "backsolve by tsit5")),
+    ("compile=True with", lambda c: c.compiles and c.strategy in ("forward", "backsolve", "backsolve by tsit5")),
     ("on the way back of BacksolveAdjoint", lambda c: c.strategy == "backsolve" and (c.has("implicit") or not c.has("adaptive"))),
     ("mode cannot see through BacksolveAdjoint", lambda c: c.strategy.startswith("backsolve") and c.form == "vmapped"),
 ]

@@ -1,4 +1,4 @@
-// The way back through the recorded steps: W trajectories side by side, each from its own last step; the formulas of `sensitivity/discrete.py`.
+// The way back through the recorded steps, or those from q.first up to q.n_steps: W trajectories side by side, each from its own last step; the formulas of `sensitivity/discrete.py`.
 
 struct Back_ {
   const Backward& q; const Functions f;
@@ -28,7 +28,7 @@ struct Back_ {
     }
     c = {q.inputs, own.a, q.tables, bars};
     for (int l = 0; l < W; l++) { live[l] = false; row[l] = from; t[l] = q.n_steps ? q.t[from] : 0; h[l] = 0; jump[l] = jumps_end[l] = false; sign[l] = 1; own.load(q.inputs, l, from);
-      for (int n = 0; n < N; n++) put(y[n], l, q.states[from * N + n]); }
+      for (int n = 0; n < N; n++) put(y[n], l, q.states[(q.first * q.rows + from) * N + n]); }
   }
 
   long sample(int l, long i) const { return (q.order ? q.order[i * q.rows + row[l]] : i) * q.rows + row[l]; }
@@ -42,27 +42,27 @@ struct Back_ {
         live[l] = true;
         own.load(q.inputs, l, r);
         for (int i = 0; i < INPUTS; i++) for (long e = 0; e < OWN[i]; e++) put(bars[i][e], l, R(0));
-        for (int n = 0; n < N; n++) { put(bar[n], l, R(0)); put(ybar[n], l, R(0)); put(handed[n], l, R(0)); }
+        for (int n = 0; n < N; n++) { put(bar[n], l, R(0)); put(ybar[n], l, R(0)); put(handed[n], l, q.handed_bar ? q.handed_bar[r * N + n] : R(0)); }
         if (q.final_bar && (!q.status || q.status[r] >= 0)) add(bar, l, q.final_bar + r * N);
         sign[l] = q.anchors[(q.n_anchors - 1) * q.rows + r] >= q.anchors[r] ? 1.0 : -1.0;
         sampled[l] = q.samples_bar ? q.n_samples - 1 : -1;
-        while (sampled[l] >= 0 && q.sample_step[sample(l, sampled[l])] < 0) sampled[l]--;
+        while (sampled[l] >= 0 && (q.sample_step[sample(l, sampled[l])] < 0 || (q.n_steps && q.sample_step[sample(l, sampled[l])] >= q.n_steps))) sampled[l]--;
         k[l] = q.n_steps - 1;
-        while (k[l] >= 0 && q.h[k[l] * q.rows + r] == 0) {
+        while (k[l] >= q.first && q.h[k[l] * q.rows + r] == 0) {
           if (q.states_bar) add(bar, l, q.states_bar + ((k[l] + 1) * q.rows + r) * N);
           k[l]--;
         }
         while (k[l] < 0 && sampled[l] >= 0) add(bar, l, q.samples_bar + sample(l, sampled[l]--) * N);
         // where nothing comes back there is nothing to multiply with derivatives, which may be no numbers
-        if (!q.states_bar && !q.stages_bar) while (k[l] >= 0) {
+        if (!q.states_bar && !q.stages_bar) while (k[l] >= q.first) {
           bool any = false;
-          for (int n = 0; n < N; n++) any |= get(bar[n], l) != 0;
+          for (int n = 0; n < N; n++) any |= get(bar[n], l) != 0 || get(handed[n], l) != 0;
           for (long s = sampled[l]; s >= 0 && q.sample_step[sample(l, s)] >= k[l]; s--) any |= weighs(l, q.samples_bar + sample(l, s) * N);
           if (any) break;
           while (sampled[l] >= 0 && q.sample_step[sample(l, sampled[l])] >= k[l]) sampled[l]--;
           k[l]--;
         }
-        if (k[l] < 0) done(l);
+        if (k[l] < q.first) done(l);
       }
     }
   }
@@ -74,7 +74,8 @@ struct Back_ {
       if (q.states_bar) x += q.states_bar[r * N + n];
       if (q.initial_bar) x += q.initial_bar[r * N + n];
       q.y0_bar[r * N + n] = x;
-      put(bar[n], l, R(0));
+      if (q.handed_bar) q.handed_bar[r * N + n] = get(handed[n], l);
+      put(bar[n], l, R(0)); put(handed[n], l, R(0));
     }
 #if MULTISTEP
     for (int e = 0; e < CARRIED * N; e++) put(before.carried[e], l, R(0));
@@ -223,7 +224,7 @@ struct Back_ {
           }
           q.t_bar[i] = t_bar; q.h_bar[i] = h_bar;
         }
-                if (--k[l] < 0) { done(l); ended = true; }
+        if (--k[l] < q.first) { done(l); ended = true; }
       }
       if (ended) refill();
     }
