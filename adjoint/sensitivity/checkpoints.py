@@ -67,8 +67,7 @@ class Recall:
             self.sizes = grid.h.to(plan.real).unsqueeze(-1).unbind()
         self.padded = self.sizes if self.alone else grid.size.to(plan.real).unsqueeze(-1).unbind()
         #: of steps the state at their start and, of methods that hand their last slope on, that of the step before
-        first: tuple[Tensor, Tensor | None] = y0 if shape is None else y0.reshape(shape), None
-        self.schedule = Schedule(first, slots)
+        self.schedule: Schedule[tuple[Tensor, Tensor | None]] = Schedule((y0 if shape is None else y0.reshape(shape), None), slots)
         # where steps that do nothing are looked at: see `shelter`
         self.moved, pad = grid.moved, padding(grid.h, grid.lands)
         self.first = y0 if pad is None else pad.first(y0)
