@@ -35,6 +35,7 @@ __all__ = [
     "check_times",
     "flat_norm",
     "flat_tolerance",
+    "from_within",
     "listed_args",
     "method_for",
     "positive",
@@ -317,13 +318,14 @@ def check_times(t_span: Any, t_eval: Any, step_ts: Any, spec: StateSpec) -> Time
         inner = _time(step_ts, "step_ts", spec, (1, 2) if batched else (1,))
         inner = inner.unsqueeze(-1).expand(-1, spec.rows) if inner.dim() == 1 else inner
         inner = snapped(inner, first, last, step_ts, start, end)
-        first, last, named = _from_within(first, last, inner, spec.real_dtype)
+        first, last, named = from_within(first, last, inner, spec.real_dtype)
         rows = [first.unsqueeze(0), last.unsqueeze(0)]
         backwards = first > last
         inner = torch.where(backwards, inner.sort(0, descending=True).values, inner.sort(0).values)
         # what is beyond an end, or there, is that end, with all of its derivatives: no step is taken in between
-        low, high = torch.minimum(first, last), torch.maximum(first, last)
-        inner = torch.where(inner <= low, low, torch.where(inner >= high, high, inner))
+        # where the ends are one each has its own derivatives: the step of no length is the last one, and goes from the one to the other
+        low, high = torch.where(backwards, last, first), torch.where(backwards, first, last)
+        inner = torch.where((inner <= low) | (low == high), low, torch.where(inner >= high, high, inner))
         if not batched and _concrete(inner) and concrete:
             inside = ((inner != first) & (inner != last))[:, 0]
             inner = inner[inside]
@@ -355,7 +357,7 @@ def check_times(t_span: Any, t_eval: Any, step_ts: Any, spec: StateSpec) -> Time
     return found if named is None else replace(found, samples=found.within(full))
 
 
-def _from_within(first: Tensor, last: Tensor, named: Tensor, real: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+def from_within(first: Tensor, last: Tensor, named: Tensor, real: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """The ends of a span (B,), moved into it by the rounding of times where they are among those that are ``named`` (K, B), with all of
     their derivatives; and the ends (2, B) as they were, None where none is."""
     start, end = first.detach(), last.detach()

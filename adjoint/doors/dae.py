@@ -46,7 +46,7 @@ from .dae_initial import initial_values
 from .dae_start import consistently, from_start
 from .forcing import with_knots
 from .given import Given, finished, reporting
-from .parts import Parts, event_list, solution_of, strategy_of
+from .parts import Parts, event_list, seen_at_ends, solution_of, strategy_of
 from .prepared import asked_before
 from .quadrature import first_rate
 from .rounds import in_rounds
@@ -161,7 +161,7 @@ def solve_dae(
         check_callable(quadrature, "quadrature")
         residual, state, slope, integrand = _with_quadrature(fun, quadrature, user_spec, times, y0, slope, args)
     spec = StateSpec.of(state, batched)
-    watched = event_list(events)
+    watched = seen_at_ends(event_list(events), times)
     given = Given(residual, (fun,), spec, (state, slope), args, (times.anchors[0], times.anchors[-1]), watched, quadrature)
     given = given.laid_out(chosen, bool(compile), (jac_sparsity, linear_solver))
     spec, user_spec = given.spec, user_spec.in_parts() if given.spec.split else user_spec

@@ -71,6 +71,7 @@ def event_records(parts: Parts, out: Outputs, between: Between | None = None) ->
         for k, line in enumerate(i for i, kind in enumerate(kinds) if kind == which):
             found = out.event_step[line] >= 0
             t, y, slope = _located(parts, out, grid, which, line, found, between)
+            t = parts.times.shown_as(t)
             if event.terminal == k + 1:
                 any_stop = True
                 ends = torch.where(found, t, ends)

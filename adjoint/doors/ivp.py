@@ -40,7 +40,7 @@ from .failures import raise_failure
 from .forcing import with_knots
 from .given import Given, finished, reporting
 from .mass_matrix import as_residual, consistent_start, in_step, with_matrix, without_last
-from .parts import Parts, event_list, solution_of, strategy_of
+from .parts import Parts, event_list, seen_at_ends, solution_of, strategy_of
 from .prepared import asked_before
 from .quadrature import with_integral
 from .rounds import in_rounds
@@ -203,7 +203,7 @@ def solve_ivp(
         check_callable(quadrature, "quadrature")
         right_hand_side, state, integrand = with_integral(fun, quadrature, user_spec, times, y0, args)
     spec = StateSpec.of(state, batched)
-    watched = event_list(events)
+    watched = seen_at_ends(event_list(events), times)
     given = Given(right_hand_side, _pieces(fun), spec, (state,), args, (times.anchors[0], times.anchors[-1]), watched, quadrature)
     given = given.laid_out(chosen, bool(compile), (mass, norm, *implicit_options.values()), mass is not None)
     spec = given.spec

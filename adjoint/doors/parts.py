@@ -34,6 +34,7 @@ __all__ = [
     "event_name",
     "flat_event",
     "interpolant_of",
+    "seen_at_ends",
     "solution_of",
     "strategy_of",
     "terminal_count",
@@ -215,6 +216,24 @@ def flat_event(event: Callable[..., Tensor], system: System, user_spec: StateSpe
 
     alone = (lambda t, y, *args: event(t, y[0], *args)) if has_quadrature else event
     return Event(bind, float(attribute(event, "direction", 0.0)), terminal_count(event), alone)
+
+
+def seen_at_ends(events: Sequence[Callable[..., Tensor]], times: Times) -> list[Callable[..., Tensor]]:
+    """The event functions, which are given the ends of the span as they are, and not from within it."""
+    if times.named is None:
+        return list(events)
+    ends = torch.stack([times.anchors[0], times.anchors[-1]]).detach()
+    ways = times.named - ends
+
+    def one(event: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(t: Tensor, y: Any, *args: Any) -> Tensor:
+            at, back = (x.to(t.dtype).reshape(2, *t.shape) for x in (ends, ways))
+            return event(t + torch.where(t == at[0], back[0], torch.where(t == at[1], back[1], 0.0)), y, *args)
+
+        call.__wrapped__ = event  # type: ignore[attr-defined]
+        return with_rules_of(event, call)
+
+    return [one(event) for event in events]
 
 
 def with_rules_of(event: Any, function: Callable[..., Any]) -> Callable[..., Any]:

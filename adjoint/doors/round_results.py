@@ -16,7 +16,7 @@ from ..system.capture import readable
 from ..system.transforms import anywhere
 from .arguments import Times
 from .doses import DoseRule
-from .round_rules import Boundary, Rule
+from .round_rules import NEAR, Boundary, Rule
 from .rows import chosen, gathered, no_number, wide
 from .solution import BackwardStats, EventLog, EventRecord, Solution, Stats
 
@@ -127,7 +127,7 @@ def _samples(times: Times, pieces: Sequence[Piece], batched: bool) -> Any:
         here = every[taken.low : taken.high]
         more = torch.zeros_like(piece.going) if k + 1 == len(pieces) else pieces[k + 1].going
         ahead = sign * (here - piece.stop).detach()
-        at_end = ahead.abs() <= 8 * torch.finfo(torch.float64).eps * here.detach().abs()
+        at_end = ahead.abs() <= NEAR * torch.finfo(torch.float64).eps * here.detach().abs()
         # what is at the end of a round is that of the next one; of the last one, it has gone through its resets
         mine = taken.inside & ((ahead <= 0) | at_end) & ~(at_end & more)
         moved = mine & at_end & (piece.hit | piece.begun)

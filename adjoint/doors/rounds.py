@@ -28,7 +28,7 @@ from .progress import in_parts
 from .round_course import Course, slopes
 from .round_ends import check_rules, ended_before, takes_events, with_events
 from .round_results import Piece, Taken, joined
-from .round_rules import Boundary, Rule, off_zero, rearmed, shifted
+from .round_rules import NEAR, Boundary, Rule, off_zero, rearmed, shifted
 from .round_task import Progress, Task, needs_rounds, task_of
 from .rows import chosen, no_number, still, usable, wide
 from .solution import EventRecord, Solution
@@ -284,7 +284,7 @@ def _samples(task: Task, going: Tensor, t: Tensor, end: Tensor) -> tuple[Tensor 
     sign = task.sign
     with torch.no_grad():
         # what is at the time of an event but for rounding is at it
-        slack = 8 * torch.finfo(torch.float64).eps * torch.maximum(every.abs(), t.abs())
+        slack = NEAR * torch.finfo(torch.float64).eps * torch.maximum(every.abs(), t.abs())
         ahead = going & (sign * (every - t) >= -slack)
         inside = ahead & (sign * (every - end) <= 0)
         along = sign * (every[-1] - every[0]) >= 0

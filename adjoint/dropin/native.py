@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..doors.arguments import Times, as_times, positive
+from ..doors.arguments import Times, as_times, from_within, positive
 from ..doors.event_slope import signed
 from ..doors.event_times import event_records
 from ..doors.failures import raise_failure
@@ -153,6 +153,12 @@ def jump_times(request: Request) -> list[Tensor]:
     return out
 
 
+def _ends(request: Request, end: Tensor) -> tuple[Tensor, Tensor]:
+    """The first time and the ``end``, ``(1,)`` in double precision, moved into the span by rounding where ``func`` jumps there."""
+    start, jumps = request.t[:1].to(torch.float64), jump_times(request)
+    return from_within(start, end, torch.cat(jumps).unsqueeze(-1), request.spec.real_dtype)[:2] if jumps else (start, end)
+
+
 def _anchors(request: Request, until_event: bool) -> Tensor:
     """``(A, 1)``: the grid of a fixed-step solve, or the start, the times where steps must end, and the end."""
     if request.family in ("fixed", "implicit") and not until_event:
@@ -161,10 +167,11 @@ def _anchors(request: Request, until_event: bool) -> Tensor:
     end = torch.full_like(t[:1], sign * _NEVER) if until_event else t[-1:]
     if request.family in ("fixed", "implicit") and step_size_of(request) is None:
         raise InvalidInput("Event handling for fixed step solvers currently requires `step_size` to be provided in options.")
+    start, end = _ends(request, end)
     inner = torch.cat([t.new_empty(0), *jump_times(request)])
-    inner = inner[(sign * (inner - t[0]) > 0) & (sign * (end - inner) > 0)]
+    inner = inner[(sign * (inner - start) > 0) & (sign * (end - inner) > 0)]
     inner = inner.sort(descending=sign < 0).values
-    return torch.cat([t[:1], inner, end]).unsqueeze(-1)
+    return torch.cat([start, inner, end]).unsqueeze(-1)
 
 
 def _realified(request: Request) -> Request:
@@ -207,7 +214,8 @@ def solve_samples(request: Request, gradient: Gradient, only: Sequence[Tensor] |
     request = _realified(request)
     ready, anchors = prepare(request, only), _anchors(request, False)
     # the first time needs no sampling: the solution there is y0
-    samples = request.t[1:].to(torch.float64).unsqueeze(-1)
+    samples = request.t[1:].to(torch.float64)
+    samples = torch.cat([samples[:-1], _ends(request, samples[-1:])[1]]).unsqueeze(-1)
     if request.family == "implicit" and check_interp(request) == "cubic":
         return _between(request, gradient, ready, anchors, samples)
     if request.family in ("fixed", "implicit"):

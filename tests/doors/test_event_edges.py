@@ -405,3 +405,35 @@ def test_what_rounding_makes_of_a_dense_output_is_no_crossing():
     for f, count in ((lifted, 0), (lambda x: lifted(x) - 4.5e-22 * x, 2)):
         roots = crossings(f, places, f(places), 0.0, torch.ones(1, dtype=torch.bool))
         assert int(roots.isfinite().sum()) == count
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, options",
+    [
+        ("reset", torch.float64, {}),
+        ("terminal", torch.float64, {}),
+        ("dae", torch.float64, {}),
+        ("reset", torch.float32, {}),
+        pytest.param("reset", torch.float64, {"compile": True}, marks=pytest.mark.compile),
+    ],
+)
+@pytest.mark.parametrize("when", [0.3, 1.3])
+def test_an_event_at_an_end_of_the_span_that_is_a_named_time(kind, dtype, options, when):
+    """``y' = 2 t`` from 1 at 0.3 to 1.3, with 5 added where the time is ``c``, an end: a time at which ``fun`` may jump is seen from within
+    by ``fun`` alone. The derivative in ``c`` is that of a time in between: none."""
+    c = torch.tensor(when, dtype=torch.float64, requires_grad=True)
+    reset = None if kind == "terminal" else lambda t, y, c: y + 5
+    event = adjoint.Event(lambda t, y, c: t - c.to(t.dtype) + 0 * y[0], reset=reset, terminal=int(kind == "terminal"), name="e")
+    given = (0.3, 1.3), torch.ones(1, dtype=dtype)
+    options = options | {"args": (c,), "step_ts": torch.tensor([when], dtype=torch.float64), "events": [event]}
+    if kind == "dae":
+        sol = adjoint.solve_dae(lambda t, y, yp, c: yp - 2 * t, *given, None, **options)
+    else:
+        sol = adjoint.solve_ivp(lambda t, y, c: 2 * t + 0 * y, *given, **options)
+    wanted = 1.0 if kind == "terminal" and when == 0.3 else 2.6
+    assert sol.events["e"].t.tolist() == pytest.approx([when], rel=1e-6)
+    assert float(sol.y[-1]) == pytest.approx(wanted + 5 * (kind != "terminal"), rel=1e-5)
+    slope = 2 * when if kind == "terminal" else 0.0
+    (found,) = torch.autograd.grad(sol.y[-1].sum(), c, retain_graph=True)
+    assert float(found) == pytest.approx(slope, abs=1e-4)
+    assert float(torch.autograd.grad(sol.events["e"].t.sum(), c)[0]) == pytest.approx(1.0, rel=1e-5)

@@ -98,6 +98,17 @@ def test_derivatives_in_times_where_some_spans_have_no_length(method, moving):
     assert torch.vmap(solve, in_dims=(0, 0, 1))(fixed[0], y0, fixed[1])[0].item() == 2.0
 
 
+@pytest.mark.parametrize("named", [[0.3], [0.1, 0.9], [0.3, 0.3, 0.9]])
+def test_ends_that_are_one_have_their_own_derivatives_beside_named_times(named):
+    """``y' = 2 y`` over no length: -2 in the start and 2 in the end, in rows beside one that has a length, too."""
+    start, end = torch.tensor([0.3, 0.3], **DOUBLE, requires_grad=True), torch.tensor([0.3, 0.8], **DOUBLE, requires_grad=True)
+    y = adjoint.solve_ivp(lambda t, y: 2 * y, (start, end), torch.ones(2, 1, **DOUBLE), step_ts=torch.tensor(named), batched=True).y[-1]
+    grown = 2 * math.exp(1.0)
+    for x, wanted in ((start, [-2.0, -grown]), (end, [2.0, grown])):
+        (found,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        torch.testing.assert_close(found, torch.tensor(wanted, **DOUBLE), rtol=1e-4, atol=1e-8)
+
+
 @pytest.mark.parametrize("method", ["bdf", "tsit5"])
 def test_mapped_ends_in_forward_mode(method):
     y0, end = torch.tensor([[2.0], [1.0]], **DOUBLE), torch.tensor([0.5, 1.0], **DOUBLE)

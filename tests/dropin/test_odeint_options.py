@@ -96,6 +96,18 @@ def test_times_of_jumps_are_differentiable_in_sequences(form):
         assert float(torch.autograd.grad(y.sum(), rate)[0]) == pytest.approx(-4.4 * math.exp(-4.4), rel=1e-5)
 
 
+@pytest.mark.parametrize("method", ["tsit5", "dopri8"])
+def test_a_jump_at_an_end_is_seen_from_within(method):
+    """A rate of 1 up to the end, and 7 from there on: the end moves by 1 for each unit of its time, and so does a start from 7 to 1."""
+    for jump, rates in ((1.5, (1.0, 7.0)), (0.5, (7.0, 1.0))):
+        t = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64, requires_grad=True)
+        f = lambda t, y: torch.where(t < jump if jump > 1 else t <= jump, *rates) + 0 * y  # noqa: E731, B023
+        y = odeint(f, torch.zeros(1, dtype=torch.float64), t, method=method, options={"jump_t": torch.tensor([jump])})
+        torch.testing.assert_close(y[:, 0], torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
+        found = torch.autograd.grad(y[-1].sum(), t)[0]
+        torch.testing.assert_close(found, torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64))
+
+
 def test_norm_option():
     seen = []
 

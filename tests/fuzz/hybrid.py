@@ -7,6 +7,7 @@ differentiated as ends of spans are. It shares the solves with what it judges, b
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import time
 import traceback
@@ -25,12 +26,13 @@ from adjoint.errors import AdjointError
 from .hybrid_case import Case, draw, limits, parameters
 from .hybrid_chain import chained
 from .hybrid_solve import solved
+from .hybrid_ties import tied, wider
 from .judge import Verdict, limited, place
 
 __all__ = ["judge"]
 
 #: differentiated twice with each other where all second derivatives are wanted
-SCALARS = ("c", "level", "end", "begin", "s", "clock", "duration")
+SCALARS = ("c", "level", "end", "begin", "s", "clock", "duration", "lag", "mark", "times", "amounts", "marks")
 
 
 def looked_at(case: Case, p: dict[str, Tensor], chain: bool) -> list[Tensor]:
@@ -43,7 +45,7 @@ def looked_at(case: Case, p: dict[str, Tensor], chain: bool) -> list[Tensor]:
     else:
         places = {"y0": 0, "k": 0 if case.rate_rows else None, "end": 0 if case.ragged else None}
         places |= {name: -1 if case.table_rows else None for name in ("knots", "values")}
-        places |= {name: -1 if case.dose_rows else None for name in ("times", "amounts")}
+        places |= {name: -1 if case.dose_rows else None for name in ("times", "amounts")} | {"marks": -1 if case.ragged else None}
         dims = tuple(places.get(name) for name in p)
         out = list(torch.vmap(lambda *x: tuple(solved(case, dict(zip(p, x, strict=True)))), in_dims=dims)(*p.values()))
     if case.root:
@@ -80,12 +82,15 @@ def derivatives(case: Case, p: dict[str, Tensor], chain: bool) -> tuple[Tensor, 
         return sum(((a * b).sum() for a, b in zip(x, dots, strict=True)), torch.zeros(()))
 
     if kind == "hessian":
-        names = [name for name in SCALARS if name in p and not p[name].dim()][:2]
+        there = [name for name in SCALARS if name in p]
+        names = random.Random(case.scalars).sample(there, 2)
+        sizes = [p[name].numel() for name in names]
 
         def some(x: Tensor) -> Tensor:
-            return objective(case, p | dict(zip(names, x.unbind(), strict=True)), chain)
+            parts = {name: part.reshape(p[name].shape) for name, part in zip(names, x.split(sizes), strict=True)}
+            return objective(case, p | parts, chain)
 
-        x = torch.stack([p[name] for name in names])
+        x = torch.cat([p[name].reshape(-1) for name in names])
         if chain:
             return value(*values), [], [torch.autograd.functional.hessian(some, x)]
         return value(*values), [], [torch.func.hessian(some)(x)]
@@ -142,14 +147,14 @@ def in_double() -> Iterator[None]:
 
 
 def judge(seed: int, cheap: bool = False) -> Verdict:
-    case, start = draw(seed, cheap), time.process_time()
+    case, start = wider(draw(seed, cheap), cheap), time.process_time()
 
     def verdict(outcome: str, kind: str = "", detail: str = "") -> Verdict:
         return Verdict(seed, outcome, kind, detail, time.process_time() - start, str(case))
 
     try:
         with in_double(), limited(30.0):
-            p = parameters(case)
+            p = tied(case, parameters(case))
             found, *slopes = derivatives(case, p, chain=False)
     except TimeoutError as error:
         return verdict("slow", str(error))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ENDED", "HIGH", "IMPLICIT", "Case", "Spec", "draw", "limits", "parameters", "slope", "specs"]
+__all__ = ["ALGEBRAIC", "ENDED", "FAILS", "HIGH", "IMPLICIT", "SHARES", "Case", "Spec", "draw", "limits", "parameters", "slope", "specs"]
 
 METHODS = {
     "ivp": ["tsit5", "dopri5", "dopri8", "verner7", "bosh3", "rodas5p", "kvaerno3", "kvaerno5", "radau5", "bdf", "auto", "abm", "trbdf2"],
@@ -29,6 +29,10 @@ CHEAP = ["tsit5", "dopri5", "dopri8", "verner7"]
 #: doors of implicit equations, and those with an algebraic variable behind the state
 IMPLICIT = ("mass", "own mass", "singular", "dae", "algebraic")
 ALGEBRAIC = ("singular", "algebraic")
+#: of the span, where samples are
+SHARES = (0.0, 0.21, 0.5, 0.77, 1.0)
+#: when the row that fails does
+FAILS = 0.9
 GRADIENTS = ["", "", "", "swept", "checkpoints", "backprop", "forward", "interpolating", "quadrature", "backsolve"]
 DERIVATIVES = ["backward", "backward", "jvp", "twice", "dual", "hvp", "over forward", "jacrev", "jacfwd", "hessian"]
 EVENTS = ["", "reset", "reset", "terminal", "recorded", "mode", "held", "counted", "two", "same", "clock", "most"]
@@ -71,6 +75,15 @@ class Case:
     derivative: str
     output: str
     root: bool
+    #: which times are others exactly, see `hybrid_ties`; those that are only near differ by ``small``
+    ties: str = ""
+    small: float = 0.0
+    #: sample times that are parameters; a schedule with fewer doses; the same functions solved with other numbers before
+    marks: bool = False
+    pad: bool = False
+    again: bool = False
+    #: which parameters have all second derivatives taken
+    scalars: int = 0
 
     def __str__(self) -> str:
         return " ".join(f"{k}={v}" for k, v in vars(self).items() if v not in ("", False, 0))

@@ -12,11 +12,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 import adjoint
 from adjoint import Doses, Event, Forcing, SplitFunction, solve_dae, solve_ivp
 
-from .hybrid_case import ALGEBRAIC, HIGH, Case, slope, specs
+from .hybrid_case import ALGEBRAIC, FAILS, HIGH, SHARES, Case, slope, specs
+from .hybrid_ties import parted
 
-__all__ = ["SHARES", "solved"]
-
-SHARES = (0.0, 0.21, 0.5, 0.77, 1.0)
+__all__ = ["solved"]
 
 STRATEGIES: dict[str, Any] = {
     "swept": adjoint.DiscreteAdjoint(keep_bytes=0),
@@ -27,9 +26,6 @@ STRATEGIES: dict[str, Any] = {
     "quadrature": adjoint.QuadratureAdjoint(),
     "backsolve": adjoint.BacksolveAdjoint(),
 }
-#: when the row that fails does
-FAILS = 0.9
-
 
 class Named(NamedTuple):
     first: Tensor
@@ -69,21 +65,27 @@ class Holder(torch.nn.Module):
 
 
 class Program:
-    """One solve of a case with parameters ``p``."""
+    """Solves of a case, of the same functions with any parameters."""
 
-    def __init__(self, case: Case, p: dict[str, Tensor]) -> None:
+    def __init__(self, case: Case) -> None:
         self.case = case
         self.real = torch.float32 if case.single else torch.float64
-        self.p = {k: v.to(self.real) if k in ("k", "W", "level", "c", "y0", "values", "amounts", "jump") else v for k, v in p.items()}
         self.sign = -1.0 if case.backwards else 1.0
+        self.mode = case.event in ("mode", "held")
+        self.augmented = case.door in ALGEBRAIC
+        self.happening = [self.event(s, name, reset) for s in specs(case) for name, reset in zip(s.names, s.resets, strict=True)]
+        self.fun, self.stiff, self.soft = self.written(), self.written(whole=False, stiff=True), self.written(whole=False)
+
+    def take(self, p: dict[str, Tensor]) -> None:
+        """Go on with these parameters."""
+        case = self.case
+        self.p = {k: v.to(self.real) if k in ("k", "W", "level", "c", "y0", "values", "amounts", "jump") else v for k, v in p.items()}
         names = ("k", "W", "level", "c", *(("s", "jump") if case.switch else ()), *(("clock",) if case.event == "clock" else ()))
         given: dict[str, Any] = {name: self.p[name] for name in names}
         given["table"] = self.table()
         # those that are no parameters, too
         given["bad"] = torch.tensor([0.0, 1.0, 0.0][: case.rows], dtype=self.real) if case.dead == "fail" else None
         self.given = {k: v for k, v in given.items() if v is not None}
-        self.mode = case.event in ("mode", "held")
-        self.augmented = case.door in ALGEBRAIC
 
     def table(self) -> Any:
         if not self.case.table:
@@ -131,15 +133,15 @@ class Program:
         case, p = self.case, self.p
         events: list[Any] = []
         place = 0 if case.pack == "complex" else 1
+        when = p["times"] if case.dose else torch.zeros(())
+        if case.pad:
+            when = torch.where(parted(case, p), when, float("nan"))
         if case.dose in ("infusion", "both"):
-            events.append(Doses(p["times"], p["amounts"], place, duration=p["duration"], name="drip"))
+            events.append(Doses(when, p["amounts"], place, duration=p["duration"], name="drip"))
         if case.dose in ("bolus", "lag", "both"):
-            times = p["times"] + 0.01 if case.dose == "both" else p["times"]
-            events.append(Doses(times, p["amounts"], place, lag=p["lag"] if case.dose == "lag" else 0.0))
-        for spec in specs(case):
-            for name, reset in zip(spec.names, spec.resets, strict=True):
-                events.append(self.event(spec, name, reset))
-        return events
+            when = when + 0.01 if case.dose == "both" else when
+            events.append(Doses(when, p["amounts"], place, lag=p["lag"] if case.dose == "lag" else 0.0))
+        return events + self.happening
 
     def event(self, spec: Any, name: str, reset: Any) -> Event:
         def state(s: Any) -> Tensor:
@@ -200,17 +202,33 @@ class Program:
             shares = torch.tensor(SHARES)
             length = span[1] - span[0]
             times = span[0] + (shares.unsqueeze(-1) * length if length.dim() else shares * length)
+            times = self.sign * p["marks"] if case.marks else times
             keys["t_eval"] = list(times.unbind()) if case.output == "list" else times
         elif case.output == "steps":
             keys["t_eval"] = "steps"
+        elif case.output == "mark":
+            keys["t_eval"] = self.marked(span)
+        return self.solved(span, keys)
+
+    def marked(self, span: tuple[Tensor, Tensor]) -> Tensor:
+        """Three sample times, of which the second one is that of the first event, and moves by itself."""
+        found = self.solved(span, self.options()).events["event"].t.detach()
+        start, end = span if span[1].dim() or not self.case.own else (x.expand(self.case.rows) for x in span)
+        middle = start + 0.5 * (end - start)
+        at = torch.where(found[0].isnan(), middle, found[0]) if len(found) else middle
+        mark = self.p["mark"]
+        return torch.stack([start.expand_as(at), at + self.sign * (mark - mark.detach()), end.expand_as(at)])
+
+    def solved(self, span: tuple[Tensor, ...], keys: dict[str, Any]) -> Any:
+        case, p = self.case, self.p
         y0 = packed(case.pack, p["y0"])
         if self.augmented:
             y0 = torch.cat([y0, 0.1 + 0 * y0[..., :1]], -1)
-        fun: Any = Holder(self.rate, self.given) if case.args == "module" else self.written()
+        fun: Any = Holder(self.rate, self.given) if case.args == "module" else self.fun
         if case.door in ("dae", "algebraic"):
             return solve_dae(self.residual(fun), span, y0, None, self.args(), **keys)
         if case.door == "split":
-            fun = SplitFunction(self.written(whole=False), self.written(whole=False, stiff=True))
+            fun = SplitFunction(self.soft, self.stiff)
         size = sum(x.numel() for x in tree_leaves(y0)) // max(case.rows if case.own else 1, 1)
         if case.door == "mass":
             keys["mass_matrix"] = torch.eye(size, dtype=tree_leaves(y0)[0].dtype)
@@ -265,10 +283,15 @@ def solved(case: Case, p: dict[str, Tensor]) -> list[Tensor]:
     """What a case looks at, with the trajectories first."""
     if case.door in ("layer", "odeint", "odeint_event"):
         return by_doors(case, p)
-    program = Program(case, p)
+    program = Program(case)
+    if case.again:
+        names = ("y0", "k", "c", "W", "amounts", "values", "jump", "level")
+        program.take({name: 1.03 * x.detach() if name in names else x.detach() for name, x in p.items()})
+        program.solve()
+    program.take(p)
     sol = program.solve()
     out = []
-    if case.output in ("samples", "list"):
+    if case.output in ("samples", "list", "mark"):
         y = program.shown(sol.y)
         out.append(y.movedim(0, 1) if case.own else y)
     elif case.output == "steps":
@@ -286,6 +309,9 @@ def solved(case: Case, p: dict[str, Tensor]) -> list[Tensor]:
         out.append(program.shown(tree_map(lambda x: x[0], sol(at.unsqueeze(0))) if at.dim() else sol(at)))
     if case.output == "slopes":
         out.append(program.sign * program.shown(tree_map(lambda x: x[-1], sol.yp)) if sol.yp is not None else 0 * out[0])
+    if case.output == "given":
+        record = sol.events["doses"]
+        out += [program.sign * weighted(record.t), *(weighted(record.t, program.shown(y)) for y in (record.y, record.after))]
     if case.output == "left":
         t = sol.events["event"].t
         out.append(weighted(t, program.shown(sol(t, side="left"))) if len(t) else 0 * out[0])
@@ -304,7 +330,8 @@ def solved(case: Case, p: dict[str, Tensor]) -> list[Tensor]:
 
 def by_doors(case: Case, p: dict[str, Tensor]) -> list[Tensor]:
     """By layers and functions that take no ``args``."""
-    program = Program(case, p)
+    program = Program(case)
+    program.take(p)
     keys = program.options()
     span, shares = program.span(), torch.tensor(SHARES)
     times = span[0] + shares * (span[1] - span[0])
