@@ -237,7 +237,8 @@ def _made_of_simpler(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _is_integer(index: Any) -> bool:
-    return isinstance(index, Tensor) and index.dim() == 0 and index.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
+    """Whether an index is a tensor of one integer; bytes are masks to PyTorch."""
+    return isinstance(index, Tensor) and index.dim() == 0 and index.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
 class _Lines(TorchFunctionMode):
@@ -280,22 +281,30 @@ class PickedByNumbers(TorchFunctionMode):
 
 
 def _picked(x: Tensor, index: Any) -> Tensor:
-    """Indexing by computed integers, for which Python would ask for their value."""
+    """Indexing by computed integers, for which Python would ask for their value. As in PyTorch each takes its dimension away by itself, and
+    the other parts of the index, in their order, have those that are left."""
     parts = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(i, Tensor) and i.dim() > 0 for i in parts) or Ellipsis in [i for i in parts if not isinstance(i, Tensor)]:
-        parts = tuple(i.reshape(1) if _is_integer(i) else i for i in parts)
-        return x[parts].squeeze(0) if all(_is_integer(i) or not isinstance(i, Tensor) for i in parts) else x[parts]
+    for k, part in enumerate(parts):
+        if part is Ellipsis:
+            others = parts[:k] + parts[k + 1 :]
+            parts = (*parts[:k], *[slice(None)] * (x.dim() - sum(map(_dimensions, others))), *parts[k + 1 :])
+            break
     dim = 0
-    for i in parts:
-        if i is None:
-            x, dim = x.unsqueeze(dim), dim + 1
-        elif isinstance(i, slice):
-            x, dim = x[(slice(None),) * dim + (i,)], dim + 1
-        elif isinstance(i, Tensor):
-            x = x.index_select(dim, torch.where(i < 0, i + x.shape[dim], i).reshape(1)).squeeze(dim)
+    rest: list[Any] = []
+    for part in parts:
+        if _is_integer(part):
+            x = x.index_select(dim, torch.where(part < 0, part + x.shape[dim], part).reshape(1).long()).squeeze(dim)
         else:
-            x = x.select(dim, int(i))
-    return x
+            rest.append(part)
+            dim += _dimensions(part)
+    return x[tuple(rest)]
+
+
+def _dimensions(part: Any) -> int:
+    """How many dimensions of a tensor a part of an index is for."""
+    if part is None or part is Ellipsis or isinstance(part, bool):
+        return 0
+    return part.dim() if isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) else 1
 
 
 def _traced(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from adjoint import solve_ivp
+from adjoint.native.tracing import PickedByNumbers
 
 KNOTS = torch.linspace(0, 1, 6, dtype=torch.float64)
 TABLE = torch.tensor([[0.2, 1.0], [0.5, 2.0], [0.9, 1.0], [0.4, 0.5], [0.3, 0.1], [0.7, 0.2]], dtype=torch.float64)
@@ -23,8 +24,13 @@ def steps(t, y, table):
     return -y * table[torch.bucketize(t, KNOTS[1:-1]), 1] * TABLE[torch.bucketize(t, KNOTS[1:-1])][0]
 
 
+def columns(t, y, table):
+    # what this gives still broadcasts where the index leaves a dimension behind
+    return -y * (table.T[..., torch.bucketize(t, KNOTS[1:-1])] * y).sum()
+
+
 @pytest.mark.compile
-@pytest.mark.parametrize("function", [linear, steps])
+@pytest.mark.parametrize("function", [linear, steps, columns])
 def test_interpolation_in_time(function):
     found = []
     for compiled in (False, True):
@@ -38,3 +44,19 @@ def test_interpolation_in_time(function):
         found.append([y.detach(), *torch.autograd.grad(y.sum(), (y0, table))])
     for mine, truth in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(mine, truth)
+
+
+ONE, LESS, FEW = torch.tensor(1), torch.tensor(-1, dtype=torch.int8), torch.tensor([2, 0])
+MASK = torch.tensor([True, False, True, True])
+INDICES = [
+    (..., ONE), (..., ONE, slice(None)), (ONE, ..., 0), (None, ..., LESS), (ONE, FEW), (ONE, slice(None), FEW), (slice(None), ONE, FEW),
+    (ONE, ..., LESS), (ONE, MASK), (MASK, ONE), (ONE, [0, 2]), (..., ONE, None), (ONE, torch.tensor(True)), (2, ONE), ONE, (ONE, ONE, LESS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", INDICES, ids=str)
+def test_the_other_parts_of_an_index(index):
+    x = torch.arange(4 * 4 * 3).reshape(4, 4, 3)
+    with PickedByNumbers():
+        found = x[index]
+    torch.testing.assert_close(found, x[index])
