@@ -255,6 +255,8 @@ class OneStepOfMany(_OneStep):
         level = torch.ones_like(t0, dtype=torch.float32)
         self._memory = level, level
         self._rejected = torch.zeros_like(t0, dtype=torch.bool)
+        # of the state in the step before
+        self._size = y0.abs()
         self.scaled = torch.zeros_like(y0, dtype=plan.real)
         # nothing goes on from a state that is not finite: a step of no size says so at once
         broken = ~torch.isfinite(y0).all(-1)
@@ -277,7 +279,8 @@ class OneStepOfMany(_OneStep):
             size = torch.maximum(y.abs(), y1.abs())
             scaled = plan.scaled(estimate, size).abs()
             if self._constrained:
-                scaled = torch.maximum(scaled, inner_error(f, plan, lambda c: (t + h * c).to(real), hr, self._span, y, size, ks))
+                trial.size, wide = size, torch.maximum(size, self._size)
+                scaled = torch.maximum(scaled, inner_error(f, plan, lambda c: (t + h * c).to(real), hr, self._span, y, wide, ks))
             error = plan.norm(scaled)
             # kept for the message of a failure, which is found when the next attempt would be made
             assert self.scaled is not None
@@ -330,6 +333,8 @@ class OneStepOfMany(_OneStep):
             self._k1 = torch.where(column, slope, self._k1)
         if not plan.method.adaptive:
             return self._once_more(step, size, size, again, aim)
+        if self._constrained:
+            self._size = torch.where(column, trial.size, self._size)
         rejected = step.running & ~trial.passed
         self._rejected = rejected if absent(again) else torch.where(again, self._rejected, rejected)
         if plan.control.remembers:

@@ -232,8 +232,8 @@ class ResidualSolver(CoupledSystem):
         return x
 
 
-#: where methods are looked at whose stages are no points of their dense output
-_THIRDS = (1 / 3, 2 / 3)
+#: where methods are looked at whose stages are no points of their dense output: their ends need not satisfy the constraints either
+_PLACES = (1 / 3, 2 / 3, 1.0)
 #: part of the span below which nothing is resolved: the error of such a step counts as the square of its size
 NARROW = 1e-7
 #: times the tolerance of the iteration: what is taken for noise in the defect of a constraint, and in its slope
@@ -252,11 +252,11 @@ class Point(NamedTuple):
 
 @lru_cache(maxsize=64)
 def points_of(method: Method) -> tuple[Point, ...]:
-    """Between the nodes of a collocation polynomial, where its error is largest; at thirds of the step else."""
+    """Between the nodes of a collocation polynomial, where its error is largest; at thirds of the step and at its end else."""
     dense = method.tableau.dense  # type: ignore[attr-defined]
     collocated = method.nodes[1:] if method.collocates and method.nodes[-1] == 1.0 else None
     if collocated is None:
-        places = [(theta, 1.0) for theta in _THIRDS]
+        places = [(theta, 1.0) for theta in _PLACES]
     else:
         # the error is that of interpolation at 0 and at the nodes
         zeros = (0.0, *collocated)
@@ -277,7 +277,7 @@ def points_of(method: Method) -> tuple[Point, ...]:
 def inner_error(
     f: CoupledSystem, plan: Plan, start: Callable[[float], Tensor], h: Tensor, span: Tensor, y: Tensor, size: Tensor, ks: Sequence[Tensor]
 ) -> Tensor:
-    """The largest error between the ends of the step, ``(B, n)``, in units of the tolerance.
+    """The largest error within the step, ``(B, n)``, in units of the tolerance.
 
     A defect ``r = F(t, u, u')`` of the dense output is that of an error ``e`` with ``E e' + G e = r``. With ``e / (g h)`` for ``e'``, ``g``
     the coefficient of the method, its solution is ``(E + g h G)^-1 g h r``: exact for variables of index 1, whose error this is whatever
@@ -285,10 +285,13 @@ def inner_error(
     from the slope of the others: there ``e'`` is that of the error of a collocation polynomial with this value here, at the end of the
     step, where it is largest (Hairer & Wanner, Solving ordinary differential equations II, sections VI.3 and VII.4).
 
+    A part of the defect is what the step before left in the state, and no smaller step makes that less. It was no larger than the
+    tolerance there, and so ``size`` is the largest of both steps: by its own tolerance a variable that falls to zero would stop the solve.
+
     Parameters
     ----------
     start : the time ``(B,)`` at a fraction of the step
-    h : (B, 1); span : (B,); y : (B, n) at the start; size : (B, n), of the state; ks : the stages
+    h : (B, 1); span : (B,); y : (B, n) at the start; size : (B, n), of the state, in the step before too; ks : the stages
     """
     method = plan.method
     g = method.tableau.gamma  # type: ignore[attr-defined]

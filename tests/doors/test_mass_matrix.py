@@ -79,6 +79,26 @@ def test_the_same_as_the_residual():
     torch.testing.assert_close(one.y, two.y, rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.compile
+@pytest.mark.parametrize("method", ["rodas3p", "rodas4", "radau5"])
+def test_variables_without_a_slope_pass_through_zero(method):
+    # what a step leaves in a constraint no later step makes smaller, by whatever size: it is measured where it is left
+    def f(t, y):
+        return torch.stack([-y[0], y[1] ** 3 + y[1] - 10 * torch.sin(3 * t) * y[0]])
+
+    options = dict(method=method, mass_matrix=torch.diag(tensor(1, 0)), rtol=1e-3, atol=1e-6, t_eval="steps")
+    sol = solve_ivp(f, (0.0, 6.0), tensor(1, 0), **options)
+    assert sol.stats.n_rejected < sol.stats.n_accepted / 2
+    right = 10 * torch.sin(3 * sol.t) * torch.exp(-sol.t)
+    # the real root of z^3 + z = right
+    half, width = right / 2, (right**2 / 4 + 1 / 27).sqrt()
+    z = (half + width).abs() ** (1 / 3) - (width - half).abs() ** (1 / 3)
+    size = torch.maximum(z.abs(), torch.cat([z[:1], z[:-1]]).abs())
+    assert bool(((sol.y[:, 1] - z).abs() <= 3 * (1e-3 * size + 1e-6)).all())
+    native = solve_ivp(f, (0.0, 6.0), tensor(1, 0), compile=True, **options)
+    assert (native.stats.n_accepted, native.stats.n_rejected) == (sol.stats.n_accepted, sol.stats.n_rejected)
+
+
 class Below:
     """An event with its rules in the class."""
 

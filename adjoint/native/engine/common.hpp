@@ -76,7 +76,7 @@ struct Attempt {
   const Functions& f; const Ctx& c; const S* times; S h;
   const S *y, *k1, *rtol, *atol, *step_rtol, *step_atol;  // tolerances of an iteration for stages, and of the step
   S* last_ks; double last_h[W]; bool guesses;  // the step before, and whether iterations may begin with it
-  S *ks, *y1, *error, *work, *beside;  // beside: of the defect, see constraints.hpp
+  S *ks, *y1, *error, *work, *beside, *left;  // beside, left: of the defect, see constraints.hpp
   const R* power; const unsigned char* skipped;
   History* past;  // of a multistep method
   bool adaptive, on[W], again[W], stuck[W];  // again: from the same place as the attempt before; stuck: the iteration did not converge

@@ -1,4 +1,4 @@
-// Equations with constraints, F(t, y, y') = 0 or M y' = f(t, y): the error between the ends of a step, and how a solve of the latter begins;
+// Equations with constraints, F(t, y, y') = 0 or M y' = f(t, y): the error within a step, and how a solve of the latter begins;
 // the rules of `integrate/residual.py` and of `StageSolver.first_step`. Constants: POINTS in the step, of each its place THETA, weights of the
 // dense output there (VALUES) and of its slope (SLOPES), and RATE; NARROW, NOISE, SEARCHES (rounds for a first step). The family gives, for
 // E = F_y' and G = F_y at the start of the step: residual, filtered ((E + h gamma G)^-1 in place), mass_times (E v).
@@ -27,9 +27,11 @@ static void index_two(Attempt& a, const S* size, const S& hg, double rest, S* er
     error[n] = all / (K(1) + weight * m_abs(all / unit_of(a, size[n], n)));
   }
 }
-// makes ``error`` the larger one of itself and of that between the ends; size: of the state
+// makes ``error`` the larger one of itself and of that within the step; size: of the state. What the step before left in the state is measured by
+// the tolerance there, a.left: the size of the state in it
 static void inner_error(Attempt& a, const double* t, const double* h, const double* span, const S* size) {
-  S *value = a.beside, *slope = value + N, *defect = slope + N, *worst = defect + N, at = K(0), narrow;
+  S *value = a.beside, *slope = value + N, *defect = slope + N, *worst = defect + N, *wide = worst + N, at = K(0), narrow;
+  for (int n = 0; n < N; n++) wide[n] = m_max(size[n], a.left[n]);
   const S hg = a.h * K(R(GAMMA));
   // a step over a jump of an algebraic variable that nobody named: it shall be small, and no more can be asked
   for (int l = 0; l < W; l++) {
@@ -43,10 +45,10 @@ static void inner_error(Attempt& a, const double* t, const double* h, const doub
     a.count(EVALUATED);
     for (int n = 0; n < N; n++) defect[n] = hg * defect[n];
     filtered(a, defect);
-    if (a.power) index_two(a, size, hg, 1 - GAMMA * RATE[p], defect, value, slope);
+    if (a.power) index_two(a, wide, hg, 1 - GAMMA * RATE[p], defect, value, slope);
     for (int n = 0; n < N; n++) worst[n] = p ? m_max(worst[n], m_abs(defect[n])) : m_abs(defect[n]);
   }
-  for (int n = 0; n < N; n++) if (!(a.skipped && a.skipped[n])) a.error[n] = m_max(m_abs(a.error[n]), worst[n] * narrow);
+  for (int n = 0; n < N; n++) if (!(a.skipped && a.skipped[n])) a.error[n] = m_max(m_abs(a.error[n]), worst[n] * narrow * (unit_of(a, size[n], n) / unit_of(a, wide[n], n)));
 }
 #if MASS
 // the sizes of first steps of M y' = f, in which f is no slope: that is the one of a linearly implicit Euler step in which nothing changes by

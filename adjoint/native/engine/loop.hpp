@@ -20,7 +20,7 @@ struct Standing {
 struct Loop : Standing {
   const Forward& q; Tape& tape; const Functions f;
   long from, to, waiting;
-  static constexpr long ROOM_BEFORE_STEP = (15 + 2 * ALL) * (long)N, ROOM = ROOM_BEFORE_STEP + ROOM_OF_STEP + 4 * CONSTRAINED * (long)N;
+  static constexpr long ROOM_BEFORE_STEP = (15 + 2 * ALL) * (long)N, ROOM = ROOM_BEFORE_STEP + ROOM_OF_STEP + 6 * CONSTRAINED * (long)N;
   Own own; Ctx c; Memory<ROOM> memory;
   S *y, *y1, *k1, *ks, *rtol, *atol, *size, *error, *other, *srtol, *satol;
   Starts starts;
@@ -51,7 +51,7 @@ struct Loop : Standing {
     y = at; y1 = (at += N); k1 = (at += N); rtol = (at += N); atol = (at += N); size = (at += N); error = (at += N); other = (at += N);
     srtol = (at += N); satol = (at += N); probe = (at += N); inside = (at += N); direction = (at += N); looking = (at += N); ks = (at += 2 * N);
     a.y = y; a.k1 = k1; a.rtol = srtol; a.atol = satol; a.ks = ks; a.y1 = y1; a.error = error; a.step_rtol = rtol; a.step_atol = atol;
-    a.last_ks = at + ALL * N; a.work = memory + ROOM_BEFORE_STEP; a.beside = a.work + ROOM_OF_STEP; a.guesses = q.guesses; a.adaptive = q.adaptive; a.power = q.power; a.skipped = q.skipped;
+    a.last_ks = at + ALL * N; a.work = memory + ROOM_BEFORE_STEP; a.beside = a.work + ROOM_OF_STEP; a.left = a.beside + 5 * (long)N; a.guesses = q.guesses; a.adaptive = q.adaptive; a.power = q.power; a.skipped = q.skipped;
     for (long i = 0; i < ROOM; i++) memory[i] = K(0);
     c = {q.inputs, own.a, q.tables, nullptr};
 #if MULTISTEP
@@ -169,6 +169,7 @@ struct Loop : Standing {
       for (int n = 0; n < N; n++) {
         put(y[n], l, get(starts.y[n], j)); put(k1[n], l, get(starts.slope[n], j));
         put(error[n], l, R(0)); put(size[n], l, R(1));
+        if (CONSTRAINED) put(a.left[n], l, (R)BD(fabs)(get(y[n], l)));
         if (q.watched) put(probe[n], l, drawn(n, l));
         if (q.keep_states) q.states[r * N + n] = get(y[n], l);
       }
@@ -565,6 +566,7 @@ struct Loop : Standing {
     accepted.v -= passed.v;
     t.v = d_sel(passed.v, end.v, t.v);
     for (int n = 0; n < N; n++) { y[n] = m_sel(taken, y1[n], y[n]); k1[n] = m_sel(taken, k_end[n], k1[n]); }
+    if (CONSTRAINED && q.adaptive) for (int n = 0; n < N; n++) a.left[n] = m_sel(taken, size[n], a.left[n]);
 #if DISPLACED && !RECORDED && !MULTISTEP
     if (going) nudge(taken, passed);
 #endif
