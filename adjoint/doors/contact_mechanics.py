@@ -62,6 +62,10 @@ class _Site(NamedTuple):
         """``N v + opening`` (..., c), by default the rates of the gaps."""
         return (self.N @ v.unsqueeze(-1)).squeeze(-1) + (self.opening if opening is None else opening)
 
+    def unsure(self, t: Tensor, speed: Tensor) -> Tensor:
+        """What gaps that open at a ``speed`` (..., c) are uncertain by: they are those of a time that is known but for rounding."""
+        return (torch.finfo(speed.dtype).eps * t.unsqueeze(-1).abs() * speed.abs() + self.noise).detach()
+
     def doubt(self, v: Tensor, opening: Tensor | None = None) -> Tensor:
         """What rounding makes of `speed`, at most, in any contact."""
         terms = (self.N * v.unsqueeze(-2)).abs().sum(-1) + (self.opening if opening is None else opening).abs()
@@ -154,8 +158,7 @@ class ContactMechanics(Mechanism):
 
     def _touching(self, t: Tensor, site: _Site, speed: Tensor) -> Tensor:
         """Contacts whose gap is zero but for rounding, or less."""
-        eps = torch.finfo(speed.dtype).eps
-        return (site.gap <= NEAR * (eps * t.unsqueeze(-1).abs() * speed.abs() + site.noise)).detach()
+        return (site.gap <= NEAR * site.unsure(t, speed)).detach()
 
     @naming_faults
     def initial(
@@ -174,7 +177,8 @@ class ContactMechanics(Mechanism):
         q, v = self.placed(t, q0, v0, args, throw)
         site = self._site(t, q, args)
         speed = site.speed(v)
-        bad = self._overlaps(site, torch.zeros_like(speed, dtype=torch.bool), "at the start: give other coordinates q0", throw)
+        none = torch.zeros_like(speed, dtype=torch.bool)
+        bad = self._overlaps(site, site.unsure(t, speed), none, "at the start: give other coordinates q0", throw)
         near = self._touching(t, site, speed)
         # those that close are left to their event
         resting, known = self._lasting(t, q, v, site, near & (speed.abs() <= site.doubt(v)).detach(), args, throw)
@@ -184,13 +188,14 @@ class ContactMechanics(Mechanism):
         n, m = q.shape[-1], site.G.shape[-2]
         return q, v, every[..., :n], every[..., n : n + m], every[..., n + m :], resting.to(q.dtype)
 
-    def _overlaps(self, site: _Site, known: Tensor, where: str, throw: bool = True) -> Tensor:
-        """Gaps (..., c) that are negative, but those that are ``known``: raises for them."""
+    def _overlaps(self, site: _Site, unsure: Tensor, known: Tensor, where: str, throw: bool = True) -> Tensor:
+        """Gaps (..., c) that are negative by more than they are ``unsure``, but those that are ``known``: raises for them."""
         overlap = site.gap.detach()
-        allowed = torch.finfo(overlap.dtype).eps ** (_OVERLAP - 1) * site.noise
+        allowed = torch.finfo(overlap.dtype).eps ** (_OVERLAP - 1) * unsure
         bad = (overlap < -allowed) & ~known
-        if throw and readable(bad) and bool(bad.any()):
-            row, i = divmod(int(bad.reshape(-1).to(torch.int64).argmax()), bad.shape[-1])
+        wrong = asked(bad)
+        if throw and readable(wrong) and bool(wrong.any()):
+            row, i = divmod(int(wrong.reshape(-1).to(torch.int64).argmax()), bad.shape[-1])
             many = f" in trajectory {row}" if bad.dim() == 2 else ""
             size = float(overlap.reshape(-1, bad.shape[-1])[row, i])
             raise InvalidInput(f"the gap of {self.contacts.names[i]!r} is {size:.3g}{many} {where}, so that no gap is negative")
@@ -297,8 +302,10 @@ class ContactMechanics(Mechanism):
         site = self._site(t, y.q, inner)
         # a contact that rests goes on where neither its gap nor the rate of it was changed
         resting = resting & (site.gap - gap <= NEAR * site.noise).detach()
-        known = (resting & (site.gap - gap >= -NEAR * site.noise)).detach()
-        bad = self._overlaps(site, known, f"behind the reset of {title}: give a state there", throw).any(-1, keepdim=True)
+        # a gap that was negative before is no deed of the reset, but rounding, or what a contact that rests is off by
+        known = (((gap < 0) | resting) & (site.gap - gap >= -NEAR * site.noise)).detach()
+        where = f"behind the reset of {title}: give a state there"
+        bad = self._overlaps(site, site.unsure(t, given), known, where, throw).any(-1, keepdim=True)
         none = torch.zeros_like(resting)
         y, mode, struck = self._followed(t, y, mode, args, site, resting, torch.where(resting, given, 0.0), none, throw)
         if moves(gap) and anywhere(struck):

@@ -58,6 +58,7 @@ def _apart(
     way = way - way.detach()
     then = applied(Course(task, on, task.infused(run.given), lost).by(way))
     infused = task.infused(run.given)
+    lost = lost | task.no_number(then.y)
     if task.implicit is not None:
         then = task.settled(then, infused, hit, lost, on.y)
     return Course(task, then, infused, lost).by(-way), then.y, way

@@ -12,6 +12,7 @@ from ..linalg.functions import inverse
 from ..system.capture import readable
 from ..system.transforms import anywhere
 from .holonomic import saddle
+from .round_rules import asked
 
 __all__ = ["complementary", "compliance", "pressed"]
 
@@ -48,7 +49,7 @@ def complementary(
     eye = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
     bad = _dependent(W, diagonal, among)
     if throw and readable(bad):
-        _refuse(bad, among, names)
+        _refuse(asked(bad), among, names)
     # nothing is asked of a trajectory that is lost
     among = among & ~bad
     least = noise / torch.where(diagonal > 0, diagonal, 1.0)

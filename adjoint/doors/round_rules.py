@@ -20,7 +20,7 @@ from ..system.transforms import anywhere
 from .event_data import Event
 from .event_slope import signed
 from .parts import event_list, event_name, terminal_count
-from .rows import chosen, forward_fill, still, wide
+from .rows import chosen, forward_fill, no_number, still, wide
 
 __all__ = ["NEAR", "Boundary", "Rule", "Scale", "asked", "like_mode", "listed", "off_zero", "rearmed", "rule_of", "shifted"]
 
@@ -83,6 +83,18 @@ class Rule:
         """The boundary after the reset of the trajectories that are ``on``, and the states that it gave."""
         if self.reset is None:
             return at, None
+        given, mode = self._given(on, at, args, spec)
+        finite = torch.isfinite(spec.flatten(still(given))).all(-1).reshape(on.shape)
+        if on.dim() and anywhere(on & ~finite):
+            # of trajectories that are lost by it nothing is differentiated: it would be so in what they share with the others, too
+            alive, lost = on & finite, tree_map(lambda x: torch.full_like(x.detach(), no_number(x)), given)
+            left = self._given(alive, at, args, spec) if anywhere(alive) else still((given, mode))
+            given, mode = chosen(finite, left[0], lost), left[1]
+        return replace(at, y=chosen(on, given, at.y), mode=chosen(on, mode, at.mode) if at.mode else ()), given
+
+    def _given(self, on: Tensor, at: Boundary, args: tuple[Any, ...], spec: StateSpec) -> tuple[Any, tuple[Any, ...]]:
+        """States and modes that the reset gives, of which those of trajectories that are ``on`` are looked at."""
+        assert self.reset is not None
         t, y, mode = forward_fill(on, (at.t.to(spec.real_dtype), at.y, at.mode))
         token = _asked.set(on)
         try:
@@ -95,7 +107,7 @@ class Rule:
             given, new = given
             mode = (like_mode(new, at.mode[0], f"the mode that the reset of {self.title} returned"),)
         spec.check(given, f"what the reset of {self.title} returned")
-        return replace(at, y=chosen(on, given, at.y), mode=chosen(on, mode, at.mode) if at.mode else ()), given
+        return given, mode
 
 
 def like_mode(new: Any, old: Any, what: str) -> Any:

@@ -93,6 +93,10 @@ class Task:
         rates = [rule.rate(g) for rule, g in zip(self.doses, given, strict=True) if rule.until is not None]
         return (tree_map(lambda *xs: sum(xs[1:], xs[0]), *rates),) if rates else ()
 
+    def no_number(self, y: Any) -> Tensor:
+        """Where ``(R)`` states are not finite."""
+        return ~torch.isfinite(self.spec.flatten(still(y))).all(-1).reshape(self.end.shape)
+
     @property
     def scale(self) -> Scale:
         """What rounding is measured by."""

@@ -171,13 +171,19 @@ def _resets(
     for rule in task.rules:
         if isinstance(rule, Rule):
             hit, record = next(watched)
-            if rule.resets and anywhere(hit & tied):
-                on, given = reset_apart(task, run, rule, hit, record.t[0].to(on.t.dtype), on, tied, ~alive)
+            every.append(hit)
+            # what one reset has lost is nothing for the next one
+            on_it = hit & alive
+            if rule.resets and anywhere(on_it & tied):
+                on, given = reset_apart(task, run, rule, on_it, record.t[0].to(on.t.dtype), on, tied, ~alive)
             else:
-                on, given = rule.applied(hit, on, task.args, task.spec) if rule.ends and anywhere(hit) else (on, None)
+                on, given = rule.applied(on_it, on, task.args, task.spec) if rule.ends and anywhere(on_it) else (on, None)
+            if rule.resets and anywhere(hit):
+                given, alive = on.y if given is None else given, alive & ~task.no_number(on.y)
         else:
             k = next(doses)
             hit, t, y = due[k].any(0), left.t, left.y
+            every.append(hit)
             if anywhere(hit & tied):
                 on, given, way = given_apart(task, run, k, due[k], on, tied, ~alive)
                 before = came.by(way)
@@ -188,7 +194,6 @@ def _resets(
             lines = int(anywhere(hit))
             nan = torch.where(hit, t, float("nan"))
             record = EventRecord(nan.unsqueeze(0)[:lines], tree_map(lambda x, n=lines: x.unsqueeze(0)[:n], y))
-        every.append(hit)
         records.append(record)
         states.append(given)
     return on, (every, records, states, tied)
@@ -196,7 +201,7 @@ def _resets(
 
 def _bad(task: Task, on: Boundary, alive: Tensor, hits: list[Tensor]) -> Tensor:
     """Where ``(R)`` what happened, by ``hits`` of all rules, left a state that is no number; raises `NonFiniteState` if that is wanted."""
-    bad = alive & ~torch.isfinite(task.spec.flatten(still(on.y))).all(-1).reshape(alive.shape)
+    bad = alive & task.no_number(on.y)
     if task.options["throw"] and anywhere(bad):
         row, t, named, where = _first(task, bad, on, hits)
         text = f"the state became non-finite by {named or 'an event'} {where}: look at what the reset returns, or the amounts of doses"

@@ -82,14 +82,16 @@ class _SweepNode(Node):
     @continuing("problem")
     def backward(ctx: Any, *bars: Tensor | None) -> tuple[Any, ...]:
         problem, layout, tensors = ctx.problem(), ctx.layout, list(alive(ctx.saved_tensors))
-        smooth = smooth_places(tensors)
+        # integers, which are not differentiated, are among the inputs too
+        smooth, kept = smooth_places(tensors), smooth_places(_like(layout, tensors))
 
         def sweep(*some: Tensor) -> tuple[Tensor, ...]:
             merged = exchanged(tensors, smooth, some)
-            return tuple(_full(layout, merged, functional_sweep(layout.asked(problem, merged))))
+            full = _full(layout, merged, functional_sweep(layout.asked(problem, merged)))
+            return tuple(full[i] for i in kept)
 
         value, pull = vjp(sweep, *(tensors[i] for i in smooth))
-        weights = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(value, bars, strict=True))
+        weights = tuple(torch.zeros_like(x) if bars[i] is None else bars[i] for x, i in zip(value, kept, strict=True))
         found: list[Tensor | None] = [None] * len(tensors)
         for i, bar in zip(smooth, pull(weights), strict=True):
             found[i] = bar
@@ -110,10 +112,14 @@ def _eager(asked: Asked) -> tuple[Tensor | None, ...]:
     return eager_sweep(asked._replace(inputs=inputs))
 
 
-def _full(layout: _Layout, tensors: Sequence[Tensor], found: Sequence[Tensor | None]) -> list[Tensor]:
+def _like(layout: _Layout, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What the cotangents that a sweep gives are of."""
     _, grid, anchors, t_eval, inputs, _, _ = layout.asked(None, tensors)  # type: ignore[arg-type]
-    like = [anchors, anchors if t_eval is None else t_eval, grid.states[0], *inputs]
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(like, found, strict=True)]
+    return [anchors, anchors if t_eval is None else t_eval, grid.states[0], *inputs]
+
+
+def _full(layout: _Layout, tensors: Sequence[Tensor], found: Sequence[Tensor | None]) -> list[Tensor]:
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(_like(layout, tensors), found, strict=True)]
 
 
 def _moved(problem: Problem, layout: _Layout, tensors: list[Tensor], dots: list[Tensor | None]) -> list[Tensor]:

@@ -252,7 +252,7 @@ _SAID = _WRITTEN | {
     "vmap: inplace arithmetic": _BY_VALUES,
 }
 #: how it says so in forward mode, where alone ours is the likely cause
-_SAID_FORWARD = {"have the same dtype": _WIDENED}
+_SAID_FORWARD = {"have the same dtype": _WIDENED, "expected scalar type": _WIDENED}
 
 
 def naming_writes(function: Callable[P, R]) -> Callable[P, R]:

@@ -178,6 +178,39 @@ def test_what_is_refused(make, match):
         make()
 
 
+@pytest.mark.parametrize("by", ["time", "state"])
+def test_a_reset_of_the_user_at_an_impact(by):
+    """A ball that is kicked as it strikes, by 1/10 of its speed: rounding leaves it a little below the floor, or above."""
+    for h in (1.0, 1.962, 2.036, 2.221):
+        struck = (2 * h / 9) ** 0.5
+        kick = Event(lambda t, y, at=struck: y.q[0] if by == "state" else t - at, reset=lambda t, y: y._replace(v=1.1 * y.v), name="kick")
+        with torch.no_grad():
+            sol = ball().solve((0.0, struck + 0.1), ZERO + h, ZERO, events=kick)
+        assert float(sol.y.q[-1, 0]) == pytest.approx(0.5 * 1.1 * 9 * struck * 0.1 - 4.5 * 0.01, rel=1e-7)
+        # that state is one to start from
+        before = sol.events["floor"].y
+        again = ball().solve((struck, struck + 0.1), before.q[0], before.v[0])
+        assert float(again.y.q[-1, 0]) == pytest.approx(0.5 * 9 * struck * 0.1 - 4.5 * 0.01, rel=1e-7)
+
+
+def test_a_row_whose_impact_is_not_determined():
+    """Two contacts that are one where the second coordinate is 1: that row is lost, alone; a row that has no such event is not named."""
+    e = torch.tensor(0.5, requires_grad=True)
+    gaps = [lambda t, q, e: q[..., 0], lambda t, q, e: 2 * q[..., 0] + (q[..., 1] - 1) ** 2]
+    legs = [Contact(gap, restitution=lambda e: e, name=f"leg {i}") for i, gap in enumerate(gaps)]
+    model = mechanics(torch.ones(2), lambda t, q, v, e: torch.stack([-9 + 0 * q[..., 0], 0 * q[..., 1]], -1), contacts=legs)
+    q0 = torch.tensor([[1.0, 2.0], [1.0, 1.0], [1.2, 2.0]])
+    solved = lambda q0, **keys: model.solve((0.0, 0.6), q0, torch.zeros_like(q0), (e,), batched=True, **keys)  # noqa: E731
+    with pytest.raises(adjoint.SingularJacobian, match="in trajectory 1"):
+        solved(q0)
+    every, others = solved(q0, throw=False).y.q[-1], solved(q0[::2]).y.q[-1]
+    assert bool(every[1].isnan().all()) and torch.equal(every[::2], others)
+    assert torch.autograd.grad(every[::2].sum(), e) == torch.autograd.grad(others.sum(), e)
+    low = Event(lambda t, y: y.q[..., 0] - 1.5, -1, reset=lambda t, y: y._replace(q=y.q - 3), name="low")
+    with pytest.raises(InvalidInput, match=r"-1\.5 in trajectory 2 behind the reset"):
+        ball().solve((0.0, 0.9), torch.tensor([[1.0], [1.0], [2.0]]), torch.zeros(3, 1), batched=True, events=low)
+
+
 def test_refused_resets_and_contacts_that_depend_on_each_other():
     moved = lambda shift: Event(lambda t, y: t - 0.5, reset=shift)  # noqa: E731
     with pytest.raises(InvalidInput, match="behind the reset"):

@@ -341,3 +341,29 @@ def test_dense_output_at_the_end_by_an_event_in_single_precision(door):
         there = sol(sol.events[0].t).sum()
         assert float(there.detach()) == pytest.approx(0.5, rel=1e-4)
         assert torch.autograd.grad(there, p)[0].tolist() == pytest.approx([0.0, 1.0], abs=1e-3)
+
+
+@pytest.mark.parametrize("door", ["ode", "mass", "dae"])
+@pytest.mark.parametrize("more", [False, True])
+def test_a_row_that_a_reset_loses_changes_nothing_in_others(door, more):
+    """``x' = 1 + c`` up to ``x = 1``, which becomes ``sqrt(c w)``, and with a second reset there ``exp`` of it: the row with ``w = -1`` is
+    lost, and the parameter that all share has the derivative of the others."""
+    c, w = torch.tensor(0.5, requires_grad=True), torch.tensor([1.0, -1.0, 4.0])
+    reset = lambda t, y, c: torch.stack([(c * y[:, 1]).sqrt(), y[:, 1]], 1)  # noqa: E731
+    again = lambda t, y, c: torch.stack([(c * y[:, 0] / y[:, 0]).exp(), y[:, 1]], 1)  # noqa: E731
+    at = lambda t, y, c: y[:, 0] - 1.0  # noqa: E731
+    events = [adjoint.Event(at, 1, reset=r, name=n) for r, n in ((reset, "e"), (again, "f"))][: 1 + more]
+    fun = lambda t, y, c: torch.stack([1 + c + 0 * y[:, 0], 0 * y[:, 1]], 1)  # noqa: E731
+    given = (0.0, 0.8), torch.stack([0 * w, w], 1)
+    keys = {"args": (c,), "events": events, "batched": True, "throw": False}
+    if door == "dae":
+        sol = adjoint.solve_dae(lambda t, y, yp, c: yp - fun(t, y, c), *given, None, **keys)
+    else:
+        mass = {"mass_matrix": torch.eye(2), "method": "radau5"} if door == "mass" else {}
+        sol = adjoint.solve_ivp(fun, *given, **keys, **mass)
+    assert sol.status.tolist() == [0, -3, 0] and bool(sol.y[-1, 1].isnan().all())
+    hit = 1 / (1 + c)
+    wanted = sum((c.exp() if more else (c * x).sqrt()) + (1 + c) * (0.8 - hit) + hit for x in (1.0, 4.0))
+    found = sol.y[-1, ::2, 0].sum() + sol.events["e"].t[0, ::2].sum()
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(x, c)[0] for x in (found, wanted)), rtol=1e-5, atol=0)

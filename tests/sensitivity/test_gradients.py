@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from adjoint import Backprop, DiscreteAdjoint, solve_ivp
+from adjoint import Backprop, DiscreteAdjoint, InterpolatingAdjoint, solve_ivp
 from adjoint.errors import InvalidInput
 from adjoint.methods import METHODS
 
@@ -203,3 +205,17 @@ def test_float32_agrees_with_float64():
         assert y.dtype == dtype
         grads.append(torch.autograd.grad(y[-1].sum(), q)[0].double())
     assert torch.allclose(*grads, rtol=1e-3)
+
+
+@pytest.mark.parametrize("gradient", [None, InterpolatingAdjoint()], ids=["discrete", "interpolating"])
+def test_third_derivatives_beside_an_integer(gradient):
+    """``y' = -2 p y`` with the 2 an integer among the arguments: -8 exp(-2 p)."""
+    p, one, n = torch.tensor(0.5, dtype=torch.float64), torch.ones((), dtype=torch.float64), torch.tensor(2)
+    y0 = torch.ones(1, dtype=torch.float64)
+    options = {"mass_matrix": torch.eye(1, dtype=torch.float64), "method": "radau5", "rtol": 1e-9, "atol": 1e-11, "gradient": gradient}
+
+    def end(p):
+        return solve_ivp(lambda t, y, p, n: -p * n * y, (0.0, 1.0), y0, (p, n), **options).y[-1].sum()
+
+    third = torch.func.grad(lambda p: torch.func.jvp(torch.func.grad(end), (p,), (one,))[1])(p)
+    assert float(third) == pytest.approx(-8 * math.exp(-1.0), rel=1e-6)
