@@ -17,6 +17,7 @@ from ..native.entry import NativeSolve, Sought, own_algebra
 from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Outputs, Problem
 from ..sensitivity.consistent import Initial
+from ..sensitivity.linearity import refuse_altered
 from ..sensitivity.problem import interpolate_slopes, step_times
 from ..system.capture import needs_derivatives, stand_ins
 from ..system.ownership import full_precision
@@ -195,7 +196,9 @@ def solve_dae(
     ways = {"algebra": algebra, "derivatives": derivatives, "native": native, "idle": times.readable_idle}
     report = reporting(plan, dae_failure if throw else None, system, inputs)
     problem = Problem(system, plan, batched, report, backward.add, **ways)
-    out = strategy_of(gradient).solve(problem, times.anchors, times.samples, start.y, inputs)
+    strategy = strategy_of(gradient)
+    refuse_altered(problem, strategy, times.anchors[0], start.y, inputs)
+    out = strategy.solve(problem, times.anchors, times.samples, start.y, inputs)
     if known is not None and step_ts is None and searched is not None:
         known.remember(problem, [x for x in leaves_of(args) if isinstance(x, Tensor)], integrand)
     first_slopes = start.yp

@@ -16,6 +16,7 @@ from ..methods import METHODS, Method
 from ..native.entry import NativeSolve, own_algebra
 from ..native.recognise import compile_key
 from ..sensitivity import Gradient, Problem
+from ..sensitivity.linearity import refuse_altered
 from ..system.capture import moves, needs_derivatives, stand_ins
 from ..system.ownership import as_part, full_precision
 from ..system.split import SplitFunction
@@ -232,6 +233,7 @@ def solve_ivp(
     ways = {"algebra": algebra, "derivatives": derivatives, "native": native, "idle": times.readable_idle}
     problem = Problem(system, plan, batched, reporting(plan, failing if throw else None, implicit_system, inputs), backward.add, **ways)
     strategy = strategy_of(gradient)
+    refuse_altered(problem, strategy, times.anchors[0], y_flat, inputs)
     if chosen.switching:
         out, problem = solve_switching(strategy, problem, times.anchors, times.samples, y_flat, inputs, dense_output or bool(watched))
     else:

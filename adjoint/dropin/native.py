@@ -23,6 +23,7 @@ from ..integrate import Event, PIDController, Plan, shifted_times
 from ..methods import METHODS
 from ..sensitivity import DiscreteAdjoint, Gradient, Problem
 from ..sensitivity.evaluation import Evaluation
+from ..sensitivity.linearity import refuse_altered
 from ..system.capture import Captured, is_differentiable, leads_to, listed, needs_derivatives, stand_ins
 from ..system.ownership import copied
 from ..system.realification import suited_to_jacobians
@@ -204,6 +205,7 @@ def _solve(
     report = reporting(plan, raise_failure, system, system.inputs)
     problem = Problem(system, plan, False, report, backward.add, algebra=algebra, derivatives=derivatives)
     y_flat = spec.taken(request.y0)
+    refuse_altered(problem, gradient, anchors[0], y_flat, ready.inputs)
     out = gradient.solve(problem, anchors, samples, y_flat, ready.inputs)
     listed = [] if event is None else [event]
     return Parts(out, problem, Times(anchors, samples, None, False), spec, spec, None, y_flat, listed, (), backward, derivatives)

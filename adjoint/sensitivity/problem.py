@@ -300,6 +300,11 @@ class GradientTraits:
         """Whether it differentiates solves with ``events=``."""
         return True
 
+    @property
+    def goes_by_steps(self) -> bool:
+        """Whether derivatives are those that autograd takes through explicit steps, by one cotangent of each evaluation of ``fun``."""
+        return False
+
 
 class StepTimes(NamedTuple):
     """The discretisation as functions of the anchors: ``(K, B)`` starts and sizes, and the jump flags of each step or None."""

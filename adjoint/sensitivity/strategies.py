@@ -71,6 +71,11 @@ class DiscreteAdjoint(GradientTraits):
         """See `GradientTraits.takes_events`."""
         return self.checkpoints is None
 
+    @property
+    def goes_by_steps(self) -> bool:
+        """See `GradientTraits.goes_by_steps`."""
+        return True
+
     def solve(self, problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Outputs:
         """See `Gradient.solve`."""
         plan = problem.plan
@@ -105,13 +110,18 @@ class DiscreteAdjoint(GradientTraits):
 
 
 @dataclass(frozen=True)
-class Backprop:
+class Backprop(GradientTraits):
     """Plain automatic differentiation through the accepted steps (step sizes held fixed).
 
     Memory: everything that ``fun`` saves, for every stage of every step. For one trajectory and reverse mode the steps are recorded as
     they are taken. For batches, for derivatives in times, with ``compile=True`` and under transforms they are found by a first solve
     without derivatives, then taken again with them, so ``fun`` is evaluated about twice as often as in a plain solve.
     """
+
+    @property
+    def goes_by_steps(self) -> bool:
+        """See `GradientTraits.goes_by_steps`."""
+        return True
 
     def solve(self, problem: Problem, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, inputs: Sequence[Tensor]) -> Outputs:
         """See `Gradient.solve`."""

@@ -153,7 +153,7 @@ class _Watch(TorchFunctionMode):
         self.made: list[weakref.ref[Tensor]] = []
         #: tensors that got their derivatives by being written into; see `find_captured`
         self.written: list[weakref.ref[Tensor]] = []
-        self.transforms = self.inner_grad = self.asked = self.normalizes = self.unseen = False
+        self.transforms = self.inner_grad = self.asked = self.normalizes = self.unseen = self.alters = False
         self.begun, self.traced = internals.get_sequence_nr(), internals.is_written_down()
         #: numbers of the nodes of custom functions that said what they were given
         self.customs: set[int] = set()
@@ -173,6 +173,8 @@ class _Watch(TorchFunctionMode):
         if func in _QUESTIONS:
             self.asked = self.asked or not called_by_us()
         self.normalizes |= func in NORMALIZATIONS
+        if func is Tensor.register_hook:
+            self.alters = self.alters or not called_by_us()
         if functorch_level() > self.level:
             self.transforms = True
         elif func is Tensor.backward:
@@ -212,6 +214,8 @@ class _Watch(TorchFunctionMode):
         if internals.times_below() > self.below:
             return
         self.customs.add(internals.get_sequence_nr())
+        # behind those who handed it on to here
+        self.alters = self.alters or not called_by_us(5)
         for x in args:
             if isinstance(x, Tensor) and id(x) not in self.known:
                 self._meet(list(_layers(x, self.level)))
@@ -265,7 +269,7 @@ class Captured(NamedTuple):
     """What functions use beside their arguments, and whether they take derivatives themselves: by `torch.func` or vmap
     (``transforms``), by `torch.autograd.grad` (``inner_grad``); whether they use any of the `NORMALIZATIONS`; whether they call what
     hides its operators (``unseen``): TorchScript, extensions in C++; whether they ask which tensors require grad (``asks``), as what
-    registers hooks does: under ``torch.vmap`` none seems to."""
+    registers hooks does: under ``torch.vmap`` none seems to; whether hooks or custom functions see what comes back (``alters``)."""
 
     tensors: list[Tensor]
     transforms: bool = False
@@ -273,11 +277,12 @@ class Captured(NamedTuple):
     normalizes: bool = False
     unseen: bool = False
     asks: bool = False
+    alters: bool = False
 
     @property
     def flags(self) -> dict[str, bool]:
         """As fields of a `System`."""
-        return {name: getattr(self, name) for name in ("transforms", "inner_grad", "normalizes", "unseen", "asks")}
+        return {name: getattr(self, name) for name in ("transforms", "inner_grad", "normalizes", "unseen", "asks", "alters")}
 
 
 def find_captured(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], owners: Iterable[Any] = (), end: Any = None) -> Captured:
@@ -292,8 +297,8 @@ def find_captured(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], o
     """
     watch = _watched(calls, point)
     found = dict(watch.captured)
-    differentiates = watch.inner_grad or (watch.asked and _branches(calls, point, list(found.values())))
-    flags = watch.transforms, differentiates, watch.normalizes, watch.unseen, watch.asked
+    branch = _branches(calls, point, list(found.values())) if watch.asked and not watch.inner_grad else watch
+    flags = watch.transforms, branch.inner_grad, watch.normalizes, watch.unseen, watch.asked, watch.alters or branch.alters
     kept = watch.left()
     written = {id(x): (x, x._version) for x in internals.alive(watch.written)}
     if (kept or written) and end is not None:
@@ -332,16 +337,15 @@ def _watched(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...]) -> _Wa
     return watch
 
 
-def _branches(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], captured: Sequence[Tensor]) -> bool:
-    """Whether functions that look at ``requires_grad`` take derivatives themselves where all that they see requires grad, as on the way
-    back."""
+def _branches(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], captured: Sequence[Tensor]) -> _Watch:
+    """What functions that look at ``requires_grad`` do where all that they see requires grad, as on the way back."""
     known = [*(x for x in leaves_of(point) if isinstance(x, Tensor)), *captured]
     asked = [x if internals.is_batchedtensor(x) else ask(x) for x in known]
     watch = _Watch([*known, *asked])
     with torch.enable_grad(), asking(), watch, Substitute(known, asked, answers=False):
         for call in calls:
             call(*point)
-    return watch.inner_grad
+    return watch
 
 
 def elsewhere(state: Any) -> Any:

@@ -23,10 +23,10 @@ def remark(text: str, category: type[Warning]) -> None:
     warnings.warn(text, category, stacklevel=level)
 
 
-def called_by_us() -> bool:
+def called_by_us(depth: int = 2) -> bool:
     """Whether the operator that a mode of torch functions is asked about was called by this package: of a solve inside of the user's
-    function, say."""
-    frame = sys._getframe(2)
+    function, say. ``depth``: how many calls from here on are surely ours."""
+    frame = sys._getframe(depth)
     # modes hand on what they see
     while frame is not None and (frame.f_code.co_filename.startswith(_TORCH) or frame.f_code.co_name == "__torch_function__"):
         if frame.f_code.co_name == "_call_impl":

@@ -221,6 +221,8 @@ class System:
     unseen: bool = False
     #: whether it asks which tensors require grad, and gives other derivatives where it is mapped
     asks: bool = False
+    #: whether hooks or custom functions see what comes back through it
+    alters: bool = False
 
     @property
     def rows(self) -> int:
@@ -391,6 +393,11 @@ class VmappedSystem:
     def asks(self) -> bool:
         """See `System`."""
         return self.base.asks
+
+    @property
+    def alters(self) -> bool:
+        """See `System`."""
+        return self.base.alters
 
     def mass_matrix(self, inputs: Sequence[Tensor]) -> Tensor | None:
         """See `System`: that of every trajectory."""

@@ -76,3 +76,80 @@ def test_frozen_after_the_solve(name):
     y.sum().backward()
     assert rate.grad is None
     torch.testing.assert_close(scale.grad, y.sum().detach())
+
+
+class _Clip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, bar):
+        return bar.clamp(-0.05, 0.05)
+
+
+class _Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, bar):
+        return 2 * bar * ctx.saved_tensors[0]
+
+
+def _hooked(alter):
+    def fun(t, y, k):
+        z = k * y
+        if z.requires_grad:
+            z.register_hook(alter)
+        return -z * y
+
+    return fun
+
+
+_LINEAR = torch.nn.Linear(3, 3, dtype=torch.float64)
+_LINEAR.register_full_backward_hook(lambda module, given, bar: None if given[0] is None else (given[0].clamp(-0.01, 0.01),))
+ALTERED = {
+    "clipped": _hooked(lambda bar: bar.clamp(-0.05, 0.05)),
+    "positive": _hooked(lambda bar: bar.clamp(min=0)),
+    "function": lambda t, y, k: -_Clip.apply(k * y) * y,
+    "module": lambda t, y, k: -k * _LINEAR(y),
+}
+RATE = torch.tensor([0.7, 0.2, 1.1], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("fun", ALTERED.values(), ids=ALTERED.keys())
+def test_what_comes_back_is_altered(fun):
+    def solve(y0, **options):
+        return adjoint.solve_ivp(fun, (0.0, 1.0), y0, (RATE,), rtol=1e-4, **options).y[-1].sum()
+
+    y0 = START.clone().requires_grad_()
+    for options in (
+        {"method": "kvaerno5"}, {"method": "bdf"}, {"method": "rodas5p", "compile": True}, {"gradient": adjoint.GaussAdjoint()},
+        {"method": "kvaerno5", "gradient": adjoint.Backprop()},
+    ):  # fmt: skip
+        with pytest.raises(adjoint.UnsupportedCombination, match="alters what comes back"):
+            solve(y0, **options)
+    with pytest.raises(adjoint.UnsupportedCombination, match="alters what comes back"):
+        adjoint.solve_dae(lambda t, y, yp, k: yp - fun(t, y, k), (0.0, 1.0), y0, args=(RATE,))
+    with pytest.raises(adjoint.UnsupportedCombination, match="alters what comes back"):
+        adjoint.odeint(lambda t, y: fun(t, y, RATE), y0, torch.tensor([0.0, 1.0]), method="implicit_midpoint")
+    # explicit steps are those of PyTorch
+    steps = [torch.autograd.grad(solve(y0, gradient=g), y0)[0] for g in (adjoint.Backprop(), adjoint.DiscreteAdjoint(keep_bytes=0))]
+    torch.testing.assert_close(*steps, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        solve(y0, method="kvaerno5")
+
+
+@pytest.mark.parametrize("method", ["kvaerno5", "rodas5p", "bdf"])
+def test_what_comes_back_is_no_other(method):
+    seen = []
+    listened = _hooked(seen.append)
+    for fun in (listened, lambda t, y, k: -k * _Square.apply(y)):
+        y0 = START.clone().requires_grad_()
+        y = adjoint.solve_ivp(fun, (0.0, 1.0), y0, (RATE,), method=method, rtol=1e-8, atol=1e-10).y[-1]
+        (slope,) = torch.autograd.grad(y.sum(), y0)
+        torch.testing.assert_close(slope, (1 + RATE * START) ** -2, rtol=1e-5, atol=0)
+    assert seen
