@@ -111,6 +111,7 @@ def flat_tolerance(value: Any, name: str, spec: StateSpec, default: float) -> fl
     """A tolerance as a float, or as ``(B, n)`` for one that is shaped like the state."""
     if value is None:
         return default
+    value = spec.matched(value)
     leaves, tree = tree_flatten(value)
     if len(leaves) == 1 and tree.is_leaf() and (not isinstance(value, Tensor) or value.dim() == 0):
         return positive(value, name, zero=True)
@@ -127,6 +128,7 @@ def flat_tolerance(value: Any, name: str, spec: StateSpec, default: float) -> fl
 
 def beside_integral(value: Any, spec: StateSpec, seen: StateSpec, default: float) -> Any:
     """A tolerance that is shaped like the state ``seen`` for that and an integral, ``spec``, which has the ``default``."""
+    value = seen.matched(value)
     leaves, tree = tree_flatten(value)
     if tree.is_leaf() and isinstance(value, Tensor) and value.dim():
         leaves = leaves * len(seen.shapes)

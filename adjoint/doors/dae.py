@@ -156,7 +156,7 @@ def solve_dae(
     step_ts = with_knots(step_ts, args, [fun, quadrature], user_spec.device)
     times = check_times(t_span, t_eval, step_ts, user_spec)
     chosen = method_for(times, chosen, DAE_METHODS["radau"], False)
-    slope = tree_map(lambda x: torch.zeros_like(x.detach()), y0) if yp0 is None else yp0
+    slope = tree_map(lambda x: torch.zeros_like(x.detach()), y0) if yp0 is None else user_spec.matched(yp0)
     residual, state, integrand = fun, y0, None
     if quadrature is not None:
         check_callable(quadrature, "quadrature")
@@ -234,7 +234,7 @@ def _with_quadrature(
 
     def both(t: Tensor, state: tuple[Any, Any], slope: tuple[Any, Any], *rest: Any) -> tuple[Any, Any]:
         value = g(t, state[0], *rest)
-        integrand.check(value, "what quadrature returned", "its first result")
+        value = integrand.check(value, "what quadrature returned", "its first result")
         return fun(t, state[0], slope[0], *rest), tree_map(lambda a, b: a - b, slope[1], value)
 
     start = tree_map(lambda x: torch.zeros_like(x.detach()), first)

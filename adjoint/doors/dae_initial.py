@@ -208,7 +208,7 @@ def _sound(pencil: Pencil, system: System, throw: bool) -> Pencil | None:
 def _mask(differential: Any, spec: StateSpec, n: int, device: torch.device) -> Tensor | None:
     if differential is None:
         return None
-    leaves, _ = tree_flatten(differential)
+    leaves, _ = tree_flatten(spec.matched(differential))
     single = [torch.as_tensor(x, dtype=torch.bool, device=device) for x in leaves]
     mask = torch.cat([x.reshape(-1) for x in single])
     if spec.split and [x.shape for x in single] == [s if spec.batch is None else s[1:] for s in spec.shapes]:

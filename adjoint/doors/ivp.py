@@ -199,10 +199,10 @@ def solve_ivp(
     moving = any(moves(x) for x in (times.anchors, times.samples) if x is not None)
     if moving:
         times = replace(times, samples=sampled_once(times.samples, times.anchors[0], chosen), anchors=ended_once(times.anchors, chosen))
-    right_hand_side, state, integrand = fun, y0, None
+    right_hand_side, state, integrand = user_spec.keyed(fun), y0, None
     if quadrature is not None:
         check_callable(quadrature, "quadrature")
-        right_hand_side, state, integrand = with_integral(fun, quadrature, user_spec, times, y0, args)
+        right_hand_side, state, integrand = with_integral(right_hand_side, quadrature, user_spec, times, y0, args)
     spec = StateSpec.of(state, batched)
     watched = seen_at_ends(event_list(events), times)
     given = Given(right_hand_side, _pieces(fun), spec, (state,), args, (times.anchors[0], times.anchors[-1]), watched, quadrature)

@@ -131,8 +131,7 @@ def with_mass(fun: Callable[..., Any], mass: Any, y0: Any, batched: bool) -> tup
         return (matrix @ flat.unsqueeze(-1)).squeeze(-1)
 
     def checked(rate: Any) -> Tensor:
-        spec.check(rate, "what fun returned")
-        return spec.flatten(rate)
+        return spec.flatten(spec.check(rate, "what fun returned"))
 
     def shaped(flat: Tensor) -> Tensor:
         return flat if batched else flat.reshape(-1)

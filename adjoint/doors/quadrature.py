@@ -39,9 +39,7 @@ def with_integral(
         def both(t: Tensor, state: tuple[Any, Any], *rest: Any) -> tuple[Any, Any]:
             rate = part(t, state[0], *rest)
             value = g(t, state[0], *rest) if integrated else tree_map(torch.zeros_like, state[1])
-            spec.check(rate, "what fun returned")
-            integrand.check(value, "what quadrature returned")
-            return rate, value
+            return spec.check(rate, "what fun returned"), integrand.check(value, "what quadrature returned")
 
         return both
 

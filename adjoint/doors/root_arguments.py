@@ -236,7 +236,7 @@ def check_bounds(bounds: Any, spec: StateSpec, x0: Tensor, what: str = "x0") -> 
         if value is None:
             flat.append(None)
             continue
-        leaves, tree = tree_flatten(value)
+        leaves, tree = tree_flatten(spec.matched(value))
         if tree.is_leaf():
             leaves = leaves * len(spec.shapes)
         elif tree != spec.tree:

@@ -106,8 +106,7 @@ class Rule:
                 raise InvalidInput(f"the reset of {self.title} must return (y, mode), as there is mode=; got {_shown(given)}")
             given, new = given
             mode = (like_mode(new, at.mode[0], f"the mode that the reset of {self.title} returned"),)
-        spec.check(given, f"what the reset of {self.title} returned")
-        return given, mode
+        return spec.check(given, f"what the reset of {self.title} returned"), mode
 
 
 def like_mode(new: Any, old: Any, what: str) -> Any:

@@ -214,7 +214,8 @@ def root_system(
 ) -> tuple[Any, StateSpec, StateSpec | None]:
     """The flat system with the tensors that ``fun`` captured, the layout of its state, and that of what ``fun`` returns where it is
     another."""
-    batched, given = spec.batch is not None, Given(fun, (fun,), spec, (x0,), args)
+    batched, call = spec.batch is not None, fun if least_squares else spec.keyed(fun)
+    given = Given(call, (fun,), spec, (x0,), args)
     used, result = given.probed()
     returns = StateSpec.of(result, batched, "what fun returned") if least_squares else None
     if returns is None:
@@ -222,11 +223,11 @@ def root_system(
     if spec.holds_complex:
         # a sum of squares is no complex-differentiable function of anything
         real = in_parts or least_squares
-        spec = spec.in_parts() if real else suited_to_jacobians(spec, lambda x: fun(x, *args), x0)
+        spec = spec.in_parts() if real else suited_to_jacobians(spec, lambda x: call(x, *args), x0)
         returns = returns if returns is None or not spec.split else returns.in_parts()
 
     def timed(_: Tensor, x: Any, *rest: Any) -> Any:
-        return fun(x, *rest)
+        return call(x, *rest)
 
     return replace(given, spec=spec).system(used, fun=timed, returns=returns), spec, returns
 

@@ -208,7 +208,7 @@ def make_request(
         warnings.warn(f"Solver '{method}' does not support callbacks {wrong}", stacklevel=4)
     return Request(
         func=func,
-        fun=_conforming(func, isinstance(y0, tuple)),
+        fun=spec.keyed(_conforming(func, isinstance(y0, tuple))),
         y0=y0,
         t=t,
         method=method,

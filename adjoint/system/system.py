@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import reduce, wraps
 from math import prod
 from typing import Any, cast
 
@@ -154,9 +155,29 @@ class StateSpec:
             index -= size
         return name
 
-    def check(self, value: Any, what: str, like: str = "the state") -> None:
-        """Raise `InvalidInput` unless ``value`` has the structure, shapes, dtypes and device of the state."""
+    def matched(self, value: Any) -> Any:
+        """``value`` with its dicts in the order that those of the state have; as it is where the keys are others."""
+        return value if tree_flatten(value)[1] == self.tree else _in_order(self._places(), value)
+
+    def keyed(self, fun: Callable[..., Any]) -> Callable[..., Any]:
+        """``fun`` with its results in the order of the state: itself where no part of the state is known by a key."""
+        if not _holds_dict(self._places()):
+            return fun
+        if isinstance(fun, SplitFunction):
+            return SplitFunction(self.keyed(fun.explicit), self.keyed(fun.implicit))
+        return wraps(fun, updated=())(lambda *args: self.matched(fun(*args)))
+
+    def _places(self) -> Any:
+        """The numbers of the leaves in the structure of the state."""
+        return tree_unflatten(list(range(len(self.shapes))), self.tree)
+
+    def check(self, value: Any, what: str, like: str = "the state") -> Any:
+        """``value`` in the order of the state (see `matched`); raises `InvalidInput` unless it has the structure, shapes, dtypes and
+        device of the state."""
         leaves, tree = tree_flatten(value)
+        if tree != self.tree:
+            value = _in_order(self._places(), value)
+            leaves, tree = tree_flatten(value)
         if tree != self.tree:
             raise InvalidInput(f"{what} has the structure {tree}, but {like} has {self.tree}")
         for leaf, shape, dtype, path in zip(leaves, self.shapes, self.dtypes, self.paths, strict=True):
@@ -173,6 +194,25 @@ class StateSpec:
                     f"{what}{path} has dtype {leaf.dtype}, but {like} has {dtype}; convert one of them (a float64 parameter in a "
                     "float32 model is the usual cause)"
                 )
+        return value
+
+
+def _holds_dict(places: Any) -> bool:
+    if isinstance(places, dict):
+        return len(places) > 1 or any(map(_holds_dict, places.values()))
+    return isinstance(places, (list, tuple)) and any(map(_holds_dict, places))
+
+
+def _in_order(like: Any, value: Any) -> Any:
+    """``value``, whose dicts have the keys in the order of those of ``like`` where they have the same ones."""
+    if type(value) is not type(like):
+        return value
+    if isinstance(like, dict) and type(like) in (dict, OrderedDict) and like.keys() == value.keys():
+        return type(like)((key, _in_order(part, value[key])) for key, part in like.items())
+    if isinstance(like, (list, tuple)) and len(like) == len(value):
+        parts = [_in_order(a, b) for a, b in zip(like, value, strict=True)]
+        return type(like)(*parts) if isinstance(like, tuple) and type(like) is not tuple else type(like)(parts)
+    return value
 
 
 def _joined(x: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
@@ -326,8 +366,7 @@ class System:
 
             def f(t: Tensor, y: Tensor) -> Tensor:
                 out = call(t.reshape(()) if one and t.dim() else t, spec.unflatten(y), *args)
-                spec.check(out, "what fun returned")
-                return spec.flatten(out)
+                return spec.flatten(spec.check(out, "what fun returned"))
 
         return lending(f)
 
@@ -337,8 +376,7 @@ class System:
 
         def f(t: Tensor, y: Tensor) -> Tensor:
             out = call(t if spec.batch is not None or t.dim() == 0 else t.reshape(()), spec.unflatten(y), *args)
-            returns.check(out, "what fun returned", "its first result")
-            return returns.flatten(out)
+            return returns.flatten(returns.check(out, "what fun returned", "its first result"))
 
         return lending(f)
 
@@ -349,8 +387,7 @@ class System:
         def f(t: Tensor, pair: Tensor) -> Tensor:
             time = t if spec.batch is not None or t.dim() == 0 else t.reshape(())
             out = call(time, spec.unflatten(pair[..., :n]), spec.unflatten(pair[..., n:]), *args)
-            residual.check(out, "what fun returned", "its first result")
-            return residual.flatten(out)
+            return residual.flatten(residual.check(out, "what fun returned", "its first result"))
 
         return lending(f)
 
