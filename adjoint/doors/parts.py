@@ -143,7 +143,8 @@ def _steps(parts: Parts, stop_t: Tensor | None, stop_y: Tensor | None) -> tuple[
         states = torch.where((place == out.n_accepted).unsqueeze(-1), stop_y, states)
     real = parts.spec.real_dtype
     if not parts.problem.batched and not vmap_active():
-        return parts.times.shown_as(t)[:, 0].to(real), states
+        # the way back, and the dense output, need their own
+        return parts.times.shown_as(t)[:, 0].to(real), states.clone() if states is out.states else states
     beyond = place > out.n_accepted
     t = parts.times.shown_as(torch.where(place == out.n_accepted, out.t_final + (end - end.detach()), t))
     t, states = torch.where(beyond, float("nan"), t).to(real), torch.where(beyond.unsqueeze(-1), float("nan"), states)

@@ -283,7 +283,7 @@ class PickedByNumbers(TorchFunctionMode):
 def _picked(x: Tensor, index: Any) -> Tensor:
     """Indexing by computed integers, for which Python would ask for their value. As in PyTorch each takes its dimension away by itself, and
     the other parts of the index, in their order, have those that are left."""
-    parts = index if isinstance(index, tuple) else (index,)
+    parts: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
     for k, part in enumerate(parts):
         if part is Ellipsis:
             others = parts[:k] + parts[k + 1 :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,8 @@ from ..system.capture import alive, below_jvp
 from ..system.ownership import continuing, owned, under_transform
 from ..system.system import System, VmappedSystem
 from ..system.transforms import below_vmap, functorch_active, jvp_active, naming_writes
-from ..torch_internals import Node, copy_by_copy, unviewed
+from ..system.witness import Witness
+from ..torch_internals import Node, copy_by_copy, dual_level, unviewed
 from .asked import Asked, check_known
 from .discrete import eager_sweep
 from .finite import tell_not_finite
@@ -27,30 +28,50 @@ from .problem import Outputs, Problem
 from .sweep import functional_sweep, tangents
 from .sweep_node import swept
 
-__all__ = ["LookNode", "SolveNode", "unpack"]
+__all__ = ["LookNode", "Looks", "SolveNode", "checked", "unpack"]
 
 _DIFFERENTIABLE = 4
 
 
+@dataclass(frozen=True, eq=False)
+class Looks:
+    """Of what autograd has recorded: ``look()`` raises where the record would not do for derivatives of derivatives, ``witness`` where it
+    is not to be gone back through any more, as that evaluates ``fun`` again. Either may be None."""
+
+    look: Callable[[], None] | None
+    witness: Witness | None
+
+
 class LookNode(Node):
-    """``apply(look, x)`` gives ``x``, whose derivatives autograd has recorded; ``look()`` raises where the record would not do for
-    derivatives of these."""
+    """``apply(looks, x)`` gives ``x``, whose derivatives autograd has recorded."""
 
     @staticmethod
-    def forward(look: Callable[[], None], x: Tensor) -> Tensor:
+    def forward(looks: Looks, x: Tensor) -> Tensor:
         return unviewed(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.look = owned(inputs[0])
+        ctx.looks = owned(inputs[0])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @copy_by_copy
     def backward(ctx: Any, bar: Tensor | None) -> tuple[None, Tensor | None]:
-        if bar is not None and torch.is_grad_enabled():
-            ctx.look()()
+        looks: Looks = ctx.looks()
+        if bar is not None and looks.witness is not None:
+            looks.witness.check()
+        if bar is not None and looks.look is not None and torch.is_grad_enabled():
+            looks.look()
         return None, bar
+
+
+def checked(problem: Problem, found: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Tensors whose derivatives autograd has recorded. Going back through implicit stages evaluates ``fun`` again, which has to be what it
+    was."""
+    if not problem.rooted or functorch_active() or dual_level() >= 0:
+        return list(found)
+    looks = Looks(None, problem.witness)
+    return [LookNode.apply(looks, x) if x is not None and x.requires_grad else x for x in found]
 
 
 class SolveNode(Node):
@@ -115,6 +136,8 @@ class SolveNode(Node):
                 check_known(problem.system, grid, inputs)
             asked = Asked(problem, grid, anchors, t_eval, inputs, bars, wants)
             found = sweep(asked)
+            if differentiable:
+                found = checked(problem, found)
             if not asked.sound(found):
                 tell_not_finite(problem, grid, inputs, found[2])
         return (None, *ctx.problem.let_out(found))

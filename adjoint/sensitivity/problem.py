@@ -114,6 +114,7 @@ class Problem:
         if plan.compile is not None:
             record = self._by_native(inputs, y0, anchors, t_eval)
             if record is not None:
+                self._note(record, inputs)
                 return record
         f = self.solver(inputs, y0.shape[0], seen)
         shape = self.system.natural_shape
@@ -150,6 +151,19 @@ class Problem:
                 return None
             doubtful = doubtful | resting
         return self.native.for_derivatives(sought, t_eval, record, doubtful) if bool(doubtful.any()) else record
+
+    def _note(self, record: Record, inputs: Sequence[Tensor]) -> None:
+        """Let the witness remember ``fun`` at a step of a solve by compiled code, at a few where the way back will not be by that."""
+        steps = len(record.states) - 1
+        if not self.derivatives or steps < 1 or (self.system.residual is not None and not len(record.stages)):
+            return
+        f = self._watched(self.system, inputs)
+        with torch.no_grad():
+            for k in {steps // 2} if self.sweep is None else {0, steps // 2, steps - 1}:
+                y = record.states[k]
+                at = y if self.system.residual is None else torch.cat([y, record.stages[min(k, len(record.stages) - 1), -1]], -1)
+                f(record.t[k].to(self.plan.real), at)
+                self.witness.settle()
 
     @property
     def _constrained(self) -> bool:
@@ -203,6 +217,11 @@ class Problem:
 
     def _watched(self, system: System | VmappedSystem, inputs: Sequence[Tensor]) -> Any:
         return self.witness.watch(system.bind(inputs), lambda: system.bind(inputs))
+
+    @property
+    def rooted(self) -> bool:
+        """Whether what autograd records of the steps holds roots, which evaluate ``fun`` again when they are gone back through."""
+        return self.algebra is not None and not self.plan.method.needs_time_slope
 
     @property
     def alone(self) -> bool:

@@ -19,7 +19,7 @@ from .checkpoints import CheckpointNode
 from .equations import equations
 from .finite import guarded
 from .multistep import multistep_outputs
-from .node import LookNode, SolveNode
+from .node import LookNode, Looks, SolveNode
 from .padding import shelter
 from .problem import GradientTraits, Outputs, Problem
 from .replay import replay
@@ -27,6 +27,8 @@ from .sweep import look_at_fun
 
 __all__ = ["Backprop", "DiscreteAdjoint"]
 
+#: results that are differentiable, but for stages
+_OUT = ("final", "samples", "states")
 #: default of `DiscreteAdjoint.keep_bytes`
 KEEP_BYTES = 32 * 2**20
 
@@ -142,7 +144,7 @@ class Backprop(GradientTraits):
             return _watched(problem, replay(lambda k: f, problem.plan, grid, anchors, t_eval, y0), anchors, y0, inputs)
         stages = safe.grid.stages
         found = replay(lambda k: equations(problem, inputs, stages[k]), problem.plan, grid, anchors, t_eval, y0)
-        return found if problem.system.residual is not None else _watched(problem, found, anchors, y0, inputs)
+        return _watched(problem, found, anchors, y0, inputs)
 
 
 def _recorded(
@@ -169,15 +171,16 @@ def _recorded(
 
 
 def _watched(problem: Problem, found: Outputs, anchors: Tensor, y0: Tensor, inputs: Sequence[Tensor]) -> Outputs:
-    """What autograd has recorded, looked at before derivatives of its derivatives are taken."""
+    """What autograd has recorded, looked at before derivatives of its derivatives are taken, and, with roots in it, on every way back."""
     system, t, smooth = problem.system, anchors[0].to(problem.plan.real), [i for i, x in enumerate(inputs) if x.requires_grad]
     # once, however many results and ways back there are
-    look = cache(lambda: look_at_fun(system, t, y0, inputs, smooth))
+    look = None if system.residual is not None else cache(lambda: look_at_fun(system, t, y0, inputs, smooth))
     if functorch_active() or dual_level() >= 0:
-        if differentiated_again([y0, *inputs]):
+        if look is not None and differentiated_again([y0, *inputs]):
             look()
         return found
-    seen = {name: LookNode.apply(look, x) for name in ("final", "samples", "states") if (x := getattr(found, name)).requires_grad}
+    looks = Looks(look, problem.witness if problem.rooted else None)
+    seen = {name: LookNode.apply(looks, x) for name in _OUT if (x := getattr(found, name)).requires_grad}
     return found._replace(**seen)
 
 

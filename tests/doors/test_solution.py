@@ -365,3 +365,22 @@ def test_complex_numbers_that_are_lost_are_lost_in_both_parts():
         assert sol.y[-1].imag.isnan().all()
     many = solve_ivp(fun, (0.0, 0.6), y0, events=back, max_events=1, **plain)
     assert many.status.tolist() == [-5, 0] and bool(many.y[-1, 0].imag.isnan().all()) and bool(many.quadrature[0].imag.isnan())
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient": DiscreteAdjoint(keep_bytes=0)}, {"dense_output": True}, {"batched": True}])
+@pytest.mark.parametrize("t_eval", [None, "steps", [0.5, 1.0]])
+def test_results_are_the_users_own(t_eval, options):
+    """What is written into them changes neither the way back nor the dense output."""
+
+    def solved():
+        y0 = torch.tensor([[1.0], [2.0]] if options.get("batched") else [1.0, 2.0], requires_grad=True)
+        return y0, solve_ivp(lambda t, y: -(y**2), (0.0, 1.0), y0, t_eval=t_eval, **options)
+
+    y0, sol = solved()
+    (want,) = torch.autograd.grad(sol.y.nan_to_num().square().sum(), y0)
+    y0, sol = solved()
+    inside = None if sol.interpolant is None else sol(0.3).detach().clone()
+    sol.y.mul_(2.0)
+    sol.t.zero_()
+    assert inside is None or torch.equal(sol(0.3), inside)
+    torch.testing.assert_close(torch.autograd.grad(sol.y.nan_to_num().square().sum() / 4, y0)[0], want)

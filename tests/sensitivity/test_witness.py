@@ -104,6 +104,50 @@ def test_batches_daes_and_the_drop_in():
             out.backward()
 
 
+def _weights(f):
+    f.a.data.mul_(2.0)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("change", [_attribute, _buffer_replaced, _weights])
+@pytest.mark.parametrize("gradient", [InterpolatingAdjoint(), QuadratureAdjoint(), SWEEP])
+def test_compiled_solves_whose_way_back_evaluates_again(gradient, change):
+    """Continuous adjoints always do, the discrete one where derivatives are differentiated, of implicit methods once more then."""
+    f = _Controlled()
+    out = _solve(f, gradient, compile=True, method="kvaerno3")
+    if gradient is SWEEP:
+        (out,) = torch.autograd.grad(out, f.a, create_graph=True)
+    change(f)
+    with pytest.raises(SolveError, match="same value"):
+        out.backward()
+    f = _Controlled()
+    out = _solve(f, gradient, compile=True, method="kvaerno3")
+    change(f)
+    with pytest.raises(SolveError, match="same value"):
+        torch.autograd.grad(out, f.a, create_graph=True)
+
+
+@pytest.mark.parametrize("method", ["kvaerno3", "rodas5p", "radau5", "bdf", "radau", "abm"])
+def test_what_autograd_has_recorded(method):
+    """Roots of implicit stages evaluate again; what does not goes back by the values of the solve."""
+
+    def solved():
+        f, y0 = _Controlled(), torch.ones(2)
+        solve = solve_dae if method == "radau" else solve_ivp
+        sol = solve(f, SPAN, y0, method=method, gradient=Backprop())
+        return f, sol.y[-1].sum()
+
+    f, out = solved()
+    (known,) = torch.autograd.grad(out, f.a)
+    f, out = solved()
+    _attribute(f)
+    if method in ("rodas5p", "abm"):
+        torch.testing.assert_close(torch.autograd.grad(out, f.a)[0], known)
+        return
+    with pytest.raises(SolveError, match="same value"):
+        out.backward()
+
+
 @pytest.mark.compile
 def test_compiled_solves_do_not_mind():
     """They go back with the code and the values of the solve."""
