@@ -391,6 +391,9 @@ def interpolate(plan: Plan, states: Tensor, stages: Tensor, t: Tensor, h: Tensor
     index = sample_step.clamp(min=0)
     n_samples, rows = sample_step.shape
     n, n_stages = states.shape[-1], stages.shape[1]
+    if not h.shape[0]:
+        # over a span of no length that takes no step there is the first state
+        return torch.where((sample_step >= 0).unsqueeze(-1), states[:1].expand(n_samples, rows, n), float("nan"))
     h_k = h.gather(0, index)
     empty = h_k == 0
     h_k = torch.where(empty, 1.0, h_k)

@@ -373,3 +373,12 @@ def test_doses_into_algebraic_variables_are_refused(method, rate):
     p = tuple(values(0.3, 0.5, 0.2))
     with pytest.raises(adjoint.InvalidInput, match=r"y\[2\], which is an algebraic variable"):
         solved(method, torch.zeros(3), p, events=Doses([0.5], 1.0, 2, rate=rate))
+
+
+@pytest.mark.parametrize("method", ["bdf", "radau"])
+def test_dense_output_of_implicit_equations_with_a_dose_at_the_start(method):
+    """``y' = -y`` from 1, with a half at once: a round of no length takes no step by ``bdf``."""
+    options = {"dense_output": True, "method": method, "rtol": 1e-8, "atol": 1e-10}
+    sol = adjoint.solve_dae(lambda t, y, yp: yp + y, (0.0, 1.0), torch.ones(1), None, events=adjoint.Doses([0.0], 0.5, 0), **options)
+    found = [float(sol(t)) for t in (0.0, 0.5)] + [float(sol(0.0, side="left"))]
+    assert found == pytest.approx([1.5, 1.5 * math.exp(-0.5), 1.0], rel=1e-6)

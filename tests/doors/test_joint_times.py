@@ -110,6 +110,19 @@ def test_by_other_strategies(case, gradient):
         torch.testing.assert_close(torch.stack(one), torch.stack(other), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.compile
+@pytest.mark.parametrize("batched", [False, True])
+def test_compiled(batched):
+    """Doses and resets at an end, at a sample, and an infusion from the end on."""
+    for case in ("a bolus and a reset at the end", "an infusion from the end", "a bolus at the start", "a reset and a bolus at a sample"):
+        kinds, change = CASES[case]
+        leaves = {name: torch.tensor(x, **D, requires_grad=True) for name, x in (START | change).items()}
+        found, wanted = seen(kinds, leaves, "ode", batched, compile=True), right(kinds, leaves)
+        for a, b in zip(found, wanted, strict=True):
+            one, other = (torch.autograd.grad(y, list(leaves.values()), materialize_grads=True, retain_graph=True) for y in (a, b))
+            torch.testing.assert_close(torch.stack([a, *one]), torch.stack([b, *other]), rtol=1e-6, atol=1e-6)
+
+
 def dual(function, x, along):
     with torch.autograd.forward_ad.dual_level():
         return torch.autograd.forward_ad.unpack_dual(function(torch.autograd.forward_ad.make_dual(x, along))).tangent

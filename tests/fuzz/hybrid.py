@@ -146,8 +146,8 @@ def in_double() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def judge(seed: int, cheap: bool = False) -> Verdict:
-    case, start = wider(draw(seed, cheap), cheap), time.process_time()
+def judge(seed: int, cheap: bool = False, compiled: float | None = None) -> Verdict:
+    case, start = wider(draw(seed, cheap), cheap, compiled), time.process_time()
 
     def verdict(outcome: str, kind: str = "", detail: str = "") -> Verdict:
         return Verdict(seed, outcome, kind, detail, time.process_time() - start, str(case))
@@ -183,10 +183,11 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="the first seed; cases take one each")
     parser.add_argument("--cheap", action="store_true", help="the cases of the test suite")
+    parser.add_argument("--compiled", type=float, help="the share of cases that are compiled, of those that can be")
     options = parser.parse_args()
     count: dict[str, int] = {}
     for seed in range(options.seed, options.seed + options.cases):
-        v = judge(seed, options.cheap)
+        v = judge(seed, options.cheap, options.compiled)
         count[v.outcome] = count.get(v.outcome, 0) + 1
         if v.outcome != "right":
             print(f"{v.seed} {v.outcome} ({v.seconds:.0f} s): {v.kind} {v.detail} | {v.summary}", flush=True)

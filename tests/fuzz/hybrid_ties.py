@@ -22,8 +22,8 @@ TABLED = ("knot sample", "knot start", "knot end")
 NEAR = (1e-6, -1e-6, 1e-9, -1e-9, 1e-11, -1e-11)
 
 
-def wider(case: Case, cheap: bool = False) -> Case:
-    """The case with more to it, from the same seed."""
+def wider(case: Case, cheap: bool = False, share: float | None = None) -> Case:
+    """The case with more to it, from the same seed. ``share``: of those that can be compiled these are."""
     r = random.Random(f"more {case.seed}")
 
     def chance(share: float) -> bool:
@@ -55,6 +55,9 @@ def wider(case: Case, cheap: bool = False) -> Case:
     if case.dose in ("bolus", "lag") and alone and chance(0.15):
         output = "given"
     compiled = case.compiled or (cheap and not plain and chance(0.1))
+    if share is not None:
+        able = not plain and case.gradient in ("", "swept")
+        compiled = able and random.Random(f"compiled {case.seed}").random() < share
     return replace(
         case,
         ties=" ".join(sorted(tie.replace(" ", "-") for tie in drawn)),
