@@ -67,6 +67,7 @@ def gradient(strategy, names, changed=None):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.slow_cases("ForwardSensitivity")
 def test_advice_of_strategies(name):
     """Every gradient that a message names works there, every method, and what is to be left out."""
     tried = 0

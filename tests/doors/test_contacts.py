@@ -55,7 +55,7 @@ def slow(*values):
 
 
 @pytest.mark.parametrize("kind", ["single", "batched", "native", slow("backprop"), slow("forward")])
-@pytest.mark.slow_cases("batched")
+@pytest.mark.slow_cases("batched", "native")
 def test_a_ball_that_bounces(kind):
     """Values, first and second derivatives behind several impacts, and of their times."""
     h, e, g = p = values(2.0, 0.8, 9.81)

@@ -25,6 +25,7 @@ def ball(**keys):
 @pytest.mark.parametrize(
     ("speed", "value", "slopes"), [(0.0, 0.0, (0.0, 0.0)), (1.0, 0.03875, (1.0, 0.05)), (-1.0, 0.01375, (0.175, -0.025))]
 )
+@pytest.mark.slow_cases("-1.0-0.01375-slopes2")
 def test_a_start_on_the_floor(speed, value, slopes):
     """At rest, thrown up, thrown down: then the impact is an event of the start, which a higher start puts off."""
     q0, v0 = torch.zeros(1, requires_grad=True), torch.tensor([speed], requires_grad=True)
@@ -253,6 +254,7 @@ EVEN, ODD = torch.ones(2, dtype=torch.float64), torch.tensor([1.0, 0.8], dtype=t
 
 
 @pytest.mark.parametrize("kind", ["reverse", "forward", "mapped", "batched", "a kick"])
+@pytest.mark.slow_cases("mapped", "forward")
 def test_no_derivatives_of_two_impacts_at_one_time(kind):
     """Whether the left wall is hit before the right one changes what follows: values are told, derivatives are not."""
     x = torch.stack([ODD, EVEN]) if kind == "batched" else EVEN

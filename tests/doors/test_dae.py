@@ -170,6 +170,7 @@ def batch_of_two():
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.slow_cases("False-Backprop", "True-DiscreteAdjoint")
 def test_gradcheck(strategy, batched):
     times = tensor(0.15, 0.4)
     y0, p = batch_of_two() if batched else (tensor(2.0, 0.0), tensor(1.5, 0.5))

@@ -52,6 +52,7 @@ def no_warning():
     + [("radau", gradient) for gradient in (ForwardSensitivity(), InterpolatingAdjoint())]
     + [pytest.param("radau3", gradient, marks=pytest.mark.slow) for gradient in (ForwardSensitivity(), InterpolatingAdjoint())],
 )
+@pytest.mark.slow_cases("radau3-gradient3", "radau3-None", "radau-gradient5")
 def test_a_state_that_rests(method, gradient):
     found = jacobian(with_constraint, [0.0, 0.0, 0.0], method=method, gradient=gradient)
     torch.testing.assert_close(found, END, rtol=0, atol=1e-4)

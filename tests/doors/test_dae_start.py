@@ -119,6 +119,7 @@ def test_continuous_adjoint_at_the_tolerances_of_the_solve():
 
 
 @pytest.mark.parametrize("method", ["radau", "rodas5p"])
+@pytest.mark.slow_cases("radau")
 def test_a_first_step_does_not_depend_on_the_other_trajectories(method):
     """Of a batch some rows have found the size of their first step before others: they keep it, and count no work that is not theirs."""
     rate = torch.tensor([1.0, 3e7, 0.0, 50.0], dtype=torch.float64)

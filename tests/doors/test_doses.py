@@ -212,7 +212,7 @@ def test_refused():
 
 @pytest.mark.parametrize("method", ["verner9", "native tsit5", "radau"])
 @pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.slow_cases("True-radau")
+@pytest.mark.slow_cases("True-radau", "False-radau")
 def test_each_of_several_at_one_time_moves_alone(method, batched):
     """A bolus with the start of an infusion, two boluses, infusions one behind the other, and a reset that does nothing: each of the times
     and durations is differentiated as if it were alone there."""
@@ -241,7 +241,7 @@ def test_each_of_several_at_one_time_moves_alone(method, batched):
 
 
 @pytest.mark.parametrize("door", ["ode", "dae", "mass", "mass batched"])
-@pytest.mark.slow_cases("mass")
+@pytest.mark.slow_cases("mass", "dae", "mass batched")
 def test_a_dose_at_the_start(door):
     """Before it the solution goes on by itself, as far as its time is moved: of samples at the start and behind, to the second."""
     x, k, size, when = p = values(0.5, 0.8, 1.5, 0.0)
@@ -300,7 +300,7 @@ ALL_IMPLICIT = ["radau", "native radau", "mass rodas5p", "native mass rodas5p", 
 
 
 @pytest.mark.parametrize("method", [*ALL_IMPLICIT, "bdf"])
-@pytest.mark.slow_cases("mass rodas5p")
+@pytest.mark.slow_cases("mass rodas5p", "bdf", "radau")
 def test_implicit_equations(method):
     """Boluses, lag times, and infusions that overlap and are repeated: derivatives in times, amounts, rates and lag."""
     _, k12, k21 = p = values(0.3, 0.5, 0.2)
@@ -326,7 +326,7 @@ def test_implicit_equations(method):
 
 
 @pytest.mark.parametrize("method", ["radau", "native radau", SLOW[0], "native mass rodas5p"])
-@pytest.mark.slow_cases("native mass rodas5p")
+@pytest.mark.slow_cases("native mass rodas5p", "radau")
 def test_implicit_equations_of_many(method):
     """Patients with schedules of their own; first and second derivatives."""
     times = torch.tensor([[0.0, 0.5], [1.0, math.nan]], requires_grad=True)
@@ -356,7 +356,7 @@ def test_second_derivatives_of_implicit_equations():
 
 
 @pytest.mark.parametrize("gradient", [adjoint.ForwardSensitivity(), adjoint.Backprop(), adjoint.GaussAdjoint(rtol=1e-11, atol=1e-13)])
-@pytest.mark.slow_cases("gradient2")
+@pytest.mark.slow_cases("gradient2", "gradient0")
 def test_strategies_of_implicit_equations(gradient):
     p = values(0.3, 0.5, 0.2)
     start, dose, rate, when = q = values([0.6], 3.0, 4.0, [1.0])

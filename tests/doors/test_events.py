@@ -218,7 +218,7 @@ def _inputs():
 
 @BOTH
 @pytest.mark.parametrize("what", ["t", "y"])
-@pytest.mark.slow_cases("y-backprop", "t-discrete")
+@pytest.mark.slow_cases("y-backprop", "t-discrete", "t-backprop")
 def test_gradcheck(what, gradient):
     """Event times, or states, with respect to the state, arguments, a captured parameter of the event, and the start."""
 
@@ -230,6 +230,7 @@ def test_gradcheck(what, gradient):
 
 
 @pytest.mark.parametrize("what", ["t", "y"])
+@pytest.mark.slow_cases("y")
 def test_gradgradcheck(what):
     def outcome(*inputs):
         sol = _outcome(DiscreteAdjoint(), *inputs)

@@ -46,7 +46,7 @@ THIRD = 2 * math.pi - math.acos(-0.3)
 
 
 @pytest.mark.parametrize("method", RECORDED)
-@pytest.mark.slow_cases("bdf")
+@pytest.mark.slow_cases("bdf", "kvaerno5", "kencarp5")
 def test_times_states_and_derivatives(method):
     """Against the closed form: where, when it stops, and first and second derivatives of the time in the frequency."""
     w = torch.tensor(1.5, requires_grad=True)
@@ -65,7 +65,7 @@ def test_times_states_and_derivatives(method):
 
 
 @pytest.mark.parametrize("method", ["tsit5", "dopri8", "rk4", "kvaerno5", "rodas5p", "radau5", "bdf", "abm", "kencarp5"])
-@pytest.mark.slow_cases("kencarp5")
+@pytest.mark.slow_cases("kencarp5", "abm", "rk4")
 def test_batch_as_one_by_one(method):
     options = {"method": method, "events": [X, STOP], "rtol": 1e-6, "atol": 1e-8}
     if method == "rk4":

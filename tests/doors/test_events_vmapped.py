@@ -104,7 +104,9 @@ X = torch.stack([DRAG, GROUND], 1)[:2]
 
 @pytest.mark.parametrize("gradient", [None, Backprop(), ForwardSensitivity()], ids=["discrete", "backprop", "forward"])
 @pytest.mark.parametrize("method", ["tsit5", "rodas4", "bdf"])
-@pytest.mark.slow_cases("bdf-forward", "bdf-backprop", "rodas4-backprop", "tsit5-discrete")
+@pytest.mark.slow_cases(
+    "bdf-forward", "bdf-backprop", "rodas4-backprop", "tsit5-discrete", "rodas4-discrete", "bdf-discrete", "rodas4-forward",
+)  # fmt: skip
 def test_derivatives_as_one_by_one(method, gradient):
     """In every order of mapping and differentiating."""
     values = landing(method, gradient=gradient)

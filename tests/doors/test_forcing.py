@@ -216,7 +216,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("radau5", "bdf")
 
 
 @pytest.mark.parametrize("method", ["tsit5", "dopri8", "rodas5p", *SLOW, "abm", "native tsit5", "native rodas5p"])
-@pytest.mark.slow_cases("native rodas5p")
+@pytest.mark.slow_cases("native rodas5p", "abm")
 def test_a_schedule(method):
     """First and second derivatives in its times and values, in arguments and captured."""
     name = method.split()[-1]

@@ -87,6 +87,11 @@ ALL = [*((case, "ode", batched) for case in CASES for batched in (False, True)),
 
 
 @pytest.mark.parametrize(("case", "door", "batched"), ALL)
+@pytest.mark.slow_cases(
+    "a reset at the end-ode-True", "a bolus and a reset at the end-ode-True", "a reset and a bolus at a sample-ode-False",
+    "a reset and a bolus at a sample-ode-True", "two resets-ode-True", "a bolus at the end-dae-False", "a bolus at the start-dae-False",
+    "two resets-ode-False", "two within-dae-False", "a reset at the end-dae-False",
+)  # fmt: skip
 def test_every_time_moves_alone(case, door, batched):
     kinds, change = CASES[case]
     x = torch.tensor(list((START | change).values()), **D)
@@ -139,6 +144,7 @@ FORWARD = {
     ("mode", "door", "when", "other"),
     [("jvp", "dae", 1.0, None), ("jacfwd", "mass", 0.25, None), ("dual", "dae", 0.5, 0.5), ("jvp", "mass", 0.5, 0.5)],
 )
+@pytest.mark.slow_cases("dual-dae-0.5-0.5", "jvp-mass-0.5-0.5")
 def test_forward_mode_of_implicit_equations(mode, door, when, other):
     """Of ``x' = -k x`` with ``z = x^2``, with a dose at the end, at the start, and beside another one."""
 
@@ -187,6 +193,7 @@ def test_of_rows_that_end_before_others(door):
 
 
 @pytest.mark.parametrize(("door", "order"), [("ode", 1), ("ode", -1), ("dae", 1), ("batched", 1)])
+@pytest.mark.slow_cases("dae-1")
 def test_a_terminal_event_beside_a_reset(door, order):
     """The solve ends at the time of the terminal event, in whichever order the two are listed."""
     x = torch.tensor([START[name] for name in ("x", "k", "t0", "when", "c")] + [1.25], **D)

@@ -57,7 +57,7 @@ def loss(model, m, r, q, rows, **options):
 
 
 @pytest.mark.parametrize(("model", "kind"), CASES)
-@pytest.mark.slow_cases("rod-nan", "floor-below")
+@pytest.mark.slow_cases("rod-nan", "floor-below", "floor-no mass", "rod-state", "both-state")
 def test_values_and_derivatives_of_the_others(model, kind):
     m, r, q = given(kind)
 
@@ -157,6 +157,7 @@ def test_constraints_that_cannot_be_satisfied():
 
 
 @pytest.mark.parametrize("height", [0.0, 0.2], ids=["at the start", "at an impact"])
+@pytest.mark.slow_cases("at an impact")
 def test_contacts_that_depend_on_each_other_in_one_row(height):
     """One weight on two legs that are one and the same in the second row."""
     legs = [Contact(lambda t, q, g, s: q[..., 0], 0.5), Contact(lambda t, q, g, s: (1 - s) * q[..., 1] + 2 * s * q[..., 0], 0.5)]

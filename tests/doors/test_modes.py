@@ -44,7 +44,7 @@ def agree(found, wanted, inputs, tol=1e-9):
 
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.slow_cases("False-True", "True-False")
+@pytest.mark.slow_cases("False-True", "True-False", "True-True")
 def test_thermostat(batched, native, recwarn):
     """The period of a relay, and its first and second derivatives."""
     p = values(0.5, 4.0, 2.0, 3.0)

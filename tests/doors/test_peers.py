@@ -24,6 +24,7 @@ NATIVE = pytest.param("tsit5", True, marks=pytest.mark.compile)
 
 
 @pytest.mark.parametrize("method, compiled", [("tsit5", False), ("rodas5p", False), NATIVE])
+@pytest.mark.slow_cases("tsit5-True", "rodas5p-False")
 def test_cvodes_hessian(method, compiled):
     """cvsHessian_ASA_FSA: integral, gradient and Hessian."""
 
@@ -46,6 +47,7 @@ def robertson(t, y, p):
 
 
 @pytest.mark.parametrize("door", ["ode", "dae"])
+@pytest.mark.slow_cases("dae")
 def test_cvodes_robertson(door):
     """cvsRoberts_ASAi_dns, idasRoberts_ASAi_dns: the integral up to 50, with an absolute tolerance for each variable."""
     p = tensor(0.04, 1e4, 3e7).requires_grad_()

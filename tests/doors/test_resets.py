@@ -49,7 +49,7 @@ def compared(found, wanted, inputs, tol=1e-9):
 
 
 @pytest.mark.parametrize("method", FAMILIES)
-@pytest.mark.slow_cases("kencarp5", "gl4")
+@pytest.mark.slow_cases("kencarp5", "gl4", "bdf")
 def test_a_ball_that_bounces(method):
     """End state after n contacts, one trajectory: values and derivatives to the second in restitution, height and gravity."""
     h, e, g = inputs = values(2.0, 0.8, 9.81)
@@ -94,7 +94,7 @@ def test_what_lies_behind_an_event_is_not_swept_for_it(gradient, compile):
 
 
 @pytest.mark.parametrize("method", [*FAMILIES, "native tsit5", "native rodas5p"])
-@pytest.mark.slow_cases("bdf", "kvaerno5")
+@pytest.mark.slow_cases("bdf", "kvaerno5", "kencarp5")
 def test_every_trajectory_of_a_batch_has_its_own_contacts(method):
     native, method = method.startswith("native"), method.removeprefix("native ")
     h, e, g = inputs = [torch.tensor(x, requires_grad=True) for x in ([2.0, 1.0, 0.5], [0.8, 0.5, 0.9], [9.81, 9.0, 8.0])]
@@ -111,6 +111,7 @@ SLOW = [pytest.param(m, marks=pytest.mark.slow) for m in ("kvaerno5", "native ro
 
 
 @pytest.mark.parametrize("method", ["tsit5", "native tsit5", *SLOW])
+@pytest.mark.slow_cases("native tsit5")
 def test_one_to_twenty_contacts(method):
     """Of twenty trajectories the n-th has n: values and derivatives to the second."""
     native, method = method.startswith("native"), method.removeprefix("native ")
@@ -123,6 +124,7 @@ def test_one_to_twenty_contacts(method):
 
 
 @pytest.mark.parametrize("method", NATIVE)
+@pytest.mark.slow_cases("kvaerno5")
 def test_native(method, recwarn):
     h, e, g = inputs = values(2.0, 0.8, 9.81)
     t = between(4, *inputs)
@@ -145,7 +147,7 @@ GRADIENTS = {
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("name", GRADIENTS)
-@pytest.mark.slow_cases("forward-True", "backprop-True", "interpolating-True", "gauss-True", "quadrature-True")
+@pytest.mark.slow_cases("forward-True", "backprop-True", "interpolating-True", "gauss-True", "quadrature-True", "checkpoints-True")
 def test_every_strategy(name, batched):
     """A ball with drag, by every strategy as by recording all."""
 
@@ -178,7 +180,7 @@ def test_integrals_of_rounds_whose_end_is_known(name):
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("door", ["ivp", "mass", "dae"])
-@pytest.mark.slow_cases("mass-True", "dae-False")
+@pytest.mark.slow_cases("mass-True", "dae-False", "dae-True")
 def test_steps_of_rounds_whose_end_is_known(door, batched):
     """Times and states of steps that a reset ends move with it, in batches beside trajectories that reach theirs later."""
     level = torch.tensor(1.0, requires_grad=True)
@@ -253,6 +255,7 @@ def test_the_state_at_the_very_time_of_a_reset():
 
 
 @pytest.mark.parametrize("native", [False, True])
+@pytest.mark.slow_cases("True")
 def test_steps_dense_output_and_integrals_of_a_batch(native):
     h, e, g = inputs = [torch.tensor(x, requires_grad=True) for x in ([2.0, 1.0], [0.8, 0.7], [9.81, 9.0])]
     y0 = torch.stack([h, 0 * h], -1)

@@ -88,7 +88,7 @@ def test_consistent_values_after_a_reset(method, batched):
 
 
 @pytest.mark.parametrize("gradient", ["discrete", "backprop", "forward", "interpolating", "gauss", "quadrature"])
-@pytest.mark.slow_cases("quadrature")
+@pytest.mark.slow_cases("quadrature", "gauss", "interpolating")
 def test_strategies(gradient):
     strategy = {
         "discrete": adjoint.DiscreteAdjoint(),
@@ -213,7 +213,7 @@ def network():
         ),
     ],
 )
-@pytest.mark.slow_cases("gradient2")
+@pytest.mark.slow_cases("gradient2", "gradient0")
 def test_a_power_network_whose_relay_trips(gradient):
     """Twenty-five equations, new consistent voltages at the trip, the peak behind it: six digits of differences, by every strategy."""
     peak, p0, step, difference = network()
@@ -223,6 +223,7 @@ def test_a_power_network_whose_relay_trips(gradient):
 
 
 @pytest.mark.parametrize("rows", [0, 2])
+@pytest.mark.slow_cases("0")
 def test_a_rosenbrock_method_with_checkpoints(rows):
     """Its rounds end where another solve found the event, and it has no slopes there: x' = a, 0 = a - c x, from x = 1 to 1/2."""
     c, x0 = torch.tensor(0.8, requires_grad=True), torch.tensor([0.6, 0.5], requires_grad=True)

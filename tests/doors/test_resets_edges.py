@@ -183,6 +183,7 @@ def test_entries_of_the_state_that_are_one_number_of_each_trajectory():
 
 
 @pytest.mark.parametrize("gradient", [adjoint.DiscreteAdjoint(checkpoints=3), adjoint.InterpolatingAdjoint()])
+@pytest.mark.slow_cases("gradient0")
 def test_an_event_that_was_found_by_another_solve_is_not_found_again(gradient):
     """A kick that leaves its function at zero: rounds that come to its time by steps of their own are off zero by their tolerance."""
     rotate = lambda t, y, c: torch.stack([-c * y[1], y[0]])  # noqa: E731
@@ -277,6 +278,7 @@ def test_a_trajectory_that_ended_on_its_event(native):
 
 @pytest.mark.parametrize("door", ["ode", "dae"])
 @pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.slow_cases("True-dae")
 def test_what_is_given_up_has_no_numbers(door, batched):
     """Of resets that return NaN, that are too many, and of a row that fails beside one with a reset: states, and slopes too. The second row
     has no event."""

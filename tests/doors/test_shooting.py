@@ -45,7 +45,7 @@ P, K = torch.tensor([0.5, 0.6], dtype=torch.float64), torch.tensor([0.3, 0.2], d
 
 
 @pytest.mark.parametrize("method", ["dae", "kvaerno5", "rodas5p"])
-@pytest.mark.slow_cases("rodas5p")
+@pytest.mark.slow_cases("rodas5p", "dae")
 def test_boundary_values_and_their_derivatives(method):
     shoot = lambda p, k: start(p, k, method)  # noqa: E731
     both = torch.func.grad(shoot, argnums=(0, 1))
@@ -75,6 +75,7 @@ def test_what_fun_differentiates_itself_is_seen_beside_a_solve():
 
 
 @pytest.mark.parametrize("method", ["tsit5", "kvaerno5", "radau5", "rodas5p", "bdf", "abm", "solve_dae"])
+@pytest.mark.slow_cases("kvaerno5", "bdf", "solve_dae")
 def test_backward_through_backward(method):
     """``x exp(p) = 2``: a node of the solve is met again on the way back of the root's own way back, when its solution is long gone."""
     tight = {"rtol": 1e-9, "atol": 1e-11} if method in ("kvaerno5", "bdf", "abm") else {"rtol": 1e-7, "atol": 1e-9}

@@ -328,6 +328,7 @@ def test_one_progress_bar_for_all_parts(kind, compile, monkeypatch):
 
 @pytest.mark.parametrize("method", ["tsit5", "rodas5p", "bdf"])
 @pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.slow_cases("True-tsit5")
 def test_progress_bar_of_compiled_code(method, batched, monkeypatch):
     """It is told of what is covered while the solve goes on, which stays compiled; time that runs back too."""
     pytest.importorskip("tqdm")

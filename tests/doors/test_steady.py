@@ -132,6 +132,7 @@ def test_quadratic_rates_of_exactness():
 
 
 @pytest.mark.parametrize("solver", [DenseLU(), SparseLU(), GMRES(rtol=1e-13)], ids=["dense", "sparse", "gmres"])
+@pytest.mark.slow_cases("gmres")
 def test_linear_solvers_agree(solver):
     _, F, p = reaction_advection_diffusion(10)
 
@@ -249,6 +250,7 @@ def test_one_failing_system_fails_alone():
 
 @pytest.mark.parametrize("method", ["newton", "levenberg_marquardt", "broyden"])
 @pytest.mark.parametrize("a", [float("nan"), float("inf"), -1.0])
+@pytest.mark.slow_cases("-1.0-broyden")
 def test_a_failed_system_leaves_derivatives_in_shared_parameters_alone(method, a):
     """``k x^2 = a``: the system with a parameter of its own that is not finite, or has no root, in first and second order."""
     k, own = torch.tensor(0.5, requires_grad=True), torch.tensor([1.0, a], requires_grad=True)

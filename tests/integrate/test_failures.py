@@ -287,6 +287,7 @@ def test_errors_of_events_and_integrands_pass_through():
 
 @pytest.mark.parametrize("method", ["tsit5", "rodas5p", "bdf"])
 @pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.slow_cases("True-bdf")
 def test_an_error_norm_of_zero_by_zero_is_not_the_fault_of_fun(method, batched):
     y0 = torch.tensor([1.0, 0.0], dtype=torch.float64)
     atol = torch.tensor([1e-8, 0.0], dtype=torch.float64)
@@ -308,6 +309,7 @@ def test_a_trajectory_that_begins_with_nan_makes_no_attempts(method):
 
 
 @pytest.mark.parametrize("method", ["tsit5", "kvaerno5"])
+@pytest.mark.slow_cases("tsit5")
 def test_a_function_that_gives_other_values_each_time_is_called_that(method):
     """Dropout in train mode: neither stiff nor without a root, as the usual advice has it."""
     torch.manual_seed(0)

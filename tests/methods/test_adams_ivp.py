@@ -242,7 +242,7 @@ def loss_of(strategy, batched, f=lotka, **more):
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("jumps", [{}, {"step_ts": [1.3, 2.2]}], ids=["smooth", "jumps"])
-@pytest.mark.slow_cases("smooth-True", "jumps-False")
+@pytest.mark.slow_cases("smooth-True", "jumps-False", "jumps-True")
 def test_discrete_adjoint_is_backprop_and_forward_sensitivity(jumps, batched):
     def f(t, y, p):
         return lotka(t, y, p) + (torch.where(t < 1.3, 0.0, 0.3).unsqueeze(-1) if jumps else 0.0)
@@ -254,7 +254,7 @@ def test_discrete_adjoint_is_backprop_and_forward_sensitivity(jumps, batched):
 
 
 @pytest.mark.parametrize("strategy", [InterpolatingAdjoint(), GaussAdjoint(), BacksolveAdjoint()], ids=lambda s: type(s).__name__)
-@pytest.mark.slow_cases("InterpolatingAdjoint")
+@pytest.mark.slow_cases("InterpolatingAdjoint", "GaussAdjoint")
 def test_continuous_adjoints_are_the_truth_to_tolerance(strategy):
     fine = {"dense_output": False, "rtol": 1e-7, "atol": 1e-7}
     want = loss_of(DiscreteAdjoint(), False, dense_output=False, method="dopri8", rtol=1e-12, atol=1e-12)

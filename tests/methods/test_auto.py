@@ -47,6 +47,7 @@ def test_switches_there_and_back():
 
 
 @pytest.mark.parametrize("gradient", [DiscreteAdjoint(), Backprop(), ForwardSensitivity()], ids=["discrete", "backprop", "forward"])
+@pytest.mark.slow_cases("backprop")
 def test_reference_values(gradient):
     """Robertson's reaction, with derivatives, by every kind of strategy."""
     p = ROBER_P.clone().requires_grad_(True)

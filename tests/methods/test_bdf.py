@@ -158,7 +158,7 @@ def gradients(strategy, form="ode", batched=False):
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("form", ["ode", "dae"])
-@pytest.mark.slow_cases("ode-True", "dae-False")
+@pytest.mark.slow_cases("ode-True", "dae-False", "dae-True")
 def test_discrete_adjoint_is_backprop_and_forward_sensitivity(form, batched):
     want = gradients(Backprop(), form, batched)
     for a, b in zip(gradients(DiscreteAdjoint(), form, batched), want, strict=True):
@@ -190,6 +190,7 @@ def test_ends_of_the_span():
 
 
 @pytest.mark.parametrize("form", ["ode", "dae"])
+@pytest.mark.slow_cases("dae")
 def test_gradcheck(form):
     def run(y0, p, times):
         options = dict(args=(p,), t_eval=times, method="bdf", first_step=0.2, max_step=0.2, rtol=1e3, atol=1e3)
@@ -203,6 +204,7 @@ def test_gradcheck(form):
 
 
 @pytest.mark.parametrize("form", ["ode", "dae"])
+@pytest.mark.slow_cases("dae")
 def test_transforms(form):
     options = dict(method="bdf", rtol=1e-5, atol=1e-7)
 

@@ -200,7 +200,7 @@ def test_discrete_adjoint_is_backprop_through_the_steps(method):
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
-@pytest.mark.slow_cases("kencarp4")
+@pytest.mark.slow_cases("kencarp4", "kencarp3")
 def test_gradient_against_scipy(method):
     from scipy.integrate import solve_ivp as scipy_solve
 
@@ -216,7 +216,7 @@ def test_gradient_against_scipy(method):
 
 @pytest.mark.parametrize("gradient", [None, Backprop()], ids=["discrete", "backprop"])
 @pytest.mark.parametrize("method", ["kencarp3", "ars443"])
-@pytest.mark.slow_cases("ars443-backprop", "kencarp3-discrete")
+@pytest.mark.slow_cases("ars443-backprop", "kencarp3-discrete", "kencarp3-backprop")
 def test_second_order_in_every_nesting(method, gradient):
     steps = {"first_step": 0.02 if method == "kencarp3" else 0.05}
 

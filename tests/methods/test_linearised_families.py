@@ -65,7 +65,7 @@ def free(name, rtol, atol, size=0.1):
         *(("hires", "radau5"), slow("orego", "radau5"), slow("vdpol", "radau5")),
     ],
 )
-@pytest.mark.slow_cases("orego-rodas5p")
+@pytest.mark.slow_cases("orego-rodas5p", "hires-rodas5p", "vdpol-rodas5p")
 def test_stiff_references(problem, name):
     fun, end, y0, truth = STIFF[problem]
     sol = solve_ivp(fun, (0.0, end), y0, method=name, rtol=1e-8, atol=1e-12)
@@ -73,6 +73,7 @@ def test_stiff_references(problem, name):
 
 
 @pytest.mark.parametrize("name", [slow("rodas4"), "rodas5p", "radau5"])
+@pytest.mark.slow_cases("radau5")
 def test_rober_over_eleven_decades(name):
     sol = solve_ivp(stiff.rober, (0.0, 1e11), torch.tensor([1.0, 0, 0]), (stiff.ROBER_P,), method=name, rtol=1e-8, atol=1e-18)
     torch.testing.assert_close(sol.y[-1], stiff.ROBER_1E11, rtol=1e-7 if name == "radau5" else 1e-5, atol=0)

@@ -64,7 +64,7 @@ def test_order(name, order, sizes):
 
 
 @pytest.mark.parametrize("name, tolerance", [("rodas3p", 1e-6), ("rodas4", 1e-8), ("rodas5p", 1e-9)])
-@pytest.mark.slow_cases("rodas4-1e-08")
+@pytest.mark.slow_cases("rodas4-1e-08", "rodas5p-1e-09")
 def test_robertson(name, tolerance):
     p = ROBERTSON_P.clone().requires_grad_()
     y0 = tensor(1, 0, 0.3).requires_grad_()
@@ -128,6 +128,7 @@ def all_inputs():
 
 
 @pytest.mark.parametrize("gradient", [DiscreteAdjoint(), Backprop(), ForwardSensitivity(), DiscreteAdjoint(checkpoints=2)])
+@pytest.mark.slow_cases("gradient2")
 def test_gradcheck(gradient):
     assert torch.autograd.gradcheck(lambda *xs: end(*xs, gradient=gradient), all_inputs(), rtol=1e-6, atol=1e-7, fast_mode=True)
 

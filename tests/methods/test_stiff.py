@@ -130,7 +130,7 @@ def _solve(mu, y0=Y0, end=1.0, method="kvaerno3", t_eval=None, gradient=None, **
 
 
 @pytest.mark.parametrize("method", NAMES)
-@pytest.mark.slow_cases("trapezoid")
+@pytest.mark.slow_cases("trapezoid", "sdirk2")
 def test_discrete_adjoint_is_backprop_through_the_steps(method):
     times = torch.tensor([0.13, 0.5, 0.5, 1.0])
     found = []
@@ -146,7 +146,7 @@ def test_discrete_adjoint_is_backprop_through_the_steps(method):
 
 @pytest.mark.parametrize("gradient", [None, Backprop()], ids=["discrete", "backprop"])
 @pytest.mark.parametrize("method", ["kvaerno3", "trbdf2", pytest.param("sdirk2", marks=pytest.mark.slow)])
-@pytest.mark.slow_cases("kvaerno3-backprop", "trbdf2-discrete")
+@pytest.mark.slow_cases("kvaerno3-backprop", "trbdf2-discrete", "kvaerno3-discrete")
 def test_second_order_in_every_nesting(method, gradient):
     def cost(mu):
         options = {"gradient": gradient, "rtol": 1e-3, "atol": 1e-4, "first_step": 0.02}

@@ -158,6 +158,7 @@ def equal(t, y, p):
 
 
 @pytest.mark.parametrize("rows", [0, 20])
+@pytest.mark.slow_cases("20")
 def test_events(rows):
     y0, p = given(rows)
     found = []

@@ -104,7 +104,7 @@ def tightly_solved():
 
 @pytest.mark.usefixtures("natively")
 @pytest.mark.parametrize("method", ["tsit5", "rodas5p", "kvaerno5"])
-@pytest.mark.slow_cases("kvaerno5")
+@pytest.mark.slow_cases("kvaerno5", "tsit5")
 def test_some_of_many(method, monkeypatch):
     sol, bars = solved(method)
     # what rows are beside does not matter

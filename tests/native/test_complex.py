@@ -72,7 +72,7 @@ def test_as_the_eager_engine_in_parts(method, rows):
 @pytest.mark.parametrize("method", ["dopri5", "rodas5p", "bdf"])
 @pytest.mark.parametrize("rows", [0, 3])
 @pytest.mark.parametrize("sampled", [False, True])
-@pytest.mark.slow_cases("False-0-bdf", "False-3-rodas5p", "True-0-rodas5p", "True-3-bdf")
+@pytest.mark.slow_cases("False-0-bdf", "False-3-rodas5p", "True-0-rodas5p", "True-3-bdf", "True-3-rodas5p", "False-3-bdf")
 def test_solves_like_one_before(method, rows, sampled, monkeypatch):
     """Compiled code is called at once; second derivatives go the general way again."""
     made, real = [], prepared.run_of
@@ -114,6 +114,7 @@ def test_a_unitary_evolution(method, captured):
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rodas5p"])
+@pytest.mark.slow_cases("rodas5p")
 def test_derivatives_of_derivatives_and_forward_mode(method):
     """Go on from the record: against differences."""
     y0, g, c = (x.detach() for x in inputs(0))

@@ -147,7 +147,7 @@ class TestAgainstEager:
         agree(solve, close, rows=rows, method=method, fun=kicked, step_ts=[0.7, 1.3], t_eval=torch.tensor([0.5, 0.9, 2.0], dtype=F64))
 
     @pytest.mark.parametrize("rows", [0, 18])
-    @pytest.mark.slow_cases("0-rodas5p", "0-residual bdf", "18-radau5", "18-residual radau")
+    @pytest.mark.slow_cases("0-rodas5p", "0-residual bdf", "18-radau5", "18-residual radau", "0-radau5", "18-residual bdf")
     def test_events_quadrature_all_steps_and_dense_output(self, form, rows):
         solve, method = form
         mine, _ = agree(solve, 1e-6, rows=rows, method=method, events=[rises, ends], quadrature=lambda t, y, p: y[..., 0] * y[..., 2])
@@ -182,6 +182,7 @@ class TestAgainstEager:
         mine = solve(True, dead, *given(18)[1:], method=method, throw=False)
         assert int(mine.status[4]) < 0 and int((mine.status < 0).sum()) == 1
 
+    @pytest.mark.slow_cases("rodas5p", "residual bdf")
     def test_second_derivatives_and_forward_mode_go_on_from_the_record(self, form):
         solve, method = form
         y0, p, mass = (x.detach() for x in given(0))
@@ -364,6 +365,7 @@ def test_what_was_captured_is_known_at_the_next_solve():
 
 
 @pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.slow_cases("0")
 def test_mechanics(rows):
     """Derivatives of constraints are taken in the equations: a pendulum, whose energy stays."""
     model = adjoint.mechanics(

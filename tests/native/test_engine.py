@@ -66,6 +66,7 @@ def check(method, tolerance=1e-8, **options):
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in QUICK else [pytest.mark.slow]) for m in NATIVE])
+@pytest.mark.slow_cases("bdf", "rodas5p")
 def test_every_method(method):
     # the error of a first step of order 9 is nothing but rounding at the tolerance of the others, as if the state rested
     options = {"t_eval": torch.linspace(0, 2, 6, dtype=torch.float64)} | ({"rtol": 1e-6, "atol": 1e-8} if method == "verner9" else {})
@@ -146,7 +147,7 @@ rises.direction = 1
 
 @pytest.mark.parametrize("method", [*QUICK[:2], "rodas5p", "kvaerno5", "bdf"])
 @pytest.mark.parametrize("rows", [0, 18])
-@pytest.mark.slow_cases("0-rodas5p", "0-kvaerno5", "18-bdf", "18-dopri5")
+@pytest.mark.slow_cases("0-rodas5p", "0-kvaerno5", "18-bdf", "18-dopri5", "18-kvaerno5", "18-rodas5p")
 def test_events(method, rows):
     """Times, states and their derivatives, of events that are recorded and of one that ends the solve, with samples before and after it."""
     found = []
@@ -206,7 +207,7 @@ def test_chaos_is_not_taken_for_instability(monkeypatch, rtol):
 @pytest.mark.filterwarnings("error:compile=True")
 @pytest.mark.parametrize("method", ["dopri5", "rodas5p", "kvaerno5"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
-@pytest.mark.slow_cases("single-rodas5p", "double-kvaerno5")
+@pytest.mark.slow_cases("single-rodas5p", "double-kvaerno5", "single-kvaerno5", "single-dopri5")
 def test_many_trajectories_of_a_small_function_are_those_of_few(method, dtype):
     """Registers side by side, with a trajectory that fails (its parameter is no number) and one that ends at once, against one by one."""
 

@@ -81,6 +81,7 @@ class TestTheSame:
         torch.testing.assert_close(grads[1], grads[2], rtol=1e-9, atol=1e-12)
 
     @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.slow_cases("implicit")
     def test_a_module(self, form, counted):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).double()
@@ -179,6 +180,7 @@ class TestWhatChanges:
 
 class TestDerivatives:
     @pytest.mark.parametrize("form", ALONE)
+    @pytest.mark.slow_cases("explicit", "implicit")
     def test_second_order(self, form, counted):
         # derivatives of implicit steps, one by one, take their time
         rtol = 1e-5 if form == "implicit" else 1e-9
@@ -209,6 +211,7 @@ class TestDerivatives:
             torch.testing.assert_close(found, torch.stack(rows), rtol=1e-9, atol=1e-12)
 
     @pytest.mark.parametrize("form", ALONE)
+    @pytest.mark.slow_cases("implicit")
     def test_transforms_go_the_general_way(self, form, counted):
         y0, p = start().detach(), p4().detach()
         f = lambda p: solve(lotka, y0, (p,), form=form).y[-1]  # noqa: E731
@@ -272,6 +275,7 @@ class TestDerivatives:
                 total.backward()
 
     @pytest.mark.parametrize("form", ALONE)
+    @pytest.mark.slow_cases("implicit")
     def test_sample_times_written_to(self, form):
         """The way back goes by the times of the solve."""
         found = []
@@ -365,6 +369,7 @@ class TestIntegrals:
             torch.testing.assert_close(b, d, rtol=1e-8, atol=1e-10)
 
     @pytest.mark.parametrize("sampled", [False, True])
+    @pytest.mark.slow_cases("False")
     def test_second_order(self, sampled, counted):
         times = torch.linspace(0.25, 1.5, 4, dtype=F64) if sampled else None
 

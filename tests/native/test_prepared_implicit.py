@@ -59,6 +59,7 @@ class TestTheSame:
             assert bool((grads[0][..., 1] == 0).all())
 
     @pytest.mark.parametrize("sampled", [False, True])
+    @pytest.mark.slow_cases("True")
     def test_slopes_and_second_order(self, sampled, counted):
         times = torch.linspace(0, 2, 5, dtype=F64) if sampled else None
 

@@ -110,7 +110,7 @@ def test_an_arrow(method, rows, patterns):
 
 
 @pytest.mark.parametrize("method, rows", [("kvaerno5", 0), ("rodas5p", 0), ("bdf", 20), ("radau5", 3)])
-@pytest.mark.slow_cases("rodas5p-0")
+@pytest.mark.slow_cases("rodas5p-0", "kvaerno5-0", "radau5-3")
 def test_a_network_of_reactions(method, rows, patterns):
     fun, y0, _ = network(60)
     compare((fun, y0), method, rows=rows, span=0.1)
@@ -135,7 +135,7 @@ def tangle(n):
 
 
 @pytest.mark.parametrize("method, rows", [("dopri5", 20), ("kvaerno5", 0), ("rodas5p", 0), ("rodas5p", 20), ("bdf", 0), ("radau5", 3)])
-@pytest.mark.slow_cases("rodas5p-20")
+@pytest.mark.slow_cases("rodas5p-20", "kvaerno5-0", "dopri5-20", "radau5-3")
 def test_outputs_unlike_each_other_in_loops_over_their_terms(method, rows, patterns, monkeypatch):
     """Where they would be too long written out."""
     by_terms, real = [], functions.rolled
@@ -159,18 +159,21 @@ def test_a_large_network_of_reactions(method, patterns):
 
 
 @pytest.mark.parametrize("method", ["kvaerno5", "rodas5p", "bdf", "radau5"])
+@pytest.mark.slow_cases("rodas5p", "radau5")
 def test_two_dimensions(method, patterns):
     compare(brusselator(16), method)
     assert patterns[0] is not None
 
 
 @pytest.mark.parametrize("method", ["kvaerno5", "bdf"])
+@pytest.mark.slow_cases("kvaerno5")
 def test_two_dimensions_side_by_side(method, patterns):
     compare(brusselator(8), method, rows=20)
     assert patterns[0] is not None
 
 
 @pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.slow_cases("3")
 def test_rosenbrock_methods_through_kept_values(rows, patterns):
     compare(fluxes(450), "rodas5p", rows=rows, span=0.1)
     assert patterns[0] is not None
@@ -260,12 +263,14 @@ def compare_dae(problem, method, rows):
 
 @pytest.mark.parametrize("rows", [0, 20])
 @pytest.mark.parametrize("method", ["radau", "bdf"])
+@pytest.mark.slow_cases("radau-0", "radau-20")
 def test_implicit_equations(method, rows, patterns):
     compare_dae(index_one(40), method, rows)
     assert patterns[0] is not None
 
 
 @pytest.mark.parametrize("rows", [0, 20])
+@pytest.mark.slow_cases("20")
 def test_diagonals_that_are_zero(rows, patterns):
     compare_dae(index_two(30), "radau", rows)
     assert patterns[0] is not None and patterns[0].equations != patterns[0].unknowns
@@ -273,6 +278,7 @@ def test_diagonals_that_are_zero(rows, patterns):
 
 class TestPivotsThatVanish:
     @pytest.mark.parametrize("rows", [0, 20])
+    @pytest.mark.slow_cases("20")
     def test_of_implicit_equations(self, rows, patterns, monkeypatch):
         monkeypatch.setattr(entry, "_remarked", set())
         with pytest.warns(RuntimeWarning, match="uncompiled, because a sparse matrix .* rows exchanged"):
@@ -316,6 +322,7 @@ class TestPivotsThatAreSmall:
         return torch.cat([1e6 * (a.mean(-1, keepdim=True) - hub) - 0.3 * hub, rate * (a - 3 * b) + 1e6 * hub, rate * (3 * a + b)], -1)
 
     @pytest.mark.parametrize("rows", [0, 20])
+    @pytest.mark.slow_cases("20")
     def test_gradients(self, rows, patterns):
         found = []
         for compile in (True, False):

@@ -70,6 +70,7 @@ def test_there_and_back(mu):
 
 
 @pytest.mark.parametrize("rows", [5, 21, 70])
+@pytest.mark.slow_cases("70")
 def test_values_alone(rows):
     """Of steps that no derivatives are wanted of, many at once are as those of the eager engine."""
     y0, mu = spread(rows)
@@ -107,6 +108,7 @@ def test_published_values():
 
 
 @pytest.mark.parametrize("method", [AutoSwitch(METHODS["dopri5"], METHODS["rodas5p"]), AutoSwitch(METHODS["tsit5"], METHODS["radau5"])])
+@pytest.mark.slow_cases("method0")
 def test_other_pairs(method):
     same(pair(vdpol, (0.0, 60.0), Y0, (torch.tensor(50.0, dtype=F64),), method=method), 1e-5, ("n_steps", "n_accepted", "n_factorizations"))
 

@@ -27,6 +27,7 @@ LANES = {"one": (torch.float64, 0), "four": (torch.float64, 4), "eight single": 
 @pytest.mark.parametrize(
     "dtype, lanes", [pytest.param(*x, id=name, marks=[pytest.mark.slow] * (name == "pairs of pairs")) for name, x in LANES.items()]
 )
+@pytest.mark.slow_cases("four", "eight single")
 def test_all_operators(tmp_path, dtype, lanes):
     """Values, and all derivatives where they are not scattered."""
     y, p = states(dtype), PARAMETERS.to(dtype)

@@ -18,6 +18,7 @@ NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in NAMES])
+@pytest.mark.slow_cases("influenza_parameter_estimation", "deq_digits")
 def test_example(name, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     if name in ("digits_neural_ode", "deq_digits"):

@@ -27,6 +27,7 @@ def unexpected(v: Verdict) -> bool:
 
 
 @pytest.mark.parametrize("first", range(0, CASES, CHUNK))
+@pytest.mark.slow_cases("40", "60")
 def test_random_cases(first):
     found = [judge(seed, cheap=True) for seed in range(first, first + CHUNK)]
     wrong = [v for v in found if unexpected(v)]

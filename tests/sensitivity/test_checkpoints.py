@@ -103,7 +103,7 @@ def gradients(strategy, method, batched=False, **options):
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("method", METHODS_TRIED)
-@pytest.mark.slow_cases("kvaerno3-False", "rodas5p-True")
+@pytest.mark.slow_cases("kvaerno3-False", "rodas5p-True", "kvaerno3-True")
 def test_the_same_to_the_last_bit(method, batched):
     want = gradients(DiscreteAdjoint(), method, batched)
     found = [gradients(DiscreteAdjoint(checkpoints=count), method, batched) for count in (2, 5, 1000)]
@@ -173,6 +173,7 @@ def test_failed_trajectories():
 
 
 @pytest.mark.parametrize("method", ["tsit5", "kvaerno3"])
+@pytest.mark.slow_cases("kvaerno3")
 def test_higher_orders_and_transforms(method):
     p = torch.tensor([1.5, 1, 3, 1], dtype=F64)
 

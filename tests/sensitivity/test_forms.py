@@ -312,6 +312,10 @@ def truth(case: Case) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("case", cases())
+@pytest.mark.slow_cases(
+    "tsit5-dying-dense-hvp-interpolating", "tsit5-dying-terminal-hvp-sweep", "mass rodas5p-dying-passed-grad-default",
+    "kencarp5-dying-terminal-dual-backprop",
+)  # fmt: skip
 def test_against_the_closed_form(case):
     if case.method == "bdf" and case.output == "samples" and case.second_order:
         # the first one lies in a step of first order

@@ -180,6 +180,7 @@ def test_discontinuity(gradient):
 
 
 @pytest.mark.parametrize("gradient", STRATEGIES, ids=["discrete", "backprop"])
+@pytest.mark.slow_cases("discrete")
 def test_complex_state(gradient):
     """y' = i w y + c conj(y): gradients of a real loss follow the convention of PyTorch."""
     w = torch.tensor(1.3, requires_grad=True)

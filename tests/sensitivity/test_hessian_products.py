@@ -61,6 +61,7 @@ def test_parameters_and_times(method, batched, sampled, first, second):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow_cases("kvaerno5")
 def test_it_is_recorded_only_for_who_differentiates_it(method, monkeypatch):
     counts = {"functional_sweep": 0, "_eager": 0}
     for name in counts:

@@ -24,6 +24,7 @@ def ragged(p, method):
 
 
 @pytest.mark.parametrize("method, p", [("radau", (1.0, 5.0)), ("radau3", (-1.0, 4.0)), ("bdf", (-1.0, 4.0))])
+@pytest.mark.slow_cases("radau3-p1")
 def test_tangents_of_constrained_trajectories_with_different_numbers_of_steps(method, p):
     p = torch.tensor(p, dtype=torch.float64)
     want = -torch.exp(-p)

@@ -287,7 +287,7 @@ def test_a_component_that_rests_in_tiny_steps_alone():
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("declared", [True, False])
 @pytest.mark.parametrize("method", ["kvaerno3", "rodas5p", "radau5", "tsit5"])
-@pytest.mark.slow_cases("kvaerno3-True-False", "kvaerno3-False-True", "radau5-False-True")
+@pytest.mark.slow_cases("kvaerno3-True-False", "kvaerno3-False-True", "radau5-False-True", "kvaerno3-True-True")
 def test_a_pulse_that_ends_a_rest(method, declared, batched):
     """A displaced time of a switch is another one, before which the solution jumps and its displaced one does not."""
     rate, (on, off) = 5.0, (0.3, 0.7)

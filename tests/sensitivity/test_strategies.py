@@ -167,7 +167,7 @@ def robertson_ode(t, y, p):
 
 
 @pytest.mark.parametrize("strategy", [InterpolatingAdjoint(), QuadratureAdjoint(), ForwardSensitivity()], ids=lambda s: type(s).__name__)
-@pytest.mark.slow_cases("QuadratureAdjoint")
+@pytest.mark.slow_cases("QuadratureAdjoint", "InterpolatingAdjoint")
 def test_robertson_as_an_ode(strategy):
     p = ROBERTSON_P.clone().requires_grad_()
     sol = solve_ivp(
@@ -225,6 +225,7 @@ def test_pulses_between_steps_of_the_adjoint(strategy, batched):
 
 
 @pytest.mark.parametrize("method, tolerance", [("kvaerno5", 1e-2), ("rodas5p", 1e-4), ("bdf", 1e-4)])
+@pytest.mark.slow_cases("kvaerno5-0.01", "bdf-0.0001")
 def test_stiff_derivatives_in_times(method, tolerance):
     """Between steps and at the end: slopes of a tight solve. `fun` magnifies errors of states to three times the slope, and 1 %."""
     times, end = tensor(0.1, 10.0).requires_grad_(), tensor(1e2).requires_grad_()

@@ -79,8 +79,8 @@ def test_forward_over_reverse_hessian_vector_product(gradient):
 @pytest.mark.parametrize("transform", ["value", "grad", "jvp", "hessian"])
 @pytest.mark.slow_cases(
     "hessian-p-discrete", "hessian-y0-discrete", "hessian-times-discrete", "hessian-end-discrete", "hessian-p-backprop",
-    "hessian-y0-backprop", "hessian-times-backprop", "hessian-end-backprop",
-)
+    "hessian-y0-backprop", "hessian-times-backprop", "hessian-end-backprop", "hessian-p, y0, times, end-discrete",
+)  # fmt: skip
 def test_vmap_is_a_loop_of_single_solves(gradient, over, transform):
     """Over parameters, states, sample times and ends, together and alone, with derivatives inside."""
     n = 2
@@ -146,6 +146,7 @@ def test_per_sample_gradients_of_a_module(gradient):
             assert torch.allclose(got[name][i], g, rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.slow_cases("backprop")
 def test_captured_tensors_under_transforms(gradient):
     """A closure over the transformed tensor: nothing is passed, and nothing may be lost."""
 

@@ -228,7 +228,7 @@ IMPLICIT = ["kvaerno5", "rodas5p", "radau5", "bdf", "auto"]
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("tight", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.slow_cases("False-kvaerno5", "False-radau5")
+@pytest.mark.slow_cases("False-kvaerno5", "False-radau5", "False-bdf", "False-abm", "False-auto")
 def test_no_false_alarms(method, tight):
     p = torch.tensor(1.0, requires_grad=True)
     for fun, end, y0 in PLAIN + (STIFF if method in IMPLICIT else []):
