@@ -26,6 +26,8 @@ __all__ = ["jumps_refused"]
 
 #: how much wider the gap between the sides is than what a side varies by
 _WIDER = 10.0
+#: by which part entries of a state are displaced to see how large the terms are that ``fun`` adds up
+_PART = 2.0**-10
 _WHY = (
     "a derivative was to be taken of a state at or behind a recorded event at which fun jumps, and the time of that event moves with the "
     "state or the parameters: the step over it does not know that, so that the derivative would be wrong. Make the event terminal "
@@ -68,7 +70,7 @@ def _jumps(parts: Parts, which: int, line: int) -> Tensor:
     """``(B,)``: whether ``fun`` jumps at this event, whose time is not fixed.
 
     On either side it is evaluated at two distances: a gap between the sides that is much wider than what a side varies by is a jump,
-    whatever the slopes, the stiffness or the rounding errors of ``fun`` are.
+    whatever the slopes, the stiffness or the rounding errors of ``fun`` are. Rounding errors are those of the terms that ``fun`` adds up.
     """
     out, plan, system = parts.out, parts.problem.plan, parts.problem.system
     found = out.event_step[line] >= 0
@@ -80,21 +82,29 @@ def _jumps(parts: Parts, which: int, line: int) -> Tensor:
     distance = around.h.detach() * eps ** (1 / 3) + torch.sign(around.h.detach()) * 64 * eps * t.abs()
     f, slope = system.bind(system.inputs), around.slope(t)
 
-    def at(share: float) -> Tensor:
+    def at(share: float, part: float = 0.0) -> Tensor:
         when = t + share * distance
         y = around.state(when)
         point = y if system.residual is None else torch.cat([y, slope], -1)
-        value = f(when.to(plan.real), point.detach()).detach()
+        value = f(when.to(plan.real), point.detach() * (1 + part * _weights(point))).detach()
         return torch.view_as_real(value).flatten(-2) if value.is_complex() else value
 
     low, lower, upper, high = (at(share) for share in (-1.0, -0.25, 0.25, 1.0))
-    size = torch.maximum(lower.abs(), upper.abs())
+    # residuals are zero, and so are rates that balance: what they vary by are the rounding errors of their terms
+    terms = ((at(-0.25, _PART) - lower).abs() / _PART).nan_to_num(0.0, 0.0, 0.0)
+    size = torch.maximum(torch.maximum(lower.abs(), upper.abs()), terms)
     gap = (upper - lower).abs()
     wide = (gap > _WIDER * ((lower - low).abs() + (high - upper).abs())) & (gap > eps**0.5 * size)
     # a step that ends at a named time ends there whatever it is differentiated by; and what is behind the last event is not there
     ends = torch.cat([anchors, torch.where(out.status > 0, out.t_final, float("nan")).unsqueeze(0)])
     ended = ((t - ends).abs() <= 64 * torch.finfo(torch.float64).eps * torch.maximum(t.abs(), around.h.abs())).any(0)
     return found & wide.any(-1) & ~ended & _moves(parts, which, t, around.state(t - distance), around.state(t + distance))
+
+
+def _weights(point: Tensor) -> Tensor:
+    """A weight for each entry, no two alike and between a half and three halves, so that terms which cancel no longer do."""
+    k = torch.arange(1, point.shape[-1] + 1, dtype=point.real.dtype, device=point.device)
+    return 0.5 + (k * 0.6180339887498949) % 1.0
 
 
 def _moves(parts: Parts, which: int, t: Tensor, before: Tensor, behind: Tensor) -> Tensor:

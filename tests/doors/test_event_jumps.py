@@ -152,3 +152,21 @@ def test_smooth_and_kinked_functions_are_none_of_this(method, dtype):
     torch.testing.assert_close(
         torch.autograd.grad(sol.y[-1, 0], rate)[0], torch.tensor(4.0, dtype=dtype), rtol=0.1 if dtype == torch.float32 else 1e-2, atol=0
     )
+
+
+@pytest.mark.parametrize("method", ["radau", "bdf"])
+def test_rounding_errors_of_a_residual_are_no_jump(method):
+    """A total that is kept: its residual is zero up to its last digits on both sides of the events."""
+
+    def chain(t, y, yp, p):
+        return torch.stack([yp[0] + p * y[0], yp[1] - p * y[0] + y[1], y.sum() - 1])
+
+    p, levels = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    events = [lambda t, y, *_, c=c: y[0] - c for c in levels]
+    y0 = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    sol = solve_dae(chain, (0.0, 5.0), y0, args=(p,), events=events, method=method, rtol=1e-7, atol=1e-9)
+    times = torch.stack([record.t[0] for record in sol.events])
+    slopes = torch.stack([torch.autograd.grad(t, p, retain_graph=True)[0] for t in times])
+    torch.testing.assert_close(slopes, levels.log() / 0.49, rtol=1e-4, atol=0.0)
+    end = torch.autograd.grad(sol.y[-1, 0], p)[0]
+    torch.testing.assert_close(end, -5 * torch.exp(-5 * p.detach()), rtol=1e-4, atol=0.0)
