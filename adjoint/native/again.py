@@ -65,7 +65,8 @@ class _Again:
             setattr(call, name, x.data_ptr())
         call.inputs, call.n_anchors, call.shift = self._inputs_at[0], anchors.shape[0], shift_of(plan, anchors)
         call.threads, call.team = threads_for(program, rows)
-        call.keep_states = call.keep_stages = False
+        # as in the solve, iterations begin without what the steps before left
+        call.keep_states = call.keep_stages = call.guesses = False
 
     def per_step(self) -> int:
         """How many states are as large as what is kept of a step."""

@@ -56,9 +56,7 @@ def sweep_native(
     n_steps, rows = grid.t.shape
     engine = program.engine(program.lanes(rows))
     call = BACKWARD_CALL.from_buffer_copy(program.backward_call(engine))
-    keep = {"t": grid.t, "h": grid.h, "status": grid.status, "sample_step": grid.sample_step, "anchors": anchors}
-    if slots is None:
-        keep["states"] = grid.states
+    keep = {"t": grid.t, "h": grid.h, "status": grid.status, "sample_step": grid.sample_step, "states": grid.states, "anchors": anchors}
     if anchors.shape[0] > 2:
         keep |= {"segment": grid.segment, "lands": grid.lands}
     if slots is None and (program.method.implicit or program.method.multistep):
@@ -101,7 +99,7 @@ def sweep_native(
             if len(bar):
                 x.copy_(bar.reshape(x.shape))
         return Cotangents(y0_bar, found, t_bar, h_bar, t_eval_bar)
-    if slots is None:
+    if slots is None or not n_steps:
         swept(engine, call)
     else:
         parts = parts_back(program, plan, grid, anchors, plain(grid.states[0]), inputs, slots)

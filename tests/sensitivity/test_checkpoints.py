@@ -264,7 +264,7 @@ def test_compiled_they_are_those_of_all_states(method, batched, monkeypatch):
     parts = []
     taken = again._Again.part
     monkeypatch.setattr(again._Again, "part", lambda self, start, k, stop: parts.append(stop - k) or taken(self, start, k, stop))
-    # iterations for coupled stages begin elsewhere
+    # iterations for coupled stages begin elsewhere if steps are to be taken again
     close = 1e-4 if method in ("radau5", "gl4") else 1e-13
     for count in (1, 5, 1000):
         assert _of_both(method, count, batched, step_ts=[0.5, 1.25]) < close
@@ -284,7 +284,7 @@ def test_compiled_beside_rows_that_end_or_fail(method, rows):
         def fun(t, y, p):
             return p * y**2
 
-        options = {"t_eval": [0.05], "method": method, "gradient": DiscreteAdjoint(checkpoints=4), "compile": True, "max_steps": 200}
+        options = {"t_eval": [0.05], "method": method, "gradient": DiscreteAdjoint(checkpoints=4), "compile": True, "max_steps": 1500}
         return solve_ivp(fun, (0.0, ends), y0.unsqueeze(-1), (p,), batched=True, throw=False, rtol=1e-9, atol=1e-9, **options)
 
     p = torch.tensor(1.0, dtype=F64, requires_grad=True)
@@ -296,6 +296,15 @@ def test_compiled_beside_rows_that_end_or_fail(method, rows):
     for a, b in zip(found, want, strict=False):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
     assert not found[2].any()
+
+
+@pytest.mark.compile
+def test_compiled_without_any_step():
+    y0, p = torch.full((1, 2), math.nan, dtype=F64, requires_grad=True), torch.ones((), dtype=F64, requires_grad=True)
+    options = {"batched": True, "throw": False, "gradient": DiscreteAdjoint(checkpoints=2), "compile": True}
+    sol = solve_ivp(lambda t, y, p: -p * y, (0.0, 1.0), y0, (p,), method="tsit5", **options)
+    assert sol.status[0] < 0 and not sol.stats.n_accepted.any()
+    assert not any(x.any() for x in torch.autograd.grad(sol.y[-1].nan_to_num().sum(), (y0, p)))
 
 
 @pytest.mark.compile
