@@ -189,7 +189,8 @@ class CheckpointNode(Node):
         ctx.mark_non_differentiable(*output[_DIFFERENTIABLE:])
         out = Outputs(*output)
         grid = [getattr(out, name) for name in _GRID]
-        ctx.save_for_backward(out.final, *grid, y0, anchors, *([t_eval] if t_eval is not None else []), *rest)
+        # steps are taken again from the state of the solve, whatever is written into the user's
+        ctx.save_for_backward(y0.detach().clone(), out.final, *grid, y0, anchors, *([t_eval] if t_eval is not None else []), *rest)
 
     @staticmethod
     @copy_by_copy
@@ -197,7 +198,7 @@ class CheckpointNode(Node):
     @continuing("problem")
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         problem = ctx.problem()
-        final, *saved = alive(ctx.saved_tensors)
+        start, final, *saved = alive(ctx.saved_tensors)
         kept = dict(zip(_GRID, saved[: len(_GRID)], strict=True))
         y0, anchors, *rest = saved[len(_GRID) :]
         t_eval = rest.pop(0) if ctx.has_samples else None
@@ -207,7 +208,6 @@ class CheckpointNode(Node):
             if torch.is_grad_enabled() or functorch_active():
                 return (None, None, *ctx.problem.let_out(_with_all_states(problem, (anchors, t_eval, y0, *rest), bars, wants)))
             inputs = problem.system.inputs if ctx.own else rest
-            start = y0.detach()
             nothing = start.new_empty(0)
             grid = Grid(states=start.unsqueeze(0), stages=nothing, extra=nothing, **kept)
             asked = Asked(problem, grid, anchors, t_eval, inputs, (*bars, None, None), wants)

@@ -308,6 +308,17 @@ def test_compiled_without_any_step():
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_initial_state_that_is_written_into_by_data(compiled):
+    y0 = torch.ones(2, dtype=F64, requires_grad=True)
+    options = {"rtol": 1e-9, "gradient": DiscreteAdjoint(checkpoints=3), "compile": compiled}
+    sol = solve_ivp(lambda t, y: -(y**2), (0.0, 1.0), y0, **options)
+    y0.data.zero_()
+    # y = y0 / (1 + y0 t)
+    torch.testing.assert_close(torch.autograd.grad(sol.y[-1].sum(), y0)[0], torch.full((2,), 0.25, dtype=F64), rtol=1e-6, atol=0)
+
+
+@pytest.mark.compile
 def test_compiled_a_state_that_rests():
     """Steps are short enough for a displacement of what rests, which is known without the states of the steps."""
     y0 = torch.tensor([1.0, 0.0], dtype=F64, requires_grad=True)
