@@ -76,7 +76,8 @@ def agree(solve, tolerance=1e-7, rows=0, **options):
     for a, b in zip(slopes, other_slopes, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
-            torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=10 * tolerance * float(b.abs().max()) + 1e-300)
+            # sizes of steps of eager batches are powers in single precision
+            torch.testing.assert_close(a, b, rtol=40 * tolerance, atol=40 * tolerance * float(b.abs().max()) + 1e-300)
     return mine, theirs
 
 
