@@ -100,7 +100,8 @@ def slopes(task: Task, at: Boundary, infused: tuple[Any, ...], lost: Tensor) -> 
         t, y, mode = forward_fill(~lost, (at.t, at.y, at.mode))
 
         def rate_at(t: Tensor, y: Tensor) -> Tensor:
-            return spec.flatten(told(t.reshape(at.t.shape), spec.unflatten(y), mode))
+            rate = spec.flatten(told(t.reshape(at.t.shape), spec.unflatten(y), mode))
+            return torch.where(lost.reshape(-1, 1), 0.0, rate)
 
         t, y = t.reshape(-1), spec.flatten(y)
         first = rate_at(t, y)

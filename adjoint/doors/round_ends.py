@@ -86,11 +86,16 @@ def with_events(
         def moved(h: Tensor, rate: Any) -> Any:
             return tree_map(lambda a, k: a + wide(h, a).to(a.dtype) * k, y, rate)
 
+        def along(t: Tensor, at: Any) -> Any:
+            # of the others, which may be lost, there need not be any number
+            return ending if slope is None else tree_map(lambda k: torch.where(wide(hit, k), k, 0.0), slope(t, at))
+
         def state(d: Tensor) -> Any:
-            return moved(d, ending if slope is None else slope(now + d / 2, moved(d / 2, slope(now, y))))
+            return moved(d, ending if slope is None else along(now + d / 2, moved(d / 2, along(now, y))))
 
         def residual(d: Tensor) -> Tensor:
-            return rule.value((now + d).to(real), state(d), *args).reshape(now.shape).to(torch.float64)
+            value = rule.value((now + d).to(real), state(d), *args).reshape(now.shape).to(torch.float64)
+            return torch.where(hit, value, 0.0)
 
         d, sloping = behind(torch.zeros_like(now), now, *causes), hit
         for k in range(2):
@@ -101,7 +106,8 @@ def with_events(
         d = once(d, hit, _TWICE, *causes) if slope is None else d
         if integrand is not None:
             # of second order, as the state
-            rate = integrand((now + d / 2).to(real), moved(d / 2, ending if slope is None else slope(now, y)))
+            rate = integrand((now + d / 2).to(real), moved(d / 2, along(now, y)))
+            rate = tree_map(lambda g: torch.where(wide(hit, g), g, 0.0), rate)
             integrals = tree_map(
                 lambda q, g, total: torch.where(wide(hit, q), q + wide(d, g).to(g.dtype) * g, total), sol.quadrature, rate, integrals
             )

@@ -369,3 +369,29 @@ def test_a_row_that_a_reset_loses_changes_nothing_in_others(door, more):
     found = sol.y[-1, ::2, 0].sum() + sol.events["e"].t[0, ::2].sum()
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(x, c)[0] for x in (found, wanted)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("gradient", [adjoint.DiscreteAdjoint(), adjoint.DiscreteAdjoint(checkpoints=4), adjoint.InterpolatingAdjoint()])
+def test_a_row_that_fails_by_itself_changes_nothing_in_what_all_share(gradient):
+    """Its function is no number at the times of the events of the other one."""
+    reset = torch.tensor([0.4, 0.0], dtype=torch.float64)
+
+    def gradients(bad):
+        p = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+        y0 = torch.tensor([[1.0, 0.2], [0.8, 0.1]], dtype=torch.float64)[-len(bad) :]
+        amount = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+
+        def fun(t, y, p):
+            rate = torch.stack([-p * y[..., 0] + 0.2, -0.3 * p * y[..., 1]], -1)
+            return torch.where((bad * t > 0.9).unsqueeze(-1), torch.nan, rate)
+
+        jump = adjoint.Event(lambda t, y, p: y[..., 0] - 0.5, direction=-1, reset=lambda t, y, p: y + reset)
+        events = [jump, adjoint.Doses([0.4], amount, 1, duration=0.3)]
+        options = {"quadrature": lambda t, y, p: p * y[..., 0], "batched": True, "throw": False, "gradient": gradient}
+        sol = adjoint.solve_ivp(fun, (0.0, 2.0), y0, (p,), events=events, **options)
+        assert (sol.status < 0).tolist() == bad.bool().tolist()
+        return torch.autograd.grad((sol.y[-1].sum(-1) + sol.quadrature)[-1], (p, amount))
+
+    alone, beside = gradients(torch.zeros(1, dtype=torch.float64)), gradients(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    for a, b in zip(beside, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
