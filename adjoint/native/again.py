@@ -14,7 +14,7 @@ from ..integrate.schedule import Schedule
 from .device import DeviceEngine, addressed
 from .emit import recorded_stages
 from .memory import plain
-from .program import Engine, Program
+from .program import Program
 from .reading import Unreadable
 from .solve import frame_of, shift_of, threads_for
 
@@ -46,10 +46,8 @@ class _Again:
     def __init__(self, program: Program, plan: Plan, grid: Grid, anchors: Tensor, y0: Tensor, inputs: Sequence[Tensor]) -> None:
         method, rows = program.method, y0.shape[0]
         lanes = program.lanes(rows)
-        engine = program.engine(lanes)
-        if isinstance(engine, DeviceEngine) or program.displaced or method.multistep:
-            raise Unreadable("", "", f"steps are not taken again by compiled code on {y0.device.type}")
-        assert isinstance(engine, Engine)
+        if isinstance(program.engine(lanes), DeviceEngine):
+            raise Unreadable("", "", f"its steps would be taken again (checkpoints=), which compiled code does not on {y0.device.type}")
         self._take = program.again(lanes)
         self._frame = frame_of(program, plan, y0, False)
         self._keeps, self._n_stages, self._chained = method.implicit, recorded_stages(method), method.hands_on

@@ -91,23 +91,22 @@ def sweep_native(
     call.threads, call.team = threads_for(program, rows)
     call.n_anchors, call.n_steps, call.n_samples = anchors.shape[0], n_steps, n_samples
     call.jumps, call.timed = shift_of(plan, anchors), timed
-    if isinstance(engine, DeviceEngine):
-        if slots is not None:
-            raise Unreadable("", "", f"checkpoints= are states of steps, which are not taken again by compiled code on {at.type}")
+    if slots is not None and n_steps:
+        parts = parts_back(program, plan, grid, anchors, plain(grid.states[0]), inputs, slots)
+        _swept_in_parts(engine, call, program, parts, y0_bar, found)
+    elif isinstance(engine, DeviceEngine):
         sizes = [n if not own else 0 for n, own in zip(program.numbers, program.own, strict=True)]
         for x, bar in zip(found, engine.sweep(call, grid.states).split(sizes), strict=True):
             if len(bar):
                 x.copy_(bar.reshape(x.shape))
-        return Cotangents(y0_bar, found, t_bar, h_bar, t_eval_bar)
-    if slots is None or not n_steps:
-        swept(engine, call)
     else:
-        parts = parts_back(program, plan, grid, anchors, plain(grid.states[0]), inputs, slots)
-        _swept_in_parts(engine, call, program, parts, y0_bar, found)
+        swept(engine, call)
     return Cotangents(y0_bar, found, t_bar, h_bar, t_eval_bar)
 
 
-def _swept_in_parts(engine: Engine, call: Any, program: Program, parts: Iterator[Part], y0_bar: Tensor, found: Sequence[Tensor]) -> None:
+def _swept_in_parts(
+    engine: Engine | DeviceEngine, call: Any, program: Program, parts: Iterator[Part], y0_bar: Tensor, found: Sequence[Tensor]
+) -> None:
     """Make a call of a way back for one part of the steps after another; cotangents of inputs are added to ``found``."""
     one = [torch.empty_like(x) for x in found]
     call.input_bars, _one_at = addressed(one, y0_bar.device)
@@ -118,6 +117,8 @@ def _swept_in_parts(engine: Engine, call: Any, program: Program, parts: Iterator
         call.states = part.states.data_ptr() - part.first * part.states[0].nbytes
         call.stages = part.stages.data_ptr() - part.first * part.stages[0].nbytes if len(part.stages) else None
         call.first, call.n_steps = part.first, part.stop
+        # of no device: see `parts_back`
+        assert isinstance(engine, Engine)
         swept(engine, call)
         for x, bar in zip(found, one, strict=True):
             x += bar

@@ -98,15 +98,13 @@ class Problem:
 
     def run(self, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor, t_eval: Tensor | None) -> Record:
         """The solve itself, some of whose evaluations the witness remembers."""
-        record = self._run(inputs, y0, anchors, t_eval)
+        seen = self.plan.keep_states or self.witness.wanted
+        record = self.solved(inputs, y0, anchors, t_eval, seen)
         if self._constrained and self.derivatives:
             longest = longest_step(self.system, self.plan, record, inputs)
             if longest is not None:
-                record = replace(self, plan=replace(self.plan, max_step=longest))._run(inputs, y0, anchors, t_eval)
+                record = replace(self, plan=replace(self.plan, max_step=longest)).solved(inputs, y0, anchors, t_eval, seen)
         return record
-
-    def _run(self, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor, t_eval: Tensor | None) -> Record:
-        return self.solved(inputs, y0, anchors, t_eval, self.plan.keep_states or self.witness.wanted)
 
     def solved(self, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor, t_eval: Tensor | None, seen: bool = False) -> Record:
         """The solve alone, by compiled code where that can be; ``seen``: by the witness."""

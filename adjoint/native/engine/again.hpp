@@ -64,15 +64,7 @@ struct Again : Loop {
     }
   }
 };
-struct Retaking { const Forward* q; Tape* tape; };
-static void block_again(void* p, long b) {
-  Retaking& s = *(Retaking*)p;
-  const long from = b * s.q->block, to = least(from + s.q->block, s.q->rows);
-  Again again(*s.q, *s.tape, from, to);
-  again.run();
-}
 extern "C" void again(const Forward* q) {
   Tape tape = {};
-  Retaking s{q, &tape};
-  together(q->threads, q->team, (q->rows + q->block - 1) / q->block, block_again, &s);
+  in_blocks<Again>(q, &tape);
 }

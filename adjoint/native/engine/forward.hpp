@@ -1,11 +1,4 @@
 // A whole solve, in blocks of rows, and what was found in it.
-struct Whole { const Forward* q; Tape* tape; };
-static void block_forward(void* p, long b) {
-  Whole& w = *(Whole*)p;
-  const long from = b * w.q->block, to = least(from + w.q->block, w.q->rows);
-  Loop loop(*w.q, *w.tape, from, to);
-  loop.run();
-}
 // what is asked of all trajectories together
 enum { MOST_ACCEPTED, MOST_REJECTED, ENDED_OTHERWISE, UNSTABLE_ONES, AT_REST };
 static void sum_up(const Forward& q) {
@@ -27,8 +20,7 @@ extern "C" void* forward(const Forward* q) {
 #if EVENTS > 0
   pthread_mutex_init(&tape->log.lock, nullptr);
 #endif
-  Whole w{q, tape};
-  together(q->threads, q->team, (q->rows + q->block - 1) / q->block, block_forward, &w);
+  in_blocks<Loop>(q, tape);
   sum_up(*q);
   if (q->initial) memcpy(q->initial, q->y0, q->rows * N * sizeof(R));
   const long steps = q->keep_grid ? q->summary[MOST_ACCEPTED] : 0;

@@ -103,4 +103,16 @@ extern "C" void seal(void* p, const Forward* q, const Forward* to, long steps) {
   pthread_mutex_destroy(&tape->lock);
   free(tape);
 }
+// solves of all rows, each block by a loop of its own
+struct Whole { const Forward* q; Tape* tape; };
+template <class L> static void block_of_rows(void* p, long b) {
+  Whole& w = *(Whole*)p;
+  const long from = b * w.q->block, to = least(from + w.q->block, w.q->rows);
+  L loop(*w.q, *w.tape, from, to);
+  loop.run();
+}
+template <class L> static void in_blocks(const Forward* q, Tape* tape) {
+  Whole w{q, tape};
+  together(q->threads, q->team, (q->rows + q->block - 1) / q->block, block_of_rows<L>, &w);
+}
 #endif
