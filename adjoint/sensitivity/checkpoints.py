@@ -171,11 +171,12 @@ class CheckpointNode(Node):
 
     @staticmethod
     def forward(problem: Problem, slots: int, anchors: Tensor, t_eval: Tensor | None, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        plan = replace(problem.plan, keep_states=False, keep_stages=False, keep_grid=True)
+        # where constraints are, the states tell whether the steps bear derivatives, and are dropped then
+        plan = replace(problem.plan, keep_states=problem.constrained, keep_stages=False, keep_grid=True)
         with torch.autocast(y0.device.type, enabled=False):
-            record = replace(problem, plan=plan).solved(inputs, y0, anchors, t_eval)
+            record = replace(problem, plan=plan).run(inputs, y0, anchors, t_eval)
         problem.report(record)
-        return tuple(Outputs.of(record))
+        return tuple(Outputs.of(replace(record, states=record.states[:0])))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

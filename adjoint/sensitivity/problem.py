@@ -100,7 +100,7 @@ class Problem:
         """The solve itself, some of whose evaluations the witness remembers."""
         seen = self.plan.keep_states or self.witness.wanted
         record = self.solved(inputs, y0, anchors, t_eval, seen)
-        if self._constrained and self.derivatives:
+        if self.constrained and self.derivatives:
             longest = longest_step(self.system, self.plan, record, inputs)
             if longest is not None:
                 record = replace(self, plan=replace(self.plan, max_step=longest)).solved(inputs, y0, anchors, t_eval, seen)
@@ -164,14 +164,14 @@ class Problem:
                 self.witness.settle()
 
     @property
-    def _constrained(self) -> bool:
+    def constrained(self) -> bool:
         """Whether not every state near that of the solve has a slope."""
         return self.system.residual is not None or self.system.mass is not None
 
     def beside(self, inputs: Sequence[Tensor], rows: int) -> Beside | None:
         """See `Companion`: where derivatives are wanted, and every state near that of the solve has a slope."""
         plan = self.plan
-        if not self.derivatives or not (plan.keep_states or plan.keep_grid) or self._constrained:
+        if not self.derivatives or not (plan.keep_states or plan.keep_grid) or self.constrained:
             return None
 
         def made(moved: bool) -> Any:

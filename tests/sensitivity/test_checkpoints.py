@@ -334,6 +334,21 @@ def test_compiled_a_state_that_rests():
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_state_that_rests_beside_a_constraint(compiled):
+    """An oscillator at rest: its steps are as short as derivatives need them."""
+    turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=F64)
+    mass, y0 = torch.diag(torch.tensor([1.0, 1.0, 0.0], dtype=F64)), torch.zeros(3, dtype=F64, requires_grad=True)
+
+    def fun(t, y):
+        return torch.cat([turn @ y[:2], (y[2] - y[0] - y[1]).reshape(1)])
+
+    options = {"mass_matrix": mass, "method": "rodas5p", "gradient": DiscreteAdjoint(checkpoints=5), "compile": compiled}
+    (found,) = torch.autograd.grad(solve_ivp(fun, (0.0, 10.0), y0, **options).y[-1, 0], y0)
+    torch.testing.assert_close(found[:2], torch.linalg.matrix_exp(10 * turn)[0], rtol=0, atol=1e-3)
+
+
+@pytest.mark.compile
 def test_compiled_second_derivatives_and_all_that_has_no_compiled_form():
     """Derivatives of derivatives keep all states; what compiled code cannot read runs as ever, with a word."""
 
