@@ -66,6 +66,7 @@ __all__ = [
     "is_fwd_grad_enabled",
     "is_gradtrackingtensor",
     "is_legacy_batchedtensor",
+    "is_saving_watched",
     "is_written_down",
     "leaves_of",
     "legacy_add_batch_dim",
@@ -92,6 +93,7 @@ __all__ = [
     "temporarily_clear_interpreter_stack",
     "times_below",
     "unviewed",
+    "unwatched",
     "unwrap_for_grad",
     "unwrap_if_dead",
     "vmapmode_decrement_nesting",
@@ -233,6 +235,8 @@ _let_custom_functions_ask()
 get_sequence_nr: Callable[[], int] = cast(Any, torch.autograd)._get_sequence_nr
 saved_tensors_hooks_is_enabled: Callable[[], bool] = _C._autograd._saved_tensors_hooks_is_enabled
 saved_tensors_hooks_enable: Callable[[], None] = _C._autograd._saved_tensors_hooks_enable
+#: the innermost hooks on what is saved for backward, or None; where PyTorch does not tell, None always
+_saving: Callable[[bool], Any] = getattr(_C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
 #: reads ``x.data`` in graphs; "" where PyTorch has none
 get_data_attr: Any = getattr(_C._autograd, "_get_data_attr", "")
 #: how many tensors lie in a storage; None where PyTorch does not tell
@@ -242,6 +246,21 @@ foreach_add_: Callable[[Any, Any], None] = cast(Any, torch)._foreach_add_
 is_functional_tensor: Callable[[Tensor], bool] = cast(Any, torch)._is_functional_tensor
 from_functional_tensor: Callable[[Tensor], Tensor] = cast(Any, torch)._from_functional_tensor
 sync: Callable[[Tensor], None] = cast(Any, torch)._sync
+
+
+def is_saving_watched() -> bool:
+    """Whether somebody, such as `torch.utils.checkpoint`, counts or moves what is saved for backward."""
+    return _saving(True) is not None
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """For what is done once, and not in the same call made again: those who count what is saved for backward do not see it."""
+    if not is_saving_watched():
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        yield
 
 
 def alive(references: Iterable[weakref.ref[Tensor]]) -> list[Tensor]:

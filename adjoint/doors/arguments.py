@@ -89,7 +89,9 @@ def check_compile(value: Any) -> bool:
 
 
 def check_controller(method: Method, controller: PIDController | None) -> None:
-    """Raise `UnsupportedCombination` for a controller that the method would not ask."""
+    """Raise `UnsupportedCombination` for a controller that the method would not ask, `InvalidInput` for what is none."""
+    if controller is not None and not isinstance(controller, PIDController):
+        raise InvalidInput(f"controller must be an adjoint.PIDController() (or PIController(), IController()), got {controller!r}")
     if controller is not None and method.multistep:
         raise UnsupportedCombination(
             f"controller= with {method.name!r}, which chooses its order and steps together, is not supported: leave it out"

@@ -66,8 +66,9 @@ def raise_failure(record: Record, plan: Plan, system: System, inputs: Sequence[T
     where = f"at t = {t:.8g}{many}, worst component {spec.component(component)} = {_number(y[component])}"
     steps = f"after {int(record.n_accepted[b])} accepted and {int(record.n_rejected[b])} rejected steps"
     if unmeasured is not None:
+        why = f"0/0: atol is zero, and so is {spec.component(component)}" if y[component] == 0 else "infinite: rtol and atol are zero"
         raise NonFiniteState(
-            f"the error norm is 0/0: atol is zero, and so is {spec.component(component)}: {plan.method.name} stopped {where}, {steps}. "
+            f"the error norm is {why}: {plan.method.name} stopped {where}, {steps}. "
             "Nothing is small beside zero: give a positive atol (one number for each component, if they differ much)",
             t=t,
             trajectory=b if rows > 1 else None,
@@ -108,9 +109,9 @@ def _worst(y: Tensor, rate: Tensor | None, scaled_error: Tensor) -> int:
 
 def _unmeasured(y: Tensor, plan: Plan, b: int) -> int | None:
     """Flat index of the first component whose tolerance is zero at the state ``y`` of row ``b``; None if there is none."""
-    atol = torch.as_tensor(plan.atol, dtype=y.dtype.to_real(), device=y.device)
-    atol = atol if atol.dim() < 2 else atol[min(b, len(atol) - 1)]
-    none = (y == 0) & (atol == 0)
+    atol, rtol = (torch.as_tensor(x, dtype=y.dtype.to_real(), device=y.device) for x in (plan.atol, plan.rtol))
+    atol, rtol = (x if x.dim() < 2 else x[min(b, len(x) - 1)] for x in (atol, rtol))
+    none = (atol == 0) & ((y == 0) | (rtol == 0))
     return int(none.to(torch.uint8).argmax()) if bool(none.any()) else None
 
 

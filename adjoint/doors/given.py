@@ -25,7 +25,7 @@ from ..system.ownership import aliased, check_unchanged, copied, remembering
 from ..system.realification import refuse_parts, suited_to_jacobians
 from ..system.system import StateSpec, System
 from ..system.transforms import transforming
-from ..torch_internals import leaves_of
+from ..torch_internals import leaves_of, unwatched
 from .arguments import beside_integral, flat_norm, flat_tolerance, positive
 from .event_jumps import jumps_refused
 from .event_times import event_records
@@ -115,10 +115,11 @@ class Given:
 
     def looked_into(self, native: NativeSolve, method: Method, compiled: bool) -> tuple[Captured, Any]:
         """As `probed`, with no call of ``fun`` where it is compiled and was heard of before."""
-        heard = self._heard(native, method) if compiled else None
-        if heard is not None and heard.captured is not None:
-            return heard.captured, heard.result
-        used, result = self.probed()
+        with unwatched():
+            heard = self._heard(native, method) if compiled else None
+            if heard is not None and heard.captured is not None:
+                return heard.captured, heard.result
+            used, result = self.probed()
         if heard is not None:
             heard.remember(used)
         return used, result

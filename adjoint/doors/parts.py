@@ -61,7 +61,7 @@ def strategy_of(gradient: Gradient | None) -> Gradient:
     """The strategy that was given, or the default one."""
     if gradient is None:
         return DiscreteAdjoint()
-    if not isinstance(gradient, Gradient):
+    if isinstance(gradient, type) or not isinstance(gradient, Gradient):
         raise InvalidInput(f"gradient must be a strategy object such as adjoint.DiscreteAdjoint(), got {gradient!r}")
     return gradient
 

@@ -34,6 +34,7 @@ from ..system.system import StateSpec, System
 from ..torch_internals import (
     dual_level,
     is_functorch_wrapped_tensor,
+    is_saving_watched,
     len_torch_dispatch_stack,
     len_torch_function_stack,
     peek_interpreter_stack,
@@ -252,7 +253,8 @@ def asked_before(arguments: dict[str, Any]) -> Asked | None:
     yp0, begun = (arguments["yp0"], _begun(arguments, y0)) if door.implicit else (None, ())
     if begun is None:
         return None
-    around = len_torch_function_stack() or len_torch_dispatch_stack() or dual_level() >= 0
+    # what this way saves for backward is not what the general one does, which a checkpoint that was there before goes once more
+    around = len_torch_function_stack() or len_torch_dispatch_stack() or dual_level() >= 0 or is_saving_watched()
     if around or peek_interpreter_stack() is not None or torch.is_inference_mode_enabled() or not _is_plain(y0):
         return None
     span = _span(t_span)

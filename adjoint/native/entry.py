@@ -14,6 +14,7 @@ from ..integrate.plan import Grid, PIDController, Plan, Record, rms_norm
 from ..methods import Method
 from ..system.remarks import remark
 from ..system.system import StateSpec, System, VmappedSystem
+from ..torch_internals import is_saving_watched, unwatched
 from .again import parts_forward
 from .back import Cotangents, sweep_native
 from .build import NoCompiler, spent
@@ -162,9 +163,10 @@ class NativeSolve:
         assert takes(plan.method)
         events = [e.function for e in plan.events if e.function is not None]
         time = anchors[0].detach().to(plan.real)
-        found = recognise(plan.compile, system, plan.method, time, y0.detach(), inputs, batched, self.heard, events)
+        with unwatched():
+            found = recognise(plan.compile, system, plan.method, time, y0.detach(), inputs, batched, self.heard, events)
         lanes = found.program.lanes(len(y0))
-        if self.background and not found.program.engine_later(lanes):
+        if self.background and not is_saving_watched() and not found.program.engine_later(lanes):
             return None
         found.program.engine(lanes)
         return found

@@ -23,7 +23,7 @@ ear = threading.local()
 
 @dataclass(eq=False)
 class Graph:
-    """A traced right-hand side: called, it says so to `recognise` and gives tensors that stand for results.
+    """A traced right-hand side: called, it says so to `recognise`.
 
     ``module``: the graph of a tracer; None for one that is known by its fingerprint, whose function comes with each `Heard`.
     """
@@ -43,16 +43,16 @@ class Graph:
     captured: tuple[tuple[int, ...], dict[str, bool]] | None = None
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        if self.kinds is None:
-            with torch.inference_mode(False), torch.enable_grad(), above():
-                copies = [x.clone() for x in tensors]
-                assert self.module is not None
-                outs = self.module(*copies)
-            self.kinds = [(x.shape, x.dtype) for x in outs]
-            self.writes = any(x._version for x in copies)
-        found = self.stand_ins()
-        ear.heard.append((self, tensors, found))
-        return found
+        """The results themselves: what ``fun`` keeps of them on an object (weights, noise, buffers) the tracer writes there."""
+        assert self.module is not None
+        with torch.inference_mode(False), torch.enable_grad(), above():
+            usual = [x.clone() if x.is_inference() else x for x in tensors]
+            versions = [x._version for x in usual]
+            outs = list(self.module(*usual))
+        self.kinds = [(x.shape, x.dtype) for x in outs]
+        self.writes |= any(x._version != version for x, version in zip(usual, versions, strict=True))
+        ear.heard.append((self, tensors, outs))
+        return outs
 
     def stand_ins(self) -> list[Tensor]:
         """Tensors of the shapes and dtypes of results."""

@@ -1,7 +1,7 @@
 """Which right-hand side is this: its graph, found once, and known again by the guards of PyTorch's tracer.
 
 ``torch.compile`` reads the Python of ``fun``, lifts what it captured (closures, globals, parameters of modules) to inputs of a graph, and
-guards whatever else of Python the graph depends on. Its backend here computes nothing: it remembers which graph was asked for, and with
+guards whatever else of Python the graph depends on. Its backend here compiles nothing: it remembers which graph was asked for, and with
 which tensors. That is for functions whose dependences cannot be read off: others are known by their fingerprint (`direct`).
 """
 

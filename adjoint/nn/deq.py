@@ -15,6 +15,7 @@ from ..doors.steady import solve_root
 from ..errors import InvalidInput, UnsupportedCombination
 from ..system.ownership import full_precision
 from ..system.transforms import functorch_active
+from ..torch_internals import unwatched
 from .deq_backward import ITERATIONS, Guarded, backward_solver
 
 __all__ = ["DEQ"]
@@ -138,6 +139,7 @@ class DEQ(torch.nn.Module):
             raise InvalidInput("x holds no floating tensor with a batch dimension to make the first guess like: give z0=")
         return like.new_zeros(like.shape[:1] + tuple(self.state_shape) if self.batched else tuple(self.state_shape))
 
+    @unwatched()
     def _check_function(self, z: Any, x: Any) -> None:
         """Change the first sample only, and see that the others do not mind; once in each mode, training and evaluation."""
         if self.training in self._checked or functorch_active():

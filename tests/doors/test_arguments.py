@@ -436,3 +436,11 @@ def test_objects_whose_missing_attributes_are_other_errors(compile):
     assert adjoint.odeint(Table(rate=rate), _one(), torch.tensor([0.0, 2.0]))[-1, 0].item() == pytest.approx(1 / math.e, rel=1e-4)
     with pytest.raises(KeyError, match="lost"):
         solve_ivp(decay, (0.0, 1.0), _one(), events=type("Broken", (Table,), {"terminal": property(lambda self: self.lost)})(rate=1.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("gradient", adjoint.DiscreteAdjoint), ("controller", "pi"), ("controller", adjoint.PIController)]
+)
+def test_objects_not_classes_or_names(name, value):
+    with pytest.raises(InvalidInput, match=f"{name} must be"):
+        solve_ivp(decay, (0.0, 1.0), _one(), **{name: value})

@@ -297,6 +297,11 @@ def test_an_error_norm_of_zero_by_zero_is_not_the_fault_of_fun(method, batched):
     assert found.value.component == 1
 
 
+def test_tolerances_of_zero_are_not_the_fault_of_fun():
+    with pytest.raises(NonFiniteState, match="rtol and atol are zero"):
+        solve_ivp(lambda t, y: -y, (0.0, 1.0), torch.ones(2), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("method", ["tsit5", "rk4", "kvaerno3", "bdf", "abm"])
 def test_a_trajectory_that_begins_with_nan_makes_no_attempts(method):
     y0 = torch.tensor([[1.0], [float("nan")], [float("inf")]])

@@ -194,3 +194,66 @@ def test_solves_follow(made):
     change()
     assert ends() == pytest.approx(fast, abs=1e-7)
     assert ends() == pytest.approx(fast, abs=1e-7)
+
+
+class Keeping(torch.nn.Module):
+    """What a call computes is kept: weights and a grid that are made once, the last activation, a buffer that is exchanged."""
+
+    def __init__(self):
+        super().__init__()
+        self.grid, self.weights, self.last = None, None, None
+        self.rate = torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=F64))
+        self.register_buffer("calls", torch.zeros((), dtype=F64))
+
+    def forward(self, t, y):
+        if self.grid is None:
+            self.grid = torch.linspace(0.2, 0.7, 2, dtype=F64)
+        if self.weights is None:
+            self.weights = 2 * self.rate.exp()
+        self.last, self.calls = y * self.grid, self.calls + 1
+        return -self.weights * self.last
+
+
+def test_what_fun_keeps_is_what_it_computed():
+    """The tracer writes what it found in place of the call onto the user's objects: later calls, and the user, read it there."""
+    fun, y0 = Keeping(), torch.tensor([1.0, 0.5], dtype=F64)
+    for _ in range(3):
+        y = adjoint.solve_ivp(fun, (0.0, 1.0), y0, rtol=1e-10, atol=1e-12, compile=True).y[-1]
+        fast = 2 * fun.rate.detach().exp() * fun.grid
+        torch.testing.assert_close(y.detach(), y0 * torch.exp(-fast), rtol=1e-8, atol=1e-10)
+        (found,) = torch.autograd.grad(y.sum(), fun.rate, retain_graph=True)
+        torch.testing.assert_close(found, -fast * y.detach(), rtol=1e-7, atol=1e-9)
+    assert fun.grid.tolist() == pytest.approx([0.2, 0.7]) and 0 < float(fun.calls) < 100
+    assert bool(((fun.last / fun.grid).detach().abs() <= 2).all())
+
+
+@pytest.mark.filterwarnings("ignore:compile=True")
+@pytest.mark.parametrize("method", ["tsit5", "rodas5p"])
+def test_iterations_of_spectral_norm_are_those_of_calls(method):
+    torch.manual_seed(0)
+    layer = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(2, 2, dtype=F64))
+    for _ in range(60):
+        layer(torch.ones(2, dtype=F64))  # until the norm has converged
+    y0 = torch.tensor([0.5, -1.0], dtype=F64)
+    found, want = (
+        adjoint.solve_ivp(lambda t, y: layer(y), (0.0, 1.0), y0, method=method, compile=compiled).y[-1] for compiled in (True, False)
+    )
+    torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("door", ["solve_ivp", "solve_dae", "background"])
+def test_checkpoints_of_pytorch_see_the_same_calls(door):
+    """`torch.utils.checkpoint` counts what is saved for backward, in the first solve of a function and in the same one again."""
+    p = torch.tensor(0.7, dtype=F64, requires_grad=True)
+    y0 = torch.ones(2, dtype=F64)
+
+    def end(p):
+        if door == "solve_dae":
+            fun = lambda t, y, yp, p: torch.stack([yp[0] + p * y[0], y[1] - y[0]])  # noqa: E731
+            return adjoint.solve_dae(fun, (0.0, 1.0), y0, args=(p,), compile=True).y[-1, 1]
+        compiled = "background" if door == "background" else True
+        return adjoint.solve_ivp(lambda t, y, p: -p * y, (0.0, 1.0), y0, args=(p,), compile=compiled).y[-1, 1]
+
+    again = torch.utils.checkpoint.checkpoint(end, p, use_reentrant=False)
+    (found,) = torch.autograd.grad(again, p)
+    assert float(found) == pytest.approx(-math.exp(-0.7), abs=1e-5)

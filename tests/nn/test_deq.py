@@ -393,3 +393,10 @@ def test_weights_that_are_made_once_for_all_calls():
     with torch.nn.utils.parametrize.cached():
         (found,) = torch.autograd.grad(DEQ(cell, state_shape=(4,))(x).sum(), weight)
     torch.testing.assert_close(found, want)
+
+
+def test_the_first_call_within_a_checkpoint():
+    deq, x = DEQ(lambda z, x: torch.tanh(0.5 * z + x)), torch.ones(2, 3, requires_grad=True)
+    (found,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(deq, x, use_reentrant=False).sum(), x)
+    (want,) = torch.autograd.grad(deq(x).sum(), x)
+    torch.testing.assert_close(found, want)
