@@ -31,7 +31,8 @@ class Forcing:
     Parameters
     ----------
     times : Tensor or sequence of numbers
-        Knots ``(K,)``, increasing; of linear tables two may be equal, where it jumps. ``(K, B)``: of each trajectory its own.
+        Knots ``(K,)``, increasing; of linear tables two may be equal, where it jumps. ``(K, B)``: of each trajectory its own, with NaN
+        behind the last one of those that have fewer (as `torch.nn.utils.rnn.pad_sequence` makes them).
     values : Tensor or sequence
         ``(K, ...)``, with knots of each trajectory ``(K, B, ...)``. Of constant tables also one more, which comes first and holds before
         the first knot.
@@ -68,16 +69,16 @@ class Forcing:
                 f"times of a Forcing must be (K,) or (K, B), at least {least}, and values (K, ...) or (K, B, ...)"
                 f"{', or one more than times' if kind == 'constant' else ''}: got {tuple(times.shape)} and {tuple(values.shape)}"
             )
+        values = values if values.is_floating_point() or values.is_complex() else values.to(torch.float64)
+        times, values, there = _filled(times.to(values.dtype.to_real()), values, least - ahead)
         gaps = times.detach().diff(dim=0)
         if readable(gaps) and not bool((gaps >= 0 if kind == "linear" else gaps > 0).all()):
             raise InvalidInput("times of a Forcing must increase")
-        values = values if values.is_floating_point() or values.is_complex() else values.to(torch.float64)
-        times = times.to(values.dtype.to_real())
         if times.dim() == 2:
-            times, values = times.movedim(1, 0), values.movedim(1, 0)
-        self._set(times, values, kind, None)
+            times, values, there = times.movedim(1, 0), values.movedim(1, 0), None if there is None else there.movedim(1, 0)
+        self._set(times.contiguous(), values, kind, None)
         if kind == "cubic":
-            self._set(self.knots, self.levels, kind, _bends(self.knots, self.levels))
+            self._set(self.knots, self.levels, kind, _bends(self.knots, self.levels, there))
 
     def _set(self, knots: Tensor, levels: Tensor, kind: str, bends: Tensor | None) -> None:
         for name, value in (("knots", knots), ("levels", levels), ("kind", kind), ("bends", bends)):
@@ -152,8 +153,30 @@ def Schedule(times: Any, values: Any) -> Forcing:
     return forcing
 
 
-def _bends(knots: Tensor, levels: Tensor) -> Tensor:
-    """Second derivatives of the natural spline at its knots, like the levels."""
+def _filled(times: Tensor, values: Tensor, least: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Times and values, first dimension ``K``, with knots later than any span in the place of times that are NaN, where the last value goes
+    on; and which times are given, or None: all are. At ``least`` so many have to be."""
+    there = ~times.detach().isnan()
+    if readable(there):
+        if bool(there.all()):
+            return times, values, None
+        if bool((there.diff(dim=0) & there[1:]).any()) or int(there.sum(0).min()) < least:
+            raise InvalidInput(f"times of a Forcing may be NaN behind the last knot only, and at least {least} of them are numbers")
+    count = len(times)
+    far = torch.finfo(times.dtype).max ** 0.4  # its square is finite
+    beyond = torch.linspace(far, 2 * far, count, dtype=times.dtype, device=times.device)
+    times = torch.where(there, times, beyond if times.dim() == 1 else beyond.unsqueeze(-1))
+    own, first = values[len(values) - count :], values[: len(values) - count]
+    last = (there.sum(0) - 1).clamp(min=0)
+    shape = (1, *own.shape[1:])
+    kept = own.gather(0, wide(last.unsqueeze(0), own).expand(shape)) if times.dim() > 1 else own.index_select(0, last.reshape(1))
+    if len(first):
+        kept = torch.where(wide(there.any(0, keepdim=True), kept), kept, first)
+    return times, torch.cat([first, torch.where(wide(there, own), own, kept)]), there
+
+
+def _bends(knots: Tensor, levels: Tensor, there: Tensor | None) -> Tensor:
+    """Second derivatives of the natural spline at its knots, like the levels. ``there``: which knots are given; None: all."""
     along = knots.dim() - 1
     count = knots.shape[-1]
     if count < 3:
@@ -165,6 +188,11 @@ def _bends(knots: Tensor, levels: Tensor) -> Tensor:
     diagonal, beside = (h[..., :-1] + h[..., 1:]) / 3, h[..., 1:-1] / 6
     matrix = torch.diag_embed(diagonal) + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
     right = slopes.diff(dim=along)
+    if there is not None:
+        # zero at the last knot, and behind it
+        inner = there[..., 2:]
+        matrix = torch.where(inner.unsqueeze(-1), matrix, torch.eye(count - 2, dtype=matrix.dtype, device=matrix.device))
+        right = torch.where(wide(inner, right), right, 0.0)
     # dominated by its diagonal, so that nothing is lost by its inverse, which has derivatives of all orders and modes
     found = (inverse(matrix.to(right.dtype)) @ right.reshape(*right.shape[: along + 1], -1)).reshape(right.shape)
     none = torch.zeros_like(levels.narrow(along, 0, 1))

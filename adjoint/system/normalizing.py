@@ -1,8 +1,9 @@
 """Normalizations by formulas whose derivatives of every order are right.
 
-PyTorch's layer, batch and instance norms keep mean and deviation for their first derivatives. Those of forward mode take what is kept for
-constants where they are differentiated once more, and so do batched cotangents where state and weights both are differentiated: no error,
-and numbers of the right size. Jacobians of ``fun``, which implicit methods differentiate, and all second derivatives go through these.
+PyTorch's layer, batch, instance and group norms keep mean and deviation for their first derivatives. Those of forward mode take what is
+kept for constants where they are differentiated once more, and so do batched cotangents where state and weights both are differentiated: no
+error, and numbers of the right size. Jacobians of ``fun``, which implicit methods differentiate, and all second derivatives go through
+these.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["NORMALIZATIONS", "composing"]
 
 
-def _scaled(x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    out = (x - mean) * torch.rsqrt(var + eps)
-    out = out if weight is None else out * weight
+def _scaled(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    return (x - mean) * torch.rsqrt(var + eps)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    out = x if weight is None else x * weight
     return out if bias is None else out + bias
 
 
@@ -34,7 +38,16 @@ def _layer_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any
 ) -> Tensor:
     count = 1 if isinstance(normalized_shape, int) else len(normalized_shape)
-    return _scaled(input, *_centred(input, tuple(range(-count, 0))), eps, weight, bias)
+    return _affine(_scaled(input, *_centred(input, tuple(range(-count, 0))), eps), weight, bias)
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any
+) -> Tensor:
+    parts = input.reshape(input.shape[0], num_groups, -1)
+    shape = (1, -1, *(1 for _ in range(input.dim() - 2)))
+    weight, bias = (None if p is None else p.reshape(shape) for p in (weight, bias))
+    return _affine(_scaled(parts, *_centred(parts, (-1,)), eps).reshape(input.shape), weight, bias)
 
 
 def _by_channel(
@@ -54,11 +67,11 @@ def _by_channel(
     if dims is None:
         mean, var = kept
         assert mean is not None and var is not None
-        return _scaled(x, mean, var, eps, weight, bias)
+        return _affine(_scaled(x, mean, var, eps), weight, bias)
     if running[0] is not None:
         with torch.no_grad():
             own(x, None, None, *running, True, momentum, eps, False)
-    return _scaled(x, *_centred(x, dims), eps, weight, bias)
+    return _affine(_scaled(x, *_centred(x, dims), eps), weight, bias)
 
 
 def _batch_norm(
@@ -113,6 +126,8 @@ NORMALIZATIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     functional.layer_norm: _layer_norm,
     functional.batch_norm: _batch_norm,
     functional.instance_norm: _instance_norm,
+    functional.group_norm: _group_norm,
+    torch.group_norm: _group_norm,
     torch.layer_norm: _layer_norm,
     torch.batch_norm: _weights_first(_batch_norm),
     torch.instance_norm: _weights_first(_instance_norm),

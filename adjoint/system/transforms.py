@@ -193,7 +193,7 @@ _NO_DERIVATIVE = (
     "PyTorch has no derivative, of the order that is needed, of an operator in fun (or in an event function, jac, quadrature); it is named "
     "above. Rosenbrock methods, and second derivatives, need one order more: take an explicit method, or 'kvaerno5', 'radau5' or 'bdf' for "
     "a first derivative of a stiff problem; of scaled_dot_product_attention enter torch.nn.attention.sdpa_kernel(SDPBackend.MATH) in fun, "
-    "which has derivatives of every order"
+    "which has derivatives of every order; of torch.cdist write (x[:, None] - y).square().sum(-1).sqrt()"
 )
 _CHECKPOINTED = (
     "fun calls torch.utils.checkpoint, which makes operators again for one way back alone, and here more is asked of it (a Jacobian, or "
@@ -229,6 +229,7 @@ _WRITTEN = {
     "functions with out=... arguments don't support": _OUT,
     "because it is an out= function": _OUT,
     "derivative for aten::": _NO_DERIVATIVE,
+    "the derivative for '": _NO_DERIVATIVE,
     "compiled with non-empty donated buffers": _COMPILED,
     "does not currently support double backward": _COMPILED,
     "data pointer of Tensor that doesn't have storage": _COMPILED,

@@ -133,6 +133,39 @@ def test_tables_of_each_trajectory(native):
     agree(sol.y[-1, :, 0], wanted, [k, times, table])
 
 
+@pytest.mark.parametrize("kind", ["linear", "cubic", "constant", "schedule"])
+def test_tables_of_different_lengths_are_padded_with_nan(kind):
+    """In a batch and under `torch.vmap` they are the tables alone, values and derivatives."""
+    lone, nan = int(kind == "schedule"), float("nan")
+    times = torch.tensor([[0.2, 0.3], [0.5, 0.9], [0.9, nan], [1.4, nan]])
+    levels = torch.tensor([[1.0, 0.5], [-0.5, 2.0], [2.0, nan], [0.3, nan], [0.7, nan]])
+    levels = levels[: 4 + lone].clone()
+    levels[2, 1] = 1.5 if lone else nan
+    k, ends, counts = torch.tensor(0.7, requires_grad=True), torch.tensor([1.2, 2.0]), (4, 2)
+
+    def made(times, levels):
+        return Schedule(times, levels) if lone else Forcing(times, levels, kind)
+
+    def alone(j, times, levels):
+        u = made(times[: counts[j], j], levels[: counts[j] + lone, j])
+        return solve_ivp(relax, (0.0, ends[j]), torch.zeros(1), args=(k, u), **FINE).y[-1]
+
+    def batched(times, levels):
+        return solve_ivp(relax, (0.0, ends), torch.zeros(2, 1), args=(k, made(times, levels)), batched=True, **FINE).y[-1]
+
+    def mapped(times, levels):
+        one = lambda s, x, end: solve_ivp(relax, (0.0, end), torch.zeros(1), args=(k, made(s, x)), **FINE).y[-1]  # noqa: E731
+        return torch.vmap(one, (1, 1, 0))(times, levels, ends)
+
+    given = [times.requires_grad_(), levels.requires_grad_(), k]
+    want = torch.stack([alone(j, times, levels) for j in range(2)])
+    slopes = torch.autograd.grad(want.square().sum(), given)
+    for found in (batched, mapped):
+        got = found(times, levels)
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(torch.autograd.grad(got.square().sum(), given), slopes, rtol=1e-6, atol=1e-8)
+
+
 def test_captured():
     """By a closure or a module, where the times of its jumps are found as well."""
     k, times, table = p = values(0.8, TIMES, VALUES)
@@ -265,6 +298,8 @@ def test_values_of_a_schedule():
         (lambda: Forcing([0.0, 1.0], [1.0]), "values"),
         (lambda: Forcing([0.0], [1.0]), "at least 2"),
         (lambda: Forcing([0.0, 0.0], [1.0, 2.0], "constant"), "increase"),
+        (lambda: Forcing([0.0, float("nan"), 1.0], [1.0, 2.0, 3.0]), "behind the last"),
+        (lambda: Forcing([[0.0, 0.0], [1.0, float("nan")]], torch.ones(2, 2)), "at least 2 of them"),
     ],
 )
 def test_wrong_tables(make, match):

@@ -55,6 +55,14 @@ def test_derivatives_in_state_and_weights(method, way):
     torch.testing.assert_close(WAYS[way](end(by_torch, method)), WAYS[way](end(by_hand, method)), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", ["tsit5", "rodas5p", "kvaerno5"])
+def test_groups(method):
+    """PyTorch's own of group norms has no second derivatives of many cotangents at once: an error about shapes."""
+    by_group = lambda t, y, k: functional.group_norm(y[None], 1, k)[0] - y  # noqa: E731
+    found, truth = (double(end(fun, method)) for fun in (by_group, by_hand))
+    torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("gradient", [adjoint.ForwardSensitivity(), adjoint.InterpolatingAdjoint(), adjoint.DiscreteAdjoint(checkpoints=3)])
 def test_strategies(gradient):
     found, truth = (WAYS["backward"](end(fun, "kvaerno5", gradient=gradient)) for fun in (by_torch, by_hand))
@@ -159,6 +167,8 @@ CALLS = {
     "instance without": lambda m, v: functional.instance_norm(X),
     "running instance": lambda m, v: functional.instance_norm(X, m, v, use_input_stats=False),
     "plain instance": lambda m, v: torch.instance_norm(X, None, CHANNELS, m, v, True, 0.1, 1e-5, False),
+    "group": lambda m, v: functional.group_norm(X.movedim(1, 0), 2, torch.rand(4, generator=torch.Generator().manual_seed(1)), None, 1e-3),
+    "plain group": lambda m, v: torch.group_norm(X, 1, CHANNELS, CHANNELS),
     "module": lambda m, v: nn.LayerNorm(5, dtype=torch.float64)(X),
 }
 
@@ -182,6 +192,9 @@ def test_operators_without_the_derivative_are_named():
     torch.autograd.grad(adjoint.solve_ivp(attention, SPAN, y0, method="kvaerno5").y[-1].sum(), y0)
     with pytest.raises(adjoint.UnsupportedCombination, match=r"SDPBackend\.MATH"):
         torch.autograd.grad(adjoint.solve_ivp(attention, SPAN, y0, method="rodas5p").y[-1].sum(), y0)
+    pairs = lambda t, y: torch.cdist(y[0, 0], y[0, 0]).sum(1, keepdim=True) - y  # noqa: E731
+    with pytest.raises(adjoint.UnsupportedCombination, match="cdist"):
+        torch.autograd.grad(adjoint.solve_ivp(pairs, SPAN, y0, method="rodas5p").y[-1].sum(), y0)
     with pytest.raises(adjoint.UnsupportedCombination, match="no derivative"):
         adjoint.solve_ivp(lambda t, y: -y, SPAN, y0, events=lambda t, y: torch.heaviside(y.sum() - 0.5, torch.zeros(())))
 
