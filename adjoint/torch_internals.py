@@ -189,9 +189,13 @@ current_function_modes: Callable[[], list[Any]] = cast(Any, torch.overrides)._ge
 dispatch_has_kernel_for_dispatch_key: Callable[[str, str], bool] = _C._dispatch_has_kernel_for_dispatch_key
 
 
+_mode_pre_dispatch: Callable[[Any], Any] = cast(Any, torch)._ops._get_dispatch_mode_pre_dispatch
+
+
 def is_written_down() -> bool:
-    """Whether a tracer of graphs sees every operator."""
-    return _C._get_dispatch_mode(_C._TorchDispatchModeKey.PROXY) is not None
+    """Whether a tracer of graphs sees every operator: make_fx, `torch.export` (above autograd), or `torch.jit.trace`."""
+    proxy = _C._TorchDispatchModeKey.PROXY
+    return _C._get_dispatch_mode(proxy) is not None or _mode_pre_dispatch(proxy) is not None or _C._get_tracing_state() is not None
 
 
 are_transforms_active: Callable[[], bool] = _C._are_functorch_transforms_active

@@ -196,6 +196,8 @@ def solve_ivp(
     if step_ts is not None:
         check_jumps(chosen, step_ts)
     chosen = method_for(times, chosen, METHODS["kvaerno5" if chosen.implicit else "tsit5"], mass is None)
+    if chosen.implicit and mass is None and quadrature is None and not sum(user_spec.sizes):
+        chosen = METHODS["tsit5"]  # of a state without entries nothing is stiff, and its matrices have no form
     moving = any(moves(x) for x in (times.anchors, times.samples) if x is not None)
     if moving:
         times = replace(times, samples=sampled_once(times.samples, times.anchors[0], chosen), anchors=ended_once(times.anchors, chosen))

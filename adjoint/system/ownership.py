@@ -267,8 +267,9 @@ def under_transform() -> bool:
 
 
 _TRACED = (
-    "a tracer of graphs (torch.func.linearize, make_fx, torch.export) writes down the operators of one call, and a solve whose steps and "
-    "iterations go by what they find is no fixed list of them: take torch.func.jvp in the place of linearize, and trace fun alone"
+    "a tracer of graphs (torch.func.linearize, make_fx, torch.export, torch.jit.trace) writes down the operators of one call, and a solve "
+    "whose steps and iterations go by what they find is no fixed list of them: take torch.func.jvp in the place of linearize, and trace "
+    "fun alone"
 )
 
 

@@ -56,8 +56,12 @@ class StateSpec:
                 raise InvalidInput(f"{what}{path} is a {type(leaf).__name__}; a state is a tensor or a pytree of tensors")
             if not (leaf.is_floating_point() or leaf.is_complex()):
                 raise InvalidInput(f"{what}{path} has dtype {leaf.dtype}; a state is floating or complex (try .float() or .double())")
+            if leaf.is_nested:
+                raise InvalidInput(f"{what}{path} is a nested tensor; a state is dense: give a tuple of its parts, or pad them")
             if leaf.layout is not torch.strided:
                 raise InvalidInput(f"{what}{path} is sparse ({leaf.layout}); a state is dense (try .to_dense())")
+            if leaf.is_meta:
+                raise InvalidInput(f"{what}{path} is on the meta device, and has no values")
             if batched and leaf.dim() == 0:
                 raise InvalidInput(f"{what}{path} is 0-d, but batched=True needs a leading batch dimension on every leaf")
         devices = {leaf.device for leaf in leaves}

@@ -38,6 +38,8 @@ BAD = {
     "NaN in y0": ("y0", {"y0": lambda: torch.tensor([1.0, NAN])}),
     "infinite leaf of y0": ("y0.*'b'", {"y0": lambda: {"a": _one(), "b": torch.tensor(INF)}}),
     "fun not callable": ("fun", {"fun": 3}),
+    "y0 nested": ("nested", {"y0": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)}),
+    "y0 without values": ("meta", {"y0": torch.ones(2, device="meta")}),
     "t_span a number": ("t_span", {"t_span": 1.0}),
     "t_span of three": ("t_span", {"t_span": (0.0, 1.0, 2.0)}),
     "t_span a word": ("t_span", {"t_span": ("a", "b")}),
@@ -368,10 +370,11 @@ def test_step_sizes_are_kept(step, end):
         assert abs(float(sizes[0]) - step["first_step"]) < 1e-15
 
 
+@pytest.mark.parametrize("method", ["tsit5", "kvaerno5", "radau5", "rodas5p", "bdf"])
 @pytest.mark.parametrize(("shape", "batched"), [((0, 2), True), ((3, 0), True), ((0,), False), ((2, 0), False)])
-def test_empty_states_have_gradients(shape, batched):
+def test_empty_states_have_gradients(shape, batched, method):
     y0, p = torch.ones(shape, requires_grad=True), torch.tensor(1.0, requires_grad=True)
-    sol = solve_ivp(lambda t, y: -p * y, (0.0, 1.0), y0, batched=batched, t_eval=[0.5, 1.0])
+    sol = solve_ivp(lambda t, y: -p * y, (0.0, 1.0), y0, batched=batched, t_eval=[0.5, 1.0], method=method)
     gy, gp = torch.autograd.grad(sol.y.sum(), (y0, p), allow_unused=True)
     assert gy.shape == shape and (gp is None or float(gp) == 0.0)
 

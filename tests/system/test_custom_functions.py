@@ -161,3 +161,7 @@ def test_checkpoints_inside(method):
 def test_tracers_of_graphs_are_refused():
     with pytest.raises(adjoint.UnsupportedCombination, match=r"take torch\.func\.jvp in the place of linearize"):
         torch.func.linearize(lambda y: adjoint.solve_ivp(lambda t, y: -y, (0.0, 1.0), y).y[-1], START)
+    with pytest.raises(adjoint.UnsupportedCombination, match=r"torch\.jit\.trace"):
+        torch.jit.trace(lambda y: adjoint.solve_ivp(lambda t, y: -y, (0.0, 1.0), y).y[-1], (START.detach(),))
+    with pytest.raises(adjoint.UnsupportedCombination, match=r"torch\.export"):
+        torch.export.export(adjoint.nn.NeuralODE(torch.nn.Tanh()), (START.detach(),), strict=False)
