@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
-from ..system.ownership import as_part, owning
+from ..system.ownership import WithTensors, as_part, owning
 from ..system.system import StateSpec
 from ..system.transforms import functorch_active
 from .arguments import check_callable
@@ -174,7 +174,7 @@ class ReducedDAE:
             y=self.original(sol.y),
             yp=None if sol.yp is None else self.original(sol.yp),
             events=EventLog.of((replace(e, y=self.original(e.y)) for e in sol.events), sol.events.names),
-            interpolant=None if inner is None else lambda t, side: self.original(inner(t, side)),
+            interpolant=None if inner is None else _Original(self, inner),
         )
 
     def _piece(self, t_span: Any, z0: Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> Solution:
@@ -293,6 +293,22 @@ class ReducedDAE:
             return with_rules_of(f, g)
 
         return [one(f) for f in functions] if isinstance(functions, (list, tuple)) else one(functions)
+
+
+@dataclass(frozen=True)
+class _Original(WithTensors):
+    """The dense output in the given variables."""
+
+    reduced: ReducedDAE
+    inner: Callable[..., Any]
+
+    def with_tensors(self, function: Callable[[Any], Any]) -> _Original:
+        """The same with ``function`` of the dense output."""
+        return _Original(self.reduced, function(self.inner))
+
+    def __call__(self, t: Tensor, side: str) -> Any:
+        """The state at ``t``."""
+        return self.reduced.original(self.inner(t, side))
 
 
 class _Watch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_map
 from ..errors import InvalidInput
 from ..integrate import Event
 from ..sensitivity import DiscreteAdjoint, Gradient, Outputs, Problem
-from ..sensitivity.problem import interpolate, step_times
+from ..sensitivity.problem import StepTimes, interpolate, step_times
 from ..system.capture import readable
 from ..system.origins import attribute
-from ..system.ownership import lending
+from ..system.ownership import WithTensors, lending
 from ..system.system import StateSpec, System
 from ..system.transforms import vmap_active
 from ..torch_internals import is_functorch_wrapped_tensor
@@ -29,11 +29,11 @@ from .solution import BackwardStats, EventLog, EventRecord, Solution, Stats
 __all__ = [
     "NO_EVENTS",
     "Found",
+    "Interpolant",
     "Parts",
     "event_list",
     "event_name",
     "flat_event",
-    "interpolant_of",
     "seen_at_ends",
     "solution_of",
     "strategy_of",
@@ -127,7 +127,7 @@ def solution_of(parts: Parts, found: Found) -> Solution:
         stats=Stats(*counts, backward=parts.backward, compile_seconds=parts.problem.native.seconds),
         events=EventLog.of(records, map(event_name, parts.events)),
         quadrature=quadrature,
-        interpolant=interpolant_of(parts) if parts.dense_output else None,
+        interpolant=Interpolant.of(parts) if parts.dense_output else None,
     )
 
 
@@ -151,34 +151,49 @@ def _steps(parts: Parts, stop_t: Tensor | None, stop_y: Tensor | None) -> tuple[
     return t if parts.problem.batched else t[:, 0], states
 
 
-def interpolant_of(parts: Parts) -> Callable[..., Any]:
-    """``at(t, side)``: without resets there are no two sides."""
-    out, plan, batched = parts.out, parts.problem.plan, parts.problem.batched
-    grid = step_times(out.t, out.h, out.segment, out.lands, parts.times.anchors)
-    rows, sign = parts.spec.rows, grid.sign
+@dataclass(frozen=True)
+class Interpolant(WithTensors):
+    """The dense output, ``at(t, side)``: without resets there are no two sides."""
 
-    def at(t: Tensor, _: str = "right") -> Any:
+    parts: Parts
+    grid: StepTimes
+
+    @classmethod
+    def of(cls, parts: Parts) -> Interpolant:
+        """That of a solve."""
+        out = parts.out
+        return cls(parts, step_times(out.t, out.h, out.segment, out.lands, parts.times.anchors))
+
+    def with_tensors(self, function: Callable[[Any], Any]) -> Interpolant:
+        """The same with ``function`` of what it is made of: derivatives in ``t`` lead there past every result."""
+        out, times = self.parts.out, self.parts.times
+        out = out._replace(states=function(out.states), stages=function(out.stages))
+        parts = replace(self.parts, out=out, times=replace(times, anchors=function(times.anchors)))
+        return Interpolant(parts, self.grid._replace(t=function(self.grid.t), h=function(self.grid.h)))
+
+    def __call__(self, t: Tensor, _: str = "right") -> Any:
+        """The state at ``t``, as `Solution` says."""
+        parts, grid = self.parts, self.grid
+        out, times, plan, batched, rows = parts.out, parts.times, parts.problem.plan, parts.problem.batched, parts.spec.rows
         if t.dim() > (2 if batched else 1) or (t.dim() == 2 and t.shape[1] != rows):
             raise InvalidInput(f"sol(t) takes t of shape () or (T,){' or (T, B)' if batched else ''}, got {tuple(t.shape)}")
-        times = t.to(device=out.t.device, dtype=torch.float64)
-        full = times.reshape(-1, 1).expand(-1, rows) if times.dim() < 2 else times
-        full = snapped(parts.times.within(full), parts.times.anchors[0], parts.times.anchors[-1], t)
-        start, reached = parts.times.anchors[0].detach(), out.t_final
-        last = torch.where(out.status < 0, parts.times.anchors[-1].detach(), reached)
+        given = t.to(device=out.t.device, dtype=torch.float64)
+        full = given.reshape(-1, 1).expand(-1, rows) if given.dim() < 2 else given
+        full = snapped(times.within(full), times.anchors[0], times.anchors[-1], t)
+        start, reached = times.anchors[0].detach(), out.t_final
+        last = torch.where(out.status < 0, times.anchors[-1].detach(), reached)
         # the located time of an event and its differentiable value, in the numbers of the state, are the same to rounding
         eps = torch.finfo(parts.spec.real_dtype).eps
         slack = torch.where(out.status > 0, max(1e-14, 2 * eps if eps > 1e-10 else 0.0) * torch.maximum(start.abs(), last.abs()), 0.0)
         within = (full >= torch.minimum(start, last) - slack) & (full <= torch.maximum(start, last) + slack)
         if readable(within) and not bool(within.all()):
             raise InvalidInput("sol(t): t lies outside of what was integrated")
-        ahead = (sign * (full.detach().unsqueeze(1) - out.t)) > 0  # (T, K, B)
+        ahead = (grid.sign * (full.detach().unsqueeze(1) - out.t)) > 0  # (T, K, B)
         inside = torch.arange(out.t.shape[0], device=t.device).unsqueeze(-1) < out.n_accepted
         index = ((ahead & inside).sum(1) - 1).clamp(min=0)
-        index = torch.where((out.status != 0) & (sign * (full.detach() - reached) > slack), -1, index)
+        index = torch.where((out.status != 0) & (grid.sign * (full.detach() - reached) > slack), -1, index)
         flat = interpolate(plan, out.states, out.stages, grid.t, grid.h, full, index)
-        return parts.shown(flat[0] if times.dim() == 0 else flat)
-
-    return at
+        return parts.shown(flat[0] if given.dim() == 0 else flat)
 
 
 def event_list(events: Any) -> list[Callable[..., Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InvalidInput
 from ..system.capture import readable
+from ..system.ownership import WithTensors
 from ..system.transforms import anywhere
 from .arguments import Times
 from .doses import DoseRule
@@ -104,7 +105,7 @@ def joined(
         stats=_work(pieces),
         events=_events(rules, pieces, ragged),
         quadrature=quadrature,
-        interpolant=_interpolant(times, pieces, last, batched) if first.sol.interpolant is not None else None,
+        interpolant=_Joined(times, pieces, last, batched) if first.sol.interpolant is not None else None,
     )
 
 
@@ -201,14 +202,31 @@ def _work(pieces: Sequence[Piece]) -> Stats:
     return Stats(**counts, backward=BackwardStats([p.sol.stats.backward for p in pieces]))
 
 
-def _interpolant(times: Times, pieces: Sequence[Piece], last: Boundary, batched: bool) -> Callable[..., Any]:
-    """``sol(t, side)``: that of the round which a time is in."""
-    first, end = (times.anchors[i] if batched else times.anchors[i, 0] for i in (0, -1))
-    sign = torch.where(end >= first, 1.0, -1.0)
+@dataclass(frozen=True)
+class _Joined(WithTensors):
+    """``sol(t, side)``: that of the round which a time is in. ``let``: what is done with its results."""
 
-    eps = max(torch.finfo(x.dtype).eps for x in tree_leaves(pieces[0].y0))
+    times: Times
+    pieces: Sequence[Piece]
+    last: Boundary
+    batched: bool
+    let: Callable[[Any], Any] | None = None
 
-    def at(t: Tensor, side: str = "right") -> Any:
+    def with_tensors(self, function: Callable[[Any], Any]) -> _Joined:
+        """The same with ``function`` of the solutions of rounds, and of results, as resets are functions of the time too."""
+        pieces = [replace(piece, sol=replace(piece.sol, interpolant=function(piece.sol.interpolant))) for piece in self.pieces]
+        return replace(self, pieces=pieces, let=function)
+
+    def __call__(self, t: Tensor, side: str = "right") -> Any:
+        """The state at ``t``, as `Solution` says."""
+        found = self._at(t, side)
+        return found if self.let is None else self.let(found)
+
+    def _at(self, t: Tensor, side: str) -> Any:
+        pieces, last, batched = self.pieces, self.last, self.batched
+        first, end = (self.times.anchors[i] if batched else self.times.anchors[i, 0] for i in (0, -1))
+        sign = torch.where(end >= first, 1.0, -1.0)
+        eps = max(torch.finfo(x.dtype).eps for x in tree_leaves(pieces[0].y0))
         full = t.to(device=first.device, dtype=torch.float64)
         lone = full.dim() == 0
         full = full.reshape(1) if lone else full
@@ -242,5 +260,3 @@ def _interpolant(times: Times, pieces: Sequence[Piece], last: Boundary, batched:
                 there = piece.beyond(full, final)[0]
                 out = tree_map(lambda x, y, on=final: chosen(on, y.expand_as(x), x), out, there)
         return tree_map(lambda x: x[0], out) if lone else out
-
-    return at

@@ -15,7 +15,7 @@ from ..doors.event_slope import signed
 from ..doors.event_times import event_records
 from ..doors.failures import raise_failure
 from ..doors.given import Given, reporting
-from ..doors.parts import Parts, flat_event, interpolant_of
+from ..doors.parts import Interpolant, Parts, flat_event
 from ..doors.solution import BackwardStats
 from ..doors.stage_arguments import stage_algebra
 from ..errors import InvalidInput, UnsupportedCombination
@@ -253,7 +253,7 @@ def solve_dense(request: Request, gradient: Gradient, only: Sequence[Tensor] | N
             "method such as 'rk4', or use odeint with the times wanted"
         )
     request = _realified(request)
-    return interpolant_of(_solve(request, gradient, prepare(request, only), _anchors(request, False), None, dense=True))
+    return Interpolant.of(_solve(request, gradient, prepare(request, only), _anchors(request, False), None, dense=True))
 
 
 def combined_event(event_fn: Callable[..., Tensor], t0: Tensor, y0: Any) -> tuple[Callable[..., Tensor], bool]:

@@ -35,6 +35,7 @@ from ..torch_internals import (
     Node,
     differentiates_in_inference_mode,
     dual_level,
+    is_functorch_wrapped_tensor,
     is_written_down,
     leaves_of,
     mapped,
@@ -318,6 +319,9 @@ def _let_out(result: Any, things: _Things) -> Any:
 
 
 def _held(x: Tensor, things: _Things) -> Tensor:
+    if is_functorch_wrapped_tensor(x):
+        # of a solve around the transform: what is recorded there lies inside of the wrappers, which do not tell
+        return cast(Tensor, _OwnerInside.apply(x, things)) if torch.is_grad_enabled() else x
     node: Any = x.grad_fn
     if node is None:
         return x
@@ -351,6 +355,30 @@ class _Owner(Node):
     def backward(ctx: Any, bar: Tensor | None) -> tuple[Tensor | None, None]:
         return bar, None
 
+
+class _OwnerInside(Node):
+    """The same inside of transforms of ``torch.func``, at each level."""
+
+    @staticmethod
+    def forward(x: Tensor, things: _Things) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.things = inputs[1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor | None) -> tuple[Tensor | None, None]:
+        return bar, None
+
+    @staticmethod
+    def jvp(ctx: Any, dot: Tensor | None, _: Any) -> Tensor | None:
+        return dot
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, things: _Things) -> tuple[Tensor, Any]:
+        return cast(Tensor, _OwnerInside.apply(x, things)), in_dims[0]
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:

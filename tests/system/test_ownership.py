@@ -12,6 +12,7 @@ import torch
 from adjoint import (
     Backprop,
     DiscreteAdjoint,
+    Event,
     ForwardSensitivity,
     InterpolatingAdjoint,
     odeint,
@@ -59,6 +60,7 @@ CASES = {
     "stiff": lambda m: ivp(m, method="kvaerno5"),
     "multistep": lambda m: ivp(m, method="bdf"),
     "dense": lambda m: ivp(m, dense_output=True),
+    "dense with resets": lambda m: ivp(m, dense_output=True, events=Event(falling, reset=lambda t, y: y + 1)),
     "event": lambda m: ivp(m, events=falling),
     "quadrature": lambda m: ivp(m, quadrature=lambda t, y: m(t, y)),
     "mass": lambda m: ivp(m, mass_matrix=torch.eye(2), method="radau5"),
@@ -136,6 +138,41 @@ def test_a_derivative_is_enough(case):
     del module
     gc.collect()
     assert float(torch.autograd.grad(first, w)[0]) == pytest.approx(SECOND[case], rel=1e-4)
+
+
+#: dense output, and how many times exp(-w t) it is where t = 0.4
+SLOPES = {
+    "dense": (lambda m: ivp(m, dense_output=True, gradient=NODE), 1.0),
+    "drop-in, dense": (lambda m: odeint_dense(m, torch.ones(2), 0.0, 1.0, rtol=1e-8, atol=1e-8), 1.0),
+    "resets": (lambda m: ivp(m, dense_output=True, gradient=NODE, events=Event(lambda t, y: t - 0.2, reset=lambda t, y: 2 * y)), 2.0),
+}
+
+
+def by_autograd(at):
+    t = torch.tensor(0.4, requires_grad=True)
+    return torch.autograd.grad(at(t), t, create_graph=True)[0]
+
+
+WAYS = {
+    "autograd": by_autograd,
+    "grad": lambda at: torch.func.grad(at)(torch.tensor(0.4)),
+    "jvp": lambda at: torch.func.jvp(at, (torch.tensor(0.4),), (torch.ones(()),))[1],
+    "mapped": lambda at: torch.vmap(torch.func.grad(at))(torch.tensor([0.4, 0.6]))[0],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", SLOPES)
+def test_a_slope_of_the_dense_output_is_enough(case, way):
+    """Derivatives in the time lead past the states to what these are made of; solutions are looked at in transforms, too."""
+    solve, height = SLOPES[case]
+    module = Decay()
+    w, slope = module.w, (lambda sol: WAYS[way](lambda t: sol(t)[0]))(solve(module))
+    del module
+    gc.collect()
+    assert float(slope) == pytest.approx(-height * math.exp(-0.4), rel=1e-5)
+    # d/dw of -w exp(-w t)
+    assert float(torch.autograd.grad(slope, w)[0]) == pytest.approx(-height * 0.6 * math.exp(-0.4), rel=1e-4)
 
 
 @pytest.mark.users_defaults
