@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..system.remarks import Seldom
 from .build import NoCompiler, library, spending
 from .calls import BACKWARD_CALL, CONTEXT, filled
 from .device import LAUNCHERS, DeviceEngine, addressed, kernels_of
@@ -55,27 +56,6 @@ class Engine:
     consistent: Callable[..., None] | None = None
 
 
-class Seldom:
-    """Something to be done ever more seldom: the first time, the fourth, the sixteenth, the 64th."""
-
-    count, next = 0, 1
-
-    def due(self) -> bool:
-        """Whether it is to be done this time."""
-        self.count += 1
-        if self.count < self.next:
-            return False
-        self.next *= 4
-        return True
-
-    def coming(self) -> bool:
-        """Whether it is to be done this time, which somebody else will ask for with `due`; if not, this was one."""
-        if self.count + 1 >= self.next:
-            return True
-        self.count += 1
-        return False
-
-
 @dataclass(eq=False)
 class Program:
     """A right-hand side as scalar expressions, for one method, dtype and width.
@@ -107,6 +87,8 @@ class Program:
     room: dict[int, int] = field(default_factory=dict)
     #: how often its solves are looked at for jumps
     looks: Seldom = field(default_factory=Seldom)
+    #: and for rates that their derivatives lose
+    rates: Seldom = field(default_factory=Seldom)
     #: by the number of lanes; what could not be made is not tried again
     _engines: dict[int, Engine | DeviceEngine | NoCompiler | Unreadable] = field(default_factory=dict)
     _agains: dict[int, Callable[..., Any]] = field(default_factory=dict)

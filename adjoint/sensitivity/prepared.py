@@ -92,8 +92,12 @@ class Prepared:
         return states.reshape(-1, *y0.shape), found[-1, :, n:]
 
     def to_be_looked_at(self, rejected: int) -> bool:
-        """Whether the general way is to look for jumps of ``fun`` in a solve with so many rejected steps."""
-        return self.calls.plan.keep_states and rejected >= REJECTED and self.calls.program.looks.coming()
+        """Whether the general way is to look for jumps of ``fun`` in a solve with so many rejected steps, or for rates that are lost."""
+        plan, program = self.calls.plan, self.calls.program
+        if not plan.keep_states:
+            return False
+        lost = self.derivatives and plan.method.implicit and program.rates.coming()
+        return lost or (rejected >= REJECTED and program.looks.coming())
 
     def rests(self, kept: Kept, summary: Summary) -> bool:
         """Whether something rests, so that the general way is to look whether steps bear derivatives."""

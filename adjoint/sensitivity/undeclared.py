@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..integrate import Plan, Record
-from ..system.remarks import remark
+from ..system.remarks import Seldom, remark
 from ..system.structure import Structure
 from ..system.system import System, VmappedSystem
 
-__all__ = ["REJECTED", "once", "tell_of_jumps"]
+__all__ = ["REJECTED", "once", "tell_of_jumps", "whole"]
 
 #: rejections from which a trajectory is looked at, and how many of those with most of them
 REJECTED, _ROWS = 3, 64
@@ -39,21 +39,35 @@ _PART = 1e-4
 
 Flat = Callable[[Tensor, Tensor], Tensor]
 
-#: what solves that are parts of one have told of
-_told: ContextVar[list[str] | None] = ContextVar("told", default=None)
+
+class Told:
+    """What solves that are parts of one have told of, and how often they are looked at for ``rates``."""
+
+    jumps = lost = False
+
+    def __init__(self) -> None:
+        self.rates = Seldom()
+
+
+_told: ContextVar[Told | None] = ContextVar("told", default=None)
 
 
 @contextmanager
 def once() -> Iterator[None]:
-    """One warning at most for all solves within."""
+    """One warning of a kind at most for all solves within."""
     if _told.get() is not None:
         yield
         return
-    token = _told.set([])
+    token = _told.set(Told())
     try:
         yield
     finally:
         _told.reset(token)
+
+
+def whole() -> Told | None:
+    """Of the solve that the present one is a part of."""
+    return _told.get()
 
 
 def tell_of_jumps(
@@ -61,16 +75,16 @@ def tell_of_jumps(
 ) -> None:
     """Warn of a jump of ``fun`` within a step, where steps of a solve that were `REJECTED` over and over were so because of it.
     ``structure``: of implicit equations."""
-    if _told.get():
+    told = whole()
+    if told is not None and told.jumps:
         return
     with torch.no_grad():
         found = _found(system, plan, record, inputs, structure)
     if found is None:
         return
-    text, told = _text(found, system, len(record.status)), _told.get()
     if told is not None:
-        told.append(text)
-    remark(text, UserWarning)
+        told.jumps = True
+    remark(_text(found, system, len(record.status)), UserWarning)
 
 
 class _Jump(NamedTuple):

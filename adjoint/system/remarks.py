@@ -1,4 +1,4 @@
-"""Who calls: warnings at the place of the user's call, and operators that are not the user's."""
+"""Who calls: warnings at the place of the user's call, and operators that are not the user's. And what is looked at only now and then."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["called_by_us", "remark"]
+__all__ = ["Seldom", "called_by_us", "remark"]
 
 _OURS, _TORCH = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
 _INSIDE = (_OURS, _TORCH, contextlib.__file__)
@@ -34,3 +34,24 @@ def called_by_us(depth: int = 2) -> bool:
             return False
         frame = frame.f_back  # type: ignore[assignment]
     return frame is not None and frame.f_code.co_filename.startswith(_OURS)
+
+
+class Seldom:
+    """Something to be done ever more seldom: the first time, the fourth, the sixteenth, the 64th."""
+
+    count, next = 0, 1
+
+    def due(self) -> bool:
+        """Whether it is to be done this time."""
+        self.count += 1
+        if self.count < self.next:
+            return False
+        self.next *= 4
+        return True
+
+    def coming(self) -> bool:
+        """Whether it is to be done this time, which somebody else will ask for with `due`; if not, this was one."""
+        if self.count + 1 >= self.next:
+            return True
+        self.count += 1
+        return False
