@@ -41,6 +41,7 @@ __all__ = [
     "positive",
     "snapped",
     "spread_leaves",
+    "usual_tolerances",
 ]
 
 
@@ -126,6 +127,11 @@ def flat_tolerance(value: Any, name: str, spec: StateSpec, default: float) -> fl
     if not bool((flat >= 0).all()):
         raise InvalidInput(f"{name} has negative or NaN entries")
     return flat
+
+
+def usual_tolerances(spec: StateSpec) -> dict[str, float]:
+    """What ``rtol`` and ``atol`` are where none are given."""
+    return {"rtol": 1e-4, "atol": 1e-6} if spec.real_dtype.itemsize < 8 else {"rtol": 1e-6, "atol": 1e-9}
 
 
 def beside_integral(value: Any, spec: StateSpec, seen: StateSpec, default: float) -> Any:

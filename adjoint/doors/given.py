@@ -26,7 +26,7 @@ from ..system.realification import refuse_parts, suited_to_jacobians
 from ..system.system import StateSpec, System
 from ..system.transforms import transforming
 from ..torch_internals import leaves_of, unwatched
-from .arguments import beside_integral, flat_norm, flat_tolerance, positive
+from .arguments import beside_integral, flat_norm, flat_tolerance, positive, usual_tolerances
 from .event_jumps import jumps_refused
 from .event_times import event_records
 from .parts import NO_EVENTS, Found, Parts, flat_event
@@ -148,15 +148,16 @@ def _steering(spec: StateSpec, seen: StateSpec | None, arguments: dict[str, Any]
     """The fields of a `Plan` that say how steps are chosen, from those arguments of a front door. ``seen``: the state that the user gave,
     where ``spec`` is that and an integral."""
     rtol, atol, controller, norm, first_step, max_step, min_step, max_steps, progress = (arguments[name] for name in _STEERING)
-    single = spec.real_dtype.itemsize < 8
+    usual = usual_tolerances(spec)
 
-    def tolerance(value: Any, name: str, default: float) -> float | Tensor:
+    def tolerance(value: Any, name: str) -> float | Tensor:
+        default = usual[name]
         return flat_tolerance(value if seen is None else beside_integral(value, spec, seen, default), name, spec, default)
 
     return {
         "real": spec.real_dtype,
-        "rtol": tolerance(rtol, "rtol", 1e-4 if single else 1e-6),
-        "atol": tolerance(atol, "atol", 1e-6 if single else 1e-9),
+        "rtol": tolerance(rtol, "rtol"),
+        "atol": tolerance(atol, "atol"),
         "controller": controller,
         "norm": flat_norm(norm, spec),
         "first_step": None if first_step is None else positive(first_step, "first_step"),

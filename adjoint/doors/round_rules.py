@@ -28,6 +28,8 @@ __all__ = ["NEAR", "Boundary", "Rule", "Scale", "asked", "like_mode", "listed", 
 NEAR = 64.0
 #: what a reset that leaves an event function at zero may make of what it was off, times that
 _TIMES = 8.0
+#: how many tolerances implicit equations may be off by, of what they keep at zero
+_LOOSE = 10.0
 
 
 @dataclass(frozen=True)
@@ -164,11 +166,13 @@ Slope = Callable[[Tensor, Any, tuple[Any, ...]], Any]
 
 @dataclass(frozen=True)
 class Scale:
-    """Direction of time, largest time ``(R)`` and precision of the state's numbers."""
+    """Direction of time, largest time ``(R)``, precision of the state's numbers, and the largest tolerances of the solve."""
 
     sign: Tensor
     reach: Tensor
     eps: float
+    rtol: float
+    atol: float
 
 
 def off_zero(rule: Rule, hit: Tensor, left: Boundary, args: tuple[Any, ...]) -> Tensor:
@@ -203,6 +207,8 @@ def rearmed(
     or within some times of what it was ``off`` before.
     A function that does not move at first order, but for rounding, moves where it is bent to; if that is on across, its event is found
     again, and in the end `EventsAccumulate` says that nothing turns it back. One that does not move at all is where it came from.
+    Of implicit equations one that does not, but for the tolerances, may be what they keep at zero from then on, to these tolerances (the
+    voltage that a charger holds): it is where it came from while it is not further from zero.
     """
     zero = torch.zeros_like(hit, dtype=scale.reach.dtype)
     if not anywhere(hit):
@@ -215,18 +221,20 @@ def rearmed(
         with torch.enable_grad():
             # which the right-hand side may want for derivatives of its own
             rates = still(forward_fill(hit, after.yp) if slope is None else slope(*at))
-        terms, moving = _terms(rule, at, rates, args)
+        terms, moving, free = _terms(rule, at, rates, args)
         value, rate, bend = _along(rule, at, NEAR * scale.eps * moving, None if slope is not None else rates, args, slope)
         near = hit & (value.abs() <= NEAR * scale.eps * (scale.reach * rate.abs() + terms) + _TIMES * off)
         if rule.direction:
             crossed = torch.full_like(rate, rule.direction).sign()
         else:
             crossed = -(_value(rule, forward_fill(hit, (begun.t, begun.y, begun.mode)), args) + shift).sign()
-        rate = scale.sign * rate
+        resting = (rate.abs() <= _LOOSE * scale.rtol * moving) & (slope is None)
+        rate = torch.where(resting, 0.0, scale.sign * rate)
         held = torch.where((bend != 0) & (bend.sign() != crossed), bend.sign(), -crossed)
         side = torch.where(rate != 0, rate.sign(), held)
         # more than what the same terms may differ by when they are computed in another order
         least = torch.clamp(8 * scale.eps * terms, min=16 * torch.finfo(torch.float32 if scale.eps > 1e-10 else torch.float64).tiny)
+        least = torch.where(resting, torch.maximum(least, _LOOSE * (scale.rtol * terms + scale.atol * free)), least)
         return torch.where(near, side * least - value, 0.0)
 
 
@@ -239,9 +247,9 @@ def _value(rule: Rule, at: _Point, args: tuple[Any, ...]) -> Tensor:
     return rule.value(t, y, *mode, *args).reshape(t.shape).to(t.dtype)
 
 
-def _terms(rule: Rule, at: _Point, rates: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """The sizes ``(R)`` of what the event function is made from, each variable times the derivative in it, and of what its slope is made
-    from: each derivative times the rate of the variable."""
+def _terms(rule: Rule, at: _Point, rates: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """The sizes ``(R)`` of what the event function is made from, each variable times the derivative in it; of what its slope is made
+    from, each derivative times the rate of the variable; and of the derivatives in the state."""
     t, y, mode = at
     leaves, tree = tree_flatten(y)
 
@@ -256,7 +264,8 @@ def _terms(rule: Rule, at: _Point, rates: Any, args: tuple[Any, ...]) -> tuple[T
         each = [(bar * x).detach().abs().to(t.dtype) for bar, x in zip(bars, factors, strict=True)]
         return torch.stack([x.reshape(*t.shape, -1).sum(-1) for x in each]).sum(0)
 
-    return size((t, *leaves)), size((torch.ones_like(t), *tree_leaves(rates)))
+    none, ones = torch.zeros_like(t), [torch.ones_like(x) for x in leaves]
+    return size((t, *leaves)), size((torch.ones_like(t), *tree_leaves(rates))), size((none, *ones))
 
 
 def _along(

@@ -17,12 +17,13 @@ from ..system.origins import attribute
 from ..system.split import SplitFunction
 from ..system.system import StateSpec
 from ..system.transforms import anywhere
-from .arguments import RoundSpan, Times, check_times
+from .algebraic_slopes import with_algebraic_slopes
+from .arguments import RoundSpan, Times, check_times, usual_tolerances
 from .doses import DoseRule, Doses, check_places, with_mass_and_rate, with_rate, with_rate_of_slope, without_rate
 from .mass_matrix import with_mass
 from .round_results import Piece
 from .round_rules import NEAR, Boundary, Rule, Scale, listed, rule_of
-from .rows import chosen, still, usable
+from .rows import chosen, forward_fill, still, usable
 from .solution import Solution
 
 __all__ = ["Progress", "Task", "mode_of", "needs_rounds", "task_of"]
@@ -99,8 +100,10 @@ class Task:
 
     @property
     def scale(self) -> Scale:
-        """What rounding is measured by."""
-        return Scale(self.sign, self.reach, torch.finfo(self.spec.real_dtype).eps)
+        """What rounding is measured by, and errors of the solution."""
+        most = {k: usual if self.options[k] is None else self.options[k] for k, usual in usual_tolerances(self.spec).items()}
+        most = {k: max(float(torch.as_tensor(x).max()) for x in tree_leaves(value)) for k, value in most.items()}
+        return Scale(self.sign, self.reach, torch.finfo(self.spec.real_dtype).eps, **most)
 
     def slope(self, infused: tuple[Any, ...]) -> Callable[[Tensor, Any, tuple[Any, ...]], Any] | None:
         """The right-hand side, where the equations tell the slope, with what is `infused`."""
@@ -122,14 +125,29 @@ class Task:
         t, y = chosen(lost, self.start.detach(), at.t), chosen(lost, still(otherwise), at.y)
         known = {name: self.options[name] for name in ("rtol", "atol", "batched", "linear_solver", "throw")}
         known |= {name: self.options[name] for name in ("differential", "y0_bounds", "jac_sparsity", "suppress_algebraic") if self._dae}
-        fun, args = self.fun, (*at.mode, *self.args, *infused)
-        if not self._dae:
-            fun, extra = with_mass(fun, self.options["mass_matrix"], y, self.batched)
-            args = (*args, *extra)
+        fun, args = self._residual(y, at.mode, infused)
         none = RoundSpan(t, t, torch.ones_like(changed))
         sol = self.implicit(fun, none, y, args=args, consistent="solve", **known)
         y, yp = (tree_map(lambda x: x[0], part) for part in (sol.y, sol.yp))
         return replace(at, y=chosen(lost, at.y, y), yp=yp)
+
+    def _residual(self, y: Any, mode: tuple[Any, ...], infused: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Implicit equations, and what they are given beside time, state and slope."""
+        args = (*mode, *self.args, *infused)
+        if self._dae:
+            return self.fun, args
+        fun, extra = with_mass(self.fun, self.options["mass_matrix"], y, self.batched)
+        return fun, (*args, *extra)
+
+    def moving(self, at: Boundary, infused: tuple[Any, ...], wanted: Tensor) -> Boundary:
+        """What is at a boundary, without derivatives, where it is ``wanted`` with slopes of algebraic variables too."""
+        if self.implicit is None or at.yp is None or not anywhere(wanted):
+            return at
+        with torch.inference_mode(False), torch.no_grad():
+            at = at.still()
+            t, y, mode, yp = forward_fill(wanted, (at.t, at.y, at.mode, at.yp))
+            fun, args = self._residual(y, mode, still(infused))
+            return replace(at, yp=chosen(wanted, with_algebraic_slopes(fun, (t, y, yp), still(args), self.spec), at.yp))
 
     @property
     def _dae(self) -> bool:

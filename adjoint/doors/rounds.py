@@ -148,9 +148,11 @@ def _round(task: Task, run: Progress) -> None:
     away = [off_zero(rule, hit, left, task.args) for rule, hit in zip(task.watched, hits, strict=True)]
     run.off = [torch.where(short & ~hit, was, now) for hit, was, now in zip(hits, run.off, away, strict=True)]
     run.fired = [(now | (short & was)) & run.going for now, was in zip(_at_end(task, hits, sol, on.t, going), run.fired, strict=True)]
-    begun, arguments = Boundary(t, y, at.mode), (task.args, task.slope(task.infused(run.given)), task.scale)
+    infused = task.infused(run.given)
+    begun, arguments = Boundary(t, y, at.mode), (task.args, task.slope(infused), task.scale)
+    moving = task.moving(on, infused, torch.stack([none, *run.fired]).any(0))
     run.shifts = [
-        rearmed(rule, fired, off, begun, shift, on, *arguments)
+        rearmed(rule, fired, off, begun, shift, moving, *arguments)
         for rule, fired, off, shift in zip(task.watched, run.fired, run.off, run.shifts, strict=True)
     ]
 

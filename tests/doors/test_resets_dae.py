@@ -241,3 +241,55 @@ def test_a_rosenbrock_method_with_checkpoints(rows):
     for a, b in zip(found, wanted, strict=True):
         both = [torch.autograd.grad(x.sum(), (c, x0), retain_graph=True, materialize_grads=True) for x in (a, b)]
         assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*both, strict=True))
+
+
+def switched(t, y, yp, mode, c):
+    """``x' = 1``, in the other mode 2, and ``z = x^2``; in other variables, whose matrix of slopes is singular and not diagonal."""
+    x, z, slope = y[..., 0] + y[..., 1], y[..., 0] - y[..., 1], yp[..., 0] + yp[..., 1]
+    return torch.stack([slope - torch.where(mode == 0, 1.0, 2.0), z - x**2], -1)
+
+
+@pytest.mark.parametrize("method", ["radau", "bdf", "mass"])
+@pytest.mark.parametrize("direction", [0, 1])
+def test_events_of_algebraic_variables_are_not_found_again(method, direction):
+    """Slopes of algebraic variables say to which side the function of an event moves on: no equation names them, and they were zero."""
+    crossing = Event(lambda t, y, mode, c: y[..., 0] - y[..., 1] - c, direction=direction, reset=lambda t, y, mode, c: (y, 1 - mode))
+    start, matrix = torch.tensor([0.055, 0.045], dtype=torch.float64), torch.tensor([[1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+
+    def end(c, **more):
+        y0 = start.expand(*c.shape, 2)
+        mode = torch.zeros(c.shape, dtype=torch.int64)
+        options = {"args": (c,), "events": crossing, "mode": mode, "batched": c.dim() > 0, **FINE}
+        if method == "mass":
+            right = lambda t, y, mode, c: -switched(t, y, torch.zeros_like(y), mode, c)  # noqa: E731
+            y = solve_ivp(right, (0.0, 1.0), y0, mass_matrix=matrix, method="rodas5p", **options).y[-1]
+        else:
+            y = solve_dae(switched, (0.0, 1.0), y0, method=method, **options).y[-1]
+        return y.sum(-1)
+
+    (c,) = values(0.5)
+    agree(end(c), 2.2 - torch.sqrt(c), [c], 1e-7)
+    # in the last trajectory it does not happen
+    torch.testing.assert_close(end(torch.tensor([0.5, 0.8, 2.0])), torch.tensor([2.2 - 0.5**0.5, 2.2 - 0.8**0.5, 1.1]))
+
+
+@pytest.mark.parametrize("method", ["radau", "bdf"])
+def test_what_a_mode_keeps_at_zero_is_no_event_over_and_over(method):
+    """A charger: a constant current up to a voltage, which is kept, to the tolerance of the solve, until the current is small."""
+    (r,) = values(0.05)
+    voltage = lambda y, r: 3.2 + 0.9 * y[0] + r * y[1]  # noqa: E731
+
+    def battery(t, y, yp, mode, r):
+        return torch.stack([yp[0] - y[1] / 2, torch.where(mode == 0, y[1] - 1, voltage(y, r) - 4.0)])
+
+    full = Event(lambda t, y, mode, r: voltage(y, r) - 4.0, direction=1, reset=lambda t, y, mode, r: (y, 0 * mode + 1), name="full")
+    done = Event(lambda t, y, mode, r: y[1] - 0.1, direction=-1, terminal=True)
+    start = torch.tensor([0.1, 1.0], dtype=torch.float64)
+    sol = solve_dae(battery, (0.0, 10.0), start, args=(r,), events=[full, done], mode=0, method=method, rtol=1e-7, atol=1e-9)
+    reached = 2 * ((0.8 - r) / 0.9 - 0.1)
+    assert len(sol.events["full"].t) == 1
+    torch.testing.assert_close(sol.events["full"].t[0], reached, rtol=1e-6, atol=0.0)
+    # the current falls as exp(-0.45 t / r)
+    found, want = sol.t[-1], reached + r / 0.45 * torch.log(torch.tensor(10.0))
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(*(torch.autograd.grad(x, r)[0] for x in (found, want)), rtol=1e-4, atol=0.0)
