@@ -15,7 +15,7 @@ from ..errors import InvalidInput
 from ..sensitivity.products import tangent, vjp
 from ..system.normalizing import composing
 from ..system.origins import attribute
-from ..system.system import StateSpec
+from ..system.system import StateSpec, in_order
 from ..system.transforms import anywhere
 from .event_data import Event
 from .event_slope import signed
@@ -112,7 +112,9 @@ class Rule:
 
 
 def like_mode(new: Any, old: Any, what: str) -> Any:
-    """A new mode as tensors of the shapes and dtypes of the old one; numbers stand for all trajectories."""
+    """A new mode as tensors of the shapes and dtypes of the old one, with its dicts in the order that they have there; numbers stand for
+    all trajectories."""
+    new = in_order(old, new)
     tree = tree_flatten(new)[1]
     if tree != tree_flatten(old)[1]:
         raise InvalidInput(f"{what} has the structure {tree}, but mode has {tree_flatten(old)[1]}")

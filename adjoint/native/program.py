@@ -87,8 +87,9 @@ class Program:
     room: dict[int, int] = field(default_factory=dict)
     #: how often its solves are looked at for jumps
     looks: Seldom = field(default_factory=Seldom)
-    #: and for rates that their derivatives lose
+    #: for rates that their derivatives lose, and for jumps at ends that are differentiated
     rates: Seldom = field(default_factory=Seldom)
+    ends: Seldom = field(default_factory=Seldom)
     #: by the number of lanes; what could not be made is not tried again
     _engines: dict[int, Engine | DeviceEngine | NoCompiler | Unreadable] = field(default_factory=dict)
     _agains: dict[int, Callable[..., Any]] = field(default_factory=dict)

@@ -175,7 +175,7 @@ class CheckpointNode(Node):
         plan = replace(problem.plan, keep_states=problem.constrained, keep_stages=False, keep_grid=True)
         with torch.autocast(y0.device.type, enabled=False):
             record = replace(problem, plan=plan).run(inputs, y0, anchors, t_eval)
-        problem.reported(record, inputs)
+        problem.reported(record, inputs, anchors if anchors.requires_grad else None)
         return tuple(Outputs.of(replace(record, states=record.states[:0])))
 
     @staticmethod

@@ -68,7 +68,8 @@ def _lost(
     lengths = record.h.abs()
     k, span = lengths.argmax(0, keepdim=True), lengths.sum(0)
     size, y = record.h.gather(0, k)[0], record.last
-    t = record.t.gather(0, k)[0] + size
+    # within the step: at its ends fun may be that beyond a jump
+    t = record.t.gather(0, k)[0] + size / 2
     if len(record.states) == len(record.h) + 1:
         y = record.states.gather(0, (k + 1).unsqueeze(-1).expand(-1, -1, y.shape[-1]))[0]
     if len(record.status) > 1:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..integrate import rms_norm
 from ..integrate.plan import RECORDED, Grid
-from ..system.capture import alive, below_jvp
+from ..system.capture import alive, below_jvp, is_differentiable
 from ..system.ownership import continuing, owned, under_transform
 from ..system.system import System, VmappedSystem
 from ..system.transforms import below_vmap, functorch_active, jvp_active, naming_writes
@@ -82,7 +82,8 @@ class SolveNode(Node):
         late = under_transform()
         with torch.autocast(y0.device.type, enabled=False), naming_strangers() if late else nullcontext():
             record = problem.known.pop() if problem.known else problem.run(inputs, y0, anchors, t_eval)
-        problem.reported(record, inputs)
+        moving = late or any(x is not None and is_differentiable(x) for x in (anchors, t_eval))
+        problem.reported(record, inputs, anchors if moving else None)
         if late and not problem.replayed:
             check_strangers(problem.system, record, inputs)
         out = tuple(Outputs.of(record))

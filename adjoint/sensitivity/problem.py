@@ -35,7 +35,7 @@ from ..system.transforms import anywhere
 from ..system.witness import Witness
 from .lost_rates import tell_of_lost_rates
 from .standing import longest_step
-from .undeclared import REJECTED, tell_of_jumps
+from .undeclared import REJECTED, tell_of_jumps, tell_of_jumps_at_ends
 
 __all__ = [
     "Gradient",
@@ -122,12 +122,15 @@ class Problem:
             self.witness.settle()
         return record
 
-    def reported(self, record: Record, inputs: Sequence[Tensor]) -> None:
-        """A word on jumps that were met and on rates that are lost to derivatives, and the named error of a solve that failed."""
+    def reported(self, record: Record, inputs: Sequence[Tensor], moving: Tensor | None = None) -> None:
+        """A word on jumps that were met and on rates that are lost to derivatives, and the named error of a solve that failed. ``moving``:
+        the anchors, where times are differentiated."""
         native = self.native.recognised
         algebra = self.algebra if self.derivatives and (self.plan.keep_states or self.plan.keep_grid) else None
         if algebra is not None and (native is None or native.program.rates.due()):
             tell_of_lost_rates(self.system, self.plan, record, inputs, self.jacobian(inputs), algebra.linear_solver)
+        if moving is not None and (native is None or native.program.ends.due()):
+            tell_of_jumps_at_ends(self.system, self.plan, record, inputs, moving)
         doubtful = len(record.states) > 3 and int(record.n_rejected.max()) >= REJECTED
         if doubtful and (native is None or native.program.looks.due()):
             tell_of_jumps(self.system, self.plan, record, inputs, None if self.algebra is None else self.algebra.structure)

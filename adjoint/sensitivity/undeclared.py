@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ..integrate import Plan, Record
+from ..system.origins import readable
 from ..system.remarks import Seldom, remark
 from ..system.structure import Structure
 from ..system.system import System, VmappedSystem
 
-__all__ = ["REJECTED", "once", "tell_of_jumps", "whole"]
+__all__ = ["REJECTED", "once", "tell_of_jumps", "tell_of_jumps_at_ends", "whole"]
 
 #: rejections from which a trajectory is looked at, and how many of those with most of them
 REJECTED, _ROWS = 3, 64
@@ -43,7 +44,7 @@ Flat = Callable[[Tensor, Tensor], Tensor]
 class Told:
     """What solves that are parts of one have told of, and how often they are looked at for ``rates``."""
 
-    jumps = lost = False
+    jumps = ends = lost = False
 
     def __init__(self) -> None:
         self.rates = Seldom()
@@ -85,6 +86,45 @@ def tell_of_jumps(
     if told is not None:
         told.jumps = True
     remark(_text(found, system, len(record.status)), UserWarning)
+
+
+def tell_of_jumps_at_ends(system: System | VmappedSystem, plan: Plan, record: Record, inputs: Sequence[Tensor], anchors: Tensor) -> None:
+    """Warn where ``fun`` at an end of the span (of the ``anchors`` (A, B)), whose time is differentiated, is beyond a jump: it is the slope
+    with which the solution moves along."""
+    told = whole()
+    if not len(record.h) or not record.last.numel() or not readable(anchors) or (told is not None and told.ends) or plan.shift == "all":
+        return
+    f, first, final = system.bind(inputs), anchors[0].detach(), anchors[-1].detach()
+    reached = (record.status >= 0) & (record.t_final == final) & (first != final)
+    step = torch.finfo(plan.real).eps * 4 * torch.maximum(first.abs(), final.abs()) * (first - final).sign()
+    with torch.no_grad():
+        for at, inward, y, k in ((final, step, record.final, -1), (first, -step, record.states[0] if len(record.states) else None, 0)):
+            if y is None:
+                continue
+            if system.residual is not None:
+                slope = record.stages[k, -1] if len(record.stages) else torch.zeros_like(y)
+                y = torch.cat([y, slope], -1)
+            there, within = (f((at + n * inward).to(plan.real), y) for n in (0, 1))
+            gap = (there - within).abs()
+            wide = (gap > _LEAST * torch.maximum(_size(there), _size(within)).to(gap.dtype).unsqueeze(-1)) & reached.unsqueeze(-1)
+            if not bool(wide.any()):
+                continue
+            further, again = (f((at + n * inward).to(plan.real), y) for n in (3, 0))
+            wide = wide & (gap > _WIDER * (within - further).abs()) & (there == again)
+            if bool(wide.any()):
+                row, component = (int(i) for i in wide.nonzero()[0])
+                found = _Jump(float(at[row]), row, component, within[row, component].item(), there[row, component].item(), True, 1)
+                break
+        else:
+            return
+    if told is not None:
+        told.ends = True
+    remark(
+        f"fun jumps {_where(found, system, len(record.status))}. That is an end of the span, whose time is differentiated: fun has its "
+        "value beyond the jump there, and derivatives in this time are those of going on behind it. Name it in step_ts= as well (jump_t of "
+        "odeint), or make the table an adjoint.Forcing, and it is seen from within (docs/hybrid.md)",
+        UserWarning,
+    )
 
 
 class _Jump(NamedTuple):
@@ -297,18 +337,21 @@ def _size(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, float("inf"), dim=-1).to(torch.float64) if x.shape[-1] else x.new_zeros(x.shape[:-1])
 
 
-def _text(jump: _Jump, system: System | VmappedSystem, rows: int) -> str:
-    spec = system.spec
-    layout = spec if system.residual is None else system.residual
-    where = f"t = {jump.t:.10g}" + (f" in trajectory {jump.row}" if rows > 1 else "")
+def _where(jump: _Jump, system: System | VmappedSystem, rows: int) -> str:
+    layout = system.spec if system.residual is None else system.residual
+    row = f" in trajectory {jump.row}" if rows > 1 else ""
     more = "" if jump.count == 1 else f" (the first of {jump.count} in which it was found)"
     what = f"component {layout.component(jump.component)} of {'its result' if system.residual is None else 'the residual'}"
+    return f"at t = {jump.t:.10g}{row}{more}: {what} from {jump.before:.6g} to {jump.behind:.6g}"
+
+
+def _text(jump: _Jump, system: System | VmappedSystem, rows: int) -> str:
     if jump.timed:
         how, cure = "time", "name its times in step_ts=, or make it an adjoint.Schedule or adjoint.Doses, whose times are differentiated"
     else:
         how, cure = "state", "make it an adjoint.Event, with mode= for the branch of fun that holds"
     return (
-        f"fun jumps at {where}{more}: {what} from {jump.before:.6g} to {jump.behind:.6g}. It switches by the {how}, and steps were "
+        f"fun jumps {_where(jump, system, rows)}. It switches by the {how}, and steps were "
         "rejected over and over until they were short enough. Values are right to the tolerance, but derivatives lack what the motion of "
         f"the switch adds: {cure} (docs/hybrid.md)"
     )

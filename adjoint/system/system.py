@@ -161,7 +161,7 @@ class StateSpec:
 
     def matched(self, value: Any) -> Any:
         """``value`` with its dicts in the order that those of the state have; as it is where the keys are others."""
-        return value if tree_flatten(value)[1] == self.tree else _in_order(self._places(), value)
+        return value if tree_flatten(value)[1] == self.tree else in_order(self._places(), value)
 
     def keyed(self, fun: Callable[..., Any]) -> Callable[..., Any]:
         """``fun`` with its results in the order of the state: itself where no part of the state is known by a key."""
@@ -180,7 +180,7 @@ class StateSpec:
         device of the state."""
         leaves, tree = tree_flatten(value)
         if tree != self.tree:
-            value = _in_order(self._places(), value)
+            value = in_order(self._places(), value)
             leaves, tree = tree_flatten(value)
         if tree != self.tree:
             raise InvalidInput(f"{what} has the structure {tree}, but {like} has {self.tree}")
@@ -207,14 +207,14 @@ def _holds_dict(places: Any) -> bool:
     return isinstance(places, (list, tuple)) and any(map(_holds_dict, places))
 
 
-def _in_order(like: Any, value: Any) -> Any:
+def in_order(like: Any, value: Any) -> Any:
     """``value``, whose dicts have the keys in the order of those of ``like`` where they have the same ones."""
     if type(value) is not type(like):
         return value
     if isinstance(like, dict) and type(like) in (dict, OrderedDict) and like.keys() == value.keys():
-        return type(like)((key, _in_order(part, value[key])) for key, part in like.items())
+        return type(like)((key, in_order(part, value[key])) for key, part in like.items())
     if isinstance(like, (list, tuple)) and len(like) == len(value):
-        parts = [_in_order(a, b) for a, b in zip(like, value, strict=True)]
+        parts = [in_order(a, b) for a, b in zip(like, value, strict=True)]
         return type(like)(*parts) if isinstance(like, tuple) and type(like) is not tuple else type(like)(parts)
     return value
 

@@ -58,6 +58,18 @@ def test_keys_in_another_order(door):
         torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-9)
 
 
+def test_modes():
+    k = number(0.7)
+    fun = lambda t, y, mode: -k * mode["u"] * y  # noqa: E731
+    change = lambda t, y, mode: (y, {"v": mode["v"] + 1, "u": 2 * mode["u"]})  # noqa: E731
+    event = Event(lambda t, y, mode: y[0] - 0.7, reset=change)
+    y = solve_ivp(fun, (0.0, 1.0), torch.ones(1).double(), mode={"u": 1.0, "v": 0}, events=event, rtol=1e-9, atol=1e-12).y[-1, 0]
+    # from log(1 / 0.7) / k on twice as fast
+    truth = 0.7 * torch.exp(-2 * (k - torch.log(torch.tensor(1 / 0.7).double())))
+    torch.testing.assert_close(y, truth, rtol=1e-7, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(y, k), torch.autograd.grad(truth, k), rtol=1e-6, atol=0)
+
+
 def test_roots_and_bounds():
     p = number(3.0)
     x0 = {"a": torch.tensor(1.0).double(), "b": torch.tensor(1.0).double()}

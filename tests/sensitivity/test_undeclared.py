@@ -272,3 +272,26 @@ def test_what_is_missing():
     assert abs(float(sol.y[-1, 0]) - 0.8) < 1e-12
     found = torch.autograd.grad(sol.y[-1, 0], [c, q])
     assert abs(float(found[0]) - 0.8) < 1e-12 and abs(float(found[1]) - 1.5) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["tsit5", "kvaerno3", "native tsit5", "dae"])
+@pytest.mark.parametrize("end", [0, 1])
+def test_a_jump_at_an_end_that_is_differentiated(method, end):
+    """The slope there is that beyond it: told of, and right where it is named."""
+    knots, levels = torch.tensor([0.5, 1.0]), torch.tensor([7.0, 1.0, 20.0])
+    # at the start the other side counts
+    table = lambda t, y: levels[((t >= knots) if end else (t > knots)).sum()] + 0 * y  # noqa: E731
+
+    def solve(**more):
+        span = [torch.tensor(x, requires_grad=True) for x in (0.5, 1.0)]
+        if method == "dae":
+            y = solve_dae(lambda t, y, yp: yp - table(t, y), tuple(span), torch.zeros(1), torch.ones(1) * (1 if end else 7.0), **more).y[-1]
+        else:
+            y = solve_ivp(table, tuple(span), torch.zeros(1), **named(method), **more).y[-1]
+        return torch.autograd.grad(y.sum(), span[end])[0].item()
+
+    _, told = heard(solve)
+    assert [where(x) for x in told] == [[0.5, 1.0][end]] and "end of the span" in str(told[0].message)
+    if method != "dae":
+        found, told = heard(lambda: solve(step_ts=knots))
+        assert not told and found == pytest.approx([-1.0, 1.0][end])
