@@ -24,6 +24,7 @@ from ..torch_internals import (
     legacy_add_batch_dim,
     legacy_remove_batch_dim,
     peek_interpreter_stack,
+    unwatched,
     vmapmode_decrement_nesting,
     vmapmode_increment_nesting,
 )
@@ -219,7 +220,8 @@ def _pullback(f: Function, x: Tensor, differentiable: bool) -> tuple[Callable[[T
         if out.is_complex():
             return lambda seeds, chunk: _mapped(lambda s: back(s.expand_as(out).conj())[0].conj(), seeds, chunk), out
         return lambda seeds, chunk: _mapped(lambda s: back(s.expand_as(out))[0], seeds, chunk), out
-    with torch.enable_grad():
+    # for this moment only: not for those who count, or move elsewhere, what is saved for a way back
+    with torch.enable_grad(), unwatched():
         leaf = x.detach().requires_grad_()
         out = f(leaf)
 
@@ -367,7 +369,7 @@ def dense_with_time(f: Callable[[Tensor, Tensor], Tensor], t: Tensor, x: Tensor)
     batched backward cannot give them."""
     if transforms_active() or x.is_complex():
         return None
-    with torch.enable_grad():
+    with torch.enable_grad(), unwatched():
         time, leaf = t.detach().requires_grad_(), x.detach().requires_grad_()
         out = check_rows(f(time, leaf), x)
     m = out.shape[1]
@@ -396,7 +398,7 @@ def _dense_by_rows(f: Function, x: Tensor, differentiable: bool) -> Tensor:
     if differentiable or transforms_active():
         out, back = _vjp(f, copies)
     else:
-        with torch.enable_grad():
+        with torch.enable_grad(), unwatched():
             copies = copies.detach().requires_grad_()
             out, back = f(copies), None
     if out.shape != copies.shape:
