@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +17,13 @@ from ..system.remarks import remark
 from ..system.system import StateSpec, System, VmappedSystem
 from ..torch_internals import is_saving_watched, unwatched
 from .again import parts_forward
+from .agreement import Point, agrees, points_of, same
 from .back import Cotangents, sweep_native
 from .build import NoCompiler, spent
 from .companion import solved_again
 from .consistent import NativeStart
 from .device import LAUNCHERS
-from .emit import DEVICE_METHODS, takes
+from .emit import DEVICE_METHODS, is_residual, takes
 from .graphs import Heard
 from .memory import plain, put_together
 from .progress import watches_steps
@@ -87,6 +89,10 @@ _FOR_DERIVATIVES = (
     "somewhere it is at rest or moves along a slow manifold, where steps have to be shorter for derivatives than for the state (take out "
     "of the state what is constant, or take an implicit method such as 'kvaerno5'), and "
 )
+
+
+#: what becomes of code that was made wrongly
+_DISAGREES = "compiled code gives other values or derivatives than fun (a fault of this library: please report it with fun)"
 
 
 def _remark(key: Hashable, reason: str) -> None:
@@ -215,12 +221,40 @@ class NativeSolve:
             # of multistep methods the steps are looked at when they are all taken
             watched = derivatives and not plan.method.implicit and not plan.method.multistep
             solved = run_native(found.program, plan, sought.anchors, t_eval, sought.y0, values, watched, index, skipped, idle)
+            self._compared(found, values, sought, solved[0])
         except (Unreadable, NoCompiler) as error:
             return _remark(key, str(error))
         finally:
             self.seconds += spent.seconds - before
         self.recognised, self.values = found, tuple(values)
         return solved
+
+    def _compared(self, found: Recognised, values: Sequence[Tensor], sought: Sought, record: Record) -> None:
+        """Compare code with ``fun`` where it is used for the first time. Raises `Unreadable` where they differ, as all solves with that
+        code do from then on."""
+        program, rows = found.program, len(sought.y0)
+        if not program.compared_first(rows):
+            return
+        steps = len(record.states) - 1
+        which = sorted({0, steps // 2, steps - 1})
+        points = points_of(record, sought.anchors, plain(sought.y0), is_residual(program.method), which)
+        bind, inputs = sought.system.bind, sought.inputs
+        events = [e.bind(inputs) for e in sought.plan.events]
+        if not all(agrees(program, values, p, bind, events, inputs, found.slots) for p in points):
+            raise program.disowned(rows, _DISAGREES)
+
+    def witnessed(self, sought: Sought, record: Record, steps: Sequence[int]) -> list[Callable[[], bool]] | None:
+        """What tells later on whether ``fun`` still is what the solve that was made went by; None where compiled functions cannot be called
+        by themselves."""
+        found, values, system, inputs = self.recognised, self.values, sought.system, sought.inputs
+        if found is None or not found.program.lanes(len(sought.y0)):
+            return None
+        program, y0 = found.program, plain(sought.y0)
+
+        def asked(point: Point) -> bool:
+            return same(program, values, point, system.bind(inputs))
+
+        return [partial(asked, p) for p in points_of(record, sought.anchors, y0, is_residual(program.method), steps)]
 
     def resting(self, sought: Sought, record: Record) -> Tensor | None:
         """See `rests`, of the solve that was made, whose states are had again where it kept none; None where the eager engine is to make

@@ -92,6 +92,8 @@ class Program:
     ends: Seldom = field(default_factory=Seldom)
     #: by the number of lanes; what could not be made is not tried again
     _engines: dict[int, Engine | DeviceEngine | NoCompiler | Unreadable] = field(default_factory=dict)
+    #: lanes of the code that was compared with the function
+    _compared: set[int] = field(default_factory=set)
     _agains: dict[int, Callable[..., Any]] = field(default_factory=dict)
     #: engines that are being made by other threads
     _waiting: set[int] = field(default_factory=set)
@@ -190,6 +192,20 @@ class Program:
         if isinstance(found, Exception):
             raise found
         return found
+
+    def compared_first(self, rows: int) -> bool:
+        """Whether the code for so many trajectories is to be compared with the function now, which is once; code for devices has no
+        functions that could be called by themselves."""
+        lanes = self.lanes(rows)
+        if not lanes or lanes in self._compared:
+            return False
+        self._compared.add(lanes)
+        return True
+
+    def disowned(self, rows: int, reason: str) -> Unreadable:
+        """There is no such code any more, for this reason."""
+        error = self._engines[self.lanes(rows)] = Unreadable("", "", reason)
+        return error
 
     def again(self, lanes: int) -> Callable[..., None]:
         """Compiled code that takes recorded steps again, made when it is first asked for, see `Again`. Raises `NoCompiler`."""

@@ -111,9 +111,10 @@ class Problem:
         """The solve alone, by compiled code where that can be; ``seen``: by the witness."""
         plan = self.plan
         if plan.compile is not None:
-            record = self._by_native(inputs, y0, anchors, t_eval)
+            sought = Sought(plan, self.system, self.batched, inputs, y0, anchors)
+            record = self._by_native(sought, t_eval)
             if record is not None:
-                self._note(record, inputs)
+                self._note(record, sought)
                 return record
         f = self.solver(inputs, y0.shape[0], seen)
         shape = self.system.natural_shape
@@ -136,11 +137,11 @@ class Problem:
             tell_of_jumps(self.system, self.plan, record, inputs, None if self.algebra is None else self.algebra.structure)
         self.report(record)
 
-    def _by_native(self, inputs: Sequence[Tensor], y0: Tensor, anchors: Tensor, t_eval: Tensor | None) -> Record | None:
+    def _by_native(self, sought: Sought, t_eval: Tensor | None) -> Record | None:
         """The solve by compiled code, None where it cannot be. Of trajectories whose steps do not bear derivatives it is another one."""
         derivatives = self.derivatives and (self.plan.keep_states or self.plan.keep_grid)
         index, skipped = (None, None) if self.algebra is None else (self.algebra.index, self.algebra.skipped)
-        sought = Sought(self.plan, self.system, self.batched, inputs, y0, anchors)
+        inputs, y0 = sought.inputs, sought.y0
         idle = self.idle if self.idle is not None and len(self.idle) == len(y0) else None
         solved = self.native.forward(sought, t_eval, derivatives, index, skipped, idle)
         made = self.beside(inputs, y0.shape[0]) if derivatives else None
@@ -157,17 +158,19 @@ class Problem:
             doubtful = doubtful | resting
         return self.native.for_derivatives(sought, t_eval, record, doubtful) if bool(doubtful.any()) else record
 
-    def _note(self, record: Record, inputs: Sequence[Tensor]) -> None:
-        """Let the witness remember ``fun`` at a step of a solve by compiled code, at a few where the way back will not be by that."""
+    def _note(self, record: Record, sought: Sought) -> None:
+        """Let the witness know ``fun`` at a step of a solve by compiled code, at a few where the way back will not be by that."""
         steps = len(record.states) - 1
-        if not self.derivatives or steps < 1 or (self.system.residual is not None and not len(record.stages)):
+        if not self.derivatives or steps < 1:
             return
-        f = self._watched(self.system, inputs)
+        which = sorted({steps // 2} if self.sweep is None else {0, steps // 2, steps - 1})
+        asked = self.native.witnessed(sought, record, which)
+        if asked is not None:
+            return self.witness.add(asked)
+        f = self._watched(self.system, sought.inputs)
         with torch.no_grad():
-            for k in {steps // 2} if self.sweep is None else {0, steps // 2, steps - 1}:
-                y = record.states[k]
-                at = y if self.system.residual is None else torch.cat([y, record.stages[min(k, len(record.stages) - 1), -1]], -1)
-                f(record.t[k].to(self.plan.real), at)
+            for k in which:
+                f(record.t[k].to(self.plan.real), record.states[k])
                 self.witness.settle()
 
     @property

@@ -7,7 +7,7 @@ So a solve remembers a few of its evaluations, and they are made once more befor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Witness:
         #: whether a strategy evaluates again though it keeps no states
         self.wanted = False
         self._notes: list[tuple[Any, Any, Any, Any]] = []
+        self._others: list[Callable[[], bool]] = []
         self._last: tuple[Any, Any, Any, Any] | None = None
         self._calls, self._next, self._stride = 0, 0, _STRIDE
 
@@ -51,6 +52,10 @@ class Witness:
             return k
 
         return call
+
+    def add(self, asked: Iterable[Callable[[], bool]]) -> None:
+        """More to be asked later on: whether ``fun`` gives what it gave."""
+        self._others += asked
 
     def settle(self) -> None:
         """The solve is done."""
@@ -76,7 +81,7 @@ class Witness:
             for f, t, y, k in notes:
                 again = f()(t, y)
                 wrong += [differs(a, b) for a, b in zip(leaves_of(again), leaves_of(k), strict=True)]
-            if wrong and bool(torch.stack(wrong).any()):
+            if not all(same() for same in self._others) or (wrong and bool(torch.stack(wrong).any())):
                 raise SolveError(f"{what}: {CHANGED}. Call backward() before anything changes, or hand over what does through args=")
 
 

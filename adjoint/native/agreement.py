@@ -1,0 +1,189 @@
+"""Whether the compiled functions of the user are ``fun`` and its derivative: they are called by themselves, and compared.
+
+Compared is beside the states of a solve and inside its steps: along a slow manifold slopes are differences of terms that nearly cancel, and
+at knots of tables a rounding decides for one of two values.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..integrate.plan import Record
+from ..system.witness import beside, differs
+from ..torch_internals import temporarily_clear_interpreter_stack
+from .memory import plain
+from .program import Engine, Program
+
+__all__ = ["Bound", "Point", "agrees", "points_of", "same"]
+
+#: how far beside the state, of its size; a difference counts where it is there by the second one as well
+_BESIDE = (0.01, 0.023)
+#: where inside a step
+_INSIDE = 0.38
+
+
+#: a function of time (B,) and state (B, n)
+Bound = Callable[[Tensor, Tensor], Tensor]
+
+
+class _Context(ctypes.Structure):
+    """``Ctx`` of what is emitted."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in "uakb"]
+
+
+class Point(NamedTuple):
+    """Where functions are compared: inside of a step of all trajectories, that starts at ``t`` (B,) and has the size ``h`` (B,), beside
+    states ``y`` (B, n); of implicit equations with slopes, (B, n)."""
+
+    t: Tensor
+    h: Tensor
+    y: Tensor
+    slope: Tensor | None
+
+    def moved(self, part: float) -> tuple[Tensor, Tensor]:
+        """Arguments of functions, the state by `beside`."""
+        y = self.y if self.slope is None else torch.cat([self.y, self.slope], -1)
+        return (self.t + _INSIDE * self.h).to(y.dtype), beside(y, part)
+
+
+def points_of(record: Record, anchors: Tensor, y0: Tensor, residual: bool, steps: Sequence[int]) -> list[Point]:
+    """Points at these steps of a record, at both ends where it kept none. ``residual``: of implicit equations."""
+
+    def point(t: Tensor, h: Tensor, y: Tensor, k: int) -> Point:
+        slope = None if not residual else record.stages[k, -1].clone() if k < len(record.stages) else torch.zeros_like(y)
+        return Point(t, h, y.clone(), slope)
+
+    if len(record.states) > 1:
+        return [point(record.t[k], record.h[k], record.states[k], k) for k in steps]
+    (start, *_, end), last = anchors.detach(), record.t_final
+    return [point(start, end - start, y0, 0), point(last, start - last, record.last, 0)]
+
+
+class _Calls:
+    """Calls of the functions of one engine for all trajectories, W of which go side by side; behind the last one it stands again."""
+
+    def __init__(self, program: Program, inputs: Sequence[Tensor], rows: int) -> None:
+        self.program, self.inputs, self.rows = program, inputs, rows
+        self.lanes = program.lanes(rows)
+        engine = program.engine(self.lanes)
+        assert isinstance(engine, Engine)
+        self.functions, self.groups = engine.functions, -(-rows // self.lanes)
+        self.own = [self.together(x.reshape(rows, n)) if n else None for x, n in zip(inputs, program.own, strict=True)]
+
+    def together(self, x: Tensor) -> Tensor:
+        """(groups, m, W) of (B, m)."""
+        which = torch.arange(self.groups * self.lanes).clamp(max=self.rows - 1)
+        return plain(x)[which].view(self.groups, self.lanes, -1).transpose(1, 2).contiguous()
+
+    def apart(self, x: Tensor) -> Tensor:
+        """The other way round."""
+        return x.transpose(1, 2).reshape(self.groups * self.lanes, -1)[: self.rows]
+
+    def make(self, name: str, arguments: Sequence[Tensor], bars: Sequence[Tensor] = ()) -> None:
+        """Call this function, whose ``arguments`` and ``bars`` are those of `together`."""
+        call = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * (1 + len(arguments)))(self.functions[name])
+        for g in range(self.groups):
+            places = (
+                [x.data_ptr() for x in self.inputs],
+                [0 if x is None else x[g].data_ptr() for x in self.own],
+                [x[g].data_ptr() for x in bars],
+            )
+            arrays = [(ctypes.c_void_p * max(len(at), 1))(*at) for at in places]
+            u, own, b = map(ctypes.addressof, arrays)
+            context = _Context(u, own, self.program.table_addresses[0], b)
+            call(ctypes.byref(context), *[x[g].data_ptr() for x in arguments])
+
+
+def _called(program: Program, name: str, size: int, inputs: Sequence[Tensor], t: Tensor, y: Tensor) -> Tensor:
+    """What a compiled function of the user gives, (B, size). ``inputs``: as the program takes them."""
+    calls = _Calls(program, inputs, len(y))
+    when, at = calls.together(t.unsqueeze(-1)), calls.together(y)
+    out = at.new_zeros(calls.groups, size, calls.lanes)
+    calls.make(name, (when, at, out))
+    return calls.apart(out)
+
+
+def _pulled_back(program: Program, inputs: Sequence[Tensor], t: Tensor, y: Tensor, v: Tensor) -> list[Tensor]:
+    """From ``v`` (B, n) the cotangents of the state and of every input, by compiled code."""
+    calls = _Calls(program, inputs, len(y))
+    when, at, bar = calls.together(t.unsqueeze(-1)), calls.together(y), calls.together(v)
+    # those that stand twice count once
+    bar[-1, :, calls.lanes - (calls.groups * calls.lanes - calls.rows) :] = 0
+    bars = [at.new_zeros(calls.groups, own or max(n, 1), calls.lanes) for own, n in zip(program.own, program.numbers, strict=True)]
+    y_bar = torch.zeros_like(at)
+    calls.make("vjp", (when, at, bar, y_bar, torch.zeros_like(when)), bars)
+    found = [calls.apart(x) if own else x.sum((0, 2)) for x, own in zip(bars, program.own, strict=True)]
+    return [calls.apart(y_bar), *found]
+
+
+def same(program: Program, inputs: Sequence[Tensor], point: Point, f: Bound) -> bool:
+    """Whether ``f(t, y)`` gives what compiled code gives."""
+    with torch.no_grad(), temporarily_clear_interpreter_stack():
+        moved = map(point.moved, _BESIDE)
+        return any(not bool(differs(_called(program, "fun", program.width, inputs, t, y), f(t, y))) for t, y in moved)
+
+
+def agrees(
+    program: Program,
+    values: Sequence[Tensor],
+    point: Point,
+    bound: Callable[[Sequence[Tensor]], Bound],
+    events: Sequence[Bound],
+    inputs: Sequence[Tensor],
+    slots: Sequence[int | None],
+) -> bool:
+    """Whether compiled functions give what ``fun``, its derivatives by autograd and functions of ``events`` give.
+
+    ``values``: inputs as the program takes them; ``bound``: ``fun`` as a function of these ``inputs`` of the system, whose places those
+    have as ``slots``.
+    """
+
+    def at(t: Tensor, y: Tensor) -> bool:
+        return _is_fun(program, values, t, y, bound, inputs, slots) and _are_events(program, values, t, y[:, : program.width], events)
+
+    with temporarily_clear_interpreter_stack():
+        return any(at(*point.moved(part)) for part in _BESIDE)
+
+
+def _are_events(program: Program, values: Sequence[Tensor], t: Tensor, y: Tensor, events: Sequence[Bound]) -> bool:
+    if not events:
+        return True
+    with torch.no_grad():
+        known = torch.stack([f(t, y).reshape(-1).expand(len(y)) for f in events], -1)
+    found = _called(program, "events", len(events), values, t, y)
+    return not any(bool(differs(a, b)) for a, b in zip(found.T, known.T, strict=True))
+
+
+def _is_fun(
+    program: Program,
+    values: Sequence[Tensor],
+    t: Tensor,
+    y: Tensor,
+    bound: Callable[[Sequence[Tensor]], Bound],
+    inputs: Sequence[Tensor],
+    slots: Sequence[int | None],
+) -> bool:
+    # a tensor that is handed over twice is one input of the program
+    once: dict[Any, Tensor] = {}
+    leaves = [once.setdefault((x.data_ptr(), x.dtype, x.shape, x.stride()), x.detach()) for x in inputs]
+    at = y.detach()
+    for x in (*leaves, at):
+        x.requires_grad_(x.is_floating_point())
+    with torch.enable_grad():
+        k = bound(leaves)(t, at)
+    if bool(differs(_called(program, "fun", program.width, values, t, y), k.detach())):
+        return False
+    if program.displaced or not k.requires_grad:
+        return True
+    v = beside(torch.ones_like(k.detach()), 0.3)
+    numbered = [(i, leaves[slot]) for i, slot in enumerate(slots) if slot is not None and leaves[slot].requires_grad]
+    known = torch.autograd.grad(k, [at, *(x for _, x in numbered)], v, allow_unused=True, materialize_grads=True)
+    bars = _pulled_back(program, values, t, y, v)
+    found = [bars[0], *(bars[1 + i].view_as(x) for i, x in numbered)]
+    return not any(bool(differs(a, b)) for a, b in zip(found, known, strict=True))
