@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,11 +44,7 @@ def looked_at(case: Case, p: dict[str, Tensor], chain: bool) -> list[Tensor]:
     if chain or not case.mapped:
         out = (chained if chain else solved)(case, p)
     else:
-        places = {"y0": 0, "k": 0 if case.rate_rows else None, "end": 0 if case.ragged else None}
-        places |= {name: -1 if case.table_rows else None for name in ("knots", "values")}
-        places |= {name: -1 if case.dose_rows else None for name in ("times", "amounts")} | {"marks": -1 if case.ragged else None}
-        dims = tuple(places.get(name) for name in p)
-        out = list(torch.vmap(lambda *x: tuple(solved(case, dict(zip(p, x, strict=True)))), in_dims=dims)(*p.values()))
+        out = list(torch.vmap(lambda *x: tuple(solved(case, dict(zip(p, x, strict=True)))), in_dims=mapped(case, p))(*p.values()))
     if case.root:
         # where something comes to rest that is driven by the last state
         force = out[0] if out[0].dim() <= 2 else out[0][:, -1]
@@ -55,6 +52,14 @@ def looked_at(case: Case, p: dict[str, Tensor], chain: bool) -> list[Tensor]:
         found = adjoint.solve_root(lambda x, f: x + 0.3 * torch.tanh(x) - f, torch.zeros_like(force), args=(force,), batched=batched).x
         out = [*out, found]
     return out
+
+
+def mapped(case: Case, p: dict[str, Tensor]) -> tuple[int | None, ...]:
+    """The dimension of each parameter that is that of the trajectories."""
+    first = {"y0": not case.shared, "k": case.rate_rows, "end": case.ragged, "begin": case.begins, "level": case.acts, "c": case.acts}
+    last = {"knots": case.table_rows, "values": case.table_rows, "times": case.dose_rows, "amounts": case.dose_rows}
+    last |= {"marks": case.ragged, "duration": case.spread, "lag": case.spread}
+    return tuple(0 if first.get(name) else -1 if last.get(name) else None for name in p)
 
 
 def objective(case: Case, p: dict[str, Tensor], chain: bool) -> Tensor:
@@ -94,6 +99,8 @@ def derivatives(case: Case, p: dict[str, Tensor], chain: bool) -> tuple[Tensor, 
         if chain:
             return value(*values), [], [torch.autograd.functional.hessian(some, x)]
         return value(*values), [], [torch.func.hessian(some)(x)]
+    if not chain and case.inside:
+        return inside(case, p, dots)
     if not chain:
         found = transformed(kind, value, values, tuple(dots), lambda x: along(list(x)))
         if found is not None:
@@ -106,6 +113,35 @@ def derivatives(case: Case, p: dict[str, Tensor], chain: bool) -> tuple[Tensor, 
     if kind in ("jvp", "dual"):
         first = [along(first)]
     return out, [] if kind in ("hvp", "over forward") else first, second
+
+
+def inside(case: Case, p: dict[str, Tensor], dots: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Derivatives of each trajectory, taken inside of the map."""
+    dims, weights = mapped(case, p), 1 + 0.2 * torch.arange(case.rows)
+    alone = replace(case, rows=0, mapped=False)
+    kind = "jvp" if case.derivative == "dual" else case.derivative
+
+    def each(weight: Tensor, x: tuple[Tensor, ...], dots: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        every = tuple(range(len(x)))
+
+        def value(*x: Tensor) -> Tensor:
+            return weight * objective(alone, dict(zip(p, x, strict=True)), False)
+
+        def along(x: tuple[Tensor, ...]) -> Tensor:
+            return sum(((a * b).sum() for a, b in zip(x, dots, strict=True)), torch.zeros(()))
+
+        found = transformed(kind, value, x, dots, along)
+        if found is not None:
+            return found[1:]
+        first = torch.func.grad(value, argnums=every)
+        return list(first(*x)), list(torch.func.grad(lambda *x: along(first(*x)), argnums=every)(*x)) if kind == "twice" else []
+
+    def joined(parts: list[Tensor]) -> list[Tensor]:
+        whole = dims if len(parts) == len(dims) else (None,) * len(parts)
+        return [x.sum(0) if dim is None else x.movedim(0, dim) for x, dim in zip(parts, whole, strict=True)]
+
+    first, second = torch.vmap(each, in_dims=(0, dims, dims))(weights, tuple(p.values()), tuple(dots))
+    return objective(case, p, False), joined(first), joined(second)
 
 
 def transformed(

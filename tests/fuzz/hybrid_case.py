@@ -84,6 +84,13 @@ class Case:
     again: bool = False
     #: which parameters have all second derivatives taken
     scalars: int = 0
+    #: of several trajectories: what resets need and starts of spans, each its own; one start for all in a map; derivatives inside of it
+    acts: bool = False
+    begins: bool = False
+    shared: bool = False
+    inside: bool = False
+    #: durations and lag times of each dose
+    spread: bool = False
 
     def __str__(self) -> str:
         return " ".join(f"{k}={v}" for k, v in vars(self).items() if v not in ("", False, 0))
@@ -184,8 +191,9 @@ def parameters(case: Case) -> dict[str, Tensor]:
 
     rows, n = (case.rows,) if case.rows else (), case.n
     p = {"k": uniform(0.4, 1.2, *(rows if case.rate_rows else ()), n), "W": uniform(-0.4, 0.4, n, n)}
-    p |= {"level": uniform(1.3, 1.6), "c": uniform(0.3, 0.5), "y0": uniform(0.2, 1.0, *rows, n)}
-    p |= {"end": uniform(1.3, 1.9, *(rows if case.ragged else ())), "begin": uniform(-0.1, 0.1)}
+    each = rows if case.acts else ()
+    p |= {"level": uniform(1.3, 1.6, *each), "c": uniform(0.3, 0.5, *each), "y0": uniform(0.2, 1.0, *(() if case.shared else rows), n)}
+    p |= {"end": uniform(1.3, 1.9, *(rows if case.ragged else ())), "begin": uniform(-0.1, 0.1, *(rows if case.begins else ()))}
     if case.table:
         shape = (4, *rows) if case.table_rows else (4,)
         knots = torch.linspace(0.3, 1.9, 4).reshape(4, *[1] * (len(shape) - 1))
@@ -194,7 +202,8 @@ def parameters(case: Case) -> dict[str, Tensor]:
         shape = (2, *rows) if case.dose_rows else (2,)
         times = torch.tensor([0.45, 1.17]).reshape(2, *[1] * (len(shape) - 1))
         p |= {"times": times + uniform(-0.15, 0.15, *shape), "amounts": uniform(0.1, 0.4, *shape)}
-        p |= {"lag": uniform(0.02, 0.06), "duration": uniform(0.13, 0.21)}
+        each = (2, *rows) if case.spread else ()
+        p |= {"lag": uniform(0.02, 0.06, *each), "duration": uniform(0.13, 0.21, *each)}
     if case.switch:
         p |= {"s": uniform(0.7, 1.3), "jump": uniform(0.2, 0.6)}
     if case.event == "clock":
@@ -232,11 +241,11 @@ class Spec:
 
 def back(t: Tensor, y: Tensor, m: Any, p: dict[str, Any]) -> State:
     moved = y[..., 1:2] + 0.3 * torch.cos(t).unsqueeze(-1)
-    return torch.cat([p["c"] * y[..., :1] + 0.05 * y[..., 1:2], moved, y[..., 2:]], -1), m
+    return torch.cat([p["c"].unsqueeze(-1) * y[..., :1] + 0.05 * y[..., 1:2], moved, y[..., 2:]], -1), m
 
 
 def kicked(t: Tensor, y: Tensor, m: Any, p: dict[str, Any]) -> State:
-    return torch.cat([y[..., :1], y[..., 1:2] * (1 + p["c"]) + 0.1 * torch.sin(3 * t).unsqueeze(-1), y[..., 2:]], -1), m
+    return torch.cat([y[..., :1], y[..., 1:2] * (1 + p["c"].unsqueeze(-1)) + 0.1 * torch.sin(3 * t).unsqueeze(-1), y[..., 2:]], -1), m
 
 
 def specs(case: Case) -> list[Spec]:

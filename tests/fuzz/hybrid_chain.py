@@ -31,6 +31,7 @@ class Chain:
     def __init__(self, case: Case, p: dict[str, Tensor], row: int | None) -> None:
         self.case, self.row = case, row
         own = {"y0": 1, "end": 0, "k": 1, "knots": 1, "values": 1, "times": 1, "amounts": 1, "marks": 1}
+        own |= {"begin": 0, "level": 0, "c": 0, "duration": 1, "lag": 1}
         self.p = {k: v[..., row] if row is not None and k in own and v.dim() > own[k] and k not in ("y0", "k") else v for k, v in p.items()}
         for name in ("y0", "k"):
             self.p[name] = p[name] if row is None or p[name].dim() == 1 else p[name][row]
@@ -159,13 +160,13 @@ class Chain:
         """What happens when, beside events."""
         p, dose = self.p, self.case.dose
         acts: list[Act] = [(t, "knot", None) for t in p["knots"]] if self.case.table else []
-        pairs = list(zip(p["times"], p["amounts"], strict=True)) if dose else []
-        pairs = pairs if self.given is None else [pair for pair, on in zip(pairs, self.given.tolist(), strict=True) if on]
+        given = list(zip(p["times"], p["amounts"], p["duration"].expand(2), p["lag"].expand(2), strict=True)) if dose else []
+        given = given if self.given is None else [one for one, on in zip(given, self.given.tolist(), strict=True) if on]
         if dose in ("infusion", "both"):
-            for t, a in pairs:
-                acts += [(t, "begin", a / p["duration"]), (t + p["duration"], "until", -a / p["duration"])]
-        shift = {"bolus": 0.0, "both": 0.01, "lag": p.get("lag")}.get(dose)
-        acts += [] if shift is None else [(t + shift, "bolus", a) for t, a in pairs]
+            for t, a, length, _ in given:
+                acts += [(t, "begin", a / length), (t + length, "until", -a / length)]
+        if dose in ("bolus", "both", "lag"):
+            acts += [(t + {"bolus": 0.0, "both": 0.01, "lag": lag}[dose], "bolus", a) for t, a, _, lag in given]
         acts += [(p[s.at], "event", s) for s in self.specs if s.at]
         acts += [(p["s"], "jump", p["jump"])] if self.case.switch else []
         return acts + ([(torch.tensor(FAILS), "fail", None)] if self.case.dead == "fail" and self.row == 1 else [])

@@ -213,7 +213,7 @@ class Program:
     def marked(self, span: tuple[Tensor, Tensor]) -> Tensor:
         """Three sample times, of which the second one is that of the first event, and moves by itself."""
         found = self.solved(span, self.options()).events["event"].t.detach()
-        start, end = span if span[1].dim() or not self.case.own else (x.expand(self.case.rows) for x in span)
+        start, end = (x.expand(self.case.rows) for x in span) if self.case.own else span
         middle = start + 0.5 * (end - start)
         at = torch.where(found[0].isnan(), middle, found[0]) if len(found) else middle
         mark = self.p["mark"]

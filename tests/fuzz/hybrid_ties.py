@@ -58,8 +58,17 @@ def wider(case: Case, cheap: bool = False, share: float | None = None) -> Case:
     if share is not None:
         able = not plain and case.gradient in ("", "swept")
         compiled = able and random.Random(f"compiled {case.seed}").random() < share
+    new = {
+        "acts": case.rows > 0 and case.door != "odeint_event" and chance(0.3),
+        "begins": case.ragged and not any("start" in tie for tie in drawn) and chance(0.4),
+        "inside": case.mapped and case.derivative != "hessian" and chance(0.4),
+        "spread": not {*INFUSED, "beside", "clock dose"} & drawn and chance(0.4),
+    }
+    differ = case.rate_rows or case.ragged or case.table_rows or case.dose_rows or new["acts"]
     return replace(
         case,
+        **new,
+        shared=case.mapped and differ and chance(0.3),
         ties=" ".join(sorted(tie.replace(" ", "-") for tie in drawn)),
         output=output,
         marks=output in ("samples", "list") and samples and chance(0.5),
@@ -74,7 +83,7 @@ def wider(case: Case, cheap: bool = False, share: float | None = None) -> Case:
 def tied(case: Case, p: dict[str, Tensor]) -> dict[str, Tensor]:
     """The parameters with times that are others; each is still one by itself."""
     row = 0 if case.dead or not case.rows else case.seed % case.rows
-    begin, end = p["begin"], p["end"][row] if p["end"].dim() else p["end"]
+    begin, end = (x[row] if x.dim() else x for x in (p["begin"], p["end"]))
     p = {name: x.clone() for name, x in p.items()}
 
     def moment(share: float) -> Tensor:
@@ -132,8 +141,8 @@ def tied(case: Case, p: dict[str, Tensor]) -> dict[str, Tensor]:
         p["s"] = moment(0.5)
     if case.marks:
         shares = torch.tensor(SHARES)
-        length = p["end"] - begin
-        p["marks"] = begin + (shares.unsqueeze(-1) * length if length.dim() else shares * length)
+        length = p["end"] - p["begin"]
+        p["marks"] = p["begin"] + (shares.unsqueeze(-1) * length if length.dim() else shares * length)
     if case.output == "mark":
         p["mark"] = torch.tensor(0.5)
     return p
