@@ -160,7 +160,7 @@ class Asked:
         return bool(off_given("auto", calls.differential, given, Initial(y, yp), tolerances).any())
 
     def _solved_again(
-        self, door: Callable[..., Solution], prepared: Prepared, times: Tensor | None, values: Sequence[Tensor]
+        self, door: Callable[..., Solution], prepared: Prepared, times: Tensor | None, values: Sequence[Tensor], compiled: bool
     ) -> Sequence[Tensor | None]:
         """``times`` (T, B) and ``values``: what the solve read."""
         now = fingerprint(_functions(self.arguments, self.events), self.args)
@@ -175,7 +175,7 @@ class Asked:
         span = tuple(torch.tensor(t, dtype=torch.float64) for t in self.span)
         t_eval = None if times is None else times[:, 0]
         more = {"t_span": span, "t_eval": t_eval, "args": self.args, "events": self.events or None}
-        more |= {} if self.yp0 is None else {"yp0": self.yp0}
+        more |= ({} if self.yp0 is None else {"yp0": self.yp0}) | ({} if compiled else {"compile": False})
         sol = door(**{**self.arguments, **more})
         integral = None if prepared.integrand is None else prepared.integrand.taken(sol.quadrature)
         slopes = () if sol.yp is None else (sol.yp,)

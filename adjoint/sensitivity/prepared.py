@@ -15,6 +15,8 @@ from ..native.at_once import AtOnce, EventBars, Kept, Target
 from ..native.memory import as_given, bytes_of, put_together
 from ..native.reading import Unreadable
 from ..native.solve import COUNTS, Summary
+from ..system.capture import Substitute
+from ..system.origins import is_apart
 from ..system.ownership import Owned
 from ..system.system import StateSpec
 from ..system.transforms import functorch_active, naming_writes
@@ -125,13 +127,13 @@ class Done(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Run:
     """What the way back of a solve needs beside what is saved of it. ``again`` solves once more by the general way, for all but plain first
-    derivatives."""
+    derivatives: with what the solve read, compiled or not."""
 
     prepared: Prepared
     anchors: Tensor
     t_eval: Tensor | None
     wanted: tuple[int, ...]
-    again: Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
+    again: Callable[[Sequence[Tensor], bool], Sequence[Tensor | None]]
     report: Callable[[int, int], None]
     #: of a solve that an event ended, which one
     ending: int | None = None
@@ -256,9 +258,15 @@ def _again(
     run: Run, kept: Kept, inputs: Sequence[Tensor], bars: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> list[Tensor | None]:
     prepared, (bar, *beside) = run.prepared, bars
+    wanted, read = [x for x, need in zip(inputs, needed, strict=True) if need], prepared.calls.inputs(kept)
     with torch.enable_grad():
-        outputs = run.again(prepared.calls.inputs(kept))
-    wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
+        if is_apart(wanted):
+            outputs = run.again(read, True)
+        else:
+            # others in their places: what belongs to one of them is not to go on to another, or be heard, before it goes back to them all.
+            # Graphs are not recognised where operators are given others
+            places = [x.view_as(x) for x in wanted]
+            outputs, wanted = Substitute(wanted, places).run(run.again, read, False), places
     bars = *((None, None) if bar is None else prepared.shown(bar, inputs[0], run.t_eval is not None)), *beside
     known = [(y, v) for y, v in zip(outputs, bars, strict=True) if y is not None and v is not None and y.requires_grad]
     made, given = zip(*known, strict=True)

@@ -22,6 +22,7 @@ __all__ = [
     "cut_apart",
     "has_unknown",
     "held_by",
+    "is_apart",
     "leads_to",
     "listed",
     "made_here",
@@ -155,6 +156,14 @@ def cut_apart(inputs: Sequence[Tensor], wants: Sequence[bool]) -> list[Tensor]:
     # one that is an input twice stays one
     copies = {id(x): x.detach().requires_grad_(True) for x in inputs if id(x) in cut}
     return [copies.get(id(x), x) for x in inputs]
+
+
+def is_apart(inputs: Sequence[Tensor]) -> bool:
+    """Whether each of the inputs is there once, none was computed from another one, and nobody listens to any."""
+    many = len(inputs) > 1
+    if many and len({id(x) for x in inputs}) < len(inputs):
+        return False
+    return not any(_heard(x) or (many and x.grad_fn is not None and leads_to(x, [p for p in inputs if p is not x])) for x in inputs)
 
 
 def _heard(x: Tensor) -> bool:

@@ -180,6 +180,29 @@ class TestWhatChanges:
 
 class TestDerivatives:
     @pytest.mark.parametrize("form", ALONE)
+    @pytest.mark.parametrize("which", ["computed", "the same", "heard"])
+    @pytest.mark.slow_cases("computed-watched", "the same-implicit", "the same-watched", "heard-watched")
+    def test_inputs_that_are_not_apart(self, which, form, counted):
+        """A start that is computed from what fun captures, or is that itself; a hook on what it captures."""
+
+        def decay(q):
+            return lambda t, y: -q * y
+
+        def twice(value, q):
+            first = torch.autograd.grad(value, q, create_graph=True)[0]
+            return torch.stack([first, torch.autograd.grad(first.sum(), q)[0]])
+
+        begin = {"computed": lambda q: q.flip(0), "the same": lambda q: q, "heard": lambda q: torch.ones(2, dtype=F64)}[which]
+        for _ in range(3):
+            q = torch.tensor([0.7, 0.4], dtype=F64, requires_grad=True)
+            if which == "heard":
+                q.register_hook(lambda g: 2 * g)
+            sol = solve(decay(q), begin(q), rtol=1e-9, atol=1e-12, form=form)
+            found, wanted = twice(sol.y[-1].sum(), q), twice((begin(q) * torch.exp(-2 * q)).sum(), q)
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+        assert len(counted) == 2 and counted[-1] is not None
+
+    @pytest.mark.parametrize("form", ALONE)
     @pytest.mark.slow_cases("explicit", "implicit")
     def test_second_order(self, form, counted):
         # derivatives of implicit steps, one by one, take their time
