@@ -24,6 +24,7 @@ from ..system.witness import CHANGED
 from . import objective_scipy
 from .laplace import Laplace
 from .layout import Layout
+from .root_arguments import named_root_method
 from .steady import prepare, solve_root
 
 __all__ = ["ObjectiveStats", "SteadyStateObjective"]
@@ -137,6 +138,7 @@ class SteadyStateObjective:
         wrong = sorted((set(options) - set(known)) | (set(options) & taken))
         if wrong:
             raise InvalidInput(f"SteadyStateObjective takes no {', '.join(wrong)}; options are those of solve_root without {sorted(taken)}")
+        named_root_method(options.get("method", known["method"]))
         self.f, self.F, self.x0 = f, F, x0
         self.residuals, self.warm_start = residuals, warm_start
         self._options = {**{k: v for k, v in known.items() if k != "args"}, **options}
@@ -157,6 +159,8 @@ class SteadyStateObjective:
             if name in ("f", "F", "x0", "residuals", "warm_start"):
                 setattr(self, name, value)
             elif name in self._options and name not in ("batched", "least_squares", "throw"):
+                if name == "method":
+                    named_root_method(value)
                 self._options[name] = value
             else:
                 raise InvalidInput(f"there is no option {name!r} to change")

@@ -29,7 +29,7 @@ from ..torch_internals import is_functorch_wrapped_tensor
 from .arguments import spread_leaves
 from .root_systems import ConservedSystem
 
-__all__ = ["RootChoice", "check_bounds", "choose"]
+__all__ = ["RootChoice", "check_bounds", "choose", "named_root_method"]
 
 #: unknowns up to which a dense Jacobian is taken without a look at its pattern
 _SMALL = 64
@@ -144,6 +144,18 @@ class UserJacobian(JacobianRule):
         return UserJacobian(values, self.shape)
 
 
+def named_root_method(method: Any) -> RootMethod:
+    """A method object, by its name; raises `InvalidInput`."""
+    if isinstance(method, str):
+        known = METHODS | FLOW_METHODS
+        if method not in known:
+            raise InvalidInput(f"there is no root method {method!r}; choose one of {', '.join(sorted(known))}")
+        method = known[method]
+    if not isinstance(method, RootMethod):
+        raise InvalidInput(f"method must be a name or a root method object, got a {type(method).__name__}")
+    return method
+
+
 def choose(
     system: System | ConservedSystem,
     spec: StateSpec,
@@ -156,15 +168,7 @@ def choose(
     fun: Callable[..., Any],
 ) -> RootChoice:
     """Put method, Jacobian and linear solver together."""
-    name = "levenberg_marquardt" if least_squares and method == "auto" else method
-    if isinstance(name, str):
-        known = METHODS | FLOW_METHODS
-        if name not in known:
-            raise InvalidInput(f"there is no root method {name!r}; choose one of {', '.join(sorted(known))}")
-        name = known[name]
-    if not isinstance(name, RootMethod):
-        raise InvalidInput(f"method must be a name or a root method object, got a {type(name).__name__}")
-    finder: RootMethod = name
+    finder = named_root_method("levenberg_marquardt" if least_squares and method == "auto" else method)
     if least_squares and not (isinstance(finder, RootTraits) and finder.least_squares):
         raise UnsupportedCombination(f"least_squares=True needs method='levenberg_marquardt', got {method!r}")
     check_solver(linear_solver, "SparseLU")

@@ -15,10 +15,11 @@ from ..linalg import LinearSolver, Log
 from ..nonlinear import RootRecord
 from ..sensitivity.fingerprint import RootWitness
 from ..sensitivity.implicit import RootNode, RootOutputs, RootTask
+from ..sensitivity.linearity import refuse_altered_root
 from ..system.capture import needs_derivatives, stand_ins
 from ..system.ownership import full_precision
 from ..system.realification import suited_to_jacobians
-from ..system.system import StateSpec
+from ..system.system import StateSpec, System
 from ..torch_internals import is_functorch_wrapped_tensor
 from .arguments import check_callable, check_finite, check_not_half, flat_tolerance, listed_args
 from .failures import raise_root_failure
@@ -163,7 +164,8 @@ def prepare(
     in_parts: bool = False,
 ) -> RootSetup:
     """Check the arguments of `solve_root` and choose how to solve. ``log`` counts the linear algebra, a new one by default; ``in_parts``:
-    complex states in real and imaginary parts, as functions that are not complex-differentiable want them, whatever ``fun`` is."""
+    complex states in real and imaginary parts, as functions that are not complex-differentiable want them, whatever ``fun`` is, and
+    derivatives in any case."""
     check_callable(fun, "fun")
     if not isinstance(max_steps, int) or max_steps < 1:
         raise InvalidInput(f"max_steps must be a positive integer, got {max_steps!r}")
@@ -172,7 +174,7 @@ def prepare(
     check_not_half(spec, "x0")
     check_finite(x0, spec, "x0{} has non-finite entries")
     system, spec, returns = root_system(fun, x0, args, spec, least_squares, in_parts)
-    conditions, flat0 = system, spec.taken(x0)
+    plain, conditions, flat0 = system, system, spec.taken(x0)
     if conserved is not None:
         system = conditions = check_conserved(conserved, system, flat0, least_squares)
     if least_squares:
@@ -203,6 +205,8 @@ def prepare(
 
     examiner = Examination(choice, throw)
     witness = RootWitness() if needs_derivatives(inputs) else None
+    if (witness is not None or in_parts) and isinstance(plain, System):
+        refuse_altered_root(plain, flat0, inputs[: len(plain.inputs)])
     rule = choice.jacobian
     rule = rule.of_conditions() if least_squares and isinstance(rule, AutomaticJacobian) else rule
     task = RootTask(system, conditions, find, rule, choice.linear_solver, log, report, examiner=examiner, witness=witness)

@@ -64,7 +64,7 @@ class Shelter(NamedTuple):
     """What a sweep through recorded steps is given: the ``grid`` with its ``sizes``, and the ``inputs``.
 
     ``replaced``: the entries of inputs in whose place others were put, None for none; ``dead`` (B,): trajectories that failed;
-    ``unborn``: those without a step. Both None where there is none.
+    ``unborn``: those without a step. Both None where there is none. ``part``: whether this is a round of a longer solve.
     """
 
     grid: Grid
@@ -72,20 +72,26 @@ class Shelter(NamedTuple):
     replaced: Sequence[Tensor | None]
     dead: Tensor | None = None
     unborn: Tensor | None = None
+    part: bool = False
 
     def marked(self, found: Found, bars: Sequence[Tensor | None]) -> Found:
         """Cotangents of ``(anchors, t_eval, y0, *inputs)`` with NaN where they are of a trajectory that failed: at once, or with a loss
-        on what it did not get to."""
+        on what it did not get to. Of one that fails at once in a later round the first is no reason: the rounds before it, in which
+        it has its part of what is shared, end in numbers."""
         if self.dead is None or self.unborn is None:
             return found
         anchors, t_eval, y0, *rest = found
-        final_bar, samples_bar, *_ = bars
-        lost = self.unborn & self.dead
+        final_bar, samples_bar, states_bar, stages_bar = bars
+        lost = torch.zeros_like(self.dead) if self.part else self.unborn & self.dead
         if final_bar is not None:
             lost = lost | (self.dead & (final_bar != 0).any(-1))
         if samples_bar is not None and samples_bar.shape[0]:
             missing = (self.grid.sample_step < 0) & (samples_bar != 0).any(-1)
             lost = lost | (self.dead & missing.any(0))
+        # of a trajectory without a step there is its start alone
+        for bar in (None if states_bar is None else states_bar[1:], None if stages_bar is None else stages_bar.flatten(0, 1)):
+            if bar is not None and bar.shape[0]:
+                lost = lost | (self.dead & self.unborn & (bar != 0).any(-1).any(0))
         y0 = None if y0 is None else torch.where(lost.unsqueeze(-1), float("nan"), y0)
         rest = [x if x is None or mask is None else torch.where(mask, float("nan"), x) for x, mask in zip(rest, self.replaced, strict=True)]
         return (anchors, t_eval, y0, *rest)
@@ -121,7 +127,7 @@ def shelter(problem: Problem, grid: Grid, t_eval: Tensor | None, inputs: Sequenc
         # trajectory without a step may have failed for theirs
         more = {"unseen": problem.system.mass, "wholly": None if problem.algebra is None else dead & pad.unborn}
         given, replaced = replacements(problem.system, values, dead, donor, inputs, **more)
-    return Shelter(grid, given, replaced, dead, pad.unborn)
+    return Shelter(grid, given, replaced, dead, pad.unborn, problem.idle is not None)
 
 
 def _moved_grid(problem: Problem, grid: Grid, t_eval: Tensor | None, pad: Padding) -> Grid:

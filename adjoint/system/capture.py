@@ -173,7 +173,7 @@ class _Watch(TorchFunctionMode):
         if func in _QUESTIONS:
             self.asked = self.asked or not called_by_us()
         self.normalizes |= func in NORMALIZATIONS
-        if func is Tensor.register_hook:
+        if func in _HOOKABLE:
             self.alters = self.alters or not called_by_us()
         if functorch_level() > self.level:
             self.transforms = True
@@ -263,6 +263,10 @@ class _Watch(TorchFunctionMode):
     def _made_here(self, x: Tensor) -> bool:
         """Whether ``x`` was computed since the watch began: results of transforms and of TorchScript come from no operator that is seen."""
         return x.grad_fn is not None and x.grad_fn._sequence_nr() >= self.begun
+
+
+#: what hooks are put on tensors by, and on the nodes that made them
+_HOOKABLE = (Tensor.register_hook, Tensor.grad_fn.__get__)  # type: ignore[attr-defined]
 
 
 class Captured(NamedTuple):

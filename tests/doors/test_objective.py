@@ -363,3 +363,12 @@ def test_tensors_that_functions_captured():
         assert not obj.value(p).requires_grad
     theta.requires_grad_(False)
     assert not obj.value(p).requires_grad
+
+
+def test_a_method_is_known_by_name_at_once():
+    f, F = (lambda x, p: x.sum()), (lambda x, p: x - p)
+    with pytest.raises(InvalidInput, match="no root method 'nwton'"):
+        SteadyStateObjective(f, F, torch.ones(2), method="nwton")
+    objective = SteadyStateObjective(f, F, torch.ones(2))
+    with pytest.raises(InvalidInput, match="no root method 'nwton'"):
+        objective.update(method="nwton")

@@ -99,6 +99,18 @@ def test_multiple_roots_have_no_derivatives(f, method):
         slope(x, p)
 
 
+@pytest.mark.parametrize("method", ["auto", "levenberg_marquardt", "dogleg"])
+def test_a_multiple_root_where_the_residual_vanishes_by_rounding(method):
+    """``(x - 1)^3`` multiplied out is zero in a whole interval, in which Newton's steps are zero and the Jacobian is not."""
+    p = torch.tensor(0.0, requires_grad=True)
+    for f, start in (
+        (lambda x, p: x**3 - 3 * x**2 + 3 * x - 1 - p, [3.0]),
+        (lambda x, p: torch.stack([1e6 * (x[0] ** 3 - 3 * x[0] ** 2 + 3 * x[0] - 1 - p), x[1] - 2 * x[0]]), [3.0, 0.0]),
+    ):
+        with pytest.raises(SingularJacobian, match="no derivatives"):
+            slope(solve_root(f, torch.tensor(start), (p,), method=method).x.sum(), p)
+
+
 def test_near_a_fold_and_steep_and_tiny_there_are_derivatives():
     p = torch.tensor(1.0, requires_grad=True)
     for f, start, want, rtol in (

@@ -111,7 +111,17 @@ def _hooked(alter):
 
 _LINEAR = torch.nn.Linear(3, 3, dtype=torch.float64)
 _LINEAR.register_full_backward_hook(lambda module, given, bar: None if given[0] is None else (given[0].clamp(-0.01, 0.01),))
+
+
+def _on_the_node(t, y, k):
+    z = k * y
+    if z.grad_fn is not None:
+        z.grad_fn.register_hook(lambda given, bar: tuple(None if x is None else x.clamp(-0.05, 0.05) for x in given))
+    return -z * y
+
+
 ALTERED = {
+    "node": _on_the_node,
     "clipped": _hooked(lambda bar: bar.clamp(-0.05, 0.05)),
     "positive": _hooked(lambda bar: bar.clamp(min=0)),
     "function": lambda t, y, k: -_Clip.apply(k * y) * y,
@@ -153,3 +163,17 @@ def test_what_comes_back_is_no_other(method):
         (slope,) = torch.autograd.grad(y.sum(), y0)
         torch.testing.assert_close(slope, (1 + RATE * START) ** -2, rtol=1e-5, atol=0)
     assert seen
+
+
+@pytest.mark.parametrize("fun", [ALTERED["clipped"], ALTERED["node"], ALTERED["function"]], ids=["clipped", "node", "function"])
+def test_roots_of_what_alters(fun):
+    p = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    F = lambda x, p: fun(0.0, x, 1.0) + 4 * p  # noqa: E731
+    with pytest.raises(adjoint.UnsupportedCombination, match="alters what comes back"):
+        adjoint.solve_root(F, 1.5 * torch.ones(3, dtype=torch.float64), args=(p,))
+    objective = adjoint.SteadyStateObjective(lambda x, p: x.sum(), F, 1.5 * torch.ones(3, dtype=torch.float64))
+    with pytest.raises(adjoint.UnsupportedCombination, match="alters what comes back"):
+        objective.gradient(p.detach())
+    with torch.no_grad():
+        x = adjoint.solve_root(F, 1.5 * torch.ones(3, dtype=torch.float64), args=(p,)).x
+    torch.testing.assert_close(x, 2 * torch.ones_like(x))
