@@ -1,8 +1,9 @@
-"""Normalizations by formulas whose derivatives of every order are right.
+"""Normalizations, and determinants of small matrices, by formulas whose derivatives of every order are right.
 
 PyTorch's layer, batch, instance and group norms keep mean and deviation for their first derivatives. Those of forward mode take what is
 kept for constants where they are differentiated once more, and so do batched cotangents where state and weights both are differentiated: no
-error, and numbers of the right size. Jacobians of ``fun``, which implicit methods differentiate, and all second derivatives go through
+error, and numbers of the right size. Third derivatives of determinants, which are second ones of Rosenbrock methods, are wrong or NaN by
+`torch.func`. Jacobians of ``fun``, which implicit methods differentiate, and all second derivatives go through
 these.
 """
 
@@ -121,6 +122,30 @@ def _weights_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+def _determinant(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """By minors, of matrices up to `_MINORS`; of larger ones ``own``."""
+
+    def expanded(a: Tensor) -> Tensor:
+        n = a.shape[-1]
+        if n == 1:
+            return a[..., 0, 0]
+        if n == 2:
+            return a[..., 0, 0] * a[..., 1, 1] - a[..., 0, 1] * a[..., 1, 0]
+        terms = [a[..., 0, j] * expanded(torch.cat([a[..., 1:, :j], a[..., 1:, j + 1 :]], -1)) for j in range(n)]
+        return sum(terms[2::2], terms[0]) - sum(terms[3::2], terms[1])
+
+    def call(*args: Any, **named: Any) -> Tensor:
+        a = args[0] if args else named.get("A", named.get("input"))
+        if not isinstance(a, Tensor) or a.dim() < 2 or named.get("out") is not None:
+            return own(*args, **named)
+        return expanded(a) if a.shape[-1] == a.shape[-2] and 0 < a.shape[-1] <= _MINORS else own(*args, **named)
+
+    return call
+
+
+#: rows of determinants by minors, whose terms are as many as there are orders of these
+_MINORS = 4
+
 #: what stands in the place of PyTorch's functions
 NORMALIZATIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     functional.layer_norm: _layer_norm,
@@ -131,6 +156,7 @@ NORMALIZATIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     torch.layer_norm: _layer_norm,
     torch.batch_norm: _weights_first(_batch_norm),
     torch.instance_norm: _weights_first(_instance_norm),
+    **{own: _determinant(own) for own in (torch.linalg.det, torch.det, Tensor.det)},
 }
 
 

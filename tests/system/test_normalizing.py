@@ -210,3 +210,38 @@ def test_functions_that_torch_has_compiled_have_no_jacobian(method):
     torch.testing.assert_close(*(torch.autograd.grad(y.sum(), list(net.parameters())) for y in ends))
     with pytest.raises(adjoint.UnsupportedCombination, match="as it was"):
         adjoint.solve_ivp(fun, SPAN, y0, method=method)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("call", [torch.linalg.det, torch.det, torch.Tensor.det])
+def test_determinants(call, n):
+    """Values, third derivatives in every order of nesting, and first ones where the matrix is singular."""
+    base = torch.randn(2, n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    f = composing(lambda p: call(base + p * torch.eye(n, dtype=torch.float64) + p**2).sum())
+    p = torch.tensor(0.3, dtype=torch.float64)
+    torch.testing.assert_close(f(p), torch.linalg.det(base + p * torch.eye(n) + p**2).sum())
+    # a polynomial of degree 2 n at most
+    nodes = torch.linspace(-1, 1, 2 * n + 1, dtype=torch.float64)
+    values = torch.stack([torch.linalg.det(base + x * torch.eye(n) + x**2).sum() for x in nodes])
+    weights = torch.linalg.solve(nodes.unsqueeze(-1) ** torch.arange(2 * n + 1), values)
+    truth = sum(w * k * (k - 1) * (k - 2) * p ** max(k - 3, 0) for k, w in enumerate(weights))
+    for first in (torch.func.jacrev, torch.func.jacfwd):
+        for second in (torch.func.jacrev, torch.func.jacfwd):
+            torch.testing.assert_close(torch.func.jacrev(second(first(f)))(p), truth, rtol=1e-6, atol=1e-6)
+    zero = torch.zeros(1, n, n, dtype=torch.float64, requires_grad=True)
+    slope = torch.autograd.grad(composing(call)(zero).sum(), zero)[0]
+    assert torch.equal(slope, torch.ones_like(zero) if n == 1 else torch.zeros_like(zero))
+
+
+@pytest.mark.parametrize("method", ["rodas5p", "kvaerno5"])
+def test_second_derivatives_with_a_determinant(method):
+    """``y' = -y det``, whose decay is ``exp(-(2 + p) p + p^3)`` after a unit of time; of Rosenbrock methods they were NaN."""
+
+    def end(p):
+        entries = torch.stack([torch.stack([p, p**2, 0 * p]), torch.stack([p, 2 + p, 0 * p]), torch.stack([0 * p, 0 * p, 1 + 0 * p])])
+        fun = lambda t, y: -y * torch.linalg.det(entries + 0 * y)  # noqa: E731
+        return adjoint.solve_ivp(fun, (0.0, 1.0), torch.ones(1).double(), method=method, rtol=1e-8, atol=1e-10).y[-1, 0]
+
+    p = torch.tensor(0.3, dtype=torch.float64)
+    want = torch.func.hessian(lambda p: torch.exp(p**3 - (2 + p) * p))(p)
+    torch.testing.assert_close(torch.func.hessian(end)(p), want, rtol=1e-5, atol=0)
