@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..integrate.plan import Record
 from ..system.witness import beside, differs
-from ..torch_internals import temporarily_clear_interpreter_stack
+from ..torch_internals import temporarily_clear_interpreter_stack, unwatched
 from .memory import plain
 from .program import Engine, Program
 
@@ -147,7 +147,7 @@ def agrees(
     def at(t: Tensor, y: Tensor) -> bool:
         return _is_fun(program, values, t, y, bound, inputs, slots) and _are_events(program, values, t, y[:, : program.width], events)
 
-    with temporarily_clear_interpreter_stack():
+    with temporarily_clear_interpreter_stack(), unwatched():
         return any(at(*point.moved(part)) for part in _BESIDE)
 
 
@@ -183,7 +183,8 @@ def _is_fun(
         return True
     v = beside(torch.ones_like(k.detach()), 0.3)
     numbered = [(i, leaves[slot]) for i, slot in enumerate(slots) if slot is not None and leaves[slot].requires_grad]
-    known = torch.autograd.grad(k, [at, *(x for _, x in numbered)], v, allow_unused=True, materialize_grads=True)
+    known = torch.autograd.grad(k, [at, *(x for _, x in numbered)], v, allow_unused=True)
     bars = _pulled_back(program, values, t, y, v)
     found = [bars[0], *(bars[1 + i].view_as(x) for i, x in numbered)]
-    return not any(bool(differs(a, b)) for a, b in zip(found, known, strict=True))
+    # what fun keeps of an earlier call does not depend on these leaves
+    return not any(b is not None and bool(differs(a, b)) for a, b in zip(found, known, strict=True))

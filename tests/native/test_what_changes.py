@@ -223,7 +223,9 @@ def test_what_fun_keeps_is_what_it_computed():
         torch.testing.assert_close(y.detach(), y0 * torch.exp(-fast), rtol=1e-8, atol=1e-10)
         (found,) = torch.autograd.grad(y.sum(), fun.rate, retain_graph=True)
         torch.testing.assert_close(found, -fast * y.detach(), rtol=1e-7, atol=1e-9)
-    assert fun.grid.tolist() == pytest.approx([0.2, 0.7]) and 0 < float(fun.calls) < 100
+    assert fun.grid.tolist() == pytest.approx([0.2, 0.7])
+    # before PyTorch 2.7 what is written is left to it
+    assert 0 < float(fun.calls) < (100 if hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks") else 3000)
     assert bool(((fun.last / fun.grid).detach().abs() <= 2).all())
 
 
@@ -241,6 +243,7 @@ def test_iterations_of_spectral_norm_are_those_of_calls(method):
     torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.skipif(not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="PyTorch does not tell of hooks")
 @pytest.mark.parametrize("door", ["solve_ivp", "solve_dae", "background", "stiff"])
 def test_checkpoints_of_pytorch_see_the_same_calls(door):
     """`torch.utils.checkpoint` counts what is saved for backward, in the first solve of a function and in the same one again; at some

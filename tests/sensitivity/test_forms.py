@@ -29,6 +29,7 @@ from adjoint import (
     solve_ivp,
 )
 from adjoint.errors import InvalidInput, UnsupportedCombination
+from adjoint.torch_internals import is_functorch_wrapped_tensor
 
 pytestmark = pytest.mark.users_defaults
 
@@ -214,7 +215,8 @@ def solved(case: Case, y0: Tensor, p: Tensor, end: Tensor, level: Tensor, gain: 
         sol = solve_dae(residual, span, y0, args=(p,), **options)
     else:
         sol = solve_ivp(SplitFunction(first, second) if kind == "split" else whole, span, y0, (p,), **options)
-    if case.form in ("dead", "dying"):
+    # within transforms numbers of tensors cannot be asked for before PyTorch 2.7
+    if case.form in ("dead", "dying") and not is_functorch_wrapped_tensor(p):
         assert (sol.status >= 0).tolist() == [True, True, False]
     if case.output == "samples":
         shown: tuple[Tensor, ...] = (sol.y,)
