@@ -320,8 +320,13 @@ def _of_index_two(f: CoupledSystem, plan: Plan, hg: Tensor, rest: float, error: 
     assert f.power is not None
     high = f.power > 0
     left = f.tolerance * (size * plan.rtol + plan.atol)
-    noise = plan.norm(plan.scaled(NOISE * torch.maximum(left, 10 * torch.finfo(size.dtype).eps * size), size))
+    unclear = NOISE * torch.maximum(left, 10 * torch.finfo(size.dtype).eps * size)
+    noise = plan.norm(plan.scaled(unclear, size))
     seen = plan.norm(torch.where(high, 0.0, plan.scaled(error, size)).abs()).clamp(min=torch.finfo(size.dtype).tiny)
-    whole = error + f.filtered(hg, rest * f.mass(torch.where(high, 0.0, error)))
-    share = 1.0 + (noise / seen).unsqueeze(-1) * plan.scaled(whole, size).abs()
-    return torch.where(high, whole / share - error, 0.0)
+    slope = f.filtered(hg, f.mass(torch.where(high, 0.0, error)))
+    # what does not come by a slope is there where the others do not move at all; noise of their slopes is in it too
+    still, moved = error + slope, (rest - 1.0) * slope
+    besides = f.filtered(hg, f.mass(torch.where(high, 0.0, unclear))).abs()
+    still = still * (still.abs() / (still.abs() + besides).clamp(min=torch.finfo(size.dtype).tiny)).square()
+    share = 1.0 + (noise / seen).unsqueeze(-1) * plan.scaled(moved, size).abs()
+    return torch.where(high, still + moved / share - error, 0.0)

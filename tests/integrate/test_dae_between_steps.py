@@ -105,6 +105,16 @@ def test_a_prescribed_multiplier_follows_the_tolerance(method, tolerance):
     assert (sol.y[:, 1] - 0.35 * (torch.cos(SAMPLES) + torch.sin(SAMPLES))).abs().max() < 10 * tolerance
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compile)])
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-6])
+def test_a_multiplier_where_nothing_else_moves(compiled, tolerance):
+    """A level that is held by an outflow: no error of the level tells of that of the outflow."""
+    residual = lambda t, y, yp: torch.stack([yp[0] - 1 - torch.sin(5 * t) + 0.5 * y[0] + y[1], y[0] - 2.0])  # noqa: E731
+    start, options = torch.tensor([2.0, 0.0], dtype=F64), {"rtol": tolerance, "atol": tolerance / 10, "compile": compiled}
+    sol = solve_dae(residual, (0.0, 1.0), start, t_eval=SAMPLES, **options)
+    assert (sol.y[:, 1] - torch.sin(5 * SAMPLES)).abs().max() < 10 * tolerance
+
+
 def level(t, a, tau):
     """The algebraic variable of the problems below: it jumps at ``tau``."""
     return torch.where(t > tau, a, torch.sin(t))

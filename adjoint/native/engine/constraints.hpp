@@ -8,7 +8,8 @@ FN S part_of(const double* w, const S* ks, int n) {
   return total;
 }
 // of variables of index 2: their slope is that of the defect of a constraint, divided by h
-static void index_two(Attempt& a, const S* size, const S& hg, double rest, S* error, S* part, S* whole) {
+static void index_two(Attempt& a, const S* size, const S& hg, double rest, S* error, S* part, S* slope) {
+  S unclear[N];
   const R* power = a.power;
   S noise = K(0), seen = K(0);
   for (int n = 0; n < N; n++) {
@@ -17,14 +18,18 @@ static void index_two(Attempt& a, const S* size, const S& hg, double rest, S* er
     const S e = error[n] / unit;
     if (!(power[n] > 0)) seen += e * e;
     part[n] = power[n] > 0 ? K(0) : error[n];
+    unclear[n] = power[n] > 0 ? K(0) : x * unit;
   }
   const S weight = root_of(noise) / m_max(root_of(seen), K(R(SMALLEST)));
-  mass_times(a, part, whole);
-  for (int n = 0; n < N; n++) whole[n] = K(R(rest)) * whole[n];
-  filtered(a, whole);
+  mass_times(a, part, slope);
+  filtered(a, slope);
+  mass_times(a, unclear, part);
+  filtered(a, part);
+  // what does not come by a slope is there where the others do not move at all; noise of their slopes is in it too
   for (int n = 0; n < N; n++) if (power[n] > 0) {
-    const S all = error[n] + whole[n];
-    error[n] = all / (K(1) + weight * m_abs(all / unit_of(a, size[n], n)));
+    const S still = error[n] + slope[n], moved = K(R(rest - 1)) * slope[n];
+    const S clear = m_abs(still) / m_max(m_abs(still) + m_abs(part[n]), K(R(SMALLEST)));
+    error[n] = still * clear * clear + moved / (K(1) + weight * m_abs(moved / unit_of(a, size[n], n)));
   }
 }
 // makes ``error`` the larger one of itself and of that within the step; size: of the state. What the step before left in the state is measured by
