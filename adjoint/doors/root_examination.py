@@ -17,6 +17,9 @@ from .root_arguments import AutomaticJacobian, FixedJacobian, RootChoice, UserJa
 
 __all__ = ["Examination"]
 
+#: how much more than the unknowns a Jacobian changes, from which on what rounding makes of the residual is looked at
+_BENT = 10.0
+
 
 class Examination:
     """The `Examiner` of root solves. Its right-hand sides are not counted in the log."""
@@ -103,20 +106,22 @@ def _singular(r: Callable[[Tensor], Tensor], x: Tensor, matrix: Matrix, factors:
     if found is None or not x.shape[1]:
         return flag
     here = r(x)
+    step = factors.solve(here).abs()
     size = x.abs()
     size = size + torch.finfo(size.dtype).eps ** 0.5 * size.amax(-1, keepdim=True)
-    eps = torch.finfo(size.dtype).eps
-    # where its terms cancel the residual may be zero by rounding: what it is known to shows beside x, where what is linear cancels, and
-    # what bends it is no more than rounding
-    beside = [size * (eps**0.5 * part) for part in (1.0, 0.73, 0.37, 0.11)]
-    noise = torch.stack([((r(x + near) - here) + (r(x - near) - here)).abs() for near in beside]).amax(0)
-    step = torch.maximum(factors.solve(here).abs(), factors.solve(noise.to(x.dtype)).abs())
     size = torch.where(size > 0, size, torch.where(step.amax(-1, keepdim=True) > 0, step.amax(-1, keepdim=True), 1.0))
+    eps = torch.finfo(size.dtype).eps
     error = (step / size).amax(-1)
     far = torch.clamp(100 * error, min=eps**0.25)
     v = found / (found.abs() / size).amax(-1, keepdim=True) * far.unsqueeze(-1)
     bend = factors.solve(r(x + v) - here) - v
     change = (bend.abs() / size).amax(-1) / far
+    if bool((change > _BENT * far).any()):
+        # where its terms cancel the residual may be zero by rounding: what it is known to shows beside x, where what is linear cancels,
+        # and what bends it is no more than rounding
+        beside = [size * (eps**0.5 * part) for part in (1.0, 0.73, 0.37, 0.11)]
+        noise = torch.stack([((r(x + near) - here) + (r(x - near) - here)).abs() for near in beside]).amax(0)
+        error = torch.maximum(error, (factors.solve(noise.to(x.dtype)).abs() / size).amax(-1))
     return flag | (change * torch.clamp(10 * error, min=eps**0.5) > 0.1 * far)
 
 
