@@ -26,7 +26,6 @@ _BESIDE = (0.01, 0.023)
 #: where inside a step
 _INSIDE = 0.38
 
-
 #: a function of time (B,) and state (B, n)
 Bound = Callable[[Tensor, Tensor], Tensor]
 
@@ -78,7 +77,7 @@ class _Calls:
 
     def together(self, x: Tensor) -> Tensor:
         """(groups, m, W) of (B, m)."""
-        which = torch.arange(self.groups * self.lanes).clamp(max=self.rows - 1)
+        which = torch.arange(self.groups * self.lanes, device=x.device).clamp(max=self.rows - 1)
         return plain(x)[which].view(self.groups, self.lanes, -1).transpose(1, 2).contiguous()
 
     def apart(self, x: Tensor) -> Tensor:
@@ -147,7 +146,7 @@ def agrees(
     def at(t: Tensor, y: Tensor) -> bool:
         return _is_fun(program, values, t, y, bound, inputs, slots) and _are_events(program, values, t, y[:, : program.width], events)
 
-    with temporarily_clear_interpreter_stack(), unwatched():
+    with temporarily_clear_interpreter_stack(), unwatched(), torch.inference_mode(False):
         return any(at(*point.moved(part)) for part in _BESIDE)
 
 
@@ -158,6 +157,11 @@ def _are_events(program: Program, values: Sequence[Tensor], t: Tensor, y: Tensor
         known = torch.stack([f(t, y).reshape(-1).expand(len(y)) for f in events], -1)
     found = _called(program, "events", len(events), values, t, y)
     return not any(bool(differs(a, b)) for a, b in zip(found.T, known.T, strict=True))
+
+
+def _usual(x: Tensor) -> Tensor:
+    """Without derivatives, and none of inference mode, which cannot have any."""
+    return x.detach().clone() if x.is_inference() else x.detach()
 
 
 def _is_fun(
@@ -171,8 +175,8 @@ def _is_fun(
 ) -> bool:
     # a tensor that is handed over twice is one input of the program
     once: dict[Any, Tensor] = {}
-    leaves = [once.setdefault((x.data_ptr(), x.dtype, x.shape, x.stride()), x.detach()) for x in inputs]
-    at = y.detach()
+    leaves = [once.setdefault((x.data_ptr(), x.dtype, x.shape, x.stride()), _usual(x)) for x in inputs]
+    at = _usual(y)
     for x in (*leaves, at):
         x.requires_grad_(x.is_floating_point())
     with torch.enable_grad():

@@ -50,7 +50,7 @@ def hear_directly(
     if key not in _graphs:
         if len(_graphs) > _MOST:
             _graphs.clear()
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             copies = [x.detach().clone() for x in (time, *leaves)]
             result = fun(copies[0], *tree_unflatten(copies[1:], shape), *base.arguments(arguments))
         results, structure = tree_flatten(result)

@@ -314,7 +314,8 @@ def recognise(
         flats = [_mapped(flat, dims, base) for flat in flats]
         originals = frozenset(id(x) for part in parts if part.graph.module is None for x in part.tensors)
         try:
-            with spending():
+            # what is read is tried on copies, whose changes inference mode does not count
+            with spending(), torch.inference_mode(False):
                 found = _program(flats, method, t if batched else t[0], y0, values, batched, mass is not None, originals, base)
         except Unreadable as error:
             found = error

@@ -10,7 +10,7 @@ from types import FunctionType
 import pytest
 import torch
 
-from adjoint import GaussAdjoint, SolveError, solve_ivp
+from adjoint import GaussAdjoint, SolveError, solve_dae, solve_ivp
 from adjoint.native import reverse
 from adjoint.native.operators import READERS
 
@@ -122,3 +122,31 @@ def test_what_a_solve_went_by_is_known_later_on(rows):
     fast.rate = 2e9
     with pytest.raises(SolveError, match="another function than in the solve"):
         torch.autograd.grad(loss, p)
+
+
+@pytest.mark.parametrize("form", ["closure", "argument", "module", "tracer", "implicit"])
+def test_first_solves_in_inference_mode(form):
+    """Functions are read and compared there as elsewhere, and what was read there is good for derivatives later on."""
+    k = torch.tensor(0.7, dtype=torch.float64)
+    layer = torch.nn.Linear(2, 2, dtype=torch.float64)
+    fun = {
+        "closure": lambda t, y: -k * y.sin(),
+        "argument": lambda t, y, k: -k * y.sin(),
+        "module": lambda t, y: layer(y).tanh(),
+        "tracer": lambda t, y: -y * len([x for x in range(2)]),
+        "implicit": lambda t, y, yp: yp + k * y.sin(),
+    }[form]
+
+    def solved(compile):
+        y0, args = torch.ones(2, dtype=torch.float64), (torch.tensor(0.7, dtype=torch.float64),) if form == "argument" else ()
+        return (solve_dae if form == "implicit" else solve_ivp)(fun, (0.0, 0.5), y0, args=args, compile=compile).y[-1]
+
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inside = solved(True)
+    known = solved(False)
+    torch.testing.assert_close(inside.clone(), known, rtol=1e-9, atol=0)
+    torch.testing.assert_close(solved(True), known, rtol=1e-9, atol=0)
+    if form == "module":
+        gradients = [torch.autograd.grad(solved(compile).sum(), layer.weight)[0] for compile in (True, False)]
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
