@@ -1,10 +1,10 @@
-"""Normalizations, and determinants of small matrices, by formulas whose derivatives of every order are right.
+"""Normalizations, determinants and inverses by Cholesky factors, by formulas whose derivatives of every order are right.
 
 PyTorch's layer, batch, instance and group norms keep mean and deviation for their first derivatives. Those of forward mode take what is
 kept for constants where they are differentiated once more, and so do batched cotangents where state and weights both are differentiated: no
 error, and numbers of the right size. Third derivatives of determinants, which are second ones of Rosenbrock methods, are wrong or NaN by
-`torch.func`. Jacobians of ``fun``, which implicit methods differentiate, and all second derivatives go through
-these.
+`torch.func`, and so are second ones of `torch.cholesky_inverse` by forward mode over another one. Jacobians of ``fun``, which implicit
+methods differentiate, and all second derivatives go through these.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _weights_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _determinant(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """By minors, of matrices up to `_MINORS`; of larger ones ``own``."""
+    """By minors, of matrices up to `_MINORS`, by factors of larger ones, whose derivatives are not there (NaN) where they are singular."""
 
     def expanded(a: Tensor) -> Tensor:
         n = a.shape[-1]
@@ -138,9 +138,21 @@ def _determinant(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
         a = args[0] if args else named.get("A", named.get("input"))
         if not isinstance(a, Tensor) or a.dim() < 2 or named.get("out") is not None:
             return own(*args, **named)
-        return expanded(a) if a.shape[-1] == a.shape[-2] and 0 < a.shape[-1] <= _MINORS else own(*args, **named)
+        if a.shape[-1] != a.shape[-2] or not a.shape[-1]:
+            return own(*args, **named)
+        return expanded(a) if a.shape[-1] <= _MINORS else factored(a)
+
+    def factored(a: Tensor) -> Tensor:
+        swaps, _, upper = torch.linalg.lu(a)
+        return upper.diagonal(dim1=-2, dim2=-1).prod(-1) * own(swaps.detach())
 
     return call
+
+
+def _cholesky_inverse(input: Tensor, upper: bool = False, *, out: Tensor | None = None) -> Tensor:
+    if out is not None:
+        return torch.cholesky_inverse(input, upper, out=out)
+    return torch.cholesky_solve(torch.eye(input.shape[-1], dtype=input.dtype, device=input.device).expand_as(input), input, upper)
 
 
 #: rows of determinants by minors, whose terms are as many as there are orders of these
@@ -157,6 +169,8 @@ NORMALIZATIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     torch.batch_norm: _weights_first(_batch_norm),
     torch.instance_norm: _weights_first(_instance_norm),
     **{own: _determinant(own) for own in (torch.linalg.det, torch.det, Tensor.det)},
+    torch.cholesky_inverse: _cholesky_inverse,
+    Tensor.cholesky_inverse: _cholesky_inverse,
 }
 
 
