@@ -19,7 +19,7 @@ from ..torch_internals import temporarily_clear_interpreter_stack, unwatched
 from .memory import plain
 from .program import Engine, Program
 
-__all__ = ["Bound", "Point", "agrees", "points_of", "same"]
+__all__ = ["Point", "agrees", "points_of", "same"]
 
 #: how far beside the state, of its size; a difference counts where it is there by the second one as well
 _BESIDE = (0.01, 0.023)
@@ -99,33 +99,30 @@ class _Calls:
             call(ctypes.byref(context), *[x[g].data_ptr() for x in arguments])
 
 
-def _called(program: Program, name: str, size: int, inputs: Sequence[Tensor], t: Tensor, y: Tensor) -> Tensor:
-    """What a compiled function of the user gives, (B, size). ``inputs``: as the program takes them."""
-    calls = _Calls(program, inputs, len(y))
-    when, at = calls.together(t.unsqueeze(-1)), calls.together(y)
-    out = at.new_zeros(calls.groups, size, calls.lanes)
-    calls.make(name, (when, at, out))
-    return calls.apart(out)
+    def values(self, name: str, size: int, t: Tensor, y: Tensor) -> Tensor:
+        """What the function gives, (B, size)."""
+        when, at = self.together(t.unsqueeze(-1)), self.together(y)
+        out = at.new_zeros(self.groups, size, self.lanes)
+        self.make(name, (when, at, out))
+        return self.apart(out)
 
-
-def _pulled_back(program: Program, inputs: Sequence[Tensor], t: Tensor, y: Tensor, v: Tensor) -> list[Tensor]:
-    """From ``v`` (B, n) the cotangents of the state and of every input, by compiled code."""
-    calls = _Calls(program, inputs, len(y))
-    when, at, bar = calls.together(t.unsqueeze(-1)), calls.together(y), calls.together(v)
-    # those that stand twice count once
-    bar[-1, :, calls.lanes - (calls.groups * calls.lanes - calls.rows) :] = 0
-    bars = [at.new_zeros(calls.groups, own or max(n, 1), calls.lanes) for own, n in zip(program.own, program.numbers, strict=True)]
-    y_bar = torch.zeros_like(at)
-    calls.make("vjp", (when, at, bar, y_bar, torch.zeros_like(when)), bars)
-    found = [calls.apart(x) if own else x.sum((0, 2)) for x, own in zip(bars, program.own, strict=True)]
-    return [calls.apart(y_bar), *found]
+    def pulled_back(self, t: Tensor, y: Tensor, v: Tensor) -> list[Tensor]:
+        """From ``v`` (B, n) the cotangents of the state and of every input."""
+        when, at, bar = self.together(t.unsqueeze(-1)), self.together(y), self.together(v)
+        # those that stand twice count once
+        bar[-1, :, self.lanes - (self.groups * self.lanes - self.rows) :] = 0
+        own = self.program.own
+        bars = [at.new_zeros(self.groups, k or max(n, 1), self.lanes) for k, n in zip(own, self.program.numbers, strict=True)]
+        y_bar = torch.zeros_like(at)
+        self.make("vjp", (when, at, bar, y_bar, torch.zeros_like(when)), bars)
+        return [self.apart(y_bar), *(self.apart(x) if k else x.sum((0, 2)) for x, k in zip(bars, own, strict=True))]
 
 
 def same(program: Program, inputs: Sequence[Tensor], point: Point, f: Bound) -> bool:
     """Whether ``f(t, y)`` gives what compiled code gives."""
     with torch.no_grad(), temporarily_clear_interpreter_stack():
-        moved = map(point.moved, _BESIDE)
-        return any(not bool(differs(_called(program, "fun", program.width, inputs, t, y), f(t, y))) for t, y in moved)
+        calls, moved = _Calls(program, inputs, len(point.y)), map(point.moved, _BESIDE)
+        return any(not bool(differs(calls.values("fun", program.width, t, y), f(t, y))) for t, y in moved)
 
 
 def agrees(
@@ -142,20 +139,21 @@ def agrees(
     ``values``: inputs as the program takes them; ``bound``: ``fun`` as a function of these ``inputs`` of the system, whose places those
     have as ``slots``.
     """
+    calls = _Calls(program, values, len(point.y))
 
     def at(t: Tensor, y: Tensor) -> bool:
-        return _is_fun(program, values, t, y, bound, inputs, slots) and _are_events(program, values, t, y[:, : program.width], events)
+        return _is_fun(calls, t, y, bound, inputs, slots) and _are_events(calls, t, y[:, : program.width], events)
 
     with temporarily_clear_interpreter_stack(), unwatched(), torch.inference_mode(False):
         return any(at(*point.moved(part)) for part in _BESIDE)
 
 
-def _are_events(program: Program, values: Sequence[Tensor], t: Tensor, y: Tensor, events: Sequence[Bound]) -> bool:
+def _are_events(calls: _Calls, t: Tensor, y: Tensor, events: Sequence[Bound]) -> bool:
     if not events:
         return True
     with torch.no_grad():
         known = torch.stack([f(t, y).reshape(-1).expand(len(y)) for f in events], -1)
-    found = _called(program, "events", len(events), values, t, y)
+    found = calls.values("events", len(events), t, y)
     return not any(bool(differs(a, b)) for a, b in zip(found.T, known.T, strict=True))
 
 
@@ -165,8 +163,7 @@ def _usual(x: Tensor) -> Tensor:
 
 
 def _is_fun(
-    program: Program,
-    values: Sequence[Tensor],
+    calls: _Calls,
     t: Tensor,
     y: Tensor,
     bound: Callable[[Sequence[Tensor]], Bound],
@@ -181,14 +178,14 @@ def _is_fun(
         x.requires_grad_(x.is_floating_point())
     with torch.enable_grad():
         k = bound(leaves)(t, at)
-    if bool(differs(_called(program, "fun", program.width, values, t, y), k.detach())):
+    if bool(differs(calls.values("fun", calls.program.width, t, y), k.detach())):
         return False
-    if program.displaced or not k.requires_grad:
+    if calls.program.displaced or not k.requires_grad:
         return True
     v = beside(torch.ones_like(k.detach()), 0.3)
     numbered = [(i, leaves[slot]) for i, slot in enumerate(slots) if slot is not None and leaves[slot].requires_grad]
     known = torch.autograd.grad(k, [at, *(x for _, x in numbered)], v, allow_unused=True)
-    bars = _pulled_back(program, values, t, y, v)
+    bars = calls.pulled_back(t, y, v)
     found = [bars[0], *(bars[1 + i].view_as(x) for i, x in numbered)]
     # what fun keeps of an earlier call does not depend on these leaves
     return not any(b is not None and bool(differs(a, b)) for a, b in zip(found, known, strict=True))
