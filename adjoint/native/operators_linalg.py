@@ -15,8 +15,6 @@ _reads = registering(READERS)
 _LARGEST = 8
 _LARGEST_SOLVED = 64
 _MOST_WORK = 6000
-#: determinants of matrices up to this size are written out, which has a derivative where they are zero
-_EXPANDED = 4
 Matrix = list[list[int]]
 
 
@@ -78,25 +76,86 @@ def _solved(g: Graph, a: Matrix, b: Matrix) -> Matrix:
     return _substituted(g, upper, right)
 
 
-def _expanded(g: Graph, a: Matrix) -> int:
-    """A determinant by its first row."""
-    if len(a) == 1:
-        return a[0][0]
-    if len(a) == 2:
-        return g.op("sub", g.op("mul", a[0][0], a[1][1]), g.op("mul", a[0][1], a[1][0]))
-    total = None
-    for j, head in enumerate(a[0]):
-        part = g.op("mul", head, _expanded(g, [row[:j] + row[j + 1 :] for row in a[1:]]))
-        total = part if total is None else g.op("sub" if j % 2 else "add", total, part)
-    assert total is not None
-    return total
+def _expanded(g: Graph, a: Matrix) -> int | None:
+    """A determinant by its rows, each minor computed once; None where that takes long: of more than four rows, but for bands."""
+    n, products = len(a), 0
+    most = n**3 // 2 + 1
+    known: dict[tuple[int, ...], int] = {(): g.constant(1.0)}
+    #: behind the last row in which a column is not zero
+    ends = [max((i + 1 for i in range(n) if not g.is_zero(a[i][j])), default=0) for j in range(n)]
+
+    def minor(columns: tuple[int, ...]) -> int:
+        nonlocal products
+        row = n - len(columns)
+        if products > most or columns in known:
+            return known.get(columns, known[()])
+        total = zero = g.constant(0.0)
+        for k, j in enumerate(columns) if min(ends[j] for j in columns) > row else ():
+            if g.is_zero(a[row][j]) or g.is_zero(rest := minor(columns[:k] + columns[k + 1 :])):
+                continue
+            products += 1
+            part = g.op("mul", a[row][j], rest) if len(columns) > 1 else a[row][j]
+            total = (g.op("neg", part) if k % 2 else part) if total == zero else g.op("sub" if k % 2 else "add", total, part)
+        known[columns] = total
+        return total
+
+    found = minor(tuple(range(n)))
+    return found if products <= most else None
 
 
 def _determinant(g: Graph, a: Matrix) -> int:
-    if len(a) <= _EXPANDED:
-        return _expanded(g, a)
-    upper, _, sign = _eliminated(g, a, [[] for _ in a])
-    return g.total("mul", [sign, *(upper[i][i] for i in range(len(a)))])
+    """As in `adjoint.system.normalizing`: nothing is divided by what shows that a matrix is singular."""
+    n, before, factors = len(a), len(g), []
+    while not _short(a, g):
+        pivot, a = _largest_eliminated(g, a)
+        factors.append(pivot)
+        if len(g) - before > 2 * _MOST_WORK:
+            raise Refused(f"a determinant of a matrix of size {n}")
+    rest = _expanded(g, a)
+    assert rest is not None
+    return g.total("mul", [*factors, rest])
+
+
+def _short(a: Matrix, g: Graph) -> bool:
+    """Whether a determinant is expanded; tried elsewhere, so that nothing is left in the graph."""
+    aside = Graph()
+    entries = [[aside.constant(0.0) if g.is_zero(x) else aside.leaf("y", i, j) for j, x in enumerate(row)] for i, row in enumerate(a)]
+    return _expanded(aside, entries) is not None
+
+
+def _first(g: Graph, a: Matrix, place: int, sign: int) -> tuple[Matrix, int]:
+    """A matrix whose first row has changed places with that at ``place``, and ``sign`` with that of the change."""
+    rows = [list(row) for row in a]
+    for i in range(1, len(a)):
+        here = g.op("eq", place, g.constant(float(i)))
+        rows[0] = [g.op("sel", here, x, y) for x, y in zip(a[i], rows[0], strict=True)]
+        rows[i] = [g.op("sel", here, x, y) for x, y in zip(a[0], a[i], strict=True)]
+        sign = g.op("sel", here, g.op("neg", sign), sign)
+    return rows, sign
+
+
+def _largest_eliminated(g: Graph, a: Matrix) -> tuple[int, Matrix]:
+    """The largest entry of a matrix, with the sign of its place, and what is left without its row and column."""
+    zero, one = g.constant(0.0), g.constant(1.0)
+    largest, row_of, column_of = zero, zero, zero
+    for i, row in enumerate(a):
+        most, place = zero, zero
+        for j, x in enumerate(row):
+            if not g.is_zero(x):
+                size = g.op("abs", x)
+                larger = g.op("gt", size, most)
+                most, place = g.op("sel", larger, size, most), g.op("sel", larger, g.constant(float(j)), place)
+        larger = g.op("gt", most, largest)
+        largest = g.op("sel", larger, most, largest)
+        row_of, column_of = g.op("sel", larger, g.constant(float(i)), row_of), g.op("sel", larger, place, column_of)
+    rows, sign = _first(g, a, row_of, one)
+    columns, sign = _first(g, _turned(rows), column_of, sign)
+    (pivot, *right), *below = _turned(columns)
+    safe, left = g.op("sel", g.op("eq", pivot, zero), one, pivot), []
+    for head, *rest in below:
+        factor = g.op("div", head, safe)
+        left.append([g.op("sub", x, g.op("mul", factor, y)) for x, y in zip(rest, right, strict=True)])
+    return g.op("mul", sign, pivot), left
 
 
 def _by_matrix(call: Call, x: Elements, function, rank: int = 2) -> Elements:

@@ -10,6 +10,7 @@ methods differentiate, and all second derivatives go through these.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -122,29 +123,49 @@ def _weights_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+def _minors(a: Tensor) -> Tensor:
+    """Determinants of matrices up to `_MINORS`, without a division."""
+    n = a.shape[-1]
+    if n == 1:
+        return a[..., 0, 0]
+    if n == 2:
+        return a[..., 0, 0] * a[..., 1, 1] - a[..., 0, 1] * a[..., 1, 0]
+    terms = [a[..., 0, j] * _minors(torch.cat([a[..., 1:, :j], a[..., 1:, j + 1 :]], -1)) for j in range(n)]
+    return sum(terms[2::2], terms[0]) - sum(terms[3::2], terms[1])
+
+
+def _without(a: Tensor, place: Tensor, dim: int) -> Tensor:
+    """``a`` without the row or column at ``place``, which is its own for each matrix."""
+    keep = torch.arange(a.shape[dim] - 1, device=a.device).unsqueeze(1 if dim == -2 else 0)
+    return torch.take_along_dim(a, keep + (keep >= place).long(), dim)
+
+
+def _eliminated(a: Tensor) -> Tensor:
+    """A determinant by elimination, whose pivots are the largest entries that are left, and minors of the last rows.
+
+    That a matrix is singular shows in these last rows, and nothing is divided by them: all derivatives are there. Where more rows
+    depend on others, derivatives up to the fourth are zero, as they are by a pivot of zero in the product.
+    """
+    factors = []
+    while (n := a.shape[-1]) > _MINORS:
+        largest = a.detach().abs().flatten(-2).argmax(-1)[..., None, None]
+        i, j = largest // n, largest % n
+        row, column = torch.take_along_dim(a, i, -2), torch.take_along_dim(a, j, -1)
+        pivot = torch.take_along_dim(row, j, -1)
+        a = a - column / torch.where(pivot == 0, 1, pivot) * row
+        a = _without(_without(a, i, -2), j, -1)
+        factors.append((pivot * (1 - 2 * ((i + j) % 2)))[..., 0, 0])
+    return prod(factors, start=_minors(a))
+
+
 def _determinant(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """By minors, of matrices up to `_MINORS`, by factors of larger ones, whose derivatives are not there (NaN) where they are singular."""
-
-    def expanded(a: Tensor) -> Tensor:
-        n = a.shape[-1]
-        if n == 1:
-            return a[..., 0, 0]
-        if n == 2:
-            return a[..., 0, 0] * a[..., 1, 1] - a[..., 0, 1] * a[..., 1, 0]
-        terms = [a[..., 0, j] * expanded(torch.cat([a[..., 1:, :j], a[..., 1:, j + 1 :]], -1)) for j in range(n)]
-        return sum(terms[2::2], terms[0]) - sum(terms[3::2], terms[1])
-
     def call(*args: Any, **named: Any) -> Tensor:
         a = args[0] if args else named.get("A", named.get("input"))
         if not isinstance(a, Tensor) or a.dim() < 2 or named.get("out") is not None:
             return own(*args, **named)
-        if a.shape[-1] != a.shape[-2] or not a.shape[-1]:
+        if a.shape[-1] != a.shape[-2] or not a.numel():
             return own(*args, **named)
-        return expanded(a) if a.shape[-1] <= _MINORS else factored(a)
-
-    def factored(a: Tensor) -> Tensor:
-        swaps, _, upper = torch.linalg.lu(a)
-        return upper.diagonal(dim1=-2, dim2=-1).prod(-1) * own(swaps.detach())
+        return _eliminated(a)
 
     return call
 
@@ -155,7 +176,7 @@ def _cholesky_inverse(input: Tensor, upper: bool = False, *, out: Tensor | None 
     return torch.cholesky_solve(torch.eye(input.shape[-1], dtype=input.dtype, device=input.device).expand_as(input), input, upper)
 
 
-#: rows of determinants by minors, whose terms are as many as there are orders of these
+#: rows of determinants by minors alone, whose terms are as many as there are orders of these
 _MINORS = 4
 
 #: what stands in the place of PyTorch's functions

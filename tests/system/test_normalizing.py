@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -215,7 +218,7 @@ def test_functions_that_torch_has_compiled_have_no_jacobian(method):
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("call", [torch.linalg.det, torch.Tensor.det])
 def test_determinants(call, n):
-    """Values, third derivatives in every order of nesting, and first ones where a small matrix is singular."""
+    """Values, third derivatives in every order of nesting, and first ones of a matrix of zeros."""
     base = torch.randn(2, n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
     f = composing(lambda p: call(base + p * torch.eye(n, dtype=torch.float64) + p**2).sum())
     p = torch.tensor(0.3, dtype=torch.float64)
@@ -228,11 +231,62 @@ def test_determinants(call, n):
     for first in (torch.func.jacrev, torch.func.jacfwd):
         for second in (torch.func.jacrev, torch.func.jacfwd):
             torch.testing.assert_close(torch.func.jacrev(second(first(f)))(p), truth, rtol=1e-6, atol=1e-6)
-    if n > 4:
-        return
     zero = torch.zeros(1, n, n, dtype=torch.float64, requires_grad=True)
     slope = torch.autograd.grad(composing(call)(zero).sum(), zero)[0]
     assert torch.equal(slope, torch.ones_like(zero) if n == 1 else torch.zeros_like(zero))
+
+
+def by_permutations(a):
+    """A determinant as Leibniz has it, whose derivatives are those of products."""
+    every = torch.tensor(list(itertools.permutations(range(len(a)))))
+    signs = torch.linalg.det(torch.eye(len(a), dtype=torch.float64)[every])
+    return (functools.reduce(torch.mul, a[torch.arange(len(a)), every].unbind(-1)) * signs).sum()
+
+
+DRAWN = torch.randint(-3, 4, (2, 6, 6), generator=torch.Generator().manual_seed(1)).double()
+SINGULAR = {
+    "regular": lambda a: a,
+    "badly scaled": lambda a: a * 10.0 ** torch.arange(0, 2 * len(a), 2)[:, None],
+    "two alike": lambda a: torch.cat([a[1:], a[1:2]]),
+    "a column of zeros": lambda a: a * (torch.arange(len(a)) > 0),
+    "two ways": lambda a: torch.cat([a[1:], a[1:2]]) * (torch.arange(len(a)) > 0),
+    "one entry": lambda a: torch.nn.functional.pad(a[:1, :1], (2, len(a) - 3, 1, len(a) - 2)),
+    "nothing": torch.zeros_like,
+}
+
+
+@pytest.mark.parametrize("n", [5, 6])
+@pytest.mark.parametrize("kind", SINGULAR)
+def test_determinants_of_singular_matrices(kind, n):
+    """Derivatives up to the third one, alone, mapped and of complex matrices."""
+    a, along = SINGULAR[kind](DRAWN[0, :n, :n]), DRAWN[1, :n, :n]
+    ours, truth = (lambda p, f=f: f(a + p * along) for f in (composing(torch.linalg.det), by_permutations))
+    p = torch.zeros((), dtype=torch.float64)
+    for _ in range(3):
+        ours, truth = torch.func.jacrev(ours), torch.func.jacfwd(truth)
+        want = truth(p)
+        torch.testing.assert_close(ours(p), want, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(torch.func.vmap(ours)(p.expand(2)), want.expand(2), rtol=1e-11, atol=1e-11)
+    whole = torch.complex(a, 2 * a)
+    slopes = [torch.autograd.grad(f(x := whole.clone().requires_grad_()).real, x)[0] for f in (composing(torch.det), by_permutations)]
+    torch.testing.assert_close(*slopes, rtol=1e-11, atol=1e-11 * slopes[1].abs().max().item())
+
+
+@pytest.mark.parametrize("kind", ["two alike", "two ways", "one entry"])
+@pytest.mark.parametrize("method", ["tsit5", "rodas5p"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("error:compile=True")
+def test_solves_with_singular_matrices(kind, method, compiled):
+    a, along = SINGULAR[kind](DRAWN[0, :5, :5]), DRAWN[1, :5, :5] / 8
+
+    def end(p):
+        fun = lambda t, y: 1 + torch.linalg.det(a + p * along).expand(1) / 64 + 0 * y  # noqa: E731
+        return adjoint.solve_ivp(fun, (0.0, 1.0), torch.zeros(1).double(), method=method, compile=compiled).y[-1, 0]
+
+    p, truth = torch.zeros((), dtype=torch.float64, requires_grad=True), lambda p: by_permutations(a + p * along) / 64
+    (slope,) = torch.autograd.grad(end(p), p, create_graph=True)
+    torch.testing.assert_close(slope, torch.func.grad(truth)(p), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(slope, p)[0], torch.func.hessian(truth)(p), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("call", [torch.cholesky_inverse, torch.Tensor.cholesky_inverse])
