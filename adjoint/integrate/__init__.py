@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .adams import AdamsSolver
 from .bdf import BdfSolver
-from .bdf_alone import solve_bdf_alone
 from .clock import TimelineOfMany, TimelineOfOne
 from .companion import Beside
 from .loop import Walk
@@ -77,10 +76,7 @@ def integrate(
     if isinstance(f, StageSolver) and f.alone:
         record = _of_one(f, plan, anchors, t_eval, y0, inputs, _flat(shape), None, beside)
     elif isinstance(f, MultistepSolver):
-        if isinstance(f, BdfSolver) and not batched and not f.residual:
-            record = solve_bdf_alone(f, plan, anchors, t_eval, y0, inputs, _flat(shape))
-        else:
-            record = solve_multistep(f, plan, anchors, t_eval, y0, inputs)
+        record = solve_multistep(f, plan, anchors, t_eval, y0, inputs, _flat(shape))
         if beside is not None:
             doubtful, count = too_long(beside(False), plan, record, y0)
             record = replace(record, n_fun=record.n_fun + count)

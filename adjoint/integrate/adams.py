@@ -12,7 +12,7 @@ from ..methods.abm import Weights, step_weights, uniform_errors
 from .clock import initial_step
 from .multistep import MultistepSolver, Outcome, Predicted
 from .plan import Plan
-from .stepper import StageWork
+from .stepper import Attempt, StageWork
 
 __all__ = ["PATIENCE", "AdamsSolver", "Prediction", "corrected", "predicted", "shifted_nodes", "updated"]
 
@@ -114,15 +114,15 @@ class AdamsSolver(MultistepSolver):
         constant = (g * (weights.at - one_less)).sum(0).to(hr.dtype)
         extra = torch.cat([self.order.double().unsqueeze(0), nodes.t()])
         solved = torch.isfinite(y).all(-1) & torch.isfinite(delta).all(-1)
-        return Predicted(y, hr * constant * delta, solved, stages, extra, (prediction, weights, h, delta))
+        return Predicted(y, hr * constant * delta, solved, stages.unbind, lambda: extra, (prediction, weights, h, delta))
 
-    def accept(self, found: Predicted, passed: Tensor, restart: Tensor, after: Tensor) -> None:
+    def accept(self, found: Predicted, passed: Tensor, restart: Tensor, step: Attempt) -> None:
         """See `MultistepSolver.accept`."""
         if not bool(passed.any()):
             return
         prediction, _, h, _ = found.kept
         y = torch.where(passed.unsqueeze(-1), found.y, self.D[0])
-        slope = self.f(after, y)
+        slope = self.f(self.seen(step.end, 0.0, step.before), y)
         self.work.n_fun += passed
         highest = torch.where(restart, 0, self.order + 1)
         kept = (self.place <= highest.unsqueeze(-1)).to(self.plan.real).t().unsqueeze(-1)

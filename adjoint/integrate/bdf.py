@@ -1,31 +1,50 @@
-"""Backward differentiation formulas at work: the table of differences, and Newton's iteration for the correction of a step."""
+"""Backward differentiation formulas at work, of one trajectory and of many: the table of differences, Newton's iteration for the correction
+of a step, the next order and size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..linalg import Factorization, LinearSolver, Matrix, SparseMatrix
-from ..linalg.dense import factor_again
-from ..linalg.pencil import Pencil, ScaledFactors, scaled_factors, split
-from ..methods.bdf import MAX_ORDER, coefficients, rescaling
+from ..linalg import LinearSolver, Matrix, SparseMatrix
+from ..linalg.dense import factor_again, factor_one, solved
+from ..linalg.pencil import Pencil, scaled_factors, split
+from ..methods.bdf import MAX_ORDER, SIZE, Formulas
 from .clock import initial_step
 from .multistep import MultistepSolver, Outcome, Predicted
 from .newton import iterate, jacobian_at, shifted
-from .numbers import Decision, Measure, at_least, at_most, choose, finite, less
+from .numbers import (
+    Decision,
+    Measure,
+    absent,
+    added,
+    along,
+    any_of,
+    at_least,
+    at_most,
+    choose,
+    choose_states,
+    column,
+    entry,
+    finite,
+    highest,
+    less,
+    negated,
+    precise,
+    product,
+)
 from .plan import Plan
 from .residual import ResidualSolver
 from .stages import tolerances_of_stages
-from .stepper import StageWork
+from .stepper import Attempt, StageWork
 
-__all__ = ["BOUND", "LARGEST", "NEWTON", "SAFETY", "SIZE", "SMALLEST", "BdfSolver", "changed", "safety_after", "shrunk", "update_matrix"]
+__all__ = ["BOUND", "LARGEST", "NEWTON", "SAFETY", "SMALLEST", "BdfSolver"]
 
-#: rows of the table of differences
-SIZE = MAX_ORDER + 3
 NEWTON, SMALLEST, LARGEST, SAFETY = 5, 0.2, 10.0, 0.9
 #: what is left by the iteration, in units of its own tolerance
 BOUND = 1e-3
@@ -48,26 +67,12 @@ def changed(factor: Measure, same_order: Decision) -> Measure:
     return choose((factor > 0.95) & (factor < 1.2) & same_order, 1.0, factor)
 
 
-def update_matrix(order: Tensor) -> tuple[Tensor, Tensor]:
-    """``S`` (B, 8, 8) and ``s`` (B, 8): after a step the differences are ``S D + s d``, where ``d`` is the correction of the prediction."""
-    place = torch.arange(SIZE, device=order.device)
-    q = order.unsqueeze(-1)
-    low = (place <= q).double()
-    # D_j = sum_{i = j}^{q} D_i + d for j <= q, then d itself, then d - D_{q + 1}
-    S = torch.triu(torch.ones(SIZE, SIZE, dtype=torch.float64, device=order.device)) * low.unsqueeze(-1) * low.unsqueeze(-2)
-    after, next_ = (place == q + 2).double(), (place == q + 1).double()
-    S = S - after.unsqueeze(-1) * next_.unsqueeze(-2)
-    rest = (place > q + 2).double()
-    S = S + torch.diag_embed(rest)
-    return S, (place <= q + 2).double()
-
-
 @dataclass
 class BdfSolver(MultistepSolver):
     """The equation of a step, ``F(t, y_p + d, (psi + d) / c) = 0`` for the correction ``d``, by Newton's iteration with old matrices.
 
     For an ODE ``F = y' - f``. A row's matrices are taken anew when its iteration is slow or its ``c`` has changed, so a trajectory does not
-    depend on the others.
+    depend on the others. One ``alone``, which is that of an ODE, goes by numbers.
     """
 
     f: Callable[[Tensor, Tensor], Tensor]
@@ -78,23 +83,25 @@ class BdfSolver(MultistepSolver):
     work: StageWork
     starter: ResidualSolver | None
     skipped: Tensor | None = None
+    alone: bool = False
 
     def __post_init__(self) -> None:
         self.rtol, self.atol = tolerances_of_stages(self.plan, BOUND)
-        self.stuck = torch.zeros_like(self.work.n_fun, dtype=torch.bool)
-        self._pencil: Pencil | Matrix | None = None
-        self._factors: ScaledFactors | None = None
-        self._plain: Factorization | None = None
-        self._c: Tensor | None = None
-        #: rows in the step that follows a named jump, see `_settle`, and the factor by which the next one is longer
-        self._settling = torch.zeros_like(self.stuck)
-        self._longer = torch.ones_like(self.stuck, dtype=torch.float64)
+        self.stuck: Decision = False if self.alone else torch.zeros_like(self.work.n_fun, dtype=torch.bool)
+        #: the Jacobian, of implicit equations a `Pencil`
+        self._matrix: Any = None
+        self._factors: Any = None
+        #: that of the factors, NaN where the matrix is another by now
+        self._c: Measure = math.nan if self.alone else torch.full_like(self.work.n_fun, math.nan, dtype=self.plan.real)
 
     def start(self, anchors: Tensor, sign: Tensor, y0: Tensor) -> Tensor:
         """See `MultistepSolver.start`."""
         plan, t = self.plan, anchors[0]
         if self.starter is not None:
             slope, step = self.starter.start(anchors, sign, y0)
+            #: rows in the step that follows a named jump, see `_settle`, and the factor by which the next one is longer
+            self._settling, self._longer = torch.zeros_like(self.stuck), torch.ones_like(t)
+            self._sign, self._span, self._now, self._size = sign, (anchors[-1] - t).abs(), t, step
         else:
             slope = self.f(t.to(plan.real), y0)
             step = initial_step(self.f, plan, anchors, y0, slope, sign) if plan.first_step is None else t
@@ -102,77 +109,87 @@ class BdfSolver(MultistepSolver):
         if plan.first_step is not None:
             step = torch.full_like(t, plan.first_step)
         step = step.clamp(min=plan.min_step, max=plan.max_step)
-        self._sign, self._span, self._now, self._size = sign, (anchors[-1] - anchors[0]).abs(), t, step
-        self.D = y0.new_zeros(SIZE, *y0.shape)
-        self.D[0], self.D[1] = y0, slope * (step * sign).to(plan.real).unsqueeze(-1)
-        self.eye = torch.eye(SIZE, dtype=torch.float64, device=y0.device)
+        self.formulas = Formulas(y0.dtype, y0.device, self.alone)
+        D = y0.new_zeros(SIZE, *y0.shape)
+        D[0], D[1] = y0, slope * (step * sign).to(plan.real).unsqueeze(-1)
         #: from the distance of the differences after the last accepted step to that of the next one, and 0.0 where they have been forgotten
-        self.ratio, self.kept = torch.ones_like(step), torch.ones_like(step)
-        self.order = torch.ones(len(y0), dtype=torch.int64, device=y0.device)
-        self.equal = torch.zeros_like(self.order)
-        self.gamma, self.alpha, self.constants = coefficients(torch.float64, y0.device)
+        self.ratio: Measure = torch.ones_like(step)
+        self.kept: Measure = torch.ones_like(step)
+        self.order: Any = torch.ones(len(y0), dtype=torch.int64, device=y0.device)
+        #: accepted steps since the last change of the distance
+        self.equal: Any = torch.zeros_like(self.order)
+        if self.alone:
+            D, self.order, self.equal, self.ratio, self.kept = D[:, 0], 1, 0, 1.0, 1.0
+        #: the state stands beside the table, in its own shape
+        self.D, self._state = D, y0.reshape(self._shape)
         return step
 
     @property
     def idle(self) -> Tensor:
         """See `MultistepSolver.idle`."""
-        return self.eye.new_ones(3)
+        return torch.ones(3, dtype=torch.float64, device=self.D.device)
 
-    def resize(self, factor: Tensor, which: Tensor) -> None:
+    @property
+    def y(self) -> Tensor:
+        """See `Stepper.y`."""
+        return self._state
+
+    def resize(self, factor: Measure, which: Decision) -> None:
         """See `MultistepSolver.resize`."""
-        matrix = rescaling(self.order, torch.where(which, factor, 1.0), SIZE)
-        matrix = torch.where(which.reshape(-1, 1, 1), matrix, self.eye)
-        self.D = torch.einsum("bij,jbn->ibn", matrix.to(self.D.dtype), self.D)
-        self.ratio = torch.where(which, self.ratio * factor, self.ratio)
-        self.equal = torch.where(which, 0, self.equal)
+        matrix = self.formulas.rescaling(self.order, choose(which, factor, 1.0))
+        matrix = choose(column(column(which)), matrix, self.formulas.eye)
+        self.D = product(matrix.to(self.D.dtype), self.D)
+        self.ratio = choose(which, self.ratio * factor, self.ratio)
+        self.equal = choose(which, 0, self.equal)
 
-    def predict(self, when: Tensor, h: Tensor, running: Tensor) -> Predicted:
+    def predict(self, when: Tensor, h: Measure, running: Decision) -> Predicted:
         """See `MultistepSolver.predict`."""
-        D, order, real = self.D, self.order, self.plan.real
-        self._size = h.abs()
-        low = (torch.arange(SIZE, device=D.device) <= order.unsqueeze(-1)).to(real)
-        predicted = torch.einsum("bi,ibn->bn", low.to(D.dtype), D)
-        weights = torch.nn.functional.pad(self.gamma, (0, SIZE - self.gamma.shape[0])) * low / self.alpha[order].unsqueeze(-1)
-        psi = torch.einsum("bi,ibn->bn", weights.to(D.dtype), D)
-        c = (h / self.alpha[order]).to(real).unsqueeze(-1)
-        d, converged, counts = self.correct(when, predicted, psi, c, running)
-        S, s = update_matrix(order)
-        new = torch.einsum("bij,jbn->ibn", S.to(D.dtype), D) + torch.einsum("bi,bn->ibn", s.to(D.dtype), d)
-        keep = (torch.arange(1, MAX_ORDER + 1, device=D.device) <= order.unsqueeze(-1)).to(real)
-        differences = torch.cat([new[1 : MAX_ORDER + 1] * keep.t().unsqueeze(-1), d.unsqueeze(0)])
-        stages = differences / torch.where(running, h, 1.0).to(real).reshape(1, -1, 1)
-        extra = torch.stack([order.double(), self.ratio, self.kept])
-        estimate = self._shown(self.constants[order].to(real).unsqueeze(-1) * d)
-        estimate = torch.where(self._settling.unsqueeze(-1), 0.0, estimate)
+        D, order, real, formulas = self.D, self.order, self.plan.real, self.formulas
+        ratio, kept = self.ratio, self.kept
+        predicted, psi = (x.reshape(self._shape) for x in product(formulas.reading[order], D).unbind())
+        c = h / formulas.alpha[order]
+        d, converged, counts = self.correct(when, predicted, psi, c if self.alone else c.to(real), running)
+        new = D if absent(converged) else added(product(formulas.S[order], D), formulas.s[order], d.reshape(D.shape[1:]))
+
+        def stages() -> Sequence[Tensor]:
+            differences = product(formulas.shown[order], new) / column(choose(running, h, 1.0), real)
+            return differences.reshape(-1, *self._shape).unbind()
+
+        def extra() -> Tensor:
+            known = precise(order), ratio, kept
+            return torch.tensor(known, dtype=torch.float64, device="cpu") if self.alone else torch.stack(known)
+
+        estimate = self._shown(formulas.constants[order] * d)
+        if self.starter is not None:
+            estimate = torch.where(self._settling.unsqueeze(-1), 0.0, estimate)
+            self._size = h.abs()
         return Predicted(predicted + d, estimate, converged, stages, extra, (new, counts))
 
-    def accept(self, found: Predicted, passed: Tensor, restart: Tensor, after: Tensor) -> None:
+    def accept(self, found: Predicted, passed: Decision, restart: Decision, step: Attempt) -> None:
         """See `MultistepSolver.accept`."""
-        self.D = torch.where(passed.reshape(1, -1, 1), found.kept[0], self.D)
-        self.ratio, self.kept = torch.where(passed, 1.0, self.ratio), torch.where(passed, 1.0, self.kept)
-        self.equal = torch.where(passed, self.equal + 1, self.equal)
-        self._now = after.double()
+        self.D, self._state = choose_states(passed, found.kept[0], self.D), choose_states(passed, found.y, self._state)
+        self.ratio, self.kept = choose(passed, 1.0, self.ratio), choose(passed, 1.0, self.kept)
+        self.equal = choose(passed, self.equal + 1, self.equal)
+        if self.starter is not None:
+            self._now = self.seen(step.end, 0.0, step.before).double()
 
-    def propose(self, found: Predicted, outcome: Outcome) -> Tensor:
+    def propose(self, found: Predicted, outcome: Outcome) -> Measure:
         """See `MultistepSolver.propose`."""
         running, passed, failed, rejected, restart, error, scale = outcome
-        safety = safety_after(found.kept[1].to(torch.float64))
-        shrink = shrunk(error.double(), self.order, safety)
-        ready = passed & running & (self.equal > self.order) & ~restart
-        factor = torch.where(failed, 0.5, torch.where(rejected, shrink, 1.0))
-        if bool(ready.any()):
+        safety = safety_after(precise(found.kept[1]))
+        ready = passed & running & (self.equal > self.order) & negated(restart)
+        factor = 1.0 if absent(rejected) else choose(rejected, shrunk(precise(error), self.order, safety), 1.0)
+        factor = choose(failed, 0.5, factor)
+        if any_of(ready):
             up, best = self._next_order(error, safety, scale)
-            self.order = torch.where(ready, best, self.order)
-            factor = torch.where(ready, up, factor)
-        settled = self._settling & passed & running
+            self.order, factor = choose(ready, best, self.order), choose(ready, up, factor)
+        settled = False if self.starter is None else self._settling & passed & running
         anew = restart | settled
-        if bool(anew.any()):
-            kill = torch.zeros(SIZE, dtype=torch.float64, device=scale.device)
-            kill[:2] = 1.0
-            mask = torch.where(anew.unsqueeze(-1), kill, 1.0)
-            self.D, self.kept = self.D * mask.t().unsqueeze(-1).to(self.D.dtype), torch.where(anew, 0.0, self.kept)
-            self.order, self.equal = torch.where(anew, 1, self.order), torch.where(anew, 0, self.equal)
-            factor = torch.where(restart, 0.1, factor)
+        if any_of(anew):
+            # behind a discontinuity the differences say nothing
+            self.D = torch.cat([self.D[:2], choose_states(anew, torch.zeros_like(self.D[2:]), self.D[2:])])
+            self.kept, self.order, self.equal = choose(anew, 0.0, self.kept), choose(anew, 1, self.order), choose(anew, 0, self.equal)
+            factor = choose(restart, 0.1, factor)
             if self.starter is not None:
                 factor = self._settle(restart, settled & ~restart, factor)
         return factor
@@ -199,97 +216,86 @@ class BdfSolver(MultistepSolver):
     def _shown(self, error: Tensor) -> Tensor:
         return error if self.skipped is None else torch.where(self.skipped, 0.0, error)
 
-    def _next_order(self, error: Tensor, safety: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Factor of the step and order for the rows that may change them: the estimates at the orders around."""
-        D, order, plan = self.D, self.order, self.plan
-        rows = torch.arange(order.shape[0], device=order.device)
+    def _next_order(self, error: Measure, safety: Measure, scale: Tensor) -> tuple[Measure, Any]:
+        """Factor of the step and order for those that may change them: the estimates at the orders around."""
+        D, order, plan, constants = self.D, self.order, self.plan, self.formulas.constants
 
-        def level(which: Tensor) -> Tensor:
-            constant = self.constants[(order + which).clamp(0, MAX_ORDER + 1)]
-            estimate = constant.to(plan.real).unsqueeze(-1) * D[order + which + 1, rows]
-            return plan.norm(plan.scaled(self._shown(estimate), scale).abs()).double()
+        def level(q: Any, there: Decision) -> Measure:
+            if absent(there):
+                return math.inf
+            estimate = constants[q] * entry(D, q + 1).reshape(self._shape)
+            return choose(there, precise(self.norm(plan.scaled(self._shown(estimate), scale).abs())), math.inf)
 
-        below = torch.where(order > 1, level(torch.full_like(order, -1)), float("inf"))
-        above = torch.where(order < MAX_ORDER, level(torch.ones_like(order)), float("inf"))
-        norms = torch.stack([below, error.double(), above]).clamp(min=1e-30)
-        powers = torch.stack([order, order + 1, order + 2]).double()
-        factors = norms ** (-1 / powers)
-        best = factors.argmax(0)
-        return changed(safety * factors.amax(0), best == 1), order + best - 1
+        norms = level(order - 1, order > 1), precise(error), level(order + 1, order < MAX_ORDER)
+        factor, best = highest(norms, order)
+        return changed(safety * factor, best == 1), order + best - 1
 
-    def equation(self, t: Tensor, y: Tensor, slope: Tensor) -> Tensor:
-        """``F(t, y, y')``."""
-        return self.f(t, torch.cat([y, slope], -1)) if self.residual else slope - self.f(t, y)
-
-    def _matrix(self, t: Tensor, y: Tensor, slope: Tensor, rows: Tensor) -> None:
+    def _take(self, t: Tensor, y: Tensor, slope: Tensor, rows: Decision) -> None:
         """Take the matrices of ``rows`` anew."""
         if self.residual:
-            found = split(self.jacobian(lambda pair: self.f(t, pair), torch.cat([y, slope], -1)))
-            old = self._pencil
-            if isinstance(old, Pencil):
-                found = Pencil(_mixed(rows, found.E, old.E), _mixed(rows, found.G, old.G))
-            self._pencil = found
+            found: Any = split(self.jacobian(lambda pair: self.f(t, pair), torch.cat([y, slope], -1)))
         else:
-            new = jacobian_at(self.jacobian, self.f, t, y)
-            self._pencil = new if self._pencil is None else _mixed(rows, new, self._pencil)  # type: ignore[arg-type]
-        self._c = torch.full_like(t.unsqueeze(-1), torch.nan) if self._c is None else torch.where(rows.unsqueeze(-1), torch.nan, self._c)
+            found = jacobian_at(self.jacobian, self.f, t.reshape(-1), y.reshape(t.numel(), self.D.shape[-1]))
+        old = self._matrix
+        if old is not None and not self.alone:
+            pencil = self.residual
+            found = Pencil(_mixed(rows, found.E, old.E), _mixed(rows, found.G, old.G)) if pencil else _mixed(rows, found, old)
+        self._matrix, self._c = found, choose(rows, math.nan, self._c)
         self.work.n_jac += rows
 
-    def _solve(self, c: Tensor, b: Tensor, running: Tensor) -> Tensor:
-        """``(E + c G)^-1 b`` in the ``running`` rows."""
-        assert self._c is not None
-        changed = running & (c != self._c).squeeze(-1)
-        if bool(changed.any()):
-            self._c = torch.where(running.unsqueeze(-1), c, self._c)
-            # trajectories that are done have no step of their own
-            safe = torch.where(torch.isfinite(self._c) & (self._c != 0), self._c, 1.0)
-            if isinstance(self._pencil, Pencil):
-                self._factors = scaled_factors(self.linear_solver, self._pencil.at(safe), self.work.log, self._factors)
+    def _solve(self, c: Measure, b: Tensor, running: Decision) -> Tensor:
+        """``(E + c G)^-1 b`` where it is ``running``."""
+        changed = running & (c != self._c)
+        if any_of(changed):
+            self._c, solver, log = choose(running, c, self._c), self.linear_solver, self.work.log
+            if self.alone:
+                size = torch.tensor([[c]], dtype=self.plan.real, device=b.device)
             else:
-                assert self._pencil is not None
-                self._plain = factor_again(self.linear_solver, shifted(self._pencil, safe), self.work.log, self._plain)
+                # trajectories that are done have no step of their own
+                size = torch.where(torch.isfinite(self._c) & (self._c != 0), self._c, 1.0).unsqueeze(-1)
+            old = self._factors
+            if self.residual:
+                self._factors = scaled_factors(solver, self._matrix.at(size), log, old)
+            else:
+                self._factors = (factor_one if self.alone else factor_again)(solver, shifted(self._matrix, size), log, old)
             self.work.n_factorizations += changed
         self.work.n_solves += running
-        factors = self._factors if isinstance(self._pencil, Pencil) else self._plain
-        assert factors is not None
-        return factors.solve(b)
+        return solved(self._factors, b)
 
-    def correct(self, t: Tensor, predicted: Tensor, psi: Tensor, c: Tensor, running: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The correction, which rows have converged, and after how many iterations."""
-        if self._pencil is None:
-            self._matrix(t, predicted, psi / torch.where(running.unsqueeze(-1), c, 1.0), running)
-            fresh = torch.ones_like(running)
-        else:
-            fresh = torch.zeros_like(running)
-        size = predicted.abs() * self.rtol + self.atol
-        d, converged, counts, stalled = self._iterate(t, predicted, psi, c, running, size)
-        again = running & ~converged & ~fresh
-        if bool(again.any()):
-            safe = torch.where(running.unsqueeze(-1), c, 1.0)
-            self._matrix(t, predicted, psi / safe, again)
-            d2, better, more, stalled2 = self._iterate(t, predicted, psi, c, again, size)
-            d = torch.where(again.unsqueeze(-1), d2, d)
-            converged, stalled = torch.where(again, better, converged), torch.where(again, stalled2, stalled)
-            counts = torch.where(again, more, counts)
-        self.stuck = torch.where(running, stalled, self.stuck)
+    def correct(self, t: Tensor, predicted: Tensor, psi: Tensor, c: Measure, running: Decision) -> tuple[Tensor, Decision, Any]:
+        """The correction, whether the iteration has converged, and after how many rounds."""
+        fresh = self._matrix is None
+        safe = column(choose(running, c, 1.0))
+        if fresh:
+            self._take(t, predicted, psi / safe, running)
+        d, converged, counts, stalled = self._iterate(t, predicted, psi, c, safe, running)
+        again = running & negated(converged)
+        if not fresh and any_of(again):
+            self._take(t, predicted, psi / safe, again)
+            d2, better, more, stalled2 = self._iterate(t, predicted, psi, c, safe, again)
+            d, counts = choose_states(again, d2, d), choose(again, more, counts)
+            converged, stalled = choose(again, better, converged), choose(again, stalled2, stalled)
+        self.stuck = choose(running, stalled, self.stuck)
         return d, converged, counts
 
     def _iterate(
-        self, t: Tensor, predicted: Tensor, psi: Tensor, c: Tensor, running: Tensor, size: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The correction, which rows have converged, after how many rounds, and which have not though all was finite."""
-        safe = torch.where(running.unsqueeze(-1), c, 1.0)
-        rounds = self.work.n_newton
+        self, t: Tensor, predicted: Tensor, psi: Tensor, c: Measure, safe: Any, running: Decision
+    ) -> tuple[Tensor, Decision, Any, Decision]:
+        """The correction, whether it has converged, after how many rounds, and whether it has not though all was finite."""
+        work, f, size = self.work, self.f, predicted.abs() * self.rtol + self.atol
+        rounds = work.n_newton
 
-        def change(d: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-            value = safe * self.equation(t, predicted + d, (psi + d) / safe)
-            found = self._solve(c, torch.where(active.unsqueeze(-1), value, 0.0), active)
-            self.work.n_fun += active
-            self.work.n_newton = self.work.n_newton + active
-            return found, self.plan.norm(found / size)
+        def change(d: Tensor, active: Decision) -> tuple[Tensor, Measure]:
+            y, moved = predicted + d, psi + d
+            # c F(t, y, (psi + d) / c)
+            defect = safe * f(t, torch.cat([y, moved / safe], -1)) if self.residual else along(moved, f(t, y), -safe)
+            found = self._solve(c, choose_states(active, defect, 0.0), active)
+            work.n_fun += active
+            work.n_newton = work.n_newton + active
+            return found, self.norm(found / size)
 
         d, failed, stalled = iterate(torch.zeros_like(predicted), change, less, running, BOUND, NEWTON, worst=1.0)
-        return d, running & ~failed, self.work.n_newton - rounds, stalled
+        return d, running & negated(failed), work.n_newton - rounds, stalled
 
 
 def _mixed(rows: Tensor, new: Matrix, old: Matrix) -> Matrix:

@@ -7,6 +7,7 @@ place of Python's operators where the two differ. Decisions are joined by ``&`` 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ __all__ = [
     "Decision",
     "Measure",
     "absent",
+    "added",
     "along",
     "any_of",
     "any_of_each",
@@ -24,13 +26,17 @@ __all__ = [
     "choose",
     "choose_states",
     "column",
+    "entry",
     "finite",
+    "highest",
     "larger",
     "less",
     "lifted",
     "lost",
     "lowered",
     "negated",
+    "precise",
+    "product",
     "read",
     "same",
     "unset",
@@ -92,9 +98,14 @@ def read(like: Decision, *values: Tensor) -> Any:
     return values if isinstance(like, Tensor) else torch.cat(values).tolist()
 
 
-def column(x: Measure) -> Any:
-    """``(B, 1)`` of ``(B,)``; numbers are for every shape."""
-    return x.unsqueeze(-1) if isinstance(x, Tensor) else x
+def column(x: Measure, kind: torch.dtype | None = None) -> Any:
+    """``(B, 1)`` of ``(B,)``, as numbers of this ``kind``; those of Python are for every shape and kind."""
+    return (x if kind is None else x.to(kind)).unsqueeze(-1) if isinstance(x, Tensor) else x
+
+
+def precise(x: Measure) -> Measure:
+    """In double precision, as Python's own numbers are."""
+    return x.double() if isinstance(x, Tensor) else x
 
 
 def widened(x: Tensor, width: int) -> Tensor:
@@ -145,3 +156,33 @@ def less(x: Tensor, change: Tensor, on: Decision) -> Tensor:
 def lost(on: Decision, x: Tensor) -> Tensor:
     """States ``x``, in the trajectories ``on`` NaN."""
     return torch.full_like(x, math.nan) if on is True else choose_states(on, math.nan, x)
+
+
+# ---- tables of differences: ``(M, n)`` of one trajectory, ``(M, B, n)`` of many, and small matrices, ``(B, K, M)`` for these
+
+
+def product(matrix: Tensor, table: Tensor) -> Tensor:
+    """The rows ``(K, n)``, or ``(K, B, n)``, of ``matrix`` times ``table``."""
+    return torch.mm(matrix, table) if table.dim() == 2 else torch.einsum("bij,jbn->ibn", matrix, table)
+
+
+def added(table: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+    """``x`` added to the rows, with ``weights`` (M,), or (B, M)."""
+    return torch.addr(table, weights, x) if table.dim() == 2 else table + torch.einsum("bi,bn->ibn", weights, x)
+
+
+def entry(table: Tensor, place: Any) -> Tensor:
+    """The row at a ``place``; of many at one for each."""
+    return table[place] if table.dim() == 2 else table[place, torch.arange(table.shape[1], device=table.device)]
+
+
+def highest(values: Sequence[Measure], order: Any) -> tuple[Measure, Any]:
+    """The largest of ``value_i ** (-1 / (order + i))``, for values no smaller than 1e-30, and which one it is: NaN, if there is one."""
+    if isinstance(order, Tensor):
+        powers = torch.stack([order + i for i in range(len(values))]).double()
+        factors = torch.stack([precise(x) for x in values]).clamp(min=1e-30) ** (-1 / powers)
+        return factors.amax(0), factors.argmax(0)
+    factors = [max(x, 1e-30) ** (-1 / (order + i)) for i, x in enumerate(values)]
+    best = next((i for i, x in enumerate(factors) if x != x), None)
+    best = factors.index(max(factors)) if best is None else best
+    return factors[best], best

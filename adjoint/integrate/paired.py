@@ -22,7 +22,7 @@ from .bdf import BdfSolver
 from .companion import Beside, drawn, unit_of
 from .multistep import MultistepSolver, Predicted, solve_multistep
 from .plan import Plan, Record
-from .stepper import StageWork
+from .stepper import Attempt, StageWork
 
 __all__ = ["integrate_paired", "stands", "too_long"]
 
@@ -83,9 +83,9 @@ def _together(norm: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 class _PairedAdams(AdamsSolver):
     """Displaced rows never come nearer than the error test sees: so they find modes that have died away and would grow in longer steps."""
 
-    def accept(self, found: Predicted, passed: Tensor, restart: Tensor, after: Tensor) -> None:
+    def accept(self, found: Predicted, passed: Tensor, restart: Tensor, step: Attempt) -> None:
         """See `MultistepSolver.accept`."""
-        super().accept(found, passed, restart, after)
+        super().accept(found, passed, restart, step)
         rows, plan = len(passed) // 2, self.plan
         assert isinstance(plan, _PairedPlan)
         y = self.D[0, :rows]
@@ -210,7 +210,8 @@ def integrate_paired(
     begin = torch.cat([y0, y0 + pair.unit(y0.abs()) * _pattern(y0, plan)])
     work = StageWork.zero(2 * rows, y0.device)
     if isinstance(solver, BdfSolver):
-        twice: MultistepSolver = replace(solver, f=both, plan=pair, jacobian=DenseJacobian(), linear_solver=DenseLU(), work=work)
+        dense = {"jacobian": DenseJacobian(), "linear_solver": DenseLU()}
+        twice: MultistepSolver = replace(solver, f=both, plan=pair, work=work, alone=False, **dense)
     else:
         twice = _PairedAdams(both, pair, 2 * rows, y0.device)
     times = None if t_eval is None else torch.cat([t_eval, t_eval], 1)

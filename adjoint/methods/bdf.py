@@ -7,7 +7,9 @@ quasi-constant step form of Shampine & Reichelt (The MATLAB ODE suite, 1997, sec
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,64 +17,88 @@ from torch import Tensor
 
 from .family import Traits
 
-__all__ = ["BDF", "MAX_ORDER", "Bdf", "coefficients", "rescaling", "rescaling_alone", "rescaling_slopes"]
+__all__ = ["BDF", "MAX_ORDER", "SIZE", "Bdf", "Formulas", "coefficients", "rescaling_slopes"]
 
 MAX_ORDER = 5
+#: rows of the table of differences
+SIZE = MAX_ORDER + 3
 #: of the numerical differentiation formulas (Klopfenstein 1971; Shampine & Reichelt, table 1). At order 1 it is zero here: backward Euler
 #: does not depend on the slope at which it starts, so neither does any derivative
 _KAPPA = (0.0, 0.0, -1 / 9, -0.0823, -0.0415, 0.0)
 
 
-def coefficients(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """``gamma_j = sum_{i <= j} 1/i``, ``alpha_q = (1 - kappa_q) gamma_q`` and the error constants ``kappa_q gamma_q + 1/(q + 1)``, from
-    order 0 on: ``(6,)``, ``(6,)`` and ``(7,)``, the last of them for an estimate at order 6."""
+def _coefficients() -> tuple[list[float], ...]:
     gamma = [0.0]
     for j in range(1, MAX_ORDER + 1):
         gamma.append(gamma[-1] + 1 / j)
     alpha = [(1 - k) * g for k, g in zip(_KAPPA, gamma, strict=True)]
     error = [k * g + 1 / (q + 1) for q, (k, g) in enumerate(zip(_KAPPA, gamma, strict=True))] + [1 / (MAX_ORDER + 2)]
-    return tuple(torch.tensor(x, dtype=dtype, device=device) for x in (gamma, alpha, error))  # type: ignore[return-value]
+    return gamma, alpha, error
 
 
-def rescaling(order: Tensor, factor: Tensor, size: int, differentiable: bool = False) -> Tensor:
-    """``(B, size, size)``: the matrix that takes differences at distance ``h`` to those at ``factor h`` of the same polynomial.
+def coefficients(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """``gamma_j = sum_{i <= j} 1/i``, ``alpha_q = (1 - kappa_q) gamma_q`` and the error constants ``kappa_q gamma_q + 1/(q + 1)``, from
+    order 0 on: ``(6,)``, ``(6,)`` and ``(7,)``, the last of them for an estimate at order 6."""
+    return tuple(torch.tensor(x, dtype=dtype, device=device) for x in _coefficients())  # type: ignore[return-value]
 
-    Of the first ``order + 1`` differences; others are left alone (Shampine & Reichelt 1997, section 2.2; Byrne & Hindmarsh 1975).
-    ``differentiable``: in ``factor``, to any order and in every mode. (Forward mode twice through PyTorch's cumulative product is wrong
-    where a factor of it is zero, as it is here.)
+
+@cache
+def _numbers() -> dict[str, np.ndarray]:
+    """Of every order what `Formulas` has, and of the rescaling: the triangle of a factor is the product down the rows of ``(begin - factor
+    slope) / count``, ``one`` that of the factor 1 up to the order, and ``block`` says where the result is no part of the identity."""
+    gamma, alpha, _ = (np.array(x) for x in _coefficients())
+    q, i, j = np.arange(MAX_ORDER + 1)[:, None], np.arange(SIZE)[:, None], np.arange(SIZE)
+    low = j <= q
+    block = low[:, :, None] & low[:, None, :]
+    begin, slope, count = np.where((i > 0) & (j > 0), i - 1, i == 0), np.where(i > 0, j, 0), np.maximum(i, 1)
+    psi = np.pad(gamma, (0, SIZE - len(gamma))) * low / np.where(alpha > 0, alpha, 1.0)[:, None]
+    # D_j = sum_{i = j}^{q} D_i + d for j <= q, then d itself, then d - D_{q + 1}
+    S = np.triu(np.ones((SIZE, SIZE))) * block - (j == q + 2)[:, :, None] * (j == q + 1)[:, None, :]
+    S = S + np.eye(SIZE) * (j > q + 2)[:, None, :]
+    parts = {"reading": np.stack([low, psi], 1), "S": S, "s": j <= q + 2}
+    parts["shown"] = np.concatenate([np.eye(SIZE)[1 : MAX_ORDER + 1] * low[:, None, :], (j == q + 1)[:, None, :]], 1)
+    one = ((begin - slope) / count).cumprod(0) * low[:, :, None]
+    return parts | {"begin": begin, "slope": slope, "count": count, "one": one, "block": block}
+
+
+class Formulas:
+    """What a step takes from its order: looked up by the order of one trajectory, or by those ``(B,)`` of many.
+
+    alpha : ``alpha_q``
+    constants : of the error, ``(B, 1)`` for many
+    reading : (2, 8); rows that make the prediction and ``psi`` of the differences
+    S, s : (8, 8), (8,); after a step the differences are ``S D + s d``, where ``d`` is the correction of the prediction
+    shown : (6, 8); rows that make the stages, times the size of the step, of the table behind it: the differences up to the order, and
+        ``d``, which stands in the table too
     """
-    i = torch.arange(1, size, dtype=factor.dtype, device=factor.device).unsqueeze(-1)
-    j = torch.arange(1, size, dtype=factor.dtype, device=factor.device)
 
-    def triangle(f: Tensor) -> Tensor:
-        inner = (i - 1 - f.reshape(-1, 1, 1) * j) / i
-        full = torch.nn.functional.pad(inner, (1, 0, 1, 0))
-        full[:, 0, :] = 1.0
-        return torch.stack(list(accumulate(full.unbind(1), torch.mul)), 1) if differentiable else full.cumprod(1)
+    def __init__(self, kind: torch.dtype, device: torch.device, alone: bool = False) -> None:
+        numbers = _numbers()
 
-    place = torch.arange(size, device=factor.device)
-    inside = place <= order.unsqueeze(-1)
-    R, U = triangle(factor), triangle(torch.ones_like(factor))
-    both = (R * inside.unsqueeze(1)) @ U
-    block = inside.unsqueeze(-1) & inside.unsqueeze(-2)
-    eye = torch.eye(size, dtype=factor.dtype, device=factor.device)
-    return torch.where(block, both, eye).transpose(1, 2)
+        def tables(*names: str, of: torch.dtype = kind) -> list[Any]:
+            found = [torch.tensor(numbers[name], dtype=of, device=device) for name in names]
+            return [x.unbind() for x in found] if alone else found
 
+        _, alpha, constants = coefficients(torch.float64, device)
+        self.alpha: Any = alpha.tolist() if alone else alpha
+        self.constants: Any = constants.tolist() if alone else constants.to(kind.to_real()).unsqueeze(-1)
+        self.reading, self.S, self.s, self.shown = tables("reading", "S", "s", "shown")
+        (self._block,), (self._one,) = tables("block", of=torch.bool), tables("one", of=torch.float64)
+        self._parts = [torch.tensor(numbers[name], dtype=torch.float64, device=device) for name in ("begin", "slope", "count")]
+        self.eye = torch.eye(SIZE, dtype=torch.float64, device=device)
 
-def rescaling_alone(order: int, factor: float, size: int) -> np.ndarray:
-    """`rescaling` of one trajectory, ``(size, size)``."""
-    i = np.arange(1, order + 1)[:, None]
-    j = np.arange(1, order + 1)
+    def rescaling(self, order: Any, factor: Any, differentiable: bool = False) -> Tensor:
+        """The matrix, ``(8, 8)`` for numbers and ``(B, 8, 8)`` for tensors ``(B,)``, that takes differences at distance ``h`` to those at
+        ``factor h`` of the same polynomial.
 
-    def triangle(f: float) -> np.ndarray:
-        full = np.zeros((order + 1, order + 1))
-        full[0] = 1.0
-        full[1:, 1:] = (i - 1 - f * j) / i
-        return full.cumprod(0)
-
-    out = np.eye(size)
-    out[: order + 1, : order + 1] = (triangle(factor) @ triangle(1.0)).T
-    return out
+        Of the first ``order + 1`` differences; others are left alone (Shampine & Reichelt 1997, section 2.2; Byrne & Hindmarsh 1975).
+        ``differentiable``: in ``factor``, to any order and in every mode. (Forward mode twice through PyTorch's cumulative product is wrong
+        where a factor of it is zero, as it is here.)
+        """
+        begin, slope, count = self._parts
+        parts = (begin - (factor.reshape(-1, 1, 1) if isinstance(factor, Tensor) else factor) * slope) / count
+        triangle = torch.stack(list(accumulate(parts.unbind(-2), torch.mul)), -2) if differentiable else parts.cumprod(-2)
+        return torch.where(self._block[order], triangle @ self._one[order], self.eye).mT
 
 
 def rescaling_slopes(size: int) -> np.ndarray:

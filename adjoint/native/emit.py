@@ -13,7 +13,7 @@ import torch
 from ..integrate import adams, bdf, clock, companion, coupled, residual, stages, stiffness
 from ..methods.abm import Adams, projection, stretching, uniform_errors
 from ..methods.auto import stages_at_end
-from ..methods.bdf import MAX_ORDER, Bdf, coefficients, rescaling_slopes
+from ..methods.bdf import MAX_ORDER, SIZE, Bdf, coefficients, rescaling_slopes
 from ..methods.collocation import FullyImplicitRungeKutta
 from ..methods.dirk import DiagonallyImplicitRungeKutta
 from ..methods.rosenbrock import Rosenbrock
@@ -310,7 +310,7 @@ def engine_text(
     parts = {"forward": not device, "back": not displaced, "device": device, "consistent": implicit}
     if again:
         parts = {"again": True}
-    nodes, idle, carried = (1.0,) if multistep else method.nodes, _idle(method), method.n_stages if legendre else bdf.SIZE
+    nodes, idle, carried = (1.0,) if multistep else method.nodes, _idle(method), method.n_stages if legendre else SIZE
     return "\n".join(
         [
             _flags(N=width, INPUTS=len(own), TIMED=timed, STAGES=method.n_stages, ALL=recorded_stages(method)),

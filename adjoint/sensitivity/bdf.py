@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..integrate.bdf import SIZE, update_matrix
 from ..integrate.newton import jacobian_at, shifted
+from ..integrate.numbers import added, product
 from ..integrate.plan import Grid
 from ..linalg import Log, Matrix
 from ..linalg.pencil import scaled_factors, split
-from ..methods.bdf import MAX_ORDER, coefficients, rescaling, rescaling_slopes
+from ..methods.bdf import MAX_ORDER, SIZE, Formulas, rescaling_slopes
 from ..methods.family import row_dot
 from ..system.jacobians import DenseJacobian
 from ..system.system import Flat, System, VmappedSystem
@@ -68,59 +68,47 @@ class _DenseRule(JacobianRule):
         return DenseJacobian()(r, x)
 
 
-def _low(order: Tensor, real: torch.dtype) -> Tensor:
-    """``j <= q`` (B, SIZE), as numbers."""
-    return (torch.arange(SIZE, device=order.device) <= order.unsqueeze(-1)).to(real)
-
-
-def _kept(order: Tensor, real: torch.dtype) -> Tensor:
-    """``1 <= j <= q`` (MAX_ORDER, B, 1), as numbers."""
-    return _low(order, real)[:, 1 : MAX_ORDER + 1].t().unsqueeze(-1)
-
-
-def matrices(extra: Tensor) -> Tensor:
+def matrices(formulas: Formulas, extra: Tensor) -> Tensor:
     """``T`` (*, B, 8, 8) of steps, which brought the differences behind the step before to their distances.
 
     From ``extra`` (*, 3, B): the order, the ratio of the distances, and zero where all but the first difference was forgotten in between.
     """
     order, ratio, kept = extra.unbind(-2)
-    T = rescaling(order.flatten().long(), ratio.flatten(), SIZE).unflatten(0, order.shape)
+    T = formulas.rescaling(order.flatten().long(), ratio.flatten()).unflatten(0, order.shape)
     place = torch.arange(SIZE, device=extra.device)
     return torch.where((place < 2) | (kept != 0).unsqueeze(-1), 1.0, 0.0).to(T.dtype).unsqueeze(-1) * T
 
 
 @dataclass(frozen=True)
 class Formula:
-    """The numbers of a recorded step: its order, the matrix ``T``, its size and the coefficients by order."""
+    """The numbers of a recorded step: its order, the matrix ``T``, its size, ``alpha_q`` (B, 1), and the others as in `Formulas`."""
 
     order: Tensor
     T: Tensor
     size: Tensor
-    gamma: Tensor
     alpha: Tensor
+    reading: Tensor
+    S: Tensor
+    s: Tensor
+    shown: Tensor
 
     @classmethod
-    def of(cls, extra: Tensor, h: Tensor, T: Tensor | None = None) -> Formula:
+    def of(cls, formulas: Formulas, extra: Tensor, h: Tensor, T: Tensor | None = None) -> Formula:
         """From ``extra`` (E, B), ``h`` (B,), of which none is zero, and ``T`` (B, 8, 8), which is that of the record if it is not given."""
-        T = matrices(extra) if T is None else T
-        gamma, alpha, _ = coefficients(torch.float64, h.device)
-        gamma = torch.nn.functional.pad(gamma, (0, SIZE - gamma.shape[0]))
-        return cls(extra[0].long(), T, h, gamma, alpha[extra[0].long()].unsqueeze(-1))
-
-    def weights(self, dtype: torch.dtype) -> Tensor:
-        """Of the differences in ``psi``: (B, SIZE)."""
-        return (self.gamma * _low(self.order, dtype.to_real()) / self.alpha).to(dtype)
+        q, T = extra[0].long(), matrices(formulas, extra) if T is None else T
+        looked = (x[q] for x in (formulas.reading, formulas.S, formulas.s, formulas.shown))
+        return cls(q, T, h, formulas.alpha[q].unsqueeze(-1), *looked)
 
     def c(self, real: torch.dtype) -> Tensor:
         """``h / alpha_q`` (B, 1)."""
         return (self.size.unsqueeze(-1) / self.alpha).to(real)
 
-    def table_bar(self, S: Tensor, bar: Tensor, w: Tensor, base_bar: Tensor) -> Tensor:
-        """The cotangent (8, B, n) of the table that was brought to the size of the step: from that behind it (``S`` of `update_matrix`), of
-        the correction ``w``, and of the ``base`` of the equation."""
-        low = _low(self.order, bar.dtype.to_real()).to(bar.dtype)
-        out = torch.einsum("bij,ibn->jbn", S, bar) + torch.einsum("bi,bn->ibn", low, -(w + base_bar))
-        return out + torch.einsum("bi,bn->ibn", self.weights(bar.dtype), base_bar)
+    def table_bar(self, bar: Tensor, w: Tensor, base_bar: Tensor) -> Tensor:
+        """The cotangent (8, B, n) of the table that was brought to the size of the step: from that behind it, of the correction ``w``, and
+        of the ``base`` of the equation."""
+        low, psi = self.reading.unbind(1)
+        out = added(torch.einsum("bij,ibn->jbn", self.S, bar), low, -(w + base_bar))
+        return added(out, psi, base_bar)
 
     def size_bar(self, y: Tensor, stages: Tensor, table_bar: Tensor, c_bar: Tensor) -> Tensor:
         """The cotangent (B,) of the size, but for what it has by the time of the end and by the stages that were divided by it.
@@ -140,14 +128,14 @@ class Formula:
         return sum((row_dot(a, b) for a, b in zip(moved, table_bar, strict=False)), by_c).double()
 
 
-def _moved(grid: Grid, h: Tensor) -> tuple[Tensor, Tensor]:
+def _moved(formulas: Formulas, grid: Grid, h: Tensor) -> tuple[Tensor, Tensor]:
     """Sizes (K, B), none of them zero, and ``T`` (K, B, 8, 8) of all steps, if their sizes are ``h``: the same numbers, and derivatives."""
-    recorded, T = grid.size, matrices(grid.extra)
+    recorded, T, rescaling = grid.size, matrices(formulas, grid.extra), formulas.rescaling
     if not recorded.numel():
         return recorded, T
     size = recorded + (h - grid.h)
     factor, order = (size / recorded).flatten(), grid.extra[:, 0].flatten().long()
-    change = rescaling(order, factor, SIZE, True) - rescaling(order, torch.ones_like(factor), SIZE, True)
+    change = rescaling(order, factor, True) - rescaling(order, torch.ones_like(factor), True)
     return size, T + change.unflatten(0, size.shape) @ T
 
 
@@ -160,7 +148,8 @@ class BdfReplay:
         algebra = problem.algebra
         assert algebra is not None
         self.problem, self.grid, self.inputs, self.algebra = problem, grid, inputs, algebra
-        self.h, self.T = _moved(grid, schedule.h)
+        self.formulas = Formulas(grid.states.dtype, grid.states.device)
+        self.h, self.T = _moved(self.formulas, grid, schedule.h)
 
     def begin(self, y0: Tensor, time: Tensor) -> Tensor:
         """The table at the start."""
@@ -170,19 +159,16 @@ class BdfReplay:
         """Stages and the table after step ``k``."""
         grid, system = self.grid, self.problem.system
         h, real = grid.h[k], D.dtype.to_real()
-        formula = Formula.of(grid.extra[k], self.h[k], self.T[k])
-        near = torch.einsum("bij,jbn->ibn", formula.T.to(D.dtype), D)
-        predicted = torch.einsum("bi,ibn->bn", _low(formula.order, real).to(D.dtype), near)
-        psi = torch.einsum("bi,ibn->bn", formula.weights(D.dtype), near)
+        formula = Formula.of(self.formulas, grid.extra[k], self.h[k], self.T[k])
+        near = product(formula.T.to(D.dtype), D)
+        predicted, psi = product(formula.reading, near).unbind()
         c = formula.c(real)
         conditions, solver = _StepConditions(system), self.algebra.linear_solver
         task = RootTask(conditions, conditions, known_root, _Rule(system, self.algebra), solver, Log(), lambda record: None)
         known = grid.states[k + 1].detach()
         y = RootOutputs(*RootNode.apply(task, known, time.end, psi - predicted, c, *self.inputs)).raw
-        S, s = update_matrix(formula.order)
-        new = torch.einsum("bij,jbn->ibn", S.to(D.dtype), near) + torch.einsum("bi,bn->ibn", s.to(D.dtype), y - predicted)
-        differences = torch.cat([new[1 : MAX_ORDER + 1] * _kept(formula.order, real), (y - predicted).unsqueeze(0)])
-        stages = differences / formula.size.to(real).reshape(1, -1, 1)
+        new = added(product(formula.S, near), formula.s, y - predicted)
+        stages = product(formula.shown, new) / formula.size.to(real).reshape(1, -1, 1)
         stages = torch.where((h != 0).reshape(1, -1, 1), stages, 0.0)
         return stages, new
 
@@ -205,6 +191,7 @@ class BdfAdjoint:
         #: steps whose sizes count: that of no other one moves
         self.lands: list[bool] = grid.lands.any(-1).tolist()
         self._factors: Any = None
+        self.formulas = Formulas(grid.states.dtype, grid.states.device)
 
     def begin(self, bar: Tensor, y0: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
         """The cotangents of the state and the time at the start."""
@@ -215,19 +202,14 @@ class BdfAdjoint:
         grid, linearize, bar, k_bar = self.grid, self.linearize, bars.table, bars.stages
         states, stages, h = grid.states, grid.stages, grid.h[k]
         dtype, real = states.dtype, states.dtype.to_real()
-        formula = Formula.of(grid.extra[k], grid.size[k])
+        formula = Formula.of(self.formulas, grid.extra[k], grid.size[k])
         new_bar, size_bar = bar, None
         lands = bars.moving and self.lands[k]
         if lands and k_bar is not None:
             size_bar = -sum(row_dot(x, y) for x, y in zip(stages[k], k_bar, strict=True)).double() / formula.size
         if k_bar is not None:
-            k_bar = k_bar / formula.size.to(real).reshape(1, -1, 1)
-            new_bar = bar.clone()
-            new_bar[1 : MAX_ORDER + 1] += k_bar[:MAX_ORDER] * _kept(formula.order, real)
-        S, s = (x.to(dtype) for x in update_matrix(formula.order))
-        w = torch.einsum("bi,ibn->bn", s, new_bar)
-        if k_bar is not None:
-            w = w + k_bar[MAX_ORDER]
+            new_bar = bar + product(formula.shown.mT, k_bar / formula.size.to(real).reshape(1, -1, 1))
+        w = torch.einsum("bi,ibn->bn", formula.s, new_bar)
         w = torch.where((h != 0).unsqueeze(-1), w, 0.0)
         c, y, n = formula.c(real), states[k + 1], states.shape[-1]
         implicit = self.problem.system.residual is not None
@@ -237,7 +219,7 @@ class BdfAdjoint:
         pulled, t_bar = pull((-c if implicit else c) * solved)
         # what the slope passes on is -c E* l / c
         base_bar = pulled[:, n:] / c if implicit else -solved
-        near_bar = formula.table_bar(S, new_bar, w, base_bar)
+        near_bar = formula.table_bar(new_bar, w, base_bar)
         if lands:
             # c F moves with c by F - F_y' y'
             c_bar = -row_dot(rate, solved) - row_dot(at[:, n:], base_bar) if implicit else row_dot(rate, solved)

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..integrate.bdf import SIZE, update_matrix
 from ..linalg import Log
 from ..linalg.dense import factor_one
-from ..methods.bdf import MAX_ORDER, coefficients
+from ..methods.bdf import SIZE, Formulas
 from ..methods.family import row_dot
 from ..system.capture import cut_apart
 from ..system.system import Flat
@@ -87,9 +86,10 @@ class BdfByRows:
         self._solver, self._log, self._mapped = asked.problem.algebra.linear_solver, Log(), rows_of(f)
         self._states, self._stages = grid.states.detach(), grid.stages.detach()
         h, order, kind = grid.h[:, 0], grid.extra[:, 0, 0].long(), self._states.dtype
-        self._c, self._tables, self._moves = _numbers(grid.extra, h, order, kind)
+        self._formulas = Formulas(kind, h.device)
+        self._c, self._tables, self._moves = _numbers(grid.extra, h, kind)
         self._end = (grid.t[:, 0] + h).to(kind.to_real())
-        self._keep = (torch.arange(1, MAX_ORDER + 1, device=h.device) <= order.unsqueeze(-1)).to(kind)
+        self._shown = self._formulas.shown[order].mT.unbind()
         self._sizes, self._lands = h.tolist(), grid.lands[:, 0].tolist()
 
     @classmethod
@@ -131,17 +131,14 @@ class BdfByRows:
             k_bar = losses.at_stages(k)
             if k_bar is not None:
                 k_bar = k_bar[:, 0] / self._sizes[k]
-                bar = bar.clone()
-                bar[1 : MAX_ORDER + 1] += k_bar[:MAX_ORDER] * self._keep[k].unsqueeze(-1)
+                bar = bar + torch.mm(self._shown[k], k_bar)
             both = torch.mm(self._tables[k], bar)
-            w = both[SIZE:] if k_bar is None else both[SIZE:] + k_bar[MAX_ORDER:]
+            w = both[SIZE:]
             u = factor_one(self._solver, matrices[k - part.start], self._log).solve(w)
             if self._moving and self._lands[k]:
-                formula = Formula.of(self._grid.extra[k], self._grid.h[k])
+                formula = Formula.of(self._formulas, self._grid.extra[k], self._grid.h[k])
                 h_bars[k] = _size_bar(formula, states[k + 1], stages[k], points.out[k - part.start], bar, w, u, k_bar)
-            # the correction that is one of the stages takes its part back from the prediction
-            bar = both[:SIZE] if k_bar is None else torch.addr(both[:SIZE], self._moves[k, 1], k_bar[MAX_ORDER])
-            bar = torch.addr(bar, self._moves[k, 0], u[0])
+            bar = torch.addr(both[:SIZE], self._moves[k], u[0])
             at_start = losses.at_start(k)
             if at_start is not None:
                 bar[0] = bar[0] + at_start[0]
@@ -163,20 +160,16 @@ def _size_bar(
     formula: Formula, y: Tensor, stages: Tensor, rate: Tensor, bar: Tensor, w: Tensor, u: Tensor, k_bar: Tensor | None
 ) -> Tensor:
     """As in `BdfAdjoint.step`, of a step whose cotangents are ``bar`` (8, n) behind it and ``w``, ``u`` (1, n) of its equation."""
-    S = update_matrix(formula.order)[0].to(y.dtype)
-    out = formula.size_bar(y, stages, formula.table_bar(S, bar.unsqueeze(1), w, -u), row_dot(rate.detach().reshape(1, -1), u))
+    out = formula.size_bar(y, stages, formula.table_bar(bar.unsqueeze(1), w, -u), row_dot(rate.detach().reshape(1, -1), u))
     return out if k_bar is None else out - row_dot(stages[:, 0].flatten(), k_bar.flatten()).double()
 
 
-def _numbers(extra: Tensor, h: Tensor, order: Tensor, kind: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """``c`` (K,); ``C`` with ``s`` below, (9, 8) for each step; ``e`` and ``-T* low``, (K, 2, 8)."""
-    gamma, alpha, _ = coefficients(torch.float64, h.device)
-    place = torch.arange(SIZE, device=h.device)
-    low = (place <= order.unsqueeze(-1)).double()
-    weights = torch.nn.functional.pad(gamma, (0, SIZE - len(gamma))) * low / alpha[order].unsqueeze(-1)
-    S, s = update_matrix(order)
-    T = matrices(extra)[:, 0].mT
+def _numbers(extra: Tensor, h: Tensor, kind: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """``c`` (K,); ``C`` with ``s`` below, (9, 8) for each step; ``e``, (K, 8)."""
+    order, formulas = extra[:, 0, 0].long(), Formulas(torch.float64, h.device)
+    (low, weights), S, s = formulas.reading[order].unbind(1), formulas.S[order], formulas.s[order]
+    T = matrices(formulas, extra)[:, 0].mT
     C = T @ (S.mT - low.unsqueeze(-1) * s.unsqueeze(-2))
     tables = torch.cat([C, s.unsqueeze(-2)], 1).to(kind).unbind()
-    moves = torch.stack([(T @ x.unsqueeze(-1)).squeeze(-1) for x in (low - weights, -low)], 1).to(kind)
-    return (h / alpha[order]).to(kind.to_real()), tables, moves
+    moves = (T @ (low - weights).unsqueeze(-1)).squeeze(-1).to(kind)
+    return (h / formulas.alpha[order]).to(kind.to_real()), tables, moves

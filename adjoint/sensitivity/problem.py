@@ -206,11 +206,12 @@ class Problem:
             return self._equations(f, inputs, rows, bound)
         jacobian = self.jacobian(inputs, forward=True)
         if self.plan.method.multistep:
-            work = StageWork.zero(rows, device)
+            alone = not (implicit or self.batched)
+            work = StageWork.zero(None if alone else rows, device)
             starter = ResidualSolver(f, self.plan, jacobian, a.linear_solver, rows, device, a.index, a.skipped) if implicit else None
             if starter is not None:
                 starter.work = work
-            return BdfSolver(f, self.plan, jacobian, a.linear_solver, implicit, work, starter, a.skipped)
+            return BdfSolver(f, self.plan, jacobian, a.linear_solver, implicit, work, starter, a.skipped, alone)
         return ResidualSolver(f, self.plan, jacobian, a.linear_solver, rows, device, a.index, a.skipped)
 
     def _equations(self, f: Any, inputs: Sequence[Tensor], rows: int, bound: Callable[..., Any], tolerance: float = TOLERANCE) -> Any:

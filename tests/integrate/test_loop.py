@@ -11,7 +11,6 @@ from torch import Tensor
 
 from adjoint import solve_dae, solve_ivp
 from adjoint.integrate import AdamsSolver, BdfSolver, Plan, StageSolver
-from adjoint.integrate.bdf_alone import LoneBdf
 from adjoint.integrate.clock import TimelineOfMany, TimelineOfOne
 from adjoint.integrate.numbers import any_of, negated
 from adjoint.integrate.one_step import OneStepOfMany, OneStepOfOne
@@ -108,10 +107,9 @@ def steppers(kind: str) -> Driven:
     y0 = torch.ones(1 if one else rows, 3)
     cpu, jacobian, linear = torch.device("cpu"), DenseJacobian(), DenseLU()
     if method.multistep:
-        work = StageWork.zero(len(y0), cpu)
-        solver: Any = BdfSolver(f, plan, jacobian, linear, False, work, None) if method.implicit else AdamsSolver(f, plan, rows, cpu)
-        if one:
-            return Driven(LoneBdf(solver, plan, line, y0), plan, line)
+        work = StageWork.zero(None if one else rows, cpu)
+        bdf = BdfSolver(f, plan, jacobian, linear, False, work, None, alone=one)
+        solver: Any = bdf if method.implicit else AdamsSolver(f, plan, rows, cpu)
         solver.enter(line, y0)
         return Driven(solver, plan, line)
     equations: Any = f

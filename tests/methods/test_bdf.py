@@ -10,7 +10,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import adjoint
 from adjoint import Backprop, DiscreteAdjoint, ForwardSensitivity, InterpolatingAdjoint, solve_dae, solve_ivp
-from adjoint.methods.bdf import rescaling
+from adjoint.methods.bdf import Formulas
 
 from ..helpers.dae_problems import (
     AKZO_END,
@@ -69,9 +69,13 @@ def test_rescaling_keeps_the_polynomial(order):
             table.append(values[0])
         return torch.stack(table)
 
-    matrix = rescaling(torch.tensor([order]), tensor(0.37), 8)[0]
+    cpu = torch.device("cpu")
+    of_many = Formulas(F64, cpu).rescaling
+    found = of_many(torch.tensor([order]), tensor(0.37))[0], of_many(torch.tensor([order]), tensor(0.37), True)[0]
     full = torch.cat([differences(1.0), torch.zeros(7 - order, dtype=F64)])
-    torch.testing.assert_close((matrix @ full)[: order + 1], differences(0.37), rtol=1e-11, atol=1e-12)
+    for matrix in (*found, Formulas(F64, cpu, alone=True).rescaling(order, 0.37)):
+        torch.testing.assert_close((matrix @ full)[: order + 1], differences(0.37), rtol=1e-11, atol=1e-12)
+        assert torch.equal(matrix[order + 1 :], torch.eye(8, dtype=F64)[order + 1 :])
 
 
 @pytest.mark.parametrize("rtol", [1e-4, 1e-7])

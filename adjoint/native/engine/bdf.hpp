@@ -1,4 +1,4 @@
-// Backward differentiation formulas of variable order and step, and their adjoint: the rules of `integrate/bdf.py`, `bdf_alone.py` and
+// Backward differentiation formulas of variable order and step, and their adjoint: the rules of `integrate/bdf.py` and
 // `sensitivity/bdf.py`. What a step knows of those before is a table of differences at equal distances, (DIFFERENCES, N), the state first. Constants,
 // by order from 0 on: GAMMA, ALPHA, UNLIKE (their difference), CONSTANTS (of error estimates) and SLOPES, (ORDERS + 1, ORDERS + 1) each, of the matrix that brings the table
 // to another distance, by the ratio of the two where that is one; of iterations BOUND and ROUNDS; of sizes SMALLEST_FACTOR, LARGEST_FACTOR, SAFE.
