@@ -173,6 +173,8 @@ class Progress:
     counts: list[Tensor]
     happened: Tensor
     stalled: Tensor
+    #: where their last rounds began; those that are done wait there
+    rest: Boundary | None = None
     pieces: list[Piece] = field(default_factory=list)
 
 

@@ -84,9 +84,12 @@ def _solve(door: Callable[..., Solution], implicit: Callable[..., Solution] | No
 
 def _round(task: Task, run: Progress) -> None:
     """One round, and the resets at its ends."""
-    going, at = run.going, run.at
-    resting = at.still()
-    end = task.end
+    going, resting = run.going, run.at.still()
+    if run.rest is not None and task.implicit is None:
+        # the derivative of fun may be infinite where a trajectory ended, and consistent values are known there alone
+        resting = run.rest
+        run.at = replace(run.at, mode=chosen(going, run.at.mode, resting.mode))
+    at, end = run.at, task.end
     for rule, given in zip(task.doses, run.given, strict=True):
         following = rule.following(given)
         end = chosen((following < end).detach(), following, end)
@@ -135,6 +138,7 @@ def _round(task: Task, run: Progress) -> None:
         arrived = task.settled(arrived, course.infused, arriving, ~arriving, origin)
     if arrived.integral is not None:
         sol = replace(sol, quadrature=tree_map(torch.add, sol.quadrature, arrived.integral))
+    run.rest = Boundary(t, y, at.mode).still()
     run.pieces.append(Piece(sol, going, t, on.t, y, left, on, arrived, course.to, begun, *piece, taken))
     run.status = torch.where(going, torch.where(failed, status, torch.where(stop, int(Status.TERMINAL_EVENT), 0)), run.status)
     mode, last = chosen(going, on.mode, at.mode) if at.mode else (), arrived

@@ -69,7 +69,7 @@ class Recall:
         #: of steps the state at their start and, of methods that hand their last slope on, that of the step before
         self.schedule: Schedule[tuple[Tensor, Tensor | None]] = Schedule((y0 if shape is None else y0.reshape(shape), None), slots)
         # where steps that do nothing are looked at: see `shelter`
-        self.moved, pad = grid.moved, padding(grid.h, grid.lands)
+        self.moved, pad = grid.moved, padding(grid)
         self.first = y0 if pad is None else pad.first(y0)
         self._chained = hands_on(plan)
         #: steps taken again

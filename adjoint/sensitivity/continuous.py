@@ -200,7 +200,7 @@ def _without_failed(asked: Asked, sign: Tensor) -> Asked:
     """Record, times and cotangents with trajectories that failed as if their span had ended at the last sample of which something is asked
     (behind it ``fun`` may be no number), and another one in the place of those that came nowhere. ``sign`` (B,): the direction of time."""
     _, grid, anchors, t_eval, _, (final_bar, samples_bar, *rest), _ = asked
-    pad, dead = padding(grid.h, grid.lands), grid.status < 0
+    pad, dead = padding(grid), grid.status < 0
     if pad is None:
         return asked
     reached, known = anchors[0], grid.sample_step >= 0
@@ -216,5 +216,5 @@ def _without_failed(asked: Asked, sign: Tensor) -> Asked:
     final_bar = None if final_bar is None else torch.where(dead.unsqueeze(-1), 0.0, final_bar)
     if samples_bar is not None and t_eval is not None:
         samples_bar = torch.where(known.unsqueeze(-1), samples_bar, 0.0)
-        t_eval = torch.where(wanted & ~(pad.unborn & dead), t_eval, anchors[-1])
+        t_eval = torch.where(wanted & ~pad.unborn, t_eval, anchors[-1])
     return asked._replace(grid=grid, anchors=anchors, t_eval=t_eval, bars=(final_bar, samples_bar, *rest))

@@ -33,7 +33,7 @@ def _replay(
     D = begin = y0.unsqueeze(0)
     if n_steps:
         # what steps that do nothing are evaluated at: see `padding`
-        pad = padding(h, grid.lands)
+        pad = padding(grid)
         begin = steps.begin(y0 if pad is None else pad.start(y0), schedule.first)
         D = begin if pad is None else torch.cat([D, begin[1:]])
     all_states, all_stages = [y0], []

@@ -3,8 +3,9 @@
 Trajectories of one solve take different numbers of steps, and some none: one that is done, or has failed, goes along with steps of size
 zero. Nothing that they give is asked for. But whatever is evaluated for them is summed with the rest, and zero times NaN is NaN: the
 derivative of ``fun`` may be infinite where a trajectory ended, and a state that failed may be anything. So these steps are put at the start
-of the trajectory's own first step, and those of a trajectory without any at the start of another one's: points that are evaluated anyway.
-Parameters of its own with which a trajectory failed are in the way too: see `shelter`.
+of the trajectory's own first step, and at its own start if it had no way to go; only those of a trajectory that failed at once are put at
+the start of another one's, of whose parameters ``fun`` may know nothing there. Parameters of its own with which a trajectory failed are in
+the way too: see `shelter`.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ Found = tuple[Tensor | None, ...]
 
 
 class Padding(NamedTuple):
-    """``still`` (K, B): steps in which the trajectory does nothing. ``source`` (B,): whose first step stands in for them, its own where
-    it has one; ``unborn`` (B,): where it has none."""
+    """``still`` (K, B): steps in which the trajectory does nothing. ``source`` (B,): whose first step stands in for them, another one's
+    where it failed and has none, which are those ``unborn`` (B,). ``busy`` (): who takes most steps."""
 
     still: Tensor
     source: Tensor
     unborn: Tensor
+    busy: Tensor
 
     def first(self, x: Tensor) -> Tensor:
         """``x`` (B, ...) of the trajectories that stand in."""
@@ -48,23 +50,24 @@ class Padding(NamedTuple):
         return torch.where(self.unborn.unsqueeze(-1), self.first(y0.detach()), y0)
 
 
-def padding(h: Tensor, lands: Tensor) -> Padding | None:
-    """From sizes and landings (K, B) of all steps; None where no trajectory waits for another one. A step over a span of no length lands,
-    others of size zero are padding."""
+def padding(grid: Grid) -> Padding | None:
+    """From sizes and landings of all steps, and how they ended; None where no trajectory waits for another one. A step over a span of no
+    length lands, others of size zero are padding: those of multistep methods over such a span too."""
+    h = grid.h
     if not h.shape[0] or (h.shape[1] == 1 and not functorch_active()):
         return None
-    still = (h == 0) & ~lands
+    still = (h == 0) & ~grid.lands
     count = (~still).sum(0)
-    unborn = count == 0
+    unborn, busy = (count == 0) & (grid.status < 0), count.argmax()
     place = torch.arange(count.shape[0], device=h.device)
-    return Padding(still, torch.where(unborn, count.argmax(), place), unborn)
+    return Padding(still, torch.where(unborn, busy, place), unborn, busy)
 
 
 class Shelter(NamedTuple):
     """What a sweep through recorded steps is given: the ``grid`` with its ``sizes``, and the ``inputs``.
 
     ``replaced``: the entries of inputs in whose place others were put, None for none; ``dead`` (B,): trajectories that failed;
-    ``unborn``: those without a step. Both None where there is none. ``part``: whether this is a round of a longer solve.
+    ``unborn``: those of them without a step. Both None where there is none. ``part``: whether this is a round of a longer solve.
     """
 
     grid: Grid
@@ -82,7 +85,7 @@ class Shelter(NamedTuple):
             return found
         anchors, t_eval, y0, *rest = found
         final_bar, samples_bar, states_bar, stages_bar = bars
-        lost = torch.zeros_like(self.dead) if self.part else self.unborn & self.dead
+        lost = torch.zeros_like(self.dead) if self.part else self.unborn
         if final_bar is not None:
             lost = lost | (self.dead & (final_bar != 0).any(-1))
         if samples_bar is not None and samples_bar.shape[0]:
@@ -91,7 +94,7 @@ class Shelter(NamedTuple):
         # of a trajectory without a step there is its start alone
         for bar in (None if states_bar is None else states_bar[1:], None if stages_bar is None else stages_bar.flatten(0, 1)):
             if bar is not None and bar.shape[0]:
-                lost = lost | (self.dead & self.unborn & (bar != 0).any(-1).any(0))
+                lost = lost | (self.unborn & (bar != 0).any(-1).any(0))
         y0 = None if y0 is None else torch.where(lost.unsqueeze(-1), float("nan"), y0)
         rest = [x if x is None or mask is None else torch.where(mask, float("nan"), x) for x, mask in zip(rest, self.replaced, strict=True)]
         return (anchors, t_eval, y0, *rest)
@@ -111,7 +114,7 @@ def shelter(problem: Problem, grid: Grid, t_eval: Tensor | None, inputs: Sequenc
     one if they are not finite, or if ``fun`` is not finite with them; of implicit methods all of a trajectory that took no step: see
     `replacements`.
     """
-    pad = padding(grid.h, grid.lands)
+    pad = padding(grid)
     nothing: list[Tensor | None] = [None] * len(inputs)
     if pad is None:
         return Shelter(replace(grid, sizes=None, moved=None), inputs, nothing)
@@ -125,7 +128,7 @@ def shelter(problem: Problem, grid: Grid, t_eval: Tensor | None, inputs: Sequenc
         values = partial(_points, problem, grid)
         # fun says nothing about the mass matrix, which it does not see; and where steps solve with matrices that need not be regular, a
         # trajectory without a step may have failed for theirs
-        more = {"unseen": problem.system.mass, "wholly": None if problem.algebra is None else dead & pad.unborn}
+        more = {"unseen": problem.system.mass, "wholly": None if problem.algebra is None else pad.unborn}
         given, replaced = replacements(problem.system, values, dead, donor, inputs, **more)
     return Shelter(grid, given, replaced, dead, pad.unborn, problem.idle is not None)
 
@@ -135,8 +138,9 @@ def _moved_grid(problem: Problem, grid: Grid, t_eval: Tensor | None, pad: Paddin
     multistep = problem.plan.method.multistep
     moved = _moved(problem, grid, t_eval, still)
     t = pad.first(grid.t[0] + h[0] if multistep else grid.t[0])
-    # a map's own trajectory without a step has nobody to stand in for it; the size counts for nothing, but is divided by
+    # a map's own trajectory without a step has nobody to tell a size; it counts for nothing, but is divided by
     size = pad.first(h[0])
+    size = torch.where(size == 0, h[0].index_select(0, pad.busy.reshape(1)), size)
     sizes = torch.where(still, torch.where(size == 0, 1.0, size), h)
     out = replace(grid, moved=moved, sizes=sizes, t=torch.where(moved, t, grid.t))
     if states.shape[0] == h.shape[0] + 1:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..integrate import Plan
+from ..integrate.plan import Grid
 from ..system.system import Flat
 from .padding import padding
 from .problem import Outputs, interpolate, kept_steps, stage_times, step_times
@@ -54,7 +55,7 @@ def replay(equations: Callable[[int], Flat], plan: Plan, grid: Outputs, anchors:
     """The computed solution as a differentiable function of ``anchors``, ``t_eval``, ``y0`` and whatever ``equations(k)``, the
     right-hand side in step ``k``, depends on."""
     n_steps = grid.t.shape[0]
-    pad = padding(grid.h, grid.lands)
+    pad = padding(Grid.of(grid))
     t, first = grid.t, y0
     if pad is not None:
         # what steps that do nothing are evaluated at: see `padding`

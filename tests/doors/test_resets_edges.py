@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -395,3 +397,39 @@ def test_a_row_that_fails_by_itself_changes_nothing_in_what_all_share(gradient):
     alone, beside = gradients(torch.zeros(1, dtype=torch.float64)), gradients(torch.tensor([1.0, 0.0], dtype=torch.float64))
     for a, b in zip(beside, alone, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("method", ["abm", "bdf", pytest.param("rodas5p", marks=pytest.mark.slow)])
+def test_a_row_that_has_failed_is_not_looked_at_where_others_go_on(method):
+    """The first row is set back to a third at a time at which the second one has no function."""
+    bad, k = torch.tensor([0.0, 1.0]), torch.tensor(0.7).requires_grad_()
+
+    def fun(t, y, k):
+        rate = torch.stack([torch.ones_like(y[..., 0]), -k * y[..., 1]], -1)
+        return rate + torch.where((bad > 0) & (t > 0.9), float("nan"), 0.0).unsqueeze(-1)
+
+    back = Event(lambda t, y, k: y[..., 0] - 1.2, 1, reset=lambda t, y, k: y / 3)
+    y0 = torch.tensor([[0.0, 1.0], [0.1, 1.0]])
+    sol = adjoint.solve_ivp(fun, (0.0, 1.8), y0, (k,), method=method, batched=True, events=back, rtol=1e-7, atol=1e-9, throw=False)
+    assert [int(s) < 0 for s in sol.status] == [False, True]
+    (first,) = torch.autograd.grad(sol.y[-1, 0].sum(), k, create_graph=True)
+    (second,) = torch.autograd.grad(first, k)
+    decay = math.exp(-1.26) / 3
+    assert float(first.detach()) == pytest.approx(-1.8 * decay, rel=1e-4)
+    assert float(second) == pytest.approx(1.8**2 * decay, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["rodas5p", pytest.param("abm", marks=pytest.mark.slow), pytest.param("bdf", marks=pytest.mark.slow)])
+def test_a_row_that_is_done_is_not_looked_at_where_it_ended(method):
+    """``w' = k sqrt(z)`` with ``z`` zero at the end of the second row, where the derivative is infinite."""
+    k = torch.tensor(0.7).requires_grad_()
+
+    def fun(t, y, k):
+        x, z, _ = y.unbind(-1)
+        return torch.stack([torch.ones_like(x), -torch.ones_like(z), k * torch.sqrt(z.clamp(min=0.0))], -1)
+
+    back = Event(lambda t, y, k: y[..., 0] - 1.25, 1, reset=lambda t, y, k: y * torch.tensor([0.3, 1.0, 1.0]))
+    y0, end = torch.tensor([[0.0, 4.0, 0.0], [0.0, 0.5, 0.0]]), torch.tensor([2.0, 0.5])
+    sol = adjoint.solve_ivp(fun, (0.0, end), y0, (k,), method=method, batched=True, events=back, rtol=1e-6, atol=1e-8)
+    (got,) = torch.autograd.grad(sol.y[-1, 0, 2], k)
+    assert float(got) == pytest.approx(2 / 3 * (8 - 2**1.5), rel=1e-5)

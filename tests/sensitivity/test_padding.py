@@ -329,3 +329,19 @@ def test_a_failed_trajectory_is_followed_back_from_where_something_is_asked_of_i
     alone = adjoint.solve_ivp(lambda t, y, p: -p * y, (0.0, sign), y0, args=(p,), **options)
     (want,) = torch.autograd.grad(alone.y[:, 0].sum() + early * alone.y[0, 1].sum(), p)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("method", ["abm", "bdf", pytest.param("tsit5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_span_of_no_length_is_looked_at_where_it_is(method, again, k):
+    """The second trajectory has no function where the first one goes."""
+    good = torch.tensor([9.0, 0.5], dtype=torch.float64)
+    fun = lambda t, y, k: -k * y * torch.where(t > good, NAN, 1.0).unsqueeze(-1)  # noqa: E731
+    start, y0 = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64, requires_grad=True)
+    end = torch.tensor([2.0, 0.0], dtype=torch.float64)
+    y = adjoint.solve_ivp(fun, (start, end), y0, (k,), method=method, batched=True, rtol=1e-7, atol=1e-9).y[-1]
+    by_k, by_start = torch.autograd.grad(y.sum(), (k, y0), create_graph=again)
+    decay = math.exp(-0.5)
+    torch.testing.assert_close(by_start.detach().flatten(), torch.tensor([decay, 1.0], dtype=torch.float64), rtol=1e-5, atol=0.0)
+    want = torch.full_like(k, decay).detach()
+    torch.testing.assert_close(torch.autograd.grad(by_k, k)[0] if again else -by_k, want, rtol=1e-4, atol=0.0)
