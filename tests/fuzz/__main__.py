@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
-import json
 import multiprocessing
 import sys
 import time
@@ -14,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .judge import Verdict, judge, script
+from .log import logged, note
 
 
 def verdicts(seeds: Iterable[int], jobs: int, compiled: float, cheap: bool | None) -> Iterator[Verdict]:
@@ -24,13 +23,6 @@ def verdicts(seeds: Iterable[int], jobs: int, compiled: float, cheap: bool | Non
     # fresh processes now and then: what compiling and tracing keep does not pile up
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=40) as pool:
         yield from pool.imap_unordered(work, seeds, chunksize=10)
-
-
-def logged(log: Path | None) -> dict[int, Verdict]:
-    """What earlier runs have written, by seed."""
-    if log is None or not log.exists():
-        return {}
-    return {v.seed: v for v in (Verdict(**json.loads(line)) for line in log.read_text().splitlines())}
 
 
 def report(found: list[Verdict], seconds: float) -> str:
@@ -70,9 +62,7 @@ def main() -> int:
     known = {v.seed for v in found}
     for v in verdicts([seed for seed in seeds if seed not in known], options.jobs, options.compiled, options.cheap):
         found.append(v)
-        if options.log is not None:
-            with options.log.open("a") as file:
-                file.write(json.dumps(dataclasses.asdict(v)) + "\n")
+        note(options.log, v)
         if v.outcome in ("failed", "slow"):
             options.out.mkdir(exist_ok=True)
             (options.out / f"case_{v.seed}.py").write_text(script(v.seed, options.compiled, options.cheap))

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from .equations import Equations
 
-__all__ = ["Case", "Piece"]
+__all__ = ["Case", "Piece", "start_of"]
+
+
+def start_of(shared: str, y0: Tensor) -> Tensor:
+    """What a solve starts from, of the tensor that is drawn."""
+    return y0 + 0.2 * torch.sin(y0) if shared == "computed" else y0
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,16 @@ class Case:
     crosses: tuple[bool, ...] = ()
     #: another strategy whose derivatives of first order must be the same ones
     other: str = ""
+    #: how the start is made of a tensor, the piece "q", that the function has too; none where it has not. "detached": by itself
+    shared: str = ""
+    #: functions that are made once, and see what they capture as globals
+    kept: bool = False
+    #: solves of the same program before the one that is judged: "same", "changed" (in place), "other" (other tensors), "wider" (more rows)
+    earlier: tuple[str, ...] = ()
+
+    @property
+    def start(self) -> Tensor:
+        return start_of(self.shared, self.values["y0"])
 
     @property
     def rows(self) -> int:
@@ -95,8 +110,9 @@ class Case:
         parts = [self.door, self.detail, self.method, self.form, self.strategy or "default strategy", self.derivative, self.equations.name]
         parts += [self.layout, self.style, "+".join(x.way for x in self.pieces), f"times: {self.times}", self.dtype, f"rtol {self.rtol:g}"]
         parts += [f"beside {self.other}"] * bool(self.other)
+        parts += [f"start {self.shared}"] * bool(self.shared) + [f"after {'+'.join(self.earlier)}"] * bool(self.earlier)
         parts += [f"event {self.event}"] * bool(self.event) + [f"dead {self.dead}"] * bool(self.dead)
-        flags = ("span_active", "quadrature", "ragged", "empty", "compiled")
+        flags = ("span_active", "quadrature", "ragged", "empty", "compiled", "kept")
         parts += [name.replace("_", " ") for name in flags if getattr(self, name)]
         parts += ["backwards"] * bool((self.values["t1"] < self.values["t0"]).any())
         return ", ".join(x for x in parts if x)

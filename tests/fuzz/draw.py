@@ -14,7 +14,7 @@ from adjoint import nonlinear
 from adjoint.methods import DAE_METHODS, IMEX_METHODS, METHODS, SWITCHING_METHODS
 
 from .case import Case, Piece
-from .equations import Equations, draw_equations
+from .equations import Equations, draw_equations, function
 from .reference import Flow, pure_form
 
 __all__ = ["draw"]
@@ -244,6 +244,7 @@ def draw_solve(seed: int, compiled: float = 0.0, cheap: bool | None = None) -> C
         not dropin and rng.random() < 0.12, dead, ragged, empty, dtype, rtol, rtol * 1e-2, step,
         not dropin and rng.random() < compiled, detail, values, directions, {}, tuple(alive), crosses,
     )  # fmt: skip
+    case = with_shared_start(case, Random(f"{seed} start"), dropin)
     changes: dict[str, Any] = {}
     if event:
         changes = choose_event(rng, case)
@@ -255,7 +256,47 @@ def draw_solve(seed: int, compiled: float = 0.0, cheap: bool | None = None) -> C
         "event_t": numbers(rng, rows),
         "event_y": numbers(rng, rows, shown),
     }
-    return Case(**{**{name: getattr(case, name) for name in case.__dataclass_fields__}, **changes})
+    return with_earlier(replace(case, **changes), Random(f"{seed} earlier"))
+
+
+def with_shared_start(case: Case, rng: Random, dropin: bool) -> Case:
+    """The case, or, of some, one whose function has the tensor "q" that the start is made of."""
+    if rng.random() > 0.25 or case.style in ("torch.func.grad", "autograd.grad"):
+        return case
+    shared = rng.choice(["same", "same", "computed", "computed", "view", "detached"])
+    n, m = case.equations.n, len(case.equations.p)
+    taken = {x.way for x in case.pieces}
+    ways = [w for w in WAYS if w not in taken & {"attribute", "tree", "default"} and w not in ("module", "buffer")]
+    ways = [w for w in ways if not (w == "attribute" and taken & {"module", "buffer"}) and not (dropin and w in ("argument", "tree"))]
+    q = Piece("q", m, m + n, rng.choice(ways), case.form != "one", shared != "detached")
+    text = case.equations.text.replace("def core(", "def without_q(") + function(
+        f"q = p[..., {m}:]", f"return without_q(t, y, p[..., :{m}]) + 0.4 * torch.sin(q) * torch.cos(y) - 0.2 * q * y"
+    )
+    y0, moves = case.values["y0"], case.directions["y0"]
+    derivative = case.derivative
+    if derivative not in ("none", "inner grad") and case.style != "reused buffer" and rng.random() < 0.4:
+        derivative = rng.choice(["second", "second", "hvp"])
+    return replace(
+        case, shared=shared, pieces=(*case.pieces, q), derivative=derivative,
+        equations=replace(case.equations, text=text, p=(*case.equations.p, *case.equations.y0)),
+        values=case.values | {"p": torch.cat([case.values["p"], y0], -1)},
+        directions=case.directions | {"p": torch.cat([case.directions["p"], moves * (shared != "detached")], -1)},
+    )  # fmt: skip
+
+
+def with_earlier(case: Case, rng: Random) -> Case:
+    """The case, or, of some, one that is solved once or twice with other numbers before."""
+    if rng.random() > (0.7 if case.compiled else 0.07):
+        return case
+    ways = {x.way for x in case.pieces}
+    kinds = ["same"]
+    if case.detail != "trusted":
+        # consistent values are those of one start
+        kinds += ["changed", "changed"] + ["other"] * (2 if "module" not in ways else 0)
+    if case.form != "one" and not case.dead and case.derivative != "inner grad" and not (case.ragged and not case.span_active):
+        kinds += ["wider", "wider"]
+    earlier = tuple(rng.choice(kinds) for _ in range(rng.choice([1, 2])))
+    return replace(case, earlier=earlier, kept="default" not in ways and rng.random() < 0.5)
 
 
 def doubtful(strategy: str, door: str, form: str, method: str, event: str, times: str) -> bool:
@@ -304,7 +345,7 @@ def choose_pieces(rng: Random, m: int, dropin: bool, form: str) -> tuple[Piece, 
 def choose_event(rng: Random, case: Case) -> dict[str, Any]:
     """A component and a level that it crosses well, at most once a row; no event where none is found."""
     flow = Flow(pure_form(case), case.values["p"])
-    y0 = torch.cat([case.values["y0"], torch.zeros(case.rows, 1, dtype=torch.float64)], -1)
+    y0 = torch.cat([case.start, torch.zeros(case.rows, 1, dtype=torch.float64)], -1)
     fractions = torch.linspace(0, 1, 61, dtype=torch.float64)
     t = case.values["t0"] + (case.values["t1"] - case.values["t0"]) * fractions[:, None]
     y = flow.fractions(case.values["t0"], case.values["t1"], y0, fractions.tolist())

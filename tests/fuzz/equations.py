@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from random import Random
 
-__all__ = ["Equations", "draw_equations"]
+__all__ = ["Equations", "draw_equations", "function"]
 
 
 @dataclass(frozen=True)

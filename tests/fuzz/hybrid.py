@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from .hybrid_chain import chained
 from .hybrid_solve import solved
 from .hybrid_ties import tied, wider
 from .judge import Verdict, limited, place
+from .log import logged, note
 
 __all__ = ["judge"]
 
@@ -220,10 +222,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first seed; cases take one each")
     parser.add_argument("--cheap", action="store_true", help="the cases of the test suite")
     parser.add_argument("--compiled", type=float, help="the share of cases that are compiled, of those that can be")
+    parser.add_argument("--log", type=Path, help="gets a line of JSON for each case; a run that was interrupted goes on from it")
     options = parser.parse_args()
     count: dict[str, int] = {}
+    known = logged(options.log)
     for seed in range(options.seed, options.seed + options.cases):
-        v = judge(seed, options.cheap, options.compiled)
+        v = known.get(seed)
+        if v is None:
+            v = judge(seed, options.cheap, options.compiled)
+            note(options.log, v)
         count[v.outcome] = count.get(v.outcome, 0) + 1
         if v.outcome != "right":
             print(f"{v.seed} {v.outcome} ({v.seconds:.0f} s): {v.kind} {v.detail} | {v.summary}", flush=True)

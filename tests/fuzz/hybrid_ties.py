@@ -64,7 +64,8 @@ def wider(case: Case, cheap: bool = False, share: float | None = None) -> Case:
         "inside": case.mapped and case.derivative != "hessian" and chance(0.4),
         "spread": not {*INFUSED, "beside", "clock dose"} & drawn and chance(0.4),
     }
-    differ = case.rate_rows or case.ragged or case.table_rows or case.dose_rows or new["acts"]
+    given_rows = (case.table_rows and bool(case.table)) or (case.dose_rows and bool(case.dose))
+    differ = case.rate_rows or case.ragged or given_rows or new["acts"]
     return replace(
         case,
         **new,

@@ -20,7 +20,7 @@ from adjoint.errors import AdjointError, BacksolveDiverged, SolveError
 
 from .case import Case
 from .draw import draw
-from .program import with_driver
+from .driver import with_driver
 from .reference import SPACING, Truth, Unsharp, truth
 
 __all__ = ["Verdict", "judge", "script"]

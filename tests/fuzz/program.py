@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .case import Case, Piece
 
-__all__ = ["leaves", "program", "with_driver"]
+__all__ = ["DEATH", "indented", "leaves", "literal", "program", "row_dims"]
 
 #: how far from the start a trajectory fails that fails later
 DEATH = 0.05
@@ -32,6 +32,14 @@ STYLES = {
         "return BUFFER",
     ],
 }
+
+
+#: of the kinds of starts that are made of a tensor that the function captures too; what they are of it stands with the case
+START_TEXTS = {"same": "{q}", "detached": "{q}", "computed": "{q} + 0.2 * torch.sin({q})", "view": "{q}.view_as({q})"}
+
+
+def start_name(case: Case) -> str:
+    return "start" if case.shared else "y0"
 
 
 def literal(x: Tensor) -> str:
@@ -57,7 +65,7 @@ def leaves(case: Case) -> dict[str, tuple[Tensor, Tensor | None]]:
     moves = directions["y0"]
     moves = torch.cat([moves, torch.zeros_like(moves[..., :1])], -1) if case.algebraic else moves
     add("y0", row(y0, True), row(moves, True), real)
-    for piece in case.pieces:
+    for piece in own_pieces(case):
         part = slice(piece.start, piece.stop)
         add(piece.name, row(values["p"][:, part], piece.by_row), row(directions["p"][:, part], piece.by_row), real)
     if uses_level(case):
@@ -73,10 +81,15 @@ def leaves(case: Case) -> dict[str, tuple[Tensor, Tensor | None]]:
     return out
 
 
+def own_pieces(case: Case) -> list[Piece]:
+    """Those that are leaves of their own: one that the start is made of is that leaf."""
+    return [x for x in case.pieces if x.name != "q"]
+
+
 def exact_algebraic(case: Case) -> Tensor:
     from .reference import pure_form
 
-    return pure_form(case).shown(case.values["t0"], case.values["y0"], case.values["p"])[..., -1:]
+    return pure_form(case).shown(case.values["t0"], case.start, case.values["p"])[..., -1:]
 
 
 def uses_level(case: Case) -> bool:
@@ -115,7 +128,13 @@ def program(case: Case, transform: bool) -> str:
     for piece in case.pieces:
         if piece.way in ("module", "buffer"):
             text += module_text(case, piece)
-    text += f"def solve({', '.join(names)}):\n" + indented(solve_lines(case, transform))
+    made, solved = functions_lines(case, transform), solved_lines(case)
+    if case.kept:
+        # functions that are made once and see what they capture as globals
+        text += "\n".join(made) + "\n"
+        text += f"def solve({', '.join(f'{x}_' for x in names)}):\n" + indented([*globals_lines(case, names), *solved])
+    else:
+        text += f"def solve({', '.join(names)}):\n" + indented([*captured_lines(case), *made, *solved])
     text += outputs_text(case, names)
     return text + loss_text(case, names)
 
@@ -137,9 +156,35 @@ def module_text(case: Case, piece: Piece) -> str:
     )
 
 
-def solve_lines(case: Case, transform: bool) -> list[str]:
+def captured_lines(case: Case) -> list[str]:
+    """The start, and the tensor that it is made of as the function captures it."""
+    if not case.shared:
+        return []
+    n = case.equations.n
+    q = f"y0[..., :{n}]" if case.algebraic else "y0"
+    start = START_TEXTS[case.shared].format(q=q)
+    if case.algebraic:
+        start = f"torch.cat([{start}, y0[..., {n}:]], -1)"
+    return [f"q = {q}" + ".detach()" * (case.shared == "detached"), f"start = {start}"]
+
+
+def globals_lines(case: Case, names: list[str]) -> list[str]:
+    """What the functions capture is put where they look for it."""
+    lines = ["global " + ", ".join([*names, *(["q", "start"] if case.shared else [])])]
+    lines.append(f"{', '.join(names)}, = {', '.join(f'{x}_' for x in names)},")
+    lines += captured_lines(case)
+    return lines + [f"FIELD_{x.name}.{x.name} = {x.name}" for x in case.pieces if x.way == "attribute"]
+
+
+def args_line(case: Case) -> str:
+    arguments, trees = ([x for x in case.pieces if x.way == way] for way in ("argument", "tree"))
+    args = [x.name for x in arguments] + (["{" + ", ".join(f"{x.name!r}: [{x.name}]" for x in trees) + "}"] if trees else [])
+    return f"args = ({', '.join(args)}{',' if len(args) == 1 else ''})"
+
+
+def functions_lines(case: Case, transform: bool) -> list[str]:
+    """The functions that the solve is given."""
     arguments = [x for x in case.pieces if x.way == "argument"]
-    trees = [x for x in case.pieces if x.way == "tree"]
     lines = []
     for piece in case.pieces:
         if piece.way == "helper":
@@ -158,9 +203,7 @@ def solve_lines(case: Case, transform: bool) -> list[str]:
     lines += [f"def rate_of({inner}t, y, {slope}args{defaults}):"]
     lines += ["    " + x for x in rate_lines(case, inner, passed)]
     lines += owners_lines(case, owners, stars, slope, passed, transform)
-    args = [x.name for x in arguments] + (["{" + ", ".join(f"{x.name!r}: [{x.name}]" for x in trees) + "}"] if trees else [])
-    lines.append(f"args = ({', '.join(args)}{',' if len(args) == 1 else ''})")
-    return lines + door_lines(case, inner_call(case, owners, stars, passed, transform))
+    return lines + fun_lines(case, inner_call(case, owners, stars, passed, transform))
 
 
 def rate_lines(case: Case, inner: str, passed: str) -> list[str]:
@@ -224,7 +267,7 @@ def owners_lines(case: Case, owners: list[Piece], stars: str, slope: str, passed
                 f"        self.{piece.name} = {piece.name}",
                 "    def __call__(self, call, t, y, *args):",
                 "        return call(self, t, y, *args)",
-                f"FIELD_{piece.name} = Field({piece.name})",
+                f"FIELD_{piece.name} = Field({None if case.kept else piece.name})",
             ]
     if case.style == "autograd.grad":
         lines += [
@@ -256,7 +299,7 @@ def wrapped(piece: Piece, call: str, transform: bool) -> str:
     return f"MODULE_{piece.name}({inner}, t, y)"
 
 
-def door_lines(case: Case, call: dict[str, str]) -> list[str]:
+def fun_lines(case: Case, call: dict[str, str]) -> list[str]:
     fun = [f"def fun(t, y, {call['slope']}{call['stars'].removeprefix(', ')}):", f"    return {call['rate']}"]
     if case.door == "solve_ivp split":
         fun = [
@@ -277,9 +320,15 @@ def door_lines(case: Case, call: dict[str, str]) -> list[str]:
         fun += [f"def event(t, y{call['stars']}):", f"    return flat(y)[..., {case.component}] - level"]
         if case.door != "odeint_event":
             fun.append(f"event.terminal = {case.event == 'terminal'}")
+    return fun
+
+
+def solved_lines(case: Case) -> list[str]:
+    """Arguments, the solve and what is returned of it."""
     if case.door == "solve_root":
-        return fun + root_lines(case)
-    return fun + (dropin_lines(case) if case.door in ("odeint", "odeint_adjoint", "twin", "odeint_event") else native_lines(case))
+        return [args_line(case), *root_lines(case)]
+    dropin = case.door in ("odeint", "odeint_adjoint", "twin", "odeint_event")
+    return [args_line(case), *(dropin_lines(case) if dropin else native_lines(case))]
 
 
 def dropin_lines(case: Case) -> list[str]:
@@ -290,12 +339,12 @@ def dropin_lines(case: Case) -> list[str]:
         interface = doors[case.detail]
         start = float(case.values["t0"][0])
         return [
-            f"when, states = adjoint.odeint_event(fun, shaped(y0), torch.tensor({start}), event_fn=event, "
+            f"when, states = adjoint.odeint_event(fun, shaped({start_name(case)}), torch.tensor({start}), event_fn=event, "
             f"odeint_interface={interface}, {common})",
             "return {'samples': flat(states), 'event_t': when, 'event_y': flat(states)[-1]}",
         ]
     extra = ", adjoint_params=()" if case.door == "twin" and case.detail == "none" else ""
-    return [f"states = {doors[case.door]}(fun, shaped(y0), ts, {common}{extra})", "return {'samples': flat(states)}"]
+    return [f"states = {doors[case.door]}(fun, shaped({start_name(case)}), ts, {common}{extra})", "return {'samples': flat(states)}"]
 
 
 def root_lines(case: Case) -> list[str]:
@@ -329,10 +378,10 @@ def native_lines(case: Case) -> list[str]:
     options += ["quadrature=integrand"] * case.quadrature + ["events=event"] * bool(case.event) + ["compile=True"] * case.compiled
     options += ["throw=False"] * bool(case.dead) + [f"first_step={case.step}"] * (case.step is not None)
     n = case.equations.n
-    state = "shaped(y0)"
+    state = f"shaped({start_name(case)})"
     if case.dead == "start":
         marks = [0.0 if ok else float("nan") for ok in case.alive]
-        state = "shaped(y0 + torch.tensor(" + repr(marks).replace("nan", "float('nan')") + ", dtype=y0.dtype)[:, None])"
+        state = f"shaped({start_name(case)} + torch.tensor(" + repr(marks).replace("nan", "float('nan')") + ", dtype=y0.dtype)[:, None])"
     if case.door == "mass matrix":
         matrix = torch.tensor(mixing(n + case.algebraic))
         if case.algebraic:
@@ -350,7 +399,7 @@ def native_lines(case: Case) -> list[str]:
     if case.times == "dense":
         samples = "flat(sol(ts))"
     elif case.times == "steps":
-        rows = f"torch.arange({case.rows})"
+        rows = "torch.arange(len(sol.stats.n_accepted))"
         samples = "flat(sol.y)[-1:]" if case.form == "one" else f"flat(sol.y)[sol.stats.n_accepted, {rows}][None]"
     out = [f"'samples': {samples}"] + ["'integral': sol.quadrature"] * case.quadrature
     if case.event:
@@ -424,72 +473,3 @@ def masked(case: Case, name: str) -> Tensor:
     keep = torch.tensor(case.crosses if name.startswith("event") else case.alive)
     weight = case.weights[name]
     return torch.where(keep.reshape(*[1] * (name == "samples"), -1, *[1] * (weight.dim() - 1 - (name == "samples"))), weight, 0.0)
-
-
-DRIVER = {
-    "none": ["with torch.no_grad():", "    value = loss(*X)"],
-    "backward": ["value = loss(*X)", "grads = torch.autograd.grad(value, ACTIVE)", "first = dot(grads)"],
-    "second": [
-        "value = loss(*X)",
-        "first = dot(torch.autograd.grad(value, ACTIVE, create_graph=True))",
-        "second = dot(torch.autograd.grad(first, ACTIVE, materialize_grads=True))",
-    ],
-    "grad": ["grads, value = torch.func.grad_and_value(of_active)(tuple(ACTIVE))", "first = dot(grads)"],
-    "jvp": ["value, first = torch.func.jvp(of_active, (tuple(ACTIVE),), (tuple(V),))"],
-    "dual": [
-        "with torch.autograd.forward_ad.dual_level():",
-        "    pair = of_active(tuple(torch.autograd.forward_ad.make_dual(a, v) for a, v in zip(ACTIVE, V)))",
-        "    value, first = torch.autograd.forward_ad.unpack_dual(pair)",
-    ],
-    "hvp": [
-        "value = of_active(tuple(ACTIVE))",
-        "grads, products = torch.func.jvp(torch.func.grad(of_active), (tuple(ACTIVE),), (tuple(V),))",
-        "first, second = dot(grads), dot(products)",
-    ],
-}
-
-
-def is_transform(case: Case) -> bool:
-    return case.derivative in ("grad", "jvp", "dual", "hvp", "inner grad")
-
-
-def with_driver(case: Case) -> str:
-    """The whole program; it leaves ``value``, ``first`` and ``second`` (None where the case takes no such derivative)."""
-    transform, given = is_transform(case), leaves(case)
-    modules = {x.name for x in case.pieces if x.way == "module"}
-    text = program(case, transform) + "\nvalue = first = second = None\nX, V, ACTIVE = [], [], []\n"
-    positions = []
-    for i, (name, (value, direction)) in enumerate(given.items()):
-        parameter = name in modules and not transform
-        text += f"x = MODULE_{name}.{name}\n" if parameter else f"x = {literal(value)}\n"
-        text += "X.append(x)\n"
-        if direction is not None:
-            positions.append(i)
-            requires = "" if parameter or transform else ".requires_grad_()"
-            text += f"ACTIVE.append(x{requires}); V.append({literal(direction)})\n"
-        elif parameter:
-            text += "x.requires_grad_(False)\n"
-    text += f"POSITIONS = {positions}\n"
-    # with steps that do not shrink a trajectory may fail in its first one
-    at_once = case.dead == "start" or (case.dead == "later" and case.step is not None and case.step > DEATH)
-    if at_once and case.directions.get("y0") is not None:
-        # with respect to the state that a trajectory failed at the derivative is NaN: it moves nothing that is looked at
-        alive, place = [i for i, ok in enumerate(case.alive) if ok], positions.index(list(given).index("y0"))
-        text += "\ndef alive(x, i):\n" + f"    return x[{alive}] if i == {place} else x\n"
-        text += "\ndef dot(grads):\n    return sum((alive(g, i) * alive(v, i)).sum() for i, (g, v) in enumerate(zip(grads, V)))\n"
-    else:
-        text += "\ndef dot(grads):\n    return sum((g * v).sum() for g, v in zip(grads, V))\n"
-    text += "\ndef of_active(active):\n    x = list(X)\n    for i, a in zip(POSITIONS, active):\n        x[i] = a\n    return loss(*x)\n\n"
-    if case.derivative == "inner grad":
-        dims = row_dims(case)
-        lines = [
-            "def row(weights, *x):",
-            "    grads, value = torch.func.grad_and_value(loss_of_row, argnums=tuple(i + 1 for i in POSITIONS))(weights, *x)",
-            "    return value, grads",
-            f"values, grads = torch.vmap(row, in_dims=(WEIGHT_DIMS, *{dims}))(WEIGHTS, *X)",
-            "value = values.sum()",
-            f"first = sum((g.movedim(0, {dims}[i]) * v).sum() for g, v, i in zip(grads, V, POSITIONS))",
-        ]
-    else:
-        lines = DRIVER[case.derivative]
-    return text + "\n".join(lines) + "\n"

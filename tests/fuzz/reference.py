@@ -15,7 +15,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from .case import Case
+from .case import Case, start_of
 
 __all__ = ["SPACING", "Pure", "Truth", "Unsharp", "pure_form", "truth"]
 
@@ -113,7 +113,7 @@ def outputs(case: Case, spacing: float) -> dict[str, Tensor]:
     if case.door == "solve_root":
         return {"samples": root(pure, x)[:, None]}
     flow = Flow(pure, x["p"])
-    now, y = x["t0"], torch.cat([x["y0"], torch.zeros_like(x["y0"][..., :1])], -1)
+    now, y = x["t0"], torch.cat([start_of(case.shared, x["y0"]), torch.zeros_like(x["y0"][..., :1])], -1)
     if case.times in ("ends", "steps"):
         targets = [x["t0"], x["t1"]][case.times == "steps" :]
     else:
