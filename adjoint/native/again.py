@@ -18,7 +18,7 @@ from .program import Program
 from .reading import Unreadable
 from .solve import frame_of, shift_of, threads_for
 
-__all__ = ["Part", "parts_back", "parts_forward"]
+__all__ = ["Part", "parts_back", "parts_forward", "taken_along"]
 
 #: steps whose states exist at once, on the way forward
 _FEW = 64
@@ -50,10 +50,13 @@ class _Again:
             raise Unreadable("", "", f"its steps would be taken again (checkpoints=), which compiled code does not on {y0.device.type}")
         self._take = program.again(lanes)
         self._frame = frame_of(program, plan, y0, False)
-        self._keeps, self._n_stages, self._chained = method.implicit, recorded_stages(method), method.hands_on
+        # of tangents all are, which are no function of the state
+        self._keeps, self._n_stages, self._chained = method.implicit or program.along, recorded_stages(method), method.hands_on
         times = {"anchors": anchors, "t": grid.t, "h": grid.h}
         if anchors.shape[0] > 2:
             times |= {"segment": grid.segment, "lands": grid.lands}
+        if program.along and method.implicit:
+            times["known"] = grid.stages
         times = {name: plain(x) for name, x in times.items()}
         self._inputs_at = addressed(inputs, y0.device)
         # what is read stays
@@ -118,3 +121,12 @@ def parts_forward(program: Program, plan: Plan, grid: Grid, anchors: Tensor, y0:
     for k in range(0, len(grid.t), _FEW):
         part, start = again.part(start, k, min(k + _FEW, len(grid.t)))
         yield part
+
+
+def taken_along(
+    program: Program, plan: Plan, grid: Grid, anchors: Tensor, start: Tensor, inputs: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States (K + 1, B, 2 n), stages (K, S, B, 2 n) and the last states (B, 2 n) of a program with tangents, ``start`` being the first of
+    them, along the steps of ``grid``, a record without."""
+    part, end = _Again(program, plan, grid, anchors, start, inputs).part(_Start(start), 0, len(grid.t))
+    return part.states, part.stages, end.y

@@ -102,6 +102,7 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("R*", "final_slope"),  # (B, n), or nothing
     ("long", "first"),  # of steps that are taken again, see `Again`
     ("long", "until"),
+    ("const R*", "known"),  # (K, S, B, n / 2): stages of the record, or nothing
     ("long", "noting"),  # whether of events more is noted than their times, and with 2 whether fun jumps there
 )
 

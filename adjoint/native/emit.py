@@ -23,7 +23,7 @@ from .matrices import Matrices
 from .sparse import tables
 from .text import header
 
-__all__ = ["DEVICE_METHODS", "Compiled", "device_functions", "device_prologue", "engine_text", "is_residual", "prologue", "takes"]
+__all__ = ["DEVICE_METHODS", "Compiled", "device_functions", "device_prologue", "engine_text", "goes_along", "is_residual", "prologue", "takes"]
 
 #: methods that have a text
 Compiled = ExplicitRungeKutta | Rosenbrock | DiagonallyImplicitRungeKutta | FullyImplicitRungeKutta | Bdf | Adams
@@ -90,6 +90,11 @@ def _idle(method: Compiled) -> list[float]:
 def is_residual(method: object) -> bool:
     """Whether it is for implicit equations ``F(t, y, y') = 0``."""
     return isinstance(method, FullyImplicitRungeKutta | Bdf) and method.residual
+
+
+def goes_along(method: Compiled) -> bool:
+    """Whether there are tangents along recorded steps by compiled code."""
+    return isinstance(method, ExplicitRungeKutta | Rosenbrock | DiagonallyImplicitRungeKutta)
 
 
 #: functions that engines name, and what they take between the time and what they write
@@ -295,6 +300,7 @@ def engine_text(
     displaced: bool = False,
     device: bool = False,
     again: bool = False,
+    along: bool = False,
 ) -> str:
     """All but the functions of the user and `prologue`, for states of ``width`` numbers.
 
@@ -303,13 +309,14 @@ def engine_text(
     implicit steps are kept. ``mass``: whether there is a matrix in front of the slopes. ``displaced``: whether the second half of
     the state is a displacement of the first one, and there is no way back. ``device``: with the kernels of a device in place of whole
     solves. ``again``: with recorded steps that are taken again in place of solves and their ways back.
+    ``along``: with those beside the ways back, and no solves.
     """
     implicit, multistep, legendre = is_residual(method), method.multistep, isinstance(method, Adams)
     dense = [[0.0]] if legendre else method.dense
     # the equation of a multistep formula is that of the end of its step
     parts = {"forward": not device, "back": not displaced, "device": device, "consistent": implicit}
-    if again:
-        parts = {"again": True}
+    if again or along:
+        parts = {"again": True, "back": along}
     nodes, idle, carried = (1.0,) if multistep else method.nodes, _idle(method), method.n_stages if legendre else SIZE
     return "\n".join(
         [
@@ -327,7 +334,7 @@ def engine_text(
             declarations(not device),
             f"#define MASS {int(mass)}\n#define IMPLICIT {int(implicit)}\n#define CONSTRAINED {int(mass or implicit)}",
             f"#define MULTISTEP {int(multistep)}\n#define LEGENDRE {int(legendre)}",
-            f"#define DISPLACED {int(displaced)}",
+            f"#define DISPLACED {int(displaced)}\n#define ALONG {int(along)}",
             f"#define BY_STAGES {int(implicit or not method.spares_stages)}",
             f"static constexpr double FARTHEST = {number(max(1.0, *nodes))}, REAL_EPSILON = {number(torch.finfo(real).eps)};",
             f"static constexpr double RESOLVED = {number(clock.RESOLVED)};",

@@ -29,6 +29,7 @@ from .memory import plain, put_together
 from .progress import watches_steps
 from .reading import Unreadable
 from .recognise import Recognised, compile_key, hear, recognise
+from .second import Along, along, second
 from .solve import run_native
 
 __all__ = ["NativeSolve", "Sought", "in_parts_for", "own_algebra", "suits"]
@@ -308,8 +309,34 @@ class NativeSolve:
             cotangents = sweep_native(found.program, plan, grid, anchors, t_eval, self.values, bars, timed, slots)
         except (Unreadable, NoCompiler) as error:
             return _remark(plan.compile, str(error))
+        return cotangents, self._of_system(cotangents.inputs, n_inputs)
+
+    def beside(self, plan: Plan, grid: Grid, anchors: Tensor, y0_dot: Tensor, inputs_dot: Sequence[Tensor | None]) -> Along | None:
+        """The solve with tangents, those of the inputs of the system in their order; None where compiled code has none."""
+        found = self.recognised
+        assert found is not None
+        try:
+            dots = [None if slot is None else inputs_dot[slot] for slot in found.slots]
+            return along(found.program, plan, grid, anchors, self.values, y0_dot, dots)
+        except (Unreadable, NoCompiler):
+            return None
+
+    def second(
+        self, beside: Along, anchors: Tensor, t_eval: Tensor | None, n_inputs: int, bars: Sequence[Tensor | None]
+    ) -> tuple[Tensor, list[Tensor | None]] | None:
+        """See `second`, of the inputs of the system in their order; None where compiled code has none."""
+        assert self.recognised is not None
+        try:
+            y0, of_inputs = second(self.recognised.program, beside, anchors, t_eval, bars)
+        except (Unreadable, NoCompiler):
+            return None
+        return y0, self._of_system(of_inputs, n_inputs)
+
+    def _of_system(self, bars: Sequence[Tensor], n_inputs: int) -> list[Tensor | None]:
+        """Cotangents of the inputs of the system, from those of the program's."""
+        assert self.recognised is not None
         of_inputs: list[Tensor | None] = [None] * n_inputs
-        for slot, x, bar in zip(found.slots, found.tensors, cotangents.inputs, strict=True):
+        for slot, x, bar in zip(self.recognised.slots, self.recognised.tensors, bars, strict=True):
             if slot is not None and (x.is_floating_point() or x.is_complex()):
                 of_inputs[slot] = put_together(bar, x)
-        return cotangents, of_inputs
+        return of_inputs

@@ -17,12 +17,12 @@ from ..system.remarks import Seldom
 from .build import NoCompiler, library, spending
 from .calls import BACKWARD_CALL, CONTEXT, filled
 from .device import LAUNCHERS, DeviceEngine, addressed, kernels_of
-from .emit import Compiled, device_functions, device_prologue, engine_text, is_residual, prologue
+from .emit import Compiled, device_functions, device_prologue, engine_text, goes_along, is_residual, prologue
 from .functions import UserFunctions, depends, inputs_of, user_functions
 from .jointly import of_all_rows
 from .memory import in_parts, plain
 from .reading import Reading, Unreadable
-from .tangents import with_displacement
+from .tangents import with_displacement, with_tangents
 from .text import vector_library
 
 __all__ = ["Engine", "Program", "program_of"]
@@ -44,8 +44,9 @@ _CPU = torch.device("cpu")
 class Engine:
     """Compiled functions: of the solve, of the way back, and of the user's, as addresses."""
 
-    forward: Callable[..., int]
-    seal: Callable[..., None]
+    #: None of equations of tangents, which go along recorded steps
+    forward: Callable[..., int] | None
+    seal: Callable[..., None] | None
     #: None of what is solved forward only
     backward: Callable[..., None] | None
     functions: dict[str, int]
@@ -83,6 +84,8 @@ class Program:
     whole: frozenset[int] = frozenset()
     #: whether the second half of the state is a displacement of the first one; such solves have no way back
     displaced: bool = False
+    #: whether it is a tangent: steps are those of the record of a solve without it
+    along: bool = False
     device: torch.device = _CPU
     room: dict[int, int] = field(default_factory=dict)
     #: how often its solves are looked at for jumps
@@ -100,6 +103,7 @@ class Program:
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _functions: UserFunctions | Unreadable | None = None
     _companion: Program | Unreadable | None = None
+    _tangential: Program | Unreadable | None = None
     _calls: dict[int, Any] = field(default_factory=dict)
 
     @property
@@ -134,6 +138,25 @@ class Program:
         reading, nothing = with_displacement(self.reading, self.whole, self.real), (0,) * len(self.numbers)
         sizes = self.real, 2 * self.width, self.own, nothing, self.timed, self.tables, self.events
         return Program(reading, self.method, *sizes, displaced=True, device=self.device)
+
+    def tangential(self) -> Program:
+        """The same equations with tangents beside (`with_tangents`). Raises `Unreadable`."""
+        with self._lock:
+            if self._tangential is None:
+                try:
+                    self._tangential = self._with_tangents()
+                except (Unreadable, NotImplementedError) as error:
+                    self._tangential = error if isinstance(error, Unreadable) else Unreadable("", "", f"{error} is not known as a formula")
+        if isinstance(self._tangential, Unreadable):
+            raise self._tangential
+        return self._tangential
+
+    def _with_tangents(self) -> Program:
+        if self.joint or self.mass is not None or not goes_along(self.method):
+            raise Unreadable("", "", "")
+        sizes = self.real, 2 * self.width, self.own * 2, self.numbers * 2, self.timed, self.tables
+        whole = self.whole | {k + len(self.own) for k in self.whole}
+        return Program(with_tangents(self.reading, self.whole), self.method, *sizes, whole=whole, along=True, device=self.device)
 
     def lanes(self, rows: int) -> int:
         """How many trajectories go side by side; 0: a thread of a device takes each."""
@@ -209,6 +232,8 @@ class Program:
 
     def again(self, lanes: int) -> Callable[..., None]:
         """Compiled code that takes recorded steps again, made when it is first asked for, see `Again`. Raises `NoCompiler`."""
+        if self.along:
+            self.engine(lanes)
         with self._lock:
             found = self._agains.get(lanes)
             if found is None:
@@ -240,7 +265,7 @@ class Program:
 
     def _engine_text(self, device: bool = False, again: bool = False) -> str:
         sizes = self.width, self.timed, self.own, self.numbers, self.functions.matrices, len(self.events), self.mass is not None
-        return engine_text(self.method, self.real, *sizes, self.displaced, device, again)
+        return engine_text(self.method, self.real, *sizes, self.displaced, device, again, self.along)
 
     def kernel_text(self) -> str:
         """All of the text for a device. Raises `Unreadable`."""
@@ -261,9 +286,13 @@ class Program:
         users, engine = self._users(start, theirs, lanes), self._engine_text()
         loop = library("\n".join([start, engine]), True, links(lanes))
         addresses = {name: _address(users, name) for name in theirs.texts}
+        more, back = {}, None
+        if self.along:
+            self._agains[lanes], back = loop.again, loop.backward
+            loop.again.restype = back.restype = None
+            return Engine(None, None, back, addresses)
         loop.forward.restype = ctypes.c_void_p
         loop.seal.restype = None
-        more, back = {}, None
         if not self.displaced:
             back = loop.backward
             back.restype = None

@@ -215,7 +215,7 @@ static void step_forward(Attempt& a) {
   }
 }
 FN void step_error(Attempt&) {}
-template <int I> static void dense_stages(Attempt& a) {
+template <int I, bool AGAIN = false> static void dense_stages(Attempt& a) {
   const History& p = *a.past;
   const Formula& f = p.formula;
   for (int e = 0; e < DIFFERENCES * N; e++) a.ks[e] = K(0);

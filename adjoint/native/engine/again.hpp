@@ -1,7 +1,8 @@
 // Recorded steps taken once more, from the states at the start of the first of them: with their sizes, so without an error test, W trajectories side
 // by side. The steps from q.first up to q.until are numbered as in the record, and so are the states and stages that are written where they are kept.
 // q.y0 and q.first_slope: what the first one starts from, the slope of methods that hand their last one on, nothing at the start of a solve;
-// q.final and q.final_slope: what the last one leaves.
+// q.final and q.final_slope: what the last one leaves. With a tangent in the second half of states (ALONG), implicit stages of the first half are
+// those of the record, q.known, where there are any.
 struct Again : Loop {
   Again(const Forward& q, Tape& tape, long from, long to) : Loop(q, tape, from, to) {}
 
@@ -28,7 +29,10 @@ struct Again : Loop {
     }
     a.h = narrow(h.v);
     stage_times(&t[0], &h[0], &sign[0], jump, jumps_end, times);
+    if (ALONG && q.known) for (int l = 0; l < W; l++) if (on[l]) for (int s = 0; s < ALL; s++) for (int n = 0; n < N / 2; n++)
+      put(ks[s * N + n], l, q.known[((k * ALL + s) * q.rows + row[l]) * (N / 2) + n]);
     step_forward(a);
+    if (q.keep_stages) dense_stages<STAGES, true>(a);
     for (int l = 0; l < W; l++) if (on[l]) {
       const long i = k * q.rows + row[l];
       if (q.keep_states) for (int n = 0; n < N; n++) q.states[(i + q.rows) * N + n] = get(y1[n], l);

@@ -284,7 +284,7 @@ static void step_forward(Attempt& a) {
   }
 }
 FN void step_error(Attempt&) {}
-template <int I> FN void dense_stages(Attempt&) {}
+template <int I, bool AGAIN = false> FN void dense_stages(Attempt&) {}
 
 // ---- the adjoint
 // what was recorded of steps, and the cotangents of the differences that they begin with and end with

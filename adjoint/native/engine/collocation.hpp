@@ -135,7 +135,7 @@ static void step_forward(Attempt& a) {
   for (int n = 0; n < N; n++) a.error[n] = as_tested(a, estimate[n], a.h, n);
 }
 FN void step_error(Attempt&) {}
-template <int I> FN void dense_stages(Attempt&) {}
+template <int I, bool AGAIN = false> FN void dense_stages(Attempt&) {}
 
 #if CONSTRAINED
 // ---- for slopes.hpp and constraints.hpp

@@ -30,6 +30,19 @@ static void implicit_stage(Attempt& a, const S& t, const S hd, const Room& r, S*
   const M lost = newton.lost();
   for (int n = 0; n < N; n++) k[n] = m_sel(lost, K(NOT_A_NUMBER), k[n]);
 }
+// a stage whose first half is known, and of whose second one, a tangent, the equation is linear: (I - hd f_y) z = base + hd f_p s, in terms of the
+// state, as a product with f_y would magnify the rounding of base by the stiffness
+static void stage_along(Attempt& a, const S& t, const S hd, const Room& r, S* k) {
+  const S one = m_sel((M)(hd == K(0)), K(1), hd);
+  for (int n = 0; n < N; n++) r.point[n] = n < N / 2 ? r.base[n] + hd * k[n] : K(0);
+  a.f.fun(&a.c, &t, r.point, r.delta);
+  for (int n = N / 2; n < N; n++) r.point[n] = r.base[n];
+  a.f.jac(&a.c, &t, r.point, r.J, r.spare);
+  shifted_matrix(a.f, r.J, hd, r.LU, r.P);
+  for (int n = 0; n < N; n++) r.delta[n] = n < N / 2 ? K(0) : r.base[n] + hd * r.delta[n];
+  solve_shifted(r.LU, r.P, r.delta);
+  for (int n = N / 2; n < N; n++) k[n] = (r.delta[n] - r.base[n]) / one;
+}
 static void step_forward(Attempt& a) {
   Room r(a.work);
   a.f.jac(&a.c, a.times, a.y, r.J, r.point);
@@ -44,6 +57,7 @@ static void step_forward(Attempt& a) {
       else { a.f.fun(&a.c, a.times + i, r.base, k); a.count(EVALUATED); }
       continue;
     }
+    if (ALONG) { stage_along(a, a.times[i], a.h * K(R(diagonal)), r, k); continue; }
     if (diagonal != factored) { shifted_matrix(a.f, r.J, a.h * K(R(diagonal)), r.LU, r.P); a.count(FACTORISATIONS); factored = diagonal; }
     for (int n = 0; n < N; n++) k[n] = i ? weighted(GUESSES[i], i, a.ks, n) : a.k1[n];
     implicit_stage(a, a.times[i], a.h * K(R(diagonal)), r, k);
@@ -55,7 +69,7 @@ static void step_forward(Attempt& a) {
 FN void step_error(Attempt& a) {
   for (int n = 0; n < N; n++) a.error[n] = a.h * weighted(EMBEDDED, STAGES, a.ks, n);
 }
-template <int I> FN void dense_stages(Attempt&) {}
+template <int I, bool AGAIN = false> FN void dense_stages(Attempt&) {}
 
 // ---- the adjoint: (I - h a_ii f_y(Y_i))* v_i = kbar_i + h (b_i l1 + sum a_ji u_j), u_i = (v_i - that) / (h a_ii)
 template <bool DENSE_OUTPUT> static void step_back(Return& a) {

@@ -43,14 +43,14 @@ FN void step_forward(Attempt& a) {
 FN void step_error(Attempt& a) {
   for (int n = 0; n < N; n++) a.error[n] = a.h * error_sum<0>(a.ks, n, K(0));
 }
-// the stages that only the dense output needs; where the first of them is the slope at the end, it is there already
-template <int I> FN void dense_stages(Attempt& a) {
+// the stages that only the dense output needs; where the first of them is the slope at the end, it is there already, but where steps are taken AGAIN
+template <int I, bool AGAIN = false> FN void dense_stages(Attempt& a) {
   if constexpr (I < ALL) {
-    if constexpr (!(I == STAGES && NEXT_FIRST)) {
+    if constexpr (AGAIN || !(I == STAGES && NEXT_FIRST)) {
       stage_state<I>(a.h, a.y, a.ks, a.work);
       a.f.fun(&a.c, a.times + I, a.work, a.ks + I * N);
     }
-    dense_stages<I + 1>(a);
+    dense_stages<I + 1, AGAIN>(a);
   }
 }
 // ---- the adjoint: v_i = h (b_i l1 + sum_j a_ji u_j) + kbar_i, u_i = f_y(Y_i)* v_i, l0 = l1 + sum_i u_i

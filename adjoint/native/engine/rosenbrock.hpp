@@ -60,7 +60,7 @@ FN void step_forward(Attempt& a) {
 FN void step_error(Attempt& a) {
   for (int n = 0; n < N; n++) a.error[n] = a.h * weighted(EMBEDDED, a.ks, n);
 }
-template <int I> FN void dense_stages(Attempt&) {}
+template <int I, bool AGAIN = false> FN void dense_stages(Attempt&) {}
 #if MASS
 // ---- for constraints.hpp: with E = M and G = -f_y at the start of the step
 FN void filtered(Attempt& a, S* x) { Room r(a.work); solve_shifted(r.LU, r.P, x); a.count(SOLVES); }
