@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..integrate.plan import Record
+from ..integrate.plan import Grid, Record
 from ..system.witness import beside, differs
 from ..torch_internals import temporarily_clear_interpreter_stack, unwatched
 from .memory import plain
 from .program import Engine, Program
 
-__all__ = ["Point", "agrees", "points_of", "same"]
+__all__ = ["Point", "agrees", "points_of", "same", "with_tangents"]
 
 #: how far beside the state, of its size; a difference counts where it is there by the second one as well
 _BESIDE = (0.01, 0.023)
@@ -51,7 +51,7 @@ class Point(NamedTuple):
         return (self.t + _INSIDE * self.h).to(y.dtype), beside(y, part)
 
 
-def points_of(record: Record, anchors: Tensor, y0: Tensor, residual: bool, steps: Sequence[int]) -> list[Point]:
+def points_of(record: Record | Grid, anchors: Tensor, y0: Tensor, residual: bool, steps: Sequence[int]) -> list[Point]:
     """Points at these steps of a record, at both ends where it kept none. ``residual``: of implicit equations."""
 
     def point(t: Tensor, h: Tensor, y: Tensor, k: int) -> Point:
@@ -60,6 +60,7 @@ def points_of(record: Record, anchors: Tensor, y0: Tensor, residual: bool, steps
 
     if len(record.states) > 1:
         return [point(record.t[k], record.h[k], record.states[k], k) for k in steps]
+    assert isinstance(record, Record)
     (start, *_, end), last = anchors.detach(), record.t_final
     return [point(start, end - start, y0, 0), point(last, start - last, record.last, 0)]
 
@@ -146,6 +147,30 @@ def agrees(
 
     with temporarily_clear_interpreter_stack(), unwatched(), torch.inference_mode(False):
         return any(at(*point.moved(part)) for part in _BESIDE)
+
+
+def with_tangents(bound: Callable[[Sequence[Tensor]], Bound]) -> Callable[[Sequence[Tensor]], Bound]:
+    """``fun`` with its tangent beside, of a state with one and inputs behind which theirs stand: see `tangents.with_tangents`."""
+
+    def bind(both: Sequence[Tensor]) -> Bound:
+        count = len(both) // 2
+        inputs, dots = both[:count], both[count:]
+        moving = [i for i, x in enumerate(inputs) if x.requires_grad]
+
+        def f(t: Tensor, y: Tensor) -> Tensor:
+            y, dot = y.chunk(2, -1)
+            out = bound(inputs)(t, y)
+            if not out.requires_grad:
+                return torch.cat([out, torch.zeros_like(out)], -1)
+            weights = torch.zeros_like(out).requires_grad_()
+            pulled = torch.autograd.grad(out, [y, *(inputs[i] for i in moving)], weights, create_graph=True, allow_unused=True)
+            live = [(g, d) for g, d in zip(pulled, [dot, *(dots[i] for i in moving)], strict=True) if g is not None and g.requires_grad]
+            (tangent,) = torch.autograd.grad([g for g, _ in live], weights, [d for _, d in live], create_graph=True)
+            return torch.cat([out, tangent], -1)
+
+        return f
+
+    return bind
 
 
 def _are_events(calls: _Calls, t: Tensor, y: Tensor, events: Sequence[Bound]) -> bool:

@@ -17,7 +17,7 @@ from ..system.remarks import remark
 from ..system.system import StateSpec, System, VmappedSystem
 from ..torch_internals import is_saving_watched, unwatched
 from .again import parts_forward
-from .agreement import Point, agrees, points_of, same
+from .agreement import Point, agrees, points_of, same, with_tangents
 from .back import Cotangents, sweep_native
 from .build import NoCompiler, spent
 from .companion import solved_again
@@ -311,15 +311,35 @@ class NativeSolve:
             return _remark(plan.compile, str(error))
         return cotangents, self._of_system(cotangents.inputs, n_inputs)
 
-    def beside(self, plan: Plan, grid: Grid, anchors: Tensor, y0_dot: Tensor, inputs_dot: Sequence[Tensor | None]) -> Along | None:
+    def beside(self, sought: Sought, grid: Grid, y0_dot: Tensor, inputs_dot: Sequence[Tensor | None]) -> Along | None:
         """The solve with tangents, those of the inputs of the system in their order; None where compiled code has none."""
         found = self.recognised
         assert found is not None
         try:
             dots = [None if slot is None else inputs_dot[slot] for slot in found.slots]
-            return along(found.program, plan, grid, anchors, self.values, y0_dot, dots)
+            beside = along(found.program, sought.plan, grid, sought.anchors, self.values, y0_dot, dots)
+            self._compared_beside(found, beside, sought, inputs_dot)
         except (Unreadable, NoCompiler):
             return None
+        return beside
+
+    def _compared_beside(self, found: Recognised, beside: Along, sought: Sought, inputs_dot: Sequence[Tensor | None]) -> None:
+        """As `_compared`, of code for tangents."""
+        program, (steps, rows) = found.program.tangential(), beside.grid.h.shape
+        if not steps or not program.compared_first(rows):
+            return
+        inputs, count = sought.inputs, len(sought.inputs)
+        both = [*inputs, *(torch.zeros_like(x) if dot is None else dot for x, dot in zip(inputs, inputs_dot, strict=True))]
+        slots = [*found.slots, *(None if slot is None else slot + count for slot in found.slots)]
+        points = points_of(beside.grid, sought.anchors, beside.grid.states[0], False, sorted({0, steps // 2, steps - 1}))
+        bind = with_tangents(sought.system.bind)
+        try:
+            fine = all(agrees(program, beside.inputs, p, bind, (), both, slots) for p in points)
+        except RuntimeError:
+            # without derivatives of derivatives by autograd: whoever takes them says so
+            fine = False
+        if not fine:
+            raise program.disowned(rows, _DISAGREES)
 
     def second(
         self, beside: Along, anchors: Tensor, t_eval: Tensor | None, n_inputs: int, bars: Sequence[Tensor | None]

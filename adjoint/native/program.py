@@ -139,6 +139,12 @@ class Program:
         sizes = self.real, 2 * self.width, self.own, nothing, self.timed, self.tables, self.events
         return Program(reading, self.method, *sizes, displaced=True, device=self.device)
 
+    @property
+    def has_tangents(self) -> bool:
+        """Whether there may be a `tangential` program, as far as is known."""
+        known = isinstance(self._tangential, Unreadable) or self.joint or self.mass is not None or self.device.type in LAUNCHERS
+        return not known and goes_along(self.method)
+
     def tangential(self) -> Program:
         """The same equations with tangents beside (`with_tangents`). Raises `Unreadable`."""
         with self._lock:
@@ -152,8 +158,6 @@ class Program:
         return self._tangential
 
     def _with_tangents(self) -> Program:
-        if self.joint or self.mass is not None or not goes_along(self.method):
-            raise Unreadable("", "", "")
         sizes = self.real, 2 * self.width, self.own * 2, self.numbers * 2, self.timed, self.tables
         whole = self.whole | {k + len(self.own) for k in self.whole}
         return Program(with_tangents(self.reading, self.whole), self.method, *sizes, whole=whole, along=True, device=self.device)

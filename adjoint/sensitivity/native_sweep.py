@@ -1,15 +1,30 @@
-"""First derivatives by compiled code, of a solve that was by it."""
+"""Derivatives by compiled code, of a solve that was by it."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .asked import Asked, anchors_bar
+from ..integrate.plan import Grid
+from ..native.entry import Sought
+from ..native.second import Along
+from .asked import Asked, all_finite, anchors_bar
 from .discrete import eager_sweep
-from .problem import kept_steps
+from .problem import Problem, interpolate, kept_steps
 
-__all__ = ["by_native", "native_sweep"]
+__all__ = ["Second", "by_native", "native_sweep", "second_by_native", "takes_second", "tangents_by_native"]
+
+
+class Second(NamedTuple):
+    """Of the gradient ``g`` that a way back gives, a function of first state, inputs and cotangents: the derivatives of ``<g, z'>`` by
+    these, which are by the first two second derivatives times ``z'``, and by the cotangents of ``final, samples, states`` tangents."""
+
+    y0: Tensor
+    inputs: list[Tensor | None]
+    bars: list[Tensor | None]
 
 
 def native_sweep(asked: Asked) -> tuple[Tensor | None, ...]:
@@ -46,3 +61,66 @@ def by_native(asked: Asked, slots: int | None = None) -> tuple[Tensor | None, ..
         bar.y0 if wants[2] else None,
         *(x if want else None for x, want in zip(of_inputs, wants[3:], strict=True)),
     )
+
+
+def takes_second(asked: Asked) -> bool:
+    """Whether `second_by_native` may have second derivatives, as far as can be told without code for them."""
+    return not asked.moving and asked.bars[3] is None and _has_tangents(asked.problem, asked.grid)
+
+
+def _has_tangents(problem: Problem, grid: Grid) -> bool:
+    found = problem.native.recognised
+    return found is not None and problem.sweep is None and found.program.has_tangents and not bool((grid.status < 0).any())
+
+
+def _beside(
+    problem: Problem, grid: Grid, anchors: Tensor, inputs: Sequence[Tensor], y0_dot: Tensor | None, inputs_dot: Sequence[Tensor | None]
+) -> Along | None:
+    y0 = grid.states[0]
+    sought = Sought(problem.plan, problem.system, problem.batched, inputs, y0, anchors)
+    found = problem.native.beside(sought, grid, torch.zeros_like(y0) if y0_dot is None else y0_dot, inputs_dot)
+    return found if found is not None and bool(torch.isfinite(found.final).all()) else None
+
+
+def _samples_beside(problem: Problem, grid: Grid, t_eval: Tensor, beside: Along) -> Tensor:
+    """Tangents of the samples (T, B, n)."""
+    n = beside.states.shape[-1]
+    return interpolate(problem.plan, beside.states, beside.grid.stages[..., n:], grid.t, grid.h, t_eval, grid.sample_step)
+
+
+def tangents_by_native(
+    problem: Problem, grid: Grid, anchors: Tensor, t_eval: Tensor | None, inputs: Sequence[Tensor], dots: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """As `sweep.tangents`; None where that is to do it."""
+    anchors_dot, t_eval_dot, y0_dot, *inputs_dot = dots
+    if anchors_dot is not None or t_eval_dot is not None or not _has_tangents(problem, grid):
+        return None
+    with torch.no_grad():
+        beside = _beside(problem, grid, anchors, inputs, y0_dot, inputs_dot)
+        if beside is None:
+            return None
+        final, n_steps, n = beside.final, grid.t.shape[0], beside.final.shape[-1]
+        if t_eval is None or not t_eval.shape[0] or not n_steps:
+            samples = final.expand(0 if t_eval is None else t_eval.shape[0], *final.shape)
+        else:
+            samples = _samples_beside(problem, grid, t_eval, beside)
+        kept = beside.grid.stages[kept_steps(problem.plan, grid.event_step, n_steps), ..., n:]
+        return final, samples, beside.states, kept
+
+
+def second_by_native(asked: Asked, y0_dot: Tensor | None, inputs_dot: Sequence[Tensor | None], outputs: bool) -> Second | None:
+    """Second derivatives in the direction of a first state and inputs (None: zero); None where they are to be had in another way.
+    ``outputs``: whether tangents are wanted too."""
+    if not takes_second(asked):
+        return None
+    problem, grid, anchors, t_eval, inputs, bars, wants = asked
+    beside = _beside(problem, grid, anchors, inputs, y0_dot, inputs_dot)
+    found = None if beside is None else problem.native.second(beside, anchors, t_eval, len(inputs), bars[:3])
+    if beside is None or found is None or not all_finite([found[0], *found[1]]):
+        return None
+    dots: list[Tensor | None] = [None] * len(bars)
+    if outputs:
+        samples = None if bars[1] is None or t_eval is None else _samples_beside(problem, grid, t_eval, beside)
+        dots = [beside.final, samples, beside.states, None]
+    problem.backward_report(2 * len(grid.t) * len(problem.plan.method.nodes), len(grid.t))
+    return Second(found[0], [x if want else None for x, want in zip(found[1], wants[3:], strict=True)], dots)

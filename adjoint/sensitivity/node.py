@@ -16,17 +16,17 @@ from ..integrate.plan import RECORDED, Grid
 from ..system.capture import alive, below_jvp, is_differentiable
 from ..system.ownership import continuing, owned, under_transform
 from ..system.system import System, VmappedSystem
-from ..system.transforms import below_vmap, functorch_active, jvp_active, naming_writes
+from ..system.transforms import below_vmap, functorch_active, jvp_active, naming_writes, vmap_active
 from ..system.witness import Witness
 from ..torch_internals import Node, copy_by_copy, dual_level, unviewed
 from .asked import Asked, check_known
 from .discrete import eager_sweep
 from .finite import tell_not_finite
 from .late import check_strangers, naming_strangers
-from .native_sweep import native_sweep
+from .native_sweep import native_sweep, takes_second, tangents_by_native
 from .problem import Outputs, Problem
 from .sweep import functional_sweep, tangents
-from .sweep_node import swept
+from .sweep_node import differentiated, swept
 
 __all__ = ["LookNode", "Looks", "SolveNode", "checked", "unpack"]
 
@@ -129,13 +129,15 @@ class SolveNode(Node):
         if not differentiable and ctx.own:
             # saved tensors come back as new objects: the functions that captured the old ones need those
             inputs = problem.system.inputs
-        again = swept if jvp_active() else functional_sweep
         first = eager_sweep if problem.native.recognised is None else native_sweep
+        asked = Asked(problem, grid, anchors, t_eval, inputs, bars, wants)
+        # of what compiled code solves all that it depends on is known
+        by_native = differentiable and not vmap_active() and takes_second(asked)
+        again = swept if by_native or jvp_active() else functional_sweep
         sweep = again if differentiable else problem.sweep or first
         with torch.autocast(grid.states.device.type, enabled=False):
-            if differentiable:
+            if differentiable and not by_native:
                 check_known(problem.system, grid, inputs)
-            asked = Asked(problem, grid, anchors, t_eval, inputs, bars, wants)
             found = sweep(asked)
             if differentiable:
                 found = checked(problem, found)
@@ -150,15 +152,11 @@ class SolveNode(Node):
         dots = (anchors_dot, t_eval_dot, y0_dot, *inputs_dot)
         with torch.autocast(grid.states.device.type, enabled=False), below_jvp() as (lower, raise_):
             grid, inputs = grid.mapped(lower), [lower(x) for x in inputs]
-            check_known(problem.system, grid, inputs)
-            out = tangents(
-                problem,
-                grid,
-                lower(anchors),
-                None if t_eval is None else lower(t_eval),
-                inputs,
-                [None if d is None else lower(d) for d in dots],
-            )
+            given = lower(anchors), None if t_eval is None else lower(t_eval), inputs, [None if d is None else lower(d) for d in dots]
+            out = None if differentiated([*grid.tensors, *inputs, *given[-1]]) else tangents_by_native(problem, grid, *given)
+            if out is None:
+                check_known(problem.system, grid, inputs)
+                out = tangents(problem, grid, *given)
             out = _marked(grid, *out)
         # back at the level on which this body was called
         return (*(raise_(x) for x in out), *([None] * (len(Outputs._fields) - _DIFFERENTIABLE)))

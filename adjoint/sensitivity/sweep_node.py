@@ -1,6 +1,6 @@
 """The sweep back through the recorded steps as a node of its own, for forward mode through gradients (``jvp(grad(...))``).
 
-Below all transforms it runs on plain tensors. Its tangent is a second reverse sweep, not forward mode through the operators of the first:
+Below all transforms it runs on plain tensors, by compiled code where the solve was by it; so then are its derivatives. Elsewhere its tangent is a second reverse sweep, not forward mode through the operators of the first:
 PyTorch takes a millisecond there for every sum or product of a tensor that moves and one that does not, as it asks Python for the shape of
 their zero.
 """
@@ -18,17 +18,19 @@ from ..system.capture import alive
 from ..system.ownership import continuing, owned
 from ..system.transforms import functorch_active
 from ..torch_internals import Node, below_jvp
-from .asked import Asked
+from .asked import Asked, both
 from .discrete import eager_sweep
+from .native_sweep import Second, native_sweep, second_by_native
 from .problem import Problem
 from .products import exchanged, smooth_places, vjp
 from .replay import hands_on
 from .sweep import functional_sweep
 
-__all__ = ["swept"]
+__all__ = ["differentiated", "swept"]
 
 #: cotangents that a sweep is given: of `Outputs`' final, samples, states and stages
 _BARS = 4
+_STATES = RECORDED.index("states")
 
 
 class _Layout:
@@ -37,6 +39,14 @@ class _Layout:
     def __init__(self, asked: Asked) -> None:
         self.sampled, self.wants = asked.t_eval is not None, tuple(asked.wants)
         self.given = [i for i, bar in enumerate(asked.bars) if bar is not None]
+
+    def total(self, tensors: Sequence[Tensor], second: Second) -> list[Tensor | None]:
+        """Cotangents of all tensors, with those of the record as what comes to the first state."""
+        states = torch.zeros_like(tensors[_STATES])
+        states[0] = second.y0
+        found: list[Tensor | None] = [None] * len(RECORDED)
+        found[_STATES] = states
+        return [*found, None, *([None] * self.sampled), *second.inputs, *(second.bars[i] for i in self.given)]
 
     @staticmethod
     def flat(asked: Asked) -> list[Tensor]:
@@ -68,7 +78,7 @@ class _SweepNode(Node):
 
     @staticmethod
     def forward(problem: Problem, layout: _Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_full(layout, tensors, _eager(layout.asked(problem, tensors))))
+        return tuple(_full(layout, tensors, _plain(layout.asked(problem, tensors))))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -82,6 +92,12 @@ class _SweepNode(Node):
     @continuing("problem")
     def backward(ctx: Any, *bars: Tensor | None) -> tuple[Any, ...]:
         problem, layout, tensors = ctx.problem(), ctx.layout, list(alive(ctx.saved_tensors))
+        if not differentiated([*tensors, *bars]):
+            asked = layout.asked(problem, tensors)
+            with torch.no_grad():
+                second = second_by_native(asked, bars[2], bars[3:], True)
+            if second is not None:
+                return (None, None, *layout.total(tensors, second))
         # integers, which are not differentiated, are among the inputs too
         smooth, kept = smooth_places(tensors), smooth_places(_like(layout, tensors))
 
@@ -105,6 +121,15 @@ class _SweepNode(Node):
             found = _moved(problem, layout, tensors, [None if d is None else lower(d) for d in dots])
         # integers, which are not differentiated, are among the inputs too
         return tuple(raise_(x) if x.is_floating_point() or x.is_complex() else None for x in found)
+
+
+def differentiated(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether what is computed of these is differentiated."""
+    return functorch_active() or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
+
+
+def _plain(asked: Asked) -> tuple[Tensor | None, ...]:
+    return _eager(asked) if asked.problem.native.recognised is None else native_sweep(asked)
 
 
 def _eager(asked: Asked) -> tuple[Tensor | None, ...]:
@@ -131,6 +156,8 @@ def _moved(problem: Problem, layout: _Layout, tensors: list[Tensor], dots: list[
     through the steps, with the latter.
     """
     asked = layout.asked(problem, tensors)
+    # whether somebody differentiates once more: what is recorded on the way holds leaves of its own, which say nothing
+    again = differentiated([*tensors, *dots])
     _, grid_dot, anchors_dot, t_eval_dot, inputs_dot, bars_dot, _ = layout.asked(problem, dots)  # type: ignore[arg-type]
     states_dot: Tensor | None = grid_dot.states
     along = [anchors_dot, t_eval_dot, None if states_dot is None else states_dot[0], *inputs_dot]
@@ -147,9 +174,14 @@ def _moved(problem: Problem, layout: _Layout, tensors: list[Tensor], dots: list[
     smooth = [i for i, (place, want) in enumerate(zip(where, layout.wants, strict=True)) if place is not None and want]
     places = [place for i in smooth if (place := where[i]) is not None]
     direct: list[Tensor | None] = [None] * len(where)
-    # whether somebody differentiates once more: what is recorded on the way holds leaves of its own, which say nothing
-    again = functorch_active() or any(x is not None and x.requires_grad for x in (*tensors, *dots))
     moved = list(bars_dot)
+    if not again and anchors_dot is None and t_eval_dot is None:
+        with torch.no_grad():
+            second = second_by_native(asked, along[2], inputs_dot, False)
+            if second is not None:
+                through = _plain(asked._replace(bars=moved)) if any(x is not None for x in moved) else [None] * len(along)
+                direct = [None, None, second.y0 if layout.wants[2] else None, *second.inputs]
+                return _full(layout, tensors, [both(a, b) for a, b in zip(direct, through, strict=True)])
     if any(d is not None for d in along):
         _, pull = vjp(sweep, *(tensors[i] for i in (*links, *places)))
         with torch.set_grad_enabled(again):
