@@ -94,6 +94,9 @@ def is_residual(method: object) -> bool:
 
 def goes_along(method: Compiled) -> bool:
     """Whether there are tangents along recorded steps by compiled code."""
+    if isinstance(method, FullyImplicitRungeKutta):
+        # an explicit stage has no equation of its own
+        return not method.residual and bool(np.linalg.matrix_rank(np.asarray(method.tableau.a)) == method.n_stages)
     return isinstance(method, ExplicitRungeKutta | Rosenbrock | DiagonallyImplicitRungeKutta)
 
 
@@ -198,6 +201,7 @@ def _collocation(method: FullyImplicitRungeKutta) -> list[str]:
         _flags(FSAL=method.residual, NEXT_FIRST=False, ERROR_USES_END=False, MODES=len(modes)),
         _flags(FILTERED=tab.error is not None, SHARED_FILTER=bool(shared)),
         _matrix("A", tab.a, s),
+        _matrix("INVERSE", np.linalg.inv(tab.a).tolist() if goes_along(method) else [[]], s),
         _array("B", tab.b),
         _array("EMBEDDED", tab.error or [0.0] * s),
         f"static constexpr double GAMMA = {number(gamma)};",

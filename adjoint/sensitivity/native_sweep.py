@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from ..integrate.plan import Grid
 from ..native.entry import Sought
 from ..native.second import Along
+from ..system.transforms import anywhere, functorch_active
+from ..torch_internals import Node
 from .asked import Asked, all_finite, anchors_bar
 from .discrete import eager_sweep
 from .problem import Problem, interpolate, kept_steps
@@ -70,7 +72,50 @@ def takes_second(asked: Asked) -> bool:
 
 def _has_tangents(problem: Problem, grid: Grid) -> bool:
     found = problem.native.recognised
-    return found is not None and problem.sweep is None and found.program.has_tangents and not bool((grid.status < 0).any())
+    return found is not None and problem.sweep is None and found.program.has_tangents and not anywhere(grid.status < 0)
+
+
+class _Copies(Node):
+    """``apply(function, *tensors)``: what ``function`` gives for these, below maps for one copy after the other. It has no derivative."""
+
+    @staticmethod
+    def forward(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return function(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], function: Any, *tensors: Tensor | None) -> tuple[tuple[Tensor, ...], int]:
+        dims = in_dims[1:]
+        copies = [[x if x is None or d is None else x.select(d, k) for x, d in zip(tensors, dims, strict=True)] for k in range(info.batch_size)]
+        return tuple(map(torch.stack, zip(*(_Copies.apply(function, *xs) for xs in copies), strict=True))), 0
+
+
+def _by_copies(function: Callable[..., Sequence[Tensor | None] | None], *tensors: Tensor | None) -> list[Tensor | None] | None:
+    """What ``function`` gives, which takes and gives tensors below all maps; None where it gives none."""
+    if not functorch_active():
+        found = function(*tensors)
+        return None if found is None else list(found)
+    there: list[bool] = []
+
+    def known(*xs: Tensor | None) -> tuple[Tensor, ...]:
+        found = function(*xs)
+        if found is None:
+            raise _NothingFound
+        there[:] = [x is not None for x in found]
+        return tuple(x for x in found if x is not None)
+
+    try:
+        values = iter(_Copies.apply(known, *tensors))
+    except _NothingFound:
+        return None
+    return [next(values) if one else None for one in there]
+
+
+class _NothingFound(Exception):
+    pass
 
 
 def _beside(
@@ -95,7 +140,8 @@ def tangents_by_native(
     anchors_dot, t_eval_dot, y0_dot, *inputs_dot = dots
     if anchors_dot is not None or t_eval_dot is not None or not _has_tangents(problem, grid):
         return None
-    with torch.no_grad():
+
+    def found(y0_dot: Tensor | None, *inputs_dot: Tensor | None) -> tuple[Tensor, ...] | None:
         beside = _beside(problem, grid, anchors, inputs, y0_dot, inputs_dot)
         if beside is None:
             return None
@@ -107,12 +153,27 @@ def tangents_by_native(
         kept = beside.grid.stages[kept_steps(problem.plan, grid.event_step, n_steps), ..., n:]
         return final, samples, beside.states, kept
 
+    with torch.no_grad():
+        return _by_copies(found, y0_dot, *inputs_dot)  # type: ignore[return-value]
+
 
 def second_by_native(asked: Asked, y0_dot: Tensor | None, inputs_dot: Sequence[Tensor | None], outputs: bool) -> Second | None:
     """Second derivatives in the direction of a first state and inputs (None: zero); None where they are to be had in another way.
     ``outputs``: whether tangents are wanted too."""
     if not takes_second(asked):
         return None
+    count = len(asked.bars)
+
+    def found(y0_dot: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...] | None:
+        second = _second(asked._replace(bars=rest[:count]), y0_dot, rest[count:], outputs)
+        return None if second is None else (second.y0, *second.inputs, *second.bars)
+
+    with torch.no_grad():
+        y0, *rest = _by_copies(found, y0_dot, *asked.bars, *inputs_dot) or (None,)
+    return None if y0 is None else Second(y0, rest[:-count], rest[-count:])
+
+
+def _second(asked: Asked, y0_dot: Tensor | None, inputs_dot: Sequence[Tensor | None], outputs: bool) -> Second | None:
     problem, grid, anchors, t_eval, inputs, bars, wants = asked
     beside = _beside(problem, grid, anchors, inputs, y0_dot, inputs_dot)
     found = None if beside is None else problem.native.second(beside, anchors, t_eval, len(inputs), bars[:3])

@@ -16,7 +16,7 @@ from ..integrate.plan import RECORDED, Grid
 from ..system.capture import alive, below_jvp, is_differentiable
 from ..system.ownership import continuing, owned, under_transform
 from ..system.system import System, VmappedSystem
-from ..system.transforms import below_vmap, functorch_active, jvp_active, naming_writes, vmap_active
+from ..system.transforms import below_vmap, functorch_active, jvp_active, naming_writes
 from ..system.witness import Witness
 from ..torch_internals import Node, copy_by_copy, dual_level, unviewed
 from .asked import Asked, check_known
@@ -132,7 +132,7 @@ class SolveNode(Node):
         first = eager_sweep if problem.native.recognised is None else native_sweep
         asked = Asked(problem, grid, anchors, t_eval, inputs, bars, wants)
         # of what compiled code solves all that it depends on is known
-        by_native = differentiable and not vmap_active() and takes_second(asked)
+        by_native = differentiable and takes_second(asked)
         again = swept if by_native or jvp_active() else functional_sweep
         sweep = again if differentiable else problem.sweep or first
         with torch.autocast(grid.states.device.type, enabled=False):

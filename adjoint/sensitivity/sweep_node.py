@@ -16,8 +16,8 @@ from torch import Tensor
 from ..integrate.plan import RECORDED, Grid
 from ..system.capture import alive
 from ..system.ownership import continuing, owned
-from ..system.transforms import functorch_active
-from ..torch_internals import Node, below_jvp
+from ..system.transforms import functorch_active, only_maps
+from ..torch_internals import Node, below_jvp, copy_by_copy
 from .asked import Asked, both
 from .discrete import eager_sweep
 from .native_sweep import Second, native_sweep, second_by_native
@@ -42,10 +42,8 @@ class _Layout:
 
     def total(self, tensors: Sequence[Tensor], second: Second) -> list[Tensor | None]:
         """Cotangents of all tensors, with those of the record as what comes to the first state."""
-        states = torch.zeros_like(tensors[_STATES])
-        states[0] = second.y0
         found: list[Tensor | None] = [None] * len(RECORDED)
-        found[_STATES] = states
+        found[_STATES] = torch.cat([second.y0.unsqueeze(0), torch.zeros_like(tensors[_STATES][1:])])
         return [*found, None, *([None] * self.sampled), *second.inputs, *(second.bars[i] for i in self.given)]
 
     @staticmethod
@@ -89,13 +87,13 @@ class _SweepNode(Node):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
+    @copy_by_copy
     @continuing("problem")
     def backward(ctx: Any, *bars: Tensor | None) -> tuple[Any, ...]:
         problem, layout, tensors = ctx.problem(), ctx.layout, list(alive(ctx.saved_tensors))
         if not differentiated([*tensors, *bars]):
             asked = layout.asked(problem, tensors)
-            with torch.no_grad():
-                second = second_by_native(asked, bars[2], bars[3:], True)
+            second = second_by_native(asked, bars[2], bars[3:], True)
             if second is not None:
                 return (None, None, *layout.total(tensors, second))
         # integers, which are not differentiated, are among the inputs too
@@ -114,6 +112,12 @@ class _SweepNode(Node):
         return (None, None, *found)
 
     @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], problem: Problem, layout: _Layout, *tensors: Tensor) -> tuple[tuple[Tensor, ...], int]:
+        dims = in_dims[2:]
+        copies = [[x if d is None else x.select(d, k) for x, d in zip(tensors, dims, strict=True)] for k in range(info.batch_size)]
+        return tuple(map(torch.stack, zip(*(_SweepNode.apply(problem, layout, *xs) for xs in copies), strict=True))), 0
+
+    @staticmethod
     def jvp(ctx: Any, _: None, __: None, *dots: Tensor | None) -> tuple[Tensor | None, ...]:
         problem, layout = ctx.problem(), ctx.layout
         with below_jvp() as (lower, raise_):
@@ -125,7 +129,7 @@ class _SweepNode(Node):
 
 def differentiated(tensors: Sequence[Tensor | None]) -> bool:
     """Whether what is computed of these is differentiated."""
-    return functorch_active() or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
+    return not only_maps() or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
 
 
 def _plain(asked: Asked) -> tuple[Tensor | None, ...]:
@@ -176,12 +180,12 @@ def _moved(problem: Problem, layout: _Layout, tensors: list[Tensor], dots: list[
     direct: list[Tensor | None] = [None] * len(where)
     moved = list(bars_dot)
     if not again and anchors_dot is None and t_eval_dot is None:
-        with torch.no_grad():
-            second = second_by_native(asked, along[2], inputs_dot, False)
-            if second is not None:
-                through = _plain(asked._replace(bars=moved)) if any(x is not None for x in moved) else [None] * len(along)
-                direct = [None, None, second.y0 if layout.wants[2] else None, *second.inputs]
-                return _full(layout, tensors, [both(a, b) for a, b in zip(direct, through, strict=True)])
+        second = second_by_native(asked, along[2], inputs_dot, False)
+        if second is not None:
+            nothing = [None] * len(along)
+            through = swept(asked._replace(bars=moved)) if any(x is not None for x in moved) else nothing
+            direct = [None, None, second.y0 if layout.wants[2] else None, *second.inputs]
+            return _full(layout, tensors, [both(a, b) for a, b in zip(direct, through, strict=True)])
     if any(d is not None for d in along):
         _, pull = vjp(sweep, *(tensors[i] for i in (*links, *places)))
         with torch.set_grad_enabled(again):

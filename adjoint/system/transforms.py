@@ -29,6 +29,7 @@ __all__ = [
     "naming_faults",
     "naming_writes",
     "one_copy",
+    "only_maps",
     "transforming",
     "unwrapped",
     "vmap_active",
@@ -59,6 +60,11 @@ def differentiated_again(tensors: Iterable[Tensor]) -> bool:
         return taking > 1 or torch.is_grad_enabled() or any(map(has_tangent, below))
     # one transform records whatever it takes: is there anything below it?
     return any(has_tangent(x) or x.requires_grad for x in below)
+
+
+def only_maps() -> bool:
+    """Whether whatever transforms are running are maps, which take no derivatives."""
+    return all(level.key() == internals.TransformType.Vmap for level in internals.get_interpreter_stack() or ())
 
 
 def jvp_active() -> bool:

@@ -36,7 +36,6 @@ static void stage_along(Attempt& a, const S& t, const S hd, const Room& r, S* k)
   const S one = m_sel((M)(hd == K(0)), K(1), hd);
   for (int n = 0; n < N; n++) r.point[n] = n < N / 2 ? r.base[n] + hd * k[n] : K(0);
   a.f.fun(&a.c, &t, r.point, r.delta);
-  for (int n = N / 2; n < N; n++) r.point[n] = r.base[n];
   a.f.jac(&a.c, &t, r.point, r.J, r.spare);
   shifted_matrix(a.f, r.J, hd, r.LU, r.P);
   for (int n = 0; n < N; n++) r.delta[n] = n < N / 2 ? K(0) : r.base[n] + hd * r.delta[n];
