@@ -154,7 +154,8 @@ def with_tangents(bound: Callable[[Sequence[Tensor]], Bound]) -> Callable[[Seque
 
     def bind(both: Sequence[Tensor]) -> Bound:
         count = len(both) // 2
-        inputs, dots = both[:count], both[count:]
+        # complex ones have a tangent too
+        inputs, dots = [x.detach().requires_grad_() if x.is_complex() else x for x in both[:count]], both[count:]
         moving = [i for i, x in enumerate(inputs) if x.requires_grad]
 
         def f(t: Tensor, y: Tensor) -> Tensor:
