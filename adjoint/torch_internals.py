@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property, wraps
 from types import NoneType
@@ -354,6 +354,12 @@ class Node(torch.autograd.Function):
         super().__init_subclass__()
         forward: Any = cls.forward
         forward.__signature__ = inspect.signature(forward)
+
+
+def by_copies(apply: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor | None], dims: Sequence[int | None], size: int) -> Any:
+    """For a node's ``vmap``: what ``apply`` gives for one copy of the tensors after the other, and where copies are in it."""
+    copies = [[x if x is None or d is None else x.select(d, k) for x, d in zip(tensors, dims, strict=True)] for k in range(size)]
+    return tuple(map(torch.stack, zip(*(apply(*xs) for xs in copies), strict=True))), 0
 
 
 _Backward = Callable[..., tuple[Tensor | None, ...]]

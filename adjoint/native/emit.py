@@ -23,7 +23,17 @@ from .matrices import Matrices
 from .sparse import tables
 from .text import header
 
-__all__ = ["DEVICE_METHODS", "Compiled", "device_functions", "device_prologue", "engine_text", "goes_along", "is_residual", "prologue", "takes"]
+__all__ = [
+    "DEVICE_METHODS",
+    "Compiled",
+    "device_functions",
+    "device_prologue",
+    "engine_text",
+    "goes_along",
+    "is_residual",
+    "prologue",
+    "takes",
+]
 
 #: methods that have a text
 Compiled = ExplicitRungeKutta | Rosenbrock | DiagonallyImplicitRungeKutta | FullyImplicitRungeKutta | Bdf | Adams

@@ -297,6 +297,7 @@ def made(
     pattern."""
     found, lost, seen = None, ctypes.c_long(), _SUMMARY()
     call.lost, call.summary = ctypes.addressof(lost), ctypes.addressof(seen)
+    assert engine.forward is not None and engine.seal is not None
     with told(plan.monitor, call, anchors):
         tape = engine.forward(ctypes.byref(call))
     summary = Summary(*seen)

@@ -41,7 +41,9 @@ def with_tangents(reading: Reading, whole: Collection[int]) -> Reading:
 
     def tangent(graph: Graph, leaf: int) -> int:
         kind, k, *rest = graph.data[leaf]
-        found: int = graph.leaf(kind, k + count, *rest) if graph.names[leaf] == "leaf" else graph.look(kind, k + count, *rest, *graph.arguments[leaf])
+        if graph.names[leaf] == "leaf":
+            return graph.leaf(kind, k + count, *rest)
+        found: int = graph.look(kind, k + count, *rest, *graph.arguments[leaf])
         return found
 
     return replace(_beside(reading, whole, tangent), strides=reading.strides * 2)

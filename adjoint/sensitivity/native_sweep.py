@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from ..integrate.plan import Grid
 from ..native.entry import Sought
 from ..native.second import Along
 from ..system.transforms import anywhere, functorch_active
-from ..torch_internals import Node
+from ..torch_internals import Node, by_copies
 from .asked import Asked, all_finite, anchors_bar
 from .discrete import eager_sweep
 from .problem import Problem, interpolate, kept_steps
@@ -87,10 +88,8 @@ class _Copies(Node):
         ctx.mark_non_differentiable(*output)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], function: Any, *tensors: Tensor | None) -> tuple[tuple[Tensor, ...], int]:
-        dims = in_dims[1:]
-        copies = [[x if x is None or d is None else x.select(d, k) for x, d in zip(tensors, dims, strict=True)] for k in range(info.batch_size)]
-        return tuple(map(torch.stack, zip(*(_Copies.apply(function, *xs) for xs in copies), strict=True))), 0
+    def vmap(info: Any, in_dims: tuple[Any, ...], function: Any, *tensors: Tensor | None) -> Any:
+        return by_copies(partial(_Copies.apply, function), tensors, in_dims[1:], info.batch_size)
 
 
 def _by_copies(function: Callable[..., Sequence[Tensor | None] | None], *tensors: Tensor | None) -> list[Tensor | None] | None:

@@ -1,13 +1,15 @@
-"""The sweep back through the recorded steps as a node of its own, for forward mode through gradients (``jvp(grad(...))``).
+"""The sweep back through the recorded steps as a node of its own, for forward mode through gradients (``jvp(grad(...))``), and for second
+derivatives by compiled code.
 
-Below all transforms it runs on plain tensors, by compiled code where the solve was by it; so then are its derivatives. Elsewhere its tangent is a second reverse sweep, not forward mode through the operators of the first:
-PyTorch takes a millisecond there for every sum or product of a tensor that moves and one that does not, as it asks Python for the shape of
-their zero.
+Below all transforms it runs on plain tensors, by compiled code where the solve was by it; so then are its derivatives, all at once.
+Elsewhere its tangent is a second reverse sweep, not forward mode through the operators of the first: PyTorch takes a millisecond there for
+every sum or product of a tensor that moves and one that does not, as it asks Python for the shape of their zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +18,8 @@ from torch import Tensor
 from ..integrate.plan import RECORDED, Grid
 from ..system.capture import alive
 from ..system.ownership import continuing, owned
-from ..system.transforms import functorch_active, only_maps
-from ..torch_internals import Node, below_jvp, copy_by_copy
+from ..system.transforms import only_maps
+from ..torch_internals import Node, below_jvp, by_copies, copy_by_copy
 from .asked import Asked, both
 from .discrete import eager_sweep
 from .native_sweep import Second, native_sweep, second_by_native
@@ -112,10 +114,8 @@ class _SweepNode(Node):
         return (None, None, *found)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], problem: Problem, layout: _Layout, *tensors: Tensor) -> tuple[tuple[Tensor, ...], int]:
-        dims = in_dims[2:]
-        copies = [[x if d is None else x.select(d, k) for x, d in zip(tensors, dims, strict=True)] for k in range(info.batch_size)]
-        return tuple(map(torch.stack, zip(*(_SweepNode.apply(problem, layout, *xs) for xs in copies), strict=True))), 0
+    def vmap(info: Any, in_dims: tuple[Any, ...], problem: Problem, layout: _Layout, *tensors: Tensor) -> Any:
+        return by_copies(partial(_SweepNode.apply, problem, layout), tensors, in_dims[2:], info.batch_size)
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *dots: Tensor | None) -> tuple[Tensor | None, ...]:

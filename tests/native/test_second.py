@@ -142,8 +142,9 @@ def test_third_derivatives():
         gradient = torch.func.grad(lambda p: loss(Y0, p, SHIFT))
         along = lambda p: torch.func.jvp(gradient, (p,), (ALONG[1],))[1]  # noqa: E731
         p = P.clone().requires_grad_()
-        second = torch.autograd.grad((torch.autograd.grad(loss(Y0, p, SHIFT), p, create_graph=True)[0] * ALONG[1]).sum(), p, create_graph=True)
-        recorded = torch.autograd.grad((second[0] * ALONG[1]).sum(), p)[0]
+        (first,) = torch.autograd.grad(loss(Y0, p, SHIFT), p, create_graph=True)
+        (second,) = torch.autograd.grad((first * ALONG[1]).sum(), p, create_graph=True)
+        (recorded,) = torch.autograd.grad((second * ALONG[1]).sum(), p)
         return torch.func.jvp(along, (P,), (ALONG[1],))[1], torch.func.grad(lambda p: along(p) @ ALONG[1])(P), recorded
 
     close(third(True), third(False))
