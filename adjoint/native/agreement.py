@@ -18,6 +18,7 @@ from ..system.witness import beside, differs
 from ..torch_internals import temporarily_clear_interpreter_stack, unwatched
 from .memory import plain
 from .program import Engine, Program
+from .tangents import apart, together
 
 __all__ = ["Point", "agrees", "points_of", "same", "with_tangents"]
 
@@ -149,8 +150,9 @@ def agrees(
         return any(at(*point.moved(part)) for part in _BESIDE)
 
 
-def with_tangents(bound: Callable[[Sequence[Tensor]], Bound]) -> Callable[[Sequence[Tensor]], Bound]:
-    """``fun`` with its tangent beside, of a state with one and inputs behind which theirs stand: see `tangents.with_tangents`."""
+def with_tangents(bound: Callable[[Sequence[Tensor]], Bound], blocks: int, residual: bool) -> Callable[[Sequence[Tensor]], Bound]:
+    """``fun`` with its tangent beside, of a state with one and inputs behind which theirs stand: see `tangents.with_tangents`.
+    ``blocks``: see `together`; ``residual``: values and slopes stand side by side, each with its tangent."""
 
     def bind(both: Sequence[Tensor]) -> Bound:
         count = len(both) // 2
@@ -159,15 +161,16 @@ def with_tangents(bound: Callable[[Sequence[Tensor]], Bound]) -> Callable[[Seque
         moving = [i for i, x in enumerate(inputs) if x.requires_grad]
 
         def f(t: Tensor, y: Tensor) -> Tensor:
-            y, dot = y.chunk(2, -1)
+            pairs = [apart(x, blocks) for x in (y.chunk(2, -1) if residual else (y,))]
+            y, dot = (torch.cat(xs, -1) for xs in zip(*pairs, strict=True))
             out = bound(inputs)(t, y)
             if not out.requires_grad:
-                return torch.cat([out, torch.zeros_like(out)], -1)
+                return together(out, torch.zeros_like(out), blocks)
             weights = torch.zeros_like(out).requires_grad_()
             pulled = torch.autograd.grad(out, [y, *(inputs[i] for i in moving)], weights, create_graph=True, allow_unused=True)
             live = [(g, d) for g, d in zip(pulled, [dot, *(dots[i] for i in moving)], strict=True) if g is not None and g.requires_grad]
             (tangent,) = torch.autograd.grad([g for g, _ in live], weights, [d for _, d in live], create_graph=True)
-            return torch.cat([out, tangent], -1)
+            return together(out, tangent, blocks)
 
         return f
 

@@ -157,7 +157,7 @@ def _canonical(
     return tuple(code), slots, indices
 
 
-def _copied(graph: Graph, name: str, arguments: Sequence[int], data: tuple) -> int:
+def copied(graph: Graph, name: str, arguments: Sequence[int], data: tuple) -> int:
     """A node of another graph in this one."""
     match name:
         case "constant":
@@ -181,7 +181,7 @@ def _local(code: tuple) -> tuple[Graph, int]:
         if name == "slot":
             nodes.append(graph.leaf(*rest))
         else:
-            nodes.append(_copied(graph, name, [nodes[i] for i in rest[2:]], rest[0]))
+            nodes.append(copied(graph, name, [nodes[i] for i in rest[2:]], rest[0]))
     return graph, nodes[-1]
 
 
@@ -200,7 +200,7 @@ def _without_equal_constants(group: Group) -> Group:
         if name == "leaf" and data[0] == "c" and data[1] in same:
             nodes.append(graph.constant(same[data[1]]))
         else:
-            nodes.append(_copied(graph, name, [nodes[x] for x in arguments], data))
+            nodes.append(copied(graph, name, [nodes[x] for x in arguments], data))
     return Group(graph, nodes[group.root], group.slots, group.targets, group.members)
 
 

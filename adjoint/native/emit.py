@@ -106,7 +106,7 @@ def goes_along(method: Compiled) -> bool:
     """Whether there are tangents along recorded steps by compiled code."""
     if isinstance(method, FullyImplicitRungeKutta):
         # an explicit stage has no equation of its own
-        return not method.residual and bool(np.linalg.matrix_rank(np.asarray(method.tableau.a)) == method.n_stages)
+        return bool(np.linalg.matrix_rank(np.asarray(method.tableau.a)) == method.n_stages)
     return isinstance(method, ExplicitRungeKutta | Rosenbrock | DiagonallyImplicitRungeKutta)
 
 

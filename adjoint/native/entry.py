@@ -331,8 +331,9 @@ class NativeSolve:
         inputs, count = sought.inputs, len(sought.inputs)
         both = [*inputs, *(torch.zeros_like(x) if dot is None else dot for x, dot in zip(inputs, inputs_dot, strict=True))]
         slots = [*found.slots, *(None if slot is None else slot + count for slot in found.slots)]
-        points = points_of(beside.grid, sought.anchors, beside.grid.states[0], False, sorted({0, steps // 2, steps - 1}))
-        bind = with_tangents(sought.system.bind)
+        residual = is_residual(program.method)
+        points = points_of(beside.grid, sought.anchors, beside.grid.states[0], residual, sorted({0, steps // 2, steps - 1}))
+        bind = with_tangents(sought.system.bind, program.joint or 1, residual)
         try:
             fine = all(agrees(program, beside.inputs, p, bind, (), both, slots) for p in points)
         except RuntimeError:

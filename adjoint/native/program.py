@@ -22,7 +22,7 @@ from .functions import UserFunctions, depends, inputs_of, user_functions
 from .jointly import of_all_rows
 from .memory import in_parts, plain
 from .reading import Reading, Unreadable
-from .tangents import with_displacement, with_tangents
+from .tangents import matrix_with_tangents, with_displacement, with_slopes_apart, with_tangents
 from .text import vector_library
 
 __all__ = ["Engine", "Program", "program_of"]
@@ -142,8 +142,9 @@ class Program:
     @property
     def has_tangents(self) -> bool:
         """Whether there may be a `tangential` program, as far as is known."""
-        known = isinstance(self._tangential, Unreadable) or self.joint or self.mass is not None or self.device.type in LAUNCHERS
-        return not known and goes_along(self.method)
+        known = isinstance(self._tangential, Unreadable) or self.device.type in LAUNCHERS
+        # of a state of many rows tangents stand behind each, which steps that solve for stages do not know of
+        return not known and goes_along(self.method) and not (self.joint and self.method.implicit)
 
     def tangential(self) -> Program:
         """The same equations with tangents beside (`with_tangents`). Raises `Unreadable`."""
@@ -159,8 +160,12 @@ class Program:
 
     def _with_tangents(self) -> Program:
         sizes = self.real, 2 * self.width, self.own * 2, self.numbers * 2, self.timed, self.tables
+        reading = with_slopes_apart(self.reading) if is_residual(self.method) else self.reading
+        mass = None if self.mass is None else matrix_with_tangents(self.mass, self.whole)
+        joint = {"joint": self.joint, "own_of_row": self.own_of_row * 2}
         whole = self.whole | {k + len(self.own) for k in self.whole}
-        return Program(with_tangents(self.reading, self.whole), self.method, *sizes, whole=whole, along=True, device=self.device)
+        more = {"mass": mass, "whole": whole, "along": True, "device": self.device}
+        return Program(with_tangents(reading, self.whole), self.method, *sizes, **joint, **more)
 
     def lanes(self, rows: int) -> int:
         """How many trajectories go side by side; 0: a thread of a device takes each."""

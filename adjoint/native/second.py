@@ -19,17 +19,19 @@ from .again import taken_along
 from .back import sweep_native
 from .memory import in_parts, plain
 from .program import Program
+from .tangents import apart, together
 
 __all__ = ["Along", "along", "second"]
 
 
 class Along(NamedTuple):
-    """A solve with its tangents beside: the ``grid`` of both, tangents of ``final`` (B, n) and of all ``states`` (K + 1, B, n), and the
-    inputs of its program; ``plan``: that of both."""
+    """A solve with its tangents beside: the ``grid`` of both, tangents of ``final`` (B, n), of all ``states`` (K + 1, B, n) and ``stages``
+    (K, S, B, n), and the inputs of its program; ``plan``: that of both."""
 
     grid: Grid
     final: Tensor
     states: Tensor
+    stages: Tensor
     inputs: list[Tensor]
     plan: Plan
 
@@ -38,15 +40,15 @@ def along(
     program: Program, plan: Plan, grid: Grid, anchors: Tensor, inputs: Sequence[Tensor], y0_dot: Tensor, dots: Sequence[Tensor | None]
 ) -> Along:
     """Tangents along ``y0_dot`` (B, n) and those of the inputs, None for zero. Raises `Unreadable`, `NoCompiler`."""
-    twice, y0 = program.tangential(), plain(grid.states[0])
+    twice, y0, blocks = program.tangential(), plain(grid.states[0]), program.joint or 1
     given = [torch.zeros_like(x) if dot is None else plain(in_parts(dot), program.real) for x, dot in zip(inputs, dots, strict=True)]
-    both, start = _of_both(plan, y0), torch.cat([y0, plain(y0_dot, program.real)], -1)
+    both, start = _of_both(plan, y0), together(y0, plain(y0_dot, program.real), blocks)
     states, stages, final = taken_along(twice, both, grid, anchors, start, [*inputs, *given])
     # of trajectories that have ended nothing is written
     if grid.h.shape[1] > 1:
         states[1:] = torch.where((grid.h == 0).unsqueeze(-1), final, states[1:])
-    n = y0.shape[-1]
-    return Along(replace(grid, states=states, stages=stages), final[:, n:], states[..., n:], [*inputs, *given], both)
+    final, beside, slopes = (apart(x, blocks)[1] for x in (final, states, stages))
+    return Along(replace(grid, states=states, stages=stages), final, beside, slopes, [*inputs, *given], both)
 
 
 def _of_both(plan: Plan, y0: Tensor) -> Plan:
@@ -60,9 +62,10 @@ def second(
 ) -> tuple[Tensor, list[Tensor]]:
     """The second derivatives of the sum of ``final, samples, states``, weighed by the cotangents ``bars``, times the direction of the
     tangents: in the initial state, (B, n), and in every input. Raises `Unreadable`, `NoCompiler`."""
-    wide = [None if bar is None else torch.cat([torch.zeros_like(bar), bar], -1) for bar in map(_plain, bars)]
+    blocks = program.joint or 1
+    wide = [None if bar is None else together(torch.zeros_like(bar), bar, blocks) for bar in map(_plain, bars)]
     found = sweep_native(program.tangential(), beside.plan, beside.grid, anchors, t_eval, beside.inputs, [*wide, None], False)
-    return found.y0[:, : program.width], found.inputs[: len(program.own)]
+    return apart(found.y0, blocks)[0], found.inputs[: len(program.own)]
 
 
 def _plain(x: Tensor | None) -> Tensor | None:

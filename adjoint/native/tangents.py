@@ -7,16 +7,20 @@ limit. A tangent starts where it is told to, ``s`` is given, and derivatives of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
 
+from torch import Tensor
+
+from .alike import copied
 from .expressions import Graph
 from .reading import Reading
 from .reverse import cotangents, seeded, times
 
-__all__ = ["with_displacement", "with_tangents"]
+__all__ = ["apart", "matrix_with_tangents", "together", "with_displacement", "with_slopes_apart", "with_tangents"]
 
 #: displacement of what is zero
 _OF_ZERO = 1e-3
@@ -29,6 +33,41 @@ def with_displacement(reading: Reading, whole: Collection[int], real: torch.dtyp
     """
     shift = torch.finfo(real).eps ** 0.4
     return _beside(reading, whole, lambda graph, leaf: _displaced(graph, leaf, shift))
+
+
+def together(y: Tensor, dot: Tensor, blocks: int) -> Tensor:
+    """States (..., n) with their tangents, (..., 2 n), those of each of so many ``blocks`` behind it."""
+    return torch.cat([x.unflatten(-1, (blocks, -1)) for x in (y, dot)], -1).flatten(-2)
+
+
+def apart(both: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """The reverse of `together`."""
+    y, dot = both.unflatten(-1, (blocks, -1)).chunk(2, -1)
+    return y.flatten(-2), dot.flatten(-2)
+
+
+def matrix_with_tangents(mass: Reading, whole: Collection[int]) -> Reading:
+    """A matrix ``M`` in front of slopes, row by row, as that in front of slopes with their tangents: ``[[M, 0], [M', M]]``."""
+    both = with_tangents(mass, whole)
+    width, zero = math.isqrt(len(mass.outputs)), both.graph.constant(0.0)
+    matrix, moved = both.outputs[: len(mass.outputs)], both.outputs[len(mass.outputs) :]
+    outputs: list[int] = []
+    for below in (False, True):
+        for i in range(width):
+            row = matrix[i * width : (i + 1) * width]
+            outputs += [*moved[i * width : (i + 1) * width], *row] if below else [*row, *[zero] * width]
+    return replace(both, outputs=tuple(outputs))
+
+
+def with_slopes_apart(reading: Reading) -> Reading:
+    """Implicit equations of values and slopes side by side, with room for tangents behind the values: then slopes stand behind both."""
+    old, graph, width = reading.graph, Graph(), len(reading.outputs)
+    nodes: list[int] = []
+    for name, arguments, data in zip(old.names, old.arguments, old.data, strict=True):
+        if name == "leaf" and data[0] == "y" and data[1] >= width:
+            data = ("y", data[1] + width)
+        nodes.append(copied(graph, name, [nodes[i] for i in arguments], data))
+    return replace(reading, graph=graph, outputs=tuple(nodes[i] for i in reading.outputs))
 
 
 def with_tangents(reading: Reading, whole: Collection[int]) -> Reading:

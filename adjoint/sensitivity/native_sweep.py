@@ -128,8 +128,7 @@ def _beside(
 
 def _samples_beside(problem: Problem, grid: Grid, t_eval: Tensor, beside: Along) -> Tensor:
     """Tangents of the samples (T, B, n)."""
-    n = beside.states.shape[-1]
-    return interpolate(problem.plan, beside.states, beside.grid.stages[..., n:], grid.t, grid.h, t_eval, grid.sample_step)
+    return interpolate(problem.plan, beside.states, beside.stages, grid.t, grid.h, t_eval, grid.sample_step)
 
 
 def tangents_by_native(
@@ -144,12 +143,12 @@ def tangents_by_native(
         beside = _beside(problem, grid, anchors, inputs, y0_dot, inputs_dot)
         if beside is None:
             return None
-        final, n_steps, n = beside.final, grid.t.shape[0], beside.final.shape[-1]
+        final, n_steps = beside.final, grid.t.shape[0]
         if t_eval is None or not t_eval.shape[0] or not n_steps:
             samples = final.expand(0 if t_eval is None else t_eval.shape[0], *final.shape)
         else:
             samples = _samples_beside(problem, grid, t_eval, beside)
-        kept = beside.grid.stages[kept_steps(problem.plan, grid.event_step, n_steps), ..., n:]
+        kept = beside.stages[kept_steps(problem.plan, grid.event_step, n_steps)]
         return final, samples, beside.states, kept
 
     with torch.no_grad():

@@ -20,7 +20,7 @@ struct Again : Loop {
       a.on[l] = on[l];
     }
     if (!any) return false;
-    if (fresh) {
+    if (fresh && !IMPLICIT) {
       S at = K(0);
       for (int l = 0; l < W; l++) put(at, l, moved((R)t[l], jump[l], sign[l] * BEYOND_ALL));
       f.fun(&c, &at, y, other);

@@ -49,23 +49,27 @@ static void solve_stages(const Room& r, const S* residuals, S* found) {
 }
 #if ALONG
 // stages whose first halves are known, and of whose second ones, tangents, the equations are linear: with B = A^-1, of z = y + h A k
-// sum_j b_ij z_j - h f_y(Y_i) z_i = h f_p s + sum_j b_ij y, as a product of f_y and y would magnify the rounding of y by the stiffness
+// sum_j b_ij E_i z_j + h G_i z_i = sum_j b_ij E_i y - h F_p s, as a product of G and y would magnify the rounding of y by the stiffness
 static void step_forward(Attempt& a) {
   Room r(a.work);
   S *z = r.side, *ks = a.ks;
   const S one = m_sel((M)(a.h == K(0)), K(1), a.h);
   for (int i = 0; i < STAGES; i++) {
-    for (int n = 0; n < N; n++) r.base[n] = n < N / 2 ? a.y[n] + a.h * weighted(A[i], STAGES, ks, n) : K(0);
-    a.f.fun(&a.c, a.times + i + 1, r.base, z + i * N);
+    S *given = z + i * N, *start = r.found, total = K(0);
+    for (int j = 0; j < STAGES; j++) total += K(R(INVERSE[i][j]));
     for (int n = 0; n < N; n++) {
-      S given = K(0);
-      for (int j = 0; j < STAGES; j++) given += K(R(INVERSE[i][j])) * a.y[n];
-      z[i * N + n] = n < N / 2 ? K(0) : given + a.h * z[i * N + n];
+      const bool known = n < N / 2;
+      r.base[n] = known ? a.y[n] + a.h * weighted(A[i], STAGES, ks, n) : K(0);
+      if (IMPLICIT) r.base[N + n] = known ? ks[i * N + n] : K(0);
+      start[n] = known ? K(0) : total * a.y[n];
     }
+    a.f.fun(&a.c, a.times + i + 1, r.base, given);
     a.f.jac(&a.c, a.times + i + 1, r.base, r.J, r.point);
+    for (int n = 0; n < N; n++) given[n] = n < N / 2 ? K(0) : mass_row(r.J, start, n) + (IMPLICIT ? -a.h : a.h) * given[n];
     fill<STAGES>(r.big, i, [&](const At& at) { return K(R(INVERSE[i][at.copy])) * E_of(r.J, at) + (i == at.copy ? a.h * G_of(r.J, at) : K(0)); });
   }
-  factorise_filled<STAGES>(a.f, r.big, r.bigP, nullptr);
+  factorise_filled<STAGES>(a.f, r.big, r.bigP, IMPLICIT ? r.sides : nullptr);
+  for (int e = 0; e < BIG && IMPLICIT; e++) z[e] = r.sides[e] * z[e];
   solve_filled<STAGES>(r.big, r.bigP, z);
   for (int e = 0; e < BIG; e++) if (e % N >= N / 2) z[e] = (z[e] - a.y[e % N]) / one;
   for (int i = 0; i < STAGES; i++) for (int n = N / 2; n < N; n++) ks[i * N + n] = weighted(INVERSE[i], STAGES, z, n);
