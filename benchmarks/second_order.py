@@ -131,7 +131,8 @@ def main() -> None:
     for case in CASES:
         runners = {"compiled": _ours(case, True), "eager": _ours(case, False), "diffrax": _diffrax(case)}
         first = {name: {what: call() for what, call in calls.items()} for name, calls in runners.items()}
-        print(f"\n### {case.name}\n\n| ms | " + " | ".join(runners) + " | compiled over diffrax | difference |\n|---|" + "---:|" * (len(runners) + 2))
+        columns = ["ms", *runners, "compiled over diffrax", "difference"]
+        print(f"\n### {case.name}\n\n| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}")
         for what in runners["compiled"]:
             found = {name: _median(calls[what], options.repeats, options.budget) for name, calls in runners.items() if what in calls}
             known = np.asarray(first["diffrax"].get(what, first["eager"][what]))

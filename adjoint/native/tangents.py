@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
-
 from torch import Tensor
 
 from .alike import copied

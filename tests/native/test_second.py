@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from adjoint import solve_ivp
+from adjoint import solve_dae, solve_ivp
 from adjoint.methods import METHODS
 from adjoint.native import reverse
 from adjoint.native.emit import goes_along, takes
@@ -200,6 +200,48 @@ def test_modules_and_what_they_capture(natively):
 
     slope = (size(1) - size(-1)) / (2 * step)
     torch.testing.assert_close(sum((g * d).sum() for g, d in zip(found, direction, strict=True)), slope, rtol=1e-6, atol=0)
+
+
+def reactions(t, y, yp, p):
+    slow, fast = p[0] * y[0], 3e3 * p[1] * y[1] * y[1]
+    return torch.stack([yp[0] + slow - p[2] * y[1], yp[1] - slow + p[2] * y[1] + fast, y.sum() - 1])
+
+
+def layers(t, y, p):
+    return torch.tanh(y @ (p[0] * LAYER).T) @ (p[1] * LAYER) - p[2] * y
+
+
+LAYER = torch.linspace(-1.0, 1.0, 6, dtype=F64).reshape(3, 2).cos()
+MATRICES = {
+    # what stands in front of the slopes depends on the parameters, too
+    "mass matrix": lambda p, c: solve_ivp(
+        lambda t, y, p: torch.stack([-p[0] * y[0] * y[1], p[1] * y[0] - y[1]]),
+        (0.0, 2.0),
+        torch.tensor([1.0, 0.5], dtype=F64),
+        args=(p,),
+        mass_matrix=torch.stack([torch.stack([p[0], p[2]]), torch.stack([0 * p[0], p[3]])]),
+        method="rodas4",
+        t_eval=torch.tensor([0.7, 2.0], dtype=F64),
+        compile=c,
+    ),
+    "implicit equations": lambda p, c: solve_dae(
+        reactions, (0.0, 10.0), torch.tensor([1.0, 0.0, 0.0], dtype=F64), None, args=(p,), method="radau", compile=c, rtol=1e-5
+    ),
+    "rows as one state": lambda p, c: solve_ivp(layers, (0.0, 1.0), torch.linspace(-1, 1, 74, dtype=F64).view(37, 2), args=(p,), compile=c),
+}
+
+
+@pytest.mark.parametrize("what", MATRICES)
+def test_other_equations(what, request):
+    def loss(compile):
+        return lambda p: MATRICES[what](p, compile).y.square().sum()
+
+    p, along = P[:1] * torch.tensor([0.5, 0.7, 0.6, 0.8], dtype=F64), ALONG[1]
+    known = torch.func.jvp(torch.func.grad(loss(False)), (p,), (along,))[1]
+    request.getfixturevalue("natively")
+    q = p.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(True)(q), q, create_graph=True)
+    close([torch.autograd.grad(gradient, q, along)[0], torch.func.jvp(torch.func.grad(loss(True)), (p,), (along,))[1]], [known] * 2)
 
 
 @pytest.mark.parametrize("what", ["times", "events", "a row that fails", "single precision"])
