@@ -150,3 +150,22 @@ def test_first_solves_in_inference_mode(form):
     if form == "module":
         gradients = [torch.autograd.grad(solved(compile).sum(), layer.weight)[0] for compile in (True, False)]
         torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("solve", [solve_ivp, solve_dae])
+@pytest.mark.parametrize("shape, rows", [((0,), 0), ((0, 2), 2)])
+def test_a_tensor_without_entries_is_compared_too(solve, shape, rows):
+    """``y' = -k y``, with the sum of nothing beside it."""
+    none, k = torch.zeros(shape, dtype=torch.float64, requires_grad=True), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    y0 = torch.ones((rows, 1) if rows else 2, dtype=torch.float64)
+    if solve is solve_ivp:
+        given = ((lambda t, y, none, k: -k * y + none.sum()), (0.0, 1.0), y0)
+    else:
+        given = ((lambda t, y, yp, none, k: yp + k * y + none.sum()), (0.0, 1.0), y0, None)
+    with warnings.catch_warnings():
+        # whatever is not compiled is told of
+        warnings.simplefilter("error")
+        sol = solve(*given, (none, k), batched=rows > 0, compile=True, rtol=1e-8, atol=1e-10)
+    by_none, by_k = torch.autograd.grad(sol.y[-1].sum(), (none, k))
+    assert by_none.shape == shape
+    assert float(by_k) == pytest.approx(-2 * math.exp(-0.5), rel=1e-6)
