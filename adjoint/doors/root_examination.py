@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import InvalidInput, RootError, SingularJacobian, UnsupportedCombination
 from ..linalg import Factorization, LinearOperator, Matrix
 from ..nonlinear.protocol import near_null
-from ..sensitivity.implicit import RootTask
+from ..sensitivity.implicit import Examiner, RootTask
 from ..system.jacobians import DenseJacobian
 from ..system.jacobians_sparse import agrees
 from .root_arguments import AutomaticJacobian, FixedJacobian, RootChoice, UserJacobian
@@ -21,8 +21,8 @@ __all__ = ["Examination"]
 _BENT = 10.0
 
 
-class Examination:
-    """The `Examiner` of root solves. Its right-hand sides are not counted in the log."""
+class Examination(Examiner):
+    """That of root solves. Its right-hand sides are not counted in the log."""
 
     def __init__(self, choice: RootChoice, throw: bool) -> None:
         self.choice, self.throw = choice, throw
@@ -31,7 +31,7 @@ class Examination:
     def factors(
         self, task: RootTask, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor], known: Factorization | None
     ) -> Factorization:
-        """See `Examiner`.
+        """See `Examiner`, of the true Jacobian.
 
         A matrix that a product with the Jacobian gives away is not used: in the place of a user's ``jac``, and of a pattern that was found
         elsewhere, stands the one by differentiation; ``jac_sparsity`` that lacks entries raises `InvalidInput`, a minimum at a bound
@@ -70,7 +70,7 @@ class Examination:
         return matrix if agrees(lambda f, x: matrix, r, x, spread=0.0) else DenseJacobian()(r, x), False
 
     def solved(self, factors: Factorization, b: Tensor, u: Tensor) -> None:
-        """See `Examiner`."""
+        """See `Examiner`: raises where a row of ``u`` that was asked for was not found."""
         if not self.throw:
             return
         try:

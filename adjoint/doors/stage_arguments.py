@@ -18,7 +18,7 @@ from ..linalg.sparsity import SparsityPattern
 from ..methods import Method
 from ..sensitivity.problem import Problem, StageAlgebra
 from ..system.capture import is_differentiable
-from ..system.jacobians import DenseJacobian
+from ..system.jacobians import DenseJacobian, JacobianStrategy
 from ..system.jacobians_sparse import SparseJacobian, agrees, choose_jacobian
 from ..system.realification import given_pattern, refuse_parts
 from ..system.stage_jacobian import GivenStageJacobian, StageJacobian
@@ -35,8 +35,6 @@ _LONG = 300
 _SMALL = 64
 #: one sparse matrix in so many is looked at
 _SOME = 4
-
-Strategy = Callable[[Callable[[Tensor], Tensor], Tensor], Matrix]
 
 
 def with_diagonal(pattern: SparsityPattern, mass: Tensor | None = None) -> SparsityPattern:
@@ -63,13 +61,13 @@ class _Detected(StageJacobian):
 
     def __init__(self, inputs: Sequence[Tensor], mass: Tensor | None = None, given: SparsityPattern | None = None) -> None:
         self.inputs, self.mass, self.given = inputs, mass, given
-        self.strategy: Strategy | None = None if given is None else SparseJacobian(with_diagonal(given, mass))
+        self.strategy: JacobianStrategy | None = None if given is None else SparseJacobian(with_diagonal(given, mass))
 
     def takes_dense(self, x: Tensor) -> bool:
         """See `StageJacobian.takes_dense`."""
         return (x.shape[1] <= _SMALL and self.given is None) or isinstance(self.strategy, DenseJacobian)
 
-    def bound(self, system: Any, inputs: Sequence[Tensor], forward: bool) -> Strategy:
+    def bound(self, system: Any, inputs: Sequence[Tensor], forward: bool) -> JacobianStrategy:
         """For the steps or for derivatives of one solve."""
         return _Checked(self)
 
@@ -140,7 +138,7 @@ def stage_algebra(
     if mass is not None and jac is not None:
         raise UnsupportedCombination("jac= with mass_matrix= is not supported: leave jac out")
     check_solver(linear_solver)
-    strategy: Strategy = _Detected(inputs, mass, None if jac_sparsity is None else given_pattern(jac_sparsity, spec))
+    strategy: JacobianStrategy = _Detected(inputs, mass, None if jac_sparsity is None else given_pattern(jac_sparsity, spec))
     if jac is not None:
         refuse_parts("jac=", spec)
         if not callable(jac):

@@ -15,6 +15,7 @@ from ..linalg import LinearSolver, Matrix, SparseMatrix
 from ..linalg.dense import factor_again, factor_one, solved
 from ..linalg.pencil import Pencil, scaled_factors, split
 from ..methods.bdf import MAX_ORDER, SIZE, Formulas
+from ..system.jacobians import JacobianStrategy
 from .clock import initial_step
 from .multistep import MultistepSolver, Outcome, Predicted
 from .newton import iterate, jacobian_at, shifted
@@ -77,7 +78,7 @@ class BdfSolver(MultistepSolver):
 
     f: Callable[[Tensor, Tensor], Tensor]
     plan: Plan
-    jacobian: Callable[[Callable[[Tensor], Tensor], Tensor], Matrix]
+    jacobian: JacobianStrategy
     linear_solver: LinearSolver
     residual: bool
     work: StageWork

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import LinearOperator, Matrix, SparseMatrix
-from ..system.jacobians import must_differentiate, plain_push
+from ..system.jacobians import JacobianStrategy, must_differentiate, plain_push
 from ..system.stage_jacobian import StageJacobian
 from .numbers import Decision, Measure, any_of, at_least, at_most, choose, finite, negated
 
@@ -185,7 +185,7 @@ def mass_product(mass: Tensor | None, v: Tensor, hd: Tensor | None = None) -> Te
     return product if hd is None else torch.where(hd == 0, v, product)
 
 
-def jacobian_at(jacobian: Callable[..., Matrix], f: Flat, t: Tensor, y: Tensor) -> Matrix:
+def jacobian_at(jacobian: JacobianStrategy, f: Flat, t: Tensor, y: Tensor) -> Matrix:
     """``f_y(t, y)`` by a strategy; one that knows what to do with the time is told it."""
     return jacobian.at(f, t, y) if isinstance(jacobian, StageJacobian) else jacobian(lambda x: f(t, x), y)
 

@@ -17,11 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..linalg import LinearSolver, Matrix
+from ..linalg import LinearSolver
 from ..linalg.pencil import Pencil, ScaledFactors, regular_size, scaled_factors, split
 from ..methods import Method
 from ..methods.collocation import CollocationTableau, Mode
 from ..methods.family import weighted_sum
+from ..system.jacobians import JacobianStrategy
 from .clock import resolved
 from .coupled import CoupledSystem, StagesOfMany, solve_coupled
 from .plan import Plan
@@ -63,7 +64,7 @@ class ResidualSolver(CoupledSystem):
         self,
         f: Flat,
         plan: Plan,
-        jacobian: Callable[[Callable[[Tensor], Tensor], Tensor], Matrix],
+        jacobian: JacobianStrategy,
         linear_solver: LinearSolver,
         rows: int,
         device: torch.device,

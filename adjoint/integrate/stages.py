@@ -14,7 +14,7 @@ from ..linalg import Factorization, LinearSolver, Matrix
 from ..linalg.dense import SmallFactors, as_numpy, factor_again, factor_one, solved, unwarned
 from ..methods.collocation import CollocationTableau, Mode
 from ..methods.tableaux_rosenbrock import RosenbrockTableau
-from ..system.jacobians import dense_with_time, jvp
+from ..system.jacobians import JacobianStrategy, dense_with_time, jvp
 from ..system.stage_jacobian import StageJacobian
 from .clock import resolved
 from .coupled import CoupledSystem, StagesOfMany, StagesOfOne, solve_coupled
@@ -78,7 +78,7 @@ class StageSolver(CoupledSystem):
         self,
         f: Flat,
         plan: Plan,
-        jacobian: Callable[[Callable[[Tensor], Tensor], Tensor], Matrix],
+        jacobian: JacobianStrategy,
         linear_solver: LinearSolver,
         rows: int | None,
         device: torch.device,

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..linalg import Factorization, LinearSolver, Log, Matrix
 from ..nonlinear import RootRecord
 from ..system.capture import alive, below_jvp
+from ..system.jacobians import JacobianStrategy
 from ..system.ownership import continuing, owned
 from ..system.system import Flat, StateSpec, System, VmappedSystem
 from ..system.transforms import anywhere, differentiated_again, functorch_active, naming_writes
@@ -94,7 +95,7 @@ class JacobianRule:
 class FixedRule(JacobianRule):
     """One strategy for every function and point, whose rows are independent."""
 
-    strategy: Callable[[Callable[[Tensor], Tensor], Tensor], Matrix]
+    strategy: JacobianStrategy
 
     def __call__(self, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor]) -> Matrix:
         return self.strategy(r, x)
@@ -124,14 +125,7 @@ class FactorStore:
         """Forget the factors."""
         self.key = self.factors = None
 
-    def get(self, x: Tensor, make: Callable[[], Factorization]) -> Factorization:
-        """The factors at ``x``."""
-        if self.factors is None or self.key != self.key_of(x):
-            self.put(x, make())
-        assert self.factors is not None
-        return self.factors
-
-    def get_examined(self, x: Tensor, examine: Callable[[Factorization | None], Factorization]) -> Factorization:
+    def get(self, x: Tensor, examine: Callable[[Factorization | None], Factorization]) -> Factorization:
         """The factors at ``x`` as ``examine`` gives them, from those that are kept or from None: once at every point."""
         known = self.factors if self.key == self.key_of(x) else None
         if known is None or not self.examined:
@@ -140,18 +134,17 @@ class FactorStore:
         return known
 
 
-class Examiner(Protocol):
-    """Looks at the matrix behind the derivatives before the first one is taken."""
+class Examiner:
+    """Sees to the factors behind derivatives, and to what is solved with them: these are as they are; see `RootTask.factors`."""
 
     def factors(
         self, task: RootTask, r: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor], known: Factorization | None
     ) -> Factorization:
-        """Factors of the true Jacobian of ``r`` at ``x``; ``known``: those that the iteration left, of what it took for the Jacobian."""
-        ...
+        """Those of the Jacobian of ``r`` at ``x``; ``known``: those that the iteration left, of what it took for the Jacobian."""
+        return task.linear_solver.factor(task.jacobian(r, x, inputs), task.log) if known is None else known
 
     def solved(self, factors: Factorization, b: Tensor, u: Tensor) -> None:
-        """Raise where a row of ``u`` (B, n, k) that was asked for was not found."""
-        ...
+        """Look at ``u`` (B, n, k), the solutions for the sides ``b``."""
 
 
 def known_root(r: Any, x: Tensor, inputs: Any, jacobian: Any) -> RootRecord:
@@ -190,7 +183,7 @@ class RootTask:
     report: Callable[[RootRecord], None]
     store: FactorStore = field(default_factory=FactorStore)
     mapped: dict[Any, RootTask] = field(default_factory=dict)
-    examiner: Examiner | None = None
+    examiner: Examiner = field(default_factory=Examiner)
     witness: RootWitness | None = None
 
     def residual(self, inputs: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
@@ -199,10 +192,7 @@ class RootTask:
 
     def factors(self, x: Tensor, inputs: Sequence[Tensor]) -> Factorization:
         """The factors at ``x``, from the store or made now."""
-        examiner = self.examiner
-        if examiner is not None:
-            return self.store.get_examined(x, lambda known: examiner.factors(self, self.residual(inputs), x, inputs, known))
-        return self.store.get(x, lambda: self.linear_solver.factor(self.jacobian(self.residual(inputs), x, inputs), self.log))
+        return self.store.get(x, lambda known: self.examiner.factors(self, self.residual(inputs), x, inputs, known))
 
     def vmapped(self, size: int, in_dims: tuple[int | None, ...]) -> RootTask:
         """The task for ``size`` copies; the same object every time, so that its factors are shared too."""
@@ -355,8 +345,7 @@ class _LinearNode(Node):
             factors = task.factors(x, inputs)
             sides = b.permute(1, 2, 0)
             solved = factors.solve(sides, transposed=adjoint, conjugated=adjoint)
-            if task.examiner is not None:
-                task.examiner.solved(factors, sides, solved)
+            task.examiner.solved(factors, sides, solved)
             out = solved.permute(2, 0, 1)
         # a row that nobody asked for takes no part, whatever its matrix
         return torch.where((b == 0).all(-1, keepdim=True), 0.0, out)

@@ -11,15 +11,15 @@ carry their part of the cotangent over.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..integrate import Plan, Record, ResidualSolver, integrate
-from ..linalg import LinearSolver, Log, Matrix, SparseMatrix
+from ..linalg import LinearSolver, Log, SparseMatrix
 from ..linalg.pencil import Pencil, scaled_factors, split
+from ..system.jacobians import JacobianStrategy
 from ..system.structure import Structure, analyse
 from ..system.system import Flat
 from .asked import Linearizer, vjp
@@ -43,7 +43,7 @@ class _Point:
 class _Adjoint:
     """``lb' - G* l`` and ``lb - E* l`` as a flat residual of ``z = (lb, l)``, with its matrices."""
 
-    def __init__(self, f: Flat, jacobian: Callable[..., Matrix], trajectory: Trajectory, linearize: Linearizer) -> None:
+    def __init__(self, f: Flat, jacobian: JacobianStrategy, trajectory: Trajectory, linearize: Linearizer) -> None:
         self.f, self.jacobian, self.trajectory = f, jacobian, trajectory
         self.products = Products(f, trajectory, linearize, slopes=True)
         self._indices: tuple[Tensor, Tensor] | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..integrate import Plan, Record, StageSolver, integrate
 from ..integrate.newton import shifted
 from ..linalg import DenseLU, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix
-from ..system.jacobians import DenseJacobian
+from ..system.jacobians import DenseJacobian, JacobianStrategy
 from ..system.system import Flat
 from .asked import Linearizer, vjp
 from .problem import Problem
@@ -126,10 +126,10 @@ class OdeBack:
     def _linear_solver(self) -> LinearSolver:
         return self.problem.algebra.linear_solver if self.problem.algebra is not None else DenseLU()
 
-    def _jacobian(self) -> Callable[..., Matrix]:
+    def _jacobian(self) -> JacobianStrategy:
         return self.problem.algebra.jacobian if self.problem.algebra is not None else DenseJacobian()
 
-    def _matrix_of(self, rhs: _Rhs) -> Callable[..., Matrix]:
+    def _matrix_of(self, rhs: _Rhs) -> JacobianStrategy:
         """The Jacobian ``-f_y*`` of the adjoint equation; its time is that of a call of ``r``."""
         jacobian = self._jacobian()
 

@@ -24,10 +24,10 @@ from ..integrate import (
 from ..integrate.companion import Beside, displaced
 from ..integrate.stages import TOLERANCE
 from ..integrate.stepper import StageWork
-from ..linalg import DenseLU, LinearSolver, Matrix
+from ..linalg import DenseLU, LinearSolver
 from ..native.entry import NativeSolve, Sought
 from ..system.capture import is_differentiable, listed
-from ..system.jacobians import DenseJacobian
+from ..system.jacobians import DenseJacobian, JacobianStrategy
 from ..system.stage_jacobian import StageJacobian
 from ..system.structure import Structure
 from ..system.system import System, VmappedSystem
@@ -59,7 +59,7 @@ _FINE = 1e-6
 class StageAlgebra:
     """How matrices of implicit stages are made, and what factorises them."""
 
-    jacobian: Callable[[Callable[[Tensor], Tensor], Tensor], Matrix] = field(default_factory=DenseJacobian)
+    jacobian: JacobianStrategy = field(default_factory=DenseJacobian)
     linear_solver: LinearSolver = field(default_factory=DenseLU)
     #: for implicit equations: the index of every variable, and those that the error test leaves out; see `ResidualSolver`
     index: Tensor | None = None
@@ -246,7 +246,7 @@ class Problem:
         """Whether there is one trajectory, of an explicit equation."""
         return not self.batched and isinstance(self.system, System) and self.system.residual is None
 
-    def jacobian(self, inputs: Sequence[Tensor], forward: bool = False) -> Callable[..., Matrix]:
+    def jacobian(self, inputs: Sequence[Tensor], forward: bool = False) -> JacobianStrategy:
         """How Jacobians of stages are made, for these inputs; ``forward``: in the steps, not in derivatives."""
         assert self.algebra is not None
         strategy = self.algebra.jacobian

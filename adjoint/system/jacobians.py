@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ __all__ = [
 ]
 
 Function = Callable[[Tensor], Tensor]
+#: how Jacobians are had: the ``B`` matrices ``df/dx`` at ``x`` (B, n) of a function; may be called as often as you like
+JacobianStrategy = Callable[[Function, Tensor], Matrix]
 #: how many times the effect of rounding a part must be to be missed
 _CERTAIN = 100
 #: where derivatives would be differentiated of which nothing is recorded: see `unrecorded`
@@ -59,14 +61,6 @@ UNRECORDED = (
     "methods), and a part would be missing: take first derivatives in reverse mode, with gradient=DiscreteAdjoint() and another method, or "
     "write that backward by operators of PyTorch, and sparse products by index_add or dense tensors"
 )
-
-
-class JacobianStrategy(Protocol):
-    """How the Jacobian of ``f`` is had; may be called as often as you like."""
-
-    def __call__(self, f: Function, x: Tensor) -> Matrix:
-        """The ``B`` matrices ``df/dx`` at ``x`` (B, n)."""
-        ...
 
 
 def wave(x: Tensor, turn: float = 0.0) -> Tensor:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ..errors import InvalidInput
 from ..linalg import Matrix, SparseMatrix
+from .jacobians import JacobianStrategy
 from .jacobians_sparse import agrees
 from .ownership import own
 from .system import System, VmappedSystem
 
 __all__ = ["GivenStageJacobian", "StageJacobian"]
 
-Strategy = Callable[[Callable[[Tensor], Tensor], Tensor], Matrix]
 Flat = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -37,7 +37,7 @@ class StageJacobian(ABC):
         """Whether the Jacobian at ``x`` will be dense, and by differentiation."""
         return False
 
-    def bound(self, system: System | VmappedSystem, inputs: Sequence[Tensor], forward: bool) -> Strategy:
+    def bound(self, system: System | VmappedSystem, inputs: Sequence[Tensor], forward: bool) -> JacobianStrategy:
         """With the inputs of one solve; ``forward``: for its steps, not for derivatives."""
         return self
 
@@ -50,7 +50,7 @@ class GivenStageJacobian(StageJacobian):
     Derivatives of derivatives, and copies under ``torch.vmap``, take ``fallback``.
     """
 
-    def __init__(self, jac: Callable[..., Any], fallback: Strategy, exact: bool) -> None:
+    def __init__(self, jac: Callable[..., Any], fallback: JacobianStrategy, exact: bool) -> None:
         self.jac, self.fallback, self.exact = jac, fallback, exact
         #: whether it is the Jacobian of ``fun``; None: not looked at yet
         self.right: bool | None = None
@@ -58,7 +58,7 @@ class GivenStageJacobian(StageJacobian):
     def __call__(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Matrix:
         return self.fallback(f, x)
 
-    def bound(self, system: System | VmappedSystem, inputs: Sequence[Tensor], forward: bool) -> Strategy:
+    def bound(self, system: System | VmappedSystem, inputs: Sequence[Tensor], forward: bool) -> JacobianStrategy:
         """See `StageJacobian.bound`."""
         return _Bound(self, system, inputs, forward) if isinstance(system, System) else self.fallback
 
