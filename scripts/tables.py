@@ -3,7 +3,7 @@
     python scripts/tables.py          writes them into docs/methods.md
     python scripts/tables.py --show   prints them
 
-What a method supports is asked of its traits (`adjoint.methods.Traits`) and of the functions that go by them; what is refused is asked of
+What a method supports is asked of its traits (`adjoint.methods.Method`) and of the functions that go by them; what is refused is asked of
 the tables of `test_matrix.py` and `test_forms.py` in `tests/sensitivity/`, whose cases see to it that the library refuses exactly that.
 """
 

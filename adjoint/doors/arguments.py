@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import InvalidInput, UnsupportedCombination
 from ..integrate import PIDController, rms_norm
-from ..methods import IMEX_METHODS, METHODS, SWITCHING_METHODS, Method, Traits
+from ..methods import IMEX_METHODS, METHODS, SWITCHING_METHODS, Method
 from ..methods.adams import ADAMS_NAMES
 from ..system.capture import moves
 from ..system.system import StateSpec
@@ -75,9 +75,9 @@ def check_method(method: str | Method) -> Method:
         if method not in known:
             raise InvalidInput(f"there is no method {method!r}; choose one of {', '.join(sorted(known))}")
         return known[method]
-    if not isinstance(method, Traits):
+    if not isinstance(method, Method):
         raise InvalidInput(
-            f"method must be a name or a method object (of a class that derives from adjoint.methods.Traits), got a {type(method).__name__}"
+            f"method must be a name or a method object (of a class that derives from adjoint.methods.Method), got a {type(method).__name__}"
         )
     return method
 

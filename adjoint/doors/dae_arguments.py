@@ -15,7 +15,7 @@ from ..integrate import Plan, Record
 from ..linalg import DenseLU, LinearSolver
 from ..linalg.protocol import check_solver
 from ..linalg.sparsity import SparsityPattern
-from ..methods import DAE_METHODS, METHODS, Method, Traits
+from ..methods import DAE_METHODS, METHODS, Method
 from ..sensitivity.consistent import Bounds
 from ..sensitivity.problem import StageAlgebra
 from ..system.jacobians import DenseJacobian
@@ -46,7 +46,7 @@ def check_dae_method(method: str | Method) -> Method:
         if method not in DAE_METHODS:
             raise InvalidInput(f"there is no method {method!r} for implicit equations; choose one of {', '.join(sorted(DAE_METHODS))}")
         return DAE_METHODS[method]
-    if not isinstance(method, Traits) or not method.residual:
+    if not isinstance(method, Method) or not method.residual:
         raise InvalidInput(f"method must be one of {', '.join(sorted(DAE_METHODS))} or a method object for residuals, got {method!r}")
     return method
 

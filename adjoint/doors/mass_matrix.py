@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HigherIndexDAE, InvalidInput, UnsupportedCombination
-from ..methods import METHODS, Method, Traits
+from ..methods import METHODS, Method
 from ..sensitivity.consistent import Initial
 from ..system.system import StateSpec, System
 from .arguments import Times, check_method, listed_args
@@ -60,7 +60,7 @@ def as_residual(arguments: dict[str, Any]) -> dict[str, Any]:
 def in_step(method: str | Method, mass: Any) -> bool:
     """Whether the method takes the matrix into its own steps; raises for one that varies, which it cannot take."""
     chosen = METHODS.get(method) if isinstance(method, str) else method
-    if not isinstance(chosen, Traits) or not chosen.takes_mass:
+    if not isinstance(chosen, Method) or not chosen.takes_mass:
         return False
     if callable(mass) and not isinstance(mass, Tensor):
         raise UnsupportedCombination(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CapturedTensorLost, InvalidInput
-from ..methods import DAE_METHODS, METHODS, Method, Traits
+from ..methods import DAE_METHODS, METHODS, Method
 from ..native.at_once import AtOnce, Beginning
 from ..native.build import NoCompiler
 from ..native.fingerprint import Fingerprint, fingerprint
@@ -247,7 +247,7 @@ def asked_before(arguments: dict[str, Any]) -> Asked | None:
         return None
     if gradient is not None and gradient != _DISCRETE:
         return None
-    name = method if type(method) is str else method.name if isinstance(method, Traits) else ""
+    name = method if type(method) is str else method.name if isinstance(method, Method) else ""
     if name not in door.methods or (name is not method and door.methods[name] is not method):
         return None
     yp0, begun = (arguments["yp0"], _begun(arguments, y0)) if door.implicit else (None, ())

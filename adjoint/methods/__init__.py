@@ -8,8 +8,7 @@ from .auto import AutoSwitch
 from .bdf import BDF, Bdf
 from .collocation import IMPLICIT_TABLEAUX, CollocationTableau, FullyImplicitRungeKutta
 from .dirk import DiagonallyImplicitRungeKutta, DirkTableau
-from .family import TableauMethod, Traits
-from .protocol import Method
+from .family import Method, TableauMethod
 from .rosenbrock import Rosenbrock
 from .runge_kutta import ExplicitRungeKutta
 from .tableau import Tableau
@@ -38,7 +37,6 @@ __all__ = [
     "RosenbrockTableau",
     "Tableau",
     "TableauMethod",
-    "Traits",
 ]
 
 #: every method that ``method="name"`` knows
@@ -47,17 +45,17 @@ METHODS: dict[str, Method] = {
     **{name: DiagonallyImplicitRungeKutta(tableau) for name, tableau in DIRK_TABLEAUX.items()},
     **{name: Rosenbrock(tableau) for name, tableau in ROSENBROCK_TABLEAUX.items()},
     **{name: FullyImplicitRungeKutta(tableau) for name, tableau in IMPLICIT_TABLEAUX.items()},
-    "abm": Adams(),  # pyright: ignore[reportAssignmentType]
-    "bdf": BDF,  # pyright: ignore[reportAssignmentType]
+    "abm": Adams(),
+    "bdf": BDF,
 }
 
 #: pairs of methods that trajectories are switched between
 SWITCHING_METHODS: dict[str, Method] = {
-    "auto": AutoSwitch(METHODS["tsit5"], METHODS["kvaerno5"]),  # type: ignore[dict-item]
+    "auto": AutoSwitch(METHODS["tsit5"], METHODS["kvaerno5"]),
 }
 
 #: those for equations ``F(t, y, y') = 0``
-DAE_METHODS: dict[str, Method] = {  # pyright: ignore[reportAssignmentType]
+DAE_METHODS: dict[str, Method] = {
     "radau": FullyImplicitRungeKutta(IMPLICIT_TABLEAUX["radau5"], residual=True),
     "radau3": FullyImplicitRungeKutta(IMPLICIT_TABLEAUX["radauIIA3"], residual=True),
     "bdf": Bdf(residual=True),
@@ -65,6 +63,6 @@ DAE_METHODS: dict[str, Method] = {  # pyright: ignore[reportAssignmentType]
 
 #: those for right-hand sides in two parts, `adjoint.SplitFunction`
 IMEX_METHODS: dict[str, Method] = {
-    name: AdditiveRungeKutta(tableau)  # pyright: ignore[reportAssignmentType]
+    name: AdditiveRungeKutta(tableau)
     for name, tableau in ADDITIVE_TABLEAUX.items()
 }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
-from .family import Traits
+from .family import Method
 
 __all__ = ["Adams", "Weights", "projection", "step_weights", "stretching", "uniform_errors"]
 
@@ -95,7 +95,7 @@ def step_weights(nodes: Tensor, order: Tensor) -> Weights:
 
 
 @dataclass(frozen=True, eq=False)
-class Adams(Traits):
+class Adams(Method):
     """Adams-Bashforth-Moulton methods of orders 1 to ``max_order``, in the form "predict, evaluate, correct, evaluate".
 
     The prediction has the order ``q`` of the step, the correction ``q + 1``. The dense output is the polynomial of the correction:
@@ -152,10 +152,6 @@ class Adams(Traits):
     def dense_slopes(self, theta: Tensor) -> Tensor:
         """``db_j/dtheta``, shaped as `dense_weights`."""
         return torch.stack([*_legendre(2 * theta - 1, self.max_order + 1), torch.zeros_like(theta)], -1)
-
-    def step(self, *args: object) -> None:
-        """There is none that knows one state only."""
-        raise NotImplementedError("abm is a multistep method: see integrate.adams")
 
 
 def _legendre(x: Tensor, count: int) -> list[Tensor]:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
-from .family import TableauMethod, Traits, combine, powers
+from .family import Method, TableauMethod, combine, powers
 
 __all__ = ["AutoSwitch", "Polynomial", "stages_at_end"]
 
 
 @dataclass(frozen=True)
-class AutoSwitch(Traits):
+class AutoSwitch(Method):
     """Two methods, between which each trajectory is switched as it becomes stiff and ceases to be (Petzold 1983; Hairer & Wanner,
     Solving ordinary differential equations II, section IV.2).
 
@@ -56,11 +56,11 @@ class AutoSwitch(Traits):
 
     @property
     def needs_time_slope(self) -> bool:
-        return isinstance(self.stiff, Traits) and self.stiff.needs_time_slope
+        return isinstance(self.stiff, Method) and self.stiff.needs_time_slope
 
     @property
     def members(self) -> tuple[object, ...]:
-        """See `Traits.members`."""
+        """See `Method.members`."""
         return (self.nonstiff, self.stiff)
 
     @cached_property
@@ -101,11 +101,11 @@ def stages_at_end(method: object) -> tuple[int, int] | None:
 
 
 def _shown(given: object) -> object:
-    return given.name if isinstance(given, Traits) else given
+    return given.name if isinstance(given, Method) else given
 
 
 @dataclass(frozen=True)
-class Polynomial(Traits):
+class Polynomial(Method):
     """Dense output ``y + h sum_j theta^j c_j`` of steps whose "stages" are the coefficients: what all one-step methods have in common."""
 
     degree: int

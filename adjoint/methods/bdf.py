@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .family import Traits
+from .family import Method
 
 __all__ = ["BDF", "MAX_ORDER", "SIZE", "Bdf", "Formulas", "coefficients", "rescaling_slopes"]
 
@@ -118,7 +118,7 @@ def rescaling_slopes(size: int) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Bdf(Traits):
+class Bdf(Method):
     """The method as loops and strategies see it. Its dense output is the polynomial through the last ``q + 1`` points:
     ``y(t) = y + h sum_j b_j(theta) k_j`` with the differences ``k_j = D_j / h`` at the end of the step, up to order ``q``. Behind them
     comes the correction of the prediction over ``h``, which weighs nothing."""
@@ -183,10 +183,6 @@ class Bdf(Traits):
         parts = [stages[j - 1] / j for j in range(1, MAX_ORDER + 1)]
         weight = gamma.new_tensor(_KAPPA)[order] * gamma[order]
         return torch.stack(parts).sum(0) - weight.unsqueeze(-1) * stages[MAX_ORDER]
-
-    def step(self, *args: object) -> None:
-        """There is none that knows one state only."""
-        raise NotImplementedError("bdf is a multistep method: see integrate.bdf")
 
 
 BDF = Bdf()

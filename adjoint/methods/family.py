@@ -1,4 +1,4 @@
-"""What all methods declare of themselves; sums of stages, and what those have in common that are defined by a tableau."""
+"""What a method is; sums of stages, and what those have in common that are defined by a tableau."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..torch_internals import is_functorch_wrapped_tensor
 __all__ = [
     "Flat",
     "Linearize",
+    "Method",
     "Pullback",
     "StepCotangents",
     "TableauMethod",
     "TakenStep",
-    "Traits",
     "added",
     "combine",
     "over",
@@ -126,10 +126,25 @@ def added(total: Tensor | None, x: Tensor) -> Tensor:
     return x if total is None else total + x
 
 
-class Traits:
-    """What is asked of a method beside its functions: whatever it does not say is not so."""
+class Method:
+    """What the loops and the strategies ask of a method on flat ``(B, n)`` states: what it is, where whatever it does not say is not so,
+    and its functions, of which `ExplicitRungeKutta` says what they mean. Those of several steps, and pairs, have no single step."""
 
     name: str
+    order: int
+    #: whether there is an error estimate to choose steps by, and the order that the controller works with
+    adaptive: bool
+    error_order: int
+    #: of all stages, those of the dense output included, which the step itself does not take; which one is the slope at its end
+    nodes: tuple[float, ...]
+    n_stages: int
+    end_index: int | None
+    #: whether the error estimate weighs ``f(t + h, y1)`` though the step itself does not compute it
+    error_uses_end: bool
+    #: explicit evaluations in an attempted step whose first stage is known (those of iterations are counted where they are made), and
+    #: further ones for the dense output, when ``f(t + h, y1)`` is known
+    evaluations: int
+    extra_evaluations: int
     #: whether stages are equations to be solved
     implicit: bool = False
     #: the history of a trajectory is more than its state: see `adjoint.integrate.multistep`
@@ -164,9 +179,39 @@ class Traits:
         """The methods whose steps are taken: itself, or those that it changes between."""
         return (self,)
 
+    def step(self, f: Any, times: Sequence[Tensor], h: float | Tensor, y: Tensor, k1: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The state at the end of a step, and its stages."""
+        raise NotImplementedError(f"{self.name} takes no single steps")
+
+    def error(self, h: float | Tensor, ks: Sequence[Tensor]) -> Tensor:
+        """The error estimate of a step."""
+        raise NotImplementedError
+
+    def dense_stages(
+        self, f: Any, times: Sequence[Tensor], h: float | Tensor, y: Tensor, ks: Sequence[Tensor], end: Tensor | None = None
+    ) -> list[Tensor]:
+        """All stages that the dense output weighs; ``end`` is ``f(t + h, y1)`` where it is known already."""
+        return list(ks)
+
+    def dense_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Coefficients of ``b_i(theta)``, ``(S, D)``: of ``theta, theta**2, ...``."""
+        raise NotImplementedError
+
+    def dense_weights(self, theta: Tensor) -> Tensor:
+        """``b_i(theta)``: shape ``(*theta.shape, S)`` with ``S`` the number of stages, extra ones included."""
+        raise NotImplementedError
+
+    def dense_numbers(self, theta: float) -> list[float]:
+        """``b_i(theta)`` of every stage, for one theta."""
+        raise NotImplementedError
+
+    def dense_slopes(self, theta: Tensor) -> Tensor:
+        """``db_i/dtheta``, shaped as `dense_weights`."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, eq=False)
-class TableauMethod(Traits):
+class TableauMethod(Method):
     """A method whose stages, error estimate and dense output are sums by the rows of a tableau.
 
     ``end_index``: which of the stages (extra ones included) is the slope at the end of the step and the first stage of the next one; None
@@ -175,12 +220,9 @@ class TableauMethod(Traits):
 
     tableau: Any
     _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(init=False, repr=False, default_factory=dict)
-    #: whether the error estimate weighs ``f(t + h, y1)`` though the step itself does not compute it
     error_uses_end: ClassVar[bool] = False
     end_index: ClassVar[int | None] = None
-    #: explicit evaluations in an attempted step whose first stage is known; those of iterations are counted where they are made
     evaluations: ClassVar[int] = 0
-    #: further ones for the dense output, when ``f(t + h, y1)`` is known
     extra_evaluations: ClassVar[int] = 0
 
     @property
@@ -218,23 +260,17 @@ class TableauMethod(Traits):
         assert total is not None
         return total * h
 
-    def dense_stages(
-        self, f: Any, times: Sequence[Tensor], h: float | Tensor, y: Tensor, ks: Sequence[Tensor], end: Tensor | None = None
-    ) -> list[Tensor]:
-        """All stages that the dense output weighs; ``end`` is ``f(t + h, y1)`` where it is known already."""
-        return list(ks)
-
     def dense_weights(self, theta: Tensor) -> Tensor:
-        """``b_i(theta)``: shape ``(*theta.shape, S)`` with ``S`` the number of stages, extra ones included."""
+        """See `Method.dense_weights`."""
         matrix = self.dense_matrix(theta.dtype, theta.device)
         return powers(theta, matrix.shape[1]) @ matrix.T
 
     def dense_numbers(self, theta: float) -> list[float]:
-        """``b_i(theta)`` of every stage, for one theta."""
+        """See `Method.dense_numbers`."""
         return [sum(w * theta ** (m + 1) for m, w in enumerate(row)) for row in self.tableau.dense]
 
     def dense_slopes(self, theta: Tensor) -> Tensor:
-        """``db_i/dtheta``, shaped as `dense_weights`."""
+        """See `Method.dense_slopes`."""
         matrix = self.dense_matrix(theta.dtype, theta.device)
         exponent = torch.arange(matrix.shape[1], device=theta.device, dtype=theta.dtype)
         return (powers(theta, matrix.shape[1], 0) * (exponent + 1)) @ matrix.T
@@ -245,7 +281,7 @@ class TableauMethod(Traits):
         return self.tableau.dense
 
     def dense_matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Coefficients of ``b_i(theta)``, ``(S, D)``: of ``theta, theta**2, ...``."""
+        """See `Method.dense_matrix`."""
         key = (dtype, device)
         if key not in self._tensors:
             matrix = torch.tensor(self.tableau.dense, dtype=dtype, device=device)

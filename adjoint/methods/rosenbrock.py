@@ -36,7 +36,7 @@ class Rosenbrock(TableauMethod):
 
     @property
     def same_as(self) -> tuple[int, ...]:
-        """See `Traits.same_as`."""
+        """See `Method.same_as`."""
         return self.tableau.same_as
 
     @property

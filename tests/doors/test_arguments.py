@@ -395,7 +395,7 @@ def test_tolerances_of_states_of_any_shape(method, shape):
 
 @pytest.mark.parametrize("options", [{}, {"mass_matrix": torch.eye(2)}])
 def test_what_is_no_method_is_named(options):
-    with pytest.raises(InvalidInput, match=r"adjoint\.methods\.Traits"):
+    with pytest.raises(InvalidInput, match=r"adjoint\.methods\.Method"):
         solve_ivp(lambda t, y: -y, (0.0, 1.0), torch.ones(2), method=object(), **options)
     with pytest.raises(InvalidInput, match="method object for residuals"):
         solve_dae(lambda t, y, yp: yp + y, (0.0, 1.0), torch.ones(2), method=object())
