@@ -117,7 +117,7 @@ def in_shelter(sweep: Callable[..., Found]) -> Callable[..., Found]:
         if asked.grid.h.shape[1] == 1 and not functorch_active():
             return sweep(asked, *more)
         safe = shelter(asked.problem, asked.grid, asked.t_eval, asked.inputs)
-        return safe.marked(sweep(asked._replace(grid=safe.grid, inputs=safe.inputs), *more), asked.bars)
+        return safe.marked(sweep(asked._replace(problem=safe.problem, grid=safe.grid, inputs=safe.inputs), *more), asked.bars)
 
     return sheltered
 

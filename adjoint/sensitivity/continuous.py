@@ -179,7 +179,7 @@ def _sweep(plan: Plan, adaptive: bool, asked: Asked) -> tuple[Tensor | None, ...
     safe = shelter(problem, grid, None, inputs)
     if safe.dead is not None:
         still = _without_failed(still, sign)
-    grid, anchors = still.grid, still.anchors
+    problem, grid, anchors = safe.problem, still.grid, still.anchors
     inputs = cut_apart(safe.inputs, wants[3:])
     f: Callable[..., Tensor] = problem.system.bind(inputs)
     trajectory = Trajectory(problem.plan, grid, sign)

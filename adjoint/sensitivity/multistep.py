@@ -62,7 +62,7 @@ def multistep_outputs(
 ) -> Outputs:
     """The computed solution, recorded by autograd."""
     safe = shelter(problem, Grid.of(grid).mapped(Tensor.detach), t_eval, inputs)
-    found = _replay(problem, safe.grid, anchors, t_eval, y0, safe.inputs)
+    found = _replay(safe.problem, safe.grid, anchors, t_eval, y0, safe.inputs)
     return grid._replace(**dict(zip(("final", "samples", "states", "stages"), found, strict=True)))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..integrate.plan import Grid
 from ..system.transforms import anywhere, functorch_active
 from .problem import Problem
-from .replacements import replacements
+from .replacements import replacements, without_constants
 
 __all__ = ["Padding", "Shelter", "padding", "shelter"]
 
@@ -64,12 +64,13 @@ def padding(grid: Grid) -> Padding | None:
 
 
 class Shelter(NamedTuple):
-    """What a sweep through recorded steps is given: the ``grid`` with its ``sizes``, and the ``inputs``.
+    """What a sweep through recorded steps is given: the ``problem``, the ``grid`` with its ``sizes``, and the ``inputs``.
 
     ``replaced``: the entries of inputs in whose place others were put, None for none; ``dead`` (B,): trajectories that failed;
     ``unborn``: those of them without a step. Both None where there is none. ``part``: whether this is a round of a longer solve.
     """
 
+    problem: Problem
     grid: Grid
     inputs: Sequence[Tensor]
     replaced: Sequence[Tensor | None]
@@ -112,16 +113,16 @@ def shelter(problem: Problem, grid: Grid, t_eval: Tensor | None, inputs: Sequenc
 
     Where trajectories failed, their own parts of the inputs (those with an entry for each trajectory) are replaced by those of another
     one if they are not finite, or if ``fun`` is not finite with them; of implicit methods all of a trajectory that took no step: see
-    `replacements`.
+    `replacements`. What ``fun`` captured without a derivative is replaced in the ``problem``.
     """
     pad = padding(grid)
     nothing: list[Tensor | None] = [None] * len(inputs)
     if pad is None:
-        return Shelter(replace(grid, sizes=None, moved=None), inputs, nothing)
+        return Shelter(problem, replace(grid, sizes=None, moved=None), inputs, nothing)
     grid = _moved_grid(problem, grid, t_eval, pad)
     dead = grid.status < 0
     if not anywhere(dead):
-        return Shelter(grid, inputs, nothing)
+        return Shelter(problem, grid, inputs, nothing)
     given, replaced = inputs, nothing
     if anywhere(~dead):
         donor = torch.where(dead, -1, (~pad.still).sum(0)).argmax()
@@ -130,7 +131,9 @@ def shelter(problem: Problem, grid: Grid, t_eval: Tensor | None, inputs: Sequenc
         # trajectory without a step may have failed for theirs
         more = {"unseen": problem.system.mass, "wholly": None if problem.algebra is None else pad.unborn}
         given, replaced = replacements(problem.system, values, dead, donor, inputs, **more)
-    return Shelter(grid, given, replaced, dead, pad.unborn, problem.idle is not None)
+        system = without_constants(problem.system, lambda other: _points(replace(problem, system=other), grid, given), dead, donor)
+        problem = problem if system is problem.system else replace(problem, system=system)
+    return Shelter(problem, grid, given, replaced, dead, pad.unborn, problem.idle is not None)
 
 
 def _moved_grid(problem: Problem, grid: Grid, t_eval: Tensor | None, pad: Padding) -> Grid:

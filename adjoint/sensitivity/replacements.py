@@ -6,18 +6,21 @@ Nothing is asked of a row that failed. But whatever is evaluated for it is summe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..system.system import VmappedSystem
+from ..system.capture import Substitute, constants_of
+from ..system.system import System, VmappedSystem
 from ..system.transforms import anywhere, functorch_active
+from ..torch_internals import is_functorch_wrapped_tensor
 
 if TYPE_CHECKING:
     from .implicit import Conditions
 
-__all__ = ["replacements"]
+__all__ = ["replacements", "without_constants"]
 
 #: the user's function at some points, ``(B, ...)`` each, for given inputs
 Values = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -110,3 +113,29 @@ def _tried(
             before = out[i]
             given, out[i] = trial, mask if before is None else mask | before
     return given, out
+
+
+def without_constants(
+    system: System | VmappedSystem, values: Callable[[System], list[Tensor]], dead: Tensor, donor: Tensor
+) -> System | VmappedSystem:
+    """The system with a ``fun`` that is given other constants, where ``values`` are not finite for what the rows ``dead`` (B,) have of
+    these: what ``fun`` captured with an entry for each row, and nobody differentiates by. As `replacements`."""
+    if not isinstance(system, System) or is_functorch_wrapped_tensor(dead):
+        return system
+    known = values(system)
+    if not any(anywhere(~torch.isfinite(x)) for x in known):
+        return system
+    live, found, taken = ~dead.unsqueeze(-1), system, []
+    for constant in constants_of(lambda: values(system), dead.shape[0], system.inputs):
+        flags = dead.reshape(-1, *[1] * (constant.dim() - 1))
+        other = torch.where(flags, constant.index_select(0, donor.reshape(1)), constant)
+        trial = _with_constants(system, [*taken, (constant, other)])
+        if not any(anywhere((a != b) & live) for a, b in zip(known, values(trial), strict=True)):
+            taken.append((constant, other))
+            found = trial
+    return found
+
+
+def _with_constants(system: System, pairs: Sequence[_Rows]) -> System:
+    mode, call = Substitute([x for x, _ in pairs], [x for _, x in pairs]), system.fun
+    return replace(system, fun=lambda *a: mode.run(call, *a), parameter_names=None)

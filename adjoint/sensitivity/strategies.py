@@ -138,8 +138,8 @@ class Backprop(GradientTraits):
         if problem.plan.method.multistep:
             return _watched(problem, multistep_outputs(problem, grid, anchors, t_eval, y0, inputs), anchors, y0, inputs)
         safe = shelter(problem, Grid.of(grid).mapped(Tensor.detach), t_eval, inputs)
-        f, y0 = guarded(problem, problem.system.bind(safe.inputs), anchors, t_eval, y0, inputs)
-        inputs = safe.inputs
+        problem, inputs = safe.problem, safe.inputs
+        f, y0 = guarded(problem, problem.system.bind(inputs), anchors, t_eval, y0, inputs)
         if problem.algebra is None:
             return _watched(problem, replay(lambda k: f, problem.plan, grid, anchors, t_eval, y0), anchors, y0, inputs)
         stages = safe.grid.stages

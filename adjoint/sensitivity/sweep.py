@@ -178,7 +178,7 @@ def tangents(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tangents of ``(final, samples, states, stages)`` along tangents of ``(anchors, t_eval, y0, *inputs)``."""
     safe = shelter(problem, grid, t_eval, inputs)
-    grid, inputs = safe.grid, safe.inputs
+    problem, grid, inputs = safe.problem, safe.grid, safe.inputs
     anchors_dot, t_eval_dot, y0_dot, *inputs_dot = (*dots[:3], *safe.still_dots(dots[3:]))
     look_at_step(problem, grid, inputs, [i for i, dot in enumerate(inputs_dot) if dot is not None])
     if problem.plan.method.multistep:

@@ -20,8 +20,8 @@ from .remarks import called_by_us
 from .transforms import functorch_active, functorch_level, has_tangent, vmap_active
 
 __all__ = [
-    "Captured", "Substitute", "alive", "ask", "asking", "asks_for_gradients", "below_jvp", "cut_apart",
-    "depends_on_others", "elsewhere", "find_captured", "is_differentiable", "leads_to", "listed", "moves",
+    "Captured", "Substitute", "alive", "ask", "asking", "asks_for_gradients", "below_jvp", "constants_of", "cut_apart",
+    "depends_on_others", "find_captured", "is_differentiable", "leads_to", "listed", "moves",
     "needs_derivatives", "readable", "saved_bytes", "unknown_leaves", "unmapped",
 ]  # fmt: skip
 
@@ -321,6 +321,15 @@ def find_captured(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], o
     return Captured(list(found.values()), *flags)
 
 
+def constants_of(call: Callable[[], Any], rows: int, known: Iterable[Tensor]) -> list[Tensor]:
+    """Tensors with an entry for each of the rows that ``call()`` uses, beside those that are ``known`` and those that it makes."""
+    wanted = lambda x: not _put_in(x) and x.dim() > 0 and x.shape[0] == rows  # noqa: E731
+    watch = _Watch(known, wanted)
+    with torch.no_grad(), watch:
+        call()
+    return list(watch.captured.values())
+
+
 def _watched(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...]) -> _Watch:
     known = [x for x in leaves_of(point) if isinstance(x, Tensor)]
     watch = _Watch(known)
@@ -350,11 +359,6 @@ def _branches(calls: Sequence[Callable[..., Any]], point: tuple[Any, ...], captu
         for call in calls:
             call(*point)
     return watch
-
-
-def elsewhere(state: Any) -> Any:
-    """A state that is another one than the given one, in every entry, and not far from it."""
-    return mapped(lambda x: 1.0009765625 * x + 0.0009765625 if isinstance(x, Tensor) else x, state)
 
 
 def _used_again(calls: Sequence[Callable[..., Any]], kept: dict[int, Tensor], end: tuple[Any, ...]) -> dict[int, Tensor]:

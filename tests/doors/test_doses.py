@@ -384,18 +384,20 @@ def test_dense_output_of_implicit_equations_with_a_dose_at_the_start(method):
     assert found == pytest.approx([1.5, 1.5 * math.exp(-0.5), 1.0], rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["tsit5", "kvaerno5", "rodas5p"])
-def test_an_infusion_that_ends_where_another_trajectory_fails(method):
-    """From the end of the infusion on the second one is no number: it fails at once in the round behind."""
+@pytest.mark.parametrize("method", ["tsit5", "kvaerno5", "rodas5p", "bdf", "abm"])
+@pytest.mark.parametrize("at", ["behind", "there", "in args"])
+def test_an_infusion_that_ends_where_another_trajectory_fails(method, at):
+    """From the end of the infusion on the second one is no number: it fails at once in the round behind, or in the last step before."""
     p, start, duration, amount = given = values(0.8, [0.2], 0.3, 1.0)
     last = torch.tensor([9.0, 0.5])
-    fun = lambda t, y, p: -p * y * torch.where(t > last, float("nan"), 1.0).unsqueeze(-1)  # noqa: E731
-    events = Doses(start, amount, 0, duration=duration)
+    beyond = torch.ge if at == "there" else torch.gt
+    fun = lambda t, y, p, last=last: -p * y * torch.where(beyond(t, last), float("nan"), 1.0).unsqueeze(-1)  # noqa: E731
+    events, args = Doses(start, amount, 0, duration=duration), (p, last) if at == "in args" else (p,)
     sol = adjoint.solve_ivp(
-        fun, (0.0, 1.0), torch.ones(2, 1), args=(p,), batched=True, throw=False, method=method, events=events, rtol=1e-8, atol=1e-10
+        fun, (0.0, 1.0), torch.ones(2, 1), args=args, batched=True, throw=False, method=method, events=events, rtol=1e-6, atol=1e-8
     )  # fmt: skip
     assert [int(x) < 0 for x in sol.status] == [False, True]
     rest = 1 - start[0] - duration
     truth = torch.exp(-p) + amount / duration / p * (torch.exp(-p * rest) - torch.exp(-p * (1 - start[0])))
     found, right = (torch.autograd.grad(x, given) for x in (sol.y[-1, 0, 0], truth))
-    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-6)

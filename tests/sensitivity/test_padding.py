@@ -345,3 +345,36 @@ def test_a_span_of_no_length_is_looked_at_where_it_is(method, again, k):
     torch.testing.assert_close(by_start.detach().flatten(), torch.tensor([decay, 1.0], dtype=torch.float64), rtol=1e-5, atol=0.0)
     want = torch.full_like(k, decay).detach()
     torch.testing.assert_close(torch.autograd.grad(by_k, k)[0] if again else -by_k, want, rtol=1e-4, atol=0.0)
+
+
+STRATEGIES = {
+    "steps": adjoint.DiscreteAdjoint(),
+    "sweep": adjoint.DiscreteAdjoint(keep_bytes=0),
+    "checkpoints": adjoint.DiscreteAdjoint(checkpoints=3),
+    "autograd": adjoint.Backprop(),
+    "forward": adjoint.ForwardSensitivity(),
+    "continuous": adjoint.InterpolatingAdjoint(rtol=1e-10, atol=1e-12),
+}
+
+
+CASES = [*((m, "steps") for m in ("radau5", "rodas5p", "bdf", "abm")), *(("tsit5", s) for s in STRATEGIES), ("bdf", "autograd")]
+
+
+@pytest.mark.parametrize(("method", "strategy", "captured"), [("tsit5", "steps", "a number"), *((*case, "a table") for case in CASES)])
+def test_what_a_failed_trajectory_captured_without_a_derivative(method, strategy, captured):
+    """A factor or a time from which on it is no number, neither an argument nor differentiated: no point is one where ``fun`` is finite."""
+    factor = torch.tensor([1.0, NAN], dtype=torch.float64)
+    last = torch.tensor([9.0, -1.0], dtype=torch.float64)
+
+    def decay(t, y, p):
+        return -p * y * (factor if captured == "a number" else torch.where(t > last, NAN, 1.0)).unsqueeze(-1)
+
+    p = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    options = {"batched": True, "throw": False, "method": method, "gradient": STRATEGIES[strategy], "rtol": 1e-6, "atol": 1e-8}
+    sol = adjoint.solve_ivp(decay, (0.0, 1.0), torch.ones(2, 1, dtype=torch.float64), args=(p,), **options)
+    assert (sol.status >= 0).tolist() == [True, False]
+    twice = strategy in ("steps", "autograd")
+    (first,) = torch.autograd.grad(sol.y[-1, 0, 0], p, create_graph=twice)
+    torch.testing.assert_close(first, -torch.exp(-p), rtol=1e-4, atol=0.0)
+    if twice:
+        torch.testing.assert_close(torch.autograd.grad(first, p)[0], torch.exp(-p), rtol=1e-4, atol=0.0)
