@@ -12,7 +12,7 @@ from torch import Tensor
 from ..integrate.plan import Grid, Plan
 from ..integrate.schedule import Schedule
 from .device import DeviceEngine, addressed
-from .emit import recorded_stages
+from .emit import needs_stages, recorded_stages
 from .memory import plain
 from .program import Program
 from .reading import Unreadable
@@ -55,8 +55,12 @@ class _Again:
         times = {"anchors": anchors, "t": grid.t, "h": grid.h}
         if anchors.shape[0] > 2:
             times |= {"segment": grid.segment, "lands": grid.lands}
-        if program.along and method.implicit:
+        if program.along and method.implicit and len(grid.stages) == len(grid.t):
             times["known"] = grid.stages
+        elif program.along and needs_stages(method):
+            raise Unreadable("", "", "its stages were not kept")
+        if program.along and method.multistep:
+            times |= {"extra": grid.extra, "known_states": grid.states}
         times = {name: plain(x) for name, x in times.items()}
         self._inputs_at = addressed(inputs, y0.device)
         # what is read stays

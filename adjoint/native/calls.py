@@ -103,6 +103,7 @@ FORWARD: tuple[tuple[str, str], ...] = (
     ("long", "first"),  # of steps that are taken again, see `Again`
     ("long", "until"),
     ("const R*", "known"),  # (K, S, B, n / 2): stages of the record, or nothing
+    ("const R*", "known_states"),  # (K + 1, B, n / 2), or nothing
     ("long", "noting"),  # whether of events more is noted than their times, and with 2 whether fun jumps there
 )
 

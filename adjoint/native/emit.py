@@ -31,6 +31,7 @@ __all__ = [
     "engine_text",
     "goes_along",
     "is_residual",
+    "needs_stages",
     "prologue",
     "takes",
 ]
@@ -107,7 +108,12 @@ def goes_along(method: Compiled) -> bool:
     if isinstance(method, FullyImplicitRungeKutta):
         # an explicit stage has no equation of its own
         return bool(np.linalg.matrix_rank(np.asarray(method.tableau.a)) == method.n_stages)
-    return isinstance(method, ExplicitRungeKutta | Rosenbrock | DiagonallyImplicitRungeKutta)
+    return isinstance(method, ExplicitRungeKutta | Rosenbrock | DiagonallyImplicitRungeKutta | Bdf)
+
+
+def needs_stages(method: Compiled) -> bool:
+    """Whether tangents along recorded steps need their stages: Rosenbrock methods have them again, formulas of ODEs go by states."""
+    return method.implicit and not isinstance(method, Rosenbrock) and (not method.multistep or is_residual(method))
 
 
 #: functions that engines name, and what they take between the time and what they write

@@ -2,7 +2,7 @@
 // by side. The steps from q.first up to q.until are numbered as in the record, and so are the states and stages that are written where they are kept.
 // q.y0 and q.first_slope: what the first one starts from, the slope of methods that hand their last one on, nothing at the start of a solve;
 // q.final and q.final_slope: what the last one leaves. With a tangent in the second half of states (ALONG), implicit stages of the first half are
-// those of the record, q.known, where there are any.
+// those of the record, q.known, where there are any, and the states behind steps of several steps, q.known_states.
 struct Again : Loop {
   Again(const Forward& q, Tape& tape, long from, long to) : Loop(q, tape, from, to) {}
 
@@ -20,7 +20,7 @@ struct Again : Loop {
       a.on[l] = on[l];
     }
     if (!any) return false;
-    if (fresh && !IMPLICIT) {
+    if (fresh && !IMPLICIT && !MULTISTEP) {
       S at = K(0);
       for (int l = 0; l < W; l++) put(at, l, moved((R)t[l], jump[l], sign[l] * BEYOND_ALL));
       f.fun(&c, &at, y, other);
@@ -31,7 +31,15 @@ struct Again : Loop {
     stage_times(&t[0], &h[0], &sign[0], jump, jumps_end, times);
     if (ALONG && q.known) for (int l = 0; l < W; l++) if (on[l]) for (int s = 0; s < ALL; s++) for (int n = 0; n < N / 2; n++)
       put(ks[s * N + n], l, q.known[((k * ALL + s) * q.rows + row[l]) * (N / 2) + n]);
+#if MULTISTEP
+    for (int l = 0; l < W; l++) if (on[l]) for (int n = 0; n < N / 2; n++) put(y1[n], l, q.known_states[((k + 1) * q.rows + row[l]) * (N / 2) + n]);
+    past.recall(q.extra + k * EXTRA * q.rows, q.rows, row);
+#endif
     step_forward(a);
+#if MULTISTEP
+    const M those = mask_of(on);
+    for (int e = 0; e < DIFFERENCES * N; e++) past.D[e] = m_sel(those, past.following[e], past.D[e]);
+#endif
     if (q.keep_stages) dense_stages<STAGES, true>(a);
     for (int l = 0; l < W; l++) if (on[l]) {
       const long i = k * q.rows + row[l];
@@ -59,6 +67,9 @@ struct Again : Loop {
           put(y[n], l, q.y0[r * N + n]);
           put(k1[n], l, q.first_slope ? q.first_slope[r * N + n] : R(0));
         }
+#if MULTISTEP
+        for (int e = 0; e < DIFFERENCES * N; e++) put(past.D[e], l, e < N ? get(y[e], l) : R(0));
+#endif
       }
       for (long k = q.first; k < q.until; k++) if (!step_of_all(k, k > q.first || q.first_slope, times)) break;
       for (int l = 0; l < W && waiting + l < to; l++) for (int n = 0; n < N; n++) {

@@ -114,6 +114,24 @@ struct History {
   }
   double safety(int l) const { return SAFE * (2 * ROUNDS + 1) / (2 * ROUNDS + rounds[l]); }
   template <class O> void arrive(O&, const Flags&, S*) {}
+#if ALONG
+  // the table at the start of a recorded step: see `matrices` in sensitivity/bdf.py
+  void recall(const double* known, long stride, const long* row) {
+    for (int l = 0; l < W; l++) { order[l] = (long)known[row[l]]; ratio[l] = known[stride + row[l]]; kept[l] = known[2 * stride + row[l]]; }
+    bool whole[W];
+    for (int l = 0; l < W; l++) whole[l] = kept[l] != 0;
+    const M all = mask_of(whole);
+    const Rescaling m(order, ratio);
+    for (int n = N / 2; n < N; n++) {
+      for (int i = 1; i <= m.highest; i++) {
+        S total = K(0);
+        for (int j = i; j <= m.highest; j++) total += m.T[i][j] * D[j * N + n];
+        D[i * N + n] = total;
+      }
+      for (int i = 2; i < DIFFERENCES; i++) D[i * N + n] = m_sel(all, D[i * N + n], K(0));
+    }
+  }
+#endif
   // behind the steps of the lanes ``taken_``
   template <class O> void take(O&, const M& taken_, const Flags& passed) {
     for (int e = 0; e < DIFFERENCES * N; e++) D[e] = m_sel(taken_, following[e], D[e]);
@@ -251,26 +269,11 @@ static void correct(Attempt& a, const S& c, const bool* which) {
   newton.lost();
   for (int l = 0; l < W; l++) if (which[l]) p.solved[l] = !newton.failed[l];
 }
-static void step_forward(Attempt& a) {
+// D_j becomes the sum of D_j ... D_q and the correction d; behind them come d and d - D_{q + 1}; from such a number on
+static void next_table(Attempt& a, const Formula& f, int from) {
   History& p = *a.past;
-  // without a step E alone may be singular
-  const Formula f(p.order, m_sel((M)(a.h == K(0)), K(1), a.h));
-  for (int n = 0; n < N; n++) {
-    S predicted = p.D[n], psi = K(0);
-    for (int j = 1; j <= ORDERS; j++) { predicted += m_sel(f.low[j], p.D[j * N + n], K(0)); psi += f.weight[j] * m_sel(f.low[j], p.D[j * N + n], K(0)); }
-    p.predicted[n] = predicted; p.psi[n] = psi;
-  }
-  bool fresh[W], again[W], any = false;
-  for (int l = 0; l < W; l++) any |= fresh[l] = a.on[l] && !p.known[l];
-  if (any) take_matrices(a, f.c, fresh);
-  correct(a, f.c, a.on);
-  any = false;
-  for (int l = 0; l < W; l++) any |= again[l] = a.on[l] && !p.solved[l] && !fresh[l];
-  if (any) { take_matrices(a, f.c, again); correct(a, f.c, again); }
-  const M untested = mask_of(p.settling);
-  // D_j becomes the sum of D_j ... D_q and the correction d; behind them come d and d - D_{q + 1}
   const S over = K(1) / m_sel((M)(a.h == K(0)), K(1), a.h);
-  for (int n = 0; n < N; n++) {
+  for (int n = from; n < N; n++) {
     S total = p.d[n];
     for (int j = DIFFERENCES - 1; j >= 0; j--) {
       const S old = p.D[j * N + n];
@@ -280,9 +283,60 @@ static void step_forward(Attempt& a) {
     p.following[n] = a.y1[n];
     for (int j = 1; j <= ORDERS; j++) a.ks[(j - 1) * N + n] = m_sel(f.low[j], p.following[j * N + n] * over, K(0));
     a.ks[ORDERS * N + n] = p.d[n] * over;
-    a.error[n] = m_sel(untested, K(0), as_tested(a, f.constant * p.d[n], a.h, n));
   }
 }
+FN void predict(Attempt& a, const Formula& f, int from) {
+  History& p = *a.past;
+  for (int n = from; n < N; n++) {
+    S predicted = p.D[n], psi = K(0);
+    for (int j = 1; j <= ORDERS; j++) { predicted += m_sel(f.low[j], p.D[j * N + n], K(0)); psi += f.weight[j] * m_sel(f.low[j], p.D[j * N + n], K(0)); }
+    p.predicted[n] = predicted; p.psi[n] = psi;
+  }
+}
+#if ALONG
+// A step whose first half is known, and of whose second one, a tangent, the equation is linear: with z the sum of prediction and correction,
+// (E + c G) z = E (predicted - psi) - c F_p s. What the first difference was at the start is nothing to formulas of order one, which come first
+static void step_forward(Attempt& a) {
+  History& p = *a.past;
+  const Formula f(p.order, m_sel((M)(a.h == K(0)), K(1), a.h));
+  predict(a, f, N / 2);
+  for (int n = 0; n < N; n++) {
+    const bool known = n < N / 2;
+    if (!known) a.y1[n] = K(0);
+    S slope = -f.unlike * a.ks[ORDERS * N + n];
+    for (int j = 1; j <= ORDERS; j++) slope += K(R(1.0 / j)) * a.ks[(j - 1) * N + n];
+    p.base[n] = known ? slope : K(0);
+    p.value[n] = known ? K(0) : p.predicted[n] - p.psi[n];
+  }
+  pencil(a.f, a.c, a.times[0], a.y1, p.base, p.now);
+  filter_matrix(a.f, p.now, f.c);
+  for (int n = 0; n < N; n++) p.change[n] = n < N / 2 ? K(0) : mass_row(p.now.J, p.value, n);
+  if (IMPLICIT) residual(a.f, a.c, a.times[0], a.y1, p.base, p.now.base, p.d);
+  else { a.f.fun(&a.c, a.times, a.y1, p.d); for (int n = 0; n < N; n++) p.d[n] = -p.d[n]; }
+  for (int n = N / 2; n < N; n++) p.change[n] -= f.c * p.d[n];
+  filter_solve(p.now, p.change);
+  for (int n = N / 2; n < N; n++) { a.y1[n] = p.change[n]; p.d[n] = p.change[n] - p.predicted[n]; }
+  next_table(a, f, N / 2);
+  for (int n = 0; n < N / 2; n++) p.following[n] = a.y1[n];
+}
+#else
+static void step_forward(Attempt& a) {
+  History& p = *a.past;
+  // without a step E alone may be singular
+  const Formula f(p.order, m_sel((M)(a.h == K(0)), K(1), a.h));
+  predict(a, f, 0);
+  bool fresh[W], again[W], any = false;
+  for (int l = 0; l < W; l++) any |= fresh[l] = a.on[l] && !p.known[l];
+  if (any) take_matrices(a, f.c, fresh);
+  correct(a, f.c, a.on);
+  any = false;
+  for (int l = 0; l < W; l++) any |= again[l] = a.on[l] && !p.solved[l] && !fresh[l];
+  if (any) { take_matrices(a, f.c, again); correct(a, f.c, again); }
+  const M untested = mask_of(p.settling);
+  next_table(a, f, 0);
+  for (int n = 0; n < N; n++) a.error[n] = m_sel(untested, K(0), as_tested(a, f.constant * p.d[n], a.h, n));
+}
+#endif
 FN void step_error(Attempt&) {}
 template <int I, bool AGAIN = false> FN void dense_stages(Attempt&) {}
 
