@@ -1,6 +1,10 @@
-"""Named errors. Every room may import this module; it imports nothing of ours."""
+"""Named errors, and checks of numbers that raise them. Every room may import this module; it imports nothing of ours."""
 
 from __future__ import annotations
+
+from math import isinf, isnan
+from operator import index
+from typing import Any
 
 __all__ = [
     "AdjointError",
@@ -21,6 +25,8 @@ __all__ = [
     "StagesDidNotConverge",
     "StepSizeTooSmall",
     "UnsupportedCombination",
+    "counted",
+    "positive",
 ]
 
 
@@ -120,3 +126,35 @@ class SingularJacobian(RootError, ArithmeticError):
 
 class NonFiniteResidual(RootError):
     """``fun`` gave NaN or infinity, and no smaller step avoided it."""
+
+
+def positive(value: Any, name: str, *, zero: bool = False, finite: bool = False) -> float:
+    """A positive (or with ``zero`` non-negative, with ``finite`` not infinite) number as a float: a number, an array or a tensor of one.
+
+    Raises
+    ------
+    InvalidInput : anything else, truth values and strings too
+    """
+    try:
+        if isinstance(value, (bool, str, bytes)) or any(kind in str(getattr(value, "dtype", "")) for kind in ("bool", "complex")):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInput(f"{name} must be a number, got {value!r}") from error
+    if isnan(number) or number < 0 or (number == 0 and not zero):
+        raise InvalidInput(f"{name} must be {'at least' if zero else 'greater than'} zero, got {value!r}")
+    if finite and isinf(number):
+        raise InvalidInput(f"{name} must be finite, got {value!r}")
+    return number
+
+
+def counted(value: Any, name: str, least: int = 1) -> int:
+    """An integer that is ``least`` at the least; raises `InvalidInput` for anything else, truth values too."""
+    try:
+        number = -1 if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) else index(value)
+    except TypeError:
+        number = -1
+    if number < least:
+        wanted = {0: "an integer of at least zero", 1: "a positive integer"}.get(least, f"an integer of at least {least}")
+        raise InvalidInput(f"{name} must be {wanted}, got {value!r}")
+    return number

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import isnan
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..errors import InvalidInput, UnsupportedCombination
+from ..errors import InvalidInput, UnsupportedCombination, positive
 from ..integrate import PIDController, rms_norm
 from ..methods import IMEX_METHODS, METHODS, SWITCHING_METHODS, Method
 from ..methods.adams import ADAMS_NAMES
@@ -38,22 +37,10 @@ __all__ = [
     "from_within",
     "listed_args",
     "method_for",
-    "positive",
     "snapped",
     "spread_leaves",
     "usual_tolerances",
 ]
-
-
-def positive(value: Any, name: str, *, zero: bool = False) -> float:
-    """A positive (or with ``zero`` non-negative) number as a float."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidInput(f"{name} must be a number, got {value!r}") from error
-    if isnan(number) or number < 0 or (number == 0 and not zero):
-        raise InvalidInput(f"{name} must be {'at least' if zero else 'greater than'} zero, got {value!r}")
-    return number
 
 
 def check_method(method: str | Method) -> Method:
@@ -106,7 +93,7 @@ def spread_leaves(leaves: Sequence[Any], spec: StateSpec, otherwise: str) -> lis
             torch.broadcast_to(torch.as_tensor(leaf, dtype=spec.real_dtype, device=spec.device), shape)
             for leaf, shape in zip(leaves, spec.shapes, strict=True)
         ]
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise InvalidInput(f"{otherwise}: {error}") from error
 
 
@@ -122,6 +109,10 @@ def flat_tolerance(value: Any, name: str, spec: StateSpec, default: float) -> fl
         leaves = leaves * len(spec.shapes)
     elif tree != spec.tree:
         raise InvalidInput(f"{name} has the structure {tree}, expected a number, a tensor, or the structure of y0, {spec.tree}")
+    kinds = [x.dtype if isinstance(x, Tensor) else type(x) for x in leaves]
+    odd = next((x for x, kind in zip(leaves, kinds, strict=True) if kind in (bool, str, torch.bool) or "complex" in str(kind)), None)
+    if odd is not None:
+        raise InvalidInput(f"{name} must be numbers, got {odd!r}")
     full = spread_leaves(leaves, spec, f"{name} does not broadcast to the shape of y0")
     flat = spec.spread(full).detach()
     if not bool((flat >= 0).all()):
@@ -161,7 +152,7 @@ def check_precision(spec: StateSpec, rtol: Any) -> None:
     kind, eps = spec.real_dtype, torch.finfo(spec.real_dtype).eps
     check_not_half(spec, "y0")
     # numbers that are large enough at sight need no second look
-    given = [x for x in leaves_of(rtol) if (_concrete(x) if isinstance(x, Tensor) else isinstance(x, (int, float)) and x < eps)]
+    given = [x for x in leaves_of(rtol) if (_readable(x) if isinstance(x, Tensor) else isinstance(x, (int, float)) and x < eps)]
     # a tenth: some defaults in use are just below the spacing of single precision
     tensors = [g if isinstance(g, Tensor) else torch.tensor(g, device="cpu") for g in given]
     small = [float(x[x > 0].min()) for x in tensors if bool((x > 0).any())]
@@ -236,6 +227,11 @@ class Times:
     def readable_idle(self) -> Tensor | None:
         """``idle`` for use in nodes, which run below all transforms: where none is around."""
         return self.idle if self.idle is not None and _concrete(self.idle) else None
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether these are numbers that can be compared; `flat_tolerance` says what others are."""
+    return _concrete(x) and not x.is_complex()
 
 
 def _concrete(x: Tensor) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..errors import HigherIndexDAE, InvalidInput, SingularJacobian, UnsupportedCombination
+from ..errors import HigherIndexDAE, InvalidInput, SingularJacobian, UnsupportedCombination, counted
 from ..integrate import Plan, Record
 from ..linalg import DenseLU, LinearSolver
 from ..linalg.protocol import check_solver
@@ -55,8 +54,7 @@ def check_flags(consistent: Any, max_steps: Any) -> None:
     """Raise `InvalidInput` for values that are none."""
     if consistent not in _MODES:
         raise InvalidInput(f"consistent must be one of {', '.join(map(repr, _MODES))}, got {consistent!r}")
-    if not isinstance(max_steps, Integral) or max_steps < 1:
-        raise InvalidInput(f"max_steps must be a positive integer, got {max_steps!r}")
+    counted(max_steps, "max_steps")
 
 
 def check_state(y0: Any, yp0: Any, spec: StateSpec, consistent: str, quadrature: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from ..errors import UnsupportedCombination
+from ..errors import UnsupportedCombination, positive
 from ..integrate import Monitor, Plan, Record, Status
 from ..methods import Method
 from ..native.entry import NativeSolve, in_parts_for
@@ -26,7 +26,7 @@ from ..system.realification import refuse_parts, suited_to_jacobians
 from ..system.system import StateSpec, System
 from ..system.transforms import transforming
 from ..torch_internals import leaves_of, mapped, unwatched
-from .arguments import beside_integral, flat_norm, flat_tolerance, positive, usual_tolerances
+from .arguments import beside_integral, flat_norm, flat_tolerance, usual_tolerances
 from .event_jumps import jumps_refused
 from .event_times import event_records
 from .parts import NO_EVENTS, Found, Parts, flat_event
@@ -160,9 +160,9 @@ def _steering(spec: StateSpec, seen: StateSpec | None, arguments: dict[str, Any]
         "atol": tolerance(atol, "atol"),
         "controller": controller,
         "norm": flat_norm(norm, spec),
-        "first_step": None if first_step is None else positive(first_step, "first_step"),
+        "first_step": None if first_step is None else positive(first_step, "first_step", finite=True),
         "max_step": positive(max_step, "max_step"),
-        "min_step": positive(min_step, "min_step", zero=True),
+        "min_step": positive(min_step, "min_step", zero=True, finite=True),
         "max_steps": int(max_steps),
         "monitor": progress_monitor(progress) if progress else Monitor(),
     }

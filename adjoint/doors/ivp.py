@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InvalidInput, UnsupportedCombination
+from ..errors import InvalidInput, UnsupportedCombination, counted
 from ..integrate import PIDController
 from ..methods import METHODS, Method
 from ..native.entry import NativeSolve, own_algebra
@@ -280,8 +279,7 @@ def _check(fun: Any, method: Method, implicit: Iterable[str], arguments: dict[st
         raise InvalidInput(
             f"{method.name!r} takes constant steps: give their size as first_step=, or choose an adaptive method such as 'tsit5'"
         )
-    if not isinstance(arguments["max_steps"], Integral) or arguments["max_steps"] < 1:
-        raise InvalidInput(f"max_steps must be a positive integer, got {arguments['max_steps']!r}")
+    counted(arguments["max_steps"], "max_steps")
     check_controller(method, arguments["controller"])
     if not callable(fun):
         given = "SplitFunction(explicit, implicit) instead of a tuple" if isinstance(fun, (tuple, list)) else "a function"

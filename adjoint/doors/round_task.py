@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..errors import InvalidInput
+from ..errors import InvalidInput, counted
 from ..sensitivity.products import tangent
 from ..system.origins import attribute
 from ..system.split import SplitFunction
@@ -183,9 +182,7 @@ def task_of(door: Callable[..., Solution], implicit: Callable[..., Solution] | N
     options = dict(arguments)
     implicit = door if implicit is None else implicit if options["mass_matrix"] is not None else None
     fun, t_span, y0, args, events, mode = (options.pop(name) for name in ("fun", "t_span", "y0", "args", "events", "mode"))
-    max_events, t_eval = options.pop("max_events"), options.pop("t_eval")
-    if not isinstance(max_events, Integral) or max_events < 1:
-        raise InvalidInput(f"max_events must be a positive integer, got {max_events!r}")
+    max_events, t_eval = counted(options.pop("max_events"), "max_events"), options.pop("t_eval")
     spec = StateSpec.of(y0, options["batched"])
     args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
     times = check_times(t_span, t_eval, None, spec)
@@ -199,7 +196,7 @@ def task_of(door: Callable[..., Solution], implicit: Callable[..., Solution] | N
         check_places(doses, spec, _of_slope(fun, start, y0, (*(() if mode is None else (mode_of(mode, spec),)), *args), options, spec))
     if any(rule.until is not None for rule in doses):
         fun = _infused(fun, options, spec)
-    task = Task(door, fun, args, rules, spec, times, options, int(max_events), implicit)
+    task = Task(door, fun, args, rules, spec, times, options, max_events, implicit)
     if task.doses and anywhere(task.sign < 0):
         raise InvalidInput("doses go forward in time, but t_span ends before it starts")
     none = torch.zeros_like(task.start, dtype=torch.bool)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..errors import EventsAccumulate, NonFiniteState, SolveError
+from ..errors import EventsAccumulate, NonFiniteState, SolveError, counted
 from ..integrate import Monitor, Status
 from ..sensitivity.undeclared import once
 from ..system.capture import readable
@@ -58,6 +58,8 @@ def in_rounds(implicit: Callable[..., Solution] | None = None) -> Callable[[Call
         @wraps(door)
         def call(*given: P.args, **named: P.kwargs) -> Solution:
             events = named.get("events")
+            if "max_events" in named:
+                counted(named["max_events"], "max_events")
             if named.get("mode") is None and (events is None or not needs_rounds(events)):
                 return door(*given, **named)
             bound = signature.bind(*given, **named)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InvalidInput
+from ..errors import InvalidInput, counted, positive
 from ..linalg import LinearSolver, Log
 from ..nonlinear import RootRecord
 from ..sensitivity.fingerprint import RootWitness
@@ -167,8 +167,7 @@ def prepare(
     complex states in real and imaginary parts, as functions that are not complex-differentiable want them, whatever ``fun`` is, and
     derivatives in any case."""
     check_callable(fun, "fun")
-    if not isinstance(max_steps, int) or max_steps < 1:
-        raise InvalidInput(f"max_steps must be a positive integer, got {max_steps!r}")
+    counted(max_steps, "max_steps")
     args = listed_args(args)
     spec = StateSpec.of(x0, batched, "x0")
     check_not_half(spec, "x0")
@@ -189,13 +188,13 @@ def prepare(
         x_rtol=flat_tolerance(rtol, "rtol", spec, 1e-5 if single else 1e-10),
         x_atol=flat_tolerance(atol, "atol", spec, 1e-6 if single else 1e-12),
         by_own_size=atol is None,
-        f_scale=1.0 if f_scale is None else flat_tolerance(f_scale, "f_scale", returns or spec, 1.0),
-        x_scale=1.0 if x_scale is None else flat_tolerance(x_scale, "x_scale", spec, 1.0),
+        f_scale=_scale(f_scale, "f_scale", returns or spec),
+        x_scale=_scale(x_scale, "x_scale", spec),
         lower=lower,
         upper=upper,
     )
     # steps and errors of x are measured; a tolerance of the residual would depend on its scale
-    tol = float("inf") if ftol is None else ftol
+    tol = float("inf") if ftol is None else positive(ftol, "ftol", zero=True)
     find = RootSearch(system, choice, settings, tol, max_steps, least_squares, throw, log, root_monitor() if progress else None)
 
     def report(record: RootRecord) -> None:
@@ -252,3 +251,10 @@ def solution_of(setup: RootSetup, out: RootOutputs) -> RootSolution:
         stats=RootStats(*counts, log=setup.task.log),
         note="; ".join(note for note in setup.choice.notes if note),
     )
+
+
+def _scale(value: Any, name: str, spec: StateSpec) -> float | Tensor:
+    found = flat_tolerance(value, name, spec, 1.0)
+    if not bool((torch.as_tensor(found) > 0).all()):
+        raise InvalidInput(f"{name} has entries of zero, which it is divided by")
+    return found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..doors.event_slope import once
-from ..errors import InvalidInput
+from ..errors import InvalidInput, positive
 from ..methods import METHODS, DiagonallyImplicitRungeKutta, ExplicitRungeKutta, FullyImplicitRungeKutta, Method, Tableau
 from ..system.capture import moves
 from .request import IMPLICIT, Request
@@ -94,12 +94,7 @@ def check_interp(request: Request) -> str:
 def step_size_of(request: Request) -> float | None:
     """The ``step_size`` option as a float."""
     size = request.options.get("step_size")
-    if size is None:
-        return None
-    size = float(size)
-    if not size > 0:
-        raise InvalidInput(f"step_size must be greater than zero, got {size!r}")
-    return size
+    return None if size is None else positive(size, "step_size", finite=True)
 
 
 def fixed_grid(request: Request) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..doors.arguments import Times, as_times, from_within, positive
+from ..doors.arguments import Times, as_times, from_within
 from ..doors.event_slope import signed
 from ..doors.event_times import event_records
 from ..doors.failures import raise_failure
@@ -18,7 +18,7 @@ from ..doors.given import Given, reporting
 from ..doors.parts import Interpolant, Parts, flat_event
 from ..doors.solution import BackwardStats
 from ..doors.stage_arguments import stage_algebra
-from ..errors import InvalidInput, UnsupportedCombination
+from ..errors import InvalidInput, UnsupportedCombination, counted, positive
 from ..integrate import Event, PIDController, Plan, shifted_times
 from ..methods import METHODS
 from ..sensitivity import DiscreteAdjoint, Gradient, Problem
@@ -46,6 +46,8 @@ __all__ = [
     "start_event",
 ]
 
+#: options of the step control, and what they are where they are not given
+_FACTORS = (("safety", 0.9), ("dfactor", 0.2), ("ifactor", 10.0))
 #: an end that no solve reaches: until an event, there is none
 _NEVER = 1e300
 
@@ -126,18 +128,23 @@ def _plan(request: Request, derivatives: bool, dense: bool, events: tuple[Event,
             **shared,
         )
     first = options.get("first_step")
-    low, high = float(options.get("dfactor", 0.2)), float(options.get("ifactor", 10.0))
+    safety, low, high = (positive(options.get(name, usual), name) for name, usual in _FACTORS)
     return Plan(
         method=METHODS[request.method],
-        controller=PIDController(safety=float(options.get("safety", 0.9)), min_factor=low, max_factor=high),
-        first_step=None if first is None else positive(first, "first_step"),
+        controller=PIDController(safety=safety, min_factor=low, max_factor=high),
+        first_step=None if first is None else positive(first, "first_step", finite=True),
         max_step=positive(options.get("max_step", float("inf")), "max_step"),
-        min_step=positive(options.get("min_step", 0.0), "min_step", zero=True),
+        min_step=positive(options.get("min_step", 0.0), "min_step", zero=True, finite=True),
         # torchdiffeq counts the steps of each output interval by themselves
-        max_steps=int(options.get("max_num_steps", 2**31 - 1)) * request.n_intervals,
+        max_steps=_most_steps(options.get("max_num_steps", 2**31 - 1)) * request.n_intervals,
         accept_smallest=True,
         **shared,
     )
+
+
+def _most_steps(value: Any) -> int:
+    """``max_num_steps``, which may be a float without a fraction."""
+    return counted(int(value) if isinstance(value, float) and value.is_integer() else value, "max_num_steps")
 
 
 def jump_times(request: Request) -> list[Tensor]:

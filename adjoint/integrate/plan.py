@@ -6,11 +6,13 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import InvalidInput
 from ..methods import Method
 from .stiffness import Switch
 
@@ -69,10 +71,14 @@ class PIDController:
     predictive: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("pcoeff", "icoeff", "dcoeff", "safety", "min_factor", "max_factor"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise InvalidInput(f"{name} must be a number, got {value!r}")
         if self.predictive and (self.pcoeff or self.dcoeff):
-            raise ValueError("predictive=True is for integral control: pcoeff and dcoeff must be zero")
+            raise InvalidInput("predictive=True is for integral control: pcoeff and dcoeff must be zero")
         if not 0 < self.safety <= 1 or not 0 < self.min_factor < 1 < self.max_factor:
-            raise ValueError("a controller needs 0 < safety <= 1 and 0 < min_factor < 1 < max_factor")
+            raise InvalidInput("a controller needs 0 < safety <= 1 and 0 < min_factor < 1 < max_factor")
 
     @cached_property
     def stuck_factor(self) -> float:
@@ -247,6 +253,15 @@ class Plan:
     compile: Hashable | None = None
     shift: str = "inner"
     accept_smallest: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.method.adaptive:
+            return
+        nothing = self.rtol == 0 and self.atol == 0 if isinstance(self.rtol, float) and isinstance(self.atol, float) else None
+        if nothing is None:
+            nothing = bool(((torch.as_tensor(self.rtol) == 0) & (torch.as_tensor(self.atol) == 0)).any())
+        if nothing:
+            raise InvalidInput("rtol and atol are both zero: no error of a step is as small. Give one of them a positive value")
 
     @cached_property
     def control(self) -> PIDController:

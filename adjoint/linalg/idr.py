@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import InvalidInput
+from ..errors import counted
 from .krylov import Product, ShortRecurrence, residual_step, shadow_vectors
 
 __all__ = ["IDR"]
@@ -25,8 +25,7 @@ class IDR(ShortRecurrence):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.s < 1:
-            raise InvalidInput(f"s must be at least 1, got {self.s!r}")
+        counted(self.s, "s")
 
     def run(
         self, product: Product, precondition: Product, b: Tensor, running: Tensor, goal: Tensor, most: int, draw: int

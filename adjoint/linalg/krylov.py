@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InvalidInput, UnsupportedCombination
+from ..errors import InvalidInput, UnsupportedCombination, counted, positive
 from .preconditioners import Preconditioner, make_preconditioner, needs_entries
 from .protocol import Factorization, LinearOperator, Log, Matrix, SolverTraits, SparseMatrix, check_sides
 
@@ -151,13 +151,12 @@ class Krylov(SolverTraits, ABC):
     side: str = "right"
 
     def __post_init__(self) -> None:
-        rtol = 1e-10 if self.rtol is None else self.rtol
-        if not (0 <= rtol < 1 and self.atol >= 0 and rtol + self.atol > 0):
+        rtol = 1e-10 if self.rtol is None else positive(self.rtol, "rtol", zero=True)
+        if not (rtol < 1 and rtol + positive(self.atol, "atol", zero=True) > 0):
             raise InvalidInput(f"need 0 <= rtol < 1 and atol >= 0, not both zero, got {self.rtol!r} and {self.atol!r}")
         if self.side not in ("right", "left"):
             raise InvalidInput(f"side must be 'right' or 'left', got {self.side!r}")
-        if self.max_iterations < 1:
-            raise InvalidInput(f"max_iterations must be at least 1, got {self.max_iterations!r}")
+        counted(self.max_iterations, "max_iterations")
 
     @property
     def matrix_free(self) -> bool:
@@ -197,8 +196,7 @@ class GMRES(Krylov):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.restart < 1:
-            raise InvalidInput(f"restart must be at least 1, got {self.restart!r}")
+        counted(self.restart, "restart")
 
     def iterate(self, product: Product, precondition: Product, b: Tensor, goal: Tensor, log: Log) -> tuple[Tensor, Tensor]:
         """See `Krylov.iterate`."""

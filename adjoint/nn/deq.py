@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..doors.root_solution import RootSolution
 from ..doors.steady import solve_root
-from ..errors import InvalidInput, UnsupportedCombination
+from ..errors import InvalidInput, UnsupportedCombination, counted, positive
 from ..system.ownership import full_precision
 from ..system.transforms import functorch_active
 from ..torch_internals import unwatched
@@ -84,8 +84,10 @@ class DEQ(torch.nn.Module):
         if fixed:
             raise InvalidInput(f"DEQ takes no {', '.join(sorted(fixed))}: call adjoint.solve_root instead")
         for name, value in (("tol", tol), ("backward_tol", backward_tol)):
-            if value is not None and not value > 0:
-                raise InvalidInput(f"{name} must be positive, got {value!r}")
+            if value is not None:
+                positive(value, name)
+        for name, value in (("max_steps", max_steps), ("backward_max_steps", backward_max_steps)):
+            counted(value, name)
         backward_solver(linear_solver, 1, torch.float64, backward_tol, backward_max_steps)  # a wrong name is told at once
         self.module: Any = module
         self.solver, self.linear_solver = solver, linear_solver

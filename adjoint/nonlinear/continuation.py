@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import InvalidInput
+from ..errors import InvalidInput, counted, positive
 from ..linalg import DenseLU, Factorization, LinearOperator, LinearSolver, Log, Matrix, SparseMatrix
 from .protocol import product
 
@@ -90,6 +90,10 @@ class Continuation:
     def __post_init__(self) -> None:
         if self.kind not in ("arclength", "natural"):
             raise InvalidInput(f"kind must be 'arclength' or 'natural', got {self.kind!r}")
+        for name in ("step", "min_step", "max_step", "tol", "fold_tol"):
+            positive(getattr(self, name), name)
+        for name in ("max_points", "iterations", "max_iterations"):
+            counted(getattr(self, name), name)
         if not 0 < self.min_step <= self.step <= self.max_step:
             raise InvalidInput(f"need 0 < min_step <= step <= max_step, got {self.min_step!r}, {self.step!r}, {self.max_step!r}")
         if not (self.max_points >= 2 and 1 <= self.iterations <= self.max_iterations and self.tol > 0 and self.fold_tol > 0):
@@ -101,7 +105,7 @@ class Continuation:
         ``lam_end`` (on either side), or for ``max_points``. ``direction`` -1 starts away from ``lam_end``."""
         if x0.dim() != 1:
             raise InvalidInput(f"x0 must have shape (n,), got {tuple(x0.shape)}: branches are followed one at a time")
-        if direction not in (1, -1) or lam_end == lam0:
+        if isinstance(direction, Tensor) or direction not in (1, -1) or lam_end == lam0:
             raise InvalidInput(f"need direction 1 or -1 and lam_end != lam0, got {direction!r} and {lam_end!r}")
         if x0.is_complex():
             raise InvalidInput("x0 must be real: a complex branch has no arc length here")

@@ -19,7 +19,7 @@ from .asked import Linearizer
 from .backsolve import Backsolve, backsolve
 from .node import SolveNode
 from .problem import GradientTraits, Outputs, Problem
-from .way_back import carried_step, check_way_back
+from .way_back import carried_step, check_way_back, check_way_back_numbers
 
 __all__ = ["BacksolveAdjoint"]
 
@@ -46,6 +46,9 @@ class BacksolveAdjoint(GradientTraits):
     rtol: float | None = None
     atol: float | None = None
     max_steps: int = 100_000
+
+    def __post_init__(self) -> None:
+        check_way_back_numbers(self.rtol, self.atol, self.max_steps)
 
     @property
     def takes_events(self) -> bool:

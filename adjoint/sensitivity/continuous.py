@@ -21,7 +21,7 @@ from .node import SolveNode
 from .ode_adjoint import OdeBack
 from .padding import padding, shelter
 from .problem import GradientTraits, Outputs, Problem
-from .way_back import Trajectory, walk
+from .way_back import Trajectory, check_way_back_numbers, walk
 
 __all__ = ["GaussAdjoint", "InterpolatingAdjoint", "QuadratureAdjoint", "method_back"]
 
@@ -62,12 +62,7 @@ class _Continuous(GradientTraits):
         return False
 
     def __post_init__(self) -> None:
-        for name in ("rtol", "atol"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and value > 0):
-                raise InvalidInput(f"{name} must be a positive number or None, got {value!r}")
-        if not isinstance(self.max_steps, int) or self.max_steps < 1:
-            raise InvalidInput(f"max_steps must be a positive integer, got {self.max_steps!r}")
+        check_way_back_numbers(self.rtol, self.atol, self.max_steps)
         if isinstance(self.method, str) and self.method not in METHODS and self.method not in DAE_METHODS:
             raise InvalidInput(f"there is no method {self.method!r}; choose one of {', '.join(sorted(METHODS))}")
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import SolveError
+from ..errors import SolveError, counted, positive
 from ..integrate import Plan, Record, Status
 from ..integrate.plan import Grid
 from ..methods import Method
@@ -21,7 +21,8 @@ from .problem import Problem
 from .steps_as_rows import maps
 
 __all__ = [
-    "Products", "Trajectory", "WayBack", "along_step", "carried_step", "check_way_back", "copies", "dense_state", "in_units_of", "walk",
+    "Products", "Trajectory", "WayBack", "along_step", "carried_step", "check_way_back", "check_way_back_numbers", "copies", "dense_state",
+    "in_units_of", "walk",
 ]  # fmt: skip
 
 #: losses that are followed back at once, and what they may take, in bytes; numbers that are recorded of a way back, for one of the state's
@@ -335,3 +336,11 @@ def _finite(bar: Tensor) -> tuple[Tensor, Tensor]:
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     """``Re <x, y>`` of every row, ``(..., B)`` in float64."""
     return (x.conj() * y).sum(-1).real.double()
+
+
+def check_way_back_numbers(rtol: float | None, atol: float | None, max_steps: int) -> None:
+    """Raise `InvalidInput` where tolerances are neither None nor positive numbers, or ``max_steps`` is no positive integer."""
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if value is not None:
+            positive(value, name, finite=True)
+    counted(max_steps, "max_steps")

@@ -447,3 +447,67 @@ def test_objects_whose_missing_attributes_are_other_errors(compile):
 def test_objects_not_classes_or_names(name, value):
     with pytest.raises(InvalidInput, match=f"{name} must be"):
         solve_ivp(decay, (0.0, 1.0), _one(), **{name: value})
+
+
+def _solved(name, value):
+    room, _, argument = name.partition(".")
+    start = torch.ones(2, dtype=torch.float64)
+    if room in ("tsit5", "bdf"):
+        return adjoint.solve_ivp(lambda t, y: -y, (0.0, 1.0), start, method=room, **{argument: value})
+    if room == "dae":
+        return adjoint.solve_dae(lambda t, y, yp: yp + y, (0.0, 1.0), start, -start, **{argument: value})
+    if room == "root":
+        return adjoint.solve_root(lambda x: x**2 - 2, start, **{argument: value})
+    if room == "branch":
+        return adjoint.continuation(lambda x, lam: x**2 + lam - 3, start[:1], (0.0, 1.0), **{argument: value})
+    if room == "odeint":
+        return adjoint.odeint(lambda t, y: -y, start, torch.tensor([0.0, 1.0]), **{argument: value})
+    if room in ("dopri5", "rk4"):
+        return adjoint.odeint(lambda t, y: -y, start, torch.tensor([0.0, 1.0]), method=room, options={argument: value})
+    made = {"gauss": adjoint.GaussAdjoint, "back": adjoint.BacksolveAdjoint, "pid": adjoint.PIDController, "gmres": adjoint.linalg.GMRES}
+    if room == "deq":
+        return adjoint.nn.DEQ(torch.nn.Identity(), **{argument: value})
+    return made[room](**{argument: value})
+
+
+NUMBERS = [
+    "tsit5.rtol", "tsit5.atol", "tsit5.first_step", "tsit5.max_step", "tsit5.min_step", "tsit5.max_steps", "tsit5.max_events", "bdf.rtol",
+    "dae.rtol", "dae.atol", "dae.first_step", "dae.max_step", "dae.max_steps", "root.rtol", "root.atol", "root.ftol", "root.x_scale",
+    "root.f_scale", "root.max_steps", "branch.step", "branch.min_step", "branch.max_step", "branch.max_points", "branch.tol", "odeint.rtol",
+    "odeint.atol", "dopri5.first_step", "dopri5.max_num_steps", "dopri5.safety", "dopri5.ifactor", "dopri5.max_step", "rk4.step_size",
+    "gauss.rtol", "gauss.atol", "gauss.max_steps", "back.rtol", "back.atol", "back.max_steps", "pid.safety", "pid.max_factor", "gmres.rtol",
+    "gmres.atol", "gmres.restart", "gmres.max_iterations", "deq.tol", "deq.backward_tol", "deq.max_steps", "deq.backward_max_steps",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_is_no_number_is_told_by_the_name_of_the_argument(name):
+    odd = [{"a": 1.0}, "abc", "1e-3", True, 1e-3 + 1j, float("nan"), -1.0, torch.ones(3, 5), torch.tensor(1e-3 + 1j), torch.tensor(True)]
+    for value in [*odd, torch.tensor(float("nan")), object()]:
+        with pytest.raises(adjoint.InvalidInput) as told:
+            _solved(name, value)
+        assert name.partition(".")[2].removeprefix("backward_") in str(told.value) or "controller" in str(told.value)
+
+
+@pytest.mark.parametrize("room", ["tsit5", "bdf", "dae"])
+def test_no_tolerance_at_all(room):
+    zeros = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    fun, start = (lambda t, y: -y), torch.ones(2, dtype=torch.float64)
+    dae = lambda **k: adjoint.solve_dae(lambda t, y, yp: yp + y, (0.0, 1.0), start, **k)  # noqa: E731
+    solve = dae if room == "dae" else lambda **k: adjoint.solve_ivp(fun, (0.0, 1.0), start, method=room, **k)
+    for atol in (0.0, zeros):
+        with pytest.raises(adjoint.InvalidInput, match="both zero"):
+            solve(rtol=0.0, atol=atol)
+    # a method of constant steps has no use for them
+    adjoint.solve_ivp(lambda t, y: -y, (0.0, 1.0), torch.ones(2), method="euler", first_step=0.1, rtol=0.0, atol=0.0)
+
+
+def test_numbers_of_any_kind_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    for value in (1e-3, numpy.float64(1e-3), torch.tensor(1e-3), numpy.float32(1e-3)):
+        for name in ("tsit5.rtol", "tsit5.first_step", "root.ftol", "branch.tol", "gmres.rtol", "back.rtol"):
+            _solved(name, value)
+    for value in (1000, numpy.int64(1000), torch.tensor(1000)):
+        for name in ("tsit5.max_steps", "root.max_steps", "gmres.restart", "dopri5.max_num_steps"):
+            _solved(name, value)
+    _solved("dopri5.max_num_steps", 1e5)
