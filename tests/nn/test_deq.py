@@ -352,7 +352,7 @@ def test_bad_arguments():
         DEQ(Cell(), linear_solver="qr")
     with pytest.raises(InvalidInput, match="linear_solver"):
         DEQ(Cell(), linear_solver=3)
-    with pytest.raises(InvalidInput, match="tol must be positive"):
+    with pytest.raises(InvalidInput, match="tol must be greater than zero"):
         DEQ(Cell(), tol=0.0)
     with pytest.raises(InvalidInput, match="newtron"):
         DEQ(Cell(), solver="newtron", state_shape=(4,))(torch.zeros(1, 3))
