@@ -244,8 +244,8 @@ class AdditiveRungeKutta(TableauMethod):
                 if diagonal:
                     # not by a product with the Jacobian, which would magnify the rounding of the solve by the stiffness
                     arrived, v = v, linearize.solve_adjoint(i, point, v)
-                    _, time_bar = pullback(v)
-                    q = over(v - arrived, h * diagonal)
+                    product, time_bar = pullback(v)
+                    q = over(v - arrived, h * diagonal, product)
                 else:
                     q, time_bar = pullback(v)
                 parts.append(q)

@@ -210,8 +210,9 @@ class DiagonallyImplicitRungeKutta(TableauMethod):
 
         With ``w_i = h (b_i l1 + sum_{j > i} a_ji u_j)`` each stage takes one solve with the adjoint of its own matrix,
         ``(I - h a_ii f_y(Y_i))* v_i = w_i``, then ``u_i = f_y(Y_i)* v_i = (v_i - w_i) / (h a_ii)`` and ``l0 = l1 + sum_i u_i``: a product
-        with ``f_y*`` would magnify the rounding of ``v_i`` by the stiffness. Stage slopes are the recorded ones: Newton's iteration is
-        neither run again nor differentiated. The cotangent of a first stage that was handed on goes to the step before.
+        with ``f_y*`` would magnify the rounding of ``v_i`` by the stiffness, and is taken of steps of no length alone. Stage slopes are the
+        recorded ones: Newton's iteration is neither run again nor differentiated. The cotangent of a first stage that was handed on goes to
+        the step before.
         """
         times, h, y, end_bar, k_bar, timed = step
         tab, ks = self.tableau, linearize.stages()
@@ -239,8 +240,8 @@ class DiagonallyImplicitRungeKutta(TableauMethod):
             _, pullback = linearize(times[i], point)
             if diagonal:
                 arrived, v = v, linearize.solve_adjoint(i, point, v)
-                _, time_bar = pullback(v)
-                u = over(v - arrived, h * diagonal)
+                product, time_bar = pullback(v)
+                u = over(v - arrived, h * diagonal, product)
             else:
                 u, time_bar = pullback(v)
             us.append(u)

@@ -108,12 +108,12 @@ class StepCotangents:
     first: Tensor | None = None
 
 
-def over(x: Tensor, hd: float | Tensor) -> Tensor:
-    """``x / hd``, and zero in rows whose steps have no length."""
+def over(x: Tensor, hd: float | Tensor, at_none: Tensor) -> Tensor:
+    """``x / hd``, and its limit ``at_none`` in rows whose steps have no length."""
     if not isinstance(hd, Tensor):
-        return x / hd if hd else torch.zeros_like(x)
+        return x / hd if hd else at_none
     none = hd == 0
-    return torch.where(none, 0.0, x / torch.where(none, 1.0, hd))
+    return torch.where(none, at_none, x / torch.where(none, 1.0, hd))
 
 
 def row_dot(x: Tensor, y: Tensor) -> Tensor:

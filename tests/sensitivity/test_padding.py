@@ -378,3 +378,22 @@ def test_what_a_failed_trajectory_captured_without_a_derivative(method, strategy
     torch.testing.assert_close(first, -torch.exp(-p), rtol=1e-4, atol=0.0)
     if twice:
         torch.testing.assert_close(torch.autograd.grad(first, p)[0], torch.exp(-p), rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("method", ["kvaerno5", "kencarp4", "radau5", "tsit5", "rodas5p"])
+@pytest.mark.parametrize("rows", [0, 2])
+def test_slopes_of_steps_of_no_length(method, rows):
+    """Of ``y' = -t y`` dense output at the one time of the span: mixed second derivatives are those of slopes at the start in the state."""
+    start, end, at, y0 = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.2, 0.2, 0.2, 2.0))
+    whole = lambda t, y: -t.unsqueeze(-1) * y  # noqa: E731
+    parts = adjoint.SplitFunction(lambda t, y: 0.4 * whole(t, y), lambda t, y: 0.6 * whole(t, y))
+    fun = parts if method == "kencarp4" else whole
+    state = torch.stack([torch.ones_like(y0), y0])[:, None] if rows else y0[None]
+    ends = torch.stack([torch.full_like(end, 0.6), end]) if rows else end
+    sol = adjoint.solve_ivp(fun, (start, ends), state, method=method, batched=rows > 0, dense_output=True)
+    x = sol(at.reshape(1))[0].flatten()[-1]
+    firsts = torch.autograd.grad(x, (y0, start, at), create_graph=True)
+    found = [torch.autograd.grad(f, y0, retain_graph=True, materialize_grads=True)[0] for f in firsts]
+    # y(at) = y0 exp((start^2 - at^2) / 2)
+    want = torch.tensor([0.0, 0.2, -0.2], dtype=torch.float64)
+    torch.testing.assert_close(torch.stack(found), want, rtol=1e-9, atol=1e-12)
