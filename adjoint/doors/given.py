@@ -24,7 +24,7 @@ from ..system.origins import parameter_homes
 from ..system.ownership import aliased, check_unchanged, copied, remembering
 from ..system.realification import refuse_parts, suited_to_jacobians
 from ..system.system import StateSpec, System
-from ..system.transforms import transforming
+from ..system.transforms import transforming, unwrapped, vmap_active
 from ..torch_internals import leaves_of, mapped, unwatched
 from .arguments import beside_integral, flat_norm, flat_tolerance, usual_tolerances
 from .event_jumps import jumps_refused
@@ -96,14 +96,18 @@ class Given:
         """The ``k``-th of the states, flat: ``(B, n)``."""
         return self.spec.taken(self.states[k])
 
-    def probed(self) -> tuple[Captured, Any]:
-        """What the user's functions captured, and what ``fun`` returned at the start."""
+    def probed(self, below: bool = False) -> tuple[Captured, Any]:
+        """What the user's functions captured, and what ``fun`` returned at the start. ``below``: beneath transforms that take derivatives,
+        where operators of tangents take a hundred times as long."""
         _refuse_sparse(leaves_of(self.args), "args holds", "let fun capture it instead (a closure, or a buffer of a module)")
         states, args, found = tuple(copied(x) for x in self.states), aliased(self.args), []
         start, end = self.times()
         calls = [remembering(self.fun, found), *map(self._of_all, self.events)]
-        beyond = (*end, *(_elsewhere(x) for x in self.states), *args)
-        used = find_captured(calls, (*start, *states, *args), [*self.pieces, *self.events], beyond)
+        beyond = tuple(_elsewhere(x) for x in self.states)
+        if below and transforming() and not vmap_active():
+            plain = lambda x: unwrapped(x) if isinstance(x, Tensor) else x  # noqa: E731
+            start, end, states, args, beyond = (mapped(plain, x) for x in (start, end, states, args, beyond))
+        used = find_captured(calls, (*start, *states, *args), [*self.pieces, *self.events], (*end, *beyond, *args))
         check_unchanged(states, "fun")
         _refuse_sparse(used.tensors, "fun depends on", "make it in fun from its values, which may, or make it dense")
         return used, found[0]
@@ -119,7 +123,7 @@ class Given:
             heard = self._heard(native, method) if compiled else None
             if heard is not None and heard.captured is not None:
                 return heard.captured, heard.result
-            used, result = self.probed()
+            used, result = self.probed(below=True)
         if heard is not None:
             heard.remember(used)
         return used, result
