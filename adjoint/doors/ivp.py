@@ -142,7 +142,7 @@ def solve_ivp(
     step_ts : times
         Times at which a step must end, where ``fun`` may jump: the stages on either side see ``t`` from within their own step.
     compile : bool or "background"
-        Run the solve and its first derivatives as native code, where that can be: one-step methods and "bdf" on a CPU; on CUDA devices
+        Run the solve and its derivatives as native code, where that can be: one-step methods and "bdf" on a CPU; on CUDA devices
         explicit, Rosenbrock and ESDIRK methods and "auto", without events, whose code NVRTC makes. Complex states go in two parts.
         The first solve of a ``fun`` calls a C++ compiler (g++, clang++, or that of ``pip install ziglang``), which takes a second or a few;
         what it makes is kept on disk. "background": it is called beside, and solves run uncompiled until its code is there. All else runs
@@ -207,8 +207,7 @@ def solve_ivp(
     spec = StateSpec.of(state, batched)
     watched = seen_at_ends(event_list(events), times)
     given = Given(right_hand_side, _pieces(fun), spec, (state,), args, (times.anchors[0], times.anchors[-1]), watched, quadrature)
-    given = given.laid_out(chosen, bool(compile), (mass, norm, *implicit_options.values()), mass is not None)
-    spec = given.spec
+    spec = (given := given.laid_out(chosen, bool(compile), (mass, norm, *implicit_options.values()), mass is not None)).spec
     native = NativeSolve(own_algebra(implicit_options) if implicit_options else None, compile == "background")
     system, y_flat = _system(given, native, chosen, bool(compile) and mass is None, mass is not None), given.state()
     inputs = stand_ins(system.inputs)

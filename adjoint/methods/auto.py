@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -110,6 +110,8 @@ class Polynomial(Method):
 
     degree: int
     name: str
+    #: it takes no steps
+    adaptive: bool = field(default=False, init=False)
 
     def dense_weights(self, theta: Tensor) -> Tensor:
         """``theta^j``, j = 1 ... degree."""

@@ -139,7 +139,7 @@ class SolveNode(Node):
             if differentiable and not by_native:
                 check_known(problem.system, grid, inputs)
             found = sweep(asked)
-            if differentiable:
+            if differentiable and not by_native:
                 found = checked(problem, found)
             if not asked.sound(found):
                 tell_not_finite(problem, grid, inputs, found[2])
