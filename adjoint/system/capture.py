@@ -17,7 +17,7 @@ from ..torch_internals import below_jvp, leaves_of, mapped
 from .normalizing import NORMALIZATIONS
 from .origins import Home, alive, attribute, cut_apart, leads_to, listed, readable, saved_bytes, unknown_leaves
 from .remarks import called_by_us
-from .transforms import functorch_active, functorch_level, has_tangent, vmap_active
+from .transforms import functorch_active, functorch_level, has_tangent, moves_within, vmap_active
 
 __all__ = [
     "Captured", "Substitute", "alive", "ask", "asking", "asks_for_gradients", "below_jvp", "constants_of", "cut_apart",
@@ -40,11 +40,8 @@ def _put_in(x: Any) -> bool:
 
 def moves(x: Tensor) -> bool:
     """As `is_differentiable`, but not for what is only mapped over by ``torch.vmap``, nor where no gradients are recorded."""
-    while internals.is_functorch_wrapped_tensor(x):
-        # a transform wraps what depends on the arguments that it differentiates in; forward mode does not say so by `requires_grad`
-        if internals.is_gradtrackingtensor(x):
-            return True
-        x = internals.get_unwrapped(x)
+    if internals.is_functorch_wrapped_tensor(x):
+        return moves_within(x, moves)
     return (torch.is_grad_enabled() and x.requires_grad) or has_tangent(x)
 
 

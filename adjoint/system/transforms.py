@@ -26,6 +26,7 @@ __all__ = [
     "functorch_level",
     "has_tangent",
     "jvp_active",
+    "moves_within",
     "naming_faults",
     "naming_writes",
     "one_copy",
@@ -140,6 +141,23 @@ def below_vmap(x: Tensor, size: int) -> Tensor:
         if dim >= 0:
             x, mapped = x.movedim(dim, 0), True
     return x if mapped else x.expand(size, *x.shape)
+
+
+def moves_within(x: Tensor, moves: Callable[[Tensor], bool]) -> bool:
+    """Whether ``x``, wrapped by a transform, depends on what one of those that are running differentiates in, or ``moves`` beneath them: a
+    transform wraps all that is computed within it."""
+    if not functorch_active():
+        # of one that has ended
+        return internals.is_gradtrackingtensor(x) or moves(internals.get_unwrapped(x))
+    top = internals.retrieve_current_functorch_interpreter()
+    if internals.maybe_get_level(x) == top.level():
+        forward = top.key() == internals.TransformType.Jvp
+        if internals.is_gradtrackingtensor(x) and (x.requires_grad or (forward and forward_ad.unpack_dual(x).tangent is not None)):
+            return True
+        x = internals.get_unwrapped(x)
+    # tangents are seen from their own level only
+    with top.lower():
+        return moves(x)
 
 
 def has_tangent(x: Tensor) -> bool:

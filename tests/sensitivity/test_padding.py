@@ -397,3 +397,22 @@ def test_slopes_of_steps_of_no_length(method, rows):
     # y(at) = y0 exp((start^2 - at^2) / 2)
     want = torch.tensor([0.0, 0.2, -0.2], dtype=torch.float64)
     torch.testing.assert_close(torch.stack(found), want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["abm", "bdf"])
+def test_times_that_are_computed_within_a_transform_do_not_move_for_it(method):
+    """Whatever is computed there is wrapped; a row of no length is refused only where ends are differentiated."""
+    ends, y0 = torch.tensor([2.0, 0.0], dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64)
+    k, one = torch.tensor(0.7, dtype=torch.float64), torch.ones((), dtype=torch.float64)
+
+    def total(k, end=ends):
+        span = (torch.zeros(2, dtype=torch.float64), end * 1)
+        return adjoint.solve_ivp(lambda t, y, k: -k * y, span, y0, args=(k,), batched=True, method=method, rtol=1e-8).y[-1].sum()
+
+    value, slope = math.exp(-1.4), -2 * math.exp(-1.4)
+    torch.testing.assert_close(torch.func.jvp(total, (k,), (one,)), (one + value, one * slope), rtol=1e-5, atol=0)
+    found = torch.func.jvp(torch.func.grad(total), (k,), (one,)) if method == "bdf" else (torch.func.grad(total)(k), one * 4 * value)
+    torch.testing.assert_close(found, (one * slope, one * 4 * value), rtol=1e-4, atol=0)
+    for moved in (lambda: torch.func.grad(total, argnums=1)(k, ends), lambda: torch.func.jvp(lambda e: total(k, e), (ends,), (ends,))):
+        with pytest.raises(adjoint.UnsupportedCombination, match="no length"):
+            moved()
