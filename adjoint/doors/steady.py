@@ -255,6 +255,7 @@ def solution_of(setup: RootSetup, out: RootOutputs) -> RootSolution:
 
 def _scale(value: Any, name: str, spec: StateSpec) -> float | Tensor:
     found = flat_tolerance(value, name, spec, 1.0)
-    if not bool((torch.as_tensor(found) > 0).all()):
+    usable = found > 0
+    if not bool(usable.all() if isinstance(usable, Tensor) else usable):
         raise InvalidInput(f"{name} has entries of zero, which it is divided by")
     return found

@@ -257,10 +257,8 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.method.adaptive:
             return
-        nothing = self.rtol == 0 and self.atol == 0 if isinstance(self.rtol, float) and isinstance(self.atol, float) else None
-        if nothing is None:
-            nothing = bool(((torch.as_tensor(self.rtol) == 0) & (torch.as_tensor(self.atol) == 0)).any())
-        if nothing:
+        nothing: bool | Tensor = (self.rtol == 0) & (self.atol == 0)
+        if bool(nothing.any() if isinstance(nothing, Tensor) else nothing):
             raise InvalidInput("rtol and atol are both zero: no error of a step is as small. Give one of them a positive value")
 
     @cached_property

@@ -298,7 +298,7 @@ def test_an_error_norm_of_zero_by_zero_is_not_the_fault_of_fun(method, batched):
 
 
 def test_tolerances_of_zero_are_not_the_fault_of_fun():
-    with pytest.raises(NonFiniteState, match="rtol and atol are zero"):
+    with pytest.raises(InvalidInput, match="rtol and atol are both zero"):
         solve_ivp(lambda t, y: -y, (0.0, 1.0), torch.ones(2), rtol=0, atol=0)
 
 
