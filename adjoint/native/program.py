@@ -124,10 +124,7 @@ class Program:
         """The same equations with a displacement beside (`with_displacement`). Raises `Unreadable`."""
         with self._lock:
             if self._companion is None:
-                try:
-                    self._companion = self._with_displacement()
-                except (Unreadable, NotImplementedError) as error:
-                    self._companion = error if isinstance(error, Unreadable) else Unreadable("", "", f"{error} is not known as a formula")
+                self._companion = _derived(self._with_displacement)
         if isinstance(self._companion, Unreadable):
             raise self._companion
         return self._companion
@@ -150,10 +147,7 @@ class Program:
         """The same equations with tangents beside (`with_tangents`). Raises `Unreadable`."""
         with self._lock:
             if self._tangential is None:
-                try:
-                    self._tangential = self._with_tangents()
-                except (Unreadable, NotImplementedError) as error:
-                    self._tangential = error if isinstance(error, Unreadable) else Unreadable("", "", f"{error} is not known as a formula")
+                self._tangential = _derived(self._with_tangents)
         if isinstance(self._tangential, Unreadable):
             raise self._tangential
         return self._tangential
@@ -312,6 +306,16 @@ class Program:
             loop.consistent.restype = None
             more["consistent"] = loop.consistent
         return Engine(loop.forward, loop.seal, back, addresses, **more)
+
+
+def _derived(make: Callable[[], Program]) -> Program | Unreadable:
+    """A program made of derivatives, or why there is none."""
+    try:
+        return make()
+    except Unreadable as error:
+        return error
+    except NotImplementedError as error:
+        return Unreadable("", "", f"{error} is not known as a formula")
 
 
 def links(lanes: int) -> tuple[str, ...]:

@@ -165,6 +165,13 @@ def _moved(problem: Problem, layout: _Layout, tensors: list[Tensor], dots: list[
     _, grid_dot, anchors_dot, t_eval_dot, inputs_dot, bars_dot, _ = layout.asked(problem, dots)  # type: ignore[arg-type]
     states_dot: Tensor | None = grid_dot.states
     along = [anchors_dot, t_eval_dot, None if states_dot is None else states_dot[0], *inputs_dot]
+    if not again and anchors_dot is None and t_eval_dot is None:
+        second = second_by_native(asked, along[2], inputs_dot, False)
+        if second is not None:
+            nothing = [None] * len(along)
+            through = swept(asked._replace(bars=bars_dot)) if any(x is not None for x in bars_dot) else nothing
+            direct = [None, None, second.y0 if layout.wants[2] else None, *second.inputs]
+            return _full(layout, tensors, [both(a, b) for a, b in zip(direct, through, strict=True)])
     wants = [want or dot is not None for want, dot in zip(layout.wants, along, strict=True)]
 
     links = [RECORDED.index(name) for name in (("states", "stages") if hands_on(problem.plan) else ("states",))]
@@ -179,13 +186,6 @@ def _moved(problem: Problem, layout: _Layout, tensors: list[Tensor], dots: list[
     places = [place for i in smooth if (place := where[i]) is not None]
     direct: list[Tensor | None] = [None] * len(where)
     moved = list(bars_dot)
-    if not again and anchors_dot is None and t_eval_dot is None:
-        second = second_by_native(asked, along[2], inputs_dot, False)
-        if second is not None:
-            nothing = [None] * len(along)
-            through = swept(asked._replace(bars=moved)) if any(x is not None for x in moved) else nothing
-            direct = [None, None, second.y0 if layout.wants[2] else None, *second.inputs]
-            return _full(layout, tensors, [both(a, b) for a, b in zip(direct, through, strict=True)])
     if any(d is not None for d in along):
         _, pull = vjp(sweep, *(tensors[i] for i in (*links, *places)))
         with torch.set_grad_enabled(again):

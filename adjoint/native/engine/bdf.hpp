@@ -65,18 +65,21 @@ struct History {
     for (int n = 0; n < N; n++) { put(D[n], l, get(o.y[n], l)); put(D[N + n], l, (R)(o.sign[l] * o.step[l]) * get(o.k1[n], l)); }
     order[l] = 1; equal[l] = 0; ratio[l] = kept[l] = 1; factored[l] = NOT_A_NUMBER; known[l] = settling[l] = false;
   }
+  // the table times a matrix, of the numbers from such a one on
+  void multiply(const Rescaling& m, int from) {
+    for (int n = from; n < N; n++) for (int i = 1; i <= m.highest; i++) {
+      S total = K(0);
+      for (int j = i; j <= m.highest; j++) total += m.T[i][j] * D[j * N + n];
+      D[i * N + n] = total;
+    }
+  }
   // the table of some lanes to ``factor`` of its distance
   void rescale(const bool* which, const double* factor) {
     double by[W];
     bool any = false;
     for (int l = 0; l < W; l++) { by[l] = which[l] ? factor[l] : 1; any |= by[l] != 1; }
     if (!any) return;
-    const Rescaling m(order, by);
-    for (int n = 0; n < N; n++) for (int i = 1; i <= m.highest; i++) {
-      S total = K(0);
-      for (int j = i; j <= m.highest; j++) total += m.T[i][j] * D[j * N + n];
-      D[i * N + n] = total;
-    }
+    multiply(Rescaling(order, by), 0);
     for (int l = 0; l < W; l++) if (by[l] != 1) { ratio[l] *= by[l]; equal[l] = 0; }
   }
   // steps are to have the size of h, whatever was said
@@ -121,15 +124,8 @@ struct History {
     bool whole[W];
     for (int l = 0; l < W; l++) whole[l] = kept[l] != 0;
     const M all = mask_of(whole);
-    const Rescaling m(order, ratio);
-    for (int n = N / 2; n < N; n++) {
-      for (int i = 1; i <= m.highest; i++) {
-        S total = K(0);
-        for (int j = i; j <= m.highest; j++) total += m.T[i][j] * D[j * N + n];
-        D[i * N + n] = total;
-      }
-      for (int i = 2; i < DIFFERENCES; i++) D[i * N + n] = m_sel(all, D[i * N + n], K(0));
-    }
+    multiply(Rescaling(order, ratio), N / 2);
+    for (int n = N / 2; n < N; n++) for (int i = 2; i < DIFFERENCES; i++) D[i * N + n] = m_sel(all, D[i * N + n], K(0));
   }
 #endif
   // behind the steps of the lanes ``taken_``
